@@ -1,0 +1,31 @@
+"""Fine-tune the part of a language model that a layer mask selects.
+
+One process:        python launch/train.py --config recipes/quickstart.yaml
+DeepSpeed ZeRO:     deepspeed launch/train.py --ds ds_configs/zero2.json
+Other launchers:    torchrun | accelerate launch | srun ... launch/train.py ...
+
+Exit codes: 0 done; 1 failed; 2 bad usage, config or data; 75 stopped by a signal after a checkpoint, start again to go on.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # runs from a checkout, installed or not
+
+from toolkit.cli import run_command  # noqa: E402
+from toolkit.config import flags  # noqa: E402
+
+
+def main() -> int:
+    """Parse the command line, then train."""
+    invocation = flags.parse(flags.parser(__doc__ or ""), ROOT / "recipes" / "quickstart.yaml")
+    from toolkit.train.run import run  # imports torch, which --help and a faulty recipe need not wait for
+
+    return run(invocation)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,133 @@
+"""Checkpoints: staged, then published by one rename, then named by ``latest``.
+
+``checkpoints/step-00000120/`` holds ``delta/`` (the trained tensors in float32, see ``toolkit.delta``), ``engine/``
+(optimizer and schedule) and ``state.json`` (position).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from toolkit.delta import Base, Delta, describe_difference, read_delta, save_delta
+from toolkit.distributed import World
+from toolkit.engine.base import Engine
+from toolkit.errors import CheckpointError
+from toolkit.files import replace_text
+from toolkit.mask.layer_mask import LayerMask
+
+_LATEST = "latest"
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a checkpoint stands, and what can continue it."""
+
+    step: int
+    """Optimizer steps done."""
+    total_steps: int
+    """Optimizer steps of the whole run."""
+    engine: str
+    ranks: int
+
+    @property
+    def finished(self) -> bool:
+        """True at the end of the run."""
+        return self.step >= self.total_steps
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """Committed checkpoints of a run directory, oldest first."""
+    return sorted(path for path in (run / "checkpoints").glob("step-*") if path.is_dir())
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest committed checkpoint; none where the run has not committed any.
+
+    Raises:
+        CheckpointError: ``latest`` names a checkpoint that is not there.
+    """
+    pointer = run / "checkpoints" / _LATEST
+    if not pointer.is_file():
+        return None
+    checkpoint = pointer.parent / pointer.read_text(encoding="utf-8").strip()
+    if not checkpoint.is_dir():
+        present = ", ".join(path.name for path in checkpoints_of(run)) or "none"
+        raise CheckpointError(
+            f"{pointer} names {checkpoint.name}, which is not there; checkpoints present: {present}. "
+            "Write one of those names into the file, or start a new run with another --output.dir"
+        )
+    return checkpoint
+
+
+def read_state(checkpoint: Path) -> State:
+    """The position of a checkpoint.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        return State(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint}/state.json cannot be read ({error}); the checkpoint is damaged") from None
+
+
+def commit(run: Path, state: State, engine: Engine, mask: LayerMask, base: Base, world: World, keep: int) -> Path:
+    """Write a checkpoint; every rank calls it. A kill at any moment leaves the previous one in place.
+
+    Returns:
+        The committed directory.
+    """
+    final = run / "checkpoints" / f"step-{state.step:08d}"
+    staging = final.with_name(f".{final.name}.staging")
+    if world.is_main:
+        shutil.rmtree(staging, ignore_errors=True)
+        (staging / "engine").mkdir(parents=True)
+    world.barrier()
+    engine.save(staging / "engine")
+    masters = engine.masters()
+    if world.is_main:
+        save_delta(Delta(masters, mask, base), staging / "delta")
+        (staging / "state.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
+    world.barrier()
+    if world.is_main:
+        _flush(staging)
+        shutil.rmtree(final, ignore_errors=True)
+        staging.rename(final)
+        replace_text(final.parent / _LATEST, final.name)
+        for old in checkpoints_of(run)[:-keep]:
+            shutil.rmtree(old)
+    world.barrier()
+    return final
+
+
+def restore(checkpoint: Path, engine: Engine, mask: LayerMask, world: World) -> State:
+    """Continue from a checkpoint; every rank calls it.
+
+    Raises:
+        CheckpointError: it was written by another engine, world size or mask, or is damaged.
+    """
+    state = read_state(checkpoint)
+    if (state.engine, state.ranks) != (engine.name, world.size):
+        raise CheckpointError(
+            f"{checkpoint} was written by engine {state.engine} on {state.ranks} ranks; this run is {engine.name} on "
+            f"{world.size}. Start it the same way, or a new run with another --output.dir"
+        )
+    delta = read_delta(checkpoint / "delta")
+    if difference := describe_difference(delta.mask, mask):
+        raise CheckpointError(f"{checkpoint} was trained with another mask: {difference}. Use the same mask, or another --output.dir")
+    engine.load(checkpoint / "engine", delta.tensors)
+    return state
+
+
+def _flush(directory: Path) -> None:
+    """Force every file of ``directory`` to disk before its name is published."""
+    for path in [*directory.rglob("*"), directory]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

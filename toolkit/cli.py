@@ -1,0 +1,64 @@
+"""What every launch script shares: quiet libraries, logging on rank 0, and errors turned into exit codes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+
+from toolkit.errors import FrostlineError, UsageError
+
+_GRACE_SECONDS = 10.0
+"""How long other ranks hold back a usage error that rank 0 is most likely printing; its launcher then ends them."""
+
+
+def run_command(command: Callable[[], int]) -> int:
+    """Run ``command`` and return its exit code: 0, 75, or 1 for a failure, or 2 for bad usage, config or data.
+
+    A usage error prints its message alone; anything unforeseen prints its traceback.
+    """
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) or 0)
+    _quiet(rank)
+    try:
+        return command()
+    except UsageError as error:
+        if rank:
+            time.sleep(_GRACE_SECONDS)
+        _print_error(error, rank)
+        return error.exit_code
+    except FrostlineError as error:
+        _print_error(error, rank)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; the last checkpoint is intact", file=sys.stderr)
+        return 130
+    except Exception:
+        print(f"[rank {rank}] unforeseen error", file=sys.stderr)
+        traceback.print_exc()
+        return 1
+
+
+def _print_error(error: FrostlineError, rank: int) -> None:
+    where = f" [rank {rank}]" if rank else ""
+    print(f"error{where}: {error}", file=sys.stderr, flush=True)
+
+
+def _quiet(rank: int) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    log = logging.getLogger("frostline")
+    log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    log.propagate = False
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("[frostline] %(message)s"))
+        log.addHandler(handler)
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", category=FutureWarning)

@@ -1,0 +1,118 @@
+"""The command line of a run: one dotted flag per recipe key, made from the schema."""
+
+from __future__ import annotations
+
+import argparse
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from toolkit.config.load import build, did_you_mean, field_paths, merge, read_recipe
+from toolkit.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """A parsed command line."""
+
+    config: RunConfig
+    recipe: Path
+    """The recipe file that was read."""
+    recipe_was_given: bool
+    """False when no ``--config`` was passed and the default recipe was taken."""
+    deepspeed: Path | None
+    """The DeepSpeed JSON of ``--ds``; none trains with torch alone."""
+    arguments: argparse.Namespace
+
+
+def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
+    """Add ``--section.key`` for every recipe key, with its docstring and default as help."""
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for path, info in field_paths().items():
+        section = path.split(".")[0]
+        if section not in groups:
+            summary = (RunConfig.model_fields[section].annotation.__doc__ or "").strip()  # type: ignore[union-attr]
+            groups[section] = parser.add_argument_group(section, summary)
+        default = "none" if info.default is None else info.default
+        groups[section].add_argument(
+            f"--{path}",
+            nargs="+" if _takes_many(info.annotation) else None,
+            metavar=_metavar(info.annotation),
+            default=argparse.SUPPRESS,
+            help=f"{info.description} Default: {default}.".replace("%", "%%"),
+        )
+
+
+def parse(
+    parser: argparse.ArgumentParser, default_recipe: Path, argv: Sequence[str] | None = None
+) -> Invocation:
+    """Parse a training command line: ``--config``, ``--ds``, ``--local_rank`` and every recipe key.
+
+    Raises:
+        ConfigError: unknown flags, unknown keys and bad values, all in one message.
+    """
+    parser.add_argument("--config", metavar="FILE", help=f"recipe; default: {default_recipe.name} of this repository")
+    parser.add_argument(
+        "--ds", "--deepspeed", "--deepspeed_config", dest="ds", metavar="FILE",
+        help="DeepSpeed JSON (see ds_configs/); without it torch alone trains",
+    )  # fmt: skip
+    parser.add_argument("--local_rank", "--local-rank", type=int, help="set by the deepspeed launcher; not needed by hand")
+    add_recipe_flags(parser)
+    arguments, unknown = parser.parse_known_args(argv)
+    known = field_paths()
+    faults = [
+        f"{word}: unknown flag{did_you_mean(word.split('=')[0].lstrip('-'), known)}"
+        for word in unknown
+        if word.startswith("-")
+    ]
+    faults += [f"{word}: stands alone; flags are --section.key VALUE" for word in unknown if not word.startswith("-")]
+    recipe = Path(arguments.config) if arguments.config else default_recipe
+    flags = {path: _value(known[path], text) for path, text in vars(arguments).items() if path in known}
+    source = f"recipe {recipe}" + (" and flags" if flags or unknown else "")
+    config = build(merge(read_recipe(recipe), flags), source, faults)
+    return Invocation(
+        config=config,
+        recipe=recipe,
+        recipe_was_given=bool(arguments.config),
+        deepspeed=Path(arguments.ds) if arguments.ds else None,
+        arguments=arguments,
+    )
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """An argument parser with this project's habits: no abbreviations, description kept as written."""
+    return argparse.ArgumentParser(
+        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def _plain(annotation: Any) -> list[Any]:
+    """The alternatives of a union, without ``Annotated`` wrappers."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _plain(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [plain for part in typing.get_args(annotation) for plain in _plain(part)]
+    return [annotation]
+
+
+def _takes_many(annotation: Any) -> bool:
+    return any(typing.get_origin(part) in (list, tuple) for part in _plain(annotation))
+
+
+def _metavar(annotation: Any) -> str:
+    for part in _plain(annotation):
+        if typing.get_origin(part) is typing.Literal:
+            return "{" + ",".join(map(str, typing.get_args(part))) + "}"
+    names = [part.__name__ for part in _plain(annotation) if part is not type(None) and isinstance(part, type)]
+    return "|".join(names).upper() or "VALUE"
+
+
+def _value(info: Any, text: str | list[str]) -> Any:
+    if isinstance(text, list):
+        return yaml.safe_load(text[0]) if len(text) == 1 and text[0].startswith("[") else text
+    return None if type(None) in _plain(info.annotation) and text.lower() in ("none", "null") else text

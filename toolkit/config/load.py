@@ -1,0 +1,117 @@
+"""Read a recipe, lay the flags over it, and report every fault at once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from toolkit.config.schema import RunConfig, Section
+from toolkit.errors import ConfigError
+
+
+def field_paths(section: type[Section] = RunConfig, prefix: str = "") -> dict[str, Any]:
+    """Every leaf key of the recipe as ``section.key``, mapped to its pydantic ``FieldInfo``."""
+    paths: dict[str, Any] = {}
+    for name, info in section.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
+            paths |= field_paths(info.annotation, f"{prefix}{name}.")
+        else:
+            paths[prefix + name] = info
+    return paths
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`` (did you mean X?)`` for the nearest known name, or an empty string.
+
+    A bare key finds its section: ``learning_rate`` and ``learnin_rate`` both suggest ``train.learning_rate``.
+    """
+    by_leaf = {path.rsplit(".", 1)[-1]: path for path in known}
+    candidates = {**by_leaf, **{path: path for path in by_leaf.values()}}
+    for query in (name, name.rsplit(".", 1)[-1]):
+        if close := difflib.get_close_matches(query, candidates, n=1, cutoff=0.6):
+            return f" (did you mean {candidates[close[0]]}?)"
+    return ""
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The recipe file as plain nested dictionaries.
+
+    Raises:
+        ConfigError: the file is missing, not UTF-8, not YAML, or not a mapping.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError([f"{path}: no such file; --config takes a YAML recipe such as recipes/quickstart.yaml"]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path}: cannot be read as UTF-8 text ({error})"]) from None
+    try:
+        recipe = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError([f"{path}: not valid YAML: {' '.join(str(error).split())}"]) from None
+    if recipe is None:
+        return {}
+    if not isinstance(recipe, dict):
+        raise ConfigError([f"{path}: holds a {type(recipe).__name__}; expected sections such as model: and train:"])
+    return recipe
+
+
+def merge(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay dotted flags (``{"train.epochs": "5"}``) over a nested recipe; flags win."""
+    merged = {key: dict(value) if isinstance(value, Mapping) else value for key, value in recipe.items()}
+    for dotted, value in flags.items():
+        section, key = dotted.split(".")
+        if not isinstance(merged.get(section), dict):
+            if merged.get(section) is not None:
+                continue  # a recipe fault, and build() will report it
+            merged[section] = {}
+        merged[section][key] = value
+    return {key: value for key, value in merged.items() if value is not None}
+
+
+def build(values: Mapping[str, Any], source: str, faults: Iterable[str] = ()) -> RunConfig:
+    """Validate nested values into a ``RunConfig``.
+
+    Args:
+        values: nested dictionaries as ``merge`` returns them.
+        source: where they came from, for the message.
+        faults: faults found earlier (unknown flags), reported together with the new ones.
+
+    Raises:
+        ConfigError: any fault; the message lists all of them with value, expectation and remedy.
+    """
+    found = list(faults)
+    config = None
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        found += [_explain(fault) for fault in error.errors()]
+    if found or config is None:
+        raise ConfigError(list(dict.fromkeys(found)), source)
+    return config
+
+
+def _explain(fault: Any) -> str:
+    parts = [str(part) for part in fault["loc"] if not str(part).startswith(("function-", "float", "str", "constrained"))]
+    where = ".".join(parts)
+    if fault["type"] == "extra_forbidden":
+        return f"{where}: unknown key{did_you_mean(where, field_paths())}"
+    message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if fault["type"] == "value_error":
+        return f"{where}: {message}"
+    return f"{where} is {fault['input']!r}; expected {message}"
+
+
+def save(config: RunConfig, path: Path) -> None:
+    """Write the resolved recipe; the file is itself a valid ``--config``."""
+    path.write_text(dump(config), encoding="utf-8")
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved recipe as YAML text."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,170 @@
+"""The recipe: every key of a run, typed, documented and bounded.
+
+The docstring under a field is its help text; the defaults are the reference recipe (top four blocks and the
+language-model head, bfloat16, AdamW at 1e-5, 10 % linear warmup, micro batch 1, 3 epochs, clipping at 1.0).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+def _switch(value: Any) -> Any:
+    """YAML 1.1 reads a bare on/off as a boolean; accept it as the word it was."""
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
+def _number_if_numeric(value: Any) -> Any:
+    """Flags arrive as strings: "0.1" is a fraction, "held_out.jsonl" a path."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", value):
+        return float(value)
+    return value
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class Section(BaseModel):
+    """A part of the recipe: immutable, refuses unknown keys, takes help from docstrings."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+
+class ModelConfig(Section):
+    """Which model is tuned, and how it is loaded."""
+
+    name_or_path: str = "bundled:smollm2-135m"
+    """Hub id (org/name), local directory, or bundled:smollm2-135m."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a Hub model; a full commit hash where trust_remote_code is on."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Precision of the weights in the forward and backward pass; the optimizer's masters are always float32."""
+
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None
+    """Attention kernel; none lets transformers choose."""
+
+    trust_remote_code: bool = False
+    """Run Python code that ships with the model. Off unless you have read that code."""
+
+
+class MaskConfig(Section):
+    """Which tensors train; everything else is frozen."""
+
+    train: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)] = ["last:4", "head"]
+    """Selectors of what trains: last:N, first:N, blocks:10-13,28, head, embeddings, norm, glob:PATTERN, re:PATTERN."""
+
+    tied: Literal["error", "untie"] = "error"
+    """When a selected head shares its tensor with the embeddings: error refuses, untie gives the head its own copy."""
+
+
+class DataConfig(Section):
+    """Which rows are learned from, and how they become tokens."""
+
+    path: str = "examples/data/clinical_qa_ko.jsonl"
+    """Data set: a .json, .jsonl, .csv or .parquet file, or a Hub id (org/name)."""
+
+    split: str = "train"
+    """Split of a Hub data set; files have one split only, called train."""
+
+    task: Literal["pubmedqa"] = "pubmedqa"
+    """How a row becomes prompt and answer: pubmedqa reads QUESTION, CONTEXTS (list or string) and LONG_ANSWER."""
+
+    max_length: Annotated[int, Field(ge=16)] = 2048
+    """Longest example in tokens; longer rows lose context, never question or answer."""
+
+    validation: Annotated[float | str | None, BeforeValidator(_number_if_numeric)] = None
+    """Held-out rows: a fraction between 0 and 1 of the data, or a file or Hub id of its own; none holds out nothing."""
+
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that cannot be used: error stops before training and names it, skip counts and lists it."""
+
+    @model_validator(mode="after")
+    def _fraction(self) -> DataConfig:
+        if isinstance(self.validation, float) and not 0 < self.validation < 1:
+            raise ValueError(f"validation is {self.validation}; as a fraction it lies between 0 and 1")
+        return self
+
+
+class TrainConfig(Section):
+    """The training loop."""
+
+    epochs: Annotated[int, Field(ge=1)] = 3
+    """Passes over the training rows."""
+
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Stop after this many optimizer steps, and plan the schedule for them; none runs all epochs."""
+
+    micro_batch_size: Annotated[int, Field(ge=1)] = 1
+    """Rows a rank computes at once."""
+
+    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
+    """Micro batches a rank adds up before one optimizer step."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    """Peak learning rate."""
+
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled weight decay of AdamW (arXiv 1711.05101)."""
+
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of all steps over which the learning rate rises linearly from 0."""
+
+    scheduler: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    """Course of the learning rate after warmup; linear and cosine end at 0."""
+
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Clip the gradient to this global 2-norm; 0 does not clip."""
+
+    gradient_checkpointing: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
+    """Recompute the trained blocks' activations in backward; auto does so when they would not fit in memory."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """Seed of the row order, the validation split and dropout."""
+
+
+class OptimConfig(Section):
+    """AdamW, with float32 masters of the trained tensors."""
+
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Decay rates of the first and second moment."""
+
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the denominator of the update."""
+
+
+class OutputConfig(Section):
+    """The run directory: what is written, and when."""
+
+    dir: str | None = None
+    """Run directory; none takes runs/RECIPE, or the next free runs/RECIPE-N beside finished or different runs."""
+
+    save_every_steps: Annotated[int, Field(ge=1)] | None = None
+    """Also commit a checkpoint every so many steps; the end of each epoch always commits one."""
+
+    keep: Annotated[int, Field(ge=1)] = 1
+    """How many checkpoints to keep; older ones are removed after a newer one is committed."""
+
+    evaluate_every_steps: Annotated[int, Field(ge=1)] | None = None
+    """Also compute the validation loss every so many steps; the end of each epoch always does."""
+
+    resume: Literal["auto", "must", "never"] = "auto"
+    """auto continues an interrupted run of the same recipe, must insists on one, never refuses a used directory."""
+
+
+class RunConfig(Section):
+    """A whole run. Field defaults < recipe file < command-line flags."""
+
+    model: ModelConfig = ModelConfig()
+    mask: MaskConfig = MaskConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    output: OutputConfig = OutputConfig()

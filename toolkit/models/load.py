@@ -1,0 +1,143 @@
+"""Load a causal language model and its tokenizer from a Hub id, a directory, or the bundled package."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from toolkit.config.schema import ModelConfig
+from toolkit.errors import ModelError
+from toolkit.models.anatomy import Anatomy
+from toolkit.models.bundled import bundled_directory
+from toolkit.models.exaone import is_exaone, load_exaone
+from toolkit.models.inspect import inspect
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in the precision of the recipe, on the CPU, with its tokenizer and its parts."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    anatomy: Anatomy
+
+
+def load(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> LoadedModel:
+    """Load the model and tokenizer that ``config`` names.
+
+    Weights are read from safetensors only: pickled checkpoints can run code.
+
+    Args:
+        config: the recipe's model section.
+        tokenizer: if it is loaded already.
+
+    Raises:
+        ModelError: nothing of that name, no safetensors, weights missing from the checkpoint, quantised weights, or
+            not a causal language model.
+    """
+    source = resolve_source(config.name_or_path)
+    tokenizer = tokenizer or load_tokenizer(config)
+    model = _load_weights(source, config)
+    not_float = [name for name, parameter in model.named_parameters() if not parameter.is_floating_point()]
+    if not_float:
+        raise ModelError(
+            f"{source} holds quantised weights ({not_float[0]} and {len(not_float) - 1} more); "
+            "expected floating point weights: name the unquantised model"
+        )
+    model.config.use_cache = False  # a key-value cache serves generation, not training
+    return LoadedModel(model, tokenizer, inspect(model))
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; its padding token falls back to the end-of-text token.
+
+    Raises:
+        ModelError: there is none, or it has no end-of-text token.
+    """
+    source = resolve_source(config.name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model.name_or_path {source!r}: no usable tokenizer. {_first_lines(error)}") from None
+    if tokenizer.eos_token is None:
+        raise ModelError(f"the tokenizer of {source} has no end-of-text token (eos_token); set one in its tokenizer_config.json")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def resolve_source(name: str) -> str:
+    """A directory or Hub id that transformers understands.
+
+    Raises:
+        ModelError: neither a directory, nor shaped like a Hub id, nor a bundled model; or a directory that lacks a
+            config.json or safetensors weights.
+    """
+    if name.startswith("bundled:"):
+        return str(bundled_directory(name))
+    directory = Path(name)
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise ModelError(f"model directory {name} has no config.json; expected a model saved with save_pretrained")
+        if not any(directory.glob("*.safetensors")):
+            raise ModelError(
+                f"model directory {name} has no *.safetensors; pickled weights are not loaded. "
+                "Convert them: load once with transformers and call save_pretrained"
+            )
+        return name
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name):
+        raise ModelError(f"model.name_or_path {name!r} is not an existing directory; expected that, a Hub id (org/name) or bundled:NAME")
+    return name
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every parameter, tied ones once; the identity of a base model."""
+
+    def digest(item: tuple[str, torch.Tensor]) -> bytes:
+        name, tensor = item
+        sha = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return sha.digest()
+
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(digest, sorted(model.named_parameters())))
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def _load_weights(source: str, config: ModelConfig) -> PreTrainedModel:
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, config.dtype),
+        "attn_implementation": config.attn_implementation,
+        "use_safetensors": True,
+        "output_loading_info": True,
+    }
+    try:
+        if is_exaone(source, config.revision) and not config.trust_remote_code:
+            model, info = load_exaone(source, config.revision, options)
+        else:
+            shared = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+            hf_config = AutoConfig.from_pretrained(source, **shared)
+            model, info = AutoModelForCausalLM.from_pretrained(source, config=hf_config, **shared, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"model.name_or_path {source!r} cannot be loaded. {_first_lines(error)}") from None
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"{source} lacks {len(missing)} tensors of {type(model).__name__} ({', '.join(missing[:3])} …); "
+            "they would start at random. Expected a complete checkpoint"
+        )
+    return model  # type: ignore[no-any-return]
+
+
+def _first_lines(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 400 else f"{text[:400]}…"

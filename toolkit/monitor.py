@@ -1,0 +1,144 @@
+"""What a run tells: progress bar, ``metrics.jsonl`` and TensorBoard, on rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of ``metrics.jsonl``."""
+
+    step: int
+    """Optimizer steps done, from 1."""
+    epoch: float
+    """Passes over the data done, as a fraction."""
+    loss: float
+    """Mean cross entropy over the supervised tokens of the global batch."""
+    learning_rate: float
+    """The rate this step used."""
+    grad_norm: float
+    """Global gradient 2-norm before clipping."""
+    supervised_tokens: int
+    """Tokens the loss was taken over, all ranks."""
+    tokens: int
+    """Tokens read, all ranks, without padding."""
+    seconds: float
+    """Wall-clock time of the step."""
+    tokens_per_second: float
+    peak_memory_gib: float
+    """Highest so far of any rank: GPU memory allocated, or resident memory on a CPU."""
+
+
+_CURVES = {
+    "train/loss": "loss",
+    "train/learning_rate": "learning_rate",
+    "train/grad_norm": "grad_norm",
+    "speed/tokens_per_second": "tokens_per_second",
+    "memory/peak_gib": "peak_memory_gib",
+}
+
+
+class Monitor:
+    """Logs a run; a context manager. On other ranks than 0 it does nothing."""
+
+    def __init__(self, run: Path, is_main: bool, total_steps: int, first_step: int = 0) -> None:
+        """
+        Args:
+            run: the run directory.
+            is_main: true on rank 0.
+            total_steps: for the progress bar.
+            first_step: steps done before a resume; later rows of an interrupted run are dropped.
+        """  # noqa: D205, D212
+        self._is_main = is_main
+        self.epoch_losses: list[float] = []
+        if not is_main:
+            return
+        self._metrics_path = run / "metrics.jsonl"
+        self._drop_rows_after(first_step)
+        self._file = self._metrics_path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        self._bar = tqdm(total=total_steps, initial=first_step, desc="training", unit="step", dynamic_ncols=True)
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._is_main:
+            self._bar.close()
+            self._board.close()
+            self._file.close()
+
+    def texts(self, **texts: str) -> None:
+        """Show Markdown texts in TensorBoard's text tab."""
+        if self._is_main:
+            for name, text in texts.items():
+                self._board.add_text(name, text, 0)
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Log one optimizer step."""
+        if not self._is_main:
+            return
+        row = asdict(metrics)
+        self._write(row)
+        for curve, key in _CURVES.items():
+            self._board.add_scalar(curve, row[key], metrics.step)
+        self._bar.update(metrics.step - self._bar.n)
+        self._bar.set_postfix(
+            loss=f"{metrics.loss:.4f}",
+            lr=f"{metrics.learning_rate:.1e}",
+            tok_s=f"{metrics.tokens_per_second:.0f}",
+        )
+
+    def epoch(self, epoch: int, first_step: int, last_step: int) -> None:
+        """Log the mean of the step losses of an epoch (counted from 1), those before a resume included."""
+        if not self._is_main:
+            return
+        rows = map(json.loads, self._metrics_path.read_text(encoding="utf-8").splitlines())
+        losses = [row["loss"] for row in rows if "loss" in row and first_step <= row["step"] <= last_step]
+        mean = sum(losses) / len(losses)
+        self.epoch_losses.append(mean)
+        self._board.add_scalar("epoch/loss", mean, epoch)
+        self.say(f"epoch {epoch}: mean loss {mean:.4f} over {len(losses)} steps")
+
+    def evaluation(self, step: int, epoch: float, loss: float, perplexity: float) -> None:
+        """Log a validation."""
+        if self._is_main:
+            self._write({"step": step, "epoch": epoch, "eval_loss": loss, "eval_perplexity": perplexity})
+            self._board.add_scalar("eval/loss", loss, step)
+            self._board.add_scalar("eval/perplexity", perplexity, step)
+            self.say(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}")
+
+    def say(self, line: str) -> None:
+        """Print a line above the progress bar."""
+        if self._is_main:
+            tqdm.write(line, file=sys.stderr)
+
+    def _write(self, row: dict[str, object]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def _drop_rows_after(self, step: int) -> None:
+        if self._metrics_path.exists():
+            rows = self._metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
+            self._metrics_path.write_text("".join(kept), encoding="utf-8")
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Highest memory use of this process so far, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

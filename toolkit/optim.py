@@ -1,0 +1,98 @@
+"""AdamW, its float32 masters and its learning-rate schedule: one module for both engines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
+
+from toolkit.config.schema import OptimConfig, TrainConfig
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], train: TrainConfig, optim: OptimConfig) -> torch.optim.AdamW:
+    """AdamW with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101), fused into one kernel a device.
+
+    Args:
+        parameters: what is updated: float32 masters (local engine), or the trainable parameters that DeepSpeed
+            replaces by its own float32 partitions.
+        train: learning rate and weight decay.
+        optim: betas and eps.
+    """
+    return torch.optim.AdamW(
+        list(parameters),
+        lr=train.learning_rate,
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=train.weight_decay,
+        fused=True,
+    )
+
+
+def warmup_steps(train: TrainConfig, total_steps: int) -> int:
+    """Steps over which the learning rate rises, rounded up."""
+    return math.ceil(train.warmup_ratio * total_steps)
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, train: TrainConfig, total_steps: int) -> LRScheduler:
+    """Linear warmup from 0, then the recipe's course to the end of ``total_steps``."""
+    return get_scheduler(
+        train.scheduler,
+        optimizer,
+        num_warmup_steps=warmup_steps(train, total_steps),
+        num_training_steps=total_steps,
+    )
+
+
+class MasterWeights:
+    """Float32 masters of trainable parameters.
+
+    bfloat16 keeps 8 bits of mantissa: at a learning rate of 1e-5 most AdamW updates are smaller than half a unit in
+    the last place and would round to nothing. The masters take the updates; the parameters are their rounded copies
+    (Micikevicius et al., arXiv 1710.03740). Parameters that are float32 already are their own masters.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """
+        Args:
+            parameters: name to trainable parameter.
+        """  # noqa: D205, D212
+        self._parameters = list(parameters.values())
+        self.by_name: dict[str, nn.Parameter] = {
+            name: parameter
+            if parameter.dtype == torch.float32
+            else nn.Parameter(parameter.detach().to(torch.float32, copy=True))
+            for name, parameter in parameters.items()
+        }
+        self._pairs = [
+            (parameter, master)
+            for parameter, master in zip(self._parameters, self.by_name.values(), strict=True)
+            if parameter is not master
+        ]
+
+    def collect_gradients(self) -> None:
+        """Add the parameters' gradients to the masters' in float32 and free them."""
+        for parameter, master in self._pairs:
+            if parameter.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = parameter.grad.float()
+            else:
+                master.grad += parameter.grad
+            parameter.grad = None
+
+    def gradients(self) -> list[torch.Tensor]:
+        """The masters' gradients, zeros for a tensor that no gradient reached."""
+        for master in self.by_name.values():
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        return [master.grad for master in self.by_name.values() if master.grad is not None]
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Round the masters into the parameters."""
+        if self._pairs:
+            torch._foreach_copy_([p for p, _ in self._pairs], [m for _, m in self._pairs])

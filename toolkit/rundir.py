@@ -1,0 +1,119 @@
+"""The run directory: which one a run writes to, and whether it continues what is there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from toolkit.checkpoint import latest_checkpoint, read_state
+from toolkit.config.load import build, dump, read_recipe
+from toolkit.config.schema import RunConfig
+from toolkit.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Where a run writes, and the checkpoint it continues from."""
+
+    path: Path
+    checkpoint: Path | None
+    """None starts from the beginning."""
+    finished: bool
+    """The run in it is already done: nothing to train."""
+
+
+def choose(config: RunConfig, recipe: Path) -> tuple[RunDirectory, FileLock]:
+    """Pick and lock the directory of a run; only rank 0 calls it, and keeps the lock as long as it writes.
+
+    With ``output.dir`` that directory, else ``runs/RECIPE``, or the first ``runs/RECIPE-N`` that is free or holds an
+    interrupted run of the same recipe.
+
+    Raises:
+        CheckpointError: the directory holds another recipe's run, is in use, or ``output.resume`` forbids it.
+    """
+    if config.output.dir:
+        path = Path(config.output.dir)
+        lock = _lock(path)
+        if lock is None:
+            raise CheckpointError(f"{path} is being written by another run; wait for it, or choose another --output.dir")
+        return _inspect(path, config), lock
+    for number in count(1):
+        path = Path("runs") / (recipe.stem if number == 1 else f"{recipe.stem}-{number}")
+        lock = _lock(path)
+        if lock is None:
+            continue
+        found = _inspect_if_fits(path, config)
+        if found is not None:
+            return found, lock
+        lock.release()
+    raise AssertionError("unreachable")
+
+
+def _lock(path: Path) -> FileLock | None:
+    path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    return lock
+
+
+def _inspect_if_fits(path: Path, config: RunConfig) -> RunDirectory | None:
+    """The automatic choice: an unused directory, or an unfinished run of the same recipe that may be continued."""
+    if latest_checkpoint(path) is None:
+        if config.output.resume == "must":
+            raise CheckpointError(
+                f"output.resume is must, but {path} holds no checkpoint of this recipe; name the run with --output.dir"
+            )
+        return RunDirectory(path, None, finished=False)
+    if config.output.resume == "never" or differences(path, config):
+        return None
+    found = _inspect(path, config)
+    return None if found.finished else found
+
+
+def _inspect(path: Path, config: RunConfig) -> RunDirectory:
+    checkpoint = latest_checkpoint(path)
+    resume = config.output.resume
+    if checkpoint is None:
+        if resume == "must":
+            raise CheckpointError(f"output.resume is must, but {path} holds no checkpoint; expected an interrupted run")
+        return RunDirectory(path, None, finished=False)
+    if resume == "never":
+        raise CheckpointError(
+            f"output.resume is never, but {path} holds {checkpoint.name}; choose another --output.dir, or resume: auto"
+        )
+    if changed := differences(path, config):
+        raise CheckpointError(
+            "\n".join([f"{path} holds a run of another recipe:", *changed, "Choose another --output.dir, or run its own config.yaml"])
+        )
+    return RunDirectory(path, checkpoint, read_state(checkpoint).finished)
+
+
+def differences(path: Path, config: RunConfig) -> list[str]:
+    """The recipe keys in which the run in ``path`` differs from ``config``; where and how output goes is left aside."""
+    try:
+        there = build(read_recipe(path / "config.yaml"), f"recipe {path}/config.yaml")
+    except ConfigError as error:
+        return [f"  - {error}"]
+    old, new = _flat(there.model_dump()), _flat(config.model_dump())
+    return [
+        f"  - {key} was {old[key]!r}, is now {new[key]!r}"
+        for key in old
+        if old[key] != new[key] and not key.startswith("output.")
+    ]
+
+
+def write_config(path: Path, config: RunConfig) -> None:
+    """Save the resolved recipe with the directory it runs in; a valid ``--config`` that continues the run."""
+    output = config.output.model_copy(update={"dir": str(path)})
+    (path / "config.yaml").write_text(dump(config.model_copy(update={"output": output})), encoding="utf-8")
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, keys in values.items() for key, value in keys.items()}

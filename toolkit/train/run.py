@@ -1,0 +1,172 @@
+"""The loop: epochs, validation, checkpoints and signals around the training step."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from toolkit import distributed
+from toolkit.checkpoint import State, commit, restore
+from toolkit.config.flags import Invocation
+from toolkit.config.load import dump
+from toolkit.data.batches import epoch_order, step_batches
+from toolkit.distributed import World
+from toolkit.evaluate import evaluate
+from toolkit.monitor import Monitor, StepMetrics, peak_memory_gib
+from toolkit.rundir import RunDirectory, choose, write_config
+from toolkit.train.setup import Setup, save_set_up, seed_step, set_up
+from toolkit.train.step import StepResult, train_step
+
+log = logging.getLogger("frostline")
+
+STOPPED = 75
+"""Exit code of a run that a signal stopped after a committed checkpoint (EX_TEMPFAIL: start it again to go on)."""
+
+
+def run(invocation: Invocation) -> int:
+    """Train as ``invocation`` says; every rank calls it.
+
+    Returns:
+        0 when the run is finished, 75 when a signal stopped it after a checkpoint.
+
+    Raises:
+        UsageError: recipe, data, model, mask or run directory is at fault.
+        FrostlineError: training cannot go on.
+    """
+    world = distributed.start(engine_needs_group=invocation.deepspeed is not None)
+    try:
+        _announce(invocation)
+        setup = set_up(invocation, world)
+        lock = None
+        directory = None
+        if world.is_main:
+            directory, lock = choose(invocation.config, invocation.recipe)
+        directory = world.share(directory)
+        if directory.finished:
+            log.info("%s: this run is finished, nothing to train", directory.path)
+            return 0
+        return _train(setup, directory)
+    finally:
+        distributed.stop()
+
+
+def _announce(invocation: Invocation) -> None:
+    if not invocation.recipe_was_given:
+        log.info("no --config given: using %s", invocation.recipe)
+    log.info("recipe %s, engine %s", invocation.recipe, invocation.deepspeed or "torch (no --ds)")
+
+
+def _train(setup: Setup, directory: RunDirectory) -> int:
+    world, run_dir = setup.world, directory.path
+    done = 0
+    if directory.checkpoint:
+        done = restore(directory.checkpoint, setup.engine, setup.mask, world).step
+        log.info("continuing %s after step %d of %d", run_dir, done, setup.total_steps)
+    if world.is_main:
+        write_config(run_dir, setup.config)
+        save_set_up(setup, run_dir)
+    log.info("writing to %s (watch: tensorboard --logdir %s)", run_dir, run_dir.parent)
+    stopped = _StopSignal()
+    with Monitor(run_dir, world.is_main, setup.total_steps, done) as monitor, stopped:
+        monitor.texts(mask=setup.audit, recipe=f"```yaml\n{dump(setup.config)}```")
+        stopped_at = _loop(setup, run_dir, monitor, done, stopped)
+        if stopped_at is not None:
+            log.info("stopped by a signal after step %d; start the same command again to go on", stopped_at)
+            return STOPPED
+        if monitor.epoch_losses:
+            log.info("mean loss by epoch: %s", ", ".join(f"{loss:.4f}" for loss in monitor.epoch_losses))
+    peak = world.max(peak_memory_gib(world.device))
+    log.info("done: %d steps, peak memory %.2f GiB; next: python launch/export.py %s", setup.total_steps, peak, run_dir)
+    return 0
+
+
+def _loop(setup: Setup, run_dir: Path, monitor: Monitor, done: int, stop_asked: Callable[[World], bool]) -> int | None:
+    """Train from step ``done`` to the end; the step it stopped after, if a signal asked for that."""
+    per_epoch = setup.plan.steps_per_epoch
+    step = done
+    for epoch in range(done // per_epoch, setup.config.train.epochs):
+        order = epoch_order(setup.plan.rows, setup.config.train.seed, epoch)
+        first = step - epoch * per_epoch
+        for micro_batches in step_batches(setup.dataset.train, order, setup.plan, setup.pad_id, first):
+            seed_step(setup.config.train.seed, step, setup.world)
+            result = train_step(micro_batches, setup.prefix, setup.engine, setup.world)
+            step += 1
+            monitor.step(_metrics(result, step, per_epoch, setup.world))
+            at_end = step == setup.total_steps
+            epoch_ends = step % per_epoch == 0 or at_end
+            if epoch_ends:
+                monitor.epoch(epoch + 1, epoch * per_epoch + 1, step)
+            if epoch_ends or _due(step, setup.config.output.evaluate_every_steps):
+                _validate(setup, monitor, step)
+            stopping = stop_asked(setup.world) and not at_end
+            if epoch_ends or stopping or _due(step, setup.config.output.save_every_steps):
+                _commit(setup, run_dir, step)
+            if stopping:
+                return step
+            if at_end:
+                return None
+    return None
+
+
+def _metrics(result: StepResult, step: int, per_epoch: int, world: World) -> StepMetrics:
+    return StepMetrics(
+        step=step,
+        epoch=step / per_epoch,
+        loss=result.loss,
+        learning_rate=result.learning_rate,
+        grad_norm=result.grad_norm,
+        supervised_tokens=result.supervised_tokens,
+        tokens=result.tokens,
+        seconds=result.seconds,
+        tokens_per_second=result.tokens / result.seconds,
+        peak_memory_gib=world.max(peak_memory_gib(world.device)),
+    )
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _validate(setup: Setup, monitor: Monitor, step: int) -> None:
+    if not setup.dataset.validation:
+        return
+    setup.engine.train(False)
+    if setup.prefix:
+        setup.prefix.eval()
+    outcome = evaluate(
+        setup.engine.forward, setup.prefix, setup.dataset.validation, setup.plan.micro_batch_size, setup.pad_id, setup.world
+    )
+    setup.engine.train(True)
+    if setup.prefix:
+        setup.prefix.train()
+    monitor.evaluation(step, step / setup.plan.steps_per_epoch, outcome.loss, outcome.perplexity)
+
+
+def _commit(setup: Setup, run_dir: Path, step: int) -> None:
+    state = State(step, setup.total_steps, setup.engine.name, setup.world.size)
+    commit(run_dir, state, setup.engine, setup.mask, setup.base, setup.world, setup.config.output.keep)
+
+
+class _StopSignal:
+    """Notes SIGTERM and SIGUSR1 while entered; asking it is a collective, so that all ranks stop at the same step."""
+
+    def __init__(self) -> None:
+        self._seen = False
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            self._before[number] = signal.signal(number, self._note)
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def __call__(self, world: World) -> bool:
+        return world.max(float(self._seen)) > 0
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._seen = True

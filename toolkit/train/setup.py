@@ -1,0 +1,163 @@
+"""Set a run up: data, model, mask, split, engine, each checked before the next and more costly one."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from toolkit.config.flags import Invocation
+from toolkit.config.schema import RunConfig
+from toolkit.data.batches import BatchPlan, collate
+from toolkit.data.dataset import Dataset, load_dataset
+from toolkit.delta import Base
+from toolkit.distributed import World
+from toolkit.engine.base import Engine
+from toolkit.engine.ds_config import read_ds_config, resolve_ds_config
+from toolkit.engine.local import LocalEngine
+from toolkit.errors import DataError, ModelError
+from toolkit.mask.apply import apply_mask, trainable_parameters
+from toolkit.mask.audit import audit_markdown, audit_table
+from toolkit.mask.layer_mask import LayerMask, build_mask
+from toolkit.models.load import LoadedModel, fingerprint, load, load_tokenizer
+from toolkit.prefix.recompute import activation_bytes, free_bytes, recompute_blocks, should_recompute
+from toolkit.prefix.split import Prefix, Suffix, split, split_is_exact
+
+log = logging.getLogger("frostline")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything a run needs, ready for the first step."""
+
+    config: RunConfig
+    world: World
+    dataset: Dataset
+    plan: BatchPlan
+    total_steps: int
+    mask: LayerMask
+    base: Base
+    prefix: Prefix | None
+    engine: Engine
+    pad_id: int
+    audit: str
+    """The audit table in Markdown."""
+
+
+def set_up(invocation: Invocation, world: World) -> Setup:
+    """Load and check everything ``invocation`` names; every rank calls it.
+
+    Raises:
+        UsageError: the DeepSpeed file, data, model or mask is at fault.
+    """
+    config = invocation.config
+    ds = read_ds_config(invocation.deepspeed) if invocation.deepspeed else None
+    with world.main_first():  # rank 0 fills the download and conversion caches
+        tokenizer = load_tokenizer(config.model)
+    dataset = load_dataset(config.data, tokenizer, config.train.seed)
+    log.info("data: %s", dataset.summary())
+    train = config.train
+    plan = BatchPlan(
+        len(dataset.train), train.micro_batch_size, train.gradient_accumulation_steps, world.rank, world.size
+    )
+    total_steps = min(plan.steps_per_epoch * train.epochs, train.max_steps or plan.steps_per_epoch * train.epochs)
+    loaded = load(config.model, tokenizer)
+    _check_fit(dataset, loaded)
+    base = Base(config.model, fingerprint(loaded.model) if world.is_main else "")
+    mask = build_mask(config.mask, loaded.anatomy)
+    apply_mask(loaded.model, mask, loaded.anatomy)
+    log.info("layer mask of %s:\n%s", config.model.name_or_path, audit_table(mask, loaded.anatomy))
+    prefix, suffix = _cut(loaded, mask, dataset, world)
+    _recompute(suffix, loaded, mask, dataset, config, world)
+    parameters = trainable_parameters(suffix.model, mask)
+    resolved = None
+    if ds is not None and invocation.deepspeed is not None:
+        hidden_size = loaded.model.config.get_text_config().hidden_size
+        resolved = resolve_ds_config(ds, config, world.size, hidden_size, invocation.deepspeed)
+    engine = _build_engine(suffix, parameters, config, total_steps, world, resolved)
+    log.info(
+        "engine %s, %d rank(s) on %s: %d steps of %d rows (micro batch %d x accumulation %d x ranks %d), %d epochs",
+        engine.name, world.size, world.device.type, total_steps, plan.global_batch, train.micro_batch_size,
+        train.gradient_accumulation_steps, world.size, train.epochs,
+    )  # fmt: skip
+    return Setup(
+        config=config, world=world, dataset=dataset, plan=plan, total_steps=total_steps, mask=mask, base=base,
+        prefix=prefix, engine=engine, pad_id=int(tokenizer.pad_token_id), audit=audit_markdown(mask, loaded.anatomy),
+    )  # fmt: skip
+
+
+def _check_fit(dataset: Dataset, loaded: LoadedModel) -> None:
+    """Refuse rows longer than the model's positions, and ids beyond its embeddings, before they raise an index error."""
+    examples = (*dataset.train, *dataset.validation)
+    longest = max(len(example.token_ids) for example in examples)
+    positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    if positions and longest > positions:
+        raise DataError(f"the longest row has {longest} tokens, the model has {positions} positions; set data.max_length: {positions}")
+    rows = loaded.model.get_input_embeddings().weight.shape[0]
+    largest = max(max(example.token_ids) for example in examples)
+    if largest >= rows:
+        raise ModelError(f"the tokenizer gives id {largest}, the model embeds {rows} ids; expected a tokenizer made for this model")
+
+
+def _cut(loaded: LoadedModel, mask: LayerMask, dataset: Dataset, world: World) -> tuple[Prefix | None, Suffix]:
+    """Split at the frost line if that is exact for this architecture; else keep the model whole, and say so."""
+    model = loaded.model.to(world.device)
+    model.train()
+    prefix, suffix = split(model, loaded.anatomy, mask.boundary)
+    if prefix is None:
+        return None, suffix
+    shortest = min(dataset.train, key=lambda example: len(example.token_ids))
+    if split_is_exact(model, prefix, suffix, collate([shortest], pad_id=0).to(world.device)):
+        return prefix, suffix
+    log.warning(
+        "%s does not give the same logits when cut at block %d; training goes on with the whole model: the same result, "
+        "but the frozen blocks run inside it",
+        type(model).__name__,
+        mask.boundary,
+    )
+    return split(model, loaded.anatomy, 0)
+
+
+def _recompute(
+    suffix: Suffix, loaded: LoadedModel, mask: LayerMask, dataset: Dataset, config: RunConfig, world: World
+) -> None:
+    """Checkpoint the blocks from the frost line up, if the recipe or memory asks for it."""
+    hidden_size = loaded.model.config.get_text_config().hidden_size
+    tokens = config.train.micro_batch_size * max(len(example.token_ids) for example in dataset.train)
+    activations = activation_bytes(tokens, hidden_size, mask.block_count - mask.boundary, loaded.model.dtype)
+    trained = sum(parameter.numel() for parameter in trainable_parameters(suffix.model, mask).values())
+    free = -int(world.max(-free_bytes(world.device)))  # the tightest rank decides for all
+    on, why = should_recompute(config.train.gradient_checkpointing, activations, trained, free)
+    log.info("gradient checkpointing: %s", why)
+    if on:
+        recompute_blocks(suffix.blocks(mask.boundary))
+
+
+def _build_engine(
+    suffix: Suffix,
+    parameters: dict[str, nn.Parameter],
+    config: RunConfig,
+    total_steps: int,
+    world: World,
+    ds_config: dict[str, Any] | None,
+) -> Engine:
+    if ds_config is None:
+        return LocalEngine(suffix, parameters, config.train, config.optim, total_steps, world)
+    from toolkit.engine.zero import ZeroEngine  # DeepSpeed is imported only by runs that use it
+
+    return ZeroEngine(suffix, parameters, config.train, config.optim, total_steps, world, ds_config)
+
+
+def save_set_up(setup: Setup, run: Path) -> None:
+    """Write what the run consists of into its directory."""
+    setup.mask.save(run / "mask.json")
+    setup.dataset.save_skipped(run / "skipped_rows.jsonl")
+
+
+def seed_step(seed: int, step: int, world: World) -> None:
+    """Make dropout a function of seed, step and rank alone, so that a resumed run repeats it."""
+    torch.manual_seed((seed * 1_000_003 + step) * world.size + world.rank)
