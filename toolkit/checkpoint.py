@@ -118,7 +118,9 @@ def restore(checkpoint: Path, engine: Engine, mask: LayerMask, world: World) -> 
         )
     delta = read_delta(checkpoint / "delta")
     if difference := describe_difference(delta.mask, mask):
-        raise CheckpointError(f"{checkpoint} was trained with another mask: {difference}. Use the same mask, or another --output.dir")
+        raise CheckpointError(
+            f"{checkpoint} was trained with another mask: {difference}. Use the same mask, or another --output.dir"
+        )
     engine.load(checkpoint / "engine", delta.tensors)
     return state
 

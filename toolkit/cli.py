@@ -51,7 +51,7 @@ def _quiet(rank: int) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     log = logging.getLogger("frostline")
     log.setLevel(logging.INFO if rank == 0 else logging.ERROR)

@@ -73,7 +73,9 @@ def read_delta(directory: Path) -> Delta:
         ) from None
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if shapes != {tensor.name: tensor.shape for tensor in mask.trainable}:
-        raise CheckpointError(f"{directory}: {_TENSORS} does not hold the tensors that {_MASK} lists; the delta is damaged")
+        raise CheckpointError(
+            f"{directory}: {_TENSORS} does not hold the tensors that {_MASK} lists; the delta is damaged"
+        )
     return delta
 
 

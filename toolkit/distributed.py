@@ -100,7 +100,9 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
         found = ", ".join(f"{name}={environ.get(name)}" for name in names)
         raise UsageError(f"the launcher's environment has {found}; expected whole numbers") from None
     if not 0 <= rank < size:
-        raise UsageError(f"the launcher's environment has {names[0]}={rank} and {names[2]}={size}; expected 0 <= rank < size")
+        raise UsageError(
+            f"the launcher's environment has {names[0]}={rank} and {names[2]}={size}; expected 0 <= rank < size"
+        )
     return World(rank, local_rank, size)
 
 

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from toolkit.data.batches import BatchPlan, step_batches
+from toolkit.data.dataset import load_dataset
 from toolkit.data.examples import Example
 from toolkit.distributed import World
+from toolkit.errors import DataError
 from toolkit.loss import Forward, supervised_loss
-from toolkit.prefix.split import Prefix
+from toolkit.prefix.split import Prefix, Suffix
+from toolkit.source import open_source
 
 
 @dataclass(frozen=True)
@@ -52,3 +55,34 @@ def evaluate(
             share += supervised_loss(forward, hidden, batch, tokens)
     (loss,) = world.sum(float(share))
     return Evaluation(loss, tokens)
+
+
+def evaluate_source(
+    source: str, path: str | None, split: str, batch_size: int, step: int | None, base: str | None
+) -> Evaluation:
+    """Loss of the model behind ``source`` in this one process.
+
+    Args:
+        source: as ``toolkit.source.open_source`` takes it.
+        path: rows to evaluate on, all of them; none takes what the run of ``source`` held out.
+        split: of a Hub data set.
+        batch_size: rows computed at once.
+        step: of a run, the checkpoint; none takes the latest.
+        base: where the base model is, if it moved.
+
+    Raises:
+        DataError: no rows are named and ``source`` held none out, or rows are bad.
+        UsageError: ``source`` cannot be opened.
+    """
+    opened = open_source(source, step, base)
+    config = opened.config.data
+    if path is not None:
+        config = config.model_copy(update={"path": path, "split": split, "validation": None})
+    elif opened.run is None or config.validation is None:
+        raise DataError(f"{source} held no rows out; name some with --data.path FILE")
+    dataset = load_dataset(config, opened.loaded.tokenizer, opened.config.train.seed)
+    examples = dataset.train if path is not None else dataset.validation
+    world = World()
+    model = opened.loaded.model.to(world.device).eval()
+    suffix = Suffix(model, opened.loaded.anatomy, boundary=0)
+    return evaluate(suffix, None, examples, batch_size, int(opened.loaded.tokenizer.pad_token_id), world)

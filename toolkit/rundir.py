@@ -39,7 +39,9 @@ def choose(config: RunConfig, recipe: Path) -> tuple[RunDirectory, FileLock]:
         path = Path(config.output.dir)
         lock = _lock(path)
         if lock is None:
-            raise CheckpointError(f"{path} is being written by another run; wait for it, or choose another --output.dir")
+            raise CheckpointError(
+                f"{path} is being written by another run; wait for it, or choose another --output.dir"
+            )
         return _inspect(path, config), lock
     for number in count(1):
         path = Path("runs") / (recipe.stem if number == 1 else f"{recipe.stem}-{number}")
@@ -90,7 +92,13 @@ def _inspect(path: Path, config: RunConfig) -> RunDirectory:
         )
     if changed := differences(path, config):
         raise CheckpointError(
-            "\n".join([f"{path} holds a run of another recipe:", *changed, "Choose another --output.dir, or run its own config.yaml"])
+            "\n".join(
+                [
+                    f"{path} holds a run of another recipe:",
+                    *changed,
+                    "Choose another --output.dir, or run its own config.yaml",
+                ]
+            )
         )
     return RunDirectory(path, checkpoint, read_state(checkpoint).finished)
 

@@ -48,9 +48,7 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def parse(
-    parser: argparse.ArgumentParser, default_recipe: Path, argv: Sequence[str] | None = None
-) -> Invocation:
+def parse(parser: argparse.ArgumentParser, default_recipe: Path, argv: Sequence[str] | None = None) -> Invocation:
     """Parse a training command line: ``--config``, ``--ds``, ``--local_rank`` and every recipe key.
 
     Raises:
@@ -61,7 +59,9 @@ def parse(
         "--ds", "--deepspeed", "--deepspeed_config", dest="ds", metavar="FILE",
         help="DeepSpeed JSON (see ds_configs/); without it torch alone trains",
     )  # fmt: skip
-    parser.add_argument("--local_rank", "--local-rank", type=int, help="set by the deepspeed launcher; not needed by hand")
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, help="set by the deepspeed launcher; not needed by hand"
+    )
     add_recipe_flags(parser)
     arguments, unknown = parser.parse_known_args(argv)
     known = field_paths()

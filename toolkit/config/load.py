@@ -47,7 +47,9 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError([f"{path}: no such file; --config takes a YAML recipe such as recipes/quickstart.yaml"]) from None
+        raise ConfigError(
+            [f"{path}: no such file; --config takes a YAML recipe such as recipes/quickstart.yaml"]
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path}: cannot be read as UTF-8 text ({error})"]) from None
     try:
@@ -97,7 +99,9 @@ def build(values: Mapping[str, Any], source: str, faults: Iterable[str] = ()) ->
 
 
 def _explain(fault: Any) -> str:
-    parts = [str(part) for part in fault["loc"] if not str(part).startswith(("function-", "float", "str", "constrained"))]
+    parts = [
+        str(part) for part in fault["loc"] if not str(part).startswith(("function-", "float", "str", "constrained"))
+    ]
     where = ".".join(parts)
     if fault["type"] == "extra_forbidden":
         return f"{where}: unknown key{did_you_mean(where, field_paths())}"

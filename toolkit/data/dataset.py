@@ -93,7 +93,9 @@ def encode_rows(rows: list[Row], encoder: Encoder, config: DataConfig) -> tuple[
         if len(bad) > _SHOWN:
             listed.append(f"  … and {len(bad) - _SHOWN} more")
         remedy = (
-            "Correct them, or set data.on_bad_row: skip to leave them out" if examples else "No usable row is left; correct them"
+            "Correct them, or set data.on_bad_row: skip to leave them out"
+            if examples
+            else "No usable row is left; correct them"
         )
         raise DataError("\n".join([f"{len(bad)} of {len(rows)} rows cannot be used:", *listed, remedy]))
     return examples, bad
@@ -102,7 +104,9 @@ def encode_rows(rows: list[Row], encoder: Encoder, config: DataConfig) -> tuple[
 def _hold_out(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
     count = max(1, round(len(examples) * fraction))
     if count >= len(examples):
-        raise DataError(f"data.validation {fraction} of {len(examples)} rows leaves none to train on; expected a smaller fraction")
+        raise DataError(
+            f"data.validation {fraction} of {len(examples)} rows leaves none to train on; expected a smaller fraction"
+        )
     held_out = set(random.Random(seed).sample(range(len(examples)), count))
     train = [example for index, example in enumerate(examples) if index not in held_out]
     return train, [examples[index] for index in sorted(held_out)]

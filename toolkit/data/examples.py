@@ -52,6 +52,11 @@ class Encoder:
         prompt, _ = self._render(sample.prompt(), None)
         return self._ids(prompt)
 
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer: the end of the text, and what the chat template closes a turn with."""
+        _, answer = self._render("question", "answer")
+        return sorted({int(self.tokenizer.eos_token_id), self._text_ids(answer)[-1]})
+
     def encode(self, sample: Sample) -> Example:
         """The example of a sample that has an answer.
 
@@ -117,7 +122,7 @@ class Encoder:
 
 def _first_tokens(tokenizer: PreTrainedTokenizerBase, contexts: tuple[str, ...], count: int) -> tuple[str, ...]:
     """The contexts up to ``count`` tokens, cut at a character, not inside one."""
-    kept = []
+    kept: list[str] = []
     for context in contexts:
         ids = tokenizer(context, add_special_tokens=False, verbose=False).input_ids
         if len(ids) > count:

@@ -42,7 +42,9 @@ def read_rows(path: str, split: str = "train") -> list[Row]:
             rows = list(reader(file))
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error})") from None
-    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and file.suffix.lower() not in _READERS and not file.parent.is_dir():
+    elif (
+        re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and file.suffix.lower() not in _READERS and not file.parent.is_dir()
+    ):
         rows = list(_hub(path, split))
     else:
         raise DataError(
@@ -98,7 +100,9 @@ def _json(file: Path) -> Iterator[Row]:
     except json.JSONDecodeError as error:
         raise DataError(f"{file}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
     except RecursionError:
-        raise DataError(f"{file}: JSON nested too deeply; expected a list of rows or an object of rows by key") from None
+        raise DataError(
+            f"{file}: JSON nested too deeply; expected a list of rows or an object of rows by key"
+        ) from None
     if isinstance(content, dict) and all(isinstance(row, dict) for row in content.values()):
         for key, values in content.items():
             yield _row(f"{file} key {key}", values)
@@ -106,7 +110,9 @@ def _json(file: Path) -> Iterator[Row]:
         for number, values in enumerate(content, start=1):
             yield _row(f"{file} row {number}", values)
     else:
-        raise DataError(f"{file}: holds one {type(content).__name__}; expected a list of rows or an object of rows by key")
+        raise DataError(
+            f"{file}: holds one {type(content).__name__}; expected a list of rows or an object of rows by key"
+        )
 
 
 def _csv(file: Path) -> Iterator[Row]:
@@ -116,7 +122,10 @@ def _csv(file: Path) -> Iterator[Row]:
         for number, values in enumerate(reader, start=1):
             origin = f"{file} row {number}"
             if None in values or None in values.values():
-                yield Row(origin, fault=f"has not the {len(reader.fieldnames or [])} fields of the header line; check its quotes")
+                yield Row(
+                    origin,
+                    fault=f"has not the {len(reader.fieldnames or [])} fields of the header line; check its quotes",
+                )
             else:
                 yield _row(origin, values)
     except csv.Error as error:

@@ -38,7 +38,9 @@ def pubmedqa(values: Any, with_answer: bool = True) -> Sample:
         RowFaultError: a column is missing, null, empty, or of the wrong type.
     """
     if not isinstance(values, Mapping):
-        raise RowFaultError(f"is a {type(values).__name__}; expected an object with columns {QUESTION}, {CONTEXTS}, {ANSWER}")
+        raise RowFaultError(
+            f"is a {type(values).__name__}; expected an object with columns {QUESTION}, {CONTEXTS}, {ANSWER}"
+        )
     question = _string(values, QUESTION)
     contexts = _contexts(_column(values, CONTEXTS))
     return Sample(question, contexts, _string(values, ANSWER) if with_answer else None)

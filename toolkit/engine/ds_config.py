@@ -13,13 +13,40 @@ from toolkit.config.schema import RunConfig
 from toolkit.errors import ConfigError
 
 _KNOWN_KEYS = frozenset(
-    """
-    activation_checkpointing aio bf16 checkpoint comms_logger communication_data_type csv_monitor data_types
-    disable_allgather disable_python_gc dump_state flops_profiler fp16 gradient_accumulation_steps gradient_clipping
-    gradient_predivide_factor log_level memory_breakdown optimizer prescale_gradients scheduler steps_per_print
-    tensorboard timers train_batch_size train_micro_batch_size_per_gpu use_node_local_storage wall_clock_breakdown
-    wandb zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
-    """.split()
+    [
+        "activation_checkpointing",
+        "aio",
+        "bf16",
+        "checkpoint",
+        "comms_logger",
+        "communication_data_type",
+        "csv_monitor",
+        "data_types",
+        "disable_allgather",
+        "disable_python_gc",
+        "dump_state",
+        "flops_profiler",
+        "fp16",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "gradient_predivide_factor",
+        "log_level",
+        "memory_breakdown",
+        "optimizer",
+        "prescale_gradients",
+        "scheduler",
+        "steps_per_print",
+        "tensorboard",
+        "timers",
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "use_node_local_storage",
+        "wall_clock_breakdown",
+        "wandb",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "zero_optimization",
+    ]
 )
 """DeepSpeed accepts any other key in silence; those it knows beyond these act on loaders or gradients that are ours."""
 
@@ -33,7 +60,9 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError([f"{path}: no such file; --ds takes a DeepSpeed JSON such as ds_configs/zero2.json"]) from None
+        raise ConfigError(
+            [f"{path}: no such file; --ds takes a DeepSpeed JSON such as ds_configs/zero2.json"]
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path}: cannot be read as UTF-8 text ({error})"]) from None
     except (json.JSONDecodeError, RecursionError) as error:
@@ -44,7 +73,9 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     for key in content:
         if key not in _KNOWN_KEYS:
             near = difflib.get_close_matches(key, sorted(_KNOWN_KEYS), n=1)
-            faults.append(f"{key}: not a key that can be used here" + (f" (did you mean {near[0]}?)" if near else "; remove it"))
+            faults.append(
+                f"{key}: not a key that can be used here" + (f" (did you mean {near[0]}?)" if near else "; remove it")
+            )
     if faults:
         raise ConfigError(faults, f"DeepSpeed file {path}")
     return content
@@ -56,7 +87,9 @@ def zero_stage(ds: dict[str, Any]) -> int:
     return int(zero.get("stage", 0)) if isinstance(zero, dict) else 0
 
 
-def resolve_ds_config(ds: dict[str, Any], config: RunConfig, ranks: int, hidden_size: int, path: Path) -> dict[str, Any]:
+def resolve_ds_config(
+    ds: dict[str, Any], config: RunConfig, ranks: int, hidden_size: int, path: Path
+) -> dict[str, Any]:
     """What DeepSpeed is given: ``ds`` with everything the recipe owns filled in.
 
     The recipe owns batch sizes, precision, clipping, optimizer and schedule. A value in the file that says otherwise
@@ -82,7 +115,7 @@ def resolve_ds_config(ds: dict[str, Any], config: RunConfig, ranks: int, hidden_
     faults += _check_optimizer(resolved.pop("optimizer", None), config)
     faults += _check_scheduler(resolved.pop("scheduler", None), config)
     _fill_buckets(resolved.setdefault("zero_optimization", {}), hidden_size)
-    faults += [f"{where} is \"auto\", but nothing in the recipe fills it; give a value" for where in _autos(resolved)]
+    faults += [f'{where} is "auto", but nothing in the recipe fills it; give a value' for where in _autos(resolved)]
     if faults:
         raise ConfigError(faults, f"DeepSpeed file {path}, read against the recipe")
     if config.train.gradient_accumulation_steps > 1:
@@ -94,7 +127,11 @@ def resolve_ds_config(ds: dict[str, Any], config: RunConfig, ranks: int, hidden_
 def _owned(config: RunConfig, ranks: int) -> Iterator[tuple[str, Any, str]]:
     train = config.train
     yield "train_micro_batch_size_per_gpu", train.micro_batch_size, "train.micro_batch_size"
-    yield "gradient_accumulation_steps", train.gradient_accumulation_steps, "train.gradient_accumulation_steps"
+    yield (
+        "gradient_accumulation_steps",
+        train.gradient_accumulation_steps,
+        "train.gradient_accumulation_steps",
+    )
     product = train.micro_batch_size * train.gradient_accumulation_steps * ranks
     yield "train_batch_size", product, f"micro batch x accumulation x {ranks} ranks"
     yield "gradient_clipping", train.max_grad_norm, "train.max_grad_norm"
@@ -107,7 +144,7 @@ def _fill(ds: dict[str, Any], dotted: str, value: Any, owner: str) -> Iterator[s
     target = ds.setdefault(section, {}) if section else ds
     found = target.get(key, "auto")
     if found not in ("auto", value):
-        yield f"{dotted} is {found!r}, the recipe's {owner} makes it {value!r}; write \"auto\" or change the recipe"
+        yield f'{dotted} is {found!r}, the recipe\'s {owner} makes it {value!r}; write "auto" or change the recipe'
     target[key] = value
 
 
@@ -150,9 +187,9 @@ def _check_params(block: dict[str, Any], name: str, expected: dict[str, Any]) ->
         if found == "auto":
             continue
         if key not in expected:
-            yield f"{name}.params.{key} is {found!r}; the recipe has no such setting: drop it or write \"auto\""
+            yield f'{name}.params.{key} is {found!r}; the recipe has no such setting: drop it or write "auto"'
         elif found != expected[key]:
-            yield f"{name}.params.{key} is {found!r}, the recipe makes it {expected[key]!r}; write \"auto\" or change the recipe"
+            yield f'{name}.params.{key} is {found!r}, the recipe makes it {expected[key]!r}; write "auto" or change the recipe'
 
 
 def _fill_buckets(zero: dict[str, Any], hidden_size: int) -> None:

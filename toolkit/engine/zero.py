@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from toolkit.config.schema import OptimConfig, TrainConfig
@@ -13,7 +14,7 @@ from toolkit.data.batches import Batch
 from toolkit.distributed import World
 from toolkit.engine.base import Update
 from toolkit.engine.ds_config import zero_stage
-from toolkit.errors import CheckpointError
+from toolkit.errors import CheckpointError, ConfigError
 from toolkit.optim import build_optimizer, build_scheduler
 from toolkit.prefix.split import Suffix
 
@@ -44,7 +45,8 @@ class ZeroEngine:
             ds_config: as ``resolve_ds_config`` returns it.
         """  # noqa: D205, D212
         import deepspeed
-        from deepspeed.runtime.config_utils import ValidationError
+        from deepspeed.runtime.config import DeepSpeedConfigError
+
         self.name = f"zero-{zero_stage(ds_config)}"
         self._world = world
         self._parameters = parameters
@@ -95,4 +97,6 @@ class ZeroEngine:
     def load(self, directory: Path, masters: dict[str, torch.Tensor]) -> None:  # noqa: D102
         found, _ = self._engine.load_checkpoint(str(directory), tag=_TAG, load_module_strict=False)
         if found is None:
-            raise CheckpointError(f"{directory} holds no DeepSpeed state; expected the folder {_TAG} that a checkpoint writes")
+            raise CheckpointError(
+                f"{directory} holds no DeepSpeed state; expected the folder {_TAG} that a checkpoint writes"
+            )

@@ -61,7 +61,9 @@ def audit_table(mask: LayerMask, anatomy: Anatomy) -> str:
             drawn = True
         note = f"  ({row.note})" if row.note else ""
         lines.append(f"{row.part:<14}{row.tensors:>8}{row.parameters:>16,}  {row.state}{note}")
-    lines.append(f"{total.part:<14}{total.tensors:>8}{total.parameters:>16,}  {total.trained:,} trained ({total.trained / total.parameters:.1%})")
+    lines.append(
+        f"{total.part:<14}{total.tensors:>8}{total.parameters:>16,}  {total.trained:,} trained ({total.trained / total.parameters:.1%})"
+    )
     return "\n".join(lines)
 
 
@@ -69,7 +71,8 @@ def audit_markdown(mask: LayerMask, anatomy: Anatomy) -> str:
     """The audit as a Markdown table, for TensorBoard and the model card."""
     lines = ["| part | tensors | parameters | state | note |", "|---|---:|---:|---|---|"]
     lines += [
-        f"| {row.part} | {row.tensors} | {row.parameters:,} | {row.state} | {row.note} |" for row in audit(mask, anatomy)
+        f"| {row.part} | {row.tensors} | {row.parameters:,} | {row.state} | {row.note} |"
+        for row in audit(mask, anatomy)
     ]
     return "\n".join([*lines, "", f"Frost line: {_frost_line(mask)}"])
 

@@ -64,7 +64,9 @@ def _part(selector: str, anatomy: Anatomy) -> set[str]:
 def _end(argument: str, selector: str, anatomy: Anatomy) -> set[str]:
     count = anatomy.block_count
     if not re.fullmatch(r"[0-9]+", argument) or not 1 <= int(argument) <= count:
-        raise MaskError(f"mask selector {selector!r}: expected a whole number from 1 to {count}, the blocks of this model")
+        raise MaskError(
+            f"mask selector {selector!r}: expected a whole number from 1 to {count}, the blocks of this model"
+        )
     size = int(argument)
     return _blocks(range(count - size, count) if selector.startswith("last") else range(size), anatomy)
 
@@ -75,7 +77,9 @@ def _listed(argument: str, selector: str, anatomy: Anatomy) -> set[str]:
     for item in argument.split(","):
         match = re.fullmatch(r"\s*([0-9]+)(?:-([0-9]+))?\s*", item)
         if not match:
-            raise MaskError(f"mask selector {selector!r}: {item!r} is not a block; expected a form such as blocks:10-13,28")
+            raise MaskError(
+                f"mask selector {selector!r}: {item!r} is not a block; expected a form such as blocks:10-13,28"
+            )
         low, high = int(match[1]), int(match[2] or match[1])
         if high < low:
             raise MaskError(f"mask selector {selector!r}: the range {item.strip()} runs backwards; write {high}-{low}")

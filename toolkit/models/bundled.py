@@ -73,7 +73,7 @@ def _convert(source: Path, target: Path) -> None:
         quantization_config=GgufConfig(dequantize=True),  # packed weights can be neither trained nor saved
     )
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
-    staging = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=target.parent))
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config

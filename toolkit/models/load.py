@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from toolkit.config.schema import ModelConfig
 from toolkit.errors import ModelError
@@ -70,7 +76,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model.name_or_path {source!r}: no usable tokenizer. {_first_lines(error)}") from None
     if tokenizer.eos_token is None:
-        raise ModelError(f"the tokenizer of {source} has no end-of-text token (eos_token); set one in its tokenizer_config.json")
+        raise ModelError(
+            f"the tokenizer of {source} has no end-of-text token (eos_token); set one in its tokenizer_config.json"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -96,7 +104,9 @@ def resolve_source(name: str) -> str:
             )
         return name
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name):
-        raise ModelError(f"model.name_or_path {name!r} is not an existing directory; expected that, a Hub id (org/name) or bundled:NAME")
+        raise ModelError(
+            f"model.name_or_path {name!r} is not an existing directory; expected that, a Hub id (org/name) or bundled:NAME"
+        )
     return name
 
 
@@ -106,7 +116,7 @@ def fingerprint(model: nn.Module) -> str:
     def digest(item: tuple[str, torch.Tensor]) -> bytes:
         name, tensor = item
         sha = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return sha.digest()
 
     with ThreadPoolExecutor() as pool:

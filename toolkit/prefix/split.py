@@ -1,8 +1,8 @@
 """Cut a model at the frost line into a frozen prefix and a trained suffix.
 
 Both halves are copies of the model's skeleton that share its parameters. In the prefix, what lies above the line is
-gone; in the suffix, the blocks below it are pass-throughs without parameters and the embeddings are a stub, so autograd, the
-optimizer, ZeRO and a checkpoint never see them. ``suffix(prefix(batch))`` computes what the whole model computes.
+gone; in the suffix, the blocks below it are pass-throughs without parameters and the embeddings are a stub, so autograd,
+the optimizer, ZeRO and a checkpoint never see them. ``suffix(prefix(batch))`` computes what the whole model computes.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Prefix(nn.Module):
             boundary: b, from 1 to the number of blocks.
         """  # noqa: D205, D212
         super().__init__()
-        blocks = model.get_submodule(anatomy.blocks)
+        blocks = list(model.get_submodule(anatomy.blocks).children())
         entry = _entry(model, anatomy, boundary)
-        replaced: dict[nn.Module, nn.Module] = {block: _Absent(block) for block in list(blocks)[boundary:]}
+        replaced: dict[nn.Module, nn.Module] = {block: _Absent(block) for block in blocks[boundary:]}
         replaced[model.get_submodule(anatomy.head)] = _Absent()
         replaced[entry] = _Arrival(entry)
         self.skeleton = _skeleton(model, replaced)
@@ -63,7 +63,7 @@ class Suffix(nn.Module):
         replaced: dict[nn.Module, nn.Module] = {}
         if boundary:
             head = model.get_submodule(anatomy.head)
-            for block in list(model.get_submodule(anatomy.blocks))[:boundary]:
+            for block in list(model.get_submodule(anatomy.blocks).children())[:boundary]:
                 replaced[block] = _PassThrough(block)
             for name in anatomy.embeddings:
                 table = model.get_submodule(name)
@@ -79,7 +79,7 @@ class Suffix(nn.Module):
 
     def blocks(self, first: int) -> list[nn.Module]:
         """The blocks from index ``first`` on, counted in the whole model."""
-        return list(self.model.get_submodule(self._blocks))[first:]
+        return list(self.model.get_submodule(self._blocks).children())[first:]
 
     def forward(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:
         """Logits of the S supervised positions.
@@ -156,7 +156,7 @@ def _skeleton(model: PreTrainedModel, replaced: dict[nn.Module, nn.Module]) -> P
     return copy.deepcopy(model, shared)
 
 
-class _Arrived(Exception):  # noqa: N818 - a signal, not an error
+class _Arrived(Exception):
     def __init__(self, hidden: torch.Tensor) -> None:
         self.hidden = hidden
 

@@ -79,7 +79,12 @@ def _train(setup: Setup, directory: RunDirectory) -> int:
         if monitor.epoch_losses:
             log.info("mean loss by epoch: %s", ", ".join(f"{loss:.4f}" for loss in monitor.epoch_losses))
     peak = world.max(peak_memory_gib(world.device))
-    log.info("done: %d steps, peak memory %.2f GiB; next: python launch/export.py %s", setup.total_steps, peak, run_dir)
+    log.info(
+        "done: %d steps, peak memory %.2f GiB; next: python launch/export.py %s",
+        setup.total_steps,
+        peak,
+        run_dir,
+    )
     return 0
 
 
@@ -137,7 +142,12 @@ def _validate(setup: Setup, monitor: Monitor, step: int) -> None:
     if setup.prefix:
         setup.prefix.eval()
     outcome = evaluate(
-        setup.engine.forward, setup.prefix, setup.dataset.validation, setup.plan.micro_batch_size, setup.pad_id, setup.world
+        setup.engine.forward,
+        setup.prefix,
+        setup.dataset.validation,
+        setup.plan.micro_batch_size,
+        setup.pad_id,
+        setup.world,
     )
     setup.engine.train(True)
     if setup.prefix:

@@ -96,11 +96,15 @@ def _check_fit(dataset: Dataset, loaded: LoadedModel) -> None:
     longest = max(len(example.token_ids) for example in examples)
     positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     if positions and longest > positions:
-        raise DataError(f"the longest row has {longest} tokens, the model has {positions} positions; set data.max_length: {positions}")
+        raise DataError(
+            f"the longest row has {longest} tokens, the model has {positions} positions; set data.max_length: {positions}"
+        )
     rows = loaded.model.get_input_embeddings().weight.shape[0]
     largest = max(max(example.token_ids) for example in examples)
     if largest >= rows:
-        raise ModelError(f"the tokenizer gives id {largest}, the model embeds {rows} ids; expected a tokenizer made for this model")
+        raise ModelError(
+            f"the tokenizer gives id {largest}, the model embeds {rows} ids; expected a tokenizer made for this model"
+        )
 
 
 def _cut(loaded: LoadedModel, mask: LayerMask, dataset: Dataset, world: World) -> tuple[Prefix | None, Suffix]:

@@ -1,0 +1,55 @@
+"""Validation loss and perplexity of a run, an export, a delta or any model.
+
+    python launch/evaluate.py runs/quickstart                                  # the rows its run held out
+    python launch/evaluate.py runs/quickstart --data.path other.jsonl          # every row of that file
+    python launch/evaluate.py HuggingFaceTB/SmolLM2-135M-Instruct --data.path other.jsonl
+
+Prints a line for people, then one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout, installed or not
+
+from toolkit.cli import run_command
+from toolkit.config import flags
+
+
+def main() -> int:
+    """Parse the command line, then evaluate."""
+    parser = flags.parser(__doc__ or "")
+    parser.add_argument("source", help="run directory, export, delta, model directory or Hub id")
+    parser.add_argument("--data.path", dest="path", help="rows to evaluate on; default: what the run held out")
+    parser.add_argument("--data.split", dest="split", default="train", help="split of a Hub data set")
+    parser.add_argument("--batch-size", type=int, default=1, help="rows computed at once; default: 1")
+    parser.add_argument("--step", type=int, help="checkpoint of a run; default: the latest")
+    parser.add_argument("--base", help="where the base model is, if it moved since training")
+    arguments = parser.parse_args()
+    from toolkit.evaluate import evaluate_source
+
+    outcome = evaluate_source(
+        arguments.source,
+        arguments.path,
+        arguments.split,
+        arguments.batch_size,
+        arguments.step,
+        arguments.base,
+    )
+    print(
+        f"loss {outcome.loss:.4f}, perplexity {outcome.perplexity:.2f} over {outcome.supervised_tokens} supervised tokens"
+    )
+    values = {
+        "loss": outcome.loss,
+        "perplexity": outcome.perplexity,
+        "supervised_tokens": outcome.supervised_tokens,
+    }
+    print(json.dumps(values))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,49 @@
+"""Export a run as a model directory for transformers, or as a delta of the trained tensors alone.
+
+python launch/export.py runs/quickstart                      # -> runs/quickstart/export
+python launch/export.py runs/quickstart --dtype float32 --output my-model
+python launch/export.py runs/quickstart --delta              # -> runs/quickstart/export-delta
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout, installed or not
+
+from toolkit.cli import run_command
+from toolkit.config import flags
+
+
+def main() -> int:
+    """Parse the command line, then export."""
+    parser = flags.parser(__doc__ or "")
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("--output", type=Path, help="target directory; default: RUN/export, or RUN/export-delta")
+    parser.add_argument("--delta", action="store_true", help="write the trained tensors alone")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="precision of the weights; default: the run's for a model, float32 for a delta",
+    )
+    parser.add_argument("--step", type=int, help="checkpoint to export; default: the latest")
+    parser.add_argument("--base", help="where the base model is, if it moved since training")
+    arguments = parser.parse_args()
+    from toolkit.config.load import build, read_recipe
+    from toolkit.export import export_delta, export_model
+
+    if arguments.delta:
+        target = arguments.output or arguments.run / "export-delta"
+        export_delta(arguments.run, target, arguments.dtype or "float32", arguments.step)
+    else:
+        target = arguments.output or arguments.run / "export"
+        recipe = arguments.run / "config.yaml"
+        dtype = arguments.dtype or build(read_recipe(recipe), f"recipe {recipe}").model.dtype
+        export_model(arguments.run, target, dtype, arguments.step, arguments.base)
+    print(target)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,74 @@
+"""Answer questions with a run, an export, a delta or any model.
+
+    python launch/generate.py runs/quickstart --question "…" --context "…"
+    python launch/generate.py runs/quickstart --input questions.jsonl --output answers.jsonl
+
+The input has the columns QUESTION and CONTEXTS in any format that training reads; the output is JSON lines with
+QUESTION, CONTEXTS, ANSWER, and REFERENCE where the input has LONG_ANSWER.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout, installed or not
+
+from toolkit.cli import run_command
+from toolkit.config import flags
+
+
+def main() -> int:
+    """Parse the command line, then answer."""
+    parser = flags.parser(__doc__ or "")
+    parser.add_argument("source", help="run directory, export, delta, model directory or Hub id")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--question", help="one question")
+    asked.add_argument("--input", help="file or Hub data set of questions")
+    parser.add_argument("--context", action="append", default=[], help="context of --question; may be repeated")
+    parser.add_argument("--output", type=Path, help="JSON lines file for the answers; default: print them")
+    parser.add_argument("--split", default="train", help="split of a Hub data set")
+    parser.add_argument("--limit", type=int, help="answer the first so many questions only")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer in tokens; default: 256")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy and repeatable; default: 0")
+    parser.add_argument("--step", type=int, help="checkpoint of a run; default: the latest")
+    parser.add_argument("--base", help="where the base model is, if it moved since training")
+    arguments = parser.parse_args()
+    from toolkit.data.questions import from_prompt, read_questions
+    from toolkit.distributed import World
+    from toolkit.generate import answers
+    from toolkit.source import open_source
+
+    questions = (
+        read_questions(arguments.input, arguments.split)[: arguments.limit]
+        if arguments.input
+        else [from_prompt(arguments.question, arguments.context)]
+    )
+    opened = open_source(arguments.source, arguments.step, arguments.base)
+    opened.loaded.model.to(World().device)
+    given = answers(
+        opened.loaded,
+        questions,
+        opened.config.data.max_length,
+        arguments.max_new_tokens,
+        arguments.temperature,
+    )
+    out = arguments.output.open("w", encoding="utf-8") if arguments.output else None
+    for question, answer in zip(questions, given, strict=True):
+        if out is None:
+            print(f"Q: {question.question}\nA: {answer}\n" if arguments.input else answer, flush=True)
+            continue
+        row = {"QUESTION": question.question, "CONTEXTS": list(question.contexts), "ANSWER": answer}
+        if question.answer is not None:
+            row["REFERENCE"] = question.answer
+        out.write(json.dumps(row, ensure_ascii=False) + "\n")
+        out.flush()
+    if out is not None:
+        out.close()
+        print(arguments.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,129 @@
+"""Export a run: a model directory that ``from_pretrained`` loads, or a delta for the base model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from toolkit.config.load import dump
+from toolkit.delta import Delta, read_delta, save_delta
+from toolkit.errors import CheckpointError
+from toolkit.mask.audit import audit_markdown
+from toolkit.source import find_checkpoint, open_source
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+
+def export_model(run: Path, target: Path, dtype: Dtype, step: int | None = None, base: str | None = None) -> None:
+    """Write the whole trained model with tokenizer, chat template and model card.
+
+    Trained tensors come from the float32 masters; a head that was untied is saved as its own tensor, with
+    ``tie_word_embeddings: false``.
+
+    Args:
+        run: the run directory.
+        target: a directory that is empty or does not exist.
+        dtype: precision of the saved weights.
+        step: the checkpoint; none takes the latest.
+        base: where the base model is, if it moved.
+
+    Raises:
+        CheckpointError: ``run`` is no run, ``target`` is in use, or the base model changed.
+    """
+    _require_run(run)
+    _require_empty(target)
+    opened = open_source(str(run), step, base)
+    model, delta = opened.loaded.model, read_delta(find_checkpoint(run, step) / "delta")
+    model.to(getattr(torch, dtype))
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in delta.tensors.items():  # from the masters, not from their rounded copies
+            parameters[name].copy_(tensor)
+    model.config.use_cache = True
+    staging = target.with_name(f".{target.name}.staging")
+    shutil.rmtree(staging, ignore_errors=True)
+    model.save_pretrained(staging)
+    opened.loaded.tokenizer.save_pretrained(staging)
+    audit = audit_markdown(delta.mask, opened.loaded.anatomy)
+    (staging / "README.md").write_text(_model_card(run, delta, audit, dump(opened.config)), encoding="utf-8")
+    _publish(staging, target)
+
+
+def export_delta(run: Path, target: Path, dtype: Dtype, step: int | None = None) -> None:
+    """Write the trained tensors alone, with the mask and the identity of the base model.
+
+    Args and errors are those of ``export_model``.
+    """
+    _require_run(run)
+    _require_empty(target)
+    delta = read_delta(find_checkpoint(run, step) / "delta")
+    tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in delta.tensors.items()}
+    staging = target.with_name(f".{target.name}.staging")
+    shutil.rmtree(staging, ignore_errors=True)
+    save_delta(Delta(tensors, delta.mask, delta.base), staging)
+    _publish(staging, target)
+
+
+def _require_run(run: Path) -> None:
+    if not (run / "config.yaml").is_file():
+        raise CheckpointError(f"{run} is not a run directory (no config.yaml); expected one such as runs/quickstart")
+
+
+def _require_empty(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target} exists and is not empty; choose another --output, or remove it")
+
+
+def _publish(staging: Path, target: Path) -> None:
+    if target.exists():
+        target.rmdir()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging.rename(target)
+
+
+def _model_card(run: Path, delta: Delta, audit: str, recipe: str) -> str:
+    base = delta.base.config
+    last = _last_metrics(run)
+    untied = (
+        "\n\nThe head is its own tensor here; in the base model it is tied to the embeddings."
+        if delta.mask.untie_head
+        else ""
+    )
+    return f"""---
+base_model: {base.name_or_path}
+library_name: transformers
+tags: [frostline, partial-fine-tuning]
+---
+
+# {base.name_or_path}, partially fine-tuned
+
+Fine-tuned with Frostline: only the tensors marked as trained below were updated, every other one is bit-identical to
+the base model (revision {base.revision or "unpinned"}, SHA-256 of the weights {delta.base.sha256}).{untied}
+
+{audit}
+
+## Training
+
+{last}
+
+```yaml
+{recipe}```
+
+The licence and the intended use are those of the base model. The answers of a language model are no medical advice.
+"""
+
+
+def _last_metrics(run: Path) -> str:
+    path = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    lines = []
+    if steps := [row for row in rows if "loss" in row]:
+        lines.append(f"{steps[-1]['step']} steps, last loss {steps[-1]['loss']:.4f}.")
+    if evaluations := [row for row in rows if "eval_loss" in row]:
+        row = evaluations[-1]
+        lines.append(f"Validation loss {row['eval_loss']:.4f}, perplexity {row['eval_perplexity']:.2f}.")
+    return " ".join(lines) or "No metrics were kept."
