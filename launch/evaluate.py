@@ -39,15 +39,9 @@ def main() -> int:
         arguments.step,
         arguments.base,
     )
-    print(
-        f"loss {outcome.loss:.4f}, perplexity {outcome.perplexity:.2f} over {outcome.supervised_tokens} supervised tokens"
-    )
-    values = {
-        "loss": outcome.loss,
-        "perplexity": outcome.perplexity,
-        "supervised_tokens": outcome.supervised_tokens,
-    }
-    print(json.dumps(values))
+    tokens = outcome.supervised_tokens
+    print(f"loss {outcome.loss:.4f}, perplexity {outcome.perplexity:.2f} over {tokens} supervised tokens")
+    print(json.dumps({"loss": outcome.loss, "perplexity": outcome.perplexity, "supervised_tokens": tokens}))
     return 0
 
 

@@ -4,7 +4,8 @@ One process:        python launch/train.py --config recipes/quickstart.yaml
 DeepSpeed ZeRO:     deepspeed launch/train.py --ds ds_configs/zero2.json
 Other launchers:    torchrun | accelerate launch | srun ... launch/train.py ...
 
-Exit codes: 0 done; 1 failed; 2 bad usage, config or data; 75 stopped by a signal after a checkpoint, start again to go on.
+Exit codes: 0 done; 1 failed; 2 bad usage, config or data; 75 stopped by a signal after a checkpoint, start
+again to go on.
 """
 
 from __future__ import annotations

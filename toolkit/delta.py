@@ -69,7 +69,8 @@ def read_delta(directory: Path) -> Delta:
         delta = Delta(tensors, mask, Base(ModelConfig(**base["model"]), base["sha256"]))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(
-            f"{directory} is not a readable delta ({type(error).__name__}: {error}); expected {_TENSORS}, {_MASK} and {_BASE}"
+            f"{directory} is not a readable delta ({type(error).__name__}: {error}); "
+            f"expected {_TENSORS}, {_MASK} and {_BASE}"
         ) from None
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if shapes != {tensor.name: tensor.shape for tensor in mask.trainable}:

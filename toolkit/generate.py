@@ -39,7 +39,8 @@ def answers(
         prompt = encoder.prompt_ids(sample)
         if len(prompt) > max_length:
             raise DataError(
-                f"the question with its contexts has {len(prompt)} tokens, data.max_length is {max_length}; shorten the contexts"
+                f"the question with its contexts has {len(prompt)} tokens, data.max_length is {max_length}; "
+                "shorten the contexts"
             )
         ids = torch.tensor([prompt], device=model.device)
         with torch.no_grad():

@@ -39,12 +39,13 @@ def warmup_steps(train: TrainConfig, total_steps: int) -> int:
 
 def build_scheduler(optimizer: torch.optim.Optimizer, train: TrainConfig, total_steps: int) -> LRScheduler:
     """Linear warmup from 0, then the recipe's course to the end of ``total_steps``."""
-    return get_scheduler(
+    scheduler: LRScheduler = get_scheduler(
         train.scheduler,
         optimizer,
         num_warmup_steps=warmup_steps(train, total_steps),
         num_training_steps=total_steps,
     )
+    return scheduler
 
 
 class MasterWeights:

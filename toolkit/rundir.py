@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -12,6 +14,7 @@ from filelock import FileLock, Timeout
 from toolkit.checkpoint import latest_checkpoint, read_state
 from toolkit.config.load import build, dump, read_recipe
 from toolkit.config.schema import RunConfig
+from toolkit.distributed import World
 from toolkit.errors import CheckpointError, ConfigError
 
 
@@ -26,8 +29,9 @@ class RunDirectory:
     """The run in it is already done: nothing to train."""
 
 
-def choose(config: RunConfig, recipe: Path) -> tuple[RunDirectory, FileLock]:
-    """Pick and lock the directory of a run; only rank 0 calls it, and keeps the lock as long as it writes.
+@contextmanager
+def claim(config: RunConfig, recipe: Path, world: World) -> Iterator[RunDirectory]:
+    """Pick the directory of a run, the same on every rank, and keep other runs out of it while entered.
 
     With ``output.dir`` that directory, else ``runs/RECIPE``, or the first ``runs/RECIPE-N`` that is free or holds an
     interrupted run of the same recipe.
@@ -35,6 +39,17 @@ def choose(config: RunConfig, recipe: Path) -> tuple[RunDirectory, FileLock]:
     Raises:
         CheckpointError: the directory holds another recipe's run, is in use, or ``output.resume`` forbids it.
     """
+    directory = lock = None
+    if world.is_main:
+        directory, lock = _choose(config, recipe)
+    try:
+        yield world.share(directory)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _choose(config: RunConfig, recipe: Path) -> tuple[RunDirectory, FileLock]:
     if config.output.dir:
         path = Path(config.output.dir)
         lock = _lock(path)

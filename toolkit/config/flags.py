@@ -36,7 +36,7 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     for path, info in field_paths().items():
         section = path.split(".")[0]
         if section not in groups:
-            summary = (RunConfig.model_fields[section].annotation.__doc__ or "").strip()  # type: ignore[union-attr]
+            summary = (RunConfig.model_fields[section].annotation.__doc__ or "").strip()
             groups[section] = parser.add_argument_group(section, summary)
         default = "none" if info.default is None else info.default
         groups[section].add_argument(

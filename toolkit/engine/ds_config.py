@@ -161,7 +161,7 @@ def _check_optimizer(block: dict[str, Any] | None, config: RunConfig) -> Iterato
     if block is None:
         return
     if block.get("type") != "AdamW":
-        yield f"optimizer.type is {block.get('type')!r}; the recipe trains with AdamW: drop the block, frostline builds the optimizer"
+        yield f"optimizer.type is {block.get('type')!r}; frostline builds the recipe's optimizer, AdamW: drop the block"
     expected = {
         "lr": config.train.learning_rate,
         "weight_decay": config.train.weight_decay,
@@ -189,7 +189,10 @@ def _check_params(block: dict[str, Any], name: str, expected: dict[str, Any]) ->
         if key not in expected:
             yield f'{name}.params.{key} is {found!r}; the recipe has no such setting: drop it or write "auto"'
         elif found != expected[key]:
-            yield f'{name}.params.{key} is {found!r}, the recipe makes it {expected[key]!r}; write "auto" or change the recipe'
+            yield (
+                f"{name}.params.{key} is {found!r}, the recipe makes it {expected[key]!r}; "
+                'write "auto" or change the recipe'
+            )
 
 
 def _fill_buckets(zero: dict[str, Any], hidden_size: int) -> None:

@@ -61,9 +61,8 @@ def audit_table(mask: LayerMask, anatomy: Anatomy) -> str:
             drawn = True
         note = f"  ({row.note})" if row.note else ""
         lines.append(f"{row.part:<14}{row.tensors:>8}{row.parameters:>16,}  {row.state}{note}")
-    lines.append(
-        f"{total.part:<14}{total.tensors:>8}{total.parameters:>16,}  {total.trained:,} trained ({total.trained / total.parameters:.1%})"
-    )
+    share = f"{total.trained:,} trained ({total.trained / total.parameters:.1%})"
+    lines.append(f"{total.part:<14}{total.tensors:>8}{total.parameters:>16,}  {share}")
     return "\n".join(lines)
 
 

@@ -78,8 +78,8 @@ def _untie_head(selected: frozenset[str], policy: Literal["error", "untie"], ana
     if policy == "untie":
         return True
     raise MaskError(
-        f"the mask selects {tied.name}, but the head and the embeddings share one tensor ({tied.alias_of}): training one "
-        "changes the other. Choose:\n"
+        f"the mask selects {tied.name}, but the head and the embeddings share one tensor ({tied.alias_of}): training "
+        "one changes the other. Choose:\n"
         "  mask.tied: untie   the head gets its own tensor and trains alone; the embeddings stay as they are\n"
         "  mask.train without head (and embeddings)   the shared tensor stays frozen"
     )

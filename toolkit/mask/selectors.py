@@ -85,7 +85,8 @@ def _listed(argument: str, selector: str, anatomy: Anatomy) -> set[str]:
             raise MaskError(f"mask selector {selector!r}: the range {item.strip()} runs backwards; write {high}-{low}")
         if high >= count:
             raise MaskError(
-                f"mask selector {selector!r}: block {high} is out of range; this model has {count} blocks, 0 to {count - 1}"
+                f"mask selector {selector!r}: block {high} is out of range; "
+                f"this model has {count} blocks, 0 to {count - 1}"
             )
         chosen.update(range(low, high + 1))
     return _blocks(chosen, anatomy)

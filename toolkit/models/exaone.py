@@ -32,7 +32,7 @@ def is_exaone(source: str, revision: str | None) -> bool:
         OSError: the config cannot be found.
     """
     values, _ = PretrainedConfig.get_config_dict(source, revision=revision)
-    return values.get("model_type") == "exaone"
+    return bool(values.get("model_type") == "exaone")
 
 
 def llama_config(exaone: dict[str, Any]) -> LlamaConfig:

@@ -26,7 +26,8 @@ def inspect(model: PreTrainedModel) -> Anatomy:
     head = model.get_output_embeddings()
     if head is None:
         raise ModelError(
-            f"{type(model).__name__} has no language-model head; expected a causal language model such as LlamaForCausalLM"
+            f"{type(model).__name__} has no language-model head; "
+            "expected a causal language model such as LlamaForCausalLM"
         )
     names = {module: name for name, module in model.named_modules()}
     blocks = _find_blocks(model)

@@ -105,7 +105,8 @@ def resolve_source(name: str) -> str:
         return name
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name):
         raise ModelError(
-            f"model.name_or_path {name!r} is not an existing directory; expected that, a Hub id (org/name) or bundled:NAME"
+            f"model.name_or_path {name!r} is not an existing directory; "
+            "expected that, a Hub id (org/name) or bundled:NAME"
         )
     return name
 
@@ -145,7 +146,7 @@ def _load_weights(source: str, config: ModelConfig) -> PreTrainedModel:
             f"{source} lacks {len(missing)} tensors of {type(model).__name__} ({', '.join(missing[:3])} …); "
             "they would start at random. Expected a complete checkpoint"
         )
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _first_lines(error: BaseException) -> str:

@@ -12,16 +12,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 _ACTIVATION_BYTES = 34
-"""Bytes a block keeps per token and hidden unit in 16 bit with a fused attention (Korthikanti et al., arXiv 2205.05198)."""
+"""Bytes a block keeps per token and hidden unit in 16 bit, with fused attention (arXiv 2205.05198)."""
 
 _UPDATE_BYTES = 18
-"""Bytes per trained parameter still to come after loading: float32 master, gradient and two moments, and a 16-bit gradient."""
+"""Bytes per trained parameter to come after loading: float32 master, gradient, two moments, and a 16-bit gradient."""
 
 
 def recompute_blocks(blocks: Iterable[nn.Module]) -> None:
     """Drop each block's activations after forward and recompute them in backward (Chen et al., arXiv 1604.06174)."""
     for block in blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def activation_bytes(tokens: int, hidden_size: int, blocks: int, dtype: torch.dtype) -> int:

@@ -1,8 +1,9 @@
 """Cut a model at the frost line into a frozen prefix and a trained suffix.
 
 Both halves are copies of the model's skeleton that share its parameters. In the prefix, what lies above the line is
-gone; in the suffix, the blocks below it are pass-throughs without parameters and the embeddings are a stub, so autograd,
-the optimizer, ZeRO and a checkpoint never see them. ``suffix(prefix(batch))`` computes what the whole model computes.
+gone; in the suffix, the blocks below it are pass-throughs without parameters and the embeddings are a stub, so
+autograd, the optimizer, ZeRO and a checkpoint never see them. ``suffix(prefix(batch), batch)`` computes what the whole
+model computes.
 """
 
 from __future__ import annotations
@@ -192,7 +193,7 @@ class _EmbeddingStub(_Stand):
 
     def __init__(self, table: nn.Module) -> None:
         super().__init__(table)
-        self.register_buffer("weight", torch.empty(0, dtype=table.weight.dtype, device="cpu"), persistent=False)
+        self.register_buffer("weight", torch.empty(0, dtype=next(table.parameters()).dtype), persistent=False)
 
     def forward(self, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return torch.zeros((), device=ids.device)

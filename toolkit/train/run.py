@@ -16,7 +16,7 @@ from toolkit.data.batches import epoch_order, step_batches
 from toolkit.distributed import World
 from toolkit.evaluate import evaluate
 from toolkit.monitor import Monitor, StepMetrics, peak_memory_gib
-from toolkit.rundir import RunDirectory, choose, write_config
+from toolkit.rundir import RunDirectory, claim, write_config
 from toolkit.train.setup import Setup, save_set_up, seed_step, set_up
 from toolkit.train.step import StepResult, train_step
 
@@ -40,15 +40,11 @@ def run(invocation: Invocation) -> int:
     try:
         _announce(invocation)
         setup = set_up(invocation, world)
-        lock = None
-        directory = None
-        if world.is_main:
-            directory, lock = choose(invocation.config, invocation.recipe)
-        directory = world.share(directory)
-        if directory.finished:
-            log.info("%s: this run is finished, nothing to train", directory.path)
-            return 0
-        return _train(setup, directory)
+        with claim(invocation.config, invocation.recipe, world) as directory:
+            if directory.finished:
+                log.info("%s: this run is finished, nothing to train", directory.path)
+                return 0
+            return _train(setup, directory)
     finally:
         distributed.stop()
 

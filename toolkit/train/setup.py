@@ -91,13 +91,14 @@ def set_up(invocation: Invocation, world: World) -> Setup:
 
 
 def _check_fit(dataset: Dataset, loaded: LoadedModel) -> None:
-    """Refuse rows longer than the model's positions, and ids beyond its embeddings, before they raise an index error."""
+    """Refuse rows longer than the model's positions and ids beyond its embeddings, before an index error does."""
     examples = (*dataset.train, *dataset.validation)
     longest = max(len(example.token_ids) for example in examples)
     positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     if positions and longest > positions:
         raise DataError(
-            f"the longest row has {longest} tokens, the model has {positions} positions; set data.max_length: {positions}"
+            f"the longest row has {longest} tokens, the model has {positions} positions; "
+            f"set data.max_length: {positions}"
         )
     rows = loaded.model.get_input_embeddings().weight.shape[0]
     largest = max(max(example.token_ids) for example in examples)
@@ -118,8 +119,8 @@ def _cut(loaded: LoadedModel, mask: LayerMask, dataset: Dataset, world: World) -
     if split_is_exact(model, prefix, suffix, collate([shortest], pad_id=0).to(world.device)):
         return prefix, suffix
     log.warning(
-        "%s does not give the same logits when cut at block %d; training goes on with the whole model: the same result, "
-        "but the frozen blocks run inside it",
+        "%s does not give the same logits when cut at block %d; training goes on with the whole model: "
+        "the same result, but the frozen blocks run inside it",
         type(model).__name__,
         mask.boundary,
     )

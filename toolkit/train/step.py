@@ -50,8 +50,8 @@ def train_step(micro_batches: Sequence[Batch], prefix: Prefix | None, engine: En
     (mean_loss,) = world.sum(float(share))  # waits for the device
     if not (mean_loss < float("inf") and update.grad_norm < float("inf")):
         raise FrostlineError(
-            f"loss {mean_loss} and gradient norm {update.grad_norm} are not both finite; the last checkpoint is intact. "
-            "Lower train.learning_rate, or look at the rows of this step"
+            f"loss {mean_loss} and gradient norm {update.grad_norm} are not both finite; the last checkpoint is "
+            "intact. Lower train.learning_rate, or look at the rows of this step"
         )
     seconds = time.perf_counter() - started
     return StepResult(mean_loss, update.learning_rate, update.grad_norm, int(supervised), int(tokens), seconds)
