@@ -70,7 +70,11 @@ def parse(parser: argparse.ArgumentParser, default_recipe: Path, argv: Sequence[
         for word in unknown
         if word.startswith("-")
     ]
-    faults += [f"{word}: stands alone; flags are --section.key VALUE" for word in unknown if not word.startswith("-")]
+    faults += [
+        f"{word}: stands alone; flags are --section.key VALUE"
+        for before, word in zip(["", *unknown], unknown, strict=False)
+        if not word.startswith("-") and (not before.startswith("-") or "=" in before)
+    ]
     recipe = Path(arguments.config) if arguments.config else default_recipe
     flags = {path: _value(known[path], text) for path, text in vars(arguments).items() if path in known}
     source = f"recipe {recipe}" + (" and flags" if flags or unknown else "")

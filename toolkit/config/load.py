@@ -30,6 +30,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
     A bare key finds its section: ``learning_rate`` and ``learnin_rate`` both suggest ``train.learning_rate``.
     """
+    if "." not in name and (section := difflib.get_close_matches(name, RunConfig.model_fields, n=1)):
+        return f" (did you mean {section[0]}?)"
     by_leaf = {path.rsplit(".", 1)[-1]: path for path in known}
     candidates = {**by_leaf, **{path: path for path in by_leaf.values()}}
     for query in (name, name.rsplit(".", 1)[-1]):

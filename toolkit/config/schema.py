@@ -7,6 +7,7 @@ language-model head, bfloat16, AdamW at 1e-5, 10 % linear warmup, micro batch 1,
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -54,12 +55,22 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
     """Run Python code that ships with the model. Off unless you have read that code."""
 
+    @model_validator(mode="after")
+    def _pinned(self) -> ModelConfig:
+        on_hub = not self.name_or_path.startswith("bundled:") and not Path(self.name_or_path).is_dir()
+        if self.trust_remote_code and on_hub and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
+            raise ValueError(
+                f"trust_remote_code is on for {self.name_or_path}, but revision is {self.revision!r}; expected the full "
+                "commit hash whose code you have read (40 hexadecimal digits)"
+            )
+        return self
+
 
 class MaskConfig(Section):
     """Which tensors train; everything else is frozen."""
 
     train: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)] = ["last:4", "head"]
-    """Selectors of what trains: last:N, first:N, blocks:10-13,28, head, embeddings, norm, glob:PATTERN, re:PATTERN."""
+    """Selectors of what trains: last:N, first:N, blocks:1-3, head, embeddings, norm, glob:PATTERN, re:PATTERN."""
 
     tied: Literal["error", "untie"] = "error"
     """When a selected head shares its tensor with the embeddings: error refuses, untie gives the head its own copy."""

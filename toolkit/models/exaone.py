@@ -11,7 +11,9 @@ _TO_LLAMA = {
     r"^transformer\.ln_f\.": "model.norm.",
     r"^transformer\.h\.(\d+)\.ln_1\.": r"model.layers.\1.input_layernorm.",
     r"^transformer\.h\.(\d+)\.ln_2\.": r"model.layers.\1.post_attention_layernorm.",
-    r"^transformer\.h\.(\d+)\.attn\.attention\.([qkv])_proj\.": r"model.layers.\1.self_attn.\2_proj.",
+    r"^transformer\.h\.(\d+)\.attn\.attention\.q_proj\.": r"model.layers.\1.self_attn.q_proj.",
+    r"^transformer\.h\.(\d+)\.attn\.attention\.k_proj\.": r"model.layers.\1.self_attn.k_proj.",
+    r"^transformer\.h\.(\d+)\.attn\.attention\.v_proj\.": r"model.layers.\1.self_attn.v_proj.",
     r"^transformer\.h\.(\d+)\.attn\.attention\.out_proj\.": r"model.layers.\1.self_attn.o_proj.",
     r"^transformer\.h\.(\d+)\.mlp\.c_fc_0\.": r"model.layers.\1.mlp.gate_proj.",
     r"^transformer\.h\.(\d+)\.mlp\.c_fc_1\.": r"model.layers.\1.mlp.up_proj.",
@@ -35,8 +37,14 @@ def is_exaone(source: str, revision: str | None) -> bool:
     return bool(values.get("model_type") == "exaone")
 
 
-def llama_config(exaone: dict[str, Any]) -> LlamaConfig:
-    """The Llama configuration that computes what an EXAONE 3.x configuration describes."""
+def read_exaone_config(source: str, revision: str | None) -> LlamaConfig:
+    """The Llama configuration that computes what an EXAONE 3.x configuration describes.
+
+    Raises:
+        OSError: the config cannot be found.
+        KeyError: it lacks a key that EXAONE 3.x defines.
+    """
+    exaone, _ = PretrainedConfig.get_config_dict(source, revision=revision)
     values = {key: exaone[key] for key in _SAME_KEY if exaone.get(key) is not None}
     return LlamaConfig(
         num_hidden_layers=exaone["num_layers"],
@@ -57,9 +65,8 @@ def load_exaone(source: str, revision: str | None, options: dict[str, Any]) -> t
         OSError: the checkpoint cannot be found.
         KeyError: its config lacks a key that EXAONE 3.x defines.
     """
-    values, _ = PretrainedConfig.get_config_dict(source, revision=revision)
     model, info = LlamaForCausalLM.from_pretrained(
-        source, revision=revision, config=llama_config(values), key_mapping=_TO_LLAMA, **options
+        source, revision=revision, config=read_exaone_config(source, revision), key_mapping=_TO_LLAMA, **options
     )
     # The mapping renamed on the way in; save_pretrained would undo it with wrong names (out_proj as o_proj), and what
     # is saved is to be a plain Llama.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -23,7 +24,7 @@ from toolkit.config.schema import ModelConfig
 from toolkit.errors import ModelError
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.bundled import bundled_directory
-from toolkit.models.exaone import is_exaone, load_exaone
+from toolkit.models.exaone import is_exaone, load_exaone, read_exaone_config
 from toolkit.models.inspect import inspect
 
 
@@ -69,10 +70,11 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         ModelError: there is none, or it has no end-of-text token.
     """
     source = resolve_source(config.name_or_path)
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
+        if is_exaone(source, config.revision) and not config.trust_remote_code:
+            options["config"] = read_exaone_config(source, config.revision)  # else the remote one is asked for
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model.name_or_path {source!r}: no usable tokenizer. {_first_lines(error)}") from None
     if tokenizer.eos_token is None:
@@ -94,7 +96,7 @@ def resolve_source(name: str) -> str:
     if name.startswith("bundled:"):
         return str(bundled_directory(name))
     directory = Path(name)
-    if directory.is_dir():
+    if name and directory.is_dir():
         if not (directory / "config.json").is_file():
             raise ModelError(f"model directory {name} has no config.json; expected a model saved with save_pretrained")
         if not any(directory.glob("*.safetensors")):
@@ -139,7 +141,7 @@ def _load_weights(source: str, config: ModelConfig) -> PreTrainedModel:
             shared = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
             hf_config = AutoConfig.from_pretrained(source, **shared)
             model, info = AutoModelForCausalLM.from_pretrained(source, config=hf_config, **shared, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise ModelError(f"model.name_or_path {source!r} cannot be loaded. {_first_lines(error)}") from None
     if missing := sorted(info["missing_keys"]):
         raise ModelError(

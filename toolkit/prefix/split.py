@@ -33,7 +33,8 @@ class Prefix(nn.Module):
         blocks = list(model.get_submodule(anatomy.blocks).children())
         entry = _entry(model, anatomy, boundary)
         replaced: dict[nn.Module, nn.Module] = {block: _Absent(block) for block in blocks[boundary:]}
-        replaced[model.get_submodule(anatomy.head)] = _Absent()
+        for above in filter(None, (anatomy.norm, anatomy.head)):
+            replaced[model.get_submodule(above)] = _Absent()
         replaced[entry] = _Arrival(entry)
         self.skeleton = _skeleton(model, replaced)
 
@@ -72,6 +73,7 @@ class Suffix(nn.Module):
                     replaced[table] = _EmbeddingStub(table)
         self.model = _skeleton(model, replaced)
         self._blocks = anatomy.blocks
+        self._embedding_size = int(model.get_input_embeddings().weight.shape[1])
         self._hidden: torch.Tensor | None = None
         self._supervised: torch.Tensor | None = None
         if boundary:
@@ -93,7 +95,10 @@ class Suffix(nn.Module):
             [S, vocabulary] in the model's dtype.
         """
         self._hidden, self._supervised = hidden, batch.supervised
-        inputs = {"input_ids": batch.input_ids} if hidden is None else {"inputs_embeds": hidden}
+        if hidden is None:
+            inputs = {"input_ids": batch.input_ids}
+        else:  # only the shape counts: _enter puts hidden in at the frost line
+            inputs = {"inputs_embeds": hidden.new_zeros(*hidden.shape[:2], self._embedding_size)}
         try:
             output = self.model(**inputs, attention_mask=batch.attention_mask, use_cache=False)
         finally:
@@ -124,22 +129,21 @@ def split_is_exact(model: PreTrainedModel, prefix: Prefix, suffix: Suffix, batch
 
     Some architectures read the token ids, or the first block's output, again above the line; they cannot be cut.
     """
-    modes = {module: module.training for module in model.modules()}
-    for module in (model, prefix, suffix):
-        module.eval()
+    parts = (model, prefix, suffix)
+    modes = {module: module.training for part in parts for module in part.modules()}
+    for part in parts:
+        part.eval()
     try:
         output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         whole = output.logits[batch.supervised].float()
-        parts = suffix(prefix(batch), batch).float()
+        cut = suffix(prefix(batch), batch).float()
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError):
         return False  # the architecture looked for something that the cut removed
     finally:
-        for module in (prefix, suffix):
-            module.train()
         for module, mode in modes.items():
             module.training = mode
     rounding = 4 * torch.finfo(model.dtype).eps * float(whole.abs().max())
-    return whole.shape == parts.shape and bool(((whole - parts).abs() <= rounding).all())
+    return whole.shape == cut.shape and bool(((whole - cut).abs() <= rounding).all())
 
 
 def _entry(model: nn.Module, anatomy: Anatomy, boundary: int) -> nn.Module:

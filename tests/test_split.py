@@ -1,0 +1,244 @@
+"""The cut at the frost line: exact, and nothing below it is ever reached by the gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import tiny_llama
+from torch import nn
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
+
+from toolkit.config.schema import MaskConfig
+from toolkit.data.batches import Batch, collate
+from toolkit.data.examples import Example
+from toolkit.loss import supervised_loss
+from toolkit.mask.apply import apply_mask
+from toolkit.mask.layer_mask import LayerMask, build_mask
+from toolkit.models.inspect import inspect
+from toolkit.prefix.recompute import activation_bytes, recompute_blocks, should_recompute
+from toolkit.prefix.split import Prefix, Suffix, split, split_is_exact
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 64}
+
+
+def zoo() -> dict[str, Any]:
+    torch.manual_seed(0)
+    return {
+        "llama": tiny_llama(),
+        "gpt2": GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=4, n_head=2, vocab_size=64, n_positions=64)),
+        "opt": OPTForCausalLM(OPTConfig(**SMALL, ffn_dim=32, word_embed_proj_dim=8, max_position_embeddings=64)),
+        "gemma2": Gemma2ForCausalLM(
+            Gemma2Config(**SMALL, intermediate_size=32, head_dim=8, num_key_value_heads=1, sliding_window=4)
+        ),
+        "phi3": Phi3ForCausalLM(Phi3Config(**SMALL, intermediate_size=32, num_key_value_heads=2, pad_token_id=0)),
+        "qwen2_moe": Qwen2MoeForCausalLM(
+            Qwen2MoeConfig(
+                **SMALL,
+                intermediate_size=32,
+                moe_intermediate_size=16,
+                shared_expert_intermediate_size=16,
+                num_experts=4,
+                num_key_value_heads=2,
+            )
+        ),
+    }
+
+
+ZOO = zoo()
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[Batch]:
+    generator = torch.Generator().manual_seed(1)
+    ids = [tuple(torch.randint(1, 60, (length,), generator=generator).tolist()) for length in (17, 11, 17)]
+    return [collate([Example(ids[0], 9)], 0), collate([Example(row, 5) for row in ids], 0)]
+
+
+def masked(model: Any, *train: str) -> tuple[LayerMask, Prefix | None, Suffix]:
+    anatomy = inspect(model)
+    mask = build_mask(MaskConfig(train=list(train), tied="untie"), anatomy)
+    apply_mask(model, mask, anatomy)
+    return mask, *split(model, anatomy, mask.boundary)
+
+
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("boundary", [1, 2, 4])
+def test_prefix_and_suffix_give_the_whole_models_logits_bit_for_bit(
+    name: str, boundary: int, batches: list[Batch]
+) -> None:
+    model = ZOO[name].eval()
+    prefix, suffix = split(model, inspect(model), boundary)
+    assert prefix is not None
+    for batch in batches:
+        with torch.no_grad():
+            whole = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+            assert torch.equal(whole[batch.supervised], suffix(prefix.eval()(batch), batch))
+        assert split_is_exact(model, prefix, suffix, batch)
+
+
+class ReadsEmbeddingsAgain(LlamaForCausalLM):
+    """An architecture that cannot be cut: its logits depend on the embeddings beside the blocks."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits + self.model.embed_tokens.weight.sum()
+        return output
+
+
+def test_a_model_that_cannot_be_cut_is_found_out(batches: list[Batch]) -> None:
+    torch.manual_seed(0)
+    model = ReadsEmbeddingsAgain(tiny_llama(tied=False).config)
+    prefix, suffix = split(model, inspect(model), 2)
+    assert prefix is not None
+    assert not split_is_exact(model, prefix, suffix, batches[0])
+
+
+def test_blocks_that_return_tuples_are_found_out_and_not_cut(batches: list[Batch]) -> None:
+    torch.manual_seed(0)
+    model = BloomForCausalLM(BloomConfig(hidden_size=16, n_layer=6, n_head=2, vocab_size=64))
+    prefix, suffix = split(model, inspect(model), 5)
+    assert prefix is not None
+    assert not split_is_exact(model, prefix, suffix, batches[0])
+
+
+def test_a_suffix_that_computes_otherwise_is_not_called_exact(batches: list[Batch]) -> None:
+    model = tiny_llama()
+    prefix, suffix = split(model, inspect(model), 3)
+    assert prefix is not None
+    suffix.blocks(3)[0].forward = lambda hidden_states, **_: hidden_states  # type: ignore[method-assign]
+    assert not split_is_exact(model, prefix, suffix, batches[0])
+
+
+def test_the_suffix_holds_no_tensor_below_the_frost_line_and_the_prefix_none_above() -> None:
+    model = tiny_llama()
+    mask, prefix, suffix = masked(model, "last:4", "head")
+    assert prefix is not None
+    below = {
+        name
+        for name, _ in model.named_parameters()
+        if name.startswith(("model.embed", "model.layers.0", "model.layers.1"))
+    }
+    assert {name.removeprefix("model.") for name, _ in suffix.named_parameters()} == {
+        name for name, _ in model.named_parameters() if name not in below
+    }
+    assert {name.removeprefix("skeleton.") for name, _ in prefix.named_parameters()} == below
+    assert mask.boundary == 2
+
+
+def reached(suffix: Suffix, prefix: Prefix | None) -> tuple[set[int], dict[int, int]]:
+    """Indices of blocks that a gradient enters, and how often each block of the suffix computes; filled by a step."""
+    entered: set[int] = set()
+    computed: dict[int, int] = {}
+    blocks = list(suffix.blocks(0))
+
+    def watch(block: nn.Module, index: int) -> None:
+        """Note when a gradient arrives at the block's output."""
+
+        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(lambda gradient: entered.add(index))
+
+        block.register_forward_hook(hook)
+
+    for index, block in enumerate(blocks):
+        watch(block, index)
+        inner = getattr(block, "mlp", None)
+        if inner is not None:
+            inner.register_forward_pre_hook(
+                lambda *_, index=index: computed.update({index: computed.get(index, 0) + 1})
+            )
+    if prefix is not None:
+        for index, block in enumerate(prefix.skeleton.model.layers):
+            watch(block, -1 - index)
+    return entered, computed
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("cut", [True, False])
+def test_backward_reaches_exactly_the_trained_blocks(checkpointing: bool, cut: bool, batches: list[Batch]) -> None:
+    model = tiny_llama().train()
+    mask, prefix, suffix = masked(model, "last:4", "head")
+    if not cut:
+        prefix, suffix = split(model, inspect(model), 0)
+    if checkpointing:
+        recompute_blocks(suffix.blocks(mask.boundary))
+    entered, computed = reached(suffix, prefix)
+    hidden = prefix(batches[0]) if prefix else None
+    assert hidden is None or not hidden.requires_grad
+    supervised_loss(suffix, hidden, batches[0], 8).backward()
+    assert entered == {2, 3, 4, 5}
+    trained = dict.fromkeys(range(2, 6), 2 if checkpointing else 1)
+    assert computed == (trained if cut else {0: 1, 1: 1, **trained})
+
+
+@pytest.mark.parametrize(
+    "train", [("last:4", "head"), ("head",), ("norm",), ("blocks:3",), ("first:1",), ("embeddings",)]
+)
+def test_checkpointing_and_cutting_change_no_gradient(train: tuple[str, ...], batches: list[Batch]) -> None:
+    gradients = []
+    for checkpointing, cut in ((False, True), (True, True), (False, False)):
+        model = tiny_llama().train()
+        mask, prefix, suffix = masked(model, *train)
+        if not cut:
+            prefix, suffix = split(model, inspect(model), 0)
+        if checkpointing:
+            recompute_blocks(suffix.blocks(mask.boundary))
+        hidden = prefix(batches[1]) if prefix else None
+        supervised_loss(suffix, hidden, batches[1], 30).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for other in gradients[1:]:
+        assert all(torch.equal(gradients[0][name], other[name]) for name in gradients[0])
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients[0].values())
+
+
+def test_the_head_sees_supervised_positions_only(batches: list[Batch]) -> None:
+    _, prefix, suffix = masked(tiny_llama(), "head")
+    seen: list[torch.Size] = []
+    suffix.model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    assert prefix is not None
+    suffix(prefix(batches[1]), batches[1])
+    assert seen == [torch.Size([1, len(batches[1].targets), 512])]
+
+
+def test_the_loss_is_the_token_mean_over_shares_and_a_filler_adds_nothing(batches: list[Batch]) -> None:
+    _, prefix, suffix = masked(tiny_llama(), "last:1")
+    assert prefix is not None
+    one, three = batches
+    total = one.supervised_tokens + three.supervised_tokens
+    with torch.no_grad():
+        share = sum(float(supervised_loss(suffix, prefix(batch), batch, total)) for batch in (one, three))
+        each = torch.cat(
+            [
+                nn.functional.cross_entropy(suffix(prefix(batch), batch).double(), batch.targets, reduction="none")
+                for batch in (one, three)
+            ]
+        )
+    assert share == pytest.approx(float(each.mean()), abs=1e-5)
+    filler = Batch(one.input_ids, None, one.supervised, one.targets, one.tokens, is_filler=True)
+    assert supervised_loss(suffix, prefix(filler), filler, total).item() == 0
+
+
+def test_auto_checkpoints_exactly_when_activations_do_not_fit() -> None:
+    need = activation_bytes(tokens=1000, hidden_size=64, blocks=4, dtype=torch.bfloat16)
+    assert need == 34 * 1000 * 64 * 4
+    assert activation_bytes(1000, 64, 4, torch.float32) == 2 * need
+    assert should_recompute("auto", need, 10, need + 18 * 10)[0] is False
+    assert should_recompute("auto", need, 10, need + 18 * 10 - 1)[0] is True
+    assert should_recompute("on", 0, 0, 10**12)[0] is True
+    assert should_recompute("off", 10**12, 0, 0)[0] is False
