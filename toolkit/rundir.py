@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -16,6 +16,8 @@ from toolkit.config.load import build, dump, read_recipe
 from toolkit.config.schema import RunConfig
 from toolkit.distributed import World
 from toolkit.errors import CheckpointError, ConfigError
+
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,13 @@ def _choose(config: RunConfig, recipe: Path) -> tuple[RunDirectory, FileLock]:
             raise CheckpointError(
                 f"{path} is being written by another run; wait for it, or choose another --output.dir"
             )
-        return _inspect(path, config), lock
+        return _inspect_locked(_inspect, path, config, lock), lock
     for number in count(1):
         path = Path("runs") / (recipe.stem if number == 1 else f"{recipe.stem}-{number}")
         lock = _lock(path)
         if lock is None:
             continue
-        found = _inspect_if_fits(path, config)
+        found = _inspect_locked(_inspect_if_fits, path, config, lock)
         if found is not None:
             return found, lock
         lock.release()
@@ -78,6 +80,17 @@ def _lock(path: Path) -> FileLock | None:
     except Timeout:
         return None
     return lock
+
+
+def _inspect_locked(
+    inspect: Callable[[Path, RunConfig], _Found], path: Path, config: RunConfig, lock: FileLock
+) -> _Found:
+    """What ``inspect`` finds; a directory that it refuses is not kept locked."""
+    try:
+        return inspect(path, config)
+    except BaseException:
+        lock.release()
+        raise
 
 
 def _inspect_if_fits(path: Path, config: RunConfig) -> RunDirectory | None:

@@ -60,8 +60,8 @@ class ModelConfig(Section):
         on_hub = not self.name_or_path.startswith("bundled:") and not Path(self.name_or_path).is_dir()
         if self.trust_remote_code and on_hub and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
             raise ValueError(
-                f"trust_remote_code is on for {self.name_or_path}, but revision is {self.revision!r}; expected the full "
-                "commit hash whose code you have read (40 hexadecimal digits)"
+                f"trust_remote_code is on for {self.name_or_path}, but revision is {self.revision!r}; expected the "
+                "full commit hash whose code you have read (40 hexadecimal digits)"
             )
         return self
 

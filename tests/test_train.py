@@ -1,0 +1,302 @@
+"""The whole loop in one process: it learns what a plain loop learns, writes what it says, and resumes exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from helpers import ENGLISH, QUICKSTART, invocation, metrics, tiny_flags, train
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
+
+from benchmarks.plain_loop import plain_loop
+from toolkit.config.flags import parse, parser
+from toolkit.config.schema import DataConfig, ModelConfig
+from toolkit.data.batches import epoch_order, step_batches
+from toolkit.data.dataset import load_dataset
+from toolkit.distributed import World
+from toolkit.errors import CheckpointError, FrostlineError
+from toolkit.models.load import load, load_tokenizer
+from toolkit.monitor import Monitor
+from toolkit.train import setup as preparation
+from toolkit.train.setup import set_up
+from toolkit.train.step import train_step
+
+
+def english_rows(model: ModelConfig) -> list[tuple[tuple[int, ...], int]]:
+    examples = load_dataset(DataConfig(path=str(ENGLISH)), load_tokenizer(model), 42).train
+    return [(example.token_ids, example.answer_start) for example in examples]
+
+
+def plain(config: ModelConfig, lr: float, epochs: int) -> list[float]:
+    rows = english_rows(config)
+    orders = [epoch_order(len(rows), 42, epoch) for epoch in range(epochs)]
+    return plain_loop(load(config).model, rows, orders, lr, fp32_masters=config.dtype == "bfloat16")
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model: Path) -> list[float]:
+    """Step losses of the plain loop in float32 over three epochs."""
+    return plain(ModelConfig(name_or_path=str(tiny_model), dtype="float32"), 1e-3, 3)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of three epochs that held a quarter of the rows out."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    assert train(*tiny_flags(tiny_model, run, "--data.validation", "0.25", "--output.keep", "2")) == 0
+    return run
+
+
+@pytest.mark.parametrize("checkpointing", ["off", "on"])
+def test_every_step_has_the_loss_of_a_plain_loop(
+    tiny_model: Path, tmp_path: Path, reference: list[float], checkpointing: str
+) -> None:
+    run = tmp_path / "run"
+    assert train(*tiny_flags(tiny_model, run, "--train.gradient_checkpointing", checkpointing)) == 0
+    losses = metrics(run)
+    assert len(losses) == len(reference) == 60
+    assert max(abs(a - b) for a, b in zip(losses, reference, strict=True)) < 1e-5
+    assert sum(losses[40:]) < sum(losses[:20])
+
+
+@pytest.mark.real_model
+def test_bfloat16_with_masters_learns_what_the_plain_loop_with_masters_learns(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train("--data.path", str(ENGLISH), "--data.validation", "none", "--output.dir", str(run)) == 0
+    losses = metrics(run)
+    expected = plain(ModelConfig(), 1e-5, 3)
+    assert len(losses) == len(expected) == 60
+    assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < 3e-2
+    assert sum(losses[40:]) < sum(losses[:20])
+
+
+def test_a_global_batch_learns_the_same_however_it_is_dealt(tiny_model: Path, tmp_path: Path) -> None:
+    losses = []
+    for micro, accumulation in ((1, 4), (2, 2), (4, 1)):
+        run = tmp_path / f"{micro}"
+        flags = ("--train.micro_batch_size", micro, "--train.gradient_accumulation_steps", accumulation)
+        assert train(*tiny_flags(tiny_model, run, *flags, "--train.epochs", 2, "--mask.train", "last:2")) == 0
+        losses.append(metrics(run))
+    assert len(losses[0]) == 10
+    for other in losses[1:]:
+        assert max(abs(a - b) for a, b in zip(losses[0], other, strict=True)) < 1e-5
+
+
+def test_a_model_that_cannot_be_cut_trains_whole_and_the_same(
+    tiny_model: Path, tmp_path: Path, reference: list[float], monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(preparation, "split_is_exact", lambda *_: False)
+    run = tmp_path / "run"
+    assert train(*tiny_flags(tiny_model, run, "--train.max_steps", 60)) == 0
+    assert max(abs(a - b) for a, b in zip(metrics(run), reference, strict=True)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_frozen_tensors_stay_bit_identical_and_every_trained_master_moves(
+    tiny_model: Path, tmp_path: Path, dtype: str
+) -> None:
+    setup = set_up(invocation(*tiny_flags(tiny_model, tmp_path, "--model.dtype", dtype)), World())
+    before = setup.engine.masters()
+    assert before
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    order = epoch_order(setup.plan.rows, 42, 0)
+    for micro_batches in step_batches(setup.dataset.train, order, setup.plan, setup.pad_id):
+        train_step(micro_batches, setup.prefix, setup.engine, World())
+    after = setup.engine.masters()
+    assert set(after) == set(setup.mask.names)
+    assert all(not torch.equal(before[name], after[name]) for name in after)
+    assert all(tensor.dtype == torch.float32 for tensor in after.values())
+    original = dict(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=getattr(torch, dtype)).named_parameters())
+    assert setup.prefix is not None
+    parts = {**dict(setup.prefix.skeleton.named_parameters()), **dict(setup.suffix.model.named_parameters())}
+    frozen = set(parts) - set(setup.mask.names)
+    assert len(frozen) == 20
+    assert all(torch.equal(parts[name], original[name]) for name in frozen)
+    for name in setup.mask.names:
+        assert torch.equal(parts[name], after[name].to(parts[name].dtype))
+
+
+def test_the_run_directory_holds_what_the_design_names(finished: Path) -> None:
+    present = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
+    assert present == {"config.yaml", "mask.json", "metrics.jsonl", "tensorboard", "checkpoints"}
+    names = {path.name for path in (finished / "checkpoints").iterdir()}
+    assert names == {"latest", "step-00000030", "step-00000045"}
+    assert (finished / "checkpoints" / "latest").read_text() == "step-00000045"
+    mask = json.loads((finished / "mask.json").read_text())
+    assert (mask["boundary"], len(mask["trainable"])) == (2, 37)
+
+
+def test_metrics_have_one_object_a_step_with_the_documented_keys(finished: Path) -> None:
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 46))
+    assert set(steps[0]) == {
+        "step", "epoch", "loss", "learning_rate", "grad_norm", "supervised_tokens", "tokens", "seconds",
+        "tokens_per_second", "peak_memory_gib",
+    }  # fmt: skip
+    assert [row["step"] for row in rows if "eval_loss" in row] == [15, 30, 45]
+    assert all(set(row) == {"step", "epoch", "eval_loss", "eval_perplexity"} for row in rows if "loss" not in row)
+    rates = [row["learning_rate"] for row in steps]
+    assert rates[0] == 0
+    assert max(rates) == rates[5] == 1e-3
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+
+
+def test_tensorboard_tells_the_story_of_the_run(finished: Path) -> None:
+    board = EventAccumulator(str(finished / "tensorboard"))
+    board.Reload()
+    assert set(board.Tags()["scalars"]) == {
+        "train/loss", "train/learning_rate", "train/grad_norm", "speed/tokens_per_second", "memory/peak_gib",
+        "epoch/loss", "eval/loss", "eval/perplexity",
+    }  # fmt: skip
+    assert len(board.Scalars("train/loss")) == 45
+    epochs = [event.value for event in board.Scalars("epoch/loss")]
+    losses = metrics(finished)
+    assert epochs == pytest.approx([sum(losses[e * 15 : e * 15 + 15]) / 15 for e in range(3)], abs=1e-6)
+    texts = {tag: board.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in board.Tags()["tensors"]}
+    assert "| blocks 2–5 | 36 | 37,120 | trained |" in texts["mask/text_summary"]
+    assert "learning_rate: 0.001" in texts["recipe/text_summary"]
+
+
+def test_the_saved_recipe_continues_the_run(finished: Path) -> None:
+    before = (finished / "metrics.jsonl").read_bytes()
+    assert train("--config", str(finished / "config.yaml")) == 0
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGUSR1) -> None:
+    original = Monitor.step
+
+    def log_then_signal(self: Monitor, row: Any) -> None:
+        original(self, row)
+        if row.step == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Monitor, "step", log_then_signal)
+
+
+@pytest.mark.parametrize(("step", "number"), [(7, signal.SIGUSR1), (15, signal.SIGTERM), (31, signal.SIGUSR1)])
+def test_a_run_stopped_by_a_signal_goes_on_exactly_where_it_was(
+    tiny_model: Path, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, step: int, number: int
+) -> None:
+    flags = tiny_flags(tiny_model, tmp_path / "run", "--data.validation", "0.25")
+    with monkeypatch.context() as patch:
+        stop_at(step, patch, number)
+        assert train(*flags) == 75
+    assert len(metrics(tmp_path / "run")) == step
+    assert train(*flags) == 0
+    assert metrics(tmp_path / "run") == metrics(finished)
+    assert metrics(tmp_path / "run", "eval_loss") == metrics(finished, "eval_loss")
+    tensors, expected = (
+        load_file(run / "checkpoints" / "step-00000045" / "delta" / "trained.safetensors")
+        for run in (tmp_path / "run", finished)
+    )
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint_without_double_rows(
+    tiny_model: Path, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = tiny_flags(tiny_model, tmp_path / "run", "--data.validation", "0.25", "--output.save_every_steps", 4)
+    original = Monitor.step
+
+    def fail(self: Monitor, row: Any) -> None:
+        original(self, row)
+        if row.step == 10:
+            raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Monitor, "step", fail)
+        with pytest.raises(RuntimeError, match="killed"):
+            train(*flags)
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-00000008"
+    assert train(*flags) == 0
+    assert metrics(tmp_path / "run") == metrics(finished)
+    assert metrics(tmp_path / "run", "step")[:12] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
+
+
+def test_a_directory_with_another_recipe_is_refused_and_the_differences_listed(
+    tiny_model: Path, finished: Path
+) -> None:
+    flags = tiny_flags(tiny_model, finished, "--data.validation", "0.25", "--train.seed", "7", "--train.epochs", "9")
+    with pytest.raises(CheckpointError) as error:
+        train(*flags)
+    assert "train.seed was 42, is now 7" in str(error.value)
+    assert "train.epochs was 3, is now 9" in str(error.value)
+    assert "--output.dir" in str(error.value)
+
+
+def test_resume_must_and_never_mean_it(tiny_model: Path, tmp_path: Path, finished: Path) -> None:
+    with pytest.raises(CheckpointError, match="resume is must, but .* holds no checkpoint"):
+        train(*tiny_flags(tiny_model, tmp_path / "new", "--output.resume", "must"))
+    with pytest.raises(CheckpointError, match="resume is never, but .* holds step-00000045"):
+        train(*tiny_flags(tiny_model, finished, "--data.validation", "0.25", "--output.resume", "never"))
+
+
+def test_a_directory_in_use_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(CheckpointError, match="being written by another run"):
+        train(*tiny_flags(tiny_model, tmp_path / "run"))
+
+
+def test_without_a_directory_runs_are_numbered_and_an_interrupted_one_is_continued(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = tiny_flags(tiny_model, tmp_path, "--train.epochs", "1", "--output.dir", "none")
+    assert train(*flags) == 0
+    with monkeypatch.context() as patch:
+        stop_at(5, patch)
+        assert train(*flags) == 75
+    assert train(*flags) == 0
+    other = parse(parser(""), QUICKSTART, [*flags, "--train.seed", "3"])
+    from toolkit.train.run import run
+
+    assert run(other) == 0
+    assert {path.name: len(metrics(path)) for path in (tmp_path / "runs").iterdir()} == {
+        "quickstart": 20,
+        "quickstart-2": 20,
+        "quickstart-3": 20,
+    }
+
+
+def test_a_checkpoint_of_another_mask_or_a_lost_one_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    flags = tiny_flags(tiny_model, tmp_path / "run", "--train.epochs", 1, "--mask.train", "blocks:4")
+    assert train(*flags, "--train.max_steps", "4") == 0
+    recipe = tmp_path / "run" / "config.yaml"
+    recipe.write_text(recipe.read_text().replace("blocks:4", "blocks:5").replace("max_steps: 4", "max_steps: 8"))
+    state = tmp_path / "run" / "checkpoints" / "step-00000004" / "state.json"
+    state.write_text(state.read_text().replace('"total_steps": 4', '"total_steps": 8'))
+    with pytest.raises(CheckpointError, match="was trained with another mask: 9 tensors only there"):
+        train("--config", str(recipe))
+    (tmp_path / "run" / "checkpoints" / "latest").write_text("step-00000099")
+    with pytest.raises(
+        CheckpointError, match="names step-00000099, which is not there; checkpoints present: step-00000004"
+    ):
+        train("--config", str(recipe))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
+    flags = tiny_flags(tiny_model, tmp_path / "run", "--output.save_every_steps", 1, "--train.learning_rate", "1e30")
+    with pytest.raises(FrostlineError, match="not both finite; the last checkpoint is intact"):
+        train(*flags)
+    kept = tmp_path / "run" / "checkpoints" / (tmp_path / "run" / "checkpoints" / "latest").read_text()
+    assert all(tensor.isfinite().all() for tensor in load_file(kept / "delta" / "trained.safetensors").values())
+
+
+def test_saving_and_evaluating_every_few_steps(tiny_model: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    every = ("--output.save_every_steps", 3, "--output.evaluate_every_steps", 4, "--output.keep", 9)
+    assert train(*tiny_flags(tiny_model, run, *every, "--train.max_steps", 10, "--data.validation", "0.25")) == 0
+    saved = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+    assert saved == ["step-00000003", "step-00000006", "step-00000009", "step-00000010"]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [4, 8, 10]
