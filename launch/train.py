@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a checkout, installed or not
 
-from toolkit.cli import run_command  # noqa: E402
+from toolkit.cli import leave, run_command  # noqa: E402
 from toolkit.config import flags  # noqa: E402
 
 
@@ -29,4 +29,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    leave(run_command(main))

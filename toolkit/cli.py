@@ -9,6 +9,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from typing import NoReturn
 
 from toolkit.errors import FrostlineError, UsageError
 
@@ -40,6 +41,21 @@ def run_command(command: Callable[[], int]) -> int:
         print(f"[rank {rank}] unforeseen error", file=sys.stderr)
         traceback.print_exc()
         return 1
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with ``code``.
+
+    A process that was one of several ends at once, without Python's teardown: gloo's threads belong to groups that
+    DeepSpeed keeps in globals, and one that still runs then aborts the process (pytorch issue 190489). Everything of
+    a run is on disk by now. Can go when torch joins those threads at exit.
+    """
+    if "RANK" in os.environ:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _print_error(error: FrostlineError, rank: int) -> None:

@@ -44,7 +44,9 @@ def run(invocation: Invocation) -> int:
             if directory.finished:
                 log.info("%s: this run is finished, nothing to train", directory.path)
                 return 0
-            return _train(setup, directory)
+            code = _train(setup, directory)
+        world.barrier()
+        return code
     finally:
         distributed.stop()
 

@@ -1,0 +1,163 @@
+"""Real DeepSpeed on real ranks: every stage learns what one process learns."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import ENGLISH, ROOT, metrics, run_script, tiny_flags, train
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.distributed
+
+DEEPSPEED = ("deepspeed", "--num_gpus", "2")
+
+
+def succeed(result: subprocess.CompletedProcess[str]) -> None:
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+
+
+def ds_config(stage: int) -> Path:
+    return ROOT / "ds_configs" / f"zero{stage}.json"
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process without DeepSpeed, two micro batches a step: 21 rows, so that the last step is short."""
+    folder = tmp_path_factory.mktemp("alone")
+    run = folder / "run"
+    rows = ENGLISH.read_text(encoding="utf-8").splitlines()
+    (folder / "odd.jsonl").write_text("\n".join([*rows, rows[0]]), encoding="utf-8")
+    flags = tiny_flags(tiny_model, run, "--data.path", folder / "odd.jsonl", "--train.epochs", 2)
+    assert train(*flags, "--train.gradient_accumulation_steps", "2") == 0
+    return run
+
+
+def final_masters(run: Path) -> dict[str, torch.Tensor]:
+    name = (run / "checkpoints" / "latest").read_text()
+    return load_file(run / "checkpoints" / name / "delta" / "trained.safetensors")
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3])
+def on_two_ranks(
+    request: pytest.FixtureRequest, tiny_model: Path, alone: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What the worker saw on two ranks under one ZeRO stage, and the final masters."""
+    folder = tmp_path_factory.mktemp(f"zero{request.param}")
+    flags = tiny_flags(tiny_model, folder, "--data.path", alone.parent / "odd.jsonl", "--train.epochs", 2)
+    output = folder / "result.json"
+    succeed(run_script("tests/zero_worker.py", output, *flags, "--ds", ds_config(request.param), launcher=DEEPSPEED))
+    result = json.loads(output.read_text())
+    assert result["engine"] == f"zero-{request.param}"
+    return result, torch.load(f"{output}.pt")
+
+
+def test_each_stage_has_the_step_losses_of_one_process(
+    on_two_ranks: tuple[dict[str, Any], dict[str, torch.Tensor]], alone: Path
+) -> None:
+    result, masters = on_two_ranks
+    assert len(result["losses"]) == 22
+    assert max(abs(a - b) for a, b in zip(result["losses"], metrics(alone), strict=True)) < 1e-5
+    assert result["norms"] == pytest.approx(metrics(alone, "grad_norm"), rel=1e-4)
+    assert result["tokens"] == metrics(alone, "supervised_tokens")
+    for name, expected in final_masters(alone).items():
+        assert torch.allclose(masters[name], expected, atol=2e-5), name
+
+
+def test_ranks_see_disjoint_rows_whose_union_is_the_data_set(
+    on_two_ranks: tuple[dict[str, Any], dict[str, torch.Tensor]],
+) -> None:
+    first, second = on_two_ranks[0]["rows_by_rank"]
+    assert (len(first), len(second)) == (22, 20)
+    assert Counter(first + second) == Counter(list(range(21)) * 2)
+
+
+def test_frozen_tensors_are_bit_identical_and_all_masters_move(
+    on_two_ranks: tuple[dict[str, Any], dict[str, torch.Tensor]],
+) -> None:
+    result = on_two_ranks[0]
+    assert result["frozen_unchanged"] == [True, True]
+    assert result["frozen_tensors"] == [20, 20]
+    assert len(result["masters_moved"]) == 37
+    assert all(result["masters_moved"].values())
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_bfloat16_run_with_accumulation_checkpointing_and_a_stop_ends_like_one_process(
+    tiny_model: Path, tmp_path: Path, stage: int
+) -> None:
+    """The whole command on two ranks: interrupted after an epoch's checkpoint, resumed, validated, exported."""
+    shared = (
+        "--model.dtype", "bfloat16", "--data.validation", "0.25", "--train.epochs", "2", "--output.save_every_steps", "3",
+        "--train.gradient_checkpointing", "on", "--train.learning_rate", "1e-4",
+    )  # fmt: skip
+    one = tmp_path / "one"
+    assert train(*tiny_flags(tiny_model, one, *shared, "--train.gradient_accumulation_steps", "4")) == 0
+    two = tmp_path / "two"
+    flags = tiny_flags(tiny_model, two, *shared, "--train.gradient_accumulation_steps", 2, "--ds", ds_config(stage))
+    succeed(run_script("launch/train.py", *flags, launcher=DEEPSPEED))
+    assert max(abs(a - b) for a, b in zip(metrics(two), metrics(one), strict=True)) < 3e-2
+    assert metrics(two, "eval_loss") == pytest.approx(metrics(one, "eval_loss"), abs=3e-2)
+
+    # forget what came after step 3, as if the job had been killed, and start the same command again
+    whole = metrics(two)
+    (two / "checkpoints" / "latest").write_text("step-00000003")
+    again = tmp_path / "again"
+    kept = flags[:]
+    kept[kept.index("--output.dir") + 1] = str(again)
+    succeed(run_script("launch/train.py", *kept, "--output.keep", 9, launcher=DEEPSPEED))
+    (again / "checkpoints" / "latest").write_text("step-00000003")
+    succeed(run_script("launch/train.py", *kept, "--output.keep", 9, launcher=DEEPSPEED))
+    assert metrics(again) == whole
+    assert metrics(again, "step") == metrics(two, "step")
+
+
+def test_torchrun_without_deepspeed_sums_gradients_over_ranks(tiny_model: Path, tmp_path: Path, alone: Path) -> None:
+    flags = tiny_flags(tiny_model, tmp_path / "run", "--data.path", alone.parent / "odd.jsonl", "--train.epochs", 2)
+    succeed(run_script("launch/train.py", *flags, launcher=("torchrun", "--nproc_per_node", "2")))
+    assert max(abs(a - b) for a, b in zip(metrics(tmp_path / "run"), metrics(alone), strict=True)) < 1e-5
+
+
+def test_accelerate_launch_gives_the_same_run(tiny_model: Path, tmp_path: Path, alone: Path) -> None:
+    flags = tiny_flags(tiny_model, tmp_path / "run", "--data.path", alone.parent / "odd.jsonl", "--train.epochs", 2)
+    launcher = (
+        "accelerate",
+        "launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+    )
+    succeed(run_script("launch/train.py", *flags, launcher=launcher))
+    assert max(abs(a - b) for a, b in zip(metrics(tmp_path / "run"), metrics(alone), strict=True)) < 1e-5
+
+
+def test_deepspeed_needs_no_launcher_for_one_process(tiny_model: Path, tmp_path: Path, alone: Path) -> None:
+    flags = tiny_flags(tiny_model, tmp_path / "run", "--data.path", alone.parent / "odd.jsonl", "--train.epochs", 2)
+    accumulate = ("--train.gradient_accumulation_steps", 2)
+    succeed(run_script("launch/train.py", *flags, *accumulate, "--ds", ds_config(2)))
+    assert max(abs(a - b) for a, b in zip(metrics(tmp_path / "run"), metrics(alone), strict=True)) < 1e-5
+
+
+def test_bad_usage_under_the_launcher_is_one_message_and_exit_code_2(tmp_path: Path) -> None:
+    result = run_script("launch/train.py", "--train.epochs", "0", "--ds", ds_config(2), launcher=DEEPSPEED)
+    assert result.returncode == 2
+    assert result.stderr.count("train.epochs is '0'") == 1
+    assert "Traceback" not in result.stderr
+
+
+def test_another_number_of_ranks_cannot_continue_a_run(tiny_model: Path, tmp_path: Path) -> None:
+    flags = tiny_flags(tiny_model, tmp_path / "run", "--output.save_every_steps", 2, "--train.max_steps", 4)
+    assert train(*flags, "--output.keep", "9") == 0
+    (tmp_path / "run" / "checkpoints" / "latest").write_text("step-00000002")
+    result = run_script("launch/train.py", *flags, "--ds", ds_config(2))
+    assert result.returncode == 2
+    assert "was written by engine local on 1 ranks; this run is zero-2 on 1" in result.stderr
