@@ -25,8 +25,8 @@ def main() -> int:
     parser.add_argument("source", help="run directory, export, delta, model directory or Hub id")
     parser.add_argument("--data.path", dest="path", help="rows to evaluate on; default: what the run held out")
     parser.add_argument("--data.split", dest="split", default="train", help="split of a Hub data set")
-    parser.add_argument("--batch-size", type=int, default=1, help="rows computed at once; default: 1")
-    parser.add_argument("--step", type=int, help="checkpoint of a run; default: the latest")
+    parser.add_argument("--batch-size", type=flags.positive, default=1, help="rows computed at once; default: 1")
+    parser.add_argument("--step", type=flags.positive, help="checkpoint of a run; default: the latest")
     parser.add_argument("--base", help="where the base model is, if it moved since training")
     arguments = parser.parse_args()
     from toolkit.evaluate import evaluate_source

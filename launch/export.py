@@ -27,10 +27,9 @@ def main() -> int:
         choices=("bfloat16", "float16", "float32"),
         help="precision of the weights; default: the run's for a model, float32 for a delta",
     )
-    parser.add_argument("--step", type=int, help="checkpoint to export; default: the latest")
+    parser.add_argument("--step", type=flags.positive, help="checkpoint to export; default: the latest")
     parser.add_argument("--base", help="where the base model is, if it moved since training")
     arguments = parser.parse_args()
-    from toolkit.config.load import build, read_recipe
     from toolkit.export import export_delta, export_model
 
     if arguments.delta:
@@ -38,9 +37,7 @@ def main() -> int:
         export_delta(arguments.run, target, arguments.dtype or "float32", arguments.step)
     else:
         target = arguments.output or arguments.run / "export"
-        recipe = arguments.run / "config.yaml"
-        dtype = arguments.dtype or build(read_recipe(recipe), f"recipe {recipe}").model.dtype
-        export_model(arguments.run, target, dtype, arguments.step, arguments.base)
+        export_model(arguments.run, target, arguments.dtype, arguments.step, arguments.base)
     print(target)
     return 0
 

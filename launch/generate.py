@@ -29,12 +29,18 @@ def main() -> int:
     parser.add_argument("--context", action="append", default=[], help="context of --question; may be repeated")
     parser.add_argument("--output", type=Path, help="JSON lines file for the answers; default: print them")
     parser.add_argument("--split", default="train", help="split of a Hub data set")
-    parser.add_argument("--limit", type=int, help="answer the first so many questions only")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer in tokens; default: 256")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy and repeatable; default: 0")
-    parser.add_argument("--step", type=int, help="checkpoint of a run; default: the latest")
+    parser.add_argument("--limit", type=flags.positive, help="answer the first so many questions only")
+    parser.add_argument(
+        "--max-new-tokens", type=flags.positive, default=256, help="longest answer in tokens; default: 256"
+    )
+    parser.add_argument(
+        "--temperature", type=flags.temperature, default=0.0, help="0 is greedy and repeatable; default: 0"
+    )
+    parser.add_argument("--step", type=flags.positive, help="checkpoint of a run; default: the latest")
     parser.add_argument("--base", help="where the base model is, if it moved since training")
     arguments = parser.parse_args()
+    if arguments.context and arguments.input:
+        parser.error("--context goes with --question; the rows of --input have contexts of their own")
     from toolkit.data.questions import from_prompt, read_questions
     from toolkit.distributed import World
     from toolkit.generate import answers
@@ -54,6 +60,8 @@ def main() -> int:
         arguments.max_new_tokens,
         arguments.temperature,
     )
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
     out = arguments.output.open("w", encoding="utf-8") if arguments.output else None
     for question, answer in zip(questions, given, strict=True):
         if out is None:

@@ -111,7 +111,10 @@ BAD_LINES = {
     "empty answer": (json.dumps({**GOOD, "LONG_ANSWER": " "}).encode(), "empty LONG_ANSWER"),
     "missing column": (b'{"QUESTION": "q"}', "no column CONTEXTS"),
     "wrong type": (b'["q"]', "is a list"),
-    "too long": (json.dumps({**GOOD, "LONG_ANSWER": "long " * 3000}).encode(), "tokens for question and answer alone"),
+    "too long": (
+        json.dumps({**GOOD, "LONG_ANSWER": "long " * 3000}).encode(),
+        "tokens without any context; data.max_length is 2048",
+    ),
 }
 
 

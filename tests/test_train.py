@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
-from helpers import ENGLISH, QUICKSTART, invocation, metrics, tiny_flags, train
-from safetensors.torch import load_file
+from helpers import ENGLISH, QUICKSTART, invocation, make_tiny_model, metrics, tiny_flags, train
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
@@ -235,9 +235,9 @@ def test_a_directory_with_another_recipe_is_refused_and_the_differences_listed(
 
 
 def test_resume_must_and_never_mean_it(tiny_model: Path, tmp_path: Path, finished: Path) -> None:
-    with pytest.raises(CheckpointError, match="resume is must, but .* holds no checkpoint"):
+    with pytest.raises(CheckpointError, match=r"resume is must, but .* holds no checkpoint"):
         train(*tiny_flags(tiny_model, tmp_path / "new", "--output.resume", "must"))
-    with pytest.raises(CheckpointError, match="resume is never, but .* holds step-00000045"):
+    with pytest.raises(CheckpointError, match=r"resume is never, but .* holds step-00000045"):
         train(*tiny_flags(tiny_model, finished, "--data.validation", "0.25", "--output.resume", "never"))
 
 
@@ -268,6 +268,38 @@ def test_without_a_directory_runs_are_numbered_and_an_interrupted_one_is_continu
     }
 
 
+def test_changed_rows_and_changed_base_weights_are_refused(tmp_path: Path) -> None:
+    model, data = make_tiny_model(tmp_path / "model"), tmp_path / "rows.jsonl"
+    rows = ENGLISH.read_text(encoding="utf-8").splitlines()
+    data.write_text("\n".join(rows), encoding="utf-8")
+    flags = tiny_flags(model, tmp_path / "run", "--data.path", data, "--output.save_every_steps", 3, "--output.keep", 9)
+    assert train(*flags, "--train.max_steps", "6") == 0
+    (tmp_path / "run" / "checkpoints" / "latest").write_text("step-00000003")
+    data.write_text("\n".join(reversed(rows)), encoding="utf-8")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError) as error:
+        train(*flags, "--train.max_steps", "6")
+    assert "have changed since (SHA-256 differs)" in str(error.value)
+    assert "the rows have changed since: 6 steps in all then, 6 now" in str(error.value)
+
+
+def test_resume_must_finds_the_interrupted_run_among_numbered_ones(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = tiny_flags(tiny_model, tmp_path, "--train.max_steps", "4", "--output.dir", "none")
+    with pytest.raises(CheckpointError, match="no directory up to runs/quickstart holds an interrupted run"):
+        train(*flags, "--output.resume", "must")
+    assert train(*flags) == 0
+    with monkeypatch.context() as patch:
+        stop_at(2, patch)
+        assert train(*flags) == 75
+    assert train(*flags, "--output.resume", "must") == 0
+    assert len(metrics(tmp_path / "runs" / "quickstart-2")) == 4
+
+
 def test_a_checkpoint_of_another_mask_or_a_lost_one_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     flags = tiny_flags(tiny_model, tmp_path / "run", "--train.epochs", 1, "--mask.train", "blocks:4")
     assert train(*flags, "--train.max_steps", "4") == 0
@@ -275,7 +307,7 @@ def test_a_checkpoint_of_another_mask_or_a_lost_one_is_refused(tiny_model: Path,
     recipe.write_text(recipe.read_text().replace("blocks:4", "blocks:5").replace("max_steps: 4", "max_steps: 8"))
     state = tmp_path / "run" / "checkpoints" / "step-00000004" / "state.json"
     state.write_text(state.read_text().replace('"total_steps": 4', '"total_steps": 8'))
-    with pytest.raises(CheckpointError, match="was trained with another mask: 9 tensors only there"):
+    with pytest.raises(CheckpointError, match="it was trained with another mask: 9 tensors only there"):
         train("--config", str(recipe))
     (tmp_path / "run" / "checkpoints" / "latest").write_text("step-00000099")
     with pytest.raises(

@@ -93,28 +93,32 @@ def test_a_bfloat16_run_with_accumulation_checkpointing_and_a_stop_ends_like_one
 ) -> None:
     """The whole command on two ranks: interrupted after an epoch's checkpoint, resumed, validated, exported."""
     shared = (
-        "--model.dtype", "bfloat16", "--data.validation", "0.25", "--train.epochs", "2", "--output.save_every_steps", "3",
-        "--train.gradient_checkpointing", "on", "--train.learning_rate", "1e-4",
+        "--model.dtype", "bfloat16", "--data.validation", "0.25", "--train.epochs", "2", "--train.learning_rate", "1e-4",
+        "--train.gradient_checkpointing", "on", "--output.save_every_steps", "3",
     )  # fmt: skip
     one = tmp_path / "one"
     assert train(*tiny_flags(tiny_model, one, *shared, "--train.gradient_accumulation_steps", "4")) == 0
     two = tmp_path / "two"
-    flags = tiny_flags(tiny_model, two, *shared, "--train.gradient_accumulation_steps", 2, "--ds", ds_config(stage))
+    accumulate = ("--train.gradient_accumulation_steps", 2, "--output.keep", 9)
+    flags = tiny_flags(tiny_model, two, *shared, *accumulate, "--ds", ds_config(stage))
     succeed(run_script("launch/train.py", *flags, launcher=DEEPSPEED))
-    assert max(abs(a - b) for a, b in zip(metrics(two), metrics(one), strict=True)) < 3e-2
+    whole = metrics(two)
+    assert max(abs(a - b) for a, b in zip(whole, metrics(one), strict=True)) < 3e-2
     assert metrics(two, "eval_loss") == pytest.approx(metrics(one, "eval_loss"), abs=3e-2)
 
-    # forget what came after step 3, as if the job had been killed, and start the same command again
-    whole = metrics(two)
-    (two / "checkpoints" / "latest").write_text("step-00000003")
-    again = tmp_path / "again"
-    kept = flags[:]
-    kept[kept.index("--output.dir") + 1] = str(again)
-    succeed(run_script("launch/train.py", *kept, "--output.keep", 9, launcher=DEEPSPEED))
-    (again / "checkpoints" / "latest").write_text("step-00000003")
-    succeed(run_script("launch/train.py", *kept, "--output.keep", 9, launcher=DEEPSPEED))
-    assert metrics(again) == whole
-    assert metrics(again, "step") == metrics(two, "step")
+    (two / "checkpoints" / "latest").write_text("step-00000003")  # as if the job had been killed after step 3
+    succeed(run_script("launch/train.py", *flags, launcher=DEEPSPEED))
+    assert metrics(two) == whole
+    assert [row for row in metrics(two, "step")].count(4) == 2, "one training row and one validation row of step 4"
+
+
+def test_a_frozen_tied_head_trains_under_zero3_too(tiny_model: Path, tmp_path: Path) -> None:
+    """The tied table is in both halves: in the prefix to embed, in the suffix as the head, which ZeRO-3 partitions."""
+    flags = ("--mask.train", "last:2", "--train.epochs", "1")
+    assert train(*tiny_flags(tiny_model, tmp_path / "one", *flags)) == 0
+    run = tmp_path / "run"
+    succeed(run_script("launch/train.py", *tiny_flags(tiny_model, run, *flags), "--ds", ds_config(3)))
+    assert max(abs(a - b) for a, b in zip(metrics(run), metrics(tmp_path / "one"), strict=True)) < 1e-5
 
 
 def test_torchrun_without_deepspeed_sums_gradients_over_ranks(tiny_model: Path, tmp_path: Path, alone: Path) -> None:
@@ -128,7 +132,7 @@ def test_accelerate_launch_gives_the_same_run(tiny_model: Path, tmp_path: Path, 
     launcher = (
         "accelerate",
         "launch",
-        "--cpu",
+        "--multi_gpu",
         "--num_processes",
         "2",
         "--num_machines",

@@ -32,6 +32,8 @@ class State:
     """Optimizer steps of the whole run."""
     engine: str
     ranks: int
+    data: str
+    """Fingerprint of the rows it learns from (``toolkit.data.dataset.Dataset.fingerprint``)."""
 
     @property
     def finished(self) -> bool:
@@ -104,22 +106,38 @@ def commit(run: Path, state: State, engine: Engine, mask: LayerMask, base: Base,
     return final
 
 
-def restore(checkpoint: Path, engine: Engine, mask: LayerMask, world: World) -> State:
+def restore(checkpoint: Path, now: State, engine: Engine, mask: LayerMask, base: Base) -> State:
     """Continue from a checkpoint; every rank calls it.
 
+    Args:
+        checkpoint: a committed one.
+        now: what this run would write; all but its step must agree with the checkpoint.
+        engine: is loaded.
+        mask: of this run.
+        base: the model this run starts from.
+
     Raises:
-        CheckpointError: it was written by another engine, world size or mask, or is damaged.
+        CheckpointError: another engine, number of ranks, mask, base model or data, or it is damaged; lists all
+            differences.
     """
     state = read_state(checkpoint)
-    if (state.engine, state.ranks) != (engine.name, world.size):
-        raise CheckpointError(
-            f"{checkpoint} was written by engine {state.engine} on {state.ranks} ranks; this run is {engine.name} on "
-            f"{world.size}. Start it the same way, or a new run with another --output.dir"
-        )
     delta = read_delta(checkpoint / "delta")
+    differences = []
+    if (state.engine, state.ranks) != (now.engine, now.ranks):
+        differences.append(
+            f"it was written by engine {state.engine} on {state.ranks} ranks; this run is {now.engine} on {now.ranks}"
+        )
     if difference := describe_difference(delta.mask, mask):
+        differences.append(f"it was trained with another mask: {difference}")
+    if delta.base.sha256 != base.sha256:
+        differences.append(f"the weights of {base.config.name_or_path} have changed since (SHA-256 differs)")
+    if (state.data, state.total_steps) != (now.data, now.total_steps):
+        differences.append(f"the rows have changed since: {state.total_steps} steps in all then, {now.total_steps} now")
+    if differences:
+        listed = "\n".join(f"  - {difference}" for difference in differences)
         raise CheckpointError(
-            f"{checkpoint} was trained with another mask: {difference}. Use the same mask, or another --output.dir"
+            f"{checkpoint} does not fit this run:\n{listed}\n"
+            "Restore what changed, or start anew with another --output.dir"
         )
     engine.load(checkpoint / "engine", delta.tensors)
     return state

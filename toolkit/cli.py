@@ -35,7 +35,7 @@ def run_command(command: Callable[[], int]) -> int:
         _print_error(error, rank)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted; the last checkpoint is intact", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     except Exception:
         print(f"[rank {rank}] unforeseen error", file=sys.stderr)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from toolkit.checkpoint import read_state
 from toolkit.data.batches import BatchPlan, step_batches
-from toolkit.data.dataset import load_dataset
+from toolkit.data.dataset import Dataset, load_dataset
 from toolkit.data.examples import Example
 from toolkit.distributed import World
 from toolkit.errors import DataError
 from toolkit.loss import Forward, supervised_loss
 from toolkit.prefix.split import Prefix, Suffix
-from toolkit.source import open_source
+from toolkit.source import find_checkpoint, open_source
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,18 @@ def evaluate_source(
     elif opened.run is None or config.validation is None:
         raise DataError(f"{source} held no rows out; name some with --data.path FILE")
     dataset = load_dataset(config, opened.loaded.tokenizer, opened.config.train.seed)
+    if path is None and opened.run is not None:
+        _require_same_rows(dataset, opened.run, step)
     examples = dataset.train if path is not None else dataset.validation
     world = World()
     model = opened.loaded.model.to(world.device).eval()
     suffix = Suffix(model, opened.loaded.anatomy, boundary=0)
     return evaluate(suffix, None, examples, batch_size, int(opened.loaded.tokenizer.pad_token_id), world)
+
+
+def _require_same_rows(dataset: Dataset, run: Path, step: int | None) -> None:
+    """Another split of changed rows could count rows that were trained on as held out."""
+    if read_state(find_checkpoint(run, step)).data != dataset.fingerprint():
+        raise DataError(
+            f"the rows of {run} have changed since it was trained; name rows to evaluate on with --data.path"
+        )

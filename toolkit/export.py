@@ -18,7 +18,9 @@ from toolkit.source import find_checkpoint, open_source
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 
-def export_model(run: Path, target: Path, dtype: Dtype, step: int | None = None, base: str | None = None) -> None:
+def export_model(
+    run: Path, target: Path, dtype: Dtype | None = None, step: int | None = None, base: str | None = None
+) -> None:
     """Write the whole trained model with tokenizer, chat template and model card.
 
     Trained tensors come from the float32 masters; a head that was untied is saved as its own tensor, with
@@ -27,7 +29,7 @@ def export_model(run: Path, target: Path, dtype: Dtype, step: int | None = None,
     Args:
         run: the run directory.
         target: a directory that is empty or does not exist.
-        dtype: precision of the saved weights.
+        dtype: precision of the saved weights; none keeps the run's.
         step: the checkpoint; none takes the latest.
         base: where the base model is, if it moved.
 
@@ -38,7 +40,7 @@ def export_model(run: Path, target: Path, dtype: Dtype, step: int | None = None,
     _require_empty(target)
     opened = open_source(str(run), step, base)
     model, delta = opened.loaded.model, read_delta(find_checkpoint(run, step) / "delta")
-    model.to(getattr(torch, dtype))
+    model.to(getattr(torch, dtype or opened.config.model.dtype))
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in delta.tensors.items():  # from the masters, not from their rounded copies

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from toolkit.data.examples import Encoder
-from toolkit.data.tasks import Sample
+from toolkit.data.tasks import RowFaultError, Sample
 from toolkit.errors import DataError
 from toolkit.models.load import LoadedModel
 
@@ -24,24 +24,22 @@ def answers(
     Args:
         loaded: the model, on the device it is to run on.
         samples: questions with their contexts.
-        max_length: longest prompt in tokens.
+        max_length: longest prompt in tokens; context beyond it is cut.
         max_new_tokens: longest answer in tokens.
         temperature: 0 takes the most likely token each time; above 0 samples.
 
     Raises:
-        DataError: a prompt is longer than ``max_length``.
+        DataError: a question alone is longer than ``max_length``.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
     encoder = Encoder(tokenizer, max_length)
     model.eval()
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     for sample in samples:
-        prompt = encoder.prompt_ids(sample)
-        if len(prompt) > max_length:
-            raise DataError(
-                f"the question with its contexts has {len(prompt)} tokens, data.max_length is {max_length}; "
-                "shorten the contexts"
-            )
+        try:
+            prompt = encoder.prompt_ids(sample)
+        except RowFaultError as fault:
+            raise DataError(f"question {sample.question[:60]!r} {fault}") from None
         ids = torch.tensor([prompt], device=model.device)
         with torch.no_grad():
             output = model.generate(

@@ -66,7 +66,7 @@ class Monitor:
         self._metrics_path = run / "metrics.jsonl"
         self._drop_rows_after(first_step)
         self._file = self._metrics_path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
         self._bar = tqdm(total=total_steps, initial=first_step, desc="training", unit="step", dynamic_ncols=True)
 
     def __enter__(self) -> Monitor:

@@ -41,11 +41,17 @@ def claim(config: RunConfig, recipe: Path, world: World) -> Iterator[RunDirector
     Raises:
         CheckpointError: the directory holds another recipe's run, is in use, or ``output.resume`` forbids it.
     """
-    directory = lock = None
+    directory = lock = error = None
     if world.is_main:
-        directory, lock = _choose(config, recipe)
+        try:
+            directory, lock = _choose(config, recipe)
+        except CheckpointError as refused:
+            error = refused
     try:
-        yield world.share(directory)
+        directory, error = world.share((directory, error))
+        if error is not None:
+            raise error
+        yield directory
     finally:
         if lock is not None:
             lock.release()
@@ -62,6 +68,11 @@ def _choose(config: RunConfig, recipe: Path) -> tuple[RunDirectory, FileLock]:
         return _inspect_locked(_inspect, path, config, lock), lock
     for number in count(1):
         path = Path("runs") / (recipe.stem if number == 1 else f"{recipe.stem}-{number}")
+        if config.output.resume == "must" and not path.exists():
+            raise CheckpointError(
+                f"output.resume is must, but no directory up to {path} holds an interrupted run of this recipe; "
+                "name the run with --output.dir"
+            )
         lock = _lock(path)
         if lock is None:
             continue
@@ -96,11 +107,7 @@ def _inspect_locked(
 def _inspect_if_fits(path: Path, config: RunConfig) -> RunDirectory | None:
     """The automatic choice: an unused directory, or an unfinished run of the same recipe that may be continued."""
     if latest_checkpoint(path) is None:
-        if config.output.resume == "must":
-            raise CheckpointError(
-                f"output.resume is must, but {path} holds no checkpoint of this recipe; name the run with --output.dir"
-            )
-        return RunDirectory(path, None, finished=False)
+        return None if config.output.resume == "must" else RunDirectory(path, None, finished=False)
     if config.output.resume == "never" or differences(path, config):
         return None
     found = _inspect(path, config)

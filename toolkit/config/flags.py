@@ -95,6 +95,24 @@ def parser(description: str) -> argparse.ArgumentParser:
     )
 
 
+def positive(text: str) -> int:
+    """An argparse type: a whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def temperature(text: str) -> float:
+    """An argparse type: a number from 0, where 0 means greedy decoding."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
+    return value
+
+
 def _plain(annotation: Any) -> list[Any]:
     """The alternatives of a union, without ``Annotated`` wrappers."""
     if typing.get_origin(annotation) is typing.Annotated:

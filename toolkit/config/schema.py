@@ -26,7 +26,10 @@ def _number_if_numeric(value: Any) -> Any:
 
 
 def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    value = [value] if isinstance(value, str) else value
+    if isinstance(value, list) and (other := [item for item in value if not isinstance(item, str)]):
+        raise ValueError(f"{other[0]!r} is not a selector; quote one that holds a comma, as in 'blocks:10-13,28'")
+    return value
 
 
 class Section(BaseModel):
@@ -57,7 +60,7 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _pinned(self) -> ModelConfig:
-        on_hub = not self.name_or_path.startswith("bundled:") and not Path(self.name_or_path).is_dir()
+        on_hub = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", self.name_or_path) and not Path(self.name_or_path).is_dir()
         if self.trust_remote_code and on_hub and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
             raise ValueError(
                 f"trust_remote_code is on for {self.name_or_path}, but revision is {self.revision!r}; expected the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from dataclasses import dataclass
@@ -44,8 +45,18 @@ class Dataset:
             f"{len(self.validation)} validation rows; {shortened} rows lost context, {len(self.skipped)} rows skipped"
         )
 
+    def fingerprint(self) -> str:
+        """SHA-256 over the token ids and supervised spans of all rows, in order."""
+        sha = hashlib.sha256()
+        for part in (self.train, self.validation):
+            for example in part:
+                sha.update(f"{example.answer_start} {example.token_ids}".encode())
+            sha.update(b"|")
+        return sha.hexdigest()
+
     def save_skipped(self, path: Path) -> None:
         """List the skipped rows as JSON lines, if there are any."""
+        path.unlink(missing_ok=True)
         if self.skipped:
             lines = [json.dumps({"row": row.origin, "fault": row.fault}, ensure_ascii=False) for row in self.skipped]
             path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -68,7 +79,8 @@ def load_dataset(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     if isinstance(config.validation, float):
         examples, validation = _hold_out(examples, config.validation, seed)
     elif config.validation is not None:
-        validation, more = encode_rows(read_rows(config.validation, config.split), encoder, config)
+        split = "train" if Path(config.validation).is_file() else config.split
+        validation, more = encode_rows(read_rows(config.validation, split), encoder, config)
         skipped += more
     return Dataset(tuple(examples), tuple(validation), tuple(skipped))
 

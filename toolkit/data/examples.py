@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
@@ -48,9 +49,12 @@ class Encoder:
         self._render("question", "answer")
 
     def prompt_ids(self, sample: Sample) -> tuple[int, ...]:
-        """Token ids up to where the answer begins."""
-        prompt, _ = self._render(sample.prompt(), None)
-        return self._ids(prompt)
+        """Token ids up to where the answer begins, shortened like an example's.
+
+        Raises:
+            RowFaultError: the question alone exceeds ``max_length``.
+        """
+        return self._fit(sample, self._encode_prompt).token_ids
 
     def stop_ids(self) -> list[int]:
         """Tokens that end an answer: the end of the text, and what the chat template closes a turn with."""
@@ -63,23 +67,30 @@ class Encoder:
         Raises:
             RowFaultError: question and answer alone exceed ``max_length``, or the answer has no tokens.
         """
-        example = self._encode(sample)
+        return self._fit(sample, self._encode)
+
+    def _fit(self, sample: Sample, encode: Callable[[Sample], Example]) -> Example:
+        """Encode ``sample`` with as much of its context, from the start, as ``max_length`` has room for."""
+        example = encode(sample)
         if len(example.token_ids) <= self.max_length:
             return example
-        bare = self._encode(replace(sample, contexts=()))
+        bare = encode(replace(sample, contexts=()))
         if len(bare.token_ids) > self.max_length:
             raise RowFaultError(
-                f"needs {len(bare.token_ids)} tokens for question and answer alone; "
-                f"data.max_length is {self.max_length}, so nothing could be supervised without cutting them"
+                f"needs {len(bare.token_ids)} tokens without any context; data.max_length is {self.max_length}, "
+                "so nothing could be supervised without cutting question or answer"
             )
         keep = len(self._text_ids("\n\n".join(sample.contexts)))
         while len(example.token_ids) > self.max_length and keep > 0:
             keep -= len(example.token_ids) - self.max_length
-            shorter = replace(sample, contexts=_first_tokens(self.tokenizer, sample.contexts, max(keep, 0)))
-            example = self._encode(shorter)
-        if len(example.token_ids) > self.max_length:
-            example = bare
-        return replace(example, shortened=True)
+            contexts = _first_tokens(self.tokenizer, sample.contexts, max(keep, 0))
+            example = encode(replace(sample, contexts=contexts))
+        return replace(example if len(example.token_ids) <= self.max_length else bare, shortened=True)
+
+    def _encode_prompt(self, sample: Sample) -> Example:
+        prompt, _ = self._render(sample.prompt(), None)
+        ids = self._ids(prompt)
+        return Example(ids, len(ids))
 
     def _encode(self, sample: Sample) -> Example:
         assert sample.answer is not None

@@ -35,6 +35,8 @@ def read_rows(path: str, split: str = "train") -> list[Row]:
     """
     file = Path(path)
     if file.is_file():
+        if split != "train":
+            raise DataError(f"data.split is {split!r}, but {path} is a file, and files have one split only: train")
         reader = _READERS.get(file.suffix.lower())
         if reader is None:
             raise DataError(f"{path}: unknown data format {file.suffix!r}; expected {', '.join(_READERS)}")

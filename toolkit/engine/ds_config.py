@@ -152,6 +152,10 @@ def _check_sections(ds: dict[str, Any]) -> Iterator[str]:
     for section in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "data_types"):
         if section in ds and not isinstance(ds[section], dict):
             yield f"{section} is {ds[section]!r}; expected an object"
+    bf16 = ds.get("bf16")
+    for key in bf16 if isinstance(bf16, dict) else ():
+        if key not in ("enabled", "check_grad_overflow", "immediate_grad_update"):
+            yield f"bf16.{key} would take the float32 masters away that low-precision training needs; remove it"
     stage = ds["zero_optimization"].get("stage", 0) if isinstance(ds.get("zero_optimization"), dict) else 0
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         yield f"zero_optimization.stage is {stage!r}; expected 0, 1, 2 or 3"
@@ -183,7 +187,10 @@ def _check_scheduler(block: dict[str, Any] | None, config: RunConfig) -> Iterato
 
 
 def _check_params(block: dict[str, Any], name: str, expected: dict[str, Any]) -> Iterator[str]:
-    for key, found in (block.get("params") or {}).items():
+    params = block.get("params", "auto")
+    if params != "auto" and not isinstance(params, dict):
+        yield f"{name}.params is {params!r}; expected an object"
+    for key, found in params.items() if isinstance(params, dict) else ():
         if found == "auto":
             continue
         if key not in expected:

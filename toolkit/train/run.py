@@ -61,7 +61,8 @@ def _train(setup: Setup, directory: RunDirectory) -> int:
     world, run_dir = setup.world, directory.path
     done = 0
     if directory.checkpoint:
-        done = restore(directory.checkpoint, setup.engine, setup.mask, world).step
+        now = _state(setup, step=0)
+        done = restore(directory.checkpoint, now, setup.engine, setup.mask, setup.base).step
         log.info("continuing %s after step %d of %d", run_dir, done, setup.total_steps)
     if world.is_main:
         write_config(run_dir, setup.config)
@@ -154,8 +155,11 @@ def _validate(setup: Setup, monitor: Monitor, step: int) -> None:
 
 
 def _commit(setup: Setup, run_dir: Path, step: int) -> None:
-    state = State(step, setup.total_steps, setup.engine.name, setup.world.size)
-    commit(run_dir, state, setup.engine, setup.mask, setup.base, setup.world, setup.config.output.keep)
+    commit(run_dir, _state(setup, step), setup.engine, setup.mask, setup.base, setup.world, setup.config.output.keep)
+
+
+def _state(setup: Setup, step: int) -> State:
+    return State(step, setup.total_steps, setup.engine.name, setup.world.size, setup.dataset.fingerprint())
 
 
 class _StopSignal:

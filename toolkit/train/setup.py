@@ -68,7 +68,7 @@ def set_up(invocation: Invocation, world: World) -> Setup:
     total_steps = min(plan.steps_per_epoch * train.epochs, train.max_steps or plan.steps_per_epoch * train.epochs)
     loaded = load(config.model, tokenizer)
     _check_fit(dataset, loaded)
-    base = Base(config.model, fingerprint(loaded.model) if world.is_main else "")
+    base = Base(config.model, world.share(fingerprint(loaded.model) if world.is_main else None))
     mask = build_mask(config.mask, loaded.anatomy)
     apply_mask(loaded.model, mask, loaded.anatomy)
     log.info("layer mask of %s:\n%s", config.model.name_or_path, audit_table(mask, loaded.anatomy))

@@ -1,0 +1,197 @@
+"""Export, delta, generate and evaluate: what was trained is what is used."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ENGLISH, make_tiny_model, run_script, tiny_flags, train
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from toolkit.data.tasks import Sample
+from toolkit.delta import load_delta, read_delta
+from toolkit.errors import CheckpointError, DataError
+from toolkit.evaluate import evaluate_source
+from toolkit.export import export_delta, export_model
+from toolkit.generate import answers
+from toolkit.source import open_source
+
+IDS = torch.arange(3, 60)[None]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bfloat16 run of two epochs on a model with a tied head, which was untied."""
+    folder = tmp_path_factory.mktemp("trained")
+    model = make_tiny_model(folder / "base")
+    flags = ("--model.dtype", "bfloat16", "--data.validation", "0.25", "--train.epochs", 2, "--output.keep", 2)
+    assert train(*tiny_flags(model, folder / "run", *flags)) == 0
+    return folder / "run"
+
+
+def trained_logits(run: Path, dtype: torch.dtype) -> torch.Tensor:
+    """Logits of the base model with the masters of the last checkpoint laid in by hand."""
+    model = AutoModelForCausalLM.from_pretrained(run.parent / "base", dtype=torch.bfloat16).to(dtype)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    parameters = dict(model.named_parameters())
+    tensors = load_file(run / "checkpoints" / "step-00000030" / "delta" / "trained.safetensors")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+        return model.eval()(IDS).logits
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_export_gives_the_trained_models_logits_in_a_new_process(trained: Path, tmp_path: Path, dtype: str) -> None:
+    target = tmp_path / "export"
+    result = run_script("launch/export.py", trained, "--output", target, "--dtype", dtype)
+    assert result.returncode == 0, result.stderr
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype='auto').eval()\n"
+        "torch.save((model(torch.arange(3, 60)[None]).logits.detach(), str(model.dtype)), sys.argv[3])"
+    )
+    loaded = run_script("launch/export.py", target, tmp_path / "logits.pt", launcher=(sys.executable, "-c", code))
+    assert loaded.returncode == 0, loaded.stderr
+    logits, saved_as = torch.load(tmp_path / "logits.pt")
+    assert saved_as == f"torch.{dtype}"
+    assert torch.equal(logits, trained_logits(trained, getattr(torch, dtype)))
+
+
+def test_the_export_holds_the_untied_head_tokenizer_template_and_card(trained: Path, tmp_path: Path) -> None:
+    export_model(trained, tmp_path / "export")
+    tensors = load_file(tmp_path / "export" / "model.safetensors")
+    assert not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    base = load_file(trained.parent / "base" / "model.safetensors")
+    names = set(read_delta(trained / "checkpoints" / "step-00000030" / "delta").mask.names)
+    assert all(torch.equal(tensors[name], base[name].bfloat16()) for name in set(tensors) - names)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "export")
+    assert "<|assistant|>" in tokenizer.chat_template
+    card = (tmp_path / "export" / "README.md").read_text(encoding="utf-8")
+    assert "| blocks 2–5 | 36 | 37,120 | trained |" in card
+    assert "30 steps, last loss" in card
+    assert "learning_rate: 0.001" in card
+
+
+def test_an_earlier_checkpoint_can_be_exported_and_a_missing_one_is_named(trained: Path, tmp_path: Path) -> None:
+    export_model(trained, tmp_path / "early", step=15)
+    export_model(trained, tmp_path / "late")
+    early, late = (load_file(tmp_path / name / "model.safetensors") for name in ("early", "late"))
+    assert not torch.equal(early["lm_head.weight"], late["lm_head.weight"])
+    with pytest.raises(CheckpointError, match="no checkpoint of step 16; present: step-00000015, step-00000030"):
+        export_model(trained, tmp_path / "none", step=16)
+
+
+def test_a_delta_loads_onto_the_base(trained: Path, tmp_path: Path) -> None:
+    export_delta(trained, tmp_path / "delta")
+    assert {path.name for path in (tmp_path / "delta").iterdir()} == {"trained.safetensors", "mask.json", "base.json"}
+    with torch.no_grad():
+        logits = load_delta(tmp_path / "delta").model.eval()(IDS).logits
+    assert torch.equal(logits, trained_logits(trained, torch.bfloat16))
+
+
+def test_a_delta_refuses_another_base(trained: Path, tmp_path: Path) -> None:
+    export_delta(trained, tmp_path / "delta", "bfloat16")
+    other = make_tiny_model(tmp_path / "other", tied=False)
+    with pytest.raises(CheckpointError, match=r"trained on other weights than .*other holds now"):
+        load_delta(tmp_path / "delta", base=str(other))
+
+
+@pytest.mark.parametrize("damage", ["trained.safetensors", "mask.json", "base.json"])
+def test_a_damaged_delta_is_refused(trained: Path, tmp_path: Path, damage: str) -> None:
+    export_delta(trained, tmp_path / "delta")
+    (tmp_path / "delta" / damage).write_bytes(b"{}")
+    with pytest.raises(CheckpointError, match="not a readable delta"):
+        read_delta(tmp_path / "delta")
+
+
+def test_exporting_never_overwrites_and_needs_a_run(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").touch()
+    with pytest.raises(CheckpointError, match="exists and is not empty"):
+        export_model(trained, tmp_path / "used")
+    result = run_script("launch/export.py", tmp_path / "used")
+    assert result.returncode == 2
+    assert "is not a run directory" in result.stderr
+
+
+def test_evaluation_repeats_the_last_validation_of_the_run(trained: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    last = [row["eval_loss"] for row in rows if "eval_loss" in row][-1]
+    result = run_script("launch/evaluate.py", trained)
+    assert result.returncode == 0, result.stderr
+    outcome = json.loads(result.stdout.splitlines()[-1])
+    assert outcome["loss"] == pytest.approx(last, abs=1e-4)
+    assert outcome["perplexity"] == pytest.approx(torch.tensor(outcome["loss"]).exp().item(), rel=1e-5)
+
+
+def test_every_kind_of_source_evaluates_the_same(trained: Path, tmp_path: Path) -> None:
+    export_model(trained, tmp_path / "export")
+    export_delta(trained, tmp_path / "delta")
+    losses = [
+        evaluate_source(str(source), str(ENGLISH), "train", batch, None, None).loss
+        for source, batch in ((trained, 1), (tmp_path / "delta", 1), (tmp_path / "export", 1), (trained, 7))
+    ]
+    assert losses[0] == losses[1]
+    # a plain model is loaded in the default precision, which is the run's
+    assert losses[2] == losses[0]
+    assert losses[3] == pytest.approx(losses[0], abs=2e-3)
+
+
+def test_evaluating_without_held_out_rows_says_what_to_name(trained: Path) -> None:
+    with pytest.raises(DataError, match="held no rows out; name some with --data.path"):
+        evaluate_source(str(trained.parent / "base"), None, "train", 1, None, None)
+
+
+def test_held_out_rows_are_not_trusted_once_the_data_changed(tmp_path: Path) -> None:
+    model, data = make_tiny_model(tmp_path / "base"), tmp_path / "rows.jsonl"
+    rows = ENGLISH.read_text(encoding="utf-8").splitlines()
+    data.write_text("\n".join(rows), encoding="utf-8")
+    flags = ("--data.path", data, "--data.validation", "0.25", "--train.max_steps", "2")
+    assert train(*tiny_flags(model, tmp_path / "run", *flags)) == 0
+    data.write_text("\n".join(rows[1:]), encoding="utf-8")
+    with pytest.raises(DataError, match="have changed since it was trained"):
+        evaluate_source(str(tmp_path / "run"), None, "train", 1, None, None)
+
+
+def test_answers_come_from_the_prompt_of_training_and_stop_at_the_turns_end(trained: Path) -> None:
+    loaded = open_source(str(trained)).loaded
+    sample = Sample("Why?", ("Because.",))
+    first, second = (next(answers(loaded, [sample], 512, 12)) for _ in range(2))
+    assert first == second
+    head = loaded.model.lm_head.weight
+    with torch.no_grad():
+        head.zero_()
+        loaded.model.model.norm.weight.zero_()
+    assert next(answers(loaded, [sample], 512, 12)) == "", "all logits equal: token 0, the end of a turn, comes first"
+
+
+def test_a_long_prompt_loses_context_and_an_impossible_one_is_named(trained: Path) -> None:
+    loaded = open_source(str(trained)).loaded
+    assert len(list(answers(loaded, [Sample("Why?", ("because " * 300,))], 64, 4))) == 1
+    with pytest.raises(DataError, match="tokens without any context"):
+        list(answers(loaded, [Sample("why " * 200, ())], 64, 4))
+
+
+def test_generate_answers_a_file_beside_its_references(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "answers.jsonl"
+    flags = ("--input", ENGLISH, "--output", out, "--limit", 3, "--max-new-tokens", 4)
+    result = run_script("launch/generate.py", trained, *flags)
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    given = [json.loads(line) for line in ENGLISH.read_text(encoding="utf-8").splitlines()[:3]]
+    assert [row["QUESTION"] for row in rows] == [row["QUESTION"] for row in given]
+    assert [row["REFERENCE"] for row in rows] == [row["LONG_ANSWER"] for row in given]
+    assert all(isinstance(row["ANSWER"], str) for row in rows)
+
+
+def test_generate_answers_one_question(trained: Path) -> None:
+    result = run_script("launch/generate.py", trained, "--question", "Why?", "--context", "a", "--max-new-tokens", 4)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) >= 1
