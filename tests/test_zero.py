@@ -91,10 +91,10 @@ def test_frozen_tensors_are_bit_identical_and_all_masters_move(
 def test_a_bfloat16_run_with_accumulation_checkpointing_and_a_stop_ends_like_one_process(
     tiny_model: Path, tmp_path: Path, stage: int
 ) -> None:
-    """The whole command on two ranks: interrupted after an epoch's checkpoint, resumed, validated, exported."""
+    """The whole command on two ranks, then resumed from within its first epoch."""
     shared = (
-        "--model.dtype", "bfloat16", "--data.validation", "0.25", "--train.epochs", "2", "--train.learning_rate", "1e-4",
-        "--train.gradient_checkpointing", "on", "--output.save_every_steps", "3",
+        "--model.dtype", "bfloat16", "--data.validation", "0.25", "--train.epochs", 2, "--train.learning_rate", "1e-4",
+        "--output.save_every_steps", "3", "--train.gradient_checkpointing", "on",
     )  # fmt: skip
     one = tmp_path / "one"
     assert train(*tiny_flags(tiny_model, one, *shared, "--train.gradient_accumulation_steps", "4")) == 0
@@ -109,7 +109,7 @@ def test_a_bfloat16_run_with_accumulation_checkpointing_and_a_stop_ends_like_one
     (two / "checkpoints" / "latest").write_text("step-00000003")  # as if the job had been killed after step 3
     succeed(run_script("launch/train.py", *flags, launcher=DEEPSPEED))
     assert metrics(two) == whole
-    assert [row for row in metrics(two, "step")].count(4) == 2, "one training row and one validation row of step 4"
+    assert metrics(two, "step").count(4) == 2, "one training row and one validation row of step 4"
 
 
 def test_a_frozen_tied_head_trains_under_zero3_too(tiny_model: Path, tmp_path: Path) -> None:

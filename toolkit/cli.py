@@ -72,9 +72,8 @@ def _quiet(rank: int) -> None:
     log = logging.getLogger("frostline")
     log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     log.propagate = False
-    if not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("[frostline] %(message)s"))
-        log.addHandler(handler)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("[frostline] %(message)s"))
+    log.handlers = [handler]
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", category=FutureWarning)

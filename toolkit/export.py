@@ -55,10 +55,17 @@ def export_model(
     _publish(staging, target)
 
 
-def export_delta(run: Path, target: Path, dtype: Dtype, step: int | None = None) -> None:
+def export_delta(run: Path, target: Path, dtype: Dtype = "float32", step: int | None = None) -> None:
     """Write the trained tensors alone, with the mask and the identity of the base model.
 
-    Args and errors are those of ``export_model``.
+    Args:
+        run: the run directory.
+        target: a directory that is empty or does not exist.
+        dtype: precision of the saved tensors; float32 keeps the masters.
+        step: the checkpoint; none takes the latest.
+
+    Raises:
+        CheckpointError: ``run`` is no run, or ``target`` is in use.
     """
     _require_run(run)
     _require_empty(target)

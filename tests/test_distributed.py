@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import pytest
+
+from toolkit.distributed import World, read_world
+from toolkit.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("environ", "world"),
+    [
+        ({}, World(0, 0, 1)),
+        ({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}, World(3, 1, 4)),
+        ({"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8"}, World(5, 1, 8)),
+        # inside an sbatch script, before srun: the job has 8 tasks, this process is alone
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "7"}, World(0, 0, 1)),
+        # torchrun started by srun on each node: torchrun speaks for its workers
+        (
+            {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"},
+            World(2, 0, 4),
+        ),
+    ],
+)
+def test_the_world_is_what_the_launcher_says(environ: dict[str, str], world: World) -> None:
+    assert read_world(environ) == world
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "expected whole numbers"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "expected 0 <= rank < size"),
+    ],
+)
+def test_a_world_that_makes_no_sense_is_refused(environ: dict[str, str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        read_world(environ)
+
+
+def test_one_process_needs_no_group() -> None:
+    world = World()
+    assert world.sum(1.5, 2) == [1.5, 2]
+    assert world.max(3) == 3
+    assert world.share("x") == "x"
+    world.barrier()
+    with world.main_first():
+        pass

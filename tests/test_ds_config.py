@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import ROOT
+
+from toolkit.config.schema import RunConfig, TrainConfig
+from toolkit.engine.ds_config import read_ds_config, resolve_ds_config, zero_stage
+from toolkit.errors import ConfigError
+
+CONFIG = RunConfig(train=TrainConfig(micro_batch_size=2, gradient_accumulation_steps=3, max_grad_norm=0.5))
+
+
+def resolve(ds: dict[str, Any], config: RunConfig = CONFIG) -> dict[str, Any]:
+    return resolve_ds_config(ds, config, ranks=4, hidden_size=100, path=Path("x.json"))
+
+
+def faults_of(ds: dict[str, Any]) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        resolve(ds)
+    return error.value.faults
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_shipped_files_are_auto_and_filled_from_the_recipe(stage: int) -> None:
+    ds = read_ds_config(ROOT / "ds_configs" / f"zero{stage}.json")
+    assert zero_stage(ds) == stage
+    resolved = resolve(ds)
+    assert resolved["train_micro_batch_size_per_gpu"] == 2
+    assert resolved["gradient_accumulation_steps"] == 3
+    assert resolved["train_batch_size"] == 24
+    assert resolved["gradient_clipping"] == 0.5
+    assert resolved["bf16"]["enabled"] is True
+    assert resolved["zero_optimization"]["reduce_bucket_size"] == 10_000
+    assert resolved["data_types"]["grad_accum_dtype"] == "fp32"
+    assert '"auto"' not in json.dumps(resolved)
+    assert '"auto"' in json.dumps(ds), "the file's own content is left unchanged"
+
+
+def test_float32_turns_bf16_off() -> None:
+    config = CONFIG.model_copy(update={"model": CONFIG.model.model_copy(update={"dtype": "float32"})})
+    assert resolve({"bf16": {"enabled": "auto"}}, config)["bf16"]["enabled"] is False
+
+
+def test_all_contradictions_are_listed_together() -> None:
+    faults = faults_of(
+        {
+            "train_micro_batch_size_per_gpu": 8,
+            "gradient_clipping": 1.0,
+            "fp16": {"enabled": True},
+            "optimizer": {"type": "Lamb", "params": {"lr": 1e-3, "momentum": 0.9, "eps": "auto"}},
+            "scheduler": {"type": "OneCycle"},
+            "zero_optimization": {"stage": 2, "sub_group_size": "auto"},
+        }
+    )
+    assert len(faults) == 8
+    text = "\n".join(faults)
+    assert "train_micro_batch_size_per_gpu is 8, the recipe's train.micro_batch_size makes it 2" in text
+    assert "gradient_clipping is 1.0, the recipe's train.max_grad_norm makes it 0.5" in text
+    assert "fp16.enabled is True" in text
+    assert "optimizer.type is 'Lamb'" in text
+    assert "optimizer.params.lr is 0.001, the recipe makes it 1e-05" in text
+    assert "optimizer.params.momentum is 0.9; the recipe has no such setting" in text
+    assert "scheduler.type is 'OneCycle'" in text
+    assert 'zero_optimization.sub_group_size is "auto", but nothing in the recipe fills it' in text
+
+
+def test_blocks_that_agree_are_dropped_because_the_recipe_builds_them() -> None:
+    resolved = resolve(
+        {
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "betas": [0.9, 0.999], "weight_decay": "auto"}},
+            "scheduler": {"type": "WarmupDecayLR", "params": "auto"},
+        }
+    )
+    assert "optimizer" not in resolved
+    assert "scheduler" not in resolved
+    assert "optimizer" not in resolve({"optimizer": {"type": "AdamW", "params": "auto"}})
+
+
+@pytest.mark.parametrize(
+    ("ds", "message"),
+    [
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4; expected 0, 1, 2 or 3"),
+        ({"zero_optimization": 2}, "zero_optimization is 2; expected an object"),
+        ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "would take the float32 masters away"),
+        ({"optimizer": {"type": "AdamW", "params": 3}}, "optimizer.params is 3; expected an object"),
+    ],
+)
+def test_values_that_cannot_be_meant(ds: dict[str, Any], message: str) -> None:
+    assert message in "\n".join(faults_of(ds))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            '{"zero_optimisation": {}}',
+            "zero_optimisation: not a key that can be used here (did you mean zero_optimization?)",
+        ),
+        ('{"dataloader_drop_last": true, "x": 1}', "2 faults"),
+        ("[]", "holds a list; expected an object"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_a_file_that_deepspeed_would_misread_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "ds.json").write_text(content)
+    with pytest.raises(ConfigError) as error:
+        read_ds_config(tmp_path / "ds.json")
+    assert message in str(error.value)

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from toolkit.config.schema import OptimConfig, TrainConfig
+from toolkit.optim import MasterWeights, build_optimizer, build_scheduler, warmup_steps
+
+
+def test_masters_keep_the_updates_that_bfloat16_rounds_away() -> None:
+    """At 1e-5 a step on a weight of 1 is far below bfloat16's spacing of 1/128 there."""
+    naive = nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+    kept = nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+    weights = MasterWeights({"w": kept})
+    train = TrainConfig(weight_decay=0)
+    optimizers = [build_optimizer(p, train, OptimConfig()) for p in ([naive], weights.by_name.values())]
+    for _ in range(1000):
+        naive.grad, kept.grad = torch.ones_like(naive), torch.ones_like(kept)
+        weights.collect_gradients()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.write_back()
+    assert torch.equal(naive, torch.ones_like(naive))
+    assert torch.allclose(weights.by_name["w"], torch.tensor(0.99), atol=1e-4)
+    assert torch.equal(kept, weights.by_name["w"].bfloat16())
+
+
+def test_gradients_add_up_in_float32_and_are_freed() -> None:
+    parameter = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+    weights = MasterWeights({"w": parameter})
+    for value in (256.0, 1.0, 1.0):
+        parameter.grad = torch.tensor([value], dtype=torch.bfloat16)
+        weights.collect_gradients()
+        assert parameter.grad is None
+    assert weights.gradients()[0].item() == 258, "bfloat16 would give 256"
+
+
+def test_float32_parameters_are_their_own_masters() -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    assert MasterWeights({"w": parameter}).by_name["w"] is parameter
+
+
+def test_a_tensor_no_gradient_reached_counts_as_zero() -> None:
+    assert MasterWeights({"w": nn.Parameter(torch.ones(2))}).gradients()[0].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(("scheduler", "last"), [("linear", 1 / 90), ("cosine", 0.0003), ("constant_with_warmup", 1.0)])
+def test_the_rate_rises_over_a_tenth_and_then_follows_the_recipe(scheduler: str, last: float) -> None:
+    train = TrainConfig(learning_rate=1.0, scheduler=scheduler)
+    optimizer = build_optimizer([nn.Parameter(torch.zeros(1))], train, OptimConfig())
+    schedule = build_scheduler(optimizer, train, total_steps=100)
+    rates = []
+    for _ in range(100):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[:11] == pytest.approx([step / 10 for step in range(11)])
+    assert rates[-1] == pytest.approx(last, abs=1e-4)
+
+
+@pytest.mark.parametrize(("total", "ratio", "expected"), [(180, 0.1, 18), (5, 0.1, 1), (10, 0, 0), (3, 1, 3)])
+def test_warmup_is_rounded_up(total: int, ratio: float, expected: int) -> None:
+    assert warmup_steps(TrainConfig(warmup_ratio=ratio), total) == expected
+
+
+def test_recipe_reaches_the_optimizer() -> None:
+    train, optim = TrainConfig(learning_rate=3e-4, weight_decay=0.2), OptimConfig(betas=(0.8, 0.95), eps=1e-6)
+    group = build_optimizer([nn.Parameter(torch.zeros(1))], train, optim).param_groups[0]
+    assert (group["lr"], group["weight_decay"], group["betas"], group["eps"]) == (3e-4, 0.2, (0.8, 0.95), 1e-6)
