@@ -1,0 +1,107 @@
+"""The documentation is true: links resolve, commands and flags exist, versions agree."""
+
+from __future__ import annotations
+
+import configparser
+import re
+import shlex
+from functools import cache
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, run_script
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+import toolkit
+from toolkit.config.load import field_paths
+from toolkit.config.schema import RunConfig
+
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "README.ko.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "examples/data/README.md",
+]
+LAUNCHERS = ("python", "deepspeed", "torchrun", "accelerate", "srun")
+
+
+@cache
+def flags_of(script: str) -> frozenset[str]:
+    result = run_script(script, "--help")
+    assert result.returncode == 0
+    return frozenset(re.findall(r"(?<![\w-])--[\w.-]+", result.stdout))
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Every command with a launch script or benchmark, in code blocks and inline code."""
+    code = re.findall(r"```(?:bash)?\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
+    code += re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8"))
+    lines = [line.split("   #")[0] for block in code for line in block.splitlines()]
+    split = [shlex.split(line) for line in lines if re.match(rf"({'|'.join(LAUNCHERS)}) ", line)]
+    return [words for words in split if any(re.search(r"(launch|benchmarks)/\w+\.py$", word) for word in words)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_resolve_and_lines_fit(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    assert not [line for line in text.splitlines() if len(line) > 120 and not line.startswith("|")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_name_scripts_and_flags_that_exist(page: Path) -> None:
+    for words in commands(page):
+        script = next(word for word in words if re.search(r"(launch|benchmarks)/\w+\.py$", word))
+        assert (ROOT / script).is_file(), f"{page.name}: {script}"
+        for word in words[words.index(script) + 1 :]:
+            if word.startswith("--"):
+                assert word in flags_of(script), f"{page.name}: {script} has no {word}"
+            elif re.match(r"(recipes|ds_configs)/", word):
+                assert (ROOT / word).is_file(), f"{page.name}: {word}"
+
+
+def test_the_readme_shows_every_command_there_is() -> None:
+    shown = {word for words in commands(ROOT / "README.md") for word in words}
+    assert {f"launch/{path.name}" for path in (ROOT / "launch").glob("*.py")} <= shown
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_recipe_keys_that_are_mentioned_exist(page: Path) -> None:
+    sections = "|".join(RunConfig.model_fields)
+    mentioned = re.findall(rf"`(?:--)?((?:{sections})\.[a-z_]+)", page.read_text(encoding="utf-8"))
+    files = {"config.yaml", "mask.json", "data.md", "train.py"}
+    assert set(mentioned) - files <= set(field_paths())
+
+
+def test_make_train_runs_exactly_the_readmes_command() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    command = "deepspeed launch/train.py --ds ds_configs/zero2.json"
+    assert re.search(rf'^train: .*\n\tPATH="[^"]+" {command}$', makefile, flags=re.M)
+    assert f"```bash\n{command}\n```" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_changelog_knows_this_version() -> None:
+    assert f"## {toolkit.__version__} " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_tested_versions_lie_in_the_ranges_of_the_package() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    needed = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
+    ranges = {r.name.lower(): r for text in needed for line in text.split() if (r := Requirement(line))}
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    versions = {r.name.lower(): Version(str(r.specifier).removeprefix("==")) for r in pinned}
+    assert set(ranges) <= set(versions), "every requirement is pinned"
+    for name, requirement in ranges.items():
+        assert versions[name] in requirement.specifier, name
+
+
+def test_nothing_of_the_build_machine_is_in_the_repository() -> None:
+    for path in [*ROOT.glob("*.*"), *ROOT.glob("[a-z]*/**/*")]:
+        if path.is_file() and path.suffix in (".py", ".md", ".yaml", ".json", ".cfg", ".toml", ".txt", ".svg"):
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"(?<![\w.])/(work|home|root)/", text), path

@@ -1,0 +1,21 @@
+"""The first command of the README, on the real model, cut short after a few steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers import metrics, run_script
+
+
+@pytest.mark.real_model
+@pytest.mark.distributed
+def test_the_quickstart_trains_the_bundled_model_under_zero2(tmp_path: Path) -> None:
+    flags = ("--ds", "ds_configs/zero2.json", "--train.max_steps", 2, "--output.dir", tmp_path / "run")
+    result = run_script("launch/train.py", *flags, launcher=("deepspeed",))
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert "no --config given: using" in result.stderr
+    assert "42,471,936 trained (26.1%)" in result.stderr
+    assert "58 training rows" in result.stderr
+    assert len(metrics(tmp_path / "run")) == 2
+    assert len(metrics(tmp_path / "run", "eval_loss")) == 1
