@@ -47,12 +47,7 @@ def audit(mask: LayerMask, anatomy: Anatomy) -> list[AuditRow]:
 def audit_table(mask: LayerMask, anatomy: Anatomy) -> str:
     """The audit as aligned text with the frost line drawn in."""
     rows = audit(mask, anatomy)
-    total = AuditRow(
-        "total",
-        sum(row.tensors for row in rows),
-        sum(row.parameters for row in rows),
-        sum(row.trained for row in rows),
-    )
+    total = _total(rows)
     lines = [f"{'part':<14}{'tensors':>8}{'parameters':>16}  state"]
     drawn = False
     for row in rows:
@@ -68,12 +63,22 @@ def audit_table(mask: LayerMask, anatomy: Anatomy) -> str:
 
 def audit_markdown(mask: LayerMask, anatomy: Anatomy) -> str:
     """The audit as a Markdown table, for TensorBoard and the model card."""
+    rows = audit(mask, anatomy)
     lines = ["| part | tensors | parameters | state | note |", "|---|---:|---:|---|---|"]
     lines += [
         f"| {row.part} | {row.tensors} | {row.parameters:,} | {row.state} | {row.note} |"
-        for row in audit(mask, anatomy)
+        for row in (*rows, _total(rows))
     ]
     return "\n".join([*lines, "", f"Frost line: {_frost_line(mask)}"])
+
+
+def _total(rows: list[AuditRow]) -> AuditRow:
+    return AuditRow(
+        "total",
+        sum(row.tensors for row in rows),
+        sum(row.parameters for row in rows),
+        sum(row.trained for row in rows),
+    )
 
 
 def _frost_line(mask: LayerMask) -> str:
