@@ -37,7 +37,9 @@ def plain_loop(
     """
     weights = train_top(model.train(), last)
     masters = [w.detach().float().clone() for w in weights] if fp32_masters else weights
-    optimizer = torch.optim.AdamW(masters, lr=lr)
+    matrices, vectors = [m for m in masters if m.ndim >= 2], [m for m in masters if m.ndim < 2]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr)
     total = sum(len(order) for order in orders)
     warmup = -(-total // 10)
     losses = []
@@ -52,7 +54,8 @@ def plain_loop(
                 master.grad, weight.grad = weight.grad.float() if weight.grad is not None else None, None
         torch.nn.utils.clip_grad_norm_(masters, 1.0)
         factor = step / warmup if step < warmup else (total - step) / max(1, total - warmup)
-        optimizer.param_groups[0]["lr"] = lr * factor
+        for group in optimizer.param_groups:
+            group["lr"] = lr * factor
         optimizer.step()
         optimizer.zero_grad()
         if fp32_masters:

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny_llama
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from toolkit.config.schema import MaskConfig
 from toolkit.errors import MaskError
@@ -39,12 +40,102 @@ def blocks(anatomy: Anatomy, *indices: int) -> set[str]:
         ("blocks:0,2-3,5", (0, 2, 3, 5)),
         ("glob:model.layers.4.*", (4,)),
         (r"re:model\.layers\.[45]\..*", (4, 5)),
+        ("blocks:-1", (5,)),
+        ("blocks:0,-2--1", (0, 4, 5)),
+        ("every:2", (1, 3, 5)),
+        ("every:4", (3,)),
+        ("fraction:0.5", (3, 4, 5)),
+        ("fraction:0.01", (5,)),
+        ("fraction:1", range(6)),
+        ("contains:layers.4", (4,)),
     ],
 )
 def test_block_selectors_resolve_to_exactly_those_blocks(
     untied: Anatomy, selector: str, indices: tuple[int, ...]
 ) -> None:
     assert resolve([selector], untied) == blocks(untied, *indices)
+
+
+def test_parts_of_blocks_divide_a_block() -> None:
+    anatomy = inspect(tiny_llama(tied=False))
+    attention, mlp, norms = (resolve([f"last:2/{part}"], anatomy) for part in ("attention", "mlp", "norms"))
+    assert attention == {f"model.layers.{i}.self_attn.{x}_proj.weight" for i in (4, 5) for x in "qkvo"}
+    assert mlp == {f"model.layers.{i}.mlp.{x}_proj.weight" for i in (4, 5) for x in ("gate", "up", "down")}
+    assert norms == blocks(anatomy, 4, 5) - attention - mlp
+    assert len(norms) == 4
+
+
+def test_norms_within_the_attention_are_norms() -> None:
+    config = Qwen3Config(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        intermediate_size=32, vocab_size=64,
+    )  # fmt: skip
+    anatomy = inspect(Qwen3ForCausalLM(config))
+    assert {name.split(".")[-2] for name in resolve(["last:1/norms"], anatomy)} == {
+        "q_norm", "k_norm", "input_layernorm", "post_attention_layernorm",
+    }  # fmt: skip
+    assert not any("norm" in name for name in resolve(["last:1/attention"], anatomy))
+
+
+def test_all_is_every_tensor(untied: Anatomy) -> None:
+    assert resolve(["all"], untied) == set(untied.by_name)
+
+
+def test_a_substring_that_reaches_further_blocks_is_refused() -> None:
+    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=12, num_attention_heads=2, vocab_size=16)
+    anatomy = inspect(LlamaForCausalLM(config))
+    with pytest.raises(MaskError) as error:
+        resolve(["contains:layers.1"], anatomy)
+    assert "also matches model.layers.10." in str(error.value)
+    assert "Write blocks:1" in str(error.value)
+    assert resolve(["contains:layers.1."], anatomy) == resolve(["blocks:1"], anatomy)
+
+
+def test_freeze_takes_away_from_what_train_selects(untied: Anatomy) -> None:
+    mask = build_mask(MaskConfig(train=["last:2", "head"], freeze=["blocks:4", "last:6/norms"]), untied)
+    expected = resolve(["blocks:5/attention", "blocks:5/mlp", "head"], untied)
+    assert set(mask.names) == expected
+    assert mask.boundary == 5
+
+
+def test_a_mask_that_freezes_all_it_trains_is_refused(untied: Anatomy) -> None:
+    with pytest.raises(MaskError, match="leaves nothing to train"):
+        build_mask(MaskConfig(train=["last:2"], freeze=["all"]), untied)
+
+
+def test_groups_keep_their_settings_and_must_not_overlap(untied: Anatomy) -> None:
+    config = MaskConfig.model_validate(
+        {"train": ["last:1", {"select": "head", "learning_rate": 1e-4}, {"select": ["norm"], "weight_decay": 0.5}]}
+    )
+    mask = build_mask(config, untied)
+    assert [(g.names[0], g.learning_rate, g.weight_decay) for g in mask.groups] == [
+        ("model.layers.5.self_attn.q_proj.weight", None, None),
+        ("lm_head.weight", 1e-4, None),
+        ("model.norm.weight", None, 0.5),
+    ]
+    assert sum(len(group.names) for group in mask.groups) == len(mask.names)
+    overlapping = MaskConfig.model_validate({"train": ["last:2", {"select": "last:1", "learning_rate": 1e-4}]})
+    with pytest.raises(MaskError, match="into two groups of mask.train"):
+        build_mask(overlapping, untied)
+
+
+@pytest.mark.parametrize(
+    ("train", "boundary", "trained"),
+    [(["last:2", "head"], 0, 19), (["embeddings"], 0, 1), (["head"], 0, 1)],
+)
+def test_both_trains_the_shared_tensor_as_one(tied: Anatomy, train: list[str], boundary: int, trained: int) -> None:
+    mask = build_mask(MaskConfig(train=train, tied="both"), tied)
+    assert (mask.boundary, len(mask.names), mask.has_prefix) == (boundary, trained, False)
+    assert mask.names[0] == "model.embed_tokens.weight"
+    assert "no frozen prefix" in audit_table(mask, tied)
+
+
+def test_head_only_keeps_the_frost_line_of_the_blocks(tied: Anatomy) -> None:
+    mask = build_mask(MaskConfig(train=["last:2", "head"], tied="head_only"), tied)
+    assert (mask.boundary, mask.names[0], mask.has_prefix) == (4, "model.embed_tokens.weight", True)
+    assert "through the head alone; the embeddings move along" in audit_table(mask, tied)
+    with pytest.raises(MaskError, match="write tied: both, or leave embeddings out"):
+        build_mask(MaskConfig(train=["embeddings"], tied="head_only"), tied)
 
 
 def test_part_selectors_resolve_to_exactly_that_part(untied: Anatomy) -> None:
@@ -78,6 +169,16 @@ def test_patterns_match_whole_names_only(untied: Anatomy) -> None:
         ("glob:model.layer.4.*", "Close names: model.layers.4"),
         ("re:(", "is not a regular expression"),
         ("", "is not known"),
+        ("layers.28 ", "Did you mean last:1 (there is no block 28)?"),
+        ("model.layers.3", "Did you mean blocks:3?"),
+        ("blocks:-7", "block -7 is out of range"),
+        ("every:7", "whole number from 1 to 6"),
+        ("fraction:0", "above 0 and up to 1"),
+        ("fraction:1.5", "above 0 and up to 1"),
+        ("last:2/attn", "a block has no part 'attn'; expected attention, mlp, norms. Did you mean attention?"),
+        ("contains:transformer.h.3.", "On this model write blocks:3"),
+        ("contains:wte", "On this model write embeddings"),
+        ("contains:", "matches none"),
     ],
 )
 def test_a_selector_that_cannot_be_meant_is_refused_with_a_remedy(untied: Anatomy, selector: str, message: str) -> None:
@@ -114,13 +215,14 @@ def test_a_tied_head_is_refused_and_the_choices_are_named(tied: Anatomy, train: 
     with pytest.raises(MaskError) as error:
         build_mask(MaskConfig(train=train), tied)
     assert "share one tensor (model.embed_tokens.weight)" in str(error.value)
-    assert "mask.tied: untie" in str(error.value)
+    for choice in ("untie ", "both ", "head_only "):
+        assert f"  mask.tied: {choice}" in str(error.value)
 
 
 def test_a_tied_head_that_is_not_selected_is_no_conflict(tied: Anatomy) -> None:
     mask = build_mask(MaskConfig(train=["last:1"]), tied)
     assert set(mask.names) == blocks(tied, 5)
-    assert not mask.untie_head
+    assert mask.tied == "no"
 
 
 def test_untie_gives_the_head_its_own_tensor_and_leaves_the_embeddings_frozen() -> None:

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from toolkit.config.schema import OptimConfig, TrainConfig
-from toolkit.optim import MasterWeights, build_optimizer, build_scheduler, warmup_steps
+from toolkit.mask.layer_mask import ParameterGroup
+from toolkit.optim import MasterWeights, build_optimizer, build_scheduler, current_rate, warmup_steps
 
 
 def test_masters_keep_the_updates_that_bfloat16_rounds_away() -> None:
@@ -14,7 +15,8 @@ def test_masters_keep_the_updates_that_bfloat16_rounds_away() -> None:
     kept = nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
     weights = MasterWeights({"w": kept})
     train = TrainConfig(weight_decay=0)
-    optimizers = [build_optimizer(p, train, OptimConfig()) for p in ([naive], weights.by_name.values())]
+    group = [ParameterGroup(("w",))]
+    optimizers = [build_optimizer(p, group, train, OptimConfig()) for p in ({"w": naive}, weights.by_name)]
     for _ in range(1000):
         naive.grad, kept.grad = torch.ones_like(naive), torch.ones_like(kept)
         weights.collect_gradients()
@@ -49,7 +51,7 @@ def test_a_tensor_no_gradient_reached_counts_as_zero() -> None:
 @pytest.mark.parametrize(("scheduler", "last"), [("linear", 1 / 90), ("cosine", 0.0003), ("constant_with_warmup", 1.0)])
 def test_the_rate_rises_over_a_tenth_and_then_follows_the_recipe(scheduler: str, last: float) -> None:
     train = TrainConfig(learning_rate=1.0, scheduler=scheduler)
-    optimizer = build_optimizer([nn.Parameter(torch.zeros(1))], train, OptimConfig())
+    optimizer = build_optimizer({"w": nn.Parameter(torch.zeros(1))}, [ParameterGroup(("w",))], train, OptimConfig())
     schedule = build_scheduler(optimizer, train, total_steps=100)
     rates = []
     for _ in range(100):
@@ -67,5 +69,37 @@ def test_warmup_is_rounded_up(total: int, ratio: float, expected: int) -> None:
 
 def test_recipe_reaches_the_optimizer() -> None:
     train, optim = TrainConfig(learning_rate=3e-4, weight_decay=0.2), OptimConfig(betas=(0.8, 0.95), eps=1e-6)
-    group = build_optimizer([nn.Parameter(torch.zeros(1))], train, optim).param_groups[0]
+    groups = [ParameterGroup(("w",))]
+    group = build_optimizer({"w": nn.Parameter(torch.zeros(1, 1))}, groups, train, optim).param_groups[0]
     assert (group["lr"], group["weight_decay"], group["betas"], group["eps"]) == (3e-4, 0.2, (0.8, 0.95), 1e-6)
+
+
+def test_groups_have_their_own_settings_and_vectors_do_not_decay_by_default() -> None:
+    parameters = {name: nn.Parameter(torch.zeros(*shape)) for name, shape in
+                  {"m": (2, 2), "v": (2,), "gm": (2, 2), "gv": (2,), "rate": (3, 3)}.items()}  # fmt: skip
+    groups = [
+        ParameterGroup(("m", "v")),
+        ParameterGroup(("gm", "gv"), learning_rate=1e-3, weight_decay=0.5),
+        ParameterGroup(("rate",), learning_rate=1e-6),
+    ]
+    train = TrainConfig(learning_rate=1e-5, weight_decay=0.1)
+    optimizer = build_optimizer(parameters, groups, train, OptimConfig())
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    settings = {
+        names[id(p)]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
+    }
+    assert settings == {
+        "m": (1e-5, 0.1), "v": (1e-5, 0.0), "gm": (1e-3, 0.5), "gv": (1e-3, 0.5), "rate": (1e-6, 0.1),
+    }  # fmt: skip
+
+
+def test_the_logged_rate_is_the_recipes_whatever_the_first_group_has() -> None:
+    train = TrainConfig(learning_rate=1e-5)
+    groups = [ParameterGroup(("w",), learning_rate=1e-2)]
+    optimizer = build_optimizer({"w": nn.Parameter(torch.zeros(1))}, groups, train, OptimConfig())
+    schedule = build_scheduler(optimizer, train, total_steps=100)
+    for _ in range(10):
+        optimizer.step()
+        schedule.step()
+    assert current_rate(schedule, train) == pytest.approx(1e-5)
+    assert schedule.get_last_lr()[0] == pytest.approx(1e-2)

@@ -74,7 +74,7 @@ def masked(model: Any, *train: str) -> tuple[LayerMask, Prefix | None, Suffix]:
     anatomy = inspect(model)
     mask = build_mask(MaskConfig(train=list(train), tied="untie"), anatomy)
     apply_mask(model, mask, anatomy)
-    return mask, *split(model, anatomy, mask.boundary)
+    return mask, *split(model, anatomy, mask.boundary if mask.has_prefix else None)
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -175,7 +175,7 @@ def test_backward_reaches_exactly_the_trained_blocks(checkpointing: bool, cut: b
     model = tiny_llama().train()
     mask, prefix, suffix = masked(model, "last:4", "head")
     if not cut:
-        prefix, suffix = split(model, inspect(model), 0)
+        prefix, suffix = split(model, inspect(model), None)
     if checkpointing:
         recompute_blocks(suffix.blocks(mask.boundary))
     entered, computed = reached(suffix, prefix)
@@ -196,7 +196,7 @@ def test_checkpointing_and_cutting_change_no_gradient(train: tuple[str, ...], ba
         model = tiny_llama().train()
         mask, prefix, suffix = masked(model, *train)
         if not cut:
-            prefix, suffix = split(model, inspect(model), 0)
+            prefix, suffix = split(model, inspect(model), None)
         if checkpointing:
             recompute_blocks(suffix.blocks(mask.boundary))
         hidden = prefix(batches[1]) if prefix else None

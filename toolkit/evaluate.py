@@ -88,7 +88,7 @@ def evaluate_source(
     examples = dataset.train if path is not None else dataset.validation
     world = World()
     model = opened.loaded.model.to(world.device).eval()
-    suffix = Suffix(model, opened.loaded.anatomy, boundary=0)
+    suffix = Suffix(model, opened.loaded.anatomy, boundary=None)
     return evaluate(suffix, None, examples, batch_size, int(opened.loaded.tokenizer.pad_token_id), world)
 
 

@@ -99,7 +99,7 @@ def _model_card(run: Path, delta: Delta, audit: str, recipe: str) -> str:
     last = _last_metrics(run)
     untied = (
         "\n\nThe head is its own tensor here; in the base model it is tied to the embeddings."
-        if delta.mask.untie_head
+        if delta.mask.tied == "untie"
         else ""
     )
     return f"""---

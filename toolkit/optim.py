@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -11,25 +11,41 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from toolkit.config.schema import OptimConfig, TrainConfig
+from toolkit.mask.layer_mask import ParameterGroup
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], train: TrainConfig, optim: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(
+    parameters: Mapping[str, nn.Parameter], groups: Sequence[ParameterGroup], train: TrainConfig, optim: OptimConfig
+) -> torch.optim.AdamW:
     """AdamW with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101), fused into one kernel a device.
 
+    Tensors of fewer than two dimensions (biases, norms) decay only in a group with a weight decay of its own.
+
     Args:
-        parameters: what is updated: float32 masters (local engine), or the trainable parameters that DeepSpeed
-            replaces by its own float32 partitions.
-        train: learning rate and weight decay.
+        parameters: by name, what is updated: float32 masters (local engine), or the trainable parameters that
+            DeepSpeed replaces by its own float32 partitions.
+        groups: disjoint, of the mask; they hold all of ``parameters``.
+        train: learning rate and weight decay where a group has none of its own.
         optim: betas and eps.
     """
-    return torch.optim.AdamW(
-        list(parameters),
-        lr=train.learning_rate,
-        betas=optim.betas,
-        eps=optim.eps,
-        weight_decay=train.weight_decay,
-        fused=True,
-    )
+    settings = []
+    for group in groups:
+        learning_rate = train.learning_rate if group.learning_rate is None else group.learning_rate
+        own = [parameters[name] for name in group.names]
+        matrices, vectors = [p for p in own if p.ndim >= 2], [p for p in own if p.ndim < 2]
+        if group.weight_decay is not None:
+            decays = [(own, group.weight_decay)]
+        else:
+            decays = [(matrices, train.weight_decay), (vectors, 0.0)]
+        settings += [
+            {"params": tensors, "lr": learning_rate, "weight_decay": decay} for tensors, decay in decays if tensors
+        ]
+    return torch.optim.AdamW(settings, lr=train.learning_rate, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+def current_rate(scheduler: LRScheduler, train: TrainConfig) -> float:
+    """The recipe's learning rate at the scheduler's step; groups with a rate of their own keep their ratio to it."""
+    return train.learning_rate * float(scheduler.get_last_lr()[0]) / float(scheduler.base_lrs[0])
 
 
 def warmup_steps(train: TrainConfig, total_steps: int) -> int:

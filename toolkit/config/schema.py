@@ -26,8 +26,9 @@ def _number_if_numeric(value: Any) -> Any:
 
 
 def _as_list(value: Any) -> Any:
-    value = [value] if isinstance(value, str) else value
-    if isinstance(value, list) and (other := [item for item in value if not isinstance(item, str)]):
+    value = [value] if isinstance(value, (str, dict)) else value
+    allowed = (str, dict, MaskGroup)
+    if isinstance(value, list) and (other := [item for item in value if not isinstance(item, allowed)]):
         raise ValueError(f"{other[0]!r} is not a selector; quote one that holds a comma, as in 'blocks:10-13,28'")
     return value
 
@@ -69,14 +70,31 @@ class ModelConfig(Section):
         return self
 
 
+class MaskGroup(Section):
+    """Selectors with settings of their own."""
+
+    select: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
+    """Selectors of the group's tensors."""
+
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate of the group; none takes train.learning_rate."""
+
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Weight decay of every tensor of the group; none takes train.weight_decay, and 0 for biases and norms."""
+
+
 class MaskConfig(Section):
     """Which tensors train; everything else is frozen."""
 
-    train: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)] = ["last:4", "head"]
-    """Selectors of what trains: last:N, first:N, blocks:1-3, head, embeddings, norm, glob:PATTERN, re:PATTERN."""
+    train: Annotated[list[str | MaskGroup], BeforeValidator(_as_list), Field(min_length=1)] = ["last:4", "head"]
+    """What trains: selectors such as last:N, blocks:LIST, head, glob:PATTERN (docs/layer-mask.md), or groups of them."""
 
-    tied: Literal["error", "untie"] = "error"
-    """When a selected head shares its tensor with the embeddings: error refuses, untie gives the head its own copy."""
+    freeze: Annotated[list[str], BeforeValidator(_as_list)] = []
+    """Selectors of what stays frozen though mask.train selects it."""
+
+    tied: Literal["error", "untie", "both", "head_only"] = "error"
+    """A selected head that shares the embeddings' tensor: error refuses, untie gives the head a copy, both trains it as
+    one tensor, head_only trains it through the head alone."""
 
 
 class DataConfig(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +16,8 @@ from toolkit.config.schema import OptimConfig, TrainConfig
 from toolkit.data.batches import Batch
 from toolkit.distributed import World
 from toolkit.engine.base import Update
-from toolkit.optim import MasterWeights, build_optimizer, build_scheduler
+from toolkit.mask.layer_mask import ParameterGroup
+from toolkit.optim import MasterWeights, build_optimizer, build_scheduler, current_rate
 from toolkit.prefix.split import Suffix
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -30,6 +32,7 @@ class LocalEngine:
         self,
         suffix: Suffix,
         parameters: dict[str, nn.Parameter],
+        groups: Sequence[ParameterGroup],
         train: TrainConfig,
         optim: OptimConfig,
         total_steps: int,
@@ -39,16 +42,17 @@ class LocalEngine:
         Args:
             suffix: on its device, its mask applied.
             parameters: its trainable parameters by their names in the whole model.
+            groups: of the mask; they hold all of ``parameters``.
             train: the recipe's training section.
             optim: the recipe's optimizer section.
             total_steps: optimizer steps of the whole run, for the schedule.
             world: gradients are summed over its ranks.
         """  # noqa: D205, D212
         self._suffix = suffix
-        self._max_grad_norm = train.max_grad_norm
+        self._train = train
         self._world = world
         self._weights = MasterWeights(parameters)
-        self._optimizer = build_optimizer(self._weights.by_name.values(), train, optim)
+        self._optimizer = build_optimizer(self._weights.by_name, groups, train, optim)
         self._scheduler = build_scheduler(self._optimizer, train, total_steps)
 
     def forward(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:  # noqa: D102
@@ -65,9 +69,9 @@ class LocalEngine:
             for gradient in gradients:
                 dist.all_reduce(gradient)
         norm = get_total_norm(gradients)
-        if self._max_grad_norm:
-            clip_grads_with_norm_(self._weights.by_name.values(), self._max_grad_norm, norm)
-        learning_rate = float(self._scheduler.get_last_lr()[0])
+        if self._train.max_grad_norm:
+            clip_grads_with_norm_(self._weights.by_name.values(), self._train.max_grad_norm, norm)
+        learning_rate = current_rate(self._scheduler, self._train)
         grad_norm = float(norm)
         if grad_norm < float("inf"):  # the caller stops on NaN and Inf; do not ruin the weights first
             self._optimizer.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from toolkit.distributed import World
 from toolkit.engine.base import Update
 from toolkit.engine.ds_config import zero_stage
 from toolkit.errors import CheckpointError, ConfigError
-from toolkit.optim import build_optimizer, build_scheduler
+from toolkit.mask.layer_mask import ParameterGroup
+from toolkit.optim import build_optimizer, build_scheduler, current_rate
 from toolkit.prefix.split import Suffix
 
 _TAG = "zero"
@@ -28,20 +30,24 @@ class ZeroEngine:
         self,
         suffix: Suffix,
         parameters: dict[str, nn.Parameter],
+        groups: Sequence[ParameterGroup],
         train: TrainConfig,
         optim: OptimConfig,
         total_steps: int,
         world: World,
+        copies: Mapping[str, torch.Tensor],
         ds_config: dict[str, Any],
     ) -> None:
         """
         Args:
             suffix: on its device, its mask applied.
             parameters: its trainable parameters by their names in the whole model.
+            groups: of the mask; they hold all of ``parameters``.
             train: the recipe's training section.
             optim: the recipe's optimizer section.
             total_steps: optimizer steps of the whole run, for the schedule.
             world: the process group must be up, also for one rank.
+            copies: trained tensors that the prefix holds too, by name; kept up to date with every update.
             ds_config: as ``resolve_ds_config`` returns it.
         """  # noqa: D205, D212
         import deepspeed
@@ -49,8 +55,10 @@ class ZeroEngine:
 
         self.name = f"zero-{zero_stage(ds_config)}"
         self._world = world
+        self._train = train
+        self._copies = copies
         self._parameters = parameters
-        optimizer = build_optimizer(parameters.values(), train, optim)
+        optimizer = build_optimizer(parameters, groups, train, optim)
         self._scheduler = build_scheduler(optimizer, train, total_steps)
         try:
             self._engine, *_ = deepspeed.initialize(
@@ -73,10 +81,20 @@ class ZeroEngine:
         self._engine.backward(loss * self._world.size, scale_wrt_gas=False)
 
     def update(self) -> Update:  # noqa: D102
-        learning_rate = float(self._scheduler.get_last_lr()[0])
+        learning_rate = current_rate(self._scheduler, self._train)
         self._engine.step()
+        self._follow()
         norm = self._engine.get_global_grad_norm()
         return Update(float("nan") if norm is None else float(norm), learning_rate)
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Bring the prefix's copies of trained tensors up to date: DeepSpeed moved the originals elsewhere."""
+        import deepspeed
+
+        for name, copy in self._copies.items():
+            with deepspeed.zero.GatheredParameters([self._parameters[name]]):  # nothing to gather at stages 1 and 2
+                copy.copy_(self._parameters[name])
 
     def train(self, mode: bool) -> None:  # noqa: D102
         self._engine.train(mode)
@@ -100,3 +118,4 @@ class ZeroEngine:
             raise CheckpointError(
                 f"{directory} holds no DeepSpeed state; expected the folder {_TAG} that a checkpoint writes"
             )
+        self._follow()

@@ -23,7 +23,7 @@ def untie_head(model: PreTrainedModel, anatomy: Anatomy) -> None:
 
 def apply_mask(model: PreTrainedModel, mask: LayerMask, anatomy: Anatomy) -> None:
     """Freeze everything but the mask's tensors; after this ``requires_grad`` and the mask agree exactly."""
-    if mask.untie_head:
+    if mask.tied == "untie":
         untie_head(model, anatomy)
     chosen = set(mask.names)
     for name, parameter in model.named_parameters():

@@ -35,10 +35,8 @@ def audit(mask: LayerMask, anatomy: Anatomy) -> list[AuditRow]:
     tied = anatomy.tied_head
     rows = []
     for part, tensors in _parts(anatomy):
-        own = [t for t in tensors if t.alias_of is None or (mask.untie_head and t == tied)]
-        note = ""
-        if tied is not None and tied in tensors:
-            note = "own copy, untied from the embeddings" if mask.untie_head else f"tied to {tied.alias_of}"
+        own = [t for t in tensors if t.alias_of is None or (mask.tied == "untie" and t == tied)]
+        note = _tied_note(mask, tied) if tied is not None and tied in tensors else ""
         trained = sum(t.parameters for t in own if t.name in names)
         rows.append(AuditRow(part, len(own), sum(t.parameters for t in own), trained, note))
     return list(_merge_blocks(rows))
@@ -70,6 +68,16 @@ def audit_markdown(mask: LayerMask, anatomy: Anatomy) -> str:
         for row in (*rows, _total(rows))
     ]
     return "\n".join([*lines, "", f"Frost line: {_frost_line(mask)}"])
+
+
+def _tied_note(mask: LayerMask, tied: TensorInfo) -> str:
+    notes = {
+        "untie": "own copy, untied from the embeddings",
+        "both": f"one with {tied.alias_of}: no frozen prefix, no gradient ends early",
+        "head_only": f"one with {tied.alias_of}, trained through the head alone; the embeddings move along",
+        "no": f"tied to {tied.alias_of}",
+    }
+    return notes[mask.tied]
 
 
 def _total(rows: list[AuditRow]) -> AuditRow:

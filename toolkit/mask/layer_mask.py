@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from toolkit.config.schema import MaskConfig
+from toolkit.config.schema import MaskConfig, MaskGroup
 from toolkit.errors import MaskError
 from toolkit.mask.selectors import resolve
 from toolkit.models.anatomy import Anatomy
@@ -23,6 +23,19 @@ class MaskedTensor:
 
 
 @dataclass(frozen=True)
+class ParameterGroup:
+    """Tensors that share a learning rate and a weight decay; none takes the recipe's."""
+
+    names: tuple[str, ...]
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+
+
+Tied = Literal["no", "untie", "both", "head_only"]
+_Selected = tuple[frozenset[str], float | None, float | None]
+
+
+@dataclass(frozen=True)
 class LayerMask:
     """Exactly which tensors train.
 
@@ -34,13 +47,21 @@ class LayerMask:
     trainable: tuple[MaskedTensor, ...]
     boundary: int
     block_count: int
-    untie_head: bool
-    """The head is given its own tensor before training, because it shared the embeddings' storage."""
+    tied: Tied
+    """What training does about a head that shares the embeddings' tensor: ``untie`` gives it a copy first, ``both``
+    trains the tensor as one, ``head_only`` through the head alone; ``no`` where no shared tensor is selected."""
+    groups: tuple[ParameterGroup, ...]
+    """Disjoint groups that hold all trainable tensors."""
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the trainable tensors in the model's order."""
         return tuple(tensor.name for tensor in self.trainable)
+
+    @property
+    def has_prefix(self) -> bool:
+        """Whether there is anything that runs without gradients before the first block with one."""
+        return self.boundary > 0 or self.tied == "head_only"
 
     def save(self, path: Path) -> None:
         """Write the mask as JSON."""
@@ -52,50 +73,89 @@ class LayerMask:
         trainable = tuple(
             MaskedTensor(tensor["name"], tuple(tensor["shape"]), tensor["dtype"]) for tensor in values["trainable"]
         )
-        return LayerMask(trainable, values["boundary"], values["block_count"], values["untie_head"])
+        groups = tuple(ParameterGroup(**{**group, "names": tuple(group["names"])}) for group in values["groups"])
+        return LayerMask(trainable, values["boundary"], values["block_count"], values["tied"], groups)
 
 
 def build_mask(config: MaskConfig, anatomy: Anatomy) -> LayerMask:
-    """Resolve ``config`` on a model's parts.
+    """Resolve ``config`` on a model's parts: the union of ``train``, without ``freeze``.
 
     Raises:
-        MaskError: a selector is at fault (see ``selectors.resolve``), or a selected tensor is tied to another part of
-            the model and ``config.tied`` is ``error``.
+        MaskError: a selector is at fault (see ``selectors.resolve``), nothing is left to train, a tensor is in two
+            groups, or a selected tensor is tied to another part of the model and ``config.tied`` is ``error``.
     """
-    selected = resolve(config.train, anatomy)
-    untie = _untie_head(selected, config.tied, anatomy)
-    names = _canonical(selected, untie, anatomy)
-    trainable = tuple(
-        MaskedTensor(tensor.name, tensor.shape, tensor.dtype) for tensor in anatomy.tensors if tensor.name in names
-    )
-    return LayerMask(trainable, _boundary(names, anatomy), anatomy.block_count, untie)
+    frozen = resolve(config.freeze, anatomy)
+    plain = resolve([item for item in config.train if isinstance(item, str)], anatomy)
+    selected: list[_Selected] = [(plain, None, None)] if plain else []
+    selected += [
+        (resolve(item.select, anatomy), item.learning_rate, item.weight_decay)
+        for item in config.train
+        if isinstance(item, MaskGroup)
+    ]
+    every = frozenset(name for names, _, _ in selected for name in names) - frozen
+    if not every:
+        raise MaskError("the mask leaves nothing to train: mask.freeze takes away all that mask.train selects")
+    tied = _tied(every, config.tied, anatomy)
+    groups = []
+    for names, learning_rate, weight_decay in selected:
+        own = _canonical(names - frozen, tied, anatomy)
+        groups.append(ParameterGroup(_in_order(own, anatomy), learning_rate, weight_decay))
+    _refuse_overlap(groups)
+    trained = {name for group in groups for name in group.names}
+    trainable = tuple(MaskedTensor(t.name, t.shape, t.dtype) for t in anatomy.tensors if t.name in trained)
+    boundary = _boundary(trained, tied, anatomy)
+    return LayerMask(trainable, boundary, anatomy.block_count, tied, tuple(g for g in groups if g.names))
 
 
-def _untie_head(selected: frozenset[str], policy: Literal["error", "untie"], anatomy: Anatomy) -> bool:
+def _refuse_overlap(groups: list[ParameterGroup]) -> None:
+    for index, group in enumerate(groups):
+        for other in groups[:index]:
+            if both := sorted(set(group.names) & set(other.names)):
+                raise MaskError(
+                    f"the mask puts {both[0]} and {len(both) - 1} more tensors into two groups of mask.train, so their "
+                    "learning rate is unknown; let the groups' selectors not overlap"
+                )
+
+
+def _tied(selected: frozenset[str], policy: str, anatomy: Anatomy) -> Tied:
     tied = anatomy.tied_head
     if tied is None or not selected & {tied.name, tied.alias_of}:
-        return False
-    if policy == "untie":
-        return True
+        return "no"
+    if policy == "head_only" and tied.alias_of in selected:
+        raise MaskError(
+            "mask.tied is head_only, but the mask selects the embeddings too; write tied: both, or leave embeddings out"
+        )
+    if policy in ("untie", "both", "head_only"):
+        return cast("Tied", policy)
     raise MaskError(
-        f"the mask selects {tied.name}, but the head and the embeddings share one tensor ({tied.alias_of}): training "
-        "one changes the other. Choose:\n"
-        "  mask.tied: untie   the head gets its own tensor and trains alone; the embeddings stay as they are\n"
-        "  mask.train without head (and embeddings)   the shared tensor stays frozen"
+        f"the mask selects {tied.name if tied.name in selected else tied.alias_of}, but the head and the embeddings "
+        f"share one tensor ({tied.alias_of}): training one changes the other. Choose:\n"
+        "  mask.tied: untie      the head gets its own tensor and trains alone; the embeddings stay as they are\n"
+        "  mask.tied: both       the shared tensor trains as one; nothing below it stays frozen\n"
+        "  mask.tied: head_only  the shared tensor trains through the head alone; the embeddings move along\n"
+        "or leave head and embeddings out of mask.train, and the shared tensor stays frozen"
     )
 
 
-def _canonical(selected: frozenset[str], untie: bool, anatomy: Anatomy) -> set[str]:
+def _canonical(selected: frozenset[str], tied: Tied, anatomy: Anatomy) -> set[str]:
     """Selected names with aliases replaced by the tensor they share, unless the head is untied."""
-    tied = anatomy.tied_head
+    head = anatomy.tied_head
     names = set()
     for name in selected:
         alias = anatomy.by_name[name].alias_of
-        names.add(name if alias is None or (untie and tied is not None and name == tied.name) else alias)
+        own = alias is None or (tied == "untie" and head is not None and name == head.name)
+        names.add(name if own or alias is None else alias)
     return names
 
 
-def _boundary(names: set[str], anatomy: Anatomy) -> int:
+def _in_order(names: set[str], anatomy: Anatomy) -> tuple[str, ...]:
+    return tuple(tensor.name for tensor in anatomy.tensors if tensor.name in names)
+
+
+def _boundary(names: set[str], tied: Tied, anatomy: Anatomy) -> int:
+    head = anatomy.tied_head
+    if tied == "head_only" and head is not None:  # no gradient goes through the embeddings
+        names = names - {head.alias_of or ""}
     tensors = [anatomy.by_name[name] for name in names]
     if any(tensor.part in ("embeddings", "other") for tensor in tensors):
         return 0

@@ -1,17 +1,22 @@
 """Selectors: short expressions that name tensors of a model. Imports no torch.
 
-=================  ==================================================================================
-``last:N``         the N blocks nearest the head
-``first:N``        the N blocks nearest the input
-``blocks:LIST``    blocks by index: ``blocks:3``, ``blocks:10-13``, ``blocks:10-13,28``
-``head``           the language-model head
-``embeddings``     token and position embeddings
-``norm``           the norm between the last block and the head
-``glob:PATTERN``   tensors whose whole name matches a shell pattern, case-sensitive
-``re:PATTERN``     tensors whose whole name matches a regular expression
-=================  ==================================================================================
+====================  ===============================================================================
+``last:N``            the N blocks nearest the head
+``first:N``           the N blocks nearest the input
+``blocks:LIST``       blocks by index, negative ones from the end: ``blocks:10-13,28``, ``blocks:-1``
+``every:N``           every N-th block: N-1, 2N-1, 3N-1 …
+``fraction:F``        that share of the blocks, nearest the head, at least one
+``…/PART``            of the blocks named before the slash only ``attention``, ``mlp`` or ``norms``
+``head``              the language-model head
+``embeddings``        token and position embeddings
+``norm``              the norm between the last block and the head
+``all``               every tensor
+``glob:PATTERN``      tensors whose whole name matches a shell pattern, case-sensitive
+``re:PATTERN``        tensors whose whole name matches a regular expression
+``contains:TEXT``     tensors whose name contains the text, if that cannot be mistaken
+====================  ===============================================================================
 
-Whole names only: ``re:model.layers.2`` does not reach layers 20 to 29.
+Whole names only, but for ``contains``: ``re:model.layers.2`` does not reach layers 20 to 29.
 """
 
 from __future__ import annotations
@@ -19,12 +24,15 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from toolkit.errors import MaskError
-from toolkit.models.anatomy import Anatomy, Part, TensorInfo
+from toolkit.models.anatomy import Anatomy, Component, Part
 
-FORMS = "last:N, first:N, blocks:LIST, head, embeddings, norm, glob:PATTERN, re:PATTERN"
+FORMS = (
+    "last:N, first:N, blocks:LIST, every:N, fraction:F (each also with /attention, /mlp or /norms), "
+    "head, embeddings, norm, all, glob:PATTERN, re:PATTERN, contains:TEXT"
+)
 
 
 def resolve(selectors: Sequence[str], anatomy: Anatomy) -> frozenset[str]:
@@ -40,14 +48,22 @@ def resolve(selectors: Sequence[str], anatomy: Anatomy) -> frozenset[str]:
 
 
 def _resolve_one(selector: str, anatomy: Anatomy) -> set[str]:
-    kind, colon, argument = selector.partition(":")
+    if selector == "all":
+        return set(anatomy.by_name)
     if selector in _PARTS:
         return _part(selector, anatomy)
-    if colon and kind in _WITH_ARGUMENT:
-        return _WITH_ARGUMENT[kind](argument, selector, anatomy)
-    known = [*_PARTS, *(f"{kind}:" for kind in _WITH_ARGUMENT)]
+    kind, colon, argument = selector.partition(":")
+    if colon and kind in _BY_NAME:
+        return _BY_NAME[kind](argument, selector, anatomy)
+    if colon and kind in _BLOCKS:
+        argument, slash, component = argument.partition("/")
+        chosen = _BLOCKS[kind](argument, selector, anatomy)
+        return _of_blocks(chosen, component if slash else None, selector, anatomy)
+    known = ["all", *_PARTS, *(f"{kind}:" for kind in (*_BLOCKS, *_BY_NAME))]
     near = difflib.get_close_matches(selector if not colon else f"{kind}:", known, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]}?" if near else ""
+    if meant := _same_meaning(selector, anatomy):
+        hint = f" Did you mean {meant}?"
     raise MaskError(f"mask selector {selector!r} is not known; expected one of {FORMS}.{hint}")
 
 
@@ -61,35 +77,79 @@ def _part(selector: str, anatomy: Anatomy) -> set[str]:
     return names
 
 
-def _end(argument: str, selector: str, anatomy: Anatomy) -> set[str]:
+def _last(argument: str, selector: str, anatomy: Anatomy) -> set[int]:
+    size = _count(argument, selector, anatomy)
+    return set(range(anatomy.block_count - size, anatomy.block_count))
+
+
+def _first(argument: str, selector: str, anatomy: Anatomy) -> set[int]:
+    return set(range(_count(argument, selector, anatomy)))
+
+
+def _every(argument: str, selector: str, anatomy: Anatomy) -> set[int]:
+    stride = _count(argument, selector, anatomy)
+    return set(range(stride - 1, anatomy.block_count, stride))
+
+
+def _count(argument: str, selector: str, anatomy: Anatomy) -> int:
     count = anatomy.block_count
     if not re.fullmatch(r"[0-9]+", argument) or not 1 <= int(argument) <= count:
         raise MaskError(
             f"mask selector {selector!r}: expected a whole number from 1 to {count}, the blocks of this model"
         )
-    size = int(argument)
-    return _blocks(range(count - size, count) if selector.startswith("last") else range(size), anatomy)
+    return int(argument)
 
 
-def _listed(argument: str, selector: str, anatomy: Anatomy) -> set[str]:
-    count = anatomy.block_count
+def _fraction(argument: str, selector: str, anatomy: Anatomy) -> set[int]:
+    if not re.fullmatch(r"[0-9]*\.?[0-9]+", argument) or not 0 < float(argument) <= 1:
+        raise MaskError(f"mask selector {selector!r}: expected a share of the blocks above 0 and up to 1")
+    size = max(1, round(float(argument) * anatomy.block_count))
+    return set(range(anatomy.block_count - size, anatomy.block_count))
+
+
+def _listed(argument: str, selector: str, anatomy: Anatomy) -> set[int]:
     chosen: set[int] = set()
     for item in argument.split(","):
-        match = re.fullmatch(r"\s*([0-9]+)(?:-([0-9]+))?\s*", item)
+        match = re.fullmatch(r"\s*(-?[0-9]+)(?:-(-?[0-9]+))?\s*", item)
         if not match:
             raise MaskError(
                 f"mask selector {selector!r}: {item!r} is not a block; expected a form such as blocks:10-13,28"
             )
-        low, high = int(match[1]), int(match[2] or match[1])
+        low = _index(int(match[1]), selector, anatomy)
+        high = _index(int(match[2]), selector, anatomy) if match[2] else low
         if high < low:
             raise MaskError(f"mask selector {selector!r}: the range {item.strip()} runs backwards; write {high}-{low}")
-        if high >= count:
-            raise MaskError(
-                f"mask selector {selector!r}: block {high} is out of range; "
-                f"this model has {count} blocks, 0 to {count - 1}"
-            )
         chosen.update(range(low, high + 1))
-    return _blocks(chosen, anatomy)
+    return chosen
+
+
+def _index(block: int, selector: str, anatomy: Anatomy) -> int:
+    count = anatomy.block_count
+    if not -count <= block < count:
+        raise MaskError(
+            f"mask selector {selector!r}: block {block} is out of range; this model has {count} blocks, "
+            f"0 to {count - 1} (or -{count} to -1 from the end)"
+        )
+    return block % count
+
+
+def _of_blocks(chosen: Collection[int], component: str | None, selector: str, anatomy: Anatomy) -> set[str]:
+    if component is not None and component not in _COMPONENTS:
+        near = difflib.get_close_matches(component, _COMPONENTS, n=1, cutoff=0.4)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise MaskError(
+            f"mask selector {selector!r}: a block has no part {component!r}; expected {', '.join(_COMPONENTS)}.{hint}"
+        )
+    names = {
+        tensor.name
+        for tensor in anatomy.tensors
+        if tensor.block is not None and tensor.block in chosen and (component is None or tensor.component == component)
+    }
+    if not names:
+        raise MaskError(
+            f"mask selector {selector!r} matches nothing: those blocks have no tensors in their {component}"
+        )
+    return names
 
 
 def _glob(argument: str, selector: str, anatomy: Anatomy) -> set[str]:
@@ -115,21 +175,50 @@ def _matching(matches: Callable[[str], bool], selector: str, argument: str, anat
     return names
 
 
-def _blocks(chosen: set[int] | range, anatomy: Anatomy) -> set[str]:
-    return {tensor.name for tensor in anatomy.tensors if tensor.block is not None and tensor.block in chosen}
+def _contains(argument: str, selector: str, anatomy: Anatomy) -> set[str]:
+    """The substring test of many training scripts, without its two traps."""
+    names = {name for name in anatomy.by_name if argument and argument in name}
+    if not names:
+        meant = _same_meaning(argument, anatomy)
+        remedy = (
+            f"On this model write {meant}" if meant else f"Its tensors have names such as {next(iter(anatomy.by_name))}"
+        )
+        raise MaskError(
+            f"mask selector {selector!r} matches none of the {len(anatomy.tensors)} tensors of this model. {remedy}"
+        )
+    longer = re.compile(rf"{re.escape(argument)}[0-9]") if argument[-1].isdigit() else None
+    if longer and (mistaken := sorted(name for name in names if longer.search(name))):
+        meant = _same_meaning(argument, anatomy) or f"contains:{argument}."
+        raise MaskError(
+            f"mask selector {selector!r} also matches {mistaken[0]} and {len(mistaken) - 1} more whose number only "
+            f"begins alike. Write {meant}"
+        )
+    return names
+
+
+def _same_meaning(text: str, anatomy: Anatomy) -> str | None:
+    """The selector for what a substring of another model's names stands for (``layers.28``, ``lm_head``)."""
+    if block := re.search(r"(?:layers?|blocks?|h)\.([0-9]+)\b", text):
+        return f"blocks:{block[1]}" if int(block[1]) < anatomy.block_count else f"last:1 (there is no block {block[1]})"
+    for word, part in (
+        ("head", "head"),
+        ("embed", "embeddings"),
+        ("wte", "embeddings"),
+        ("norm", "norm"),
+        ("ln_f", "norm"),
+    ):
+        if word in text:
+            return part
+    return None
 
 
 _PARTS: dict[str, Part] = {"head": "head", "embeddings": "embeddings", "norm": "norm"}
-_WITH_ARGUMENT: dict[str, Callable[[str, str, Anatomy], set[str]]] = {
-    "last": _end,
-    "first": _end,
+_COMPONENTS: tuple[Component, ...] = ("attention", "mlp", "norms")
+_BLOCKS: dict[str, Callable[[str, str, Anatomy], set[int]]] = {
+    "last": _last,
+    "first": _first,
     "blocks": _listed,
-    "glob": _glob,
-    "re": _regex,
+    "every": _every,
+    "fraction": _fraction,
 }
-
-
-def describe(tensors: Sequence[TensorInfo]) -> str:
-    """Up to three tensor names, and how many more there are."""
-    shown = ", ".join(tensor.name for tensor in tensors[:3])
-    return shown if len(tensors) <= 3 else f"{shown} and {len(tensors) - 3} more"
+_BY_NAME: dict[str, Callable[[str, str, Anatomy], set[str]]] = {"glob": _glob, "re": _regex, "contains": _contains}

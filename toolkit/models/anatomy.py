@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Literal
 
 Part = Literal["embeddings", "block", "norm", "head", "other"]
+Component = Literal["attention", "mlp", "norms"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class TensorInfo:
     part: Part
     block: int | None = None
     """Index of the block it belongs to, counted from the input; none outside the blocks."""
+    component: Component | None = None
+    """Which part of its block it belongs to; none outside the blocks, and for what is none of the three."""
     alias_of: str | None = None
     """The first name of the same storage, where weights are tied."""
 

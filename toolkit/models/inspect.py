@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from toolkit.errors import ModelError
-from toolkit.models.anatomy import Anatomy, Part, TensorInfo
+from toolkit.models.anatomy import Anatomy, Component, Part, TensorInfo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,14 +86,34 @@ def _describe_tensors(model: nn.Module, blocks: str, parts: list[tuple[str, Part
     for name, parameter in model.named_parameters(remove_duplicate=False):
         part: Part = next((part for prefix, part in parts if name.startswith(f"{prefix}.")), "other")
         canonical = first_name.setdefault(id(parameter), name)
+        block = int(name[len(blocks) + 1 :].split(".")[0]) if part == "block" else None
         described.append(
             TensorInfo(
                 name=name,
                 shape=tuple(parameter.shape),
                 dtype=str(parameter.dtype).removeprefix("torch."),
                 part=part,
-                block=int(name[len(blocks) + 1 :].split(".")[0]) if part == "block" else None,
+                block=block,
+                component=None if block is None else _component(model, blocks, block, name),
                 alias_of=None if canonical == name else canonical,
             )
         )
     return tuple(described)
+
+
+def _component(model: nn.Module, blocks: str, block: int, name: str) -> Component | None:
+    """The part of its block that a tensor is in: in a module without matrices a norm, else by what the block calls it.
+
+    A norm within the attention, as of queries and keys, is one of the norms.
+    """
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if "norm" in type(owner).__name__.lower() and all(p.ndim <= 1 for p in owner.parameters()):
+        return "norms"
+    child = name[len(f"{blocks}.{block}.") :].split(".")[0]
+    if "attn" in child or "attention" in child:
+        return "attention"
+    module = model.get_submodule(f"{blocks}.{block}").get_submodule(child)
+    mixes_tokens = any(
+        word in type(module).__name__.lower() for word in ("mamba", "conv", "mixer", "recurrent", "rwkv")
+    )
+    return None if mixes_tokens else "mlp"

@@ -27,7 +27,7 @@ class Prefix(nn.Module):
         Args:
             model: the whole model, its mask already applied.
             anatomy: its parts.
-            boundary: b, from 1 to the number of blocks.
+            boundary: b, from 0 to the number of blocks; at 0 it is the embeddings alone.
         """  # noqa: D205, D212
         super().__init__()
         blocks = list(model.get_submodule(anatomy.blocks).children())
@@ -51,19 +51,19 @@ class Prefix(nn.Module):
 class Suffix(nn.Module):
     """Blocks b … n-1, norm and head: ``hidden[b]`` to logits at the supervised positions.
 
-    With no prefix (b = 0) it is the whole model and starts from token ids.
+    With no prefix it is the whole model and starts from token ids.
     """
 
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, boundary: int) -> None:
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, boundary: int | None) -> None:
         """
         Args:
             model: the whole model, its mask already applied.
             anatomy: its parts.
-            boundary: b, from 0 to the number of blocks; 0 keeps the model whole.
+            boundary: b, from 0 to the number of blocks; none keeps the model whole.
         """  # noqa: D205, D212
         super().__init__()
         replaced: dict[nn.Module, nn.Module] = {}
-        if boundary:
+        if boundary is not None:
             head = model.get_submodule(anatomy.head)
             for block in list(model.get_submodule(anatomy.blocks).children())[:boundary]:
                 replaced[block] = _PassThrough(block)
@@ -76,13 +76,18 @@ class Suffix(nn.Module):
         self._embedding_size = int(model.get_input_embeddings().weight.shape[1])
         self._hidden: torch.Tensor | None = None
         self._supervised: torch.Tensor | None = None
-        if boundary:
+        if boundary is not None:
             _entry(self.model, anatomy, boundary).register_forward_pre_hook(self._enter, with_kwargs=True)
         self.model.get_submodule(anatomy.head).register_forward_pre_hook(self._keep_supervised)
 
     def blocks(self, first: int) -> list[nn.Module]:
         """The blocks from index ``first`` on, counted in the whole model."""
         return list(self.model.get_submodule(self._blocks).children())[first:]
+
+    def detach_embeddings(self, anatomy: Anatomy) -> None:
+        """Let no gradient through the embeddings of a model that was kept whole."""
+        for name in anatomy.embeddings:
+            self.model.get_submodule(name).register_forward_hook(lambda module, args, output: output.detach())
 
     def forward(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:
         """Logits of the S supervised positions.
@@ -117,9 +122,9 @@ class Suffix(nn.Module):
         return (args[0][self._supervised].unsqueeze(0), *args[1:])
 
 
-def split(model: PreTrainedModel, anatomy: Anatomy, boundary: int) -> tuple[Prefix | None, Suffix]:
-    """Cut ``model`` below block ``boundary``; at 0 there is no prefix."""
-    prefix = Prefix(model, anatomy, boundary) if boundary else None
+def split(model: PreTrainedModel, anatomy: Anatomy, boundary: int | None) -> tuple[Prefix | None, Suffix]:
+    """Cut ``model`` below block ``boundary``; none keeps it whole, in a suffix without a prefix."""
+    prefix = Prefix(model, anatomy, boundary) if boundary is not None else None
     return prefix, Suffix(model, anatomy, boundary)
 
 

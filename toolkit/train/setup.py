@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from toolkit.config.flags import Invocation
 from toolkit.config.schema import RunConfig
@@ -74,12 +73,11 @@ def set_up(invocation: Invocation, world: World) -> Setup:
     log.info("layer mask of %s:\n%s", config.model.name_or_path, audit_table(mask, loaded.anatomy))
     prefix, suffix = _cut(loaded, mask, dataset, world)
     _recompute(suffix, loaded, mask, dataset, config, world)
-    parameters = trainable_parameters(suffix.model, mask)
     resolved = None
     if ds is not None and invocation.deepspeed is not None:
         hidden_size = loaded.model.config.get_text_config().hidden_size
         resolved = resolve_ds_config(ds, config, world.size, hidden_size, invocation.deepspeed)
-    engine = _build_engine(suffix, parameters, config, total_steps, world, resolved)
+    engine = _build_engine(prefix, suffix, mask, config, total_steps, world, resolved)
     log.info(
         "engine %s, %d rank(s) on %s: %d steps of %d rows (micro batch %d x accumulation %d x ranks %d), %d epochs",
         engine.name, world.size, world.device.type, total_steps, plan.global_batch, train.micro_batch_size,
@@ -114,7 +112,7 @@ def _cut(loaded: LoadedModel, mask: LayerMask, dataset: Dataset, world: World) -
     """Split at the frost line if that is exact for this architecture; else keep the model whole, and say so."""
     model = loaded.model.to(world.device)
     model.train()
-    prefix, suffix = split(model, loaded.anatomy, mask.boundary)
+    prefix, suffix = split(model, loaded.anatomy, mask.boundary if mask.has_prefix else None)
     if prefix is None:
         return None, suffix
     shortest = min(dataset.train, key=lambda example: len(example.token_ids))
@@ -126,7 +124,10 @@ def _cut(loaded: LoadedModel, mask: LayerMask, dataset: Dataset, world: World) -
         type(model).__name__,
         mask.boundary,
     )
-    return split(model, loaded.anatomy, 0)
+    _, suffix = split(model, loaded.anatomy, None)
+    if mask.tied == "head_only":
+        suffix.detach_embeddings(loaded.anatomy)
+    return None, suffix
 
 
 def _recompute(
@@ -145,18 +146,24 @@ def _recompute(
 
 
 def _build_engine(
+    prefix: Prefix | None,
     suffix: Suffix,
-    parameters: dict[str, nn.Parameter],
+    mask: LayerMask,
     config: RunConfig,
     total_steps: int,
     world: World,
     ds_config: dict[str, Any] | None,
 ) -> Engine:
+    parameters = trainable_parameters(suffix.model, mask)
     if ds_config is None:
-        return LocalEngine(suffix, parameters, config.train, config.optim, total_steps, world)
+        return LocalEngine(suffix, parameters, mask.groups, config.train, config.optim, total_steps, world)
     from toolkit.engine.zero import ZeroEngine  # DeepSpeed is imported only by runs that use it
 
-    return ZeroEngine(suffix, parameters, config.train, config.optim, total_steps, world, ds_config)
+    below = prefix.skeleton.named_parameters() if prefix else ()
+    copies = {name: parameter for name, parameter in below if name in parameters}
+    return ZeroEngine(
+        suffix, parameters, mask.groups, config.train, config.optim, total_steps, world, copies, ds_config
+    )
 
 
 def save_set_up(setup: Setup, run: Path) -> None:
