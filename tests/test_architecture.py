@@ -20,7 +20,7 @@ LAYERS = [
     {"delta"},
     {"checkpoint"},
     {"rundir", "source", "monitor"},
-    {"export", "evaluate", "generate"},
+    {"export", "evaluate", "generate", "suggest"},
     {"train"},
     {"cli"},
 ]

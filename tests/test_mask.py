@@ -115,7 +115,7 @@ def test_groups_keep_their_settings_and_must_not_overlap(untied: Anatomy) -> Non
     ]
     assert sum(len(group.names) for group in mask.groups) == len(mask.names)
     overlapping = MaskConfig.model_validate({"train": ["last:2", {"select": "last:1", "learning_rate": 1e-4}]})
-    with pytest.raises(MaskError, match="into two groups of mask.train"):
+    with pytest.raises(MaskError, match=r"into two groups of mask\.train"):
         build_mask(overlapping, untied)
 
 

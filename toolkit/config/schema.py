@@ -87,7 +87,7 @@ class MaskConfig(Section):
     """Which tensors train; everything else is frozen."""
 
     train: Annotated[list[str | MaskGroup], BeforeValidator(_as_list), Field(min_length=1)] = ["last:4", "head"]
-    """What trains: selectors such as last:N, blocks:LIST, head, glob:PATTERN (docs/layer-mask.md), or groups of them."""
+    """What trains: selectors such as last:N, blocks:LIST, head, glob:PATTERN (docs/layer-mask.md), or groups."""
 
     freeze: Annotated[list[str], BeforeValidator(_as_list)] = []
     """Selectors of what stays frozen though mask.train selects it."""

@@ -93,7 +93,7 @@ def _every(argument: str, selector: str, anatomy: Anatomy) -> set[int]:
 
 def _count(argument: str, selector: str, anatomy: Anatomy) -> int:
     count = anatomy.block_count
-    if not re.fullmatch(r"[0-9]+", argument) or not 1 <= int(argument) <= count:
+    if not re.fullmatch(r"[0-9]{1,9}", argument) or not 1 <= int(argument) <= count:
         raise MaskError(
             f"mask selector {selector!r}: expected a whole number from 1 to {count}, the blocks of this model"
         )
@@ -110,7 +110,7 @@ def _fraction(argument: str, selector: str, anatomy: Anatomy) -> set[int]:
 def _listed(argument: str, selector: str, anatomy: Anatomy) -> set[int]:
     chosen: set[int] = set()
     for item in argument.split(","):
-        match = re.fullmatch(r"\s*(-?[0-9]+)(?:-(-?[0-9]+))?\s*", item)
+        match = re.fullmatch(r"\s*(-?[0-9]{1,9})(?:-(-?[0-9]{1,9}))?\s*", item)
         if not match:
             raise MaskError(
                 f"mask selector {selector!r}: {item!r} is not a block; expected a form such as blocks:10-13,28"
