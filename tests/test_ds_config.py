@@ -36,6 +36,7 @@ def test_shipped_files_are_auto_and_filled_from_the_recipe(stage: int) -> None:
     assert resolved["bf16"]["enabled"] is True
     assert resolved["zero_optimization"]["reduce_bucket_size"] == 10_000
     assert resolved["data_types"]["grad_accum_dtype"] == "fp32"
+    assert resolved["zero_force_ds_cpu_optimizer"] is False
     assert '"auto"' not in json.dumps(resolved)
     assert '"auto"' in json.dumps(ds), "the file's own content is left unchanged"
 

@@ -120,6 +120,7 @@ def resolve_ds_config(
         raise ConfigError(faults, f"DeepSpeed file {path}, read against the recipe")
     if config.train.gradient_accumulation_steps > 1:
         resolved.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    resolved.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's fused AdamW runs on offloaded masters too
     resolved.setdefault("steps_per_print", 2**31)  # the progress bar reports steps
     return resolved
 

@@ -37,18 +37,17 @@ def run(invocation: Invocation) -> int:
         FrostlineError: training cannot go on.
     """
     world = distributed.start(engine_needs_group=invocation.deepspeed is not None)
-    try:
-        _announce(invocation)
-        setup = set_up(invocation, world)
-        with claim(invocation.config, invocation.recipe, world) as directory:
-            if directory.finished:
-                log.info("%s: this run is finished, nothing to train", directory.path)
-                return 0
+    _announce(invocation)
+    setup = set_up(invocation, world)
+    with claim(invocation.config, invocation.recipe, world) as directory:
+        if directory.finished:
+            log.info("%s: this run is finished, nothing to train", directory.path)
+            code = 0
+        else:
             code = _train(setup, directory)
-        world.barrier()
-        return code
-    finally:
-        distributed.stop()
+    world.barrier()
+    distributed.stop()  # not after an error: ranks that still wait in a collective would hold it up
+    return code
 
 
 def _announce(invocation: Invocation) -> None:
