@@ -61,6 +61,8 @@ def test_bad_rows(
 
 FLAGS: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "no such data": (lambda tmp: ["--data.path", tmp / "none.jsonl"], "no such file"),
+    "a directory of data": (lambda tmp: ["--data.path", tmp], "is a directory; name one"),
+    "run directory is a file": (lambda tmp: ["--output.dir", long_rows(tmp)], "cannot be written"),
     "unknown format": (lambda tmp: ["--data.path", ROOT / "README.md"], "unknown data format '.md'"),
     "no such model": (lambda tmp: ["--model.name_or_path", tmp / "none"], "not an existing directory"),
     "tied head": (lambda tmp: ["--mask.tied", "error"], "share one tensor"),

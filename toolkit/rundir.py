@@ -84,12 +84,16 @@ def _choose(config: RunConfig, recipe: Path) -> tuple[RunDirectory, FileLock]:
 
 
 def _lock(path: Path) -> FileLock | None:
-    path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path / ".lock")
     try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / ".lock")
         lock.acquire(timeout=0)
     except Timeout:
         return None
+    except OSError as error:
+        raise CheckpointError(
+            f"run directory {path} cannot be written ({error}); choose another --output.dir"
+        ) from None
     return lock
 
 

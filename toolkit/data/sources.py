@@ -48,6 +48,8 @@ def read_rows(path: str, split: str = "train") -> list[Row]:
         re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and file.suffix.lower() not in _READERS and not file.parent.is_dir()
     ):
         rows = list(_hub(path, split))
+    elif file.is_dir():
+        raise DataError(f"{path}: is a directory; name one {', '.join(_READERS)} file in it")
     else:
         raise DataError(
             f"{path}: no such file (from {Path.cwd()}); expected a {', '.join(_READERS)} file or a Hub id (org/name)"
