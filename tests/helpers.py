@@ -20,8 +20,11 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer() -> Any:
-    """A byte-level tokenizer of 500 tokens with a chat template."""
+SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>")
+
+
+def make_tokenizer(special: tuple[str, ...] = SPECIAL, template: str = CHAT_TEMPLATE, **named: str) -> Any:
+    """A byte-level tokenizer of 500 tokens with a chat template; the first special token ends and pads."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -30,13 +33,14 @@ def make_tokenizer() -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=500,
-        special_tokens=["<|end|>", "<|user|>", "<|assistant|>"],
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(ENGLISH.read_text(encoding="utf-8").splitlines(), trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
-    fast.chat_template = CHAT_TEMPLATE
+    named = {"eos_token": special[0], "pad_token": special[0], **named}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
+    fast.chat_template = template
     return fast
 
 

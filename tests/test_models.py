@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,8 @@ import torch
 from helpers import make_tiny_model, make_tokenizer, tiny_llama
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     LlamaModel,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
@@ -127,57 +123,3 @@ def test_the_fingerprint_sees_every_bit() -> None:
     with torch.no_grad():
         model.model.norm.weight[0] += 1e-6
     assert fingerprint(model) != before
-
-
-EXAONE_NAMES = {
-    "model.embed_tokens": "transformer.wte",
-    "model.norm": "transformer.ln_f",
-    "model.layers": "transformer.h",
-    "input_layernorm": "ln_1",
-    "post_attention_layernorm": "ln_2",
-    "self_attn.o_proj": "attn.attention.out_proj",
-    "self_attn": "attn.attention",
-    "mlp.gate_proj": "mlp.c_fc_0",
-    "mlp.up_proj": "mlp.c_fc_1",
-    "mlp.down_proj": "mlp.c_proj",
-}
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_an_exaone_checkpoint_loads_as_the_equivalent_llama_without_its_code(tmp_path: Path, tied: bool) -> None:
-    rope = {"rope_type": "llama3", "rope_theta": 1e6, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32}  # fmt: skip
-    torch.manual_seed(0)
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=tied, rope_parameters=rope,
-            rms_norm_eps=1e-5,
-        )
-    ).eval()  # fmt: skip
-    tensors = {}
-    for name, tensor in llama.state_dict().items():
-        if tied and name == "lm_head.weight":
-            continue
-        for ours, theirs in EXAONE_NAMES.items():
-            name = name.replace(ours, theirs)
-        tensors[name] = tensor.contiguous()
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    config = {
-        "model_type": "exaone", "architectures": ["ExaoneForCausalLM"],
-        "auto_map": {"AutoConfig": "configuration_exaone.ExaoneConfig"}, "activation_function": "silu",
-        "num_layers": 3, "layer_norm_epsilon": 1e-5, "rope_theta": 1e6, "rope_scaling": scaling, "vocab_size": 512,
-        "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "max_position_embeddings": 128, "tie_word_embeddings": tied, "bos_token_id": 1, "eos_token_id": 0,
-    }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    make_tokenizer().save_pretrained(tmp_path)
-    loaded = load(ModelConfig(name_or_path=str(tmp_path), dtype="float32"))
-    assert loaded.anatomy.block_count == 3
-    assert (loaded.anatomy.tied_head is not None) == tied
-    ids = torch.arange(100)[None] % 512
-    assert torch.equal(loaded.model.eval()(ids).logits, llama(ids).logits)
-    loaded.model.save_pretrained(tmp_path / "saved")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
-    assert torch.equal(again(ids).logits, llama(ids).logits)

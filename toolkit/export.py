@@ -21,7 +21,7 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 def export_model(
     run: Path, target: Path, dtype: Dtype | None = None, step: int | None = None, base: str | None = None
 ) -> None:
-    """Write the whole trained model with tokenizer, chat template and model card.
+    """Write the whole trained model with tokenizer, chat template and model card, in the form its base came in.
 
     Trained tensors come from the float32 masters; a head that was untied is saved as its own tensor, with
     ``tie_word_embeddings: false``.
@@ -48,8 +48,7 @@ def export_model(
     model.config.use_cache = True
     staging = target.with_name(f".{target.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(staging)
-    opened.loaded.tokenizer.save_pretrained(staging)
+    opened.loaded.save(staging)
     audit = audit_markdown(delta.mask, opened.loaded.anatomy)
     (staging / "README.md").write_text(_model_card(run, delta, audit, dump(opened.config)), encoding="utf-8")
     _publish(staging, target)

@@ -12,19 +12,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.config.schema import ModelConfig
 from toolkit.errors import ModelError
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.bundled import bundled_directory
-from toolkit.models.exaone import is_exaone, load_exaone, read_exaone_config
+from toolkit.models.exaone import ExaoneForm, is_exaone
+from toolkit.models.form import Form, TransformersForm
 from toolkit.models.inspect import inspect
 
 
@@ -35,6 +30,16 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     anatomy: Anatomy
+    form: Form
+    """What it was read from and is written back as."""
+
+    def save(self, directory: Path) -> None:
+        """Write model and tokenizer into ``directory`` in the form they came in.
+
+        Raises:
+            OSError: the disk, or what is to be copied from the source.
+        """
+        self.form.write(self.model, self.tokenizer, directory)
 
 
 def load(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> LoadedModel:
@@ -52,7 +57,7 @@ def load(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None) 
     """
     source = resolve_source(config.name_or_path)
     tokenizer = tokenizer or load_tokenizer(config)
-    model = _load_weights(source, config)
+    model, form = _load_weights(source, config)
     not_float = [name for name, parameter in model.named_parameters() if not parameter.is_floating_point()]
     if not_float:
         raise ModelError(
@@ -60,7 +65,7 @@ def load(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None) 
             "expected floating point weights: name the unquantised model"
         )
     model.config.use_cache = False  # a key-value cache serves generation, not training
-    return LoadedModel(model, tokenizer, inspect(model))
+    return LoadedModel(model, tokenizer, inspect(model), form)
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -70,11 +75,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         ModelError: there is none, or it has no end-of-text token.
     """
     source = resolve_source(config.name_or_path)
-    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
-        if is_exaone(source, config.revision) and not config.trust_remote_code:
-            options["config"] = read_exaone_config(source, config.revision)  # else the remote one is asked for
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **_form(source, config).tokenizer_options())
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model.name_or_path {source!r}: no usable tokenizer. {_first_lines(error)}") from None
     if tokenizer.eos_token is None:
@@ -127,7 +129,13 @@ def fingerprint(model: nn.Module) -> str:
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def _load_weights(source: str, config: ModelConfig) -> PreTrainedModel:
+def _form(source: str, config: ModelConfig) -> Form:
+    if is_exaone(source, config.revision) and not config.trust_remote_code:
+        return ExaoneForm(source, config.revision)
+    return TransformersForm(source, config.revision, config.trust_remote_code)
+
+
+def _load_weights(source: str, config: ModelConfig) -> tuple[PreTrainedModel, Form]:
     options: dict[str, Any] = {
         "dtype": getattr(torch, config.dtype),
         "attn_implementation": config.attn_implementation,
@@ -135,12 +143,8 @@ def _load_weights(source: str, config: ModelConfig) -> PreTrainedModel:
         "output_loading_info": True,
     }
     try:
-        if is_exaone(source, config.revision) and not config.trust_remote_code:
-            model, info = load_exaone(source, config.revision, options)
-        else:
-            shared = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-            hf_config = AutoConfig.from_pretrained(source, **shared)
-            model, info = AutoModelForCausalLM.from_pretrained(source, config=hf_config, **shared, **options)
+        form = _form(source, config)
+        model, info = form.read(options)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise ModelError(f"model.name_or_path {source!r} cannot be loaded. {_first_lines(error)}") from None
     if missing := sorted(info["missing_keys"]):
@@ -148,7 +152,7 @@ def _load_weights(source: str, config: ModelConfig) -> PreTrainedModel:
             f"{source} lacks {len(missing)} tensors of {type(model).__name__} ({', '.join(missing[:3])} …); "
             "they would start at random. Expected a complete checkpoint"
         )
-    return model
+    return model, form
 
 
 def _first_lines(error: BaseException) -> str:
