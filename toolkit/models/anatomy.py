@@ -20,7 +20,7 @@ class TensorInfo:
     block: int | None = None
     """Index of the block it belongs to, counted from the input; none outside the blocks."""
     alias_of: str | None = None
-    """The first name of the same storage, where weights are tied."""
+    """The tensor's own name, where weights are tied and this is another."""
 
     @property
     def parameters(self) -> int:
