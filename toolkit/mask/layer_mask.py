@@ -10,7 +10,7 @@ from typing import Any, Literal
 from toolkit.config.schema import MaskConfig
 from toolkit.errors import MaskError
 from toolkit.mask.selectors import resolve
-from toolkit.models.anatomy import Anatomy
+from toolkit.models.anatomy import Anatomy, TensorInfo
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,12 @@ def build_mask(config: MaskConfig, anatomy: Anatomy) -> LayerMask:
     """Resolve ``config`` on a model's parts.
 
     Raises:
-        MaskError: a selector is at fault (see ``selectors.resolve``), or a selected tensor is tied to another part of
-            the model and ``config.tied`` is ``error``.
+        MaskError: a selector is at fault (see ``selectors.resolve``), or a selected tensor is also in a part of the
+            model that is not selected, and ``config.tied`` does not part them.
     """
     selected = resolve(config.train, anatomy)
     untie = _untie_head(selected, config.tied, anatomy)
+    _refuse_half_a_tie(selected, anatomy.tied_head if untie else None, anatomy)
     names = _canonical(selected, untie, anatomy)
     trainable = tuple(
         MaskedTensor(tensor.name, tensor.shape, tensor.dtype) for tensor in anatomy.tensors if tensor.name in names
@@ -76,6 +77,12 @@ def _untie_head(selected: frozenset[str], policy: Literal["error", "untie"], ana
     if tied is None or not selected & {tied.name, tied.alias_of}:
         return False
     if policy == "untie":
+        if other := next((t for t in anatomy.tensors if t.alias_of and t is not tied), None):
+            raise MaskError(
+                f"mask.tied: untie is not possible: {other.name} shares the tensor {other.alias_of}, and transformers "
+                "ties that by the same switch (tie_word_embeddings), so no export could be loaded again. Choose a "
+                "mask.train without head (and embeddings)"
+            )
         return True
     raise MaskError(
         f"the mask selects {tied.name}, but the head and the embeddings share one tensor ({tied.alias_of}): training "
@@ -83,6 +90,20 @@ def _untie_head(selected: frozenset[str], policy: Literal["error", "untie"], ana
         "  mask.tied: untie   the head gets its own tensor and trains alone; the embeddings stay as they are\n"
         "  mask.train without head (and embeddings)   the shared tensor stays frozen"
     )
+
+
+def _refuse_half_a_tie(selected: frozenset[str], parted: TensorInfo | None, anatomy: Anatomy) -> None:
+    """A tensor that several blocks share trains in all of them or in none."""
+    for alias in anatomy.tensors:
+        if alias.alias_of is None or alias is parted or alias.part == "other":
+            continue
+        pair = {alias.name, alias.alias_of}
+        if len(pair & selected) == 1:
+            (chosen,), (other,) = pair & selected, pair - selected
+            raise MaskError(
+                f"the mask selects {chosen} but not {other}, and both are one tensor: training one changes the other. "
+                "Select both or neither"
+            )
 
 
 def _canonical(selected: frozenset[str], untie: bool, anatomy: Anatomy) -> set[str]:
