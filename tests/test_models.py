@@ -9,6 +9,8 @@ import torch
 from helpers import make_tiny_model, make_tokenizer, tiny_llama
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaModel,
@@ -51,6 +53,32 @@ def test_experts_of_a_mixture_are_not_taken_for_blocks() -> None:
     )  # fmt: skip
     anatomy = inspect(Qwen2MoeForCausalLM(config))
     assert (anatomy.blocks, anatomy.block_count) == ("model.layers", 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "norm"),
+    [
+        ("opt", "num_hidden_layers", "model.decoder.final_layer_norm"),  # registered before the blocks
+        ("mbart", "decoder_layers", "model.decoder.layer_norm"),  # after them, and after a norm of the embeddings
+        ("bloom", "n_layer", "transformer.ln_f"),  # after them; the embeddings' norm is before
+        ("trocr", "decoder_layers", None),  # the only one is the embeddings'
+        ("nanochat", "num_hidden_layers", None),  # without parameters, and used in two places
+    ],
+)
+def test_the_final_norm_is_told_from_others_wherever_it_is_registered(kind: str, layers: str, norm: str | None) -> None:
+    sizes = {"hidden_size": 16, "d_model": 16, "word_embed_proj_dim": 16, "num_attention_heads": 2, "n_head": 2,
+             "decoder_attention_heads": 2, "num_key_value_heads": 2, "decoder_ffn_dim": 16, "ffn_dim": 16,
+             "intermediate_size": 16, "vocab_size": 64, "pad_token_id": 0, layers: 2}  # fmt: skip
+    assert inspect(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))).norm == norm
+
+
+def test_a_tensor_is_named_by_the_embeddings_whatever_the_model_registers_first() -> None:
+    model = tiny_llama()
+    model._modules["model"] = model._modules.pop("model")
+    assert next(iter(dict(model.named_parameters()))) == "lm_head.weight"
+    tied = inspect(model).tied_head
+    assert tied is not None
+    assert (tied.name, tied.alias_of) == ("lm_head.weight", "model.embed_tokens.weight")
 
 
 def test_a_model_without_a_head_is_refused() -> None:

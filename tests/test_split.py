@@ -9,8 +9,6 @@ import torch
 from helpers import tiny_llama
 from torch import nn
 from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -109,12 +107,24 @@ def test_a_model_that_cannot_be_cut_is_found_out(batches: list[Batch]) -> None:
     assert not split_is_exact(model, prefix, suffix, batches[0])
 
 
-def test_blocks_that_return_tuples_are_found_out_and_not_cut(batches: list[Batch]) -> None:
-    torch.manual_seed(0)
-    model = BloomForCausalLM(BloomConfig(hidden_size=16, n_layer=6, n_head=2, vocab_size=64))
-    prefix, suffix = split(model, inspect(model), 5)
+def test_a_state_that_a_model_kept_from_a_pass_with_gradients_does_not_hinder_the_cut(batches: list[Batch]) -> None:
+    model = tiny_llama()
+    model.model.last_state = model.model.embed_tokens.weight * 2  # as recurrent models do; deepcopy refuses it
+    prefix, suffix = split(model, inspect(model), 3)
     assert prefix is not None
-    assert not split_is_exact(model, prefix, suffix, batches[0])
+    assert split_is_exact(model, prefix, suffix, batches[0])
+
+
+def test_a_look_at_the_split_leaves_dropout_as_it_was_and_draws_no_random_number(batches: list[Batch]) -> None:
+    model = tiny_llama().train()
+    model.model.norm.eval()
+    state = torch.get_rng_state()
+    prefix, suffix = split(model, inspect(model), 3)
+    assert prefix is not None
+    assert split_is_exact(model, prefix, suffix, batches[0])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [m for m in model.modules() if not m.training] == [model.model.norm]
+    assert all(module.training for module in prefix.modules())
 
 
 def test_a_suffix_that_computes_otherwise_is_not_called_exact(batches: list[Batch]) -> None:

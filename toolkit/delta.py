@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from toolkit.config.schema import ModelConfig
 from toolkit.errors import CheckpointError
-from toolkit.mask.apply import apply_mask
+from toolkit.mask.apply import apply_mask, trainable_parameters
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.models.load import LoadedModel, fingerprint, load
 
@@ -100,7 +100,7 @@ def load_delta(directory: Path, base: str | None = None) -> LoadedModel:
             "pass the original model with --base"
         )
     apply_mask(loaded.model, delta.mask, loaded.anatomy)
-    parameters = dict(loaded.model.named_parameters())
+    parameters = trainable_parameters(loaded.model, delta.mask)
     with torch.no_grad():
         for name, tensor in delta.tensors.items():
             parameters[name].copy_(tensor)

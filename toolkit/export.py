@@ -12,6 +12,7 @@ import torch
 from toolkit.config.load import dump
 from toolkit.delta import Delta, read_delta, save_delta
 from toolkit.errors import CheckpointError
+from toolkit.mask.apply import trainable_parameters
 from toolkit.mask.audit import audit_markdown
 from toolkit.source import find_checkpoint, open_source
 
@@ -41,7 +42,7 @@ def export_model(
     opened = open_source(str(run), step, base)
     model, delta = opened.loaded.model, read_delta(find_checkpoint(run, step) / "delta")
     model.to(getattr(torch, dtype or opened.config.model.dtype))
-    parameters = dict(model.named_parameters())
+    parameters = trainable_parameters(model, delta.mask)
     with torch.no_grad():
         for name, tensor in delta.tensors.items():  # from the masters, not from their rounded copies
             parameters[name].copy_(tensor)

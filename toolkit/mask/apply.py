@@ -25,12 +25,12 @@ def apply_mask(model: PreTrainedModel, mask: LayerMask, anatomy: Anatomy) -> Non
     """Freeze everything but the mask's tensors; after this ``requires_grad`` and the mask agree exactly."""
     if mask.tied == "untie":
         untie_head(model, anatomy)
-    chosen = set(mask.names)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in chosen)
+    model.requires_grad_(False)
+    for parameter in trainable_parameters(model, mask).values():
+        parameter.requires_grad_(True)
 
 
 def trainable_parameters(model: nn.Module, mask: LayerMask) -> dict[str, nn.Parameter]:
     """The mask's tensors in the mask's order: name to parameter of ``model`` or of a suffix cut from it."""
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     return {name: parameters[name] for name in mask.names}

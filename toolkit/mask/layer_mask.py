@@ -82,7 +82,8 @@ def build_mask(config: MaskConfig, anatomy: Anatomy) -> LayerMask:
 
     Raises:
         MaskError: a selector is at fault (see ``selectors.resolve``), nothing is left to train, a tensor is in two
-            groups, or a selected tensor is tied to another part of the model and ``config.tied`` is ``error``.
+            groups, or a selected tensor is also in a part that is not selected, and ``config.tied`` does not say
+            what is meant.
     """
     frozen = resolve(config.freeze, anatomy)
     plain = resolve([item for item in config.train if isinstance(item, str)], anatomy)
@@ -96,6 +97,7 @@ def build_mask(config: MaskConfig, anatomy: Anatomy) -> LayerMask:
     if not every:
         raise MaskError("the mask leaves nothing to train: mask.freeze takes away all that mask.train selects")
     tied = _tied(every, config.tied, anatomy)
+    _refuse_half_a_tie(every, anatomy)
     groups = []
     for names, learning_rate, weight_decay in selected:
         own = _canonical(names - frozen, tied, anatomy)
@@ -125,6 +127,13 @@ def _tied(selected: frozenset[str], policy: str, anatomy: Anatomy) -> Tied:
         raise MaskError(
             "mask.tied is head_only, but the mask selects the embeddings too; write tied: both, or leave embeddings out"
         )
+    other = next((t for t in anatomy.tensors if t.alias_of and t is not tied), None)
+    if policy == "untie" and other is not None:
+        raise MaskError(
+            f"mask.tied: untie is not possible: {other.name} shares the tensor {other.alias_of}, and transformers "
+            "ties that by the same switch (tie_word_embeddings), so no export could be loaded again. Choose both or "
+            "head_only, or leave head and embeddings out of mask.train"
+        )
     if policy in ("untie", "both", "head_only"):
         return cast("Tied", policy)
     raise MaskError(
@@ -135,6 +144,20 @@ def _tied(selected: frozenset[str], policy: str, anatomy: Anatomy) -> Tied:
         "  mask.tied: head_only  the shared tensor trains through the head alone; the embeddings move along\n"
         "or leave head and embeddings out of mask.train, and the shared tensor stays frozen"
     )
+
+
+def _refuse_half_a_tie(selected: frozenset[str], anatomy: Anatomy) -> None:
+    """A tensor that several blocks share trains in all of them or in none."""
+    for alias in anatomy.tensors:
+        if alias.alias_of is None or alias is anatomy.tied_head or alias.part == "other":
+            continue
+        pair = {alias.name, alias.alias_of}
+        if len(pair & selected) == 1:
+            (chosen,), (other,) = pair & selected, pair - selected
+            raise MaskError(
+                f"the mask selects {chosen} but not {other}, and both are one tensor: training one changes the other. "
+                "Select both or neither"
+            )
 
 
 def _canonical(selected: frozenset[str], tied: Tied, anatomy: Anatomy) -> set[str]:

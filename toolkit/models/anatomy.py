@@ -23,7 +23,7 @@ class TensorInfo:
     component: Component | None = None
     """Which part of its block it belongs to; none outside the blocks, and for what is none of the three."""
     alias_of: str | None = None
-    """The first name of the same storage, where weights are tied."""
+    """The tensor's own name, where weights are tied and this is another."""
 
     @property
     def parameters(self) -> int:

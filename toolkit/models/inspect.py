@@ -8,16 +8,20 @@ from torch import nn
 
 from toolkit.errors import ModelError
 from toolkit.models.anatomy import Anatomy, Component, Part, TensorInfo
+from toolkit.models.dry_run import dry_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_RANK: dict[Part, int] = {"embeddings": 0, "block": 1, "norm": 2, "head": 3, "other": 4}
+"""Which name of a shared tensor is its own: the lowest part decides what training it changes."""
 
 
 def inspect(model: PreTrainedModel) -> Anatomy:
     """Describe the parts of ``model``.
 
     The head is what the model calls its output embeddings. The blocks are the outermost module list that holds most
-    parameters. The final norm is what follows the blocks in their parent and holds no matrix. Every embedding table
+    parameters. The final norm is what follows the blocks in their parent and holds vectors only. Every embedding table
     beside the blocks (tokens, learned positions) belongs to the embeddings.
 
     Raises:
@@ -66,39 +70,54 @@ def _find_blocks(model: nn.Module) -> nn.ModuleList | None:
 
 
 def _find_norm(model: nn.Module, blocks: str, head: nn.Module) -> nn.Module | None:
-    parent = model.get_submodule(blocks.rpartition(".")[0])
-    children = list(parent.named_children())
-    own = blocks.rpartition(".")[2]
-    after = [child for _, child in children[[name for name, _ in children].index(own) + 1 :] if child is not head]
-    for child in after:
-        parameters = list(child.parameters())
-        if parameters and all(parameter.ndim <= 1 for parameter in parameters):
-            return child
-    for child in after:  # a norm without parameters, as in the first OLMo
-        if not any(True for _ in child.parameters()) and not any(True for _ in child.buffers()):
-            return child
-    return None
+    """The module beside the blocks that follows the last of them and holds vectors only.
+
+    One that is registered after the blocks and alone of its kind is taken at its word. Where there are several (one may
+    be for the embeddings), or one before the blocks (OPT), a pass over two tokens decides. A norm without parameters is
+    none: nothing of it can train, and it may serve in several places.
+    """
+    parent, _, own = blocks.rpartition(".")
+    children = list(model.get_submodule(parent).named_children())
+    place = [name for name, _ in children].index(own)
+    norms = {index: child for index, (_, child) in enumerate(children) if child is not head and _holds_vectors(child)}
+    if len(norms) == 1 and max(norms) > place:
+        return norms[max(norms)]
+    if not norms:
+        return None
+    last_block = list(model.get_submodule(blocks).children())[-1]
+    calls = [module for module, _ in dry_run(model, [last_block, *norms.values()])]
+    last_call = max((index for index, module in enumerate(calls) if module is last_block), default=len(calls))
+    return next(iter(calls[last_call + 1 :]), None)
+
+
+def _holds_vectors(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and all(parameter.ndim <= 1 for parameter in parameters)
 
 
 def _describe_tensors(model: nn.Module, blocks: str, parts: list[tuple[str, Part]]) -> tuple[TensorInfo, ...]:
-    first_name: dict[int, str] = {}
-    described = []
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        part: Part = next((part for prefix, part in parts if name.startswith(f"{prefix}.")), "other")
-        canonical = first_name.setdefault(id(parameter), name)
-        block = int(name[len(blocks) + 1 :].split(".")[0]) if part == "block" else None
-        described.append(
-            TensorInfo(
-                name=name,
-                shape=tuple(parameter.shape),
-                dtype=str(parameter.dtype).removeprefix("torch."),
-                part=part,
-                block=block,
-                component=None if block is None else _component(model, blocks, block, name),
-                alias_of=None if canonical == name else canonical,
-            )
+    """Every parameter name; a tensor's own name is the first one in the embeddings, else the blocks, and so on."""
+    named = list(model.named_parameters(remove_duplicate=False))
+    part_of: dict[str, Part] = {
+        name: next((part for module, part in parts if name.startswith(f"{module}.")), "other") for name, _ in named
+    }
+    names: dict[int, list[str]] = {}
+    for name, parameter in named:
+        names.setdefault(id(parameter), []).append(name)
+    own = {key: min(shared, key=lambda name: _RANK[part_of[name]]) for key, shared in names.items()}
+    index = {name: int(name[len(blocks) + 1 :].split(".")[0]) for name, part in part_of.items() if part == "block"}
+    return tuple(
+        TensorInfo(
+            name=name,
+            shape=tuple(parameter.shape),
+            dtype=str(parameter.dtype).removeprefix("torch."),
+            part=part_of[name],
+            block=index.get(name),
+            component=_component(model, blocks, index[name], name) if name in index else None,
+            alias_of=None if own[id(parameter)] == name else own[id(parameter)],
         )
-    return tuple(described)
+        for name, parameter in named
+    )
 
 
 def _component(model: nn.Module, blocks: str, block: int, name: str) -> Component | None:

@@ -8,7 +8,7 @@ model computes.
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 
 from toolkit.data.batches import Batch
 from toolkit.models.anatomy import Anatomy
+from toolkit.models.dry_run import dry_run, evaluating
+from toolkit.prefix.skeleton import Absent, Arrival, Arrived, EmbeddingStub, PassThrough, skeleton
 
 
 class Prefix(nn.Module):
@@ -32,18 +34,26 @@ class Prefix(nn.Module):
         super().__init__()
         blocks = list(model.get_submodule(anatomy.blocks).children())
         entry = _entry(model, anatomy, boundary)
-        replaced: dict[nn.Module, nn.Module] = {block: _Absent(block) for block in blocks[boundary:]}
+        replaced: dict[nn.Module, nn.Module] = {block: Absent(block) for block in blocks[boundary:]}
         for above in filter(None, (anatomy.norm, anatomy.head)):
-            replaced[model.get_submodule(above)] = _Absent()
-        replaced[entry] = _Arrival(entry)
-        self.skeleton = _skeleton(model, replaced, own_parameters=True)
+            replaced[model.get_submodule(above)] = Absent()
+        replaced[entry] = Arrival(entry)
+        self.skeleton = skeleton(model, replaced, own_parameters=True)
+        self._blocks = list(self.skeleton.get_submodule(anatomy.blocks).children())[:boundary]
+
+    def returned(self) -> list[int | None]:
+        """What each block gives back: the length of its tuple, none where it returns the hidden states alone."""
+        outputs = dict(dry_run(self.skeleton, self._blocks))
+        return [
+            len(outputs[block]) if isinstance(outputs.get(block), (tuple, list)) else None for block in self._blocks
+        ]
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> torch.Tensor:
         """Hidden states [B, T, hidden_size] that enter block b (or the final norm, where b is the block count)."""
         try:
             self.skeleton(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        except _Arrived as arrived:
+        except Arrived as arrived:
             return arrived.hidden
         raise RuntimeError("the prefix never reached the frost line")
 
@@ -54,25 +64,28 @@ class Suffix(nn.Module):
     With no prefix it is the whole model and starts from token ids.
     """
 
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, boundary: int | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, anatomy: Anatomy, boundary: int | None, returned: Sequence[int | None] = ()
+    ) -> None:
         """
         Args:
             model: the whole model, its mask already applied.
             anatomy: its parts.
             boundary: b, from 0 to the number of blocks; none keeps the model whole.
+            returned: what ``Prefix.returned`` found for the b blocks below the line.
         """  # noqa: D205, D212
         super().__init__()
         replaced: dict[nn.Module, nn.Module] = {}
         if boundary is not None:
             head = model.get_submodule(anatomy.head)
-            for block in list(model.get_submodule(anatomy.blocks).children())[:boundary]:
-                replaced[block] = _PassThrough(block)
+            below = list(model.get_submodule(anatomy.blocks).children())[:boundary]
+            replaced |= {block: PassThrough(block, form) for block, form in zip(below, returned, strict=True)}
             for name in anatomy.embeddings:
                 table = model.get_submodule(name)
                 if getattr(table, "weight", None) is not head.weight:
-                    replaced[table] = _EmbeddingStub(table)
-        self.model = _skeleton(model, replaced)
-        self._blocks = anatomy.blocks
+                    replaced[table] = EmbeddingStub(table)
+        self.model = skeleton(model, replaced)
+        self.anatomy = anatomy
         self._embedding_size = int(model.get_input_embeddings().weight.shape[1])
         self._hidden: torch.Tensor | None = None
         self._supervised: torch.Tensor | None = None
@@ -82,7 +95,7 @@ class Suffix(nn.Module):
 
     def blocks(self, first: int) -> list[nn.Module]:
         """The blocks from index ``first`` on, counted in the whole model."""
-        return list(self.model.get_submodule(self._blocks).children())[first:]
+        return list(self.model.get_submodule(self.anatomy.blocks).children())[first:]
 
     def detach_embeddings(self, anatomy: Anatomy) -> None:
         """Let no gradient through the embeddings of a model that was kept whole."""
@@ -124,35 +137,26 @@ class Suffix(nn.Module):
 
 def split(model: PreTrainedModel, anatomy: Anatomy, boundary: int | None) -> tuple[Prefix | None, Suffix]:
     """Cut ``model`` below block ``boundary``; none keeps it whole, in a suffix without a prefix."""
-    prefix = Prefix(model, anatomy, boundary) if boundary is not None else None
-    return prefix, Suffix(model, anatomy, boundary)
+    if boundary is None:
+        return None, Suffix(model, anatomy, None)
+    prefix = Prefix(model, anatomy, boundary)
+    return prefix, Suffix(model, anatomy, boundary, prefix.returned())
 
 
-@torch.no_grad()
 def split_is_exact(model: PreTrainedModel, prefix: Prefix, suffix: Suffix, batch: Batch) -> bool:
     """True if the split model gives the whole model's logits on ``batch`` as exactly as the whole model repeats them.
 
     Some architectures read the token ids, or the first block's output, again above the line; they cannot be cut.
     """
-    parts = (model, prefix, suffix)
-    modes = {module: module.training for part in parts for module in part.modules()}
-    for part in parts:
-        part.eval()
-    try:
-        whole, again = (
-            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-            .logits[batch.supervised]
-            .float()
-            for _ in range(2)
-        )
-        cut = suffix(prefix(batch), batch).float()
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError):
-        return False  # the architecture looked for something that the cut removed
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    noise = (whole - again).abs().max()  # 0, but for kernels that add up in no fixed order
-    return whole.shape == cut.shape and bool(((whole - cut).abs() <= noise).all())
+    uncut = Suffix(model, suffix.anatomy, None)  # gives its head the same positions: other shapes may round otherwise
+    with evaluating(model, prefix, suffix, uncut):
+        try:
+            whole, again = (uncut(None, batch).float() for _ in range(2))
+            cut = suffix(prefix(batch), batch).float()
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError):
+            return False  # the architecture looked for something that the cut removed
+        noise = (whole - again).abs().max()  # 0, but for kernels that add up in no fixed order
+        return whole.shape == cut.shape and bool(((whole - cut).abs() <= noise).all())
 
 
 def _entry(model: nn.Module, anatomy: Anatomy, boundary: int) -> nn.Module:
@@ -160,64 +164,3 @@ def _entry(model: nn.Module, anatomy: Anatomy, boundary: int) -> nn.Module:
     if boundary < anatomy.block_count:
         return model.get_submodule(f"{anatomy.blocks}.{boundary}")
     return model.get_submodule(anatomy.norm or anatomy.head)
-
-
-def _skeleton(
-    model: PreTrainedModel, replaced: dict[nn.Module, nn.Module], own_parameters: bool = False
-) -> PreTrainedModel:
-    """A copy of ``model`` with other modules in some places, which shares the model's storage but no module.
-
-    Args:
-        model: is not changed.
-        replaced: modules of ``model`` and what stands in their places in the copy.
-        own_parameters: parameter objects of its own on the same storage, out of reach of ZeRO-3, which empties those
-            it is given (a frozen tied table is in both halves).
-    """
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    if own_parameters:
-        shared |= {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
-    shared[id(model.config)] = model.config
-    shared |= {id(old): new for old, new in replaced.items()}
-    return copy.deepcopy(model, shared)
-
-
-class _Arrived(Exception):
-    def __init__(self, hidden: torch.Tensor) -> None:
-        self.hidden = hidden
-
-
-class _Stand(nn.Module):
-    """Stands where a module was and lends its plain attributes (attention_type, layer_idx), without its parameters."""
-
-    def __init__(self, original: nn.Module | None = None) -> None:
-        super().__init__()
-        own = set(vars(self))
-        for name, value in vars(original).items() if original is not None else ():
-            if name not in own and not isinstance(value, (nn.Module, torch.Tensor)):
-                setattr(self, name, value)
-
-
-class _Absent(_Stand):
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("the prefix ran past the frost line")
-
-
-class _Arrival(_Stand):
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        raise _Arrived(hidden_states)
-
-
-class _PassThrough(_Stand):
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return hidden_states
-
-
-class _EmbeddingStub(_Stand):
-    """In place of an embedding table; what it gives is replaced at the frost line."""
-
-    def __init__(self, table: nn.Module) -> None:
-        super().__init__(table)
-        self.register_buffer("weight", torch.empty(0, dtype=next(table.parameters()).dtype), persistent=False)
-
-    def forward(self, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.zeros((), device=ids.device)
