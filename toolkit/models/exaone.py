@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
@@ -25,6 +26,15 @@ _SAME_KEY = (
     "max_position_embeddings", "initializer_range", "tie_word_embeddings", "attention_dropout", "bos_token_id",
     "eos_token_id", "pad_token_id", "rope_theta", "rope_scaling", "rope_parameters",
 )  # fmt: skip
+
+
+def llama_name(name: str) -> str:
+    """The name that a tensor of an EXAONE 3.x checkpoint has in the equivalent Llama."""
+    for pattern, replacement in _TO_LLAMA.items():
+        renamed, found = re.subn(pattern, replacement, name)
+        if found:
+            return renamed
+    return name
 
 
 def is_exaone(source: str, revision: str | None) -> bool:

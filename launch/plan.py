@@ -1,0 +1,37 @@
+"""What a run will cost, from its recipe alone: memory by kind, compute and disk, before any weight is loaded.
+
+    python launch/plan.py --config recipes/quickstart.yaml
+    python launch/plan.py --ds ds_configs/zero2.json --world-size 8 --gpu-memory 24GiB --png plan.png
+
+Takes every flag of launch/train.py. A model directory may hold a config.json alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # runs from a checkout, installed or not
+
+from toolkit.cli import run_command  # noqa: E402
+from toolkit.config import flags  # noqa: E402
+
+
+def main() -> int:
+    """Parse the command line, then plan."""
+    parser = flags.parser(__doc__ or "")
+    parser.add_argument("--world-size", type=flags.positive, default=1, help="ranks, one GPU each; default: 1")
+    parser.add_argument("--gpu-memory", metavar="SIZE", help="memory of one GPU, such as 24GiB: say whether it fits")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="also draw layers and memory (needs matplotlib)")
+    invocation = flags.parse(parser, ROOT / "recipes" / "quickstart.yaml")
+    from toolkit.plan.command import plan_command  # imports torch, which --help need not wait for
+
+    given = invocation.arguments
+    plan_command(invocation, given.world_size, given.gpu_memory, given.json, given.png)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
