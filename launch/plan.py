@@ -26,10 +26,11 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     parser.add_argument("--png", type=Path, metavar="FILE", help="also draw layers and memory (needs matplotlib)")
     invocation = flags.parse(parser, ROOT / "recipes" / "quickstart.yaml")
-    from toolkit.plan.command import plan_command  # imports torch, which --help need not wait for
-
     given = invocation.arguments
-    plan_command(invocation, given.world_size, given.gpu_memory, given.json, given.png)
+    budget = flags.byte_size(given.gpu_memory) if given.gpu_memory is not None else None
+    from toolkit.plan.command import plan_command  # imports torch, which --help and a faulty flag need not wait for
+
+    plan_command(invocation, given.world_size, budget, given.json, given.png)
     return 0
 
 

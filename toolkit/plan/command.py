@@ -7,7 +7,7 @@ from pathlib import Path
 
 from toolkit.config.flags import Invocation
 from toolkit.engine.ds_config import read_ds_config, resolve_ds_config
-from toolkit.plan.fit import byte_size, choose_recompute, judge
+from toolkit.plan.fit import choose_recompute, judge
 from toolkit.plan.load import read_load
 from toolkit.plan.memory import EngineSpec, engine_spec
 from toolkit.plan.picture import draw
@@ -16,20 +16,19 @@ from toolkit.plan.report import as_dict, as_text
 from toolkit.plan.skeleton import Skeleton, skeleton
 
 
-def plan_command(invocation: Invocation, ranks: int, gpu_memory: str | None, as_json: bool, png: Path | None) -> None:
+def plan_command(invocation: Invocation, ranks: int, budget: int | None, as_json: bool, png: Path | None) -> None:
     """Plan the run that ``invocation`` describes and print the plan.
 
     Args:
         invocation: the parsed command line.
         ranks: world size.
-        gpu_memory: of one GPU, such as 24GiB; none judges nothing.
+        budget: bytes of one GPU; none judges nothing.
         as_json: print JSON in place of the table.
         png: also draw it into this file.
 
     Raises:
         UsageError: recipe, flags, DeepSpeed file, model or mask is at fault.
     """
-    budget = byte_size(gpu_memory) if gpu_memory is not None else None
     bare = skeleton(invocation.config.model)
     spec = spec_of(invocation, bare, ranks)
     planner = Planner(invocation.config, bare, read_load(invocation.config, positions(bare)))

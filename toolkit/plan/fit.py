@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from toolkit.errors import ConfigError
 from toolkit.plan.memory import EngineSpec, zero_spec
 from toolkit.plan.planner import Planner, Variant, hidden_size
 
@@ -42,22 +41,6 @@ class Verdict:
         return self.fits or (bool(self.turns) and self.turns[-1][1] <= self.budget)
 
 
-def byte_size(text: str) -> int:
-    """Bytes of a size such as 24GiB, 80GB or 512MiB.
-
-    Raises:
-        ConfigError: not of that form, or zero.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?\s*", text, flags=re.IGNORECASE)
-    size = 0
-    if match:
-        base = 1024 if match[3] else 1000
-        size = int(float(match[1]) * base ** ("KMGT".index(match[2].upper()) + 1))
-    if not size:
-        raise ConfigError([f"--gpu-memory is {text!r}; expected a size such as 24GiB or 80GB"], "command line")
-    return size
-
-
 def choose_recompute(planner: Planner, spec: EngineSpec, budget: int | None) -> Variant:
     """The run with gradient checkpointing as the recipe has it; ``auto`` turns it on where ``budget`` needs it."""
     mode = planner.config.train.gradient_checkpointing
@@ -76,14 +59,14 @@ def judge(planner: Planner, variant: Variant, budget: int) -> Verdict:
     needed = planner.memory(variant).peak + RESERVE
     if needed <= budget:
         return Verdict(budget, needed, ())
-    for knob in _KNOBS:
+    for knob in _knobs(planner, variant):
         for text, turned in knob(variant, planner):
             after = planner.memory(turned).peak + RESERVE
             if after <= budget:
                 return Verdict(budget, needed, ((text, after),))
     turns: list[tuple[str, int]] = []
     now = needed
-    for knob in _KNOBS:
+    for knob in _knobs(planner, variant):
         best = None
         for text, turned in knob(variant, planner):
             after = planner.memory(turned).peak + RESERVE
@@ -149,4 +132,7 @@ def _blocks(variant: Variant, planner: Planner) -> Knob:
             return
 
 
-_KNOBS = (_checkpointing, _micro_batch, _length, _ranks, _blocks)
+def _knobs(planner: Planner, variant: Variant) -> list[Callable[[Variant, Planner], Knob]]:
+    """The knobs that can help: where the update is the peak, none that only makes a micro batch smaller."""
+    for_micro_batch = [_checkpointing, _micro_batch, _length]
+    return [*(for_micro_batch if planner.memory(variant).moment != "update" else []), _ranks, _blocks]

@@ -49,7 +49,7 @@ def _draw_layers(axes: Any, plan: Plan) -> None:
         axes.barh(index, 1, height=0.9, color=colour, edgecolor="white")
         axes.text(0.5, index, f"{row.part}   {row.parameters / 1e6:,.1f} M   {row.state}", ha="center", va="center")
     axes.axhline(frost_line - 0.5, color="#1f3b57", linewidth=2.5)
-    axes.text(1.02, frost_line - 0.5, "frost line", va="center", color="#1f3b57")
+    axes.text(1.02, frost_line - 0.48, "frost line", va="bottom", color="#1f3b57")
     axes.set_axis_off()
     axes.set_xlim(0, 1.25)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,12 +17,9 @@ from toolkit.plan.compute import Compute, compute
 from toolkit.plan.load import Load
 from toolkit.plan.memory import EngineSpec, Memory, Tensors, checkpoint_bytes, memory, standing
 from toolkit.plan.rehearse import Rehearsal, Shape, rehearse
-from toolkit.plan.skeleton import Skeleton
+from toolkit.plan.skeleton import LOOKED_AT_CONTENT, Skeleton
 from toolkit.prefix.recompute import recompute_blocks
 from toolkit.prefix.split import Prefix, Suffix, split
-
-_LOOKED_AT_CONTENT = (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError)
-"""What a model raises on tensors without content, or cut where it cannot be."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ class Planner:
             halves = self._split(variant.selectors)
             try:
                 self._rehearsals[key] = _run(halves, shape, variant.recompute)
-            except _LOOKED_AT_CONTENT as error:
+            except LOOKED_AT_CONTENT as error:
                 if halves.prefix is None:
                     reason = " ".join(str(error).split())[:200]
                     raise PlanError(
@@ -157,7 +155,7 @@ class _Halves:
 
 
 def _halve(skeleton: Skeleton, mask: LayerMask, boundary: int) -> _Halves:
-    model, anatomy = skeleton.model, skeleton.anatomy
+    model, anatomy = copy.deepcopy(skeleton.model), skeleton.anatomy  # each mask has parameters of its own
     apply_mask(model, mask, anatomy)
     model.train()
     prefix, suffix = split(model, anatomy, boundary)

@@ -72,7 +72,7 @@ class Rehearsal:
         Args:
             weights: how much a byte of each kind counts; an engine that partitions gradients keeps a share of them.
         """
-        weigh = {kind: 1.0 for kind in _KINDS} | (weights or {})
+        weigh = dict.fromkeys(_KINDS, 1.0) | (weights or {})
         events: list[tuple[int, Record, int]] = [(r.birth, r, 1) for r in self.records]
         events += [(r.death, r, -1) for r in self.records if r.death is not None]
         now: Counter[Kind] = Counter()
@@ -138,7 +138,7 @@ def _alive(record: Record, event: int) -> bool:
     return record.birth <= event and (record.death is None or record.death > event)
 
 
-class _Ledger(TorchDispatchMode):
+class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes when each storage is allocated and released, and counts products by phase."""
 
     def __init__(self, shape: Shape, vocabulary: int, standing: Iterable[torch.Tensor]) -> None:
@@ -148,7 +148,7 @@ class _Ledger(TorchDispatchMode):
             vocabulary: last size of the logits.
             standing: parameters and buffers, which are there before and after.
         """  # noqa: D205, D212
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.phase: Phase = "prefix"
         self.records: list[Record] = []
         self.flops: Counter[tuple[Phase, Product]] = Counter()
@@ -225,9 +225,9 @@ def _fused_attention(ledger: _Ledger) -> Iterator[None]:
     def stand_in(query: Any, key: Any, value: Any, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         if attn_mask is not None and attn_mask.dtype != query.dtype:  # a boolean mask becomes a bias
             attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)
-        return _Attention.apply(query, key, value, attn_mask, ledger)
+        return _Attention.apply(query, key, value, attn_mask, ledger)  # type: ignore[no-untyped-call]
 
-    functional.scaled_dot_product_attention = stand_in  # type: ignore[assignment]
+    functional.scaled_dot_product_attention = stand_in
     try:
         yield
     finally:
@@ -241,7 +241,7 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Any, key: Any, value: Any, bias: Any, ledger: _Ledger) -> torch.Tensor:  # noqa: D102
+    def forward(ctx: Any, query: Any, key: Any, value: Any, bias: Any, ledger: _Ledger) -> torch.Tensor:
         batch, heads, length, size = query.shape
         out: torch.Tensor = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
         logarithms = query.new_empty(batch, heads, length, dtype=torch.float32)
@@ -251,7 +251,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:  # noqa: D102
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         query, key, value, *_ = ctx.saved_tensors
         ctx.ledger.count_attention(2 * ctx.pairs * (3 * query.shape[-1] + 2 * value.shape[-1]))
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None, None

@@ -83,11 +83,12 @@ def as_dict(plan: Plan, verdict: Verdict | None = None) -> dict[str, Any]:
 
 
 def _memory_text(plan: Plan) -> str:
-    variant, memory = plan.variant, plan.memory
+    variant, spec, memory = plan.variant, plan.variant.spec, plan.memory
     switch = "on" if variant.recompute else "off"
     lines = [
-        f"memory of each rank: engine {variant.spec.name}, {variant.spec.ranks} rank(s), gradient checkpointing {switch}",
-        f"micro batch {variant.rows} x {variant.tokens:,} tokens, {variant.supervised:,} supervised ({plan.load.source})",
+        f"memory of each rank: engine {spec.name}, {spec.ranks} rank(s), gradient checkpointing {switch}",
+        f"micro batch {variant.rows} x {variant.tokens:,} tokens, {variant.supervised:,} of a row supervised",
+        f"({plan.load.source})",
         f"{'kind':<16}{'at most':>14}{'at the peak':>14}",
     ]
     for kind in KINDS:
@@ -97,10 +98,10 @@ def _memory_text(plan: Plan) -> str:
 
 
 def _compute_text(plan: Plan) -> str:
-    per_token, share = _per_token(plan), _step_rows(plan)
+    per_token = _per_token(plan)
     rows = _epoch(plan)
     lines = [f"{'compute':<16}{'a token':>14}{'a step':>14}{'an epoch':>14}"]
-    step = {name: value * share for name, value in _mean_row(plan).items()}
+    step = {name: value * _step_rows(plan) for name, value in _mean_row(plan).items()}
     epoch = plan.compute.of(rows) if rows else None
     for name in PASSES:
         last = _flop(epoch[name]) if epoch else "-"

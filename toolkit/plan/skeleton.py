@@ -13,11 +13,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from toolkit.config.schema import ModelConfig
-from toolkit.errors import ModelError
+from toolkit.errors import ModelError, PlanError
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.exaone import is_exaone, llama_name, read_exaone_config
 from toolkit.models.inspect import inspect
 from toolkit.models.load import LoadedModel, resolve_source
+
+LOOKED_AT_CONTENT = (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError)
+"""What a model raises on tensors without content, or cut where it cannot be."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ def skeleton(config: ModelConfig) -> Skeleton:
 
     Raises:
         ModelError: no such model, a config that transformers cannot build, or weights of other shapes than it says.
+        PlanError: its class cannot be built without bytes.
     """
     source = resolve_source(config.name_or_path, needs_weights=False)
     exaone = is_exaone_source(source, config)
@@ -44,16 +48,25 @@ def skeleton(config: ModelConfig) -> Skeleton:
     except (OSError, ValueError, KeyError, ImportError) as error:
         text = " ".join(str(error).split())[:400]
         raise ModelError(f"model.name_or_path {source!r} cannot be planned from its config. {text}") from None
+    except LOOKED_AT_CONTENT as error:
+        raise _cannot_build(source, error) from None
     model.config.use_cache = False
     anatomy = inspect(model)
     return Skeleton(model, anatomy, _check_headers(Path(source), anatomy, exaone))
 
 
 def skeleton_of(loaded: LoadedModel) -> Skeleton:
-    """The skeleton of a model that is loaded; its mask must not be applied yet, because that changes its config."""
+    """The skeleton of a model that is loaded; its mask must not be applied yet, because that changes its config.
+
+    Raises:
+        PlanError: its class cannot be built without bytes.
+    """
     model = loaded.model
-    with torch.device("meta"):
-        bare = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+    try:
+        with torch.device("meta"):
+            bare = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+    except LOOKED_AT_CONTENT as error:
+        raise _cannot_build(type(model).__name__, error) from None
     return Skeleton(bare, loaded.anatomy, "the loaded model")
 
 
@@ -68,6 +81,11 @@ def is_exaone_source(source: str, config: ModelConfig) -> bool:
     except (OSError, ValueError) as error:
         text = " ".join(str(error).split())[:400]
         raise ModelError(f"model.name_or_path {source!r}: no readable config.json. {text}") from None
+
+
+def _cannot_build(name: str, error: Exception) -> PlanError:
+    reason = " ".join(str(error).split())[:200]
+    return PlanError(f"{name} cannot be planned: its class cannot be built on the meta device ({reason})")
 
 
 def _build(source: str, config: ModelConfig, exaone: bool) -> PreTrainedModel:
