@@ -217,6 +217,12 @@ def memory(held: Standing, rehearsal: Rehearsal) -> Memory:
     return Memory(most, update if in_update else micro_batch, "update" if in_update else "forward and backward")
 
 
-def checkpoint_bytes(tensors: Tensors) -> int:
-    """Size of one checkpoint over all ranks: float32 masters for the delta, and for the engine two moments."""
-    return 12 * sum(tensors.trained)
+def checkpoint_bytes(spec: EngineSpec, tensors: Tensors) -> int:
+    """Size of one checkpoint over all ranks: float32 masters for the delta, and the engine's state.
+
+    The local engine adds two moments. DeepSpeed adds moments and masters again, and up to stage 2 the trained weights.
+    """
+    total = sum(tensors.trained)
+    if spec.stage is None:
+        return 12 * total
+    return 16 * total + (0 if spec.stage == 3 else tensors.width * total)

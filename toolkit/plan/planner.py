@@ -111,7 +111,7 @@ class Planner:
             audit_text=audit_table(halves.mask, self.skeleton.anatomy), variant=variant, load=self.load,
             is_cut=halves.prefix is not None or halves.mask.boundary == 0, memory=held,
             compute=compute(plain, checkpointed, halves.head, products),
-            checkpoint=checkpoint_bytes(halves.tensors), keep=self.config.output.keep,
+            checkpoint=checkpoint_bytes(variant.spec, halves.tensors), keep=self.config.output.keep,
         )  # fmt: skip
 
     def _split(self, selectors: tuple[str, ...]) -> _Halves:
