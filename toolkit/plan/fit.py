@@ -45,9 +45,11 @@ def choose_recompute(planner: Planner, spec: EngineSpec, budget: int | None) -> 
     """The run with gradient checkpointing as the recipe has it; ``auto`` turns it on where ``budget`` needs it."""
     mode = planner.config.train.gradient_checkpointing
     plain = planner.variant(spec, recompute=mode == "on")
-    if mode == "auto" and budget is not None and planner.memory(plain).peak + RESERVE > budget:
-        return replace(plain, recompute=True)
-    return plain
+    if mode != "auto" or budget is None:
+        return plain
+    held = planner.memory(plain)
+    helps = held.moment != "update"  # where the optimizer's state is the peak, activations are not the matter
+    return replace(plain, recompute=helps and held.peak + RESERVE > budget)
 
 
 def judge(planner: Planner, variant: Variant, budget: int) -> Verdict:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from toolkit.config.schema import RunConfig
 from toolkit.errors import PlanError
 from toolkit.mask.apply import apply_mask, trainable_parameters
 from toolkit.mask.audit import AuditRow, audit, audit_table
 from toolkit.mask.layer_mask import LayerMask, build_mask
+from toolkit.models.anatomy import Anatomy
 from toolkit.plan.compute import Compute, compute
 from toolkit.plan.load import Load
 from toolkit.plan.memory import EngineSpec, Memory, Tensors, checkpoint_bytes, memory, standing
@@ -110,7 +114,7 @@ class Planner:
             audit=tuple(audit(halves.mask, self.skeleton.anatomy)),
             audit_text=audit_table(halves.mask, self.skeleton.anatomy), variant=variant, load=self.load,
             is_cut=halves.prefix is not None or halves.mask.boundary == 0, memory=held,
-            compute=compute(plain, checkpointed, halves.head, products),
+            compute=compute(plain, checkpointed, halves.head.numel(), products),
             checkpoint=checkpoint_bytes(variant.spec, halves.tensors), keep=self.config.output.keep,
         )  # fmt: skip
 
@@ -141,17 +145,29 @@ class Planner:
 
 @dataclass(frozen=True)
 class _Halves:
+    model: PreTrainedModel
+    """A copy of the skeleton with the mask applied."""
+    anatomy: Anatomy
     mask: LayerMask
     boundary: int
+    """Where it is cut; 0 is not at all."""
     prefix: Prefix | None
     suffix: Suffix
-    recomputing: Suffix
-    """The suffix again, with its blocks checkpointed."""
     trained: dict[str, nn.Parameter]
     tensors: Tensors
-    head: int
-    """Elements of the head's matrix."""
-    vocabulary: int
+
+    @property
+    def head(self) -> torch.Tensor:
+        """The head's matrix [vocabulary, hidden_size]."""
+        matrix: torch.Tensor = self.model.get_output_embeddings().weight
+        return matrix
+
+    @cached_property
+    def recomputing(self) -> Suffix:
+        """The suffix again, with the blocks from the frost line up checkpointed."""
+        suffix = Suffix(self.model, self.anatomy, self.boundary)
+        recompute_blocks(suffix.blocks(self.mask.boundary))
+        return suffix
 
 
 def _halve(skeleton: Skeleton, mask: LayerMask, boundary: int) -> _Halves:
@@ -159,14 +175,8 @@ def _halve(skeleton: Skeleton, mask: LayerMask, boundary: int) -> _Halves:
     apply_mask(model, mask, anatomy)
     model.train()
     prefix, suffix = split(model, anatomy, boundary)
-    recomputing = Suffix(model, anatomy, boundary)
-    recompute_blocks(recomputing.blocks(mask.boundary))
-    head = model.get_output_embeddings().weight
     trained = trainable_parameters(suffix.model, mask)
-    return _Halves(
-        mask, boundary, prefix, suffix, recomputing, trained, _sizes(prefix, suffix, trained), head.numel(),
-        head.shape[0],
-    )  # fmt: skip
+    return _Halves(model, anatomy, mask, boundary, prefix, suffix, trained, _sizes(prefix, suffix, trained))
 
 
 def _sizes(prefix: Prefix | None, suffix: Suffix, trained: dict[str, nn.Parameter]) -> Tensors:
@@ -186,7 +196,7 @@ def _sizes(prefix: Prefix | None, suffix: Suffix, trained: dict[str, nn.Paramete
 
 def _run(halves: _Halves, shape: Shape, recompute: bool) -> Rehearsal:
     suffix = halves.recomputing if recompute else halves.suffix
-    return rehearse(halves.prefix, suffix, halves.trained.values(), shape, halves.vocabulary)
+    return rehearse(halves.prefix, suffix, halves.trained.values(), shape, halves.head.shape[0])
 
 
 def hidden_size(skeleton: Skeleton) -> int:

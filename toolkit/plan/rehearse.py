@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -58,6 +59,13 @@ class Rehearsal:
     end_of_forward: int
     """The event at which forward and loss were done."""
 
+    @cached_property
+    def _events(self) -> list[tuple[Record, int]]:
+        """Allocations (1) and releases (-1) in order."""
+        events = [(r.birth, r, 1) for r in self.records]
+        events += [(r.death, r, -1) for r in self.records if r.death is not None]
+        return [(record, sign) for _, record, sign in sorted(events, key=lambda event: event[0])]
+
     def kept(self, kind: Kind) -> int:
         """Bytes of ``kind`` that are alive between forward and backward."""
         return sum(r.bytes for r in self.records if r.kind == kind and _alive(r, self.end_of_forward))
@@ -73,15 +81,13 @@ class Rehearsal:
             weights: how much a byte of each kind counts; an engine that partitions gradients keeps a share of them.
         """
         weigh = dict.fromkeys(_KINDS, 1.0) | (weights or {})
-        events: list[tuple[int, Record, int]] = [(r.birth, r, 1) for r in self.records]
-        events += [(r.death, r, -1) for r in self.records if r.death is not None]
         now: Counter[Kind] = Counter()
         best: dict[Kind, int] = {}
         total = most = 0.0
-        for _, record, sign in sorted(events, key=lambda event: event[0]):
+        for record, sign in self._events:
             now[record.kind] += sign * record.bytes
             total += sign * record.bytes * weigh[record.kind]
-            if total > most:
+            if sign > 0 and total > most:
                 most, best = total, dict(now)
         return {kind: int(best.get(kind, 0) * weigh[kind]) for kind in _KINDS}
 
