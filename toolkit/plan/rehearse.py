@@ -174,6 +174,8 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **kwargs)
         if formula := flop_registry.get(func._overloadpacket):
             self.flops[self.phase, self._product(args, out)] += formula(*args, **kwargs, out_val=out)
+        elif "grouped_mm" in str(func):  # a mixture's experts, which the registry does not know (torch 2.13)
+            self.flops[self.phase, "matrices"] += 2 * args[0].numel() * args[1].shape[-1]
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.is_meta:
                 self._note(tensor)
