@@ -17,7 +17,7 @@ LAYERS = [
     {"prefix"},
     {"loss", "optim"},
     {"engine"},
-    {"delta"},
+    {"delta", "plan"},
     {"checkpoint"},
     {"rundir", "source", "monitor"},
     {"export", "evaluate", "generate", "suggest"},

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import ENGLISH
+from helpers import ENGLISH, run_script
 
 from toolkit.config.schema import DataConfig, MaskConfig, ModelConfig
 from toolkit.data.dataset import load_dataset
@@ -78,6 +78,14 @@ def test_a_suggestion_is_a_mask_that_the_recipe_takes(
     assert f"frost line: block {min(suggestion.chosen)} of 6" in suggestion.table()
     assert suggestion.table().count("chosen") == 3
     assert all(torch.equal(p, before[name]) for name, p in loaded.model.named_parameters())
+
+
+def test_the_command_prints_a_ranking_and_a_mask(tiny_model: Path) -> None:
+    flags = ("--suggest", "gradient", "--budget", "0.5", "--rows", 2, "--data.path", ENGLISH)
+    result = run_script("launch/plan.py", "--model.name_or_path", tiny_model, *flags)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("chosen") == 3
+    assert "mask:\n  train:\n  - blocks:" in result.stdout
 
 
 def test_blocks_are_listed_as_ranges() -> None:

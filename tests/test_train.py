@@ -126,7 +126,7 @@ def test_frozen_tensors_stay_bit_identical_and_every_trained_master_moves(
 
 def test_the_run_directory_holds_what_the_design_names(finished: Path) -> None:
     present = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
-    assert present == {"config.yaml", "mask.json", "metrics.jsonl", "tensorboard", "checkpoints"}
+    assert present == {"config.yaml", "mask.json", "plan.json", "metrics.jsonl", "tensorboard", "checkpoints"}
     names = {path.name for path in (finished / "checkpoints").iterdir()}
     assert names == {"latest", "step-00000030", "step-00000045"}
     assert (finished / "checkpoints" / "latest").read_text() == "step-00000045"

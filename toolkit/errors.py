@@ -43,3 +43,7 @@ class DataError(UsageError):
 
 class CheckpointError(UsageError):
     """A run directory, checkpoint or export is missing, incomplete or does not fit the run."""
+
+
+class PlanError(UsageError):
+    """The cost of a run cannot be planned without its weights or data."""

@@ -10,12 +10,14 @@ from typing import Literal
 import torch
 import yaml
 
+from toolkit.config.schema import RunConfig
 from toolkit.data.batches import collate
+from toolkit.data.dataset import load_dataset
 from toolkit.data.examples import Example
 from toolkit.distributed import World
 from toolkit.errors import ConfigError
 from toolkit.loss import supervised_loss
-from toolkit.models.load import LoadedModel
+from toolkit.models.load import LoadedModel, load
 from toolkit.prefix.split import Suffix
 
 Method = Literal["spectrum", "gradient"]
@@ -70,6 +72,19 @@ def suggest(loaded: LoadedModel, method: Method, budget: float, examples: Sequen
     size = max(1, round(budget * len(scores)))
     best = Suggestion(method, tuple(scores), ()).ranking[:size]
     return Suggestion(method, tuple(scores), tuple(sorted(best)))
+
+
+def suggest_for(config: RunConfig, method: Method, budget: float, rows: int) -> Suggestion:
+    """Load the model of a recipe, and for ``gradient`` its first ``rows`` training rows, and suggest a mask.
+
+    Raises:
+        UsageError: model, data or budget is at fault.
+    """
+    loaded = load(config.model)
+    examples: Sequence[Example] = ()
+    if method == "gradient":
+        examples = load_dataset(config.data, loaded.tokenizer, config.train.seed).train[:rows]
+    return suggest(loaded, method, budget, examples)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import yaml
 
 from toolkit.config.load import build, did_you_mean, field_paths, merge, read_recipe
 from toolkit.config.schema import RunConfig
+from toolkit.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,22 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
     return int(text)
+
+
+def byte_size(text: str) -> int:
+    """Bytes of a size such as 24GiB, 80GB or 512MiB.
+
+    Raises:
+        ConfigError: not of that form, or zero.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?\s*", text, flags=re.IGNORECASE)
+    size = 0
+    if match:
+        base = 1024 if match[3] else 1000
+        size = int(float(match[1]) * base ** ("KMGT".index(match[2].upper()) + 1))
+    if not size:
+        raise ConfigError([f"--gpu-memory is {text!r}; expected a size such as 24GiB or 80GB"], "command line")
+    return size
 
 
 def temperature(text: str) -> float:

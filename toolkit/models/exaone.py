@@ -75,6 +75,15 @@ _CARRIED = (
 """Files that belong to a checkpoint, as far as it has them."""
 
 
+def llama_name(name: str) -> str:
+    """The name that a tensor of an EXAONE 3.x checkpoint has in the equivalent Llama."""
+    for pattern, replacement in _TO_LLAMA.items():
+        renamed, found = re.subn(pattern, replacement, name)
+        if found:
+            return renamed
+    return name
+
+
 def is_exaone(source: str, revision: str | None) -> bool:
     """True for a checkpoint whose config says ``model_type: exaone`` (3.0, 3.5 and Deep; EXAONE 4 is in transformers).
 

@@ -88,8 +88,12 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def resolve_source(name: str) -> str:
+def resolve_source(name: str, needs_weights: bool = True) -> str:
     """A directory or Hub id that transformers understands.
+
+    Args:
+        name: as the recipe has it.
+        needs_weights: false accepts a directory that holds a config.json alone.
 
     Raises:
         ModelError: neither a directory, nor shaped like a Hub id, nor a bundled model; or a directory that lacks a
@@ -101,7 +105,7 @@ def resolve_source(name: str) -> str:
     if name and directory.is_dir():
         if not (directory / "config.json").is_file():
             raise ModelError(f"model directory {name} has no config.json; expected a model saved with save_pretrained")
-        if not any(directory.glob("*.safetensors")):
+        if needs_weights and not any(directory.glob("*.safetensors")):
             raise ModelError(
                 f"model directory {name} has no *.safetensors; pickled weights are not loaded. "
                 "Convert them: load once with transformers and call save_pretrained"

@@ -77,10 +77,12 @@ def _train(setup: Setup, directory: RunDirectory) -> int:
         if monitor.epoch_losses:
             log.info("mean loss by epoch: %s", ", ".join(f"{loss:.4f}" for loss in monitor.epoch_losses))
     peak = world.max(peak_memory_gib(world.device))
+    planned = f" (planned: {setup.cost.memory.peak / 2**30:.2f} GiB of tensors)" if setup.cost else ""
     log.info(
-        "done: %d steps, peak memory %.2f GiB; next: python launch/export.py %s",
+        "done: %d steps, peak memory %.2f GiB%s; next: python launch/export.py %s",
         setup.total_steps,
         peak,
+        planned,
         run_dir,
     )
     return 0

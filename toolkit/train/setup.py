@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,17 @@ from toolkit.distributed import World
 from toolkit.engine.base import Engine
 from toolkit.engine.ds_config import read_ds_config, resolve_ds_config
 from toolkit.engine.local import LocalEngine
-from toolkit.errors import DataError, ModelError
+from toolkit.errors import DataError, ModelError, PlanError
 from toolkit.mask.apply import apply_mask, trainable_parameters
 from toolkit.mask.audit import audit_markdown, audit_table
 from toolkit.mask.layer_mask import LayerMask, build_mask
 from toolkit.models.load import LoadedModel, fingerprint, load, load_tokenizer
-from toolkit.prefix.recompute import activation_bytes, free_bytes, recompute_blocks, should_recompute
+from toolkit.plan.load import load_of
+from toolkit.plan.memory import engine_spec
+from toolkit.plan.planner import Plan, Planner
+from toolkit.plan.report import as_dict
+from toolkit.plan.skeleton import skeleton_of
+from toolkit.prefix.recompute import free_bytes, recompute_blocks, should_recompute
 from toolkit.prefix.split import Prefix, Suffix, split, split_is_exact
 
 log = logging.getLogger("frostline")
@@ -46,6 +52,8 @@ class Setup:
     pad_id: int
     audit: str
     """The audit table in Markdown."""
+    cost: Plan | None
+    """What the run was planned to need; none for an architecture that cannot be planned."""
 
 
 def set_up(invocation: Invocation, world: World) -> Setup:
@@ -69,14 +77,15 @@ def set_up(invocation: Invocation, world: World) -> Setup:
     _check_fit(dataset, loaded)
     base = Base(config.model, world.share(fingerprint(loaded.model) if world.is_main else None))
     mask = build_mask(config.mask, loaded.anatomy)
+    planner = _planner(config, loaded, dataset)
     apply_mask(loaded.model, mask, loaded.anatomy)
     log.info("layer mask of %s:\n%s", config.model.name_or_path, audit_table(mask, loaded.anatomy))
     prefix, suffix = _cut(loaded, mask, dataset, world)
-    _recompute(suffix, loaded, mask, dataset, config, world)
     resolved = None
     if ds is not None and invocation.deepspeed is not None:
         hidden_size = loaded.model.config.get_text_config().hidden_size
         resolved = resolve_ds_config(ds, config, world.size, hidden_size, invocation.deepspeed)
+    cost = _plan_and_recompute(planner, prefix, suffix.blocks(mask.boundary), config, world, resolved)
     engine = _build_engine(prefix, suffix, mask, config, total_steps, world, resolved)
     log.info(
         "engine %s, %d rank(s) on %s: %d steps of %d rows (micro batch %d x accumulation %d x ranks %d), %d epochs",
@@ -86,7 +95,7 @@ def set_up(invocation: Invocation, world: World) -> Setup:
     return Setup(
         config=config, world=world, dataset=dataset, plan=plan, total_steps=total_steps, mask=mask, base=base,
         prefix=prefix, suffix=suffix, engine=engine, pad_id=int(tokenizer.pad_token_id),
-        audit=audit_markdown(mask, loaded.anatomy),
+        audit=audit_markdown(mask, loaded.anatomy), cost=cost,
     )  # fmt: skip
 
 
@@ -130,19 +139,40 @@ def _cut(loaded: LoadedModel, mask: LayerMask, dataset: Dataset, world: World) -
     return None, suffix
 
 
-def _recompute(
-    suffix: Suffix, loaded: LoadedModel, mask: LayerMask, dataset: Dataset, config: RunConfig, world: World
-) -> None:
-    """Checkpoint the blocks from the frost line up, if the recipe or memory asks for it."""
-    hidden_size = loaded.model.config.get_text_config().hidden_size
-    tokens = config.train.micro_batch_size * max(len(example.token_ids) for example in dataset.train)
-    activations = activation_bytes(tokens, hidden_size, mask.block_count - mask.boundary, loaded.model.dtype)
-    trained = sum(parameter.numel() for parameter in trainable_parameters(suffix.model, mask).values())
+def _planner(config: RunConfig, loaded: LoadedModel, dataset: Dataset) -> Planner | None:
+    """What plans this run; none, and a word in the log, where the architecture does not allow it."""
+    try:
+        return Planner(config, skeleton_of(loaded), load_of(dataset))
+    except PlanError as error:
+        log.warning("%s", error)
+        return None
+
+
+def _plan_and_recompute(
+    planner: Planner | None,
+    prefix: Prefix | None,
+    blocks: list[torch.nn.Module],
+    config: RunConfig,
+    world: World,
+    ds_config: dict[str, Any] | None,
+) -> Plan | None:
+    """Checkpoint ``blocks``, those from the frost line up, if the recipe or memory asks for it; the plan of the run."""
+    train = config.train
+    plans: dict[bool, Plan] = {}
+    if planner is not None:
+        planner.cut = prefix is not None
+        spec = engine_spec(ds_config, world.size, train.gradient_accumulation_steps)
+        try:
+            plans = {on: planner.plan(planner.variant(spec, recompute=on)) for on in (False, True)}
+        except PlanError as error:
+            log.warning("%s", error)
+    needed = plans[False].memory.peak - plans[False].memory.weights if plans else None
     free = -int(world.max(-free_bytes(world.device)))  # the tightest rank decides for all
-    on, why = should_recompute(config.train.gradient_checkpointing, activations, trained, free)
+    on, why = should_recompute(train.gradient_checkpointing, needed, free)
     log.info("gradient checkpointing: %s", why)
     if on:
-        recompute_blocks(suffix.blocks(mask.boundary))
+        recompute_blocks(blocks)
+    return plans.get(on)
 
 
 def _build_engine(
@@ -169,6 +199,8 @@ def _build_engine(
 def save_set_up(setup: Setup, run: Path) -> None:
     """Write what the run consists of into its directory."""
     setup.mask.save(run / "mask.json")
+    if setup.cost is not None:
+        (run / "plan.json").write_text(json.dumps(as_dict(setup.cost), indent=1), encoding="utf-8")
     setup.dataset.save_skipped(run / "skipped_rows.jsonl")
 
 

@@ -1,0 +1,93 @@
+"""Runs on every rank under a launcher: set a run up, take a step, and count what DeepSpeed holds. Not a test itself.
+
+Arguments: OUTPUT.json, then the flags of launch/train.py.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from toolkit import distributed  # noqa: E402
+from toolkit.config import flags  # noqa: E402
+from toolkit.data.batches import epoch_order, step_batches  # noqa: E402
+from toolkit.plan.report import as_dict  # noqa: E402
+from toolkit.train.setup import Setup, set_up  # noqa: E402
+from toolkit.train.step import train_step  # noqa: E402
+
+
+def storages(tensors: Any) -> int:
+    """Bytes of the distinct storages behind ``tensors``."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def held(setup: Setup) -> dict[str, int]:
+    """Bytes by kind, from DeepSpeed's own tensors."""
+    optimizer = setup.engine._engine.optimizer
+    state = optimizer.optimizer.state.values()
+    own = [p.ds_tensor if hasattr(p, "ds_tensor") else p for p in setup.suffix.parameters()]
+    whole = [p for p in setup.suffix.parameters() if hasattr(p, "ds_tensor") and p.ds_persist]
+    three = hasattr(optimizer, "fp32_partitioned_groups_flat")
+    return {
+        "prefix weights": storages(setup.prefix.skeleton.parameters()),
+        "suffix weights": storages(own) + storages(whole),
+        "masters": storages(
+            optimizer.fp32_partitioned_groups_flat if three else optimizer.single_partition_of_fp32_groups
+        ),
+        "moments": storages([moments[name] for moments in state for name in ("exp_avg", "exp_avg_sq")]),
+    }
+
+
+def one_step(setup: Setup, folder: Path) -> dict[str, Any]:
+    """Train one step and save; the plan beside what was counted."""
+    inner = setup.engine._engine.optimizer.optimizer
+    step, gradients = inner.step, [0]
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        found = [p.grad for group in inner.param_groups for p in group["params"] if p.grad is not None]
+        gradients[0] = max(gradients[0], storages(found))
+        return step(*args, **kwargs)
+
+    inner.step = watched
+    order = epoch_order(setup.plan.rows, 0, 0)
+    batches = next(iter(step_batches(setup.dataset.train, order, setup.plan, setup.pad_id)))
+    train_step(batches, setup.prefix, setup.engine, setup.world)
+    if setup.world.is_main:
+        folder.mkdir()
+    setup.world.barrier()
+    setup.engine.save(folder)
+    setup.world.barrier()
+    assert setup.cost is not None
+    delta = 4 * sum(torch.Size(tensor.shape).numel() for tensor in setup.mask.trainable)
+    return {
+        "plan": as_dict(setup.cost),
+        "held": held(setup),
+        "gradients": gradients[0],
+        "written": delta + sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+    }
+
+
+def main() -> None:
+    local_rank = [word for word in sys.argv[1:] if word.startswith("--local_rank")]
+    output, *rest = [word for word in sys.argv[1:] if word not in local_rank]
+    world = distributed.start(engine_needs_group=True)
+    results = {}
+    for stage in (1, 2, 3):
+        given = [*rest, "--ds", str(ROOT / "ds_configs" / f"zero{stage}.json")]
+        invocation = flags.parse(flags.parser(""), ROOT / "recipes" / "quickstart.yaml", given)
+        results[stage] = one_step(set_up(invocation, world), Path(output).parent / f"engine-{stage}")
+    if world.is_main:
+        Path(output).write_text(json.dumps(results), encoding="utf-8")
+    world.barrier()
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Planning a run: from a config alone, the first knob to turn, what is printed, saved and refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import invocation, run_script, tiny_flags
+from plan_shapes import EXAONE, exaone
+
+from toolkit.config.flags import byte_size
+from toolkit.config.schema import MaskConfig, ModelConfig, RunConfig, TrainConfig
+from toolkit.errors import ConfigError, MaskError, ModelError, PlanError
+from toolkit.plan.command import plan_command
+from toolkit.plan.fit import RESERVE, choose_recompute, judge
+from toolkit.plan.load import Load
+from toolkit.plan.memory import KINDS, engine_spec, zero_spec
+from toolkit.plan.picture import draw
+from toolkit.plan.planner import Planner
+from toolkit.plan.report import as_dict
+from toolkit.plan.skeleton import skeleton
+
+LOCAL = engine_spec(None, 1, 1)
+
+
+@pytest.mark.parametrize("name", EXAONE)
+def test_exaone_is_planned_from_its_config_alone(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = exaone(tmp_path / name, name)
+    plan_command(
+        invocation("--model.name_or_path", str(directory), "--mask.tied", "untie", "--data.path", "org/none"),
+        1, 80 * 2**30, True, None,
+    )  # fmt: skip
+    plan = json.loads(capsys.readouterr().out)
+    parameters = sum(part["parameters"] for part in plan["mask"]["parts"])
+    assert parameters == {"2.4b": 2_667_471_360, "7.8b": 7_818_448_896, "32b": 32_003_200_000}[name]
+    assert plan["mask"]["boundary"] == {"2.4b": 26, "7.8b": 28, "32b": 60}[name]
+    assert plan["memory"]["peak"] == sum(plan["memory"]["at_peak"][kind] for kind in KINDS)
+    assert plan["fit"]["fits"] is (name != "32b")
+    assert plan["micro_batch"]["tokens"] == 2048
+    assert plan["flops"]["per_epoch"] is None
+
+
+def tiny_planner(directory: Path, rows: int = 1, **options: Any) -> Planner:
+    config = RunConfig(
+        model=ModelConfig(name_or_path=str(directory), dtype="bfloat16"),
+        mask=MaskConfig(train=["last:4"]),
+        train=TrainConfig(micro_batch_size=rows, **options),
+    )
+    return Planner(config, skeleton(config.model), Load(512, 512, None, "a test"))
+
+
+def first_turn(planner: Planner, budget_of: Any, spec: Any = LOCAL) -> str:
+    variant = choose_recompute(planner, spec, None)
+    verdict = judge(planner, variant, budget_of(planner, variant))
+    assert not verdict.fits
+    return verdict.turns[0][0] if verdict.turns else ""
+
+
+def just_below(planner: Planner, variant: Any) -> int:
+    return planner.memory(variant).peak + RESERVE - 1
+
+
+def test_the_first_knob_is_the_one_that_costs_least(tiny_model: Path) -> None:
+    off = {"gradient_checkpointing": "off"}
+    assert first_turn(tiny_planner(tiny_model, rows=4, **off), just_below) == "train.gradient_checkpointing: on"
+    on = {"gradient_checkpointing": "on"}
+    assert first_turn(tiny_planner(tiny_model, rows=4, **on), just_below).startswith("train.micro_batch_size: 1 with")
+    assert first_turn(tiny_planner(tiny_model, **on), just_below).startswith("data.max_length: 256")
+
+
+def test_state_that_no_shorter_row_makes_room_for_goes_to_more_ranks_then_to_fewer_blocks(tmp_path: Path) -> None:
+    directory = exaone(tmp_path / "7.8b", "7.8b")
+    config = RunConfig(
+        model=ModelConfig(name_or_path=str(directory)), mask=MaskConfig(train=["last:16"]),
+        train=TrainConfig(gradient_checkpointing="on"),
+    )  # fmt: skip
+    planner = Planner(config, skeleton(config.model), Load(256, 64, None, "a test"))
+    verdict = judge(planner, planner.variant(LOCAL, recompute=True), 40 * 2**30)
+    assert [text for text, _ in verdict.turns] == ["--ds ds_configs/zero2.json on 4 ranks"]
+    wide = planner.variant(zero_spec(3, 8, False, 4096), recompute=True)
+    least = planner.memory(wide).peak + RESERVE
+    assert judge(planner, wide, least).turns == ()
+    assert judge(planner, wide, least - 2**30).turns[0][0].startswith("mask.train: last:")
+    hopeless = judge(planner, wide, 2 * 2**30)
+    assert not hopeless.helps
+
+
+def test_auto_recomputes_exactly_where_the_budget_asks_for_it(tiny_model: Path) -> None:
+    planner = tiny_planner(tiny_model)
+    plain = choose_recompute(planner, LOCAL, None)
+    needed = planner.memory(plain).peak + RESERVE
+    assert not plain.recompute
+    assert not choose_recompute(planner, LOCAL, needed).recompute
+    assert choose_recompute(planner, LOCAL, needed - 1).recompute
+
+
+def test_padded_rows_and_full_masks_can_be_planned(tiny_model: Path) -> None:
+    planner = tiny_planner(tiny_model, rows=2)
+    one, two = tiny_planner(tiny_model), planner.variant(LOCAL, recompute=False)
+    activations = planner.memory(two).most["activations"]
+    assert activations > 2 * one.memory(one.variant(LOCAL, recompute=False)).most["activations"]
+    everything = RunConfig(model=planner.config.model, mask=MaskConfig(train=["re:.*"], tied="untie"))
+    whole = Planner(everything, planner.skeleton, Load(64, 8, None, "a test"))
+    plan = whole.plan(whole.variant(LOCAL, recompute=True))
+    assert plan.memory.most["prefix weights"] == 0
+    assert plan.compute.of([(64, 8)])["prefix forward"] == 0
+
+
+@pytest.mark.parametrize(("text", "size"), [("24GiB", 24 * 2**30), ("80GB", 80 * 10**9), ("1.5 gib", 3 * 2**29)])
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert byte_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["24", "a lot", "-1GiB", "0GiB", "24 GiB of memory", ""])
+def test_a_size_that_is_none_says_what_is_expected(text: str) -> None:
+    with pytest.raises(ConfigError, match="expected a size such as 24GiB"):
+        byte_size(text)
+
+
+def test_the_command_exits_with_2_and_one_message_on_a_bad_size(tiny_model: Path) -> None:
+    result = run_script("launch/plan.py", "--model.name_or_path", tiny_model, "--gpu-memory", "plenty")
+    assert result.returncode == 2
+    assert "--gpu-memory is 'plenty'; expected a size such as 24GiB or 80GB" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_headers_that_contradict_the_config_are_an_error(tiny_model: Path, tmp_path: Path) -> None:
+    values = json.loads((tiny_model / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {"intermediate_size": 96}))
+    (tmp_path / "model.safetensors").symlink_to(tiny_model / "model.safetensors")
+    with pytest.raises(ModelError, match=r"\(64, 32\) stored, config.json makes it \(96, 32\)"):
+        skeleton(ModelConfig(name_or_path=str(tmp_path)))
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(ModelError, match="not a readable safetensors file"):
+        skeleton(ModelConfig(name_or_path=str(tmp_path)))
+
+
+def test_a_faulty_mask_is_reported_before_anything_is_rehearsed(tiny_model: Path) -> None:
+    with pytest.raises(MaskError, match="a whole number from 1 to 6"):
+        plan_command(invocation(*tiny_flags(tiny_model, Path("x"), "--mask.train", "last:7")), 1, None, False, None)
+
+
+def test_a_run_saves_its_plan_and_names_it_beside_the_measured_peak(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from toolkit.train.run import run
+
+    flags = tiny_flags(tiny_model, tmp_path / "run", "--train.max_steps", 1)
+    caplog.set_level("INFO", logger="frostline")
+    assert run(invocation(*flags)) == 0
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert set(plan["memory"]["most"]) == set(KINDS)
+    assert plan["micro_batch"]["source"] == "the longest of 20 training rows"
+    assert f"(planned: {plan['memory']['peak'] / 2**30:.2f} GiB of tensors)" in caplog.text
+    written = sum(path.stat().st_size for path in (tmp_path / "run" / "checkpoints").rglob("*") if path.is_file())
+    assert plan["disk"]["checkpoint"] == pytest.approx(written, rel=0.15)
+
+
+def test_the_table_the_json_and_the_picture_say_the_same(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    given = invocation(*tiny_flags(tiny_model, tmp_path / "run"))
+    plan_command(given, 2, 24 * 2**30, False, tmp_path / "plan.png")
+    text = capsys.readouterr().out
+    assert "frost line: block 2 of 6" in text
+    assert "fits: 1.00 GiB of 24.00 GiB" in text
+    assert all(line == line.rstrip() for line in text.splitlines())
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    plan_command(given, 2, 24 * 2**30, True, None)
+    values = json.loads(capsys.readouterr().out)
+    assert values["fit"]["fits"]
+    assert values["engine"] == {"name": "local", "ranks": 2, "gradient_checkpointing": False}
+
+
+def test_without_matplotlib_the_picture_names_the_line_that_installs_it(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planner = tiny_planner(tiny_model)
+    plan = planner.plan(planner.variant(LOCAL, recompute=False))
+    assert as_dict(plan)["engine"]["name"] == "local"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(PlanError, match=r"pip install -c constraints.txt matplotlib"):
+        draw(plan, tmp_path / "plan.png")

@@ -1,0 +1,264 @@
+"""A plan made without weights agrees with what training then holds and computes: bytes are counted, not estimated."""
+
+from __future__ import annotations
+
+import json
+import socket
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import run_script, tiny_flags
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from toolkit.config.schema import MaskConfig, ModelConfig, RunConfig, TrainConfig
+from toolkit.data.batches import Batch
+from toolkit.distributed import World
+from toolkit.engine.local import LocalEngine
+from toolkit.loss import supervised_loss
+from toolkit.mask.apply import apply_mask, trainable_parameters
+from toolkit.mask.layer_mask import build_mask
+from toolkit.models.load import load
+from toolkit.plan.load import Load
+from toolkit.plan.memory import engine_spec
+from toolkit.plan.planner import Plan, Planner
+from toolkit.plan.skeleton import Skeleton, skeleton
+from toolkit.prefix.recompute import recompute_blocks
+from toolkit.prefix.split import split
+
+TOKENS, SUPERVISED = 160, 24
+LOCAL = engine_spec(None, 1, 1)
+MASKS = [
+    ["last:4", "head"],
+    ["head"],
+    ["last:2"],
+    ["norm", "head"],
+    ["blocks:20", "norm"],
+    ["glob:*.self_attn.q_proj.weight"],
+]
+
+
+@cache
+def bundled() -> Skeleton:
+    return skeleton(ModelConfig())
+
+
+def recipe(train: list[str], attention: Any = None, **options: Any) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(attn_implementation=attention),
+        mask=MaskConfig(train=train, tied="untie"),
+        train=TrainConfig(**options),
+    )
+
+
+def planned(config: RunConfig, bare: Skeleton, recompute: bool) -> Plan:
+    planner = Planner(config, bare, Load(TOKENS, SUPERVISED, None, "a test"))
+    return planner.plan(planner.variant(LOCAL, recompute))
+
+
+def batch() -> Batch:
+    ids = torch.arange(TOKENS)[None] + 1000
+    supervised = torch.zeros(1, TOKENS, dtype=torch.bool)
+    supervised[:, -SUPERVISED:] = True
+    return Batch(ids, None, supervised, ids[supervised], TOKENS)
+
+
+def nbytes(tensors: Any) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+@contextmanager
+def saved_bytes(standing: nn.Module, found: dict[int, int]) -> Iterator[None]:
+    """Fill ``found`` with the storages that autograd saves, parameters left out."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in standing.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield
+
+
+class Halves:
+    """The real model under a mask, split and with the local engine."""
+
+    def __init__(self, config: RunConfig) -> None:
+        loaded = load(config.model)
+        self.mask = build_mask(config.mask, loaded.anatomy)
+        apply_mask(loaded.model, self.mask, loaded.anatomy)
+        self.model = loaded.model.train()
+        self.prefix, self.suffix = split(
+            self.model, loaded.anatomy, self.mask.boundary if self.mask.has_prefix else None
+        )
+        self.trained = trainable_parameters(self.suffix.model, self.mask)
+        self.config = config
+
+    def engine(self) -> LocalEngine:
+        return LocalEngine(
+            self.suffix, self.trained, self.mask.groups, self.config.train, self.config.optim, 4, World()
+        )
+
+
+class _GradientBytes(TorchDispatchMode):
+    """The most bytes of gradients at once, counted whenever one is copied to float32."""
+
+    def __init__(self, real: Halves, engine: LocalEngine) -> None:
+        super().__init__()
+        self.holders = [*real.trained.values(), *engine._weights.by_name.values()]
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and any(args[0] is holder.grad for holder in self.holders):
+            self.most = max(self.most, nbytes([h.grad for h in self.holders if h.grad is not None]) + out.nbytes)
+        return out
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("train", MASKS, ids=lambda train: "+".join(train))
+def test_each_kind_of_bytes_is_what_training_holds(train: list[str]) -> None:
+    config = recipe(train)
+    plan = planned(config, bundled(), recompute=False).memory.most
+    real = Halves(config)
+    engine, rows, saved = real.engine(), batch(), {}
+    hidden = real.prefix(rows) if real.prefix else None
+    with saved_bytes(real.model, saved):
+        loss = supervised_loss(engine.forward, hidden, rows, SUPERVISED)
+    if hidden is not None:  # the loop holds it
+        saved[hidden.untyped_storage().data_ptr()] = hidden.nbytes
+    log_probabilities = SUPERVISED * 49152 * 4
+    with _GradientBytes(real, engine) as gradients:
+        engine.backward(loss, is_last=True)
+    engine.update()
+    state = engine._optimizer.state.values()
+    held = {
+        "prefix weights": nbytes({id(p): p for p in real.model.parameters()}.values())
+        - nbytes(real.suffix.parameters()),
+        "suffix weights": nbytes(real.suffix.parameters()),
+        "masters": nbytes(engine._weights.by_name.values()),
+        "moments": sum(nbytes((moments["exp_avg"], moments["exp_avg_sq"])) for moments in state),
+        "gradients": gradients.most,
+        "activations": sum(saved.values()) - log_probabilities,
+        "logits": 3 * log_probabilities,  # log-probabilities, their gradient, and that of the float32 logits
+    }
+    deviations = {kind: plan[kind] / size - 1 for kind, size in held.items() if size}
+    print(train, {kind: f"{deviation:+.2%}" for kind, deviation in deviations.items()})
+    assert max(map(abs, deviations.values())) < 0.1, deviations
+
+
+class _LiveBytes(TorchDispatchMode):
+    """The most bytes at once in storages that are made while it is entered."""
+
+    def __init__(self, standing: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage()._cdata for tensor in standing}
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in self.known:
+                storage = tensor.untyped_storage()
+                self.known.add(key)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._gone, key, storage.nbytes())
+        return out
+
+    def _gone(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("train", [["last:4", "head"], ["blocks:20", "norm"]], ids=lambda train: "+".join(train))
+def test_the_peak_of_a_micro_batch_is_that_of_all_storages_alive(train: list[str], recompute: bool) -> None:
+    config = recipe(train)
+    planner = Planner(config, bundled(), Load(TOKENS, SUPERVISED, None, "a test"))
+    plan = planner._rehearse(planner.variant(LOCAL, recompute)).peak()
+    real, rows = Halves(config), batch()
+    if recompute:
+        recompute_blocks(real.suffix.blocks(real.mask.boundary))
+    parts = (real.model, real.prefix, real.suffix)
+    with _LiveBytes([tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]) as live:
+        hidden = real.prefix(rows)
+        loss = supervised_loss(real.suffix, hidden, rows, SUPERVISED)
+        loss.backward()
+    assert sum(plan.values()) == pytest.approx(live.most, rel=0.02)
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("recompute", [False, True])
+def test_flops_are_those_that_pytorch_counts(recompute: bool) -> None:
+    """With plain attention, whose products PyTorch's counter sees on every device."""
+    config = recipe(["last:4", "head"], attention="eager")
+    plan = planned(config, skeleton(config.model), recompute)
+    real, rows = Halves(config), batch()
+    if recompute:
+        recompute_blocks(real.suffix.blocks(real.mask.boundary))
+    with FlopCounterMode(display=False) as prefix:
+        hidden = real.prefix(rows)
+    with FlopCounterMode(display=False) as forward:
+        loss = supervised_loss(real.suffix, hidden, rows, SUPERVISED)
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    expected = plan.compute.of([(TOKENS, SUPERVISED)])
+    assert expected["prefix forward"] == pytest.approx(prefix.get_total_flops(), rel=0.02)
+    assert expected["suffix forward"] == pytest.approx(forward.get_total_flops(), rel=0.02)
+    assert expected["backward"] + expected["recomputation"] == pytest.approx(backward.get_total_flops(), rel=0.02)
+    assert (expected["recomputation"] > 0) is recompute
+
+
+@pytest.mark.real_model
+def test_flops_of_other_lengths_follow_from_one_rehearsal() -> None:
+    config = recipe(["last:2"])
+    plan = planned(config, bundled(), recompute=True)
+    planner = Planner(config, bundled(), Load(3 * TOKENS, SUPERVISED // 2, None, "a test"))
+    longer = planner.plan(planner.variant(LOCAL, recompute=True))
+    row = [(3 * TOKENS, SUPERVISED // 2)]
+    assert plan.compute.of(row) == pytest.approx(longer.compute.of(row), rel=1e-6)
+
+
+@pytest.mark.real_model
+def test_the_rehearsals_attention_is_gone_afterwards() -> None:
+    kernel = nn.functional.scaled_dot_product_attention
+    planned(recipe(["last:2"]), bundled(), recompute=True)
+    assert nn.functional.scaled_dot_product_attention is kernel
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What DeepSpeed holds on rank 0 of 2 after a step, under each stage, beside the plan."""
+    output = tmp_path_factory.mktemp("stages") / "result.json"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    flags = tiny_flags(tiny_model, output.parent / "run", "--model.dtype", "bfloat16")
+    launcher = ("deepspeed", "--num_gpus", "2", "--master_port", port)
+    result = run_script("tests/plan_worker.py", output, *flags, launcher=launcher)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    return json.loads(output.read_text())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
+def test_zero_holds_on_each_rank_what_was_planned(on_two_ranks: dict[str, Any], stage: str) -> None:
+    found = on_two_ranks[stage]
+    most = found["plan"]["memory"]["most"]
+    assert found["plan"]["engine"] == {"name": f"zero-{stage}", "ranks": 2, "gradient_checkpointing": False}
+    for kind, size in found["held"].items():
+        assert most[kind] == pytest.approx(size, rel=0.1), kind
+    # the optimizer sees float32 gradients of its part; in 16 bit they were there a moment before
+    assert found["gradients"] <= most["gradients"] <= 2.5 * found["gradients"]
+    assert found["plan"]["disk"]["checkpoint"] == pytest.approx(found["written"], rel=0.1)

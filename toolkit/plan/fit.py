@@ -1,0 +1,140 @@
+"""Does a run fit a GPU, and if not, which knob to turn first."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from toolkit.plan.memory import EngineSpec, zero_spec
+from toolkit.plan.planner import Planner, Variant, hidden_size
+
+RESERVE = 2**30
+"""Bytes set aside beside the tensors for the CUDA context, library workspaces and the allocator's gaps. An estimate."""
+
+_SHORTEST = 256
+"""Tokens below which max_length is not proposed."""
+_MOST_RANKS = 8
+
+Knob = Iterator[tuple[str, Variant]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the plan fits."""
+
+    budget: int
+    """Bytes of the GPU."""
+    needed: int
+    """Bytes of tensors at the peak, and the reserve."""
+    turns: tuple[tuple[str, int], ...]
+    """What to change, in this order, and the bytes needed after it; empty if it fits as it is."""
+
+    @property
+    def fits(self) -> bool:
+        """True if the run fits as the recipe has it."""
+        return self.needed <= self.budget
+
+    @property
+    def helps(self) -> bool:
+        """True if it fits at least after all turns."""
+        return self.fits or (bool(self.turns) and self.turns[-1][1] <= self.budget)
+
+
+def choose_recompute(planner: Planner, spec: EngineSpec, budget: int | None) -> Variant:
+    """The run with gradient checkpointing as the recipe has it; ``auto`` turns it on where ``budget`` needs it."""
+    mode = planner.config.train.gradient_checkpointing
+    plain = planner.variant(spec, recompute=mode == "on")
+    if mode != "auto" or budget is None:
+        return plain
+    held = planner.memory(plain)
+    helps = held.moment != "update"  # where the optimizer's state is the peak, activations are not the matter
+    return replace(plain, recompute=helps and held.peak + RESERVE > budget)
+
+
+def judge(planner: Planner, variant: Variant, budget: int) -> Verdict:
+    """Compare the peak with ``budget`` bytes.
+
+    The knobs, in the order in which they cost least: recompute activations, smaller micro batches, shorter rows, ZeRO
+    and more ranks, fewer blocks. One that suffices alone is proposed alone; else they add up in this order.
+    """
+    needed = planner.memory(variant).peak + RESERVE
+    if needed <= budget:
+        return Verdict(budget, needed, ())
+    for knob in _knobs(planner, variant):
+        for text, turned in knob(variant, planner):
+            after = planner.memory(turned).peak + RESERVE
+            if after <= budget:
+                return Verdict(budget, needed, ((text, after),))
+    turns: list[tuple[str, int]] = []
+    now = needed
+    for knob in _knobs(planner, variant):
+        best = None
+        for text, turned in knob(variant, planner):
+            after = planner.memory(turned).peak + RESERVE
+            if after < 0.99 * (best[1] if best else now):
+                best = (text, after, turned)
+            if after <= budget:
+                break
+        if best:
+            turns.append(best[:2])
+            now, variant = best[1], best[2]
+        if now <= budget:
+            break
+    return Verdict(budget, needed, tuple(turns))
+
+
+def _checkpointing(variant: Variant, planner: Planner) -> Knob:
+    if not variant.recompute:
+        yield "train.gradient_checkpointing: on", replace(variant, recompute=True)
+
+
+def _micro_batch(variant: Variant, planner: Planner) -> Knob:
+    if variant.rows > 1:
+        steps = variant.accumulation * variant.rows
+        spec = replace(variant.spec, accumulates=True)
+        yield (
+            f"train.micro_batch_size: 1 with train.gradient_accumulation_steps: {steps}",
+            replace(variant, rows=1, accumulation=steps, spec=spec),
+        )
+
+
+def _length(variant: Variant, planner: Planner) -> Knob:
+    tokens = 2 ** ((variant.tokens - 1).bit_length() - 1)  # the next power of two below
+    while tokens >= _SHORTEST:
+        yield (
+            f"data.max_length: {tokens} (longer rows lose context)",
+            replace(variant, tokens=tokens, supervised=min(variant.supervised, tokens)),
+        )
+        tokens //= 2
+
+
+def _ranks(variant: Variant, planner: Planner) -> Knob:
+    spec = variant.spec
+    width = hidden_size(planner.skeleton)
+    ranks = spec.ranks if spec.ranks > 1 else 2
+    while ranks <= max(_MOST_RANKS, spec.ranks):
+        for stage in (2, 3):
+            if (ranks, stage) > (spec.ranks, spec.stage or 0):
+                yield (
+                    f"--ds ds_configs/zero{stage}.json on {ranks} ranks",
+                    replace(variant, spec=zero_spec(stage, ranks, spec.accumulates, width)),
+                )
+        ranks *= 2
+
+
+def _blocks(variant: Variant, planner: Planner) -> Knob:
+    for position, selector in enumerate(variant.selectors):
+        if isinstance(selector, str) and (found := re.fullmatch(r"last:(\d+)", selector.strip())):
+            blocks = int(found[1]) // 2
+            while blocks:
+                selectors = (*variant.selectors[:position], f"last:{blocks}", *variant.selectors[position + 1 :])
+                yield f"mask.train: {' '.join(map(str, selectors))}", replace(variant, selectors=selectors)
+                blocks //= 2
+            return
+
+
+def _knobs(planner: Planner, variant: Variant) -> list[Callable[[Variant, Planner], Knob]]:
+    """The knobs that can help: where the update is the peak, none that only makes a micro batch smaller."""
+    for_micro_batch = [_checkpointing, _micro_batch, _length]
+    return [*(for_micro_batch if planner.memory(variant).moment != "update" else []), _ranks, _blocks]

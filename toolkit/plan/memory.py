@@ -1,0 +1,228 @@
+"""Bytes by kind on one rank: what each engine holds beside the micro batch that is rehearsed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from toolkit.engine.ds_config import zero_stage
+from toolkit.plan.rehearse import Rehearsal
+
+KINDS = (
+    "prefix weights", "suffix weights", "masters", "moments", "gradients", "activations", "logits", "workspace",
+)  # fmt: skip
+"""What memory is spent on, from what stays to what comes and goes."""
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What decides how an engine stores its state."""
+
+    stage: int | None
+    """ZeRO stage; none is the engine without DeepSpeed."""
+    ranks: int
+    accumulates: bool
+    """More than one micro batch a step."""
+    bucket: int = 0
+    """Elements of one reduction bucket, of which DeepSpeed allocates one, or two where communication overlaps."""
+    persistent: int = 0
+    """ZeRO-3 keeps parameters of up to so many elements whole on every rank."""
+    live: int = 0
+    """Elements that ZeRO-3 may keep gathered at once."""
+
+    @property
+    def name(self) -> str:
+        """As the training log names it."""
+        return "local" if self.stage is None else f"zero-{self.stage}"
+
+
+def engine_spec(ds: dict[str, Any] | None, ranks: int, accumulation: int) -> EngineSpec:
+    """The engine that a resolved DeepSpeed configuration asks for; none asks for torch alone."""
+    if ds is None:
+        return EngineSpec(None, ranks, accumulation > 1)
+    zero = ds.get("zero_optimization", {})
+    stage = zero_stage(ds)
+    buckets = 2 if zero.get("overlap_comm") and stage != 3 else 1
+    contiguous = zero.get("contiguous_gradients", True)
+    return EngineSpec(
+        stage,
+        ranks,
+        accumulation > 1,
+        bucket=buckets * int(zero.get("reduce_bucket_size", 5e8)) if stage and contiguous else 0,
+        persistent=int(zero.get("stage3_param_persistence_threshold", 1e5)),
+        live=int(zero.get("stage3_max_live_parameters", 1e9)),
+    )
+
+
+def zero_spec(stage: int, ranks: int, accumulates: bool, hidden_size: int) -> EngineSpec:
+    """The engine that ``ds_configs/zeroN.json`` of this repository asks for."""
+    return EngineSpec(stage, ranks, accumulates, hidden_size**2, 10 * hidden_size, int(1e9))
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Sizes of the tensors of a split model, in elements."""
+
+    prefix: int
+    """Storages that the prefix alone holds."""
+    shared: int
+    """Storages that both halves hold: a frozen table that is embedding and head."""
+    trained: tuple[int, ...]
+    """Each trained tensor."""
+    frozen: tuple[int, ...]
+    """Each frozen tensor of the suffix, the shared ones included."""
+    width: int
+    """Bytes an element of the model's precision takes."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Bytes that an engine holds on one rank, whatever the micro batch."""
+
+    prefix_weights: int
+    suffix_weights: int
+    masters: int
+    moments: int
+    accumulated: int
+    """Gradients of earlier micro batches, or a buffer for them, while another one is computed."""
+    share: float
+    """Of the gradients that a backward pass leaves, the part that stays on this rank."""
+    update_gradients: int
+    """The most bytes of gradients at once between backward and the end of the update."""
+    buffers: int
+    """Communication buckets and gathered parameters."""
+
+
+def standing(spec: EngineSpec, tensors: Tensors) -> Standing:
+    """What ``spec`` holds for ``tensors``.
+
+    Follows toolkit.optim.MasterWeights, and of DeepSpeed 0.19 zero/stage_1_and_2.py, zero/stage3.py,
+    bf16_optimizer.py and fp16/unfused_optimizer.py.
+    """
+    width, total = tensors.width, sum(tensors.trained)
+    low = width < 4  # float32 parameters are their own masters where nothing partitions them
+    suffix = (total + sum(tensors.frozen)) * width
+    if spec.stage is None:
+        collected = _collected(tensors) if low and not spec.accumulates else 4 * total
+        return Standing(
+            prefix_weights=tensors.prefix * width, suffix_weights=suffix, masters=4 * total if low else 0,
+            moments=8 * total, accumulated=4 * total if spec.accumulates else 0, share=1.0,
+            update_gradients=collected + (width * total if low and spec.accumulates else 0), buffers=0,
+        )  # fmt: skip
+    if spec.stage == 0:
+        return Standing(
+            prefix_weights=tensors.prefix * width, suffix_weights=suffix, masters=4 * total if low else 0,
+            moments=8 * total, accumulated=0, share=1.0,
+            update_gradients=(width + 4) * total if low else width * total,
+            buffers=width * min(total, int(5e8)) if spec.ranks > 1 else 0,
+        )  # fmt: skip
+    if spec.stage == 3:
+        return _stage_3(spec, tensors)
+    return _stage_1_or_2(spec, tensors, suffix)
+
+
+def _collected(tensors: Tensors) -> int:
+    """The most bytes while 16-bit gradients become float32 ones, tensor by tensor, each freed once it is converted."""
+    rest, done, most = tensors.width * sum(tensors.trained), 0, 0
+    for size in tensors.trained:
+        most = max(most, rest + done + 4 * size)
+        rest -= tensors.width * size
+        done += 4 * size
+    return most
+
+
+def _stage_1_or_2(spec: EngineSpec, tensors: Tensors, suffix: int) -> Standing:
+    width, total = tensors.width, sum(tensors.trained)
+    part = 2 * math.ceil(total / (2 * spec.ranks))
+    low = width < 4
+    if spec.accumulates and low:  # float32 sums: of everything under stage 1, of this rank's part under stage 2
+        held = 4 * (part * spec.ranks if spec.stage == 1 else part)
+        share, update = 0.0, held
+    else:
+        held = 0
+        share = 1.0 if spec.stage == 1 else 1 / spec.ranks
+        # this rank's gradients, flattened, then in float32: the three are there together
+        update = int(share * width * total) + width * part + (4 * part if low else 0)
+    return Standing(
+        prefix_weights=tensors.prefix * width, suffix_weights=suffix, masters=4 * part, moments=8 * part,
+        accumulated=held, share=share, update_gradients=update, buffers=spec.bucket * width,
+    )  # fmt: skip
+
+
+def _stage_3(spec: EngineSpec, tensors: Tensors) -> Standing:
+    """Every tensor of the suffix is cut in equal parts; the prefix keeps its own copy of a shared table."""
+    width, low = tensors.width, tensors.width < 4
+
+    def parts(sizes: Sequence[int]) -> int:
+        return sum(math.ceil(size / spec.ranks) for size in sizes)
+
+    everything = (*tensors.trained, *tensors.frozen)
+    part = parts(tensors.trained)
+    whole = sum(size for size in everything if size <= spec.persistent)
+    gathered = min(sum(everything) - whole, spec.live)
+    summed = 4 if spec.accumulates or not low else width
+    return Standing(
+        prefix_weights=(tensors.prefix + tensors.shared) * width,
+        suffix_weights=(parts(everything) + whole) * width,
+        masters=4 * part if low else 0, moments=8 * part, accumulated=summed * part, share=0.0,
+        update_gradients=(summed + 4) * part, buffers=(spec.bucket + gathered) * width,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank."""
+
+    most: dict[str, int]
+    """Of each kind, the most that is held at once."""
+    at_peak: dict[str, int]
+    """Of each kind, what is held at the moment when most is held in all."""
+    moment: str
+    """When that is."""
+
+    @property
+    def peak(self) -> int:
+        """The most bytes of tensors at once."""
+        return sum(self.at_peak.values())
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the model itself."""
+        return self.most["prefix weights"] + self.most["suffix weights"]
+
+
+def memory(held: Standing, rehearsal: Rehearsal) -> Memory:
+    """What the engine holds and what a micro batch adds, in forward and backward and in the update."""
+    fixed = {
+        "prefix weights": held.prefix_weights, "suffix weights": held.suffix_weights,
+        "masters": held.masters, "moments": held.moments,
+    }  # fmt: skip
+    top = rehearsal.peak({"gradients": held.share})
+    micro_batch = fixed | {
+        "gradients": held.accumulated + top["gradients"], "activations": top["activations"],
+        "logits": top["logits"], "workspace": top["workspace"] + held.buffers,
+    }  # fmt: skip
+    update = fixed | {"gradients": held.update_gradients, "activations": 0, "logits": 0, "workspace": 0}
+    most = fixed | {
+        "gradients": max(
+            held.accumulated + int(held.share * rehearsal.most("gradients")), held.update_gradients
+        ),
+        "activations": rehearsal.kept("activations"),
+        "logits": rehearsal.most("logits"),
+        "workspace": rehearsal.most("workspace") + held.buffers,
+    }  # fmt: skip
+    in_update = sum(update.values()) > sum(micro_batch.values())
+    return Memory(most, update if in_update else micro_batch, "update" if in_update else "forward and backward")
+
+
+def checkpoint_bytes(spec: EngineSpec, tensors: Tensors) -> int:
+    """Size of one checkpoint over all ranks: float32 masters for the delta, and the engine's state.
+
+    The local engine adds two moments. DeepSpeed adds moments and masters again, and up to stage 2 the trained weights.
+    """
+    total = sum(tensors.trained)
+    if spec.stage is None:
+        return 12 * total
+    return 16 * total + (0 if spec.stage == 3 else tensors.width * total)

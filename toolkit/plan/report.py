@@ -1,0 +1,156 @@
+"""A plan as an aligned table and as JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from toolkit.plan.compute import PASSES
+from toolkit.plan.fit import RESERVE, Verdict
+from toolkit.plan.memory import KINDS
+from toolkit.plan.planner import Plan
+
+_GIB = 2**30
+
+
+def as_text(plan: Plan, verdict: Verdict | None = None) -> str:
+    """The audit table, memory, compute, disk, and whether it fits."""
+    parts = [f"{plan.model} ({plan.source})", plan.audit_text, _memory_text(plan), _compute_text(plan), _disk(plan)]
+    if not plan.is_cut:
+        parts.insert(2, "this architecture is not cut: the frozen blocks run inside the suffix")
+    if verdict is not None:
+        parts.append(verdict_text(verdict))
+    return "\n\n".join(parts)
+
+
+def verdict_text(verdict: Verdict) -> str:
+    """Whether it fits, and what to turn if not."""
+    needed, budget = _gib(verdict.needed), _gib(verdict.budget)
+    reserve = f"with {_gib(RESERVE)} set aside for the CUDA context and the allocator"
+    if verdict.fits:
+        return f"fits: {needed} of {budget}, {reserve}"
+    lines = [f"does not fit: {needed} of {budget}, {reserve}"]
+    for number, (text, after) in enumerate(verdict.turns):
+        lines.append(f"{'first' if number == 0 else 'then'}: {text} -> {_gib(after)}")
+    if not verdict.helps:
+        lines.append("that is still too much: train fewer tensors, use a smaller model, or a GPU with more memory")
+    return "\n".join(lines)
+
+
+def as_dict(plan: Plan, verdict: Verdict | None = None) -> dict[str, Any]:
+    """The plan as JSON values; bytes and floating-point operations as whole numbers."""
+    variant, rows = plan.variant, _epoch(plan)
+    values: dict[str, Any] = {
+        "model": plan.model,
+        "source": plan.source,
+        "mask": {
+            "boundary": plan.mask.boundary,
+            "blocks": plan.mask.block_count,
+            "cut": plan.is_cut,
+            "parts": [
+                {"part": row.part, "tensors": row.tensors, "parameters": row.parameters, "trained": row.trained}
+                for row in plan.audit
+            ],
+        },
+        "engine": {"name": variant.spec.name, "ranks": variant.spec.ranks, "gradient_checkpointing": variant.recompute},
+        "micro_batch": {
+            "rows": variant.rows,
+            "tokens": variant.tokens,
+            "supervised": variant.supervised,
+            "accumulation": variant.accumulation,
+            "source": plan.load.source,
+        },
+        "memory": {
+            "peak": plan.memory.peak,
+            "moment": plan.memory.moment,
+            "most": plan.memory.most,
+            "at_peak": plan.memory.at_peak,
+        },
+        "flops": {
+            "per_token": {name: round(value) for name, value in _per_token(plan).items()},
+            "per_step": round(_step(plan)),
+            "per_epoch": round(sum(plan.compute.of(rows).values())) if rows else None,
+        },
+        "disk": {"checkpoint": plan.checkpoint, "most": _most_on_disk(plan)},
+    }
+    if verdict is not None:
+        values["fit"] = {
+            "gpu_memory": verdict.budget,
+            "needed": verdict.needed,
+            "fits": verdict.fits,
+            "turns": [{"change": text, "needed": after} for text, after in verdict.turns],
+        }
+    return values
+
+
+def _memory_text(plan: Plan) -> str:
+    variant, spec, memory = plan.variant, plan.variant.spec, plan.memory
+    switch = "on" if variant.recompute else "off"
+    lines = [
+        f"memory of each rank: engine {spec.name}, {spec.ranks} rank(s), gradient checkpointing {switch}",
+        f"micro batch {variant.rows} x {variant.tokens:,} tokens, {variant.supervised:,} of a row supervised",
+        f"({plan.load.source})",
+        f"{'kind':<16}{'at most':>14}{'at the peak':>14}",
+    ]
+    for kind in KINDS:
+        lines.append(f"{kind:<16}{_gib(memory.most[kind]):>14}{_gib(memory.at_peak[kind]):>14}")
+    lines.append(f"{'total':<16}{'':>14}{_gib(memory.peak):>14}  in {memory.moment}")
+    return "\n".join(lines)
+
+
+def _compute_text(plan: Plan) -> str:
+    per_token = _per_token(plan)
+    rows = _epoch(plan)
+    lines = [f"{'compute':<16}{'a token':>14}{'a step':>14}{'an epoch':>14}"]
+    step = {name: value * _step_rows(plan) for name, value in _mean_row(plan).items()}
+    epoch = plan.compute.of(rows) if rows else None
+    for name in PASSES:
+        last = _flop(epoch[name]) if epoch else "-"
+        lines.append(f"{name:<16}{_flop(per_token[name]):>14}{_flop(step[name]):>14}{last:>14}")
+    last = _flop(sum(epoch.values())) if epoch else "-"
+    lines.append(f"{'total':<16}{_flop(sum(per_token.values())):>14}{_flop(sum(step.values())):>14}{last:>14}")
+    return "\n".join(lines)
+
+
+def _disk(plan: Plan) -> str:
+    kept = f"{plan.keep} kept and one being written" if plan.keep > 1 else "one kept and one being written"
+    return f"checkpoint on disk {_gib(plan.checkpoint)}; {_gib(_most_on_disk(plan))} with {kept}"
+
+
+def _most_on_disk(plan: Plan) -> int:
+    return (plan.keep + 1) * plan.checkpoint
+
+
+def _epoch(plan: Plan) -> list[tuple[int, int]]:
+    """The rows of an epoch as far as they are known."""
+    return list(plan.load.lengths or ())
+
+
+def _mean_row(plan: Plan) -> dict[str, float]:
+    rows = _epoch(plan) or [(plan.variant.tokens, plan.variant.supervised)]
+    return {name: value / len(rows) for name, value in plan.compute.of(rows).items()}
+
+
+def _per_token(plan: Plan) -> dict[str, float]:
+    rows = _epoch(plan) or [(plan.variant.tokens, plan.variant.supervised)]
+    tokens = sum(length for length, _ in rows)
+    return {name: value / tokens for name, value in plan.compute.of(rows).items()}
+
+
+def _step_rows(plan: Plan) -> int:
+    """Rows of one optimizer step over all ranks."""
+    return plan.variant.rows * plan.variant.accumulation * plan.variant.spec.ranks
+
+
+def _step(plan: Plan) -> float:
+    return sum(_mean_row(plan).values()) * _step_rows(plan)
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:,.2f} GiB"
+
+
+def _flop(count: float) -> str:
+    for unit, name in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if count >= unit:
+            return f"{count / unit:,.2f} {name}FLOP"
+    return f"{count:,.0f} FLOP"

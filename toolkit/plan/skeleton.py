@@ -1,0 +1,142 @@
+"""The model without its weights: every tensor on the meta device, which knows shapes and holds no bytes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+
+from toolkit.config.schema import ModelConfig
+from toolkit.errors import ModelError, PlanError
+from toolkit.models.anatomy import Anatomy
+from toolkit.models.exaone import is_exaone, llama_name, read_exaone_config
+from toolkit.models.inspect import inspect
+from toolkit.models.load import LoadedModel, resolve_source
+
+LOOKED_AT_CONTENT = (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError)
+"""What a model raises on tensors without content, or cut where it cannot be."""
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model whose tensors hold nothing, and its parts."""
+
+    model: PreTrainedModel
+    anatomy: Anatomy
+    note: str
+    """Where it was read from, and what the headers of the weights say."""
+
+
+def skeleton(config: ModelConfig) -> Skeleton:
+    """The model that ``config`` names, from its config.json alone; headers of safetensors are checked where they lie.
+
+    Raises:
+        ModelError: no such model, a config that transformers cannot build, or weights of other shapes than it says.
+        PlanError: its class cannot be built without bytes.
+    """
+    source = resolve_source(config.name_or_path, needs_weights=False)
+    exaone = is_exaone_source(source, config)
+    try:
+        with torch.device("meta"):
+            model = _build(source, config, exaone)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        text = " ".join(str(error).split())[:400]
+        raise ModelError(f"model.name_or_path {source!r} cannot be planned from its config. {text}") from None
+    except LOOKED_AT_CONTENT as error:
+        raise _cannot_build(source, error) from None
+    model.config.use_cache = False
+    anatomy = inspect(model)
+    return Skeleton(model, anatomy, _check_headers(Path(source), anatomy, exaone))
+
+
+def skeleton_of(loaded: LoadedModel) -> Skeleton:
+    """The skeleton of a model that is loaded; its mask must not be applied yet, because that changes its config.
+
+    Raises:
+        PlanError: its class cannot be built without bytes.
+    """
+    model = loaded.model
+    try:
+        with torch.device("meta"):
+            bare = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+    except LOOKED_AT_CONTENT as error:
+        raise _cannot_build(type(model).__name__, error) from None
+    return Skeleton(bare, loaded.anatomy, "the loaded model")
+
+
+def is_exaone_source(source: str, config: ModelConfig) -> bool:
+    """True if ``source`` is loaded as the Llama that EXAONE 3.x is.
+
+    Raises:
+        ModelError: there is no readable config.
+    """
+    try:
+        return is_exaone(source, config.revision) and not config.trust_remote_code
+    except (OSError, ValueError) as error:
+        text = " ".join(str(error).split())[:400]
+        raise ModelError(f"model.name_or_path {source!r}: no readable config.json. {text}") from None
+
+
+def _cannot_build(name: str, error: Exception) -> PlanError:
+    reason = " ".join(str(error).split())[:200]
+    return PlanError(f"{name} cannot be planned: its class cannot be built on the meta device ({reason})")
+
+
+def _build(source: str, config: ModelConfig, exaone: bool) -> PreTrainedModel:
+    attention = config.attn_implementation
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, config.dtype),
+        # keeps what sdpa keeps, and its package need not be here to plan for it
+        "attn_implementation": "sdpa" if attention == "flash_attention_2" else attention,
+    }
+    if exaone:
+        return LlamaForCausalLM._from_config(read_exaone_config(source, config.revision), **options)
+    shared = {"trust_remote_code": config.trust_remote_code}
+    hf_config = AutoConfig.from_pretrained(source, revision=config.revision, **shared)
+    return AutoModelForCausalLM.from_config(hf_config, **options, **shared)
+
+
+def _check_headers(directory: Path, anatomy: Anatomy, exaone: bool) -> str:
+    """Compare the headers of ``directory``'s safetensors, if there are any, with the skeleton's shapes."""
+    files = sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
+    if not files:
+        return "config.json; no weights were looked at"
+    stored = {llama_name(name) if exaone else name: info for file in files for name, info in _header(file).items()}
+    wrong, dtypes, bytes_stored = [], set(), 0
+    for name, info in stored.items():
+        tensor = anatomy.by_name.get(name)
+        dtypes.add(info["dtype"])
+        bytes_stored += info["data_offsets"][1] - info["data_offsets"][0]
+        if tensor is not None and tuple(info["shape"]) != tensor.shape:
+            wrong.append(f"  - {name}: {tuple(info['shape'])} stored, config.json makes it {tensor.shape}")
+    if wrong:
+        raise ModelError("\n".join([f"{directory}: config.json and weights do not agree:", *wrong[:5]]))
+    if unusable := dtypes - {"F64", "F32", "F16", "BF16"}:
+        raise ModelError(
+            f"{directory} holds weights of type {', '.join(sorted(unusable))}; "
+            "expected floating point weights: name the unquantised model"
+        )
+    found = len(stored.keys() & anatomy.by_name.keys())
+    return (
+        f"config.json; headers of {found} tensors agree ({', '.join(sorted(dtypes))}, {bytes_stored / 2**30:.2f} GiB)"
+    )
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """Name to dtype, shape and offsets: 8 bytes of length, then JSON (the safetensors format)."""
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > file.stat().st_size:
+                raise ValueError(f"its header claims {length} bytes")
+            header: dict[str, Any] = json.loads(stream.read(length))
+    except (OSError, ValueError, struct.error) as error:
+        raise ModelError(f"{file} is not a readable safetensors file ({error}); download it again") from None
+    header.pop("__metadata__", None)
+    return header
