@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -73,10 +74,23 @@ def clean_environment() -> dict[str, str]:
     return {**environ, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
+_PORT_FLAGS = {"deepspeed": "--master_port", "torchrun": "--master_port", "accelerate": "--main_process_port"}
+"""Each launcher's own default port may still be in use by the run before."""
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
+
+
 def run_script(
     script: str, *flags: object, launcher: tuple[str, ...] = (sys.executable,), cwd: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
     """Run a script of this repository in a new process."""
+    if launcher[0] in _PORT_FLAGS:
+        launcher = (*launcher, _PORT_FLAGS[launcher[0]], str(free_port()))
     command = [*launcher, str(ROOT / script), *map(str, flags)]
     return subprocess.run(command, cwd=cwd, env=clean_environment(), capture_output=True, text=True, timeout=1200)
 
