@@ -94,7 +94,7 @@ def evaluate_source(
 
 def _require_same_rows(dataset: Dataset, run: Path, step: int | None) -> None:
     """Another split of changed rows could count rows that were trained on as held out."""
-    if read_state(find_checkpoint(run, step)).data != dataset.fingerprint():
+    if read_state(find_checkpoint(run, step)).data != dataset.fingerprint:
         raise DataError(
             f"the rows of {run} have changed since it was trained; name rows to evaluate on with --data.path"
         )

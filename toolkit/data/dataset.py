@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -45,6 +46,7 @@ class Dataset:
             f"{len(self.validation)} validation rows; {shortened} rows lost context, {len(self.skipped)} rows skipped"
         )
 
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the token ids and supervised spans of all rows, in order."""
         sha = hashlib.sha256()

@@ -160,7 +160,7 @@ def _commit(setup: Setup, run_dir: Path, step: int) -> None:
 
 
 def _state(setup: Setup, step: int) -> State:
-    return State(step, setup.total_steps, setup.engine.name, setup.world.size, setup.dataset.fingerprint())
+    return State(step, setup.total_steps, setup.engine.name, setup.world.size, setup.dataset.fingerprint)
 
 
 class _StopSignal:
