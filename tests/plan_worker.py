@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from toolkit import distributed  # noqa: E402
+from toolkit import cli, distributed  # noqa: E402
 from toolkit.config import flags  # noqa: E402
 from toolkit.data.batches import epoch_order, step_batches  # noqa: E402
 from toolkit.plan.report import as_dict  # noqa: E402
@@ -87,6 +87,7 @@ def main() -> None:
         Path(output).write_text(json.dumps(results), encoding="utf-8")
     world.barrier()
     distributed.stop()
+    cli.leave(0)
 
 
 if __name__ == "__main__":

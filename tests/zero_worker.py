@@ -17,7 +17,7 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from toolkit import distributed  # noqa: E402
+from toolkit import cli, distributed  # noqa: E402
 from toolkit.config import flags  # noqa: E402
 from toolkit.data.batches import epoch_order, step_batches  # noqa: E402
 from toolkit.train.setup import Setup, set_up  # noqa: E402
@@ -69,6 +69,7 @@ def main() -> None:
         torch.save(after, f"{output}.pt")
         Path(output).write_text(json.dumps(result), encoding="utf-8")
     distributed.stop()
+    cli.leave(0)
 
 
 if __name__ == "__main__":
