@@ -1,0 +1,132 @@
+"""The prefix behind an activation cache: ``hidden[b]`` of every sample is computed once and read from then on.
+
+A frozen prefix without dropout is a pure function of a sample's token ids, so the hidden states that enter the frost
+line can be kept (AutoFreeze, arXiv 2102.01386; Egeria, arXiv 2201.06227). Once every sample of a run is kept, the
+prefix itself is let go.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from tqdm import tqdm
+
+from toolkit.data.batches import Batch, collate, lay_out, rows_of
+from toolkit.data.examples import Example
+from toolkit.distributed import World
+from toolkit.prefix.split import Prefix
+from toolkit.prefix.store import ActivationStore, sample_key
+
+log = logging.getLogger("frostline")
+
+FILL_TOKENS = 4096
+"""Tokens, with padding, of a batch of the first pass; large enough for efficient products of matrices."""
+
+_SHARD_BYTES = 64 * 2**20
+"""Hidden states that are collected before a shard is written."""
+
+
+class CachedPrefix:
+    """Gives what ``Prefix`` gives, and runs it only for samples that the store does not hold."""
+
+    def __init__(self, prefix: Prefix | None, load: Callable[[], Prefix], store: ActivationStore, world: World) -> None:
+        """
+        Args:
+            prefix: none where it was not loaded, because the store holds all samples.
+            load: gives the prefix again when a sample has to be computed after all.
+            store: of this prefix's activations.
+            world: where hidden states go, and who shares the first pass.
+        """  # noqa: D205, D212
+        self._prefix = prefix
+        self._load = load
+        self._store = store
+        self._world = world
+
+    @property
+    def prefix(self) -> Prefix | None:
+        """The prefix itself; none once it is let go."""
+        return self._prefix
+
+    @property
+    def store(self) -> ActivationStore:
+        """Where the hidden states are kept."""
+        return self._store
+
+    def train(self, mode: bool = True) -> CachedPrefix:
+        """Nothing changes: only a prefix that gives the same in both modes is cached."""
+        return self
+
+    def eval(self) -> CachedPrefix:
+        """Nothing changes: only a prefix that gives the same in both modes is cached."""
+        return self
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """Hidden states [B, T, hidden_size] that enter block b, zeros at padding."""
+        keys = [sample_key(example.token_ids) for example in batch.examples]
+        stored = [self._store.read(key) for key in keys]
+        missing = [example for example, row in zip(batch.examples, stored, strict=True) if row is None]
+        computed = iter(self._compute(missing))
+        device = self._world.device
+        rows = [next(computed) if row is None else row.to(device, non_blocking=True) for row in stored]
+        return lay_out(rows, batch)
+
+    def expect(self, examples: Sequence[Example]) -> None:
+        """Read these samples ahead, in the background."""
+        self._store.read_ahead([sample_key(example.token_ids) for example in examples])
+
+    def missing(self, examples: Sequence[Example]) -> list[Example]:
+        """The distinct samples that the store does not hold, longest first."""
+        by_key = {sample_key(example.token_ids): example for example in examples}
+        return sorted((by_key[key] for key in self._store.missing(list(by_key))), key=_length, reverse=True)
+
+    def fill(self, examples: Sequence[Example]) -> None:
+        """The first pass: compute what is missing, in large batches, shared among the ranks; every rank calls it."""
+        own = self.missing(examples)[self._world.rank :: self._world.size]
+        pending: dict[str, torch.Tensor] = {}
+        with tqdm(total=len(own), desc="first pass", unit="row", disable=not self._world.is_main or not own) as bar:
+            for batch in _batches(own):
+                rows = self._run(batch)
+                pending |= {sample_key(e.token_ids): row.cpu() for e, row in zip(batch, rows, strict=True)}
+                if sum(row.nbytes for row in pending.values()) >= _SHARD_BYTES:
+                    self._store.write(pending)
+                    pending = {}
+                bar.update(len(batch))
+            if pending:
+                self._store.write(pending)
+        self._world.barrier()
+        self._store.refresh()
+
+    def release(self, examples: Sequence[Example]) -> bool:
+        """Let the prefix go if the store holds all ``examples``; true if it is gone."""
+        if self._prefix is not None and not self.missing(examples):
+            self._prefix = None
+        return self._prefix is None
+
+    def _compute(self, missing: list[Example]) -> list[torch.Tensor]:
+        if not missing:
+            return []
+        rows = self._run(missing)
+        self._store.write({sample_key(e.token_ids): row.cpu() for e, row in zip(missing, rows, strict=True)})
+        return rows
+
+    def _run(self, examples: list[Example]) -> list[torch.Tensor]:
+        if self._prefix is None:
+            log.warning("the activation cache lacks samples that it held; loading the prefix again to compute them")
+            self._prefix = self._load()
+        batch = collate(examples, pad_id=0).to(self._world.device)
+        return rows_of(self._prefix(batch), batch)
+
+
+def _batches(longest_first: list[Example]) -> Iterator[list[Example]]:
+    """Neighbours of nearly one length, up to ``FILL_TOKENS`` tokens together."""
+    start = 0
+    while start < len(longest_first):
+        rows = max(1, FILL_TOKENS // _length(longest_first[start]))
+        yield longest_first[start : start + rows]
+        start += rows
+
+
+def _length(example: Example) -> int:
+    return len(example.token_ids)
