@@ -55,8 +55,9 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        held: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: change(t) for name, t in held.items() if isinstance(t, torch.Tensor)})
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {name: change(t) for name, t in held.items() if isinstance(t, torch.Tensor)}
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)
