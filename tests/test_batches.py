@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from toolkit.data.batches import BatchPlan, collate, epoch_order, step_batches
+from toolkit.data.batches import BatchPlan, collate, epoch_order, lay_out, pack, rows_of, step_batches
 from toolkit.data.examples import Example
 
 
@@ -68,3 +68,31 @@ def test_resuming_within_an_epoch_gives_the_batches_that_were_left() -> None:
     rest = [[batch.input_ids for batch in step] for step in step_batches(examples, order, plan, 0, first_step=2)]
     assert len(whole) == 4
     assert all(torch.equal(a, b) for x, y in zip(whole[2:], rest, strict=True) for a, b in zip(x, y, strict=True))
+
+
+@pytest.mark.parametrize("lengths", [(5, 3, 7), (4, 4), (6,)])
+@pytest.mark.parametrize("packed", [True, False])
+def test_rows_taken_out_of_a_batch_and_laid_out_again_are_the_batch(lengths: tuple[int, ...], packed: bool) -> None:
+    examples = [Example(tuple(range(10 * i + 1, 10 * i + 1 + length)), 2) for i, length in enumerate(lengths)]
+    batch = pack(examples) if packed else collate(examples, pad_id=0)
+    assert batch.examples == tuple(examples)
+    hidden = torch.stack([batch.input_ids, batch.input_ids + 100], dim=-1)
+    rows = rows_of(hidden, batch)
+    assert [tuple(row[:, 0].tolist()) for row in rows] == [example.token_ids for example in examples]
+    again = lay_out(rows, batch)
+    assert again.shape == hidden.shape
+    padding = torch.zeros_like(hidden) if batch.attention_mask is None else 1 - batch.attention_mask[..., None]
+    assert torch.equal(again, hidden * (1 - padding))
+
+
+def test_a_packed_row_has_no_padding_and_supervises_the_same_targets_as_padded_rows() -> None:
+    examples = [Example((5, 6, 7, 8), 2), Example((9, 10), 1)]
+    batch, padded = pack(examples), collate(examples, pad_id=0)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 10]]
+    assert batch.position_ids is not None
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1]]
+    assert batch.supervised.tolist() == [[False, True, True, False, True, False]]
+    assert torch.equal(batch.targets, padded.targets)
+    assert batch.attention_mask is None
+    assert (batch.is_packed, padded.is_packed) == (True, False)
+    assert (batch.tokens, batch.supervised_tokens) == (padded.tokens, padded.supervised_tokens) == (6, 3)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -13,7 +14,10 @@ from toolkit.data.examples import Example
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro batch of B rows padded on the right to T tokens, with S supervised tokens."""
+    """A micro batch with S supervised tokens: B rows padded on the right to T tokens, or B samples packed into one row.
+
+    The packed row is [1, T] with T the sum of the samples' lengths; positions restart with each sample.
+    """
 
     input_ids: torch.Tensor
     """[B, T] token ids."""
@@ -27,6 +31,15 @@ class Batch:
     """Tokens without padding."""
     is_filler: bool = False
     """Takes part in every collective but counts for nothing: this rank had no row left in a short last step."""
+    examples: tuple[Example, ...] = ()
+    """The B samples in order, as rows or one after the other in the packed row."""
+    position_ids: torch.Tensor | None = None
+    """[1, T], each token's position in its own sample, where several are packed into one row; else none."""
+
+    @property
+    def is_packed(self) -> bool:
+        """True if several samples share one row."""
+        return self.position_ids is not None
 
     @property
     def supervised_tokens(self) -> int:
@@ -35,14 +48,16 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch on ``device``."""
-        mask = None if self.attention_mask is None else self.attention_mask.to(device, non_blocking=True)
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            attention_mask=mask,
-            supervised=self.supervised.to(device, non_blocking=True),
-            targets=self.targets.to(device, non_blocking=True),
-        )
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory, from which ``to`` copies to a GPU without waiting."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {name: change(t) for name, t in held.items() if isinstance(t, torch.Tensor)}
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)
@@ -105,7 +120,56 @@ def collate(examples: Sequence[Example], pad_id: int, is_filler: bool = False) -
         targets=input_ids.roll(-1, dims=1)[supervised],
         tokens=int(attention.sum()),
         is_filler=is_filler,
+        examples=tuple(examples),
     )
+
+
+def pack(examples: Sequence[Example], is_filler: bool = False) -> Batch:
+    """Lay examples one after the other into a single row without padding; the same loss as ``collate``'s rows.
+
+    One example, or several of one length, need no padding and stay rows.
+    """
+    if len({len(example.token_ids) for example in examples}) == 1:
+        return collate(examples, pad_id=0, is_filler=is_filler)
+    input_ids = torch.tensor([[token for example in examples for token in example.token_ids]])
+    supervised = torch.zeros_like(input_ids, dtype=torch.bool)
+    start = 0
+    for example in examples:  # the last position of a sample has no next token of its own
+        supervised[0, start + example.answer_start - 1 : start + len(example.token_ids) - 1] = True
+        start += len(example.token_ids)
+    return Batch(
+        input_ids=input_ids,
+        attention_mask=None,
+        supervised=supervised,
+        targets=input_ids.roll(-1, dims=1)[supervised],
+        tokens=start,
+        is_filler=is_filler,
+        examples=tuple(examples),
+        position_ids=torch.cat([torch.arange(len(example.token_ids)) for example in examples])[None],
+    )
+
+
+def rows_of(hidden: torch.Tensor, batch: Batch) -> list[torch.Tensor]:
+    """Each sample's own part of something laid out like the batch.
+
+    Args:
+        hidden: [B, T, H], or [1, T, H] of a packed batch.
+        batch: whose layout it has.
+
+    Returns:
+        B views [T_i, H] in the order of ``batch.examples``, without padding.
+    """
+    lengths = [len(example.token_ids) for example in batch.examples]
+    if batch.is_packed:
+        return list(torch.split(hidden[0], lengths))
+    return [row[:length] for row, length in zip(hidden, lengths, strict=True)]
+
+
+def lay_out(rows: Sequence[torch.Tensor], batch: Batch) -> torch.Tensor:
+    """The inverse of ``rows_of``: B samples [T_i, H] to [B, T, H], padding zero, or to a packed batch's [1, T, H]."""
+    if batch.is_packed:
+        return torch.cat(list(rows))[None]
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
 
 def step_batches(
