@@ -172,6 +172,20 @@ class OptimConfig(Section):
     """Added to the denominator of the update."""
 
 
+class PrefixConfig(Section):
+    """The frozen prefix: what lies below the lowest trained block."""
+
+    cache: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
+    """Compute each sample's hidden states at the frost line once and read them from disk afterwards, also in later
+    runs; auto does so where samples are read more than once and the disk has room, on refuses to run without."""
+
+    cache_dir: str | None = None
+    """Where hidden states are kept; none takes activations in $FROSTLINE_CACHE, else in ~/.cache/frostline."""
+
+    cache_limit_gib: Annotated[float, Field(gt=0)] | None = None
+    """Most GiB that all hidden states in cache_dir may take; the least recently used go first. None sets no limit."""
+
+
 class OutputConfig(Section):
     """The run directory: what is written, and when."""
 
@@ -199,4 +213,5 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()
+    prefix: PrefixConfig = PrefixConfig()
     output: OutputConfig = OutputConfig()

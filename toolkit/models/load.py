@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +122,11 @@ def resolve_source(name: str, needs_weights: bool = True) -> str:
 
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over name, dtype, shape and bytes of every parameter, tied ones once; the identity of a base model."""
+    return fingerprint_of(dict(model.named_parameters()))
+
+
+def fingerprint_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over name, dtype, shape and bytes of ``tensors`` in the order of their names."""
 
     def digest(item: tuple[str, torch.Tensor]) -> bytes:
         name, tensor = item
@@ -129,7 +135,7 @@ def fingerprint(model: nn.Module) -> str:
         return sha.digest()
 
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(digest, sorted(model.named_parameters())))
+        digests = list(pool.map(digest, sorted(tensors.items())))
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 

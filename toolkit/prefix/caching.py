@@ -4,32 +4,46 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
-from torch import nn
+from transformers import PreTrainedModel
 
 from toolkit import __version__
-from toolkit.config.schema import ModelConfig, PrefixConfig
-from toolkit.data.batches import Batch, collate
+from toolkit.config.schema import PrefixConfig
+from toolkit.data.batches import collate
 from toolkit.data.examples import Example
 from toolkit.distributed import World
 from toolkit.errors import ConfigError
+from toolkit.files import replace_text
+from toolkit.models.anatomy import Anatomy
 from toolkit.models.bundled import cache_root
-from toolkit.models.load import fingerprint
-from toolkit.prefix.cached import CachedPrefix
+from toolkit.models.load import fingerprint_of
 from toolkit.prefix.split import Prefix
-from toolkit.prefix.store import ActivationStore, Namespace, bytes_of, sample_key
-
-log = logging.getLogger("frostline")
+from toolkit.prefix.store import ActivationStore, Namespace, sample_key
 
 _SPARE = 2**30
 """Bytes of the disk that a cache leaves free."""
+
+_NOTE = "split.json"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a run would cache."""
+
+    settings: PrefixConfig
+    boundary: int
+    examples: Sequence[Example]
+    """Of training and validation."""
+    passes: float
+    """Over the training rows, as far as the run goes; 0.5 is half an epoch."""
+    token_bytes: int
+    """Of one token's hidden state."""
 
 
 @dataclass(frozen=True)
@@ -39,61 +53,81 @@ class Decision:
     use: bool
     reason: str
     """As a phrase for the log."""
-    size: int = 0
-    """Bytes of all samples together."""
-    new: int = 0
-    """Bytes that are to be written, the others being there already."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """What a run would cache."""
+def refusal(settings: PrefixConfig, obstacle: str | None) -> str | None:
+    """Why nothing is cached, as a phrase for the log; none if nothing stands against it.
 
-    settings: PrefixConfig
-    model: ModelConfig
-    boundary: int
-    examples: Sequence[Example]
-    """Of training and validation."""
-    passes: float
-    """Over the training rows, as far as the run goes; 0.5 is half an epoch."""
-    unfit: str | None = None
-    """Why the mask or the architecture allows no cache, if so."""
-
-
-def refusal(request: Request) -> str | None:
-    """Why nothing is cached whatever the disk holds, or none.
+    Args:
+        settings: the recipe's prefix section.
+        obstacle: what makes a cache impossible, if anything does.
 
     Raises:
-        ConfigError: ``prefix.cache`` is ``on`` and the run has nothing that could be cached.
+        ConfigError: ``prefix.cache`` is ``on`` and there is an obstacle.
     """
-    if request.settings.cache == "off":
+    if settings.cache == "off":
         return "off, as the recipe says"
-    if request.unfit is None:
+    if obstacle is None:
         return None
-    if request.settings.cache == "on":
-        raise ConfigError([f"prefix.cache is on, but {request.unfit}; set it to auto or off"], "recipe")
-    return f"off (auto: {request.unfit})"
+    if settings.cache == "on":
+        raise ConfigError([f"prefix.cache is on, but {obstacle}; set it to auto or off"], "recipe")
+    return f"off (auto: {obstacle})"
 
 
-def identity(prefix: Prefix, request: Request, device: torch.device) -> dict[str, str]:
-    """Everything that ``hidden[b]`` of a sample depends on beside its token ids."""
-    config = prefix.skeleton.config.to_dict()
+def identity(model: PreTrainedModel, anatomy: Anatomy, boundary: int, device: torch.device) -> dict[str, str]:
+    """Everything that ``hidden[b]`` of a sample depends on beside its token ids.
+
+    Args:
+        model: with its weights as they are when the prefix runs.
+        anatomy: its parts.
+        boundary: b.
+        device: where the prefix runs.
+    """
+    above = {f"{anatomy.blocks}.{index}." for index in range(boundary, anatomy.block_count)}
+    above |= {f"{module}." for module in (anatomy.norm, anatomy.head) if module}
+    below = {
+        name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if not name.startswith(tuple(above))
+    }
+    config = model.config.to_dict()
     for key in ("_name_or_path", "tie_word_embeddings", "use_cache"):  # they do not change what the prefix computes
         config.pop(key, None)
-    text = json.dumps(config, sort_keys=True, default=str)
     return {
-        "weights": fingerprint(prefix.skeleton),
-        "buffers": _digest_of_buffers(prefix.skeleton),
-        "config": hashlib.sha256(text.encode()).hexdigest(),
-        "architecture": type(prefix.skeleton).__name__,
-        "boundary": str(request.boundary),
-        "dtype": request.model.dtype,
-        "attention": str(prefix.skeleton.config._attn_implementation),
+        "weights": fingerprint_of(below),
+        "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
+        "architecture": type(model).__name__,
+        "boundary": str(boundary),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": str(model.config._attn_implementation),
         "device": device.type,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "frostline": __version__,
     }
+
+
+def open_store(settings: PrefixConfig, computed_by: dict[str, str]) -> ActivationStore:
+    """The store of what ``identity`` describes."""
+    limit = settings.cache_limit_gib
+    return ActivationStore(cache_path(settings), Namespace(computed_by), None if limit is None else int(limit * 2**30))
+
+
+def cache_path(settings: PrefixConfig) -> Path:
+    """Where hidden states are kept: ``prefix.cache_dir``, else ``activations`` beside the converted models."""
+    return Path(settings.cache_dir) if settings.cache_dir else cache_root() / "activations"
+
+
+def note_split(store: ActivationStore, returned: Sequence[int | None]) -> None:
+    """Remember beside the activations that the cut was found exact and repeatable, and what the blocks returned."""
+    replace_text(store.directory / _NOTE, json.dumps({"returned": list(returned)}))
+
+
+def noted_split(store: ActivationStore) -> list[int | None] | None:
+    """What ``note_split`` remembered; none where nothing can be read."""
+    try:
+        returned = json.loads((store.directory / _NOTE).read_text(encoding="utf-8"))["returned"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return returned if isinstance(returned, list) else None
 
 
 def repeats(prefix: Prefix, example: Example, device: torch.device) -> bool:
@@ -109,81 +143,16 @@ def repeats(prefix: Prefix, example: Example, device: torch.device) -> bool:
     return all(torch.equal(hidden, evaluating) for hidden in training)
 
 
-def decide(request: Request, store: ActivationStore, width: int, free: int) -> Decision:
-    """Whether caching pays and fits.
-
-    Args:
-        request: what is to be cached.
-        store: what is there already.
-        width: bytes of one token's hidden state.
-        free: bytes of the disk that holds the store.
+def decide_together(request: Request, store: ActivationStore, world: World) -> Decision:
+    """``decide`` on rank 0, for all, so that all ranks fill the cache or none.
 
     Raises:
-        ConfigError: ``prefix.cache`` is ``on`` and the samples exceed the limit or the disk.
+        ConfigError: as ``decide``.
     """
-    distinct = {sample_key(example.token_ids): len(example.token_ids) for example in request.examples}
-    missing = set(store.missing(list(distinct)))
-    size = width * sum(distinct.values())
-    new = width * sum(distinct[key] for key in missing)
-    asked, limit = request.settings.cache == "on", request.settings.cache_limit_gib
-    obstacle = None
-    if limit is not None and size > limit * 2**30:
-        obstacle = f"all samples need {_size(size)}, prefix.cache_limit_gib allows {limit:g} GiB"
-    elif new + _SPARE > free:
-        obstacle = f"{_size(new)} are to be written, and {_size(free)} are free at prefix.cache_dir ({_size(_SPARE)} stay free)"
-    if obstacle and asked:
-        raise ConfigError([f"prefix.cache is on, but {obstacle}; make room, or set it to auto or off"], "recipe")
-    if obstacle:
-        return Decision(False, f"off (auto: {obstacle})", size, new)
-    if not asked and request.passes <= 1 and missing:
-        return Decision(False, "off (auto: one pass over the rows reads nothing twice)", size, new)
-    there = len(distinct) - len(missing)
-    return Decision(True, f"{'on' if asked else 'on (auto)'}, {there} of {len(distinct)} samples there, {_size(size)}", size, new)
-
-
-def open_cached(
-    prefix: Prefix, load: Callable[[], Prefix], request: Request, row_bytes: int, world: World
-) -> Prefix | CachedPrefix:
-    """``prefix`` behind a filled cache, or as it is where caching does not pay or fit; every rank calls it.
-
-    Args:
-        prefix: on its device.
-        load: gives it again.
-        request: what is to be cached.
-        row_bytes: bytes of one token's hidden state.
-        world: all ranks of the run.
-
-    Raises:
-        ConfigError: ``prefix.cache`` is ``on`` and that is not possible.
-    """
-    reason = refusal(request)
-    if reason is None and not repeats(prefix, request.examples[0], world.device):
-        reason = refusal(replace(request, unfit="the prefix gives other values each time (dropout or router noise)"))
-    if reason is None:
-        root = Path(request.settings.cache_dir or cache_root() / "activations")
-        namespace = Namespace(world.share(identity(prefix, request, world.device) if world.is_main else None))
-        limit = request.settings.cache_limit_gib
-        store = ActivationStore(root, namespace, None if limit is None else int(limit * 2**30))
-        decision = _decide_together(request, store, row_bytes, root, world)
-        if decision.use:
-            log.info("activation cache: %s, in %s", decision.reason, store.directory)
-            cached = CachedPrefix(prefix, load, store, world)
-            cached.fill(request.examples)
-            return cached
-        store.close()
-        reason = decision.reason
-    log.info("activation cache: %s", reason)
-    return prefix
-
-
-def _decide_together(
-    request: Request, store: ActivationStore, row_bytes: int, root: Path, world: World
-) -> Decision:
-    """Rank 0 decides for all, so that all fill or none."""
     decision: Decision | ConfigError | None = None
     if world.is_main:
         try:
-            decision = decide(request, store, row_bytes, shutil.disk_usage(root).free)
+            decision = decide(request, store, shutil.disk_usage(store.directory).free)
         except ConfigError as error:
             decision = error
     decision = world.share(decision)
@@ -193,16 +162,41 @@ def _decide_together(
     return decision
 
 
-def _digest_of_buffers(module: nn.Module) -> str:
-    """SHA-256 of what a checkpoint holds beside parameters."""
-    names = dict(module.named_parameters(remove_duplicate=False))
-    sha = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        if name not in names:
-            sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return sha.hexdigest()
+def decide(request: Request, store: ActivationStore, free: int) -> Decision:
+    """Whether caching pays and fits.
+
+    Args:
+        request: what is to be cached.
+        store: what is there already.
+        free: bytes of the disk that holds the store.
+
+    Raises:
+        ConfigError: ``prefix.cache`` is ``on`` and the samples exceed the limit or the disk.
+    """
+    distinct = {sample_key(example.token_ids): len(example.token_ids) for example in request.examples}
+    missing = set(store.missing(list(distinct)))
+    size = request.token_bytes * sum(distinct.values())
+    new = request.token_bytes * sum(distinct[key] for key in missing)
+    asked, limit = request.settings.cache == "on", request.settings.cache_limit_gib
+    obstacle = None
+    if limit is not None and size > limit * 2**30:
+        obstacle = f"the samples need {format_size(size)}, prefix.cache_limit_gib allows {limit:g} GiB"
+    elif new + _SPARE > free and missing:
+        obstacle = (
+            f"{format_size(new)} are to be written to {store.directory}, where {format_size(free)} are free and "
+            f"{format_size(_SPARE)} are to stay free"
+        )
+    if obstacle:
+        reason = refusal(request.settings, obstacle)
+        return Decision(False, reason or "")
+    if not asked and request.passes <= 1 and missing:
+        return Decision(False, "off (auto: one pass over the rows reads nothing twice)")
+    there = f"{len(distinct) - len(missing)} of {len(distinct)} samples are there"
+    return Decision(
+        True, f"{'on, as the recipe says' if asked else 'on (auto)'}: {format_size(size)}, {there}, {store.directory}"
+    )
 
 
-def _size(count: float) -> str:
+def format_size(count: float) -> str:
+    """Bytes for people."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"

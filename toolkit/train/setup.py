@@ -80,7 +80,8 @@ def set_up(invocation: Invocation, world: World) -> Setup:
     planner = _planner(config, loaded, dataset)
     apply_mask(loaded.model, mask, loaded.anatomy)
     log.info("layer mask of %s:\n%s", config.model.name_or_path, audit_table(mask, loaded.anatomy))
-    prefix, suffix = _cut(loaded, mask, dataset, world)
+    passes = total_steps * plan.global_batch / plan.rows
+    prefix, suffix = cut(loaded, Job(config, mask, base, dataset, passes, world))
     resolved = None
     if ds is not None and invocation.deepspeed is not None:
         hidden_size = loaded.model.config.get_text_config().hidden_size
@@ -115,28 +116,6 @@ def _check_fit(dataset: Dataset, loaded: LoadedModel) -> None:
         raise ModelError(
             f"the tokenizer gives id {largest}, the model embeds {rows} ids; expected a tokenizer made for this model"
         )
-
-
-def _cut(loaded: LoadedModel, mask: LayerMask, dataset: Dataset, world: World) -> tuple[Prefix | None, Suffix]:
-    """Split at the frost line if that is exact for this architecture; else keep the model whole, and say so."""
-    model = loaded.model.to(world.device)
-    model.train()
-    prefix, suffix = split(model, loaded.anatomy, mask.boundary if mask.has_prefix else None)
-    if prefix is None:
-        return None, suffix
-    shortest = min(dataset.train, key=lambda example: len(example.token_ids))
-    if split_is_exact(model, prefix, suffix, collate([shortest], pad_id=0).to(world.device)):
-        return prefix, suffix
-    log.warning(
-        "%s does not give the same logits when cut at block %d; training goes on with the whole model: "
-        "the same result, but the frozen blocks run inside it",
-        type(model).__name__,
-        mask.boundary,
-    )
-    _, suffix = split(model, loaded.anatomy, None)
-    if mask.tied == "head_only":
-        suffix.detach_embeddings(loaded.anatomy)
-    return None, suffix
 
 
 def _planner(config: RunConfig, loaded: LoadedModel, dataset: Dataset) -> Planner | None:
