@@ -1,0 +1,76 @@
+"""What identifies stored activations: the computation that gave them, and the sample they belong to."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+
+import numpy as np
+import torch
+
+FORMAT = "frostline-activations-1"
+"""Names the layout of a shard; another layout gets another name and therefore other directories."""
+NAMESPACE_NAME = re.compile(r"[0-9a-f]{64}")
+"""What a namespace's directory name looks like."""
+DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+"""What can be stored, and its name in a safetensors header."""
+_KEY = re.compile(r"[0-9a-f]{64}")
+_ENTRY_OVERHEAD = 512
+"""Bytes beside the data, at most, for an entry that has a shard to itself."""
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """What computed the activations; two runs share entries exactly where all of it agrees."""
+
+    identity: Mapping[str, str]
+    """Whatever changes a value: hash of the prefix weights, boundary, attention implementation, versions, device …"""
+    width: int
+    """H, the size of one hidden state."""
+    dtype: torch.dtype
+    """bfloat16, float16 or float32."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype} of activations; expected one of {', '.join(map(str, DTYPES))}")
+        if self.width < 1:
+            raise ValueError(f"width {self.width} of activations; expected at least 1")
+
+    @cached_property
+    def text(self) -> str:
+        """The identity as JSON with sorted keys, for people and for the hash."""
+        own = {"width": self.width, "dtype": str(self.dtype).removeprefix("torch.")}
+        return json.dumps({"format": FORMAT, **own, "identity": dict(self.identity)}, indent=1, sort_keys=True)
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of ``text``; the name of the directory."""
+        return sha256(self.text.encode()).hexdigest()
+
+    def check(self, key: str, tensor: torch.Tensor) -> None:
+        """Refuse what does not belong here.
+
+        Raises:
+            ValueError: the key is no SHA-256, or the tensor is not [T, width] with T > 0, or of another dtype.
+        """
+        if not _KEY.fullmatch(key):
+            raise ValueError(f"key {key!r} of an activation; expected 64 hexadecimal digits from sample_key")
+        if tensor.dtype != self.dtype or tensor.ndim != 2 or tensor.shape[1] != self.width or not tensor.shape[0]:
+            raise ValueError(
+                f"activation of shape {list(tensor.shape)} in {tensor.dtype}; "
+                f"expected [tokens, {self.width}] in {self.dtype}"
+            )
+
+
+def sample_key(token_ids: Sequence[int] | torch.Tensor) -> str:
+    """SHA-256 (64 hexadecimal digits) of a sample's token ids as little-endian 64-bit integers."""
+    return sha256(np.asarray(token_ids, dtype="<i8").tobytes()).hexdigest()
+
+
+def bytes_of(tokens: int, samples: int, width: int, dtype: torch.dtype) -> int:
+    """Bytes on disk, at most, of ``samples`` entries with ``tokens`` tokens in all, however they are spread."""
+    return tokens * width * dtype.itemsize + samples * _ENTRY_OVERHEAD
