@@ -172,6 +172,18 @@ class OptimConfig(Section):
     """Added to the denominator of the update."""
 
 
+class PrefixConfig(Section):
+    """The frozen prefix: how its weights are kept."""
+
+    precision: Literal["model", "int8", "nf4"] = "model"
+    """How the frozen blocks are stored: model as they are, int8 in half of 16 bits, nf4 in a good quarter. What trains
+    keeps its precision, and exports hold the original weights (docs/frozen-weights.md)."""
+
+    placement: Literal["device", "cpu", "disk"] = "device"
+    """Where the frozen blocks and embeddings are kept between two uses: cpu leaves them in the host's memory and disk
+    in files, and each block comes to the device for its use, so that the model may be larger than the GPU."""
+
+
 class OutputConfig(Section):
     """The run directory: what is written, and when."""
 
@@ -199,4 +211,5 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()
+    prefix: PrefixConfig = PrefixConfig()
     output: OutputConfig = OutputConfig()

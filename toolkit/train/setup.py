@@ -12,7 +12,7 @@ import torch
 
 from toolkit.config.flags import Invocation
 from toolkit.config.schema import RunConfig
-from toolkit.data.batches import BatchPlan, collate
+from toolkit.data.batches import BatchPlan
 from toolkit.data.dataset import Dataset, load_dataset
 from toolkit.delta import Base
 from toolkit.distributed import World
@@ -23,14 +23,15 @@ from toolkit.errors import DataError, ModelError, PlanError
 from toolkit.mask.apply import apply_mask, trainable_parameters
 from toolkit.mask.audit import audit_markdown, audit_table
 from toolkit.mask.layer_mask import LayerMask, build_mask
-from toolkit.models.load import LoadedModel, fingerprint, load, load_tokenizer
+from toolkit.models.load import LoadedModel, fingerprint, load_tokenizer
 from toolkit.plan.load import load_of
 from toolkit.plan.memory import engine_spec
 from toolkit.plan.planner import Plan, Planner
 from toolkit.plan.report import as_dict
 from toolkit.plan.skeleton import skeleton_of
 from toolkit.prefix.recompute import free_bytes, recompute_blocks, should_recompute
-from toolkit.prefix.split import Prefix, Suffix, split, split_is_exact
+from toolkit.prefix.split import Prefix, Suffix
+from toolkit.train.cut import cut, effective, load_for
 
 log = logging.getLogger("frostline")
 
@@ -73,14 +74,14 @@ def set_up(invocation: Invocation, world: World) -> Setup:
         len(dataset.train), train.micro_batch_size, train.gradient_accumulation_steps, world.rank, world.size
     )
     total_steps = min(plan.steps_per_epoch * train.epochs, train.max_steps or plan.steps_per_epoch * train.epochs)
-    loaded = load(config.model, tokenizer)
+    loaded = load_for(config, tokenizer)
     _check_fit(dataset, loaded)
-    base = Base(config.model, world.share(fingerprint(loaded.model) if world.is_main else None))
+    base = Base(config.model, world.share(fingerprint(loaded.model, loaded.on_disk) if world.is_main else None))
     mask = build_mask(config.mask, loaded.anatomy)
-    planner = _planner(config, loaded, dataset)
+    planner = _planner(config, loaded, dataset, world)
     apply_mask(loaded.model, mask, loaded.anatomy)
     log.info("layer mask of %s:\n%s", config.model.name_or_path, audit_table(mask, loaded.anatomy))
-    prefix, suffix = _cut(loaded, mask, dataset, world)
+    prefix, suffix = cut(loaded, mask, dataset, config.prefix, world)
     resolved = None
     if ds is not None and invocation.deepspeed is not None:
         hidden_size = loaded.model.config.get_text_config().hidden_size
@@ -117,30 +118,9 @@ def _check_fit(dataset: Dataset, loaded: LoadedModel) -> None:
         )
 
 
-def _cut(loaded: LoadedModel, mask: LayerMask, dataset: Dataset, world: World) -> tuple[Prefix | None, Suffix]:
-    """Split at the frost line if that is exact for this architecture; else keep the model whole, and say so."""
-    model = loaded.model.to(world.device)
-    model.train()
-    prefix, suffix = split(model, loaded.anatomy, mask.boundary if mask.has_prefix else None)
-    if prefix is None:
-        return None, suffix
-    shortest = min(dataset.train, key=lambda example: len(example.token_ids))
-    if split_is_exact(model, prefix, suffix, collate([shortest], pad_id=0).to(world.device)):
-        return prefix, suffix
-    log.warning(
-        "%s does not give the same logits when cut at block %d; training goes on with the whole model: "
-        "the same result, but the frozen blocks run inside it",
-        type(model).__name__,
-        mask.boundary,
-    )
-    _, suffix = split(model, loaded.anatomy, None)
-    if mask.tied == "head_only":
-        suffix.detach_embeddings(loaded.anatomy)
-    return None, suffix
-
-
-def _planner(config: RunConfig, loaded: LoadedModel, dataset: Dataset) -> Planner | None:
+def _planner(config: RunConfig, loaded: LoadedModel, dataset: Dataset, world: World) -> Planner | None:
     """What plans this run; none, and a word in the log, where the architecture does not allow it."""
+    config = config.model_copy(update={"prefix": effective(config.prefix, world.device)})
     try:
         return Planner(config, skeleton_of(loaded), load_of(dataset))
     except PlanError as error:
