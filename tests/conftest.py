@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from helpers import make_tiny_model
+
+from toolkit.models.bundled import cache_root
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache directory of this session: no test meets another session's activations, or leaves any behind.
+
+    The converted model is lent to it where there is one, because converting takes a while.
+    """
+    root, model = tmp_path_factory.mktemp("cache"), "smollm2-135m-instruct-bf16"
+    if (cache_root() / model).is_dir():
+        (root / model).symlink_to((cache_root() / model).resolve(), target_is_directory=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FROSTLINE_CACHE", str(root))
+        yield root
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,8 @@ from toolkit.data.examples import Example
 from toolkit.distributed import World
 from toolkit.errors import DataError
 from toolkit.loss import Forward, supervised_loss
-from toolkit.prefix.split import Prefix, Suffix
+from toolkit.prefix.cached import HiddenStates
+from toolkit.prefix.split import Suffix
 from toolkit.source import find_checkpoint, open_source
 
 
@@ -37,7 +38,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     forward: Forward,
-    prefix: Prefix | None,
+    prefix: HiddenStates | None,
     examples: Sequence[Example],
     micro_batch_size: int,
     pad_id: int,

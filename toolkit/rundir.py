@@ -143,7 +143,10 @@ def _inspect(path: Path, config: RunConfig) -> RunDirectory:
 
 
 def differences(path: Path, config: RunConfig) -> list[str]:
-    """The recipe keys in which the run in ``path`` differs from ``config``; where and how output goes is left aside."""
+    """The recipe keys in which the run in ``path`` differs from ``config``.
+
+    Where output goes, and where hidden states are kept, is left aside: neither changes what is learned.
+    """
     try:
         there = build(read_recipe(path / "config.yaml"), f"recipe {path}/config.yaml")
     except ConfigError as error:
@@ -152,7 +155,7 @@ def differences(path: Path, config: RunConfig) -> list[str]:
     return [
         f"  - {key} was {old[key]!r}, is now {new[key]!r}"
         for key in old
-        if old[key] != new[key] and not key.startswith("output.")
+        if old[key] != new[key] and not key.startswith(("output.", "prefix.cache", "prefix.placement"))
     ]
 
 

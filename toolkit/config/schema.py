@@ -173,7 +173,7 @@ class OptimConfig(Section):
 
 
 class PrefixConfig(Section):
-    """The frozen prefix: what lies below the lowest trained block."""
+    """The frozen prefix, what lies below the lowest trained block: how its weights and what they compute are kept."""
 
     cache: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
     """Compute each sample's hidden states at the frost line once and read them from disk afterwards, also in later
@@ -184,6 +184,14 @@ class PrefixConfig(Section):
 
     cache_limit_gib: Annotated[float, Field(gt=0)] | None = None
     """Most GiB that all hidden states in cache_dir may take; the least recently used go first. None sets no limit."""
+
+    precision: Literal["model", "int8", "nf4"] = "model"
+    """How the frozen blocks are stored: model as they are, int8 in half of 16 bits, nf4 in a good quarter. What trains
+    keeps its precision, and exports hold the original weights (docs/frozen-weights.md)."""
+
+    placement: Literal["device", "cpu", "disk"] = "device"
+    """Where the frozen blocks and embeddings are kept between two uses: cpu leaves them in the host's memory and disk
+    in files, and each block comes to the device for its use, so that the model may be larger than the GPU."""
 
 
 class OutputConfig(Section):

@@ -37,16 +37,23 @@ def evaluating(*parts: nn.Module) -> Iterator[None]:
             )
 
 
-def dry_run(model: nn.Module, watched: Iterable[nn.Module]) -> list[tuple[nn.Module, Any]]:
+def dry_run(
+    model: nn.Module, watched: Iterable[nn.Module], device: torch.device | None = None
+) -> list[tuple[nn.Module, Any]]:
     """The ``watched`` modules in the order in which a pass over two tokens leaves them, each with its output.
 
     Whatever exception ends the pass, what was seen before it counts; the caller decides if that is enough.
+
+    Args:
+        model: the whole of what runs.
+        watched: modules of it.
+        device: where it computes; none takes that of its first parameter.
     """
     seen: list[tuple[nn.Module, Any]] = []
     hooks = [
         module.register_forward_hook(lambda module, args, output: seen.append((module, output))) for module in watched
     ]
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     try:
         with evaluating(model), contextlib.suppress(Exception):
             model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from toolkit.config.schema import ModelConfig
 from toolkit.errors import ModelError
 from toolkit.models.anatomy import Anatomy
-from toolkit.models.bundled import bundled_directory
+from toolkit.models.bundled import bundled_directory, cache_root
 from toolkit.models.exaone import ExaoneForm, is_exaone
 from toolkit.models.form import Form, TransformersForm
 from toolkit.models.inspect import inspect
+from toolkit.models.mapped import OnDisk
+from toolkit.models.offload import device_map, quiet_accelerate, take_files
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class LoadedModel:
     anatomy: Anatomy
     form: Form
     """What it was read from and is written back as."""
+    on_disk: Mapping[str, OnDisk] = field(default_factory=dict)
+    """Parameters that were not loaded, by name; in the model they are on the meta device."""
 
     def save(self, directory: Path) -> None:
         """Write model and tokenizer into ``directory`` in the form they came in.
@@ -43,7 +48,12 @@ class LoadedModel:
         self.form.write(self.model, self.tokenizer, directory)
 
 
-def load(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> LoadedModel:
+def load(
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    anatomy: Anatomy | None = None,
+    blocks_on_disk: int = 0,
+) -> LoadedModel:
     """Load the model and tokenizer that ``config`` names.
 
     Weights are read from safetensors only: pickled checkpoints can run code.
@@ -51,6 +61,8 @@ def load(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None) 
     Args:
         config: the recipe's model section.
         tokenizer: if it is loaded already.
+        anatomy: the model's parts, if they are known already.
+        blocks_on_disk: that many blocks from the first on are not loaded; needs ``anatomy``.
 
     Raises:
         ModelError: nothing of that name, no safetensors, weights missing from the checkpoint, quantised weights, or
@@ -58,7 +70,11 @@ def load(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None) 
     """
     source = resolve_source(config.name_or_path)
     tokenizer = tokenizer or load_tokenizer(config)
-    model, form = _load_weights(source, config)
+    if anatomy is not None and blocks_on_disk:
+        model, form, on_disk = _load_upper_part(source, config, anatomy, blocks_on_disk)
+    else:
+        model, form = _load_weights(source, config, {})
+        on_disk = {}
     not_float = [name for name, parameter in model.named_parameters() if not parameter.is_floating_point()]
     if not_float:
         raise ModelError(
@@ -66,7 +82,7 @@ def load(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None) 
             "expected floating point weights: name the unquantised model"
         )
     model.config.use_cache = False  # a key-value cache serves generation, not training
-    return LoadedModel(model, tokenizer, inspect(model), form)
+    return LoadedModel(model, tokenizer, anatomy or inspect(model), form, on_disk)
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -120,18 +136,29 @@ def resolve_source(name: str, needs_weights: bool = True) -> str:
     return name
 
 
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every parameter, tied ones once; the identity of a base model."""
-    return fingerprint_of(dict(model.named_parameters()))
+def fingerprint(model: nn.Module, on_disk: Mapping[str, OnDisk] | None = None) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every parameter, tied ones once; the identity of a base model.
+
+    Args:
+        model: with all its weights in their original precision, but for
+        on_disk: those that were not loaded; each is read, and its memory given back, in turn.
+    """
+    return fingerprint_of(dict(model.named_parameters()), on_disk)
 
 
-def fingerprint_of(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over name, dtype, shape and bytes of ``tensors`` in the order of their names."""
+def fingerprint_of(tensors: Mapping[str, torch.Tensor], on_disk: Mapping[str, OnDisk] | None = None) -> str:
+    """SHA-256 over name, dtype, shape and bytes of ``tensors`` in the order of their names; see ``fingerprint``."""
+    elsewhere = on_disk or {}
 
     def digest(item: tuple[str, torch.Tensor]) -> bytes:
         name, tensor = item
+        stored = elsewhere.get(name)
+        if stored is not None:
+            tensor = stored.read()
         sha = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        if stored is not None:
+            stored.file.advise([stored.name], needed=False)
         return sha.digest()
 
     with ThreadPoolExecutor() as pool:
@@ -145,12 +172,26 @@ def _form(source: str, config: ModelConfig) -> Form:
     return TransformersForm(source, config.revision, config.trust_remote_code)
 
 
-def _load_weights(source: str, config: ModelConfig) -> tuple[PreTrainedModel, Form]:
+def _load_upper_part(
+    source: str, config: ModelConfig, anatomy: Anatomy, blocks_on_disk: int
+) -> tuple[PreTrainedModel, Form, dict[str, OnDisk]]:
+    """Load all but the first blocks; what a checkpoint holds in another form than the model's is written anew first."""
+    root = cache_root()
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".offload-", dir=root) as folder:
+        options = {"device_map": device_map(anatomy, blocks_on_disk), "offload_folder": folder}
+        with quiet_accelerate():
+            model, form = _load_weights(source, config, options)
+        return model, form, take_files(model)  # mapped: the folder's files stay readable without their names
+
+
+def _load_weights(source: str, config: ModelConfig, more: dict[str, Any]) -> tuple[PreTrainedModel, Form]:
     options: dict[str, Any] = {
         "dtype": getattr(torch, config.dtype),
         "attn_implementation": config.attn_implementation,
         "use_safetensors": True,
         "output_loading_info": True,
+        **more,
     }
     try:
         form = _form(source, config)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from toolkit.models.anatomy import Anatomy
 from toolkit.models.exaone import is_exaone, llama_name, read_exaone_config
 from toolkit.models.inspect import inspect
 from toolkit.models.load import LoadedModel, resolve_source
+from toolkit.models.mapped import read_header
 
 LOOKED_AT_CONTENT = (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError)
 """What a model raises on tensors without content, or cut where it cannot be."""
@@ -107,7 +106,9 @@ def _check_headers(directory: Path, anatomy: Anatomy, exaone: bool) -> str:
     files = sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
     if not files:
         return "config.json; no weights were looked at"
-    stored = {llama_name(name) if exaone else name: info for file in files for name, info in _header(file).items()}
+    stored = {
+        llama_name(name) if exaone else name: info for file in files for name, info in read_header(file)[0].items()
+    }
     wrong, dtypes, bytes_stored = [], set(), 0
     for name, info in stored.items():
         tensor = anatomy.by_name.get(name)
@@ -126,17 +127,3 @@ def _check_headers(directory: Path, anatomy: Anatomy, exaone: bool) -> str:
     return (
         f"config.json; headers of {found} tensors agree ({', '.join(sorted(dtypes))}, {bytes_stored / 2**30:.2f} GiB)"
     )
-
-
-def _header(file: Path) -> dict[str, Any]:
-    """Name to dtype, shape and offsets: 8 bytes of length, then JSON (the safetensors format)."""
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > file.stat().st_size:
-                raise ValueError(f"its header claims {length} bytes")
-            header: dict[str, Any] = json.loads(stream.read(length))
-    except (OSError, ValueError, struct.error) as error:
-        raise ModelError(f"{file} is not a readable safetensors file ({error}); download it again") from None
-    header.pop("__metadata__", None)
-    return header

@@ -16,8 +16,9 @@ from tqdm import tqdm
 from toolkit.data.batches import Batch, collate, lay_out, rows_of
 from toolkit.data.examples import Example
 from toolkit.distributed import World
+from toolkit.prefix.namespace import sample_key
 from toolkit.prefix.split import Prefix
-from toolkit.prefix.store import ActivationStore, sample_key
+from toolkit.prefix.store import ActivationStore
 
 log = logging.getLogger("frostline")
 
@@ -130,3 +131,7 @@ def _batches(longest_first: list[Example]) -> Iterator[list[Example]]:
 
 def _length(example: Example) -> int:
     return len(example.token_ids)
+
+
+HiddenStates = Prefix | CachedPrefix
+"""What gives ``hidden[b]`` of a batch."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -20,14 +20,11 @@ from toolkit.data.examples import Example
 from toolkit.distributed import World
 from toolkit.errors import ConfigError
 from toolkit.files import replace_text
-from toolkit.models.anatomy import Anatomy
 from toolkit.models.bundled import cache_root
-from toolkit.models.load import fingerprint_of
+from toolkit.models.load import LoadedModel, fingerprint_of
+from toolkit.prefix.namespace import Namespace, bytes_of, sample_key
 from toolkit.prefix.split import Prefix
-from toolkit.prefix.store import ActivationStore, Namespace, sample_key
-
-_SPARE = 2**30
-"""Bytes of the disk that a cache leaves free."""
+from toolkit.prefix.store import ActivationStore
 
 _NOTE = "split.json"
 
@@ -37,13 +34,10 @@ class Request:
     """What a run would cache."""
 
     settings: PrefixConfig
-    boundary: int
     examples: Sequence[Example]
     """Of training and validation."""
     passes: float
     """Over the training rows, as far as the run goes; 0.5 is half an epoch."""
-    token_bytes: int
-    """Of one token's hidden state."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +68,16 @@ def refusal(settings: PrefixConfig, obstacle: str | None) -> str | None:
     return f"off (auto: {obstacle})"
 
 
-def identity(model: PreTrainedModel, anatomy: Anatomy, boundary: int, device: torch.device) -> dict[str, str]:
+def identity(loaded: LoadedModel, boundary: int, settings: PrefixConfig, device: torch.device) -> dict[str, str]:
     """Everything that ``hidden[b]`` of a sample depends on beside its token ids.
 
     Args:
-        model: with its weights as they are when the prefix runs.
-        anatomy: its parts.
+        loaded: with its weights as they are when the prefix runs.
         boundary: b.
-        device: where the prefix runs.
+        settings: of the prefix.
+        device: where it runs.
     """
+    model, anatomy = loaded.model, loaded.anatomy
     above = {f"{anatomy.blocks}.{index}." for index in range(boundary, anatomy.block_count)}
     above |= {f"{module}." for module in (anatomy.norm, anatomy.head) if module}
     below = {
@@ -91,24 +86,26 @@ def identity(model: PreTrainedModel, anatomy: Anatomy, boundary: int, device: to
     config = model.config.to_dict()
     for key in ("_name_or_path", "tie_word_embeddings", "use_cache"):  # they do not change what the prefix computes
         config.pop(key, None)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "frostline": __version__}
+    if settings.precision != "model":
+        versions["bitsandbytes"] = metadata.version("bitsandbytes")
     return {
-        "weights": fingerprint_of(below),
+        "weights": fingerprint_of(below, loaded.on_disk),
         "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
         "architecture": type(model).__name__,
         "boundary": str(boundary),
-        "dtype": str(model.dtype).removeprefix("torch."),
         "attention": str(model.config._attn_implementation),
+        "precision": settings.precision,
         "device": device.type,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "frostline": __version__,
+        **versions,
     }
 
 
-def open_store(settings: PrefixConfig, computed_by: dict[str, str]) -> ActivationStore:
-    """The store of what ``identity`` describes."""
+def open_store(settings: PrefixConfig, computed_by: Mapping[str, str], model: PreTrainedModel) -> ActivationStore:
+    """The store of what ``identity`` describes, for hidden states of ``model``'s width and precision."""
     limit = settings.cache_limit_gib
-    return ActivationStore(cache_path(settings), Namespace(computed_by), None if limit is None else int(limit * 2**30))
+    namespace = Namespace(computed_by, int(model.config.get_text_config().hidden_size), model.dtype)
+    return ActivationStore(cache_path(settings), namespace, None if limit is None else int(limit * 2**30))
 
 
 def cache_path(settings: PrefixConfig) -> Path:
@@ -130,9 +127,9 @@ def noted_split(store: ActivationStore) -> list[int | None] | None:
     return returned if isinstance(returned, list) else None
 
 
-def repeats(prefix: Prefix, example: Example, device: torch.device) -> bool:
-    """True if the prefix gives the same bits in training and in evaluation mode: no dropout, no router noise."""
-    batch = collate([example], pad_id=0).to(device)
+def unfit(prefix: Prefix, example: Example, store: ActivationStore, world: World) -> str | None:
+    """Why this prefix's hidden states cannot be stored, or stored ones not be used; none if they can."""
+    batch = collate([example], pad_id=0).to(world.device)
     state = torch.get_rng_state()
     prefix.train()
     training = [prefix(batch) for _ in range(2)]
@@ -140,7 +137,12 @@ def repeats(prefix: Prefix, example: Example, device: torch.device) -> bool:
     evaluating = prefix(batch)
     prefix.train()
     torch.set_rng_state(state)
-    return all(torch.equal(hidden, evaluating) for hidden in training)
+    if not all(torch.equal(hidden, evaluating) for hidden in training):
+        return "the prefix gives other values each time (dropout or router noise)"
+    form = (evaluating.shape[-1], evaluating.dtype)
+    if form != (store.namespace.width, store.namespace.dtype):
+        return f"the prefix gives {form[0]} values of {form[1]} a token, which its config does not say"
+    return None
 
 
 def decide_together(request: Request, store: ActivationStore, world: World) -> Decision:
@@ -152,7 +154,7 @@ def decide_together(request: Request, store: ActivationStore, world: World) -> D
     decision: Decision | ConfigError | None = None
     if world.is_main:
         try:
-            decision = decide(request, store, shutil.disk_usage(store.directory).free)
+            decision = decide(request, store)
         except ConfigError as error:
             decision = error
     decision = world.share(decision)
@@ -162,30 +164,27 @@ def decide_together(request: Request, store: ActivationStore, world: World) -> D
     return decision
 
 
-def decide(request: Request, store: ActivationStore, free: int) -> Decision:
+def decide(request: Request, store: ActivationStore) -> Decision:
     """Whether caching pays and fits.
 
     Args:
         request: what is to be cached.
         store: what is there already.
-        free: bytes of the disk that holds the store.
 
     Raises:
         ConfigError: ``prefix.cache`` is ``on`` and the samples exceed the limit or the disk.
     """
     distinct = {sample_key(example.token_ids): len(example.token_ids) for example in request.examples}
-    missing = set(store.missing(list(distinct)))
-    size = request.token_bytes * sum(distinct.values())
-    new = request.token_bytes * sum(distinct[key] for key in missing)
-    asked, limit = request.settings.cache == "on", request.settings.cache_limit_gib
+    missing = [distinct[key] for key in store.missing(list(distinct))]
+    width, dtype = store.namespace.width, store.namespace.dtype
+    size = bytes_of(sum(distinct.values()), len(distinct), width, dtype)
+    new = bytes_of(sum(missing), len(missing), width, dtype)
+    asked, limit, room = request.settings.cache == "on", request.settings.cache_limit_gib, store.available_bytes()
     obstacle = None
     if limit is not None and size > limit * 2**30:
         obstacle = f"the samples need {format_size(size)}, prefix.cache_limit_gib allows {limit:g} GiB"
-    elif new + _SPARE > free and missing:
-        obstacle = (
-            f"{format_size(new)} are to be written to {store.directory}, where {format_size(free)} are free and "
-            f"{format_size(_SPARE)} are to stay free"
-        )
+    elif new > room:
+        obstacle = f"{format_size(new)} are to be written to {store.directory}, which has room for {format_size(room)}"
     if obstacle:
         reason = refusal(request.settings, obstacle)
         return Decision(False, reason or "")

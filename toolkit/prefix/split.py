@@ -18,18 +18,22 @@ from transformers import PreTrainedModel
 from toolkit.data.batches import Batch
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.dry_run import dry_run, evaluating
+from toolkit.prefix.placement import FrozenWeights
 from toolkit.prefix.skeleton import Absent, Arrival, Arrived, EmbeddingStub, PassThrough, skeleton
 
 
 class Prefix(nn.Module):
     """Embeddings and blocks 0 … b-1: token ids to ``hidden[b]``, without gradients."""
 
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, boundary: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, anatomy: Anatomy, boundary: int, frozen: FrozenWeights | None = None
+    ) -> None:
         """
         Args:
             model: the whole model, its mask already applied.
             anatomy: its parts.
             boundary: b, from 0 to the number of blocks; at 0 it is the embeddings alone.
+            frozen: weights that were taken out of ``model`` and are lent to each block; none where it has its own.
         """  # noqa: D205, D212
         super().__init__()
         blocks = list(model.get_submodule(anatomy.blocks).children())
@@ -40,10 +44,14 @@ class Prefix(nn.Module):
         replaced[entry] = Arrival(entry)
         self.skeleton = skeleton(model, replaced, own_parameters=True)
         self._blocks = list(self.skeleton.get_submodule(anatomy.blocks).children())[:boundary]
+        self.frozen = frozen
+        if frozen is not None:
+            frozen.attach(self.skeleton)
 
     def returned(self) -> list[int | None]:
         """What each block gives back: the length of its tuple, none where it returns the hidden states alone."""
-        outputs = dict(dry_run(self.skeleton, self._blocks))
+        device = self.frozen.device if self.frozen is not None else None
+        outputs = dict(dry_run(self.skeleton, self._blocks, device))
         return [
             len(outputs[block]) if isinstance(outputs.get(block), (tuple, list)) else None for block in self._blocks
         ]
@@ -135,11 +143,16 @@ class Suffix(nn.Module):
         return (args[0][self._supervised].unsqueeze(0), *args[1:])
 
 
-def split(model: PreTrainedModel, anatomy: Anatomy, boundary: int | None) -> tuple[Prefix | None, Suffix]:
-    """Cut ``model`` below block ``boundary``; none keeps it whole, in a suffix without a prefix."""
+def split(
+    model: PreTrainedModel, anatomy: Anatomy, boundary: int | None, frozen: FrozenWeights | None = None
+) -> tuple[Prefix | None, Suffix]:
+    """Cut ``model`` below block ``boundary``; none keeps it whole, in a suffix without a prefix.
+
+    ``frozen`` are weights that were taken out of the model for the prefix to borrow.
+    """
     if boundary is None:
         return None, Suffix(model, anatomy, None)
-    prefix = Prefix(model, anatomy, boundary)
+    prefix = Prefix(model, anatomy, boundary, frozen)
     return prefix, Suffix(model, anatomy, boundary, prefix.returned())
 
 
@@ -149,6 +162,8 @@ def split_is_exact(model: PreTrainedModel, prefix: Prefix, suffix: Suffix, batch
     Some architectures read the token ids, or the first block's output, again above the line; they cannot be cut.
     """
     uncut = Suffix(model, suffix.anatomy, None)  # gives its head the same positions: other shapes may round otherwise
+    for unit in prefix.frozen.units if prefix.frozen is not None else ():  # the whole model borrows the same weights
+        uncut.model.set_submodule(unit.module, prefix.skeleton.get_submodule(unit.module))
     with evaluating(model, prefix, suffix, uncut):
         try:
             whole, again = (uncut(None, batch).float() for _ in range(2))

@@ -72,6 +72,16 @@ class ActivationStore:
         """Number of samples stored, as far as this process knows."""
         return len(self._index)
 
+    @property
+    def directory(self) -> Path:
+        """Where the shards of this namespace are."""
+        return self._directory
+
+    @property
+    def namespace(self) -> Namespace:
+        """What the entries are of."""
+        return self._namespace
+
     def missing(self, keys: Iterable[str]) -> list[str]:
         """The keys that have to be computed, each once, in their order; lists the directory anew if there are any.
 

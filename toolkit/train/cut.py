@@ -1,4 +1,4 @@
-"""Cut a loaded model at the frost line and put the prefix behind its cache."""
+"""Cut the model at the frost line: the frozen weights stored and placed as the recipe asks, what they give cached."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from toolkit.config.schema import RunConfig
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from toolkit.config.schema import PrefixConfig, RunConfig
 from toolkit.data.batches import collate
 from toolkit.data.dataset import Dataset
 from toolkit.data.examples import Example
 from toolkit.delta import Base
 from toolkit.distributed import World
-from toolkit.errors import ModelError
-from toolkit.mask.layer_mask import LayerMask
+from toolkit.errors import ConfigError, ModelError
+from toolkit.mask.apply import apply_mask
+from toolkit.mask.layer_mask import LayerMask, build_mask
 from toolkit.models.load import LoadedModel, fingerprint, load
-from toolkit.prefix.cached import CachedPrefix
+from toolkit.plan.skeleton import skeleton
+from toolkit.prefix.cached import CachedPrefix, HiddenStates
 from toolkit.prefix.caching import (
     Request,
     decide_together,
@@ -24,15 +29,14 @@ from toolkit.prefix.caching import (
     noted_split,
     open_store,
     refusal,
-    repeats,
+    unfit,
 )
+from toolkit.prefix.namespace import sample_key
+from toolkit.prefix.placement import FrozenWeights
 from toolkit.prefix.split import Prefix, Suffix, split, split_is_exact
-from toolkit.prefix.store import ActivationStore, sample_key
+from toolkit.prefix.store import ActivationStore
 
 log = logging.getLogger("frostline")
-
-HiddenStates = Prefix | CachedPrefix
-"""What gives ``hidden[b]`` of a batch."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +44,15 @@ class Job:
     """What the cut of one mask serves."""
 
     config: RunConfig
+    tokenizer: PreTrainedTokenizerBase
     mask: LayerMask
     base: Base
     dataset: Dataset
     passes: float
     """Over the training rows while this mask holds."""
     world: World
-    weights_change: bool = False
-    """The mask changes during the run: the prefix is not always that of the base model, and may be cut again."""
+    keeps_model: bool = False
+    """The model is cut again later: nothing of it is let go."""
 
     @property
     def examples(self) -> tuple[Example, ...]:
@@ -55,14 +60,34 @@ class Job:
         return (*self.dataset.train, *self.dataset.validation)
 
 
+def load_for(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
+    """Load the model; with ``prefix.placement: disk``, all but the blocks below the frost line.
+
+    Raises:
+        UsageError: the model or the mask is at fault.
+    """
+    if config.prefix.placement != "disk":
+        return load(config.model, tokenizer)
+    anatomy = skeleton(config.model).anatomy  # which blocks are frozen is to be known before any is loaded
+    return load(config.model, tokenizer, anatomy, build_mask(config.mask, anatomy).boundary)
+
+
+def effective(config: PrefixConfig, device: torch.device) -> PrefixConfig:
+    """What of the recipe's wishes makes a difference where the run computes."""
+    if config.placement == "cpu" and device.type == "cpu":
+        return config.model_copy(update={"placement": "device"})
+    return config
+
+
 def cut(loaded: LoadedModel, job: Job) -> tuple[HiddenStates | None, Suffix]:
     """The two halves of ``loaded`` on their device, the prefix behind its cache where that pays.
 
     An architecture that cannot be cut exactly stays whole, in a suffix without a prefix, and the log says so. If the
-    cache holds all samples, no block of the prefix runs, and no tensor of it goes to the device.
+    cache holds all samples, no block of the prefix runs and none of its weights goes to the device.
 
     Raises:
-        ConfigError: ``prefix.cache`` is ``on`` and the run cannot have one.
+        ConfigError: the recipe quantises, places or caches a prefix, and the mask leaves none that allows it.
+        ModelError: the recipe quantises or places a prefix, and this architecture cannot be cut, or not quantised.
     """
     settings = job.config.prefix
     loaded.model.train()
@@ -76,33 +101,12 @@ def cut(loaded: LoadedModel, job: Job) -> tuple[HiddenStates | None, Suffix]:
     if store is not None:
         cached, reason = _fill(prefix, store, job)
         if cached is not None:
-            if not job.weights_change and cached.release(job.examples):
+            if not job.keeps_model and cached.release(job.examples):
                 suffix = _detach_from_file(suffix, job)
             return cached, suffix
         store.close()
     log.info("activation cache: %s", reason)
     return prefix, suffix
-
-
-def _halve(loaded: LoadedModel, job: Job) -> tuple[Prefix | None, Suffix]:
-    """Split at the frost line if that is exact for this architecture; else keep the model whole, and say so."""
-    model, mask = loaded.model.to(job.world.device), job.mask
-    prefix, suffix = split(model, loaded.anatomy, mask.boundary if mask.has_prefix else None)
-    if prefix is None:
-        return None, suffix
-    shortest = min(job.dataset.train, key=lambda example: len(example.token_ids))
-    if split_is_exact(model, prefix, suffix, collate([shortest], pad_id=0).to(job.world.device)):
-        return prefix, suffix
-    log.warning(
-        "%s does not give the same logits when cut at block %d; training goes on with the whole model: "
-        "the same result, but the frozen blocks run inside it",
-        type(model).__name__,
-        mask.boundary,
-    )
-    _, suffix = split(model, loaded.anatomy, None)
-    if mask.tied == "head_only":
-        suffix.detach_embeddings(loaded.anatomy)
-    return None, suffix
 
 
 def _obstacle(mask: LayerMask) -> str | None:
@@ -115,10 +119,9 @@ def _obstacle(mask: LayerMask) -> str | None:
 
 
 def _open(loaded: LoadedModel, job: Job) -> ActivationStore:
-    computed_by = None
-    if job.world.is_main:
-        computed_by = identity(loaded.model, loaded.anatomy, job.mask.boundary, job.world.device)
-    return open_store(job.config.prefix, job.world.share(computed_by))
+    settings, device = job.config.prefix, job.world.device
+    computed_by = identity(loaded, job.mask.boundary, settings, device) if job.world.is_main else None
+    return open_store(settings, job.world.share(computed_by), loaded.model)
 
 
 def _complete(store: ActivationStore, job: Job) -> list[int | None] | None:
@@ -131,12 +134,10 @@ def _complete(store: ActivationStore, job: Job) -> list[int | None] | None:
 def _fill(prefix: Prefix | None, store: ActivationStore, job: Job) -> tuple[CachedPrefix | None, str | None]:
     """The prefix behind a cache that all ranks have filled; or none, and why not."""
     settings, world = job.config.prefix, job.world
-    if prefix is None:
-        return None, refusal(settings, "this architecture cannot be cut")
-    if not repeats(prefix, job.dataset.train[0], world.device):
-        return None, refusal(settings, "the prefix gives other values each time (dropout or router noise)")
-    token_bytes = _token_bytes(prefix)
-    decision = decide_together(Request(settings, job.mask.boundary, job.examples, job.passes, token_bytes), store, world)
+    obstacle = "this architecture cannot be cut" if prefix is None else unfit(prefix, job.examples[0], store, world)
+    if prefix is None or obstacle:
+        return None, refusal(settings, obstacle)
+    decision = decide_together(Request(settings, job.examples, job.passes), store, world)
     if not decision.use:
         return None, decision.reason
     log.info("activation cache: %s", decision.reason)
@@ -147,23 +148,21 @@ def _fill(prefix: Prefix | None, store: ActivationStore, job: Job) -> tuple[Cach
     return cached, None
 
 
-def _token_bytes(prefix: Prefix) -> int:
-    config = prefix.skeleton.config.get_text_config()
-    return int(config.hidden_size) * prefix.skeleton.dtype.itemsize
-
-
 def _loader(job: Job) -> Callable[[], Prefix]:
     """Gives the prefix anew, from where the model came from."""
 
     def again() -> Prefix:
-        loaded = load(job.config.model)
-        if fingerprint(loaded.model) != job.base.sha256:
+        loaded = load_for(job.config, job.tokenizer)
+        if fingerprint(loaded.model, loaded.on_disk) != job.base.sha256:
             raise ModelError(
                 f"the weights of {job.config.model.name_or_path} changed while the run read them; "
                 "restore them and start the same command again"
             )
+        apply_mask(loaded.model, job.mask, loaded.anatomy)
         loaded.model.train()
-        return Prefix(loaded.model, loaded.anatomy, job.mask.boundary).to(job.world.device)
+        prefix, _ = _halve(loaded, job)
+        assert prefix is not None  # it was cut before
+        return prefix
 
     return again
 
@@ -175,3 +174,60 @@ def _detach_from_file(suffix: Suffix, job: Job) -> Suffix:
         for tensor in (*suffix.parameters(), *suffix.buffers()):
             tensor.data = tensor.data.clone()
     return suffix
+
+
+def _halve(loaded: LoadedModel, job: Job) -> tuple[Prefix | None, Suffix]:
+    """Split at the frost line if that is exact for this architecture; else keep the model whole, and say so."""
+    model, mask, config, world = loaded.model, job.mask, job.config.prefix, job.world
+    frozen = _take_out(loaded, mask, config, world)
+    model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(world.device))
+    prefix, suffix = split(model, loaded.anatomy, mask.boundary if mask.has_prefix else None, frozen)
+    if prefix is None:
+        return None, suffix
+    shortest = min(job.dataset.train, key=lambda example: len(example.token_ids))
+    exact = split_is_exact(model, prefix, suffix, collate([shortest], pad_id=0).to(world.device))
+    name, effect = type(model).__name__, "does not give the same logits when cut at block"
+    if frozen is not None:
+        if not exact:
+            raise ModelError(
+                f"{name} {effect} {mask.boundary}, so it has no prefix of its own to store otherwise; "
+                "leave out prefix.precision and prefix.placement"
+            )
+        with torch.no_grad():
+            frozen.settle(prefix.skeleton, config.precision, effective(config, world.device).placement)
+        return prefix, suffix
+    if exact:
+        return prefix, suffix
+    log.warning(
+        "%s %s %d; training goes on with the whole model: "
+        "the same result, but the frozen blocks run inside it",
+        name, effect, mask.boundary,
+    )  # fmt: skip
+    _, suffix = split(model, loaded.anatomy, None)
+    if mask.tied == "head_only":
+        suffix.detach_embeddings(loaded.anatomy)
+    return None, suffix
+
+
+def _take_out(loaded: LoadedModel, mask: LayerMask, config: PrefixConfig, world: World) -> FrozenWeights | None:
+    """The weights below the frost line, if they are to be kept otherwise than as they are on the device."""
+    wanted = effective(config, world.device)
+    if wanted != config:
+        log.info("prefix.placement: cpu changes nothing here: the run computes on the CPU, where the weights are")
+    if (wanted.precision, wanted.placement) == ("model", "device"):
+        return None
+    if mask.boundary == 0:
+        asked = {key: value for key, value in config.model_dump().items() if key in ("precision", "placement")}
+        raise ConfigError(
+            [
+                f"prefix.{key} is {value!r}, but the mask leaves no block frozen below what trains (the frost line is "
+                "at block 0); leave the key out, or let mask.train begin higher"
+                for key, value in asked.items()
+                if value not in ("model", "device")
+            ],
+            "recipe, read against the mask",
+        )
+    anatomy = loaded.anatomy
+    blocks = [f"{anatomy.blocks}.{index}" for index in range(mask.boundary)]
+    tables = anatomy.embeddings if wanted.placement != "device" else ()
+    return FrozenWeights(loaded.model, blocks, tables, world.device, loaded.on_disk)

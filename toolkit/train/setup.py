@@ -12,7 +12,7 @@ import torch
 
 from toolkit.config.flags import Invocation
 from toolkit.config.schema import RunConfig
-from toolkit.data.batches import BatchPlan, collate
+from toolkit.data.batches import BatchPlan
 from toolkit.data.dataset import Dataset, load_dataset
 from toolkit.delta import Base
 from toolkit.distributed import World
@@ -23,14 +23,16 @@ from toolkit.errors import DataError, ModelError, PlanError
 from toolkit.mask.apply import apply_mask, trainable_parameters
 from toolkit.mask.audit import audit_markdown, audit_table
 from toolkit.mask.layer_mask import LayerMask, build_mask
-from toolkit.models.load import LoadedModel, fingerprint, load, load_tokenizer
+from toolkit.models.load import LoadedModel, fingerprint, load_tokenizer
 from toolkit.plan.load import load_of
 from toolkit.plan.memory import engine_spec
 from toolkit.plan.planner import Plan, Planner
 from toolkit.plan.report import as_dict
 from toolkit.plan.skeleton import skeleton_of
+from toolkit.prefix.cached import HiddenStates
 from toolkit.prefix.recompute import free_bytes, recompute_blocks, should_recompute
-from toolkit.prefix.split import Prefix, Suffix, split, split_is_exact
+from toolkit.prefix.split import Prefix, Suffix
+from toolkit.train.cut import Job, cut, effective, load_for
 
 log = logging.getLogger("frostline")
 
@@ -46,7 +48,7 @@ class Setup:
     total_steps: int
     mask: LayerMask
     base: Base
-    prefix: Prefix | None
+    prefix: HiddenStates | None
     suffix: Suffix
     engine: Engine
     pad_id: int
@@ -73,18 +75,19 @@ def set_up(invocation: Invocation, world: World) -> Setup:
         len(dataset.train), train.micro_batch_size, train.gradient_accumulation_steps, world.rank, world.size
     )
     total_steps = min(plan.steps_per_epoch * train.epochs, train.max_steps or plan.steps_per_epoch * train.epochs)
-    loaded = load(config.model, tokenizer)
+    loaded = load_for(config, tokenizer)
     _check_fit(dataset, loaded)
-    base = Base(config.model, world.share(fingerprint(loaded.model) if world.is_main else None))
+    base = Base(config.model, world.share(fingerprint(loaded.model, loaded.on_disk) if world.is_main else None))
     mask = build_mask(config.mask, loaded.anatomy)
-    planner = _planner(config, loaded, dataset)
+    planner = _planner(config, loaded, dataset, world)
     apply_mask(loaded.model, mask, loaded.anatomy)
     log.info("layer mask of %s:\n%s", config.model.name_or_path, audit_table(mask, loaded.anatomy))
     passes = total_steps * plan.global_batch / plan.rows
-    prefix, suffix = cut(loaded, Job(config, mask, base, dataset, passes, world))
+    prefix, suffix = cut(loaded, Job(config, tokenizer, mask, base, dataset, passes, world))
+    anatomy, hidden_size = loaded.anatomy, loaded.model.config.get_text_config().hidden_size
+    del loaded  # what the two halves do not hold is to be gone before the engine allocates
     resolved = None
     if ds is not None and invocation.deepspeed is not None:
-        hidden_size = loaded.model.config.get_text_config().hidden_size
         resolved = resolve_ds_config(ds, config, world.size, hidden_size, invocation.deepspeed)
     cost = _plan_and_recompute(planner, prefix, suffix.blocks(mask.boundary), config, world, resolved)
     engine = _build_engine(prefix, suffix, mask, config, total_steps, world, resolved)
@@ -96,7 +99,7 @@ def set_up(invocation: Invocation, world: World) -> Setup:
     return Setup(
         config=config, world=world, dataset=dataset, plan=plan, total_steps=total_steps, mask=mask, base=base,
         prefix=prefix, suffix=suffix, engine=engine, pad_id=int(tokenizer.pad_token_id),
-        audit=audit_markdown(mask, loaded.anatomy), cost=cost,
+        audit=audit_markdown(mask, anatomy), cost=cost,
     )  # fmt: skip
 
 
@@ -118,8 +121,9 @@ def _check_fit(dataset: Dataset, loaded: LoadedModel) -> None:
         )
 
 
-def _planner(config: RunConfig, loaded: LoadedModel, dataset: Dataset) -> Planner | None:
+def _planner(config: RunConfig, loaded: LoadedModel, dataset: Dataset, world: World) -> Planner | None:
     """What plans this run; none, and a word in the log, where the architecture does not allow it."""
+    config = config.model_copy(update={"prefix": effective(config.prefix, world.device)})
     try:
         return Planner(config, skeleton_of(loaded), load_of(dataset))
     except PlanError as error:
@@ -129,7 +133,7 @@ def _planner(config: RunConfig, loaded: LoadedModel, dataset: Dataset) -> Planne
 
 def _plan_and_recompute(
     planner: Planner | None,
-    prefix: Prefix | None,
+    prefix: HiddenStates | None,
     blocks: list[torch.nn.Module],
     config: RunConfig,
     world: World,
@@ -155,7 +159,7 @@ def _plan_and_recompute(
 
 
 def _build_engine(
-    prefix: Prefix | None,
+    prefix: HiddenStates | None,
     suffix: Suffix,
     mask: LayerMask,
     config: RunConfig,
@@ -168,7 +172,7 @@ def _build_engine(
         return LocalEngine(suffix, parameters, mask.groups, config.train, config.optim, total_steps, world)
     from toolkit.engine.zero import ZeroEngine  # DeepSpeed is imported only by runs that use it
 
-    below = prefix.skeleton.named_parameters() if prefix else ()
+    below = prefix.skeleton.named_parameters() if isinstance(prefix, Prefix) else ()
     copies = {name: parameter for name, parameter in below if name in parameters}
     return ZeroEngine(
         suffix, parameters, mask.groups, config.train, config.optim, total_steps, world, copies, ds_config

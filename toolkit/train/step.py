@@ -13,7 +13,7 @@ from toolkit.distributed import World
 from toolkit.engine.base import Engine
 from toolkit.errors import FrostlineError
 from toolkit.loss import supervised_loss
-from toolkit.prefix.split import Prefix
+from toolkit.prefix.cached import HiddenStates
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class StepResult:
     seconds: float
 
 
-def train_step(micro_batches: Sequence[Batch], prefix: Prefix | None, engine: Engine, world: World) -> StepResult:
+def train_step(micro_batches: Sequence[Batch], prefix: HiddenStates | None, engine: Engine, world: World) -> StepResult:
     """One optimizer step on this rank's micro batches.
 
     Raises:
