@@ -193,8 +193,11 @@ def full_disk(directory: Path) -> dict[str, object] | None:
     user, group = os.getuid(), os.getgid()
     if libc.unshare(new_mounts | new_users):
         return None
-    for file, line in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
-        Path(f"/proc/self/{file}").write_text(line)
+    try:
+        for file, line in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+            Path(f"/proc/self/{file}").write_text(line)
+    except PermissionError:
+        return None
     if libc.mount(None, b"/", None, private, None) or libc.mount(
         b"none", os.fsencode(directory), b"tmpfs", 0, b"size=1m"
     ):

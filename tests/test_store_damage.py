@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from store_samples import NAMESPACE, WIDTH, key, open_store, same, samples, shards, value
+from store_samples import NAMESPACE, WIDTH, key, open_store, put, same, samples, shards, value
 
 from toolkit.prefix import store as store_module
 from toolkit.prefix.namespace import Namespace
@@ -45,7 +45,7 @@ def right(store: ActivationStore) -> int:
 
 
 def test_the_shard_is_whole_without_damage(path: Path, tmp_path: Path) -> None:
-    path.write_bytes(CONTENT)
+    put(path, CONTENT)
     with open_store(tmp_path) as store:
         assert right(store) == 3
         assert store.statistics.damaged == 0
@@ -54,7 +54,7 @@ def test_the_shard_is_whole_without_damage(path: Path, tmp_path: Path) -> None:
 def test_any_flipped_byte_of_the_header_loses_the_shard(path: Path, tmp_path: Path) -> None:
     with open_store(tmp_path) as store:
         for position in range(DATA):
-            path.write_bytes(flipped(position))
+            put(path, flipped(position))
             store.refresh()
             assert right(store) == 0, position
             assert store.statistics.damaged == position + 1
@@ -64,7 +64,7 @@ def test_any_flipped_byte_of_the_header_loses_the_shard(path: Path, tmp_path: Pa
 def test_any_flipped_byte_of_the_data_loses_its_entry_alone(path: Path, tmp_path: Path) -> None:
     with open_store(tmp_path) as store:
         for position in range(DATA, len(CONTENT)):
-            path.write_bytes(flipped(position))
+            put(path, flipped(position))
             store.refresh()
             assert right(store) == 2, position
             assert store.statistics.damaged == position - DATA + 1
@@ -74,7 +74,7 @@ def test_any_flipped_byte_of_the_data_loses_its_entry_alone(path: Path, tmp_path
 def test_any_cut_loses_the_shard(path: Path, tmp_path: Path) -> None:
     with open_store(tmp_path) as store:
         for length in range(len(CONTENT)):
-            path.write_bytes(CONTENT[:length])
+            put(path, CONTENT[:length])
             store.refresh()
             assert right(store) == 0, length
             assert store.statistics.damaged == length + 1
@@ -82,7 +82,7 @@ def test_any_cut_loses_the_shard(path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("position", [0, 3, 8, 40, DATA - 1, DATA, DATA + 20, len(CONTENT) - 1])
 def test_a_new_process_finds_the_damage_and_repairs_it(position: int, path: Path, tmp_path: Path) -> None:
-    path.write_bytes(flipped(position))
+    put(path, flipped(position))
     with open_store(tmp_path) as store:
         assert right(store) == (2 if position >= DATA else 0)
         assert store.statistics.damaged == 1
@@ -94,21 +94,21 @@ def test_a_new_process_finds_the_damage_and_repairs_it(position: int, path: Path
 
 
 def test_more_bytes_at_the_end_lose_the_shard(path: Path, tmp_path: Path) -> None:
-    path.write_bytes(CONTENT + b"\0")
+    put(path, CONTENT + b"\0")
     with open_store(tmp_path) as store:
         assert right(store) == 0
         assert store.statistics.damaged == 1
 
 
 def test_damage_after_the_first_read_is_seen_too(path: Path, tmp_path: Path) -> None:
-    path.write_bytes(CONTENT)
+    put(path, CONTENT)
     with open_store(tmp_path) as store:
         assert right(store) == 3
-        path.write_bytes(flipped(DATA))
+        put(path, flipped(DATA))
         assert right(store) == 2
-        path.write_bytes(CONTENT[:-1])
+        put(path, CONTENT[:-1])
         assert right(store) == 0
-        path.write_bytes(CONTENT)
+        put(path, CONTENT)
         assert right(store) == 3
 
 
@@ -117,7 +117,7 @@ def test_the_first_damage_is_logged_the_rest_counted(
 ) -> None:
     messages: list[str] = []
     monkeypatch.setattr(store_module.log, "warning", lambda text, *values: messages.append(text % values))
-    path.write_bytes(CONTENT[:DATA] + bytes(len(CONTENT) - DATA))
+    put(path, CONTENT[:DATA] + bytes(len(CONTENT) - DATA))
     with open_store(tmp_path) as store:
         assert right(store) == 0
         assert "3 damaged" in store.summary()
@@ -130,7 +130,7 @@ def test_a_disk_that_cannot_be_read_is_damage(path: Path, tmp_path: Path, monkey
     def fail(entry: Any) -> bool:
         raise OSError(5, "Input/output error")
 
-    path.write_bytes(CONTENT)
+    put(path, CONTENT)
     with open_store(tmp_path) as store:
         with monkeypatch.context() as broken:
             broken.setattr(store_module, "gives_checksum", fail)
@@ -150,7 +150,7 @@ def test_a_disk_that_cannot_be_read_is_damage(path: Path, tmp_path: Path, monkey
     ids=["weights", "boundary", "dtype", "width"],
 )
 def test_what_another_computation_stored_is_never_read(other: Namespace, path: Path, tmp_path: Path) -> None:
-    path.write_bytes(CONTENT)
+    put(path, CONTENT)
     with open_store(tmp_path, other) as store:
         assert store.missing(samples(NUMBERS)) == list(samples(NUMBERS))
         stray = tmp_path / other.sha256 / NAME
@@ -177,7 +177,7 @@ def test_a_well_formed_file_of_another_form_is_refused(path: Path, tmp_path: Pat
     with open_store(tmp_path) as store:
         for count, content in enumerate(variants):
             name = _name_of(content[: 8 + int.from_bytes(content[:8], "little")])
-            path.with_name(name).write_bytes(content)
+            put(path.with_name(name), content)
             store.refresh()
             assert right(store) == 0
             assert store.statistics.damaged == count + 1
@@ -244,9 +244,9 @@ class Sequences(RuleBasedStateMachine):
         match data.draw(st.sampled_from(["flip", "cut", "remove"])):
             case "flip":
                 content[position] ^= data.draw(st.integers(1, 255))
-                path.write_bytes(content)
+                put(path, content)
             case "cut":
-                path.write_bytes(content[:position])
+                put(path, content[:position])
             case _:
                 path.unlink()
         self.certain.clear()
@@ -264,6 +264,6 @@ def test_any_sequence_gives_what_was_stored_or_nothing(tmp_path_factory: pytest.
             return str(tmp_path_factory.mktemp("sequence"))
 
     checks = settings(
-        max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck), database=None
+        max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck), database=None
     )
     run_state_machine_as_test(Here, settings=checks)

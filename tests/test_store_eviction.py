@@ -101,6 +101,19 @@ def test_what_a_live_run_has_used_stays_and_the_rest_of_its_namespace_goes(tmp_p
         assert same(live.read(key(10)), value(10))
 
 
+def test_what_a_live_run_has_used_stays_though_others_were_used_later(tmp_path: Path) -> None:
+    size = entry_size(tmp_path)
+    root = tmp_path / "root"
+    with open_store(root) as live:
+        live.write(samples([0]))
+        (needed,) = shards(root)
+        later = past_run(root, another("a"), 5, 200 * YEAR)
+        with open_store(root, another("c"), limit=2 * size) as store:
+            store.write(samples([0]))
+        assert needed.exists()
+        assert not later.exists()
+
+
 def test_a_runs_end_frees_what_it_used(tmp_path: Path) -> None:
     size = entry_size(tmp_path)
     root = tmp_path / "root"
