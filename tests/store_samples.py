@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -39,6 +41,13 @@ def same(found: torch.Tensor | None, expected: torch.Tensor) -> bool:
         and (found.dtype, found.shape) == (expected.dtype, expected.shape)
         and torch.equal(found, expected)
     )
+
+
+def put(path: Path, content: bytes) -> None:
+    """Write a file with a modification time that no earlier file has, however coarse the file system's clock."""
+    path.write_bytes(content)
+    now = time.time_ns()
+    os.utime(path, ns=(now, now))
 
 
 def shards(root: Path) -> list[Path]:

@@ -20,15 +20,12 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from filelock import FileLock
-
 from toolkit.prefix.namespace import NAMESPACE_NAME
 from toolkit.prefix.shard import SHARD_NAME
 from toolkit.prefix.statistics import mebibytes
 
 _LEASE_NAME = re.compile(r"\.([0-9a-f]{16})\.lease")
 _STAGING_NAME = re.compile(r"\.([0-9a-f]{16})-\d+\.partial")
-_PATIENCE = 60.0  # seconds; one shard's write takes far less
 
 
 class Lease:
@@ -64,19 +61,25 @@ class Lease:
         if self._descriptor is not None:
             with suppress(OSError):
                 self.path.unlink()
-            os.close(self._descriptor)
+            _unlock(self._descriptor)
             self._descriptor = None
 
 
 @contextmanager
 def locked(root: Path) -> Iterator[None]:
-    """Hold the lock of the whole root.
+    """Hold the lock of the whole root; waits for whoever has it.
+
+    Not filelock's: where a system has no locks, that leaves a file which a killed process never removes.
 
     Raises:
-        OSError: read-only, no locks there, or another process held it for a minute.
+        OSError: read-only, or no locks there.
     """
-    with FileLock(root / ".lock", timeout=_PATIENCE):
+    descriptor = os.open(root / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        _unlock(descriptor)
 
 
 def sweep(directory: Path) -> int | None:
@@ -224,3 +227,10 @@ def _is_live(lease: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+def _unlock(descriptor: int) -> None:
+    """Release and close. Closing alone does not release what a forked process has inherited."""
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)

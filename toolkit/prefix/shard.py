@@ -26,7 +26,7 @@ from toolkit.prefix.namespace import DTYPES, FORMAT, Namespace
 
 SHARD_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 """What a shard's file name looks like."""
-_CHUNK = 1 << 20
+_CHUNK = 1 << 17  # stays in the processor's cache between read and checksum
 _LONGEST_HEADER = 100_000_000  # what the safetensors library accepts
 
 

@@ -137,11 +137,12 @@ class ShardIndex:
         except FileNotFoundError:
             return  # evicted meanwhile
         except (OSError, ShardError) as error:
-            self._bad[name] = file
             self._report(str(path), str(error))
+            self._bad[name] = file
             if isinstance(error, ShardError) and not isinstance(error, ForeignShardError):
                 with suppress(OSError):
                     path.unlink()  # nothing can ever be read from it
+                    del self._bad[name]
 
     def _forget(self, shard: Shard) -> None:
         if self._shards.get(shard.path.name) is shard:

@@ -181,7 +181,7 @@ class ActivationStore:
             with locked(self._root):
                 sweep(self._directory)
                 lease = Lease(self._directory)
-        except (OSError, NotImplementedError) as error:  # the latter is filelock's where a system has no locks
+        except OSError as error:
             self._report(f"{self._directory} cannot be claimed", str(error), "it is read but not written")
             return None
         described = self._directory / "namespace.json"
