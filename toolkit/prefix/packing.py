@@ -62,15 +62,16 @@ def choose_packing(
         return Packing(False, "off (a micro batch is one row, which needs no padding)")
     if len({len(example.token_ids) for example in examples}) == 1:
         return Packing(False, "off (all rows have one length, so nothing is padded)")
-    given = suffix.model.config._attn_implementation
-    fault = None
-    for attention in _candidates(mode, given):
-        set_attention(suffix.model, attention)
-        if suffix.model.config._attn_implementation != attention:
-            continue  # this model's attention cannot be exchanged
-        fault = packing_fault(prefix, suffix, examples, device)
-        if fault is None:
-            return Packing(True, f"on ({'auto: ' if mode == 'auto' else ''}exact on rows of this data)")
+    given, fault = suffix.model.config._attn_implementation, None
+    trial = _Trial(prefix, suffix, device, given)
+    with evaluating(*(part for part in (prefix, suffix) if part is not None)):
+        for attention in _candidates(mode, given):
+            set_attention(suffix.model, attention)
+            if suffix.model.config._attn_implementation != attention:
+                continue  # this model's attention cannot be exchanged
+            fault = trial.fault(examples, micro_batch_size)
+            if fault is None:
+                return Packing(True, f"on ({'auto: ' if mode == 'auto' else ''}exact on rows of this data)")
     set_attention(suffix.model, given)
     fault = fault or f"{given} attention would compute each token of a packed row with each, other samples' too"
     if mode == "on":
@@ -96,38 +97,36 @@ def set_attention(model: PreTrainedModel, name: str) -> None:
         model.set_attn_implementation(name)
 
 
-def packing_fault(
-    prefix: Prefix | None, suffix: Suffix, examples: Sequence[Example], device: torch.device
-) -> str | None:
-    """What is wrong with packing for this model, as a phrase; none where it is exact.
-
-    Two tests, without dropout. *Crossing*: two short rows are packed, then the tokens of the first are changed. The
-    second row's logits must stay as they are, bit for bit: they are computed from the same numbers in the same layout.
-    (A mixture's experts get their tokens in groups, and groups of another size round otherwise. That much is allowed
-    where changing the *second* row moves the first one's logits too, which causality forbids.) *Value*: the longest and
-    the shortest row packed must give the logits that each gives alone, within a few times of what padding them moves.
-
-    Args:
-        prefix: of the model; none where it is not cut.
-        suffix: of the model.
-        examples: rows of at least two lengths.
-        device: where the halves are.
-    """
-    by_length = {len(example.token_ids): example for example in examples}
-    shortest, second, *_ = (by_length[length] for length in sorted(by_length))
-    trial = _Trial(prefix, suffix, device)
-    with evaluating(*(part for part in (prefix, suffix) if part is not None)):
-        try:
-            return trial.crossing(second, shortest) or trial.other_values(by_length[max(by_length)], shortest)
-        except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
-            return f"its code refuses packed rows ({' '.join(str(error).split())[:200]})"
-
-
 @dataclass(frozen=True)
 class _Trial:
+    """Two tests of packed rows under the attention that is set.
+
+    *Crossing*: two short rows are packed, then the tokens of the first are changed. The second row's logits must stay
+    as they are, bit for bit: they are computed from the same numbers in the same layout. (A mixture's experts get their
+    tokens in groups, and groups of another size round otherwise. That much is allowed where changing the *second* row
+    moves the first one's logits too, which causality forbids.)
+
+    *Value*: the longest micro batch packed must give the logits that each of its rows gives alone under the attention
+    that the model came with, within a few times of what padding moves. This costs about as much as a training step.
+    """
+
     prefix: Prefix | None
     suffix: Suffix
     device: torch.device
+    given: str
+    """The attention that the model came with."""
+
+    def fault(self, examples: Sequence[Example], micro_batch_size: int) -> str | None:
+        """What is wrong, as a phrase; none where packing is exact. There are rows of at least two lengths."""
+        by_length = {len(example.token_ids): example for example in examples}
+        shortest, second, *_ = (by_length[length] for length in sorted(by_length))
+        longest = sorted(examples, key=lambda example: -len(example.token_ids))[:micro_batch_size]
+        if len(longest[0].token_ids) == len(longest[-1].token_ids):  # rows of one length would not be packed
+            longest[-1] = shortest
+        try:
+            return self.crossing(second, shortest) or self.other_values(longest)
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            return f"its code refuses packed rows ({' '.join(str(error).split())[:200]})"
 
     def crossing(self, first: Example, second: Example) -> str | None:
         """Says so if tokens of one sample reach the next one in its row."""
@@ -150,12 +149,15 @@ class _Trial:
             forward = max(forward, _apart(before[1], self.logits(pack((_turned(first, turn), second)))[1]))
         return backward, forward
 
-    def other_values(self, first: Example, second: Example) -> str | None:
+    def other_values(self, rows: Sequence[Example]) -> str | None:
         """Says so if rows give other logits packed than alone."""
-        pair = (first, second)
-        alone = [self.logits(collate([row], pad_id=0))[0] for row in pair]
-        by_padding = max(map(_apart, alone, self.logits(collate(pair, pad_id=0))))
-        by_packing = max(map(_apart, alone, self.logits(pack(pair))))
+        packed = self.logits(pack(rows))
+        tried = self.suffix.model.config._attn_implementation
+        set_attention(self.suffix.model, self.given)
+        alone = [self.logits(collate([row], pad_id=0))[0] for row in rows]
+        padded = self.logits(collate(rows, pad_id=0))
+        set_attention(self.suffix.model, tried)
+        by_padding, by_packing = max(map(_apart, alone, padded)), max(map(_apart, alone, packed))
         last_digit = torch.finfo(self.suffix.model.dtype).eps * _largest(alone)
         allowed = min(_SLACK * max(by_padding, last_digit), self._most_rounding(alone))
         if by_packing <= allowed:
