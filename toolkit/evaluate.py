@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -13,12 +15,16 @@ from toolkit.checkpoint import read_state
 from toolkit.data.batches import BatchPlan, step_batches
 from toolkit.data.dataset import Dataset, load_dataset
 from toolkit.data.examples import Example
+from toolkit.data.prefetch import Prefetcher, on_device
 from toolkit.distributed import World
 from toolkit.errors import DataError
 from toolkit.loss import Forward, supervised_loss
 from toolkit.prefix.cached import HiddenStates
+from toolkit.prefix.packing import choose_packing
 from toolkit.prefix.split import Suffix
 from toolkit.source import find_checkpoint, open_source
+
+log = logging.getLogger("frostline")
 
 
 @dataclass(frozen=True)
@@ -43,17 +49,18 @@ def evaluate(
     micro_batch_size: int,
     pad_id: int,
     world: World,
+    packed: bool = False,
 ) -> Evaluation:
     """Loss over ``examples``, shared among the ranks; every rank calls it and gets the same answer.
 
-    The caller turns dropout off.
+    The caller turns dropout off, and sees to it that the model takes packed rows if they are ``packed``.
     """
     tokens = sum(example.supervised_tokens for example in examples)
     plan = BatchPlan(len(examples), micro_batch_size, rank=world.rank, ranks=world.size)
     share = torch.zeros((), device=world.device)
-    for micro_batches in step_batches(examples, range(len(examples)), plan, pad_id):
-        for batch in micro_batches:
-            batch = batch.to(world.device)
+    steps = step_batches(examples, range(len(examples)), plan, pad_id, packed=packed)
+    with Prefetcher() as ahead:
+        for batch in chain.from_iterable(ahead(on_device(steps, world.device))):
             hidden = prefix(batch) if prefix else None
             share += supervised_loss(forward, hidden, batch, tokens)
     (loss,) = world.sum(float(share))
@@ -90,7 +97,9 @@ def evaluate_source(
     world = World()
     model = opened.loaded.model.to(world.device).eval()
     suffix = Suffix(model, opened.loaded.anatomy, boundary=None)
-    return evaluate(suffix, None, examples, batch_size, int(opened.loaded.tokenizer.pad_token_id), world)
+    packing = choose_packing(config.packing, batch_size, None, suffix, examples, world.device)
+    log.info("packing: %s", packing.reason)
+    return evaluate(suffix, None, examples, batch_size, int(opened.loaded.tokenizer.pad_token_id), world, packing.on)
 
 
 def _require_same_rows(dataset: Dataset, run: Path, step: int | None) -> None:

@@ -118,6 +118,10 @@ class DataConfig(Section):
     on_bad_row: Literal["error", "skip"] = "error"
     """A row that cannot be used: error stops before training and names it, skip counts and lists it."""
 
+    packing: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
+    """Lay the rows of a micro batch end to end instead of padding them: the same rows, steps and losses, without the
+    cost of padding. auto does so where the model keeps them apart, on stops where it does not, off pads."""
+
     @model_validator(mode="after")
     def _fraction(self) -> DataConfig:
         if isinstance(self.validation, float) and not 0 < self.validation < 1:

@@ -35,11 +35,38 @@ class Batch:
     """The B samples in order, as rows or one after the other in the packed row."""
     position_ids: torch.Tensor | None = None
     """[1, T], each token's position in its own sample, where several are packed into one row; else none."""
+    boundaries: torch.Tensor | None = None
+    """[B + 1] int32, where each sample of a packed row begins, and the end of the row; else none."""
 
     @property
     def is_packed(self) -> bool:
         """True if several samples share one row."""
         return self.position_ids is not None
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each sample."""
+        return tuple(len(example.token_ids) for example in self.examples)
+
+    def layout(self) -> dict[str, Any]:
+        """What a transformers model is told of the batch beside the token ids, as arguments of its forward pass.
+
+        Of a packed row it is told where samples begin in every form that some part of it reads: positions (rotary or
+        learned, masks), flash attention's cumulative lengths, a recurrence's sample numbers, and ``sample_lengths`` for
+        ``toolkit.models.varlen``.
+        """
+        if self.position_ids is None:
+            return {"attention_mask": self.attention_mask}
+        return {
+            "attention_mask": None,
+            "position_ids": self.position_ids,
+            "cu_seq_lens_q": self.boundaries,
+            "cu_seq_lens_k": self.boundaries,
+            "max_length_q": max(self.lengths),
+            "max_length_k": max(self.lengths),
+            "seq_idx": (self.position_ids == 0).cumsum(-1, dtype=torch.int32) - 1,
+            "sample_lengths": self.lengths,
+        }
 
     @property
     def supervised_tokens(self) -> int:
@@ -137,6 +164,7 @@ def pack(examples: Sequence[Example], is_filler: bool = False) -> Batch:
     for example in examples:  # the last position of a sample has no next token of its own
         supervised[0, start + example.answer_start - 1 : start + len(example.token_ids) - 1] = True
         start += len(example.token_ids)
+    lengths = [len(example.token_ids) for example in examples]
     return Batch(
         input_ids=input_ids,
         attention_mask=None,
@@ -145,7 +173,8 @@ def pack(examples: Sequence[Example], is_filler: bool = False) -> Batch:
         tokens=start,
         is_filler=is_filler,
         examples=tuple(examples),
-        position_ids=torch.cat([torch.arange(len(example.token_ids)) for example in examples])[None],
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        boundaries=torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32),
     )
 
 
@@ -159,10 +188,9 @@ def rows_of(hidden: torch.Tensor, batch: Batch) -> list[torch.Tensor]:
     Returns:
         B views [T_i, H] in the order of ``batch.examples``, without padding.
     """
-    lengths = [len(example.token_ids) for example in batch.examples]
     if batch.is_packed:
-        return list(torch.split(hidden[0], lengths))
-    return [row[:length] for row, length in zip(hidden, lengths, strict=True)]
+        return list(torch.split(hidden[0], list(batch.lengths)))
+    return [row[:length] for row, length in zip(hidden, batch.lengths, strict=True)]
 
 
 def lay_out(rows: Sequence[torch.Tensor], batch: Batch) -> torch.Tensor:
@@ -173,11 +201,26 @@ def lay_out(rows: Sequence[torch.Tensor], batch: Batch) -> torch.Tensor:
 
 
 def step_batches(
-    examples: Sequence[Example], order: Sequence[int], plan: BatchPlan, pad_id: int, first_step: int = 0
+    examples: Sequence[Example],
+    order: Sequence[int],
+    plan: BatchPlan,
+    pad_id: int,
+    first_step: int = 0,
+    packed: bool = False,
 ) -> Iterator[list[Batch]]:
-    """This rank's micro batches, one list per optimizer step, from ``first_step`` to the end of the epoch."""
+    """This rank's micro batches, one list per optimizer step, from ``first_step`` to the end of the epoch.
+
+    Args:
+        examples: all rows.
+        order: their indices in the order of the epoch.
+        plan: deals them out; which rows share a micro batch does not depend on ``packed``.
+        pad_id: token id of padding.
+        first_step: where to begin.
+        packed: lay each micro batch out as ``pack`` does, not as ``collate`` does.
+    """
     for step in range(first_step, plan.steps_per_epoch):
-        yield [
-            collate([examples[index] for index in rows], pad_id, is_filler)
-            for rows, is_filler in plan.micro_batches(order, step)
-        ]
+        micro_batches = []
+        for rows, is_filler in plan.micro_batches(order, step):
+            chosen = [examples[index] for index in rows]
+            micro_batches.append(pack(chosen, is_filler) if packed else collate(chosen, pad_id, is_filler))
+        yield micro_batches

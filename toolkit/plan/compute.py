@@ -71,4 +71,4 @@ def _cost(rehearsal: Rehearsal, phase: Phase, per_supervised: int) -> Cost:
     tokens = shape.rows * shape.tokens
     matrices = rehearsal.flops.get((phase, "matrices"), 0) - per_supervised * shape.supervised
     attention = rehearsal.flops.get((phase, "attention"), 0)
-    return Cost(matrices / tokens, attention / (tokens * shape.tokens), per_supervised)
+    return Cost(matrices / tokens, attention / shape.pairs, per_supervised)

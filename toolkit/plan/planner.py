@@ -17,11 +17,13 @@ from toolkit.mask.apply import apply_mask, trainable_parameters
 from toolkit.mask.audit import AuditRow, audit, audit_table
 from toolkit.mask.layer_mask import LayerMask, build_mask
 from toolkit.models.anatomy import Anatomy
+from toolkit.models.varlen import VARLEN
 from toolkit.plan.compute import Compute, compute
 from toolkit.plan.load import Load
 from toolkit.plan.memory import EngineSpec, Memory, Tensors, checkpoint_bytes, memory, standing
 from toolkit.plan.rehearse import Rehearsal, Shape, rehearse
 from toolkit.plan.skeleton import LOOKED_AT_CONTENT, Skeleton
+from toolkit.prefix.packing import set_attention
 from toolkit.prefix.recompute import recompute_blocks
 from toolkit.prefix.split import Prefix, Suffix, split
 
@@ -39,6 +41,8 @@ class Variant:
     supervised: int
     """Most of a row."""
     recompute: bool
+    packed: bool
+    """Rows of a micro batch are laid end to end, not padded."""
     spec: EngineSpec
 
 
@@ -73,6 +77,8 @@ class Planner:
     load: Load
     cut: bool = True
     """Whether the model is to be cut at the frost line, if it can be."""
+    packed: bool | None = None
+    """Whether micro batches are packed; none takes what the recipe asks for, without the run's own check."""
     _halves: dict[str, _Halves] = field(default_factory=dict)
     _rehearsals: dict[tuple[Any, ...], Rehearsal] = field(default_factory=dict)
 
@@ -82,7 +88,7 @@ class Planner:
         return Variant(
             selectors=tuple(self.config.mask.train), rows=train.micro_batch_size,
             accumulation=train.gradient_accumulation_steps, tokens=self.load.tokens, supervised=self.load.supervised,
-            recompute=recompute, spec=spec,
+            recompute=recompute, packed=self._packs(), spec=spec,
         )  # fmt: skip
 
     def memory(self, variant: Variant) -> Memory:
@@ -92,7 +98,7 @@ class Planner:
             MaskError: the mask is at fault.
             PlanError: the architecture cannot be rehearsed without data.
         """
-        halves = self._split(variant.selectors)
+        halves = self._split(variant.selectors, variant.packed)
         return memory(standing(variant.spec, halves.tensors), self._rehearse(variant))
 
     def plan(self, variant: Variant) -> Plan:
@@ -103,7 +109,7 @@ class Planner:
             PlanError: the architecture cannot be rehearsed without data.
         """
         held = self.memory(variant)
-        halves = self._split(variant.selectors)
+        halves = self._split(variant.selectors, variant.packed)
         plain = self._rehearse(replace(variant, recompute=False))
         checkpointed = self._rehearse(variant) if variant.recompute else None
         head = f"{self.skeleton.anatomy.head}.weight"
@@ -118,19 +124,26 @@ class Planner:
             checkpoint=checkpoint_bytes(variant.spec, halves.tensors), keep=self.config.output.keep,
         )  # fmt: skip
 
-    def _split(self, selectors: tuple[str | MaskGroup, ...]) -> _Halves:
-        key = repr(selectors)
+    def _packs(self) -> bool:
+        """What ``choose_packing`` will decide if the model keeps packed samples apart."""
+        if self.packed is not None:
+            return self.packed
+        mode = self.config.data.packing
+        return mode == "on" or (mode == "auto" and self.skeleton.model.config._attn_implementation in ("sdpa", VARLEN))
+
+    def _split(self, selectors: tuple[str | MaskGroup, ...], packed: bool) -> _Halves:
+        key = repr((selectors, packed))
         if key not in self._halves:
             mask = build_mask(self.config.mask.model_copy(update={"train": list(selectors)}), self.skeleton.anatomy)
             boundary = mask.boundary if self.cut and mask.has_prefix else None
-            self._halves[key] = _halve(self.skeleton, mask, boundary)
+            self._halves[key] = _halve(self.skeleton, mask, boundary, packed)
         return self._halves[key]
 
     def _rehearse(self, variant: Variant) -> Rehearsal:
-        shape = Shape(variant.rows, variant.tokens, variant.rows * variant.supervised)
-        key = (repr(variant.selectors), variant.recompute, shape)
+        shape = _shape(variant, self.load)
+        key = (repr(variant.selectors), variant.recompute, variant.packed, shape)
         if key not in self._rehearsals:
-            halves = self._split(variant.selectors)
+            halves = self._split(variant.selectors, variant.packed)
             try:
                 self._rehearsals[key] = _run(halves, shape, variant.recompute)
             except LOOKED_AT_CONTENT as error:
@@ -140,7 +153,8 @@ class Planner:
                         f"{type(self.skeleton.model).__name__} cannot be planned: it looks at the content of tensors, "
                         f"and a plan has none ({reason}). Train a few steps and read peak_memory_gib instead"
                     ) from None
-                self._halves[repr(variant.selectors)] = _halve(self.skeleton, halves.mask, None)
+                selected = repr((variant.selectors, variant.packed))
+                self._halves[selected] = _halve(self.skeleton, halves.mask, None, variant.packed)
                 return self._rehearse(variant)
         return self._rehearsals[key]
 
@@ -172,8 +186,27 @@ class _Halves:
         return suffix
 
 
-def _halve(skeleton: Skeleton, mask: LayerMask, boundary: int | None) -> _Halves:
+def packed_lengths(variant: Variant, load: Load) -> tuple[int, ...]:
+    """Lengths of the rows of the longest packed micro batch; empty where rows are padded or alone."""
+    if not variant.packed or variant.rows == 1:
+        return ()
+    if load.lengths is None:
+        return (variant.tokens,) * variant.rows
+    longest = sorted((tokens for tokens, _ in load.lengths), reverse=True)[: variant.rows]
+    return tuple(min(tokens, variant.tokens) for tokens in longest)
+
+
+def _shape(variant: Variant, load: Load) -> Shape:
+    supervised = variant.rows * variant.supervised
+    if packed := packed_lengths(variant, load):
+        return Shape(1, sum(packed), min(supervised, sum(packed)), packed)
+    return Shape(variant.rows, variant.tokens, supervised)
+
+
+def _halve(skeleton: Skeleton, mask: LayerMask, boundary: int | None, packed: bool) -> _Halves:
     model, anatomy = copy.deepcopy(skeleton.model), skeleton.anatomy  # each mask has parameters of its own
+    if packed and model.config._attn_implementation == "sdpa":
+        set_attention(model, VARLEN)
     apply_mask(model, mask, anatomy)
     model.train()
     prefix, suffix = split(model, anatomy, boundary)

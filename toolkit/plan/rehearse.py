@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from toolkit.data.batches import Batch
+from toolkit.data.examples import Example
 from toolkit.loss import supervised_loss
 from toolkit.prefix.split import Prefix, Suffix
 
@@ -36,6 +37,13 @@ class Shape:
     """Length of each row, padding included."""
     supervised: int
     """Supervised positions of all rows together."""
+    packed: tuple[int, ...] = ()
+    """Lengths of the samples that are packed into the one row; empty where rows are padded."""
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of tokens of one sample, or of one padded row: what attention's cost grows with."""
+        return sum(length**2 for length in self.packed) or self.rows * self.tokens**2
 
 
 @dataclass
@@ -101,7 +109,8 @@ def rehearse(
         prefix: of a model on the meta device; none where there is none.
         suffix: its upper half; checkpointed or not, as ``recompute_blocks`` left it.
         trained: the parameters that get gradients.
-        shape: rows of equal length; more than one row are taken as padded, as rows of different length are.
+        shape: rows of equal length; more than one row are taken as padded, as rows of different length are, unless
+            they are packed.
         vocabulary: rows of the head.
 
     Raises:
@@ -137,6 +146,9 @@ def _batch(shape: Shape) -> Batch:
         supervised=supervised,
         targets=torch.zeros(shape.supervised, dtype=torch.long, device="meta"),
         tokens=shape.rows * shape.tokens,
+        examples=tuple(Example((0,) * length, 1) for length in shape.packed),
+        position_ids=ids if shape.packed else None,
+        boundaries=torch.zeros(len(shape.packed) + 1, dtype=torch.int32, device="meta") if shape.packed else None,
     )
 
 
@@ -169,8 +181,8 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
-            # transformers asks whether the mask or the positions allow plain causal attention; unpadded ones do
-            return self._shape.rows == 1
+            # transformers asks whether the mask or the positions allow plain causal attention; those of one sample do
+            return self._shape.rows == 1 and not self._shape.packed
         out = func(*args, **kwargs)
         if formula := flop_registry.get(func._overloadpacket):
             self.flops[self.phase, self._product(args, out)] += formula(*args, **kwargs, out_val=out)

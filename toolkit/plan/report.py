@@ -7,7 +7,7 @@ from typing import Any
 from toolkit.plan.compute import PASSES
 from toolkit.plan.fit import RESERVE, Verdict
 from toolkit.plan.memory import KINDS
-from toolkit.plan.planner import Plan
+from toolkit.plan.planner import Plan, packed_lengths
 
 _GIB = 2**30
 
@@ -54,6 +54,7 @@ def as_dict(plan: Plan, verdict: Verdict | None = None) -> dict[str, Any]:
         "engine": {"name": variant.spec.name, "ranks": variant.spec.ranks, "gradient_checkpointing": variant.recompute},
         "micro_batch": {
             "rows": variant.rows,
+            "packed": bool(packed_lengths(variant, plan.load)),
             "tokens": variant.tokens,
             "supervised": variant.supervised,
             "accumulation": variant.accumulation,
@@ -87,7 +88,7 @@ def _memory_text(plan: Plan) -> str:
     switch = "on" if variant.recompute else "off"
     lines = [
         f"memory of each rank: engine {spec.name}, {spec.ranks} rank(s), gradient checkpointing {switch}",
-        f"micro batch {variant.rows} x {variant.tokens:,} tokens, {variant.supervised:,} of a row supervised",
+        f"micro batch {_micro_batch(plan)}, {variant.supervised:,} of a row supervised",
         f"({plan.load.source})",
         f"{'kind':<16}{'at most':>14}{'at the peak':>14}",
     ]
@@ -95,6 +96,12 @@ def _memory_text(plan: Plan) -> str:
         lines.append(f"{kind:<16}{_gib(memory.most[kind]):>14}{_gib(memory.at_peak[kind]):>14}")
     lines.append(f"{'total':<16}{'':>14}{_gib(memory.peak):>14}  in {memory.moment}")
     return "\n".join(lines)
+
+
+def _micro_batch(plan: Plan) -> str:
+    if lengths := packed_lengths(plan.variant, plan.load):
+        return f"of {len(lengths)} rows packed into one of {sum(lengths):,} tokens"
+    return f"{plan.variant.rows} x {plan.variant.tokens:,} tokens"
 
 
 def _compute_text(plan: Plan) -> str:

@@ -73,6 +73,19 @@ class CachedPrefix:
         rows = [next(computed) if row is None else row.to(device, non_blocking=True) for row in stored]
         return lay_out(rows, batch)
 
+    def stored_or_noise(self, batch: Batch) -> torch.Tensor:
+        """As calling it, but a sample that is not stored gets random numbers: a trial of the suffix runs no prefix."""
+        width, dtype, device = self._store.namespace.width, self._store.namespace.dtype, self._world.device
+        rows = []
+        for example in batch.examples:
+            key = sample_key(example.token_ids)
+            row = self._store.read(key)
+            if row is None:
+                generator = torch.Generator().manual_seed(int(key[:15], 16))
+                row = torch.randn(len(example.token_ids), width, generator=generator).to(dtype)
+            rows.append(row.to(device))
+        return lay_out(rows, batch)
+
     def expect(self, examples: Sequence[Example]) -> None:
         """Read these samples ahead, in the background."""
         self._store.read_ahead([sample_key(example.token_ids) for example in examples])

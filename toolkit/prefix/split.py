@@ -60,7 +60,7 @@ class Prefix(nn.Module):
     def forward(self, batch: Batch) -> torch.Tensor:
         """Hidden states [B, T, hidden_size] that enter block b (or the final norm, where b is the block count)."""
         try:
-            self.skeleton(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            self.skeleton(input_ids=batch.input_ids, **batch.layout(), use_cache=False)
         except Arrived as arrived:
             return arrived.hidden
         raise RuntimeError("the prefix never reached the frost line")
@@ -126,7 +126,7 @@ class Suffix(nn.Module):
         else:  # only the shape counts: _enter puts hidden in at the frost line
             inputs = {"inputs_embeds": hidden.new_zeros(*hidden.shape[:2], self._embedding_size)}
         try:
-            output = self.model(**inputs, attention_mask=batch.attention_mask, use_cache=False)
+            output = self.model(**inputs, **batch.layout(), use_cache=False)
         finally:
             self._hidden = self._supervised = None
         logits: torch.Tensor = output.logits

@@ -13,6 +13,7 @@ from toolkit.checkpoint import State, commit, restore
 from toolkit.config.flags import Invocation
 from toolkit.config.load import dump
 from toolkit.data.batches import epoch_order, step_batches
+from toolkit.data.prefetch import Prefetcher, on_device
 from toolkit.distributed import World
 from toolkit.evaluate import evaluate
 from toolkit.monitor import Monitor, StepMetrics, peak_memory_gib
@@ -68,9 +69,9 @@ def _train(setup: Setup, directory: RunDirectory) -> int:
         save_set_up(setup, run_dir)
     log.info("writing to %s (watch: tensorboard --logdir %s)", run_dir, run_dir.parent)
     stopped = _StopSignal()
-    with Monitor(run_dir, world.is_main, setup.total_steps, done) as monitor, stopped:
+    with Monitor(run_dir, world.is_main, setup.total_steps, done) as monitor, stopped, Prefetcher() as ahead:
         monitor.texts(mask=setup.audit, recipe=f"```yaml\n{dump(setup.config)}```")
-        stopped_at = _loop(setup, run_dir, monitor, done, stopped)
+        stopped_at = _loop(setup, run_dir, monitor, done, stopped, ahead)
         if stopped_at is not None:
             log.info("stopped by a signal after step %d; start the same command again to go on", stopped_at)
             return STOPPED
@@ -88,14 +89,22 @@ def _train(setup: Setup, directory: RunDirectory) -> int:
     return 0
 
 
-def _loop(setup: Setup, run_dir: Path, monitor: Monitor, done: int, stop_asked: Callable[[World], bool]) -> int | None:
+def _loop(
+    setup: Setup,
+    run_dir: Path,
+    monitor: Monitor,
+    done: int,
+    stop_asked: Callable[[World], bool],
+    ahead: Prefetcher,
+) -> int | None:
     """Train from step ``done`` to the end; the step it stopped after, if a signal asked for that."""
     per_epoch = setup.plan.steps_per_epoch
     step = done
     for epoch in range(done // per_epoch, setup.config.train.epochs):
         order = epoch_order(setup.plan.rows, setup.config.train.seed, epoch)
         first = step - epoch * per_epoch
-        for micro_batches in step_batches(setup.dataset.train, order, setup.plan, setup.pad_id, first):
+        steps = step_batches(setup.dataset.train, order, setup.plan, setup.pad_id, first, setup.packed)
+        for micro_batches in ahead(on_device(steps, setup.world.device)):
             seed_step(setup.config.train.seed, step, setup.world)
             result = train_step(micro_batches, setup.prefix, setup.engine, setup.world)
             step += 1
@@ -148,6 +157,7 @@ def _validate(setup: Setup, monitor: Monitor, step: int) -> None:
         setup.plan.micro_batch_size,
         setup.pad_id,
         setup.world,
+        setup.packed,
     )
     setup.engine.train(True)
     if setup.prefix:

@@ -30,6 +30,7 @@ from toolkit.plan.planner import Plan, Planner
 from toolkit.plan.report import as_dict
 from toolkit.plan.skeleton import skeleton_of
 from toolkit.prefix.cached import HiddenStates
+from toolkit.prefix.packing import choose_packing
 from toolkit.prefix.recompute import free_bytes, recompute_blocks, should_recompute
 from toolkit.prefix.split import Prefix, Suffix
 from toolkit.train.cut import Job, cut, effective, load_for
@@ -52,6 +53,8 @@ class Setup:
     suffix: Suffix
     engine: Engine
     pad_id: int
+    packed: bool
+    """Micro batches are laid end to end, not padded."""
     audit: str
     """The audit table in Markdown."""
     cost: Plan | None
@@ -86,10 +89,16 @@ def set_up(invocation: Invocation, world: World) -> Setup:
     prefix, suffix = cut(loaded, Job(config, tokenizer, mask, base, dataset, passes, world))
     anatomy, hidden_size = loaded.anatomy, loaded.model.config.get_text_config().hidden_size
     del loaded  # what the two halves do not hold is to be gone before the engine allocates
+    packing = choose_packing(
+        config.data.packing, train.micro_batch_size, prefix, suffix, (*dataset.train, *dataset.validation), world.device
+    )
+    log.info("packing: %s", packing.reason)
     resolved = None
     if ds is not None and invocation.deepspeed is not None:
         resolved = resolve_ds_config(ds, config, world.size, hidden_size, invocation.deepspeed)
-    cost = _plan_and_recompute(planner, prefix, suffix.blocks(mask.boundary), config, world, resolved)
+    if planner is not None:
+        planner.cut, planner.packed = prefix is not None, packing.on
+    cost = _plan_and_recompute(planner, suffix.blocks(mask.boundary), config, world, resolved)
     engine = _build_engine(prefix, suffix, mask, config, total_steps, world, resolved)
     log.info(
         "engine %s, %d rank(s) on %s: %d steps of %d rows (micro batch %d x accumulation %d x ranks %d), %d epochs",
@@ -99,7 +108,7 @@ def set_up(invocation: Invocation, world: World) -> Setup:
     return Setup(
         config=config, world=world, dataset=dataset, plan=plan, total_steps=total_steps, mask=mask, base=base,
         prefix=prefix, suffix=suffix, engine=engine, pad_id=int(tokenizer.pad_token_id),
-        audit=audit_markdown(mask, anatomy), cost=cost,
+        packed=packing.on, audit=audit_markdown(mask, anatomy), cost=cost,
     )  # fmt: skip
 
 
@@ -133,7 +142,6 @@ def _planner(config: RunConfig, loaded: LoadedModel, dataset: Dataset, world: Wo
 
 def _plan_and_recompute(
     planner: Planner | None,
-    prefix: HiddenStates | None,
     blocks: list[torch.nn.Module],
     config: RunConfig,
     world: World,
@@ -143,7 +151,6 @@ def _plan_and_recompute(
     train = config.train
     plans: dict[bool, Plan] = {}
     if planner is not None:
-        planner.cut = prefix is not None
         spec = engine_spec(ds_config, world.size, train.gradient_accumulation_steps)
         try:
             plans = {on: planner.plan(planner.variant(spec, recompute=on)) for on in (False, True)}
