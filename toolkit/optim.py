@@ -1,9 +1,10 @@
-"""AdamW, its float32 masters and its learning-rate schedule: one module for both engines."""
+"""AdamW's settings and its learning-rate schedule: one module for both engines."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,16 +15,15 @@ from toolkit.config.schema import OptimConfig, TrainConfig
 from toolkit.mask.layer_mask import ParameterGroup
 
 
-def build_optimizer(
+def parameter_groups(
     parameters: Mapping[str, nn.Parameter], groups: Sequence[ParameterGroup], train: TrainConfig, optim: OptimConfig
-) -> torch.optim.AdamW:
-    """AdamW with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101), fused into one kernel a device.
+) -> list[dict[str, Any]]:
+    """Parameter groups of an AdamW: learning rate, weight decay, betas and eps of each.
 
     Tensors of fewer than two dimensions (biases, norms) decay only in a group with a weight decay of its own.
 
     Args:
-        parameters: by name, what is updated: float32 masters (local engine), or the trainable parameters that
-            DeepSpeed replaces by its own float32 partitions.
+        parameters: by name, what trains.
         groups: disjoint, of the mask; they hold all of ``parameters``.
         train: learning rate and weight decay where a group has none of its own.
         optim: betas and eps.
@@ -38,9 +38,22 @@ def build_optimizer(
         else:
             decays = [(matrices, train.weight_decay), (vectors, 0.0)]
         settings += [
-            {"params": tensors, "lr": learning_rate, "weight_decay": decay} for tensors, decay in decays if tensors
+            {"params": p, "lr": learning_rate, "weight_decay": decay, "betas": optim.betas, "eps": optim.eps}
+            for p, decay in decays
+            if p
         ]
-    return torch.optim.AdamW(settings, lr=train.learning_rate, betas=optim.betas, eps=optim.eps, fused=True)
+    return settings
+
+
+def build_optimizer(
+    parameters: Mapping[str, nn.Parameter], groups: Sequence[ParameterGroup], train: TrainConfig, optim: OptimConfig
+) -> torch.optim.AdamW:
+    """AdamW with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101) for DeepSpeed, fused on each device.
+
+    DeepSpeed puts its own float32 partitions in the place of ``parameters``. Arguments are those of
+    ``parameter_groups``.
+    """
+    return torch.optim.AdamW(parameter_groups(parameters, groups, train, optim), lr=train.learning_rate, fused=True)
 
 
 def current_rate(scheduler: LRScheduler, train: TrainConfig) -> float:
@@ -62,54 +75,3 @@ def build_scheduler(optimizer: torch.optim.Optimizer, train: TrainConfig, total_
         num_training_steps=total_steps,
     )
     return scheduler
-
-
-class MasterWeights:
-    """Float32 masters of trainable parameters.
-
-    bfloat16 keeps 8 bits of mantissa: at a learning rate of 1e-5 most AdamW updates are smaller than half a unit in
-    the last place and would round to nothing. The masters take the updates; the parameters are their rounded copies
-    (Micikevicius et al., arXiv 1710.03740). Parameters that are float32 already are their own masters.
-    """
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """
-        Args:
-            parameters: name to trainable parameter.
-        """  # noqa: D205, D212
-        self._parameters = list(parameters.values())
-        self.by_name: dict[str, nn.Parameter] = {
-            name: parameter
-            if parameter.dtype == torch.float32
-            else nn.Parameter(parameter.detach().to(torch.float32, copy=True))
-            for name, parameter in parameters.items()
-        }
-        self._pairs = [
-            (parameter, master)
-            for parameter, master in zip(self._parameters, self.by_name.values(), strict=True)
-            if parameter is not master
-        ]
-
-    def collect_gradients(self) -> None:
-        """Add the parameters' gradients to the masters' in float32 and free them."""
-        for parameter, master in self._pairs:
-            if parameter.grad is None:
-                continue
-            if master.grad is None:
-                master.grad = parameter.grad.float()
-            else:
-                master.grad += parameter.grad
-            parameter.grad = None
-
-    def gradients(self) -> list[torch.Tensor]:
-        """The masters' gradients, zeros for a tensor that no gradient reached."""
-        for master in self.by_name.values():
-            if master.grad is None:
-                master.grad = torch.zeros_like(master)
-        return [master.grad for master in self.by_name.values() if master.grad is not None]
-
-    @torch.no_grad()
-    def write_back(self) -> None:
-        """Round the masters into the parameters."""
-        if self._pairs:
-            torch._foreach_copy_([p for p, _ in self._pairs], [m for _, m in self._pairs])

@@ -15,8 +15,8 @@ from toolkit.data.batches import Batch
 class Update:
     """What one optimizer step did."""
 
-    grad_norm: float
-    """Global 2-norm of the gradient before clipping."""
+    grad_norm: torch.Tensor
+    """Global 2-norm of the gradient before clipping, a float32 scalar; reading it waits for the device."""
     learning_rate: float
     """The rate this step used."""
 
@@ -34,7 +34,10 @@ class Engine(Protocol):
         """Add the gradient of a micro batch's share of the global mean; ``is_last`` marks the step's last one."""
 
     def update(self) -> Update:
-        """Sum gradients over ranks, clip, update the float32 masters, write back, move the schedule on."""
+        """Sum gradients over ranks, clip, update the float32 masters, write back, move the schedule on.
+
+        A gradient that is not finite changes no weight.
+        """
 
     def train(self, mode: bool) -> None:
         """Turn dropout on or off."""

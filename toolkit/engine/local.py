@@ -7,20 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from toolkit.config.schema import OptimConfig, TrainConfig
 from toolkit.data.batches import Batch
 from toolkit.distributed import World
 from toolkit.engine.base import Update
+from toolkit.engine.master_adamw import MasterAdamW
 from toolkit.mask.layer_mask import ParameterGroup
-from toolkit.optim import MasterWeights, build_optimizer, build_scheduler, current_rate
+from toolkit.optim import build_scheduler, current_rate, parameter_groups
 from toolkit.prefix.split import Suffix
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class LocalEngine:
@@ -51,8 +48,9 @@ class LocalEngine:
         self._suffix = suffix
         self._train = train
         self._world = world
-        self._weights = MasterWeights(parameters)
-        self._optimizer = build_optimizer(self._weights.by_name, groups, train, optim)
+        settings = parameter_groups(parameters, groups, train, optim)
+        accumulates = train.gradient_accumulation_steps > 1
+        self._optimizer = MasterAdamW(parameters, settings, train.max_grad_norm, accumulates, world.size)
         self._scheduler = build_scheduler(self._optimizer, train, total_steps)
 
     def forward(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:  # noqa: D102
@@ -61,24 +59,13 @@ class LocalEngine:
 
     def backward(self, loss: torch.Tensor, is_last: bool) -> None:  # noqa: D102
         loss.backward()  # type: ignore[no-untyped-call]
-        self._weights.collect_gradients()
+        self._optimizer.collect()
 
     def update(self) -> Update:  # noqa: D102
-        gradients = self._weights.gradients()
-        if self._world.size > 1:
-            for gradient in gradients:
-                dist.all_reduce(gradient)
-        norm = get_total_norm(gradients)
-        if self._train.max_grad_norm:
-            clip_grads_with_norm_(self._weights.by_name.values(), self._train.max_grad_norm, norm)
         learning_rate = current_rate(self._scheduler, self._train)
-        grad_norm = float(norm)
-        if grad_norm < float("inf"):  # the caller stops on NaN and Inf; do not ruin the weights first
-            self._optimizer.step()
-            self._weights.write_back()
-        self._optimizer.zero_grad()
+        self._optimizer.step()
         self._scheduler.step()
-        return Update(grad_norm, learning_rate)
+        return Update(self._optimizer.grad_norm, learning_rate)
 
     def train(self, mode: bool) -> None:  # noqa: D102
         self._suffix.train(mode)
@@ -86,31 +73,29 @@ class LocalEngine:
     def masters(self) -> dict[str, torch.Tensor]:  # noqa: D102
         if not self._world.is_main:
             return {}
-        return {name: master.detach().cpu() for name, master in self._weights.by_name.items()}
+        return {name: state.master.detach().cpu() for name, state in self._optimizer.by_name.items()}
 
     def save(self, directory: Path) -> None:  # noqa: D102
         if not self._world.is_main:
             return
-        moments = {
-            f"{name}.{moment}": self._optimizer.state[master][moment]
-            for name, master in self._weights.by_name.items()
-            for moment in _MOMENTS
-            if moment in self._optimizer.state[master]
+        state = {
+            f"{name}.{kind}": getattr(own, kind).cpu()
+            for name, own in self._optimizer.by_name.items()
+            for kind in ("exp_avg", "exp_avg_sq")
         }
-        save_file(moments, directory / "moments.safetensors")
+        state |= {f"{name}.step": own.step.cpu().clone() for name, own in self._optimizer.by_name.items()}
+        save_file(state, directory / "moments.safetensors")
         (directory / "schedule.json").write_text(json.dumps(self._scheduler.state_dict()))
 
+    @torch.no_grad()
     def load(self, directory: Path, masters: dict[str, torch.Tensor]) -> None:  # noqa: D102
-        moments = load_file(directory / "moments.safetensors", device=str(self._world.device))
+        saved = load_file(directory / "moments.safetensors")
         schedule = json.loads((directory / "schedule.json").read_text())
-        with torch.no_grad():
-            for name, master in self._weights.by_name.items():
-                master.copy_(masters[name])
-                state = self._optimizer.state[master]
-                state["step"] = torch.tensor(float(schedule["last_epoch"]), device=master.device)
-                for moment in _MOMENTS:
-                    state[moment] = moments[f"{name}.{moment}"]
-        self._weights.write_back()
+        for name, state in self._optimizer.by_name.items():
+            state.master.copy_(masters[name])
+            for kind in ("exp_avg", "exp_avg_sq", "step"):
+                getattr(state, kind).copy_(saved[f"{name}.{kind}"])
+        self._optimizer.write_back()
         self._scheduler.load_state_dict(schedule)
         for group, learning_rate in zip(self._optimizer.param_groups, schedule["_last_lr"], strict=True):
             group["lr"] = learning_rate

@@ -85,7 +85,8 @@ class ZeroEngine:
         self._engine.step()
         self._follow()
         norm = self._engine.get_global_grad_norm()
-        return Update(float("nan") if norm is None else float(norm), learning_rate)
+        norm = float("nan") if norm is None else float(norm)
+        return Update(torch.tensor(norm, device=self._world.device), learning_rate)
 
     @torch.no_grad()
     def _follow(self) -> None:

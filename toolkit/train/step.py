@@ -47,11 +47,12 @@ def train_step(micro_batches: Sequence[Batch], prefix: HiddenStates | None, engi
         engine.backward(loss, is_last=index == len(micro_batches))
         share += loss.detach()
     update = engine.update()
-    (mean_loss,) = world.sum(float(share))  # waits for the device
-    if not (mean_loss < float("inf") and update.grad_norm < float("inf")):
+    own_share, grad_norm = torch.stack((share, update.grad_norm)).tolist()  # the step's one wait for the device
+    (mean_loss,) = world.sum(own_share)
+    if not (mean_loss < float("inf") and grad_norm < float("inf")):
         raise FrostlineError(
-            f"loss {mean_loss} and gradient norm {update.grad_norm} are not both finite; the last checkpoint is "
+            f"loss {mean_loss} and gradient norm {grad_norm} are not both finite; the last checkpoint is "
             "intact. Lower train.learning_rate, or look at the rows of this step"
         )
     seconds = time.perf_counter() - started
-    return StepResult(mean_loss, update.learning_rate, update.grad_norm, int(supervised), int(tokens), seconds)
+    return StepResult(mean_loss, update.learning_rate, grad_norm, int(supervised), int(tokens), seconds)

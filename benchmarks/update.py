@@ -1,0 +1,163 @@
+"""The optimizer's step alone: clip, upcast, AdamW, write-back, on the tensors that SmolLM2-135M trains by default.
+
+    python benchmarks/update.py [--rounds 15] [--device cuda]
+
+Random bfloat16 tensors in the shapes of the top 4 blocks and the head, fresh gradients for each step, all ways in
+alternating rounds. DeepSpeedCPUAdam is left out where it does not compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+
+from toolkit.engine.master_adamw import MasterAdamW  # noqa: E402
+
+LR, DECAY = 1e-5, 0.01
+BLOCK = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536), (576,), (576,)]
+SHAPES = [*BLOCK * 4, (49152, 576)]
+
+Step = Callable[[], object]
+
+
+class Bytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The most bytes at once in storages that are made while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.known: set[int] = set()
+        self.now = self.most = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in before | self.known:
+                storage = tensor.untyped_storage()
+                self.known.add(key)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._gone, key, storage.nbytes())
+        return out
+
+    def _gone(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def by_hand(parameters: list[nn.Parameter], make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Step:
+    """Float32 masters, their gradients and one of torch's or DeepSpeed's optimizers, as a plain loop has them."""
+    masters = [nn.Parameter(p.detach().float()) for p in parameters]
+    optimizer = make(masters)
+
+    @torch.no_grad()
+    def step() -> None:
+        for parameter, master in zip(parameters, masters, strict=True):
+            assert parameter.grad is not None
+            master.grad, parameter.grad = parameter.grad.float(), None
+        clip_grads_with_norm_(masters, 1.0, get_total_norm([m.grad for m in masters if m.grad is not None]))
+        optimizer.step()
+        torch._foreach_copy_(parameters, masters)
+        optimizer.zero_grad()
+
+    return step
+
+
+def ways(device: torch.device) -> dict[str, tuple[list[nn.Parameter], Step]]:
+    """Each way's parameters and its step."""
+    found: dict[str, tuple[list[nn.Parameter], Step]] = {}
+
+    def parameters() -> list[nn.Parameter]:
+        torch.manual_seed(0)
+        return [nn.Parameter(torch.randn(shape, device=device).mul_(0.02).bfloat16()) for shape in SHAPES]
+
+    own = parameters()
+    settings = [{"params": own, "lr": LR, "weight_decay": DECAY}]
+    found["frostline"] = own, MasterAdamW({str(i): p for i, p in enumerate(own)}, settings, 1.0).step
+    options: dict[str, Any] = {"lr": LR, "weight_decay": DECAY}
+    makers: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+        "torch, fused": lambda masters: torch.optim.AdamW(masters, fused=True, **options),
+        "torch, foreach": lambda masters: torch.optim.AdamW(masters, foreach=True, **options),
+    }
+    if device.type == "cpu" and (cpu_adam := deepspeed_cpu_adam()):
+        makers["DeepSpeedCPUAdam"] = lambda masters: cpu_adam(masters, **options)
+    for name, make in makers.items():
+        own = parameters()
+        found[name] = own, by_hand(own, make)
+    return found
+
+
+def deepspeed_cpu_adam() -> Callable[..., torch.optim.Optimizer] | None:
+    """DeepSpeed's optimizer for CPUs, if it is installed and compiles here."""
+    try:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        DeepSpeedCPUAdam([nn.Parameter(torch.zeros(1))])
+    except Exception as error:
+        print(f"DeepSpeedCPUAdam left out: {' '.join(str(error).split())[:200]}")
+        return None
+    made: Callable[..., torch.optim.Optimizer] = DeepSpeedCPUAdam
+    return made
+
+
+def seconds(step: Step, device: torch.device) -> float:
+    """Wall-clock time of one step, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def main() -> int:
+    """Time all ways in alternating rounds and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15, help="steps of each way; default: 15")
+    parser.add_argument("--device", default="cpu", help="default: cpu")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    every = ways(device)
+    gradients = [torch.randn(shape, device=device).mul_(1e-4).bfloat16() for shape in SHAPES]
+    times: dict[str, list[float]] = {name: [] for name in every}
+    most: dict[str, int] = {}
+    for _ in range(arguments.rounds + 1):
+        for name, (parameters, step) in every.items():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient.clone()
+            if name not in most:  # the first step makes the moments; its time does not count
+                with Bytes() as counted:
+                    step()
+                most[name] = counted.most
+            else:
+                times[name].append(seconds(step, device))
+    total = sum(parameter.numel() for parameter in every["frostline"][0])
+    print(f"torch {torch.__version__}, {device.type}, {torch.get_num_threads()} threads, {total / 1e6:.1f} M elements")
+    print(f"{'step':<18}{'median ms':>10}{'best ms':>9}{'ratio':>7}{'bytes an element made in it':>29}")
+    ours = statistics.median(times["frostline"])
+    for name, own in times.items():
+        median = statistics.median(own)
+        print(f"{name:<18}{median * 1e3:>10.1f}{min(own) * 1e3:>9.1f}{median / ours:>7.2f}{most[name] / total:>29.2f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
