@@ -20,6 +20,8 @@ TILE_BYTES = 2**27
 """Most bytes of logits at once, in the model's precision."""
 BLOCK_BYTES = 2**22
 """Most bytes of float32 scores at once; small enough for a core's cache."""
+POST_BYTES = 2**26
+"""The same where something is done to the head's output."""
 
 
 def supervised_loss(forward: Forward, hidden: torch.Tensor | None, batch: Batch, global_tokens: float) -> torch.Tensor:
@@ -38,6 +40,11 @@ def supervised_loss(forward: Forward, hidden: torch.Tensor | None, batch: Batch,
         A float32 scalar with gradient.
     """
     return forward(hidden, batch) * (0.0 if batch.is_filler else 1.0 / global_tokens)
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross entropy summed over S positions, with a softmax in float32 of logits [S, V] and targets [S]."""
+    return torch.nn.functional.cross_entropy(_scores(logits), targets, reduction="sum")
 
 
 def linear_cross_entropy(
@@ -84,9 +91,9 @@ def _tiles(vocabulary: int, width: int) -> Iterator[slice]:
         yield slice(start, min(start + width, vocabulary))
 
 
-def _blocks(logits: torch.Tensor) -> Iterator[slice]:
-    """Rows of a tile that are brought to float32 together."""
-    rows = max(1, BLOCK_BYTES // (4 * logits.shape[1]))
+def _blocks(logits: torch.Tensor, post: Post | None) -> Iterator[slice]:
+    """Rows of a tile that are brought to float32 together; ``post`` runs a model's Python, so not too often."""
+    rows = max(1, (BLOCK_BYTES if post is None else POST_BYTES) // (4 * logits.shape[1]))
     for start in range(0, len(logits), rows):
         yield slice(start, start + rows)
 
@@ -119,7 +126,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         logits = None
         for tile in _tiles(len(weight), width):
             logits = _product(hidden, weight, bias, tile)
-            for rows in _blocks(logits):
+            for rows in _blocks(logits, post):
                 scores = _scores(logits[rows] if post is None else post(logits[rows]))
                 normaliser[rows] = torch.logaddexp(normaliser[rows], torch.logsumexp(scores, dim=1))
                 index, inside = _own_targets(targets[rows], tile)
@@ -144,7 +151,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden = None
         for tile in _tiles(len(weight), ctx.width):
             logits = kept if kept is not None else _product(hidden, weight, bias, tile)
-            for rows in _blocks(logits):
+            for rows in _blocks(logits, ctx.post):
                 _differentiate(logits[rows], shift[rows], size, _own_targets(targets[rows], tile), ctx.post)
             if d_weight is not None:
                 torch.mm(logits.t(), signed, out=d_weight[tile])
