@@ -103,7 +103,7 @@ def _product(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
 
 def _scores(logits: torch.Tensor) -> torch.Tensor:
-    """In the precision of the softmax; the same storage where that is the logits' own."""
+    """In the precision of the softmax."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -123,21 +123,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         exact = torch.promote_types(hidden.dtype, torch.float32)
         normaliser = hidden.new_full((len(targets),), -torch.inf, dtype=exact)
         picked = torch.zeros_like(normaliser)
-        logits = None
+        keep = width >= len(weight) and any(ctx.needs_input_grad[:3])
+        kept = None
         for tile in _tiles(len(weight), width):
             logits = _product(hidden, weight, bias, tile)
             for rows in _blocks(logits, post):
-                scores = _scores(logits[rows] if post is None else post(logits[rows]))
-                normaliser[rows] = torch.logaddexp(normaliser[rows], torch.logsumexp(scores, dim=1))
-                index, inside = _own_targets(targets[rows], tile)
-                picked[rows] += scores.gather(1, index).squeeze(1).where(inside, 0.0)
-        keep = width >= len(weight) and any(ctx.needs_input_grad[:3])
-        ctx.save_for_backward(hidden, weight, bias, targets, normaliser, logits if keep else None)
+                own, chosen = _summarise(logits[rows], _own_targets(targets[rows], tile), post)
+                normaliser[rows] = torch.logaddexp(normaliser[rows], own)
+                picked[rows] += chosen
+            kept = logits if keep else None
+            del logits  # before the next tile is made
+        ctx.save_for_backward(hidden, weight, bias, targets, normaliser, kept)
         ctx.post, ctx.width = post, width
         return (normaliser - picked).sum()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         hidden, weight, bias, targets, normaliser, kept = ctx.saved_tensors
         to_hidden, to_weight, to_bias, *_ = ctx.needs_input_grad
@@ -159,7 +160,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 d_bias[tile] = logits.sum(0, dtype=shift.dtype) * sign
             if to_hidden:
                 part = logits @ weight[tile]
-                d_hidden = part if ctx.width >= len(weight) else _added(d_hidden, part)
+                d_hidden = part if kept is not None else _added(d_hidden, part)
+            del logits
         if d_hidden is not None:
             d_hidden = d_hidden.to(hidden.dtype) * sign
         return d_hidden, d_weight, d_bias, None, None, None
@@ -174,6 +176,15 @@ def _own_targets(targets: torch.Tensor, tile: slice) -> tuple[torch.Tensor, torc
     local = targets - tile.start
     inside = (local >= 0) & (local < tile.stop - tile.start)
     return local.clamp(0, tile.stop - tile.start - 1).unsqueeze(1), inside
+
+
+def _summarise(
+    logits: torch.Tensor, targets: tuple[torch.Tensor, torch.Tensor], post: Post | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each row the logarithm of its summed exponentials, and its target's score (0 if that lies elsewhere)."""
+    index, inside = targets
+    scores = _scores(logits if post is None else post(logits))
+    return torch.logsumexp(scores, dim=1), scores.gather(1, index).squeeze(1).where(inside, 0.0)
 
 
 def _differentiate(
@@ -191,7 +202,8 @@ def _differentiate(
         with torch.enable_grad():
             before = logits.detach().clone().requires_grad_()
             after = post(before)
-    scores = _scores(after.detach()) if post is None else _scores(after.detach()).clone()
+    exact = torch.promote_types(after.dtype, torch.float32)
+    scores = after.detach().to(exact, copy=post is not None)  # autograd may have kept what post gave
     scores.sub_(shift.unsqueeze(1)).exp_()
     scores.scatter_(1, index, scores.gather(1, index) - size.where(inside, 0.0).unsqueeze(1))
     if post is not None:

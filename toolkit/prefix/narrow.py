@@ -54,7 +54,7 @@ class Narrow:
     def _scatter(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> torch.Tensor | None:
         if self._rows is None:
             return None
-        flat = output.new_zeros(self._shape[0] * self._shape[1], output.shape[-1])
+        flat: torch.Tensor = output.new_zeros(self._shape[0] * self._shape[1], output.shape[-1])
         return flat.index_copy_(0, self._rows, output.squeeze(0)).view(*self._shape[:2], -1)
 
 

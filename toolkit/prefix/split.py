@@ -103,10 +103,6 @@ class Suffix(nn.Module):
         """What is saved of the work above the last attention; see ``settle``."""
         return self._top.short_cuts
 
-    @short_cuts.setter
-    def short_cuts(self, chosen: ShortCuts) -> None:
-        self._top.short_cuts = chosen
-
     def blocks(self, first: int) -> list[nn.Module]:
         """The blocks from index ``first`` on, counted in the whole model."""
         return list(self.model.get_submodule(self.anatomy.blocks).children())[first:]
@@ -146,21 +142,24 @@ class Suffix(nn.Module):
             What is taken from now on.
         """
         tokens = len(batch.targets)
-        self.short_cuts = chosen = ShortCuts()
+        self._top.short_cuts = chosen = ShortCuts()
         with evaluating(self):
             plain = float(self(hidden, batch)) / tokens
             allowed = max(10 * torch.finfo(next(self.parameters()).dtype).eps, 1e-5) * max(1.0, plain)
             for name in (field.name for field in fields(chosen) if getattr(self._top.possible, field.name)):
-                self.short_cuts = replace(chosen, **{name: True})
+                self._top.short_cuts = replace(chosen, **{name: True})
                 with contextlib.suppress(*FAILURES):
                     if abs(float(self(hidden, batch)) / tokens - plain) <= allowed:
                         chosen = self.short_cuts
-        self.short_cuts = chosen
+        self._top.short_cuts = chosen
         return chosen
 
-    def take_all(self) -> None:
-        """Take every short cut that the structure allows; for a rehearsal without weights, where none can be tried."""
-        self.short_cuts = self._top.possible
+    def take(self, chosen: ShortCuts) -> None:
+        """Take of ``chosen`` what the structure allows; for a rehearsal without weights, where none can be tried."""
+        possible = self._top.possible
+        self._top.short_cuts = ShortCuts(
+            *(getattr(chosen, field.name) and getattr(possible, field.name) for field in fields(chosen))
+        )
 
     def _run(self, hidden: torch.Tensor | None, batch: Batch) -> Any:
         self._hidden = hidden

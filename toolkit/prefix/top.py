@@ -29,6 +29,13 @@ class ShortCuts:
     mlp: bool = False
     """The last block's MLP runs on the supervised positions alone."""
 
+    @property
+    def text(self) -> str:
+        """For the log."""
+        parts = [name for name, on in (("the last MLP", self.mlp), ("the final norm", self.norm), ("head", True)) if on]
+        loss = "in tiles of the vocabulary" if self.tiled else "from their whole logits, for this architecture's head"
+        return f"{', '.join(parts)}; loss {loss}"
+
 
 class Top:
     """Steers the top of a suffix's copy of the model. It is no module, so that no engine looks into it."""

@@ -85,7 +85,7 @@ def set_up(invocation: Invocation, world: World) -> Setup:
     if ds is not None and invocation.deepspeed is not None:
         hidden_size = loaded.model.config.get_text_config().hidden_size
         resolved = resolve_ds_config(ds, config, world.size, hidden_size, invocation.deepspeed)
-    cost = _plan_and_recompute(planner, prefix, suffix.blocks(mask.boundary), config, world, resolved)
+    cost = _plan_and_recompute(planner, prefix, suffix, mask.boundary, config, world, resolved)
     engine = _build_engine(prefix, suffix, mask, config, total_steps, world, resolved)
     log.info(
         "engine %s, %d rank(s) on %s: %d steps of %d rows (micro batch %d x accumulation %d x ranks %d), %d epochs",
@@ -122,21 +122,19 @@ def _cut(loaded: LoadedModel, mask: LayerMask, dataset: Dataset, world: World) -
     model = loaded.model.to(world.device)
     model.train()
     prefix, suffix = split(model, loaded.anatomy, mask.boundary if mask.has_prefix else None)
-    if prefix is None:
-        return None, suffix
-    shortest = min(dataset.train, key=lambda example: len(example.token_ids))
-    if split_is_exact(model, prefix, suffix, collate([shortest], pad_id=0).to(world.device)):
-        return prefix, suffix
-    log.warning(
-        "%s does not give the same logits when cut at block %d; training goes on with the whole model: "
-        "the same result, but the frozen blocks run inside it",
-        type(model).__name__,
-        mask.boundary,
-    )
-    _, suffix = split(model, loaded.anatomy, None)
-    if mask.tied == "head_only":
-        suffix.detach_embeddings(loaded.anatomy)
-    return None, suffix
+    shortest = collate([min(dataset.train, key=lambda example: len(example.token_ids))], pad_id=0).to(world.device)
+    if prefix is not None and not split_is_exact(model, prefix, suffix, shortest):
+        log.warning(
+            "%s does not give the same logits when cut at block %d; training goes on with the whole model: "
+            "the same result, but the frozen blocks run inside it",
+            type(model).__name__,
+            mask.boundary,
+        )
+        prefix, suffix = split(model, loaded.anatomy, None)
+        if mask.tied == "head_only":
+            suffix.detach_embeddings(loaded.anatomy)
+    log.info("supervised positions: %s", suffix.settle(prefix(shortest) if prefix else None, shortest).text)
+    return prefix, suffix
 
 
 def _planner(config: RunConfig, loaded: LoadedModel, dataset: Dataset) -> Planner | None:
@@ -151,16 +149,17 @@ def _planner(config: RunConfig, loaded: LoadedModel, dataset: Dataset) -> Planne
 def _plan_and_recompute(
     planner: Planner | None,
     prefix: Prefix | None,
-    blocks: list[torch.nn.Module],
+    suffix: Suffix,
+    boundary: int,
     config: RunConfig,
     world: World,
     ds_config: dict[str, Any] | None,
 ) -> Plan | None:
-    """Checkpoint ``blocks``, those from the frost line up, if the recipe or memory asks for it; the plan of the run."""
+    """Checkpoint the blocks from the frost line up, if the recipe or memory asks for it; the plan of the run."""
     train = config.train
     plans: dict[bool, Plan] = {}
     if planner is not None:
-        planner.cut = prefix is not None
+        planner.cut, planner.short_cuts = prefix is not None, suffix.short_cuts
         spec = engine_spec(ds_config, world.size, train.gradient_accumulation_steps)
         try:
             plans = {on: planner.plan(planner.variant(spec, recompute=on)) for on in (False, True)}
@@ -171,7 +170,7 @@ def _plan_and_recompute(
     on, why = should_recompute(train.gradient_checkpointing, needed, free)
     log.info("gradient checkpointing: %s", why)
     if on:
-        recompute_blocks(blocks)
+        recompute_blocks(suffix.blocks(boundary))
     return plans.get(on)
 
 
