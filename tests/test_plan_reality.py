@@ -21,7 +21,7 @@ from toolkit.config.schema import MaskConfig, ModelConfig, RunConfig, TrainConfi
 from toolkit.data.batches import Batch
 from toolkit.distributed import World
 from toolkit.engine.local import LocalEngine
-from toolkit.loss import supervised_loss
+from toolkit.loss import BLOCK_BYTES, supervised_loss
 from toolkit.mask.apply import apply_mask, trainable_parameters
 from toolkit.mask.layer_mask import build_mask
 from toolkit.models.load import load
@@ -99,6 +99,8 @@ class Halves:
         self.prefix, self.suffix = split(
             self.model, loaded.anatomy, self.mask.boundary if self.mask.has_prefix else None
         )
+        row = batch()
+        self.suffix.settle(self.prefix(row) if self.prefix else None, row)
         self.trained = trainable_parameters(self.suffix.model, self.mask)
         self.config = config
 
@@ -135,7 +137,8 @@ def test_each_kind_of_bytes_is_what_training_holds(train: list[str]) -> None:
         loss = supervised_loss(engine.forward, hidden, rows, SUPERVISED)
     if hidden is not None:  # the loop holds it
         saved[hidden.untyped_storage().data_ptr()] = hidden.nbytes
-    log_probabilities = SUPERVISED * 49152 * 4
+    logits = SUPERVISED * 49152 * 2
+    scores = BLOCK_BYTES // (49152 * 4) * 49152 * 4
     with _GradientBytes(real, engine) as gradients:
         engine.backward(loss, is_last=True)
     engine.update()
@@ -147,8 +150,8 @@ def test_each_kind_of_bytes_is_what_training_holds(train: list[str]) -> None:
         "masters": nbytes(engine._weights.by_name.values()),
         "moments": sum(nbytes((moments["exp_avg"], moments["exp_avg_sq"])) for moments in state),
         "gradients": gradients.most,
-        "activations": sum(saved.values()) - log_probabilities,
-        "logits": 3 * log_probabilities,  # log-probabilities, their gradient, and that of the float32 logits
+        "activations": sum(saved.values()) - logits,
+        "logits": logits + scores,  # in bfloat16 for all positions, in float32 for a few at a time
     }
     deviations = {kind: plan[kind] / size - 1 for kind, size in held.items() if size}
     print(train, {kind: f"{deviation:+.2%}" for kind, deviation in deviations.items()})

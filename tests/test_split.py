@@ -86,7 +86,7 @@ def test_prefix_and_suffix_give_the_whole_models_logits_bit_for_bit(
     for batch in batches:
         with torch.no_grad():
             whole = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-            assert torch.equal(whole[batch.supervised], suffix(prefix.eval()(batch), batch))
+            assert torch.equal(whole[batch.supervised], suffix.logits(prefix.eval()(batch), batch))
         assert split_is_exact(model, prefix, suffix, batch)
 
 
@@ -235,7 +235,9 @@ def test_the_loss_is_the_token_mean_over_shares_and_a_filler_adds_nothing(batche
         share = sum(float(supervised_loss(suffix, prefix(batch), batch, total)) for batch in (one, three))
         each = torch.cat(
             [
-                nn.functional.cross_entropy(suffix(prefix(batch), batch).double(), batch.targets, reduction="none")
+                nn.functional.cross_entropy(
+                    suffix.logits(prefix(batch), batch).double(), batch.targets, reduction="none"
+                )
                 for batch in (one, three)
             ]
         )

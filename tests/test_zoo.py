@@ -17,7 +17,7 @@ from toolkit.distributed import World
 from toolkit.engine.local import LocalEngine
 from toolkit.errors import MaskError, ModelError
 from toolkit.loss import supervised_loss
-from toolkit.mask.apply import apply_mask, trainable_parameters
+from toolkit.mask.apply import apply_mask, trainable_parameters, untie_head
 from toolkit.mask.layer_mask import LayerMask, build_mask
 from toolkit.models.inspect import inspect
 from toolkit.prefix.split import split, split_is_exact
@@ -231,8 +231,33 @@ def test_the_halves_give_the_whole_models_logits_bit_for_bit(name: str, batches:
         for batch in batches:
             with torch.no_grad():
                 whole = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-                assert torch.equal(whole[batch.supervised], suffix.eval()(prefix.eval()(batch), batch))
+                assert torch.equal(whole[batch.supervised], suffix.eval().logits(prefix.eval()(batch), batch))
         assert split_is_exact(model, prefix, suffix, batches[0])
+
+
+@pytest.mark.parametrize("name", [*CUT, *UNCUT])
+def test_the_loss_in_tiles_is_that_of_the_whole_models_logits(name: str, batches: list[Batch]) -> None:
+    """Whatever the type does before its head or to what the head gives: losses and gradients, cut or not."""
+    model = make(name).eval()
+    if model.get_input_embeddings().weight is model.get_output_embeddings().weight:
+        untie_head(model, inspect(model))
+    prefix, suffix = split(model, inspect(model), 2 if name in CUT else None)
+    found = suffix.settle(prefix(batches[0]) if prefix else None, batches[0])
+    assert found.tiled is (name != "cpmant"), found
+    for batch in batches:
+        loss = suffix(prefix(batch) if prefix else None, batch)
+        loss.backward()
+        parameters = dict(suffix.model.named_parameters())
+        gradients = {key: p.grad for key, p in parameters.items() if p.grad is not None}
+        model.zero_grad()
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        expected = torch.nn.functional.cross_entropy(logits[batch.supervised], batch.targets, reduction="sum")
+        expected.backward()
+        assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+        assert f"{CUT.get(name, UNCUT.get(name)).head}.weight" in gradients
+        for key, gradient in gradients.items():
+            assert torch.allclose(gradient, parameters[key].grad, rtol=1e-3, atol=1e-4), key
+        model.zero_grad()
 
 
 @pytest.mark.parametrize("name", UNCUT)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from toolkit.checkpoint import read_state
-from toolkit.data.batches import BatchPlan, step_batches
+from toolkit.data.batches import BatchPlan, collate, step_batches
 from toolkit.data.dataset import Dataset, load_dataset
 from toolkit.data.examples import Example
 from toolkit.data.prefetch import Prefetcher, on_device
@@ -97,9 +97,11 @@ def evaluate_source(
     world = World()
     model = opened.loaded.model.to(world.device).eval()
     suffix = Suffix(model, opened.loaded.anatomy, boundary=None)
+    pad_id = int(opened.loaded.tokenizer.pad_token_id)
+    suffix.settle(None, collate([min(examples, key=lambda example: len(example.token_ids))], pad_id).to(world.device))
     packing = choose_packing(config.packing, batch_size, None, suffix, examples, world.device)
     log.info("packing: %s", packing.reason)
-    return evaluate(suffix, None, examples, batch_size, int(opened.loaded.tokenizer.pad_token_id), world, packing.on)
+    return evaluate(suffix, None, examples, batch_size, pad_id, world, packing.on)
 
 
 def _require_same_rows(dataset: Dataset, run: Path, step: int | None) -> None:

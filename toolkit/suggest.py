@@ -138,6 +138,7 @@ def gradient_scores(loaded: LoadedModel, examples: Sequence[Example]) -> list[fl
     suffix = Suffix(model, loaded.anatomy, boundary=None)
     pad_id = int(loaded.tokenizer.pad_token_id)
     scores = [0.0] * loaded.anatomy.block_count
+    suffix.settle(None, collate([min(examples, key=lambda example: len(example.token_ids))], pad_id).to(device))
     for example in examples:
         batch = collate([example], pad_id).to(device)
         torch.autograd.backward(supervised_loss(suffix, None, batch, batch.supervised_tokens))

@@ -28,7 +28,7 @@ class Engine(Protocol):
     """``local``, or ``zero-N`` with the stage; a checkpoint can only be continued by the engine that wrote it."""
 
     def forward(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:
-        """Logits [S, vocabulary] of the batch's supervised positions."""
+        """Cross entropy summed over the batch's supervised positions, a float32 scalar."""
 
     def backward(self, loss: torch.Tensor, is_last: bool) -> None:
         """Add the gradient of a micro batch's share of the global mean; ``is_last`` marks the step's last one."""

@@ -54,8 +54,8 @@ class LocalEngine:
         self._scheduler = build_scheduler(self._optimizer, train, total_steps)
 
     def forward(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:  # noqa: D102
-        logits: torch.Tensor = self._suffix(hidden, batch)
-        return logits
+        loss: torch.Tensor = self._suffix(hidden, batch)
+        return loss
 
     def backward(self, loss: torch.Tensor, is_last: bool) -> None:  # noqa: D102
         loss.backward()  # type: ignore[no-untyped-call]

@@ -72,8 +72,8 @@ class ZeroEngine:
             raise ConfigError([" ".join(str(error).split())], "DeepSpeed file, as DeepSpeed reads it") from None
 
     def forward(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:  # noqa: D102
-        logits: torch.Tensor = self._engine(hidden, batch)
-        return logits
+        loss: torch.Tensor = self._engine(hidden, batch)
+        return loss
 
     def backward(self, loss: torch.Tensor, is_last: bool) -> None:  # noqa: D102
         self._engine.set_gradient_accumulation_boundary(is_last)

@@ -18,7 +18,7 @@ class Cost:
     per_square: float
     """Attention: each token with each, causal or not, as the counters of PyTorch do."""
     per_supervised: float
-    """The head, at supervised positions alone."""
+    """Head and last MLP, where they run at supervised positions alone."""
 
     def of(self, tokens: int, supervised: int) -> float:
         """Operations of a row of ``tokens`` tokens, ``supervised`` of which count."""
@@ -43,32 +43,31 @@ class Compute:
         return {name: sum(cost.of(*row) for row in rows) for name, cost in self.passes.items()}
 
 
-def compute(plain: Rehearsal, checkpointed: Rehearsal | None, head: int, head_passes: int) -> Compute:
+def compute(plain: Sequence[Rehearsal], checkpointed: Sequence[Rehearsal] | None) -> Compute:
     """The cost of each pass.
 
     Args:
-        plain: rehearsed without gradient checkpointing.
-        checkpointed: rehearsed with it; none if the run does not use it.
-        head: elements of the head's matrix.
-        head_passes: products of the head in backward: one for its own gradient, one for that of its input.
+        plain: rehearsed without gradient checkpointing, twice: with different numbers of supervised positions.
+        checkpointed: rehearsed with it, likewise; none if the run does not use it.
     """
-    backward = _cost(plain, "backward", 2 * head * head_passes)
-    again = Cost(0, 0, 0)
-    if checkpointed is not None:
-        again = _cost(checkpointed, "backward", 2 * head * head_passes) - backward
+    backward = _cost(plain, "backward")
+    again = _cost(checkpointed, "backward") - backward if checkpointed is not None else Cost(0, 0, 0)
     return Compute(
         {
-            "prefix forward": _cost(plain, "prefix", 0),
-            "suffix forward": _cost(plain, "forward", 2 * head),
+            "prefix forward": _cost(plain, "prefix"),
+            "suffix forward": _cost(plain, "forward"),
             "backward": backward,
             "recomputation": again,
         }
     )
 
 
-def _cost(rehearsal: Rehearsal, phase: Phase, per_supervised: int) -> Cost:
-    shape = rehearsal.shape
+def _cost(rehearsals: Sequence[Rehearsal], phase: Phase) -> Cost:
+    """What differs between the two is the work at supervised positions."""
+    first, second = rehearsals
+    shape = first.shape
     tokens = shape.rows * shape.tokens
-    matrices = rehearsal.flops.get((phase, "matrices"), 0) - per_supervised * shape.supervised
-    attention = rehearsal.flops.get((phase, "attention"), 0)
-    return Cost(matrices / tokens, attention / shape.pairs, per_supervised)
+    matrices, others = (rehearsal.flops.get((phase, "matrices"), 0) for rehearsal in rehearsals)
+    attention = first.flops.get((phase, "attention"), 0)
+    per_supervised = (matrices - others) / (shape.supervised - second.shape.supervised)
+    return Cost((matrices - per_supervised * shape.supervised) / tokens, attention / shape.pairs, per_supervised)

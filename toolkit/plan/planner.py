@@ -26,6 +26,7 @@ from toolkit.plan.skeleton import LOOKED_AT_CONTENT, Skeleton
 from toolkit.prefix.packing import set_attention
 from toolkit.prefix.recompute import recompute_blocks
 from toolkit.prefix.split import Prefix, Suffix, split
+from toolkit.prefix.top import ShortCuts
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class Planner:
     """Whether the model is to be cut at the frost line, if it can be."""
     packed: bool | None = None
     """Whether micro batches are packed; none takes what the recipe asks for, without the run's own check."""
+    short_cuts: ShortCuts = ShortCuts(True, True, True)  # noqa: RUF009
+    """Which short cuts to take at the top of the suffix, where the structure allows them."""
     _halves: dict[str, _Halves] = field(default_factory=dict)
     _rehearsals: dict[tuple[Any, ...], Rehearsal] = field(default_factory=dict)
 
@@ -110,17 +113,15 @@ class Planner:
         """
         held = self.memory(variant)
         halves = self._split(variant.selectors, variant.packed)
-        plain = self._rehearse(replace(variant, recompute=False))
-        checkpointed = self._rehearse(variant) if variant.recompute else None
-        head = f"{self.skeleton.anatomy.head}.weight"
-        below = any(name != head for name in halves.mask.names)
-        products = int(head in halves.trained) + int(below)
+        fewer = replace(variant, supervised=variant.supervised // 2 or 2)
+        plain = [self._rehearse(replace(shape, recompute=False)) for shape in (variant, fewer)]
+        checkpointed = [self._rehearse(shape) for shape in (variant, fewer)] if variant.recompute else None
         return Plan(
             model=self.config.model.name_or_path, source=self.skeleton.note, mask=halves.mask,
             audit=tuple(audit(halves.mask, self.skeleton.anatomy)),
             audit_text=audit_table(halves.mask, self.skeleton.anatomy), variant=variant, load=self.load,
             is_cut=halves.prefix is not None or not halves.mask.has_prefix, memory=held,
-            compute=compute(plain, checkpointed, halves.head.numel(), products),
+            compute=compute(plain, checkpointed),
             checkpoint=checkpoint_bytes(variant.spec, halves.tensors), keep=self.config.output.keep,
         )  # fmt: skip
 
@@ -136,7 +137,7 @@ class Planner:
         if key not in self._halves:
             mask = build_mask(self.config.mask.model_copy(update={"train": list(selectors)}), self.skeleton.anatomy)
             boundary = mask.boundary if self.cut and mask.has_prefix else None
-            self._halves[key] = _halve(self.skeleton, mask, boundary, packed)
+            self._halves[key] = _halve(self.skeleton, mask, boundary, packed, self.short_cuts)
         return self._halves[key]
 
     def _rehearse(self, variant: Variant) -> Rehearsal:
@@ -154,7 +155,7 @@ class Planner:
                         f"and a plan has none ({reason}). Train a few steps and read peak_memory_gib instead"
                     ) from None
                 selected = repr((variant.selectors, variant.packed))
-                self._halves[selected] = _halve(self.skeleton, halves.mask, None, variant.packed)
+                self._halves[selected] = _halve(self.skeleton, halves.mask, None, variant.packed, self.short_cuts)
                 return self._rehearse(variant)
         return self._rehearsals[key]
 
@@ -182,6 +183,7 @@ class _Halves:
     def recomputing(self) -> Suffix:
         """The suffix again, with the blocks from the frost line up checkpointed."""
         _, suffix = split(self.model, self.anatomy, self.boundary)
+        suffix.take(self.suffix.short_cuts)
         recompute_blocks(suffix.blocks(self.mask.boundary))
         return suffix
 
@@ -203,13 +205,14 @@ def _shape(variant: Variant, load: Load) -> Shape:
     return Shape(variant.rows, variant.tokens, supervised)
 
 
-def _halve(skeleton: Skeleton, mask: LayerMask, boundary: int | None, packed: bool) -> _Halves:
+def _halve(skeleton: Skeleton, mask: LayerMask, boundary: int | None, packed: bool, short_cuts: ShortCuts) -> _Halves:
     model, anatomy = copy.deepcopy(skeleton.model), skeleton.anatomy  # each mask has parameters of its own
     if packed and model.config._attn_implementation == "sdpa":
         set_attention(model, VARLEN)
     apply_mask(model, mask, anatomy)
     model.train()
     prefix, suffix = split(model, anatomy, boundary)
+    suffix.take(short_cuts)
     if prefix is None and mask.tied == "head_only":
         suffix.detach_embeddings(anatomy)
     trained = trainable_parameters(suffix.model, mask)

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 from toolkit.data.batches import Batch
 from toolkit.data.examples import Example
-from toolkit.loss import supervised_loss
+from toolkit.loss import supervised_loss, tile_width
 from toolkit.prefix.split import Prefix, Suffix
 
 Phase = Literal["prefix", "forward", "backward"]
@@ -119,7 +119,9 @@ def rehearse(
     """
     batch = _batch(shape)
     parts = [part for part in (prefix, suffix) if part is not None]
-    ledger = _Ledger(shape, vocabulary, (t for part in parts for t in (*part.parameters(), *part.buffers())))
+    element_size = next(suffix.parameters()).element_size()
+    standing = (t for part in parts for t in (*part.parameters(), *part.buffers()))
+    ledger = _Ledger(shape, vocabulary, element_size, standing)
     with ledger, _fused_attention(ledger):
         ledger.phase = "prefix"
         hidden = prefix(batch) if prefix is not None else None
@@ -137,13 +139,11 @@ def rehearse(
 
 def _batch(shape: Shape) -> Batch:
     size = (shape.rows, shape.tokens)
-    supervised = torch.zeros(size, dtype=torch.bool)  # real: which positions count decides the shape of the logits
-    supervised.view(-1)[: shape.supervised] = True
     ids = torch.zeros(size, dtype=torch.long, device="meta")
     return Batch(
         input_ids=ids,
         attention_mask=torch.ones_like(ids) if shape.rows > 1 else None,
-        supervised=supervised,
+        supervised=torch.zeros(size, dtype=torch.bool, device="meta"),
         targets=torch.zeros(shape.supervised, dtype=torch.long, device="meta"),
         tokens=shape.rows * shape.tokens,
         examples=tuple(Example((0,) * length, 1) for length in shape.packed),
@@ -159,11 +159,12 @@ def _alive(record: Record, event: int) -> bool:
 class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes when each storage is allocated and released, and counts products by phase."""
 
-    def __init__(self, shape: Shape, vocabulary: int, standing: Iterable[torch.Tensor]) -> None:
+    def __init__(self, shape: Shape, vocabulary: int, element_size: int, standing: Iterable[torch.Tensor]) -> None:
         """
         Args:
             shape: of the micro batch.
-            vocabulary: last size of the logits.
+            vocabulary: columns of the logits.
+            element_size: bytes of one logit in the model's precision.
             standing: parameters and buffers, which are there before and after.
         """  # noqa: D205, D212
         super().__init__()  # type: ignore[no-untyped-call]
@@ -171,7 +172,8 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.records: list[Record] = []
         self.flops: Counter[tuple[Phase, Product]] = Counter()
         self._shape = shape
-        self._logits = (shape.supervised, vocabulary)
+        width = tile_width(shape.supervised, vocabulary, element_size)
+        self._widths = {vocabulary, width, vocabulary % width}
         self._standing = {tensor.untyped_storage()._cdata for tensor in standing}
         self._live: dict[int, Record] = {}
         self._event = 0
@@ -216,7 +218,7 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         self._event += 1
         record = Record(self._event, storage.nbytes())
-        if tuple(tensor.shape[-2:]) == self._logits:
+        if tensor.dim() > 1 and tensor.shape[-1] in self._widths:
             record.kind = "logits"
         self.records.append(record)
         self._live[key] = record

@@ -178,7 +178,7 @@ class _Trial:
             watched.append(rows)
         where = lay_out(watched, batch).squeeze(-1).bool()
         batch = replace(batch, supervised=where, targets=batch.input_ids[where]).to(self.device)
-        logits = self.suffix(self.hidden(batch), batch).float()
+        logits = self.suffix.logits(self.hidden(batch), batch).float()
         return list(torch.split(logits, [int(rows.sum()) for rows in watched]))
 
     def hidden(self, batch: Batch) -> torch.Tensor | None:

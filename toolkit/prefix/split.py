@@ -8,7 +8,9 @@ model computes.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -16,10 +18,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from toolkit.data.batches import Batch
+from toolkit.loss import cross_entropy
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.dry_run import dry_run, evaluating
 from toolkit.prefix.placement import FrozenWeights
+from toolkit.prefix.post import FAILURES
 from toolkit.prefix.skeleton import Absent, Arrival, Arrived, EmbeddingStub, PassThrough, skeleton
+from toolkit.prefix.top import ShortCuts, Top
 
 
 class Prefix(nn.Module):
@@ -67,9 +72,10 @@ class Prefix(nn.Module):
 
 
 class Suffix(nn.Module):
-    """Blocks b … n-1, norm and head: ``hidden[b]`` to logits at the supervised positions.
+    """Blocks b … n-1, norm, head and loss: ``hidden[b]`` to the cross entropy of the supervised positions.
 
-    With no prefix it is the whole model and starts from token ids.
+    With no prefix it is the whole model and starts from token ids. It computes logits and their loss plainly until
+    ``settle`` has found on a batch which short cuts hold.
     """
 
     def __init__(
@@ -96,10 +102,14 @@ class Suffix(nn.Module):
         self.anatomy = anatomy
         self._embedding_size = int(model.get_input_embeddings().weight.shape[1])
         self._hidden: torch.Tensor | None = None
-        self._supervised: torch.Tensor | None = None
         if boundary is not None:
             _entry(self.model, anatomy, boundary).register_forward_pre_hook(self._enter, with_kwargs=True)
-        self.model.get_submodule(anatomy.head).register_forward_pre_hook(self._keep_supervised)
+        self._top = Top(model, self.model, anatomy, boundary or 0)
+
+    @property
+    def short_cuts(self) -> ShortCuts:
+        """What is saved of the work above the last attention; see ``settle``."""
+        return self._top.short_cuts
 
     def blocks(self, first: int) -> list[nn.Module]:
         """The blocks from index ``first`` on, counted in the whole model."""
@@ -111,36 +121,70 @@ class Suffix(nn.Module):
             self.model.get_submodule(name).register_forward_hook(lambda module, args, output: output.detach())
 
     def forward(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:
-        """Logits of the S supervised positions.
+        """Cross entropy summed over the S supervised positions, a float32 scalar.
 
         Args:
             hidden: [B, T, hidden_size] from the prefix; none where there is no prefix.
-            batch: token ids, attention mask and supervised positions.
+            batch: token ids, attention mask, supervised positions and their targets.
+        """
+        with self._top.loss_of(batch) as found:
+            output = self._run(hidden, batch)
+        if found:
+            return found[0].view(())
+        return cross_entropy(output.logits.squeeze(0), batch.targets)
+
+    def logits(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:
+        """Logits [S, vocabulary] of the supervised positions in the model's dtype, without any short cut."""
+        with self._top.logits_of(batch):
+            logits: torch.Tensor = self._run(hidden, batch).logits
+        return logits.squeeze(0)
+
+    def settle(self, hidden: torch.Tensor | None, batch: Batch) -> ShortCuts:
+        """Take those short cuts, one after the other, that give the loss of plain logits on ``batch`` up to rounding.
+
+        Args:
+            hidden: as for ``forward``.
+            batch: one short row does; an MLP that looked at other positions would miss them there too.
 
         Returns:
-            [S, vocabulary] in the model's dtype.
+            What is taken from now on.
         """
-        self._hidden, self._supervised = hidden, batch.supervised
+        tokens = len(batch.targets)
+        self._top.short_cuts = chosen = ShortCuts()
+        with evaluating(self):
+            plain = float(self(hidden, batch)) / tokens
+            allowed = max(10 * torch.finfo(next(self.parameters()).dtype).eps, 1e-5) * max(1.0, plain)
+            for name in (field.name for field in fields(chosen) if getattr(self._top.possible, field.name)):
+                self._top.short_cuts = replace(chosen, **{name: True})
+                with contextlib.suppress(*FAILURES):
+                    if abs(float(self(hidden, batch)) / tokens - plain) <= allowed:
+                        chosen = self.short_cuts
+        self._top.short_cuts = chosen
+        return chosen
+
+    def take(self, chosen: ShortCuts) -> None:
+        """Take of ``chosen`` what the structure allows; for a rehearsal without weights, where none can be tried."""
+        possible = self._top.possible
+        self._top.short_cuts = ShortCuts(
+            *(getattr(chosen, field.name) and getattr(possible, field.name) for field in fields(chosen))
+        )
+
+    def _run(self, hidden: torch.Tensor | None, batch: Batch) -> Any:
+        self._hidden = hidden
         if hidden is None:
             inputs = {"input_ids": batch.input_ids}
         else:  # only the shape counts: _enter puts hidden in at the frost line
             inputs = {"inputs_embeds": hidden.new_zeros(*hidden.shape[:2], self._embedding_size)}
         try:
-            output = self.model(**inputs, **batch.layout(), use_cache=False)
+            return self.model(**inputs, **batch.layout(), use_cache=False)
         finally:
-            self._hidden = self._supervised = None
-        logits: torch.Tensor = output.logits
-        return logits.squeeze(0)
+            self._hidden = None
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Put ``hidden[b]`` in; what came before it was only a carrier of the right shape."""
         if args:
             return (self._hidden, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": self._hidden}
-
-    def _keep_supervised(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Let the head see the supervised positions alone: [B, T, hidden_size] to [1, S, hidden_size]."""
-        return (args[0][self._supervised].unsqueeze(0), *args[1:])
 
 
 def split(
@@ -166,9 +210,9 @@ def split_is_exact(model: PreTrainedModel, prefix: Prefix, suffix: Suffix, batch
         uncut.model.set_submodule(unit.module, prefix.skeleton.get_submodule(unit.module))
     with evaluating(model, prefix, suffix, uncut):
         try:
-            whole, again = (uncut(None, batch).float() for _ in range(2))
-            cut = suffix(prefix(batch), batch).float()
-        except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError):
+            whole, again = (uncut.logits(None, batch).float() for _ in range(2))
+            cut = suffix.logits(prefix(batch), batch).float()
+        except FAILURES:
             return False  # the architecture looked for something that the cut removed
         noise = (whole - again).abs().max()  # 0, but for kernels that add up in no fixed order
         return whole.shape == cut.shape and bool(((whole - cut).abs() <= noise).all())

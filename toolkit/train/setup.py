@@ -12,7 +12,7 @@ import torch
 
 from toolkit.config.flags import Invocation
 from toolkit.config.schema import RunConfig
-from toolkit.data.batches import BatchPlan
+from toolkit.data.batches import BatchPlan, collate
 from toolkit.data.dataset import Dataset, load_dataset
 from toolkit.delta import Base
 from toolkit.distributed import World
@@ -89,6 +89,8 @@ def set_up(invocation: Invocation, world: World) -> Setup:
     prefix, suffix = cut(loaded, Job(config, tokenizer, mask, base, dataset, passes, world))
     anatomy, hidden_size = loaded.anatomy, loaded.model.config.get_text_config().hidden_size
     del loaded  # what the two halves do not hold is to be gone before the engine allocates
+    shortest = collate([min(dataset.train, key=lambda example: len(example.token_ids))], pad_id=0).to(world.device)
+    log.info("supervised positions: %s", suffix.settle(prefix(shortest) if prefix else None, shortest).text)
     packing = choose_packing(
         config.data.packing, train.micro_batch_size, prefix, suffix, (*dataset.train, *dataset.validation), world.device
     )
@@ -97,8 +99,8 @@ def set_up(invocation: Invocation, world: World) -> Setup:
     if ds is not None and invocation.deepspeed is not None:
         resolved = resolve_ds_config(ds, config, world.size, hidden_size, invocation.deepspeed)
     if planner is not None:
-        planner.cut, planner.packed = prefix is not None, packing.on
-    cost = _plan_and_recompute(planner, suffix.blocks(mask.boundary), config, world, resolved)
+        planner.cut, planner.packed, planner.short_cuts = prefix is not None, packing.on, suffix.short_cuts
+    cost = _plan_and_recompute(planner, suffix, mask.boundary, config, world, resolved)
     engine = _build_engine(prefix, suffix, mask, config, total_steps, world, resolved)
     log.info(
         "engine %s, %d rank(s) on %s: %d steps of %d rows (micro batch %d x accumulation %d x ranks %d), %d epochs",
@@ -142,12 +144,13 @@ def _planner(config: RunConfig, loaded: LoadedModel, dataset: Dataset, world: Wo
 
 def _plan_and_recompute(
     planner: Planner | None,
-    blocks: list[torch.nn.Module],
+    suffix: Suffix,
+    boundary: int,
     config: RunConfig,
     world: World,
     ds_config: dict[str, Any] | None,
 ) -> Plan | None:
-    """Checkpoint ``blocks``, those from the frost line up, if the recipe or memory asks for it; the plan of the run."""
+    """Checkpoint the blocks from the frost line up, if the recipe or memory asks for it; the plan of the run."""
     train = config.train
     plans: dict[bool, Plan] = {}
     if planner is not None:
@@ -161,7 +164,7 @@ def _plan_and_recompute(
     on, why = should_recompute(train.gradient_checkpointing, needed, free)
     log.info("gradient checkpointing: %s", why)
     if on:
-        recompute_blocks(blocks)
+        recompute_blocks(suffix.blocks(boundary))
     return plans.get(on)
 
 
