@@ -36,12 +36,12 @@ Step = Callable[[], object]
 
 
 class Bytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The most bytes at once in storages that are made while it is entered."""
+    """Bytes of the storages that are made while it is entered: those still alive, and the most at once."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.known: set[int] = set()
-        self.now = self.most = 0
+        self.now = self.most = self.held = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -74,33 +74,29 @@ def by_hand(parameters: list[nn.Parameter], make: Callable[[list[nn.Parameter]],
             master.grad, parameter.grad = parameter.grad.float(), None
         clip_grads_with_norm_(masters, 1.0, get_total_norm([m.grad for m in masters if m.grad is not None]))
         optimizer.step()
-        torch._foreach_copy_(parameters, masters)
+        torch._foreach_copy_(list[torch.Tensor](parameters), list[torch.Tensor](masters))
         optimizer.zero_grad()
 
     return step
 
 
-def ways(device: torch.device) -> dict[str, tuple[list[nn.Parameter], Step]]:
-    """Each way's parameters and its step."""
-    found: dict[str, tuple[list[nn.Parameter], Step]] = {}
+Make = Callable[[list[nn.Parameter]], Step]
 
-    def parameters() -> list[nn.Parameter]:
-        torch.manual_seed(0)
-        return [nn.Parameter(torch.randn(shape, device=device).mul_(0.02).bfloat16()) for shape in SHAPES]
 
-    own = parameters()
-    settings = [{"params": own, "lr": LR, "weight_decay": DECAY}]
-    found["frostline"] = own, MasterAdamW({str(i): p for i, p in enumerate(own)}, settings, 1.0).step
-    options: dict[str, Any] = {"lr": LR, "weight_decay": DECAY}
-    makers: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
-        "torch, fused": lambda masters: torch.optim.AdamW(masters, fused=True, **options),
-        "torch, foreach": lambda masters: torch.optim.AdamW(masters, foreach=True, **options),
+def ways(device: torch.device) -> dict[str, Make]:
+    """From bfloat16 parameters to a step on them, by name."""
+    options: dict[str, Any] = {"lr": LR, "weight_decay": DECAY, "betas": (0.9, 0.999), "eps": 1e-8}
+
+    def ours(own: list[nn.Parameter]) -> Step:
+        return MasterAdamW({str(i): p for i, p in enumerate(own)}, [{"params": own, **options}], 1.0).step
+
+    found: dict[str, Make] = {
+        "frostline": ours,
+        "torch, fused": lambda own: by_hand(own, lambda m: torch.optim.AdamW(m, fused=True, **options)),
+        "torch, foreach": lambda own: by_hand(own, lambda m: torch.optim.AdamW(m, foreach=True, **options)),
     }
     if device.type == "cpu" and (cpu_adam := deepspeed_cpu_adam()):
-        makers["DeepSpeedCPUAdam"] = lambda masters: cpu_adam(masters, **options)
-    for name, make in makers.items():
-        own = parameters()
-        found[name] = own, by_hand(own, make)
+        found["DeepSpeedCPUAdam"] = lambda own: by_hand(own, lambda m: cpu_adam(m, **options))
     return found
 
 
@@ -135,28 +131,38 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", help="default: cpu")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    every = ways(device)
+    makers = ways(device)
     gradients = [torch.randn(shape, device=device).mul_(1e-4).bfloat16() for shape in SHAPES]
-    times: dict[str, list[float]] = {name: [] for name in every}
-    most: dict[str, int] = {}
-    for _ in range(arguments.rounds + 1):
-        for name, (parameters, step) in every.items():
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient.clone()
-            if name not in most:  # the first step makes the moments; its time does not count
-                with Bytes() as counted:
-                    step()
-                most[name] = counted.most
-            else:
-                times[name].append(seconds(step, device))
-    total = sum(parameter.numel() for parameter in every["frostline"][0])
+    steps: dict[str, tuple[list[nn.Parameter], Step]] = {}
+    memory: dict[str, Bytes] = {}
+    times: dict[str, list[float]] = {name: [] for name in makers}
+    for name, make in makers.items():  # the first step makes what is missing; its time does not count
+        with Bytes() as memory[name]:
+            own = [nn.Parameter(torch.randn(shape, device=device).mul_(0.02).bfloat16()) for shape in SHAPES]
+            steps[name] = own, make(own)
+            memory[name].most = 0
+            give(own, gradients)
+            steps[name][1]()
+            memory[name].held = memory[name].now
+    for _ in range(arguments.rounds):
+        for name, (own, step) in steps.items():
+            give(own, gradients)
+            times[name].append(seconds(step, device))
+    total = sum(gradient.numel() for gradient in gradients)
     print(f"torch {torch.__version__}, {device.type}, {torch.get_num_threads()} threads, {total / 1e6:.1f} M elements")
-    print(f"{'step':<18}{'median ms':>10}{'best ms':>9}{'ratio':>7}{'bytes an element made in it':>29}")
+    print(f"{'bytes an element':>53}\n{'step':<18}{'median ms':>10}{'best ms':>9}{'ratio':>7}{'held':>7}{'at most':>9}")
     ours = statistics.median(times["frostline"])
-    for name, own in times.items():
-        median = statistics.median(own)
-        print(f"{name:<18}{median * 1e3:>10.1f}{min(own) * 1e3:>9.1f}{median / ours:>7.2f}{most[name] / total:>29.2f}")
+    for name, taken in times.items():
+        held, most = (size / total for size in (memory[name].held, memory[name].most))
+        median = statistics.median(taken)
+        print(f"{name:<18}{median * 1e3:>10.1f}{min(taken) * 1e3:>9.1f}{median / ours:>7.2f}{held:>7.1f}{most:>9.1f}")
     return 0
+
+
+def give(parameters: list[nn.Parameter], gradients: list[torch.Tensor]) -> None:
+    """Fresh copies of ``gradients``, as backward leaves them."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
 
 
 if __name__ == "__main__":

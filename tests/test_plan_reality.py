@@ -15,6 +15,7 @@ import torch
 from helpers import run_script, tiny_flags
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from toolkit.config.schema import MaskConfig, ModelConfig, RunConfig, TrainConfig
@@ -110,18 +111,20 @@ class Halves:
         )
 
 
-class _GradientBytes(TorchDispatchMode):
-    """The most bytes of gradients at once, counted whenever one is copied to float32."""
+class _UpdateBytes(TorchDispatchMode):
+    """The most bytes of gradients at once in an update: those that backward left, and all that is made beside them."""
 
-    def __init__(self, real: Halves, engine: LocalEngine) -> None:
+    def __init__(self, trained: dict[str, nn.Parameter]) -> None:
         super().__init__()
-        self.holders = [*real.trained.values(), *engine._weights.by_name.values()]
-        self.most = 0
+        self.holders = list(trained.values())
+        self.left = nbytes([p.grad for p in self.holders if p.grad is not None])
+        self.made = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and any(args[0] is holder.grad for holder in self.holders):
-            self.most = max(self.most, nbytes([h.grad for h in self.holders if h.grad is not None]) + out.nbytes)
+        made = {t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)}
+        self.made += sum(storage.nbytes() for storage in made if storage._cdata not in known)
         return out
 
 
@@ -139,17 +142,17 @@ def test_each_kind_of_bytes_is_what_training_holds(train: list[str]) -> None:
         saved[hidden.untyped_storage().data_ptr()] = hidden.nbytes
     logits = SUPERVISED * 49152 * 2
     scores = BLOCK_BYTES // (49152 * 4) * 49152 * 4
-    with _GradientBytes(real, engine) as gradients:
-        engine.backward(loss, is_last=True)
-    engine.update()
-    state = engine._optimizer.state.values()
+    engine.backward(loss, is_last=True)
+    with _UpdateBytes(real.trained) as gradients:
+        engine.update()
+    states = engine._optimizer.by_name.values()
     held = {
         "prefix weights": nbytes({id(p): p for p in real.model.parameters()}.values())
         - nbytes(real.suffix.parameters()),
         "suffix weights": nbytes(real.suffix.parameters()),
-        "masters": nbytes(engine._weights.by_name.values()),
-        "moments": sum(nbytes((moments["exp_avg"], moments["exp_avg_sq"])) for moments in state),
-        "gradients": gradients.most,
+        "masters": nbytes(state.master for state in states),
+        "moments": sum(nbytes((state.exp_avg, state.exp_avg_sq)) for state in states),
+        "gradients": gradients.left + gradients.made,
         "activations": sum(saved.values()) - logits,
         "logits": logits + scores,  # in bfloat16 for all positions, in float32 for a few at a time
     }

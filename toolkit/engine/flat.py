@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -84,10 +85,11 @@ class Flat:
         low = parameters[0].dtype != torch.float32
         self.is_summed = ranks > 1 or (accumulates and low)
         """Gradients are added up in a buffer of their own; autograd does it in place where they are float32 already."""
+        self._ends = list(accumulate(p.numel() for p in parameters))
         self.gradients: list[torch.Tensor] = []
         """From ``begin`` to ``end``: the parameters' gradients, or the one buffer of their sums."""
         self._sums: torch.Tensor | None = None
-        total, device = sum(p.numel() for p in parameters), parameters[0].device
+        total, device = self._ends[-1], parameters[0].device
         self._exp_avg, self._exp_avg_sq = (torch.zeros(total, device=device) for _ in range(2))
         self._step = torch.zeros((), device=device)
         self._master = torch.empty(total, device=device) if low else None
@@ -133,10 +135,11 @@ class Flat:
         self._step += 1
         beta1, beta2 = settings["betas"]
         for piece in self.pieces:
+            gradients = self.gradient(piece).split_with_sizes(piece.lengths)
             torch._fused_adamw_(
-                piece.masters, self.gradient(piece).split_with_sizes(piece.lengths), piece.exp_avgs, piece.exp_avg_sqs, [],
-                piece.steps, lr=settings["lr"], beta1=beta1, beta2=beta2, weight_decay=settings["weight_decay"],
-                eps=settings["eps"], amsgrad=False, maximize=False, grad_scale=scale, found_inf=found_inf,
+                piece.masters, gradients, piece.exp_avgs, piece.exp_avg_sqs, [], piece.steps, lr=settings["lr"],
+                beta1=beta1, beta2=beta2, weight_decay=settings["weight_decay"], eps=settings["eps"],
+                amsgrad=False, maximize=False, grad_scale=scale, found_inf=found_inf,
             )  # fmt: skip
             piece.write_back()
         self._step -= found_inf
@@ -178,10 +181,10 @@ class Flat:
 
     def _members(self, start: int, stop: int) -> Iterator[tuple[int, slice | None]]:
         """The tensors that reach into [start, stop), and which part of each."""
-        ends = accumulate(p.numel() for p in self.parameters)
-        for index, (parameter, end) in enumerate(zip(self.parameters, ends, strict=True)):
-            begin = end - parameter.numel()
-            if begin >= start and end <= stop:
-                yield index, None
-            elif begin < stop and end > start:
-                yield index, slice(max(start - begin, 0), min(stop, end) - begin)
+        for index in range(bisect_right(self._ends, start), len(self._ends)):
+            size = self.parameters[index].numel()
+            begin = self._ends[index] - size
+            if begin >= stop:
+                return
+            inside = slice(max(start - begin, 0), min(stop - begin, size))
+            yield index, None if inside == slice(0, size) else inside

@@ -64,7 +64,7 @@ class MasterAdamW(torch.optim.AdamW):
             flats = [Flat(index, kind, self._scratch, piece, accumulates, ranks) for kind in kinds if kind]
             self._flats += flats
             groups.append({**group, "params": [state.master for flat in flats for state in flat.states]})
-        super().__init__(groups, fused=True)  # refuses devices that have no fused kernel
+        super().__init__(groups, fused=True)
         states = {p: state for flat in self._flats for p, state in zip(flat.parameters, flat.states, strict=True)}
         self.by_name = {name: states[parameter] for name, parameter in parameters.items()}
         """State of each tensor, in the order of ``parameters``."""

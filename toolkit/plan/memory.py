@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from toolkit.engine.ds_config import zero_stage
+from toolkit.engine.master_adamw import PIECE
 from toolkit.plan.rehearse import Rehearsal
 
 KINDS = (
@@ -93,24 +94,21 @@ class Standing:
     """The most bytes of gradients at once between backward and the end of the update."""
     buffers: int
     """Communication buckets and gathered parameters."""
+    scratch: int = 0
+    """What the update works in; held throughout."""
 
 
 def standing(spec: EngineSpec, tensors: Tensors) -> Standing:
     """What ``spec`` holds for ``tensors``.
 
-    Follows toolkit.optim.MasterWeights, and of DeepSpeed 0.19 zero/stage_1_and_2.py, zero/stage3.py,
+    Follows toolkit.engine.flat, and of DeepSpeed 0.19 zero/stage_1_and_2.py, zero/stage3.py,
     bf16_optimizer.py and fp16/unfused_optimizer.py.
     """
     width, total = tensors.width, sum(tensors.trained)
     low = width < 4  # float32 parameters are their own masters where nothing partitions them
     suffix = (total + sum(tensors.frozen)) * width
     if spec.stage is None:
-        collected = _collected(tensors) if low and not spec.accumulates else 4 * total
-        return Standing(
-            prefix_weights=tensors.prefix * width, suffix_weights=suffix, masters=4 * total if low else 0,
-            moments=8 * total, accumulated=4 * total if spec.accumulates else 0, share=1.0,
-            update_gradients=collected + (width * total if low and spec.accumulates else 0), buffers=0,
-        )  # fmt: skip
+        return _local(spec, tensors, suffix)
     if spec.stage == 0:
         return Standing(
             prefix_weights=tensors.prefix * width, suffix_weights=suffix, masters=4 * total if low else 0,
@@ -123,14 +121,20 @@ def standing(spec: EngineSpec, tensors: Tensors) -> Standing:
     return _stage_1_or_2(spec, tensors, suffix)
 
 
-def _collected(tensors: Tensors) -> int:
-    """The most bytes while 16-bit gradients become float32 ones, tensor by tensor, each freed once it is converted."""
-    rest, done, most = tensors.width * sum(tensors.trained), 0, 0
-    for size in tensors.trained:
-        most = max(most, rest + done + 4 * size)
-        rest -= tensors.width * size
-        done += 4 * size
-    return most
+def _local(spec: EngineSpec, tensors: Tensors, suffix: int) -> Standing:
+    """Gradients stay as backward leaves them, unless they are added up in float32 over micro batches or ranks."""
+    width, total = tensors.width, sum(tensors.trained)
+    low = width < 4
+    if spec.accumulates and not low and spec.ranks == 1:  # autograd adds each tensor's gradient as it comes
+        held, share, update = 4 * (total + max(tensors.trained)), 0.0, 4 * total
+    else:
+        sums = 4 * total if spec.ranks > 1 or spec.accumulates else 0
+        held, share, update = sums if spec.accumulates else 0, 1.0, width * total + sums
+    return Standing(
+        prefix_weights=tensors.prefix * width, suffix_weights=suffix, masters=4 * total if low else 0,
+        moments=8 * total, accumulated=held, share=share, update_gradients=update, buffers=0,
+        scratch=4 * min(total, max(PIECE.values())),
+    )  # fmt: skip
 
 
 def _stage_1_or_2(spec: EngineSpec, tensors: Tensors, suffix: int) -> Standing:
@@ -202,16 +206,16 @@ def memory(held: Standing, rehearsal: Rehearsal) -> Memory:
     top = rehearsal.peak({"gradients": held.share})
     micro_batch = fixed | {
         "gradients": held.accumulated + top["gradients"], "activations": top["activations"],
-        "logits": top["logits"], "workspace": top["workspace"] + held.buffers,
+        "logits": top["logits"], "workspace": top["workspace"] + held.buffers + held.scratch,
     }  # fmt: skip
-    update = fixed | {"gradients": held.update_gradients, "activations": 0, "logits": 0, "workspace": 0}
+    update = fixed | {"gradients": held.update_gradients, "activations": 0, "logits": 0, "workspace": held.scratch}
     most = fixed | {
         "gradients": max(
             held.accumulated + int(held.share * rehearsal.most("gradients")), held.update_gradients
         ),
         "activations": rehearsal.kept("activations"),
         "logits": rehearsal.most("logits"),
-        "workspace": rehearsal.most("workspace") + held.buffers,
+        "workspace": rehearsal.most("workspace") + held.buffers + held.scratch,
     }  # fmt: skip
     in_update = sum(update.values()) > sum(micro_batch.values())
     return Memory(most, update if in_update else micro_batch, "update" if in_update else "forward and backward")

@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from toolkit import __version__
+import toolkit
 from toolkit.config.schema import PrefixConfig
 from toolkit.data.batches import collate
 from toolkit.data.examples import Example
@@ -86,7 +86,7 @@ def identity(loaded: LoadedModel, boundary: int, settings: PrefixConfig, device:
     config = model.config.to_dict()
     for key in ("_name_or_path", "tie_word_embeddings", "use_cache"):  # they do not change what the prefix computes
         config.pop(key, None)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "frostline": __version__}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "frostline": toolkit.__version__}
     if settings.precision != "model":
         versions["bitsandbytes"] = metadata.version("bitsandbytes")
     return {
