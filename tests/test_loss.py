@@ -78,10 +78,11 @@ def test_the_error_is_that_of_plain_cross_entropy_in_the_same_precision(
         exact = outcome(plain, used, targets, scale, torch.float64, post=post)
         usual = outcome(plain, used, targets, scale, dtype, post=post)
         ours = outcome(linear_cross_entropy, used, targets, scale, dtype, post=post, tile_bytes=tile_bytes)
-        for own, reference, true in zip(ours, usual, exact, strict=True):
-            rounding = 8 * torch.finfo(torch.float32).eps * true.norm()
-            rounding += 0.25 * (reference - true).norm()  # tiles add up the gradient of hidden in another order
-            assert (own - true).norm() <= (reference - true).norm() + rounding
+        for place, (own, reference, true) in enumerate(zip(ours, usual, exact, strict=True)):
+            error = (reference - true).norm()
+            if place == 1 and tile_bytes < 2**27:
+                error *= 1.5  # the gradient of hidden is rounded in each tile before it is added up in float32
+            assert (own - true).norm() <= error + 8 * torch.finfo(torch.float32).eps * true.norm()
 
 
 @pytest.mark.parametrize("tile_bytes", [2**27, 4096])
@@ -135,7 +136,8 @@ def test_the_largest_tensor_is_a_tile_in_the_models_precision(tile_bytes: int) -
     with _Largest() as largest, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         linear_cross_entropy(*leaves, targets, tile_bytes=tile_bytes).backward()
     logits = 96 * 102400 * 2
-    bound = max(min(tile_bytes, logits), BLOCK_BYTES)
+    tile = min(tile_bytes, logits)
+    bound = max(tile, min(2 * tile, BLOCK_BYTES))  # the tile in float32, if that is no more than a block may be
     assert bound * 0.9 < largest.bytes <= bound
     own = sum(leaf.nbytes for leaf in leaves) + targets.nbytes + 96 * 4
     assert sum(saved.values()) == own + (logits if tile_bytes >= logits else 0)
@@ -201,8 +203,8 @@ def test_the_last_mlp_computes_supervised_positions_alone(batches: list[Batch]) 
 
 
 def test_what_looks_at_other_positions_is_not_narrowed(batches: list[Batch]) -> None:
-    """A last MLP and a final norm that mix positions: each is found out by itself."""
-    for name, expected in (("layers.5.mlp", ShortCuts(True, True, False)), ("norm", ShortCuts(True, False, True))):
+    """A last MLP that mixes positions, and a final norm that does: it reads what the MLP gives elsewhere."""
+    for name, expected in (("layers.5.mlp", ShortCuts(True, True, False)), ("norm", ShortCuts(True))):
         model = tiny_llama()
         part = model.model.get_submodule(name)
         inner = part.forward
@@ -224,6 +226,6 @@ def test_a_head_that_is_more_than_a_product_gives_whole_logits(batches: list[Bat
     _, suffix = split(model, inspect(model), None)
     assert suffix.settle(None, batches[0]) == ShortCuts(False, True, True)
     assert "whole logits" in suffix.short_cuts.text
-    whole = model(input_ids=batches[0].input_ids, use_cache=False).logits[batches[0].supervised]
+    whole = model(input_ids=batches[0].input_ids, use_cache=False).logits.detach()[batches[0].supervised]
     expected = functional.cross_entropy(whole, batches[0].targets, reduction="sum")
-    assert float(suffix(None, batches[0])) == pytest.approx(float(expected), rel=1e-5)
+    assert float(suffix(None, batches[0]).detach()) == pytest.approx(float(expected), rel=1e-5)
