@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT, metrics, run_script, tiny_flags, tiny_llama, train
+from helpers import ENGLISH, ROOT, metrics, run_script, tiny_flags, tiny_llama, train
+from test_plan_reality import _LiveBytes
 from test_zoo import CUT, make
 from torch.nn import functional
 from transformers import modeling_flash_attention_utils as flash
 
-from toolkit.config.schema import MaskConfig, ModelConfig, RunConfig, TrainConfig
+from toolkit.config.schema import DataConfig, MaskConfig, ModelConfig, RunConfig, TrainConfig
 from toolkit.data.batches import Batch, BatchPlan, collate, epoch_order, pack, step_batches
+from toolkit.data.dataset import load_dataset
 from toolkit.data.examples import Example
 from toolkit.distributed import World
 from toolkit.errors import ModelError
@@ -26,6 +28,7 @@ from toolkit.loss import supervised_loss
 from toolkit.mask.apply import apply_mask
 from toolkit.mask.layer_mask import build_mask
 from toolkit.models.inspect import inspect
+from toolkit.models.load import load
 from toolkit.models.varlen import VARLEN
 from toolkit.plan.load import Load
 from toolkit.plan.memory import engine_spec
@@ -293,6 +296,14 @@ def test_twenty_steps_have_the_same_losses_packed(tiny_model: Path, tmp_path: Pa
     assert metrics(results["auto"], "eval_loss") == pytest.approx(metrics(results["off"], "eval_loss"), abs=1e-5)
 
 
+def test_the_documentation_counts_these_types() -> None:
+    text = " ".join((ROOT / "docs/packing.md").read_text(encoding="utf-8").split())
+    assert (
+        f"Of the {len(CUT)} model types of `tests/test_zoo.py` that are cut, `auto` packs {len(APART)}, and `on` takes "
+        f"{len(UNDER_A_MASK)} more under a mask. The other {len(CROSSES)} are padded"
+    ) in text
+
+
 @pytest.mark.distributed
 def test_two_ranks_under_zero_have_the_same_losses_packed(tiny_model: Path, tmp_path: Path) -> None:
     output = tmp_path / "result.json"
@@ -306,6 +317,38 @@ def test_two_ranks_under_zero_have_the_same_losses_packed(tiny_model: Path, tmp_
     assert len(found["auto"]["losses"]) == 20
     assert found["auto"]["losses"] == pytest.approx(found["off"]["losses"], abs=1e-5)
     assert found["auto"]["computed"] == found["auto"]["tokens"] < found["off"]["computed"]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_plans_peak_is_that_of_all_storages_alive(tiny_model: Path, recompute: bool) -> None:
+    data = DataConfig(path=str(ENGLISH))
+    config = RunConfig(
+        model=ModelConfig(name_or_path=str(tiny_model), dtype="float32"),
+        mask=MaskConfig(train=["last:2", "head"], tied="untie"),
+        data=data,
+        train=TrainConfig(micro_batch_size=3),
+    )
+    loaded = load(config.model)
+    examples = load_dataset(data, loaded.tokenizer, 0).train
+    longest = sorted(examples, key=lambda example: -len(example.token_ids))[:3]
+    batch = pack(longest)
+    assert batch.is_packed
+    lengths = tuple((len(example.token_ids), batch.supervised_tokens // 3) for example in longest)
+    planner = Planner(config, skeleton(config.model), Load(*lengths[0], lengths, "a test"))
+    planned = planner._rehearse(planner.variant(engine_spec(None, 1, 1), recompute)).peak()
+    mask = build_mask(config.mask, loaded.anatomy)
+    apply_mask(loaded.model, mask, loaded.anatomy)
+    prefix, suffix = split(loaded.model.train(), loaded.anatomy, mask.boundary)
+    assert prefix is not None
+    assert choose("auto", prefix, suffix, 3, longest).on
+    if recompute:
+        recompute_blocks(suffix.blocks(mask.boundary))
+    parts = (loaded.model, prefix, suffix)
+    with _LiveBytes([tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]) as live:
+        hidden = prefix(batch)
+        loss = supervised_loss(suffix, hidden, batch, batch.supervised_tokens)
+        loss.backward()
+    assert sum(planned.values()) == pytest.approx(live.most, rel=0.02)
 
 
 def test_the_plan_counts_packed_rows_without_padding(tiny_model: Path) -> None:
