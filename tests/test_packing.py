@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT, metrics, run_script, tiny_flags, tiny_llama, train
+from helpers import ROOT, tiny_llama
 from test_zoo import CUT, make
 from torch.nn import functional
 from transformers import modeling_flash_attention_utils as flash
 
-from toolkit.config.schema import MaskConfig, ModelConfig, RunConfig, TrainConfig
+from toolkit.config.schema import MaskConfig
 from toolkit.data.batches import Batch, BatchPlan, collate, epoch_order, pack, step_batches
 from toolkit.data.examples import Example
-from toolkit.distributed import World
 from toolkit.errors import ModelError
-from toolkit.evaluate import evaluate
 from toolkit.loss import supervised_loss
 from toolkit.mask.apply import apply_mask
 from toolkit.mask.layer_mask import build_mask
 from toolkit.models.inspect import inspect
 from toolkit.models.varlen import VARLEN
-from toolkit.plan.load import Load
-from toolkit.plan.memory import engine_spec
-from toolkit.plan.planner import Planner
-from toolkit.plan.report import as_dict, as_text
-from toolkit.plan.skeleton import skeleton
 from toolkit.prefix.packing import Packing, choose_packing, set_attention
 from toolkit.prefix.recompute import recompute_blocks
 from toolkit.prefix.split import Prefix, Suffix, split
@@ -269,63 +260,9 @@ def test_the_batches_of_an_epoch_hold_the_same_rows_and_no_padding() -> None:
     assert all(batch.attention_mask is None for batch in packed)
 
 
-def test_evaluation_gives_the_same_loss_packed() -> None:
-    model = tiny_llama().eval()
-    prefix, suffix = split(model, inspect(model), 2)
-    assert choose("auto", prefix, suffix).on
-    losses = [evaluate(suffix, prefix, ROWS, 3, 0, World(), packed).loss for packed in (True, False)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-
-
-def test_twenty_steps_have_the_same_losses_packed(tiny_model: Path, tmp_path: Path) -> None:
-    results = {}
-    for mode in ("auto", "off"):
-        run = tmp_path / mode
-        flags = tiny_flags(tiny_model, run, "--train.micro_batch_size", 3, "--train.max_steps", 20)
-        more = ["--data.validation", "0.2", "--data.packing", mode, "--train.epochs", "4"]
-        assert train(*flags, *more) == 0
-        results[mode] = run
-        assert json.loads((run / "plan.json").read_text())["micro_batch"]["packed"] is (mode == "auto")
-    packed, padded = metrics(results["auto"]), metrics(results["off"])
-    assert len(packed) == 20
-    assert packed == pytest.approx(padded, abs=1e-5)
-    assert metrics(results["auto"], "tokens") == metrics(results["off"], "tokens")
-    assert metrics(results["auto"], "eval_loss") == pytest.approx(metrics(results["off"], "eval_loss"), abs=1e-5)
-
-
-@pytest.mark.distributed
-def test_two_ranks_under_zero_have_the_same_losses_packed(tiny_model: Path, tmp_path: Path) -> None:
-    output = tmp_path / "result.json"
-    flags = tiny_flags(tiny_model, tmp_path / "run", "--train.micro_batch_size", 2, "--train.max_steps", 20)
-    more = ["--train.epochs", 5, "--train.gradient_checkpointing", "on", "--ds", ROOT / "ds_configs" / "zero2.json"]
-    launcher = ("deepspeed", "--num_gpus", "2")
-    result = run_script("tests/packing_worker.py", output, *flags, *more, launcher=launcher)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
-    found = json.loads(output.read_text())
-    assert (found["auto"]["engine"], found["auto"]["packed"], found["off"]["packed"]) == ("zero-2", True, False)
-    assert len(found["auto"]["losses"]) == 20
-    assert found["auto"]["losses"] == pytest.approx(found["off"]["losses"], abs=1e-5)
-    assert found["auto"]["computed"] == found["auto"]["tokens"] < found["off"]["computed"]
-
-
-def test_the_plan_counts_packed_rows_without_padding(tiny_model: Path) -> None:
-    lengths = ((60, 9), (20, 5), (35, 7), (10, 3))
-    load = Load(60, 9, lengths, "a test")
-    plans = {}
-    for mode in ("auto", "off"):
-        config = RunConfig.model_validate(
-            {
-                "model": ModelConfig(name_or_path=str(tiny_model), dtype="float32"),
-                "mask": MaskConfig(train=["last:2"]),
-                "train": TrainConfig(micro_batch_size=3),
-                "data": {"packing": mode},
-            }
-        )
-        planner = Planner(config, skeleton(config.model), load)
-        plans[mode] = planner.plan(planner.variant(engine_spec(None, 1, 1), recompute=False))
-    packed, padded = plans["auto"], plans["off"]
-    assert "micro batch of 3 rows packed into one of 115 tokens" in as_text(packed)
-    assert [as_dict(plan)["micro_batch"]["packed"] for plan in (packed, padded)] == [True, False]
-    assert packed.compute.of(lengths) == pytest.approx(padded.compute.of(lengths), rel=1e-6)
-    share = packed.memory.most["activations"] / padded.memory.most["activations"]
-    assert share == pytest.approx(115 / 180, rel=0.1)
+def test_the_documentation_counts_these_types() -> None:
+    text = " ".join((ROOT / "docs/packing.md").read_text(encoding="utf-8").split())
+    assert (
+        f"Of the {len(CUT)} model types of `tests/test_zoo.py` that are cut, `auto` packs {len(APART)}, and `on` takes "
+        f"{len(UNDER_A_MASK)} more under a mask. The other {len(CROSSES)} are padded"
+    ) in text
