@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from toolkit.engine.ds_config import zero_stage
+from toolkit.plan.frozen import Frozen
 from toolkit.plan.rehearse import Rehearsal
 
 KINDS = (
@@ -65,8 +66,6 @@ def zero_spec(stage: int, ranks: int, accumulates: bool, hidden_size: int) -> En
 class Tensors:
     """Sizes of the tensors of a split model, in elements."""
 
-    prefix: int
-    """Storages that the prefix alone holds."""
     shared: int
     """Storages that both halves hold: a frozen table that is embedding and head."""
     trained: tuple[int, ...]
@@ -95,8 +94,8 @@ class Standing:
     """Communication buckets and gathered parameters."""
 
 
-def standing(spec: EngineSpec, tensors: Tensors) -> Standing:
-    """What ``spec`` holds for ``tensors``.
+def standing(spec: EngineSpec, tensors: Tensors, frozen: Frozen) -> Standing:
+    """What ``spec`` holds for ``tensors``, beside the prefix's ``frozen`` ones.
 
     Follows toolkit.optim.MasterWeights, and of DeepSpeed 0.19 zero/stage_1_and_2.py, zero/stage3.py,
     bf16_optimizer.py and fp16/unfused_optimizer.py.
@@ -107,20 +106,20 @@ def standing(spec: EngineSpec, tensors: Tensors) -> Standing:
     if spec.stage is None:
         collected = _collected(tensors) if low and not spec.accumulates else 4 * total
         return Standing(
-            prefix_weights=tensors.prefix * width, suffix_weights=suffix, masters=4 * total if low else 0,
+            prefix_weights=frozen.device, suffix_weights=suffix, masters=4 * total if low else 0,
             moments=8 * total, accumulated=4 * total if spec.accumulates else 0, share=1.0,
             update_gradients=collected + (width * total if low and spec.accumulates else 0), buffers=0,
         )  # fmt: skip
     if spec.stage == 0:
         return Standing(
-            prefix_weights=tensors.prefix * width, suffix_weights=suffix, masters=4 * total if low else 0,
+            prefix_weights=frozen.device, suffix_weights=suffix, masters=4 * total if low else 0,
             moments=8 * total, accumulated=0, share=1.0,
             update_gradients=(width + 4) * total if low else width * total,
             buffers=width * min(total, int(5e8)) if spec.ranks > 1 else 0,
         )  # fmt: skip
     if spec.stage == 3:
-        return _stage_3(spec, tensors)
-    return _stage_1_or_2(spec, tensors, suffix)
+        return _stage_3(spec, tensors, frozen)
+    return _stage_1_or_2(spec, tensors, frozen, suffix)
 
 
 def _collected(tensors: Tensors) -> int:
@@ -133,7 +132,7 @@ def _collected(tensors: Tensors) -> int:
     return most
 
 
-def _stage_1_or_2(spec: EngineSpec, tensors: Tensors, suffix: int) -> Standing:
+def _stage_1_or_2(spec: EngineSpec, tensors: Tensors, frozen: Frozen, suffix: int) -> Standing:
     width, total = tensors.width, sum(tensors.trained)
     part = 2 * math.ceil(total / (2 * spec.ranks))
     low = width < 4
@@ -146,12 +145,12 @@ def _stage_1_or_2(spec: EngineSpec, tensors: Tensors, suffix: int) -> Standing:
         # this rank's gradients, flattened, then in float32: the three are there together
         update = int(share * width * total) + width * part + (4 * part if low else 0)
     return Standing(
-        prefix_weights=tensors.prefix * width, suffix_weights=suffix, masters=4 * part, moments=8 * part,
+        prefix_weights=frozen.device, suffix_weights=suffix, masters=4 * part, moments=8 * part,
         accumulated=held, share=share, update_gradients=update, buffers=spec.bucket * width,
     )  # fmt: skip
 
 
-def _stage_3(spec: EngineSpec, tensors: Tensors) -> Standing:
+def _stage_3(spec: EngineSpec, tensors: Tensors, frozen: Frozen) -> Standing:
     """Every tensor of the suffix is cut in equal parts; the prefix keeps its own copy of a shared table."""
     width, low = tensors.width, tensors.width < 4
 
@@ -164,7 +163,7 @@ def _stage_3(spec: EngineSpec, tensors: Tensors) -> Standing:
     gathered = min(sum(everything) - whole, spec.live)
     summed = 4 if spec.accumulates or not low else width
     return Standing(
-        prefix_weights=(tensors.prefix + tensors.shared) * width,
+        prefix_weights=frozen.device + tensors.shared * width,
         suffix_weights=(parts(everything) + whole) * width,
         masters=4 * part if low else 0, moments=8 * part, accumulated=summed * part, share=0.0,
         update_gradients=(summed + 4) * part, buffers=(spec.bucket + gathered) * width,
@@ -193,8 +192,14 @@ class Memory:
         return self.most["prefix weights"] + self.most["suffix weights"]
 
 
-def memory(held: Standing, rehearsal: Rehearsal) -> Memory:
-    """What the engine holds and what a micro batch adds, in forward and backward and in the update."""
+def memory(held: Standing, rehearsal: Rehearsal, lent: int) -> Memory:
+    """What the engine holds and what a micro batch adds: in the prefix, in forward and backward, and in the update.
+
+    Args:
+        held: whatever the micro batch.
+        rehearsal: of the micro batch.
+        lent: bytes of weights that blocks of the prefix have only while they compute.
+    """
     fixed = {
         "prefix weights": held.prefix_weights, "suffix weights": held.suffix_weights,
         "masters": held.masters, "moments": held.moments,
@@ -205,16 +210,21 @@ def memory(held: Standing, rehearsal: Rehearsal) -> Memory:
         "logits": top["logits"], "workspace": top["workspace"] + held.buffers,
     }  # fmt: skip
     update = fixed | {"gradients": held.update_gradients, "activations": 0, "logits": 0, "workspace": 0}
+    in_prefix = fixed | {
+        "gradients": held.accumulated, "activations": 0, "logits": 0,
+        "workspace": rehearsal.most_in_prefix + lent + held.buffers,
+    }  # fmt: skip
     most = fixed | {
         "gradients": max(
             held.accumulated + int(held.share * rehearsal.most("gradients")), held.update_gradients
         ),
         "activations": rehearsal.kept("activations"),
         "logits": rehearsal.most("logits"),
-        "workspace": rehearsal.most("workspace") + held.buffers,
+        "workspace": max(rehearsal.most("workspace"), rehearsal.most_in_prefix + lent) + held.buffers,
     }  # fmt: skip
-    in_update = sum(update.values()) > sum(micro_batch.values())
-    return Memory(most, update if in_update else micro_batch, "update" if in_update else "forward and backward")
+    moments = {"forward and backward": micro_batch, "update": update, "prefix": in_prefix}
+    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    return Memory(most, moments[moment], moment)
 
 
 def checkpoint_bytes(spec: EngineSpec, tensors: Tensors) -> int:
