@@ -11,7 +11,7 @@ from helpers import invocation, run_script, tiny_flags
 from plan_shapes import EXAONE, exaone
 
 from toolkit.config.flags import byte_size
-from toolkit.config.schema import MaskConfig, ModelConfig, RunConfig, TrainConfig
+from toolkit.config.schema import MaskConfig, ModelConfig, PrefixConfig, RunConfig, TrainConfig
 from toolkit.errors import ConfigError, MaskError, ModelError, PlanError
 from toolkit.plan.command import plan_command
 from toolkit.plan.fit import RESERVE, choose_recompute, judge
@@ -51,6 +51,10 @@ def tiny_planner(directory: Path, rows: int = 1, **options: Any) -> Planner:
     return Planner(config, skeleton(config.model), Load(512, 512, None, "a test"))
 
 
+AWAY: Any = {"precision": "nf4", "placement": "cpu"}
+"""A prefix of which nothing is left to move out of the way."""
+
+
 def first_turn(planner: Planner, budget_of: Any, spec: Any = LOCAL) -> str:
     variant = choose_recompute(planner, spec, None)
     verdict = judge(planner, variant, budget_of(planner, variant))
@@ -67,18 +71,22 @@ def test_the_first_knob_is_the_one_that_costs_least(tiny_model: Path) -> None:
     assert first_turn(tiny_planner(tiny_model, rows=4, **off), just_below) == "train.gradient_checkpointing: on"
     on = {"gradient_checkpointing": "on"}
     assert first_turn(tiny_planner(tiny_model, rows=4, **on), just_below).startswith("train.micro_batch_size: 1 with")
-    assert first_turn(tiny_planner(tiny_model, **on), just_below).startswith("data.max_length: 256")
+    assert first_turn(tiny_planner(tiny_model, **on), just_below) == "prefix.precision: int8"
+    planner = tiny_planner(tiny_model, **on)
+    for prefix, turn in (({"precision": "nf4"}, "prefix.placement: cpu"), (AWAY, "data.max_length: 256")):
+        planner.config = planner.config.model_copy(update={"prefix": PrefixConfig(**prefix)})
+        assert first_turn(planner, just_below).startswith(turn)
 
 
 def test_state_that_no_shorter_row_makes_room_for_goes_to_more_ranks_then_to_fewer_blocks(tmp_path: Path) -> None:
     directory = exaone(tmp_path / "7.8b", "7.8b")
     config = RunConfig(
         model=ModelConfig(name_or_path=str(directory)), mask=MaskConfig(train=["last:16"]),
-        train=TrainConfig(gradient_checkpointing="on"),
+        train=TrainConfig(gradient_checkpointing="on"), prefix=PrefixConfig(**AWAY),
     )  # fmt: skip
     planner = Planner(config, skeleton(config.model), Load(256, 64, None, "a test"))
     verdict = judge(planner, planner.variant(LOCAL, recompute=True), 40 * 2**30)
-    assert [text for text, _ in verdict.turns] == ["--ds ds_configs/zero2.json on 4 ranks"]
+    assert [text for text, _ in verdict.turns] == ["--ds ds_configs/zero3.json on 2 ranks"]
     wide = planner.variant(zero_spec(3, 8, False, 4096), recompute=True)
     least = planner.memory(wide).peak + RESERVE
     assert judge(planner, wide, least).turns == ()

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from toolkit.errors import ModelError
 from toolkit.plan.memory import EngineSpec, zero_spec
 from toolkit.plan.planner import Planner, Variant, hidden_size
 
@@ -55,8 +56,9 @@ def choose_recompute(planner: Planner, spec: EngineSpec, budget: int | None) -> 
 def judge(planner: Planner, variant: Variant, budget: int) -> Verdict:
     """Compare the peak with ``budget`` bytes.
 
-    The knobs, in the order in which they cost least: recompute activations, smaller micro batches, shorter rows, ZeRO
-    and more ranks, fewer blocks. One that suffices alone is proposed alone; else they add up in this order.
+    The knobs, in the order in which they cost least: recompute activations, smaller micro batches, the prefix in 8 or 4
+    bits, the prefix on the host, shorter rows, ZeRO and more ranks, fewer blocks. One that suffices alone is proposed
+    alone; else they add up in this order.
     """
     needed = planner.memory(variant).peak + RESERVE
     if needed <= budget:
@@ -99,6 +101,26 @@ def _micro_batch(variant: Variant, planner: Planner) -> Knob:
         )
 
 
+def _precision(variant: Variant, planner: Planner) -> Knob:
+    if variant.frozen.precision == "model":
+        for precision in ("int8", "nf4"):
+            turned = replace(variant, frozen=variant.frozen.model_copy(update={"precision": precision}))
+            try:
+                planner.frozen(turned)
+            except ModelError:  # these blocks hold little that can be quantised
+                return
+            yield f"prefix.precision: {precision}", turned
+
+
+def _placement(variant: Variant, planner: Planner) -> Knob:
+    if variant.frozen.placement == "device":
+        frozen = variant.frozen.model_copy(update={"placement": "cpu"})
+        yield (
+            "prefix.placement: cpu (slower: the frozen blocks are copied for each batch)",
+            replace(variant, frozen=frozen),
+        )
+
+
 def _length(variant: Variant, planner: Planner) -> Knob:
     tokens = 2 ** ((variant.tokens - 1).bit_length() - 1)  # the next power of two below
     while tokens >= _SHORTEST:
@@ -136,5 +158,7 @@ def _blocks(variant: Variant, planner: Planner) -> Knob:
 
 def _knobs(planner: Planner, variant: Variant) -> list[Callable[[Variant, Planner], Knob]]:
     """The knobs that can help: where the update is the peak, none that only makes a micro batch smaller."""
-    for_micro_batch = [_checkpointing, _micro_batch, _length]
-    return [*(for_micro_batch if planner.memory(variant).moment != "update" else []), _ranks, _blocks]
+    in_update = planner.memory(variant).moment == "update"
+    smaller = [] if in_update else [_checkpointing, _micro_batch]
+    prefix = [_precision, _placement]
+    return [*smaller, *prefix, *([] if in_update else [_length]), _ranks, _blocks]

@@ -9,6 +9,7 @@ from typing import Any
 
 from toolkit.engine.ds_config import zero_stage
 from toolkit.engine.master_adamw import PIECE
+from toolkit.plan.frozen import Frozen
 from toolkit.plan.rehearse import Rehearsal
 
 KINDS = (
@@ -66,8 +67,6 @@ def zero_spec(stage: int, ranks: int, accumulates: bool, hidden_size: int) -> En
 class Tensors:
     """Sizes of the tensors of a split model, in elements."""
 
-    prefix: int
-    """Storages that the prefix alone holds."""
     shared: int
     """Storages that both halves hold: a frozen table that is embedding and head."""
     trained: tuple[int, ...]
@@ -98,8 +97,8 @@ class Standing:
     """What the update works in; held throughout."""
 
 
-def standing(spec: EngineSpec, tensors: Tensors) -> Standing:
-    """What ``spec`` holds for ``tensors``.
+def standing(spec: EngineSpec, tensors: Tensors, frozen: Frozen) -> Standing:
+    """What ``spec`` holds for ``tensors``, beside the prefix's ``frozen`` ones.
 
     Follows toolkit.engine.flat, and of DeepSpeed 0.19 zero/stage_1_and_2.py, zero/stage3.py,
     bf16_optimizer.py and fp16/unfused_optimizer.py.
@@ -108,20 +107,20 @@ def standing(spec: EngineSpec, tensors: Tensors) -> Standing:
     low = width < 4  # float32 parameters are their own masters where nothing partitions them
     suffix = (total + sum(tensors.frozen)) * width
     if spec.stage is None:
-        return _local(spec, tensors, suffix)
+        return _local(spec, tensors, frozen, suffix)
     if spec.stage == 0:
         return Standing(
-            prefix_weights=tensors.prefix * width, suffix_weights=suffix, masters=4 * total if low else 0,
+            prefix_weights=frozen.device, suffix_weights=suffix, masters=4 * total if low else 0,
             moments=8 * total, accumulated=0, share=1.0,
             update_gradients=(width + 4) * total if low else width * total,
             buffers=width * min(total, int(5e8)) if spec.ranks > 1 else 0,
         )  # fmt: skip
     if spec.stage == 3:
-        return _stage_3(spec, tensors)
-    return _stage_1_or_2(spec, tensors, suffix)
+        return _stage_3(spec, tensors, frozen)
+    return _stage_1_or_2(spec, tensors, frozen, suffix)
 
 
-def _local(spec: EngineSpec, tensors: Tensors, suffix: int) -> Standing:
+def _local(spec: EngineSpec, tensors: Tensors, frozen: Frozen, suffix: int) -> Standing:
     """Gradients stay as backward leaves them, unless they are added up in float32 over micro batches or ranks."""
     width, total = tensors.width, sum(tensors.trained)
     low = width < 4
@@ -131,13 +130,13 @@ def _local(spec: EngineSpec, tensors: Tensors, suffix: int) -> Standing:
         sums = 4 * total if spec.ranks > 1 or spec.accumulates else 0
         held, share, update = sums if spec.accumulates else 0, 1.0, width * total + sums
     return Standing(
-        prefix_weights=tensors.prefix * width, suffix_weights=suffix, masters=4 * total if low else 0,
+        prefix_weights=frozen.device, suffix_weights=suffix, masters=4 * total if low else 0,
         moments=8 * total, accumulated=held, share=share, update_gradients=update, buffers=0,
         scratch=4 * min(total, max(PIECE.values())),
     )  # fmt: skip
 
 
-def _stage_1_or_2(spec: EngineSpec, tensors: Tensors, suffix: int) -> Standing:
+def _stage_1_or_2(spec: EngineSpec, tensors: Tensors, frozen: Frozen, suffix: int) -> Standing:
     width, total = tensors.width, sum(tensors.trained)
     part = 2 * math.ceil(total / (2 * spec.ranks))
     low = width < 4
@@ -150,12 +149,12 @@ def _stage_1_or_2(spec: EngineSpec, tensors: Tensors, suffix: int) -> Standing:
         # this rank's gradients, flattened, then in float32: the three are there together
         update = int(share * width * total) + width * part + (4 * part if low else 0)
     return Standing(
-        prefix_weights=tensors.prefix * width, suffix_weights=suffix, masters=4 * part, moments=8 * part,
+        prefix_weights=frozen.device, suffix_weights=suffix, masters=4 * part, moments=8 * part,
         accumulated=held, share=share, update_gradients=update, buffers=spec.bucket * width,
     )  # fmt: skip
 
 
-def _stage_3(spec: EngineSpec, tensors: Tensors) -> Standing:
+def _stage_3(spec: EngineSpec, tensors: Tensors, frozen: Frozen) -> Standing:
     """Every tensor of the suffix is cut in equal parts; the prefix keeps its own copy of a shared table."""
     width, low = tensors.width, tensors.width < 4
 
@@ -168,7 +167,7 @@ def _stage_3(spec: EngineSpec, tensors: Tensors) -> Standing:
     gathered = min(sum(everything) - whole, spec.live)
     summed = 4 if spec.accumulates or not low else width
     return Standing(
-        prefix_weights=(tensors.prefix + tensors.shared) * width,
+        prefix_weights=frozen.device + tensors.shared * width,
         suffix_weights=(parts(everything) + whole) * width,
         masters=4 * part if low else 0, moments=8 * part, accumulated=summed * part, share=0.0,
         update_gradients=(summed + 4) * part, buffers=(spec.bucket + gathered) * width,
@@ -197,8 +196,14 @@ class Memory:
         return self.most["prefix weights"] + self.most["suffix weights"]
 
 
-def memory(held: Standing, rehearsal: Rehearsal) -> Memory:
-    """What the engine holds and what a micro batch adds, in forward and backward and in the update."""
+def memory(held: Standing, rehearsal: Rehearsal, lent: int) -> Memory:
+    """What the engine holds and what a micro batch adds: in the prefix, in forward and backward, and in the update.
+
+    Args:
+        held: whatever the micro batch.
+        rehearsal: of the micro batch.
+        lent: bytes of weights that blocks of the prefix have only while they compute.
+    """
     fixed = {
         "prefix weights": held.prefix_weights, "suffix weights": held.suffix_weights,
         "masters": held.masters, "moments": held.moments,
@@ -209,16 +214,21 @@ def memory(held: Standing, rehearsal: Rehearsal) -> Memory:
         "logits": top["logits"], "workspace": top["workspace"] + held.buffers + held.scratch,
     }  # fmt: skip
     update = fixed | {"gradients": held.update_gradients, "activations": 0, "logits": 0, "workspace": held.scratch}
+    in_prefix = fixed | {
+        "gradients": held.accumulated, "activations": 0, "logits": 0,
+        "workspace": rehearsal.most_in_prefix + lent + held.buffers + held.scratch,
+    }  # fmt: skip
     most = fixed | {
         "gradients": max(
             held.accumulated + int(held.share * rehearsal.most("gradients")), held.update_gradients
         ),
         "activations": rehearsal.kept("activations"),
         "logits": rehearsal.most("logits"),
-        "workspace": rehearsal.most("workspace") + held.buffers + held.scratch,
+        "workspace": max(rehearsal.most("workspace"), rehearsal.most_in_prefix + lent) + held.buffers + held.scratch,
     }  # fmt: skip
-    in_update = sum(update.values()) > sum(micro_batch.values())
-    return Memory(most, update if in_update else micro_batch, "update" if in_update else "forward and backward")
+    moments = {"forward and backward": micro_batch, "update": update, "prefix": in_prefix}
+    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    return Memory(most, moments[moment], moment)
 
 
 def checkpoint_bytes(spec: EngineSpec, tensors: Tensors) -> int:

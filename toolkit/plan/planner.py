@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from toolkit.config.schema import MaskGroup, RunConfig
+from toolkit.config.schema import MaskGroup, PrefixConfig, RunConfig
 from toolkit.errors import PlanError
 from toolkit.mask.apply import apply_mask, trainable_parameters
 from toolkit.mask.audit import AuditRow, audit, audit_table
@@ -19,6 +19,7 @@ from toolkit.mask.layer_mask import LayerMask, build_mask
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.varlen import VARLEN
 from toolkit.plan.compute import Compute, compute
+from toolkit.plan.frozen import Frozen, frozen_bytes
 from toolkit.plan.load import Load
 from toolkit.plan.memory import EngineSpec, Memory, Tensors, checkpoint_bytes, memory, standing
 from toolkit.plan.rehearse import Rehearsal, Shape, rehearse
@@ -45,6 +46,8 @@ class Variant:
     packed: bool
     """Rows of a micro batch are laid end to end, not padded."""
     spec: EngineSpec
+    frozen: PrefixConfig
+    """How the prefix's weights are kept."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class Plan:
     is_cut: bool
     """False where the architecture cannot be cut, so that the frozen blocks run inside the suffix."""
     memory: Memory
+    frozen: Frozen
+    """Where the prefix's weights are."""
     compute: Compute
     checkpoint: int
     """Bytes of one checkpoint on disk."""
@@ -91,7 +96,7 @@ class Planner:
         return Variant(
             selectors=tuple(self.config.mask.train), rows=train.micro_batch_size,
             accumulation=train.gradient_accumulation_steps, tokens=self.load.tokens, supervised=self.load.supervised,
-            recompute=recompute, packed=self._packs(), spec=spec,
+            recompute=recompute, packed=self._packs(), spec=spec, frozen=self.config.prefix,
         )  # fmt: skip
 
     def memory(self, variant: Variant) -> Memory:
@@ -101,8 +106,20 @@ class Planner:
             MaskError: the mask is at fault.
             PlanError: the architecture cannot be rehearsed without data.
         """
+        rehearsal = self._rehearse(variant)
         halves = self._split(variant.selectors, variant.packed)
-        return memory(standing(variant.spec, halves.tensors), self._rehearse(variant))
+        kept = self.frozen(variant)
+        return memory(standing(variant.spec, halves.tensors, kept), rehearsal, kept.lent)
+
+    def frozen(self, variant: Variant) -> Frozen:
+        """Bytes of the prefix's weights, wherever they are kept.
+
+        Raises:
+            MaskError: the mask is at fault.
+            ModelError: they are to be quantised, and cannot be.
+        """
+        halves = self._split(variant.selectors, variant.packed)
+        return frozen_bytes(halves.prefix, halves.suffix, halves.anatomy, halves.mask.boundary, variant.frozen)
 
     def plan(self, variant: Variant) -> Plan:
         """The whole plan.
@@ -120,7 +137,7 @@ class Planner:
             model=self.config.model.name_or_path, source=self.skeleton.note, mask=halves.mask,
             audit=tuple(audit(halves.mask, self.skeleton.anatomy)),
             audit_text=audit_table(halves.mask, self.skeleton.anatomy), variant=variant, load=self.load,
-            is_cut=halves.prefix is not None or not halves.mask.has_prefix, memory=held,
+            is_cut=halves.prefix is not None or not halves.mask.has_prefix, memory=held, frozen=self.frozen(variant),
             compute=compute(plain, checkpointed),
             checkpoint=checkpoint_bytes(variant.spec, halves.tensors), keep=self.config.output.keep,
         )  # fmt: skip
@@ -226,7 +243,6 @@ def _sizes(prefix: Prefix | None, suffix: Suffix, trained: dict[str, nn.Paramete
 
     below, above = storages(prefix), storages(suffix)
     return Tensors(
-        prefix=sum(size for storage, size in below.items() if storage not in above),
         shared=sum(size for storage, size in below.items() if storage in above),
         trained=tuple(parameter.numel() for parameter in trained.values()),
         frozen=tuple(p.numel() for p in suffix.parameters() if not p.requires_grad),

@@ -66,6 +66,8 @@ class Rehearsal:
     """Floating-point operations as torch.utils.flop_counter counts them: 2 a multiply-add."""
     end_of_forward: int
     """The event at which forward and loss were done."""
+    most_in_prefix: int
+    """The most bytes at once before the suffix begins."""
 
     @cached_property
     def _events(self) -> list[tuple[Record, int]]:
@@ -125,6 +127,7 @@ def rehearse(
     with ledger, _fused_attention(ledger):
         ledger.phase = "prefix"
         hidden = prefix(batch) if prefix is not None else None
+        most_in_prefix = ledger.most
         ledger.phase = "forward"
         loss = supervised_loss(suffix, hidden, batch, 1.0)
         end_of_forward = ledger.mark_activations()
@@ -134,7 +137,7 @@ def rehearse(
             if parameter.grad is not None:
                 ledger.mark(parameter.grad, "gradients")
                 parameter.grad = None
-    return Rehearsal(shape, tuple(ledger.records), dict(ledger.flops), end_of_forward)
+    return Rehearsal(shape, tuple(ledger.records), dict(ledger.flops), end_of_forward, most_in_prefix)
 
 
 def _batch(shape: Shape) -> Batch:
@@ -177,6 +180,9 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._standing = {tensor.untyped_storage()._cdata for tensor in standing}
         self._live: dict[int, Record] = {}
         self._event = 0
+        self._now = 0
+        self.most = 0
+        """The most bytes at once so far."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -222,12 +228,15 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             record.kind = "logits"
         self.records.append(record)
         self._live[key] = record
+        self._now += record.bytes
+        self.most = max(self.most, self._now)
         weakref.finalize(storage, self._release, key)
 
     def _release(self, key: int) -> None:
         if record := self._live.pop(key, None):
             self._event += 1
             record.death = self._event
+            self._now -= record.bytes
 
     def _product(self, args: tuple[Any, ...], out: Any) -> Product:
         """Attention's products grow with the square of the length; those not fused are batches of T x T matrices."""

@@ -60,6 +60,11 @@ def as_dict(plan: Plan, verdict: Verdict | None = None) -> dict[str, Any]:
             "accumulation": variant.accumulation,
             "source": plan.load.source,
         },
+        "prefix": {
+            "precision": variant.frozen.precision,
+            "placement": variant.frozen.placement,
+            "away_from_the_device": plan.frozen.away,
+        },
         "memory": {
             "peak": plan.memory.peak,
             "moment": plan.memory.moment,
@@ -95,6 +100,14 @@ def _memory_text(plan: Plan) -> str:
     for kind in KINDS:
         lines.append(f"{kind:<16}{_gib(memory.most[kind]):>14}{_gib(memory.at_peak[kind]):>14}")
     lines.append(f"{'total':<16}{'':>14}{_gib(memory.peak):>14}  in {memory.moment}")
+    frozen = variant.frozen
+    if (frozen.precision, frozen.placement) != ("model", "device"):
+        place = {
+            "device": "",
+            "cpu": f", {_gib(plan.frozen.away)} on the host",
+            "disk": f", {_gib(plan.frozen.away)} on disk",
+        }
+        lines.append(f"prefix kept in {frozen.precision} precision{place[frozen.placement]}")
     return "\n".join(lines)
 
 

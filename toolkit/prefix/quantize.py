@@ -96,11 +96,13 @@ def quantise(weight: torch.Tensor, form: Form) -> dict[str, torch.Tensor]:
 
 def dequantise(parts: Mapping[str, torch.Tensor], form: Form) -> torch.Tensor:
     """The weight that ``parts`` stand for, in its original shape and precision."""
-    rows = (math.prod(form.shape) // _row(form), _row(form))
     if form.precision == "int8":
         scales = parts["scales"].mul(1 / 127).unsqueeze(1)
         matrix = parts["codes"].to(form.dtype).mul_(scales)
     else:
+        size = math.prod(form.shape)
+        # bitsandbytes' CPU kernel takes the wrong scales where a row is not a whole number of blocks (0.50.2)
+        rows = (size // _BLOCK, _BLOCK) if size % _BLOCK == 0 else (1, size)
         functional = _bitsandbytes()
         code, outer_code = _tables(parts["codes"].device)
         outer = functional.QuantState(
@@ -112,7 +114,7 @@ def dequantise(parts: Mapping[str, torch.Tensor], form: Form) -> torch.Tensor:
         )  # fmt: skip
         matrix = functional.dequantize_4bit(parts["codes"], state)
     if form.transposed:
-        return matrix.t().contiguous()
+        return matrix.view(form.shape[::-1]).t().contiguous()
     return matrix.view(form.shape)
 
 
