@@ -110,7 +110,11 @@ def run_toolkit(workload: Workload, scratch: Path, *flags: str) -> Outcome:
         "--data.path": workload.data, "--data.validation": "none", "--train.seed": workload.seed,
         "--train.epochs": len(workload.orders), "--train.learning_rate": workload.learning_rate, "--output.dir": run,
     }  # fmt: skip
-    command = [sys.executable, str(ROOT / "launch" / "train.py"), *(str(word) for item in given.items() for word in item)]
+    command = [
+        sys.executable,
+        str(ROOT / "launch" / "train.py"),
+        *(str(word) for item in given.items() for word in item),
+    ]
     train = ["--mask.train", f"last:{workload.last}", "head"]
     finished = _checked(run_process([*command, *train, *flags], log, [metrics]), log)
     record, begin, peak = Record(), None, 0.0

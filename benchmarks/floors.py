@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -59,12 +60,11 @@ def measure_products(layers: Iterable[tuple[nn.Linear, int]], device: torch.devi
     for (out, into, rows, dtype), count in sizes.items():
         weight = torch.randn(out, into, device=device).to(dtype)
         x, dy = torch.randn(rows, into, device=device).to(dtype), torch.randn(rows, out, device=device).to(dtype)
-        work = (lambda: x @ weight.T, lambda: dy @ weight, lambda: dy.T @ x)
-        for kind, product in enumerate(work):
-            seconds = best_seconds(product, device)
+        for kind, (a, b) in enumerate(((x, weight.T), (dy, weight), (dy.T, x))):
+            seconds = best_seconds(partial(torch.mm, a, b), device)
             totals[kind] += count * seconds
             best = max(best, 2 * rows * out * into / seconds)
-    return Products(*totals, best_rate=best)
+    return Products(totals[0], totals[1], totals[2], best)
 
 
 def memory_bandwidth(device: torch.device, numel: int = 2**26) -> float:

@@ -7,10 +7,10 @@ Each contender trains the top four blocks and the untied head of SmolLM2-135M (o
 process of its own: bfloat16, batch 1, AdamW 1e-5, 10 % linear warmup, linear decay, clipping at 1.0. A round runs
 each once; the order rotates from round to round. The table gives the median and the range over the rounds:
 
-    run            seconds from the start of the first step, or of the filling of the cache, to the end of the last step,
-                   with all that happens in between (data, logging, the toolkit's checkpoints between epochs)
-    first, later   seconds of the first epoch, with the filling of the cache, and of a later one, each from the start of
-                   its first step to the end of its last
+    run            seconds from the start of the first step, or of the filling of the cache, to the end of the last
+                   step, with all that happens in between (data, logging, the toolkit's checkpoints between epochs)
+    first, later   seconds of the first epoch, with the filling of the cache, and of a later one, each from the start
+                   of its first step to the end of its last
     process        seconds from the start of the process to its end, with imports, loading and set-up
     peak           most memory: resident (ru_maxrss), or held on the GPU where there is one
     x              the masters loop divided by this contender, within a round
@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -41,7 +40,7 @@ from benchmarks.contenders import (  # noqa: E402
     thread_variables,
 )
 from benchmarks.report import bounds_text, head_lines, save, spread, table  # noqa: E402
-from benchmarks.workload import Workload, add_flags, flags  # noqa: E402
+from benchmarks.workload import Workload, add_flags, prepare  # noqa: E402
 
 MASTERS = "plain loop, fp32 masters"
 COLD, WARM = "frostline, cold cache", "frostline, warm cache"
@@ -71,22 +70,19 @@ Result = Outcome | str
 class Field:
     """All contenders on one workload."""
 
-    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
+    def __init__(self, arguments: argparse.Namespace, folder: Path, workload: Workload) -> None:
         self._pythons = {"trl": arguments.trl_python, "llamafactory": arguments.llamafactory_python}
         self._folder, self._runs = folder, 0
         self._keys = recipe_flags()
         self._cache: Path | None = None
         self._placed = ("--prefix.placement", "cpu") if arguments.shape == "larger-than-gpu" else ()
-        self.workload = Workload.read(folder / "workload.json")
+        self._workload = workload
 
     def run(self, name: str) -> Result:
         """Run contender ``name`` of ``NAMES`` once."""
         self._runs += 1
-        start: Callable[[], Result] = lambda: self._toolkit(name)  # noqa: E731
-        if name not in ("cold", "warm", "int8", "nf4"):
-            start = lambda: self._peer(name)  # noqa: E731
         try:
-            return start()
+            return self._toolkit(name) if name in ("cold", "warm", "int8", "nf4") else self._peer(name)
         except DoesNotFitError:
             return "out of memory"
 
@@ -108,7 +104,7 @@ class Field:
         cache = self._folder / f"cache-{self._runs}" if name != "warm" else self._cache
         given = ("--prefix.cache", "on", "--prefix.cache_dir", str(cache)) if cached else ()
         precision = ("--prefix.precision", name) if name in ("int8", "nf4") else ()
-        outcome = run_toolkit(self.workload, self._scratch(), *given, *precision, *self._placed)
+        outcome = run_toolkit(self._workload, self._scratch(), *given, *precision, *self._placed)
         if name == "cold":
             self._cache = cache
         return outcome
@@ -173,14 +169,16 @@ def bounds(results: dict[str, list[Result]], speed: bool) -> dict[str, bool]:
     ran = {name: runs for name, runs in ran.items() if runs}
     found: dict[str, bool] = {}
     trained = {outcome.record.trainable for runs in ran.values() for outcome in runs}
-    found[f"all train the same number of parameters ({', '.join(f'{n:,}' for n in sorted(trained))})"] = len(trained) == 1
+    found[f"all train the same number of parameters ({', '.join(f'{n:,}' for n in sorted(trained))})"] = (
+        len(trained) == 1
+    )
     if COLD in ran and MASTERS in ran:
         apart = max(abs(a - b) for a, b in zip(ran[COLD][0].record.losses, ran[MASTERS][0].record.losses, strict=True))
         found[f"each step's loss within 0.03 of the masters loop's (largest difference {apart:.4f})"] = apart <= 3e-2
     if COLD in ran and WARM in ran:
         same = all(run.record.losses == ran[COLD][0].record.losses for run in (*ran[COLD], *ran[WARM]))
         found["every loss is bit-identical between cold and warm cache"] = same
-    claims = [
+    claims: list[tuple[str, str, float, str, Callable[[Outcome], float]]] = [
         (COLD, MASTERS, 2.5, "run", lambda o: o.run), (COLD, LLAMA_FACTORY, 2.5, "run", lambda o: o.run),
         (COLD, TRAINER_CHECKPOINTED, 5.0, "run", lambda o: o.run),
         (COLD, MASTERS, 3.0, "later epoch", lambda o: o.later_epoch),
@@ -209,9 +207,8 @@ def main() -> int:
     given = parser.parse_args()
     thread_variables(given.threads)
     with tempfile.TemporaryDirectory(dir=given.directory) as folder:
-        prepare = [sys.executable, str(ROOT / "benchmarks" / "prepare.py"), folder, *flags(given)]
-        subprocess.run(prepare, check=True, stdout=subprocess.DEVNULL)
-        results = compare(Field(given, Path(folder)), given.contenders, given.rounds)
+        field = Field(given, Path(folder), prepare(Path(folder), given))
+        results = compare(field, given.contenders, given.rounds)
     name = given.shape or "SmolLM2-135M"
     above = head_lines(f"; {name}, {given.rows} rows, {given.epochs} epochs, {given.rounds} rounds")
     held = bounds(results, speed=given.shape is None)

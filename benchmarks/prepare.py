@@ -9,18 +9,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.shapes import Shape, named_shape, write_model  # noqa: E402
-from benchmarks.workload import ROOT, Workload, add_flags  # noqa: E402
-from toolkit.config.schema import DataConfig, ModelConfig  # noqa: E402
-from toolkit.data.batches import epoch_order  # noqa: E402
-from toolkit.data.dataset import load_dataset  # noqa: E402
-from toolkit.mask.apply import untie_head  # noqa: E402
-from toolkit.models.load import load, load_tokenizer  # noqa: E402
+from benchmarks.shapes import Shape, named_shape, write_model
+from benchmarks.workload import ROOT, Workload, add_flags
+from toolkit.config.schema import DataConfig, ModelConfig
+from toolkit.data.batches import epoch_order
+from toolkit.data.dataset import load_dataset
+from toolkit.mask.apply import untie_head
+from toolkit.models.load import load, load_tokenizer
 
 SAMPLE = ROOT / "examples" / "data" / "clinical_qa_en.jsonl"
 SEED = 42
@@ -66,10 +67,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     add_flags(parser)
+    parser.add_argument("--frozen", type=int, help="blocks below the frost line of a --shape, instead of its own")
     given = parser.parse_args()
     model = given.directory / "model"
     if given.shape:
         shape = named_shape(given.shape)
+        if given.frozen is not None:
+            shape = replace(shape, blocks=given.frozen + Workload.last)
         hollow = shape.blocks - Workload.last if given.shape == "larger-than-gpu" else 0
         write_random_model(shape, model, given.tokenizer, hollow)
     else:

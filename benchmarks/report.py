@@ -23,7 +23,10 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
 
     def line(row: Sequence[str]) -> str:
-        padded = [cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))]
+        padded = [
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
         return f"| {' | '.join(padded)} |"
 
     ruler = "|".join("-" * (width + 2) if i == 0 else "-" * (width + 1) + ":" for i, width in enumerate(widths))
@@ -71,7 +74,13 @@ def versions(packages: Iterable[str] = PACKAGES) -> str:
 def head_lines(more: str = "") -> str:
     """What stands above every table: date, machine, versions, threads and the command."""
     threads = os.environ.get("OMP_NUM_THREADS", "all")
-    lines = [f"{date.today()}, {hardware()}", f"{versions()}, threads: {threads}{more}", "", f"    {shown_command()}", ""]
+    lines = [
+        f"{date.today()}, {hardware()}",
+        f"{versions()}, threads: {threads}{more}",
+        "",
+        f"    {shown_command()}",
+        "",
+    ]
     return "\n".join(lines)
 
 

@@ -9,7 +9,6 @@ runs as a user runs it: launch/train.py in a process of its own. Exits 1 if a bo
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -19,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.contenders import run_peer, run_toolkit, thread_variables  # noqa: E402
 from benchmarks.report import bounds_text, head_lines  # noqa: E402
-from benchmarks.workload import Workload, add_flags, flags  # noqa: E402
+from benchmarks.workload import add_flags, prepare  # noqa: E402
 
 TOOLKIT, MASTERS, NAIVE = "frostline", "plain, fp32 masters", "plain, bf16 AdamW"
 
@@ -32,11 +31,9 @@ def main() -> int:
     thread_variables(None)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare = [sys.executable, str(ROOT / "benchmarks" / "prepare.py"), name, *flags(given)]
-        subprocess.run(prepare, check=True, stdout=subprocess.DEVNULL)
-        path = folder / "workload.json"
+        workload, path = prepare(folder, given), folder / "workload.json"
         runs = {
-            TOOLKIT: run_toolkit(Workload.read(path), folder / "toolkit"),
+            TOOLKIT: run_toolkit(workload, folder / "toolkit"),
             MASTERS: run_peer(path, folder / "masters", "plain.py", ("--fp32-masters",)),
             NAIVE: run_peer(path, folder / "naive", "plain.py"),
         }

@@ -22,7 +22,11 @@ PHASES = (
 """The phases of a step in their order. Each ends where its mark is made."""
 
 _UPDATE = "benchmark: update"
-_KINDS = {"AdamW": ("adam",), "write-back": ("copy",), "gradient norm and clip": ("norm", "mul", "div", "clamp", "stack")}
+_KINDS = {
+    "AdamW": ("adam",),
+    "write-back": ("copy",),
+    "gradient norm and clip": ("norm", "mul", "div", "clamp", "stack"),
+}
 
 
 class Seams:

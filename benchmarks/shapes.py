@@ -87,7 +87,7 @@ def write_model(shape: Shape, directory: Path, hollow: int = 0) -> None:
     directory.mkdir(parents=True)
     shape.config().save_pretrained(directory)
     generator = torch.Generator().manual_seed(0)
-    files = {}
+    files: dict[str, str] = {}
     for number, (names, empty) in enumerate(_parts(shape, hollow)):
         path = directory / f"model-{number:05}.safetensors"
         if empty:

@@ -4,16 +4,15 @@
         [any flag of launch/train.py, after --]
 
 It sets a run up as launch/train.py does (toolkit.train.setup.set_up) and takes its training steps
-(toolkit.train.step.train_step) with clocks on their seams; no line of the step is repeated here. Phases are medians over
-the steps after the first two. Operations are counted by torch's profiler in a few more steps and take a little longer
-there. The floors: the floating point operations of suffix and backward at the best rate of the model's own matrix
-products, and the bytes an update must touch at the bandwidth of a += b.
+(toolkit.train.step.train_step) with clocks on their seams; no line of the step is repeated here. Phases are medians
+over the steps after the first two. Operations are counted by torch's profiler in a few more steps and take a little
+longer there. The floors: the floating point operations of the suffix, forward and backward, at the best rate of the
+model's own matrix products, and the bytes an update must touch at the bandwidth of a += b.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -31,7 +30,7 @@ from benchmarks.contenders import recipe_flags, thread_variables  # noqa: E402
 from benchmarks.floors import UPDATE_BYTES, Products, measure_products, memory_bandwidth  # noqa: E402
 from benchmarks.report import head_lines, save, table  # noqa: E402
 from benchmarks.seams import PHASES, Seams, update_kinds  # noqa: E402
-from benchmarks.workload import Workload, add_flags, flags  # noqa: E402
+from benchmarks.workload import Workload, add_flags, prepare  # noqa: E402
 from toolkit import distributed  # noqa: E402
 from toolkit.config import flags as recipe  # noqa: E402
 from toolkit.data.batches import Batch, epoch_order, step_batches  # noqa: E402
@@ -167,9 +166,7 @@ def main() -> int:
     thread_variables(torch.get_num_threads())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare = [sys.executable, str(ROOT / "benchmarks" / "prepare.py"), name, *flags(given)]
-        subprocess.run(prepare, check=True, stdout=subprocess.DEVNULL)
-        setup = set_up_run(Workload.read(folder / "workload.json"), given.recipe, folder)
+        setup = set_up_run(prepare(folder, given), given.recipe, folder)
         upcoming = batches(setup)
         seconds = measure_phases(setup, upcoming, given.steps)
         operations, kinds = measure_operations(setup, upcoming)

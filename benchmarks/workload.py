@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,7 +59,8 @@ class Workload:
     @staticmethod
     def read(path: Path) -> Workload:
         """What ``save`` wrote."""
-        return Workload(**json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return Workload(**{**values, "rows": [(ids, start) for ids, start in values["rows"]]})
 
 
 def add_flags(parser: argparse.ArgumentParser, epochs: int = EPOCHS) -> None:
@@ -76,6 +78,16 @@ def flags(arguments: argparse.Namespace) -> list[str]:
     """The command line of ``add_flags`` that gives ``arguments`` again."""
     names = ("data", "rows", "epochs", "shape", "tokenizer")
     return [word for name in names if (value := getattr(arguments, name)) for word in (f"--{name}", str(value))]
+
+
+def prepare(folder: Path, arguments: argparse.Namespace, *more: str) -> Workload:
+    """Have ``benchmarks/prepare.py`` write the workload of ``add_flags`` into ``folder``, and return it.
+
+    In a process of its own, so that the caller stays small (see ``benchmarks.process.run_process``).
+    """
+    command = [sys.executable, str(ROOT / "benchmarks" / "prepare.py"), str(folder), *flags(arguments), *more]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return Workload.read(folder / "workload.json")
 
 
 def shown_command(words: list[str] | None = None) -> str:

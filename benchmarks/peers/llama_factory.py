@@ -7,11 +7,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from datasets import Dataset, DatasetDict  # noqa: E402
-from llamafactory.train.tuner import run_exp  # noqa: E402
+from datasets import Dataset, DatasetDict
+from llamafactory.train.tuner import run_exp
 
-from benchmarks.peers.common import Clock, arguments, finish, labelled_rows, trainer_settings  # noqa: E402
-from benchmarks.workload import Workload  # noqa: E402
+from benchmarks.peers.common import Clock, arguments, finish, labelled_rows, trainer_settings
+from benchmarks.workload import Workload
 
 if __name__ == "__main__":
     given = arguments("--checkpointing")
@@ -22,7 +22,8 @@ if __name__ == "__main__":
     settings = {
         "stage": "sft", "do_train": True, "finetuning_type": "freeze", "freeze_trainable_layers": workload.last,
         "freeze_extra_modules": "lm_head", "model_name_or_path": workload.model, "template": "empty",
-        "tokenized_path": str(tokens), "dataset": "in tokenized_path", "disable_shuffling": True, "bf16": True, "flash_attn": "sdpa",
+        "tokenized_path": str(tokens), "dataset": "in tokenized_path", "disable_shuffling": True,
+        "bf16": True, "flash_attn": "sdpa",
         "disable_gradient_checkpointing": not given.checkpointing,
     }  # fmt: skip
     run_exp({**trainer_settings(workload, given.scratch / "run"), **settings}, callbacks=[clock])

@@ -7,9 +7,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.peers.common import arguments, finish, load_model  # noqa: E402
-from benchmarks.plain_loop import plain_loop  # noqa: E402
-from benchmarks.workload import Workload  # noqa: E402
+from benchmarks.peers.common import arguments, finish, load_model
+from benchmarks.plain_loop import plain_loop
+from benchmarks.workload import Workload
 
 if __name__ == "__main__":
     given = arguments("--fp32-masters")

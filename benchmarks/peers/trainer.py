@@ -7,12 +7,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments  # noqa: E402
-from transformers import AutoTokenizer  # noqa: E402
+from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from benchmarks.peers.common import Clock, arguments, finish, labelled_rows, load_model, trainer_settings  # noqa: E402
-from benchmarks.plain_loop import train_top  # noqa: E402
-from benchmarks.workload import Workload  # noqa: E402
+from benchmarks.peers.common import Clock, arguments, finish, labelled_rows, load_model, trainer_settings
+from benchmarks.plain_loop import train_top
+from benchmarks.workload import Workload
 
 if __name__ == "__main__":
     given = arguments("--checkpointing")
