@@ -95,14 +95,15 @@ def run_toolkit(workload: Workload, scratch: Path, *flags: str) -> Outcome:
     """Run ``launch/train.py`` on a workload; further ``flags`` as a user gives them.
 
     The end of a step is when its line appears in ``metrics.jsonl``, its start is that less the line's ``seconds``.
-    Training begins with the first step, or with the log line that announces the filling of the cache, or, where the
-    cache is on and no such line is found, with the one that ends the set-up.
+    Training begins with the first step. If ``--prefix.cache_dir`` names a directory that is not there yet, it begins
+    with the log line that announces the filling of the cache, or where there is none, with the one that ends set-up.
 
     Raises:
         DoesNotFitError: it ran out of memory.
         RuntimeError: it failed otherwise; ends with its last lines.
     """
     scratch.mkdir(parents=True)
+    fills = "--prefix.cache_dir" in flags and not Path(flags[flags.index("--prefix.cache_dir") + 1]).exists()
     run, log = scratch / "run", scratch / "log.txt"
     metrics = run / "metrics.jsonl"
     given = {
@@ -125,8 +126,8 @@ def run_toolkit(workload: Workload, scratch: Path, *flags: str) -> Outcome:
             record.ends.append(seen)
             record.losses.append(row["loss"])
             peak = row["peak_memory_gib"]
-    if "--prefix.cache" in flags:
-        begin = _line_time(finished.lines[log], r"\bfilling\b") or _line_time(finished.lines[log], r"\] engine ")
+    if fills:
+        begin = _line_time(finished.lines[log], r"(?i)\bfilling\b") or _line_time(finished.lines[log], r"\] engine ")
     mask = json.loads((run / "mask.json").read_text(encoding="utf-8"))
     record.trainable = sum(_numel(tensor["shape"]) for tensor in mask["trainable"])
     on_gpu = _line_time(finished.lines[log], r"rank\(s\) on cuda") is not None
