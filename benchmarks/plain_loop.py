@@ -2,50 +2,40 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-Rows = Sequence[tuple[Sequence[int], int]]
-"""Per row: token ids, and the index of the first supervised one."""
+from benchmarks.record import Record
+from benchmarks.workload import Workload
 
 
-def train_top(model: Any, last: int) -> list[torch.nn.Parameter]:
-    """Untie the head, freeze all but the last blocks and the head of a Llama, and return what trains."""
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    first = len(model.model.layers) - last
+def train_top(model: Any, workload: Workload) -> list[torch.nn.Parameter]:
+    """Freeze all of a Llama but what ``workload`` trains, and return that."""
+    blocks = len(model.model.layers)
     for name, parameter in model.named_parameters():
-        block = re.fullmatch(r"model\.layers\.(\d+)\..*", name)
-        parameter.requires_grad_(name == "lm_head.weight" or (block is not None and int(block[1]) >= first))
+        parameter.requires_grad_(workload.trains(name, blocks))
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def plain_loop(
-    model: Any, rows: Rows, orders: Sequence[Sequence[int]], lr: float, fp32_masters: bool, last: int = 4
-) -> list[float]:
-    """Train with batch 1, AdamW, 10 % linear warmup, linear decay and clipping at 1.0; the loss of each step.
+def plain_loop(model: Any, workload: Workload, fp32_masters: bool) -> Record:
+    """Train with batch 1, AdamW, 10 % linear warmup, linear decay and clipping at 1.0.
 
     Args:
-        model: a Llama of transformers; changed in place.
-        rows: token ids and answer starts.
-        orders: for each epoch, the order of the rows.
-        lr: peak learning rate.
+        model: a Llama of transformers on its device; changed in place.
+        workload: rows, order and learning rate.
         fp32_masters: keep float32 copies for the update; without, AdamW updates the weights in their own precision.
-        last: how many blocks train, beside the head.
     """
-    weights = train_top(model.train(), last)
+    weights = train_top(model.train(), workload)
     masters = [w.detach().float().clone() for w in weights] if fp32_masters else weights
     matrices, vectors = [m for m in masters if m.ndim >= 2], [m for m in masters if m.ndim < 2]
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr)
-    total = sum(len(order) for order in orders)
-    warmup = -(-total // 10)
-    losses = []
-    for step, index in enumerate(i for order in orders for i in order):
-        ids, start = rows[index]
-        tokens = torch.tensor([ids])
+    optimizer = torch.optim.AdamW(groups, lr=workload.learning_rate)
+    total, warmup = len(workload.sequence), workload.warmup_steps
+    record = Record(trainable=sum(weight.numel() for weight in weights))
+    for step, (ids, start) in enumerate(workload.sequence):
+        record.start()
+        tokens = torch.tensor([ids], device=model.device)
         logits = model(input_ids=tokens, use_cache=False).logits[0, start - 1 : -1].float()
         loss = torch.nn.functional.cross_entropy(logits, tokens[0, start:])
         torch.autograd.backward(loss)
@@ -55,12 +45,15 @@ def plain_loop(
         torch.nn.utils.clip_grad_norm_(masters, 1.0)
         factor = step / warmup if step < warmup else (total - step) / max(1, total - warmup)
         for group in optimizer.param_groups:
-            group["lr"] = lr * factor
+            group["lr"] = workload.learning_rate * factor
         optimizer.step()
         optimizer.zero_grad()
         if fp32_masters:
             with torch.no_grad():
                 for master, weight in zip(masters, weights, strict=True):
                     weight.copy_(master)
-        losses.append(loss.item())
-    return losses
+        record.losses.append(loss.item())
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        record.end()
+    return record

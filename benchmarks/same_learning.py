@@ -9,75 +9,48 @@ runs as a user runs it: launch/train.py in a process of its own. Exits 1 if a bo
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
-from itertools import islice
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
+from benchmarks.contenders import run_peer, run_toolkit, thread_variables  # noqa: E402
+from benchmarks.report import bounds_text, head_lines  # noqa: E402
+from benchmarks.workload import add_flags, prepare  # noqa: E402
 
-from benchmarks.plain_loop import plain_loop  # noqa: E402
-from toolkit.config.schema import DataConfig, ModelConfig  # noqa: E402
-from toolkit.data.batches import epoch_order  # noqa: E402
-from toolkit.data.dataset import load_dataset  # noqa: E402
-from toolkit.models.load import load  # noqa: E402
-
-EPOCHS, SEED, LR = 3, 42, 1e-5
-
-
-def toolkit_losses(data: Path, run: Path) -> list[float]:
-    """Step losses of ``launch/train.py`` on ``data``, read from its metrics."""
-    command = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(ROOT / "recipes" / "quickstart.yaml")]
-    flags = ["--data.path", data, "--data.validation", "none", "--train.seed", SEED, "--output.dir", run]
-    subprocess.run([*command, *map(str, flags)], check=True)
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
-
-
-def plain_losses(data: Path, fp32_masters: bool) -> list[float]:
-    """Step losses of the plain loop on the same rows in the same order."""
-    loaded = load(ModelConfig())
-    examples = load_dataset(DataConfig(path=str(data)), loaded.tokenizer, SEED).train
-    rows = [(example.token_ids, example.answer_start) for example in examples]
-    orders = [epoch_order(len(rows), SEED, epoch) for epoch in range(EPOCHS)]
-    return plain_loop(loaded.model, rows, orders, LR, fp32_masters)
+TOOLKIT, MASTERS, NAIVE = "frostline", "plain, fp32 masters", "plain, bf16 AdamW"
 
 
 def main() -> int:
     """Run all three, print one table, check the bounds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="PubMedQA's ori_pqal.json")
-    parser.add_argument("--rows", type=int, default=40, help="rows from the start of the file; default: 40")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "rows.json"
-        every = json.loads(arguments.data.read_text(encoding="utf-8"))
-        data.write_text(json.dumps(dict(islice(every.items(), arguments.rows))), encoding="utf-8")
-        ours = toolkit_losses(data, Path(folder) / "run")
-        masters = plain_losses(data, fp32_masters=True)
-        naive = plain_losses(data, fp32_masters=False)
-    apart = [abs(a - b) for a, b in zip(ours, masters, strict=True)]
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.rows} rows, {EPOCHS} epochs")
-    print(f"{'loop':<28}" + "".join(f"{f'epoch {epoch + 1}':>10}" for epoch in range(EPOCHS)) + f"{'gain':>10}")
+    add_flags(parser)
+    given = parser.parse_args()
+    thread_variables(None)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        workload, path = prepare(folder, given), folder / "workload.json"
+        runs = {
+            TOOLKIT: run_toolkit(workload, folder / "toolkit"),
+            MASTERS: run_peer(path, folder / "masters", "plain.py", ("--fp32-masters",)),
+            NAIVE: run_peer(path, folder / "naive", "plain.py"),
+        }
+    apart = [abs(a - b) for a, b in zip(runs[TOOLKIT].record.losses, runs[MASTERS].record.losses, strict=True)]
+    print(head_lines(f"; {given.rows} rows, {given.epochs} epochs"))
+    print(f"{'loop':<28}" + "".join(f"{f'epoch {epoch + 1}':>10}" for epoch in range(given.epochs)) + f"{'gain':>10}")
     gains = {}
-    for name, losses in (("frostline", ours), ("plain, fp32 masters", masters), ("plain, bf16 AdamW", naive)):
-        size = len(losses) // EPOCHS
-        means = [sum(losses[e * size : (e + 1) * size]) / size for e in range(EPOCHS)]
-        gains[name] = means[0] - means[-1]
-        print(f"{name:<28}" + "".join(f"{mean:>10.4f}" for mean in means) + f"{gains[name]:>10.4f}")
+    for name, run in runs.items():
+        gains[name] = run.losses[0] - run.losses[-1]
+        print(f"{name:<28}" + "".join(f"{mean:>10.4f}" for mean in run.losses) + f"{gains[name]:>10.4f}")
     print(f"largest step difference, frostline and plain with fp32 masters: {max(apart):.4f}")
     bounds = {
         "each step within 0.03 of the plain loop": max(apart) <= 3e-2,
-        "frostline gains at least 0.05": gains["frostline"] >= 0.05,
-        "naive bf16 stays within 0.01": abs(gains["plain, bf16 AdamW"]) <= 0.01,
+        "frostline gains at least 0.05": gains[TOOLKIT] >= 0.05,
+        "naive bf16 stays within 0.01": abs(gains[NAIVE]) <= 0.01,
     }
-    for bound, holds in bounds.items():
-        print(f"{'ok  ' if holds else 'MISS'} {bound}")
+    print(bounds_text(bounds))
     return 0 if all(bounds.values()) else 1
 
 

@@ -1,0 +1,163 @@
+"""The contenders and how each is run: one process a run, from which times, losses and memory are read."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.process import Finished, run_process
+from benchmarks.record import Record
+from benchmarks.workload import ROOT, Workload
+
+PEERS = ROOT / "benchmarks" / "peers"
+
+
+class DoesNotFitError(Exception):
+    """A contender ran out of memory."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run of one contender, in seconds of one clock."""
+
+    record: Record
+    begin: float
+    """When training began: its first step, or the filling of the cache before it."""
+    process_seconds: float
+    """The whole process, with imports, loading and set-up."""
+    peak_bytes: int
+    """Most resident memory, or memory held on the GPU where there is one."""
+    epochs: int
+
+    @property
+    def run(self) -> float:
+        """Seconds from the beginning of training to the end of its last step, with all that lies between the steps."""
+        return self.record.ends[-1] - self.begin
+
+    def epoch(self, number: int) -> float:
+        """Seconds from the start of the first step of epoch ``number`` (from 0) to the end of its last."""
+        steps = len(self.record.ends) // self.epochs
+        return self.record.ends[(number + 1) * steps - 1] - self.record.starts[number * steps]
+
+    @property
+    def first_epoch(self) -> float:
+        """Seconds of the first epoch with the filling of the cache."""
+        return self.record.ends[len(self.record.ends) // self.epochs - 1] - self.begin
+
+    @property
+    def later_epoch(self) -> float:
+        """Mean seconds of the epochs after the first; of the first, where there is one only."""
+        later = [self.epoch(number) for number in range(1, self.epochs)] or [self.epoch(0)]
+        return sum(later) / len(later)
+
+    @property
+    def losses(self) -> list[float]:
+        """Mean loss of each epoch."""
+        steps = len(self.record.losses) // self.epochs
+        return [sum(self.record.losses[e * steps : (e + 1) * steps]) / steps for e in range(self.epochs)]
+
+
+def recipe_flags() -> str:
+    """The help of the toolkit's training command: which recipe keys it has."""
+    command = [sys.executable, str(ROOT / "launch" / "train.py"), "--help"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def importable(python: str, module: str) -> bool:
+    """Whether ``python`` has the package ``module``."""
+    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+    return subprocess.run([python, "-c", code], capture_output=True).returncode == 0
+
+
+def run_peer(workload: Path, scratch: Path, script: str, switches: tuple[str, ...] = (), python: str = "") -> Outcome:
+    """Run a module of ``benchmarks/peers`` on a workload file.
+
+    Raises:
+        DoesNotFitError: it ran out of memory.
+        RuntimeError: it failed otherwise; ends with its last lines.
+    """
+    scratch.mkdir(parents=True)
+    record = scratch / "record.json"
+    command = [python or sys.executable, str(PEERS / script), str(workload), str(record), str(scratch), *switches]
+    log = scratch / "log.txt"
+    finished = _checked(run_process(command, log, environment={"TOKENIZERS_PARALLELISM": "false"}), log)
+    told = Record.read(record)
+    epochs = len(Workload.read(workload).orders)
+    return Outcome(told, told.starts[0], finished.seconds, told.gpu_peak or finished.peak_bytes, epochs)
+
+
+def run_toolkit(workload: Workload, scratch: Path, *flags: str) -> Outcome:
+    """Run ``launch/train.py`` on a workload; further ``flags`` as a user gives them.
+
+    The end of a step is when its line appears in ``metrics.jsonl``, its start is that less the line's ``seconds``.
+    Training begins with the first step. If ``--prefix.cache_dir`` names a directory that is not there yet, it begins
+    with the log line that announces the filling of the cache, or where there is none, with the one that ends set-up.
+
+    Raises:
+        DoesNotFitError: it ran out of memory.
+        RuntimeError: it failed otherwise; ends with its last lines.
+    """
+    scratch.mkdir(parents=True)
+    fills = "--prefix.cache_dir" in flags and not Path(flags[flags.index("--prefix.cache_dir") + 1]).exists()
+    run, log = scratch / "run", scratch / "log.txt"
+    metrics = run / "metrics.jsonl"
+    given = {
+        "--config": ROOT / "recipes" / "quickstart.yaml", "--model.name_or_path": workload.model,
+        "--data.path": workload.data, "--data.validation": "none", "--train.seed": workload.seed,
+        "--train.epochs": len(workload.orders), "--train.learning_rate": workload.learning_rate, "--output.dir": run,
+    }  # fmt: skip
+    command = [
+        sys.executable,
+        str(ROOT / "launch" / "train.py"),
+        *(str(word) for item in given.items() for word in item),
+    ]
+    train = ["--mask.train", f"last:{workload.last}", "head"]
+    finished = _checked(run_process([*command, *train, *flags], log, [metrics]), log)
+    record, begin, peak = Record(), None, 0.0
+    for seen, line in finished.lines[metrics]:
+        row = json.loads(line)
+        if "loss" in row:
+            record.starts.append(seen - row["seconds"])
+            record.ends.append(seen)
+            record.losses.append(row["loss"])
+            peak = row["peak_memory_gib"]
+    if fills:
+        begin = _line_time(finished.lines[log], r"(?i)\bfilling\b") or _line_time(finished.lines[log], r"\] engine ")
+    mask = json.loads((run / "mask.json").read_text(encoding="utf-8"))
+    record.trainable = sum(_numel(tensor["shape"]) for tensor in mask["trainable"])
+    on_gpu = _line_time(finished.lines[log], r"rank\(s\) on cuda") is not None
+    return Outcome(
+        record, min(begin or record.starts[0], record.starts[0]), finished.seconds,
+        int(peak * 2**30) if on_gpu else finished.peak_bytes, len(workload.orders),
+    )  # fmt: skip
+
+
+def thread_variables(threads: int | None) -> None:
+    """Give this process and all it starts the same number of threads, and no network."""
+    os.environ["OMP_NUM_THREADS"] = str(threads or len(os.sched_getaffinity(0)))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _checked(finished: Finished, log: Path) -> Finished:
+    if finished.code == 0:
+        return finished
+    text = log.read_text(encoding="utf-8", errors="replace")
+    if finished.code == -9 or re.search(r"OutOfMemoryError|out of memory|can't allocate memory", text):
+        raise DoesNotFitError
+    raise RuntimeError(f"exit code {finished.code}; its last lines:\n" + "\n".join(text.splitlines()[-20:]))
+
+
+def _line_time(lines: list[tuple[float, str]], pattern: str) -> float | None:
+    return next((seen for seen, line in lines if re.search(pattern, line)), None)
+
+
+def _numel(shape: list[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

@@ -1,0 +1,186 @@
+"""Where a training step goes, beside what this machine needs for its arithmetic and for the traffic of its update.
+
+    python benchmarks/step_profile.py [--steps 12] [--save] [--shape NAME | --data ori_pqal.json --rows 12 ...]
+        [any flag of launch/train.py, after --]
+
+It sets a run up as launch/train.py does (toolkit.train.setup.set_up) and takes its training steps
+(toolkit.train.step.train_step) with clocks on their seams; no line of the step is repeated here. Phases are medians
+over the steps after the first two. Operations are counted by torch's profiler in a few more steps and take a little
+longer there. The floors: the floating point operations of the suffix, forward and backward, at the best rate of the
+model's own matrix products, and the bytes an update must touch at the bandwidth of a += b.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch.profiler import ProfilerActivity, profile  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+from benchmarks.contenders import recipe_flags, thread_variables  # noqa: E402
+from benchmarks.floors import UPDATE_BYTES, Products, measure_products, memory_bandwidth  # noqa: E402
+from benchmarks.report import head_lines, save, table  # noqa: E402
+from benchmarks.seams import PHASES, Seams, update_kinds  # noqa: E402
+from benchmarks.workload import Workload, add_flags, prepare  # noqa: E402
+from toolkit import distributed  # noqa: E402
+from toolkit.config import flags as recipe  # noqa: E402
+from toolkit.data.batches import Batch, epoch_order, step_batches  # noqa: E402
+from toolkit.train.setup import Setup, set_up  # noqa: E402
+from toolkit.train.step import train_step  # noqa: E402
+
+_WARM_UP, _PROFILED = 2, 3
+
+
+@dataclass(frozen=True)
+class Floors:
+    """What the step cannot be faster than on this machine."""
+
+    flops: float
+    """Floating point operations of suffix forward and backward, a step."""
+    products: Products
+    update_bytes: float
+    bandwidth: float
+
+
+def set_up_run(workload: Workload, more: Sequence[str], folder: Path) -> Setup:
+    """The toolkit's set-up of a run on ``workload``."""
+    given = [
+        "--model.name_or_path", workload.model, "--data.path", workload.data, "--data.validation", "none",
+        "--mask.train", f"last:{workload.last}", "head", "--train.epochs", str(len(workload.orders)), *more,
+    ]  # fmt: skip
+    if "--prefix.cache_dir " in recipe_flags():
+        given += ["--prefix.cache_dir", str(folder / "cache")]
+    invocation = recipe.parse(recipe.parser(__doc__ or ""), ROOT / "recipes" / "quickstart.yaml", given)
+    return set_up(invocation, distributed.start(engine_needs_group=False))
+
+
+def batches(setup: Setup) -> Iterator[list[Batch]]:
+    """The micro batches of step after step, as the loop takes them."""
+    for epoch in range(setup.config.train.epochs):
+        order = epoch_order(setup.plan.rows, setup.config.train.seed, epoch)
+        yield from step_batches(setup.dataset.train, order, setup.plan, setup.pad_id)
+
+
+def measure_phases(setup: Setup, upcoming: Iterator[list[Batch]], steps: int) -> dict[str, list[float]]:
+    """Seconds of every phase in each of ``steps`` steps."""
+    with Seams(setup) as seams:
+        for _ in range(steps):
+            seams.begin()
+            micro = next(upcoming)
+            seams.mark("data")
+            train_step(micro, setup.prefix, setup.engine, setup.world)
+            seams.mark("sync and checks")
+    return seams.seconds
+
+
+def measure_operations(setup: Setup, upcoming: Iterator[list[Batch]]) -> tuple[list[list[str]], dict[str, float]]:
+    """The costliest operations (name, calls and ms a step), and the parts of the update by kind, in seconds a step."""
+    on_gpu = setup.world.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    micro = [next(upcoming) for _ in range(_PROFILED)]
+    with Seams(setup), profile(activities=activities, acc_events=True) as profiled:
+        for batch in micro:
+            train_step(batch, setup.prefix, setup.engine, setup.world)
+    attribute = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    events = [event for event in profiled.key_averages() if event.key.startswith("aten::")]
+    events.sort(key=lambda event: float(getattr(event, attribute)), reverse=True)
+    rows = [
+        [event.key, f"{event.count / _PROFILED:.0f}", f"{getattr(event, attribute) / _PROFILED / 1e3:.1f}"]
+        for event in events[:12]
+    ]
+    kinds = update_kinds(profiled.events() or [], attribute)
+    return rows, {kind: seconds / _PROFILED for kind, seconds in kinds.items()}
+
+
+def measure_floors(setup: Setup, micro: list[Batch], trained: int) -> Floors:
+    """Count the arithmetic of one step, and measure this machine."""
+    with FlopCounterMode(display=False) as counter, Seams(setup, counter) as seams:
+        train_step(micro, setup.prefix, setup.engine, setup.world)
+    suffix = setup.suffix
+    head = suffix.model.get_submodule(suffix.anatomy.head)
+    supervised, tokens = sum(len(b.targets) for b in micro), sum(b.input_ids.numel() for b in micro)
+    linear = [m for m in suffix.model.modules() if isinstance(m, torch.nn.Linear)]
+    layers = [(m, supervised if m is head else tokens) for m in linear if m.weight.requires_grad]
+    device = setup.world.device
+    return Floors(
+        seams.suffix_flops, measure_products(layers, device), UPDATE_BYTES * trained, memory_bandwidth(device)
+    )
+
+
+def report(
+    seconds: dict[str, list[float]], operations: list[list[str]], kinds: dict[str, float], floors: Floors
+) -> str:
+    """The three tables."""
+    typical = {phase: sorted(times)[len(times) // 2] for phase in PHASES if (times := seconds[phase][_WARM_UP:])}
+    total = sum(typical.values())
+    rows = [[name, f"{value * 1e3:.1f}", f"{value / total:.0%}"] for name, value in typical.items()]
+    rows.append(["step", f"{total * 1e3:.1f}", "100%"])
+    products = floors.products
+    arithmetic, traffic = floors.flops / products.best_rate, floors.update_bytes / floors.bandwidth
+    floor_rows = [
+        ["products of the trained layers: forward", f"{products.forward * 1e3:.1f}"],
+        ["products: gradient of the input", f"{products.input_gradient * 1e3:.1f}"],
+        ["products: gradient of the weight", f"{products.weight_gradient * 1e3:.1f}"],
+        [f"arithmetic: {floors.flops / 1e9:.1f} GFLOP at {products.best_rate / 1e9:.0f} GFLOP/s",
+         f"{arithmetic * 1e3:.1f}"],
+        [f"traffic of the update: {floors.update_bytes / 1e9:.2f} GB at {floors.bandwidth / 1e9:.1f} GB/s",
+         f"{traffic * 1e3:.1f}"],
+        ["both floors", f"{(arithmetic + traffic) * 1e3:.1f}"],
+        ["step / both floors", f"{total / (arithmetic + traffic):.1f}x"],
+    ]  # fmt: skip
+    parts = sum(kinds.values()) or 1.0
+    update_rows = [[kind, f"{value * 1e3:.1f}", f"{value / parts:.0%}"] for kind, value in kinds.items()]
+    return "\n\n".join(
+        [
+            table(["phase", "ms", "share"], rows),
+            table(["of the update, by operation", "ms", "share"], update_rows),
+            table(["floor, measured alone on this machine", "ms"], floor_rows),
+            table(["operation", "calls a step", "ms a step"], operations),
+        ]
+    )
+
+
+def main() -> int:
+    """Set up, measure, print and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser, epochs=2)
+    parser.add_argument("--steps", type=int, default=12, help="steps with clocks; the first two do not count")
+    parser.add_argument("--save", action="store_true", help="write the result under benchmarks/results/")
+    parser.add_argument("recipe", nargs="*", help="flags of launch/train.py, after --")
+    given = parser.parse_args()
+    needed = given.steps + _PROFILED + 1
+    if given.steps <= _WARM_UP or given.rows * given.epochs < needed:
+        parser.error(
+            f"--steps {given.steps} needs more than {_WARM_UP} steps and {needed} rows over all epochs; "
+            f"got {given.rows} rows x {given.epochs} epochs"
+        )
+    thread_variables(torch.get_num_threads())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        setup = set_up_run(prepare(folder, given), given.recipe, folder)
+        upcoming = batches(setup)
+        seconds = measure_phases(setup, upcoming, given.steps)
+        operations, kinds = measure_operations(setup, upcoming)
+        trained = sum(p.numel() for p in setup.suffix.model.parameters() if p.requires_grad)
+        floors = measure_floors(setup, next(upcoming), trained)
+    shape = given.shape or "SmolLM2-135M"
+    tokens = sum(len(example.token_ids) for example in setup.dataset.train) / len(setup.dataset.train)
+    above = head_lines(f"; {shape}, {trained / 1e6:.1f} M parameters train, rows of {tokens:.0f} tokens on average")
+    text = f"{above}\n{report(seconds, operations, kinds, floors)}"
+    print(text)
+    if given.save:
+        save(f"step-profile{f'-{given.shape}' if given.shape else ''}", text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
