@@ -86,6 +86,12 @@ def is_held(process: int) -> bool:
     return fields["State"].startswith("T") and not pending
 
 
+def minutes_run(slurm: Cluster, numbers: dict[str, str]) -> int:
+    """How many minutes the job to be signalled has run, rounded down."""
+    hours, minutes, _ = slurm.fields(numbers["signalled"])["RunTime"].split(":")
+    return int(hours) * 60 + int(minutes)
+
+
 @pytest.fixture(scope="module")
 def jobs(slurm: Cluster, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     """Four submissions that share the waiting: one is signalled, one loses a node, one just runs, one is a sweep."""
@@ -95,7 +101,7 @@ def jobs(slurm: Cluster, tiny_model: Path, tmp_path_factory: pytest.TempPathFact
     def flags(name: str, *more: str) -> list[str]:
         return [*tiny_flags(tiny_model, base / name), *two_nodes, *more]
 
-    numbers = {"signalled": submit(*flags("signalled", "--time", "00:02:00", "--signal-before", "59"))}
+    numbers = {"signalled": submit(*flags("signalled", "--time", "00:10:00", "--signal-before", "100"))}
     numbers["lost"] = submit(*flags("lost", "--partition", "spare", "--output.save_every_steps", "5"))
     waiting = hold(slurm, numbers["signalled"], base / "signalled", 5)
     hold(slurm, numbers["lost"], base / "lost", 7)
@@ -113,9 +119,13 @@ def jobs(slurm: Cluster, tiny_model: Path, tmp_path_factory: pytest.TempPathFact
 
     slurm.start_node("n4")
     slurm.call("scontrol", "update", "nodename=n4", "state=resume")
+    # the job's minutes are over soon, but not before its ranks have loaded the model, however slow this machine is
+    slurm.call("scontrol", "update", f"job={numbers['signalled']}", f"TimeLimit={minutes_run(slurm, numbers) + 2}")
     slurm.wait("the signal before the time limit", lambda: not is_held(waiting))
     with contextlib.suppress(ProcessLookupError):
         os.kill(waiting, signal.SIGCONT)
+    slurm.wait("the requeue", lambda: slurm.fields(numbers["signalled"])["Restarts"] == "1")
+    slurm.call("scontrol", "update", f"job={numbers['signalled']}", "TimeLimit=10")
     slurm.wait("all jobs", lambda: not slurm.call("squeue", "-h").strip())
     sweep = (base / "upper", base / "lower")
     return Jobs(base / "straight", base / "signalled", base / "lost", sweep, numbers, holder)
