@@ -11,6 +11,7 @@ from helpers import ROOT
 LAYERS = [
     {"errors", "files"},
     {"config", "distributed"},
+    {"consistency", "slurm"},
     {"models"},
     {"mask"},
     {"data"},
@@ -21,7 +22,7 @@ LAYERS = [
     {"delta", "plan"},
     {"checkpoint"},
     {"rundir", "source", "monitor"},
-    {"export", "evaluate", "generate", "suggest"},
+    {"export", "evaluate", "generate", "suggest", "preflight"},
     {"train"},
     {"cli"},
 ]
@@ -82,6 +83,7 @@ def test_there_are_no_cycles_within_a_package() -> None:
         "toolkit.mask.layer_mask",
         "toolkit.engine.ds_config",
         "toolkit.cli",
+        "toolkit.slurm.submit",
     ],
 )
 def test_light_modules_import_no_torch(module: str) -> None:

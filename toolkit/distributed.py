@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -133,18 +134,34 @@ def stop() -> None:
 
 
 def _master_address() -> str:
+    """The first node of the SLURM step, under the address that SLURM reaches it by; its name need not resolve."""
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
     if not nodes:
         return "127.0.0.1"
-    listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-    return listed.stdout.split()[0]
+    first = _scontrol("show", "hostnames", nodes).split()[0]
+    described = re.search(r"\bNodeAddr=(\S+)", _scontrol("show", "node", first))
+    return described[1] if described else first
+
+
+def _scontrol(*words: str) -> str:
+    try:
+        return subprocess.run(["scontrol", *words], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or error
+        raise UsageError(
+            f"scontrol cannot tell where the ranks meet ({str(said).strip()}), as in a container; "
+            "set MASTER_ADDR to the first node's address before srun"
+        ) from None
 
 
 def _master_port(world: World) -> int:
-    """A port all ranks agree on: derived from the SLURM job, else any free one (a single process)."""
+    """A port all ranks agree on: derived from the SLURM job and step, else any free one (a single process).
+
+    It lies below the ports that Linux hands out for outgoing connections, which start at 32768.
+    """
     job = os.environ.get("SLURM_JOB_ID")
     if job and world.size > 1:
-        return 20000 + int(job) % 20000
+        return 12000 + (int(job) + 97 * int(os.environ.get("SLURM_STEP_ID", "0"))) % 20000
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

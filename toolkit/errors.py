@@ -45,5 +45,9 @@ class CheckpointError(UsageError):
     """A run directory, checkpoint or export is missing, incomplete or does not fit the run."""
 
 
+class SlurmError(UsageError):
+    """SLURM is not on this machine, cannot be reached, or refuses the job."""
+
+
 class PlanError(UsageError):
     """The cost of a run cannot be planned without its weights or data."""

@@ -31,12 +31,29 @@ class RunDirectory:
     """The run in it is already done: nothing to train."""
 
 
+def _by_nobody(path: Path) -> str | None:
+    return None
+
+
 @contextmanager
-def claim(config: RunConfig, recipe: Path, world: World) -> Iterator[RunDirectory]:
+def claim(
+    config: RunConfig,
+    recipe: Path,
+    world: World,
+    held_by: Callable[[Path], str | None] = _by_nobody,
+    create: bool = True,
+) -> Iterator[RunDirectory]:
     """Pick the directory of a run, the same on every rank, and keep other runs out of it while entered.
 
     With ``output.dir`` that directory, else ``runs/RECIPE``, or the first ``runs/RECIPE-N`` that is free or holds an
     interrupted run of the same recipe.
+
+    Args:
+        config: the run.
+        recipe: the file it was read from; names the directory where the recipe does not.
+        world: this process among the run's.
+        held_by: who has a directory although no process runs there yet, such as a job in a queue; none for nobody.
+        create: false leaves a directory that does not exist as it is.
 
     Raises:
         CheckpointError: the directory holds another recipe's run, is in use, or ``output.resume`` forbids it.
@@ -44,7 +61,7 @@ def claim(config: RunConfig, recipe: Path, world: World) -> Iterator[RunDirector
     directory = lock = error = None
     if world.is_main:
         try:
-            directory, lock = _choose(config, recipe)
+            directory, lock = _choose(config, recipe, held_by, create)
         except CheckpointError as refused:
             error = refused
     try:
@@ -57,14 +74,19 @@ def claim(config: RunConfig, recipe: Path, world: World) -> Iterator[RunDirector
             lock.release()
 
 
-def _choose(config: RunConfig, recipe: Path) -> tuple[RunDirectory, FileLock]:
+def _choose(
+    config: RunConfig, recipe: Path, held_by: Callable[[Path], str | None], create: bool
+) -> tuple[RunDirectory, FileLock]:
     if config.output.dir:
         path = Path(config.output.dir)
-        lock = _lock(path)
+        lock = _lock(path, create)
         if lock is None:
             raise CheckpointError(
                 f"{path} is being written by another run; wait for it, or choose another --output.dir"
             )
+        if holder := _inspect_locked(lambda path, _: held_by(path), path, config, lock):
+            lock.release()
+            raise CheckpointError(f"{path} belongs to {holder}; wait for it, cancel it, or choose another --output.dir")
         return _inspect_locked(_inspect, path, config, lock), lock
     for number in count(1):
         path = Path("runs") / (recipe.stem if number == 1 else f"{recipe.stem}-{number}")
@@ -73,17 +95,20 @@ def _choose(config: RunConfig, recipe: Path) -> tuple[RunDirectory, FileLock]:
                 f"output.resume is must, but no directory up to {path} holds an interrupted run of this recipe; "
                 "name the run with --output.dir"
             )
-        lock = _lock(path)
+        lock = _lock(path, create)
         if lock is None:
             continue
-        found = _inspect_locked(_inspect_if_fits, path, config, lock)
+        taken = _inspect_locked(lambda path, _: held_by(path), path, config, lock)
+        found = None if taken else _inspect_locked(_inspect_if_fits, path, config, lock)
         if found is not None:
             return found, lock
         lock.release()
     raise AssertionError("unreachable")
 
 
-def _lock(path: Path) -> FileLock | None:
+def _lock(path: Path, create: bool) -> FileLock | None:
+    if not create and not path.exists():
+        return FileLock(path / ".lock")  # never acquired: nobody can hold what does not exist
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path / ".lock")

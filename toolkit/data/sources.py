@@ -44,9 +44,7 @@ def read_rows(path: str, split: str = "train") -> list[Row]:
             rows = list(reader(file))
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error})") from None
-    elif (
-        re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and file.suffix.lower() not in _READERS and not file.parent.is_dir()
-    ):
+    elif is_hub_id(path):
         rows = list(_hub(path, split))
     elif file.is_dir():
         raise DataError(f"{path}: is a directory; name one {', '.join(_READERS)} file in it")
@@ -57,6 +55,13 @@ def read_rows(path: str, split: str = "train") -> list[Row]:
     if not rows:
         raise DataError(f"{path}: holds no rows; expected at least one")
     return rows
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether ``path`` names a data set on the Hub (``org/name``) rather than a file."""
+    file = Path(path)
+    looks_so = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and file.suffix.lower() not in _READERS
+    return bool(looks_so) and not file.is_file() and not file.parent.is_dir()
 
 
 def _text(file: Path) -> str:

@@ -12,6 +12,7 @@ from toolkit import distributed
 from toolkit.checkpoint import State, commit, restore
 from toolkit.config.flags import Invocation
 from toolkit.config.load import dump
+from toolkit.consistency import facts, require_same
 from toolkit.data.batches import epoch_order, step_batches
 from toolkit.data.prefetch import Prefetcher, on_device
 from toolkit.distributed import World
@@ -38,6 +39,7 @@ def run(invocation: Invocation) -> int:
         FrostlineError: training cannot go on.
     """
     world = distributed.start(engine_needs_group=invocation.deepspeed is not None)
+    require_same(world, facts(invocation))
     _announce(invocation)
     setup = set_up(invocation, world)
     with claim(invocation.config, invocation.recipe, world) as directory:

@@ -12,6 +12,7 @@ import torch
 
 from toolkit.config.flags import Invocation
 from toolkit.config.schema import RunConfig
+from toolkit.consistency import require_same
 from toolkit.data.batches import BatchPlan, collate
 from toolkit.data.dataset import Dataset, load_dataset
 from toolkit.delta import Base
@@ -72,6 +73,7 @@ def set_up(invocation: Invocation, world: World) -> Setup:
     with world.main_first():  # rank 0 fills the download and conversion caches
         tokenizer = load_tokenizer(config.model)
     dataset = load_dataset(config.data, tokenizer, config.train.seed)
+    require_same(world, {"the rows": f"SHA-256 {dataset.fingerprint[:12]}"})
     log.info("data: %s", dataset.summary())
     train = config.train
     plan = BatchPlan(

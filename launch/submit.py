@@ -1,0 +1,109 @@
+"""Train as a SLURM job: check everything, write an sbatch script into the run directory, submit it.
+
+    python launch/submit.py --config recipes/quickstart.yaml --ds ds_configs/zero2.json --nodes 2 --gpus-per-node 8
+    python launch/submit.py --nodes 2 --ranks-per-node 4 --cpus-per-task 8 --time 04:00:00 --dry-run
+    python launch/submit.py --array recipes/a.yaml recipes/b.yaml --gpus-per-node 1
+
+Takes every flag of launch/train.py. Recipe, mask, data and request are checked here, before the job waits in a queue.
+The job checkpoints before its time limit and queues again until the run is finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # runs from a checkout, installed or not
+
+from toolkit.cli import run_command  # noqa: E402
+from toolkit.config import flags  # noqa: E402
+from toolkit.errors import CheckpointError, ConfigError, SlurmError  # noqa: E402
+from toolkit.slurm import cluster, submit  # noqa: E402
+from toolkit.slurm.request import Request, add_flags, read_request  # noqa: E402
+from toolkit.slurm.script import Job, render  # noqa: E402
+
+
+def main() -> int:
+    """Parse the command line, then check, write and submit."""
+    invocations = _parse()
+    given = invocations[0].arguments
+    request = read_request(given)
+    _check_cluster(request, given.dry_run)
+    from toolkit.distributed import World  # these import torch, which --help and faulty flags need not wait for
+    from toolkit.preflight import preflight
+    from toolkit.rundir import claim, write_config
+
+    with contextlib.ExitStack() as claims:
+        runs = []
+        for invocation in invocations:
+            preflight(invocation, request.ranks)
+            claimed = claim(invocation.config, invocation.recipe, World(), submit.held_by, create=not given.dry_run)
+            runs.append(claims.enter_context(claimed))
+        if finished := [str(run.path) for run in runs if run.finished]:
+            raise CheckpointError(
+                f"{', '.join(finished)}: finished already, nothing to train; choose another --output.dir"
+            )
+        job = Job(
+            request,
+            tuple(run.path.resolve() for run in runs),
+            invocations[0].deepspeed,
+            ROOT / "launch" / "train.py",
+            Path.cwd(),
+            os.environ,
+        )
+        if given.dry_run:
+            print(render(job), end="")
+            return 0
+        for invocation, run in zip(invocations, runs, strict=True):
+            resumable = invocation.config.output.model_copy(update={"resume": "auto"})  # the job may start many times
+            write_config(run.path, invocation.config.model_copy(update={"output": resumable}))
+        number = submit.submit(job)
+    print(submit.how_to_watch(job, number))
+    return 0
+
+
+def _parse() -> list[flags.Invocation]:
+    """One invocation, or one for each recipe of ``--array``."""
+
+    def parse(recipe: Path) -> flags.Invocation:
+        parser = flags.parser(__doc__ or "")
+        add_flags(parser)
+        return flags.parse(parser, recipe)
+
+    first = parse(ROOT / "recipes" / "quickstart.yaml")
+    recipes = [Path(recipe) for recipe in first.arguments.array or ()]
+    if not recipes:
+        return [first]
+    if first.recipe_was_given:
+        raise ConfigError([f"--config {first.recipe} and --array: --array names all recipes"], "command line")
+    invocations = [parse(recipe) for recipe in recipes]
+    owners = Counter(invocation.config.output.dir or invocation.recipe.stem for invocation in invocations)
+    if shared := [owner for owner, count in owners.items() if count > 1]:
+        raise ConfigError(
+            [
+                f"{owner}: several runs of --array would be written there; set output.dir in each recipe, not by a flag"
+                for owner in shared
+            ],
+            "command line",
+        )
+    return invocations
+
+
+def _check_cluster(request: Request, dry_run: bool) -> None:
+    """Compare the request with the cluster; a dry run may do without one, and says so."""
+    try:
+        known = cluster.partitions()
+    except SlurmError as error:
+        if not dry_run:
+            raise
+        print(f"not compared with a cluster: {error}", file=sys.stderr)
+    else:
+        cluster.check(request, known)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

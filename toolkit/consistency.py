@@ -1,0 +1,91 @@
+"""What every rank must have in common, compared at the start: recipe, DeepSpeed file, code and library versions."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import socket
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+import torch.distributed as dist
+
+import toolkit
+from toolkit.config.flags import Invocation
+from toolkit.distributed import World
+from toolkit.errors import UsageError
+
+_LIBRARIES = ("torch", "transformers", "deepspeed")
+
+
+def facts(invocation: Invocation) -> dict[str, str]:
+    """What this rank is about to run, by name; values are compared as text."""
+    flat = {
+        f"{section}.{key}": repr(value)
+        for section, keys in invocation.config.model_dump(mode="json").items()
+        for key, value in keys.items()
+    }
+    ds = invocation.deepspeed
+    return {
+        **flat,
+        "DeepSpeed file": "none" if ds is None else _content(ds),
+        "frostline": f"{toolkit.__version__} (sources {_sources(Path(toolkit.__file__).parent)})",
+        "Python": platform.python_version(),
+        **{name: _version(name) for name in _LIBRARIES},
+    }
+
+
+def require_same(world: World, own: Mapping[str, str]) -> None:
+    """Compare ``own`` with rank 0's; every rank calls it, and all raise if any differs.
+
+    Raises:
+        UsageError: names each rank that differs, with its node, in what, and both values.
+    """
+    if world.size == 1:
+        return
+    reference = world.share(dict(own))
+    names = [*reference, *(name for name in own if name not in reference)]
+    differences = [
+        f"{name} is {own.get(name, 'unknown')}, on rank 0 {reference.get(name, 'unknown')}"
+        for name in names
+        if own.get(name) != reference.get(name)
+    ]
+    if not world.sum(len(differences))[0]:
+        return
+    every: list[tuple[str, list[str]]] = [("", [])] * world.size
+    dist.all_gather_object(every, (socket.gethostname(), differences))
+    lines = [
+        f"  - rank {rank} ({node}): {difference}" for rank, (node, found) in enumerate(every) for difference in found
+    ]
+    raise UsageError(
+        "\n".join(
+            [
+                f"the ranks do not run the same; rank 0 is on {every[0][0]}:",
+                *lines,
+                "Give every node the same checkout, environment, recipe and data",
+            ]
+        )
+    )
+
+
+def _content(path: Path) -> str:
+    try:
+        return f"SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+    except OSError as error:
+        return f"unreadable ({error.strerror})"
+
+
+def _sources(package: Path) -> str:
+    """SHA-256 over names and contents of the package's modules."""
+    sha = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        sha.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
+    return sha.hexdigest()[:12]
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,59 @@
+"""What a training run would refuse, found before it starts: without weights, without ranks, in seconds."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from toolkit.config.flags import Invocation
+from toolkit.config.schema import DataConfig
+from toolkit.data.dataset import load_dataset
+from toolkit.data.sources import is_hub_id
+from toolkit.engine.ds_config import read_ds_config, resolve_ds_config
+from toolkit.errors import PlanError
+from toolkit.mask.layer_mask import build_mask
+from toolkit.models.load import load_tokenizer
+from toolkit.plan.planner import hidden_size
+from toolkit.plan.skeleton import skeleton
+
+log = logging.getLogger("frostline")
+
+_QUICK_BYTES = 64 * 2**20
+"""A data file up to this size is read and tokenised row by row; it takes about ten seconds."""
+
+
+def preflight(invocation: Invocation, ranks: int) -> None:
+    """Check DeepSpeed file, model, mask, tokenizer and rows of a run that is to start later, somewhere else.
+
+    Args:
+        invocation: the parsed command line.
+        ranks: world size of the run.
+
+    Raises:
+        UsageError: the one that the run itself would end with.
+    """
+    config = invocation.config
+    ds = read_ds_config(invocation.deepspeed) if invocation.deepspeed else None
+    try:
+        bare = skeleton(config.model)
+    except PlanError as error:
+        log.warning("mask and DeepSpeed file are not checked before the job runs: %s", error)
+    else:
+        build_mask(config.mask, bare.anatomy)
+        if ds is not None and invocation.deepspeed is not None:
+            resolve_ds_config(ds, config, ranks, hidden_size(bare), invocation.deepspeed)
+    tokenizer = load_tokenizer(config.model)
+    if reason := _too_costly(config.data):
+        log.warning("the rows are not checked before the job runs: %s", reason)
+    else:
+        log.info("data: %s", load_dataset(config.data, tokenizer, config.train.seed).summary())
+
+
+def _too_costly(config: DataConfig) -> str | None:
+    paths = [path for path in (config.path, config.validation) if isinstance(path, str)]
+    for path in paths:
+        if is_hub_id(path):
+            return f"{path} is a data set on the Hub"
+        if Path(path).is_file() and Path(path).stat().st_size > _QUICK_BYTES:
+            return f"{path} is larger than {_QUICK_BYTES // 2**20} MiB"
+    return None

@@ -1,0 +1,181 @@
+"""What a job asks of the cluster: the flags of ``launch/submit.py``, checked together."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from toolkit.config.flags import positive
+from toolkit.errors import ConfigError
+
+_WARNING_SLACK = 60
+"""SLURM may send the signal before the limit this many seconds early (man sbatch, ``--signal``)."""
+
+_OWNED = (
+    "--array", "--chdir", "--cpus-per-task", "--gpus", "--gpus-per-node", "--job-name", "--nodes", "--no-requeue",
+    "--ntasks", "--ntasks-per-node", "--open-mode", "--output", "--requeue", "--signal", "--time", "--partition",
+    "--account", "--export",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Request:
+    """Nodes, ranks and time of one job, or of each task of an array."""
+
+    nodes: int
+    ranks_per_node: int
+    gpus_per_node: int | None
+    """None trains on the CPUs."""
+    cpus_per_task: int | None
+    partition: str | None
+    """None takes the cluster's default."""
+    account: str | None
+    time: str | None
+    """As SLURM writes it; none takes the partition's."""
+    signal_before: int
+    """Seconds between the signal that asks for a checkpoint and the time limit."""
+    environment: Path | None
+    """A virtual environment, or a shell file, that the job sources first."""
+    container: str | None
+    """What stands between srun and python."""
+    options: tuple[str, ...]
+    """Further options of sbatch, as given."""
+
+    @property
+    def ranks(self) -> int:
+        """World size."""
+        return self.nodes * self.ranks_per_node
+
+    @property
+    def time_seconds(self) -> int | None:
+        """``time`` in seconds."""
+        return None if self.time is None else seconds(self.time)
+
+    def summary(self) -> str:
+        """Nodes and ranks in words."""
+        what = "GPU" if self.gpus_per_node else "CPU rank"
+        return f"{self.nodes} node(s) x {self.ranks_per_node} {what}(s)"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a job; those of the recipe come beside them."""
+    job = parser.add_argument_group("job", "What the job asks of the cluster.")
+    job.add_argument("--nodes", type=positive, default=1, help="nodes; default: 1")
+    job.add_argument("--gpus-per-node", type=positive, help="GPUs of each node, one rank a GPU; without it CPUs train")
+    job.add_argument("--gpus", type=positive, help="GPUs of all nodes together, in place of --gpus-per-node")
+    job.add_argument("--ranks-per-node", type=positive, help="ranks of each node on CPUs; default: 1")
+    job.add_argument("--cpus-per-task", type=positive, help="CPU cores of each rank; default: the cluster's")
+    job.add_argument("--partition", metavar="NAME", help="partition; default: the cluster's")
+    job.add_argument("--account", metavar="NAME", help="account that is charged")
+    job.add_argument("--time", help="time limit, as 30 (minutes), 04:00:00 or 1-12; default: the partition's")
+    job.add_argument(
+        "--signal-before", type=positive, default=120, metavar="SECONDS",
+        help="signal the ranks this long before the limit: they commit a checkpoint and the job queues again; it "
+        "must cover one step and one checkpoint; default: 120",
+    )  # fmt: skip
+    job.add_argument("--environment", metavar="PATH", help="virtual environment or shell file that the job sources")
+    job.add_argument(
+        "--container", metavar="COMMAND",
+        help="what to put between srun and python, as 'apptainer exec --nv image.sif' or =--container-image=image",
+    )  # fmt: skip
+    job.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="a further option of sbatch, as =--qos=high"
+    )
+    job.add_argument("--array", nargs="+", metavar="RECIPE", help="one run for each recipe, as one array of jobs")
+    job.add_argument("--dry-run", action="store_true", help="print the script, write and submit nothing")
+
+
+def read_request(given: argparse.Namespace) -> Request:
+    """The request that parsed flags make.
+
+    Raises:
+        ConfigError: flags that contradict each other or make no sense, all of them together.
+    """
+    faults = [*_gpu_faults(given), *_time_faults(given), *_path_faults(given), *_option_faults(given)]
+    if faults:
+        raise ConfigError(faults, "command line")
+    gpus = given.gpus_per_node or (given.gpus // given.nodes if given.gpus else None)
+    return Request(
+        nodes=given.nodes,
+        ranks_per_node=gpus or given.ranks_per_node or 1,
+        gpus_per_node=gpus,
+        cpus_per_task=given.cpus_per_task,
+        partition=given.partition,
+        account=given.account,
+        time=given.time,
+        signal_before=given.signal_before,
+        environment=Path(given.environment).resolve() if given.environment else None,
+        container=given.container,
+        options=tuple(given.sbatch),
+    )
+
+
+def seconds(time: str) -> int | None:
+    """Seconds of a SLURM time; none where it is malformed.
+
+    The forms are minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes and
+    days-hours:minutes:seconds.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    if match is None:
+        return None
+    days, *parts = match.groups()
+    numbers = [int(part) for part in parts if part is not None]
+    if days is not None:
+        hours, minutes, rest = (*numbers, 0, 0)[:3]
+    elif len(numbers) == 3:
+        hours, minutes, rest = numbers
+    else:
+        hours, (minutes, rest) = 0, (*numbers, 0)[:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + rest
+
+
+def _gpu_faults(given: argparse.Namespace) -> Iterator[str]:
+    if given.gpus and given.gpus_per_node:
+        yield f"--gpus {given.gpus} and --gpus-per-node {given.gpus_per_node}: give one of them"
+        return
+    if given.gpus and given.gpus % given.nodes:
+        yield (
+            f"--gpus is {given.gpus}, which cannot be divided among {given.nodes} nodes; expected a multiple of "
+            f"{given.nodes}, or --gpus-per-node"
+        )
+        return
+    gpus = given.gpus_per_node or (given.gpus or 0) // given.nodes
+    if gpus and given.ranks_per_node not in (None, gpus):
+        yield (
+            f"--ranks-per-node is {given.ranks_per_node} with {gpus} GPUs on each node; one rank drives one GPU: "
+            "leave --ranks-per-node out"
+        )
+
+
+def _time_faults(given: argparse.Namespace) -> Iterator[str]:
+    if given.time is None:
+        return
+    limit = seconds(given.time)
+    if not limit:
+        yield f"--time is {given.time!r}; expected minutes (30), hours:minutes:seconds (04:00:00) or days-hours (1-12)"
+    elif limit <= given.signal_before + _WARNING_SLACK:
+        yield (
+            f"--signal-before is {given.signal_before} s and --time {given.time} is {limit} s; SLURM may signal "
+            f"{_WARNING_SLACK} s early, so the job would stop as soon as it starts: give it more than "
+            f"{given.signal_before + _WARNING_SLACK} s, or signal later"
+        )
+
+
+def _path_faults(given: argparse.Namespace) -> Iterator[str]:
+    if given.environment:
+        path = Path(given.environment)
+        if not path.is_file() and not (path / "bin" / "activate").is_file():
+            yield f"--environment is {given.environment}; expected a virtual environment or a shell file to source"
+
+
+def _option_faults(given: argparse.Namespace) -> Iterator[str]:
+    for option in given.sbatch:
+        name = option.split("=")[0].split()[0] if option.strip() else option
+        if not name.startswith("--"):
+            yield f"--sbatch is {option!r}; expected a long option, as in --sbatch=--qos=high"
+        elif name in _OWNED:
+            yield f"--sbatch={option}: {name} is written by submit.py itself; use its own flags"
