@@ -184,51 +184,61 @@ class Memory:
     """Of each kind, what is held at the moment when most is held in all."""
     moment: str
     """When that is."""
+    beside_weights: int
+    """The most that training adds to the weights that are there when it begins."""
 
     @property
     def peak(self) -> int:
         """The most bytes of tensors at once."""
         return sum(self.at_peak.values())
 
-    @property
-    def weights(self) -> int:
-        """Bytes of the model itself."""
-        return self.most["prefix weights"] + self.most["suffix weights"]
 
-
-def memory(held: Standing, rehearsal: Rehearsal, lent: int) -> Memory:
+def memory(held: Standing, rehearsal: Rehearsal, lent: int, fill: float | None) -> Memory:
     """What the engine holds and what a micro batch adds: in the prefix, in forward and backward, and in the update.
 
     Args:
         held: whatever the micro batch.
         rehearsal: of the micro batch.
         lent: bytes of weights that blocks of the prefix have only while they compute.
+        fill: tokens of a batch of the first pass, as a multiple of the micro batch's, where the prefix is cached: it
+            runs before there is an engine, and is gone when there is one. None where it stays.
     """
-    fixed = {
-        "prefix weights": held.prefix_weights, "suffix weights": held.suffix_weights,
-        "masters": held.masters, "moments": held.moments,
-    }  # fmt: skip
+    weights = {"prefix weights": held.prefix_weights, "suffix weights": held.suffix_weights}
+    here = weights if fill is None else weights | {"prefix weights": 0}
+    fixed = here | {"masters": held.masters, "moments": held.moments}
     top = rehearsal.peak({"gradients": held.share})
-    micro_batch = fixed | {
-        "gradients": held.accumulated + top["gradients"], "activations": top["activations"],
-        "logits": top["logits"], "workspace": top["workspace"] + held.buffers + held.scratch,
+    training = {
+        "forward and backward": fixed | {
+            "gradients": held.accumulated + top["gradients"], "activations": top["activations"],
+            "logits": top["logits"], "workspace": top["workspace"] + held.buffers + held.scratch,
+        },
+        "update": fixed | _only("gradients", held.update_gradients) | {"workspace": held.scratch},
     }  # fmt: skip
-    update = fixed | {"gradients": held.update_gradients, "activations": 0, "logits": 0, "workspace": held.scratch}
-    in_prefix = fixed | {
-        "gradients": held.accumulated, "activations": 0, "logits": 0,
-        "workspace": rehearsal.most_in_prefix + lent + held.buffers + held.scratch,
-    }  # fmt: skip
-    most = fixed | {
+    if fill is None:
+        workspace = rehearsal.most_in_prefix + lent + held.buffers + held.scratch
+        moments = training = training | {
+            "prefix": fixed | _only("gradients", held.accumulated) | {"workspace": workspace}
+        }
+    else:
+        workspace = int(fill * rehearsal.most_in_prefix) + lent
+        moments = training | {"first pass": weights | _only("workspace", workspace) | {"masters": 0, "moments": 0}}
+    most = weights | {
+        "masters": held.masters, "moments": held.moments,
         "gradients": max(
             held.accumulated + int(held.share * rehearsal.most("gradients")), held.update_gradients
         ),
         "activations": rehearsal.kept("activations"),
         "logits": rehearsal.most("logits"),
-        "workspace": max(rehearsal.most("workspace"), rehearsal.most_in_prefix + lent) + held.buffers + held.scratch,
+        "workspace": max(rehearsal.most("workspace") + held.buffers + held.scratch, workspace),
     }  # fmt: skip
-    moments = {"forward and backward": micro_batch, "update": update, "prefix": in_prefix}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
-    return Memory(most, moments[moment], moment)
+    beside = max(sum(kinds.values()) for kinds in training.values()) - sum(here.values())
+    return Memory(most, moments[moment], moment, beside)
+
+
+def _only(kind: str, size: int) -> dict[str, int]:
+    """What comes and goes, where only one kind is there."""
+    return dict.fromkeys(("gradients", "activations", "logits", "workspace"), 0) | {kind: size}
 
 
 def checkpoint_bytes(spec: EngineSpec, tensors: Tensors) -> int:

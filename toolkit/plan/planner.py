@@ -24,6 +24,8 @@ from toolkit.plan.load import Load
 from toolkit.plan.memory import EngineSpec, Memory, Tensors, checkpoint_bytes, memory, standing
 from toolkit.plan.rehearse import Rehearsal, Shape, rehearse
 from toolkit.plan.skeleton import LOOKED_AT_CONTENT, Skeleton
+from toolkit.prefix.cached import FILL_TOKENS
+from toolkit.prefix.caching import drops_out, mask_obstacle
 from toolkit.prefix.packing import set_attention
 from toolkit.prefix.recompute import recompute_blocks
 from toolkit.prefix.split import Prefix, Suffix, split
@@ -48,6 +50,8 @@ class Variant:
     spec: EngineSpec
     frozen: PrefixConfig
     """How the prefix's weights are kept."""
+    cached: bool
+    """What the prefix computes is kept on disk, and the prefix let go after a first pass."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ class Plan:
     frozen: Frozen
     """Where the prefix's weights are."""
     compute: Compute
+    token_bytes: int
+    """Of one token's hidden state at the frost line."""
     checkpoint: int
     """Bytes of one checkpoint on disk."""
     keep: int
@@ -85,6 +91,8 @@ class Planner:
     """Whether the model is to be cut at the frost line, if it can be."""
     packed: bool | None = None
     """Whether micro batches are packed; none takes what the recipe asks for, without the run's own check."""
+    cached: bool | None = None
+    """Whether the prefix is cached; likewise."""
     short_cuts: ShortCuts = ShortCuts(True, True, True)  # noqa: RUF009
     """Which short cuts to take at the top of the suffix, where the structure allows them."""
     _halves: dict[str, _Halves] = field(default_factory=dict)
@@ -96,7 +104,7 @@ class Planner:
         return Variant(
             selectors=tuple(self.config.mask.train), rows=train.micro_batch_size,
             accumulation=train.gradient_accumulation_steps, tokens=self.load.tokens, supervised=self.load.supervised,
-            recompute=recompute, packed=self._packs(), spec=spec, frozen=self.config.prefix,
+            recompute=recompute, packed=self._packs(), spec=spec, frozen=self.config.prefix, cached=self._caches(),
         )  # fmt: skip
 
     def memory(self, variant: Variant) -> Memory:
@@ -109,7 +117,8 @@ class Planner:
         rehearsal = self._rehearse(variant)
         halves = self._split(variant.selectors, variant.packed)
         kept = self.frozen(variant)
-        return memory(standing(variant.spec, halves.tensors, kept), rehearsal, kept.lent)
+        fill = FILL_TOKENS / (rehearsal.shape.rows * rehearsal.shape.tokens) if variant.cached else None
+        return memory(standing(variant.spec, halves.tensors, kept), rehearsal, kept.lent, fill)
 
     def frozen(self, variant: Variant) -> Frozen:
         """Bytes of the prefix's weights, wherever they are kept.
@@ -139,6 +148,7 @@ class Planner:
             audit_text=audit_table(halves.mask, self.skeleton.anatomy), variant=variant, load=self.load,
             is_cut=halves.prefix is not None or not halves.mask.has_prefix, memory=held, frozen=self.frozen(variant),
             compute=compute(plain, checkpointed),
+            token_bytes=hidden_size(self.skeleton) * halves.tensors.width,
             checkpoint=checkpoint_bytes(variant.spec, halves.tensors), keep=self.config.output.keep,
         )  # fmt: skip
 
@@ -148,6 +158,20 @@ class Planner:
             return self.packed
         mode = self.config.data.packing
         return mode == "on" or (mode == "auto" and self.skeleton.model.config._attn_implementation in ("sdpa", VARLEN))
+
+    def _caches(self) -> bool:
+        """What the run will decide if the disk has room and the architecture can be cut."""
+        if self.cached is not None:
+            return self.cached
+        train, mode = self.config.train, self.config.prefix.cache
+        mask = self._split(tuple(self.config.mask.train), self._packs()).mask
+        if mode == "off" or mask_obstacle(mask) or drops_out(self.skeleton.model):
+            return False
+        passes = float(train.epochs)
+        if train.max_steps and self.load.lengths:
+            global_batch = train.micro_batch_size * train.gradient_accumulation_steps
+            passes = min(passes, train.max_steps * global_batch / len(self.load.lengths))
+        return mode == "on" or passes > 1
 
     def _split(self, selectors: tuple[str | MaskGroup, ...], packed: bool) -> _Halves:
         key = repr((selectors, packed))

@@ -64,6 +64,7 @@ def as_dict(plan: Plan, verdict: Verdict | None = None) -> dict[str, Any]:
             "precision": variant.frozen.precision,
             "placement": variant.frozen.placement,
             "away_from_the_device": plan.frozen.away,
+            "cached": variant.cached,
         },
         "memory": {
             "peak": plan.memory.peak,
@@ -73,10 +74,16 @@ def as_dict(plan: Plan, verdict: Verdict | None = None) -> dict[str, Any]:
         },
         "flops": {
             "per_token": {name: round(value) for name, value in _per_token(plan).items()},
-            "per_step": round(_step(plan)),
-            "per_epoch": round(sum(plan.compute.of(rows).values())) if rows else None,
+            "per_step": round(sum(_step_passes(plan).values())),
+            "first_epoch": round(sum(plan.compute.of(rows).values())) if rows else None,
+            "later_epoch": round(sum(_training(plan, plan.compute.of(rows)).values())) if rows else None,
         },
-        "disk": {"checkpoint": plan.checkpoint, "most": _most_on_disk(plan)},
+        "disk": {
+            "checkpoint": plan.checkpoint,
+            "most": _most_on_disk(plan),
+            "cache_token": plan.token_bytes if variant.cached else 0,
+            "cache": _cache_bytes(plan) if variant.cached else 0,
+        },
     }
     if verdict is not None:
         values["fit"] = {
@@ -108,6 +115,8 @@ def _memory_text(plan: Plan) -> str:
             "disk": f", {_gib(plan.frozen.away)} on disk",
         }
         lines.append(f"prefix kept in {frozen.precision} precision{place[frozen.placement]}")
+    if variant.cached:
+        lines.append("prefix cached: a first pass computes its hidden states, then its weights are let go")
     return "\n".join(lines)
 
 
@@ -118,22 +127,31 @@ def _micro_batch(plan: Plan) -> str:
 
 
 def _compute_text(plan: Plan) -> str:
-    per_token = _per_token(plan)
-    rows = _epoch(plan)
-    lines = [f"{'compute':<16}{'a token':>14}{'a step':>14}{'an epoch':>14}"]
-    step = {name: value * _step_rows(plan) for name, value in _mean_row(plan).items()}
-    epoch = plan.compute.of(rows) if rows else None
+    """The first epoch contains the first pass, where the prefix is cached; later ones read."""
+    columns = ("a token", "a step", "first epoch", "later epochs")
+    lines = [f"{'compute':<16}" + "".join(f"{column:>14}" for column in columns)]
+    first = plan.compute.of(_epoch(plan)) if _epoch(plan) else None
+    table = [_per_token(plan), _step_passes(plan), first, _training(plan, first) if first else None]
     for name in PASSES:
-        last = _flop(epoch[name]) if epoch else "-"
-        lines.append(f"{name:<16}{_flop(per_token[name]):>14}{_flop(step[name]):>14}{last:>14}")
-    last = _flop(sum(epoch.values())) if epoch else "-"
-    lines.append(f"{'total':<16}{_flop(sum(per_token.values())):>14}{_flop(sum(step.values())):>14}{last:>14}")
-    return "\n".join(lines)
+        lines.append(f"{name:<16}" + "".join(f"{_flop(cost[name]) if cost else '-':>14}" for cost in table))
+    totals = "".join(f"{_flop(sum(cost.values())) if cost else '-':>14}" for cost in table)
+    return "\n".join([*lines, f"{'total':<16}{totals}"])
 
 
 def _disk(plan: Plan) -> str:
     kept = f"{plan.keep} kept and one being written" if plan.keep > 1 else "one kept and one being written"
-    return f"checkpoint on disk {_gib(plan.checkpoint)}; {_gib(_most_on_disk(plan))} with {kept}"
+    lines = [f"checkpoint on disk {_gib(plan.checkpoint)}; {_gib(_most_on_disk(plan))} with {kept}"]
+    if plan.variant.cached:
+        size = _cache_bytes(plan)
+        total = f", {_gib(size)} for the training rows" if size is not None else ""
+        lines.append(f"hidden states on disk {plan.token_bytes / 2**10:.2f} KiB a token{total}")
+    return "\n".join(lines)
+
+
+def _cache_bytes(plan: Plan) -> int | None:
+    """Bytes of all cached training rows, where they are known."""
+    rows = _epoch(plan)
+    return plan.token_bytes * sum(tokens for tokens, _ in rows) if rows else None
 
 
 def _most_on_disk(plan: Plan) -> int:
@@ -161,8 +179,14 @@ def _step_rows(plan: Plan) -> int:
     return plan.variant.rows * plan.variant.accumulation * plan.variant.spec.ranks
 
 
-def _step(plan: Plan) -> float:
-    return sum(_mean_row(plan).values()) * _step_rows(plan)
+def _training(plan: Plan, cost: dict[str, float]) -> dict[str, float]:
+    """What a pass over rows costs once their hidden states are there."""
+    return cost | {"prefix forward": 0.0} if plan.variant.cached else cost
+
+
+def _step_passes(plan: Plan) -> dict[str, float]:
+    step = {name: value * _step_rows(plan) for name, value in _mean_row(plan).items()}
+    return _training(plan, step)
 
 
 def _gib(size: int) -> str:

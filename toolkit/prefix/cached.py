@@ -8,7 +8,7 @@ prefix itself is let go.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from tqdm import tqdm
@@ -118,6 +118,11 @@ class CachedPrefix:
             self._prefix = None
         return self._prefix is None
 
+    def close(self) -> str:
+        """Give the store free; what it did, as a line for the log."""
+        self._store.close()
+        return self._store.summary()
+
     def _compute(self, missing: list[Example]) -> list[torch.Tensor]:
         if not missing:
             return []
@@ -131,6 +136,14 @@ class CachedPrefix:
             self._prefix = self._load()
         batch = collate(examples, pad_id=0).to(self._world.device)
         return rows_of(self._prefix(batch), batch)
+
+
+def read_ahead(source: HiddenStates | None, steps: Iterable[list[Batch]]) -> Iterator[list[Batch]]:
+    """``steps`` as they are; the cached samples of each are asked for when it is made, a little before its use."""
+    for micro_batches in steps:
+        if isinstance(source, CachedPrefix):
+            source.expect([example for batch in micro_batches for example in batch.examples])
+        yield micro_batches
 
 
 def _batches(longest_first: list[Example]) -> Iterator[list[Example]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedModel
 
 import toolkit
@@ -20,6 +21,7 @@ from toolkit.data.examples import Example
 from toolkit.distributed import World
 from toolkit.errors import ConfigError
 from toolkit.files import replace_text
+from toolkit.mask.layer_mask import LayerMask
 from toolkit.models.bundled import cache_root
 from toolkit.models.load import LoadedModel, fingerprint_of
 from toolkit.prefix.namespace import Namespace, bytes_of, sample_key
@@ -66,6 +68,22 @@ def refusal(settings: PrefixConfig, obstacle: str | None) -> str | None:
     if settings.cache == "on":
         raise ConfigError([f"prefix.cache is on, but {obstacle}; set it to auto or off"], "recipe")
     return f"off (auto: {obstacle})"
+
+
+def mask_obstacle(mask: LayerMask) -> str | None:
+    """Why this mask's prefix is no function of the data alone, if so."""
+    if not mask.has_prefix:
+        return "nothing below the trained tensors is frozen"
+    if mask.tied == "head_only":
+        return "mask.tied is head_only: the embeddings move with every step"
+    return None
+
+
+def drops_out(model: nn.Module) -> bool:
+    """True if a module has a dropout of its own; a guess for plans, where nothing can be run (see ``unfit``)."""
+    rates = [value for module in model.modules() for name, value in vars(module).items() if "dropout" in name]
+    rates += [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 def identity(loaded: LoadedModel, boundary: int, settings: PrefixConfig, device: torch.device) -> dict[str, str]:

@@ -25,6 +25,7 @@ from toolkit.prefix.caching import (
     Request,
     decide_together,
     identity,
+    mask_obstacle,
     note_split,
     noted_split,
     open_store,
@@ -91,7 +92,7 @@ def cut(loaded: LoadedModel, job: Job) -> tuple[HiddenStates | None, Suffix]:
     """
     settings = job.config.prefix
     loaded.model.train()
-    reason = refusal(settings, _obstacle(job.mask))
+    reason = refusal(settings, mask_obstacle(job.mask))
     store = _open(loaded, job) if reason is None else None
     if store is not None and (returned := _complete(store, job)) is not None:
         log.info("activation cache: all samples are in %s; the prefix is not needed", store.directory)
@@ -107,15 +108,6 @@ def cut(loaded: LoadedModel, job: Job) -> tuple[HiddenStates | None, Suffix]:
         store.close()
     log.info("activation cache: %s", reason)
     return prefix, suffix
-
-
-def _obstacle(mask: LayerMask) -> str | None:
-    """Why this mask's prefix is no function of the data alone, if so."""
-    if not mask.has_prefix:
-        return "nothing below the trained tensors is frozen"
-    if mask.tied == "head_only":
-        return "mask.tied is head_only: the embeddings move with every step"
-    return None
 
 
 def _open(loaded: LoadedModel, job: Job) -> ActivationStore:

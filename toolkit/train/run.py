@@ -18,6 +18,7 @@ from toolkit.data.prefetch import Prefetcher, on_device
 from toolkit.distributed import World
 from toolkit.evaluate import evaluate
 from toolkit.monitor import Monitor, StepMetrics, peak_memory_gib
+from toolkit.prefix.cached import CachedPrefix, read_ahead
 from toolkit.rundir import RunDirectory, claim, write_config
 from toolkit.train.setup import Setup, save_set_up, seed_step, set_up
 from toolkit.train.step import StepResult, train_step
@@ -79,6 +80,8 @@ def _train(setup: Setup, directory: RunDirectory) -> int:
             return STOPPED
         if monitor.epoch_losses:
             log.info("mean loss by epoch: %s", ", ".join(f"{loss:.4f}" for loss in monitor.epoch_losses))
+    if isinstance(setup.prefix, CachedPrefix):
+        log.info("%s", setup.prefix.close())
     peak = world.max(peak_memory_gib(world.device))
     planned = f" (planned: {setup.cost.memory.peak / 2**30:.2f} GiB of tensors)" if setup.cost else ""
     log.info(
@@ -106,7 +109,7 @@ def _loop(
         order = epoch_order(setup.plan.rows, setup.config.train.seed, epoch)
         first = step - epoch * per_epoch
         steps = step_batches(setup.dataset.train, order, setup.plan, setup.pad_id, first, setup.packed)
-        for micro_batches in ahead(on_device(steps, setup.world.device)):
+        for micro_batches in ahead(on_device(read_ahead(setup.prefix, steps), setup.world.device)):
             seed_step(setup.config.train.seed, step, setup.world)
             result = train_step(micro_batches, setup.prefix, setup.engine, setup.world)
             step += 1

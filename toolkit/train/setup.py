@@ -30,7 +30,7 @@ from toolkit.plan.memory import engine_spec
 from toolkit.plan.planner import Plan, Planner
 from toolkit.plan.report import as_dict
 from toolkit.plan.skeleton import skeleton_of
-from toolkit.prefix.cached import HiddenStates
+from toolkit.prefix.cached import CachedPrefix, HiddenStates
 from toolkit.prefix.packing import choose_packing
 from toolkit.prefix.recompute import free_bytes, recompute_blocks, should_recompute
 from toolkit.prefix.split import Prefix, Suffix
@@ -101,7 +101,8 @@ def set_up(invocation: Invocation, world: World) -> Setup:
     if ds is not None and invocation.deepspeed is not None:
         resolved = resolve_ds_config(ds, config, world.size, hidden_size, invocation.deepspeed)
     if planner is not None:
-        planner.cut, planner.packed, planner.short_cuts = prefix is not None, packing.on, suffix.short_cuts
+        planner.cut, planner.cached = prefix is not None, isinstance(prefix, CachedPrefix)
+        planner.packed, planner.short_cuts = packing.on, suffix.short_cuts
     cost = _plan_and_recompute(planner, suffix, mask.boundary, config, world, resolved)
     engine = _build_engine(prefix, suffix, mask, config, total_steps, world, resolved)
     log.info(
@@ -161,7 +162,7 @@ def _plan_and_recompute(
             plans = {on: planner.plan(planner.variant(spec, recompute=on)) for on in (False, True)}
         except PlanError as error:
             log.warning("%s", error)
-    needed = plans[False].memory.peak - plans[False].memory.weights if plans else None
+    needed = plans[False].memory.beside_weights if plans else None
     free = -int(world.max(-free_bytes(world.device)))  # the tightest rank decides for all
     on, why = should_recompute(train.gradient_checkpointing, needed, free)
     log.info("gradient checkpointing: %s", why)
