@@ -79,7 +79,7 @@ def error(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
 
 
 @pytest.mark.parametrize("dtypes", [[BFLOAT16], [FLOAT32], [BFLOAT16, FLOAT32]], ids=["low", "float32", "mixed"])
-@pytest.mark.parametrize("piece", [60, 100, None])
+@pytest.mark.parametrize("piece", [60, None])
 @pytest.mark.parametrize("max_norm", [0.0, 1.0, 1e9])
 @pytest.mark.parametrize("accumulates", [False, True])
 def test_masters_are_as_exact_as_torchs_own(
