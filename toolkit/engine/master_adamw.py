@@ -16,9 +16,13 @@ from torch import nn
 
 from toolkit.engine.flat import Flat
 
-PIECE = {"cpu": 2**18, "cuda": 2**22}
-"""Elements updated at once, by device. On a CPU a piece of everything fits the second-level caches; on a GPU its update
-takes longer than the launch of its three kernels."""
+LARGEST_PIECE = 2**22
+"""Elements updated at once on a GPU, where that takes longer than the launch of three kernels; the most anywhere."""
+
+
+def piece_size(device: torch.device) -> int:
+    """Elements updated at once: on a CPU so many that a piece of everything fits the threads' second-level caches."""
+    return min(2**17 * torch.get_num_threads(), LARGEST_PIECE) if device.type == "cpu" else LARGEST_PIECE
 
 
 class MasterAdamW(torch.optim.AdamW):
@@ -51,11 +55,11 @@ class MasterAdamW(torch.optim.AdamW):
             max_norm: what the gradient's 2-norm is clipped to; 0 does not clip.
             accumulates: a step has more than one backward pass; gradients are added up in float32.
             ranks: gradients are summed over the process group if there is more than one, in float32 too.
-            piece: elements updated at once; none takes ``PIECE``'s.
+            piece: elements updated at once; none takes ``piece_size``.
         """  # noqa: D205, D212
         self._max_norm, self._ranks = max_norm, ranks
         device = next(iter(parameters.values())).device
-        piece = piece or PIECE.get(device.type, PIECE["cuda"])
+        piece = piece or piece_size(device)
         self._scratch = torch.empty(min(piece, sum(p.numel() for p in parameters.values())), device=device)
         self._flats: list[Flat] = []
         groups = []

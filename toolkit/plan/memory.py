@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from toolkit.engine.ds_config import zero_stage
-from toolkit.engine.master_adamw import PIECE
+from toolkit.engine.master_adamw import LARGEST_PIECE
 from toolkit.plan.frozen import Frozen
 from toolkit.plan.rehearse import Rehearsal
 
@@ -132,7 +132,7 @@ def _local(spec: EngineSpec, tensors: Tensors, frozen: Frozen, suffix: int) -> S
     return Standing(
         prefix_weights=frozen.device, suffix_weights=suffix, masters=4 * total if low else 0,
         moments=8 * total, accumulated=held, share=share, update_gradients=update, buffers=0,
-        scratch=4 * min(total, max(PIECE.values())),
+        scratch=4 * min(total, LARGEST_PIECE),
     )  # fmt: skip
 
 
