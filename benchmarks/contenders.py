@@ -85,7 +85,7 @@ def run_peer(workload: Path, scratch: Path, script: str, switches: tuple[str, ..
     record = scratch / "record.json"
     command = [python or sys.executable, str(PEERS / script), str(workload), str(record), str(scratch), *switches]
     log = scratch / "log.txt"
-    finished = _checked(run_process(command, log, environment={"TOKENIZERS_PARALLELISM": "false"}), log)
+    finished = checked(run_process(command, log, environment={"TOKENIZERS_PARALLELISM": "false"}), log)
     told = Record.read(record)
     epochs = len(Workload.read(workload).orders)
     return Outcome(told, told.starts[0], finished.seconds, told.gpu_peak or finished.peak_bytes, epochs)
@@ -117,7 +117,7 @@ def run_toolkit(workload: Workload, scratch: Path, *flags: str) -> Outcome:
         *(str(word) for item in given.items() for word in item),
     ]
     train = ["--mask.train", f"last:{workload.last}", "head"]
-    finished = _checked(run_process([*command, *train, *flags], log, [metrics]), log)
+    finished = checked(run_process([*command, *train, *flags], log, [metrics]), log)
     record, begin, peak = Record(), None, 0.0
     for seen, line in finished.lines[metrics]:
         row = json.loads(line)
@@ -143,7 +143,13 @@ def thread_variables(threads: int | None) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def _checked(finished: Finished, log: Path) -> Finished:
+def checked(finished: Finished, log: Path) -> Finished:
+    """``finished``, if it went well.
+
+    Raises:
+        DoesNotFitError: it ran out of memory.
+        RuntimeError: it failed otherwise; ends with the last lines of ``log``.
+    """
     if finished.code == 0:
         return finished
     text = log.read_text(encoding="utf-8", errors="replace")

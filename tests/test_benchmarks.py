@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 from helpers import ROOT, run_script
 from transformers import AutoModelForCausalLM
 
-from benchmarks import depth, step_profile
-from benchmarks.contenders import Outcome
+from benchmarks import depth, partial_finetuning, step_profile
+from benchmarks.contenders import DoesNotFitError, Outcome, checked
 from benchmarks.plain_loop import plain_loop
 from benchmarks.prepare import SAMPLE, prepare, write_random_model
+from benchmarks.process import run_process
 from benchmarks.record import Record
 from benchmarks.report import table
 from benchmarks.seams import PHASES, Seams
@@ -122,6 +124,43 @@ def test_the_counted_arithmetic_is_that_of_the_suffix(setup: Any) -> None:
     assert seams.suffix_flops <= counter.get_total_flops()
 
 
+def test_cold_runs_get_a_fresh_cache_and_warm_ones_the_last_cold_ones(
+    workload: Workload, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    caches: list[tuple[str, str]] = []
+
+    def fake(given: Workload, scratch: Path, *flags: str) -> Outcome:
+        named = dict(zip(flags[::2], flags[1::2], strict=True))
+        caches.append((Path(named["--prefix.cache_dir"]).name, named.get("--prefix.precision", "model")))
+        return outcome(1.0, 1.0, 1)
+
+    keys = "--prefix.cache {auto} --prefix.cache_dir STR --prefix.precision {int8} "
+    monkeypatch.setattr(partial_finetuning, "recipe_flags", lambda: keys)
+    monkeypatch.setattr(partial_finetuning, "run_toolkit", fake)
+    given = Namespace(shape=None, trl_python=None, llamafactory_python=None)
+    field = partial_finetuning.Field(given, tmp_path, workload)
+    for name in ("warm", "cold", "int8", "warm"):
+        assert isinstance(field.run(name), Outcome)
+    first, second, third, fourth, fifth = caches
+    assert first == second, "a warm run without a cold one before it fills its cache first"
+    assert fifth == third != first
+    assert fourth[1] == "int8"
+    assert fourth[0] not in (first[0], third[0])
+
+
+def test_a_process_that_fails_is_told_from_one_that_does_not_fit(tmp_path: Path) -> None:
+    watched = tmp_path / "lines"
+    code = f"import sys; open({str(watched)!r}, 'w').write('one\\ntwo\\nhal'); print(sys.argv[1]); sys.exit(3)"
+    fine = run_process([sys.executable, "-c", code, "-"], tmp_path / "log", [watched])
+    assert fine.code == 3
+    assert [line for _, line in fine.lines[watched]] == ["one", "two"]
+    assert fine.peak_bytes > 0
+    with pytest.raises(RuntimeError, match=r"exit code 3.*\n.*no such tensor"):
+        checked(run_process([sys.executable, "-c", code, "no such tensor"], tmp_path / "log"), tmp_path / "log")
+    with pytest.raises(DoesNotFitError):
+        checked(run_process([sys.executable, "-c", code, "CUDA out of memory"], tmp_path / "log"), tmp_path / "log")
+
+
 def outcome(first: float, later: float, peak: int) -> Outcome:
     """A run of two steps an epoch and two epochs, one second between the epochs."""
     starts = [0.0, first, 2 * first + 1, 2 * first + later + 1]
@@ -172,4 +211,3 @@ def test_saved_results_name_date_and_hardware() -> None:
         first = path.read_text(encoding="utf-8").splitlines()[0]
         assert path.name.startswith(first[:10]), path
         assert " of " in first or "NVIDIA" in first, path
-    assert os.access(ROOT / "benchmarks" / "results", os.R_OK)
