@@ -28,7 +28,7 @@ ZERO2 = str(ROOT / "ds_configs" / "zero2.json")
 def slurm() -> Iterator[Cluster]:
     if lacking := missing():
         message = f"no SLURM here (no {', '.join(lacking)}); apt-get install slurm-wlm munge"
-        if os.environ.get("FROSTLINE_REQUIRE_SLURM"):
+        if os.environ.get("FROSTLINE_REQUIRE_CLUSTER"):
             pytest.fail(message)
         pytest.skip(message)
     with cluster() as running, pytest.MonkeyPatch.context() as patch:
