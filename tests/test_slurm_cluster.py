@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, metrics, tiny_flags
+from helpers import ROOT, clean_environment, metrics, tiny_flags
 from slurm_cluster import Cluster, cluster, missing
 
 from launch import submit as submit_script
@@ -26,6 +26,14 @@ STEPS = 40
 ZERO2 = str(ROOT / "ds_configs" / "zero2.json")
 
 
+BUILD_KERNEL = """
+from deepspeed.accelerator import get_accelerator
+if get_accelerator().device_name() == "cpu":
+    get_accelerator().create_op_builder("ShareMemCommBuilder").load()
+"""
+"""DeepSpeed compiles it on first use under a lock file; a rank that is killed meanwhile would leave the lock behind."""
+
+
 @pytest.fixture(scope="module")
 def slurm() -> Iterator[Cluster]:
     if lacking := missing():
@@ -33,6 +41,7 @@ def slurm() -> Iterator[Cluster]:
         if os.environ.get("FROSTLINE_REQUIRE_CLUSTER"):
             pytest.fail(message)
         pytest.skip(message)
+    subprocess.run([sys.executable, "-c", BUILD_KERNEL], env=clean_environment(), capture_output=True, check=True)
     with cluster() as running, pytest.MonkeyPatch.context() as patch:
         for name, value in running.environ.items():
             patch.setenv(name, value)
