@@ -183,6 +183,7 @@ def _stop(running: Cluster) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a plain kill tidies up, too
     with cluster() as by_hand, contextlib.suppress(KeyboardInterrupt):
         print(f"export SLURM_CONF={by_hand.root}/slurm.conf", flush=True)
         signal.pause()

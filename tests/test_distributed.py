@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from toolkit import distributed
 from toolkit.distributed import World, read_world
 from toolkit.errors import UsageError
 
@@ -45,3 +46,20 @@ def test_one_process_needs_no_group() -> None:
     world.barrier()
     with world.main_first():
         pass
+
+
+def test_the_port_follows_from_job_and_step_below_the_outgoing_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    ports = set()
+    for job, step in ((7, 0), (7, 1), (8, 0), (19999, 3), (4294967295, 0)):
+        monkeypatch.setenv("SLURM_JOB_ID", str(job))
+        monkeypatch.setenv("SLURM_STEP_ID", str(step))
+        ports.add(distributed._master_port(World(0, 0, 2)))
+    assert len(ports) == 5
+    assert all(12000 <= port < 32000 for port in ports)
+
+
+def test_without_scontrol_the_message_names_the_variable_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "n[1-2]")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UsageError, match=r"scontrol cannot tell where the ranks meet .* set MASTER_ADDR"):
+        distributed._master_address()

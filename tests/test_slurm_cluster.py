@@ -13,24 +13,35 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, metrics, tiny_flags
+from helpers import ROOT, clean_environment, metrics, tiny_flags
 from slurm_cluster import Cluster, cluster, missing
 
 from launch import submit as submit_script
+from toolkit.errors import SlurmError
 from toolkit.slurm.cluster import partitions
+from toolkit.slurm.cluster import submit as cluster_submit
 from toolkit.slurm.submit import held_by
 
 STEPS = 40
 ZERO2 = str(ROOT / "ds_configs" / "zero2.json")
 
 
+BUILD_KERNEL = """
+from deepspeed.accelerator import get_accelerator
+if get_accelerator().device_name() == "cpu":
+    get_accelerator().create_op_builder("ShareMemCommBuilder").load()
+"""
+"""DeepSpeed compiles it on first use under a lock file; a rank that is killed meanwhile would leave the lock behind."""
+
+
 @pytest.fixture(scope="module")
 def slurm() -> Iterator[Cluster]:
     if lacking := missing():
         message = f"no SLURM here (no {', '.join(lacking)}); apt-get install slurm-wlm munge"
-        if os.environ.get("FROSTLINE_REQUIRE_SLURM"):
+        if os.environ.get("FROSTLINE_REQUIRE_CLUSTER"):
             pytest.fail(message)
         pytest.skip(message)
+    subprocess.run([sys.executable, "-c", BUILD_KERNEL], env=clean_environment(), capture_output=True, check=True)
     with cluster() as running, pytest.MonkeyPatch.context() as patch:
         for name, value in running.environ.items():
             patch.setenv(name, value)
@@ -179,3 +190,26 @@ def test_sinfo_tells_the_partitions(slurm: Cluster) -> None:
     assert (found["main"].is_default, found["spare"].is_default) == (True, False)
     assert (found["main"].able(gpus=2, cpus=16), found["main"].able(gpus=3, cpus=1)) == (2, 0)
     assert (found["main"].limit, found["spare"].limit) == ("1:00:00", "10:00")
+
+
+def test_ranks_of_a_bare_srun_find_each_other(slurm: Cluster) -> None:
+    code = (
+        "from toolkit import cli, distributed; world = distributed.start(); "
+        "print(world.rank, world.local_rank, world.size, int(world.sum(1)[0])); cli.leave(0)"
+    )
+    printed = slurm.call("srun", "--nodes=2", "--ntasks-per-node=1", f"--chdir={ROOT}", sys.executable, "-c", code)
+    assert sorted(printed.splitlines()) == ["0 0 2 2", "1 0 2 2"]
+
+
+@pytest.mark.usefixtures("slurm")
+def test_what_sbatch_refuses_is_told_in_its_own_words(tmp_path: Path) -> None:
+    script = tmp_path / "job.sh"
+    script.write_text("#!/bin/bash\n#SBATCH --licenses=no_such_licence\n")
+    with pytest.raises(SlurmError, match=r"sbatch failed with exit code 1 and said:\n.*Invalid license"):
+        cluster_submit(script)
+
+
+def test_a_cluster_that_cannot_be_reached_is_told(slurm: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_CONF", str(slurm.root / "nothing.conf"))
+    with pytest.raises(SlurmError, match="sinfo failed with exit code 1"):
+        partitions()
