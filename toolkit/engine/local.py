@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,12 +15,12 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from toolkit.config.schema import OptimConfig, TrainConfig
 from toolkit.data.batches import Batch
 from toolkit.distributed import World
-from toolkit.engine.base import Update
+from toolkit.engine.base import AdamState, Update
 from toolkit.mask.layer_mask import ParameterGroup
-from toolkit.optim import MasterWeights, build_optimizer, build_scheduler, current_rate
+from toolkit.optim import MasterWeights, build_optimizer, build_scheduler, current_rate, forward_to
 from toolkit.prefix.split import Suffix
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 class LocalEngine:
@@ -106,11 +106,38 @@ class LocalEngine:
         with torch.no_grad():
             for name, master in self._weights.by_name.items():
                 master.copy_(masters[name])
-                state = self._optimizer.state[master]
-                state["step"] = torch.tensor(float(schedule["last_epoch"]), device=master.device)
                 for moment in _MOMENTS:
-                    state[moment] = moments[f"{name}.{moment}"]
+                    self._optimizer.state[master][moment] = moments[f"{name}.{moment}"]
         self._weights.write_back()
         self._scheduler.load_state_dict(schedule)
         for group, learning_rate in zip(self._optimizer.param_groups, schedule["_last_lr"], strict=True):
             group["lr"] = learning_rate
+
+    def state(self) -> dict[str, AdamState]:  # noqa: D102
+        if not self._world.is_main:
+            return {}
+        state = self._optimizer.state
+        return {
+            name: AdamState(
+                *(t.detach().to("cpu", copy=True) for t in (m, state[m]["exp_avg"], state[m]["exp_avg_sq"]))
+            )
+            for name, m in self._weights.by_name.items()
+        }
+
+    @torch.no_grad()
+    def adopt(self, state: Mapping[str, AdamState], ages: Mapping[str, int], step: int) -> None:  # noqa: D102
+        for name in self._world.share(sorted(state)):
+            master, own = self._weights.by_name[name], state.get(name)
+            master.copy_(self._world.spread(getattr(own, "master", None), master.shape))
+            if ages[name]:
+                self._optimizer.state[master] = {
+                    "step": torch.tensor(float(ages[name]), device=master.device),
+                    "exp_avg": self._world.spread(getattr(own, "exp_avg", None), master.shape),
+                    "exp_avg_sq": self._world.spread(getattr(own, "exp_avg_sq", None), master.shape),
+                }
+        self._weights.write_back()
+        forward_to(self._scheduler, step)
+
+    def release(self) -> dict[str, torch.Tensor]:  # noqa: D102
+        del self._weights, self._optimizer, self._scheduler  # the parameters stay as they are: nothing was moved
+        return {}

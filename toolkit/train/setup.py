@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,12 @@ from toolkit.engine.local import LocalEngine
 from toolkit.errors import DataError, ModelError, PlanError
 from toolkit.mask.apply import apply_mask, trainable_parameters
 from toolkit.mask.audit import audit_markdown, audit_table
-from toolkit.mask.layer_mask import LayerMask, build_mask
+from toolkit.mask.layer_mask import LayerMask
+from toolkit.mask.schedule import Phase, Schedule, build_schedule
 from toolkit.models.load import LoadedModel, fingerprint, load, load_tokenizer
 from toolkit.plan.load import load_of
 from toolkit.plan.memory import engine_spec
+from toolkit.plan.phases import phase_planners, whole_plan
 from toolkit.plan.planner import Plan, Planner
 from toolkit.plan.report import as_dict
 from toolkit.plan.skeleton import skeleton_of
@@ -36,28 +38,75 @@ log = logging.getLogger("frostline")
 
 
 @dataclass(frozen=True)
+class Active:
+    """What the current phase of the mask's schedule runs on."""
+
+    phase: Phase
+    prefix: Prefix | None
+    suffix: Suffix
+    engine: Engine
+    audit: str
+    """The audit table in Markdown."""
+
+
+@dataclass
 class Setup:
-    """Everything a run needs, ready for the first step."""
+    """Everything a run needs, ready for the next step. ``toolkit.train.phases`` exchanges ``active``."""
 
     config: RunConfig
     world: World
     dataset: Dataset
     plan: BatchPlan
     total_steps: int
-    mask: LayerMask
+    schedule: Schedule
     base: Base
-    prefix: Prefix | None
-    suffix: Suffix
-    engine: Engine
     pad_id: int
-    audit: str
-    """The audit table in Markdown."""
-    cost: Plan | None
-    """What the run was planned to need; none for an architecture that cannot be planned."""
+    loaded: LoadedModel | None
+    """The whole model, for the phases to come; none in the last one."""
+    ds_config: dict[str, Any] | None
+    """As DeepSpeed is given it; none trains with torch alone."""
+    planners: list[Planner]
+    """One a phase; empty for an architecture that cannot be planned."""
+    costs: list[Plan | None] = field(default_factory=list)
+    """What each phase was planned to need; none where that cannot be planned."""
+    resting: dict[str, torch.Tensor] = field(default_factory=dict)
+    """On rank 0, the float32 masters of what trained in earlier phases and does not now."""
+    active: Active = field(init=False)
+
+    @property
+    def mask(self) -> LayerMask:
+        """What trains now."""
+        return self.active.phase.mask
+
+    @property
+    def prefix(self) -> Prefix | None:
+        """The frozen part below the frost line."""
+        return self.active.prefix
+
+    @property
+    def suffix(self) -> Suffix:
+        """The part that holds what trains now."""
+        return self.active.suffix
+
+    @property
+    def engine(self) -> Engine:
+        """What executes a step now."""
+        return self.active.engine
+
+    @property
+    def audit(self) -> str:
+        """The audit table of the current phase in Markdown."""
+        return self.active.audit
+
+    @property
+    def cost(self) -> Plan | None:
+        """What the run was planned to need; none for an architecture that cannot be planned."""
+        plans = [plan for plan in self.costs if plan is not None]
+        return whole_plan(plans, self.config.mask) if len(plans) == len(self.schedule.phases) else None
 
 
 def set_up(invocation: Invocation, world: World) -> Setup:
-    """Load and check everything ``invocation`` names; every rank calls it.
+    """Load and check everything ``invocation`` names, and begin its first phase; every rank calls it.
 
     Raises:
         UsageError: the DeepSpeed file, data, model or mask is at fault.
@@ -72,31 +121,53 @@ def set_up(invocation: Invocation, world: World) -> Setup:
     plan = BatchPlan(
         len(dataset.train), train.micro_batch_size, train.gradient_accumulation_steps, world.rank, world.size
     )
-    total_steps = min(plan.steps_per_epoch * train.epochs, train.max_steps or plan.steps_per_epoch * train.epochs)
+    total_steps = plan.steps(train.epochs, train.max_steps)
     loaded = load(config.model, tokenizer)
     _check_fit(dataset, loaded)
     base = Base(config.model, world.share(fingerprint(loaded.model) if world.is_main else None))
-    mask = build_mask(config.mask, loaded.anatomy)
-    planner = _planner(config, loaded, dataset)
-    apply_mask(loaded.model, mask, loaded.anatomy)
-    log.info("layer mask of %s:\n%s", config.model.name_or_path, audit_table(mask, loaded.anatomy))
-    prefix, suffix = _cut(loaded, mask, dataset, world)
+    schedule = build_schedule(config.mask, loaded.anatomy, plan.steps_per_epoch, total_steps)
+    planners = _planners(config, loaded, dataset)
     resolved = None
     if ds is not None and invocation.deepspeed is not None:
         hidden_size = loaded.model.config.get_text_config().hidden_size
         resolved = resolve_ds_config(ds, config, world.size, hidden_size, invocation.deepspeed)
-    cost = _plan_and_recompute(planner, prefix, suffix.blocks(mask.boundary), config, world, resolved)
-    engine = _build_engine(prefix, suffix, mask, config, total_steps, world, resolved)
+    setup = Setup(
+        config=config, world=world, dataset=dataset, plan=plan, total_steps=total_steps, schedule=schedule, base=base,
+        pad_id=int(tokenizer.pad_token_id), loaded=loaded, ds_config=resolved, planners=planners,
+    )  # fmt: skip
+    setup.costs = [_decide_recompute(setup, phase)[2] for phase in schedule.phases]
+    begin(setup, schedule.phases[0])
     log.info(
         "engine %s, %d rank(s) on %s: %d steps of %d rows (micro batch %d x accumulation %d x ranks %d), %d epochs",
-        engine.name, world.size, world.device.type, total_steps, plan.global_batch, train.micro_batch_size,
+        setup.engine.name, world.size, world.device.type, total_steps, plan.global_batch, train.micro_batch_size,
         train.gradient_accumulation_steps, world.size, train.epochs,
     )  # fmt: skip
-    return Setup(
-        config=config, world=world, dataset=dataset, plan=plan, total_steps=total_steps, mask=mask, base=base,
-        prefix=prefix, suffix=suffix, engine=engine, pad_id=int(tokenizer.pad_token_id),
-        audit=audit_markdown(mask, loaded.anatomy), cost=cost,
-    )  # fmt: skip
+    return setup
+
+
+def begin(setup: Setup, phase: Phase) -> None:
+    """Lay the mask of ``phase`` on the model, cut it at the frost line, and give what trains to an engine.
+
+    The model has to be whole, in plain parameters: as loaded, or as ``toolkit.train.phases`` puts it together again.
+    """
+    loaded, phases = setup.loaded, setup.schedule.phases
+    assert loaded is not None
+    apply_mask(loaded.model, phase.mask, loaded.anatomy)
+    if len(phases) > 1:
+        log.info("phase %d of %d: steps %d to %d", phase.index + 1, len(phases), phase.start + 1, phase.end)
+    name = setup.config.model.name_or_path
+    log.info("layer mask of %s:\n%s", name, audit_table(phase.mask, loaded.anatomy))
+    prefix, suffix = _cut(loaded, phase.mask, setup.dataset, setup.world)
+    if setup.planners:
+        setup.planners[phase.index].cut = prefix is not None
+    on, why, setup.costs[phase.index] = _decide_recompute(setup, phase)
+    log.info("gradient checkpointing: %s", why)
+    if on:
+        recompute_blocks(suffix.blocks(phase.mask.boundary))
+    engine = _build_engine(prefix, suffix, phase, setup.config, setup.total_steps, setup.world, setup.ds_config)
+    setup.active = Active(phase, prefix, suffix, engine, audit_markdown(phase.mask, loaded.anatomy))
+    if phase is phases[-1]:
+        setup.loaded = None  # a later phase alone would need it
 
 
 def _check_fit(dataset: Dataset, loaded: LoadedModel) -> None:
@@ -139,69 +210,66 @@ def _cut(loaded: LoadedModel, mask: LayerMask, dataset: Dataset, world: World) -
     return None, suffix
 
 
-def _planner(config: RunConfig, loaded: LoadedModel, dataset: Dataset) -> Planner | None:
-    """What plans this run; none, and a word in the log, where the architecture does not allow it."""
+def _planners(config: RunConfig, loaded: LoadedModel, dataset: Dataset) -> list[Planner]:
+    """What plans the phases of this run; empty, and a word in the log, where the architecture does not allow it."""
     try:
-        return Planner(config, skeleton_of(loaded), load_of(dataset))
+        return phase_planners(config, skeleton_of(loaded), load_of(dataset))
     except PlanError as error:
         log.warning("%s", error)
-        return None
+        return []
 
 
-def _plan_and_recompute(
-    planner: Planner | None,
-    prefix: Prefix | None,
-    blocks: list[torch.nn.Module],
-    config: RunConfig,
-    world: World,
-    ds_config: dict[str, Any] | None,
-) -> Plan | None:
-    """Checkpoint ``blocks``, those from the frost line up, if the recipe or memory asks for it; the plan of the run."""
-    train = config.train
+def _decide_recompute(setup: Setup, phase: Phase) -> tuple[bool, str, Plan | None]:
+    """Whether the recipe or memory asks for gradient checkpointing in a phase, why, and the plan of the phase."""
+    train = setup.config.train
     plans: dict[bool, Plan] = {}
-    if planner is not None:
-        planner.cut = prefix is not None
-        spec = engine_spec(ds_config, world.size, train.gradient_accumulation_steps)
+    if setup.planners:
+        planner = setup.planners[phase.index]
+        spec = engine_spec(setup.ds_config, setup.world.size, train.gradient_accumulation_steps)
         try:
             plans = {on: planner.plan(planner.variant(spec, recompute=on)) for on in (False, True)}
         except PlanError as error:
             log.warning("%s", error)
     needed = plans[False].memory.peak - plans[False].memory.weights if plans else None
-    free = -int(world.max(-free_bytes(world.device)))  # the tightest rank decides for all
+    free = -int(setup.world.max(-free_bytes(setup.world.device)))  # the tightest rank decides for all
     on, why = should_recompute(train.gradient_checkpointing, needed, free)
-    log.info("gradient checkpointing: %s", why)
-    if on:
-        recompute_blocks(blocks)
-    return plans.get(on)
+    return on, why, plans.get(on)
 
 
 def _build_engine(
     prefix: Prefix | None,
     suffix: Suffix,
-    mask: LayerMask,
+    phase: Phase,
     config: RunConfig,
     total_steps: int,
     world: World,
     ds_config: dict[str, Any] | None,
 ) -> Engine:
-    parameters = trainable_parameters(suffix.model, mask)
+    parameters = trainable_parameters(suffix.model, phase.mask)
     if ds_config is None:
-        return LocalEngine(suffix, parameters, mask.groups, config.train, config.optim, total_steps, world)
+        return LocalEngine(suffix, parameters, phase.groups, config.train, config.optim, total_steps, world)
     from toolkit.engine.zero import ZeroEngine  # DeepSpeed is imported only by runs that use it
 
     below = prefix.skeleton.named_parameters() if prefix else ()
     copies = {name: parameter for name, parameter in below if name in parameters}
     return ZeroEngine(
-        suffix, parameters, mask.groups, config.train, config.optim, total_steps, world, copies, ds_config
+        suffix, parameters, phase.groups, config.train, config.optim, total_steps, world, copies, ds_config
     )
 
 
 def save_set_up(setup: Setup, run: Path) -> None:
     """Write what the run consists of into its directory."""
-    setup.mask.save(run / "mask.json")
+    setup.schedule.phases[-1].trained.save(run / "mask.json")
+    if len(setup.schedule.phases) > 1:
+        (run / "schedule.json").write_text(json.dumps(setup.schedule.as_list(), indent=1), encoding="utf-8")
+    save_plan(setup, run)
+    setup.dataset.save_skipped(run / "skipped_rows.jsonl")
+
+
+def save_plan(setup: Setup, run: Path) -> None:
+    """Write the plan of the run, if there is one."""
     if setup.cost is not None:
         (run / "plan.json").write_text(json.dumps(as_dict(setup.cost), indent=1), encoding="utf-8")
-    setup.dataset.save_skipped(run / "skipped_rows.jsonl")
 
 
 def seed_step(seed: int, step: int, world: World) -> None:
