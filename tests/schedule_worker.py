@@ -25,35 +25,44 @@ from toolkit.engine.zero import ZeroEngine  # noqa: E402
 from toolkit.train.run import train  # noqa: E402
 
 RUNS = {
-    "zero1": (1, "float32", 1),
+    "zero1": (1, "bfloat16", 2),
     "zero2": (2, "float32", 1),
     "zero3": (3, "float32", 1),
-    "zero1-bf16": (1, "bfloat16", 2),
     "zero3-bf16": (3, "bfloat16", 1),
 }
-"""Stage, precision and accumulation; the fourth is another optimizer class of DeepSpeed."""
-RESTARTS = (3, 6, 9, 12, 15)
+"""Stage, precision and accumulation; the first is an optimizer class of DeepSpeed's own."""
+RESTARTS = (4, 6)
+"""The first is at the border of two phases."""
 
 
 class Watch:
-    """Which tensors that DeepSpeed makes for a phase outlive it."""
+    """Counts the masters and moments of a phase's engine that are still there when the next engine is made."""
 
     def __init__(self) -> None:
+        self.held: list[int] = []
         self.alive: list[int] = []
-        self._release = ZeroEngine.release
+        self._seen: list[weakref.ref[torch.Tensor]] = []
+        self._methods = (ZeroEngine.release, ZeroEngine.__init__)
         watch = self
 
         def release(engine: ZeroEngine) -> dict[str, torch.Tensor]:
-            inner = engine._engine.optimizer.optimizer
+            state = engine._engine.optimizer.optimizer.state
             masters = [flat for flat, _ in engine._partitions()]
-            held = [*masters, *(t for m in masters for t in inner.state.get(m, {}).values())]
-            seen = [weakref.ref(tensor) for tensor in held]
-            del inner, masters, held
-            plain = watch._release(engine)
-            watch.alive.append(sum(ref() is not None for ref in seen))
-            return plain
+            watch._seen = [weakref.ref(t) for m in masters for t in (m, *state[m].values())]
+            watch.held.append(len(watch._seen))
+            del state, masters
+            return watch._methods[0](engine)
 
-        ZeroEngine.release = release  # type: ignore[method-assign]
+        def construct(engine: ZeroEngine, *args: Any) -> None:
+            if watch._seen:
+                watch.alive.append(sum(ref() is not None for ref in watch._seen))
+            watch._methods[1](engine, *args)
+
+        ZeroEngine.release, ZeroEngine.__init__ = release, construct  # type: ignore[method-assign]
+
+    def stop(self) -> None:
+        """Put the engine's own methods back."""
+        ZeroEngine.release, ZeroEngine.__init__ = self._methods  # type: ignore[method-assign]
 
 
 def one(name: str, folder: Path, rest: list[str], world: World) -> dict[str, Any]:
@@ -62,7 +71,8 @@ def one(name: str, folder: Path, rest: list[str], world: World) -> dict[str, Any
     run = folder / name
     given = [
         *rest, "--ds", str(ROOT / "ds_configs" / f"zero{stage}.json"), "--model.dtype", dtype, "--output.dir", str(run),
-        "--train.gradient_accumulation_steps", str(accumulation), "--output.save_every_steps", "3", "--output.keep", "99",
+        "--train.gradient_accumulation_steps", str(accumulation), "--output.save_every_steps", "2",
+        "--output.keep", "99",
     ]  # fmt: skip
     watch = Watch()
 
@@ -70,8 +80,7 @@ def one(name: str, folder: Path, rest: list[str], world: World) -> dict[str, Any
         return train(flags.parse(flags.parser(""), ROOT / "recipes" / "quickstart.yaml", given), world)
 
     codes = [go()]
-    result: dict[str, Any] = {"alive": watch.alive.copy()}
-    ZeroEngine.release = watch._release  # type: ignore[method-assign]
+    watch.stop()
     if world.is_main:
         shutil.copytree(run, folder / f"{name}-whole")
     for step in RESTARTS:
@@ -81,7 +90,7 @@ def one(name: str, folder: Path, rest: list[str], world: World) -> dict[str, Any
         codes.append(go())
         if world.is_main:
             shutil.copyfile(run / "metrics.jsonl", folder / f"{name}-from-{step}.jsonl")
-    return {**result, "codes": codes}
+    return {"codes": codes, "held": watch.held, "alive": watch.alive}
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -205,7 +204,7 @@ class ZeroEngine:
                 with deepspeed.zero.GatheredParameters([parameter]):  # nothing to gather at stages 1 and 2
                     plain[name] = parameter.detach().clone()
                 parameter.data = parameter.data.new_empty(0)
+        vars(zero).clear()  # ZeRO-3's optimizer is still referred to after destroy (DeepSpeed 0.19): leave it empty
         del self._engine, self._scheduler, self._suffix, self._copies
         self._parameters = {}
-        gc.collect()  # DeepSpeed's objects refer to one another, and hold the masters
         return plain

@@ -6,6 +6,7 @@ model and its master for the checkpoints. What begins anew after a rest goes on 
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import torch
@@ -72,6 +73,7 @@ def _take_apart(setup: Setup) -> None:
     assert setup.loaded is not None
     put_tensors(setup.loaded.model, setup.engine.release())
     del setup.active
+    gc.collect()  # DeepSpeed's objects refer to one another and to the masters, and the parameters refer to them
 
 
 @torch.no_grad()
