@@ -11,6 +11,7 @@ from helpers import ENGLISH, ROOT, invocation, run_script, tiny_flags, tiny_llam
 
 from toolkit.config.load import build, read_recipe, save
 from toolkit.config.schema import MaskConfig
+from toolkit.engine.ds_config import refuse_what_cannot_move
 from toolkit.errors import ConfigError, MaskError
 from toolkit.mask.schedule import build_schedule
 from toolkit.models.inspect import inspect
@@ -152,3 +153,21 @@ def test_the_plan_command_shows_the_phases_and_refuses_one_that_ends_too_late(ti
     assert late.returncode == 2
     assert "mask.schedule.0 ends with epoch 2, which is step 40, but the run has 40 steps" in late.stderr
     assert (ROOT / "docs" / "schedule.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("zero", "message"),
+    [
+        (
+            {"stage": 3, "offload_optimizer": {"device": "nvme"}},
+            r"offload_optimizer\.device is 'nvme', and mask\.schedule",
+        ),
+        ({"stage": 0}, r"zero_optimization\.stage is 0; mask\.schedule needs 1, 2 or 3"),
+    ],
+)
+def test_optimizer_state_that_could_not_be_moved_is_refused_at_the_start(zero: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        refuse_what_cannot_move(
+            {"zero_optimization": zero}, MaskConfig.model_validate({"schedule": [HEAD]}), Path("a.json")
+        )
+    refuse_what_cannot_move({"zero_optimization": zero}, MaskConfig(), Path("a.json"))

@@ -17,7 +17,7 @@ from toolkit.data.dataset import Dataset, load_dataset
 from toolkit.delta import Base
 from toolkit.distributed import World
 from toolkit.engine.base import Engine
-from toolkit.engine.ds_config import read_ds_config, resolve_ds_config
+from toolkit.engine.ds_config import read_ds_config, refuse_what_cannot_move, resolve_ds_config
 from toolkit.engine.local import LocalEngine
 from toolkit.errors import DataError, ModelError, PlanError
 from toolkit.mask.apply import apply_mask, trainable_parameters
@@ -131,6 +131,7 @@ def set_up(invocation: Invocation, world: World) -> Setup:
     if ds is not None and invocation.deepspeed is not None:
         hidden_size = loaded.model.config.get_text_config().hidden_size
         resolved = resolve_ds_config(ds, config, world.size, hidden_size, invocation.deepspeed)
+        refuse_what_cannot_move(resolved, config.mask, invocation.deepspeed)
     setup = Setup(
         config=config, world=world, dataset=dataset, plan=plan, total_steps=total_steps, schedule=schedule, base=base,
         pad_id=int(tokenizer.pad_token_id), loaded=loaded, ds_config=resolved, planners=planners,
