@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import torch
 
 from toolkit.delta import Base, Delta, describe_difference, read_delta, save_delta
 from toolkit.distributed import World
@@ -34,6 +37,8 @@ class State:
     ranks: int
     data: str
     """Fingerprint of the rows it learns from (``toolkit.data.dataset.Dataset.fingerprint``)."""
+    schedule: str
+    """Fingerprint of what trains when (``toolkit.mask.schedule.Schedule.sha256``)."""
 
     @property
     def finished(self) -> bool:
@@ -77,8 +82,27 @@ def read_state(checkpoint: Path) -> State:
         raise CheckpointError(f"{checkpoint}/state.json cannot be read ({error}); the checkpoint is damaged") from None
 
 
-def commit(run: Path, state: State, engine: Engine, mask: LayerMask, base: Base, world: World, keep: int) -> Path:
+def commit(
+    run: Path,
+    state: State,
+    engine: Engine,
+    resting: Mapping[str, torch.Tensor],
+    mask: LayerMask,
+    base: Base,
+    world: World,
+    keep: int,
+) -> Path:
     """Write a checkpoint; every rank calls it. A kill at any moment leaves the previous one in place.
+
+    Args:
+        run: the run directory.
+        state: the position.
+        engine: what trains now.
+        resting: masters of what trained in earlier phases only; on rank 0.
+        mask: of all that trained so far.
+        base: the model this run starts from.
+        world: all ranks.
+        keep: checkpoints that stay.
 
     Returns:
         The committed directory.
@@ -92,7 +116,7 @@ def commit(run: Path, state: State, engine: Engine, mask: LayerMask, base: Base,
     engine.save(staging / "engine")
     masters = engine.masters()
     if world.is_main:
-        save_delta(Delta(masters, mask, base), staging / "delta")
+        save_delta(Delta({**resting, **masters}, mask, base), staging / "delta")
         (staging / "state.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
     world.barrier()
     if world.is_main:
@@ -106,19 +130,18 @@ def commit(run: Path, state: State, engine: Engine, mask: LayerMask, base: Base,
     return final
 
 
-def restore(checkpoint: Path, now: State, engine: Engine, mask: LayerMask, base: Base) -> State:
-    """Continue from a checkpoint; every rank calls it.
+def read_fitting(checkpoint: Path, now: State, mask: LayerMask, base: Base) -> Delta:
+    """The trained tensors of a checkpoint that this run can go on from; ``Engine.load`` takes the rest.
 
     Args:
         checkpoint: a committed one.
         now: what this run would write; all but its step must agree with the checkpoint.
-        engine: is loaded.
-        mask: of this run.
+        mask: of all that this run trains up to the checkpoint's step.
         base: the model this run starts from.
 
     Raises:
-        CheckpointError: another engine, number of ranks, mask, base model or data, or it is damaged; lists all
-            differences.
+        CheckpointError: another engine, number of ranks, mask, schedule, base model or data, or it is damaged; lists
+            all differences.
     """
     state = read_state(checkpoint)
     delta = read_delta(checkpoint / "delta")
@@ -129,6 +152,8 @@ def restore(checkpoint: Path, now: State, engine: Engine, mask: LayerMask, base:
         )
     if difference := describe_difference(delta.mask, mask):
         differences.append(f"it was trained with another mask: {difference}")
+    elif state.schedule != now.schedule:
+        differences.append("it was trained under another mask.schedule: phases begin, end or train otherwise")
     if delta.base.sha256 != base.sha256:
         differences.append(f"the weights of {base.config.name_or_path} have changed since (SHA-256 differs)")
     if (state.data, state.total_steps) != (now.data, now.total_steps):
@@ -139,8 +164,7 @@ def restore(checkpoint: Path, now: State, engine: Engine, mask: LayerMask, base:
             f"{checkpoint} does not fit this run:\n{listed}\n"
             "Restore what changed, or start anew with another --output.dir"
         )
-    engine.load(checkpoint / "engine", delta.tensors)
-    return state
+    return delta
 
 
 def _flush(directory: Path) -> None:

@@ -67,6 +67,20 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
         return box[0]
 
+    def spread(self, tensor: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
+        """Rank 0's tensor in float32 on the device of every rank.
+
+        Args:
+            tensor: on rank 0; the others' are not looked at.
+            shape: the same on every rank.
+        """
+        full = torch.empty(shape, dtype=torch.float32, device=self.device)
+        if self.is_main and tensor is not None:
+            full.copy_(tensor)
+        if self.size > 1:
+            dist.broadcast(full, src=0)
+        return full
+
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
         """Run the body on rank 0, then on the others, so that they find what rank 0 cached."""

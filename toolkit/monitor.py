@@ -35,6 +35,8 @@ class StepMetrics:
     seconds: float
     """Wall-clock time of the step."""
     tokens_per_second: float
+    trained_parameters: int
+    """Parameters that this step trained; changes with the phases of mask.schedule."""
     peak_memory_gib: float
     """Highest so far of any rank: GPU memory allocated, or resident memory on a CPU."""
 
@@ -44,6 +46,7 @@ _CURVES = {
     "train/learning_rate": "learning_rate",
     "train/grad_norm": "grad_norm",
     "speed/tokens_per_second": "tokens_per_second",
+    "mask/trained_parameters": "trained_parameters",
     "memory/peak_gib": "peak_memory_gib",
 }
 
@@ -80,11 +83,11 @@ class Monitor:
             self._board.close()
             self._file.close()
 
-    def texts(self, **texts: str) -> None:
-        """Show Markdown texts in TensorBoard's text tab."""
+    def texts(self, step: int, **texts: str) -> None:
+        """Show Markdown texts in TensorBoard's text tab, as they hold after ``step`` steps."""
         if self._is_main:
             for name, text in texts.items():
-                self._board.add_text(name, text, 0)
+                self._board.add_text(name, text, step)
 
     def step(self, metrics: StepMetrics) -> None:
         """Log one optimizer step."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
 
 from toolkit.config.schema import OptimConfig, TrainConfig
@@ -75,3 +75,13 @@ def build_scheduler(optimizer: torch.optim.Optimizer, train: TrainConfig, total_
         num_training_steps=total_steps,
     )
     return scheduler
+
+
+def forward_to(scheduler: LRScheduler, step: int) -> None:
+    """Put a schedule that ``build_scheduler`` made to where it is after ``step`` steps, and its optimizer's rates."""
+    assert isinstance(scheduler, LambdaLR)
+    rates = [base * rule(step) for base, rule in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    scheduler.last_epoch, scheduler._step_count = step, step + 1
+    scheduler._last_lr = rates
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

@@ -78,7 +78,7 @@ def parse(parser: argparse.ArgumentParser, default_recipe: Path, argv: Sequence[
         if not word.startswith("-") and (not before.startswith("-") or "=" in before)
     ]
     recipe = Path(arguments.config) if arguments.config else default_recipe
-    flags = {path: _value(known[path], text) for path, text in vars(arguments).items() if path in known}
+    flags = {path: _value(path, known[path], text, faults) for path, text in vars(arguments).items() if path in known}
     source = f"recipe {recipe}" + (" and flags" if flags or unknown else "")
     config = build(merge(read_recipe(recipe), flags), source, faults)
     return Invocation(
@@ -152,7 +152,18 @@ def _metavar(annotation: Any) -> str:
     return "|".join(names).upper() or "VALUE"
 
 
-def _value(info: Any, text: str | list[str]) -> Any:
-    if isinstance(text, list):
-        return yaml.safe_load(text[0]) if len(text) == 1 and text[0].startswith("[") else text
-    return None if type(None) in _plain(info.annotation) and text.lower() in ("none", "null") else text
+def _value(path: str, info: Any, text: str | list[str], faults: list[str]) -> Any:
+    """What a flag's text stands for; words that open a list or a mapping are read as YAML, of which JSON is a part."""
+    if isinstance(text, str):
+        return None if type(None) in _plain(info.annotation) and text.lower() in ("none", "null") else text
+    if len(text) == 1 and text[0].startswith("["):
+        return _yaml(path, text[0], faults)
+    return [_yaml(path, word, faults) if word.startswith("{") else word for word in text]
+
+
+def _yaml(path: str, text: str, faults: list[str]) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        faults.append(f"--{path}: {text!r} is not valid YAML: {' '.join(str(error).split())}")
+        return text

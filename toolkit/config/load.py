@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from toolkit.config.schema import RunConfig, Section
+from toolkit.config.schema import MaskPhase, RunConfig, Section
 from toolkit.errors import ConfigError
 
 
@@ -106,7 +106,9 @@ def _explain(fault: Any) -> str:
     ]
     where = ".".join(parts)
     if fault["type"] == "extra_forbidden":
-        return f"{where}: unknown key{did_you_mean(where, field_paths())}"
+        phase = ".".join(parts[:3]) if parts[:2] == ["mask", "schedule"] else None
+        known: Iterable[str] = [f"{phase}.{key}" for key in MaskPhase.model_fields] if phase else field_paths()
+        return f"{where}: unknown key{did_you_mean(where, known)}"
     message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if fault["type"] == "value_error":
         return f"{where}: {message}"

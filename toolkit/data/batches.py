@@ -107,6 +107,10 @@ class BatchPlan:
         """Optimizer steps of one pass; the last may be short, no row is dropped or repeated."""
         return math.ceil(self.rows / self.global_batch)
 
+    def steps(self, epochs: int, most: int | None) -> int:
+        """Optimizer steps of a run of ``epochs`` passes, at most ``most``."""
+        return min(self.steps_per_epoch * epochs, most or self.steps_per_epoch * epochs)
+
     def micro_batches(self, order: Sequence[int], step: int) -> list[tuple[list[int], bool]]:
         """This rank's rows of one step: a list of (row indices, is filler) per micro batch.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -9,6 +10,15 @@ from typing import Protocol
 import torch
 
 from toolkit.data.batches import Batch
+
+
+@dataclass(frozen=True)
+class AdamState:
+    """What AdamW keeps of one tensor, in float32 on the CPU; the moments are none where it is to begin anew."""
+
+    master: torch.Tensor
+    exp_avg: torch.Tensor | None = None
+    exp_avg_sq: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -50,3 +60,21 @@ class Engine(Protocol):
 
     def load(self, directory: Path, masters: dict[str, torch.Tensor]) -> None:
         """Continue from what ``save`` wrote and from the float32 ``masters`` of the same checkpoint."""
+
+    def state(self) -> dict[str, AdamState]:
+        """Masters and moments of the trained tensors by name, after at least one update; empty except on rank 0."""
+
+    def adopt(self, state: Mapping[str, AdamState], ages: Mapping[str, int], step: int) -> None:
+        """Go on, before any update, from what other engines' ``state`` gave, while the run is at ``step``.
+
+        Args:
+            state: on rank 0, of any of the trained tensors; the others begin as they stand.
+            ages: updates that each trained tensor's moments have had; 0 begins anew. All of a ``ParameterGroup`` agree.
+            step: optimizer steps of the run that are done, for the schedule.
+        """
+
+    def release(self) -> dict[str, torch.Tensor]:
+        """Let go of all state, and return, by name, the tensors of the suffix that the engine had moved elsewhere.
+
+        The engine and its suffix cannot be used afterwards.
+        """

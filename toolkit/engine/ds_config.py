@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from toolkit.config.schema import RunConfig
+from toolkit.config.schema import MaskConfig, RunConfig
 from toolkit.errors import ConfigError
 
 _KNOWN_KEYS = frozenset(
@@ -123,6 +123,27 @@ def resolve_ds_config(
     resolved.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's fused AdamW runs on offloaded masters too
     resolved.setdefault("steps_per_print", 2**31)  # the progress bar reports steps
     return resolved
+
+
+def refuse_what_cannot_move(ds: dict[str, Any], mask: MaskConfig, path: Path) -> None:
+    """Stop a run whose optimizer state could not be moved from one phase of ``mask.schedule`` to the next.
+
+    Raises:
+        ConfigError: the mask has a schedule, and the state is on NVMe, or without ZeRO.
+    """
+    if not mask.schedule:
+        return
+    faults = []
+    zero = ds["zero_optimization"]
+    for key in ("offload_optimizer", "offload_param"):
+        if isinstance(zero.get(key), dict) and zero[key].get("device") == "nvme":
+            faults.append(
+                f"zero_optimization.{key}.device is 'nvme', and mask.schedule has to move what is there; write 'cpu'"
+            )
+    if zero_stage(ds) == 0:
+        faults.append("zero_optimization.stage is 0; mask.schedule needs 1, 2 or 3, or no --ds at all")
+    if faults:
+        raise ConfigError(faults, f"DeepSpeed file {path}, read against the recipe")
 
 
 def _owned(config: RunConfig, ranks: int) -> Iterator[tuple[str, Any, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,10 +13,10 @@ from torch import nn
 from toolkit.config.schema import OptimConfig, TrainConfig
 from toolkit.data.batches import Batch
 from toolkit.distributed import World
-from toolkit.engine.base import Update
+from toolkit.engine.base import AdamState, Update
 from toolkit.engine.master_adamw import MasterAdamW
 from toolkit.mask.layer_mask import ParameterGroup
-from toolkit.optim import build_scheduler, current_rate, parameter_groups
+from toolkit.optim import build_scheduler, current_rate, forward_to, parameter_groups
 from toolkit.prefix.split import Suffix
 
 
@@ -99,3 +99,29 @@ class LocalEngine:
         self._scheduler.load_state_dict(schedule)
         for group, learning_rate in zip(self._optimizer.param_groups, schedule["_last_lr"], strict=True):
             group["lr"] = learning_rate
+
+    def state(self) -> dict[str, AdamState]:  # noqa: D102
+        if not self._world.is_main:
+            return {}
+        return {
+            name: AdamState(
+                *(tensor.detach().to("cpu", copy=True) for tensor in (own.master, own.exp_avg, own.exp_avg_sq))
+            )
+            for name, own in self._optimizer.by_name.items()
+        }
+
+    @torch.no_grad()
+    def adopt(self, state: Mapping[str, AdamState], ages: Mapping[str, int], step: int) -> None:  # noqa: D102
+        for name in self._world.share(sorted(state)):
+            here, own = self._optimizer.by_name[name], state.get(name)
+            here.master.copy_(self._world.spread(getattr(own, "master", None), here.master.shape))
+            if ages[name]:
+                here.step.fill_(ages[name])  # shared by its group, whose tensors are all of one age
+                for kind in ("exp_avg", "exp_avg_sq"):
+                    getattr(here, kind).copy_(self._world.spread(getattr(own, kind, None), here.master.shape))
+        self._optimizer.write_back()
+        forward_to(self._scheduler, step)
+
+    def release(self) -> dict[str, torch.Tensor]:  # noqa: D102
+        del self._optimizer, self._scheduler  # the parameters stay as they are: nothing was moved
+        return {}

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 from torch import nn
+from torch.nn import functional
 
 from toolkit.config.schema import OptimConfig, TrainConfig
 from toolkit.data.batches import Batch
 from toolkit.distributed import World
-from toolkit.engine.base import Update
+from toolkit.engine.base import AdamState, Update
 from toolkit.engine.ds_config import zero_stage
 from toolkit.errors import CheckpointError, ConfigError
 from toolkit.mask.layer_mask import ParameterGroup
-from toolkit.optim import build_optimizer, build_scheduler, current_rate
+from toolkit.optim import build_optimizer, build_scheduler, current_rate, forward_to
 from toolkit.prefix.split import Suffix
 
 _TAG = "zero"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ZeroEngine:
@@ -58,7 +60,10 @@ class ZeroEngine:
         self._train = train
         self._copies = copies
         self._parameters = parameters
+        self._suffix = suffix
         optimizer = build_optimizer(parameters, groups, train, optim)
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        self._names_by_group = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
         self._scheduler = build_scheduler(optimizer, train, total_steps)
         try:
             self._engine, *_ = deepspeed.initialize(
@@ -120,3 +125,87 @@ class ZeroEngine:
                 f"{directory} holds no DeepSpeed state; expected the folder {_TAG} that a checkpoint writes"
             )
         self._follow()
+
+    def state(self) -> dict[str, AdamState]:  # noqa: D102
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        self._link_moments()
+        state = {}
+        for name, parameter in self._parameters.items():
+            full = [safe_get_full_fp32_param(parameter)]  # these are collectives
+            full += [safe_get_full_optimizer_state(parameter, moment) for moment in _MOMENTS]
+            if self._world.is_main:
+                state[name] = AdamState(*(tensor.detach().to("cpu", torch.float32, copy=True) for tensor in full))
+        return state
+
+    @torch.no_grad()
+    def adopt(self, state: Mapping[str, AdamState], ages: Mapping[str, int], step: int) -> None:  # noqa: D102
+        inner = self._engine.optimizer.optimizer
+        for flat, group in self._partitions():
+            age = float(ages[self._names_by_group[group][0]])
+            inner.state[flat] = {"step": torch.tensor(age, device=flat.device)}
+            inner.state[flat] |= {moment: torch.zeros_like(flat) for moment in _MOMENTS}
+        self._link_moments()
+        for name in self._world.share(sorted(state)):
+            parameter, own = self._parameters[name], state.get(name)
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor in the parameter
+            self._set(parameter, self._world.spread(getattr(own, "master", None), shape), None)
+            for moment in _MOMENTS if ages[name] else ():
+                self._set(parameter, self._world.spread(getattr(own, moment, None), shape), moment)
+        forward_to(self._scheduler, step)
+
+    def _set(self, parameter: Any, full: torch.Tensor, moment: str | None) -> None:
+        """Set this rank's part of a master, or of a moment, from the whole tensor."""
+        from deepspeed import utils
+
+        if hasattr(parameter, "ds_id"):  # safe_set_full_* cannot cut a tensor in unequal parts (DeepSpeed 0.19)
+            size = parameter.ds_tensor.numel()
+            full = functional.pad(full.flatten(), (0, size * self._world.size - full.numel()))
+            own = full.narrow(0, size * self._world.rank, size)
+            master, state = utils.safe_set_local_fp32_param, utils.safe_set_local_optimizer_state
+        else:
+            own, master, state = full, utils.safe_set_full_fp32_param, utils.safe_set_full_optimizer_state
+        if moment is None:
+            master(parameter, own)
+        else:
+            state(parameter, own, moment)
+
+    def _partitions(self) -> Iterator[tuple[torch.Tensor, int]]:
+        """This rank's flat float32 masters, each with the index of its parameter group."""
+        zero = self._engine.optimizer
+        if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3 cuts large groups into several
+            yield from (
+                (flat, zero.sub_group_to_group_id[i]) for i, flat in enumerate(zero.fp32_partitioned_groups_flat)
+            )
+        else:
+            for index, group in enumerate(zero.optimizer.param_groups):
+                yield from ((flat, index) for flat in group["params"])
+
+    def _link_moments(self) -> None:
+        """Let DeepSpeed find the moments of each tensor, under ZeRO-1 and 2.
+
+        It links them itself after the first update of the first group, when the other groups have none yet, and they
+        are others after loading (stage_1_and_2.py and bf16_optimizer.py of DeepSpeed 0.19).
+        """
+        zero = self._engine.optimizer
+        if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()
+
+    @torch.no_grad()
+    def release(self) -> dict[str, torch.Tensor]:  # noqa: D102
+        import deepspeed
+
+        zero = self._engine.optimizer
+        zero.optimizer.state.clear()
+        self._engine.destroy()
+        plain = {}
+        for name, parameter in self._suffix.model.named_parameters():
+            if parameter.requires_grad or hasattr(parameter, "ds_id"):
+                with deepspeed.zero.GatheredParameters([parameter]):  # nothing to gather at stages 1 and 2
+                    plain[name] = parameter.detach().clone()
+                parameter.data = parameter.data.new_empty(0)
+        vars(zero).clear()  # ZeRO-3's optimizer is still referred to after destroy (DeepSpeed 0.19): leave it empty
+        del self._engine, self._scheduler, self._suffix, self._copies
+        self._parameters = {}
+        return plain

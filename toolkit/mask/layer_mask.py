@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -20,6 +21,11 @@ class MaskedTensor:
     name: str
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def parameters(self) -> int:
+        """Number of scalar parameters."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,11 @@ class LayerMask:
     def names(self) -> tuple[str, ...]:
         """Names of the trainable tensors in the model's order."""
         return tuple(tensor.name for tensor in self.trainable)
+
+    @property
+    def parameters(self) -> int:
+        """Number of scalar parameters that train."""
+        return sum(tensor.parameters for tensor in self.trainable)
 
     @property
     def has_prefix(self) -> bool:

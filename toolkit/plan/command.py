@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 
 from toolkit.config.flags import Invocation
+from toolkit.data.batches import BatchPlan
 from toolkit.engine.ds_config import read_ds_config, resolve_ds_config
+from toolkit.mask.schedule import phase_ends
 from toolkit.plan.fit import choose_recompute, judge
 from toolkit.plan.load import read_load
 from toolkit.plan.memory import EngineSpec, engine_spec
+from toolkit.plan.phases import phase_planners, whole_plan
 from toolkit.plan.picture import draw
-from toolkit.plan.planner import Planner, hidden_size, positions
+from toolkit.plan.planner import hidden_size, positions
 from toolkit.plan.report import as_dict, as_text
 from toolkit.plan.skeleton import Skeleton, skeleton
 
@@ -31,10 +34,19 @@ def plan_command(invocation: Invocation, ranks: int, budget: int | None, as_json
     """
     bare = skeleton(invocation.config.model)
     spec = spec_of(invocation, bare, ranks)
-    planner = Planner(invocation.config, bare, read_load(invocation.config, positions(bare)))
-    variant = choose_recompute(planner, spec, budget)
-    plan = planner.plan(variant)
-    verdict = judge(planner, variant, budget) if budget is not None else None
+    config = invocation.config
+    load = read_load(config, positions(bare))
+    if load.lengths is not None:  # else nobody knows how many steps an epoch has
+        train = config.train
+        rows = BatchPlan(len(load.lengths), train.micro_batch_size, train.gradient_accumulation_steps, ranks=ranks)
+        phase_ends(config.mask, rows.steps_per_epoch, rows.steps(train.epochs, train.max_steps))
+    planners = phase_planners(config, bare, load)
+    plans = [planner.plan(choose_recompute(planner, spec, budget)) for planner in planners]
+    plan = whole_plan(plans, config.mask)
+    verdict = None
+    if budget is not None:
+        most = max(zip(plans, planners, strict=True), key=lambda pair: pair[0].memory.peak)
+        verdict = judge(most[1], most[0].variant, budget)
     if png is not None:
         draw(plan, png, verdict)
     print(json.dumps(as_dict(plan, verdict), indent=1) if as_json else as_text(plan, verdict))

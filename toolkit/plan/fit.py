@@ -146,6 +146,8 @@ def _ranks(variant: Variant, planner: Planner) -> Knob:
 
 
 def _blocks(variant: Variant, planner: Planner) -> Knob:
+    if planner.is_phase:
+        return  # with fewer blocks here, another phase may be the one that needs most
     for position, selector in enumerate(variant.selectors):
         if isinstance(selector, str) and (found := re.fullmatch(r"last:(\d+)", selector.strip())):
             blocks = int(found[1]) // 2

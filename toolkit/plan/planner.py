@@ -55,6 +55,21 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class PhaseCost:
+    """One phase of a schedule in short."""
+
+    end: str
+    """When it ends, as the recipe says it."""
+    boundary: int
+    trained: int
+    """Parameters that train."""
+    peak: int
+    """Bytes of tensors at the peak."""
+    is_most: bool
+    """True for the phase that needs most, which the rest of the plan is about."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run will cost on one rank, and in all."""
 
@@ -78,6 +93,8 @@ class Plan:
     """Bytes of one checkpoint on disk."""
     keep: int
     """Checkpoints that stay."""
+    phases: tuple[PhaseCost, ...] = ()
+    """Of a run whose mask changes, in order; empty for one mask throughout."""
 
 
 @dataclass
@@ -95,6 +112,10 @@ class Planner:
     """Whether the prefix is cached; likewise."""
     short_cuts: ShortCuts = ShortCuts(True, True, True)  # noqa: RUF009
     """Which short cuts to take at the top of the suffix, where the structure allows them."""
+    untied: bool = False
+    """The head is untied though this mask may not ask for it: another phase does."""
+    is_phase: bool = False
+    """This is one phase of several."""
     _halves: dict[str, _Halves] = field(default_factory=dict)
     _rehearsals: dict[tuple[Any, ...], Rehearsal] = field(default_factory=dict)
 
@@ -177,6 +198,8 @@ class Planner:
         key = repr((selectors, packed))
         if key not in self._halves:
             mask = build_mask(self.config.mask.model_copy(update={"train": list(selectors)}), self.skeleton.anatomy)
+            if self.untied:
+                mask = replace(mask, tied="untie")
             boundary = mask.boundary if self.cut and mask.has_prefix else None
             self._halves[key] = _halve(self.skeleton, mask, boundary, packed, self.short_cuts)
         return self._halves[key]

@@ -17,6 +17,8 @@ def as_text(plan: Plan, verdict: Verdict | None = None) -> str:
     parts = [f"{plan.model} ({plan.source})", plan.audit_text, _memory_text(plan), _compute_text(plan), _disk(plan)]
     if not plan.is_cut:
         parts.insert(2, "this architecture is not cut: the frozen blocks run inside the suffix")
+    if plan.phases:
+        parts.insert(1, _phases_text(plan))
     if verdict is not None:
         parts.append(verdict_text(verdict))
     return "\n\n".join(parts)
@@ -85,6 +87,11 @@ def as_dict(plan: Plan, verdict: Verdict | None = None) -> dict[str, Any]:
             "cache": _cache_bytes(plan) if variant.cached else 0,
         },
     }
+    if plan.phases:
+        values["schedule"] = [
+            {"end": phase.end, "boundary": phase.boundary, "trained": phase.trained, "peak": phase.peak}
+            for phase in plan.phases
+        ]
     if verdict is not None:
         values["fit"] = {
             "gpu_memory": verdict.budget,
@@ -93,6 +100,18 @@ def as_dict(plan: Plan, verdict: Verdict | None = None) -> dict[str, Any]:
             "turns": [{"change": text, "needed": after} for text, after in verdict.turns],
         }
     return values
+
+
+def _phases_text(plan: Plan) -> str:
+    lines = [f"{'phase':<8}{'until':<14}{'frost line':<14}{'trained':>16}{'peak':>14}"]
+    blocks = plan.mask.block_count
+    for number, phase in enumerate(plan.phases, start=1):
+        mark = "  what follows is about this one" if phase.is_most else ""
+        lines.append(
+            f"{number:<8}{phase.end:<14}{f'{phase.boundary} of {blocks}':<14}{phase.trained:>16,}"
+            f"{_gib(phase.peak):>14}{mark}"
+        )
+    return "\n".join(lines)
 
 
 def _memory_text(plan: Plan) -> str:

@@ -138,11 +138,17 @@ class CachedPrefix:
         return rows_of(self._prefix(batch), batch)
 
 
-def read_ahead(source: HiddenStates | None, steps: Iterable[list[Batch]]) -> Iterator[list[Batch]]:
-    """``steps`` as they are; the cached samples of each are asked for when it is made, a little before its use."""
+def read_ahead(source: Callable[[], HiddenStates | None], steps: Iterable[list[Batch]]) -> Iterator[list[Batch]]:
+    """``steps`` as they are; the cached samples of each are asked for when it is made, a little before its use.
+
+    Args:
+        source: what gives hidden states now; it may change on the way.
+        steps: micro batches of each step.
+    """
     for micro_batches in steps:
-        if isinstance(source, CachedPrefix):
-            source.expect([example for batch in micro_batches for example in batch.examples])
+        now = source()
+        if isinstance(now, CachedPrefix):
+            now.expect([example for batch in micro_batches for example in batch.examples])
         yield micro_batches
 
 

@@ -52,8 +52,8 @@ class Job:
     passes: float
     """Over the training rows while this mask holds."""
     world: World
-    keeps_model: bool = False
-    """The model is cut again later: nothing of it is let go."""
+    changes: bool = False
+    """The mask changes during the run: what lies below the line may have trained before, or may train later."""
 
     @property
     def examples(self) -> tuple[Example, ...]:
@@ -71,6 +71,23 @@ def load_for(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> LoadedMod
         return load(config.model, tokenizer)
     anatomy = skeleton(config.model).anatomy  # which blocks are frozen is to be known before any is loaded
     return load(config.model, tokenizer, anatomy, build_mask(config.mask, anatomy).boundary)
+
+
+def refuse_with_schedule(config: RunConfig, device: torch.device) -> None:
+    """Refuse to store frozen weights otherwise where a later phase may train them.
+
+    Raises:
+        ConfigError: ``mask.schedule`` together with ``prefix.precision`` or ``prefix.placement``.
+    """
+    wanted = effective(config.prefix, device)
+    if config.mask.schedule and (wanted.precision, wanted.placement) != ("model", "device"):
+        raise ConfigError(
+            [
+                f"prefix.precision is {wanted.precision} and prefix.placement is {wanted.placement}, but mask.schedule "
+                "moves the frost line, so weights below it are to stay as they are; leave out both keys or the schedule"
+            ],
+            "recipe",
+        )
 
 
 def effective(config: PrefixConfig, device: torch.device) -> PrefixConfig:
@@ -97,12 +114,12 @@ def cut(loaded: LoadedModel, job: Job) -> tuple[HiddenStates | None, Suffix]:
     if store is not None and (returned := _complete(store, job)) is not None:
         log.info("activation cache: all samples are in %s; the prefix is not needed", store.directory)
         suffix = Suffix(loaded.model, loaded.anatomy, job.mask.boundary, returned)
-        return CachedPrefix(None, _loader(job), store, job.world), _detach_from_file(suffix, job)
+        return CachedPrefix(None, _loader(loaded, job), store, job.world), _detach_from_file(suffix, job)
     prefix, suffix = _halve(loaded, job)
     if store is not None:
-        cached, reason = _fill(prefix, store, job)
+        cached, reason = _fill(prefix, store, loaded, job)
         if cached is not None:
-            if not job.keeps_model and cached.release(job.examples):
+            if not job.changes and cached.release(job.examples):
                 suffix = _detach_from_file(suffix, job)
             return cached, suffix
         store.close()
@@ -123,7 +140,9 @@ def _complete(store: ActivationStore, job: Job) -> list[int | None] | None:
     return None if job.world.max(float(lacking)) else returned
 
 
-def _fill(prefix: Prefix | None, store: ActivationStore, job: Job) -> tuple[CachedPrefix | None, str | None]:
+def _fill(
+    prefix: Prefix | None, store: ActivationStore, loaded: LoadedModel, job: Job
+) -> tuple[CachedPrefix | None, str | None]:
     """The prefix behind a cache that all ranks have filled; or none, and why not."""
     settings, world = job.config.prefix, job.world
     obstacle = "this architecture cannot be cut" if prefix is None else unfit(prefix, job.examples[0], store, world)
@@ -133,26 +152,29 @@ def _fill(prefix: Prefix | None, store: ActivationStore, job: Job) -> tuple[Cach
     if not decision.use:
         return None, decision.reason
     log.info("activation cache: %s", decision.reason)
-    cached = CachedPrefix(prefix, _loader(job), store, world)
+    cached = CachedPrefix(prefix, _loader(loaded, job), store, world)
     cached.fill(job.examples)
     if world.is_main:
         note_split(store, prefix.returned())
     return cached, None
 
 
-def _loader(job: Job) -> Callable[[], Prefix]:
-    """Gives the prefix anew, from where the model came from."""
+def _loader(loaded: LoadedModel, job: Job) -> Callable[[], Prefix]:
+    """Gives the prefix anew: from where the model came from, or from the model where that has changed since."""
+    model, anatomy = (loaded.model, loaded.anatomy) if job.changes else (None, None)
 
     def again() -> Prefix:
-        loaded = load_for(job.config, job.tokenizer)
-        if fingerprint(loaded.model, loaded.on_disk) != job.base.sha256:
+        if model is not None and anatomy is not None:
+            return Prefix(model, anatomy, job.mask.boundary).to(job.world.device)
+        fresh = load_for(job.config, job.tokenizer)
+        if fingerprint(fresh.model, fresh.on_disk) != job.base.sha256:
             raise ModelError(
                 f"the weights of {job.config.model.name_or_path} changed while the run read them; "
                 "restore them and start the same command again"
             )
-        apply_mask(loaded.model, job.mask, loaded.anatomy)
-        loaded.model.train()
-        prefix, _ = _halve(loaded, job)
+        apply_mask(fresh.model, job.mask, fresh.anatomy)
+        fresh.model.train()
+        prefix, _ = _halve(fresh, job)
         assert prefix is not None  # it was cut before
         return prefix
 

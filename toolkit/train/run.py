@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 
 from toolkit import distributed
-from toolkit.checkpoint import State, commit, restore
+from toolkit.checkpoint import commit
 from toolkit.config.flags import Invocation
 from toolkit.config.load import dump
 from toolkit.consistency import facts, require_same
@@ -20,7 +20,8 @@ from toolkit.evaluate import evaluate
 from toolkit.monitor import Monitor, StepMetrics, peak_memory_gib
 from toolkit.prefix.cached import CachedPrefix, read_ahead
 from toolkit.rundir import RunDirectory, claim, write_config
-from toolkit.train.setup import Setup, save_set_up, seed_step, set_up
+from toolkit.train.phases import advance, resume, state_of
+from toolkit.train.setup import Setup, save_plan, save_set_up, seed_step, set_up
 from toolkit.train.step import StepResult, train_step
 
 log = logging.getLogger("frostline")
@@ -42,16 +43,20 @@ def run(invocation: Invocation) -> int:
     world = distributed.start(engine_needs_group=invocation.deepspeed is not None)
     require_same(world, facts(invocation))
     _announce(invocation)
-    setup = set_up(invocation, world)
-    with claim(invocation.config, invocation.recipe, world) as directory:
-        if directory.finished:
-            log.info("%s: this run is finished, nothing to train", directory.path)
-            code = 0
-        else:
-            code = _train(setup, directory)
+    code = train(invocation, world)
     world.barrier()
     distributed.stop()  # not after an error: ranks that still wait in a collective would hold it up
     return code
+
+
+def train(invocation: Invocation, world: World) -> int:
+    """As ``run``, in a process group that is up and stays up."""
+    setup = set_up(invocation, world)
+    with claim(invocation.config, invocation.recipe, world) as directory:
+        if not directory.finished:
+            return _train(setup, directory)
+        log.info("%s: this run is finished, nothing to train", directory.path)
+        return 0
 
 
 def _announce(invocation: Invocation) -> None:
@@ -64,8 +69,7 @@ def _train(setup: Setup, directory: RunDirectory) -> int:
     world, run_dir = setup.world, directory.path
     done = 0
     if directory.checkpoint:
-        now = _state(setup, step=0)
-        done = restore(directory.checkpoint, now, setup.engine, setup.mask, setup.base).step
+        done = resume(setup, directory.checkpoint)
         log.info("continuing %s after step %d of %d", run_dir, done, setup.total_steps)
     if world.is_main:
         write_config(run_dir, setup.config)
@@ -73,7 +77,8 @@ def _train(setup: Setup, directory: RunDirectory) -> int:
     log.info("writing to %s (watch: tensorboard --logdir %s)", run_dir, run_dir.parent)
     stopped = _StopSignal()
     with Monitor(run_dir, world.is_main, setup.total_steps, done) as monitor, stopped, Prefetcher() as ahead:
-        monitor.texts(mask=setup.audit, recipe=f"```yaml\n{dump(setup.config)}```")
+        monitor.texts(setup.active.phase.start, mask=setup.audit)
+        monitor.texts(0, recipe=f"```yaml\n{dump(setup.config)}```")
         stopped_at = _loop(setup, run_dir, monitor, done, stopped, ahead)
         if stopped_at is not None:
             log.info("stopped by a signal after step %d; start the same command again to go on", stopped_at)
@@ -109,11 +114,14 @@ def _loop(
         order = epoch_order(setup.plan.rows, setup.config.train.seed, epoch)
         first = step - epoch * per_epoch
         steps = step_batches(setup.dataset.train, order, setup.plan, setup.pad_id, first, setup.packed)
-        for micro_batches in ahead(on_device(read_ahead(setup.prefix, steps), setup.world.device)):
+        announced = read_ahead(lambda: setup.prefix, steps)
+        for micro_batches in ahead(on_device(announced, setup.world.device)):
+            if step == setup.active.phase.end:
+                _change_phase(setup, run_dir, monitor, step)
             seed_step(setup.config.train.seed, step, setup.world)
             result = train_step(micro_batches, setup.prefix, setup.engine, setup.world)
             step += 1
-            monitor.step(_metrics(result, step, per_epoch, setup.world))
+            monitor.step(_metrics(setup, result, step))
             at_end = step == setup.total_steps
             epoch_ends = step % per_epoch == 0 or at_end
             if epoch_ends:
@@ -130,10 +138,20 @@ def _loop(
     return None
 
 
-def _metrics(result: StepResult, step: int, per_epoch: int, world: World) -> StepMetrics:
+def _change_phase(setup: Setup, run_dir: Path, monitor: Monitor, step: int) -> None:
+    """Go on to the next phase of the mask's schedule, and show it."""
+    advance(setup, step)
+    if setup.world.is_main:
+        save_plan(setup, run_dir)
+    monitor.texts(step, mask=setup.audit)
+    monitor.say(f"step {step + 1}: phase {setup.active.phase.index + 1} of {len(setup.schedule.phases)}, "
+                f"{setup.mask.parameters:,} parameters train")  # fmt: skip
+
+
+def _metrics(setup: Setup, result: StepResult, step: int) -> StepMetrics:
     return StepMetrics(
         step=step,
-        epoch=step / per_epoch,
+        epoch=step / setup.plan.steps_per_epoch,
         loss=result.loss,
         learning_rate=result.learning_rate,
         grad_norm=result.grad_norm,
@@ -141,7 +159,8 @@ def _metrics(result: StepResult, step: int, per_epoch: int, world: World) -> Ste
         tokens=result.tokens,
         seconds=result.seconds,
         tokens_per_second=result.tokens / result.seconds,
-        peak_memory_gib=world.max(peak_memory_gib(world.device)),
+        trained_parameters=setup.mask.parameters,
+        peak_memory_gib=setup.world.max(peak_memory_gib(setup.world.device)),
     )
 
 
@@ -171,11 +190,9 @@ def _validate(setup: Setup, monitor: Monitor, step: int) -> None:
 
 
 def _commit(setup: Setup, run_dir: Path, step: int) -> None:
-    commit(run_dir, _state(setup, step), setup.engine, setup.mask, setup.base, setup.world, setup.config.output.keep)
-
-
-def _state(setup: Setup, step: int) -> State:
-    return State(step, setup.total_steps, setup.engine.name, setup.world.size, setup.dataset.fingerprint)
+    trained = setup.active.phase.trained
+    state, keep = state_of(setup, step), setup.config.output.keep
+    commit(run_dir, state, setup.engine, setup.resting, trained, setup.base, setup.world, keep)
 
 
 class _StopSignal:

@@ -4,66 +4,125 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from toolkit.config.flags import Invocation
 from toolkit.config.schema import RunConfig
-from toolkit.consistency import require_same
 from toolkit.data.batches import BatchPlan, collate
 from toolkit.data.dataset import Dataset, load_dataset
 from toolkit.delta import Base
 from toolkit.distributed import World
 from toolkit.engine.base import Engine
-from toolkit.engine.ds_config import read_ds_config, resolve_ds_config
+from toolkit.engine.ds_config import read_ds_config, refuse_what_cannot_move, resolve_ds_config
 from toolkit.engine.local import LocalEngine
 from toolkit.errors import DataError, ModelError, PlanError
 from toolkit.mask.apply import apply_mask, trainable_parameters
 from toolkit.mask.audit import audit_markdown, audit_table
-from toolkit.mask.layer_mask import LayerMask, build_mask
+from toolkit.mask.layer_mask import LayerMask
+from toolkit.mask.schedule import Phase, Schedule, build_schedule
 from toolkit.models.load import LoadedModel, fingerprint, load_tokenizer
 from toolkit.plan.load import load_of
 from toolkit.plan.memory import engine_spec
+from toolkit.plan.phases import phase_planners, whole_plan
 from toolkit.plan.planner import Plan, Planner
 from toolkit.plan.report import as_dict
 from toolkit.plan.skeleton import skeleton_of
 from toolkit.prefix.cached import CachedPrefix, HiddenStates
-from toolkit.prefix.packing import choose_packing
+from toolkit.prefix.packing import Packing, choose_packing
 from toolkit.prefix.recompute import free_bytes, recompute_blocks, should_recompute
 from toolkit.prefix.split import Prefix, Suffix
-from toolkit.train.cut import Job, cut, effective, load_for
+from toolkit.train.cut import Job, cut, effective, load_for, refuse_with_schedule
 
 log = logging.getLogger("frostline")
 
 
 @dataclass(frozen=True)
+class Active:
+    """What the current phase of the mask's schedule runs on."""
+
+    phase: Phase
+    prefix: HiddenStates | None
+    suffix: Suffix
+    engine: Engine
+    audit: str
+    """The audit table in Markdown."""
+
+
+@dataclass
 class Setup:
-    """Everything a run needs, ready for the first step."""
+    """Everything a run needs, ready for the next step. ``toolkit.train.phases`` exchanges ``active``."""
 
     config: RunConfig
     world: World
     dataset: Dataset
     plan: BatchPlan
     total_steps: int
-    mask: LayerMask
+    schedule: Schedule
     base: Base
-    prefix: HiddenStates | None
-    suffix: Suffix
-    engine: Engine
-    pad_id: int
-    packed: bool
-    """Micro batches are laid end to end, not padded."""
-    audit: str
-    """The audit table in Markdown."""
-    cost: Plan | None
-    """What the run was planned to need; none for an architecture that cannot be planned."""
+    tokenizer: PreTrainedTokenizerBase
+    loaded: LoadedModel | None
+    """The whole model, for the phases to come; none in the last one."""
+    ds_config: dict[str, Any] | None
+    """As DeepSpeed is given it; none trains with torch alone."""
+    planners: list[Planner]
+    """One a phase; empty for an architecture that cannot be planned."""
+    costs: list[Plan | None] = field(default_factory=list)
+    """What each phase was planned to need; none where that cannot be planned."""
+    resting: dict[str, torch.Tensor] = field(default_factory=dict)
+    """On rank 0, the float32 masters of what trained in earlier phases and does not now."""
+    packing: Packing | None = None
+    """Whether micro batches are packed; none before the first phase has found out."""
+    active: Active = field(init=False)
+
+    @property
+    def packed(self) -> bool:
+        """Micro batches are packed."""
+        return self.packing is not None and self.packing.on
+
+    @property
+    def pad_id(self) -> int:
+        """What rows are padded with."""
+        return int(self.tokenizer.pad_token_id)
+
+    @property
+    def mask(self) -> LayerMask:
+        """What trains now."""
+        return self.active.phase.mask
+
+    @property
+    def prefix(self) -> HiddenStates | None:
+        """What gives the hidden states at the frost line."""
+        return self.active.prefix
+
+    @property
+    def suffix(self) -> Suffix:
+        """The part that holds what trains now."""
+        return self.active.suffix
+
+    @property
+    def engine(self) -> Engine:
+        """What executes a step now."""
+        return self.active.engine
+
+    @property
+    def audit(self) -> str:
+        """The audit table of the current phase in Markdown."""
+        return self.active.audit
+
+    @property
+    def cost(self) -> Plan | None:
+        """What the run was planned to need; none for an architecture that cannot be planned."""
+        plans = [plan for plan in self.costs if plan is not None]
+        return whole_plan(plans, self.config.mask) if len(plans) == len(self.schedule.phases) else None
 
 
 def set_up(invocation: Invocation, world: World) -> Setup:
-    """Load and check everything ``invocation`` names; every rank calls it.
+    """Load and check everything ``invocation`` names, and begin its first phase; every rank calls it.
 
     Raises:
         UsageError: the DeepSpeed file, data, model or mask is at fault.
@@ -73,48 +132,86 @@ def set_up(invocation: Invocation, world: World) -> Setup:
     with world.main_first():  # rank 0 fills the download and conversion caches
         tokenizer = load_tokenizer(config.model)
     dataset = load_dataset(config.data, tokenizer, config.train.seed)
-    require_same(world, {"the rows": f"SHA-256 {dataset.fingerprint[:12]}"})
     log.info("data: %s", dataset.summary())
     train = config.train
     plan = BatchPlan(
         len(dataset.train), train.micro_batch_size, train.gradient_accumulation_steps, world.rank, world.size
     )
-    total_steps = min(plan.steps_per_epoch * train.epochs, train.max_steps or plan.steps_per_epoch * train.epochs)
+    total_steps = plan.steps(train.epochs, train.max_steps)
+    refuse_with_schedule(config, world.device)
     loaded = load_for(config, tokenizer)
     _check_fit(dataset, loaded)
     base = Base(config.model, world.share(fingerprint(loaded.model, loaded.on_disk) if world.is_main else None))
-    mask = build_mask(config.mask, loaded.anatomy)
-    planner = _planner(config, loaded, dataset, world)
-    apply_mask(loaded.model, mask, loaded.anatomy)
-    log.info("layer mask of %s:\n%s", config.model.name_or_path, audit_table(mask, loaded.anatomy))
-    passes = total_steps * plan.global_batch / plan.rows
-    prefix, suffix = cut(loaded, Job(config, tokenizer, mask, base, dataset, passes, world))
-    anatomy, hidden_size = loaded.anatomy, loaded.model.config.get_text_config().hidden_size
-    del loaded  # what the two halves do not hold is to be gone before the engine allocates
-    shortest = collate([min(dataset.train, key=lambda example: len(example.token_ids))], pad_id=0).to(world.device)
-    log.info("supervised positions: %s", suffix.settle(prefix(shortest) if prefix else None, shortest).text)
-    packing = choose_packing(
-        config.data.packing, train.micro_batch_size, prefix, suffix, (*dataset.train, *dataset.validation), world.device
-    )
-    log.info("packing: %s", packing.reason)
+    schedule = build_schedule(config.mask, loaded.anatomy, plan.steps_per_epoch, total_steps)
+    planners = _planners(config, loaded, dataset, world)
     resolved = None
     if ds is not None and invocation.deepspeed is not None:
+        hidden_size = loaded.model.config.get_text_config().hidden_size
         resolved = resolve_ds_config(ds, config, world.size, hidden_size, invocation.deepspeed)
-    if planner is not None:
-        planner.cut, planner.cached = prefix is not None, isinstance(prefix, CachedPrefix)
-        planner.packed, planner.short_cuts = packing.on, suffix.short_cuts
-    cost = _plan_and_recompute(planner, suffix, mask.boundary, config, world, resolved)
-    engine = _build_engine(prefix, suffix, mask, config, total_steps, world, resolved)
+        refuse_what_cannot_move(resolved, config.mask, invocation.deepspeed)
+    setup = Setup(
+        config=config, world=world, dataset=dataset, plan=plan, total_steps=total_steps, schedule=schedule, base=base,
+        tokenizer=tokenizer, loaded=loaded, ds_config=resolved, planners=planners,
+    )  # fmt: skip
+    del loaded  # ``begin`` lets go of it in the last phase
+    setup.costs = [_decide_recompute(setup, phase)[2] for phase in schedule.phases]
+    begin(setup, schedule.phases[0])
     log.info(
         "engine %s, %d rank(s) on %s: %d steps of %d rows (micro batch %d x accumulation %d x ranks %d), %d epochs",
-        engine.name, world.size, world.device.type, total_steps, plan.global_batch, train.micro_batch_size,
+        setup.engine.name, world.size, world.device.type, total_steps, plan.global_batch, train.micro_batch_size,
         train.gradient_accumulation_steps, world.size, train.epochs,
     )  # fmt: skip
-    return Setup(
-        config=config, world=world, dataset=dataset, plan=plan, total_steps=total_steps, mask=mask, base=base,
-        prefix=prefix, suffix=suffix, engine=engine, pad_id=int(tokenizer.pad_token_id),
-        packed=packing.on, audit=audit_markdown(mask, anatomy), cost=cost,
+    return setup
+
+
+def begin(setup: Setup, phase: Phase) -> None:
+    """Lay the mask of ``phase`` on the model, cut it at the frost line, and give what trains to an engine.
+
+    The model has to be whole, in plain parameters: as loaded, or as ``toolkit.train.phases`` puts it together again.
+    """
+    loaded, phases = setup.loaded, setup.schedule.phases
+    assert loaded is not None
+    apply_mask(loaded.model, phase.mask, loaded.anatomy)
+    if len(phases) > 1:
+        log.info("phase %d of %d: steps %d to %d", phase.index + 1, len(phases), phase.start + 1, phase.end)
+    name = setup.config.model.name_or_path
+    log.info("layer mask of %s:\n%s", name, audit_table(phase.mask, loaded.anatomy))
+    prefix, suffix = cut(loaded, _job(setup, phase))
+    _settle(setup, prefix, suffix)
+    if setup.planners:
+        planner = setup.planners[phase.index]
+        planner.cut, planner.cached = prefix is not None, isinstance(prefix, CachedPrefix)
+        planner.packed, planner.short_cuts = setup.packed, suffix.short_cuts
+    on, why, setup.costs[phase.index] = _decide_recompute(setup, phase)
+    log.info("gradient checkpointing: %s", why)
+    if on:
+        recompute_blocks(suffix.blocks(phase.mask.boundary))
+    audit = audit_markdown(phase.mask, loaded.anatomy)
+    del loaded  # what only a later phase would need is to be gone before the engine allocates
+    if phase is phases[-1]:
+        setup.loaded = None
+    engine = _build_engine(prefix, suffix, phase, setup.config, setup.total_steps, setup.world, setup.ds_config)
+    setup.active = Active(phase, prefix, suffix, engine, audit)
+
+
+def _job(setup: Setup, phase: Phase) -> Job:
+    steps = phase.end - phase.start
+    passes = steps * setup.plan.global_batch / setup.plan.rows
+    return Job(
+        setup.config, setup.tokenizer, phase.mask, setup.base, setup.dataset, passes, setup.world,
+        changes=len(setup.schedule.phases) > 1,
     )  # fmt: skip
+
+
+def _settle(setup: Setup, prefix: HiddenStates | None, suffix: Suffix) -> None:
+    """Find out on rows of the data what may be left out at the top, and in the first phase whether to pack."""
+    examples, device = (*setup.dataset.train, *setup.dataset.validation), setup.world.device
+    shortest = collate([min(setup.dataset.train, key=lambda example: len(example.token_ids))], pad_id=0).to(device)
+    log.info("supervised positions: %s", suffix.settle(prefix(shortest) if prefix else None, shortest).text)
+    if setup.packing is None:
+        rows = setup.config.train.micro_batch_size
+        setup.packing = choose_packing(setup.config.data.packing, rows, prefix, suffix, examples, device)
+        log.info("packing: %s", setup.packing.reason)
 
 
 def _check_fit(dataset: Dataset, loaded: LoadedModel) -> None:
@@ -135,69 +232,67 @@ def _check_fit(dataset: Dataset, loaded: LoadedModel) -> None:
         )
 
 
-def _planner(config: RunConfig, loaded: LoadedModel, dataset: Dataset, world: World) -> Planner | None:
-    """What plans this run; none, and a word in the log, where the architecture does not allow it."""
+def _planners(config: RunConfig, loaded: LoadedModel, dataset: Dataset, world: World) -> list[Planner]:
+    """What plans the phases of this run; empty, and a word in the log, where the architecture does not allow it."""
     config = config.model_copy(update={"prefix": effective(config.prefix, world.device)})
     try:
-        return Planner(config, skeleton_of(loaded), load_of(dataset))
+        return phase_planners(config, skeleton_of(loaded), load_of(dataset))
     except PlanError as error:
         log.warning("%s", error)
-        return None
+        return []
 
 
-def _plan_and_recompute(
-    planner: Planner | None,
-    suffix: Suffix,
-    boundary: int,
-    config: RunConfig,
-    world: World,
-    ds_config: dict[str, Any] | None,
-) -> Plan | None:
-    """Checkpoint the blocks from the frost line up, if the recipe or memory asks for it; the plan of the run."""
-    train = config.train
+def _decide_recompute(setup: Setup, phase: Phase) -> tuple[bool, str, Plan | None]:
+    """Whether the recipe or memory asks for gradient checkpointing in a phase, why, and the plan of the phase."""
+    train = setup.config.train
     plans: dict[bool, Plan] = {}
-    if planner is not None:
-        spec = engine_spec(ds_config, world.size, train.gradient_accumulation_steps)
+    if setup.planners:
+        planner = setup.planners[phase.index]
+        spec = engine_spec(setup.ds_config, setup.world.size, train.gradient_accumulation_steps)
         try:
             plans = {on: planner.plan(planner.variant(spec, recompute=on)) for on in (False, True)}
         except PlanError as error:
             log.warning("%s", error)
     needed = plans[False].memory.beside_weights if plans else None
-    free = -int(world.max(-free_bytes(world.device)))  # the tightest rank decides for all
+    free = -int(setup.world.max(-free_bytes(setup.world.device)))  # the tightest rank decides for all
     on, why = should_recompute(train.gradient_checkpointing, needed, free)
-    log.info("gradient checkpointing: %s", why)
-    if on:
-        recompute_blocks(suffix.blocks(boundary))
-    return plans.get(on)
+    return on, why, plans.get(on)
 
 
 def _build_engine(
     prefix: HiddenStates | None,
     suffix: Suffix,
-    mask: LayerMask,
+    phase: Phase,
     config: RunConfig,
     total_steps: int,
     world: World,
     ds_config: dict[str, Any] | None,
 ) -> Engine:
-    parameters = trainable_parameters(suffix.model, mask)
+    parameters = trainable_parameters(suffix.model, phase.mask)
     if ds_config is None:
-        return LocalEngine(suffix, parameters, mask.groups, config.train, config.optim, total_steps, world)
+        return LocalEngine(suffix, parameters, phase.groups, config.train, config.optim, total_steps, world)
     from toolkit.engine.zero import ZeroEngine  # DeepSpeed is imported only by runs that use it
 
     below = prefix.skeleton.named_parameters() if isinstance(prefix, Prefix) else ()
     copies = {name: parameter for name, parameter in below if name in parameters}
     return ZeroEngine(
-        suffix, parameters, mask.groups, config.train, config.optim, total_steps, world, copies, ds_config
+        suffix, parameters, phase.groups, config.train, config.optim, total_steps, world, copies, ds_config
     )
 
 
 def save_set_up(setup: Setup, run: Path) -> None:
     """Write what the run consists of into its directory."""
-    setup.mask.save(run / "mask.json")
+    setup.schedule.phases[-1].trained.save(run / "mask.json")
+    if len(setup.schedule.phases) > 1:
+        (run / "schedule.json").write_text(json.dumps(setup.schedule.as_list(), indent=1), encoding="utf-8")
+    save_plan(setup, run)
+    setup.dataset.save_skipped(run / "skipped_rows.jsonl")
+
+
+def save_plan(setup: Setup, run: Path) -> None:
+    """Write the plan of the run, if there is one."""
     if setup.cost is not None:
         (run / "plan.json").write_text(json.dumps(as_dict(setup.cost), indent=1), encoding="utf-8")
-    setup.dataset.save_skipped(run / "skipped_rows.jsonl")
 
 
 def seed_step(seed: int, step: int, world: World) -> None:

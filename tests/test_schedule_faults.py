@@ -1,0 +1,173 @@
+"""What is wrong with a schedule is said: each fault has a message of its own. And what a plan says of one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import ENGLISH, ROOT, invocation, run_script, tiny_flags, tiny_llama
+
+from toolkit.config.load import build, read_recipe, save
+from toolkit.config.schema import MaskConfig
+from toolkit.engine.ds_config import refuse_what_cannot_move
+from toolkit.errors import ConfigError, MaskError
+from toolkit.mask.schedule import build_schedule
+from toolkit.models.inspect import inspect
+from toolkit.plan.load import Load
+from toolkit.plan.memory import engine_spec
+from toolkit.plan.phases import phase_planners, whole_plan
+from toolkit.plan.report import as_dict, as_text
+from toolkit.plan.skeleton import Skeleton, skeleton
+
+HEAD = {"train": ["head"], "until_epoch": 1}
+TWO = {"train": ["last:2", "head"], "until_epoch": 2}
+
+
+def schedule(*phases: dict[str, Any], train: list[str] | None = None, tied: str = "untie") -> Any:
+    """Resolved on a tied Llama of 6 blocks, 10 steps an epoch, 3 epochs."""
+    config = MaskConfig.model_validate({"train": train or ["last:4", "head"], "schedule": phases, "tied": tied})
+    return build_schedule(config, inspect(tiny_llama()), 10, 30)
+
+
+@pytest.mark.parametrize(
+    ("phases", "message"),
+    [
+        ([{"train": ["head"]}], r"mask\.schedule\.0: it has neither until_epoch nor until_step"),
+        ([{**HEAD, "until_step": 4}], r"mask\.schedule\.0: it has until_epoch 1 and until_step 4; a phase ends once"),
+        ([TWO, HEAD], r"mask\.schedule\.1 ends with epoch 1, the phase before it with epoch 2; expected each phase"),
+        ([HEAD, {**TWO, "until_epoch": 1}], r"mask\.schedule\.1 ends with epoch 1, the phase before it with epoch 1"),
+        ([{**HEAD, "until_epoch": 0}], r"mask\.schedule\.0\.until_epoch is 0; expected greater than or equal to 1"),
+        ([{**HEAD, "train": []}], r"mask\.schedule\.0\.train is \[\]; expected Value should have at least 1 item"),
+        ([{"until_epoch": 1}], r"mask\.schedule\.0\.train"),
+        ([{**HEAD, "until_epochs": 2}], r"until_epochs: unknown key \(did you mean mask\.schedule\.0\.until_epoch\?"),
+        (["head"], r"mask\.schedule: 'head' is not a phase; expected a mapping such as \{train: \[head\]"),
+    ],
+)
+def test_a_recipe_with_a_faulty_schedule_is_refused(phases: list[Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build({"mask": {"schedule": phases}}, "test")
+
+
+@pytest.mark.parametrize(
+    ("phases", "message"),
+    [
+        (
+            [HEAD, {**TWO, "until_epoch": 3}],
+            r"mask\.schedule\.1 ends with epoch 3, which is step 30, but the run has 30",
+        ),
+        ([{"train": ["head"], "until_step": 99}], r"ends with step 99, which is step 99, but the run has 30 steps"),
+        (
+            [HEAD, {"train": ["last:2"], "until_step": 10}],
+            r"mask\.schedule\.1 ends with step 10, which is step 10 \(10 steps an epoch\), the phase before",
+        ),
+    ],
+)
+def test_phases_have_to_end_one_after_the_other_and_before_the_run(phases: list[Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        schedule(*phases)
+
+
+@pytest.mark.parametrize(
+    ("phases", "message"),
+    [
+        ([{**HEAD, "freeze": ["all"]}], r"mask\.schedule\.0: the mask leaves nothing to train"),
+        ([HEAD, {**TWO, "train": ["last:9"]}], r"mask\.schedule\.1: mask selector 'last:9': expected a whole number"),
+        (
+            [HEAD, {**HEAD, "until_epoch": 2}],
+            r"mask\.schedule\.1 trains the same tensors .* as mask\.schedule\.0 before",
+        ),
+        ([{**TWO, "train": ["last:4", "head"]}], r"mask\.train trains the same tensors .* as mask\.schedule\.0 before"),
+    ],
+)
+def test_the_mask_of_each_phase_is_checked(phases: list[Any], message: str) -> None:
+    with pytest.raises(MaskError, match=message):
+        schedule(*phases)
+
+
+def test_a_tied_conflict_names_its_phase() -> None:
+    with pytest.raises(MaskError, match=r"mask\.schedule\.0: the mask selects lm_head\.weight, but the head and"):
+        schedule(HEAD, train=["last:2"], tied="error")
+    with pytest.raises(MaskError, match=r"mask\.train: mask\.tied is head_only, but the mask selects the embeddings"):
+        schedule(HEAD, train=["embeddings", "head"], tied="head_only")
+
+
+def test_epochs_and_steps_may_be_mixed() -> None:
+    phases = schedule({"train": ["head"], "until_step": 4}, {"train": ["last:1", "head"], "until_epoch": 1}).phases
+    assert [(phase.start, phase.end, phase.mask.boundary) for phase in phases] == [(0, 4, 6), (4, 10, 5), (10, 30, 2)]
+
+
+def test_a_phase_may_differ_in_its_settings_alone() -> None:
+    slower = {"train": [{"select": ["last:4", "head"], "learning_rate": 1e-6}], "until_epoch": 1}
+    assert len(schedule(slower).phases) == 2
+
+
+def test_groups_are_split_by_when_their_tensors_began() -> None:
+    last = schedule(HEAD, TWO).phases[-1]
+    assert [len(group.names) for group in last.groups] == [1, 18, 18]
+    assert sorted(set(last.ages(25).values())) == [5, 15, 25]
+
+
+def test_a_flag_takes_yaml_or_json_and_the_saved_recipe_reads_back(tmp_path: Path) -> None:
+    """One list, or one mapping a word."""
+    listed = invocation("--mask.schedule", json.dumps([HEAD, TWO])).config
+    words = invocation("--mask.schedule", "{train: head, until_epoch: 1}", "{train: [last:2, head], until_epoch: 2}")
+    assert listed == words.config
+    assert [phase.until_epoch for phase in listed.mask.schedule] == [1, 2]
+    save(listed, tmp_path / "config.yaml")
+    assert build(read_recipe(tmp_path / "config.yaml"), "test") == listed
+    with pytest.raises(ConfigError, match=r"--mask\.schedule: '\{train: \[head' is not valid YAML"):
+        invocation("--mask.schedule", "{train: [head")
+
+
+@pytest.fixture(scope="module")
+def bare(tiny_model: Path) -> Skeleton:
+    return skeleton(invocation("--model.name_or_path", str(tiny_model)).config.model)
+
+
+def test_the_plan_is_that_of_the_phase_that_needs_most(bare: Skeleton) -> None:
+    freezing = ("--mask.schedule", "{train: [last:4, head], until_step: 4}", "--mask.train", "head")
+    config = invocation("--mask.tied", "untie", *freezing).config
+    planners = phase_planners(config, bare, Load(64, 32, None, "a test"))
+    plans = [p.plan(p.variant(engine_spec(None, 1, 1), recompute=False)) for p in planners]
+    whole = whole_plan(plans, config.mask)
+    assert plans[0].memory.peak > plans[1].memory.peak
+    assert (whole.memory, whole.mask.boundary) == (plans[0].memory, 2)
+    assert [phase.is_most for phase in whole.phases] == [True, False]
+    assert [phase["trained"] for phase in as_dict(whole)["schedule"]] == [53504, 16384]
+    resting = 4 * (53504 - 16384)
+    assert whole.checkpoint == max(plans[0].checkpoint, plans[1].checkpoint + resting)
+    text = as_text(whole)
+    assert "1       step 4        2 of 6                  53,504" in text
+    assert "what follows is about this one" in text
+    assert plans[1].mask.tied == "untie"
+
+
+def test_the_plan_command_shows_the_phases_and_refuses_one_that_ends_too_late(tiny_model: Path, tmp_path: Path) -> None:
+    flags = tiny_flags(tiny_model, tmp_path, "--data.path", ENGLISH, "--train.epochs", 2, "--gpu-memory", "24GiB")
+    two = run_script("launch/plan.py", *flags, "--mask.schedule", "{train: head, until_epoch: 1}")
+    assert two.returncode == 0, two.stderr
+    assert "2       the end       2 of 6" in two.stdout
+    late = run_script("launch/plan.py", *flags, "--mask.schedule", "{train: head, until_epoch: 2}")
+    assert late.returncode == 2
+    assert "mask.schedule.0 ends with epoch 2, which is step 40, but the run has 40 steps" in late.stderr
+    assert (ROOT / "docs" / "schedule.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("zero", "message"),
+    [
+        (
+            {"stage": 3, "offload_optimizer": {"device": "nvme"}},
+            r"offload_optimizer\.device is 'nvme', and mask\.schedule",
+        ),
+        ({"stage": 0}, r"zero_optimization\.stage is 0; mask\.schedule needs 1, 2 or 3"),
+    ],
+)
+def test_optimizer_state_that_could_not_be_moved_is_refused_at_the_start(zero: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        refuse_what_cannot_move(
+            {"zero_optimization": zero}, MaskConfig.model_validate({"schedule": [HEAD]}), Path("a.json")
+        )
+    refuse_what_cannot_move({"zero_optimization": zero}, MaskConfig(), Path("a.json"))

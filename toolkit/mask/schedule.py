@@ -1,0 +1,170 @@
+"""Masks that follow one another in a run: what trains from which step to which. Imports no torch.
+
+Gradual unfreezing (ULMFiT, Howard and Ruder, arXiv 1801.06146) lets the mask grow, progressive freezing (AutoFreeze,
+Liu et al., arXiv 2102.01386) lets it shrink.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from toolkit.config.schema import MaskConfig
+from toolkit.errors import ConfigError, MaskError
+from toolkit.mask.layer_mask import LayerMask, ParameterGroup, build_mask
+from toolkit.models.anatomy import Anatomy
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run in which one mask holds."""
+
+    index: int
+    mask: LayerMask
+    start: int
+    """Optimizer steps done when it begins."""
+    end: int
+    """Optimizer steps done when it ends."""
+    entered: Mapping[str, int]
+    """For each trained tensor, the steps that were done when it last began to train."""
+    trained: LayerMask
+    """All that trained up to and in this phase: the mask of a checkpoint's delta."""
+
+    @property
+    def groups(self) -> tuple[ParameterGroup, ...]:
+        """The mask's groups, each split by when its tensors began to train.
+
+        AdamW corrects the bias of its moments by the number of updates, and DeepSpeed keeps one such number a group.
+        """
+        split = []
+        for group in self.mask.groups:
+            for entered in sorted({self.entered[name] for name in group.names}):
+                split.append(replace(group, names=tuple(n for n in group.names if self.entered[n] == entered)))
+        return tuple(split)
+
+    def ages(self, step: int) -> dict[str, int]:
+        """How many updates in a row each trained tensor has had after ``step`` steps of the run."""
+        return {name: step - entered for name, entered in self.entered.items()}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The phases of a run, one or more."""
+
+    phases: tuple[Phase, ...]
+
+    def at(self, step: int) -> Phase:
+        """The phase of the step that follows ``step`` done ones; after the end the last phase."""
+        return next((phase for phase in self.phases if step < phase.end), self.phases[-1])
+
+    @property
+    def sha256(self) -> str:
+        """Of every phase's start, tensors and groups: two runs of the same schedule have the same."""
+        content = [(phase.start, asdict(phase.mask)) for phase in self.phases]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def as_list(self) -> list[dict[str, object]]:
+        """The phases as JSON values: when they begin and end, and their masks."""
+        return [{"first_step": phase.start + 1, "last_step": phase.end, **asdict(phase.mask)} for phase in self.phases]
+
+
+def phase_name(config: MaskConfig, index: int) -> str:
+    """Where the recipe defines the phase ``index``, counted from 0."""
+    return f"mask.schedule.{index}" if index < len(config.schedule) else "mask.train"
+
+
+def phase_configs(config: MaskConfig) -> list[MaskConfig]:
+    """One mask section a phase, none of them with a schedule; the last is that of mask.train."""
+    masks = [(phase.train, phase.freeze) for phase in config.schedule] + [(config.train, config.freeze)]
+    return [config.model_copy(update={"train": t, "freeze": f, "schedule": []}) for t, f in masks]
+
+
+def phase_masks(config: MaskConfig, anatomy: Anatomy) -> list[LayerMask]:
+    """The mask of each phase. A head that any phase trains untied is untied in all of them, from the start.
+
+    Raises:
+        MaskError: a selector of a phase is at fault, a phase is empty or conflicts with tied weights (see
+            ``build_mask``), or trains just what the phase before it does.
+    """
+    masks: list[LayerMask] = []
+    for index, section in enumerate(phase_configs(config)):
+        where = phase_name(config, index)
+        try:
+            masks.append(build_mask(section, anatomy))
+        except MaskError as error:
+            if not config.schedule:
+                raise
+            raise MaskError(f"{where}: {error}") from None
+        if index and masks[-1] == masks[-2]:
+            raise MaskError(
+                f"{where} trains the same tensors with the same settings as {phase_name(config, index - 1)} before it; "
+                "expected a phase that changes something: drop one of the two"
+            )
+    if any(mask.tied == "untie" for mask in masks):
+        masks = [replace(mask, tied="untie") for mask in masks]
+    return masks
+
+
+def build_schedule(config: MaskConfig, anatomy: Anatomy, steps_per_epoch: int, total_steps: int) -> Schedule:
+    """Resolve the phases of ``config`` on a model's parts and a run's steps.
+
+    Args:
+        config: the recipe's mask section.
+        anatomy: of the model, before anything is untied.
+        steps_per_epoch: optimizer steps of one pass over the rows.
+        total_steps: of the whole run.
+
+    Raises:
+        ConfigError: phases that do not end one after the other, and before the run does.
+        MaskError: the mask of a phase is at fault (see ``phase_masks``).
+    """
+    ends = phase_ends(config, steps_per_epoch, total_steps)
+    phases: list[Phase] = []
+    entered: dict[str, int] = {}
+    start = 0
+    for index, (mask, end) in enumerate(zip(phase_masks(config, anatomy), ends, strict=True)):
+        entered = {name: entered.get(name, start) for name in mask.names}
+        trained = _union([phases[-1].trained, mask], anatomy) if phases else mask
+        phases.append(Phase(index, mask, start, end, entered, trained))
+        start = end
+    return Schedule(tuple(phases))
+
+
+def phase_ends(config: MaskConfig, steps_per_epoch: int, total_steps: int) -> list[int]:
+    """Steps done at the end of each phase; the last ends with the run.
+
+    Raises:
+        ConfigError: phases that do not end one after the other, and before the run does.
+    """
+    faults: list[str] = []
+    ends: list[int] = []
+    for index, phase in enumerate(config.schedule):
+        end = phase.until_step if phase.until_epoch is None else phase.until_epoch * steps_per_epoch
+        assert end is not None  # the schema sees to one of the two
+        if ends and end <= ends[-1]:
+            faults.append(
+                f"mask.schedule.{index} ends with {phase.end}, which is step {end} ({steps_per_epoch} steps an "
+                f"epoch), the phase before it with step {ends[-1]}; expected each phase to end after the one before it"
+            )
+        if end >= total_steps:
+            faults.append(
+                f"mask.schedule.{index} ends with {phase.end}, which is step {end}, but the run has {total_steps} "
+                f"steps ({steps_per_epoch} an epoch), so what comes after would never train; expected an end before "
+                f"step {total_steps}: end the phase earlier or train longer"
+            )
+        ends.append(end)
+    if faults:
+        raise ConfigError(faults, "recipe, read against the number of rows")
+    return [*ends, total_steps]
+
+
+def _union(masks: Sequence[LayerMask], anatomy: Anatomy) -> LayerMask:
+    """The mask of all that any of ``masks`` trains, as one group."""
+    by_name = {tensor.name: tensor for mask in masks for tensor in mask.trainable}
+    trainable = tuple(by_name[tensor.name] for tensor in anatomy.tensors if tensor.name in by_name)
+    tied = next((mask.tied for mask in masks if mask.tied != "no"), masks[0].tied)
+    names = tuple(tensor.name for tensor in trainable)
+    boundary = min(mask.boundary for mask in masks)
+    return LayerMask(trainable, boundary, masks[0].block_count, tied, (ParameterGroup(names),))
