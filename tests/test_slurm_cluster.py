@@ -22,6 +22,8 @@ from toolkit.slurm.cluster import partitions
 from toolkit.slurm.cluster import submit as cluster_submit
 from toolkit.slurm.submit import held_by
 
+pytestmark = pytest.mark.distributed
+
 STEPS = 40
 ZERO2 = str(ROOT / "ds_configs" / "zero2.json")
 
