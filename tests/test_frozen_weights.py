@@ -10,17 +10,22 @@ from typing import Any
 import pytest
 import torch
 from helpers import invocation, make_tokenizer, metrics, tiny_flags, train
+from test_zoo import make, masked
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from toolkit.config.schema import ModelConfig
-from toolkit.data.batches import Batch, epoch_order, step_batches
+from toolkit.data.batches import Batch, collate, epoch_order, step_batches
+from toolkit.data.examples import Example
 from toolkit.distributed import World
 from toolkit.errors import ConfigError, ModelError
 from toolkit.models.bundled import cache_root
+from toolkit.models.inspect import inspect
 from toolkit.models.load import fingerprint, load
 from toolkit.models.mapped import spill
+from toolkit.prefix.placement import FrozenWeights
 from toolkit.prefix.quantize import Form, check_quantisable, dequantise, quantisable, quantise, quantised_bytes
+from toolkit.prefix.split import split, split_is_exact
 from toolkit.train.setup import Setup, set_up
 
 
@@ -230,6 +235,24 @@ def test_a_mixture_whose_experts_are_stored_one_by_one_can_stay_on_disk(tmp_path
     assert all(torch.equal(stored.read(), own[name]) for name, stored in part.on_disk.items())
     assert fingerprint(part.model, part.on_disk) == fingerprint(whole.model)
     assert not list(cache.iterdir())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama4_text", "qwen2_moe", "mamba"])
+def test_any_architecture_borrows_its_lower_weights_unchanged(name: str) -> None:
+    model = make(name)
+    masked(model, "last:2", "head")
+    anatomy, batch = inspect(model), collate([Example(tuple(range(3, 20)), 9)], 0)
+    prefix, _ = split(model, anatomy, 2)
+    assert prefix is not None
+    expected = prefix.eval()(batch)
+    blocks = [f"{anatomy.blocks}.{index}" for index in range(2)]
+    frozen = FrozenWeights(model, blocks, anatomy.embeddings, torch.device("cpu"), {})
+    lent, suffix = split(model, anatomy, 2, frozen)
+    assert lent is not None
+    assert split_is_exact(model, lent, suffix, batch)
+    assert torch.equal(lent.eval()(batch), expected)
+    frozen.settle(lent.skeleton, "nf4", "disk")
+    assert 0 < ((lent(batch) - expected).norm() / expected.norm()).item() < 0.7
 
 
 def test_a_shared_table_that_the_head_trains_stays_where_the_head_is(model: Path) -> None:

@@ -204,6 +204,11 @@ class _Borrow(ModelHook):  # type: ignore[misc]
 
     def init_hook(self, module: nn.Module) -> nn.Module:
         self._empty = {name: module.get_parameter(name) for name in self._unit.names}
+        if not self._unit.is_block:  # Llama 4 sends the ids to where the table says it is: let that be the device
+            for name, empty in self._empty.items():
+                nothing = torch.zeros((), dtype=empty.dtype, device=self._weights.device).expand(empty.shape)
+                self._empty[name] = nn.Parameter(nothing, requires_grad=False)
+                _set(module, name, self._empty[name])
         return module
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
