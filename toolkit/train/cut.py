@@ -151,7 +151,7 @@ def _fill(
     decision = decide_together(Request(settings, job.examples, job.passes), store, world)
     if not decision.use:
         return None, decision.reason
-    log.info("activation cache: %s", decision.reason)
+    log.info("activation cache: %s; filling it", decision.reason)
     cached = CachedPrefix(prefix, _loader(loaded, job), store, world)
     cached.fill(job.examples)
     if world.is_main:
