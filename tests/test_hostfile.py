@@ -83,7 +83,8 @@ def test_a_hostfile_starts_one_rank_on_each_host(ssh: Ssh, tiny_model: Path, tmp
     (tmp_path / "hostfile").write_text("".join(f"{host} slots=1\n" for host in HOSTS))
     environ = {**clean_environment(), "PDSH_SSH_ARGS": f"-2 -a -x -F {ssh.config} -l%u %h"}
     # ssh starts with a bare environment: what the ranks need of this one stands in this file
-    names = [name for name in ("PATH", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "FROSTLINE_CACHE") if name in environ]
+    needed = ("PATH", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "FROSTLINE_CACHE", "TORCH_EXTENSIONS_DIR")
+    names = [name for name in needed if name in environ]
     (tmp_path / ".deepspeed_env").write_text("".join(f"{name}={environ[name]}\n" for name in names))
     launcher = ["deepspeed", "--hostfile", "hostfile", "--no_ssh_check", "--master_addr", HOSTS[0]]
     launcher += ["--master_port", str(free_port()), str(ROOT / "launch" / "train.py")]
