@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 from benchmarks.plain_loop import plain_loop
+from benchmarks.workload import Workload
 from toolkit.config.flags import parse, parser
 from toolkit.config.schema import DataConfig, ModelConfig
 from toolkit.data.batches import epoch_order, step_batches
@@ -30,15 +31,15 @@ from toolkit.train.setup import set_up
 from toolkit.train.step import train_step
 
 
-def english_rows(model: ModelConfig) -> list[tuple[tuple[int, ...], int]]:
-    examples = load_dataset(DataConfig(path=str(ENGLISH)), load_tokenizer(model), 42).train
-    return [(example.token_ids, example.answer_start) for example in examples]
-
-
 def plain(config: ModelConfig, lr: float, epochs: int) -> list[float]:
-    rows = english_rows(config)
+    """Step losses of the plain loop on the English sample, with a head of its own."""
+    model = load(config).model
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    examples = load_dataset(DataConfig(path=str(ENGLISH)), load_tokenizer(config), 42).train
+    rows = [(list(example.token_ids), example.answer_start) for example in examples]
     orders = [epoch_order(len(rows), 42, epoch) for epoch in range(epochs)]
-    return plain_loop(load(config).model, rows, orders, lr, fp32_masters=config.dtype == "bfloat16")
+    workload = Workload(config.name_or_path, str(ENGLISH), rows, orders, 42, lr)
+    return plain_loop(model, workload, fp32_masters=config.dtype == "bfloat16").losses
 
 
 @pytest.fixture(scope="module")
