@@ -21,6 +21,7 @@ from toolkit.errors import CheckpointError
 from toolkit.evaluate import evaluate_source
 from toolkit.export import export_model
 from toolkit.models.load import load
+from toolkit.prefix.split import Prefix
 from toolkit.train.phases import advance
 from toolkit.train.setup import Setup, set_up
 from toolkit.train.step import train_step
@@ -220,10 +221,10 @@ def test_the_run_tells_its_phases(unfrozen: Path) -> None:
 
 
 def test_the_head_is_untied_from_the_start_though_it_trains_later(tiny_model: Path, tmp_path: Path) -> None:
-    setup = set_up(invocation(*flags(tiny_model, tmp_path, BACK_AGAIN)), World())
+    setup = set_up(invocation(*flags(tiny_model, tmp_path, BACK_AGAIN), "--prefix.cache", "off"), World())
     assert setup.mask.tied == "untie"
     assert "lm_head.weight" not in setup.mask.names
-    assert setup.prefix is not None
+    assert isinstance(setup.prefix, Prefix)
     shared = {p.untyped_storage().data_ptr() for p in setup.prefix.parameters()}
     head = setup.suffix.model.lm_head.weight
     assert head.untyped_storage().data_ptr() not in shared

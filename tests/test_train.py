@@ -26,7 +26,8 @@ from toolkit.distributed import World
 from toolkit.errors import CheckpointError, FrostlineError
 from toolkit.models.load import load, load_tokenizer
 from toolkit.monitor import Monitor
-from toolkit.train import setup as preparation
+from toolkit.prefix.split import Prefix
+from toolkit.train import cut
 from toolkit.train.setup import set_up
 from toolkit.train.step import train_step
 
@@ -94,9 +95,9 @@ def test_a_global_batch_learns_the_same_however_it_is_dealt(tiny_model: Path, tm
 def test_a_model_that_cannot_be_cut_trains_whole_and_the_same(
     tiny_model: Path, tmp_path: Path, reference: list[float], monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    monkeypatch.setattr(preparation, "split_is_exact", lambda *_: False)
+    monkeypatch.setattr(cut, "split_is_exact", lambda *_: False)
     run = tmp_path / "run"
-    assert train(*tiny_flags(tiny_model, run, "--train.max_steps", 60)) == 0
+    assert train(*tiny_flags(tiny_model, run, "--train.max_steps", 60, "--prefix.cache_dir", tmp_path / "cache")) == 0
     assert max(abs(a - b) for a, b in zip(metrics(run), reference, strict=True)) < 1e-5
 
 
@@ -104,7 +105,8 @@ def test_a_model_that_cannot_be_cut_trains_whole_and_the_same(
 def test_frozen_tensors_stay_bit_identical_and_every_trained_master_moves(
     tiny_model: Path, tmp_path: Path, dtype: str
 ) -> None:
-    setup = set_up(invocation(*tiny_flags(tiny_model, tmp_path, "--model.dtype", dtype)), World())
+    flags = tiny_flags(tiny_model, tmp_path, "--model.dtype", dtype, "--prefix.cache", "off")
+    setup = set_up(invocation(*flags), World())
     before = setup.engine.masters()
     assert before
     before = {name: tensor.clone() for name, tensor in before.items()}
@@ -116,7 +118,7 @@ def test_frozen_tensors_stay_bit_identical_and_every_trained_master_moves(
     assert all(not torch.equal(before[name], after[name]) for name in after)
     assert all(tensor.dtype == torch.float32 for tensor in after.values())
     original = dict(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=getattr(torch, dtype)).named_parameters())
-    assert setup.prefix is not None
+    assert isinstance(setup.prefix, Prefix)
     parts = {**dict(setup.prefix.skeleton.named_parameters()), **dict(setup.suffix.model.named_parameters())}
     frozen = set(parts) - set(setup.mask.names)
     assert len(frozen) == 20

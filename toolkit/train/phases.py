@@ -75,6 +75,7 @@ def resume(setup: Setup, checkpoint: Path) -> int:
 def _take_apart(setup: Setup) -> None:
     """Free the engine and both halves, and leave the whole model in plain parameters."""
     assert setup.loaded is not None
+    setup.reading = None
     if isinstance(setup.prefix, CachedPrefix):
         log.info("%s", setup.prefix.close())
     put_tensors(setup.loaded.model, setup.engine.release())

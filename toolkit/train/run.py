@@ -114,7 +114,7 @@ def _loop(
         order = epoch_order(setup.plan.rows, setup.config.train.seed, epoch)
         first = step - epoch * per_epoch
         steps = step_batches(setup.dataset.train, order, setup.plan, setup.pad_id, first, setup.packed)
-        announced = read_ahead(lambda: setup.prefix, steps)
+        announced = read_ahead(lambda: setup.reading, steps)
         for micro_batches in ahead(on_device(announced, setup.world.device)):
             if step == setup.active.phase.end:
                 _change_phase(setup, run_dir, monitor, step)

@@ -77,6 +77,8 @@ class Setup:
     """On rank 0, the float32 masters of what trained in earlier phases and does not now."""
     packing: Packing | None = None
     """Whether micro batches are packed; none before the first phase has found out."""
+    reading: HiddenStates | None = None
+    """What a thread may ask to read ahead; none between two phases."""
     active: Active = field(init=False)
 
     @property
@@ -192,6 +194,7 @@ def begin(setup: Setup, phase: Phase) -> None:
         setup.loaded = None
     engine = _build_engine(prefix, suffix, phase, setup.config, setup.total_steps, setup.world, setup.ds_config)
     setup.active = Active(phase, prefix, suffix, engine, audit)
+    setup.reading = prefix
 
 
 def _job(setup: Setup, phase: Phase) -> Job:
