@@ -18,7 +18,7 @@ from toolkit.data.batches import epoch_order
 from toolkit.data.dataset import load_dataset
 from toolkit.export import export_model
 from toolkit.models.load import load
-from toolkit.train import setup as preparation
+from toolkit.train import cut
 
 LR, STEPS = 1e-3, 40
 
@@ -84,7 +84,7 @@ def test_head_only_on_a_model_that_is_kept_whole_is_the_same(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert train(*flags(tiny_model, tmp_path / "cut", "head_only")) == 0
-    monkeypatch.setattr(preparation, "split_is_exact", lambda *_: False)
+    monkeypatch.setattr(cut, "split_is_exact", lambda *_: False)
     assert train(*flags(tiny_model, tmp_path / "whole", "head_only")) == 0
     apart = zip(metrics(tmp_path / "cut"), metrics(tmp_path / "whole"), strict=True)
     assert max(abs(a - b) for a, b in apart) < 1e-5

@@ -138,7 +138,8 @@ class Planner:
         rehearsal = self._rehearse(variant)
         halves = self._split(variant.selectors, variant.packed)
         kept = self.frozen(variant)
-        fill = FILL_TOKENS / (rehearsal.shape.rows * rehearsal.shape.tokens) if variant.cached else None
+        lets_go = variant.cached and not self.is_phase  # a later phase may need what lies below the line
+        fill = FILL_TOKENS / (rehearsal.shape.rows * rehearsal.shape.tokens) if lets_go else None
         return memory(standing(variant.spec, halves.tensors, kept), rehearsal, kept.lent, fill)
 
     def frozen(self, variant: Variant) -> Frozen:
