@@ -55,7 +55,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def ready(model: Path, *flags: str, dtype: str = "bfloat16") -> Setup:
-    base = tiny_flags(model, Path("unused"), "--model.dtype", dtype, "--mask.train", "last:2", "head")
+    base = tiny_flags(
+        model, Path("unused"), "--model.dtype", dtype, "--mask.train", "last:2", "head", "--prefix.cache", "off"
+    )
     return set_up(invocation(*base, *flags), World())
 
 
@@ -266,7 +268,7 @@ def test_a_shared_table_that_the_head_trains_stays_where_the_head_is(model: Path
         "--prefix.precision",
         "nf4",
     )
-    setup = set_up(invocation(*tiny_flags(model, Path("unused"), *flags)), World())
+    setup = set_up(invocation(*tiny_flags(model, Path("unused"), "--prefix.cache", "off", *flags)), World())
     assert setup.prefix is not None
     table = setup.prefix.skeleton.model.embed_tokens.weight
     assert table.data_ptr() == setup.suffix.model.lm_head.weight.data_ptr()

@@ -90,6 +90,7 @@ def test_the_plans_peak_is_that_of_all_storages_alive(tiny_model: Path, recomput
     prefix, suffix = split(loaded.model.train(), loaded.anatomy, mask.boundary)
     assert prefix is not None
     assert choose("auto", prefix, suffix, 3, longest).on
+    suffix.settle(prefix(batch), batch)
     if recompute:
         recompute_blocks(suffix.blocks(mask.boundary))
     parts = (loaded.model, prefix, suffix)

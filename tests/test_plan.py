@@ -37,9 +37,24 @@ def test_exaone_is_planned_from_its_config_alone(name: str, tmp_path: Path, caps
     assert parameters == {"2.4b": 2_667_471_360, "7.8b": 7_818_448_896, "32b": 32_003_200_000}[name]
     assert plan["mask"]["boundary"] == {"2.4b": 26, "7.8b": 28, "32b": 60}[name]
     assert plan["memory"]["peak"] == sum(plan["memory"]["at_peak"][kind] for kind in KINDS)
-    assert plan["fit"]["fits"] is (name != "32b")
+    assert plan["fit"]["fits"]
     assert plan["micro_batch"]["tokens"] == 2048
-    assert plan["flops"]["per_epoch"] is None
+    assert plan["flops"]["first_epoch"] is plan["flops"]["later_epoch"] is None
+    assert plan["disk"]["cache_token"] == 2 * EXAONE[name]["hidden_size"]
+
+
+def test_a_cached_prefix_is_not_there_beside_the_optimizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """EXAONE 32B fits 80 GiB only because the prefix is gone when masters and moments come."""
+    directory = exaone(tmp_path / "32b", "32b")
+    peaks = {}
+    for cache in ("auto", "off"):
+        given = ("--model.name_or_path", str(directory), "--data.path", "org/none", "--prefix.cache", cache)
+        plan_command(invocation(*given), 1, 80 * 2**30, True, None)
+        plan = json.loads(capsys.readouterr().out)
+        assert plan["prefix"]["cached"] is plan["fit"]["fits"] is (cache == "auto")
+        peaks[cache] = plan["memory"]["most"]
+    assert peaks["auto"]["prefix weights"] == peaks["off"]["prefix weights"] > 55 * 2**30
+    assert plan["memory"]["peak"] > 90 * 2**30
 
 
 def tiny_planner(directory: Path, rows: int = 1, **options: Any) -> Planner:
@@ -47,11 +62,12 @@ def tiny_planner(directory: Path, rows: int = 1, **options: Any) -> Planner:
         model=ModelConfig(name_or_path=str(directory), dtype="bfloat16"),
         mask=MaskConfig(train=["last:4"]),
         train=TrainConfig(micro_batch_size=rows, **options),
+        prefix=PrefixConfig(cache="off"),
     )
     return Planner(config, skeleton(config.model), Load(512, 512, None, "a test"))
 
 
-AWAY: Any = {"precision": "nf4", "placement": "cpu"}
+AWAY: Any = {"cache": "off", "precision": "nf4", "placement": "cpu"}
 """A prefix of which nothing is left to move out of the way."""
 
 
@@ -73,7 +89,10 @@ def test_the_first_knob_is_the_one_that_costs_least(tiny_model: Path) -> None:
     assert first_turn(tiny_planner(tiny_model, rows=4, **on), just_below).startswith("train.micro_batch_size: 1 with")
     assert first_turn(tiny_planner(tiny_model, **on), just_below) == "prefix.precision: int8"
     planner = tiny_planner(tiny_model, **on)
-    for prefix, turn in (({"precision": "nf4"}, "prefix.placement: cpu"), (AWAY, "data.max_length: 256")):
+    for prefix, turn in (
+        ({"cache": "off", "precision": "nf4"}, "prefix.placement: cpu"),
+        (AWAY, "data.max_length: 256"),
+    ):
         planner.config = planner.config.model_copy(update={"prefix": PrefixConfig(**prefix)})
         assert first_turn(planner, just_below).startswith(turn)
 
@@ -175,7 +194,7 @@ def test_the_table_the_json_and_the_picture_say_the_same(
     plan_command(given, 2, 24 * 2**30, False, tmp_path / "plan.png")
     text = capsys.readouterr().out
     assert "frost line: block 2 of 6" in text
-    assert "fits: 1.00 GiB of 24.00 GiB" in text
+    assert "fits: 1.01 GiB of 24.00 GiB" in text
     assert all(line == line.rstrip() for line in text.splitlines())
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     plan_command(given, 2, 24 * 2**30, True, None)

@@ -246,7 +246,7 @@ def test_the_rehearsals_attention_is_gone_afterwards() -> None:
 def on_two_ranks(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What DeepSpeed holds on rank 0 of 2 after a step, under each stage, beside the plan."""
     output = tmp_path_factory.mktemp("stages") / "result.json"
-    flags = tiny_flags(tiny_model, output.parent / "run", "--model.dtype", "bfloat16")
+    flags = tiny_flags(tiny_model, output.parent / "run", "--model.dtype", "bfloat16", "--prefix.cache", "off")
     launcher = ("deepspeed", "--num_gpus", "2")
     result = run_script("tests/plan_worker.py", output, *flags, launcher=launcher)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
