@@ -49,7 +49,9 @@ def on_two_ranks(
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """What the worker saw on two ranks under one ZeRO stage, and the final masters."""
     folder = tmp_path_factory.mktemp(f"zero{request.param}")
-    flags = tiny_flags(tiny_model, folder, "--data.path", alone.parent / "odd.jsonl", "--train.epochs", 2)
+    flags = tiny_flags(
+        tiny_model, folder, "--data.path", alone.parent / "odd.jsonl", "--train.epochs", 2, "--prefix.cache", "off"
+    )
     output = folder / "result.json"
     succeed(run_script("tests/zero_worker.py", output, *flags, "--ds", ds_config(request.param), launcher=DEEPSPEED))
     result = json.loads(output.read_text())
