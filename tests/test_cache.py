@@ -26,6 +26,7 @@ from toolkit.prefix import store as store_module
 from toolkit.prefix.cached import CachedPrefix
 from toolkit.prefix.caching import Request, decide, identity
 from toolkit.prefix.namespace import Namespace, sample_key
+from toolkit.prefix.split import Prefix
 from toolkit.prefix.store import ActivationStore
 from toolkit.train.setup import set_up
 
@@ -297,3 +298,35 @@ def test_a_full_disk_leaves_the_losses_right(
     assert train(*flags(tiny_model, tmp_path / "run", tmp_path / "cache")) == 0
     assert max(abs(a - b) for a, b in zip(metrics(tmp_path / "run"), uncached, strict=True)) < 1e-5
     assert shards(tmp_path / "cache") == []
+
+
+class Node(World):
+    """One of two ranks whose disks are apart, so that nobody waits."""
+
+    def barrier(self) -> None:
+        """The other one is somewhere else."""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_does_not_see_the_others_disk_fills_its_own(tiny_model: Path, tmp_path: Path, rank: int) -> None:
+    setup = set_up(
+        invocation(*flags(tiny_model, tmp_path / "run", tmp_path / "cache", "--prefix.cache", "off")), World()
+    )
+    assert isinstance(setup.prefix, Prefix)
+    store = ActivationStore(tmp_path, Namespace({"weights": "a"}, 32, torch.float32))
+    cached = CachedPrefix(setup.prefix, lambda: pytest.fail("it is there"), store, Node(rank, 0, 2))
+    cached.fill(setup.dataset.train)
+    assert cached.missing(setup.dataset.train) == []
+    assert store.statistics.computed == ROWS
+
+
+def test_int8_hidden_states_are_kept_apart_and_read_back(tiny_model: Path, tmp_path: Path) -> None:
+    """With bfloat16 weights; the cold run and the warm one agree to the bit, the other precision is not met."""
+    given = ("--model.dtype", "bfloat16", "--prefix.precision", "int8")
+    cache = tmp_path / "cache"
+    assert train(*flags(tiny_model, tmp_path / "plain", cache, "--model.dtype", "bfloat16")) == 0
+    assert train(*flags(tiny_model, tmp_path / "cold", cache, *given)) == 0
+    with counting_blocks() as runs:
+        assert train(*flags(tiny_model, tmp_path / "warm", cache, *given)) == 0
+    assert set(runs) == {4, 5}
+    assert metrics(tmp_path / "warm") == metrics(tmp_path / "cold") != metrics(tmp_path / "plain")

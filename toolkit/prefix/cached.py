@@ -97,10 +97,17 @@ class CachedPrefix:
 
     def fill(self, examples: Sequence[Example]) -> None:
         """The first pass: compute what is missing, in large batches, shared among the ranks; every rank calls it."""
-        own = self.missing(examples)[self._world.rank :: self._world.size]
+        self._store_all(self.missing(examples)[self._world.rank :: self._world.size])
+        self._world.barrier()
+        self._store.refresh()
+        if not self._store.statistics.failed:  # what is missing still, another node keeps on a disk of its own
+            self._store_all(self.missing(examples))
+
+    def _store_all(self, examples: list[Example]) -> None:
         pending: dict[str, torch.Tensor] = {}
-        with tqdm(total=len(own), desc="first pass", unit="row", disable=not self._world.is_main or not own) as bar:
-            for batch in _batches(own):
+        quiet = not (self._world.is_main and examples)
+        with tqdm(total=len(examples), desc="first pass", unit="row", disable=quiet) as bar:
+            for batch in _batches(examples):
                 rows = self._run(batch)
                 pending |= {sample_key(e.token_ids): row.cpu() for e, row in zip(batch, rows, strict=True)}
                 if sum(row.nbytes for row in pending.values()) >= _SHARD_BYTES:
@@ -109,8 +116,6 @@ class CachedPrefix:
                 bar.update(len(batch))
             if pending:
                 self._store.write(pending)
-        self._world.barrier()
-        self._store.refresh()
 
     def release(self, examples: Sequence[Example]) -> bool:
         """Let the prefix go if the store holds all ``examples``; true if it is gone."""

@@ -146,6 +146,8 @@ def _fill(
     """The prefix behind a cache that all ranks have filled; or none, and why not."""
     settings, world = job.config.prefix, job.world
     obstacle = "this architecture cannot be cut" if prefix is None else unfit(prefix, job.examples[0], store, world)
+    if world.max(float(obstacle is not None)) and obstacle is None:
+        obstacle = "another rank found that it cannot be"
     if prefix is None or obstacle:
         return None, refusal(settings, obstacle)
     decision = decide_together(Request(settings, job.examples, job.passes), store, world)
@@ -154,7 +156,7 @@ def _fill(
     log.info("activation cache: %s; filling it", decision.reason)
     cached = CachedPrefix(prefix, _loader(loaded, job), store, world)
     cached.fill(job.examples)
-    if world.is_main:
+    if world.local_rank == 0:  # each node may have a disk of its own
         note_split(store, prefix.returned())
     return cached, None
 
