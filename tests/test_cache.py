@@ -6,6 +6,7 @@ import gc
 import logging
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from toolkit.data.batches import collate
 from toolkit.data.examples import Example
 from toolkit.distributed import World
 from toolkit.errors import ConfigError
+from toolkit.files import replace_text
 from toolkit.models.load import load
 from toolkit.prefix import store as store_module
 from toolkit.prefix.cached import CachedPrefix
@@ -330,3 +332,12 @@ def test_int8_hidden_states_are_kept_apart_and_read_back(tiny_model: Path, tmp_p
         assert train(*flags(tiny_model, tmp_path / "warm", cache, *given)) == 0
     assert set(runs) == {4, 5}
     assert metrics(tmp_path / "warm") == metrics(tmp_path / "cold") != metrics(tmp_path / "plain")
+
+
+def test_many_may_write_one_file_at_once(tmp_path: Path) -> None:
+    texts = [str(number) * 1000 for number in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            list(pool.map(lambda text: replace_text(tmp_path / "note.json", text), texts))
+    assert (tmp_path / "note.json").read_text(encoding="utf-8") in texts
+    assert [path.name for path in tmp_path.iterdir()] == ["note.json"]

@@ -24,7 +24,7 @@ from toolkit.slurm.submit import held_by
 
 pytestmark = pytest.mark.distributed
 
-STEPS = 40
+STEPS = 100
 ZERO2 = str(ROOT / "ds_configs" / "zero2.json")
 
 
@@ -109,14 +109,15 @@ def minutes_run(slurm: Cluster, numbers: dict[str, str]) -> int:
 def jobs(slurm: Cluster, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     """Four submissions that share the waiting: one is signalled, one loses a node, one just runs, one is a sweep."""
     base = tmp_path_factory.mktemp("jobs")
-    two_nodes = ("--nodes", "2", "--ds", ZERO2, "--train.max_steps", str(STEPS), "--train.epochs", "5")
+    two_nodes = ("--nodes", "2", "--ds", ZERO2, "--train.max_steps", str(STEPS), "--train.epochs", "10")
 
     def flags(name: str, *more: str) -> list[str]:
         return [*tiny_flags(tiny_model, base / name), *two_nodes, *more]
 
     numbers = {"signalled": submit(*flags("signalled", "--time", "00:10:00", "--signal-before", "100"))}
-    numbers["lost"] = submit(*flags("lost", "--partition", "spare", "--output.save_every_steps", "5"))
     waiting = hold(slurm, numbers["signalled"], base / "signalled", 5)
+    # only now: it would be over by the time that it is to be held
+    numbers["lost"] = submit(*flags("lost", "--partition", "spare", "--output.save_every_steps", "5"))
     hold(slurm, numbers["lost"], base / "lost", 7)
     holder = held_by(base / "signalled")
     slurm.kill_node("n4")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -132,8 +133,12 @@ def cache_path(settings: PrefixConfig) -> Path:
 
 
 def note_split(store: ActivationStore, returned: Sequence[int | None]) -> None:
-    """Remember beside the activations that the cut was found exact and repeatable, and what the blocks returned."""
-    replace_text(store.directory / _NOTE, json.dumps({"returned": list(returned)}))
+    """Remember beside the activations that the cut was found exact and repeatable, and what the blocks returned.
+
+    Where that cannot be written, the next run finds out anew.
+    """
+    with suppress(OSError):
+        replace_text(store.directory / _NOTE, json.dumps({"returned": list(returned)}))
 
 
 def noted_split(store: ActivationStore) -> list[int | None] | None:
