@@ -93,12 +93,7 @@ def as_dict(plan: Plan, verdict: Verdict | None = None) -> dict[str, Any]:
             for phase in plan.phases
         ]
     if verdict is not None:
-        values["fit"] = {
-            "gpu_memory": verdict.budget,
-            "needed": verdict.needed,
-            "fits": verdict.fits,
-            "turns": [{"change": text, "needed": after} for text, after in verdict.turns],
-        }
+        values["fit"] = _fit(verdict)
     return values
 
 
@@ -112,6 +107,15 @@ def _phases_text(plan: Plan) -> str:
             f"{_gib(phase.peak):>14}{mark}"
         )
     return "\n".join(lines)
+
+
+def _fit(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "gpu_memory": verdict.budget,
+        "needed": verdict.needed,
+        "fits": verdict.fits,
+        "turns": [{"change": text, "needed": after} for text, after in verdict.turns],
+    }
 
 
 def _memory_text(plan: Plan) -> str:
