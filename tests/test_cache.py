@@ -160,13 +160,18 @@ def test_damage_that_appears_during_a_run_brings_the_prefix_back(
     assert (hidden - expected * padding.unsqueeze(-1)).abs().max() < 1e-5
 
 
-def test_other_weights_never_hit(tiny_model: Path, tmp_path: Path, filled: tuple[Path, list[float]]) -> None:
-    other = tmp_path / "other"
+def with_another_weight(directory: Path, block: int) -> Path:
+    """The tiny model but for one number in one block."""
     model = tiny_llama()
     with torch.no_grad():
-        model.model.layers[0].mlp.down_proj.weight[0, 0] += 1.0
-    model.save_pretrained(other)
-    make_tokenizer().save_pretrained(other)
+        model.model.layers[block].mlp.down_proj.weight[0, 0] += 1.0
+    model.save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def test_other_weights_never_hit(tiny_model: Path, tmp_path: Path, filled: tuple[Path, list[float]]) -> None:
+    other = with_another_weight(tmp_path / "other", block=0)
     assert train(*flags(other, tmp_path / "a", filled[0])) == 0
     assert train(*flags(other, tmp_path / "b", tmp_path / "elsewhere", "--prefix.cache", "off")) == 0
     assert max(abs(a - b) for a, b in zip(metrics(tmp_path / "a"), metrics(tmp_path / "b"), strict=True)) < 1e-5
@@ -175,12 +180,7 @@ def test_other_weights_never_hit(tiny_model: Path, tmp_path: Path, filled: tuple
 def test_weights_above_the_line_do_not_matter_to_the_cache(
     tiny_model: Path, tmp_path: Path, filled: tuple[Path, list[float]]
 ) -> None:
-    other = tmp_path / "other"
-    model = tiny_llama()
-    with torch.no_grad():
-        model.model.layers[5].mlp.down_proj.weight[0, 0] += 1.0
-    model.save_pretrained(other)
-    make_tokenizer().save_pretrained(other)
+    other = with_another_weight(tmp_path / "other", block=5)
     with counting_blocks() as runs:
         assert train(*flags(other, tmp_path / "a", filled[0])) == 0
     assert set(runs) == {4, 5}

@@ -13,7 +13,6 @@ from toolkit.engine.ds_config import read_ds_config, resolve_ds_config
 from toolkit.errors import PlanError
 from toolkit.mask.layer_mask import build_mask
 from toolkit.models.load import load_tokenizer
-from toolkit.plan.planner import hidden_size
 from toolkit.plan.skeleton import skeleton
 
 log = logging.getLogger("frostline")
@@ -41,7 +40,7 @@ def preflight(invocation: Invocation, ranks: int) -> None:
     else:
         build_mask(config.mask, bare.anatomy)
         if ds is not None and invocation.deepspeed is not None:
-            resolve_ds_config(ds, config, ranks, hidden_size(bare), invocation.deepspeed)
+            resolve_ds_config(ds, config, ranks, bare.hidden_size, invocation.deepspeed)
     tokenizer = load_tokenizer(config.model)
     if reason := _too_costly(config.data):
         log.warning("the rows are not checked before the job runs: %s", reason)

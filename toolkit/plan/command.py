@@ -14,7 +14,6 @@ from toolkit.plan.load import read_load
 from toolkit.plan.memory import EngineSpec, engine_spec
 from toolkit.plan.phases import phase_planners, whole_plan
 from toolkit.plan.picture import draw
-from toolkit.plan.planner import hidden_size, positions
 from toolkit.plan.report import as_dict, as_text
 from toolkit.plan.skeleton import Skeleton, skeleton
 
@@ -35,7 +34,7 @@ def plan_command(invocation: Invocation, ranks: int, budget: int | None, as_json
     bare = skeleton(invocation.config.model)
     spec = spec_of(invocation, bare, ranks)
     config = invocation.config
-    load = read_load(config, positions(bare))
+    load = read_load(config, bare.positions)
     if load.lengths is not None:  # else nobody knows how many steps an epoch has
         train = config.train
         rows = BatchPlan(len(load.lengths), train.micro_batch_size, train.gradient_accumulation_steps, ranks=ranks)
@@ -62,5 +61,5 @@ def spec_of(invocation: Invocation, bare: Skeleton, ranks: int) -> EngineSpec:
     if invocation.deepspeed is None:
         return engine_spec(None, ranks, accumulation)
     ds = read_ds_config(invocation.deepspeed)
-    resolved = resolve_ds_config(ds, invocation.config, ranks, hidden_size(bare), invocation.deepspeed)
+    resolved = resolve_ds_config(ds, invocation.config, ranks, bare.hidden_size, invocation.deepspeed)
     return engine_spec(resolved, ranks, accumulation)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from toolkit.errors import ModelError
 from toolkit.plan.memory import EngineSpec, zero_spec
-from toolkit.plan.planner import Planner, Variant, hidden_size
+from toolkit.plan.planner import Planner, Variant
 
 RESERVE = 2**30
 """Bytes set aside beside the tensors for the CUDA context, library workspaces and the allocator's gaps. An estimate."""
@@ -133,7 +133,7 @@ def _length(variant: Variant, planner: Planner) -> Knob:
 
 def _ranks(variant: Variant, planner: Planner) -> Knob:
     spec = variant.spec
-    width = hidden_size(planner.skeleton)
+    width = planner.skeleton.hidden_size
     ranks = spec.ranks if spec.ranks > 1 else 2
     while ranks <= max(_MOST_RANKS, spec.ranks):
         for stage in (2, 3):

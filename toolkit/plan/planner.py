@@ -170,7 +170,7 @@ class Planner:
             audit_text=audit_table(halves.mask, self.skeleton.anatomy), variant=variant, load=self.load,
             is_cut=halves.prefix is not None or not halves.mask.has_prefix, memory=held, frozen=self.frozen(variant),
             compute=compute(plain, checkpointed),
-            token_bytes=hidden_size(self.skeleton) * halves.tensors.width,
+            token_bytes=self.skeleton.hidden_size * halves.tensors.width,
             checkpoint=checkpoint_bytes(variant.spec, halves.tensors), keep=self.config.output.keep,
         )  # fmt: skip
 
@@ -301,14 +301,3 @@ def _sizes(prefix: Prefix | None, suffix: Suffix, trained: dict[str, nn.Paramete
 def _run(halves: _Halves, shape: Shape, recompute: bool) -> Rehearsal:
     suffix = halves.recomputing if recompute else halves.suffix
     return rehearse(halves.prefix, suffix, halves.trained.values(), shape, halves.head.shape[0])
-
-
-def hidden_size(skeleton: Skeleton) -> int:
-    """Width of the hidden states."""
-    return int(skeleton.model.config.get_text_config().hidden_size)
-
-
-def positions(skeleton: Skeleton) -> int | None:
-    """Longest input in tokens, where the config states one."""
-    longest = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)
-    return int(longest) if longest else None

@@ -31,6 +31,17 @@ class Skeleton:
     note: str
     """Where it was read from, and what the headers of the weights say."""
 
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def positions(self) -> int | None:
+        """Longest input in tokens, where the config states one."""
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return int(longest) if longest else None
+
 
 def skeleton(config: ModelConfig) -> Skeleton:
     """The model that ``config`` names, from its config.json alone; headers of safetensors are checked where they lie.

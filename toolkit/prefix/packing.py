@@ -15,6 +15,7 @@ from toolkit.errors import ModelError
 from toolkit.models.dry_run import evaluating
 from toolkit.models.varlen import VARLEN
 from toolkit.prefix.cached import CachedPrefix, HiddenStates
+from toolkit.prefix.post import FAILURES
 from toolkit.prefix.split import Prefix, Suffix
 
 _WATCHED = 8
@@ -126,7 +127,7 @@ class _Trial:
             longest[-1] = shortest
         try:
             return self.crossing(second, shortest) or self.other_values(longest)
-        except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        except FAILURES as error:
             return f"its code refuses packed rows ({' '.join(str(error).split())[:200]})"
 
     def crossing(self, first: Example, second: Example) -> str | None:

@@ -21,8 +21,8 @@ from toolkit.monitor import Monitor, StepMetrics, peak_memory_gib
 from toolkit.prefix.cached import CachedPrefix, read_ahead
 from toolkit.rundir import RunDirectory, claim, write_config
 from toolkit.train.phases import advance, resume, state_of
-from toolkit.train.setup import Setup, save_plan, save_set_up, seed_step, set_up
-from toolkit.train.step import StepResult, train_step
+from toolkit.train.setup import Setup, save_plan, save_set_up, set_up
+from toolkit.train.step import StepResult, seed_step, train_step
 
 log = logging.getLogger("frostline")
 

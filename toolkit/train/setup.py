@@ -296,8 +296,3 @@ def save_plan(setup: Setup, run: Path) -> None:
     """Write the plan of the run, if there is one."""
     if setup.cost is not None:
         (run / "plan.json").write_text(json.dumps(as_dict(setup.cost), indent=1), encoding="utf-8")
-
-
-def seed_step(seed: int, step: int, world: World) -> None:
-    """Make dropout a function of seed, step and rank alone, so that a resumed run repeats it."""
-    torch.manual_seed((seed * 1_000_003 + step) * world.size + world.rank)

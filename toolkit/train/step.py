@@ -56,3 +56,8 @@ def train_step(micro_batches: Sequence[Batch], prefix: HiddenStates | None, engi
         )
     seconds = time.perf_counter() - started
     return StepResult(mean_loss, update.learning_rate, grad_norm, int(supervised), int(tokens), seconds)
+
+
+def seed_step(seed: int, step: int, world: World) -> None:
+    """Make dropout a function of seed, step and rank alone, so that a resumed run repeats it."""
+    torch.manual_seed((seed * 1_000_003 + step) * world.size + world.rank)
