@@ -31,6 +31,8 @@ def test_the_world_is_what_the_launcher_says(environ: dict[str, str], world: Wor
     [
         ({"RANK": "x", "WORLD_SIZE": "2"}, "expected whole numbers"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "expected 0 <= rank < size"),
+        # the shell that submitted the job had them; each task would train alone, into one directory
+        ({"RANK": "0", "WORLD_SIZE": "1", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, "unset RANK"),
     ],
 )
 def test_a_world_that_makes_no_sense_is_refused(environ: dict[str, str], message: str) -> None:

@@ -128,7 +128,10 @@ def jobs(slurm: Cluster, tiny_model: Path, tmp_path_factory: pytest.TempPathFact
         recipe.write_text(json.dumps({"mask": {"train": [mask]}, "output": {"dir": str(base / name)}}))
         recipes.append(str(recipe))
     short = [word for word in tiny_flags(tiny_model, base) if word not in ("--output.dir", str(base))]
-    numbers["straight"] = submit(*flags("straight"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+            patch.setenv(name, value)  # as in a shell that a launcher opened; sbatch takes it all along
+        numbers["straight"] = submit(*flags("straight"))
     numbers["sweep"] = submit(*short, "--array", *recipes, "--train.max_steps", "4")
 
     slurm.start_node("n4")
@@ -151,7 +154,8 @@ def log_of(run: Path) -> str:
 
 def test_a_job_trains_over_two_nodes_under_zero_2(slurm: Cluster, jobs: Jobs) -> None:
     fields = slurm.fields(jobs.numbers["straight"])
-    assert (fields["JobState"], fields["NumNodes"], fields["ExitCode"]) == ("COMPLETED", "2", "0:0")
+    ended = (fields["JobState"], fields["NumNodes"], fields["ExitCode"])
+    assert ended == ("COMPLETED", "2", "0:0"), log_of(jobs.straight)
     assert len(metrics(jobs.straight)) == STEPS
     assert "engine zero-2, 2 rank(s)" in log_of(jobs.straight)
     assert log_of(jobs.straight).count(", start ") == 1
@@ -159,8 +163,8 @@ def test_a_job_trains_over_two_nodes_under_zero_2(slurm: Cluster, jobs: Jobs) ->
 
 def test_a_job_signalled_before_its_limit_queues_again_and_learns_the_same(slurm: Cluster, jobs: Jobs) -> None:
     fields = slurm.fields(jobs.numbers["signalled"])
-    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1")
     log = log_of(jobs.signalled)
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), log
     assert "stopped by a signal after step" in log
     assert f"continuing {jobs.signalled} after step" in log
     assert log.count(", start ") == 2
@@ -169,7 +173,7 @@ def test_a_job_signalled_before_its_limit_queues_again_and_learns_the_same(slurm
 
 def test_a_job_that_loses_a_node_queues_again_and_learns_the_same(slurm: Cluster, jobs: Jobs) -> None:
     fields = slurm.fields(jobs.numbers["lost"])
-    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1")
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), log_of(jobs.lost)
     assert f"continuing {jobs.lost} after step 5 " in log_of(jobs.lost)
     assert metrics(jobs.lost) == metrics(jobs.straight)
 

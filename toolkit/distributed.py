@@ -101,7 +101,9 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
     the job and only SLURM_STEP_NUM_TASKS of a started step.
 
     Raises:
-        UsageError: a variable is not a number, or the rank lies outside the world.
+        UsageError: a variable is not a number, the rank lies outside the world, or the world has fewer ranks than
+            the SLURM step has tasks, as when a job inherits the variables of the shell that submitted it: every
+            task would train alone.
     """
     if "WORLD_SIZE" in environ and "RANK" in environ:
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
@@ -117,6 +119,12 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
     if not 0 <= rank < size:
         raise UsageError(
             f"the launcher's environment has {names[0]}={rank} and {names[2]}={size}; expected 0 <= rank < size"
+        )
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", "")
+    if tasks.isdigit() and size < int(tasks):
+        raise UsageError(
+            f"the environment has WORLD_SIZE={size}, but this is one of {tasks} tasks of a SLURM step; expected a rank "
+            "for each task: unset RANK, WORLD_SIZE and LOCAL_RANK before srun, which then gives every task its rank"
         )
     return World(rank, local_rank, size)
 
