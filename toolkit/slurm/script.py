@@ -120,7 +120,7 @@ def _environment(job: Job) -> Iterator[str]:
 
 
 def _meeting_point() -> Iterator[str]:
-    yield "# ranks come from srun; those of the shell that submitted this would make every task the first of its own run"
+    yield "# srun gives each task its rank; with those of the submitting shell every task would train alone"
     yield "unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE"
     yield "# the ranks meet on the first node, under the address that SLURM itself reaches it by"
     yield 'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
