@@ -38,6 +38,10 @@ def alone(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+def shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").glob("deepspeed_*")}
+
+
 def final_masters(run: Path) -> dict[str, torch.Tensor]:
     name = (run / "checkpoints" / "latest").read_text()
     return load_file(run / "checkpoints" / name / "delta" / "trained.safetensors")
@@ -53,8 +57,10 @@ def on_two_ranks(
         tiny_model, folder, "--data.path", alone.parent / "odd.jsonl", "--train.epochs", 2, "--prefix.cache", "off"
     )
     output = folder / "result.json"
+    before = shared_memory()
     succeed(run_script("tests/zero_worker.py", output, *flags, "--ds", ds_config(request.param), launcher=DEEPSPEED))
     result = json.loads(output.read_text())
+    result["left in memory"] = sorted(shared_memory() - before)
     assert result["engine"] == f"zero-{request.param}"
     return result, torch.load(f"{output}.pt")
 
@@ -69,6 +75,12 @@ def test_each_stage_has_the_step_losses_of_one_process(
     assert result["tokens"] == metrics(alone, "supervised_tokens")
     for name, expected in final_masters(alone).items():
         assert torch.allclose(masters[name], expected, atol=2e-5), name
+
+
+def test_a_run_leaves_nothing_in_shared_memory(
+    on_two_ranks: tuple[dict[str, Any], dict[str, torch.Tensor]],
+) -> None:
+    assert on_two_ranks[0]["left in memory"] == []
 
 
 def test_ranks_see_disjoint_rows_whose_union_is_the_data_set(

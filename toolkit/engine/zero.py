@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ class ZeroEngine:
             )
         except (ValidationError, DeepSpeedConfigError) as error:
             raise ConfigError([" ".join(str(error).split())], "DeepSpeed file, as DeepSpeed reads it") from None
+        _unlink_shared_memory(world)
 
     def forward(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:  # noqa: D102
         loss: torch.Tensor = self._engine(hidden, batch)
@@ -209,3 +211,13 @@ class ZeroEngine:
         del self._engine, self._scheduler, self._suffix, self._copies
         self._parameters = {}
         return plain
+
+
+def _unlink_shared_memory(world: World) -> None:
+    """Give the buffers of DeepSpeed's CPU collectives back to the system when their last process ends, also a killed one.
+
+    DeepSpeed never unlinks them (shm.cpp of DeepSpeed 0.19): every run would leave 66 MiB of memory a rank behind.
+    """
+    world.barrier()  # every rank has mapped the others' buffers
+    place = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{place}_{world.rank}").unlink(missing_ok=True)
