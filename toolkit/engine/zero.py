@@ -214,7 +214,7 @@ class ZeroEngine:
 
 
 def _unlink_shared_memory(world: World) -> None:
-    """Give the buffers of DeepSpeed's CPU collectives back to the system when their last process ends, also a killed one.
+    """Let the buffers of DeepSpeed's CPU collectives end with their last process, also a killed one.
 
     DeepSpeed never unlinks them (shm.cpp of DeepSpeed 0.19): every run would leave 66 MiB of memory a rank behind.
     """
