@@ -9,6 +9,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from toolkit.data.batches import Batch
+from toolkit.models.products import gradient_of_states, gradient_of_weight, linear
 
 Forward = Callable[[torch.Tensor | None, Batch], torch.Tensor]
 """``hidden[b]`` (or none) and a batch to the cross entropy summed over its supervised positions, a float32 scalar."""
@@ -54,6 +55,7 @@ def linear_cross_entropy(
     targets: torch.Tensor,
     post: Post | None = None,
     tile_bytes: int = TILE_BYTES,
+    in_float32: bool = False,
 ) -> torch.Tensor:
     """``cross_entropy(post(hidden @ weight.T + bias).float(), targets, reduction="sum")`` without all of its logits.
 
@@ -69,12 +71,14 @@ def linear_cross_entropy(
         targets: [S] class indices from 0 to V - 1.
         post: what is done to the logits before the softmax; none is nothing.
         tile_bytes: at least one column of logits is computed at a time, however small this is.
+        in_float32: products are computed in float32 and rounded once (see ``toolkit.models.products``).
 
     Returns:
         A float32 scalar (float64 for float64 inputs).
     """
+    width = tile_width(len(targets), len(weight), hidden.element_size(), tile_bytes)
     loss: torch.Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, post, tile_width(len(targets), len(weight), hidden.element_size(), tile_bytes)
+        hidden, weight, bias, targets, post, width, in_float32
     )
     return loss
 
@@ -98,10 +102,6 @@ def _blocks(logits: torch.Tensor, post: Post | None) -> Iterator[slice]:
         yield slice(start, start + rows)
 
 
-def _product(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: slice) -> torch.Tensor:
-    return torch.nn.functional.linear(hidden, weight[tile], None if bias is None else bias[tile])
-
-
 def _scores(logits: torch.Tensor) -> torch.Tensor:
     """In the precision of the softmax."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -119,6 +119,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: torch.Tensor,
         post: Post | None,
         width: int,
+        in_float32: bool,
     ) -> torch.Tensor:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         normaliser = hidden.new_full((len(targets),), -torch.inf, dtype=exact)
@@ -126,7 +127,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         keep = width >= len(weight) and any(ctx.needs_input_grad[:3])
         kept = None
         for tile in _tiles(len(weight), width):
-            logits = _product(hidden, weight, bias, tile)
+            logits = linear(hidden, weight[tile], None if bias is None else bias[tile], in_float32)
             for rows in _blocks(logits, post):
                 own, chosen = _summarise(logits[rows], _own_targets(targets[rows], tile), post)
                 normaliser[rows] = torch.logaddexp(normaliser[rows], own)
@@ -134,7 +135,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             kept = logits if keep else None
             del logits  # before the next tile is made
         ctx.save_for_backward(hidden, weight, bias, targets, normaliser, kept)
-        ctx.post, ctx.width = post, width
+        ctx.post, ctx.width, ctx.in_float32 = post, width, in_float32
         return (normaliser - picked).sum()
 
     @staticmethod
@@ -151,20 +152,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_bias = torch.empty_like(bias) if to_bias else None
         d_hidden = None
         for tile in _tiles(len(weight), ctx.width):
-            logits = kept if kept is not None else _product(hidden, weight, bias, tile)
+            logits = kept
+            if logits is None:
+                logits = linear(hidden, weight[tile], None if bias is None else bias[tile], ctx.in_float32)
             for rows in _blocks(logits, ctx.post):
                 _differentiate(logits[rows], shift[rows], size, _own_targets(targets[rows], tile), ctx.post)
             if d_weight is not None:
-                torch.mm(logits.t(), signed, out=d_weight[tile])
+                gradient_of_weight(logits, signed, d_weight[tile], ctx.in_float32)
             if d_bias is not None:
                 d_bias[tile] = logits.sum(0, dtype=shift.dtype) * sign
             if to_hidden:
-                part = logits @ weight[tile]
+                part = gradient_of_states(logits, weight[tile], ctx.in_float32)
                 d_hidden = part if kept is not None else _added(d_hidden, part)
             del logits
         if d_hidden is not None:
             d_hidden = d_hidden.to(hidden.dtype) * sign
-        return d_hidden, d_weight, d_bias, None, None, None
+        return d_hidden, d_weight, d_bias, None, None, None, None
 
 
 def _added(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:

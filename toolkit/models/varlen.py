@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from toolkit.models.products import sdpa
 
 VARLEN = "frostline_varlen"
 """Name of this attention in ``config._attn_implementation``."""
@@ -48,7 +49,7 @@ def varlen_attention(
         ValueError: the model adds a bias of its own to the scores, which would have to be cut as well.
     """
     if attention_mask is not None:
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        output, _ = sdpa(module, query, key, value, attention_mask, **kwargs)
         return output, None
     if kwargs.get("position_bias") is not None:
         raise ValueError("attention with a position bias cannot run sample by sample")
@@ -57,7 +58,7 @@ def varlen_attention(
     outputs = []
     for (one, its_key, its_value), length in zip(pieces, lengths, strict=True):
         window = _window(length, sliding_window, query.device)
-        output, _ = sdpa_attention_forward(module, one, its_key, its_value, window, **kwargs)
+        output, _ = sdpa(module, one, its_key, its_value, window, **kwargs)
         outputs.append(output)
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), None
 

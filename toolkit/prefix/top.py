@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from toolkit.data.batches import Batch
 from toolkit.loss import linear_cross_entropy
 from toolkit.models.anatomy import Anatomy
+from toolkit.models.products import pace_in
 from toolkit.prefix.narrow import Narrow, NarrowMLP, dense_mlp, take_rows
 from toolkit.prefix.post import find_post
 
@@ -51,6 +52,7 @@ class Top:
         self.short_cuts = ShortCuts()
         self._head = copied.get_submodule(anatomy.head)
         self._logits = self._head.forward
+        self._in_float32 = pace_in(copied).linear
         self._rows: torch.Tensor | None = None
         self._targets: torch.Tensor | None = None
         follows, self._post = find_post(model, anatomy)
@@ -111,7 +113,9 @@ class Top:
             return logits
         weight: torch.Tensor = self._head.weight
         bias: torch.Tensor | None = self._head.bias
-        return linear_cross_entropy(hidden.squeeze(0), weight, bias, self._targets, self._post).view(1, 1, 1)
+        return linear_cross_entropy(
+            hidden.squeeze(0), weight, bias, self._targets, self._post, in_float32=self._in_float32
+        ).view(1, 1, 1)
 
 
 def _rows(batch: Batch) -> torch.Tensor:

@@ -19,6 +19,7 @@ from toolkit.errors import ConfigError, ModelError
 from toolkit.mask.apply import apply_mask
 from toolkit.mask.layer_mask import LayerMask, build_mask
 from toolkit.models.load import LoadedModel, fingerprint, load
+from toolkit.models.products import pace_in, quicken
 from toolkit.plan.skeleton import skeleton
 from toolkit.prefix.cached import CachedPrefix, HiddenStates
 from toolkit.prefix.caching import (
@@ -164,11 +165,13 @@ def _fill(
 def _loader(loaded: LoadedModel, job: Job) -> Callable[[], Prefix]:
     """Gives the prefix anew: from where the model came from, or from the model where that has changed since."""
     model, anatomy = (loaded.model, loaded.anatomy) if job.changes else (None, None)
+    pace = pace_in(loaded.model)
 
     def again() -> Prefix:
         if model is not None and anatomy is not None:
             return Prefix(model, anatomy, job.mask.boundary).to(job.world.device)
         fresh = load_for(job.config, job.tokenizer)
+        quicken(fresh.model, pace)
         if fingerprint(fresh.model, fresh.on_disk) != job.base.sha256:
             raise ModelError(
                 f"the weights of {job.config.model.name_or_path} changed while the run read them; "

@@ -26,6 +26,7 @@ from toolkit.mask.audit import audit_markdown, audit_table
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.mask.schedule import Phase, Schedule, build_schedule
 from toolkit.models.load import LoadedModel, fingerprint, load_tokenizer
+from toolkit.models.products import pace_of, quicken
 from toolkit.plan.load import load_of
 from toolkit.plan.memory import engine_spec
 from toolkit.plan.phases import phase_planners, whole_plan
@@ -143,6 +144,7 @@ def set_up(invocation: Invocation, world: World) -> Setup:
     refuse_with_schedule(config, world.device)
     loaded = load_for(config, tokenizer)
     _check_fit(dataset, loaded)
+    quicken(loaded.model, world.share(pace_of(loaded.model.dtype, world.device) if world.is_main else None))
     base = Base(config.model, world.share(fingerprint(loaded.model, loaded.on_disk) if world.is_main else None))
     schedule = build_schedule(config.mask, loaded.anatomy, plan.steps_per_epoch, total_steps)
     planners = _planners(config, loaded, dataset, world)

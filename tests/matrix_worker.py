@@ -1,0 +1,72 @@
+"""Runs on every rank under a launcher: train one recipe on every engine in every split of a batch. Not a test itself.
+
+Arguments: FOLDER, then the flags of launch/train.py. The run of each cell is in the folder under its name.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from toolkit import cli, distributed  # noqa: E402
+from toolkit.config import flags  # noqa: E402
+from toolkit.train.run import train  # noqa: E402
+
+ENGINES = ("local", "zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+PRECISIONS = ("float32", "bfloat16")
+ACCUMULATIONS = (1, 2)
+RANKS = (1, 2)
+GLOBAL_BATCH = 4
+
+
+def cells(ranks: int) -> Iterator[tuple[str, str, int]]:
+    """Engine, precision and accumulation of each cell that so many ranks train."""
+    for precision in PRECISIONS:
+        for engine in ENGINES:
+            for accumulation in ACCUMULATIONS:
+                yield engine, precision, accumulation
+
+
+def name_of(engine: str, precision: str, accumulation: int, ranks: int) -> str:
+    """The run directory of a cell."""
+    return f"{engine}-{precision}-{ranks}x{accumulation}"
+
+
+def ds_file(engine: str, folder: Path) -> list[str]:
+    """Flags that choose an engine."""
+    if engine == "local":
+        return []
+    if engine != "zero0":
+        return ["--ds", str(ROOT / "ds_configs" / f"{engine}.json")]
+    content = json.loads((ROOT / "ds_configs" / "zero1.json").read_text(encoding="utf-8"))
+    content["zero_optimization"] = {"stage": 0}
+    path = folder / "zero0.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return ["--ds", str(path)]
+
+
+def main() -> None:
+    local_rank = [word for word in sys.argv[1:] if word.startswith("--local_rank")]
+    folder, *rest = [word for word in sys.argv[1:] if word not in local_rank]
+    world = distributed.start(engine_needs_group=True)
+    for engine, precision, accumulation in cells(world.size):
+        given = [
+            *rest, *ds_file(engine, Path(folder)), "--model.dtype", precision,
+            "--output.dir", str(Path(folder) / name_of(engine, precision, accumulation, world.size)),
+            "--train.gradient_accumulation_steps", str(accumulation),
+            "--train.micro_batch_size", str(GLOBAL_BATCH // accumulation // world.size),
+        ]  # fmt: skip
+        code = train(flags.parse(flags.parser(""), ROOT / "recipes" / "quickstart.yaml", given), world)
+        assert code == 0, code
+    world.barrier()
+    distributed.stop()
+    cli.leave(0)
+
+
+if __name__ == "__main__":
+    main()
