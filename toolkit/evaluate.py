@@ -19,6 +19,7 @@ from toolkit.data.prefetch import Prefetcher, on_device
 from toolkit.distributed import World
 from toolkit.errors import DataError
 from toolkit.loss import Forward, supervised_loss
+from toolkit.out_of_memory import during
 from toolkit.prefix.cached import HiddenStates
 from toolkit.prefix.packing import choose_packing
 from toolkit.prefix.split import Suffix
@@ -61,8 +62,9 @@ def evaluate(
     steps = step_batches(examples, range(len(examples)), plan, pad_id, packed=packed)
     with Prefetcher() as ahead:
         for batch in chain.from_iterable(ahead(on_device(steps, world.device))):
-            hidden = prefix(batch) if prefix else None
-            share += supervised_loss(forward, hidden, batch, tokens)
+            with during("the evaluation", batch.shape):
+                hidden = prefix(batch) if prefix else None
+                share += supervised_loss(forward, hidden, batch, tokens)
     (loss,) = world.sum(float(share))
     return Evaluation(loss, tokens)
 

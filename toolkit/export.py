@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -130,9 +131,9 @@ def _last_metrics(run: Path) -> str:
     path = run / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     lines = []
-    if steps := [row for row in rows if "loss" in row]:
+    if steps := [row for row in rows if row.get("loss") is not None]:
         lines.append(f"{steps[-1]['step']} steps, last loss {steps[-1]['loss']:.4f}.")
-    if evaluations := [row for row in rows if "eval_loss" in row]:
+    if evaluations := [row for row in rows if row.get("eval_loss") is not None]:
         row = evaluations[-1]
-        lines.append(f"Validation loss {row['eval_loss']:.4f}, perplexity {row['eval_perplexity']:.2f}.")
+        lines.append(f"Validation loss {row['eval_loss']:.4f}, perplexity {row['eval_perplexity'] or math.inf:.2f}.")
     return " ".join(lines) or "No metrics were kept."

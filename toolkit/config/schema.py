@@ -216,6 +216,10 @@ class TrainConfig(Section):
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Clip the gradient to this global 2-norm; 0 does not clip."""
 
+    max_skipped_steps: Annotated[int, Field(ge=1)] = 3
+    """A step whose loss or gradient is NaN or infinite on any rank changes nothing and is skipped; stop the run after
+    this many in a row."""
+
     gradient_checkpointing: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
     """Recompute the trained blocks' activations in backward; auto does so when they would not fit in memory."""
 

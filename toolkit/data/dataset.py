@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -99,7 +99,7 @@ def encode_rows(rows: list[Row], encoder: Encoder, config: DataConfig) -> tuple[
         try:
             if row.fault:
                 raise RowFaultError(row.fault)
-            examples.append(encoder.encode(TASKS[config.task](row.values)))
+            examples.append(replace(encoder.encode(TASKS[config.task](row.values)), origin=row.origin))
         except RowFaultError as fault:
             bad.append(SkippedRow(row.origin, str(fault)))
     if bad and (config.on_bad_row == "error" or not examples):

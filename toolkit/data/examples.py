@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,6 +20,8 @@ class Example:
     """Index of the first supervised token; all later ones are supervised too."""
     shortened: bool = False
     """Context was cut to fit."""
+    origin: str = field(default="", compare=False)
+    """File and row it was made of, as a person would look it up."""
 
     @property
     def supervised_tokens(self) -> int:

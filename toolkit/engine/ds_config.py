@@ -178,6 +178,14 @@ def _check_sections(ds: dict[str, Any]) -> Iterator[str]:
     for key in bf16 if isinstance(bf16, dict) else ():
         if key not in ("enabled", "check_grad_overflow", "immediate_grad_update"):
             yield f"bf16.{key} would take the float32 masters away that low-precision training needs; remove it"
+    if isinstance(bf16, dict) and bf16.get("check_grad_overflow", True) is not True:
+        yield f"bf16.check_grad_overflow is {bf16['check_grad_overflow']!r}: a NaN would reach the weights; remove it"
+    zero = ds.get("zero_optimization")
+    if isinstance(zero, dict) and zero.get("compute_grad_norm", True) is not True:
+        yield (
+            f"zero_optimization.compute_grad_norm is {zero['compute_grad_norm']!r}: nobody would know whether the "
+            "gradient is finite; remove it"
+        )
     stage = ds["zero_optimization"].get("stage", 0) if isinstance(ds.get("zero_optimization"), dict) else 0
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         yield f"zero_optimization.stage is {stage!r}; expected 0, 1, 2 or 3"

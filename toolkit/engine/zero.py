@@ -89,7 +89,10 @@ class ZeroEngine:
 
     def update(self) -> Update:  # noqa: D102
         learning_rate = current_rate(self._scheduler, self._train)
+        before = self._scheduler.last_epoch
         self._engine.step()
+        if self._scheduler.last_epoch == before:  # DeepSpeed skipped the step, and the schedule with it
+            self._scheduler.step()
         self._follow()
         norm = self._engine.get_global_grad_norm()
         norm = float("nan") if norm is None else float(norm)

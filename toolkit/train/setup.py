@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from toolkit.engine.base import Engine
 from toolkit.engine.ds_config import read_ds_config, refuse_what_cannot_move, resolve_ds_config
 from toolkit.engine.local import LocalEngine
 from toolkit.errors import DataError, ModelError, PlanError
+from toolkit.files import replace_text
 from toolkit.mask.apply import apply_mask, trainable_parameters
 from toolkit.mask.audit import audit_markdown, audit_table
 from toolkit.mask.layer_mask import LayerMask
@@ -36,6 +38,7 @@ from toolkit.prefix.cached import CachedPrefix, HiddenStates
 from toolkit.prefix.packing import Packing, choose_packing
 from toolkit.prefix.recompute import free_bytes, recompute_blocks, should_recompute
 from toolkit.prefix.split import Prefix, Suffix
+from toolkit.preflight import check_config
 from toolkit.train.cut import Job, cut, effective, load_for, refuse_with_schedule
 
 log = logging.getLogger("frostline")
@@ -132,6 +135,8 @@ def set_up(invocation: Invocation, world: World) -> Setup:
     config = invocation.config
     ds = read_ds_config(invocation.deepspeed) if invocation.deepspeed else None
     with world.main_first():  # rank 0 fills the download and conversion caches
+        with suppress(PlanError):  # what the config alone does not tell is found once the model is loaded
+            check_config(invocation, world.size)
         tokenizer = load_tokenizer(config.model)
     dataset = load_dataset(config.data, tokenizer, config.train.seed)
     log.info("data: %s", dataset.summary())
@@ -287,7 +292,7 @@ def save_set_up(setup: Setup, run: Path) -> None:
     """Write what the run consists of into its directory."""
     setup.schedule.phases[-1].trained.save(run / "mask.json")
     if len(setup.schedule.phases) > 1:
-        (run / "schedule.json").write_text(json.dumps(setup.schedule.as_list(), indent=1), encoding="utf-8")
+        replace_text(run / "schedule.json", json.dumps(setup.schedule.as_list(), indent=1))
     save_plan(setup, run)
     setup.dataset.save_skipped(run / "skipped_rows.jsonl")
 
@@ -295,4 +300,4 @@ def save_set_up(setup: Setup, run: Path) -> None:
 def save_plan(setup: Setup, run: Path) -> None:
     """Write the plan of the run, if there is one."""
     if setup.cost is not None:
-        (run / "plan.json").write_text(json.dumps(as_dict(setup.cost), indent=1), encoding="utf-8")
+        replace_text(run / "plan.json", json.dumps(as_dict(setup.cost), indent=1))
