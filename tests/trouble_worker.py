@@ -22,12 +22,12 @@ from toolkit import cli, distributed  # noqa: E402
 from toolkit.config import flags  # noqa: E402
 from toolkit.data.batches import epoch_order, step_batches  # noqa: E402
 from toolkit.distributed import World  # noqa: E402
-from toolkit.train import guard
+from toolkit.train import guard  # noqa: E402
 from toolkit.train.guard import StepGuard  # noqa: E402
 from toolkit.train.setup import Setup, set_up  # noqa: E402
 from toolkit.train.step import train_step  # noqa: E402
 
-RUNS = {"zero1": "float32", "zero1-bf16": "bfloat16", "zero2": "float32", "zero2-bf16": "bfloat16", "zero3": "float32"}
+RUNS = {"zero0": "float32", "zero1": "float32", "zero2": "bfloat16", "zero3": "float32"}
 """Each combination is another class, or another branch, of DeepSpeed's."""
 FAULTS = {2: ("loss", 1), 3: ("gradient", 0)}
 """Step, counted from 0: what is not finite, and on which rank."""
@@ -35,9 +35,9 @@ STEPS = 6
 
 
 def snapshot(setup: Setup) -> list[torch.Tensor]:
-    """All that a skipped step must leave alone on this rank: weights and the optimizer's state, step counts included."""
+    """What a skipped step must leave alone on this rank: weights and the optimizer's state, step counts included."""
     zero: Any = setup.engine
-    state = zero._engine.optimizer.optimizer.state
+    state = getattr(zero._engine.optimizer, "optimizer", zero._engine.optimizer).state
     held = [p.ds_tensor if hasattr(p, "ds_tensor") else p for p in setup.suffix.parameters()]
     for flat in state:
         held += [flat, *(value for value in state[flat].values() if isinstance(value, torch.Tensor))]
@@ -80,13 +80,15 @@ def main() -> None:
     guard.log.warning = lambda text, *values: messages.append(text % values)  # type: ignore[method-assign]
     for name, dtype in RUNS.items():
         ds = ROOT / "ds_configs" / f"{name.split('-')[0]}.json"
+        if name == "zero0":
+            ds = Path(f"{output}.ds")
+            ds.write_text('{"zero_optimization": {"stage": 0}, "bf16": {"enabled": "auto"}}')
         invocation = flags.parse(
             flags.parser(""), ROOT / "recipes" / "quickstart.yaml", [*rest, "--model.dtype", dtype, "--ds", str(ds)]
         )
         messages.clear()
         setup = set_up(invocation, world)
         result[name] = {"steps": steps(setup, world), "said": list(messages)}
-        setup.engine.release()
     if world.is_main:
         Path(output).write_text(json.dumps(result), encoding="utf-8")
     distributed.stop()
