@@ -21,7 +21,12 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 
 
 def export_model(
-    run: Path, target: Path, dtype: Dtype | None = None, step: int | None = None, base: str | None = None
+    run: Path,
+    target: Path,
+    dtype: Dtype | None = None,
+    step: int | None = None,
+    base: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write the whole trained model with tokenizer, chat template and model card, in the form its base came in.
 
@@ -34,13 +39,14 @@ def export_model(
         dtype: precision of the saved weights; none keeps the run's.
         step: the checkpoint; none takes the latest.
         base: where the base model is, if it moved.
+        trust_remote_code: run code that ships with the base model, if ``run`` was trained with it.
 
     Raises:
         CheckpointError: ``run`` is no run, ``target`` is in use, or the base model changed.
     """
     _require_run(run)
     _require_empty(target)
-    opened = open_source(str(run), step, base)
+    opened = open_source(str(run), step, base, trust_remote_code)
     model, delta = opened.loaded.model, read_delta(find_checkpoint(run, step) / "delta")
     model.to(getattr(torch, dtype or opened.config.model.dtype))
     parameters = trainable_parameters(model, delta.mask)

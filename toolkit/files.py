@@ -117,3 +117,19 @@ def _free(place: Path) -> str:
         if folder.exists():
             return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB"
     return "unknown"
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether ``path`` is a file; false where it cannot even be one (too long, a NUL in it, no permission)."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def is_directory(path: str | Path) -> bool:
+    """Whether ``path`` is a directory; false where it cannot even be one."""
+    try:
+        return Path(path).is_dir()
+    except (OSError, ValueError):
+        return False

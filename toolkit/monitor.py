@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from toolkit.board import Board
 from toolkit.files import LineFile, replace_text, writing
+from toolkit.redact import redact
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class Monitor:
     def say(self, line: str) -> None:
         """Print a line above the progress bar."""
         if self._is_main:
-            tqdm.write(line, file=sys.stderr)
+            tqdm.write(redact(line), file=sys.stderr)
 
     def _write(self, row: dict[str, object]) -> None:
         finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}

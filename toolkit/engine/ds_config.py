@@ -11,6 +11,7 @@ from typing import Any
 
 from toolkit.config.schema import MaskConfig, RunConfig
 from toolkit.errors import ConfigError
+from toolkit.redact import find_secret
 
 _KNOWN_KEYS = frozenset(
     [
@@ -63,13 +64,13 @@ def read_ds_config(path: Path) -> dict[str, Any]:
         raise ConfigError(
             [f"{path}: no such file; --ds takes a DeepSpeed JSON such as ds_configs/zero2.json"]
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ConfigError([f"{path}: cannot be read as UTF-8 text ({error})"]) from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError([f"{path}: not valid JSON: {error}"]) from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError([f"{path}: not valid JSON in UTF-8: {error}"]) from None
     if not isinstance(content, dict):
         raise ConfigError([f"{path}: holds a {type(content).__name__}; expected an object"])
-    faults = []
+    faults = [f"{where} holds a password or token; no key of it needs one: remove it" for where in find_secret(content)]
     for key in content:
         if key not in _KNOWN_KEYS:
             near = difflib.get_close_matches(key, sorted(_KNOWN_KEYS), n=1)

@@ -18,8 +18,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.config.schema import ModelConfig
 from toolkit.errors import ModelError
+from toolkit.files import is_directory
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.bundled import bundled_directory, cache_root
+from toolkit.models.directory import check_directory
 from toolkit.models.exaone import ExaoneForm, is_exaone
 from toolkit.models.form import Form, TransformersForm
 from toolkit.models.inspect import inspect
@@ -113,20 +115,13 @@ def resolve_source(name: str, needs_weights: bool = True) -> str:
         needs_weights: false accepts a directory that holds a config.json alone.
 
     Raises:
-        ModelError: neither a directory, nor shaped like a Hub id, nor a bundled model; or a directory that lacks a
-            config.json or safetensors weights.
+        ModelError: neither a directory, nor shaped like a Hub id, nor a bundled model; or a directory that cannot, or
+            must not, be loaded (see ``toolkit.models.directory``).
     """
     if name.startswith("bundled:"):
         return str(bundled_directory(name))
-    directory = Path(name)
-    if name and directory.is_dir():
-        if not (directory / "config.json").is_file():
-            raise ModelError(f"model directory {name} has no config.json; expected a model saved with save_pretrained")
-        if needs_weights and not any(directory.glob("*.safetensors")):
-            raise ModelError(
-                f"model directory {name} has no *.safetensors; pickled weights are not loaded. "
-                "Convert them: load once with transformers and call save_pretrained"
-            )
+    if name and is_directory(name):
+        check_directory(Path(name), needs_weights)
         return name
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name):
         raise ModelError(

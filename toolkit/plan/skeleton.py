@@ -14,6 +14,7 @@ from toolkit.config.schema import ModelConfig
 from toolkit.errors import ModelError, PlanError
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.exaone import is_exaone, llama_name, read_exaone_config
+from toolkit.models.form import refuse_kernels
 from toolkit.models.inspect import inspect
 from toolkit.models.load import LoadedModel, resolve_source
 from toolkit.models.mapped import read_header
@@ -109,6 +110,7 @@ def _build(source: str, config: ModelConfig, exaone: bool) -> PreTrainedModel:
         return LlamaForCausalLM._from_config(read_exaone_config(source, config.revision), **options)
     shared = {"trust_remote_code": config.trust_remote_code}
     hf_config = AutoConfig.from_pretrained(source, revision=config.revision, **shared)
+    refuse_kernels(hf_config, config.trust_remote_code)
     return AutoModelForCausalLM.from_config(hf_config, **options, **shared)
 
 

@@ -197,7 +197,7 @@ def begin(setup: Setup, phase: Phase) -> None:
     del loaded  # what only a later phase would need is to be gone before the engine allocates
     if phase is phases[-1]:
         setup.loaded = None
-    engine = _build_engine(prefix, suffix, phase, setup.config, setup.total_steps, setup.world, setup.ds_config)
+    engine = _build_engine(setup, prefix, suffix, phase)
     setup.active = Active(phase, prefix, suffix, engine, audit)
     setup.reading = prefix
 
@@ -267,25 +267,17 @@ def _decide_recompute(setup: Setup, phase: Phase) -> tuple[bool, str, Plan | Non
     return on, why, plans.get(on)
 
 
-def _build_engine(
-    prefix: HiddenStates | None,
-    suffix: Suffix,
-    phase: Phase,
-    config: RunConfig,
-    total_steps: int,
-    world: World,
-    ds_config: dict[str, Any] | None,
-) -> Engine:
+def _build_engine(setup: Setup, prefix: HiddenStates | None, suffix: Suffix, phase: Phase) -> Engine:
+    config = setup.config
     parameters = trainable_parameters(suffix.model, phase.mask)
-    if ds_config is None:
-        return LocalEngine(suffix, parameters, phase.groups, config.train, config.optim, total_steps, world)
+    shared = (suffix, parameters, phase.groups, config.train, config.optim, setup.total_steps, setup.world)
+    if setup.ds_config is None:
+        return LocalEngine(*shared)
     from toolkit.engine.zero import ZeroEngine  # DeepSpeed is imported only by runs that use it
 
     below = prefix.skeleton.named_parameters() if isinstance(prefix, Prefix) else ()
     copies = {name: parameter for name, parameter in below if name in parameters}
-    return ZeroEngine(
-        suffix, parameters, phase.groups, config.train, config.optim, total_steps, world, copies, ds_config
-    )
+    return ZeroEngine(*shared, copies, setup.ds_config)
 
 
 def save_set_up(setup: Setup, run: Path) -> None:
