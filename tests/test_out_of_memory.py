@@ -44,7 +44,7 @@ PHASES: dict[str, tuple[str, str, str, str]] = {
 """What fails there, how the message calls it, the micro batch, and the first knob."""
 
 
-@pytest.mark.parametrize(("phase", "allocate"), zip(PHASES, cycle([on_cpu, on_gpu]), strict=False))
+@pytest.mark.parametrize(("phase", "allocate"), list(zip(PHASES, cycle([on_cpu, on_gpu]), strict=False)))
 def test_each_phase_says_what_ran_out_and_what_to_change_first(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str, allocate: Callable[[], None]
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,21 +19,6 @@ from toolkit.errors import TrainingStoppedError
 from toolkit.train.guard import SpikeDetector
 from toolkit.train.setup import set_up
 from toolkit.train.step import train_step
-
-
-@pytest.fixture
-def said() -> Iterator[list[str]]:
-    """What the log says, whether or not a test before has cut it off from pytest."""
-    lines: list[str] = []
-
-    class Keep(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(record.getMessage())
-
-    handler = Keep()
-    logging.getLogger("frostline").addHandler(handler)
-    yield lines
-    logging.getLogger("frostline").removeHandler(handler)
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, *steps: int, kind: str = "loss") -> None:

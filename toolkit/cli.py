@@ -15,7 +15,7 @@ from toolkit.errors import FrostlineError
 from toolkit.redact import RedactingFormatter, redact
 
 _GRACE_SECONDS = 10.0
-"""How long other ranks hold back an error of all ranks, which rank 0 most likely prints; its launcher then ends them."""
+"""How long other ranks hold back an error of all ranks, which rank 0 most likely prints; then they are ended."""
 
 
 def run_command(command: Callable[[], int]) -> int:

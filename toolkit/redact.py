@@ -17,9 +17,7 @@ HIDDEN = "***"
 
 _SHAPES = (
     re.compile(r"(?P<keep>\b[a-zA-Z][\w+.-]*://)[^\s/@'\"]+(?=@)"),  # https://user:token@host
-    re.compile(
-        r"(?P<keep>[?&](?:access_token|token|api_?key|key|sig|signature|password|x-amz-[\w-]+)=)[^&\s'\"]+", re.I
-    ),
+    re.compile(r"(?P<keep>[?&](?:(?:access_)?token|(?:api_?)?key|sig(?:nature)?|password|x-amz-[\w-]+)=)[^&\s]+", re.I),
     re.compile(r"(?P<keep>\b(?:authorization:\s*)?(?:bearer|basic)\s+)[\w.~+/=-]{16,}", re.I),
     re.compile(r"\bhf_[A-Za-z0-9]{16,}\b"),  # Hugging Face
     re.compile(r"\b(?:gh[opsur]|glpat|github_pat)[_-][A-Za-z0-9_-]{16,}\b"),
@@ -60,7 +58,7 @@ def _values(environ: Mapping[str, str]) -> Iterator[str]:
 
 
 def _texts(values: Any) -> Iterator[tuple[str, str]]:
-    """Every string of a nested value, keys included, with its place; what YAML's anchors share, or tie in a ring, once."""
+    """Every string of a nested value, keys included, with its place; what YAML's anchors share or tie once."""
     seen: set[int] = set()
     waiting: list[tuple[str, Any]] = [("", values)]
     while waiting:

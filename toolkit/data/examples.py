@@ -8,7 +8,11 @@ from dataclasses import dataclass, field, replace
 from transformers import PreTrainedTokenizerBase
 
 from toolkit.data.tasks import RowFaultError, Sample
+from toolkit.data.time_limit import time_limit
 from toolkit.errors import DataError
+
+_MOST_SECONDS = 10.0
+"""For one conversation; templates take a millisecond."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +113,12 @@ class Encoder:
             return f"{prompt}\n\n", f"{answer}{tokenizer.eos_token}"
         turns = [{"role": "user", "content": prompt}]
         try:
-            before = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            if answer is None:
-                return before, ""
-            turns.append({"role": "assistant", "content": answer})
-            whole = tokenizer.apply_chat_template(turns, tokenize=False)
+            with time_limit(_MOST_SECONDS, "it takes longer than any conversation needs"):
+                before = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+                if answer is None:
+                    return before, ""
+                turns.append({"role": "assistant", "content": answer})
+                whole = tokenizer.apply_chat_template(turns, tokenize=False)
         except Exception as error:  # a template is a program of the model's author; it can raise anything
             raise DataError(f"the tokenizer's chat template fails on a user and an assistant turn: {error}") from None
         if not whole.startswith(before) or answer.strip() not in whole[len(before) :]:

@@ -10,6 +10,7 @@ from typing import Any
 from toolkit.errors import ModelError
 
 _INDEX = "model.safetensors.index.json"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def check_directory(directory: Path, needs_weights: bool) -> None:
@@ -56,9 +57,7 @@ def _faults(directory: Path, needs_weights: bool) -> Iterator[str]:
     if not needs_weights:
         return
     if not any(directory.glob("*.safetensors")):
-        pickled = sorted(
-            path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(pattern)
-        )
+        pickled = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLED)
         found = f" but {pickled[0]}" if pickled else ""
         yield (
             f"has no *.safetensors{found}; pickled weights are not loaded. "
