@@ -315,7 +315,7 @@ def test_a_checkpoint_of_another_mask_or_a_lost_one_is_refused(tiny_model: Path,
         train("--config", str(recipe))
     (tmp_path / "run" / "checkpoints" / "latest").write_text("step-00000099")
     with pytest.raises(
-        CheckpointError, match="names step-00000099, which is not there; checkpoints present: step-00000004"
+        CheckpointError, match="names 'step-00000099', which is not there; checkpoints present: step-00000004"
     ):
         train("--config", str(recipe))
 

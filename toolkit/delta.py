@@ -67,7 +67,7 @@ def read_delta(directory: Path) -> Delta:
         base = json.loads((directory / _BASE).read_text(encoding="utf-8"))
         tensors = load_file(directory / _TENSORS)
         delta = Delta(tensors, mask, Base(ModelConfig(**base["model"]), base["sha256"]))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(
             f"{directory} is not a readable delta ({type(error).__name__}: {error}); "
             f"expected {_TENSORS}, {_MASK} and {_BASE}"
