@@ -28,6 +28,9 @@ def main() -> int:
     parser.add_argument("--batch-size", type=flags.positive, default=1, help="rows computed at once; default: 1")
     parser.add_argument("--step", type=flags.positive, help="checkpoint of a run; default: the latest")
     parser.add_argument("--base", help="where the base model is, if it moved since training")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the base model's own code, if it was trained with that"
+    )
     arguments = parser.parse_args()
     from toolkit.evaluate import evaluate_source
 
@@ -38,6 +41,7 @@ def main() -> int:
         arguments.batch_size,
         arguments.step,
         arguments.base,
+        arguments.trust_remote_code,
     )
     tokens = outcome.supervised_tokens
     print(f"loss {outcome.loss:.4f}, perplexity {outcome.perplexity:.2f} over {tokens} supervised tokens")

@@ -29,6 +29,9 @@ def main() -> int:
     )
     parser.add_argument("--step", type=flags.positive, help="checkpoint to export; default: the latest")
     parser.add_argument("--base", help="where the base model is, if it moved since training")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the base model's own code, if it was trained with that"
+    )
     arguments = parser.parse_args()
     from toolkit.export import export_delta, export_model
 
@@ -37,7 +40,9 @@ def main() -> int:
         export_delta(arguments.run, target, arguments.dtype or "float32", arguments.step)
     else:
         target = arguments.output or arguments.run / "export"
-        export_model(arguments.run, target, arguments.dtype, arguments.step, arguments.base)
+        export_model(
+            arguments.run, target, arguments.dtype, arguments.step, arguments.base, arguments.trust_remote_code
+        )
     print(target)
     return 0
 

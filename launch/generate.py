@@ -38,6 +38,9 @@ def main() -> int:
     )
     parser.add_argument("--step", type=flags.positive, help="checkpoint of a run; default: the latest")
     parser.add_argument("--base", help="where the base model is, if it moved since training")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the base model's own code, if it was trained with that"
+    )
     arguments = parser.parse_args()
     if arguments.context and arguments.input:
         parser.error("--context goes with --question; the rows of --input have contexts of their own")
@@ -51,7 +54,7 @@ def main() -> int:
         if arguments.input
         else [from_prompt(arguments.question, arguments.context)]
     )
-    opened = open_source(arguments.source, arguments.step, arguments.base)
+    opened = open_source(arguments.source, arguments.step, arguments.base, arguments.trust_remote_code)
     opened.loaded.model.to(World().device)
     given = answers(
         opened.loaded,

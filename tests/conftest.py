@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,3 +39,18 @@ def own_ranks() -> Iterator[None]:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory: a Llama of 6 blocks with a tied head and random float32 weights."""
     return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """What the log says, whether or not a test before has cut it off from pytest."""
+    lines: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    handler = Keep()
+    logging.getLogger("frostline").addHandler(handler)
+    yield lines
+    logging.getLogger("frostline").removeHandler(handler)

@@ -9,7 +9,8 @@ import pytest
 from helpers import ROOT
 
 LAYERS = [
-    {"errors", "files"},
+    {"errors"},
+    {"files", "out_of_memory", "redact"},
     {"config", "distributed"},
     {"consistency", "slurm"},
     {"models"},
@@ -21,7 +22,8 @@ LAYERS = [
     {"engine"},
     {"delta", "plan"},
     {"checkpoint"},
-    {"rundir", "source", "monitor"},
+    {"rundir", "source", "board"},
+    {"monitor"},
     {"export", "evaluate", "generate", "suggest", "preflight"},
     {"train"},
     {"cli"},

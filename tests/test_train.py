@@ -23,7 +23,7 @@ from toolkit.config.schema import DataConfig, ModelConfig
 from toolkit.data.batches import epoch_order, step_batches
 from toolkit.data.dataset import load_dataset
 from toolkit.distributed import World
-from toolkit.errors import CheckpointError, FrostlineError
+from toolkit.errors import CheckpointError
 from toolkit.models.load import load, load_tokenizer
 from toolkit.monitor import Monitor
 from toolkit.prefix.split import Prefix
@@ -143,7 +143,7 @@ def test_metrics_have_one_object_a_step_with_the_documented_keys(finished: Path)
     assert [row["step"] for row in steps] == list(range(1, 46))
     assert set(steps[0]) == {
         "step", "epoch", "loss", "learning_rate", "grad_norm", "supervised_tokens", "tokens", "seconds",
-        "tokens_per_second", "trained_parameters", "peak_memory_gib",
+        "tokens_per_second", "trained_parameters", "peak_memory_gib", "skipped",
     }  # fmt: skip
     assert [row["step"] for row in rows if "eval_loss" in row] == [15, 30, 45]
     assert all(set(row) == {"step", "epoch", "eval_loss", "eval_perplexity"} for row in rows if "loss" not in row)
@@ -315,17 +315,9 @@ def test_a_checkpoint_of_another_mask_or_a_lost_one_is_refused(tiny_model: Path,
         train("--config", str(recipe))
     (tmp_path / "run" / "checkpoints" / "latest").write_text("step-00000099")
     with pytest.raises(
-        CheckpointError, match="names step-00000099, which is not there; checkpoints present: step-00000004"
+        CheckpointError, match="names 'step-00000099', which is not there; checkpoints present: step-00000004"
     ):
         train("--config", str(recipe))
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
-    flags = tiny_flags(tiny_model, tmp_path / "run", "--output.save_every_steps", 1, "--train.learning_rate", "1e30")
-    with pytest.raises(FrostlineError, match="not both finite; the last checkpoint is intact"):
-        train(*flags)
-    kept = tmp_path / "run" / "checkpoints" / (tmp_path / "run" / "checkpoints" / "latest").read_text()
-    assert all(tensor.isfinite().all() for tensor in load_file(kept / "delta" / "trained.safetensors").values())
 
 
 def test_saving_and_evaluating_every_few_steps(tiny_model: Path, tmp_path: Path) -> None:

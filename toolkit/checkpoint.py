@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -60,11 +61,12 @@ def latest_checkpoint(run: Path) -> Path | None:
     pointer = run / "checkpoints" / _LATEST
     if not pointer.is_file():
         return None
-    checkpoint = pointer.parent / pointer.read_text(encoding="utf-8").strip()
-    if not checkpoint.is_dir():
+    name = pointer.read_bytes().decode(errors="replace").strip()
+    checkpoint = pointer.parent / name
+    if not re.fullmatch(r"step-\d+", name) or not checkpoint.is_dir():  # a pointer leads nowhere else
         present = ", ".join(path.name for path in checkpoints_of(run)) or "none"
         raise CheckpointError(
-            f"{pointer} names {checkpoint.name}, which is not there; checkpoints present: {present}. "
+            f"{pointer} names {name[:100]!r}, which is not there; checkpoints present: {present}. "
             "Write one of those names into the file, or start a new run with another --output.dir"
         )
     return checkpoint
@@ -77,8 +79,12 @@ def read_state(checkpoint: Path) -> State:
         CheckpointError: it is missing or damaged.
     """
     try:
-        return State(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        state = State(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
+        for name, kind in State.__annotations__.items():
+            if type(getattr(state, name)).__name__ != kind:
+                raise TypeError(f"{name} is {str(getattr(state, name))[:100]!r}, expected {kind}")
+        return state
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{checkpoint}/state.json cannot be read ({error}); the checkpoint is damaged") from None
 
 

@@ -11,10 +11,11 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
-from toolkit.errors import FrostlineError, UsageError
+from toolkit.errors import FrostlineError
+from toolkit.redact import RedactingFormatter, redact
 
 _GRACE_SECONDS = 10.0
-"""How long other ranks hold back a usage error that rank 0 is most likely printing; its launcher then ends them."""
+"""How long other ranks hold back an error of all ranks, which rank 0 most likely prints; then they are ended."""
 
 
 def run_command(command: Callable[[], int]) -> int:
@@ -28,12 +29,9 @@ def run_command(command: Callable[[], int]) -> int:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read at torch's first allocation; torch >= 2.2
     try:
         return command()
-    except UsageError as error:
-        if rank:
-            time.sleep(_GRACE_SECONDS)
-        _print_error(error, rank)
-        return error.exit_code
     except FrostlineError as error:
+        if rank and error.on_every_rank:
+            time.sleep(_GRACE_SECONDS)
         _print_error(error, rank)
         return error.exit_code
     except KeyboardInterrupt:
@@ -41,7 +39,7 @@ def run_command(command: Callable[[], int]) -> int:
         return 130
     except Exception:
         print(f"[rank {rank}] unforeseen error", file=sys.stderr)
-        traceback.print_exc()
+        print(redact(traceback.format_exc()), file=sys.stderr, end="")
         return 1
 
 
@@ -62,7 +60,7 @@ def leave(code: int) -> NoReturn:
 
 def _print_error(error: FrostlineError, rank: int) -> None:
     where = f" [rank {rank}]" if rank else ""
-    print(f"error{where}: {error}", file=sys.stderr, flush=True)
+    print(f"error{where}: {redact(str(error))}", file=sys.stderr, flush=True)
 
 
 def _quiet(rank: int) -> None:
@@ -70,12 +68,14 @@ def _quiet(rank: int) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING)
+    for other in logging.getLogger().handlers:
+        other.setFormatter(RedactingFormatter("%(levelname)s %(name)s: %(message)s"))
     log = logging.getLogger("frostline")
     log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     log.propagate = False
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("[frostline] %(message)s"))
+    handler.setFormatter(RedactingFormatter("[frostline] %(message)s"))
     log.handlers = [handler]
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", category=FutureWarning)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from toolkit.config.schema import ModelConfig
-from toolkit.errors import CheckpointError
+from toolkit.errors import CheckpointError, ModelError
 from toolkit.mask.apply import apply_mask, trainable_parameters
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.models.load import LoadedModel, fingerprint, load
@@ -67,7 +67,7 @@ def read_delta(directory: Path) -> Delta:
         base = json.loads((directory / _BASE).read_text(encoding="utf-8"))
         tensors = load_file(directory / _TENSORS)
         delta = Delta(tensors, mask, Base(ModelConfig(**base["model"]), base["sha256"]))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(
             f"{directory} is not a readable delta ({type(error).__name__}: {error}); "
             f"expected {_TENSORS}, {_MASK} and {_BASE}"
@@ -80,19 +80,25 @@ def read_delta(directory: Path) -> Delta:
     return delta
 
 
-def load_delta(directory: Path, base: str | None = None) -> LoadedModel:
+def load_delta(directory: Path, base: str | None = None, trust_remote_code: bool = False) -> LoadedModel:
     """The base model with the delta's tensors in place, in the base's precision.
 
     Args:
         directory: the delta.
         base: where the base model is, if no longer where it was trained from.
+        trust_remote_code: run the code that ships with the base model, if the delta was trained with it.
 
     Raises:
         CheckpointError: damaged, or the base model's weights are not those the delta was trained on.
-        ModelError: the base model cannot be loaded.
+        ModelError: the base model cannot be loaded, or only with code of its own.
     """
     delta = read_delta(directory)
     config = delta.base.config.model_copy(update={"name_or_path": base} if base else {})
+    if config.trust_remote_code and not trust_remote_code:
+        raise ModelError(
+            f"{directory} was trained on {config.name_or_path} with its own code (model.trust_remote_code), and "
+            "whoever wrote the delta chose that; if you have read that code, pass --trust-remote-code"
+        )
     loaded = load(config)
     if fingerprint(loaded.model) != delta.base.sha256:
         raise CheckpointError(

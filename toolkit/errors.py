@@ -12,12 +12,46 @@ class FrostlineError(Exception):
     """
 
     exit_code = 1
+    on_every_rank = False
+    """All ranks raise it alike, so that one of them is enough to print it."""
+
+
+class TrainingStoppedError(FrostlineError):
+    """Training cannot go on; what was committed before is kept. Every rank raises it at the same step."""
+
+    on_every_rank = True
+
+
+class OutOfMemoryError(FrostlineError):
+    """An allocation failed; see ``toolkit.out_of_memory``."""
+
+    def __init__(self, phase: str, shape: str | None, detail: str, advice: str | None = None) -> None:
+        """
+        Args:
+            phase: what the run was doing, as a phrase.
+            shape: of the micro batch, where there was one.
+            detail: the allocator's own words.
+            advice: what to change first.
+        """  # noqa: D205, D212
+        self.phase, self.shape, self.detail = phase, shape, detail
+        batch = f", on a micro batch of {shape}" if shape else ""
+        remedy = f"Change first: {advice}" if advice else "python launch/plan.py shows what takes the memory"
+        super().__init__(f"out of memory during {phase}{batch} ({detail}); committed checkpoints are kept. {remedy}")
+
+    def with_advice(self, advice: str) -> OutOfMemoryError:
+        """The same error with what to change first."""
+        return OutOfMemoryError(self.phase, self.shape, self.detail, advice)
+
+
+class DiskError(FrostlineError):
+    """A file of the run cannot be written: the disk is full, over quota or gone."""
 
 
 class UsageError(FrostlineError):
     """The user's input is at fault: a recipe, a flag, a mask, a model name or data; exit code 2."""
 
     exit_code = 2
+    on_every_rank = True
 
 
 class ConfigError(UsageError):

@@ -16,9 +16,11 @@ from toolkit.data.batches import BatchPlan, collate, step_batches
 from toolkit.data.dataset import Dataset, load_dataset
 from toolkit.data.examples import Example
 from toolkit.data.prefetch import Prefetcher, on_device
+from toolkit.data.sources import read_rows
 from toolkit.distributed import World
 from toolkit.errors import DataError
 from toolkit.loss import Forward, supervised_loss
+from toolkit.out_of_memory import during
 from toolkit.prefix.cached import HiddenStates
 from toolkit.prefix.packing import choose_packing
 from toolkit.prefix.split import Suffix
@@ -61,14 +63,21 @@ def evaluate(
     steps = step_batches(examples, range(len(examples)), plan, pad_id, packed=packed)
     with Prefetcher() as ahead:
         for batch in chain.from_iterable(ahead(on_device(steps, world.device))):
-            hidden = prefix(batch) if prefix else None
-            share += supervised_loss(forward, hidden, batch, tokens)
+            with during("the evaluation", batch.shape):
+                hidden = prefix(batch) if prefix else None
+                share += supervised_loss(forward, hidden, batch, tokens)
     (loss,) = world.sum(float(share))
     return Evaluation(loss, tokens)
 
 
 def evaluate_source(
-    source: str, path: str | None, split: str, batch_size: int, step: int | None, base: str | None
+    source: str,
+    path: str | None,
+    split: str,
+    batch_size: int,
+    step: int | None,
+    base: str | None,
+    trust_remote_code: bool = False,
 ) -> Evaluation:
     """Loss of the model behind ``source`` in this one process.
 
@@ -79,12 +88,15 @@ def evaluate_source(
         batch_size: rows computed at once.
         step: of a run, the checkpoint; none takes the latest.
         base: where the base model is, if it moved.
+        trust_remote_code: run code that ships with the base model, if ``source`` was trained with it.
 
     Raises:
         DataError: no rows are named and ``source`` held none out, or rows are bad.
         UsageError: ``source`` cannot be opened.
     """
-    opened = open_source(source, step, base)
+    if path is not None:
+        read_rows(path, split)  # before a model loads
+    opened = open_source(source, step, base, trust_remote_code)
     config = opened.config.data
     if path is not None:
         config = config.model_copy(update={"path": path, "split": split, "validation": None})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -20,7 +21,12 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 
 
 def export_model(
-    run: Path, target: Path, dtype: Dtype | None = None, step: int | None = None, base: str | None = None
+    run: Path,
+    target: Path,
+    dtype: Dtype | None = None,
+    step: int | None = None,
+    base: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write the whole trained model with tokenizer, chat template and model card, in the form its base came in.
 
@@ -33,13 +39,14 @@ def export_model(
         dtype: precision of the saved weights; none keeps the run's.
         step: the checkpoint; none takes the latest.
         base: where the base model is, if it moved.
+        trust_remote_code: run code that ships with the base model, if ``run`` was trained with it.
 
     Raises:
         CheckpointError: ``run`` is no run, ``target`` is in use, or the base model changed.
     """
     _require_run(run)
     _require_empty(target)
-    opened = open_source(str(run), step, base)
+    opened = open_source(str(run), step, base, trust_remote_code)
     model, delta = opened.loaded.model, read_delta(find_checkpoint(run, step) / "delta")
     model.to(getattr(torch, dtype or opened.config.model.dtype))
     parameters = trainable_parameters(model, delta.mask)
@@ -130,9 +137,9 @@ def _last_metrics(run: Path) -> str:
     path = run / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     lines = []
-    if steps := [row for row in rows if "loss" in row]:
+    if steps := [row for row in rows if row.get("loss") is not None]:
         lines.append(f"{steps[-1]['step']} steps, last loss {steps[-1]['loss']:.4f}.")
-    if evaluations := [row for row in rows if "eval_loss" in row]:
+    if evaluations := [row for row in rows if row.get("eval_loss") is not None]:
         row = evaluations[-1]
-        lines.append(f"Validation loss {row['eval_loss']:.4f}, perplexity {row['eval_perplexity']:.2f}.")
+        lines.append(f"Validation loss {row['eval_loss']:.4f}, perplexity {row['eval_perplexity'] or math.inf:.2f}.")
     return " ".join(lines) or "No metrics were kept."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 from dataclasses import asdict, dataclass
@@ -10,8 +11,11 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from toolkit.board import Board
+from toolkit.files import LineFile, replace_text, writing
+from toolkit.redact import redact
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class StepMetrics:
     """Parameters that this step trained; changes with the phases of mask.schedule."""
     peak_memory_gib: float
     """Highest so far of any rank: GPU memory allocated, or resident memory on a CPU."""
+    skipped: bool = False
+    """Loss or gradient norm was not finite (null here), so the step changed nothing."""
 
 
 _CURVES = {
@@ -67,9 +73,10 @@ class Monitor:
         if not is_main:
             return
         self._metrics_path = run / "metrics.jsonl"
-        self._drop_rows_after(first_step)
-        self._file = self._metrics_path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
+        with writing(run):
+            self._drop_rows_after(first_step)
+        self._file = LineFile(self._metrics_path)
+        self._board = Board(run / "tensorboard", first_step + 1)
         self._bar = tqdm(total=total_steps, initial=first_step, desc="training", unit="step", dynamic_ncols=True)
 
     def __enter__(self) -> Monitor:
@@ -87,7 +94,7 @@ class Monitor:
         """Show Markdown texts in TensorBoard's text tab, as they hold after ``step`` steps."""
         if self._is_main:
             for name, text in texts.items():
-                self._board.add_text(name, text, step)
+                self._board.text(name, text, step)
 
     def step(self, metrics: StepMetrics) -> None:
         """Log one optimizer step."""
@@ -96,7 +103,7 @@ class Monitor:
         row = asdict(metrics)
         self._write(row)
         for curve, key in _CURVES.items():
-            self._board.add_scalar(curve, row[key], metrics.step)
+            self._board.scalar(curve, row[key], metrics.step)
         self._bar.update(metrics.step - self._bar.n)
         self._bar.set_postfix(
             loss=f"{metrics.loss:.4f}",
@@ -108,35 +115,37 @@ class Monitor:
         """Log the mean of the step losses of an epoch (counted from 1), those before a resume included."""
         if not self._is_main:
             return
-        rows = map(json.loads, self._metrics_path.read_text(encoding="utf-8").splitlines())
-        losses = [row["loss"] for row in rows if "loss" in row and first_step <= row["step"] <= last_step]
-        mean = sum(losses) / len(losses)
+        rows = [row for row in map(json.loads, self._file.lines()) if first_step <= row["step"] <= last_step]
+        losses = [row["loss"] for row in rows if row.get("loss") is not None]
+        skipped = sum(row.get("skipped", False) for row in rows)
+        mean = sum(losses) / len(losses) if losses else math.nan
         self.epoch_losses.append(mean)
-        self._board.add_scalar("epoch/loss", mean, epoch)
-        self.say(f"epoch {epoch}: mean loss {mean:.4f} over {len(losses)} steps")
+        self._board.scalar("epoch/loss", mean, epoch)
+        but = f", {skipped} skipped" if skipped else ""
+        self.say(f"epoch {epoch}: mean loss {mean:.4f} over {len(losses)} steps{but}")
 
     def evaluation(self, step: int, epoch: float, loss: float, perplexity: float) -> None:
         """Log a validation."""
         if self._is_main:
             self._write({"step": step, "epoch": epoch, "eval_loss": loss, "eval_perplexity": perplexity})
-            self._board.add_scalar("eval/loss", loss, step)
-            self._board.add_scalar("eval/perplexity", perplexity, step)
+            self._board.scalar("eval/loss", loss, step)
+            self._board.scalar("eval/perplexity", perplexity, step)
             self.say(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}")
 
     def say(self, line: str) -> None:
         """Print a line above the progress bar."""
         if self._is_main:
-            tqdm.write(line, file=sys.stderr)
+            tqdm.write(redact(line), file=sys.stderr)
 
     def _write(self, row: dict[str, object]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+        self._file.write(json.dumps(finite))  # JSON has no NaN
 
     def _drop_rows_after(self, step: int) -> None:
         if self._metrics_path.exists():
             rows = self._metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
-            self._metrics_path.write_text("".join(kept), encoding="utf-8")
+            replace_text(self._metrics_path, "".join(kept))
 
 
 def peak_memory_gib(device: torch.device) -> float:

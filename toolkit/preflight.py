@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from pathlib import Path
 
 from toolkit.config.flags import Invocation
-from toolkit.config.schema import DataConfig
+from toolkit.config.schema import DataConfig, RunConfig
 from toolkit.data.dataset import load_dataset
 from toolkit.data.sources import is_hub_id
+from toolkit.distributed import World
 from toolkit.engine.ds_config import read_ds_config, resolve_ds_config
-from toolkit.errors import PlanError
-from toolkit.mask.layer_mask import build_mask
+from toolkit.errors import CheckpointError, PlanError
+from toolkit.mask.schedule import phase_masks
 from toolkit.models.load import load_tokenizer
 from toolkit.plan.skeleton import skeleton
+from toolkit.rundir import claim
 
 log = logging.getLogger("frostline")
 
@@ -32,20 +35,57 @@ def preflight(invocation: Invocation, ranks: int) -> None:
         UsageError: the one that the run itself would end with.
     """
     config = invocation.config
-    ds = read_ds_config(invocation.deepspeed) if invocation.deepspeed else None
     try:
-        bare = skeleton(config.model)
+        check_config(invocation, ranks)
     except PlanError as error:
         log.warning("mask and DeepSpeed file are not checked before the job runs: %s", error)
-    else:
-        build_mask(config.mask, bare.anatomy)
-        if ds is not None and invocation.deepspeed is not None:
-            resolve_ds_config(ds, config, ranks, bare.hidden_size, invocation.deepspeed)
     tokenizer = load_tokenizer(config.model)
     if reason := _too_costly(config.data):
         log.warning("the rows are not checked before the job runs: %s", reason)
     else:
         log.info("data: %s", load_dataset(config.data, tokenizer, config.train.seed).summary())
+
+
+def check_config(invocation: Invocation, ranks: int) -> None:
+    """Check the masks and the DeepSpeed file against the model's config.json alone.
+
+    Args:
+        invocation: the parsed command line.
+        ranks: world size of the run.
+
+    Raises:
+        UsageError: DeepSpeed file, model or mask is at fault.
+        PlanError: the model's class cannot be built without weights, so nothing was checked.
+    """
+    config, path = invocation.config, invocation.deepspeed
+    ds = read_ds_config(path) if path else None
+    bare = skeleton(config.model)
+    phase_masks(config.mask, bare.anatomy)
+    if ds is not None and path is not None:
+        resolve_ds_config(ds, config, ranks, bare.hidden_size, path)
+
+
+def check_output(config: RunConfig, recipe: Path, world: World) -> None:
+    """Refuse a run directory that could not be used, before anything costly; every rank calls it.
+
+    Nothing is created: a run that ends before it begins leaves no directory.
+
+    Raises:
+        CheckpointError: see ``toolkit.rundir.claim``; or the directory cannot be written.
+    """
+    with claim(config, recipe, world, create=False) as directory:
+        if not world.is_main:
+            return
+        place = next(folder for folder in (directory.path.absolute(), *directory.path.absolute().parents)
+                     if folder.exists())  # fmt: skip
+        try:
+            with tempfile.TemporaryFile(dir=place):
+                pass
+        except OSError as error:
+            raise CheckpointError(
+                f"run directory {directory.path} cannot be written ({error.strerror} in {place}); "
+                "choose another --output.dir"
+            ) from None
 
 
 def _too_costly(config: DataConfig) -> str | None:

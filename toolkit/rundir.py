@@ -16,6 +16,7 @@ from toolkit.config.load import build, dump, read_recipe
 from toolkit.config.schema import RunConfig
 from toolkit.distributed import World
 from toolkit.errors import CheckpointError, ConfigError
+from toolkit.files import replace_text
 
 _Found = TypeVar("_Found")
 
@@ -187,7 +188,7 @@ def differences(path: Path, config: RunConfig) -> list[str]:
 def write_config(path: Path, config: RunConfig) -> None:
     """Save the resolved recipe with the directory it runs in; a valid ``--config`` that continues the run."""
     output = config.output.model_copy(update={"dir": str(path)})
-    (path / "config.yaml").write_text(dump(config.model_copy(update={"output": output})), encoding="utf-8")
+    replace_text(path / "config.yaml", dump(config.model_copy(update={"output": output})))
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:

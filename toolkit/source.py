@@ -24,13 +24,16 @@ class Opened:
     """The run directory, where the source is one."""
 
 
-def open_source(source: str, step: int | None = None, base: str | None = None) -> Opened:
+def open_source(
+    source: str, step: int | None = None, base: str | None = None, trust_remote_code: bool = False
+) -> Opened:
     """Load the model behind ``source``.
 
     Args:
         source: a run directory, a delta, a model directory, a Hub id, or a bundled name.
         step: of a run, the checkpoint to take; none takes the latest.
         base: where the base model of a run or delta is, if it moved.
+        trust_remote_code: run code that ships with the base model, if the run or delta was trained with it.
 
     Raises:
         CheckpointError: the run has no such checkpoint, or the base model changed.
@@ -39,9 +42,9 @@ def open_source(source: str, step: int | None = None, base: str | None = None) -
     path = Path(source)
     if (path / "config.yaml").is_file():
         config = build(read_recipe(path / "config.yaml"), f"recipe {path}/config.yaml")
-        return Opened(load_delta(find_checkpoint(path, step) / "delta", base), config, path)
+        return Opened(load_delta(find_checkpoint(path, step) / "delta", base, trust_remote_code), config, path)
     if is_delta(path):
-        return Opened(load_delta(path, base), RunConfig(), None)
+        return Opened(load_delta(path, base, trust_remote_code), RunConfig(), None)
     model = ModelConfig(name_or_path=source)
     return Opened(load(model), RunConfig(model=model), None)
 

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from toolkit.config.load import build, did_you_mean, field_paths, merge, read_recipe
+from toolkit.config.load import build, did_you_mean, field_paths, merge, parse_yaml, read_recipe
 from toolkit.config.schema import RunConfig
 from toolkit.errors import ConfigError
 
@@ -163,7 +161,7 @@ def _value(path: str, info: Any, text: str | list[str], faults: list[str]) -> An
 
 def _yaml(path: str, text: str, faults: list[str]) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        faults.append(f"--{path}: {text!r} is not valid YAML: {' '.join(str(error).split())}")
+        return parse_yaml(text)
+    except ValueError as error:
+        faults.append(f"--{path}: {text!r} is not valid YAML: {error}")
         return text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from pydantic import ValidationError
 
 from toolkit.config.schema import MaskPhase, RunConfig, Section
 from toolkit.errors import ConfigError
+from toolkit.redact import find_secret
+
+_SHORT = reprlib.Repr()  # anchors in YAML can make a small file an endless value
+_SHORT.maxstring = _SHORT.maxother = 120
 
 
 def field_paths(section: type[Section] = RunConfig, prefix: str = "") -> dict[str, Any]:
@@ -52,17 +57,32 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise ConfigError(
             [f"{path}: no such file; --config takes a YAML recipe such as recipes/quickstart.yaml"]
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError([f"{path}: cannot be read as UTF-8 text ({error})"]) from None
     try:
-        recipe = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError([f"{path}: not valid YAML: {' '.join(str(error).split())}"]) from None
+        recipe = parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError([f"{path}: not valid YAML: {error}"]) from None
     if recipe is None:
         return {}
     if not isinstance(recipe, dict):
         raise ConfigError([f"{path}: holds a {type(recipe).__name__}; expected sections such as model: and train:"])
     return recipe
+
+
+def parse_yaml(text: str) -> Any:
+    """The plain values of a YAML text, of which JSON is a part; no tag constructs anything else.
+
+    Raises:
+        ValueError: not valid, in one line.
+    """
+    try:
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        # PyYAML's constructors let through what a value such as 2020-99-99 or !!int x raises
+        raise ValueError(" ".join(str(error).split())[:400]) from None
 
 
 def merge(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,6 +110,10 @@ def build(values: Mapping[str, Any], source: str, faults: Iterable[str] = ()) ->
         ConfigError: any fault; the message lists all of them with value, expectation and remedy.
     """
     found = list(faults)
+    found += [
+        f"{where} holds a password or token; no key needs one: log in with `hf auth login`, or set HF_TOKEN"
+        for where in find_secret(values)
+    ]
     config = None
     try:
         config = RunConfig.model_validate(values)
@@ -112,7 +136,7 @@ def _explain(fault: Any) -> str:
     message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if fault["type"] == "value_error":
         return f"{where}: {message}"
-    return f"{where} is {fault['input']!r}; expected {message}"
+    return f"{where} is {_SHORT.repr(fault['input'])}; expected {message}"
 
 
 def save(config: RunConfig, path: Path) -> None:

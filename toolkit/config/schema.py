@@ -7,10 +7,11 @@ language-model head, bfloat16, AdamW at 1e-5, 10 % linear warmup, micro batch 1,
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from toolkit.files import is_directory
 
 
 def _switch(value: Any) -> Any:
@@ -71,7 +72,7 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _pinned(self) -> ModelConfig:
-        on_hub = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", self.name_or_path) and not Path(self.name_or_path).is_dir()
+        on_hub = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", self.name_or_path) and not is_directory(self.name_or_path)
         if self.trust_remote_code and on_hub and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
             raise ValueError(
                 f"trust_remote_code is on for {self.name_or_path}, but revision is {self.revision!r}; expected the "
@@ -215,6 +216,10 @@ class TrainConfig(Section):
 
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Clip the gradient to this global 2-norm; 0 does not clip."""
+
+    max_skipped_steps: Annotated[int, Field(ge=1)] = 3
+    """A step whose loss or gradient is NaN or infinite on any rank changes nothing and is skipped; stop the run after
+    this many in a row."""
 
     gradient_checkpointing: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
     """Recompute the trained blocks' activations in backward; auto does so when they would not fit in memory."""

@@ -48,6 +48,13 @@ class Batch:
         """Tokens of each sample."""
         return tuple(len(example.token_ids) for example in self.examples)
 
+    @property
+    def shape(self) -> str:
+        """Rows x tokens in words, for messages."""
+        rows, tokens = self.input_ids.shape
+        packed = f"{len(self.examples)} rows packed into " if self.is_packed else ""
+        return f"{packed}{rows} {'row' if rows == 1 else 'rows'} x {tokens} tokens"
+
     def layout(self) -> dict[str, Any]:
         """What a transformers model is told of the batch beside the token ids, as arguments of its forward pass.
 

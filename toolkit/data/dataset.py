@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from toolkit.data.examples import Encoder, Example
 from toolkit.data.sources import Row, read_rows
 from toolkit.data.tasks import TASKS, RowFaultError
 from toolkit.errors import DataError
+from toolkit.files import is_file
 
 _SHOWN = 10
 
@@ -81,7 +82,7 @@ def load_dataset(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     if isinstance(config.validation, float):
         examples, validation = _hold_out(examples, config.validation, seed)
     elif config.validation is not None:
-        split = "train" if Path(config.validation).is_file() else config.split
+        split = "train" if is_file(config.validation) else config.split
         validation, more = encode_rows(read_rows(config.validation, split), encoder, config)
         skipped += more
     return Dataset(tuple(examples), tuple(validation), tuple(skipped))
@@ -99,7 +100,7 @@ def encode_rows(rows: list[Row], encoder: Encoder, config: DataConfig) -> tuple[
         try:
             if row.fault:
                 raise RowFaultError(row.fault)
-            examples.append(encoder.encode(TASKS[config.task](row.values)))
+            examples.append(replace(encoder.encode(TASKS[config.task](row.values)), origin=row.origin))
         except RowFaultError as fault:
             bad.append(SkippedRow(row.origin, str(fault)))
     if bad and (config.on_bad_row == "error" or not examples):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
 from toolkit.data.tasks import RowFaultError, Sample
+from toolkit.data.time_limit import time_limit
 from toolkit.errors import DataError
+
+_MOST_SECONDS = 10.0
+"""For one conversation; templates take a millisecond."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,8 @@ class Example:
     """Index of the first supervised token; all later ones are supervised too."""
     shortened: bool = False
     """Context was cut to fit."""
+    origin: str = field(default="", compare=False)
+    """File and row it was made of, as a person would look it up."""
 
     @property
     def supervised_tokens(self) -> int:
@@ -107,11 +113,12 @@ class Encoder:
             return f"{prompt}\n\n", f"{answer}{tokenizer.eos_token}"
         turns = [{"role": "user", "content": prompt}]
         try:
-            before = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            if answer is None:
-                return before, ""
-            turns.append({"role": "assistant", "content": answer})
-            whole = tokenizer.apply_chat_template(turns, tokenize=False)
+            with time_limit(_MOST_SECONDS, "it takes longer than any conversation needs"):
+                before = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+                if answer is None:
+                    return before, ""
+                turns.append({"role": "assistant", "content": answer})
+                whole = tokenizer.apply_chat_template(turns, tokenize=False)
         except Exception as error:  # a template is a program of the model's author; it can raise anything
             raise DataError(f"the tokenizer's chat template fails on a user and an assistant turn: {error}") from None
         if not whole.startswith(before) or answer.strip() not in whole[len(before) :]:

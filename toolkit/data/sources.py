@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import DataError
+from toolkit.files import is_directory, is_file
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def read_rows(path: str, split: str = "train") -> list[Row]:
         DataError: no such file or data set, an unknown format, a file that cannot be parsed, or no rows.
     """
     file = Path(path)
-    if file.is_file():
+    if is_file(file):
         if split != "train":
             raise DataError(f"data.split is {split!r}, but {path} is a file, and files have one split only: train")
         reader = _READERS.get(file.suffix.lower())
@@ -46,7 +47,7 @@ def read_rows(path: str, split: str = "train") -> list[Row]:
             raise DataError(f"{path}: cannot be read ({error})") from None
     elif is_hub_id(path):
         rows = list(_hub(path, split))
-    elif file.is_dir():
+    elif is_directory(file):
         raise DataError(f"{path}: is a directory; name one {', '.join(_READERS)} file in it")
     else:
         raise DataError(
@@ -61,7 +62,7 @@ def is_hub_id(path: str) -> bool:
     """Whether ``path`` names a data set on the Hub (``org/name``) rather than a file."""
     file = Path(path)
     looks_so = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and file.suffix.lower() not in _READERS
-    return bool(looks_so) and not file.is_file() and not file.parent.is_dir()
+    return bool(looks_so) and not is_file(file) and not is_directory(file.parent)
 
 
 def _text(file: Path) -> str:
@@ -97,7 +98,7 @@ def _jsonl(file: Path) -> Iterator[Row]:
             continue
         try:
             values = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError alone: a number of thousands of digits
             yield Row(origin, fault=f"is not valid JSON ({error}); expected one object a line")
         else:
             yield _row(origin, values)
@@ -108,9 +109,9 @@ def _json(file: Path) -> Iterator[Row]:
         content = json.loads(_text(file))
     except json.JSONDecodeError as error:
         raise DataError(f"{file}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
-    except RecursionError:
+    except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{file}: JSON nested too deeply; expected a list of rows or an object of rows by key"
+            f"{file}: not readable JSON ({str(error)[:100]}); expected a list of rows or an object of rows by key"
         ) from None
     if isinstance(content, dict) and all(isinstance(row, dict) for row in content.values()):
         for key, values in content.items():

@@ -46,7 +46,8 @@ class Engine(Protocol):
     def update(self) -> Update:
         """Sum gradients over ranks, clip, update the float32 masters, write back, move the schedule on.
 
-        A gradient that is not finite changes no weight.
+        A gradient that is not finite on any rank changes no weight, moment or step count of any; the schedule, which
+        follows the run's steps, moves on all the same. ``Update.grad_norm`` is then not finite on any rank.
         """
 
     def train(self, mode: bool) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from toolkit.config.schema import MaskConfig, RunConfig
 from toolkit.errors import ConfigError
+from toolkit.redact import find_secret
 
 _KNOWN_KEYS = frozenset(
     [
@@ -63,13 +64,13 @@ def read_ds_config(path: Path) -> dict[str, Any]:
         raise ConfigError(
             [f"{path}: no such file; --ds takes a DeepSpeed JSON such as ds_configs/zero2.json"]
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ConfigError([f"{path}: cannot be read as UTF-8 text ({error})"]) from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError([f"{path}: not valid JSON: {error}"]) from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError([f"{path}: not valid JSON in UTF-8: {error}"]) from None
     if not isinstance(content, dict):
         raise ConfigError([f"{path}: holds a {type(content).__name__}; expected an object"])
-    faults = []
+    faults = [f"{where} holds a password or token; no key of it needs one: remove it" for where in find_secret(content)]
     for key in content:
         if key not in _KNOWN_KEYS:
             near = difflib.get_close_matches(key, sorted(_KNOWN_KEYS), n=1)
@@ -178,6 +179,14 @@ def _check_sections(ds: dict[str, Any]) -> Iterator[str]:
     for key in bf16 if isinstance(bf16, dict) else ():
         if key not in ("enabled", "check_grad_overflow", "immediate_grad_update"):
             yield f"bf16.{key} would take the float32 masters away that low-precision training needs; remove it"
+    if isinstance(bf16, dict) and bf16.get("check_grad_overflow", True) is not True:
+        yield f"bf16.check_grad_overflow is {bf16['check_grad_overflow']!r}: a NaN would reach the weights; remove it"
+    zero = ds.get("zero_optimization")
+    if isinstance(zero, dict) and zero.get("compute_grad_norm", True) is not True:
+        yield (
+            f"zero_optimization.compute_grad_norm is {zero['compute_grad_norm']!r}: nobody would know whether the "
+            "gradient is finite; remove it"
+        )
     stage = ds["zero_optimization"].get("stage", 0) if isinstance(ds.get("zero_optimization"), dict) else 0
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         yield f"zero_optimization.stage is {stage!r}; expected 0, 1, 2 or 3"

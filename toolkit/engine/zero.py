@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from toolkit.data.batches import Batch
 from toolkit.distributed import World
 from toolkit.engine.base import AdamState, Update
 from toolkit.engine.ds_config import zero_stage
+from toolkit.engine.master_adamw import norm_at_once
 from toolkit.errors import CheckpointError, ConfigError
 from toolkit.mask.layer_mask import ParameterGroup
 from toolkit.optim import build_optimizer, build_scheduler, current_rate, forward_to
@@ -89,11 +91,27 @@ class ZeroEngine:
 
     def update(self) -> Update:  # noqa: D102
         learning_rate = current_rate(self._scheduler, self._train)
-        self._engine.step()
+        before = self._scheduler.last_epoch
+        unchecked = None if hasattr(self._engine.optimizer, "overflow") else self._norm_or_drop()
+        if unchecked is None or math.isfinite(unchecked):
+            self._engine.step()
+        if self._scheduler.last_epoch == before:  # a step that DeepSpeed skips does not move it on
+            self._scheduler.step()
         self._follow()
-        norm = self._engine.get_global_grad_norm()
+        norm = self._engine.get_global_grad_norm() if unchecked is None else unchecked
         norm = float("nan") if norm is None else float(norm)
         return Update(torch.tensor(norm, device=self._world.device), learning_rate)
+
+    def _norm_or_drop(self) -> float:
+        """The gradient's norm; drops a gradient that is not finite.
+
+        For stage 0 in float32, where DeepSpeed hands the summed gradients to torch's optimizer unmeasured.
+        """
+        norm = float(norm_at_once([p.grad for p in self._parameters.values() if p.grad is not None]))
+        if not math.isfinite(norm):
+            for parameter in self._parameters.values():
+                parameter.grad = None
+        return norm
 
     @torch.no_grad()
     def _follow(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 from toolkit.config.schema import MaskConfig, MaskGroup
 from toolkit.errors import MaskError
+from toolkit.files import replace_text
 from toolkit.mask.selectors import resolve
 from toolkit.models.anatomy import Anatomy
 
@@ -76,7 +77,7 @@ class LayerMask:
 
     def save(self, path: Path) -> None:
         """Write the mask as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+        replace_text(path, json.dumps(asdict(self), indent=1))
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> LayerMask:

@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 
 class Form(Protocol):
@@ -39,6 +45,20 @@ class Form(Protocol):
         """
 
 
+def refuse_kernels(config: PretrainedConfig, trust_remote_code: bool) -> None:
+    """Refuse a config that names an attention kernel on the Hub, which is compiled code.
+
+    Raises:
+        ValueError: it does, and ``trust_remote_code`` is off.
+    """
+    named = str(getattr(config, "_attn_implementation", None) or "")
+    if "/" in named and not trust_remote_code:
+        raise ValueError(
+            f"its config.json asks for the attention kernel {named} from the Hub, which is code; remove "
+            "attn_implementation from it, or read that code and set model.trust_remote_code"
+        )
+
+
 @dataclass(frozen=True)
 class TransformersForm:
     """What transformers itself loads and saves."""
@@ -52,10 +72,11 @@ class TransformersForm:
 
         Raises:
             OSError: the checkpoint cannot be found.
-            ValueError: transformers does not know its model type.
+            ValueError: transformers does not know its model type, or its config asks for code.
         """
         shared = self.tokenizer_options()
         config = AutoConfig.from_pretrained(self.source, **shared)
+        refuse_kernels(config, self.trust_remote_code)
         model, info = AutoModelForCausalLM.from_pretrained(self.source, config=config, **shared, **options)
         return model, info
 

@@ -12,19 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.config.schema import ModelConfig
-from toolkit.errors import ModelError
+from toolkit.errors import FrostlineError, ModelError
+from toolkit.files import is_directory
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.bundled import bundled_directory, cache_root
+from toolkit.models.directory import check_directory
 from toolkit.models.exaone import ExaoneForm, is_exaone
 from toolkit.models.form import Form, TransformersForm
 from toolkit.models.inspect import inspect
 from toolkit.models.mapped import OnDisk
 from toolkit.models.offload import device_map, quiet_accelerate, take_files
+from toolkit.out_of_memory import is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     source = resolve_source(config.name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **_form(source, config).tokenizer_options())
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # as for the weights
+        if isinstance(error, FrostlineError) or is_out_of_memory(error):
+            raise
         raise ModelError(f"model.name_or_path {source!r}: no usable tokenizer. {_first_lines(error)}") from None
     if tokenizer.eos_token is None:
         raise ModelError(
@@ -113,20 +117,13 @@ def resolve_source(name: str, needs_weights: bool = True) -> str:
         needs_weights: false accepts a directory that holds a config.json alone.
 
     Raises:
-        ModelError: neither a directory, nor shaped like a Hub id, nor a bundled model; or a directory that lacks a
-            config.json or safetensors weights.
+        ModelError: neither a directory, nor shaped like a Hub id, nor a bundled model; or a directory that cannot, or
+            must not, be loaded (see ``toolkit.models.directory``).
     """
     if name.startswith("bundled:"):
         return str(bundled_directory(name))
-    directory = Path(name)
-    if name and directory.is_dir():
-        if not (directory / "config.json").is_file():
-            raise ModelError(f"model directory {name} has no config.json; expected a model saved with save_pretrained")
-        if needs_weights and not any(directory.glob("*.safetensors")):
-            raise ModelError(
-                f"model directory {name} has no *.safetensors; pickled weights are not loaded. "
-                "Convert them: load once with transformers and call save_pretrained"
-            )
+    if name and is_directory(name):
+        check_directory(Path(name), needs_weights)
         return name
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name):
         raise ModelError(
@@ -196,7 +193,9 @@ def _load_weights(source: str, config: ModelConfig, more: dict[str, Any]) -> tup
     try:
         form = _form(source, config)
         model, info = form.read(options)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except Exception as error:  # a damaged config or checkpoint makes transformers raise anything
+        if isinstance(error, FrostlineError) or is_out_of_memory(error):
+            raise
         raise ModelError(f"model.name_or_path {source!r} cannot be loaded. {_first_lines(error)}") from None
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
@@ -208,4 +207,6 @@ def _load_weights(source: str, config: ModelConfig, more: dict[str, Any]) -> tup
 
 def _first_lines(error: BaseException) -> str:
     text = " ".join(str(error).split())
+    if not isinstance(error, (OSError, ValueError)):
+        text = f"{type(error).__name__}: {text}"
     return text if len(text) <= 400 else f"{text[:400]}…"

@@ -86,6 +86,21 @@ def judge(planner: Planner, variant: Variant, budget: int) -> Verdict:
     return Verdict(budget, needed, tuple(turns))
 
 
+def first_knob(planner: Planner, variant: Variant, in_update: bool) -> str | None:
+    """What to turn first where memory ran out in the update, or else outside it; none if nothing is left to turn.
+
+    The first knob of ``judge``'s order that lowers the planned peak, or, where the plan sees no gain, the first one.
+    """
+    needed = planner.memory(variant).peak
+    first = None
+    for knob in _knobs(planner, variant, in_update):
+        for text, turned in knob(variant, planner):
+            first = first or text
+            if planner.memory(turned).peak < 0.99 * needed:
+                return text
+    return first
+
+
 def _checkpointing(variant: Variant, planner: Planner) -> Knob:
     if not variant.recompute:
         yield "train.gradient_checkpointing: on", replace(variant, recompute=True)
@@ -158,9 +173,12 @@ def _blocks(variant: Variant, planner: Planner) -> Knob:
             return
 
 
-def _knobs(planner: Planner, variant: Variant) -> list[Callable[[Variant, Planner], Knob]]:
+def _knobs(
+    planner: Planner, variant: Variant, in_update: bool | None = None
+) -> list[Callable[[Variant, Planner], Knob]]:
     """The knobs that can help: where the update is the peak, none that only makes a micro batch smaller."""
-    in_update = planner.memory(variant).moment == "update"
+    if in_update is None:
+        in_update = planner.memory(variant).moment == "update"
     smaller = [] if in_update else [_checkpointing, _micro_batch]
     prefix = [_precision, _placement]
     return [*smaller, *prefix, *([] if in_update else [_length]), _ranks, _blocks]

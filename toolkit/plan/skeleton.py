@@ -11,12 +11,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from toolkit.config.schema import ModelConfig
-from toolkit.errors import ModelError, PlanError
+from toolkit.errors import FrostlineError, ModelError, PlanError
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.exaone import is_exaone, llama_name, read_exaone_config
+from toolkit.models.form import refuse_kernels
 from toolkit.models.inspect import inspect
 from toolkit.models.load import LoadedModel, resolve_source
 from toolkit.models.mapped import read_header
+from toolkit.out_of_memory import is_out_of_memory
 
 LOOKED_AT_CONTENT = (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError)
 """What a model raises on tensors without content, or cut where it cannot be."""
@@ -58,11 +60,19 @@ def skeleton(config: ModelConfig) -> Skeleton:
     except (OSError, ValueError, KeyError, ImportError) as error:
         text = " ".join(str(error).split())[:400]
         raise ModelError(f"model.name_or_path {source!r} cannot be planned from its config. {text}") from None
-    except LOOKED_AT_CONTENT as error:
+    except Exception as error:  # a class built in a way it was not made for raises anything
+        if isinstance(error, FrostlineError) or is_out_of_memory(error):
+            raise
         raise _cannot_build(source, error) from None
     model.config.use_cache = False
     anatomy = inspect(model)
-    return Skeleton(model, anatomy, _check_headers(Path(source), anatomy, exaone))
+    try:
+        note = _check_headers(Path(source), anatomy, exaone)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(
+            f"the weights in {source} cannot be read ({type(error).__name__}: {error}); restore them"
+        ) from None
+    return Skeleton(model, anatomy, note)
 
 
 def skeleton_of(loaded: LoadedModel) -> Skeleton:
@@ -108,7 +118,12 @@ def _build(source: str, config: ModelConfig, exaone: bool) -> PreTrainedModel:
     if exaone:
         return LlamaForCausalLM._from_config(read_exaone_config(source, config.revision), **options)
     shared = {"trust_remote_code": config.trust_remote_code}
-    hf_config = AutoConfig.from_pretrained(source, revision=config.revision, **shared)
+    try:
+        hf_config = AutoConfig.from_pretrained(source, revision=config.revision, **shared)
+    except Exception as error:  # transformers checks some values and stumbles over others
+        text = " ".join(str(error).split())[:400]
+        raise ModelError(f"the config.json of {source} cannot be used ({type(error).__name__}: {text})") from None
+    refuse_kernels(hf_config, config.trust_remote_code)
     return AutoModelForCausalLM.from_config(hf_config, **options, **shared)
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from toolkit.data.batches import Batch, collate, lay_out, rows_of
 from toolkit.data.examples import Example
 from toolkit.distributed import World
+from toolkit.out_of_memory import during
 from toolkit.prefix.namespace import sample_key
 from toolkit.prefix.split import Prefix
 from toolkit.prefix.store import ActivationStore
@@ -139,8 +140,10 @@ class CachedPrefix:
         if self._prefix is None:
             log.warning("the activation cache lacks samples that it held; loading the prefix again to compute them")
             self._prefix = self._load()
-        batch = collate(examples, pad_id=0).to(self._world.device)
-        return rows_of(self._prefix(batch), batch)
+        batch = collate(examples, pad_id=0)
+        with during("the first pass, which fills the activation cache", batch.shape):
+            batch = batch.to(self._world.device)
+            return rows_of(self._prefix(batch), batch)
 
 
 def read_ahead(source: Callable[[], HiddenStates | None], steps: Iterable[list[Batch]]) -> Iterator[list[Batch]]:

@@ -144,7 +144,7 @@ def read_header(path: Path, namespace: Namespace) -> Shard:
         if (form, owner) != (FORMAT, namespace.sha256):
             raise ForeignShardError("it belongs to another namespace")
         return _index(Shard(path, found), described, checksums, 8 + length, namespace)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ShardError(f"its header is not one of {FORMAT}: {error!r}") from None
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from toolkit.config.flags import positive
 from toolkit.errors import ConfigError
+from toolkit.redact import find_secret
 
 _WARNING_SLACK = 60
 """SLURM may send the signal before the limit this many seconds early (man sbatch, ``--signal``)."""
@@ -173,6 +174,12 @@ def _path_faults(given: argparse.Namespace) -> Iterator[str]:
 
 
 def _option_faults(given: argparse.Namespace) -> Iterator[str]:
+    spoken = {"--sbatch": given.sbatch, "--container": given.container or "", "--account": given.account or ""}
+    for flag in find_secret(spoken):
+        yield (
+            f"{flag} holds a password or token, which the job's script would show; set it in the environment "
+            "instead, which the job inherits"
+        )
     for option in given.sbatch:
         name = option.split("=")[0].split()[0] if option.strip() else option
         if not name.startswith("--"):

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from toolkit.errors import ConfigError
+from toolkit.redact import find_secret
 from toolkit.slurm.request import Request
 
 SCRIPT = "job.sh"
@@ -58,6 +60,9 @@ def render(job: Job) -> str:
 
     One srun task is one rank. ``--signal`` without ``B:`` reaches every rank, which is what the training listens
     to; exit code 75 says that they committed a checkpoint, and the job goes back into the queue under its number.
+
+    Raises:
+        ConfigError: a variable that the script carries over holds a secret.
     """
     blocks = [
         "\n".join(["#!/bin/bash", _title(job), *_directives(job)]),
@@ -116,6 +121,10 @@ def _environment(job: Job) -> Iterator[str]:
         yield f"export OMP_NUM_THREADS={request.cpus_per_task}"
     for name in sorted(job.environ):
         if name.startswith(_CARRIED_PREFIXES) or name in _CARRIED:
+            if find_secret(job.environ[name], job.environ):
+                raise ConfigError(
+                    [f"{name} holds a password or token, and the script would show it; unset it"], "environment"
+                )
             yield f"export {name}={shlex.quote(job.environ[name])}"
 
 

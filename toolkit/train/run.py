@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -16,10 +17,16 @@ from toolkit.consistency import facts, require_same
 from toolkit.data.batches import epoch_order, step_batches
 from toolkit.data.prefetch import Prefetcher, on_device
 from toolkit.distributed import World
+from toolkit.errors import OutOfMemoryError
 from toolkit.evaluate import evaluate
+from toolkit.files import writing
 from toolkit.monitor import Monitor, StepMetrics, peak_memory_gib
+from toolkit.out_of_memory import during
 from toolkit.prefix.cached import CachedPrefix, read_ahead
+from toolkit.preflight import check_output
 from toolkit.rundir import RunDirectory, claim, write_config
+from toolkit.train.advice import advise
+from toolkit.train.guard import StepGuard
 from toolkit.train.phases import advance, resume, state_of
 from toolkit.train.setup import Setup, save_plan, save_set_up, set_up
 from toolkit.train.step import StepResult, seed_step, train_step
@@ -51,12 +58,19 @@ def run(invocation: Invocation) -> int:
 
 def train(invocation: Invocation, world: World) -> int:
     """As ``run``, in a process group that is up and stays up."""
-    setup = set_up(invocation, world)
-    with claim(invocation.config, invocation.recipe, world) as directory:
-        if not directory.finished:
-            return _train(setup, directory)
-        log.info("%s: this run is finished, nothing to train", directory.path)
-        return 0
+    setup = None
+    try:
+        with during("the run"):
+            check_output(invocation.config, invocation.recipe, world)
+            with during("the set-up"):
+                setup = set_up(invocation, world)
+            with claim(invocation.config, invocation.recipe, world) as directory:
+                if not directory.finished:
+                    return _train(setup, directory)
+                log.info("%s: this run is finished, nothing to train", directory.path)
+                return 0
+    except OutOfMemoryError as error:
+        raise advise(error, setup, invocation.config) from None
 
 
 def _announce(invocation: Invocation) -> None:
@@ -69,11 +83,13 @@ def _train(setup: Setup, directory: RunDirectory) -> int:
     world, run_dir = setup.world, directory.path
     done = 0
     if directory.checkpoint:
-        done = resume(setup, directory.checkpoint)
+        with during("reading the checkpoint"):
+            done = resume(setup, directory.checkpoint)
         log.info("continuing %s after step %d of %d", run_dir, done, setup.total_steps)
     if world.is_main:
-        write_config(run_dir, setup.config)
-        save_set_up(setup, run_dir)
+        with writing(run_dir):
+            write_config(run_dir, setup.config)
+            save_set_up(setup, run_dir)
     log.info("writing to %s (watch: tensorboard --logdir %s)", run_dir, run_dir.parent)
     stopped = _StopSignal()
     with Monitor(run_dir, world.is_main, setup.total_steps, done) as monitor, stopped, Prefetcher() as ahead:
@@ -109,6 +125,7 @@ def _loop(
 ) -> int | None:
     """Train from step ``done`` to the end; the step it stopped after, if a signal asked for that."""
     per_epoch = setup.plan.steps_per_epoch
+    guard = StepGuard(run_dir, setup.config.train.max_skipped_steps, setup.world)
     step = done
     for epoch in range(done // per_epoch, setup.config.train.epochs):
         order = epoch_order(setup.plan.rows, setup.config.train.seed, epoch)
@@ -122,6 +139,7 @@ def _loop(
             result = train_step(micro_batches, setup.prefix, setup.engine, setup.world)
             step += 1
             monitor.step(_metrics(setup, result, step))
+            guard.look(step, result, micro_batches)
             at_end = step == setup.total_steps
             epoch_ends = step % per_epoch == 0 or at_end
             if epoch_ends:
@@ -130,7 +148,7 @@ def _loop(
                 _validate(setup, monitor, step)
             stopping = stop_asked(setup.world) and not at_end
             if epoch_ends or stopping or _due(step, setup.config.output.save_every_steps):
-                _commit(setup, run_dir, step)
+                _commit(setup, run_dir, step, guard)
             if stopping:
                 return step
             if at_end:
@@ -140,9 +158,13 @@ def _loop(
 
 def _change_phase(setup: Setup, run_dir: Path, monitor: Monitor, step: int) -> None:
     """Go on to the next phase of the mask's schedule, and show it."""
-    advance(setup, step)
+    with during("the change of phase"):
+        advance(setup, step)
     if setup.world.is_main:
-        save_plan(setup, run_dir)
+        try:
+            save_plan(setup, run_dir)
+        except OSError as error:  # it is for people only
+            log.warning("%s/plan.json cannot be written (%s); training goes on", run_dir, error.strerror)
     monitor.texts(step, mask=setup.audit)
     monitor.say(f"step {step + 1}: phase {setup.active.phase.index + 1} of {len(setup.schedule.phases)}, "
                 f"{setup.mask.parameters:,} parameters train")  # fmt: skip
@@ -159,6 +181,7 @@ def _metrics(setup: Setup, result: StepResult, step: int) -> StepMetrics:
         tokens=result.tokens,
         seconds=result.seconds,
         tokens_per_second=result.tokens / result.seconds,
+        skipped=result.skipped,
         trained_parameters=setup.mask.parameters,
         peak_memory_gib=setup.world.max(peak_memory_gib(setup.world.device)),
     )
@@ -171,28 +194,37 @@ def _due(step: int, every: int | None) -> bool:
 def _validate(setup: Setup, monitor: Monitor, step: int) -> None:
     if not setup.dataset.validation:
         return
-    setup.engine.train(False)
-    if setup.prefix:
-        setup.prefix.eval()
-    outcome = evaluate(
-        setup.engine.forward,
-        setup.prefix,
-        setup.dataset.validation,
-        setup.plan.micro_batch_size,
-        setup.pad_id,
-        setup.world,
-        setup.packed,
-    )
-    setup.engine.train(True)
-    if setup.prefix:
-        setup.prefix.train()
+    with _without_dropout(setup):
+        outcome = evaluate(
+            setup.engine.forward,
+            setup.prefix,
+            setup.dataset.validation,
+            setup.plan.micro_batch_size,
+            setup.pad_id,
+            setup.world,
+            setup.packed,
+        )
     monitor.evaluation(step, step / setup.plan.steps_per_epoch, outcome.loss, outcome.perplexity)
 
 
-def _commit(setup: Setup, run_dir: Path, step: int) -> None:
+@contextmanager
+def _without_dropout(setup: Setup) -> Iterator[None]:
+    setup.engine.train(False)
+    if setup.prefix:
+        setup.prefix.eval()
+    yield
+    setup.engine.train(True)
+    if setup.prefix:
+        setup.prefix.train()
+
+
+def _commit(setup: Setup, run_dir: Path, step: int, guard: StepGuard) -> None:
+    with _without_dropout(setup):
+        guard.require_sound(step, setup.engine.forward, setup.prefix)
     trained = setup.active.phase.trained
     state, keep = state_of(setup, step), setup.config.output.keep
-    commit(run_dir, state, setup.engine, setup.resting, trained, setup.base, setup.world, keep)
+    with during("the checkpoint"):
+        commit(run_dir, state, setup.engine, setup.resting, trained, setup.base, setup.world, keep)
 
 
 class _StopSignal:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from toolkit.engine.base import Engine
 from toolkit.engine.ds_config import read_ds_config, refuse_what_cannot_move, resolve_ds_config
 from toolkit.engine.local import LocalEngine
 from toolkit.errors import DataError, ModelError, PlanError
+from toolkit.files import replace_text
 from toolkit.mask.apply import apply_mask, trainable_parameters
 from toolkit.mask.audit import audit_markdown, audit_table
 from toolkit.mask.layer_mask import LayerMask
@@ -37,6 +39,7 @@ from toolkit.prefix.cached import CachedPrefix, HiddenStates
 from toolkit.prefix.packing import Packing, choose_packing
 from toolkit.prefix.recompute import free_bytes, recompute_blocks, should_recompute
 from toolkit.prefix.split import Prefix, Suffix
+from toolkit.preflight import check_config
 from toolkit.train.cut import Job, cut, effective, load_for, refuse_with_schedule
 
 log = logging.getLogger("frostline")
@@ -133,6 +136,8 @@ def set_up(invocation: Invocation, world: World) -> Setup:
     config = invocation.config
     ds = read_ds_config(invocation.deepspeed) if invocation.deepspeed else None
     with world.main_first():  # rank 0 fills the download and conversion caches
+        with suppress(PlanError):  # what the config alone does not tell is found once the model is loaded
+            check_config(invocation, world.size)
         tokenizer = load_tokenizer(config.model)
     dataset = load_dataset(config.data, tokenizer, config.train.seed)
     log.info("data: %s", dataset.summary())
@@ -194,7 +199,7 @@ def begin(setup: Setup, phase: Phase) -> None:
     del loaded  # what only a later phase would need is to be gone before the engine allocates
     if phase is phases[-1]:
         setup.loaded = None
-    engine = _build_engine(prefix, suffix, phase, setup.config, setup.total_steps, setup.world, setup.ds_config)
+    engine = _build_engine(setup, prefix, suffix, phase)
     setup.active = Active(phase, prefix, suffix, engine, audit)
     setup.reading = prefix
 
@@ -264,32 +269,24 @@ def _decide_recompute(setup: Setup, phase: Phase) -> tuple[bool, str, Plan | Non
     return on, why, plans.get(on)
 
 
-def _build_engine(
-    prefix: HiddenStates | None,
-    suffix: Suffix,
-    phase: Phase,
-    config: RunConfig,
-    total_steps: int,
-    world: World,
-    ds_config: dict[str, Any] | None,
-) -> Engine:
+def _build_engine(setup: Setup, prefix: HiddenStates | None, suffix: Suffix, phase: Phase) -> Engine:
+    config = setup.config
     parameters = trainable_parameters(suffix.model, phase.mask)
-    if ds_config is None:
-        return LocalEngine(suffix, parameters, phase.groups, config.train, config.optim, total_steps, world)
+    shared = (suffix, parameters, phase.groups, config.train, config.optim, setup.total_steps, setup.world)
+    if setup.ds_config is None:
+        return LocalEngine(*shared)
     from toolkit.engine.zero import ZeroEngine  # DeepSpeed is imported only by runs that use it
 
     below = prefix.skeleton.named_parameters() if isinstance(prefix, Prefix) else ()
     copies = {name: parameter for name, parameter in below if name in parameters}
-    return ZeroEngine(
-        suffix, parameters, phase.groups, config.train, config.optim, total_steps, world, copies, ds_config
-    )
+    return ZeroEngine(*shared, copies, setup.ds_config)
 
 
 def save_set_up(setup: Setup, run: Path) -> None:
     """Write what the run consists of into its directory."""
     setup.schedule.phases[-1].trained.save(run / "mask.json")
     if len(setup.schedule.phases) > 1:
-        (run / "schedule.json").write_text(json.dumps(setup.schedule.as_list(), indent=1), encoding="utf-8")
+        replace_text(run / "schedule.json", json.dumps(setup.schedule.as_list(), indent=1))
     save_plan(setup, run)
     setup.dataset.save_skipped(run / "skipped_rows.jsonl")
 
@@ -297,4 +294,4 @@ def save_set_up(setup: Setup, run: Path) -> None:
 def save_plan(setup: Setup, run: Path) -> None:
     """Write the plan of the run, if there is one."""
     if setup.cost is not None:
-        (run / "plan.json").write_text(json.dumps(as_dict(setup.cost), indent=1), encoding="utf-8")
+        replace_text(run / "plan.json", json.dumps(as_dict(setup.cost), indent=1))

@@ -1,0 +1,112 @@
+"""The disk refuses: training goes on where it can, ends with one clear error where it cannot, and loses no state."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults import largest_file
+from helpers import metrics, tiny_flags, train
+
+from toolkit.board import Board
+from toolkit.errors import CheckpointError, DiskError
+from toolkit.files import LineFile, replace_text, writing
+
+
+def full(*_: Any, **__: Any) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_lines_wait_for_room_and_are_whole_or_absent(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = LineFile(path)
+    file.write("first")
+    with largest_file(10):
+        file.write("second, which is cut in the middle")
+        assert path.read_text() == "first\n"
+        file.write("third")
+        assert file.lines() == ["first", "second, which is cut in the middle", "third"]
+    file.write("fourth")
+    assert path.read_text().splitlines() == ["first", "second, which is cut in the middle", "third", "fourth"]
+
+
+def test_lines_that_never_found_room_are_owned_up_to(tmp_path: Path, said: list[str]) -> None:
+    file = LineFile(tmp_path / "metrics.jsonl")
+    with largest_file(0):
+        file.write("lost")
+        file.close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+    assert [line for line in said if "lacks its last 1 lines" in line]
+
+
+def test_a_file_that_is_replaced_keeps_its_content_when_the_disk_is_full(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    replace_text(path, "old")
+    refused = pytest.raises(DiskError, match=r"cannot be written \(File too large\); \d+ MiB free there")
+    with largest_file(2), refused, writing(tmp_path):
+        replace_text(path, "longer than two bytes")
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_a_run_outlives_full_metrics_and_curves_and_catches_up(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tmp_path / "whole"
+    flags = ("--train.max_steps", 8)
+    assert train(*tiny_flags(tiny_model, whole, *flags)) == 0
+    append = LineFile._append
+    tries = iter(range(100))
+    monkeypatch.setattr(LineFile, "_append", lambda *a: full() if 2 <= next(tries) < 6 else append(*a))
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
+    run = tmp_path / "run"
+    assert train(*tiny_flags(tiny_model, run, *flags)) == 0
+    assert metrics(run) == metrics(whole)
+    assert (run / "checkpoints" / "latest").read_text() == "step-00000008"
+
+
+def test_curves_end_with_one_word_when_the_disk_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    calls = []
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", lambda *a: calls.append(a) or full())
+    board = Board(tmp_path, 1)
+    for step in range(3):
+        board.scalar("loss", 1.0, step)
+    board.close()
+    assert len(calls) == 1
+    assert len([line for line in said if "training goes on without it" in line]) == 1
+    monkeypatch.setattr("toolkit.board.SummaryWriter", full)
+    Board(tmp_path, 1).scalar("loss", 1.0, 1)
+
+
+def test_a_run_that_cannot_write_its_files_says_so_before_it_trains(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("toolkit.train.run.write_config", full)
+    with pytest.raises(DiskError, match=r"cannot be written \(No space left on device\); \d+ MiB free.*make room"):
+        train(*tiny_flags(tiny_model, tmp_path / "run"))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_run_directory_that_cannot_be_written_is_found_before_the_model_loads(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("toolkit.train.run.set_up", lambda *_: pytest.fail("it set up"))
+    monkeypatch.setattr("toolkit.preflight.tempfile.TemporaryFile", full)
+    with pytest.raises(CheckpointError, match=r"cannot be written \(No space left on device in .*--output.dir"):
+        train(*tiny_flags(tiny_model, tmp_path / "run"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_mask_is_checked_before_the_model_loads(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("toolkit.train.setup.load_for", lambda *_: pytest.fail("it loaded"))
+    phase = '{"train": "last:9", "until_step": 2}'
+    for flags in (["--mask.train", "last:99"], ["--mask.schedule", phase], ["--mask.tied", "error"]):
+        with pytest.raises(Exception, match=r"last:99|last:9|share one tensor"):
+            train(*tiny_flags(tiny_model, tmp_path / "run", *flags))

@@ -1,0 +1,99 @@
+"""Runs on every rank under a launcher: steps with a NaN planted on one rank, under several ZeRO stages. Not a test.
+
+Arguments: OUTPUT.json, then the flags of launch/train.py. Of each step the output has what it did, and whether weights,
+masters, moments and step counts are what they were before it, over all ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from faults import plant  # noqa: E402
+
+from toolkit import cli, distributed  # noqa: E402
+from toolkit.config import flags  # noqa: E402
+from toolkit.data.batches import epoch_order, step_batches  # noqa: E402
+from toolkit.distributed import World  # noqa: E402
+from toolkit.train import guard  # noqa: E402
+from toolkit.train.guard import StepGuard  # noqa: E402
+from toolkit.train.setup import Setup, set_up  # noqa: E402
+from toolkit.train.step import train_step  # noqa: E402
+
+RUNS = {"zero0": "float32", "zero1": "float32", "zero2": "bfloat16", "zero3": "float32"}
+"""Each combination is another class, or another branch, of DeepSpeed's."""
+FAULTS = {2: ("loss", 1), 3: ("gradient", 0)}
+"""Step, counted from 0: what is not finite, and on which rank."""
+STEPS = 6
+
+
+def snapshot(setup: Setup) -> list[torch.Tensor]:
+    """What a skipped step must leave alone on this rank: weights and the optimizer's state, step counts included."""
+    zero: Any = setup.engine
+    state = getattr(zero._engine.optimizer, "optimizer", zero._engine.optimizer).state
+    held = [p.ds_tensor if hasattr(p, "ds_tensor") else p for p in setup.suffix.parameters()]
+    for flat in state:
+        held += [flat, *(value for value in state[flat].values() if isinstance(value, torch.Tensor))]
+    return [tensor.detach().clone() for tensor in held]
+
+
+def unchanged(before: list[torch.Tensor], after: list[torch.Tensor], world: World) -> bool:
+    same = len(before) == len(after) and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    return world.max(float(not same)) == 0
+
+
+def steps(setup: Setup, world: World) -> list[dict[str, Any]]:
+    order = epoch_order(setup.plan.rows, setup.config.train.seed, 0)
+    watch = StepGuard(Path("nowhere"), 3, world)
+    done = []
+    batches_by_step = step_batches(setup.dataset.train, order, setup.plan, setup.pad_id)
+    for step, batches in zip(range(STEPS), batches_by_step, strict=False):
+        before = snapshot(setup)
+        kind, rank = FAULTS.get(step, (None, None))
+        with plant(setup.engine, kind if rank == world.rank else None):
+            outcome = train_step(batches, setup.prefix, setup.engine, world)
+        watch.look(step + 1, outcome, batches)
+        done.append(
+            {
+                "loss": None if outcome.skipped else outcome.loss,
+                "learning_rate": outcome.learning_rate,
+                "unchanged": unchanged(before, snapshot(setup), world),
+                "rows": [[e.origin for b in rank for e in b] for rank in world.gather([b.examples for b in batches])],
+            }
+        )
+    return done
+
+
+def main() -> None:
+    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    output, *rest = words
+    world = distributed.start(engine_needs_group=True)
+    result: dict[str, Any] = {}
+    messages: list[str] = []
+    guard.log.warning = lambda text, *values: messages.append(text % values)  # type: ignore[method-assign]
+    for name, dtype in RUNS.items():
+        ds = ROOT / "ds_configs" / f"{name.split('-')[0]}.json"
+        if name == "zero0":
+            ds = Path(f"{output}.ds")
+            ds.write_text('{"zero_optimization": {"stage": 0}, "bf16": {"enabled": "auto"}}')
+        invocation = flags.parse(
+            flags.parser(""), ROOT / "recipes" / "quickstart.yaml", [*rest, "--model.dtype", dtype, "--ds", str(ds)]
+        )
+        messages.clear()
+        setup = set_up(invocation, world)
+        result[name] = {"steps": steps(setup, world), "said": list(messages)}
+    if world.is_main:
+        Path(output).write_text(json.dumps(result), encoding="utf-8")
+    distributed.stop()
+    cli.leave(0)
+
+
+if __name__ == "__main__":
+    main()

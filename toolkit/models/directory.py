@@ -1,0 +1,79 @@
+"""What a model directory may hold: safetensors of its own, and nothing that runs code or points elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from toolkit.errors import ModelError
+
+_INDEX = "model.safetensors.index.json"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def check_directory(directory: Path, needs_weights: bool) -> None:
+    """Refuse a model directory that cannot, or must not, be loaded; no weight is read.
+
+    Args:
+        directory: exists.
+        needs_weights: false accepts a config.json alone.
+
+    Raises:
+        ModelError: no readable config.json; an adapter; weights that are pickled or missing; or an index that names
+            files elsewhere.
+    """
+    faults = list(_faults(directory, needs_weights))
+    if faults:
+        raise ModelError(f"model directory {directory} {'; it '.join(faults)}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model directory.
+
+    Raises:
+        ModelError: unreadable, not JSON in UTF-8, or no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read as JSON ({str(error)[:200]}); restore it") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds a {type(content).__name__}; expected an object")
+    return content
+
+
+def _faults(directory: Path, needs_weights: bool) -> Iterator[str]:
+    if not (directory / "config.json").is_file():
+        yield "has no config.json; expected a model saved with save_pretrained"
+        return
+    read_json(directory / "config.json")
+    if (directory / "adapter_config.json").is_file():  # transformers would load the base that it names in its place
+        yield (
+            "holds an adapter (adapter_config.json), which stands for another model; merge it into that model first, "
+            "or remove the file"
+        )
+    if not needs_weights:
+        return
+    if not any(directory.glob("*.safetensors")):
+        pickled = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLED)
+        found = f" but {pickled[0]}" if pickled else ""
+        yield (
+            f"has no *.safetensors{found}; pickled weights are not loaded. "
+            "Convert them: load once with transformers and call save_pretrained"
+        )
+    if (directory / _INDEX).is_file() and (wrong := _outside(read_json(directory / _INDEX))):
+        yield f"has an index ({_INDEX}) that names {wrong[0]!r}; expected names of safetensors files beside it"
+
+
+def _outside(index: dict[str, Any]) -> list[object]:
+    """Files of an index that are not plain names of safetensors files."""
+    files = index.get("weight_map")
+    if not isinstance(files, dict):
+        return ["no weight_map"]
+    return [
+        name
+        for name in dict.fromkeys(map(str, files.values()))
+        if not name.endswith(".safetensors") or Path(name).name != name or "\\" in name
+    ]
