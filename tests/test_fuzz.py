@@ -1,4 +1,4 @@
-"""A slice of ``python tests/fuzz.py``: whatever the input, exit code 0 or 2, no traceback, nothing written elsewhere."""
+"""A slice of ``python tests/fuzz.py``: whatever the input, exit code 0 or 2, no traceback, nothing else written."""
 
 from __future__ import annotations
 
