@@ -9,7 +9,7 @@ import pytest
 from helpers import ROOT
 
 LAYERS = [
-    {"errors", "files"},
+    {"errors", "files", "lock"},
     {"config", "distributed"},
     {"consistency", "slurm"},
     {"models"},

@@ -67,6 +67,14 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value (any picklable object) by rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        every: list[Any] = [None] * self.size
+        dist.all_gather_object(every, value)
+        return every
+
     def spread(self, tensor: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
         """Rank 0's tensor in float32 on the device of every rank.
 

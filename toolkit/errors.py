@@ -14,6 +14,10 @@ class FrostlineError(Exception):
     exit_code = 1
 
 
+class DiskError(FrostlineError):
+    """A file of the run cannot be written: the disk is full, over quota or gone."""
+
+
 class UsageError(FrostlineError):
     """The user's input is at fault: a recipe, a flag, a mask, a model name or data; exit code 2."""
 
