@@ -41,7 +41,9 @@ def main() -> int:
         runs = []
         for invocation in invocations:
             preflight(invocation, request.ranks)
-            claimed = claim(invocation.config, invocation.recipe, World(), submit.held_by, create=not given.dry_run)
+            claimed = claim(
+                invocation.config, invocation.recipe, World(), submit.held_by, not given.dry_run, request.ranks
+            )
             runs.append(claims.enter_context(claimed))
         if finished := [str(run.path) for run in runs if run.finished]:
             raise CheckpointError(

@@ -22,7 +22,9 @@ from toolkit.config import flags  # noqa: E402
 
 def main() -> int:
     """Parse the command line, then train."""
-    invocation = flags.parse(flags.parser(__doc__ or ""), ROOT / "recipes" / "quickstart.yaml")
+    parser = flags.parser(__doc__ or "")
+    flags.add_resume_override(parser)
+    invocation = flags.parse(parser, ROOT / "recipes" / "quickstart.yaml")
     from toolkit.train.run import run  # imports torch, which --help and a faulty recipe need not wait for
 
     return run(invocation)

@@ -132,7 +132,7 @@ shard_header = {
     "0" * 64: {"dtype": "BF16", "shape": [1, 8], "data_offsets": [0, 16]},
 }
 checkpoint_files = st.sampled_from(
-    ["state.json", "mask.json", "base.json", "latest", "config.yaml", "trained.safetensors"]
+    ["state.json", "mask.json", "base.json", "MANIFEST.json", "latest", "config.yaml", "rank-00000-of-00001.json"]
 )
 
 

@@ -118,6 +118,23 @@ def train(*flags: str) -> int:
     return run(invocation(*flags))
 
 
+def masters_of(checkpoint: Path) -> dict[str, Any]:
+    """The trained tensors of a checkpoint, float32."""
+    from toolkit.checkpoint.restore import Checkpoint
+
+    return Checkpoint(checkpoint).delta().tensors
+
+
+def reseal(checkpoint: Path) -> None:
+    """Write a manifest that agrees with the files as they are: a forgery."""
+    from toolkit.checkpoint.disk import hash_files
+    from toolkit.checkpoint.manifest import NAME, write_manifest
+
+    names = [str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()]
+    entries = hash_files(checkpoint, [name for name in names if name != NAME])
+    write_manifest(checkpoint, int(checkpoint.name.removeprefix("step-")), entries)
+
+
 def metrics(run: Path, key: str = "loss") -> list[float]:
     """One column of ``metrics.jsonl``, rows without it left out."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

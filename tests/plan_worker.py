@@ -10,15 +10,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from toolkit import cli, distributed  # noqa: E402
+from toolkit.checkpoint.saver import Saver  # noqa: E402
 from toolkit.config import flags  # noqa: E402
 from toolkit.data.batches import epoch_order, step_batches  # noqa: E402
 from toolkit.plan.report import as_dict  # noqa: E402
+from toolkit.train.phases import content_of  # noqa: E402
+from toolkit.train.progress import Progress  # noqa: E402
 from toolkit.train.setup import Setup, set_up  # noqa: E402
 from toolkit.train.step import train_step  # noqa: E402
 
@@ -59,18 +60,13 @@ def one_step(setup: Setup, folder: Path) -> dict[str, Any]:
     order = epoch_order(setup.plan.rows, 0, 0)
     batches = next(iter(step_batches(setup.dataset.train, order, setup.plan, setup.pad_id)))
     train_step(batches, setup.prefix, setup.engine, setup.world)
-    if setup.world.is_main:
-        folder.mkdir()
-    setup.world.barrier()
-    setup.engine.save(folder)
-    setup.world.barrier()
+    Saver(folder, setup.world, keep=1).save(content_of(setup, Progress(setup.plan.rows)))
     assert setup.cost is not None
-    delta = 4 * sum(torch.Size(tensor.shape).numel() for tensor in setup.mask.trainable)
     return {
         "plan": as_dict(setup.cost),
         "held": held(setup),
         "gradients": gradients[0],
-        "written": delta + sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        "written": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
     }
 
 

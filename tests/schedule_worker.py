@@ -47,10 +47,9 @@ class Watch:
 
         def release(engine: ZeroEngine) -> dict[str, torch.Tensor]:
             state = engine._engine.optimizer.optimizer.state
-            masters = [flat for flat, _ in engine._partitions()]
-            watch._seen = [weakref.ref(t) for m in masters for t in (m, *state[m].values())]
+            watch._seen = [weakref.ref(t) for master, kept in state.items() for t in (master, *kept.values())]
             watch.held.append(len(watch._seen))
-            del state, masters
+            del state
             return watch._methods[0](engine)
 
         def construct(engine: ZeroEngine, *args: Any) -> None:

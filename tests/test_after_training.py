@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ENGLISH, make_tiny_model, run_script, tiny_flags, train
+from helpers import ENGLISH, make_tiny_model, masters_of, run_script, tiny_flags, train
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from toolkit.data.tasks import Sample
-from toolkit.delta import load_delta, read_delta
+from toolkit.delta import read_delta
 from toolkit.errors import CheckpointError, DataError
 from toolkit.evaluate import evaluate_source
 from toolkit.export import export_delta, export_model
 from toolkit.generate import answers
-from toolkit.source import open_source
+from toolkit.source import load_delta, open_source
 
 IDS = torch.arange(3, 60)[None]
 
@@ -40,7 +40,7 @@ def trained_logits(run: Path, dtype: torch.dtype) -> torch.Tensor:
         model.to(dtype)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     parameters = dict(model.named_parameters())
-    tensors = load_file(run / "checkpoints" / "step-00000030" / "delta" / "trained.safetensors")
+    tensors = masters_of(run / "checkpoints" / "step-00000030")
     with torch.no_grad():
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
@@ -71,7 +71,7 @@ def test_the_export_holds_the_untied_head_tokenizer_template_and_card(trained: P
     config = json.loads((tmp_path / "export" / "config.json").read_text())
     assert config["tie_word_embeddings"] is False
     base = load_file(trained.parent / "base" / "model.safetensors")
-    names = set(read_delta(trained / "checkpoints" / "step-00000030" / "delta").mask.names)
+    names = set(masters_of(trained / "checkpoints" / "step-00000030"))
     assert all(torch.equal(tensors[name], base[name].bfloat16()) for name in set(tensors) - names)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "export")
     assert "<|assistant|>" in tokenizer.chat_template
@@ -94,7 +94,7 @@ def test_a_delta_loads_onto_the_base(trained: Path, tmp_path: Path) -> None:
     export_delta(trained, tmp_path / "delta")
     assert {path.name for path in (tmp_path / "delta").iterdir()} == {"trained.safetensors", "mask.json", "base.json"}
     with torch.no_grad():
-        logits = load_delta(tmp_path / "delta").model.eval()(IDS).logits
+        logits = load_delta(read_delta(tmp_path / "delta")).model.eval()(IDS).logits
     assert torch.equal(logits, trained_logits(trained, torch.bfloat16))
 
 
@@ -102,7 +102,7 @@ def test_a_delta_refuses_another_base(trained: Path, tmp_path: Path) -> None:
     export_delta(trained, tmp_path / "delta", "bfloat16")
     other = make_tiny_model(tmp_path / "other", tied=False)
     with pytest.raises(CheckpointError, match=r"trained on other weights than .*other holds now"):
-        load_delta(tmp_path / "delta", base=str(other))
+        load_delta(read_delta(tmp_path / "delta"), base=str(other))
 
 
 @pytest.mark.parametrize("damage", ["trained.safetensors", "mask.json", "base.json"])

@@ -10,7 +10,7 @@ from helpers import ROOT
 
 LAYERS = [
     {"errors"},
-    {"files", "out_of_memory", "redact"},
+    {"files", "lock", "out_of_memory", "redact"},
     {"config", "distributed"},
     {"consistency", "slurm"},
     {"models"},

@@ -95,9 +95,9 @@ def test_a_run_that_cannot_write_its_files_says_so_before_it_trains(
 def test_a_run_directory_that_cannot_be_written_is_found_before_the_model_loads(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("toolkit.train.run.set_up", lambda *_: pytest.fail("it set up"))
+    monkeypatch.setattr("toolkit.train.run.prepare", lambda *_: pytest.fail("it set up"))
     monkeypatch.setattr("toolkit.preflight.tempfile.TemporaryFile", full)
-    with pytest.raises(CheckpointError, match=r"cannot be written \(No space left on device in .*--output.dir"):
+    with pytest.raises(CheckpointError, match=r"cannot be written \(No space left on device\).*--output.dir"):
         train(*tiny_flags(tiny_model, tmp_path / "run"))
     assert list(tmp_path.iterdir()) == []
 

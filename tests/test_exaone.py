@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM
 
 from toolkit.config.schema import DataConfig, ModelConfig
 from toolkit.data.dataset import load_dataset
-from toolkit.delta import load_delta
+from toolkit.delta import read_delta
 from toolkit.errors import ModelError
 from toolkit.evaluate import evaluate_source
 from toolkit.export import export_delta, export_model
 from toolkit.models import exaone
 from toolkit.models.load import load, load_tokenizer
-from toolkit.source import open_source
+from toolkit.source import load_delta, open_source
 
 IDS = torch.randint(6, 500, (2, 120), generator=torch.Generator().manual_seed(0))
 
@@ -153,7 +153,7 @@ def test_training_and_the_export_speak_exaones_chat_format(base: Path, export: P
 
 def test_run_delta_and_export_are_the_same_model(run: Path, export: Path, tmp_path: Path) -> None:
     export_delta(run, tmp_path / "delta")
-    assert torch.equal(logits_of(load_delta(tmp_path / "delta")), logits_of(loaded_from(export)))
+    assert torch.equal(logits_of(load_delta(read_delta(tmp_path / "delta"))), logits_of(loaded_from(export)))
     evaluated = [
         evaluate_source(str(source), str(ENGLISH), "train", 1, None, None).loss for source in (run, tmp_path / "delta")
     ]

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import invocation, make_tokenizer, run_script, tiny_flags, train
+from helpers import invocation, make_tokenizer, reseal, run_script, tiny_flags, train
 from test_bad_input import run_main
 
 from toolkit.config.schema import ModelConfig
 from toolkit.data.examples import Encoder
 from toolkit.data.tasks import Sample
-from toolkit.delta import load_delta
 from toolkit.errors import ConfigError, DataError, ModelError
 from toolkit.models.load import load, load_tokenizer
 from toolkit.redact import find_secret, redact
+from toolkit.source import open_source
 
 SECRET = "hf_PlantedSecretThatNobodyMaySee"
 SAMPLE = Sample("question", ("context",), "answer")
@@ -99,13 +99,14 @@ def test_a_delta_cannot_choose_that_the_base_models_code_runs(tiny_model: Path, 
     run = tmp_path / "run"
     assert train(*tiny_flags(tiny_model, run, "--train.max_steps", 1)) == 0
     name = (run / "checkpoints" / "latest").read_text()
-    delta = run / "checkpoints" / name / "delta"
-    base = json.loads((delta / "base.json").read_text())
+    checkpoint = run / "checkpoints" / name
+    base = json.loads((checkpoint / "base.json").read_text())
     base["model"]["trust_remote_code"] = True
-    (delta / "base.json").write_text(json.dumps(base))
+    (checkpoint / "base.json").write_text(json.dumps(base))
+    reseal(checkpoint)
     with pytest.raises(ModelError, match="if you have read that code, pass --trust-remote-code"):
-        load_delta(delta)
-    assert load_delta(delta, trust_remote_code=True).model is not None
+        open_source(str(checkpoint))
+    assert open_source(str(checkpoint), trust_remote_code=True).delta is not None
 
 
 HOSTILE = {

@@ -8,11 +8,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import ENGLISH, metrics, run_script, tiny_flags
+from helpers import ENGLISH, masters_of, metrics, run_script, tiny_flags
 from matrix_worker import ACCUMULATIONS, ENGINES, PRECISIONS, RANKS, name_of
 
-from toolkit.checkpoint import latest_checkpoint
-from toolkit.delta import read_delta
+from toolkit.checkpoint.catalog import latest_checkpoint
 
 pytestmark = pytest.mark.distributed
 
@@ -45,7 +44,7 @@ def cells(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Cells:
         run = folder / name_of(engine, precision, accumulation, ranks)
         checkpoint = latest_checkpoint(run)
         assert checkpoint is not None
-        masters = read_delta(checkpoint / "delta").tensors
+        masters = masters_of(checkpoint)
         found[engine, precision, ranks, accumulation] = Cell(metrics(run), masters)
     return found
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ENGLISH, invocation, metrics, tiny_flags, train
+from helpers import ENGLISH, invocation, masters_of, metrics, reseal, tiny_flags, train
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
@@ -96,7 +96,7 @@ def plain(model_path: Path, dtype: str, phases: Phases) -> tuple[list[float], di
 
 
 def delta_of(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / f"step-{step:08d}" / "delta" / "trained.safetensors")
+    return masters_of(run / "checkpoints" / f"step-{step:08d}")
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +275,8 @@ def test_a_checkpoint_of_another_schedule_is_refused(tiny_model: Path, tmp_path:
     later = ((8, ["head"]), (22, ["last:2", "head"]), UNFREEZING[2])
     with pytest.raises(CheckpointError, match=r"mask\.schedule was .*'until_step': 20.* is now .*'until_step': 22"):
         train(*flags(tiny_model, run, later, *every))
-    recipe = run / "config.yaml"
-    recipe.write_text(recipe.read_text().replace("until_step: 20", "until_step: 22"))
+    state = run / "checkpoints" / "step-00000012" / "state.json"
+    state.write_text(state.read_text().replace('"until_step": 20', '"until_step": 22'))
+    reseal(state.parent)
     with pytest.raises(CheckpointError, match=r"it was trained under another mask\.schedule"):
-        train("--config", str(recipe))
+        train(*flags(tiny_model, run, later, *every))

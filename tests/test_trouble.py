@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 from faults import plant
-from helpers import ENGLISH, invocation, metrics, run_script, tiny_flags, train
-from safetensors.torch import load_file
+from helpers import ENGLISH, invocation, masters_of, metrics, run_script, tiny_flags, train
 
 from toolkit.data.batches import epoch_order, step_batches
 from toolkit.distributed import World
@@ -38,7 +37,7 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
 
 def masters(run: Path) -> dict[str, torch.Tensor]:
     name = (run / "checkpoints" / "latest").read_text()
-    return load_file(run / "checkpoints" / name / "delta" / "trained.safetensors")
+    return masters_of(run / "checkpoints" / name)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ENGLISH, ROOT, metrics, run_script, tiny_flags, train
-from safetensors.torch import load_file
+from helpers import ENGLISH, ROOT, masters_of, metrics, run_script, tiny_flags, train
 
 pytestmark = pytest.mark.distributed
 
@@ -44,7 +43,7 @@ def shared_memory() -> set[str]:
 
 def final_masters(run: Path) -> dict[str, torch.Tensor]:
     name = (run / "checkpoints" / "latest").read_text()
-    return load_file(run / "checkpoints" / name / "delta" / "trained.safetensors")
+    return masters_of(run / "checkpoints" / name)
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3])
@@ -170,12 +169,3 @@ def test_bad_usage_under_the_launcher_is_one_message_and_exit_code_2(tmp_path: P
     assert result.returncode == 2
     assert result.stderr.count("train.epochs is '0'") == 1
     assert "Traceback" not in result.stderr
-
-
-def test_another_number_of_ranks_cannot_continue_a_run(tiny_model: Path, tmp_path: Path) -> None:
-    flags = tiny_flags(tiny_model, tmp_path / "run", "--output.save_every_steps", 2, "--train.max_steps", 4)
-    assert train(*flags, "--output.keep", "9") == 0
-    (tmp_path / "run" / "checkpoints" / "latest").write_text("step-00000002")
-    result = run_script("launch/train.py", *flags, "--ds", ds_config(2))
-    assert result.returncode == 2
-    assert "was written by engine local on 1 ranks; this run is zero-2 on 1" in result.stderr

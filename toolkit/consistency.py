@@ -32,7 +32,7 @@ def facts(invocation: Invocation) -> dict[str, str]:
         "DeepSpeed file": "none" if ds is None else _content(ds),
         "frostline": f"{toolkit.__version__} (sources {_sources(Path(toolkit.__file__).parent)})",
         "Python": platform.python_version(),
-        **{name: _version(name) for name in _LIBRARIES},
+        **{name: version(name) for name in _LIBRARIES},
     }
 
 
@@ -84,7 +84,8 @@ def _sources(package: Path) -> str:
     return sha.hexdigest()[:12]
 
 
-def _version(name: str) -> str:
+def version(name: str) -> str:
+    """Of an installed library, or ``not installed``."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from toolkit.checkpoint import read_state
+from toolkit.checkpoint.catalog import find_checkpoint
+from toolkit.checkpoint.state import read_state
 from toolkit.data.batches import BatchPlan, collate, step_batches
 from toolkit.data.dataset import Dataset, load_dataset
 from toolkit.data.examples import Example
@@ -24,7 +25,7 @@ from toolkit.out_of_memory import during
 from toolkit.prefix.cached import HiddenStates
 from toolkit.prefix.packing import choose_packing
 from toolkit.prefix.split import Suffix
-from toolkit.source import find_checkpoint, open_source
+from toolkit.source import open_source
 
 log = logging.getLogger("frostline")
 
@@ -118,7 +119,7 @@ def evaluate_source(
 
 def _require_same_rows(dataset: Dataset, run: Path, step: int | None) -> None:
     """Another split of changed rows could count rows that were trained on as held out."""
-    if read_state(find_checkpoint(run, step)).data != dataset.fingerprint:
+    if read_state(find_checkpoint(run, step)).fingerprints["data"] != dataset.fingerprint:
         raise DataError(
             f"the rows of {run} have changed since it was trained; name rows to evaluate on with --data.path"
         )

@@ -11,11 +11,11 @@ from typing import Literal
 import torch
 
 from toolkit.config.load import dump
-from toolkit.delta import Delta, read_delta, save_delta
+from toolkit.delta import Delta, save_delta
 from toolkit.errors import CheckpointError
 from toolkit.mask.apply import trainable_parameters
 from toolkit.mask.audit import audit_markdown
-from toolkit.source import find_checkpoint, open_source
+from toolkit.source import open_source, read_trained
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 
@@ -47,7 +47,8 @@ def export_model(
     _require_run(run)
     _require_empty(target)
     opened = open_source(str(run), step, base, trust_remote_code)
-    model, delta = opened.loaded.model, read_delta(find_checkpoint(run, step) / "delta")
+    model, delta = opened.loaded.model, opened.delta
+    assert delta is not None  # the source is a run
     model.to(getattr(torch, dtype or opened.config.model.dtype))
     parameters = trainable_parameters(model, delta.mask)
     with torch.no_grad():
@@ -76,7 +77,7 @@ def export_delta(run: Path, target: Path, dtype: Dtype = "float32", step: int | 
     """
     _require_run(run)
     _require_empty(target)
-    delta = read_delta(find_checkpoint(run, step) / "delta")
+    delta = read_trained(run, step)
     tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in delta.tensors.items()}
     staging = target.with_name(f".{target.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)

@@ -7,16 +7,14 @@ import tempfile
 from pathlib import Path
 
 from toolkit.config.flags import Invocation
-from toolkit.config.schema import DataConfig, RunConfig
+from toolkit.config.schema import DataConfig
 from toolkit.data.dataset import load_dataset
 from toolkit.data.sources import is_hub_id
-from toolkit.distributed import World
 from toolkit.engine.ds_config import read_ds_config, resolve_ds_config
 from toolkit.errors import CheckpointError, PlanError
 from toolkit.mask.schedule import phase_masks
 from toolkit.models.load import load_tokenizer
 from toolkit.plan.skeleton import skeleton
-from toolkit.rundir import claim
 
 log = logging.getLogger("frostline")
 
@@ -65,27 +63,19 @@ def check_config(invocation: Invocation, ranks: int) -> None:
         resolve_ds_config(ds, config, ranks, bare.hidden_size, path)
 
 
-def check_output(config: RunConfig, recipe: Path, world: World) -> None:
-    """Refuse a run directory that could not be used, before anything costly; every rank calls it.
-
-    Nothing is created: a run that ends before it begins leaves no directory.
+def check_writable(run: Path) -> None:
+    """Refuse a run directory that nothing can be written to, before anything costly.
 
     Raises:
-        CheckpointError: see ``toolkit.rundir.claim``; or the directory cannot be written.
+        CheckpointError: it cannot be written.
     """
-    with claim(config, recipe, world, create=False) as directory:
-        if not world.is_main:
-            return
-        place = next(folder for folder in (directory.path.absolute(), *directory.path.absolute().parents)
-                     if folder.exists())  # fmt: skip
-        try:
-            with tempfile.TemporaryFile(dir=place):
-                pass
-        except OSError as error:
-            raise CheckpointError(
-                f"run directory {directory.path} cannot be written ({error.strerror} in {place}); "
-                "choose another --output.dir"
-            ) from None
+    try:
+        with tempfile.TemporaryFile(dir=run):
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            f"run directory {run} cannot be written ({error.strerror}); choose another --output.dir"
+        ) from None
 
 
 def _too_costly(config: DataConfig) -> str | None:

@@ -1,16 +1,24 @@
-"""Open what a user points at after training: a run, a delta, or a model."""
+"""Open what a user points at after training: a run, a checkpoint, a delta, or a model."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from toolkit.checkpoint import checkpoints_of, latest_checkpoint
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from toolkit.checkpoint import manifest
+from toolkit.checkpoint.catalog import find_checkpoint
+from toolkit.checkpoint.restore import Checkpoint
 from toolkit.config.load import build, read_recipe
 from toolkit.config.schema import ModelConfig, RunConfig
-from toolkit.delta import is_delta, load_delta
-from toolkit.errors import CheckpointError
-from toolkit.models.load import LoadedModel, load
+from toolkit.delta import Delta, is_delta, read_delta
+from toolkit.errors import CheckpointError, ModelError
+from toolkit.mask.apply import apply_mask, trainable_parameters
+from toolkit.models.anatomy import Anatomy
+from toolkit.models.inspect import inspect
+from toolkit.models.load import LoadedModel, fingerprint, load
 
 
 @dataclass(frozen=True)
@@ -22,6 +30,8 @@ class Opened:
     """The run's recipe; the defaults where the source is not a run."""
     run: Path | None
     """The run directory, where the source is one."""
+    delta: Delta | None
+    """What was trained, where the source is not a whole model."""
 
 
 def open_source(
@@ -30,37 +40,118 @@ def open_source(
     """Load the model behind ``source``.
 
     Args:
-        source: a run directory, a delta, a model directory, a Hub id, or a bundled name.
+        source: a run directory, a checkpoint, a delta, a model directory, a Hub id, or a bundled name.
         step: of a run, the checkpoint to take; none takes the latest.
         base: where the base model of a run or delta is, if it moved.
         trust_remote_code: run code that ships with the base model, if the run or delta was trained with it.
 
     Raises:
-        CheckpointError: the run has no such checkpoint, or the base model changed.
+        CheckpointError: the run has no such checkpoint, it is damaged, or the base model changed.
         ModelError: a model cannot be loaded.
     """
     path = Path(source)
-    if (path / "config.yaml").is_file():
+    if _is_run(path):
         config = build(read_recipe(path / "config.yaml"), f"recipe {path}/config.yaml")
-        return Opened(load_delta(find_checkpoint(path, step) / "delta", base, trust_remote_code), config, path)
-    if is_delta(path):
-        return Opened(load_delta(path, base, trust_remote_code), RunConfig(), None)
+        delta = read_trained(path, step)
+        return Opened(load_delta(delta, base, trust_remote_code), config, path, delta)
+    if _is_checkpoint(path) or is_delta(path):
+        delta = read_trained(path)
+        return Opened(load_delta(delta, base, trust_remote_code), RunConfig(), None, delta)
     model = ModelConfig(name_or_path=source)
-    return Opened(load(model), RunConfig(model=model), None)
+    return Opened(load_base(model), RunConfig(model=model), None, None)
 
 
-def find_checkpoint(run: Path, step: int | None) -> Path:
-    """The checkpoint of a run at ``step``, or the latest.
+def read_trained(path: Path, step: int | None = None) -> Delta:
+    """The trained tensors in a run, checkpoint or delta; of the first two every byte is verified.
+
+    Args:
+        path: of it.
+        step: of a run, the checkpoint to take; none takes the latest.
 
     Raises:
-        CheckpointError: there is none; lists those there are.
+        CheckpointError: it is none of them, there is no such checkpoint, or it is damaged.
     """
-    if step is None:
-        if checkpoint := latest_checkpoint(run):
-            return checkpoint
-        raise CheckpointError(f"{run} has no committed checkpoint yet; expected a run that finished an epoch")
-    checkpoint = run / "checkpoints" / f"step-{step:08d}"
-    if not checkpoint.is_dir():
-        present = ", ".join(path.name for path in checkpoints_of(run)) or "none"
-        raise CheckpointError(f"{run} has no checkpoint of step {step}; present: {present}")
-    return checkpoint
+    if _is_checkpoint(path):
+        manifest.verify(path)
+        return Checkpoint(path).delta()
+    if is_delta(path):
+        return read_delta(path)
+    if _is_run(path):
+        return Checkpoint(find_checkpoint(path, step)).delta()
+    raise CheckpointError(f"{path} is not a run directory, a checkpoint or a delta; expected one of them")
+
+
+def load_delta(delta: Delta, base: str | None = None, trust_remote_code: bool = False) -> LoadedModel:
+    """The base model with the delta's tensors in place, in the base's precision.
+
+    Args:
+        delta: what was trained.
+        base: where the base model is, if no longer where it was trained from.
+        trust_remote_code: run the code that ships with the base model, if the delta was trained with it.
+
+    Raises:
+        CheckpointError: the base model's weights are not those the delta was trained on.
+        ModelError: the base model cannot be loaded, or only with code of its own.
+    """
+    config = delta.base.config.model_copy(update={"name_or_path": base} if base else {})
+    if config.trust_remote_code and not trust_remote_code:
+        raise ModelError(
+            f"these tensors were trained on {config.name_or_path} with its own code (model.trust_remote_code), and "
+            "whoever wrote them chose that; if you have read that code, pass --trust-remote-code"
+        )
+    loaded = load_base(config)
+    _lay_on(loaded, delta, config)
+    return loaded
+
+
+def load_base(
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    anatomy: Anatomy | None = None,
+    blocks_on_disk: int = 0,
+) -> LoadedModel:
+    """The model that ``config`` names, with the tensors of ``config.delta`` in place.
+
+    Args:
+        config: the recipe's model section.
+        tokenizer: if it is loaded already.
+        anatomy: the model's parts, if they are known already.
+        blocks_on_disk: that many blocks from the first on are not loaded; needs ``anatomy``.
+
+    Raises:
+        CheckpointError: the delta cannot be read, trained other weights, or a block that is not loaded.
+        ModelError: the model cannot be loaded.
+    """
+    if config.delta is None:
+        return load(config, tokenizer, anatomy, blocks_on_disk)
+    delta = read_trained(Path(config.delta))
+    below = config.model_copy(update={"delta": delta.base.config.delta})  # which may itself begin with a delta
+    loaded = load_base(below, tokenizer, anatomy, blocks_on_disk)
+    _lay_on(loaded, delta, config)
+    return replace(loaded, anatomy=inspect(loaded.model))  # its head may have a tensor of its own now
+
+
+@torch.no_grad()
+def _lay_on(loaded: LoadedModel, delta: Delta, config: ModelConfig) -> None:
+    if fingerprint(loaded.model, loaded.on_disk) != delta.base.sha256:
+        raise CheckpointError(
+            f"these tensors were trained on other weights than {config.name_or_path} holds now as "
+            f"{config.dtype} (SHA-256 differs); name the original model and its model.dtype"
+        )
+    if absent := [name for name in delta.tensors if name in loaded.on_disk]:
+        raise CheckpointError(
+            f"model.delta trained {absent[0]}, which prefix.placement: disk leaves on disk; choose another "
+            "prefix.placement, or export the trained model and start from that"
+        )
+    apply_mask(loaded.model, delta.mask, loaded.anatomy)
+    parameters = trainable_parameters(loaded.model, delta.mask)
+    for name, tensor in delta.tensors.items():
+        parameters[name].copy_(tensor)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / manifest.NAME).is_file()
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "config.yaml").is_file()

@@ -17,8 +17,9 @@ from toolkit.data.examples import Example
 from toolkit.distributed import World
 from toolkit.errors import ConfigError
 from toolkit.loss import supervised_loss
-from toolkit.models.load import LoadedModel, load
+from toolkit.models.load import LoadedModel
 from toolkit.prefix.split import Suffix
+from toolkit.source import load_base
 
 Method = Literal["spectrum", "gradient"]
 
@@ -80,7 +81,7 @@ def suggest_for(config: RunConfig, method: Method, budget: float, rows: int) -> 
     Raises:
         UsageError: model, data or budget is at fault.
     """
-    loaded = load(config.model)
+    loaded = load_base(config.model)
     examples: Sequence[Example] = ()
     if method == "gradient":
         examples = load_dataset(config.data, loaded.tokenizer, config.train.seed).train[:rows]

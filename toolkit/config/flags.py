@@ -29,6 +29,11 @@ class Invocation:
     """The DeepSpeed JSON of ``--ds``; none trains with torch alone."""
     arguments: argparse.Namespace
 
+    @property
+    def resume_override(self) -> bool:
+        """``--resume-override`` was passed to a command that has it."""
+        return bool(getattr(self.arguments, "resume_override", False))
+
 
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     """Add ``--section.key`` for every recipe key, with its docstring and default as help."""
@@ -93,6 +98,14 @@ def parser(description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def add_resume_override(parser: argparse.ArgumentParser) -> None:
+    """Add ``--resume-override``."""
+    parser.add_argument(
+        "--resume-override", action="store_true",
+        help="go on with a run although harmless keys (learning rate, epochs, optimizer …) differ, and say which",
+    )  # fmt: skip
 
 
 def positive(text: str) -> int:

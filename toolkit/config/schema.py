@@ -61,6 +61,10 @@ class ModelConfig(Section):
     revision: str | None = None
     """Branch, tag or commit of a Hub model; a full commit hash where trust_remote_code is on."""
 
+    delta: str | None = None
+    """Start from what an earlier run trained: the directory of a run, one of its checkpoints or an exported delta. Its
+    tensors are laid onto the model; optimizer, schedule and row order begin anew, and the mask may be another."""
+
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the weights in the forward and backward pass; the optimizer's masters are always float32."""
 
@@ -270,13 +274,19 @@ class OutputConfig(Section):
     """Also commit a checkpoint every so many steps; the end of each epoch always commits one."""
 
     keep: Annotated[int, Field(ge=1)] = 1
-    """How many checkpoints to keep; older ones are removed after a newer one is committed."""
+    """How many checkpoints to keep beside the one of the lowest validation loss; older ones are removed after a newer
+    one is committed."""
+
+    async_save: bool = False
+    """Write checkpoints in the background: training goes on once the state is copied to the host's memory, which it
+    takes a second time until it is on disk."""
 
     evaluate_every_steps: Annotated[int, Field(ge=1)] | None = None
     """Also compute the validation loss every so many steps; the end of each epoch always does."""
 
     resume: Literal["auto", "must", "never"] = "auto"
-    """auto continues an interrupted run of the same recipe, must insists on one, never refuses a used directory."""
+    """auto continues an interrupted run of the same recipe, from the newest checkpoint that is whole; must insists on
+    the latest; never refuses a used directory."""
 
 
 class RunConfig(Section):

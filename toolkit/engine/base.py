@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from toolkit.data.batches import Batch
-
-
-@dataclass(frozen=True)
-class AdamState:
-    """What AdamW keeps of one tensor, in float32 on the CPU; the moments are none where it is to begin anew."""
-
-    master: torch.Tensor
-    exp_avg: torch.Tensor | None = None
-    exp_avg_sq: torch.Tensor | None = None
+from toolkit.engine.fragments import Fragment
 
 
 @dataclass(frozen=True)
@@ -35,7 +25,11 @@ class Engine(Protocol):
     """Forward, backward and update of a suffix on this rank; every rank makes the same calls in the same order."""
 
     name: str
-    """``local``, or ``zero-N`` with the stage; a checkpoint can only be continued by the engine that wrote it."""
+    """``local``, or ``zero-N`` with the stage."""
+    shapes: dict[str, torch.Size]
+    """Of the trained tensors, by their names in the whole model."""
+    is_replicated: bool
+    """Every rank holds all of the optimizer's state; otherwise each holds a part of its own."""
 
     def forward(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:
         """Cross entropy summed over the batch's supervised positions, a float32 scalar."""
@@ -56,22 +50,17 @@ class Engine(Protocol):
     def masters(self) -> dict[str, torch.Tensor]:
         """The trained tensors in float32 by their names in the whole model, on the CPU; empty except on rank 0."""
 
-    def save(self, directory: Path) -> None:
-        """Write optimizer and schedule state into ``directory``; every rank calls it."""
+    @property
+    def schedule_step(self) -> int:
+        """Steps that the learning-rate schedule has done."""
 
-    def load(self, directory: Path, masters: dict[str, torch.Tensor]) -> None:
-        """Continue from what ``save`` wrote and from the float32 ``masters`` of the same checkpoint."""
+    def fragments(self) -> list[Fragment]:
+        """What this rank holds of the optimizer's state; before the first update the moments are zeros."""
 
-    def state(self) -> dict[str, AdamState]:
-        """Masters and moments of the trained tensors by name, after at least one update; empty except on rank 0."""
+    def continue_at(self, step: int) -> None:
+        """Go on from what was written into ``fragments``, with the schedule where it is after ``step`` updates.
 
-    def adopt(self, state: Mapping[str, AdamState], ages: Mapping[str, int], step: int) -> None:
-        """Go on, before any update, from what other engines' ``state`` gave, while the run is at ``step``.
-
-        Args:
-            state: on rank 0, of any of the trained tensors; the others begin as they stand.
-            ages: updates that each trained tensor's moments have had; 0 begins anew. All of a ``ParameterGroup`` agree.
-            step: optimizer steps of the run that are done, for the schedule.
+        The model's parameters hold the rounded masters already.
         """
 
     def release(self) -> dict[str, torch.Tensor]:

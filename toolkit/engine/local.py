@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from toolkit.config.schema import OptimConfig, TrainConfig
 from toolkit.data.batches import Batch
 from toolkit.distributed import World
-from toolkit.engine.base import AdamState, Update
+from toolkit.engine.base import Update
+from toolkit.engine.fragments import KINDS, MASTER, Fragment, gather_kind
 from toolkit.engine.master_adamw import MasterAdamW
 from toolkit.mask.layer_mask import ParameterGroup
 from toolkit.optim import build_scheduler, current_rate, forward_to, parameter_groups
@@ -24,6 +22,7 @@ class LocalEngine:
     """AdamW on float32 masters, beside the suffix in its own precision. See ``Engine`` for the methods."""
 
     name = "local"
+    is_replicated = True
 
     def __init__(
         self,
@@ -45,6 +44,7 @@ class LocalEngine:
             total_steps: optimizer steps of the whole run, for the schedule.
             world: gradients are summed over its ranks.
         """  # noqa: D205, D212
+        self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self._suffix = suffix
         self._train = train
         self._world = world
@@ -71,54 +71,21 @@ class LocalEngine:
         self._suffix.train(mode)
 
     def masters(self) -> dict[str, torch.Tensor]:  # noqa: D102
-        if not self._world.is_main:
-            return {}
-        return {name: state.master.detach().cpu() for name, state in self._optimizer.by_name.items()}
+        return gather_kind(MASTER, self.fragments(), self.shapes, self.is_replicated, self._world)
 
-    def save(self, directory: Path) -> None:  # noqa: D102
-        if not self._world.is_main:
-            return
-        state = {
-            f"{name}.{kind}": getattr(own, kind).cpu()
-            for name, own in self._optimizer.by_name.items()
-            for kind in ("exp_avg", "exp_avg_sq")
-        }
-        state |= {f"{name}.step": own.step.cpu().clone() for name, own in self._optimizer.by_name.items()}
-        save_file(state, directory / "moments.safetensors")
-        (directory / "schedule.json").write_text(json.dumps(self._scheduler.state_dict()))
-
-    @torch.no_grad()
-    def load(self, directory: Path, masters: dict[str, torch.Tensor]) -> None:  # noqa: D102
-        saved = load_file(directory / "moments.safetensors")
-        schedule = json.loads((directory / "schedule.json").read_text())
-        for name, state in self._optimizer.by_name.items():
-            state.master.copy_(masters[name])
-            for kind in ("exp_avg", "exp_avg_sq", "step"):
-                getattr(state, kind).copy_(saved[f"{name}.{kind}"])
-        self._optimizer.write_back()
-        self._scheduler.load_state_dict(schedule)
-        for group, learning_rate in zip(self._optimizer.param_groups, schedule["_last_lr"], strict=True):
-            group["lr"] = learning_rate
-
-    def state(self) -> dict[str, AdamState]:  # noqa: D102
-        if not self._world.is_main:
-            return {}
-        return {
-            name: AdamState(
-                *(tensor.detach().to("cpu", copy=True) for tensor in (own.master, own.exp_avg, own.exp_avg_sq))
+    def fragments(self) -> list[Fragment]:  # noqa: D102
+        return [
+            Fragment(
+                name, 0, own.master.numel(), {kind: getattr(own, kind).detach().view(-1) for kind in KINDS}, own.step
             )
             for name, own in self._optimizer.by_name.items()
-        }
+        ]
 
-    @torch.no_grad()
-    def adopt(self, state: Mapping[str, AdamState], ages: Mapping[str, int], step: int) -> None:  # noqa: D102
-        for name in self._world.share(sorted(state)):
-            here, own = self._optimizer.by_name[name], state.get(name)
-            here.master.copy_(self._world.spread(getattr(own, "master", None), here.master.shape))
-            if ages[name]:
-                here.step.fill_(ages[name])  # shared by its group, whose tensors are all of one age
-                for kind in ("exp_avg", "exp_avg_sq"):
-                    getattr(here, kind).copy_(self._world.spread(getattr(own, kind, None), here.master.shape))
+    @property
+    def schedule_step(self) -> int:  # noqa: D102
+        return self._scheduler.last_epoch
+
+    def continue_at(self, step: int) -> None:  # noqa: D102
         self._optimizer.write_back()
         forward_to(self._scheduler, step)
 

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 from torch import nn
-from torch.nn import functional
 
 from toolkit.config.schema import OptimConfig, TrainConfig
 from toolkit.data.batches import Batch
 from toolkit.distributed import World
-from toolkit.engine.base import AdamState, Update
+from toolkit.engine.base import Update
 from toolkit.engine.ds_config import zero_stage
+from toolkit.engine.fragments import MASTER, MOMENTS, Fragment, gather_kind
 from toolkit.engine.master_adamw import norm_at_once
-from toolkit.errors import CheckpointError, ConfigError
+from toolkit.errors import ConfigError
 from toolkit.mask.layer_mask import ParameterGroup
 from toolkit.optim import build_optimizer, build_scheduler, current_rate, forward_to
 from toolkit.prefix.split import Suffix
-
-_TAG = "zero"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ZeroEngine:
@@ -58,15 +55,15 @@ class ZeroEngine:
         import deepspeed
         from deepspeed.runtime.config import DeepSpeedConfigError
 
-        self.name = f"zero-{zero_stage(ds_config)}"
+        stage = zero_stage(ds_config)
+        self.name, self.is_replicated = f"zero-{stage}", stage == 0
+        self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self._world = world
         self._train = train
         self._copies = copies
         self._parameters = parameters
         self._suffix = suffix
         optimizer = build_optimizer(parameters, groups, train, optim)
-        names = {id(parameter): name for name, parameter in parameters.items()}
-        self._names_by_group = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
         self._scheduler = build_scheduler(optimizer, train, total_steps)
         try:
             self._engine, *_ = deepspeed.initialize(
@@ -126,91 +123,60 @@ class ZeroEngine:
         self._engine.train(mode)
 
     def masters(self) -> dict[str, torch.Tensor]:  # noqa: D102
-        from deepspeed.utils import safe_get_full_fp32_param
+        return gather_kind(MASTER, self.fragments(), self.shapes, self.is_replicated, self._world)
 
-        gathered = {}
+    def fragments(self) -> list[Fragment]:  # noqa: D102
+        found = []
         for name, parameter in self._parameters.items():
-            master = safe_get_full_fp32_param(parameter)  # a collective
-            if self._world.is_main:
-                gathered[name] = master.detach().to("cpu", torch.float32, copy=True)
-        return gathered
+            flat, offset, start, stop = self._place(parameter)
+            if flat is None or start >= stop:
+                continue
+            state = self._state_of(flat)
+            kept = {MASTER: flat, **{kind: state[kind] for kind in MOMENTS}}
+            part = slice(offset, offset + stop - start)
+            views = {kind: tensor.detach().view(-1)[part] for kind, tensor in kept.items()}
+            found.append(Fragment(name, start, stop, views, state["step"]))
+        return found
 
-    def save(self, directory: Path) -> None:  # noqa: D102
-        self._engine.save_checkpoint(str(directory), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+    def _place(self, parameter: Any) -> tuple[torch.Tensor | None, int, int, int]:
+        """Where this rank keeps its part of a master: a float32 tensor, an offset in it, and the part's two ends.
 
-    def load(self, directory: Path, masters: dict[str, torch.Tensor]) -> None:  # noqa: D102
-        found, _ = self._engine.load_checkpoint(str(directory), tag=_TAG, load_module_strict=False)
-        if found is None:
-            raise CheckpointError(
-                f"{directory} holds no DeepSpeed state; expected the folder {_TAG} that a checkpoint writes"
-            )
-        self._follow()
-
-    def state(self) -> dict[str, AdamState]:  # noqa: D102
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        self._link_moments()
-        state = {}
-        for name, parameter in self._parameters.items():
-            full = [safe_get_full_fp32_param(parameter)]  # these are collectives
-            full += [safe_get_full_optimizer_state(parameter, moment) for moment in _MOMENTS]
-            if self._world.is_main:
-                state[name] = AdamState(*(tensor.detach().to("cpu", torch.float32, copy=True) for tensor in full))
-        return state
-
-    @torch.no_grad()
-    def adopt(self, state: Mapping[str, AdamState], ages: Mapping[str, int], step: int) -> None:  # noqa: D102
-        inner = self._engine.optimizer.optimizer
-        for flat, group in self._partitions():
-            age = float(ages[self._names_by_group[group][0]])
-            inner.state[flat] = {"step": torch.tensor(age, device=flat.device)}
-            inner.state[flat] |= {moment: torch.zeros_like(flat) for moment in _MOMENTS}
-        self._link_moments()
-        for name in self._world.share(sorted(state)):
-            parameter, own = self._parameters[name], state.get(name)
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor in the parameter
-            self._set(parameter, self._world.spread(getattr(own, "master", None), shape), None)
-            for moment in _MOMENTS if ages[name] else ():
-                self._set(parameter, self._world.spread(getattr(own, moment, None), shape), moment)
-        forward_to(self._scheduler, step)
-
-    def _set(self, parameter: Any, full: torch.Tensor, moment: str | None) -> None:
-        """Set this rank's part of a master, or of a moment, from the whole tensor."""
-        from deepspeed import utils
-
-        if hasattr(parameter, "ds_id"):  # safe_set_full_* cannot cut a tensor in unequal parts (DeepSpeed 0.19)
-            size = parameter.ds_tensor.numel()
-            full = functional.pad(full.flatten(), (0, size * self._world.size - full.numel()))
-            own = full.narrow(0, size * self._world.rank, size)
-            master, state = utils.safe_set_local_fp32_param, utils.safe_set_local_optimizer_state
-        else:
-            own, master, state = full, utils.safe_set_full_fp32_param, utils.safe_set_full_optimizer_state
-        if moment is None:
-            master(parameter, own)
-        else:
-            state(parameter, own, moment)
-
-    def _partitions(self) -> Iterator[tuple[torch.Tensor, int]]:
-        """This rank's flat float32 masters, each with the index of its parameter group."""
-        zero = self._engine.optimizer
-        if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3 cuts large groups into several
-            yield from (
-                (flat, zero.sub_group_to_group_id[i]) for i, flat in enumerate(zero.fp32_partitioned_groups_flat)
-            )
-        else:
-            for index, group in enumerate(zero.optimizer.param_groups):
-                yield from ((flat, index) for flat in group["params"])
-
-    def _link_moments(self) -> None:
-        """Let DeepSpeed find the moments of each tensor, under ZeRO-1 and 2.
-
-        It links them itself after the first update of the first group, when the other groups have none yet, and they
-        are others after loading (stage_1_and_2.py and bf16_optimizer.py of DeepSpeed 0.19).
+        The tensor is none where the rank has no part. Names are those of stage3.py, stage_1_and_2.py,
+        bf16_optimizer.py and unfused_optimizer.py of DeepSpeed 0.19.
         """
         zero = self._engine.optimizer
-        if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
-            zero._hp_optimizer_states_linked = False
-            zero._lazy_init_hp_params_optimizer_state()
+        if hasattr(parameter, "ds_id"):  # ZeRO-3: every tensor in equal parts, the last one padded
+            index, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+            start = size * self._world.rank
+            return zero.fp32_partitioned_groups_flat[index], offset, start, min(start + size, parameter.ds_numel)
+        if hasattr(parameter, "_hp_mapping"):  # ZeRO-1 and 2: each group flattened, then in equal parts
+            mapping = parameter._hp_mapping
+            if mapping is None:
+                return None, 0, 0, 0
+            (flat,) = zero.optimizer.param_groups[mapping.param_group_index]["params"]
+            here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+            return flat, there.start, here.start, here.start + here.numel
+        for low, full in zip(getattr(zero, "fp16_groups", ()), getattr(zero, "fp32_groups", ()), strict=True):
+            for rounded, master in zip(low, full, strict=True):  # stage 0 in bfloat16: a master for each tensor
+                if rounded is parameter:
+                    return master, 0, 0, master.numel()
+        return parameter, 0, 0, parameter.numel()  # stage 0 in float32
+
+    def _state_of(self, master: torch.Tensor) -> dict[str, torch.Tensor]:
+        """AdamW's state of one of its tensors, which it makes with its first update if nobody did before."""
+        zero = self._engine.optimizer
+        state: dict[str, torch.Tensor] = getattr(zero, "optimizer", zero).state[master]
+        if not state:
+            state["step"] = torch.zeros((), device=master.device)
+            state |= {moment: torch.zeros_like(master) for moment in MOMENTS}
+        return state
+
+    @property
+    def schedule_step(self) -> int:  # noqa: D102
+        return int(self._scheduler.last_epoch)
+
+    def continue_at(self, step: int) -> None:  # noqa: D102
+        forward_to(self._scheduler, step)
 
     @torch.no_grad()
     def release(self) -> dict[str, torch.Tensor]:  # noqa: D102

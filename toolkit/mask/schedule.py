@@ -44,10 +44,6 @@ class Phase:
                 split.append(replace(group, names=tuple(n for n in group.names if self.entered[n] == entered)))
         return tuple(split)
 
-    def ages(self, step: int) -> dict[str, int]:
-        """How many updates in a row each trained tensor has had after ``step`` steps of the run."""
-        return {name: step - entered for name, entered in self.entered.items()}
-
 
 @dataclass(frozen=True)
 class Schedule:

@@ -242,11 +242,5 @@ def _only(kind: str, size: int) -> dict[str, int]:
 
 
 def checkpoint_bytes(spec: EngineSpec, tensors: Tensors) -> int:
-    """Size of one checkpoint over all ranks: float32 masters for the delta, and the engine's state.
-
-    The local engine adds two moments. DeepSpeed adds moments and masters again, and up to stage 2 the trained weights.
-    """
-    total = sum(tensors.trained)
-    if spec.stage is None:
-        return 12 * total
-    return 16 * total + (0 if spec.stage == 3 else tensors.width * total)
+    """Size of one checkpoint over all ranks: a float32 master and two moments of each trained element."""
+    return 12 * sum(tensors.trained)

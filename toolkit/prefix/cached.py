@@ -97,20 +97,29 @@ class CachedPrefix:
         return sorted((by_key[key] for key in self._store.missing(list(by_key))), key=_length, reverse=True)
 
     def fill(self, examples: Sequence[Example]) -> None:
-        """The first pass: compute what is missing, in large batches, shared among the ranks; every rank calls it."""
-        self._store_all(self.missing(examples)[self._world.rank :: self._world.size])
+        """The first pass: compute what is missing, in large batches, shared among the ranks; every rank calls it.
+
+        Which samples share a batch follows from all of them, not from what is missing or from the number of ranks: a
+        pass that was cut short and begun again stores the same bits.
+        """
+        distinct = {sample_key(example.token_ids): example for example in examples}
+        batches = list(_batches(sorted(distinct.values(), key=_length, reverse=True)))
+        self._store_lacking(batches[self._world.rank :: self._world.size])
         self._world.barrier()
         self._store.refresh()
         if not self._store.statistics.failed:  # what is missing still, another node keeps on a disk of its own
-            self._store_all(self.missing(examples))
+            self._store_lacking(batches)
 
-    def _store_all(self, examples: list[Example]) -> None:
+    def _store_lacking(self, batches: list[list[Example]]) -> None:
+        """Compute the batches of which the store lacks a sample, and store what it lacks."""
+        missing = set(self._store.missing([sample_key(e.token_ids) for batch in batches for e in batch]))
+        lacking = [batch for batch in batches if any(sample_key(e.token_ids) in missing for e in batch)]
         pending: dict[str, torch.Tensor] = {}
-        quiet = not (self._world.is_main and examples)
-        with tqdm(total=len(examples), desc="first pass", unit="row", disable=quiet) as bar:
-            for batch in _batches(examples):
-                rows = self._run(batch)
-                pending |= {sample_key(e.token_ids): row.cpu() for e, row in zip(batch, rows, strict=True)}
+        quiet = not (self._world.is_main and lacking)
+        with tqdm(total=sum(map(len, lacking)), desc="first pass", unit="row", disable=quiet) as bar:
+            for batch in lacking:
+                rows = {sample_key(e.token_ids): row for e, row in zip(batch, self._run(batch), strict=True)}
+                pending |= {key: row.cpu() for key, row in rows.items() if key in missing}
                 if sum(row.nbytes for row in pending.values()) >= _SHARD_BYTES:
                     self._store.write(pending)
                     pending = {}

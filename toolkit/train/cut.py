@@ -18,7 +18,7 @@ from toolkit.distributed import World
 from toolkit.errors import ConfigError, ModelError
 from toolkit.mask.apply import apply_mask
 from toolkit.mask.layer_mask import LayerMask, build_mask
-from toolkit.models.load import LoadedModel, fingerprint, load
+from toolkit.models.load import LoadedModel, fingerprint
 from toolkit.models.products import pace_in, quicken
 from toolkit.plan.skeleton import skeleton
 from toolkit.prefix.cached import CachedPrefix, HiddenStates
@@ -37,6 +37,7 @@ from toolkit.prefix.namespace import sample_key
 from toolkit.prefix.placement import FrozenWeights
 from toolkit.prefix.split import Prefix, Suffix, split, split_is_exact
 from toolkit.prefix.store import ActivationStore
+from toolkit.source import load_base
 
 log = logging.getLogger("frostline")
 
@@ -69,9 +70,9 @@ def load_for(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> LoadedMod
         UsageError: the model or the mask is at fault.
     """
     if config.prefix.placement != "disk":
-        return load(config.model, tokenizer)
+        return load_base(config.model, tokenizer)
     anatomy = skeleton(config.model).anatomy  # which blocks are frozen is to be known before any is loaded
-    return load(config.model, tokenizer, anatomy, build_mask(config.mask, anatomy).boundary)
+    return load_base(config.model, tokenizer, anatomy, build_mask(config.mask, anatomy).boundary)
 
 
 def refuse_with_schedule(config: RunConfig, device: torch.device) -> None:

@@ -11,7 +11,7 @@ from statistics import median
 
 import torch
 
-from toolkit.checkpoint import latest_checkpoint
+from toolkit.checkpoint.catalog import latest_checkpoint
 from toolkit.data.batches import Batch
 from toolkit.distributed import World
 from toolkit.errors import TrainingStoppedError

@@ -12,64 +12,100 @@ from pathlib import Path
 
 import torch
 
-from toolkit.checkpoint import State, read_fitting, read_state
-from toolkit.engine.base import AdamState
+from toolkit.checkpoint.restore import Checkpoint
+from toolkit.checkpoint.saver import Content
+from toolkit.checkpoint.state import State
+from toolkit.delta import Delta
+from toolkit.engine.fragments import AdamState, gather, hand_over
 from toolkit.mask.apply import apply_mask, put_tensors, trainable_parameters
 from toolkit.mask.schedule import Phase
 from toolkit.prefix.cached import CachedPrefix
+from toolkit.train.identity import versions
+from toolkit.train.progress import Progress, order_digest
 from toolkit.train.setup import Setup, begin
 
 log = logging.getLogger("frostline")
 
 
-def state_of(setup: Setup, step: int) -> State:
-    """What a checkpoint after ``step`` steps says of itself."""
-    return State(
-        step=step,
+def content_of(setup: Setup, progress: Progress) -> Content:
+    """What a checkpoint at ``progress`` is made of."""
+    phase = setup.active.phase
+    state = State(
+        step=progress.step,
         total_steps=setup.total_steps,
+        epoch=progress.epoch,
+        cursor=progress.cursor,
+        rows=progress.rows,
+        order=order_digest(progress.rows, setup.config.train.seed, progress.epoch),
+        global_batch=setup.plan.global_batch,
+        phase=phase.index,
+        schedule_step=setup.engine.schedule_step,
         engine=setup.engine.name,
         ranks=setup.world.size,
-        data=setup.dataset.fingerprint,
-        schedule=setup.schedule.sha256,
+        eval_loss=progress.eval_loss,
+        totals=progress.totals,
+        fingerprints=setup.fingerprints,
+        versions=versions(),
+        recipe=setup.config.model_dump(mode="json"),
     )
+    return Content(state, setup.engine, setup.resting, phase.trained, setup.base)
 
 
 def advance(setup: Setup, step: int) -> None:
     """Begin the next phase after ``step`` steps; every rank calls it."""
-    state = setup.engine.state()
+    engine, world = setup.engine, setup.world
+    state = gather(engine.fragments(), engine.shapes, engine.is_replicated, world)
+    schedule_step = engine.schedule_step
+    del engine
     phase = setup.schedule.phases[setup.active.phase.index + 1]
     _take_apart(setup)
     setup.resting |= {name: own.master for name, own in state.items()}
     begin(setup, phase)
     awake = [name for name in phase.mask.names if name in setup.resting]
     carried = {name: state.get(name, AdamState(setup.resting[name])) for name in awake}
-    setup.engine.adopt(carried, phase.ages(step), step)
+    hand_over(setup.engine.fragments(), setup.engine.shapes, carried, world)
+    setup.engine.continue_at(schedule_step)
     setup.resting = {name: master for name, master in setup.resting.items() if name not in phase.entered}
 
 
-def resume(setup: Setup, checkpoint: Path) -> int:
-    """Go on from a checkpoint, in the phase of its last step; every rank calls it, in the first phase.
+def resume(setup: Setup, path: Path) -> Progress:
+    """Begin the phase of a checkpoint's last step, and go on from the checkpoint; every rank calls it.
 
     A checkpoint at the end of a phase is continued in that phase, and the loop then changes to the next one as it did
-    when the checkpoint was written.
+    when the checkpoint was written. Ranks, engine and ZeRO stage may be others than those that wrote it.
 
-    Returns:
-        The steps that are done.
+    Args:
+        setup: as ``prepare`` returns it.
+        path: a verified checkpoint.
 
     Raises:
-        CheckpointError: it does not fit this run (see ``toolkit.checkpoint.read_fitting``).
+        CheckpointError: it does not fit this run (see ``Checkpoint.require_fit``), or is damaged.
     """
-    step = read_state(checkpoint).step
-    phase = setup.schedule.at(max(step - 1, 0))
-    delta = read_fitting(checkpoint, state_of(setup, step), phase.trained, setup.base)
-    if phase is not setup.active.phase:
-        _take_apart(setup)
-        _put_trained(setup, phase, delta.tensors)
-        begin(setup, phase)
-    setup.engine.load(checkpoint / "engine", delta.tensors)
+    checkpoint = Checkpoint(path)
+    state = checkpoint.state
+    phase = setup.schedule.at(max(state.step - 1, 0))
+    order = order_digest(len(setup.dataset.train), setup.config.train.seed, state.epoch)
+    checkpoint.require_fit(phase.trained, setup.base, setup.fingerprints, order)
+    _note_changes(setup, state)
+    delta = checkpoint.delta()
+    _put_trained(setup, phase, delta)
+    begin(setup, phase)
+    checkpoint.shards.fill(setup.engine.fragments())
+    setup.engine.continue_at(state.schedule_step)
     if setup.world.is_main:
-        setup.resting = {name: master for name, master in delta.tensors.items() if name not in phase.entered}
-    return step
+        setup.resting = {name: own.clone() for name, own in delta.tensors.items() if name not in phase.entered}
+    checkpoint.restore_generators(setup.world)
+    return Progress.of(state)
+
+
+def _note_changes(setup: Setup, state: State) -> None:
+    """Say what may make the rest differ from an uninterrupted run by rounding."""
+    now = versions()
+    for name, version in state.versions.items():
+        if now.get(name) != version:
+            log.warning("the checkpoint was written with %s %s, this is %s", name, version, now.get(name, "unknown"))
+    if state.ranks != setup.world.size:
+        log.info("the checkpoint was written by %d rank(s), this run has %d", state.ranks, setup.world.size)
 
 
 def _take_apart(setup: Setup) -> None:
@@ -84,9 +120,9 @@ def _take_apart(setup: Setup) -> None:
 
 
 @torch.no_grad()
-def _put_trained(setup: Setup, phase: Phase, tensors: dict[str, torch.Tensor]) -> None:
+def _put_trained(setup: Setup, phase: Phase, delta: Delta) -> None:
     """Round all that trained up to ``phase`` into the model."""
     assert setup.loaded is not None
     apply_mask(setup.loaded.model, phase.trained, setup.loaded.anatomy)
     for name, parameter in trainable_parameters(setup.loaded.model, phase.trained).items():
-        parameter.copy_(tensors[name])
+        parameter.copy_(delta.tensors[name])

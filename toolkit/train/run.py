@@ -6,11 +6,12 @@ import logging
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
 from toolkit import distributed
-from toolkit.checkpoint import commit
+from toolkit.checkpoint.saver import Saver
 from toolkit.config.flags import Invocation
 from toolkit.config.load import dump
 from toolkit.consistency import facts, require_same
@@ -23,12 +24,13 @@ from toolkit.files import writing
 from toolkit.monitor import Monitor, StepMetrics, peak_memory_gib
 from toolkit.out_of_memory import during
 from toolkit.prefix.cached import CachedPrefix, read_ahead
-from toolkit.preflight import check_output
+from toolkit.preflight import check_writable
 from toolkit.rundir import RunDirectory, claim, write_config
 from toolkit.train.advice import advise
 from toolkit.train.guard import StepGuard
-from toolkit.train.phases import advance, resume, state_of
-from toolkit.train.setup import Setup, save_plan, save_set_up, set_up
+from toolkit.train.phases import advance, content_of, resume
+from toolkit.train.progress import Progress
+from toolkit.train.setup import Setup, begin, prepare, save_plan, save_set_up
 from toolkit.train.step import StepResult, seed_step, train_step
 
 log = logging.getLogger("frostline")
@@ -60,15 +62,18 @@ def train(invocation: Invocation, world: World) -> int:
     """As ``run``, in a process group that is up and stays up."""
     setup = None
     try:
-        with during("the run"):
-            check_output(invocation.config, invocation.recipe, world)
-            with during("the set-up"):
-                setup = set_up(invocation, world)
-            with claim(invocation.config, invocation.recipe, world) as directory:
-                if not directory.finished:
-                    return _train(setup, directory)
+        with (
+            during("the run"),
+            claim(invocation.config, invocation.recipe, world, override=invocation.resume_override) as directory,
+        ):
+            if world.is_main:
+                check_writable(directory.path)
+            if directory.finished:
                 log.info("%s: this run is finished, nothing to train", directory.path)
                 return 0
+            with during("the set-up"):
+                setup = prepare(invocation, world, directory.state)
+            return _train(setup, directory)
     except OutOfMemoryError as error:
         raise advise(error, setup, invocation.config) from None
 
@@ -81,21 +86,30 @@ def _announce(invocation: Invocation) -> None:
 
 def _train(setup: Setup, directory: RunDirectory) -> int:
     world, run_dir = setup.world, directory.path
-    done = 0
+    progress = Progress(len(setup.dataset.train))
     if directory.checkpoint:
         with during("reading the checkpoint"):
-            done = resume(setup, directory.checkpoint)
-        log.info("continuing %s after step %d of %d", run_dir, done, setup.total_steps)
+            progress = resume(setup, directory.checkpoint)
+        log.info("continuing %s after step %d of %d", run_dir, progress.step, setup.total_steps)
+    else:
+        with during("the set-up"):
+            begin(setup, setup.schedule.phases[0])
     if world.is_main:
         with writing(run_dir):
             write_config(run_dir, setup.config)
             save_set_up(setup, run_dir)
     log.info("writing to %s (watch: tensorboard --logdir %s)", run_dir, run_dir.parent)
     stopped = _StopSignal()
-    with Monitor(run_dir, world.is_main, setup.total_steps, done) as monitor, stopped, Prefetcher() as ahead:
+    saver = Saver(run_dir, world, setup.config.output.keep, setup.config.output.async_save)
+    with (
+        Monitor(run_dir, world.is_main, setup.total_steps, progress.step) as monitor,
+        stopped,
+        Prefetcher() as ahead,
+        saver,
+    ):
         monitor.texts(setup.active.phase.start, mask=setup.audit)
         monitor.texts(0, recipe=f"```yaml\n{dump(setup.config)}```")
-        stopped_at = _loop(setup, run_dir, monitor, done, stopped, ahead)
+        stopped_at = _loop(setup, run_dir, monitor, progress, saver, stopped, ahead)
         if stopped_at is not None:
             log.info("stopped by a signal after step %d; start the same command again to go on", stopped_at)
             return STOPPED
@@ -119,38 +133,41 @@ def _loop(
     setup: Setup,
     run_dir: Path,
     monitor: Monitor,
-    done: int,
+    progress: Progress,
+    saver: Saver,
     stop_asked: Callable[[World], bool],
     ahead: Prefetcher,
 ) -> int | None:
-    """Train from step ``done`` to the end; the step it stopped after, if a signal asked for that."""
-    per_epoch = setup.plan.steps_per_epoch
+    """Train from ``progress`` to the end; the step it stopped after, if a signal asked for that."""
+    seed, output = setup.config.train.seed, setup.config.output
     guard = StepGuard(run_dir, setup.config.train.max_skipped_steps, setup.world)
-    step = done
-    for epoch in range(done // per_epoch, setup.config.train.epochs):
-        order = epoch_order(setup.plan.rows, setup.config.train.seed, epoch)
-        first = step - epoch * per_epoch
-        steps = step_batches(setup.dataset.train, order, setup.plan, setup.pad_id, first, setup.packed)
+    for epoch in range(progress.epoch, setup.config.train.epochs):
+        order = epoch_order(progress.rows, seed, epoch)[progress.cursor :]
+        plan = replace(setup.plan, rows=len(order))
+        steps = step_batches(setup.dataset.train, order, plan, setup.pad_id, packed=setup.packed)
         announced = read_ahead(lambda: setup.reading, steps)
         for micro_batches in ahead(on_device(announced, setup.world.device)):
-            if step == setup.active.phase.end:
-                _change_phase(setup, run_dir, monitor, step)
-            seed_step(setup.config.train.seed, step, setup.world)
+            if progress.step == setup.active.phase.end:
+                _change_phase(setup, run_dir, monitor, progress.step)
+            seed_step(seed, progress.step, setup.world)
             result = train_step(micro_batches, setup.prefix, setup.engine, setup.world)
-            step += 1
-            monitor.step(_metrics(setup, result, step))
-            guard.look(step, result, micro_batches)
-            at_end = step == setup.total_steps
-            epoch_ends = step % per_epoch == 0 or at_end
+            progress.add(result, plan.global_batch)
+            monitor.step(_metrics(setup, result, progress))
+            guard.look(progress.step, result, micro_batches)
+            saver.poll()
+            at_end = progress.step == setup.total_steps
+            epoch_ends = progress.is_epoch_done or at_end
             if epoch_ends:
-                monitor.epoch(epoch + 1, epoch * per_epoch + 1, step)
-            if epoch_ends or _due(step, setup.config.output.evaluate_every_steps):
-                _validate(setup, monitor, step)
+                monitor.epoch(epoch + 1, progress.step - int(progress.totals["epoch_steps"]) + 1, progress.step)
+            if epoch_ends or _due(progress.step, output.evaluate_every_steps):
+                _validate(setup, monitor, progress)
+            if progress.is_epoch_done:
+                progress.turn()
             stopping = stop_asked(setup.world) and not at_end
-            if epoch_ends or stopping or _due(step, setup.config.output.save_every_steps):
-                _commit(setup, run_dir, step, guard)
+            if epoch_ends or stopping or _due(progress.step, output.save_every_steps):
+                _save(setup, progress, saver, guard)
             if stopping:
-                return step
+                return progress.step
             if at_end:
                 return None
     return None
@@ -170,10 +187,10 @@ def _change_phase(setup: Setup, run_dir: Path, monitor: Monitor, step: int) -> N
                 f"{setup.mask.parameters:,} parameters train")  # fmt: skip
 
 
-def _metrics(setup: Setup, result: StepResult, step: int) -> StepMetrics:
+def _metrics(setup: Setup, result: StepResult, progress: Progress) -> StepMetrics:
     return StepMetrics(
-        step=step,
-        epoch=step / setup.plan.steps_per_epoch,
+        step=progress.step,
+        epoch=progress.passes,
         loss=result.loss,
         learning_rate=result.learning_rate,
         grad_norm=result.grad_norm,
@@ -191,7 +208,7 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _validate(setup: Setup, monitor: Monitor, step: int) -> None:
+def _validate(setup: Setup, monitor: Monitor, progress: Progress) -> None:
     if not setup.dataset.validation:
         return
     with _without_dropout(setup):
@@ -204,7 +221,8 @@ def _validate(setup: Setup, monitor: Monitor, step: int) -> None:
             setup.world,
             setup.packed,
         )
-    monitor.evaluation(step, step / setup.plan.steps_per_epoch, outcome.loss, outcome.perplexity)
+    progress.eval_loss = outcome.loss
+    monitor.evaluation(progress.step, progress.passes, outcome.loss, outcome.perplexity)
 
 
 @contextmanager
@@ -218,13 +236,11 @@ def _without_dropout(setup: Setup) -> Iterator[None]:
         setup.prefix.train()
 
 
-def _commit(setup: Setup, run_dir: Path, step: int, guard: StepGuard) -> None:
+def _save(setup: Setup, progress: Progress, saver: Saver, guard: StepGuard) -> None:
     with _without_dropout(setup):
-        guard.require_sound(step, setup.engine.forward, setup.prefix)
-    trained = setup.active.phase.trained
-    state, keep = state_of(setup, step), setup.config.output.keep
+        guard.require_sound(progress.step, setup.engine.forward, setup.prefix)
     with during("the checkpoint"):
-        commit(run_dir, state, setup.engine, setup.resting, trained, setup.base, setup.world, keep)
+        saver.save(content_of(setup, progress))
 
 
 class _StopSignal:

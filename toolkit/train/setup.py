@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from toolkit.checkpoint.state import State
 from toolkit.config.flags import Invocation
 from toolkit.config.schema import RunConfig
 from toolkit.data.batches import BatchPlan, collate
@@ -19,7 +20,7 @@ from toolkit.data.dataset import Dataset, load_dataset
 from toolkit.delta import Base
 from toolkit.distributed import World
 from toolkit.engine.base import Engine
-from toolkit.engine.ds_config import read_ds_config, refuse_what_cannot_move, resolve_ds_config
+from toolkit.engine.ds_config import read_ds_config, refuse_what_cannot_move, resolve_ds_config, zero_stage
 from toolkit.engine.local import LocalEngine
 from toolkit.errors import DataError, ModelError, PlanError
 from toolkit.files import replace_text
@@ -41,6 +42,7 @@ from toolkit.prefix.recompute import free_bytes, recompute_blocks, should_recomp
 from toolkit.prefix.split import Prefix, Suffix
 from toolkit.preflight import check_config
 from toolkit.train.cut import Job, cut, effective, load_for, refuse_with_schedule
+from toolkit.train.identity import fingerprints
 
 log = logging.getLogger("frostline")
 
@@ -71,6 +73,8 @@ class Setup:
     tokenizer: PreTrainedTokenizerBase
     loaded: LoadedModel | None
     """The whole model, for the phases to come; none in the last one."""
+    fingerprints: dict[str, str]
+    """Of what a checkpoint belongs to, by name."""
     ds_config: dict[str, Any] | None
     """As DeepSpeed is given it; none trains with torch alone."""
     planners: list[Planner]
@@ -128,7 +132,19 @@ class Setup:
 
 
 def set_up(invocation: Invocation, world: World) -> Setup:
-    """Load and check everything ``invocation`` names, and begin its first phase; every rank calls it.
+    """``prepare``, then begin the first phase."""
+    setup = prepare(invocation, world)
+    begin(setup, setup.schedule.phases[0])
+    return setup
+
+
+def prepare(invocation: Invocation, world: World, state: State | None = None) -> Setup:
+    """Load and check everything ``invocation`` names, for ``begin``; every rank calls it.
+
+    Args:
+        invocation: the parsed command line.
+        world: this process among the run's.
+        state: of the checkpoint that is to be continued.
 
     Raises:
         UsageError: the DeepSpeed file, data, model or mask is at fault.
@@ -145,7 +161,7 @@ def set_up(invocation: Invocation, world: World) -> Setup:
     plan = BatchPlan(
         len(dataset.train), train.micro_batch_size, train.gradient_accumulation_steps, world.rank, world.size
     )
-    total_steps = plan.steps(train.epochs, train.max_steps)
+    total_steps = state.steps_in_all(config, world.size) if state else plan.steps(train.epochs, train.max_steps)
     refuse_with_schedule(config, world.device)
     loaded = load_for(config, tokenizer)
     _check_fit(dataset, loaded)
@@ -160,15 +176,15 @@ def set_up(invocation: Invocation, world: World) -> Setup:
         refuse_what_cannot_move(resolved, config.mask, invocation.deepspeed)
     setup = Setup(
         config=config, world=world, dataset=dataset, plan=plan, total_steps=total_steps, schedule=schedule, base=base,
-        tokenizer=tokenizer, loaded=loaded, ds_config=resolved, planners=planners,
+        tokenizer=tokenizer, loaded=loaded, fingerprints=fingerprints(dataset, tokenizer, base, schedule),
+        ds_config=resolved, planners=planners,
     )  # fmt: skip
     del loaded  # ``begin`` lets go of it in the last phase
     setup.costs = [_decide_recompute(setup, phase)[2] for phase in schedule.phases]
-    begin(setup, schedule.phases[0])
     log.info(
         "engine %s, %d rank(s) on %s: %d steps of %d rows (micro batch %d x accumulation %d x ranks %d), %d epochs",
-        setup.engine.name, world.size, world.device.type, total_steps, plan.global_batch, train.micro_batch_size,
-        train.gradient_accumulation_steps, world.size, train.epochs,
+        "local" if resolved is None else f"zero-{zero_stage(resolved)}", world.size, world.device.type, total_steps,
+        plan.global_batch, train.micro_batch_size, train.gradient_accumulation_steps, world.size, train.epochs,
     )  # fmt: skip
     return setup
 

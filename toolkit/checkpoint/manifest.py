@@ -1,0 +1,94 @@
+"""The manifest of a checkpoint: every file with its size and SHA-256, and whether they are all as they were written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from toolkit.checkpoint.disk import Entry, as_json, hash_files, write_json
+from toolkit.errors import CheckpointError
+
+NAME = "MANIFEST.json"
+FORMAT = 1
+
+
+def write_manifest(directory: Path, step: int, entries: Mapping[str, Entry]) -> None:
+    """Write the manifest of the files in ``directory``.
+
+    Raises:
+        OSError: the disk.
+    """
+    content = {"format": FORMAT, "step": step, "files": {name: asdict(entries[name]) for name in sorted(entries)}}
+    write_json(directory / NAME, {**content, "sha256": _digest(content)})
+
+
+def verify(checkpoint: Path) -> None:
+    """Compare every byte of a checkpoint with its manifest.
+
+    A checksum finds accidents and careless changes. Who changes a file and writes a consistent manifest anew has
+    written another checkpoint.
+
+    Raises:
+        CheckpointError: lists all that is missing, more, or different.
+    """
+    files = read_manifest(checkpoint)
+    present = {
+        str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if not path.is_dir() and path.name != NAME
+    }
+    faults = [f"{name} is not in {NAME}" for name in sorted(present - set(files))]
+    for name, found in hash_files(checkpoint, sorted(files)).items():
+        expected = files[name]
+        if isinstance(found, str):
+            faults.append(f"{name} {found}")
+        elif found.size != expected.size:
+            faults.append(f"{name} has {found.size:,} bytes, expected {expected.size:,}")
+        elif found.sha256 != expected.sha256:
+            faults.append(f"{name} has SHA-256 {found.sha256[:12]}…, expected {expected.sha256[:12]}…")
+    if faults:
+        raise damaged(checkpoint, faults)
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Entry]:
+    """The files that the manifest lists; it is checked against itself and against the checkpoint's name.
+
+    Raises:
+        CheckpointError: it is missing, damaged, of another format, or belongs to another step.
+    """
+    try:
+        text = (checkpoint / NAME).read_text(encoding="utf-8")
+        content = json.loads(text)
+        as_written = text == as_json(content)
+        digest = content.pop("sha256")
+        files = {str(name): Entry(**entry) for name, entry in content["files"].items()}
+    except FileNotFoundError:
+        raise damaged(checkpoint, [f"{NAME} is missing; expected a checkpoint of this version"]) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise damaged(checkpoint, [f"{NAME} cannot be read ({type(error).__name__}: {error})"]) from None
+    if digest != _digest(content) or not as_written:
+        raise damaged(checkpoint, [f"{NAME} has been changed: it does not have the SHA-256 it states"])
+    if content.get("format") != FORMAT:
+        raise damaged(checkpoint, [f"{NAME} has format {content.get('format')!r}; this version reads {FORMAT}"])
+    if checkpoint.name != directory_name(content.get("step")):
+        raise damaged(checkpoint, [f"{NAME} belongs to step {content.get('step')!r}"])
+    if outside := [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise damaged(checkpoint, [f"{NAME} lists {outside[0]}, which lies outside"])
+    return files
+
+
+def directory_name(step: object) -> str:
+    """What the checkpoint after ``step`` steps is called."""
+    return f"step-{step:08d}" if isinstance(step, int) else ""
+
+
+def damaged(checkpoint: Path, faults: list[str]) -> CheckpointError:
+    """The error that names a damaged checkpoint and what is wrong with it."""
+    listed = "\n".join(f"  - {fault}" for fault in faults)
+    return CheckpointError(f"checkpoint {checkpoint} is damaged:\n{listed}")
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

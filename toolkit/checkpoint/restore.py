@@ -1,0 +1,77 @@
+"""Read a checkpoint: the trained tensors for whoever uses them, all of its state for a run that goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from toolkit.checkpoint import rng, state
+from toolkit.checkpoint.manifest import damaged
+from toolkit.checkpoint.shards import Shards
+from toolkit.checkpoint.state import State, read_state
+from toolkit.delta import Base, Delta, describe_difference, read_mask_and_base
+from toolkit.distributed import World
+from toolkit.errors import CheckpointError
+from toolkit.mask.layer_mask import LayerMask
+
+
+class Checkpoint:
+    """A committed checkpoint, opened. Who opens it has verified it (``toolkit.checkpoint.manifest.verify``)."""
+
+    def __init__(self, path: Path) -> None:
+        """
+        Args:
+            path: its directory.
+
+        Raises:
+            CheckpointError: damaged.
+        """  # noqa: D205, D212
+        self.path = path
+        self.state: State = read_state(path)
+        try:
+            self.mask, self.base = read_mask_and_base(path)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise damaged(path, [f"mask.json or base.json cannot be read ({type(error).__name__}: {error})"]) from None
+        self.shards = Shards(path, self.state.step, self.state.ranks, self.mask)
+
+    def delta(self) -> Delta:
+        """The trained tensors, float32, mapped until something is written into them."""
+        tensors = {tensor.name: self.shards.master(tensor.name).view(tensor.shape) for tensor in self.mask.trainable}
+        return Delta(tensors, self.mask, self.base)
+
+    def require_fit(self, mask: LayerMask, base: Base, fingerprints: Mapping[str, str], order: str) -> None:
+        """Refuse to go on with another mask, model, data, tokenizer, template or schedule.
+
+        Args:
+            mask: of all that this run trains up to the checkpoint's step.
+            base: the model this run starts from.
+            fingerprints: this run's ``State.fingerprints``.
+            order: SHA-256 of the permutation of the checkpoint's epoch in this run.
+
+        Raises:
+            CheckpointError: lists all differences.
+        """
+        differences = []
+        if difference := describe_difference(self.mask, mask):
+            differences.append(f"it was trained with another mask: {difference}")
+        now = {**fingerprints, "base": base.sha256}
+        if difference:  # which the schedule repeats
+            now["schedule"] = self.state.fingerprints.get("schedule", "")
+        differences += state.identity_differences(self.state, now, order)
+        if differences:
+            listed = "\n".join(f"  - {difference}" for difference in differences)
+            raise CheckpointError(
+                f"{self.path} does not fit this run:\n{listed}\n"
+                "Restore what changed; or start a new run with another --output.dir, from these weights alone with "
+                f"--model.delta {self.path}"
+            )
+
+    def restore_generators(self, world: World) -> None:
+        """Put the random number generators of this rank where they were; ranks that are new keep theirs."""
+        path = self.path / rng.rng_name(world.rank, self.state.ranks)
+        if path.is_file():
+            try:
+                rng.restore(json.loads(path.read_text(encoding="utf-8")), world.device)
+            except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+                raise damaged(self.path, [f"{path.name} cannot be read ({type(error).__name__}: {error})"]) from None

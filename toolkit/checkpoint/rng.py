@@ -1,0 +1,47 @@
+"""The random number generators of this process: Python, NumPy, torch on the CPU and on the device."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def capture(device: torch.device) -> dict[str, Any]:
+    """The state of every generator, as JSON values."""
+    version, numbers, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state()
+    states = {
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, np.asarray(keys).tolist(), *rest],
+        "torch": _as_text(torch.get_rng_state()),
+    }
+    if device.type == "cuda":
+        states["device"] = _as_text(torch.cuda.get_rng_state(device))
+    return states
+
+
+def restore(states: dict[str, Any], device: torch.device) -> None:
+    """Put every generator where it was; one that the checkpoint's machine had not stays as it is."""
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(_from_text(states["torch"]))
+    if device.type == "cuda" and "device" in states:
+        torch.cuda.set_rng_state(_from_text(states["device"]), device)
+
+
+def rng_name(rank: int, ranks: int) -> str:
+    """The file of a rank's generators, relative to the checkpoint."""
+    return f"rng-{rank:05d}-of-{ranks:05d}.json"
+
+
+def _as_text(state: torch.Tensor) -> str:
+    return bytes(state.numpy()).hex()
+
+
+def _from_text(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)

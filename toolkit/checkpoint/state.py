@@ -1,0 +1,149 @@
+"""What a checkpoint says of itself, and which differences keep a run from going on from it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from toolkit.checkpoint.manifest import damaged
+from toolkit.config.schema import RunConfig
+
+NAME = "state.json"
+
+_IRRELEVANT = ("output.", "prefix.cache", "prefix.placement")
+"""Where output goes, and where hidden states and frozen weights are kept, does not change what is learned."""
+_DEALT = ("train.micro_batch_size", "train.gradient_accumulation_steps")
+"""What counts is the rows of one step over all ranks, their product with the number of ranks."""
+_HARMLESS = (
+    "train.learning_rate", "train.weight_decay", "train.warmup_ratio", "train.scheduler", "train.epochs",
+    "train.max_steps", "train.max_grad_norm", "train.gradient_checkpointing", "optim.", "data.packing", "data.path",
+    "data.split", "model.name_or_path", "model.revision", "model.attn_implementation", "model.trust_remote_code",
+)  # fmt: skip
+"""May change under an override: later steps differ, and those before keep their meaning. Where rows and weights come
+from may change because their fingerprints may not."""
+
+
+class State(BaseModel):
+    """Where a checkpoint stands, what it belongs to, and what wrote it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    step: int = Field(ge=0)
+    """Optimizer steps done."""
+    total_steps: int = Field(ge=0)
+    """Optimizer steps of the whole run."""
+    epoch: int = Field(ge=0)
+    """Epochs done."""
+    cursor: int = Field(ge=0)
+    """Rows of the next epoch that are done, over all ranks, in the order of its permutation."""
+    rows: int = Field(ge=1)
+    """Training rows."""
+    order: str
+    """SHA-256 of the permutation of the next epoch."""
+    global_batch: int = Field(ge=1)
+    """Rows of one optimizer step over all ranks."""
+    phase: int = Field(ge=0)
+    """Of the mask's schedule, from 0; that of the last step."""
+    schedule_step: int = Field(ge=0)
+    """Steps that the learning-rate schedule has done."""
+    engine: str
+    ranks: int = Field(ge=1)
+    eval_loss: float | None
+    """Validation loss after this very step; none where it was not computed."""
+    totals: dict[str, float]
+    """Sums since the run began (tokens, seconds …), and of the epoch that is under way."""
+    fingerprints: dict[str, str]
+    """SHA-256 of data, tokenizer, chat template, base model and the mask's schedule."""
+    versions: dict[str, str]
+    """Of Python and the libraries."""
+    recipe: dict[str, Any]
+
+    @property
+    def finished(self) -> bool:
+        """True at the end of the run."""
+        return self.step >= self.total_steps
+
+    def steps_in_all(self, config: RunConfig, ranks: int) -> int:
+        """Steps of the whole run if ``config`` goes on from here on ``ranks`` ranks."""
+        train, batch = config.train, global_batch(config, ranks)
+        rest = math.ceil((self.rows - self.cursor) / batch)
+        rest += (train.epochs - self.epoch - 1) * math.ceil(self.rows / batch)
+        return min(self.step + max(rest, 0), train.max_steps or self.step + max(rest, 0))
+
+
+def read_state(checkpoint: Path) -> State:
+    """The state of a checkpoint.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        return State.model_validate(json.loads((checkpoint / NAME).read_text(encoding="utf-8")))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(map(str, fault["loc"]))
+        raise damaged(checkpoint, [f"{NAME} cannot be read ({where}: {fault['msg']})"]) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise damaged(checkpoint, [f"{NAME} cannot be read ({error})"]) from None
+
+
+def global_batch(config: RunConfig, ranks: int) -> int:
+    """Rows of one optimizer step over all ranks."""
+    return config.train.micro_batch_size * config.train.gradient_accumulation_steps * ranks
+
+
+def recipe_differences(state: State, config: RunConfig, ranks: int) -> tuple[list[str], list[str]]:
+    """In what ``config`` would change the run of a checkpoint: what may not change, and what may under an override."""
+    refused: list[str] = []
+    harmless: list[str] = []
+    before = _flat(RunConfig().model_dump(mode="json"))  # a key that is newer than the checkpoint had its default
+    old, new = {**before, **_flat(state.recipe)}, _flat(config.model_dump(mode="json"))
+    for key in [*new, *(key for key in old if key not in new)]:
+        if key.startswith(_IRRELEVANT) or key in _DEALT or old.get(key) == new.get(key):
+            continue
+        difference = f"{key} was {old.get(key)!r}, is now {new.get(key)!r}"
+        (harmless if key.startswith(_HARMLESS) else refused).append(difference)
+    if (batch := global_batch(config, ranks)) != state.global_batch:
+        harmless.append(
+            f"a step took {state.global_batch} rows, takes {batch} now (micro batch {config.train.micro_batch_size} x "
+            f"accumulation {config.train.gradient_accumulation_steps} x {ranks} ranks): the steps that are left would "
+            "be others. Keep the product of the three, or override: the run then goes on with the next row"
+        )
+    return refused, harmless
+
+
+def identity_differences(state: State, now: Mapping[str, str], order: str) -> Iterator[str]:
+    """In what the data, tokenizer, template, model or schedule of this run are not those of a checkpoint.
+
+    Args:
+        state: of the checkpoint.
+        now: this run's ``State.fingerprints``.
+        order: of the checkpoint's epoch in this run.
+    """
+    for name, meaning in _MEANINGS.items():
+        if state.fingerprints.get(name) != now[name]:
+            yield f"{meaning} (SHA-256 {state.fingerprints.get(name, 'unknown')[:12]} then, {now[name][:12]} now)"
+    if state.fingerprints.get("data") == now["data"] and state.order != order:
+        yield f"this torch gives epoch {state.epoch + 1} another order of rows; use the version that wrote it"
+
+
+_MEANINGS = {
+    "base": "the weights of the base model have changed since",
+    "data": "the rows have changed since",
+    "tokenizer": "the tokenizer has changed since",
+    "chat_template": "the chat template has changed since",
+    "schedule": "it was trained under another mask.schedule: phases begin, end or train otherwise",
+}
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        f"{section}.{key}": value
+        for section, keys in values.items()
+        for key, value in (keys.items() if isinstance(keys, dict) else [("", keys)])
+    }
