@@ -39,6 +39,9 @@ class StepMetrics:
     """Parameters that this step trained; changes with the phases of mask.schedule."""
     peak_memory_gib: float
     """Highest so far of any rank: GPU memory allocated, or resident memory on a CPU."""
+    moved_share: float | None = None
+    """Of the sampled trained weights that were meant to move, the share that the update changed: 256 a tensor, or of
+    each rank's partitions, in float32 masters or their equal (``toolkit.engine.moved``). None at a rate of 0."""
 
 
 _CURVES = {
@@ -46,6 +49,7 @@ _CURVES = {
     "train/learning_rate": "learning_rate",
     "train/grad_norm": "grad_norm",
     "speed/tokens_per_second": "tokens_per_second",
+    "train/moved_share": "moved_share",
     "mask/trained_parameters": "trained_parameters",
     "memory/peak_gib": "peak_memory_gib",
 }
@@ -96,7 +100,8 @@ class Monitor:
         row = asdict(metrics)
         self._write(row)
         for curve, key in _CURVES.items():
-            self._board.add_scalar(curve, row[key], metrics.step)
+            if row[key] is not None:
+                self._board.add_scalar(curve, row[key], metrics.step)
         self._bar.update(metrics.step - self._bar.n)
         self._bar.set_postfix(
             loss=f"{metrics.loss:.4f}",

@@ -49,6 +49,13 @@ class Engine(Protocol):
         A gradient that is not finite changes no weight.
         """
 
+    def moved_share(self) -> float | None:
+        """Share of the sampled trained weights that the last update changed, of those meant to move, over all ranks.
+
+        None where nothing was meant to. What is looked at is said in ``toolkit.engine.moved.Moved``, which also warns
+        in the log where rounding eats the updates.
+        """
+
     def train(self, mode: bool) -> None:
         """Turn dropout on or off."""
 

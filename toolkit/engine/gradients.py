@@ -148,7 +148,9 @@ class Clipping:
     @cached_property
     def factor(self) -> float | None:
         """What the gradient is multiplied by, on the host; none where the norm is not finite. Waits for the device."""
-        found_inf, divisor = torch.stack((self.found_inf, self.found_inf if self.divisor is None else self.divisor)).tolist()
+        found_inf, divisor = torch.stack(
+            (self.found_inf, self.found_inf if self.divisor is None else self.divisor)
+        ).tolist()
         if found_inf:
             return None
         return 1.0 if self.divisor is None else 1 / float(divisor)

@@ -15,13 +15,14 @@ from toolkit.data.batches import Batch
 from toolkit.distributed import World
 from toolkit.engine.base import AdamState, Update
 from toolkit.engine.master_adamw import MasterAdamW
+from toolkit.engine.moved import Moved
 from toolkit.mask.layer_mask import ParameterGroup
-from toolkit.optim import build_scheduler, current_rate, forward_to, parameter_groups
+from toolkit.optim import build_scheduler, current_rate, embedding_tables, forward_to, parameter_groups
 from toolkit.prefix.split import Suffix
 
 
 class LocalEngine:
-    """AdamW on float32 masters, beside the suffix in its own precision. See ``Engine`` for the methods."""
+    """AdamW on exact masters, beside the suffix in its own precision. See ``Engine`` for the methods."""
 
     name = "local"
 
@@ -50,7 +51,11 @@ class LocalEngine:
         self._world = world
         settings = parameter_groups(parameters, groups, train, optim)
         accumulates = train.gradient_accumulation_steps > 1
-        self._optimizer = MasterAdamW(parameters, settings, train.max_grad_norm, accumulates, world.size)
+        self._optimizer = MasterAdamW(
+            parameters, settings, train.max_grad_norm, accumulates, world.size, name=optim.name,
+            tables=embedding_tables(suffix.model),
+        )  # fmt: skip
+        self._moved, self._rate = Moved(self._optimizer.peek), 0.0
         self._scheduler = build_scheduler(self._optimizer, train, total_steps)
 
     def forward(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:  # noqa: D102
@@ -62,10 +67,15 @@ class LocalEngine:
         self._optimizer.collect()
 
     def update(self) -> Update:  # noqa: D102
-        learning_rate = current_rate(self._scheduler, self._train)
+        self._rate = current_rate(self._scheduler, self._train)
+        self._moved.before()
         self._optimizer.step()
+        self._moved.after()
         self._scheduler.step()
-        return Update(self._optimizer.grad_norm, learning_rate)
+        return Update(self._optimizer.grad_norm, self._rate)
+
+    def moved_share(self) -> float | None:  # noqa: D102
+        return self._moved.judge(*self._moved.counts(), self._rate)  # all ranks hold and see the same
 
     def train(self, mode: bool) -> None:  # noqa: D102
         self._suffix.train(mode)
@@ -79,11 +89,12 @@ class LocalEngine:
         if not self._world.is_main:
             return
         state = {
-            f"{name}.{kind}": getattr(own, kind).cpu()
+            f"{name}.{kind}": tensor.cpu()
+            if tensor.ndim
+            else tensor.cpu().clone()  # a group's tensors share their step
             for name, own in self._optimizer.by_name.items()
-            for kind in ("exp_avg", "exp_avg_sq")
+            for kind, tensor in own.raw().items()
         }
-        state |= {f"{name}.step": own.step.cpu().clone() for name, own in self._optimizer.by_name.items()}
         save_file(state, directory / "moments.safetensors")
         (directory / "schedule.json").write_text(json.dumps(self._scheduler.state_dict()))
 
@@ -92,10 +103,10 @@ class LocalEngine:
         saved = load_file(directory / "moments.safetensors")
         schedule = json.loads((directory / "schedule.json").read_text())
         for name, state in self._optimizer.by_name.items():
-            state.master.copy_(masters[name])
-            for kind in ("exp_avg", "exp_avg_sq", "step"):
-                getattr(state, kind).copy_(saved[f"{name}.{kind}"])
+            state.put(masters[name])
+            state.set_raw({kind: saved[f"{name}.{kind}"] for kind in state.raw()})
         self._optimizer.write_back()
+        self._moved.forget()
         self._scheduler.load_state_dict(schedule)
         for group, learning_rate in zip(self._optimizer.param_groups, schedule["_last_lr"], strict=True):
             group["lr"] = learning_rate
@@ -114,14 +125,14 @@ class LocalEngine:
     def adopt(self, state: Mapping[str, AdamState], ages: Mapping[str, int], step: int) -> None:  # noqa: D102
         for name in self._world.share(sorted(state)):
             here, own = self._optimizer.by_name[name], state.get(name)
-            here.master.copy_(self._world.spread(getattr(own, "master", None), here.master.shape))
-            if ages[name]:
-                here.step.fill_(ages[name])  # shared by its group, whose tensors are all of one age
-                for kind in ("exp_avg", "exp_avg_sq"):
-                    getattr(here, kind).copy_(self._world.spread(getattr(own, kind, None), here.master.shape))
+            kinds = ("master", "exp_avg", "exp_avg_sq") if ages[name] else ("master",)
+            shape = here.master.shape
+            # a group's tensors share the count of updates: they are all of one age
+            here.put(*(self._world.spread(getattr(own, kind, None), shape) for kind in kinds), step=ages[name] or None)
         self._optimizer.write_back()
+        self._moved.forget()
         forward_to(self._scheduler, step)
 
     def release(self) -> dict[str, torch.Tensor]:  # noqa: D102
-        del self._optimizer, self._scheduler  # the parameters stay as they are: nothing was moved
+        del self._optimizer, self._scheduler, self._moved  # the parameters stay as they are: nothing was moved
         return {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from toolkit.data.batches import Batch
 from toolkit.distributed import World
 from toolkit.engine.base import AdamState, Update
 from toolkit.engine.ds_config import zero_stage
+from toolkit.engine.moments import MOMENTS
+from toolkit.engine.moved import Moved, choose
+from toolkit.engine.partitioned import PartitionedAdamW, build_optimizer
 from toolkit.errors import CheckpointError, ConfigError
 from toolkit.mask.layer_mask import ParameterGroup
-from toolkit.optim import build_optimizer, build_scheduler, current_rate, forward_to
+from toolkit.optim import build_scheduler, current_rate, embedding_tables, forward_to
 from toolkit.prefix.split import Suffix
 
 _TAG = "zero"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ZeroEngine:
@@ -62,7 +65,7 @@ class ZeroEngine:
         self._copies = copies
         self._parameters = parameters
         self._suffix = suffix
-        optimizer = build_optimizer(parameters, groups, train, optim)
+        optimizer = build_optimizer(parameters, groups, train, optim, embedding_tables(suffix.model))
         names = {id(parameter): name for name, parameter in parameters.items()}
         self._names_by_group = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
         self._scheduler = build_scheduler(optimizer, train, total_steps)
@@ -77,6 +80,8 @@ class ZeroEngine:
         except (ValidationError, DeepSpeedConfigError) as error:
             raise ConfigError([" ".join(str(error).split())], "DeepSpeed file, as DeepSpeed reads it") from None
         _unlink_shared_memory(world)
+        self._moved, self._rate = Moved(self._peek), 0.0
+        self._chosen: dict[int, torch.Tensor] = {}
 
     def forward(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:  # noqa: D102
         loss: torch.Tensor = self._engine(hidden, batch)
@@ -88,12 +93,35 @@ class ZeroEngine:
         self._engine.backward(loss * self._world.size, scale_wrt_gas=False)
 
     def update(self) -> Update:  # noqa: D102
-        learning_rate = current_rate(self._scheduler, self._train)
+        self._rate = current_rate(self._scheduler, self._train)
+        self._moved.before()
         self._engine.step()
+        self._moved.after()
         self._follow()
         norm = self._engine.get_global_grad_norm()
         norm = float("nan") if norm is None else float(norm)
-        return Update(torch.tensor(norm, device=self._world.device), learning_rate)
+        return Update(torch.tensor(norm, device=self._world.device), self._rate)
+
+    def moved_share(self) -> float | None:  # noqa: D102
+        moved, meant = self._world.sum(*self._moved.counts())  # each rank sees its own partitions
+        return self._moved.judge(moved, meant, self._rate)
+
+    def _peek(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """As ``Store.peek``, for each of this rank's partitions; one that lies on NVMe now has no element here."""
+        inner = self._engine.optimizer.optimizer
+        for flat, group in self._partitions():
+            size = flat.numel()
+            if size not in self._chosen:
+                self._chosen[size] = choose([size]).to(flat.device)
+            chosen = self._chosen[size]
+            values = flat.detach().view(-1).index_select(0, chosen)
+            if not size or not inner.state.get(flat):
+                meant = torch.zeros_like(values, dtype=torch.bool)
+            elif isinstance(inner, PartitionedAdamW):
+                meant = inner.moving(flat, group, chosen)
+            else:
+                meant = inner.state[flat]["exp_avg"].view(-1).index_select(0, chosen) != 0
+            yield values, meant
 
     @torch.no_grad()
     def _follow(self) -> None:
@@ -127,17 +155,18 @@ class ZeroEngine:
                 f"{directory} holds no DeepSpeed state; expected the folder {_TAG} that a checkpoint writes"
             )
         self._follow()
+        self._moved.forget()
 
     def state(self) -> dict[str, AdamState]:  # noqa: D102
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        self._link_moments()
         state = {}
-        for name, parameter in self._parameters.items():
-            full = [safe_get_full_fp32_param(parameter)]  # these are collectives
-            full += [safe_get_full_optimizer_state(parameter, moment) for moment in _MOMENTS]
-            if self._world.is_main:
-                state[name] = AdamState(*(tensor.detach().to("cpu", torch.float32, copy=True) for tensor in full))
+        with self._float32_moments():
+            for name, parameter in self._parameters.items():
+                full = [safe_get_full_fp32_param(parameter)]  # these are collectives
+                full += [safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS]
+                if self._world.is_main:
+                    state[name] = AdamState(*(tensor.detach().to("cpu", torch.float32, copy=True) for tensor in full))
         return state
 
     @torch.no_grad()
@@ -145,16 +174,33 @@ class ZeroEngine:
         inner = self._engine.optimizer.optimizer
         for flat, group in self._partitions():
             age = float(ages[self._names_by_group[group][0]])
+            if isinstance(inner, PartitionedAdamW):
+                inner.begin_at(flat, group, age)
+                continue
             inner.state[flat] = {"step": torch.tensor(age, device=flat.device)}
-            inner.state[flat] |= {moment: torch.zeros_like(flat) for moment in _MOMENTS}
-        self._link_moments()
-        for name in self._world.share(sorted(state)):
-            parameter, own = self._parameters[name], state.get(name)
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor in the parameter
-            self._set(parameter, self._world.spread(getattr(own, "master", None), shape), None)
-            for moment in _MOMENTS if ages[name] else ():
-                self._set(parameter, self._world.spread(getattr(own, moment, None), shape), moment)
+            inner.state[flat] |= {moment: torch.zeros_like(flat) for moment in MOMENTS}
+        with self._float32_moments(changes=True):
+            for name in self._world.share(sorted(state)):
+                parameter, own = self._parameters[name], state.get(name)
+                shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor in it
+                self._set(parameter, self._world.spread(getattr(own, "master", None), shape), None)
+                for moment in MOMENTS if ages[name] else ():
+                    self._set(parameter, self._world.spread(getattr(own, moment, None), shape), moment)
         forward_to(self._scheduler, step)
+        self._moved.forget()
+
+    @contextmanager
+    def _float32_moments(self, changes: bool = False) -> Iterator[None]:
+        """Meanwhile, let DeepSpeed find float32 moments of each tensor; with ``changes``, store what they then are."""
+        inner = self._engine.optimizer.optimizer
+        if isinstance(inner, PartitionedAdamW):
+            with inner.in_float32(dict(self._partitions()), changes):
+                self._link_moments()
+                yield
+        else:
+            self._link_moments()
+            yield
+        self._link_moments()  # lets go of the float32 ones
 
     def _set(self, parameter: Any, full: torch.Tensor, moment: str | None) -> None:
         """Set this rank's part of a master, or of a moment, from the whole tensor."""
@@ -208,7 +254,7 @@ class ZeroEngine:
                     plain[name] = parameter.detach().clone()
                 parameter.data = parameter.data.new_empty(0)
         vars(zero).clear()  # ZeRO-3's optimizer is still referred to after destroy (DeepSpeed 0.19): leave it empty
-        del self._engine, self._scheduler, self._suffix, self._copies
+        del self._engine, self._scheduler, self._suffix, self._copies, self._moved
         self._parameters = {}
         return plain
 

@@ -161,6 +161,7 @@ def _metrics(setup: Setup, result: StepResult, step: int) -> StepMetrics:
         tokens_per_second=result.tokens / result.seconds,
         trained_parameters=setup.mask.parameters,
         peak_memory_gib=setup.world.max(peak_memory_gib(setup.world.device)),
+        moved_share=setup.engine.moved_share(),
     )
 
 
