@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from toolkit.config.schema import OptimConfig, TrainConfig
-from toolkit.mask.layer_mask import ParameterGroup
 from toolkit.engine.partitioned import build_optimizer
+from toolkit.mask.layer_mask import ParameterGroup
 from toolkit.optim import build_scheduler, current_rate, warmup_steps
 
 

@@ -163,5 +163,6 @@ class Cell(Gradients):
         span = slice(stretch.start, stretch.stop)
         if self._exact is not None:
             return self._exact[span]
-        assert self._rest is not None and self._joined is not None
+        assert self._rest is not None
+        assert self._joined is not None
         return join(self._weight[span], self._rest[span], self._joined[: stretch.stop - stretch.start])

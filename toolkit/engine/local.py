@@ -15,6 +15,7 @@ from toolkit.data.batches import Batch
 from toolkit.distributed import World
 from toolkit.engine.base import AdamState, Update
 from toolkit.engine.master_adamw import MasterAdamW
+from toolkit.engine.moments import MOMENTS
 from toolkit.engine.moved import Moved
 from toolkit.mask.layer_mask import ParameterGroup
 from toolkit.optim import build_scheduler, current_rate, embedding_tables, forward_to, parameter_groups
@@ -125,10 +126,11 @@ class LocalEngine:
     def adopt(self, state: Mapping[str, AdamState], ages: Mapping[str, int], step: int) -> None:  # noqa: D102
         for name in self._world.share(sorted(state)):
             here, own = self._optimizer.by_name[name], state.get(name)
-            kinds = ("master", "exp_avg", "exp_avg_sq") if ages[name] else ("master",)
             shape = here.master.shape
-            # a group's tensors share the count of updates: they are all of one age
-            here.put(*(self._world.spread(getattr(own, kind, None), shape) for kind in kinds), step=ages[name] or None)
+            here.put(self._world.spread(getattr(own, "master", None), shape))
+            if ages[name]:  # a group's tensors share the count of updates: they are all of one age
+                moments = {kind: self._world.spread(getattr(own, kind, None), shape) for kind in MOMENTS}
+                here.put(here.master, **moments, step=ages[name])
         self._optimizer.write_back()
         self._moved.forget()
         forward_to(self._scheduler, step)

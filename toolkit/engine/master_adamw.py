@@ -117,7 +117,7 @@ class MasterAdamW(torch.optim.AdamW):
             store.write_back()
 
     def peek(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Sampled masters of each store, and whether the first moment of each is not zero (``toolkit.engine.moved``)."""
+        """``Store.peek`` of each store, for ``toolkit.engine.moved``."""
         for store in self._stores:
             yield store.peek()
 

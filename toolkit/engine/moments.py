@@ -87,8 +87,8 @@ class Float32:
         self, state: State, span: slice, master: torch.Tensor, gradient: torch.Tensor, settings: Mapping[str, Any],
         step: int, factor: float,
     ) -> None:  # fmt: skip
-        moments = (state[kind][span] for kind in MOMENTS)
-        fused_adamw(master, gradient, *moments, settings, step, factor)
+        exp_avg, exp_avg_sq = (state[kind][span] for kind in MOMENTS)
+        fused_adamw(master, gradient, exp_avg, exp_avg_sq, settings, step, factor)
 
     def read(self, state: State) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: D102
         return state["exp_avg"], state["exp_avg_sq"]
@@ -196,7 +196,7 @@ class EightBit:
             state[kind].copy_(codes)
             state[f"{kind}_scales"].copy_(found.absmax)
 
-    def moving(self, state: State, index: torch.Tensor) -> torch.Tensor:  # noqa: D102
+    def moving(self, state: State, index: torch.Tensor) -> torch.Tensor:
         """A moment below a millionth of its block's largest is stored as zero, and counts as such."""
         codes, scales = state["exp_avg"], state["exp_avg_scales"]
         moved = codes.index_select(0, index.to(codes.device)).to(index.device) != self._zero

@@ -27,7 +27,7 @@ def build_optimizer(
     optim: OptimConfig,
     tables: Collection[int] = (),
 ) -> torch.optim.Optimizer:
-    """AdamW with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101) for DeepSpeed, as ``optim.name`` says.
+    """The AdamW (Loshchilov and Hutter, arXiv 1711.05101) of ``optim.name`` for DeepSpeed.
 
     Args:
         parameters: by name, what trains.
