@@ -251,7 +251,8 @@ def _decide_recompute(setup: Setup, phase: Phase) -> tuple[bool, str, Plan | Non
     plans: dict[bool, Plan] = {}
     if setup.planners:
         planner = setup.planners[phase.index]
-        spec = engine_spec(setup.ds_config, setup.world.size, train.gradient_accumulation_steps)
+        accumulation, name = train.gradient_accumulation_steps, setup.config.optim.name
+        spec = engine_spec(setup.ds_config, setup.world.size, accumulation, name)
         try:
             plans = {on: planner.plan(planner.variant(spec, recompute=on)) for on in (False, True)}
         except PlanError as error:

@@ -1,0 +1,108 @@
+"""Runs on every rank under a launcher: every optimizer under every ZeRO stage, saved and resumed. Not a test itself.
+
+Arguments: OUTPUT.json, then the flags of launch/train.py.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from toolkit import cli, distributed  # noqa: E402
+from toolkit.config import flags  # noqa: E402
+from toolkit.data.batches import epoch_order, step_batches  # noqa: E402
+from toolkit.distributed import World  # noqa: E402
+from toolkit.train.setup import Setup, set_up  # noqa: E402
+from toolkit.train.step import train_step  # noqa: E402
+
+NAMES = ("adamw_8bit", "adamw_bf16")
+STEPS, SAVED_AFTER = 4, 2
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+
+
+def begin(given: list[str], world: World) -> Setup:
+    return set_up(flags.parse(flags.parser(""), ROOT / "recipes" / "quickstart.yaml", given), world)
+
+
+def steps_of(setup: Setup, first: int, last: int) -> tuple[list[float], list[float | None]]:
+    """Losses and moved shares of steps ``first`` to ``last``."""
+    order = epoch_order(setup.plan.rows, 0, 0)
+    losses, shares = [], []
+    for index, batches in enumerate(step_batches(setup.dataset.train, order, setup.plan, setup.pad_id)):
+        if first <= index < last:
+            losses.append(train_step(batches, setup.prefix, setup.engine, setup.world).loss)
+            shares.append(setup.engine.moved_share())
+    return losses, shares
+
+
+def stored(setup: Setup) -> dict[str, int]:
+    """Bytes of the optimizer's moments on this rank, and of its masters."""
+    zero = setup.engine._engine.optimizer
+    three = hasattr(zero, "fp32_partitioned_groups_flat")
+    masters = zero.fp32_partitioned_groups_flat if three else [p for p, _ in setup.engine._partitions()]
+    moments = [t for own in zero.optimizer.state.values() for key, t in own.items() if key != "step"]
+    return {"masters": sum(t.nbytes for t in masters), "moments": sum(t.nbytes for t in moments)}
+
+
+def one(given: list[str], folder: Path, world: World) -> dict[str, Any]:
+    """Train, save in the middle and train on; hand the state over as a phase does; train again from what was saved."""
+    whole = begin(given, world)
+    before, _ = steps_of(whole, 0, SAVED_AFTER)
+    if world.is_main:
+        folder.mkdir(parents=True)
+    world.barrier()
+    whole.engine.save(folder)
+    masters = whole.engine.masters()
+    after, shares = steps_of(whole, SAVED_AFTER, STEPS)
+    given_over, kept = whole.engine.state(), stored(whole)
+    assert whole.cost is not None
+    planned = {kind: whole.cost.memory.most[kind] for kind in kept}
+    whole.engine.release()
+    again = begin(given, world)
+    again.engine.adopt(given_over, dict.fromkeys(again.mask.names, STEPS), STEPS)
+    taken = again.engine.state()
+    world.barrier()
+    again.engine.load(folder, masters)
+    resumed, _ = steps_of(again, SAVED_AFTER, STEPS)
+    again.engine.release()
+    return {
+        "losses": before + after, "resumed": resumed, "shares": shares, "stored": kept, "planned": planned,
+        "apart": {kind: apart(kind, given_over, taken) for kind in KINDS}, "engine": whole.engine.name,
+    }  # fmt: skip
+
+
+def apart(kind: str, first: dict[str, Any], second: dict[str, Any]) -> float:
+    """The largest relative difference of a tensor; 0 on other ranks than rank 0, which have no state."""
+    pairs = [(getattr(own, kind), getattr(second[name], kind)) for name, own in first.items()]
+    return max((float((a - b).norm() / a.norm()) for a, b in pairs), default=0.0)
+
+
+def main() -> None:
+    local_rank = [word for word in sys.argv[1:] if word.startswith("--local_rank")]
+    output, *rest = [word for word in sys.argv[1:] if word not in local_rank]
+    world = distributed.start(engine_needs_group=True)
+    results = {}
+    for config in sorted(Path(output).parent.glob("ds-*.json")):
+        for name in NAMES:
+            given = [*rest, "--optim.name", name, "--ds", str(config)]
+            folder = Path(output).parent / f"{config.stem}-{name}"
+            results[f"{config.stem.removeprefix('ds-')} {name}"] = one(given, folder, world)
+            if world.is_main:
+                print("DONE", config.stem, name, results[f"{config.stem.removeprefix('ds-')} {name}"], flush=True)
+    if world.is_main:
+        Path(output).write_text(json.dumps(results), encoding="utf-8")
+    world.barrier()
+    distributed.stop()
+    cli.leave(0)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
