@@ -141,6 +141,8 @@ def set_up(invocation: Invocation, world: World) -> Setup:
     )
     total_steps = plan.steps(train.epochs, train.max_steps)
     refuse_with_schedule(config, world.device)
+    if config.optim.name == "paged_adamw_8bit" and world.device.type == "cpu":
+        log.info("optim.name: paged_adamw_8bit pages nothing here and is adamw_8bit: the run computes on the CPU")
     loaded = load_for(config, tokenizer)
     _check_fit(dataset, loaded)
     base = Base(config.model, world.share(fingerprint(loaded.model, loaded.on_disk) if world.is_main else None))
