@@ -95,18 +95,19 @@ class Cell(Gradients):
     @torch.no_grad()
     def put(
         self,
-        master: torch.Tensor,
+        master: torch.Tensor | None = None,
         exp_avg: torch.Tensor | None = None,
         exp_avg_sq: torch.Tensor | None = None,
         step: float | None = None,
     ) -> None:
         """As ``TensorState.put``; a moment that is none while the other is given stays as it is, requantised."""
-        flat = master.detach().to(self.device, torch.float32).flatten()
-        if self._exact is not None:
-            self._exact.copy_(flat)
-        else:
-            assert self._rest is not None
-            split(flat.clone(), self._weight, self._rest)
+        if master is not None:
+            flat = master.detach().to(self.device, torch.float32, copy=True).flatten()
+            if self._exact is not None:
+                self._exact.copy_(flat)
+            else:
+                assert self._rest is not None
+                split(flat, self._weight, self._rest)
         if exp_avg is not None or exp_avg_sq is not None:
             first, second = self._form.read(self._moments)
             first = first if exp_avg is None else exp_avg.flatten()

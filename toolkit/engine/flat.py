@@ -34,7 +34,7 @@ class TensorState(Protocol):
 
     def put(
         self,
-        master: torch.Tensor,
+        master: torch.Tensor | None = None,
         exp_avg: torch.Tensor | None = None,
         exp_avg_sq: torch.Tensor | None = None,
         step: float | None = None,
@@ -68,12 +68,13 @@ class FlatState:
     @torch.no_grad()
     def put(  # noqa: D102
         self,
-        master: torch.Tensor,
+        master: torch.Tensor | None = None,
         exp_avg: torch.Tensor | None = None,
         exp_avg_sq: torch.Tensor | None = None,
         step: float | None = None,
     ) -> None:
-        self.master.copy_(master)
+        if master is not None:
+            self.master.copy_(master)
         if exp_avg is not None:
             self.exp_avg.copy_(exp_avg)
         if exp_avg_sq is not None:

@@ -130,7 +130,7 @@ class LocalEngine:
             here.put(self._world.spread(getattr(own, "master", None), shape))
             if ages[name]:  # a group's tensors share the count of updates: they are all of one age
                 moments = {kind: self._world.spread(getattr(own, kind, None), shape) for kind in MOMENTS}
-                here.put(here.master, **moments, step=ages[name])
+                here.put(**moments, step=ages[name])
         self._optimizer.write_back()
         self._moved.forget()
         forward_to(self._scheduler, step)
