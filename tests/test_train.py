@@ -143,7 +143,7 @@ def test_metrics_have_one_object_a_step_with_the_documented_keys(finished: Path)
     assert [row["step"] for row in steps] == list(range(1, 46))
     assert set(steps[0]) == {
         "step", "epoch", "loss", "learning_rate", "grad_norm", "supervised_tokens", "tokens", "seconds",
-        "tokens_per_second", "trained_parameters", "peak_memory_gib", "skipped",
+        "tokens_per_second", "trained_parameters", "peak_memory_gib", "skipped", "moved_share",
     }  # fmt: skip
     assert [row["step"] for row in rows if "eval_loss" in row] == [15, 30, 45]
     assert all(set(row) == {"step", "epoch", "eval_loss", "eval_perplexity"} for row in rows if "loss" not in row)

@@ -45,6 +45,9 @@ class StepMetrics:
     """Highest so far of any rank: GPU memory allocated, or resident memory on a CPU."""
     skipped: bool = False
     """Loss or gradient norm was not finite (null here), so the step changed nothing."""
+    moved_share: float | None = None
+    """Of the sampled trained weights that were meant to move, the share that the update changed: 256 a tensor, or of
+    each rank's partitions, in float32 masters or their equal (``toolkit.engine.moved``). None at a rate of 0."""
 
 
 _CURVES = {
@@ -52,6 +55,7 @@ _CURVES = {
     "train/learning_rate": "learning_rate",
     "train/grad_norm": "grad_norm",
     "speed/tokens_per_second": "tokens_per_second",
+    "train/moved_share": "moved_share",
     "mask/trained_parameters": "trained_parameters",
     "memory/peak_gib": "peak_memory_gib",
 }
@@ -103,7 +107,8 @@ class Monitor:
         row = asdict(metrics)
         self._write(row)
         for curve, key in _CURVES.items():
-            self._board.scalar(curve, row[key], metrics.step)
+            if row[key] is not None:
+                self._board.scalar(curve, row[key], metrics.step)
         self._bar.update(metrics.step - self._bar.n)
         self._bar.set_postfix(
             loss=f"{metrics.loss:.4f}",

@@ -45,15 +45,13 @@ def parameter_groups(
     return settings
 
 
-def build_optimizer(
-    parameters: Mapping[str, nn.Parameter], groups: Sequence[ParameterGroup], train: TrainConfig, optim: OptimConfig
-) -> torch.optim.AdamW:
-    """AdamW with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101) for DeepSpeed, fused on each device.
+def embedding_tables(model: nn.Module) -> frozenset[int]:
+    """``id`` of the parameters of ``model`` that are embedding tables, a tied head's included.
 
-    DeepSpeed puts its own float32 partitions in the place of ``parameters``. Arguments are those of
-    ``parameter_groups``.
+    Their gradients are uneven: rows that occur get large ones and the others none. Moments in 8 bits would share scales
+    between them, so there these tensors keep float32 moments (Dettmers et al., arXiv 2110.02861, section 2.3).
     """
-    return torch.optim.AdamW(parameter_groups(parameters, groups, train, optim), lr=train.learning_rate, fused=True)
+    return frozenset(id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding))
 
 
 def current_rate(scheduler: LRScheduler, train: TrainConfig) -> float:

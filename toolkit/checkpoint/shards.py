@@ -28,7 +28,7 @@ class Stretch:
     updates: int
     """That the moments have had."""
     raw: tuple[str, ...] = ()
-    """What the optimizer stores where that is not float32; see ``Fragment.raw``."""
+    """What the optimizer stores where that is not float32; see ``Held.raw``."""
 
 
 def shard_name(rank: int, ranks: int, suffix: str) -> str:
@@ -65,10 +65,10 @@ def pack(
     tensors: dict[str, torch.Tensor] = {}
     index: list[Stretch] = []
     for fragment in fragments:
-        raw = fragment.raw()
-        tensors |= {_key(kind, fragment.name): values for kind, values in fragment.read().items()}
+        raw = fragment.held.raw()
+        tensors |= {_key(kind, fragment.name): values for kind, values in fragment.held.read().items()}
         tensors |= {_key(f"raw.{key}", fragment.name): values for key, values in raw.items()}
-        updates = int(fragment.step)
+        updates = fragment.held.updates
         index.append(Stretch(fragment.name, fragment.start, fragment.stop, updates, tuple(sorted(raw))))
     for name, master in resting.items():
         tensors[_key(MASTER, name)] = master.reshape(-1)
@@ -144,13 +144,13 @@ class Shards:
     def _fill(self, fragment: Fragment) -> None:
         stretch, file = next(pair for pair in self._by_name[fragment.name] if pair[0].stop > fragment.start)
         values = {kind: self._read(fragment.name, kind, fragment.start, fragment.stop) for kind in KINDS}
-        fragment.write(values, stretch.updates)
+        fragment.held.write(values, stretch.updates)
         same = (stretch.start, stretch.stop) == (fragment.start, fragment.stop)
         raw = {key: file.get_tensor(_key(f"raw.{key}", fragment.name)) for key in stretch.raw} if same else {}
         if raw and {key: (t.shape, t.dtype) for key, t in raw.items()} == {
-            key: (t.shape, t.dtype) for key, t in fragment.raw().items()
+            key: (t.shape, t.dtype) for key, t in fragment.held.raw().items()
         }:
-            fragment.set_raw(raw)
+            fragment.held.set_raw(raw)
 
     def _read(self, name: str, kind: str, start: int, stop: int) -> torch.Tensor:
         parts = []

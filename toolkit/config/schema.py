@@ -232,8 +232,17 @@ class TrainConfig(Section):
     """Seed of the row order, the validation split and dropout."""
 
 
+OptimName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adamw_bf16"]
+"""How AdamW keeps its state."""
+
+
 class OptimConfig(Section):
-    """AdamW, with float32 masters of the trained tensors."""
+    """AdamW: what takes its updates, and in how many bits its two moments are kept."""
+
+    name: OptimName = "adamw"
+    """adamw keeps masters and moments in float32. adamw_8bit keeps moments in 8 bits (bitsandbytes), paged_adamw_8bit
+    also lets a full GPU push them to the host. adamw_bf16 keeps moments in bfloat16 and, without DeepSpeed, the 16 bits
+    that a bfloat16 weight lacks to float32 in place of a master. All keep small updates (docs/optimizers.md)."""
 
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Decay rates of the first and second moment."""

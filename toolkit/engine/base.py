@@ -44,6 +44,13 @@ class Engine(Protocol):
         follows the run's steps, moves on all the same. ``Update.grad_norm`` is then not finite on any rank.
         """
 
+    def moved_share(self) -> float | None:
+        """Share of the sampled trained weights that the last update changed, of those meant to move, over all ranks.
+
+        None where nothing was meant to. What is looked at is said in ``toolkit.engine.moved.Moved``, which also warns
+        in the log where rounding eats the updates.
+        """
+
     def train(self, mode: bool) -> None:
         """Turn dropout on or off."""
 

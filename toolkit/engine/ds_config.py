@@ -115,6 +115,7 @@ def resolve_ds_config(
         faults += _fill(resolved, key, value, owner)
     faults += _check_optimizer(resolved.pop("optimizer", None), config)
     faults += _check_scheduler(resolved.pop("scheduler", None), config)
+    faults += _check_optim_name(resolved, config)
     _fill_buckets(resolved.setdefault("zero_optimization", {}), hidden_size)
     faults += [f'{where} is "auto", but nothing in the recipe fills it; give a value' for where in _autos(resolved)]
     if faults:
@@ -122,6 +123,8 @@ def resolve_ds_config(
     if config.train.gradient_accumulation_steps > 1:
         resolved.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     resolved.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's fused AdamW runs on offloaded masters too
+    if config.optim.name != "adamw":
+        resolved["zero_allow_untested_optimizer"] = True  # this repository's tests try them
     resolved.setdefault("steps_per_print", 2**31)  # the progress bar reports steps
     return resolved
 
@@ -204,6 +207,35 @@ def _check_optimizer(block: dict[str, Any] | None, config: RunConfig) -> Iterato
         "eps": config.optim.eps,
     }
     yield from _check_params(block, "optimizer", expected)
+
+
+def _check_optim_name(ds: dict[str, Any], config: RunConfig) -> Iterator[str]:
+    """What DeepSpeed 0.19 cannot do with an optimizer that it did not build, or whose moments are not float32."""
+    name, zero = config.optim.name, ds.get("zero_optimization", {})
+    offload = zero.get("offload_optimizer")
+    offload = offload if isinstance(offload, dict) else {}
+    if offload.get("ratio", 1.0) != 1.0:
+        yield (
+            f"zero_optimization.offload_optimizer.ratio is {offload['ratio']!r}; DeepSpeed splits the update between "
+            "CPU and GPU with its own CPU Adam alone: drop the key"
+        )
+    if name == "adamw":
+        return
+    if offload.get("device") == "nvme":
+        yield (
+            f"zero_optimization.offload_optimizer.device is 'nvme' and the recipe's optim.name is {name!r}; DeepSpeed "
+            'swaps float32 state alone to NVMe: write "cpu", or optim.name: adamw'
+        )
+    if "zenflow" in zero:
+        yield (
+            f"zero_optimization.zenflow needs DeepSpeed's own CPU Adam, the recipe's optim.name is {name!r}: "
+            "drop the block"
+        )
+    if zero_stage(ds) == 0:
+        yield (
+            f"zero_optimization.stage is 0 and the recipe's optim.name is {name!r}; without ZeRO DeepSpeed divides "
+            "nothing and takes one step with zero gradients at the start: leave out --ds, or write 1, 2 or 3"
+        )
 
 
 def _check_scheduler(block: dict[str, Any] | None, config: RunConfig) -> Iterator[str]:

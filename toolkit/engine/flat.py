@@ -1,20 +1,62 @@
-"""Flat float32 buffers for the state of many tensors, and the pieces in which they are updated."""
+"""Flat float32 buffers for the masters and moments of many tensors, and the pieces in which they are updated."""
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from toolkit.engine.gradients import Clipping, Gradients, Stretch
+from toolkit.engine.moved import choose
+
+
+class TensorState(Protocol):
+    """What an optimizer keeps of one trained tensor, however it stores it."""
+
+    @property
+    def master(self) -> torch.Tensor:
+        """What takes the updates, float32 in the tensor's shape."""
+
+    @property
+    def exp_avg(self) -> torch.Tensor:
+        """The first moment, float32 in the tensor's shape."""
+
+    @property
+    def exp_avg_sq(self) -> torch.Tensor:
+        """The second moment, likewise."""
+
+    @property
+    def step(self) -> torch.Tensor:
+        """Updates done: a float32 scalar."""
+
+    def put(
+        self,
+        master: torch.Tensor | None = None,
+        exp_avg: torch.Tensor | None = None,
+        exp_avg_sq: torch.Tensor | None = None,
+        step: float | None = None,
+    ) -> None:
+        """Take float32 values in, rounded to how they are stored here; what is none stays as it is.
+
+        The parameter follows with the optimizer's ``write_back``.
+        """
+
+    def raw(self) -> dict[str, torch.Tensor]:
+        """Moments and step exactly as they are stored, for ``set_raw`` of the same optimizer and tensor.
+
+        The master is not among them: its float32 value is exact.
+        """
+
+    def set_raw(self, raw: Mapping[str, torch.Tensor]) -> None:
+        """Take in what ``raw`` gave."""
+
 
 @dataclass(frozen=True)
-class TensorState:
-    """What is kept of one trained tensor. Views: writing into them changes the optimizer's state."""
+class FlatState:
+    """The state of one tensor in float32. Views: writing into them changes the optimizer's state."""
 
     master: torch.Tensor
     """Float32, in the tensor's shape; the parameter itself where that is float32."""
@@ -23,20 +65,71 @@ class TensorState:
     step: torch.Tensor
     """Updates done: a float32 scalar that all tensors of a parameter group share."""
 
+    @torch.no_grad()
+    def put(  # noqa: D102
+        self,
+        master: torch.Tensor | None = None,
+        exp_avg: torch.Tensor | None = None,
+        exp_avg_sq: torch.Tensor | None = None,
+        step: float | None = None,
+    ) -> None:
+        if master is not None:
+            self.master.copy_(master)
+        if exp_avg is not None:
+            self.exp_avg.copy_(exp_avg)
+        if exp_avg_sq is not None:
+            self.exp_avg_sq.copy_(exp_avg_sq)
+        if step is not None:
+            self.step.fill_(step)
+
+    def raw(self) -> dict[str, torch.Tensor]:  # noqa: D102
+        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "step": self.step}
+
+    def set_raw(self, raw: Mapping[str, torch.Tensor]) -> None:  # noqa: D102
+        for kind, own in self.raw().items():
+            own.copy_(raw[kind])
+
+
+class Store(Protocol):
+    """Tensors of one parameter group with their gradients and state."""
+
+    group: int
+    is_summed: bool
+    gradients: list[torch.Tensor]
+    stretches: list[Stretch]
+    parameters: list[nn.Parameter]
+
+    @property
+    def states(self) -> Sequence[TensorState]:
+        """One a parameter, in their order."""
+
+    def collect(self) -> None:
+        """As ``Gradients.collect``."""
+
+    def begin(self) -> None:
+        """As ``Gradients.begin``."""
+
+    def gradient(self, stretch: Stretch) -> torch.Tensor:
+        """As ``Gradients.gradient``."""
+
+    def end(self) -> None:
+        """As ``Gradients.end``."""
+
+    def update(self, settings: dict[str, Any], clipping: Clipping) -> None:
+        """One step of AdamW on the clipped gradient; none where its norm is not finite."""
+
+    def write_back(self) -> None:
+        """Round the masters into the parameters."""
+
+    def peek(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sampled masters, and whether the first moment of each is not zero; see ``toolkit.engine.moved``."""
+
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a ``Flat``: whole tensors, and parts of those that lie across its ends. All lists hold views."""
+    """A stretch of a ``Flat`` with the state that belongs to it. All lists hold views."""
 
-    start: int
-    stop: int
-    """In elements of the flat buffers."""
-    members: tuple[tuple[int, slice | None], ...]
-    """Which tensors, and which of a tensor's elements; none is all."""
-    scratch: torch.Tensor
-    """Float32 [stop - start]."""
-    upcast: list[torch.Tensor]
-    """``scratch`` by members, in the shapes of their gradients."""
+    stretch: Stretch
     lengths: list[int]
     """Into how many elements each the update cuts the gradient: one entry where the masters are one stretch."""
     masters: list[torch.Tensor]
@@ -48,20 +141,14 @@ class Piece:
     exact: list[torch.Tensor]
     """The masters' elements, in the same shapes."""
 
-    def gather(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The members' gradients in float32, in ``scratch``."""
-        own = [gradients[i] if part is None else gradients[i].view(-1)[part] for i, part in self.members]
-        torch._foreach_copy_(self.upcast, own)
-        return self.scratch
-
     def write_back(self) -> None:
         """Round the masters into the parameters."""
         if self.rounded:
             torch._foreach_copy_(self.rounded, self.exact)
 
 
-class Flat:
-    """Tensors of one parameter group that are all float32 or all low-precision, one after another."""
+class Flat(Gradients):
+    """Tensors of one parameter group, all float32 or all low-precision, one after another, with float32 state."""
 
     def __init__(
         self,
@@ -72,119 +159,70 @@ class Flat:
         accumulates: bool,
         ranks: int,
     ) -> None:
-        """
-        Args:
-            group: index of the parameter group.
-            parameters: contiguous, on one device.
-            scratch: float32, of at least ``piece`` elements or as many as all parameters have.
-            piece: elements updated at once.
-            accumulates: a step has more than one backward pass.
-            ranks: processes over which gradients are summed.
-        """  # noqa: D205, D212
-        self.group, self.parameters = group, list(parameters)
-        low = parameters[0].dtype != torch.float32
-        self.is_summed = ranks > 1 or (accumulates and low)
-        """Gradients are added up in a buffer of their own; autograd does it in place where they are float32 already."""
-        self._ends = list(accumulate(p.numel() for p in parameters))
-        self.gradients: list[torch.Tensor] = []
-        """From ``begin`` to ``end``: the parameters' gradients, or the one buffer of their sums."""
-        self._sums: torch.Tensor | None = None
-        total, device = self._ends[-1], parameters[0].device
-        self._exp_avg, self._exp_avg_sq = (torch.zeros(total, device=device) for _ in range(2))
-        self._step = torch.zeros((), device=device)
-        self._master = torch.empty(total, device=device) if low else None
+        """The arguments are those of ``Gradients``."""
+        super().__init__(group, parameters, scratch, piece, accumulates, ranks)
+        self._exp_avg, self._exp_avg_sq = (torch.zeros(self.total, device=self.device) for _ in range(2))
+        self._step = torch.zeros((), device=self.device)
+        self._index: torch.Tensor | None = None
+        self._own_indices: list[torch.Tensor] = []
+        self._master = torch.empty(self.total, device=self.device) if self.is_low else None
         masters: Sequence[torch.Tensor] = self.parameters
         if self._master is not None:
             masters = self._views(self._master)
             torch._foreach_copy_(masters, [p.detach() for p in parameters])
         moments = zip(masters, self._views(self._exp_avg), self._views(self._exp_avg_sq), strict=True)
-        self.states = [TensorState(*tensors, self._step) for tensors in moments]
-        self.pieces = [self._piece(start, min(start + piece, total), scratch) for start in range(0, total, piece)]
+        self.states = [FlatState(*tensors, self._step) for tensors in moments]
+        self._pieces = [self._piece(stretch) for stretch in self.stretches]
 
-    def collect(self) -> None:
-        """Add the parameters' gradients to the sums and free them."""
-        first = self._sums is None
-        if self._sums is None:
-            self._sums = torch.empty_like(self._exp_avg)
-        gradients = self._take()
-        for piece in self.pieces:
-            stretch = self._sums[piece.start : piece.stop]
-            if first:
-                stretch.copy_(piece.gather(gradients))
-            else:
-                stretch.add_(piece.gather(gradients))
-
-    def begin(self) -> None:
-        """Make ``gradients`` ready; a tensor that no gradient reached counts as zero."""
-        if self.is_summed and self._sums is None:
-            self._sums = torch.zeros_like(self._exp_avg)
-        self.gradients = self._take() if self._sums is None else [self._sums]
-
-    def gradient(self, piece: Piece) -> torch.Tensor:
-        """The gradient of a piece in float32, [elements]; may be overwritten by the next piece's."""
-        if self._sums is None:
-            return piece.gather(self.gradients)
-        return self._sums[piece.start : piece.stop]
-
-    def update(self, settings: dict[str, Any], scale: torch.Tensor | None, found_inf: torch.Tensor) -> None:
-        """One step of AdamW on the gradient divided by ``scale``; none if ``found_inf`` is 1.
+    def update(self, settings: dict[str, Any], clipping: Clipping) -> None:
+        """One step of AdamW on the clipped gradient; none where its norm is not finite.
 
         The kernel is that of torch.optim.AdamW(fused=True), which torch 2.13 offers piece by piece under no public
-        name. It also stores the divided gradient, into the scratch or the sums.
+        name. It also stores the clipped gradient, into the scratch or the sums.
         """
         self._step += 1
         beta1, beta2 = settings["betas"]
-        for piece in self.pieces:
-            gradients = self.gradient(piece).split_with_sizes(piece.lengths)
+        for piece in self._pieces:
+            gradients = self.gradient(piece.stretch).split_with_sizes(piece.lengths)
             torch._fused_adamw_(
                 piece.masters, gradients, piece.exp_avgs, piece.exp_avg_sqs, [], piece.steps, lr=settings["lr"],
                 beta1=beta1, beta2=beta2, weight_decay=settings["weight_decay"], eps=settings["eps"],
-                amsgrad=False, maximize=False, grad_scale=scale, found_inf=found_inf,
+                amsgrad=False, maximize=False, grad_scale=clipping.divisor, found_inf=clipping.found_inf,
             )  # fmt: skip
             piece.write_back()
-        self._step -= found_inf
+        self._step -= clipping.found_inf
 
-    def end(self) -> None:
-        """Free the gradients."""
-        self.gradients, self._sums = [], None
+    def write_back(self) -> None:
+        """Round the masters into the parameters."""
+        for piece in self._pieces:
+            piece.write_back()
 
-    def _take(self) -> list[torch.Tensor]:
-        """The parameters' gradients, which they lose; zeros where there is none."""
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
-        for parameter in self.parameters:
-            parameter.grad = None
-        return gradients
+    def peek(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ``Store.peek``."""
+        if self._index is None:
+            self._index = choose([p.numel() for p in self.parameters]).to(self.device)
+            self._own_indices = [choose([p.numel()]).to(self.device) for p in self.parameters]
+        if self._master is not None:
+            values = self._master.index_select(0, self._index)
+        else:
+            own = zip(self.parameters, self._own_indices, strict=True)
+            values = torch.cat([p.detach().view(-1).index_select(0, index) for p, index in own])
+        return values, self._exp_avg.index_select(0, self._index) != 0
 
     def _views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
         parts = buffer.split_with_sizes([p.numel() for p in self.parameters])
         return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
 
-    def _piece(self, start: int, stop: int, scratch: torch.Tensor) -> Piece:
-        members = tuple(self._members(start, stop))
-        own = scratch[: stop - start]
-
-        def cut(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-            whole = [tensors[i].detach() for i, _ in members]
-            return [t if part is None else t.view(-1)[part] for t, (_, part) in zip(whole, members, strict=True)]
-
-        exact = cut([state.master for state in self.states])
+    def _piece(self, stretch: Stretch) -> Piece:
+        start, stop = stretch.start, stretch.stop
+        exact = stretch.cut([state.master.detach() for state in self.states])
         lengths = [tensor.numel() for tensor in exact]
-        upcast = [part.view(t.shape) for part, t in zip(own.split_with_sizes(lengths), exact, strict=True)]
         moments = self._exp_avg[start:stop], self._exp_avg_sq[start:stop]
         if self._master is None:  # each of these masters lies elsewhere
             masters, rounded = [master.view(-1) for master in exact], []
         else:
-            masters, rounded, lengths = [self._master[start:stop]], cut(self.parameters), [stop - start]
+            masters, lengths = [self._master[start:stop]], [stop - start]
+            rounded = stretch.cut([p.detach() for p in self.parameters])
         exp_avgs, exp_avg_sqs = (list(moment.split_with_sizes(lengths)) for moment in moments)
         steps = [self._step] * len(lengths)
-        return Piece(start, stop, members, own, upcast, lengths, masters, exp_avgs, exp_avg_sqs, steps, rounded, exact)
-
-    def _members(self, start: int, stop: int) -> Iterator[tuple[int, slice | None]]:
-        """The tensors that reach into [start, stop), and which part of each."""
-        for index in range(bisect_right(self._ends, start), len(self._ends)):
-            size = self.parameters[index].numel()
-            begin = self._ends[index] - size
-            if begin >= stop:
-                return
-            inside = slice(max(start - begin, 0), min(stop - begin, size))
-            yield index, None if inside == slice(0, size) else inside
+        return Piece(stretch, lengths, masters, exp_avgs, exp_avg_sqs, steps, rounded, exact)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,29 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = (MASTER, *MOMENTS)
 
 
+class Held(Protocol):
+    """What an engine keeps of a stretch, however it stores it."""
+
+    @property
+    def updates(self) -> int:
+        """That the moments have had."""
+
+    def read(self) -> Mapping[str, torch.Tensor]:
+        """For each of ``KINDS`` the values in float32, flat; valid until the next update."""
+
+    def write(self, tensors: Mapping[str, torch.Tensor], updates: int) -> None:
+        """Take over values of some kinds, flat float32 on any device, and the number of updates."""
+
+    def raw(self) -> dict[str, torch.Tensor]:
+        """What is stored where that is not float32, as plain tensors; empty where ``read`` is exact.
+
+        Where a stretch does not stand alone, what it shares with others is with the first of them.
+        """
+
+    def set_raw(self, raw: Mapping[str, torch.Tensor]) -> None:
+        """After ``write``: take over what ``raw`` of the same stretch gave, if it was stored in the same way."""
+
+
 @dataclass(frozen=True)
 class Fragment:
     """A stretch of a trained tensor, counted in elements of the flattened tensor, and its optimizer state."""
@@ -27,29 +51,36 @@ class Fragment:
     """Of the tensor in the whole model."""
     start: int
     stop: int
+    held: Held
+
+
+@dataclass(frozen=True)
+class Views:
+    """A ``Held`` of float32 values that are all there is."""
+
     tensors: Mapping[str, torch.Tensor]
-    """For each of ``KINDS`` the float32 values, [stop - start]: views into the optimizer."""
+    """For each of ``KINDS`` a flat view into the optimizer."""
     step: torch.Tensor
     """Updates that the moments have had: a scalar, shared by the tensors of a parameter group."""
 
-    def read(self) -> Mapping[str, torch.Tensor]:
-        """The values of each kind, float32 [stop - start]; valid until the next update."""
+    @property
+    def updates(self) -> int:  # noqa: D102
+        return int(self.step)
+
+    def read(self) -> Mapping[str, torch.Tensor]:  # noqa: D102
         return self.tensors
 
     @torch.no_grad()
-    def write(self, tensors: Mapping[str, torch.Tensor], updates: int) -> None:
-        """Take over values of some kinds, float32 [stop - start] on any device, and the number of updates."""
+    def write(self, tensors: Mapping[str, torch.Tensor], updates: int) -> None:  # noqa: D102
         for kind, values in tensors.items():
             self.tensors[kind].copy_(values)
         self.step.fill_(updates)
 
-    def raw(self) -> dict[str, torch.Tensor]:
-        """What the optimizer stores where that is not float32, as plain tensors; empty where ``read`` is exact."""
+    def raw(self) -> dict[str, torch.Tensor]:  # noqa: D102
         return {}
 
     def set_raw(self, raw: Mapping[str, torch.Tensor]) -> None:
-        """Take over what ``raw`` of the same stretch gave."""
-        raise NotImplementedError("this optimizer keeps float32 values alone")
+        """Another optimizer's."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +106,7 @@ def gather(
         world: all ranks.
     """
     whole = [gather_kind(kind, fragments, shapes, is_replicated, world) for kind in KINDS]
-    counted = world.gather({fragment.name: int(fragment.step) for fragment in fragments})
+    counted = world.gather({fragment.name: fragment.held.updates for fragment in fragments})
     updates = {name: count for own in counted for name, count in own.items()}
     masters, averages, squares = whole
     return {name: AdamState(masters[name], averages[name], squares[name], updates[name]) for name in masters}
@@ -90,11 +121,11 @@ def gather_kind(
     whole = {}
     for name, shape in shapes.items():
         if is_replicated or world.size == 1:
-            full = own[name].read()[kind] if world.is_main else torch.empty(0)
+            full = own[name].held.read()[kind] if world.is_main else torch.empty(0)
         else:
             full = torch.zeros(shape.numel(), device=world.device)
             if name in own:
-                full[own[name].start : own[name].stop].copy_(own[name].read()[kind])
+                full[own[name].start : own[name].stop].copy_(own[name].held.read()[kind])
             dist.all_reduce(full)
         if world.is_main:
             whole[name] = full.detach().to("cpu", copy=True).view(shape)
@@ -121,4 +152,4 @@ def hand_over(
         if name in own:
             fragment = own[name]
             parts = {kind: values.view(-1)[fragment.start : fragment.stop] for kind, values in full.items()}
-            fragment.write(parts, updates)
+            fragment.held.write(parts, updates)

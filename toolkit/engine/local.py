@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -11,15 +12,17 @@ from toolkit.config.schema import OptimConfig, TrainConfig
 from toolkit.data.batches import Batch
 from toolkit.distributed import World
 from toolkit.engine.base import Update
+from toolkit.engine.flat import FlatState, TensorState
 from toolkit.engine.fragments import KINDS, MASTER, Fragment, gather_kind
 from toolkit.engine.master_adamw import MasterAdamW
+from toolkit.engine.moved import Moved
 from toolkit.mask.layer_mask import ParameterGroup
-from toolkit.optim import build_scheduler, current_rate, forward_to, parameter_groups
+from toolkit.optim import build_scheduler, current_rate, embedding_tables, forward_to, parameter_groups
 from toolkit.prefix.split import Suffix
 
 
 class LocalEngine:
-    """AdamW on float32 masters, beside the suffix in its own precision. See ``Engine`` for the methods."""
+    """AdamW on exact masters, beside the suffix in its own precision. See ``Engine`` for the methods."""
 
     name = "local"
     is_replicated = True
@@ -44,13 +47,17 @@ class LocalEngine:
             total_steps: optimizer steps of the whole run, for the schedule.
             world: gradients are summed over its ranks.
         """  # noqa: D205, D212
-        self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self._suffix = suffix
+        self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self._train = train
         self._world = world
         settings = parameter_groups(parameters, groups, train, optim)
         accumulates = train.gradient_accumulation_steps > 1
-        self._optimizer = MasterAdamW(parameters, settings, train.max_grad_norm, accumulates, world.size)
+        self._optimizer = MasterAdamW(
+            parameters, settings, train.max_grad_norm, accumulates, world.size, name=optim.name,
+            tables=embedding_tables(suffix.model),
+        )  # fmt: skip
+        self._moved, self._rate = Moved(self._optimizer.peek), 0.0
         self._scheduler = build_scheduler(self._optimizer, train, total_steps)
 
     def forward(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:  # noqa: D102
@@ -62,10 +69,15 @@ class LocalEngine:
         self._optimizer.collect()
 
     def update(self) -> Update:  # noqa: D102
-        learning_rate = current_rate(self._scheduler, self._train)
+        self._rate = current_rate(self._scheduler, self._train)
+        self._moved.before()
         self._optimizer.step()
+        self._moved.after()
         self._scheduler.step()
-        return Update(self._optimizer.grad_norm, learning_rate)
+        return Update(self._optimizer.grad_norm, self._rate)
+
+    def moved_share(self) -> float | None:  # noqa: D102
+        return self._moved.judge(*self._moved.counts(), self._rate)  # all ranks hold and see the same
 
     def train(self, mode: bool) -> None:  # noqa: D102
         self._suffix.train(mode)
@@ -75,9 +87,7 @@ class LocalEngine:
 
     def fragments(self) -> list[Fragment]:  # noqa: D102
         return [
-            Fragment(
-                name, 0, own.master.numel(), {kind: getattr(own, kind).detach().view(-1) for kind in KINDS}, own.step
-            )
+            Fragment(name, 0, own.master.numel(), _Whole(own, self.shapes[name]))
             for name, own in self._optimizer.by_name.items()
         ]
 
@@ -87,8 +97,33 @@ class LocalEngine:
 
     def continue_at(self, step: int) -> None:  # noqa: D102
         self._optimizer.write_back()
+        self._moved.forget()
         forward_to(self._scheduler, step)
 
     def release(self) -> dict[str, torch.Tensor]:  # noqa: D102
-        del self._optimizer, self._scheduler  # the parameters stay as they are: nothing was moved
+        del self._optimizer, self._scheduler, self._moved  # the parameters stay as they are: nothing was moved
         return {}
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """What is kept of a whole tensor, as a fragment holds it."""
+
+    own: TensorState
+    shape: torch.Size
+
+    @property
+    def updates(self) -> int:
+        return int(self.own.step)
+
+    def read(self) -> Mapping[str, torch.Tensor]:
+        return {kind: getattr(self.own, kind).detach().reshape(-1) for kind in KINDS}
+
+    def write(self, tensors: Mapping[str, torch.Tensor], updates: int) -> None:
+        self.own.put(**{kind: values.view(self.shape) for kind, values in tensors.items()}, step=updates)
+
+    def raw(self) -> dict[str, torch.Tensor]:
+        return {} if isinstance(self.own, FlatState) else self.own.raw()
+
+    def set_raw(self, raw: Mapping[str, torch.Tensor]) -> None:
+        self.own.set_raw(raw)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from toolkit.data.batches import Batch
 from toolkit.distributed import World
 from toolkit.engine.base import Update
 from toolkit.engine.ds_config import zero_stage
-from toolkit.engine.fragments import MASTER, MOMENTS, Fragment, gather_kind
+from toolkit.engine.fragments import KINDS, MASTER, MOMENTS, Fragment, Views, gather_kind
 from toolkit.engine.master_adamw import norm_at_once
+from toolkit.engine.moved import Moved, choose
+from toolkit.engine.partitioned import Opened, PartitionedAdamW, build_optimizer
 from toolkit.errors import ConfigError
 from toolkit.mask.layer_mask import ParameterGroup
-from toolkit.optim import build_optimizer, build_scheduler, current_rate, forward_to
+from toolkit.optim import build_scheduler, current_rate, embedding_tables, forward_to
 from toolkit.prefix.split import Suffix
 
 
@@ -63,7 +65,7 @@ class ZeroEngine:
         self._copies = copies
         self._parameters = parameters
         self._suffix = suffix
-        optimizer = build_optimizer(parameters, groups, train, optim)
+        optimizer = build_optimizer(parameters, groups, train, optim, embedding_tables(suffix.model))
         self._scheduler = build_scheduler(optimizer, train, total_steps)
         try:
             self._engine, *_ = deepspeed.initialize(
@@ -76,6 +78,9 @@ class ZeroEngine:
         except (ValidationError, DeepSpeedConfigError) as error:
             raise ConfigError([" ".join(str(error).split())], "DeepSpeed file, as DeepSpeed reads it") from None
         _unlink_shared_memory(world)
+        self._moved, self._rate = Moved(self._peek), 0.0
+        self._chosen: dict[int, torch.Tensor] = {}
+        self._opened: dict[torch.Tensor, Opened] = {}
 
     def forward(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:  # noqa: D102
         loss: torch.Tensor = self._engine(hidden, batch)
@@ -87,17 +92,40 @@ class ZeroEngine:
         self._engine.backward(loss * self._world.size, scale_wrt_gas=False)
 
     def update(self) -> Update:  # noqa: D102
-        learning_rate = current_rate(self._scheduler, self._train)
+        self._rate, self._opened = current_rate(self._scheduler, self._train), {}
         before = self._scheduler.last_epoch
         unchecked = None if hasattr(self._engine.optimizer, "overflow") else self._norm_or_drop()
+        self._moved.before()
         if unchecked is None or math.isfinite(unchecked):
             self._engine.step()
+        self._moved.after()
         if self._scheduler.last_epoch == before:  # a step that DeepSpeed skips does not move it on
             self._scheduler.step()
         self._follow()
         norm = self._engine.get_global_grad_norm() if unchecked is None else unchecked
         norm = float("nan") if norm is None else float(norm)
-        return Update(torch.tensor(norm, device=self._world.device), learning_rate)
+        return Update(torch.tensor(norm, device=self._world.device), self._rate)
+
+    def moved_share(self) -> float | None:  # noqa: D102
+        moved, meant = self._world.sum(*self._moved.counts())  # each rank sees its own partitions
+        return self._moved.judge(moved, meant, self._rate)
+
+    def _peek(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """As ``Store.peek``, for each of this rank's partitions; one that lies on NVMe now has no element here."""
+        inner = self._inner
+        for flat, group in self._partitions():
+            size = flat.numel()
+            if size not in self._chosen:
+                self._chosen[size] = choose([size]).to(flat.device)
+            chosen = self._chosen[size]
+            values = flat.detach().view(-1).index_select(0, chosen)
+            if not size or not inner.state.get(flat):
+                meant = torch.zeros_like(values, dtype=torch.bool)
+            elif isinstance(inner, PartitionedAdamW):
+                meant = inner.moving(flat, group, chosen)
+            else:
+                meant = inner.state[flat]["exp_avg"].view(-1).index_select(0, chosen) != 0
+            yield values, meant
 
     def _norm_or_drop(self) -> float:
         """The gradient's norm; drops a gradient that is not finite.
@@ -126,17 +154,42 @@ class ZeroEngine:
         return gather_kind(MASTER, self.fragments(), self.shapes, self.is_replicated, self._world)
 
     def fragments(self) -> list[Fragment]:  # noqa: D102
-        found = []
+        found: list[Fragment] = []
+        inner = self._inner
+        self._opened = (
+            {flat: Opened(inner, flat, group) for flat, group in self._partitions()}
+            if isinstance(inner, PartitionedAdamW)
+            else {}
+        )
         for name, parameter in self._parameters.items():
             flat, offset, start, stop = self._place(parameter)
             if flat is None or start >= stop:
                 continue
+            part = slice(offset, offset + stop - start)
+            if flat in self._opened:
+                found.append(Fragment(name, start, stop, self._opened[flat].part(part)))
+                continue
             state = self._state_of(flat)
             kept = {MASTER: flat, **{kind: state[kind] for kind in MOMENTS}}
-            part = slice(offset, offset + stop - start)
-            views = {kind: tensor.detach().view(-1)[part] for kind, tensor in kept.items()}
-            found.append(Fragment(name, start, stop, views, state["step"]))
+            views = {kind: kept[kind].detach().view(-1)[part] for kind in KINDS}
+            found.append(Fragment(name, start, stop, Views(views, state["step"])))
         return found
+
+    @property
+    def _inner(self) -> Any:
+        """The optimizer that DeepSpeed was given; at stage 0 in float32 it stands alone."""
+        return getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+
+    def _partitions(self) -> Iterator[tuple[torch.Tensor, int]]:
+        """This rank's flat float32 masters, each with the index of its parameter group."""
+        zero = self._engine.optimizer
+        if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3 cuts large groups into several
+            yield from (
+                (flat, zero.sub_group_to_group_id[i]) for i, flat in enumerate(zero.fp32_partitioned_groups_flat)
+            )
+        else:
+            for index, group in enumerate(self._inner.param_groups):
+                yield from ((flat, index) for flat in group["params"])
 
     def _place(self, parameter: Any) -> tuple[torch.Tensor | None, int, int, int]:
         """Where this rank keeps its part of a master: a float32 tensor, an offset in it, and the part's two ends.
@@ -164,8 +217,7 @@ class ZeroEngine:
 
     def _state_of(self, master: torch.Tensor) -> dict[str, torch.Tensor]:
         """AdamW's state of one of its tensors, which it makes with its first update if nobody did before."""
-        zero = self._engine.optimizer
-        state: dict[str, torch.Tensor] = getattr(zero, "optimizer", zero).state[master]
+        state: dict[str, torch.Tensor] = self._inner.state[master]
         if not state:
             state["step"] = torch.zeros((), device=master.device)
             state |= {moment: torch.zeros_like(master) for moment in MOMENTS}
@@ -176,6 +228,10 @@ class ZeroEngine:
         return int(self._scheduler.last_epoch)
 
     def continue_at(self, step: int) -> None:  # noqa: D102
+        for partition in self._opened.values():
+            partition.store()
+        self._opened = {}
+        self._moved.forget()
         forward_to(self._scheduler, step)
 
     @torch.no_grad()
@@ -192,7 +248,7 @@ class ZeroEngine:
                     plain[name] = parameter.detach().clone()
                 parameter.data = parameter.data.new_empty(0)
         vars(zero).clear()  # ZeRO-3's optimizer is still referred to after destroy (DeepSpeed 0.19): leave it empty
-        del self._engine, self._scheduler, self._suffix, self._copies
+        del self._engine, self._scheduler, self._suffix, self._copies, self._moved
         self._parameters = {}
         return plain
 

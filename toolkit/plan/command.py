@@ -57,9 +57,9 @@ def spec_of(invocation: Invocation, bare: Skeleton, ranks: int) -> EngineSpec:
     Raises:
         ConfigError: the DeepSpeed file is at fault.
     """
-    accumulation = invocation.config.train.gradient_accumulation_steps
+    accumulation, name = invocation.config.train.gradient_accumulation_steps, invocation.config.optim.name
     if invocation.deepspeed is None:
-        return engine_spec(None, ranks, accumulation)
+        return engine_spec(None, ranks, accumulation, name)
     ds = read_ds_config(invocation.deepspeed)
     resolved = resolve_ds_config(ds, invocation.config, ranks, bare.hidden_size, invocation.deepspeed)
-    return engine_spec(resolved, ranks, accumulation)
+    return engine_spec(resolved, ranks, accumulation, name)

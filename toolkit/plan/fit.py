@@ -155,7 +155,7 @@ def _ranks(variant: Variant, planner: Planner) -> Knob:
             if (ranks, stage) > (spec.ranks, spec.stage or 0):
                 yield (
                     f"--ds ds_configs/zero{stage}.json on {ranks} ranks",
-                    replace(variant, spec=zero_spec(stage, ranks, spec.accumulates, width)),
+                    replace(variant, spec=zero_spec(stage, ranks, spec.accumulates, width, spec.optimizer)),
                 )
         ranks *= 2
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from toolkit.config.schema import OptimName
 from toolkit.engine.ds_config import zero_stage
 from toolkit.engine.master_adamw import LARGEST_PIECE
+from toolkit.engine.moments import SMALLEST, moment_bytes
 from toolkit.plan.frozen import Frozen
 from toolkit.plan.rehearse import Rehearsal
 
@@ -33,6 +36,8 @@ class EngineSpec:
     """ZeRO-3 keeps parameters of up to so many elements whole on every rank."""
     live: int = 0
     """Elements that ZeRO-3 may keep gathered at once."""
+    optimizer: OptimName = "adamw"
+    """The recipe's optim.name."""
 
     @property
     def name(self) -> str:
@@ -40,10 +45,10 @@ class EngineSpec:
         return "local" if self.stage is None else f"zero-{self.stage}"
 
 
-def engine_spec(ds: dict[str, Any] | None, ranks: int, accumulation: int) -> EngineSpec:
+def engine_spec(ds: dict[str, Any] | None, ranks: int, accumulation: int, optimizer: OptimName = "adamw") -> EngineSpec:
     """The engine that a resolved DeepSpeed configuration asks for; none asks for torch alone."""
     if ds is None:
-        return EngineSpec(None, ranks, accumulation > 1)
+        return EngineSpec(None, ranks, accumulation > 1, optimizer=optimizer)
     zero = ds.get("zero_optimization", {})
     stage = zero_stage(ds)
     buckets = 2 if zero.get("overlap_comm") and stage != 3 else 1
@@ -55,12 +60,13 @@ def engine_spec(ds: dict[str, Any] | None, ranks: int, accumulation: int) -> Eng
         bucket=buckets * int(zero.get("reduce_bucket_size", 5e8)) if stage and contiguous else 0,
         persistent=int(zero.get("stage3_param_persistence_threshold", 1e5)),
         live=int(zero.get("stage3_max_live_parameters", 1e9)),
+        optimizer=optimizer,
     )
 
 
-def zero_spec(stage: int, ranks: int, accumulates: bool, hidden_size: int) -> EngineSpec:
+def zero_spec(stage: int, ranks: int, accumulates: bool, hidden_size: int, optimizer: OptimName) -> EngineSpec:
     """The engine that ``ds_configs/zeroN.json`` of this repository asks for."""
-    return EngineSpec(stage, ranks, accumulates, hidden_size**2, 10 * hidden_size, int(1e9))
+    return EngineSpec(stage, ranks, accumulates, hidden_size**2, 10 * hidden_size, int(1e9), optimizer)
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,8 @@ class Tensors:
     """Each frozen tensor of the suffix, the shared ones included."""
     width: int
     """Bytes an element of the model's precision takes."""
+    tables: tuple[int, ...] = ()
+    """Of ``trained``, the embedding tables."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +128,24 @@ def standing(spec: EngineSpec, tensors: Tensors, frozen: Frozen) -> Standing:
     return _stage_1_or_2(spec, tensors, frozen, suffix)
 
 
+def _moments(name: OptimName, tensors: Tensors) -> int:
+    """Bytes of the moments of whole tensors."""
+    tables, size = Counter(tensors.tables), 0
+    for elements in tensors.trained:
+        size += moment_bytes(name, elements, is_table=tables[elements] > 0)
+        tables[elements] -= 1
+    return size
+
+
+def _divided_moments(name: OptimName, tensors: Tensors, part: Callable[[Sequence[int]], int]) -> int:
+    """Bytes of the moments of a rank's ``part`` of tensors: partitions of tables, of vectors and of matrices."""
+    if name in ("adamw", "adamw_bf16"):
+        return moment_bytes(name, part(tensors.trained))
+    others = list((Counter(tensors.trained) - Counter(tensors.tables)).elements())
+    kinds = ([size for size in others if (size < SMALLEST) is small] for small in (True, False))
+    return moment_bytes(name, part(tensors.tables), is_table=True) + sum(moment_bytes(name, part(k)) for k in kinds)
+
+
 def _local(spec: EngineSpec, tensors: Tensors, frozen: Frozen, suffix: int) -> Standing:
     """Gradients stay as backward leaves them, unless they are added up in float32 over micro batches or ranks."""
     width, total = tensors.width, sum(tensors.trained)
@@ -129,16 +155,28 @@ def _local(spec: EngineSpec, tensors: Tensors, frozen: Frozen, suffix: int) -> S
     else:
         sums = 4 * total if spec.ranks > 1 or spec.accumulates else 0
         held, share, update = sums if spec.accumulates else 0, 1.0, width * total + sums
+    in_halves = spec.optimizer == "adamw_bf16"
+    scratch = 4 + (4 + 8 + 8 if in_halves else 0)  # gradient; then weights, moments, and random numbers for both
     return Standing(
-        prefix_weights=frozen.device, suffix_weights=suffix, masters=4 * total if low else 0,
-        moments=8 * total, accumulated=held, share=share, update_gradients=update, buffers=0,
-        scratch=4 * min(total, LARGEST_PIECE),
+        prefix_weights=frozen.device, suffix_weights=suffix,
+        masters=(2 if in_halves else 4) * total if low else 0,
+        moments=_moments(spec.optimizer, tensors), accumulated=held, share=share, update_gradients=update, buffers=0,
+        scratch=scratch * min(total, LARGEST_PIECE),
     )  # fmt: skip
+
+
+def _divided_scratch(spec: EngineSpec, part: int) -> int:
+    """What bfloat16 moments are updated in, and random numbers for them."""
+    return (8 + 8) * min(part, LARGEST_PIECE) if spec.optimizer == "adamw_bf16" else 0
 
 
 def _stage_1_or_2(spec: EngineSpec, tensors: Tensors, frozen: Frozen, suffix: int) -> Standing:
     width, total = tensors.width, sum(tensors.trained)
-    part = 2 * math.ceil(total / (2 * spec.ranks))
+
+    def parts(sizes: Sequence[int]) -> int:
+        return 2 * math.ceil(sum(sizes) / (2 * spec.ranks))
+
+    part = parts(tensors.trained)
     low = width < 4
     if spec.accumulates and low:  # float32 sums: of everything under stage 1, of this rank's part under stage 2
         held = 4 * (part * spec.ranks if spec.stage == 1 else part)
@@ -149,8 +187,10 @@ def _stage_1_or_2(spec: EngineSpec, tensors: Tensors, frozen: Frozen, suffix: in
         # this rank's gradients, flattened, then in float32: the three are there together
         update = int(share * width * total) + width * part + (4 * part if low else 0)
     return Standing(
-        prefix_weights=frozen.device, suffix_weights=suffix, masters=4 * part, moments=8 * part,
+        prefix_weights=frozen.device, suffix_weights=suffix, masters=4 * part,
+        moments=_divided_moments(spec.optimizer, tensors, parts),
         accumulated=held, share=share, update_gradients=update, buffers=spec.bucket * width,
+        scratch=_divided_scratch(spec, part),
     )  # fmt: skip
 
 
@@ -169,8 +209,10 @@ def _stage_3(spec: EngineSpec, tensors: Tensors, frozen: Frozen) -> Standing:
     return Standing(
         prefix_weights=frozen.device + tensors.shared * width,
         suffix_weights=(parts(everything) + whole) * width,
-        masters=4 * part if low else 0, moments=8 * part, accumulated=summed * part, share=0.0,
+        masters=4 * part if low else 0, moments=_divided_moments(spec.optimizer, tensors, parts),
+        accumulated=summed * part, share=0.0,
         update_gradients=(summed + 4) * part, buffers=(spec.bucket + gathered) * width,
+        scratch=_divided_scratch(spec, part),
     )  # fmt: skip
 
 
@@ -242,5 +284,9 @@ def _only(kind: str, size: int) -> dict[str, int]:
 
 
 def checkpoint_bytes(spec: EngineSpec, tensors: Tensors) -> int:
-    """Size of one checkpoint over all ranks: a float32 master and two moments of each trained element."""
-    return 12 * sum(tensors.trained)
+    """Size of one checkpoint over all ranks: a float32 master and two moments of each trained element.
+
+    Moments that are kept in fewer bits are there twice: as they are stored, and in float32 for any other layout.
+    """
+    stored = 0 if spec.optimizer == "adamw" else _moments(spec.optimizer, tensors)
+    return 12 * sum(tensors.trained) + stored

@@ -33,7 +33,7 @@ def draw(plan: Plan, path: Path, verdict: Verdict | None = None) -> None:
     _draw_layers(layers, plan)
     _draw_bars(bars, plan, verdict)
     spec = plan.variant.spec
-    figure.suptitle(f"{plan.model}: engine {spec.name} on {spec.ranks} rank(s)")
+    figure.suptitle(f"{plan.model}: engine {spec.name} on {spec.ranks} rank(s), {spec.optimizer}")
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:

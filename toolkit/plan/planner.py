@@ -18,6 +18,7 @@ from toolkit.mask.audit import AuditRow, audit, audit_table
 from toolkit.mask.layer_mask import LayerMask, build_mask
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.varlen import VARLEN
+from toolkit.optim import embedding_tables
 from toolkit.plan.compute import Compute, compute
 from toolkit.plan.frozen import Frozen, frozen_bytes
 from toolkit.plan.load import Load
@@ -295,6 +296,7 @@ def _sizes(prefix: Prefix | None, suffix: Suffix, trained: dict[str, nn.Paramete
         trained=tuple(parameter.numel() for parameter in trained.values()),
         frozen=tuple(p.numel() for p in suffix.parameters() if not p.requires_grad),
         width=next(suffix.parameters()).element_size(),
+        tables=tuple(p.numel() for p in trained.values() if id(p) in embedding_tables(suffix.model)),
     )
 
 

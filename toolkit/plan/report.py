@@ -53,7 +53,12 @@ def as_dict(plan: Plan, verdict: Verdict | None = None) -> dict[str, Any]:
                 for row in plan.audit
             ],
         },
-        "engine": {"name": variant.spec.name, "ranks": variant.spec.ranks, "gradient_checkpointing": variant.recompute},
+        "engine": {
+            "name": variant.spec.name,
+            "ranks": variant.spec.ranks,
+            "optimizer": variant.spec.optimizer,
+            "gradient_checkpointing": variant.recompute,
+        },
         "micro_batch": {
             "rows": variant.rows,
             "packed": bool(packed_lengths(variant, plan.load)),
@@ -121,8 +126,9 @@ def _fit(verdict: Verdict) -> dict[str, Any]:
 def _memory_text(plan: Plan) -> str:
     variant, spec, memory = plan.variant, plan.variant.spec, plan.memory
     switch = "on" if variant.recompute else "off"
+    engine = f"engine {spec.name}, {spec.ranks} rank(s), {spec.optimizer}"
     lines = [
-        f"memory of each rank: engine {spec.name}, {spec.ranks} rank(s), gradient checkpointing {switch}",
+        f"memory of each rank: {engine}, gradient checkpointing {switch}",
         f"micro batch {_micro_batch(plan)}, {variant.supervised:,} of a row supervised",
         f"({plan.load.source})",
         f"{'kind':<16}{'at most':>14}{'at the peak':>14}",

@@ -82,7 +82,7 @@ def quantise(weight: torch.Tensor, form: Form) -> dict[str, torch.Tensor]:
     int8 [N, K]: codes = round(127 · w / scales), scales [N] = max |w| of each output. nf4: the nearest of 16 quantiles
     of a normal distribution, times the largest magnitude of 64 weights, which is kept in 8 bits itself.
     """
-    functional = _bitsandbytes()
+    functional = bitsandbytes_functional()
     matrix = (weight.t() if form.transposed else weight).reshape(-1, _row(form)).contiguous()
     if form.precision == "int8":
         codes, scales, _ = functional.int8_vectorwise_quant(matrix.to(torch.float16))
@@ -103,7 +103,7 @@ def dequantise(parts: Mapping[str, torch.Tensor], form: Form) -> torch.Tensor:
         size = math.prod(form.shape)
         # bitsandbytes' CPU kernel takes the wrong scales where a row is not a whole number of blocks (0.50.2)
         rows = (size // _BLOCK, _BLOCK) if size % _BLOCK == 0 else (1, size)
-        functional = _bitsandbytes()
+        functional = bitsandbytes_functional()
         code, outer_code = _tables(parts["codes"].device)
         outer = functional.QuantState(
             absmax=parts["scales_of_scales"], code=outer_code, blocksize=_OUTER, dtype=torch.float32
@@ -150,12 +150,12 @@ def _row(form: Form) -> int:
 @cache
 def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The values of nf4's 16 codes, and of the 256 codes of its scales."""
-    functional = _bitsandbytes()
+    functional = bitsandbytes_functional()
     return functional.get_4bit_type("nf4", device=device), functional.create_dynamic_map().to(device)
 
 
 @cache
-def _bitsandbytes() -> ModuleType:
+def bitsandbytes_functional() -> ModuleType:
     """bitsandbytes.functional, imported by runs that use it alone."""
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     logger.setLevel(logging.ERROR)  # it misses a package for products in 4 bits, which are not used here

@@ -79,8 +79,16 @@ def refuse_with_schedule(config: RunConfig, device: torch.device) -> None:
     """Refuse to store frozen weights otherwise where a later phase may train them.
 
     Raises:
-        ConfigError: ``mask.schedule`` together with ``prefix.precision`` or ``prefix.placement``.
+        ConfigError: ``mask.schedule`` with ``prefix.precision``, with ``prefix.placement``, or with paged moments.
     """
+    if config.mask.schedule and config.optim.name == "paged_adamw_8bit":
+        raise ConfigError(
+            [
+                "optim.name is paged_adamw_8bit, but mask.schedule exchanges the optimizer, and bitsandbytes never "
+                "frees memory that it paged; write optim.name: adamw_8bit, or leave out the schedule"
+            ],
+            "recipe",
+        )
     wanted = effective(config.prefix, device)
     if config.mask.schedule and (wanted.precision, wanted.placement) != ("model", "device"):
         raise ConfigError(

@@ -201,6 +201,7 @@ def _metrics(setup: Setup, result: StepResult, progress: Progress) -> StepMetric
         skipped=result.skipped,
         trained_parameters=setup.mask.parameters,
         peak_memory_gib=setup.world.max(peak_memory_gib(setup.world.device)),
+        moved_share=setup.engine.moved_share(),
     )
 
 

@@ -163,6 +163,8 @@ def prepare(invocation: Invocation, world: World, state: State | None = None) ->
     )
     total_steps = state.steps_in_all(config, world.size) if state else plan.steps(train.epochs, train.max_steps)
     refuse_with_schedule(config, world.device)
+    if config.optim.name == "paged_adamw_8bit" and world.device.type == "cpu":
+        log.info("optim.name: paged_adamw_8bit pages nothing here and is adamw_8bit: the run computes on the CPU")
     loaded = load_for(config, tokenizer)
     _check_fit(dataset, loaded)
     quicken(loaded.model, world.share(pace_of(loaded.model.dtype, world.device) if world.is_main else None))
@@ -274,7 +276,8 @@ def _decide_recompute(setup: Setup, phase: Phase) -> tuple[bool, str, Plan | Non
     plans: dict[bool, Plan] = {}
     if setup.planners:
         planner = setup.planners[phase.index]
-        spec = engine_spec(setup.ds_config, setup.world.size, train.gradient_accumulation_steps)
+        accumulation, name = train.gradient_accumulation_steps, setup.config.optim.name
+        spec = engine_spec(setup.ds_config, setup.world.size, accumulation, name)
         try:
             plans = {on: planner.plan(planner.variant(spec, recompute=on)) for on in (False, True)}
         except PlanError as error:

@@ -1,0 +1,145 @@
+"""Runs on every rank under a launcher: every optimizer under every ZeRO stage, saved and resumed. Not a test itself.
+
+Arguments: OUTPUT.json, then the flags of launch/train.py.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from toolkit import cli, distributed  # noqa: E402
+from toolkit.config import flags  # noqa: E402
+from toolkit.data.batches import epoch_order, step_batches  # noqa: E402
+from toolkit.distributed import World  # noqa: E402
+from toolkit.engine.fragments import AdamState, gather, hand_over  # noqa: E402
+from toolkit.mask.apply import apply_mask, trainable_parameters  # noqa: E402
+from toolkit.train.setup import Setup, prepare, set_up  # noqa: E402
+from toolkit.train.setup import begin as begin_phase  # noqa: E402
+from toolkit.train.step import train_step  # noqa: E402
+
+NAMES = ("adamw_8bit", "adamw_bf16")
+STEPS, SAVED_AFTER = 4, 2
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+
+
+def begin(given: list[str], world: World, masters: dict[str, torch.Tensor] | None = None) -> Setup:
+    """A run from its beginning, or from trained tensors that rank 0 has, as a resumed one."""
+    invocation = flags.parse(flags.parser(""), ROOT / "recipes" / "quickstart.yaml", given)
+    if masters is None:
+        return set_up(invocation, world)
+    setup = prepare(invocation, world)
+    (phase,) = setup.schedule.phases
+    assert setup.loaded is not None
+    apply_mask(setup.loaded.model, phase.trained, setup.loaded.anatomy)
+    masters = world.share(masters)
+    with torch.no_grad():
+        for name, parameter in trainable_parameters(setup.loaded.model, phase.trained).items():
+            parameter.copy_(masters[name])
+    begin_phase(setup, phase)
+    return setup
+
+
+def steps_of(setup: Setup, first: int, last: int) -> tuple[list[float], list[float | None]]:
+    """Losses and moved shares of steps ``first`` to ``last``."""
+    order = epoch_order(setup.plan.rows, 0, 0)
+    losses, shares = [], []
+    for index, batches in enumerate(step_batches(setup.dataset.train, order, setup.plan, setup.pad_id)):
+        if first <= index < last:
+            losses.append(train_step(batches, setup.prefix, setup.engine, setup.world).loss)
+            shares.append(setup.engine.moved_share())
+    return losses, shares
+
+
+def stored(setup: Setup) -> dict[str, int]:
+    """Bytes of the optimizer's moments on this rank, and of its masters."""
+    zero = setup.engine._engine.optimizer
+    three = hasattr(zero, "fp32_partitioned_groups_flat")
+    masters = zero.fp32_partitioned_groups_flat if three else [p for p, _ in setup.engine._partitions()]
+    moments = [t for own in zero.optimizer.state.values() for key, t in own.items() if key != "step"]
+    return {"masters": sum(t.nbytes for t in masters), "moments": sum(t.nbytes for t in moments)}
+
+
+class Kept:
+    """A rank's state as a checkpoint of the same layout keeps it."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._step = setup.engine.schedule_step
+        self._parts = [
+            ({kind: t.clone() for kind, t in f.held.read().items()}, f.held.updates,
+             {key: t.clone() for key, t in f.held.raw().items()})
+            for f in setup.engine.fragments()
+        ]  # fmt: skip
+
+    def put_into(self, setup: Setup) -> None:
+        for fragment, (values, updates, raw) in zip(setup.engine.fragments(), self._parts, strict=True):
+            fragment.held.write(values, updates)
+            if raw:
+                fragment.held.set_raw(raw)
+        setup.engine.continue_at(self._step)
+
+
+def whole_state(setup: Setup) -> dict[str, AdamState]:
+    engine = setup.engine
+    return gather(engine.fragments(), engine.shapes, engine.is_replicated, setup.world)
+
+
+def one(given: list[str], world: World) -> dict[str, Any]:
+    """Train, keep the state in the middle and train on; hand the state over as a phase does; train again from it."""
+    whole = begin(given, world)
+    before, _ = steps_of(whole, 0, SAVED_AFTER)
+    middle, masters = Kept(whole), whole.engine.masters()
+    after, shares = steps_of(whole, SAVED_AFTER, STEPS)
+    given_over, bytes_stored = whole_state(whole), stored(whole)
+    assert whole.cost is not None
+    planned = {kind: whole.cost.memory.most[kind] for kind in bytes_stored}
+    whole.engine.release()
+    again = begin(given, world)
+    hand_over(again.engine.fragments(), again.engine.shapes, given_over, world)
+    again.engine.continue_at(STEPS)
+    taken = whole_state(again)
+    again.engine.release()
+    again = begin(given, world, masters)
+    middle.put_into(again)
+    resumed, _ = steps_of(again, SAVED_AFTER, STEPS)
+    again.engine.release()
+    return {
+        "losses": before + after, "resumed": resumed, "shares": shares, "stored": bytes_stored, "planned": planned,
+        "apart": {kind: apart(kind, given_over, taken) for kind in KINDS}, "engine": whole.engine.name,
+    }  # fmt: skip
+
+
+def apart(kind: str, first: dict[str, Any], second: dict[str, Any]) -> float:
+    """The largest relative difference of a tensor; 0 on other ranks than rank 0, which have no state."""
+    pairs = [(getattr(own, kind), getattr(second[name], kind)) for name, own in first.items()]
+    return max((float((a - b).norm() / a.norm()) for a, b in pairs), default=0.0)
+
+
+def main() -> None:
+    local_rank = [word for word in sys.argv[1:] if word.startswith("--local_rank")]
+    output, *rest = [word for word in sys.argv[1:] if word not in local_rank]
+    world = distributed.start(engine_needs_group=True)
+    results = {}
+    for config in sorted(Path(output).parent.glob("ds-*.json")):
+        for name in NAMES:
+            given = [*rest, "--optim.name", name, "--ds", str(config)]
+            results[f"{config.stem.removeprefix('ds-')} {name}"] = one(given, world)
+            if world.is_main:
+                print("DONE", config.stem, name, results[f"{config.stem.removeprefix('ds-')} {name}"], flush=True)
+    if world.is_main:
+        Path(output).write_text(json.dumps(results), encoding="utf-8")
+    world.barrier()
+    distributed.stop()
+    cli.leave(0)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

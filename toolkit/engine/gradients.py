@@ -1,0 +1,156 @@
+"""Gradients from backward to the update: added up in float32 where that is asked for, and handed on in stretches."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What is updated at once of tensors that lie one after another. All lists hold views."""
+
+    start: int
+    stop: int
+    """In elements of all tensors together."""
+    members: tuple[tuple[int, slice | None], ...]
+    """Which tensors, and which of a tensor's elements; none is all."""
+    scratch: torch.Tensor
+    """Float32 [stop - start]."""
+    upcast: list[torch.Tensor]
+    """``scratch`` by members, in the shapes of their gradients."""
+
+    def gather(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The members' gradients in float32, in ``scratch``."""
+        torch._foreach_copy_(self.upcast, self.cut(gradients))
+        return self.scratch
+
+    def cut(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What of ``tensors``, one for each of all tensors, lies in this stretch."""
+        return [tensors[i] if part is None else tensors[i].view(-1)[part] for i, part in self.members]
+
+
+class Gradients:
+    """Gradients of tensors of one parameter group that are all float32 or all low-precision."""
+
+    def __init__(
+        self,
+        group: int,
+        parameters: Sequence[nn.Parameter],
+        scratch: torch.Tensor,
+        piece: int,
+        accumulates: bool,
+        ranks: int,
+    ) -> None:
+        """
+        Args:
+            group: index of the parameter group.
+            parameters: contiguous, on one device.
+            scratch: float32, of at least ``piece`` elements or as many as all parameters have.
+            piece: elements updated at once.
+            accumulates: a step has more than one backward pass.
+            ranks: processes over which gradients are summed.
+        """  # noqa: D205, D212
+        self.group, self.parameters = group, list(parameters)
+        self.is_low = parameters[0].dtype != torch.float32
+        """The parameters are not their own masters."""
+        self.is_summed = ranks > 1 or (accumulates and self.is_low)
+        """Gradients are added up in a buffer of their own; autograd does it in place where they are float32 already."""
+        self.gradients: list[torch.Tensor] = []
+        """From ``begin`` to ``end``: the parameters' gradients, or the one buffer of their sums."""
+        self._sums: torch.Tensor | None = None
+        self._ends = list(accumulate(p.numel() for p in parameters))
+        self.total, self.device = self._ends[-1], parameters[0].device
+        self.stretches = [
+            self._stretch(start, min(start + piece, self.total), scratch) for start in range(0, self.total, piece)
+        ]
+
+    def collect(self) -> None:
+        """Add the parameters' gradients to the sums and free them."""
+        first = self._sums is None
+        if self._sums is None:
+            self._sums = torch.empty(self.total, device=self.device)
+        gradients = self._take()
+        for stretch in self.stretches:
+            own = self._sums[stretch.start : stretch.stop]
+            if first:
+                own.copy_(stretch.gather(gradients))
+            else:
+                own.add_(stretch.gather(gradients))
+
+    def begin(self) -> None:
+        """Make ``gradients`` ready; a tensor that no gradient reached counts as zero."""
+        if self.is_summed and self._sums is None:
+            self._sums = torch.zeros(self.total, device=self.device)
+        self.gradients = self._take() if self._sums is None else [self._sums]
+
+    def gradient(self, stretch: Stretch) -> torch.Tensor:
+        """The gradient of a stretch in float32, [elements]; may be overwritten by the next stretch's."""
+        if self._sums is None:
+            return stretch.gather(self.gradients)
+        return self._sums[stretch.start : stretch.stop]
+
+    def end(self) -> None:
+        """Free the gradients."""
+        self.gradients, self._sums = [], None
+
+    def _take(self) -> list[torch.Tensor]:
+        """The parameters' gradients, which they lose; zeros where there is none."""
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+        return gradients
+
+    def _stretch(self, start: int, stop: int, scratch: torch.Tensor) -> Stretch:
+        members = tuple(self._members(start, stop))
+        own = scratch[: stop - start]
+        shapes = []
+        for index, part in members:
+            whole = self.parameters[index]
+            shapes.append(whole.shape if part is None else torch.Size([part.stop - part.start]))
+        parts = own.split_with_sizes([shape.numel() for shape in shapes])
+        upcast = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        return Stretch(start, stop, members, own, upcast)
+
+    def _members(self, start: int, stop: int) -> Iterator[tuple[int, slice | None]]:
+        """The tensors that reach into [start, stop), and which part of each."""
+        for index in range(bisect_right(self._ends, start), len(self._ends)):
+            size = self.parameters[index].numel()
+            begin = self._ends[index] - size
+            if begin >= stop:
+                return
+            inside = slice(max(start - begin, 0), min(stop - begin, size))
+            yield index, None if inside == slice(0, size) else inside
+
+
+class Clipping:
+    """What one step divides its gradient by, and whether it is to be taken at all."""
+
+    def __init__(self, norm: torch.Tensor, max_norm: float) -> None:
+        """
+        Args:
+            norm: 2-norm of the whole gradient, a float32 scalar.
+            max_norm: what it is clipped to; 0 does not clip.
+        """  # noqa: D205, D212
+        self.norm = norm
+        self._max_norm = max_norm
+        self.found_inf = (~norm.isfinite()).float()
+        """1 where the norm is NaN or infinite, else 0: a scalar on the device."""
+        self.divisor = ((norm + 1e-6) / max_norm).clamp(min=1) if max_norm else None
+        """What the gradient is divided by, a scalar on the device; none divides by nothing."""
+
+    @cached_property
+    def factor(self) -> float | None:
+        """What the gradient is multiplied by, on the host; none where the norm is not finite. Waits for the device."""
+        found_inf, divisor = torch.stack(
+            (self.found_inf, self.found_inf if self.divisor is None else self.divisor)
+        ).tolist()
+        if found_inf:
+            return None
+        return 1.0 if self.divisor is None else 1 / float(divisor)

@@ -1,0 +1,102 @@
+"""Whether the weights move: the share of them that an update changed, and a warning where rounding eats the updates."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+log = logging.getLogger("frostline")
+
+SAMPLED = 256
+"""Elements looked at of each tensor, or of each partition under ZeRO; all where there are fewer."""
+
+STEPS, TOO_FEW = 10, 0.5
+"""How many measured steps the warning waits for, and the mean share below which it comes."""
+
+Peek = Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]]
+
+
+def choose(sizes: Sequence[int]) -> torch.Tensor:
+    """Which elements are looked at of vectors that lie one after another: the same in every run, int64."""
+    start, parts = 0, []
+    for size in sizes:
+        generator = torch.Generator().manual_seed(0)
+        within = torch.randint(size, (SAMPLED,), generator=generator) if size > SAMPLED else torch.arange(size)
+        parts.append(start + within)
+        start += size
+    return torch.cat(parts)
+
+
+class Moved:
+    """Compares a fixed sample of the weights before and after each update.
+
+    The weights are those that carry the training: float32 masters, or bfloat16 weights with the bits kept beside them;
+    not the rounded copies that compute, of which most stay the same from step to step however well the run learns. An
+    element counts as meant to move while its first moment is not zero. So rows of an embedding table that never occur
+    and the padding of ZeRO's partitions are left out. The share is that of elements that changed among those.
+    """
+
+    def __init__(self, peek: Peek) -> None:
+        """
+        Args:
+            peek: gives, in parts, the sampled weights and whether the first moment of each is not zero.
+        """  # noqa: D205, D212
+        self._peek = peek
+        self._last: list[torch.Tensor] | None = None
+        self._counts: torch.Tensor | None = None
+        self._shares: deque[float] = deque(maxlen=STEPS)
+        self._warned = False
+
+    def forget(self) -> None:
+        """The weights were set from outside: what was seen of them is no longer what they were."""
+        self._last = None
+
+    @torch.no_grad()
+    def before(self) -> None:
+        """Look at the weights before an update, unless the last one left them as they are. Waits for nothing."""
+        if self._last is None:
+            self._last = [values.clone() for values, _ in self._peek()]
+
+    @torch.no_grad()
+    def after(self) -> None:
+        """Look at them after it. Waits for nothing."""
+        now, counts = [], []
+        assert self._last is not None
+        for (values, meant), last in zip(self._peek(), self._last, strict=True):
+            counts.append(torch.stack((((values != last) & meant).sum(), meant.sum())))
+            now.append(values.clone())
+        self._last = now
+        self._counts = torch.stack([count.to(counts[0].device) for count in counts]).sum(0) if counts else None
+
+    def counts(self) -> tuple[int, int]:
+        """Sampled elements that the last update changed, and those that were meant to move; waits for the device."""
+        if self._counts is None:
+            return 0, 0
+        moved, meant = self._counts.tolist()
+        return moved, meant
+
+    def judge(self, moved: float, meant: float, learning_rate: float) -> float | None:
+        """The share that moved, over all ranks; none where nothing was meant to. Warns once where it stays low.
+
+        Args:
+            moved: elements that the last update changed.
+            meant: elements that were meant to move.
+            learning_rate: of that update; 0, as in the first step of a warmup, moves nothing.
+        """
+        if not meant or learning_rate == 0:
+            return None
+        share = moved / meant
+        self._shares.append(share)
+        mean = sum(self._shares) / len(self._shares)
+        if not self._warned and len(self._shares) == STEPS and mean < TOO_FEW:
+            self._warned = True
+            log.warning(
+                "rounding eats the updates: in the last %d steps %.0f %% of the weights that had an update to take "
+                "changed, at a learning rate of %.1e. The numbers that take the updates are too coarse for them: keep "
+                "float32 masters (optim.name: adamw) or raise train.learning_rate (docs/optimizers.md)",
+                STEPS, 100 * mean, learning_rate,
+            )  # fmt: skip
+        return share
