@@ -17,7 +17,7 @@ SLOW = {"model_directory": 10}
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_nonsense_is_refused_clearly(name: str) -> None:
-    examples = SLOW.get(name, 40)
+    examples = SLOW.get(name, 25)
     assert run_target(name, examples, 0, derandomize=True) >= min(examples, 10)
 
 

@@ -73,19 +73,22 @@ def check_output(config: RunConfig, recipe: Path, world: World) -> None:
     Raises:
         CheckpointError: see ``toolkit.rundir.claim``; or the directory cannot be written.
     """
+    refused = None
     with claim(config, recipe, world, create=False) as directory:
-        if not world.is_main:
-            return
-        place = next(folder for folder in (directory.path.absolute(), *directory.path.absolute().parents)
-                     if folder.exists())  # fmt: skip
-        try:
-            with tempfile.TemporaryFile(dir=place):
-                pass
-        except OSError as error:
-            raise CheckpointError(
-                f"run directory {directory.path} cannot be written ({error.strerror} in {place}); "
-                "choose another --output.dir"
-            ) from None
+        if world.is_main:
+            path = directory.path.absolute()
+            place = next(folder for folder in (path, *path.parents) if folder.exists())
+            try:
+                with tempfile.TemporaryFile(dir=place):
+                    pass
+            except OSError as error:
+                refused = CheckpointError(
+                    f"run directory {directory.path} cannot be written ({error.strerror} in {place}); "
+                    "choose another --output.dir"
+                )
+    refused = world.share(refused)
+    if refused is not None:
+        raise refused
 
 
 def _too_costly(config: DataConfig) -> str | None:
