@@ -26,7 +26,7 @@ from toolkit.prefix.shard import _name_of
     [
         "train: {seed: 2020-99-99}",
         "train: {seed: !!int x}",
-        "train: " + "[" * 3000,
+        "train: " + "[" * 1200,
         "train: {seed: !!timestamp x}",
         "train: {seed: " + "9" * 5000 + "}",
     ],
