@@ -108,7 +108,7 @@ yaml_text = st.lists(
     ),
     max_size=3,
 ).map("\n".join)
-deep = st.sampled_from(["[" * 3000, "{a: " * 2000, "- " * 3000, '{"a":' * 3000, "(" * 500])
+deep = st.sampled_from(["[" * 1200, "{a: " * 1200, "- " * 1200, '{"a":' * 1200, "(" * 500])
 TEMPLATE = [
     "{{",
     "}}",

@@ -68,6 +68,19 @@ def test_a_run_outlives_full_metrics_and_curves_and_catches_up(
     assert (run / "checkpoints" / "latest").read_text() == "step-00000008"
 
 
+def test_a_disk_that_fills_up_under_the_curves_gives_one_warning(
+    tmp_path: Path, said: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    board = Board(tmp_path, 1)
+    with largest_file(2000):
+        for step in range(400):
+            board.scalar("loss", 1.0, step)
+        board.close()
+    assert len([line for line in said if "TensorBoard's file" in line]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+    assert 0 < next(tmp_path.iterdir()).stat().st_size <= 2000
+
+
 def test_curves_end_with_one_word_when_the_disk_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
@@ -80,7 +93,9 @@ def test_curves_end_with_one_word_when_the_disk_does(
     assert len(calls) == 1
     assert len([line for line in said if "training goes on without it" in line]) == 1
     monkeypatch.setattr("toolkit.board.SummaryWriter", full)
-    Board(tmp_path, 1).scalar("loss", 1.0, 1)
+    board = Board(tmp_path, 1)
+    board.scalar("loss", 1.0, 1)
+    board.close()
 
 
 def test_a_run_that_cannot_write_its_files_says_so_before_it_trains(

@@ -105,3 +105,17 @@ def test_nothing_of_the_build_machine_is_in_the_repository() -> None:
         if path.is_file() and path.suffix in (".py", ".md", ".yaml", ".json", ".cfg", ".toml", ".txt", ".svg"):
             text = path.read_text(encoding="utf-8")
             assert not re.search(r"(?<![\w.])/(work|home|root)/", text), path
+
+
+def test_every_promise_of_the_reliability_page_is_held_by_a_test_that_exists() -> None:
+    rows = [
+        line for line in (ROOT / "docs/reliability.md").read_text(encoding="utf-8").splitlines() if "`test_" in line
+    ]
+    named = [name for line in rows if line.startswith("|") for name in re.findall(r"`(test_\w+)`", line)]
+    assert len(named) > 30
+    there = {
+        name
+        for path in (ROOT / "tests").glob("*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
+    }
+    assert set(named) <= there

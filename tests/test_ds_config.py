@@ -88,6 +88,8 @@ def test_blocks_that_agree_are_dropped_because_the_recipe_builds_them() -> None:
         ({"zero_optimization": 2}, "zero_optimization is 2; expected an object"),
         ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "would take the float32 masters away"),
         ({"optimizer": {"type": "AdamW", "params": 3}}, "optimizer.params is 3; expected an object"),
+        ({"bf16": {"check_grad_overflow": False}}, "a NaN would reach the weights; remove it"),
+        ({"zero_optimization": {"compute_grad_norm": False}}, "nobody would know whether the gradient is finite"),
     ],
 )
 def test_values_that_cannot_be_meant(ds: dict[str, Any], message: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import invocation, make_tokenizer, reseal, run_script, tiny_flags, train
+from helpers import invocation, make_tokenizer, reseal, tiny_flags, train
 from test_bad_input import run_main
 
 from toolkit.config.schema import ModelConfig
@@ -239,14 +239,14 @@ def test_nothing_that_a_run_writes_or_says_holds_the_token_of_its_environment(
     monkeypatch.setenv("HF_TOKEN", token)
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     flags = tiny_flags(tiny_model, tmp_path / "run", "--train.max_steps", 2, "--data.validation", "0.1")
-    good = run_script("launch/train.py", *flags)
-    assert good.returncode == 0, good.stderr
-    job = run_script("launch/submit.py", *tiny_flags(tiny_model, tmp_path / "job"), "--dry-run")
-    assert job.returncode == 0, job.stderr
+    assert run_main(monkeypatch, "train", *flags) == 0
+    assert run_main(monkeypatch, "submit", *tiny_flags(tiny_model, tmp_path / "job"), "--dry-run") == 0
     assert run_main(monkeypatch, "train", *flags, "--data.path", f"{token}.jsonl") == 2
-    bad = capsys.readouterr()
-    assert "data.path holds a password or token" in bad.err
-    said = "".join([good.stdout, good.stderr, job.stdout, job.stderr, *bad])
+    shown = capsys.readouterr()
+    assert "data.path holds a password or token" in shown.err
+    said = shown.out + shown.err
+    assert "#!/bin/bash" in said
+    assert "frost line" in said
     written = b"".join(path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file())
     for secret in (token, SECRET):
         assert secret not in said

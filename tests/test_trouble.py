@@ -12,9 +12,10 @@ import torch
 from faults import plant
 from helpers import ENGLISH, invocation, masters_of, metrics, run_script, tiny_flags, train
 
+from toolkit.cli import run_command
 from toolkit.data.batches import epoch_order, step_batches
 from toolkit.distributed import World
-from toolkit.errors import TrainingStoppedError
+from toolkit.errors import DataError, DiskError, FrostlineError, TrainingStoppedError
 from toolkit.train.guard import SpikeDetector
 from toolkit.train.setup import set_up
 from toolkit.train.step import train_step
@@ -134,6 +135,22 @@ def test_a_loss_spike_is_reported_with_its_rows_and_changes_nothing(
 def spiked_by(losses: Iterator[float]) -> Any:
     original = SpikeDetector.spiked
     return lambda self, loss: original(self, next(losses))
+
+
+@pytest.mark.parametrize(("error", "waits"), [(TrainingStoppedError, True), (DataError, True), (DiskError, False)])
+def test_what_all_ranks_raise_is_printed_once_and_what_one_rank_raises_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: type[FrostlineError], waits: bool
+) -> None:
+    def fails() -> int:
+        raise error("no")
+
+    waited: list[float] = []
+    monkeypatch.setattr("toolkit.cli.time.sleep", waited.append)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert run_command(fails) == error.exit_code
+    assert len(waited) == waits, "rank 1 leaves rank 0's launcher the time to end it"
+    assert "error [rank 1]: no" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,8 @@ class Board:
         """  # noqa: D205, D212
         self._directory = directory
         self._writer: SummaryWriter | None = None
+        self._hook = threading.excepthook
+        threading.excepthook = self._in_thread
         self._attempt(lambda: self._open(first_step))
 
     def scalar(self, curve: str, value: float, step: int) -> None:
@@ -42,9 +45,16 @@ class Board:
         writer = self._writer
         if writer is not None:
             self._attempt(writer.close)
+        if threading.excepthook == self._in_thread:
+            threading.excepthook = self._hook
 
     def _open(self, first_step: int) -> None:
         self._writer = SummaryWriter(str(self._directory), purge_step=first_step)
+
+    def _in_thread(self, failed: threading.ExceptHookArgs) -> None:
+        """Keep quiet about an OSError of the writer's own thread: the next call raises it again here."""
+        if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__name__ == "_AsyncWriterThread"):
+            self._hook(failed)
 
     def _attempt(self, write: Callable[[], None]) -> None:
         try:

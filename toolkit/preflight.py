@@ -10,6 +10,7 @@ from toolkit.config.flags import Invocation
 from toolkit.config.schema import DataConfig
 from toolkit.data.dataset import load_dataset
 from toolkit.data.sources import is_hub_id
+from toolkit.distributed import World
 from toolkit.engine.ds_config import read_ds_config, resolve_ds_config
 from toolkit.errors import CheckpointError, PlanError
 from toolkit.mask.schedule import phase_masks
@@ -63,19 +64,24 @@ def check_config(invocation: Invocation, ranks: int) -> None:
         resolve_ds_config(ds, config, ranks, bare.hidden_size, path)
 
 
-def check_writable(run: Path) -> None:
-    """Refuse a run directory that nothing can be written to, before anything costly.
+def check_writable(run: Path, world: World) -> None:
+    """Refuse a run directory that nothing can be written to, before anything costly; every rank calls it.
 
     Raises:
         CheckpointError: it cannot be written.
     """
-    try:
-        with tempfile.TemporaryFile(dir=run):
-            pass
-    except OSError as error:
-        raise CheckpointError(
-            f"run directory {run} cannot be written ({error.strerror}); choose another --output.dir"
-        ) from None
+    refused = None
+    if world.is_main:
+        try:
+            with tempfile.TemporaryFile(dir=run):
+                pass
+        except OSError as error:
+            refused = CheckpointError(
+                f"run directory {run} cannot be written ({error.strerror}); choose another --output.dir"
+            )
+    refused = world.share(refused)
+    if refused is not None:
+        raise refused
 
 
 def _too_costly(config: DataConfig) -> str | None:

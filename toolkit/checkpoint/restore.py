@@ -31,7 +31,7 @@ class Checkpoint:
         self.state: State = read_state(path)
         try:
             self.mask, self.base = read_mask_and_base(path)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise damaged(path, [f"mask.json or base.json cannot be read ({type(error).__name__}: {error})"]) from None
         self.shards = Shards(path, self.state.step, self.state.ranks, self.mask)
 
@@ -73,5 +73,5 @@ class Checkpoint:
         if path.is_file():
             try:
                 rng.restore(json.loads(path.read_text(encoding="utf-8")), world.device)
-            except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
                 raise damaged(self.path, [f"{path.name} cannot be read ({type(error).__name__}: {error})"]) from None

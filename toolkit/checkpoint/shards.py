@@ -96,7 +96,7 @@ class Shards:
             for stretch, file in self._open(step, ranks):
                 self._by_name.setdefault(stretch.name, []).append((stretch, file))
             self._check(mask)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
             raise damaged(checkpoint, [f"{FOLDER} cannot be read ({type(error).__name__}: {error})"]) from None
 
     def _open(self, step: int, ranks: int) -> Iterator[tuple[Stretch, Any]]:

@@ -17,6 +17,7 @@ from toolkit.redact import find_secret
 
 _SHORT = reprlib.Repr()  # anchors in YAML can make a small file an endless value
 _SHORT.maxstring = _SHORT.maxother = 120
+_SHORT.maxlevel = 3
 
 
 def field_paths(section: type[Section] = RunConfig, prefix: str = "") -> dict[str, Any]:

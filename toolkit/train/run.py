@@ -66,8 +66,7 @@ def train(invocation: Invocation, world: World) -> int:
             during("the run"),
             claim(invocation.config, invocation.recipe, world, override=invocation.resume_override) as directory,
         ):
-            if world.is_main:
-                check_writable(directory.path)
+            check_writable(directory.path, world)
             if directory.finished:
                 log.info("%s: this run is finished, nothing to train", directory.path)
                 return 0
