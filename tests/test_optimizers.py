@@ -237,6 +237,31 @@ def test_deepspeed_gets_tables_in_partitions_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("name", LEAN)
+def test_stretches_of_a_partition_are_stored_to_the_bit_though_they_share_scales(name: OptimName) -> None:
+    ends = [(0, 3000), (3000, 3100), (3100, 9001)]
+
+    def partition() -> tuple[nn.Parameter, PartitionedAdamW]:
+        flat = nn.Parameter(torch.zeros(9001))
+        return flat, PartitionedAdamW(settings({"w": flat}), name)
+
+    (flat, optimizer), (other, empty) = partition(), partition()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        flat.grad = torch.randn(9001)
+        optimizer.step()
+    empty.begin_at(other, 0, 3)
+    pairs = [(optimizer.window(flat, 0, *part), empty.window(other, 0, *part)) for part in ends]
+    for stored, own in pairs:
+        own.write(stored.read())
+        for kind, values in stored.read().items():
+            assert (own.read()[kind] - values).norm() < 0.02 * values.norm()
+    for stored, own in pairs:
+        own.set_raw({kind: tensor.clone() for kind, tensor in stored.raw().items()})
+    for kind, tensor in optimizer.state[flat].items():
+        assert kind == "step" or torch.equal(tensor, empty.state[other][kind])
+
+
+@pytest.mark.parametrize("name", LEAN)
 def test_a_run_learns_what_float32_masters_learn_and_resumes_exactly(
     tiny_model: Path, tmp_path: Path, name: OptimName
 ) -> None:

@@ -170,7 +170,7 @@ class EightBit:
         if span.start == 0 and self._is_paged(state):
             for kind in MOMENTS:
                 self._functional.prefetch_tensor(state[kind])
-        codes = [_part(state[kind], span) for kind in MOMENTS]
+        codes = [part(state[kind], span) for kind in MOMENTS]
         scales = [state[f"{kind}_scales"][blocks] for kind in MOMENTS]
         beta1, beta2 = settings["betas"]
         self._functional.optimizer_update_8bit_blockwise(
@@ -246,9 +246,9 @@ def form_of(name: OptimName, longest: int, device: torch.device) -> Form:
     return EightBit(device, paged=name == "paged_adamw_8bit")
 
 
-def _part(pages: torch.Tensor, span: slice) -> torch.Tensor:
+def part(pages: torch.Tensor, span: slice) -> torch.Tensor:
     """A stretch of a tensor; of a paged one, with the marks that bitsandbytes looks for."""
-    part = pages[span]
+    own = pages[span]
     if getattr(pages, "is_paged", False):
-        part.is_paged, part.page_deviceid = True, pages.page_deviceid  # type: ignore[attr-defined]
-    return part
+        own.is_paged, own.page_deviceid = True, pages.page_deviceid  # type: ignore[attr-defined]
+    return own

@@ -13,6 +13,7 @@ from torch import nn
 from toolkit.config.schema import OptimConfig, OptimName, TrainConfig
 from toolkit.engine.master_adamw import piece_size
 from toolkit.engine.moments import MOMENTS, SMALLEST, Float32, Form, form_of
+from toolkit.engine.window import Window
 from toolkit.mask.layer_mask import ParameterGroup
 from toolkit.optim import parameter_groups
 
@@ -124,6 +125,10 @@ class PartitionedAdamW(torch.optim.Optimizer):
     def moving(self, p: torch.Tensor, index: int, chosen: torch.Tensor) -> torch.Tensor:
         """Of which ``chosen`` elements of a partition the first moment is not zero; it has state."""
         return self._form(p, self.param_groups[index]).moving(self.state[p], chosen)
+
+    def window(self, p: torch.Tensor, index: int, start: int, stop: int) -> Window:
+        """A stretch of the moments of a partition of parameter group ``index``, which has state."""
+        return Window(self._form(p, self.param_groups[index]), self.state[p], start, stop)
 
     def begin_at(self, p: torch.Tensor, index: int, age: float) -> None:
         """Give a partition of parameter group ``index`` zero moments that count as ``age`` updates old."""
