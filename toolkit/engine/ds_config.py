@@ -120,7 +120,7 @@ def resolve_ds_config(
     faults += [f'{where} is "auto", but nothing in the recipe fills it; give a value' for where in _autos(resolved)]
     if faults:
         raise ConfigError(faults, f"DeepSpeed file {path}, read against the recipe")
-    if config.train.gradient_accumulation_steps > 1:
+    if config.train.gradient_accumulation_steps > 1 and zero_stage(resolved):  # stage 0 knows the model's dtype alone
         resolved.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     resolved.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's fused AdamW runs on offloaded masters too
     if config.optim.name != "adamw":
