@@ -108,7 +108,9 @@ def invocation(*flags: str) -> Any:
     """The parsed command line of launch/train.py."""
     from toolkit.config import flags as config_flags
 
-    return config_flags.parse(config_flags.parser("test"), QUICKSTART, list(flags))
+    parser = config_flags.parser("test")
+    config_flags.add_resume_override(parser)
+    return config_flags.parse(parser, QUICKSTART, list(flags))
 
 
 def train(*flags: str) -> int:

@@ -160,8 +160,9 @@ def test_the_plan_command_shows_the_phases_and_refuses_one_that_ends_too_late(ti
     [
         (
             {"stage": 3, "offload_optimizer": {"device": "nvme"}},
-            r"offload_optimizer\.device is 'nvme', and mask\.schedule",
+            r"offload_optimizer\.device is 'nvme', and checkpoints have to read",
         ),
+        ({"stage": 3, "offload_param": {"device": "nvme"}}, r"offload_param\.device is 'nvme', and mask\.schedule"),
         ({"stage": 0}, r"zero_optimization\.stage is 0; mask\.schedule needs 1, 2 or 3"),
     ],
 )
@@ -170,4 +171,8 @@ def test_optimizer_state_that_could_not_be_moved_is_refused_at_the_start(zero: d
         refuse_what_cannot_move(
             {"zero_optimization": zero}, MaskConfig.model_validate({"schedule": [HEAD]}), Path("a.json")
         )
-    refuse_what_cannot_move({"zero_optimization": zero}, MaskConfig(), Path("a.json"))
+    if "offload_optimizer" in zero:
+        with pytest.raises(ConfigError, match=message):
+            refuse_what_cannot_move({"zero_optimization": zero}, MaskConfig(), Path("a.json"))
+    else:
+        refuse_what_cannot_move({"zero_optimization": zero}, MaskConfig(), Path("a.json"))

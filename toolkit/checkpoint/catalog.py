@@ -116,6 +116,14 @@ def prune(run: Path, current: Path, keep: int) -> None:
         log.warning("an old checkpoint could not be removed: %s", error)
 
 
+def finish_pruning(run: Path, keep: int) -> None:
+    """Do what a kill between the last commit and its pruning has left undone; see ``prune``."""
+    present = checkpoints_of(run)
+    if present and _pointed_at(run) == present[-1].name:
+        prune(run, present[-1], keep)
+    clear_leftovers(run)
+
+
 def remove(checkpoint: Path) -> None:
     """Take the name away first, so that no part of it is ever taken for a checkpoint.
 

@@ -130,21 +130,19 @@ def resolve_ds_config(
 
 
 def refuse_what_cannot_move(ds: dict[str, Any], mask: MaskConfig, path: Path) -> None:
-    """Stop a run whose optimizer state could not be moved from one phase of ``mask.schedule`` to the next.
+    """Stop a run whose optimizer state could not be read for a checkpoint, or moved to the next phase of the schedule.
 
     Raises:
-        ConfigError: the mask has a schedule, and the state is on NVMe, or without ZeRO.
+        ConfigError: the state is on NVMe; or the mask has a schedule, and weights are there, or there is no ZeRO.
     """
-    if not mask.schedule:
-        return
     faults = []
     zero = ds["zero_optimization"]
-    for key in ("offload_optimizer", "offload_param"):
-        if isinstance(zero.get(key), dict) and zero[key].get("device") == "nvme":
-            faults.append(
-                f"zero_optimization.{key}.device is 'nvme', and mask.schedule has to move what is there; write 'cpu'"
-            )
-    if zero_stage(ds) == 0:
+    reasons = {"offload_optimizer": "checkpoints have to read", "offload_param": "mask.schedule has to move"}
+    for key, reason in reasons.items():
+        on_disk = isinstance(zero.get(key), dict) and zero[key].get("device") == "nvme"
+        if on_disk and (mask.schedule or key == "offload_optimizer"):
+            faults.append(f"zero_optimization.{key}.device is 'nvme', and {reason} what is there; write 'cpu'")
+    if mask.schedule and zero_stage(ds) == 0:
         faults.append("zero_optimization.stage is 0; mask.schedule needs 1, 2 or 3, or no --ds at all")
     if faults:
         raise ConfigError(faults, f"DeepSpeed file {path}, read against the recipe")

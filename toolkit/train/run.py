@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from toolkit import distributed
+from toolkit.checkpoint.catalog import finish_pruning
 from toolkit.checkpoint.saver import Saver
 from toolkit.config.flags import Invocation
 from toolkit.config.load import dump
@@ -69,6 +70,8 @@ def train(invocation: Invocation, world: World) -> int:
             check_writable(directory.path, world)
             if directory.finished:
                 log.info("%s: this run is finished, nothing to train", directory.path)
+                if world.is_main:
+                    finish_pruning(directory.path, invocation.config.output.keep)
                 return 0
             with during("the set-up"):
                 setup = prepare(invocation, world, directory.state)
