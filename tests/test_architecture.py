@@ -9,8 +9,8 @@ import pytest
 from helpers import ROOT
 
 LAYERS = [
-    {"errors", "files"},
-    {"config", "distributed"},
+    {"errors", "files", "stop"},
+    {"config", "distributed", "peers"},
     {"consistency", "slurm"},
     {"models"},
     {"mask"},
@@ -21,7 +21,8 @@ LAYERS = [
     {"engine"},
     {"delta", "plan"},
     {"checkpoint"},
-    {"rundir", "source", "monitor"},
+    {"rundir", "source", "board"},
+    {"monitor"},
     {"export", "evaluate", "generate", "suggest", "preflight"},
     {"train"},
     {"cli"},

@@ -123,6 +123,13 @@ class Monitor:
             self._board.add_scalar("eval/perplexity", perplexity, step)
             self.say(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}")
 
+    def has_evaluation(self, step: int) -> bool:
+        """True on rank 0 if a validation after ``step`` steps is logged."""
+        if not self._is_main:
+            return False
+        rows = map(json.loads, self._metrics_path.read_text(encoding="utf-8").splitlines())
+        return any("eval_loss" in row and row["step"] == step for row in rows)
+
     def say(self, line: str) -> None:
         """Print a line above the progress bar."""
         if self._is_main:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from tqdm import tqdm
 
+from toolkit import stop
 from toolkit.data.batches import Batch, collate, lay_out, rows_of
 from toolkit.data.examples import Example
 from toolkit.distributed import World
@@ -96,18 +97,26 @@ class CachedPrefix:
         return sorted((by_key[key] for key in self._store.missing(list(by_key))), key=_length, reverse=True)
 
     def fill(self, examples: Sequence[Example]) -> None:
-        """The first pass: compute what is missing, in large batches, shared among the ranks; every rank calls it."""
+        """The first pass: compute what is missing, in large batches, shared among the ranks; every rank calls it.
+
+        Raises:
+            StopRequested: a signal came; what was computed is stored, and the next run goes on from there.
+        """
         self._store_all(self.missing(examples)[self._world.rank :: self._world.size])
         self._world.barrier()
+        stop.pause(self._world)
         self._store.refresh()
         if not self._store.statistics.failed:  # what is missing still, another node keeps on a disk of its own
             self._store_all(self.missing(examples))
+            stop.pause(self._world)
 
     def _store_all(self, examples: list[Example]) -> None:
         pending: dict[str, torch.Tensor] = {}
         quiet = not (self._world.is_main and examples)
         with tqdm(total=len(examples), desc="first pass", unit="row", disable=quiet) as bar:
             for batch in _batches(examples):
+                if stop.asked():  # every rank hears of it; what they do next, they agree upon
+                    break
                 rows = self._run(batch)
                 pending |= {sample_key(e.token_ids): row.cpu() for e, row in zip(batch, rows, strict=True)}
                 if sum(row.nbytes for row in pending.values()) >= _SHARD_BYTES:

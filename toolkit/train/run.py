@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import signal
-from collections.abc import Callable
+import os
 from pathlib import Path
-from types import FrameType
 
-from toolkit import distributed
+from toolkit import distributed, peers, stop
 from toolkit.checkpoint import commit
 from toolkit.config.flags import Invocation
 from toolkit.config.load import dump
@@ -16,37 +14,43 @@ from toolkit.consistency import facts, require_same
 from toolkit.data.batches import epoch_order, step_batches
 from toolkit.data.prefetch import Prefetcher, on_device
 from toolkit.distributed import World
-from toolkit.evaluate import evaluate
 from toolkit.monitor import Monitor, StepMetrics, peak_memory_gib
 from toolkit.prefix.cached import CachedPrefix, read_ahead
 from toolkit.rundir import RunDirectory, claim, write_config
+from toolkit.stop import STOPPED, StopRequested
 from toolkit.train.phases import advance, resume, state_of
 from toolkit.train.setup import Setup, save_plan, save_set_up, set_up
 from toolkit.train.step import StepResult, seed_step, train_step
+from toolkit.train.validation import is_owed, validate
 
 log = logging.getLogger("frostline")
-
-STOPPED = 75
-"""Exit code of a run that a signal stopped after a committed checkpoint (EX_TEMPFAIL: start it again to go on)."""
 
 
 def run(invocation: Invocation) -> int:
     """Train as ``invocation`` says; every rank calls it.
 
     Returns:
-        0 when the run is finished, 75 when a signal stopped it after a checkpoint.
+        0 when the run is finished, 75 when a signal stopped it with nothing lost.
 
     Raises:
         UsageError: recipe, data, model, mask or run directory is at fault.
         FrostlineError: training cannot go on.
     """
-    world = distributed.start(engine_needs_group=invocation.deepspeed is not None)
-    require_same(world, facts(invocation))
-    _announce(invocation)
-    code = train(invocation, world)
-    world.barrier()
-    distributed.stop()  # not after an error: ranks that still wait in a collective would hold it up
-    return code
+    with stop.listening():
+        world = distributed.start(engine_needs_group=invocation.deepspeed is not None)
+        if trouble := peers.join(world.rank, world.size, os.environ.get("MASTER_ADDR", ""), world.share):
+            log.error("%s; if another rank fails, this one hears of it from its launcher only", trouble)
+        require_same(world, facts(invocation))
+        _announce(invocation)
+        try:
+            code = train(invocation, world)
+        except StopRequested:
+            log.info("stopped by %s before a step; start the same command again to go on", stop.reason())
+            code = STOPPED
+        world.barrier()
+        peers.part()
+        distributed.stop()  # not after an error: ranks that still wait in a collective would hold it up
+        return code
 
 
 def train(invocation: Invocation, world: World) -> int:
@@ -75,13 +79,12 @@ def _train(setup: Setup, directory: RunDirectory) -> int:
         write_config(run_dir, setup.config)
         save_set_up(setup, run_dir)
     log.info("writing to %s (watch: tensorboard --logdir %s)", run_dir, run_dir.parent)
-    stopped = _StopSignal()
-    with Monitor(run_dir, world.is_main, setup.total_steps, done) as monitor, stopped, Prefetcher() as ahead:
+    with Monitor(run_dir, world.is_main, setup.total_steps, done) as monitor, Prefetcher() as ahead:
         monitor.texts(setup.active.phase.start, mask=setup.audit)
         monitor.texts(0, recipe=f"```yaml\n{dump(setup.config)}```")
-        stopped_at = _loop(setup, run_dir, monitor, done, stopped, ahead)
+        stopped_at = _loop(setup, run_dir, monitor, done, ahead)
         if stopped_at is not None:
-            log.info("stopped by a signal after step %d; start the same command again to go on", stopped_at)
+            log.info("stopped by %s after step %d; start the same command again to go on", stop.reason(), stopped_at)
             return STOPPED
         if monitor.epoch_losses:
             log.info("mean loss by epoch: %s", ", ".join(f"{loss:.4f}" for loss in monitor.epoch_losses))
@@ -99,17 +102,12 @@ def _train(setup: Setup, directory: RunDirectory) -> int:
     return 0
 
 
-def _loop(
-    setup: Setup,
-    run_dir: Path,
-    monitor: Monitor,
-    done: int,
-    stop_asked: Callable[[World], bool],
-    ahead: Prefetcher,
-) -> int | None:
+def _loop(setup: Setup, run_dir: Path, monitor: Monitor, done: int, ahead: Prefetcher) -> int | None:
     """Train from step ``done`` to the end; the step it stopped after, if a signal asked for that."""
     per_epoch = setup.plan.steps_per_epoch
     step = done
+    if is_owed(setup, monitor, done) and not validate(setup, monitor, done):
+        return done
     for epoch in range(done // per_epoch, setup.config.train.epochs):
         order = epoch_order(setup.plan.rows, setup.config.train.seed, epoch)
         first = step - epoch * per_epoch
@@ -126,15 +124,18 @@ def _loop(
             epoch_ends = step % per_epoch == 0 or at_end
             if epoch_ends:
                 monitor.epoch(epoch + 1, epoch * per_epoch + 1, step)
-            if epoch_ends or _due(step, setup.config.output.evaluate_every_steps):
-                _validate(setup, monitor, step)
-            stopping = stop_asked(setup.world) and not at_end
+            due = epoch_ends or _due(step, setup.config.output.evaluate_every_steps)
+            validated = not due or validate(setup, monitor, step)
+            stopping = stop.agreed(setup.world)
             if epoch_ends or stopping or _due(step, setup.config.output.save_every_steps):
                 _commit(setup, run_dir, step)
+                stopping = stop.agreed(setup.world)  # a signal may have come meanwhile
+            if at_end:
+                if not validated:
+                    validate(setup, monitor, step, may_stop=False)  # nothing can be lost any more
+                return None
             if stopping:
                 return step
-            if at_end:
-                return None
     return None
 
 
@@ -168,50 +169,7 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _validate(setup: Setup, monitor: Monitor, step: int) -> None:
-    if not setup.dataset.validation:
-        return
-    setup.engine.train(False)
-    if setup.prefix:
-        setup.prefix.eval()
-    outcome = evaluate(
-        setup.engine.forward,
-        setup.prefix,
-        setup.dataset.validation,
-        setup.plan.micro_batch_size,
-        setup.pad_id,
-        setup.world,
-        setup.packed,
-    )
-    setup.engine.train(True)
-    if setup.prefix:
-        setup.prefix.train()
-    monitor.evaluation(step, step / setup.plan.steps_per_epoch, outcome.loss, outcome.perplexity)
-
-
 def _commit(setup: Setup, run_dir: Path, step: int) -> None:
     trained = setup.active.phase.trained
     state, keep = state_of(setup, step), setup.config.output.keep
     commit(run_dir, state, setup.engine, setup.resting, trained, setup.base, setup.world, keep)
-
-
-class _StopSignal:
-    """Notes SIGTERM and SIGUSR1 while entered; asking it is a collective, so that all ranks stop at the same step."""
-
-    def __init__(self) -> None:
-        self._seen = False
-        self._before: dict[int, object] = {}
-
-    def __enter__(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            self._before[number] = signal.signal(number, self._note)
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def __call__(self, world: World) -> bool:
-        return world.max(float(self._seen)) > 0
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._seen = True

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from toolkit import stop
 from toolkit.config.flags import Invocation
 from toolkit.config.schema import RunConfig
 from toolkit.data.batches import BatchPlan, collate
@@ -135,6 +136,7 @@ def set_up(invocation: Invocation, world: World) -> Setup:
         tokenizer = load_tokenizer(config.model)
     dataset = load_dataset(config.data, tokenizer, config.train.seed)
     log.info("data: %s", dataset.summary())
+    stop.pause(world)
     train = config.train
     plan = BatchPlan(
         len(dataset.train), train.micro_batch_size, train.gradient_accumulation_steps, world.rank, world.size
@@ -143,6 +145,7 @@ def set_up(invocation: Invocation, world: World) -> Setup:
     refuse_with_schedule(config, world.device)
     loaded = load_for(config, tokenizer)
     _check_fit(dataset, loaded)
+    stop.pause(world)
     base = Base(config.model, world.share(fingerprint(loaded.model, loaded.on_disk) if world.is_main else None))
     schedule = build_schedule(config.mask, loaded.anatomy, plan.steps_per_epoch, total_steps)
     planners = _planners(config, loaded, dataset, world)
@@ -157,6 +160,7 @@ def set_up(invocation: Invocation, world: World) -> Setup:
     )  # fmt: skip
     del loaded  # ``begin`` lets go of it in the last phase
     setup.costs = [_decide_recompute(setup, phase)[2] for phase in schedule.phases]
+    stop.pause(world)
     begin(setup, schedule.phases[0])
     log.info(
         "engine %s, %d rank(s) on %s: %d steps of %d rows (micro batch %d x accumulation %d x ranks %d), %d epochs",
