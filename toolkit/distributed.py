@@ -67,6 +67,13 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value (any picklable object), in the order of the ranks, on every rank."""
+        every = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(every, value)
+        return every
+
     def spread(self, tensor: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
         """Rank 0's tensor in float32 on the device of every rank.
 

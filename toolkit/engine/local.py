@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -69,6 +70,9 @@ class LocalEngine:
 
     def train(self, mode: bool) -> None:  # noqa: D102
         self._suffix.train(mode)
+
+    def gathered(self) -> AbstractContextManager[object]:  # noqa: D102
+        return nullcontext()
 
     def masters(self) -> dict[str, torch.Tensor]:  # noqa: D102
         if not self._world.is_main:

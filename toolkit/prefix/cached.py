@@ -33,18 +33,29 @@ _SHARD_BYTES = 64 * 2**20
 class CachedPrefix:
     """Gives what ``Prefix`` gives, and runs it only for samples that the store does not hold."""
 
-    def __init__(self, prefix: Prefix | None, load: Callable[[], Prefix], store: ActivationStore, world: World) -> None:
+    def __init__(
+        self,
+        prefix: Prefix | None,
+        load: Callable[[], Prefix],
+        lend: Callable[[], Prefix],
+        store: ActivationStore,
+        world: World,
+    ) -> None:
         """
         Args:
             prefix: none where it was not loaded, because the store holds all samples.
             load: gives the prefix again when a sample has to be computed after all.
+            lend: gives it for generation, with its weights left in their files.
             store: of this prefix's activations.
             world: where hidden states go, and who shares the first pass.
         """  # noqa: D205, D212
         self._prefix = prefix
         self._load = load
+        self._lend = lend
+        self._lent: Prefix | None = None
         self._store = store
         self._world = world
+        self._counted = (0, 0)
 
     @property
     def prefix(self) -> Prefix | None:
@@ -131,6 +142,22 @@ class CachedPrefix:
         if self._prefix is not None and not self.missing(examples):
             self._prefix = None
         return self._prefix is None
+
+    def lent(self) -> Prefix:
+        """The prefix, also after it was let go: then each block's weights are in memory only while it computes."""
+        if self._prefix is not None:
+            return self._prefix
+        if self._lent is None:
+            self._lent = self._lend()
+        return self._lent
+
+    def hit_share(self) -> float | None:
+        """Of the samples that this rank asked the store for since the last call, the share it held; none of none."""
+        statistics = self._store.statistics
+        now = statistics.hits, statistics.misses
+        hits, misses = (count - before for count, before in zip(now, self._counted, strict=True))
+        self._counted = now
+        return hits / (hits + misses) if hits + misses else None
 
     def close(self) -> str:
         """Give the store free; what it did, as a line for the log."""

@@ -14,6 +14,7 @@ from toolkit.consistency import facts, require_same
 from toolkit.data.batches import epoch_order, step_batches
 from toolkit.data.prefetch import Prefetcher, on_device
 from toolkit.distributed import World
+from toolkit.mask.picture import draw_mask
 from toolkit.monitor import Monitor, StepMetrics, peak_memory_gib
 from toolkit.prefix.cached import CachedPrefix, read_ahead
 from toolkit.rundir import RunDirectory, claim, write_config
@@ -45,7 +46,7 @@ def run(invocation: Invocation) -> int:
         try:
             code = train(invocation, world)
         except StopRequested:
-            log.info("stopped by %s before a step; start the same command again to go on", stop.reason())
+            log.info("stopped by a signal before the first step (%s); start the same command again", stop.reason())
             code = STOPPED
         world.barrier()
         peers.part()
@@ -80,18 +81,24 @@ def _train(setup: Setup, directory: RunDirectory) -> int:
         save_set_up(setup, run_dir)
     log.info("writing to %s (watch: tensorboard --logdir %s)", run_dir, run_dir.parent)
     with Monitor(run_dir, world.is_main, setup.total_steps, done) as monitor, Prefetcher() as ahead:
-        monitor.texts(setup.active.phase.start, mask=setup.audit)
-        monitor.texts(0, recipe=f"```yaml\n{dump(setup.config)}```")
+        monitor.hparams(_hparams(setup))
+        if not done:
+            monitor.texts(0, recipe=f"```yaml\n{dump(setup.config)}```")
+        if done <= setup.active.phase.start:
+            _show_mask(setup, monitor)
+        monitor.planned_gib = _planned_gib(setup)
         stopped_at = _loop(setup, run_dir, monitor, done, ahead)
         if stopped_at is not None:
-            log.info("stopped by %s after step %d; start the same command again to go on", stop.reason(), stopped_at)
+            why = stop.reason()
+            log.info("stopped by a signal after step %d (%s); start the same command again to go on", stopped_at, why)
             return STOPPED
+        monitor.finish()
         if monitor.epoch_losses:
             log.info("mean loss by epoch: %s", ", ".join(f"{loss:.4f}" for loss in monitor.epoch_losses))
     if isinstance(setup.prefix, CachedPrefix):
         log.info("%s", setup.prefix.close())
     peak = world.max(peak_memory_gib(world.device))
-    planned = f" (planned: {setup.cost.memory.peak / 2**30:.2f} GiB of tensors)" if setup.cost else ""
+    planned = f" (planned: {_planned_gib(setup):.2f} GiB of tensors)" if setup.cost else ""
     log.info(
         "done: %d steps, peak memory %.2f GiB%s; next: python launch/export.py %s",
         setup.total_steps,
@@ -144,9 +151,41 @@ def _change_phase(setup: Setup, run_dir: Path, monitor: Monitor, step: int) -> N
     advance(setup, step)
     if setup.world.is_main:
         save_plan(setup, run_dir)
-    monitor.texts(step, mask=setup.audit)
+    _show_mask(setup, monitor)
+    monitor.planned_gib = _planned_gib(setup)
     monitor.say(f"step {step + 1}: phase {setup.active.phase.index + 1} of {len(setup.schedule.phases)}, "
                 f"{setup.mask.parameters:,} parameters train")  # fmt: skip
+
+
+def _show_mask(setup: Setup, monitor: Monitor) -> None:
+    """The mask of the phase that begins, as a table and as a picture."""
+    start = setup.active.phase.start
+    monitor.texts(start, mask=setup.active.audit)
+    if setup.world.is_main:
+        monitor.picture(start, "mask", draw_mask(setup.active.parts))
+
+
+def _planned_gib(setup: Setup) -> float | None:
+    return setup.cost.memory.peak / 2**30 if setup.cost else None
+
+
+def _hparams(setup: Setup) -> dict[str, str | float]:
+    """What runs are compared by."""
+    train = setup.config.train
+    return {
+        "model": setup.config.model.name_or_path,
+        "mask": ", ".join(s if isinstance(s, str) else "+".join(s.select) for s in setup.config.mask.train),
+        "boundary": setup.mask.boundary,
+        "learning_rate": train.learning_rate,
+        "optimizer": getattr(setup.config.optim, "name", "adamw"),
+        "engine": setup.engine.name,
+        "ranks": setup.world.size,
+        "batch": setup.plan.global_batch,
+        "epochs": train.epochs,
+        "seed": train.seed,
+        "prefix_precision": setup.config.prefix.precision,
+        "cached": "yes" if isinstance(setup.prefix, CachedPrefix) else "no",
+    }
 
 
 def _metrics(setup: Setup, result: StepResult, step: int) -> StepMetrics:
@@ -162,6 +201,7 @@ def _metrics(setup: Setup, result: StepResult, step: int) -> StepMetrics:
         tokens_per_second=result.tokens / result.seconds,
         trained_parameters=setup.mask.parameters,
         peak_memory_gib=setup.world.max(peak_memory_gib(setup.world.device)),
+        cache_hit_share=setup.prefix.hit_share() if isinstance(setup.prefix, CachedPrefix) else None,
     )
 
 
