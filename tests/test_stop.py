@@ -42,7 +42,8 @@ def signal_before(
 def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
     """Flags of a run with validation, and its directory."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    flags = ["--data.validation", "0.25", "--train.epochs", "2", "--prefix.cache", "off"]
+    flags = ["--data.validation", "0.25", "--train.max_steps", "6", "--output.evaluate_every_steps", "3"]
+    flags += ["--output.save_every_steps", "3", "--prefix.cache", "off"]
     assert train(*tiny_flags(tiny_model, run, *flags)) == 0
     return flags, run
 
@@ -67,7 +68,7 @@ def test_a_signal_in_the_first_pass_keeps_what_was_computed(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cached, "FILL_TOKENS", 1)  # a batch is one row
-    flags = tiny_flags(tiny_model, tmp_path / "run", "--prefix.cache_dir", tmp_path / "cache", "--train.epochs", 2)
+    flags = tiny_flags(tiny_model, tmp_path / "run", "--prefix.cache_dir", tmp_path / "cache", "--train.max_steps", 21)
     with monkeypatch.context() as patch:
         signal_before(patch, cached.CachedPrefix, "_run", 4)
         assert train(*flags) == 75
@@ -75,15 +76,15 @@ def test_a_signal_in_the_first_pass_keeps_what_was_computed(
         computed = signal_before(patch, cached.CachedPrefix, "_run", 0)
         assert train(*flags) == 0
         assert computed() == 20 - 4
-    assert len(metrics(tmp_path / "run")) == 40
+    assert len(metrics(tmp_path / "run")) == 21
 
 
 @pytest.mark.parametrize(
     ("owner", "name", "call", "after", "evaluated"),
     [
-        (evaluate, "supervised_loss", 3, 15, []),
-        (checkpoint, "_flush", 1, 15, [15]),
-        (validation, "evaluate", 2, 30, [15, 30]),
+        (evaluate, "supervised_loss", 3, 3, []),
+        (checkpoint, "_flush", 1, 3, [3]),
+        (validation, "evaluate", 2, 6, [3, 6]),
     ],
     ids=["the first validation", "the first checkpoint", "the last validation"],
 )
@@ -103,7 +104,7 @@ def test_a_signal_between_steps_loses_no_step_and_no_validation(
     with monkeypatch.context() as patch:
         signal_before(patch, owner, name, call)
         code = train(*tiny_flags(tiny_model, run, *flags))
-    assert code == (0 if after == 30 else 75)
+    assert code == (0 if after == 6 else 75)
     assert metrics(run, "step")[-1] == after
     assert [int(step) for step, key in zip(metrics(run, "step"), evaluations(run), strict=True) if key] == evaluated
     assert train(*tiny_flags(tiny_model, run, *flags)) == 0

@@ -162,7 +162,7 @@ def _show_mask(setup: Setup, monitor: Monitor) -> None:
     start = setup.active.phase.start
     monitor.texts(start, mask=setup.active.audit)
     if setup.world.is_main:
-        monitor.picture(start, "mask", draw_mask(setup.active.parts))
+        monitor.picture(start, "train/mask", draw_mask(setup.active.parts))
 
 
 def _planned_gib(setup: Setup) -> float | None:
