@@ -76,7 +76,8 @@ def open_page(address: str, picture: Path | None = None, size: tuple[int, int] =
     with tempfile.TemporaryDirectory() as folder:
         shot = Path(folder) / "shot.png"
         command = [
-            program, "--headless", "--no-sandbox", "--disable-dev-shm-usage", "--hide-scrollbars", "--use-angle=swiftshader", "--enable-unsafe-swiftshader",
+            program, "--headless", "--no-sandbox", "--disable-dev-shm-usage", "--hide-scrollbars",
+            "--use-angle=swiftshader", "--enable-unsafe-swiftshader",  # TensorBoard draws its curves with WebGL
             f"--user-data-dir={folder}/profile", f"--window-size={size[0]},{size[1]}",
             f"--virtual-time-budget={_PATIENCE_MS}",
         ]  # fmt: skip
