@@ -4,7 +4,7 @@ One process:        python launch/train.py --config recipes/quickstart.yaml
 DeepSpeed ZeRO:     deepspeed launch/train.py --ds ds_configs/zero2.json
 Other launchers:    torchrun | accelerate launch | srun ... launch/train.py ...
 
-Exit codes: 0 done; 1 failed; 2 bad usage, config or data; 75 stopped by a signal after a checkpoint, start
+Exit codes: 0 done; 1 failed; 2 bad usage, config or data; 75 stopped by SIGTERM or SIGUSR1 with nothing lost, start
 again to go on.
 """
 
@@ -17,17 +17,20 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a checkout, installed or not
 
 from toolkit.cli import leave, run_command  # noqa: E402
-from toolkit.config import flags  # noqa: E402
+from toolkit.stop import listening  # noqa: E402
 
 
 def main() -> int:
     """Parse the command line, then train."""
-    parser = flags.parser(__doc__ or "")
-    flags.add_resume_override(parser)
-    invocation = flags.parse(parser, ROOT / "recipes" / "quickstart.yaml")
-    from toolkit.train.run import run  # imports torch, which --help and a faulty recipe need not wait for
+    with listening():  # first of all: whatever takes long can be stopped
+        from toolkit.config import flags
 
-    return run(invocation)
+        parser = flags.parser(__doc__ or "")
+        flags.add_resume_override(parser)
+        invocation = flags.parse(parser, ROOT / "recipes" / "quickstart.yaml")
+        from toolkit.train.run import run  # imports torch, which --help and a faulty recipe need not wait for
+
+        return run(invocation)
 
 
 if __name__ == "__main__":

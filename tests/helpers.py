@@ -99,7 +99,8 @@ def tiny_flags(model: Path, run: Path, *more: object) -> list[str]:
     """Flags of a short float32 run of the tiny model on the English sample."""
     flags = [
         "--model.name_or_path", model, "--model.dtype", "float32", "--data.path", ENGLISH, "--data.validation", "none",
-        "--mask.tied", "untie", "--train.learning_rate", "1e-3", "--output.dir", run, *more,
+        "--mask.tied", "untie", "--train.learning_rate", "1e-3", "--output.dir", run, "--output.sample_answers", 0,
+        *more,
     ]  # fmt: skip
     return [str(flag) for flag in flags]
 

@@ -10,8 +10,8 @@ from helpers import ROOT
 
 LAYERS = [
     {"errors"},
-    {"files", "lock", "out_of_memory", "redact"},
-    {"config", "distributed"},
+    {"files", "lock", "out_of_memory", "redact", "stop"},
+    {"config", "distributed", "peers"},
     {"consistency", "slurm"},
     {"models"},
     {"mask"},

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import ENGLISH, ROOT, masters_of, metrics, run_script, tiny_flags, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 pytestmark = pytest.mark.distributed
 
@@ -108,6 +109,7 @@ def test_a_bfloat16_run_with_accumulation_checkpointing_and_a_stop_ends_like_one
     shared = (
         "--model.dtype", "bfloat16", "--data.validation", "0.25", "--train.epochs", 2, "--train.learning_rate", "1e-4",
         "--output.save_every_steps", "3", "--train.gradient_checkpointing", "on",
+        "--output.sample_answers", 3, "--output.sample_tokens", 3,
     )  # fmt: skip
     one = tmp_path / "one"
     assert train(*tiny_flags(tiny_model, one, *shared, "--train.gradient_accumulation_steps", "4")) == 0
@@ -118,6 +120,11 @@ def test_a_bfloat16_run_with_accumulation_checkpointing_and_a_stop_ends_like_one
     whole = metrics(two)
     assert max(abs(a - b) for a, b in zip(whole, metrics(one), strict=True)) < 3e-2
     assert metrics(two, "eval_loss") == pytest.approx(metrics(one, "eval_loss"), abs=3e-2)
+
+    for run in (one, two):  # answers of both ranks, of parameters that ZeRO-3 has gathered for it
+        board = EventAccumulator(str(run / "tensorboard")).Reload()
+        table = board.Tensors("answers/text_summary")[0].tensor_proto.string_val[0].decode().splitlines()
+        assert [row.split(" | ")[0] for row in table[4:]] == ["| 1", "| 2", "| 3"]
 
     (two / "checkpoints" / "latest").write_text("step-00000003")  # as if the job had been killed after step 3
     succeed(run_script("launch/train.py", *flags, launcher=DEEPSPEED))

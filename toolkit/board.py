@@ -5,16 +5,24 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
+import numpy as np
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter, summary
 
 log = logging.getLogger("frostline")
 
+_hparams: Callable[[dict[str, Any], dict[str, float]], Sequence[Any]] = summary.hparams
+
 
 class Board:
-    """Writes curves and texts until the disk refuses; then it says so once and writes no more."""
+    """Writes curves, texts and pictures until the disk refuses; then it says so once and writes no more.
+
+    All writes go through a queue to a thread of their own; nothing waits for the disk.
+    """
 
     def __init__(self, directory: Path, first_step: int) -> None:
         """
@@ -40,6 +48,32 @@ class Board:
         if writer is not None:
             self._attempt(lambda: writer.add_text(name, text, step))
 
+    def image(self, name: str, image: Image.Image, step: int) -> None:
+        """Add a picture."""
+        writer = self._writer
+        if writer is not None:
+            self._attempt(lambda: writer.add_image(name, np.asarray(image), step, dataformats="HWC"))
+
+    def hparams(self, values: Mapping[str, str | float], outcomes: Sequence[str]) -> None:
+        """Say what the run is compared by in the HParams tab.
+
+        ``SummaryWriter.add_hparams`` would open a run beside this one, with a point for every outcome; these are the
+        same records in the run itself, whose own curves are the outcomes.
+
+        Args:
+            values: settings by name.
+            outcomes: curves whose last points are shown beside them.
+        """
+        writer = self._writer
+        if writer is not None:
+            self._records(writer, _hparams(dict(values), dict.fromkeys(outcomes, 0.0))[:2])
+
+    def finish(self) -> None:
+        """Mark the run as finished in the HParams tab."""
+        writer = self._writer
+        if writer is not None:
+            self._records(writer, _hparams({}, {})[2:])
+
     def close(self) -> None:
         """Write what is left."""
         writer = self._writer
@@ -48,15 +82,19 @@ class Board:
         if threading.excepthook == self._in_thread:
             threading.excepthook = self._hook
 
+    def _records(self, writer: SummaryWriter, records: Sequence[Any]) -> None:
+        file: Any = writer.file_writer
+        self._attempt(lambda: [file.add_summary(record) for record in records])
+
     def _open(self, first_step: int) -> None:
-        self._writer = SummaryWriter(str(self._directory), purge_step=first_step)
+        self._writer = SummaryWriter(str(self._directory), purge_step=first_step, flush_secs=20)
 
     def _in_thread(self, failed: threading.ExceptHookArgs) -> None:
         """Keep quiet about an OSError of the writer's own thread: the next call raises it again here."""
         if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__name__ == "_AsyncWriterThread"):
             self._hook(failed)
 
-    def _attempt(self, write: Callable[[], None]) -> None:
+    def _attempt(self, write: Callable[[], object]) -> None:
         try:
             write()
         except OSError as error:  # also what the writer's own thread met before

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
+import json
 import logging
 import os
 import sys
@@ -9,19 +12,26 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
+from toolkit import peers
 from toolkit.errors import FrostlineError
 from toolkit.redact import RedactingFormatter, redact
 
-_GRACE_SECONDS = 10.0
-"""How long other ranks hold back an error of all ranks, which rank 0 most likely prints; then they are ended."""
+_GRACE_SECONDS, _ALONE_GRACE_SECONDS = 2.0, 10.0
+"""How long other ranks hold back an error of all ranks, which rank 0 most likely prints: it then tells them, or, where
+the ranks have not met yet, its launcher ends them."""
+
+_LAST_CHARACTERS = 300
+"""Of an error, as other ranks quote it."""
 
 
 def run_command(command: Callable[[], int]) -> int:
     """Run ``command`` and return its exit code: 0, 75, or 1 for a failure, or 2 for bad usage, config or data.
 
-    A usage error prints its message alone; anything unforeseen prints its traceback.
+    A usage error prints its message alone; anything unforeseen prints its traceback. What fails because another rank
+    has gone prints one line, and takes that rank's code over.
     """
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) or 0)
     _quiet(rank)
@@ -29,18 +39,42 @@ def run_command(command: Callable[[], int]) -> int:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read at torch's first allocation; torch >= 2.2
     try:
         return command()
-    except FrostlineError as error:
-        if rank and error.on_every_rank:
-            time.sleep(_GRACE_SECONDS)
-        _print_error(error, rank)
-        return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except Exception:
+    except Exception as error:
+        return _failed(error, rank)
+
+
+def _failed(error: Exception, rank: int) -> int:
+    """Say what went wrong, here and to the other ranks; the exit code."""
+    if (gone := peers.cause(error)) is not None:
+        peers.say(rank, gone)
+        return gone.code
+    last = redact(" ".join(f"{type(error).__name__}: {error}".split()))[:_LAST_CHARACTERS]
+    code = error.exit_code if isinstance(error, FrostlineError) else 1
+    if isinstance(error, FrostlineError) and error.on_every_rank and rank:
+        heard = peers.news(_GRACE_SECONDS if peers.connected() else _ALONE_GRACE_SECONDS)
+        if heard is not None and heard.last.endswith(last):
+            return code  # all ranks found the same
+    if isinstance(error, FrostlineError):
+        _print_error(error, rank)
+    else:
         print(f"[rank {rank}] unforeseen error", file=sys.stderr)
-        print(redact(traceback.format_exc()), file=sys.stderr, end="")
-        return 1
+        print(redact("".join(traceback.format_exception(error))), file=sys.stderr, end="", flush=True)
+    _note_for_torchrun(error, last)
+    peers.report(rank, last, code)
+    return code
+
+
+def _note_for_torchrun(error: Exception, last: str) -> None:
+    """Leave the error where torchrun looks for it, to show it as the root cause in its own summary."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        trace = redact("".join(traceback.format_exception(error)))
+        extra = {"py_callstack": trace, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": {"message": last, "extraInfo": extra}}), encoding="utf-8")
 
 
 def leave(code: int) -> NoReturn:
@@ -64,6 +98,7 @@ def _print_error(error: FrostlineError, rank: int) -> None:
 
 
 def _quiet(rank: int) -> None:
+    faulthandler.enable()  # a crash in native code prints where Python was
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

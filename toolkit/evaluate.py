@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from toolkit import stop
 from toolkit.checkpoint.catalog import find_checkpoint
 from toolkit.checkpoint.state import read_state
 from toolkit.data.batches import BatchPlan, collate, step_batches
@@ -53,10 +54,14 @@ def evaluate(
     pad_id: int,
     world: World,
     packed: bool = False,
+    may_stop: bool = False,
 ) -> Evaluation:
     """Loss over ``examples``, shared among the ranks; every rank calls it and gets the same answer.
 
     The caller turns dropout off, and sees to it that the model takes packed rows if they are ``packed``.
+
+    Raises:
+        StopRequested: a signal came, and it ``may_stop`` between two batches; on every rank.
     """
     tokens = sum(example.supervised_tokens for example in examples)
     plan = BatchPlan(len(examples), micro_batch_size, rank=world.rank, ranks=world.size)
@@ -64,6 +69,8 @@ def evaluate(
     steps = step_batches(examples, range(len(examples)), plan, pad_id, packed=packed)
     with Prefetcher() as ahead:
         for batch in chain.from_iterable(ahead(on_device(steps, world.device))):
+            if may_stop:
+                stop.pause(world)
             with during("the evaluation", batch.shape):
                 hidden = prefix(batch) if prefix else None
                 share += supervised_loss(forward, hidden, batch, tokens)

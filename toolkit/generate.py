@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.data.examples import Encoder
 from toolkit.data.tasks import RowFaultError, Sample
@@ -31,24 +33,48 @@ def answers(
     Raises:
         DataError: a question alone is longer than ``max_length``.
     """
-    model, tokenizer = loaded.model, loaded.tokenizer
-    encoder = Encoder(tokenizer, max_length)
-    model.eval()
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    encoder = Encoder(loaded.tokenizer, max_length)
     for sample in samples:
         try:
             prompt = encoder.prompt_ids(sample)
         except RowFaultError as fault:
             raise DataError(f"question {sample.question[:60]!r} {fault}") from None
-        ids = torch.tensor([prompt], device=model.device)
-        with torch.no_grad():
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=max_new_tokens,
-                eos_token_id=encoder.stop_ids(),
-                pad_token_id=tokenizer.pad_token_id,
-                use_cache=True,
-                **sampling,
-            )
-        yield tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True).rstrip("\ufffd").strip()
+        yield complete(loaded.model.eval(), loaded.tokenizer, prompt, encoder.stop_ids(), max_new_tokens, temperature)
+
+
+@torch.no_grad()
+def complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[int],
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    stop: Callable[[], bool] | None = None,
+) -> str:
+    """What the model writes after ``prompt``.
+
+    Args:
+        model: without dropout.
+        tokenizer: its own.
+        prompt: token ids.
+        stop_ids: tokens that end the answer.
+        max_new_tokens: longest answer in tokens.
+        temperature: 0 takes the most likely token each time; above 0 samples.
+        stop: asked after every token; true ends the answer there.
+    """
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    if stop is not None:
+        ask = stop
+        sampling["stopping_criteria"] = [lambda ids, scores: ids.new_full(ids.shape[:1], ask(), dtype=torch.bool)]
+    ids = torch.tensor([list(prompt)], device=model.device)
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(stop_ids),
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+        **sampling,
+    )
+    return str(tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True)).rstrip("\ufffd").strip()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import resource
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
 import torch
+from PIL.Image import Image
 from tqdm import tqdm
 
 from toolkit.board import Board
@@ -48,17 +51,37 @@ class StepMetrics:
     moved_share: float | None = None
     """Of the sampled trained weights that were meant to move, the share that the update changed: 256 a tensor, or of
     each rank's partitions, in float32 masters or their equal (``toolkit.engine.moved``). None at a rate of 0."""
+    cache_hit_share: float | None = None
+    """Of the samples that rank 0 asked the activation cache for since the step before, the share that it held; none
+    where nothing is cached."""
 
 
 _CURVES = {
     "train/loss": "loss",
     "train/learning_rate": "learning_rate",
     "train/grad_norm": "grad_norm",
-    "speed/tokens_per_second": "tokens_per_second",
     "train/moved_share": "moved_share",
-    "mask/trained_parameters": "trained_parameters",
-    "memory/peak_gib": "peak_memory_gib",
+    "train/tokens_per_second": "tokens_per_second",
+    "train/memory_peak_gib": "peak_memory_gib",
+    "train/cache_hit_share": "cache_hit_share",
+    "train/trained_parameters": "trained_parameters",
 }
+"""What a step shows. TensorBoard opens two groups of cards at first, in the order of the alphabet: eval and train."""
+
+_OUTCOMES = ("eval/loss", "eval/perplexity", "train/epoch_loss", "train/loss")
+"""Curves by whose last points runs are compared."""
+
+
+_CELL = 400
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A held-out question, what the data answers, and what the model does."""
+
+    prompt: str
+    reference: str
+    answer: str
 
 
 class Monitor:
@@ -74,13 +97,15 @@ class Monitor:
         """  # noqa: D205, D212
         self._is_main = is_main
         self.epoch_losses: list[float] = []
+        self.planned_gib: float | None = None
+        """The peak that the run was planned to have, of tensors alone; shown beside the measured one."""
         if not is_main:
             return
         self._metrics_path = run / "metrics.jsonl"
         with writing(run):
             self._drop_rows_after(first_step)
         self._file = LineFile(self._metrics_path)
-        self._board = Board(run / "tensorboard", first_step + 1)
+        self._board = Board(run / "tensorboard", first_step + 1 if first_step else 0)
         self._bar = tqdm(total=total_steps, initial=first_step, desc="training", unit="step", dynamic_ncols=True)
 
     def __enter__(self) -> Monitor:
@@ -100,6 +125,21 @@ class Monitor:
             for name, text in texts.items():
                 self._board.text(name, text, step)
 
+    def picture(self, step: int, name: str, image: Image) -> None:
+        """Show a picture in TensorBoard's image tab."""
+        if self._is_main:
+            self._board.image(name, image, step)
+
+    def hparams(self, values: Mapping[str, str | float]) -> None:
+        """What runs are compared by in TensorBoard's HParams tab, beside their last losses."""
+        if self._is_main:
+            self._board.hparams(values, _OUTCOMES)
+
+    def finish(self) -> None:
+        """The run is done."""
+        if self._is_main:
+            self._board.finish()
+
     def step(self, metrics: StepMetrics) -> None:
         """Log one optimizer step."""
         if not self._is_main:
@@ -107,8 +147,10 @@ class Monitor:
         row = asdict(metrics)
         self._write(row)
         for curve, key in _CURVES.items():
-            if row[key] is not None:
+            if row.get(key) is not None:
                 self._board.scalar(curve, row[key], metrics.step)
+        if self.planned_gib is not None:
+            self._board.scalar("train/memory_planned_gib", self.planned_gib, metrics.step)
         self._bar.update(metrics.step - self._bar.n)
         self._bar.set_postfix(
             loss=f"{metrics.loss:.4f}",
@@ -125,7 +167,7 @@ class Monitor:
         skipped = sum(row.get("skipped", False) for row in rows)
         mean = sum(losses) / len(losses) if losses else math.nan
         self.epoch_losses.append(mean)
-        self._board.scalar("epoch/loss", mean, epoch)
+        self._board.scalar("train/epoch_loss", mean, last_step)
         but = f", {skipped} skipped" if skipped else ""
         self.say(f"epoch {epoch}: mean loss {mean:.4f} over {len(losses)} steps{but}")
 
@@ -136,6 +178,23 @@ class Monitor:
             self._board.scalar("eval/loss", loss, step)
             self._board.scalar("eval/perplexity", perplexity, step)
             self.say(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}")
+
+    def answers(self, step: int, answers: Sequence[Answer]) -> None:
+        """Show sample answers beside their references in TensorBoard's text tab."""
+        if self._is_main and answers:
+            rows = [
+                f"| {number} | {_cell(one.prompt, end=True)} | {_cell(one.reference)} | {_cell(one.answer)} |"
+                for number, one in enumerate(answers, start=1)
+            ]
+            header = ["| row | question, the end of its prompt | reference | answer |", "|---:|---|---|---|"]
+            self._board.text("answers", "\n".join([f"After step {step}:", "", *header, *rows]), step)
+
+    def has_evaluation(self, step: int) -> bool:
+        """True on rank 0 if a validation after ``step`` steps is logged."""
+        if not self._is_main:
+            return False
+        rows = map(json.loads, self._metrics_path.read_text(encoding="utf-8").splitlines())
+        return any("eval_loss" in row and row["step"] == step for row in rows)
 
     def say(self, line: str) -> None:
         """Print a line above the progress bar."""
@@ -151,6 +210,14 @@ class Monitor:
             rows = self._metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
             replace_text(self._metrics_path, "".join(kept))
+
+
+def _cell(text: str, end: bool = False) -> str:
+    """Text as a cell of a Markdown table: one line of at most ``_CELL`` characters, without marks of Markdown."""
+    text = " ".join(text.split())
+    if len(text) > _CELL:
+        text = f"… {text[-_CELL:]}" if end else f"{text[:_CELL]} …"
+    return re.sub(r"([\\`*_|<>\[\]#])", r"\\\1", text)
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -293,6 +293,13 @@ class OutputConfig(Section):
     evaluate_every_steps: Annotated[int, Field(ge=1)] | None = None
     """Also compute the validation loss every so many steps; the end of each epoch always does."""
 
+    sample_answers: Annotated[int, Field(ge=0)] = 0
+    """With each validation loss, have so many of the held-out questions answered and show the answers beside their
+    references in TensorBoard; 0 generates nothing (docs/tensorboard.md)."""
+
+    sample_tokens: Annotated[int, Field(ge=1)] = 96
+    """Longest sample answer in tokens."""
+
     resume: Literal["auto", "must", "never"] = "auto"
     """auto continues an interrupted run of the same recipe, from the newest checkpoint that is whole; must insists on
     the latest; never refuses a used directory."""

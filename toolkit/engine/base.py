@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -53,6 +54,9 @@ class Engine(Protocol):
 
     def train(self, mode: bool) -> None:
         """Turn dropout on or off."""
+
+    def gathered(self) -> AbstractContextManager[object]:
+        """While entered, the parameters of the suffix are whole on every rank; every rank enters it."""
 
     def masters(self) -> dict[str, torch.Tensor]:
         """The trained tensors in float32 by their names in the whole model, on the CPU; empty except on rank 0."""

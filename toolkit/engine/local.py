@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +82,9 @@ class LocalEngine:
 
     def train(self, mode: bool) -> None:  # noqa: D102
         self._suffix.train(mode)
+
+    def gathered(self) -> AbstractContextManager[object]:  # noqa: D102
+        return nullcontext()
 
     def masters(self) -> dict[str, torch.Tensor]:  # noqa: D102
         return gather_kind(MASTER, self.fragments(), self.shapes, self.is_replicated, self._world)

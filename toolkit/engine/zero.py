@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,12 @@ class ZeroEngine:
 
     def train(self, mode: bool) -> None:  # noqa: D102
         self._engine.train(mode)
+
+    def gathered(self) -> AbstractContextManager[object]:  # noqa: D102
+        import deepspeed
+
+        gathered: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(list(self._suffix.parameters()))
+        return gathered
 
     def masters(self) -> dict[str, torch.Tensor]:  # noqa: D102
         return gather_kind(MASTER, self.fragments(), self.shapes, self.is_replicated, self._world)

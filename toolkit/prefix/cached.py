@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from tqdm import tqdm
 
+from toolkit import stop
 from toolkit.data.batches import Batch, collate, lay_out, rows_of
 from toolkit.data.examples import Example
 from toolkit.distributed import World
@@ -33,18 +34,29 @@ _SHARD_BYTES = 64 * 2**20
 class CachedPrefix:
     """Gives what ``Prefix`` gives, and runs it only for samples that the store does not hold."""
 
-    def __init__(self, prefix: Prefix | None, load: Callable[[], Prefix], store: ActivationStore, world: World) -> None:
+    def __init__(
+        self,
+        prefix: Prefix | None,
+        load: Callable[[], Prefix],
+        lend: Callable[[], Prefix],
+        store: ActivationStore,
+        world: World,
+    ) -> None:
         """
         Args:
             prefix: none where it was not loaded, because the store holds all samples.
             load: gives the prefix again when a sample has to be computed after all.
+            lend: gives it for generation, with its weights left in their files.
             store: of this prefix's activations.
             world: where hidden states go, and who shares the first pass.
         """  # noqa: D205, D212
         self._prefix = prefix
         self._load = load
+        self._lend = lend
+        self._lent: Prefix | None = None
         self._store = store
         self._world = world
+        self._counted = (0, 0)
 
     @property
     def prefix(self) -> Prefix | None:
@@ -101,14 +113,19 @@ class CachedPrefix:
 
         Which samples share a batch follows from all of them, not from what is missing or from the number of ranks: a
         pass that was cut short and begun again stores the same bits.
+
+        Raises:
+            StopRequested: a signal came; what was computed is stored, and the next run goes on from there.
         """
         distinct = {sample_key(example.token_ids): example for example in examples}
         batches = list(_batches(sorted(distinct.values(), key=_length, reverse=True)))
         self._store_lacking(batches[self._world.rank :: self._world.size])
         self._world.barrier()
+        stop.pause(self._world)
         self._store.refresh()
         if not self._store.statistics.failed:  # what is missing still, another node keeps on a disk of its own
             self._store_lacking(batches)
+            stop.pause(self._world)
 
     def _store_lacking(self, batches: list[list[Example]]) -> None:
         """Compute the batches of which the store lacks a sample, and store what it lacks."""
@@ -118,6 +135,8 @@ class CachedPrefix:
         quiet = not (self._world.is_main and lacking)
         with tqdm(total=sum(map(len, lacking)), desc="first pass", unit="row", disable=quiet) as bar:
             for batch in lacking:
+                if stop.asked():  # every rank hears of it; what they do next, they agree upon
+                    break
                 rows = {sample_key(e.token_ids): row for e, row in zip(batch, self._run(batch), strict=True)}
                 pending |= {key: row.cpu() for key, row in rows.items() if key in missing}
                 if sum(row.nbytes for row in pending.values()) >= _SHARD_BYTES:
@@ -132,6 +151,22 @@ class CachedPrefix:
         if self._prefix is not None and not self.missing(examples):
             self._prefix = None
         return self._prefix is None
+
+    def lent(self) -> Prefix:
+        """The prefix, also after it was let go: then each block's weights are in memory only while it computes."""
+        if self._prefix is not None:
+            return self._prefix
+        if self._lent is None:
+            self._lent = self._lend()
+        return self._lent
+
+    def hit_share(self) -> float | None:
+        """Of the samples that this rank asked the store for since the last call, the share it held; none of none."""
+        statistics = self._store.statistics
+        now = statistics.hits, statistics.misses
+        hits, misses = (count - before for count, before in zip(now, self._counted, strict=True))
+        self._counted = now
+        return hits / (hits + misses) if hits + misses else None
 
     def close(self) -> str:
         """Give the store free; what it did, as a line for the log."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from toolkit.config.schema import PrefixConfig, RunConfig
@@ -19,7 +20,7 @@ from toolkit.errors import ConfigError, ModelError
 from toolkit.mask.apply import apply_mask
 from toolkit.mask.layer_mask import LayerMask, build_mask
 from toolkit.models.load import LoadedModel, fingerprint
-from toolkit.models.products import pace_in, quicken
+from toolkit.models.products import Pace, pace_in, quicken
 from toolkit.plan.skeleton import skeleton
 from toolkit.prefix.cached import CachedPrefix, HiddenStates
 from toolkit.prefix.caching import (
@@ -124,7 +125,7 @@ def cut(loaded: LoadedModel, job: Job) -> tuple[HiddenStates | None, Suffix]:
     if store is not None and (returned := _complete(store, job)) is not None:
         log.info("activation cache: all samples are in %s; the prefix is not needed", store.directory)
         suffix = Suffix(loaded.model, loaded.anatomy, job.mask.boundary, returned)
-        return CachedPrefix(None, _loader(loaded, job), store, job.world), _detach_from_file(suffix, job)
+        return CachedPrefix(None, *_loaders(loaded, job), store, job.world), _detach_from_file(suffix, job)
     prefix, suffix = _halve(loaded, job)
     if store is not None:
         cached, reason = _fill(prefix, store, loaded, job)
@@ -164,35 +165,61 @@ def _fill(
     if not decision.use:
         return None, decision.reason
     log.info("activation cache: %s; filling it", decision.reason)
-    cached = CachedPrefix(prefix, _loader(loaded, job), store, world)
+    cached = CachedPrefix(prefix, *_loaders(loaded, job), store, world)
     cached.fill(job.examples)
     if world.local_rank == 0:  # each node may have a disk of its own
         note_split(store, prefix.returned())
     return cached, None
 
 
-def _loader(loaded: LoadedModel, job: Job) -> Callable[[], Prefix]:
-    """Gives the prefix anew: from where the model came from, or from the model where that has changed since."""
+def _loaders(loaded: LoadedModel, job: Job) -> tuple[Callable[[], Prefix], Callable[[], Prefix]]:
+    """Two that give the prefix anew: as the recipe keeps it, and to generate with, its weights left in their files.
+
+    It comes from where the model came from, or from the model where that has changed since.
+    """
     model, anatomy = (loaded.model, loaded.anatomy) if job.changes else (None, None)
+    settings = job.config.prefix.model_copy(update={"placement": "disk"})
+    on_disk = replace(job, config=job.config.model_copy(update={"prefix": settings}))
     pace = pace_in(loaded.model)
 
     def again() -> Prefix:
         if model is not None and anatomy is not None:
             return Prefix(model, anatomy, job.mask.boundary).to(job.world.device)
-        fresh = load_for(job.config, job.tokenizer)
-        quicken(fresh.model, pace)
-        if fingerprint(fresh.model, fresh.on_disk) != job.base.sha256:
-            raise ModelError(
-                f"the weights of {job.config.model.name_or_path} changed while the run read them; "
-                "restore them and start the same command again"
-            )
-        apply_mask(fresh.model, job.mask, fresh.anatomy)
-        fresh.model.train()
-        prefix, _ = _halve(fresh, job)
+        prefix, _ = _halve(_afresh(job, pace), job)
         assert prefix is not None  # it was cut before
         return prefix
 
-    return again
+    def lent() -> Prefix:
+        if model is not None or not job.mask.boundary:
+            return again()
+        fresh = _afresh(on_disk, pace)
+        frozen = _take_out(fresh, job.mask, settings, job.world)
+        assert frozen is not None  # a placement was asked for
+        prefix = Prefix(fresh.model, fresh.anatomy, job.mask.boundary, frozen)
+        _move(prefix, job.world.device)
+        with torch.no_grad():
+            frozen.settle(prefix.skeleton, settings.precision, "disk")
+        return prefix
+
+    return again, lent
+
+
+def _afresh(job: Job, pace: Pace) -> LoadedModel:
+    """The model once more, as the recipe names it, with the job's mask.
+
+    Raises:
+        ModelError: its weights have changed since the run began.
+    """
+    fresh = load_for(job.config, job.tokenizer)
+    quicken(fresh.model, pace)
+    if fingerprint(fresh.model, fresh.on_disk) != job.base.sha256:
+        raise ModelError(
+            f"the weights of {job.config.model.name_or_path} changed while the run read them; "
+            "restore them and start the same command again"
+        )
+    apply_mask(fresh.model, job.mask, fresh.anatomy)
+    fresh.model.train()
+    return fresh
 
 
 def _detach_from_file(suffix: Suffix, job: Job) -> Suffix:
@@ -208,7 +235,7 @@ def _halve(loaded: LoadedModel, job: Job) -> tuple[Prefix | None, Suffix]:
     """Split at the frost line if that is exact for this architecture; else keep the model whole, and say so."""
     model, mask, config, world = loaded.model, job.mask, job.config.prefix, job.world
     frozen = _take_out(loaded, mask, config, world)
-    model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(world.device))
+    _move(model, world.device)
     prefix, suffix = split(model, loaded.anatomy, mask.boundary if mask.has_prefix else None, frozen)
     if prefix is None:
         return None, suffix
@@ -235,6 +262,11 @@ def _halve(loaded: LoadedModel, job: Job) -> tuple[Prefix | None, Suffix]:
     if mask.tied == "head_only":
         suffix.detach_embeddings(loaded.anatomy)
     return None, suffix
+
+
+def _move(module: nn.Module, device: torch.device) -> None:
+    """Bring what has content to the device."""
+    module._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))  # type: ignore[no-untyped-call]
 
 
 def _take_out(loaded: LoadedModel, mask: LayerMask, config: PrefixConfig, world: World) -> FrozenWeights | None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import logging
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import os
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 
-from toolkit import distributed
+from toolkit import distributed, peers, stop
 from toolkit.checkpoint.catalog import finish_pruning
 from toolkit.checkpoint.saver import Saver
 from toolkit.config.flags import Invocation
@@ -20,43 +17,50 @@ from toolkit.data.batches import epoch_order, step_batches
 from toolkit.data.prefetch import Prefetcher, on_device
 from toolkit.distributed import World
 from toolkit.errors import OutOfMemoryError
-from toolkit.evaluate import evaluate
 from toolkit.files import writing
+from toolkit.mask.picture import draw_mask
 from toolkit.monitor import Monitor, StepMetrics, peak_memory_gib
 from toolkit.out_of_memory import during
 from toolkit.prefix.cached import CachedPrefix, read_ahead
 from toolkit.preflight import check_writable
 from toolkit.rundir import RunDirectory, claim, write_config
+from toolkit.stop import STOPPED, StopRequested
 from toolkit.train.advice import advise
 from toolkit.train.guard import StepGuard
 from toolkit.train.phases import advance, content_of, resume
 from toolkit.train.progress import Progress
 from toolkit.train.setup import Setup, begin, prepare, save_plan, save_set_up
 from toolkit.train.step import StepResult, seed_step, train_step
+from toolkit.train.validation import is_owed, validate, without_dropout
 
 log = logging.getLogger("frostline")
-
-STOPPED = 75
-"""Exit code of a run that a signal stopped after a committed checkpoint (EX_TEMPFAIL: start it again to go on)."""
 
 
 def run(invocation: Invocation) -> int:
     """Train as ``invocation`` says; every rank calls it.
 
     Returns:
-        0 when the run is finished, 75 when a signal stopped it after a checkpoint.
+        0 when the run is finished, 75 when a signal stopped it with nothing lost.
 
     Raises:
         UsageError: recipe, data, model, mask or run directory is at fault.
         FrostlineError: training cannot go on.
     """
-    world = distributed.start(engine_needs_group=invocation.deepspeed is not None)
-    require_same(world, facts(invocation))
-    _announce(invocation)
-    code = train(invocation, world)
-    world.barrier()
-    distributed.stop()  # not after an error: ranks that still wait in a collective would hold it up
-    return code
+    with stop.listening():
+        world = distributed.start(engine_needs_group=invocation.deepspeed is not None)
+        if trouble := peers.join(world.rank, world.size, os.environ.get("MASTER_ADDR", ""), world.share):
+            log.error("%s; if another rank fails, this one hears of it from its launcher only", trouble)
+        require_same(world, facts(invocation))
+        _announce(invocation)
+        try:
+            code = train(invocation, world)
+        except StopRequested:
+            log.info("stopped by a signal before the first step (%s); start the same command again", stop.reason())
+            code = STOPPED
+        world.barrier()
+        peers.part()
+        distributed.stop()  # not after an error: ranks that still wait in a collective would hold it up
+        return code
 
 
 def train(invocation: Invocation, world: World) -> int:
@@ -101,26 +105,30 @@ def _train(setup: Setup, directory: RunDirectory) -> int:
             write_config(run_dir, setup.config)
             save_set_up(setup, run_dir)
     log.info("writing to %s (watch: tensorboard --logdir %s)", run_dir, run_dir.parent)
-    stopped = _StopSignal()
     saver = Saver(run_dir, world, setup.config.output.keep, setup.config.output.async_save)
     with (
         Monitor(run_dir, world.is_main, setup.total_steps, progress.step) as monitor,
-        stopped,
         Prefetcher() as ahead,
         saver,
     ):
-        monitor.texts(setup.active.phase.start, mask=setup.audit)
-        monitor.texts(0, recipe=f"```yaml\n{dump(setup.config)}```")
-        stopped_at = _loop(setup, run_dir, monitor, progress, saver, stopped, ahead)
+        monitor.hparams(_hparams(setup))
+        if not progress.step:
+            monitor.texts(0, recipe=f"```yaml\n{dump(setup.config)}```")
+        if progress.step <= setup.active.phase.start:
+            _show_mask(setup, monitor)
+        monitor.planned_gib = _planned_gib(setup)
+        stopped_at = _loop(setup, run_dir, monitor, progress, saver, ahead)
         if stopped_at is not None:
-            log.info("stopped by a signal after step %d; start the same command again to go on", stopped_at)
+            why = stop.reason()
+            log.info("stopped by a signal after step %d (%s); start the same command again to go on", stopped_at, why)
             return STOPPED
+        monitor.finish()
         if monitor.epoch_losses:
             log.info("mean loss by epoch: %s", ", ".join(f"{loss:.4f}" for loss in monitor.epoch_losses))
     if isinstance(setup.prefix, CachedPrefix):
         log.info("%s", setup.prefix.close())
     peak = world.max(peak_memory_gib(world.device))
-    planned = f" (planned: {setup.cost.memory.peak / 2**30:.2f} GiB of tensors)" if setup.cost else ""
+    planned = f" (planned: {_planned_gib(setup):.2f} GiB of tensors)" if setup.cost else ""
     log.info(
         "done: %d steps, peak memory %.2f GiB%s; next: python launch/export.py %s",
         setup.total_steps,
@@ -132,17 +140,13 @@ def _train(setup: Setup, directory: RunDirectory) -> int:
 
 
 def _loop(
-    setup: Setup,
-    run_dir: Path,
-    monitor: Monitor,
-    progress: Progress,
-    saver: Saver,
-    stop_asked: Callable[[World], bool],
-    ahead: Prefetcher,
+    setup: Setup, run_dir: Path, monitor: Monitor, progress: Progress, saver: Saver, ahead: Prefetcher
 ) -> int | None:
     """Train from ``progress`` to the end; the step it stopped after, if a signal asked for that."""
     seed, output = setup.config.train.seed, setup.config.output
     guard = StepGuard(run_dir, setup.config.train.max_skipped_steps, setup.world)
+    if is_owed(setup, monitor, progress) and not validate(setup, monitor, progress):
+        return progress.step
     for epoch in range(progress.epoch, setup.config.train.epochs):
         order = epoch_order(progress.rows, seed, epoch)[progress.cursor :]
         plan = replace(setup.plan, rows=len(order))
@@ -161,17 +165,20 @@ def _loop(
             epoch_ends = progress.is_epoch_done or at_end
             if epoch_ends:
                 monitor.epoch(epoch + 1, progress.step - int(progress.totals["epoch_steps"]) + 1, progress.step)
-            if epoch_ends or _due(progress.step, output.evaluate_every_steps):
-                _validate(setup, monitor, progress)
+            due = epoch_ends or _due(progress.step, output.evaluate_every_steps)
+            validated = not due or validate(setup, monitor, progress)
             if progress.is_epoch_done:
                 progress.turn()
-            stopping = stop_asked(setup.world) and not at_end
+            stopping = stop.agreed(setup.world)
             if epoch_ends or stopping or _due(progress.step, output.save_every_steps):
                 _save(setup, progress, saver, guard)
+                stopping = stop.agreed(setup.world)  # a signal may have come meanwhile
+            if at_end:
+                if not validated:
+                    validate(setup, monitor, progress, may_stop=False)  # nothing can be lost any more
+                return None
             if stopping:
                 return progress.step
-            if at_end:
-                return None
     return None
 
 
@@ -184,9 +191,41 @@ def _change_phase(setup: Setup, run_dir: Path, monitor: Monitor, step: int) -> N
             save_plan(setup, run_dir)
         except OSError as error:  # it is for people only
             log.warning("%s/plan.json cannot be written (%s); training goes on", run_dir, error.strerror)
-    monitor.texts(step, mask=setup.audit)
+    _show_mask(setup, monitor)
+    monitor.planned_gib = _planned_gib(setup)
     monitor.say(f"step {step + 1}: phase {setup.active.phase.index + 1} of {len(setup.schedule.phases)}, "
                 f"{setup.mask.parameters:,} parameters train")  # fmt: skip
+
+
+def _show_mask(setup: Setup, monitor: Monitor) -> None:
+    """The mask of the phase that begins, as a table and as a picture."""
+    start = setup.active.phase.start
+    monitor.texts(start, mask=setup.active.audit)
+    if setup.world.is_main:
+        monitor.picture(start, "train/mask", draw_mask(setup.active.parts))
+
+
+def _planned_gib(setup: Setup) -> float | None:
+    return setup.cost.memory.peak / 2**30 if setup.cost else None
+
+
+def _hparams(setup: Setup) -> dict[str, str | float]:
+    """What runs are compared by."""
+    train = setup.config.train
+    return {
+        "model": setup.config.model.name_or_path,
+        "mask": ", ".join(s if isinstance(s, str) else "+".join(s.select) for s in setup.config.mask.train),
+        "boundary": setup.mask.boundary,
+        "learning_rate": train.learning_rate,
+        "optimizer": setup.config.optim.name,
+        "engine": setup.engine.name,
+        "ranks": setup.world.size,
+        "batch": setup.plan.global_batch,
+        "epochs": train.epochs,
+        "seed": train.seed,
+        "prefix_precision": setup.config.prefix.precision,
+        "cached": "yes" if isinstance(setup.prefix, CachedPrefix) else "no",
+    }
 
 
 def _metrics(setup: Setup, result: StepResult, progress: Progress) -> StepMetrics:
@@ -204,6 +243,7 @@ def _metrics(setup: Setup, result: StepResult, progress: Progress) -> StepMetric
         trained_parameters=setup.mask.parameters,
         peak_memory_gib=setup.world.max(peak_memory_gib(setup.world.device)),
         moved_share=setup.engine.moved_share(),
+        cache_hit_share=setup.prefix.hit_share() if isinstance(setup.prefix, CachedPrefix) else None,
     )
 
 
@@ -211,58 +251,8 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _validate(setup: Setup, monitor: Monitor, progress: Progress) -> None:
-    if not setup.dataset.validation:
-        return
-    with _without_dropout(setup):
-        outcome = evaluate(
-            setup.engine.forward,
-            setup.prefix,
-            setup.dataset.validation,
-            setup.plan.micro_batch_size,
-            setup.pad_id,
-            setup.world,
-            setup.packed,
-        )
-    progress.eval_loss = outcome.loss
-    monitor.evaluation(progress.step, progress.passes, outcome.loss, outcome.perplexity)
-
-
-@contextmanager
-def _without_dropout(setup: Setup) -> Iterator[None]:
-    setup.engine.train(False)
-    if setup.prefix:
-        setup.prefix.eval()
-    yield
-    setup.engine.train(True)
-    if setup.prefix:
-        setup.prefix.train()
-
-
 def _save(setup: Setup, progress: Progress, saver: Saver, guard: StepGuard) -> None:
-    with _without_dropout(setup):
+    with without_dropout(setup):
         guard.require_sound(progress.step, setup.engine.forward, setup.prefix)
     with during("the checkpoint"):
         saver.save(content_of(setup, progress))
-
-
-class _StopSignal:
-    """Notes SIGTERM and SIGUSR1 while entered; asking it is a collective, so that all ranks stop at the same step."""
-
-    def __init__(self) -> None:
-        self._seen = False
-        self._before: dict[int, object] = {}
-
-    def __enter__(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            self._before[number] = signal.signal(number, self._note)
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def __call__(self, world: World) -> bool:
-        return world.max(float(self._seen)) > 0
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._seen = True

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from toolkit import stop
 from toolkit.checkpoint.state import State
 from toolkit.config.flags import Invocation
 from toolkit.config.schema import RunConfig
@@ -22,10 +23,10 @@ from toolkit.distributed import World
 from toolkit.engine.base import Engine
 from toolkit.engine.ds_config import read_ds_config, refuse_what_cannot_move, resolve_ds_config, zero_stage
 from toolkit.engine.local import LocalEngine
-from toolkit.errors import DataError, ModelError, PlanError
+from toolkit.errors import PlanError
 from toolkit.files import replace_text
 from toolkit.mask.apply import apply_mask, trainable_parameters
-from toolkit.mask.audit import audit_markdown, audit_table
+from toolkit.mask.audit import AuditRow, audit, audit_markdown, audit_table
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.mask.schedule import Phase, Schedule, build_schedule
 from toolkit.models.load import LoadedModel, fingerprint, load_tokenizer
@@ -40,8 +41,10 @@ from toolkit.prefix.cached import CachedPrefix, HiddenStates
 from toolkit.prefix.packing import Packing, choose_packing
 from toolkit.prefix.recompute import free_bytes, recompute_blocks, should_recompute
 from toolkit.prefix.split import Prefix, Suffix
+from toolkit.prefix.whole import Whole
 from toolkit.preflight import check_config
 from toolkit.train.cut import Job, cut, effective, load_for, refuse_with_schedule
+from toolkit.train.fit import check_fit
 from toolkit.train.identity import fingerprints
 
 log = logging.getLogger("frostline")
@@ -55,8 +58,12 @@ class Active:
     prefix: HiddenStates | None
     suffix: Suffix
     engine: Engine
+    parts: tuple[AuditRow, ...]
+    """What trains and what does not, from input to head."""
     audit: str
-    """The audit table in Markdown."""
+    """The same in Markdown."""
+    whole: Whole
+    """The model in one piece again, to generate with."""
 
 
 @dataclass
@@ -120,11 +127,6 @@ class Setup:
         return self.active.engine
 
     @property
-    def audit(self) -> str:
-        """The audit table of the current phase in Markdown."""
-        return self.active.audit
-
-    @property
     def cost(self) -> Plan | None:
         """What the run was planned to need; none for an architecture that cannot be planned."""
         plans = [plan for plan in self.costs if plan is not None]
@@ -157,6 +159,7 @@ def prepare(invocation: Invocation, world: World, state: State | None = None) ->
         tokenizer = load_tokenizer(config.model)
     dataset = load_dataset(config.data, tokenizer, config.train.seed)
     log.info("data: %s", dataset.summary())
+    stop.pause(world)
     train = config.train
     plan = BatchPlan(
         len(dataset.train), train.micro_batch_size, train.gradient_accumulation_steps, world.rank, world.size
@@ -166,7 +169,8 @@ def prepare(invocation: Invocation, world: World, state: State | None = None) ->
     if config.optim.name == "paged_adamw_8bit" and world.device.type == "cpu":
         log.info("optim.name: paged_adamw_8bit pages nothing here and is adamw_8bit: the run computes on the CPU")
     loaded = load_for(config, tokenizer)
-    _check_fit(dataset, loaded)
+    check_fit(dataset, loaded)
+    stop.pause(world)
     quicken(loaded.model, world.share(pace_of(loaded.model.dtype, world.device) if world.is_main else None))
     base = Base(config.model, world.share(fingerprint(loaded.model, loaded.on_disk) if world.is_main else None))
     schedule = build_schedule(config.mask, loaded.anatomy, plan.steps_per_epoch, total_steps)
@@ -183,6 +187,7 @@ def prepare(invocation: Invocation, world: World, state: State | None = None) ->
     )  # fmt: skip
     del loaded  # ``begin`` lets go of it in the last phase
     setup.costs = [_decide_recompute(setup, phase)[2] for phase in schedule.phases]
+    stop.pause(world)
     log.info(
         "engine %s, %d rank(s) on %s: %d steps of %d rows (micro batch %d x accumulation %d x ranks %d), %d epochs",
         "local" if resolved is None else f"zero-{zero_stage(resolved)}", world.size, world.device.type, total_steps,
@@ -213,12 +218,13 @@ def begin(setup: Setup, phase: Phase) -> None:
     log.info("gradient checkpointing: %s", why)
     if on:
         recompute_blocks(suffix.blocks(phase.mask.boundary))
-    audit = audit_markdown(phase.mask, loaded.anatomy)
+    shown = tuple(audit(phase.mask, loaded.anatomy)), audit_markdown(phase.mask, loaded.anatomy)
+    whole = Whole(loaded.model, loaded.anatomy, None if prefix is None else phase.mask.boundary)
     del loaded  # what only a later phase would need is to be gone before the engine allocates
     if phase is phases[-1]:
         setup.loaded = None
     engine = _build_engine(setup, prefix, suffix, phase)
-    setup.active = Active(phase, prefix, suffix, engine, audit)
+    setup.active = Active(phase, prefix, suffix, engine, *shown, whole)
     setup.reading = prefix
 
 
@@ -240,24 +246,6 @@ def _settle(setup: Setup, prefix: HiddenStates | None, suffix: Suffix) -> None:
         rows = setup.config.train.micro_batch_size
         setup.packing = choose_packing(setup.config.data.packing, rows, prefix, suffix, examples, device)
         log.info("packing: %s", setup.packing.reason)
-
-
-def _check_fit(dataset: Dataset, loaded: LoadedModel) -> None:
-    """Refuse rows longer than the model's positions and ids beyond its embeddings, before an index error does."""
-    examples = (*dataset.train, *dataset.validation)
-    longest = max(len(example.token_ids) for example in examples)
-    positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    if positions and longest > positions:
-        raise DataError(
-            f"the longest row has {longest} tokens, the model has {positions} positions; "
-            f"set data.max_length: {positions}"
-        )
-    rows = loaded.model.get_input_embeddings().weight.shape[0]
-    largest = max(max(example.token_ids) for example in examples)
-    if largest >= rows:
-        raise ModelError(
-            f"the tokenizer gives id {largest}, the model embeds {rows} ids; expected a tokenizer made for this model"
-        )
 
 
 def _planners(config: RunConfig, loaded: LoadedModel, dataset: Dataset, world: World) -> list[Planner]:
