@@ -222,6 +222,13 @@ def test_a_finished_run_says_so_before_anything_is_loaded(
     assert train(*flags(tiny_model, whole)) == 0
 
 
+def test_a_finished_run_removes_what_a_kill_before_its_pruning_has_left(tiny_model: Path, run: Path) -> None:
+    point_to(run, 6)
+    (run / "checkpoints" / ".step-00000002.removed").mkdir()
+    assert train(*flags(tiny_model, run, "--output.keep", 1)) == 0
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"latest", "step-00000006"}
+
+
 def test_a_run_that_could_not_begin_leaves_no_directory(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(Exception, match=r"nothing\.jsonl"):
         train(*flags(tiny_model, tmp_path / "new" / "run", "--data.path", tmp_path / "nothing.jsonl"))
