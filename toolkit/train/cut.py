@@ -15,7 +15,7 @@ from toolkit.data.dataset import Dataset
 from toolkit.data.examples import Example
 from toolkit.delta import Base
 from toolkit.distributed import World
-from toolkit.errors import ConfigError, ModelError
+from toolkit.errors import ConfigError, DataError, ModelError
 from toolkit.mask.apply import apply_mask
 from toolkit.mask.layer_mask import LayerMask, build_mask
 from toolkit.models.load import LoadedModel, fingerprint
@@ -72,6 +72,29 @@ def load_for(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> LoadedMod
         return load_base(config.model, tokenizer)
     anatomy = skeleton(config.model).anatomy  # which blocks are frozen is to be known before any is loaded
     return load_base(config.model, tokenizer, anatomy, build_mask(config.mask, anatomy).boundary)
+
+
+def check_fit(dataset: Dataset, loaded: LoadedModel) -> None:
+    """Refuse rows longer than the model's positions and ids beyond its embeddings, before an index error does.
+
+    Raises:
+        DataError: a row is too long.
+        ModelError: a token id is too large.
+    """
+    examples = (*dataset.train, *dataset.validation)
+    longest = max(len(example.token_ids) for example in examples)
+    positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    if positions and longest > positions:
+        raise DataError(
+            f"the longest row has {longest} tokens, the model has {positions} positions; "
+            f"set data.max_length: {positions}"
+        )
+    rows = loaded.model.get_input_embeddings().weight.shape[0]
+    largest = max(max(example.token_ids) for example in examples)
+    if largest >= rows:
+        raise ModelError(
+            f"the tokenizer gives id {largest}, the model embeds {rows} ids; expected a tokenizer made for this model"
+        )
 
 
 def refuse_with_schedule(config: RunConfig, device: torch.device) -> None:

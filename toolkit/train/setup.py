@@ -21,7 +21,7 @@ from toolkit.distributed import World
 from toolkit.engine.base import Engine
 from toolkit.engine.ds_config import read_ds_config, refuse_what_cannot_move, resolve_ds_config, zero_stage
 from toolkit.engine.local import LocalEngine
-from toolkit.errors import DataError, ModelError, PlanError
+from toolkit.errors import PlanError
 from toolkit.mask.apply import apply_mask, trainable_parameters
 from toolkit.mask.audit import audit_markdown, audit_table
 from toolkit.mask.layer_mask import LayerMask
@@ -37,7 +37,7 @@ from toolkit.prefix.cached import CachedPrefix, HiddenStates
 from toolkit.prefix.packing import Packing, choose_packing
 from toolkit.prefix.recompute import free_bytes, recompute_blocks, should_recompute
 from toolkit.prefix.split import Prefix, Suffix
-from toolkit.train.cut import Job, cut, effective, load_for, refuse_with_schedule
+from toolkit.train.cut import Job, check_fit, cut, effective, load_for, refuse_with_schedule
 from toolkit.train.identity import fingerprints
 
 log = logging.getLogger("frostline")
@@ -158,7 +158,7 @@ def prepare(invocation: Invocation, world: World, state: State | None = None) ->
     total_steps = state.steps_in_all(config, world.size) if state else plan.steps(train.epochs, train.max_steps)
     refuse_with_schedule(config, world.device)
     loaded = load_for(config, tokenizer)
-    _check_fit(dataset, loaded)
+    check_fit(dataset, loaded)
     base = Base(config.model, world.share(fingerprint(loaded.model, loaded.on_disk) if world.is_main else None))
     schedule = build_schedule(config.mask, loaded.anatomy, plan.steps_per_epoch, total_steps)
     planners = _planners(config, loaded, dataset, world)
@@ -231,24 +231,6 @@ def _settle(setup: Setup, prefix: HiddenStates | None, suffix: Suffix) -> None:
         rows = setup.config.train.micro_batch_size
         setup.packing = choose_packing(setup.config.data.packing, rows, prefix, suffix, examples, device)
         log.info("packing: %s", setup.packing.reason)
-
-
-def _check_fit(dataset: Dataset, loaded: LoadedModel) -> None:
-    """Refuse rows longer than the model's positions and ids beyond its embeddings, before an index error does."""
-    examples = (*dataset.train, *dataset.validation)
-    longest = max(len(example.token_ids) for example in examples)
-    positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    if positions and longest > positions:
-        raise DataError(
-            f"the longest row has {longest} tokens, the model has {positions} positions; "
-            f"set data.max_length: {positions}"
-        )
-    rows = loaded.model.get_input_embeddings().weight.shape[0]
-    largest = max(max(example.token_ids) for example in examples)
-    if largest >= rows:
-        raise ModelError(
-            f"the tokenizer gives id {largest}, the model embeds {rows} ids; expected a tokenizer made for this model"
-        )
 
 
 def _planners(config: RunConfig, loaded: LoadedModel, dataset: Dataset, world: World) -> list[Planner]:
