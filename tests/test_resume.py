@@ -222,6 +222,13 @@ def test_a_finished_run_says_so_before_anything_is_loaded(
     assert train(*flags(tiny_model, whole)) == 0
 
 
+def test_a_finished_run_removes_what_a_kill_before_its_pruning_has_left(tiny_model: Path, run: Path) -> None:
+    point_to(run, 6)
+    (run / "checkpoints" / ".step-00000002.removed").mkdir()
+    assert train(*flags(tiny_model, run, "--output.keep", 1)) == 0
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"latest", "step-00000006"}
+
+
 def test_a_run_that_could_not_begin_leaves_no_directory(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(Exception, match=r"nothing\.jsonl"):
         train(*flags(tiny_model, tmp_path / "new" / "run", "--data.path", tmp_path / "nothing.jsonl"))
@@ -255,36 +262,6 @@ def test_who_holds_a_directory_is_named_and_whoever_has_ended_holds_nothing(
     lock.release()
     (run / ".lock").write_text('{"host": "elsewhere", "pid": 1, "started": 0, "job": null}')
     assert train(*flags(tiny_model, run)) == 0
-
-
-def test_without_flock_a_holder_that_may_run_keeps_its_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def unsupported(*_: object) -> None:
-        raise OSError(95, "not supported")
-
-    monkeypatch.setattr("fcntl.flock", unsupported)
-    first = Lock.take(tmp_path)
-    assert isinstance(first, Lock)
-    held = Lock.take(tmp_path)
-    assert isinstance(held, str)
-    assert f"process {os.getpid()}" in held
-    assert "remove" in held
-    for text, is_free in (
-        ({"pid": 2**22 + 1}, True), ({"started": 5.0}, True), ({"host": "elsewhere"}, False),
-        ({"host": "elsewhere", "job": "5"}, True), ("nonsense", True),
-    ):  # fmt: skip
-        first.release()
-        first = Lock.take(tmp_path)
-        assert isinstance(first, Lock)
-        holder = (tmp_path / ".lock").read_text()
-        (tmp_path / ".lock").write_text(text if isinstance(text, str) else json.dumps({**json.loads(holder), **text}))
-        with monkeypatch.context() as patch:
-            patch.setenv("SLURM_JOB_ID", "5")  # the same job, started again on another node
-            again = Lock.take(tmp_path)
-        assert isinstance(again, Lock) is is_free, text
-        if isinstance(again, Lock):
-            again.release()
 
 
 def test_weights_alone_start_a_new_run_under_another_mask(tiny_model: Path, run: Path, tmp_path: Path) -> None:
