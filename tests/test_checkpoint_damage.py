@@ -112,7 +112,7 @@ def test_a_run_without_any_whole_checkpoint_is_refused_and_not_begun_anew(tiny_m
 
 def test_a_lost_checkpoint_is_named_and_a_lost_pointer_is_no_loss(tiny_model: Path, run: Path) -> None:
     (run / "checkpoints" / "latest").write_text("step-00000099")
-    expected = "latest names step-00000099, which is not there; checkpoints present: step-00000002, step-00000004"
+    expected = "latest names 'step-00000099', which is not there; checkpoints present: step-00000002, step-00000004"
     with pytest.raises(CheckpointError, match=expected):
         train(*tiny_flags(tiny_model, run, *SHORT, "--output.resume", "must"))
     for text in (b"step-00000099", b"../../elsewhere", b"\xff\x00"):

@@ -105,9 +105,10 @@ def gradient_of_states(gradient: torch.Tensor, weight: torch.Tensor, in_float32:
     """``gradient @ weight``, [S, V] and [V, H] to [S, H]; float32 if it is computed in that."""
     if not in_float32:
         return gradient @ weight
-    total = torch.zeros(len(gradient), weight.shape[1], device=weight.device)
-    for part in _parts(weight):
-        total.addmm_(gradient[:, part].float(), weight[part].float())
+    first, *others = _parts(weight)
+    total = gradient[:, first].float() @ weight[first].float()
+    for part in others:
+        total += gradient[:, part].float() @ weight[part].float()
     return total
 
 
