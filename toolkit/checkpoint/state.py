@@ -21,8 +21,9 @@ _DEALT = ("train.micro_batch_size", "train.gradient_accumulation_steps")
 """What counts is the rows of one step over all ranks, their product with the number of ranks."""
 _HARMLESS = (
     "train.learning_rate", "train.weight_decay", "train.warmup_ratio", "train.scheduler", "train.epochs",
-    "train.max_steps", "train.max_grad_norm", "train.max_skipped_steps", "train.gradient_checkpointing", "optim.", "data.packing", "data.path",
-    "data.split", "model.name_or_path", "model.revision", "model.attn_implementation", "model.trust_remote_code",
+    "train.max_steps", "train.max_grad_norm", "train.max_skipped_steps", "train.gradient_checkpointing", "optim.",
+    "data.packing", "data.path", "data.split", "model.name_or_path", "model.revision", "model.attn_implementation",
+    "model.trust_remote_code",
 )  # fmt: skip
 """May change under an override: later steps differ, and those before keep their meaning. Where rows and weights come
 from may change because their fingerprints may not."""
