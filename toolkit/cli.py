@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import io
 import json
 import logging
 import os
@@ -98,7 +99,8 @@ def _print_error(error: FrostlineError, rank: int) -> None:
 
 
 def _quiet(rank: int) -> None:
-    faulthandler.enable()  # a crash in native code prints where Python was
+    with contextlib.suppress(io.UnsupportedOperation):  # stderr may be no file, as in a notebook
+        faulthandler.enable()  # a crash in native code prints where Python was
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
