@@ -39,7 +39,7 @@ PHASES: dict[str, tuple[str, str, str, str]] = {
     ),
     "update": ("toolkit.engine.local.LocalEngine.update", "the update", "", "prefix."),
     "evaluation": ("toolkit.evaluate.supervised_loss", "the evaluation", "2 rows x ", ""),
-    "checkpoint": ("toolkit.train.run.commit", "the checkpoint", "", ""),
+    "checkpoint": ("toolkit.checkpoint.saver.Saver.save", "the checkpoint", "", ""),
 }  # fmt: skip
 """What fails there, how the message calls it, the micro batch, and the first knob."""
 

@@ -106,7 +106,7 @@ def test_state_that_no_shorter_row_makes_room_for_goes_to_more_ranks_then_to_few
     planner = Planner(config, skeleton(config.model), Load(256, 64, None, "a test"))
     verdict = judge(planner, planner.variant(LOCAL, recompute=True), 40 * 2**30)
     assert [text for text, _ in verdict.turns] == ["--ds ds_configs/zero3.json on 2 ranks"]
-    wide = planner.variant(zero_spec(3, 8, False, 4096), recompute=True)
+    wide = planner.variant(zero_spec(3, 8, False, 4096, "adamw"), recompute=True)
     least = planner.memory(wide).peak + RESERVE
     assert judge(planner, wide, least).turns == ()
     assert judge(planner, wide, least - 2**30).turns[0][0].startswith("mask.train: last:")
@@ -200,7 +200,7 @@ def test_the_table_the_json_and_the_picture_say_the_same(
     plan_command(given, 2, 24 * 2**30, True, None)
     values = json.loads(capsys.readouterr().out)
     assert values["fit"]["fits"]
-    assert values["engine"] == {"name": "local", "ranks": 2, "gradient_checkpointing": False}
+    assert values["engine"] == {"name": "local", "ranks": 2, "gradient_checkpointing": False, "optimizer": "adamw"}
 
 
 def test_without_matplotlib_the_picture_names_the_line_that_installs_it(

@@ -79,6 +79,9 @@ class ZeroEngine:
         except (ValidationError, DeepSpeedConfigError) as error:
             raise ConfigError([" ".join(str(error).split())], "DeepSpeed file, as DeepSpeed reads it") from None
         _unlink_shared_memory(world)
+        if self.is_replicated:  # in bfloat16 it makes a step on zero gradients, which would count (DeepSpeed 0.19)
+            for own in self._inner.state.values():
+                own["step"].zero_()
         self._moved, self._rate = Moved(self._peek), 0.0
         self._chosen: dict[int, torch.Tensor] = {}
         self._opened: dict[torch.Tensor, Opened] = {}
