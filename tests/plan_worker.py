@@ -66,7 +66,7 @@ def one_step(setup: Setup, folder: Path) -> dict[str, Any]:
         "plan": as_dict(setup.cost),
         "held": held(setup),
         "gradients": gradients[0],
-        "written": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        "written": sum(path.stat().st_size for path in folder.rglob("rank-*.safetensors")),
     }
 
 

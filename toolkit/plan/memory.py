@@ -284,7 +284,7 @@ def _only(kind: str, size: int) -> dict[str, int]:
 
 
 def checkpoint_bytes(spec: EngineSpec, tensors: Tensors) -> int:
-    """Size of one checkpoint over all ranks: a float32 master and two moments of each trained element.
+    """Size of a checkpoint's shards over all ranks: a float32 master and two moments of each trained element.
 
     Moments that are kept in fewer bits are there twice: as they are stored, and in float32 for any other layout.
     """
