@@ -55,7 +55,7 @@ def break_something(fault: str) -> None:
     elif fault == "forward":
         before("toolkit.train.run", "train_step", fail("the forward went wrong"), call=3)
     elif fault == "checkpoint":
-        before("toolkit.checkpoint", "_flush", fail("the checkpoint went wrong"))
+        before("toolkit.checkpoint.saver", "_pack", fail("the checkpoint went wrong"))
     elif fault == "kill":
         before("toolkit.train.run", "train_step", send(signal.SIGKILL), call=3)
     elif fault == "crash":

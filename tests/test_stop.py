@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from helpers import metrics, tiny_flags, train
 
-from toolkit import checkpoint, evaluate, stop
+from toolkit import evaluate, stop
+from toolkit.checkpoint import saver
 from toolkit.prefix import cached
 from toolkit.train import setup, validation
 
@@ -83,7 +84,7 @@ def test_a_signal_in_the_first_pass_keeps_what_was_computed(
     ("owner", "name", "call", "after", "evaluated"),
     [
         (evaluate, "supervised_loss", 3, 3, []),
-        (checkpoint, "_flush", 1, 3, [3]),
+        (saver, "_pack", 1, 3, [3]),
         (validation, "evaluate", 2, 6, [3, 6]),
     ],
     ids=["the first validation", "the first checkpoint", "the last validation"],
