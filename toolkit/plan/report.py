@@ -48,10 +48,7 @@ def as_dict(plan: Plan, verdict: Verdict | None = None) -> dict[str, Any]:
             "boundary": plan.mask.boundary,
             "blocks": plan.mask.block_count,
             "cut": plan.is_cut,
-            "parts": [
-                {"part": row.part, "tensors": row.tensors, "parameters": row.parameters, "trained": row.trained}
-                for row in plan.audit
-            ],
+            "parts": _parts(plan),
         },
         "engine": {
             "name": variant.spec.name,
@@ -100,6 +97,13 @@ def as_dict(plan: Plan, verdict: Verdict | None = None) -> dict[str, Any]:
     if verdict is not None:
         values["fit"] = _fit(verdict)
     return values
+
+
+def _parts(plan: Plan) -> list[dict[str, Any]]:
+    return [
+        {"part": row.part, "tensors": row.tensors, "parameters": row.parameters, "trained": row.trained}
+        for row in plan.audit
+    ]
 
 
 def _phases_text(plan: Plan) -> str:
