@@ -11,13 +11,14 @@ the blocks by the signal in them (spectrum) or by the loss's gradient on a few r
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a checkout, installed or not
 
-from toolkit.cli import run_command  # noqa: E402
+from toolkit.cli import leave, run_command  # noqa: E402
 from toolkit.config import flags  # noqa: E402
 
 
@@ -39,6 +40,7 @@ def main() -> int:
         print(suggest_for(invocation.config, given.suggest, given.budget, given.rows).table())
         return 0
     budget = flags.byte_size(given.gpu_memory) if given.gpu_memory is not None else None
+    gc.disable()  # a fifth of this short process would go into looking over the modules it imports
     from toolkit.plan.command import plan_command  # imports torch, which --help and a faulty flag need not wait for
 
     plan_command(invocation, given.world_size, budget, given.json, given.png)
@@ -46,4 +48,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    leave(run_command(main), at_once=True)  # nothing is left to clean up

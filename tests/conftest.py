@@ -35,6 +35,16 @@ def own_ranks() -> Iterator[None]:
         os.environ.pop(name, None)
 
 
+@pytest.fixture(autouse=True)
+def own_log() -> Iterator[None]:
+    """No handler or level is left from a command that ran in this process, where it wrote to its own test's stderr."""
+    log = logging.getLogger("frostline")
+    log.handlers, log.propagate = [], True
+    log.setLevel(logging.INFO)
+    yield
+    log.handlers = []
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory: a Llama of 6 blocks with a tied head and random float32 weights."""
@@ -43,7 +53,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def said() -> Iterator[list[str]]:
-    """What the log says, whether or not a test before has cut it off from pytest."""
+    """What the log says."""
     lines: list[str] = []
 
     class Keep(logging.Handler):

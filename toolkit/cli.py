@@ -78,14 +78,18 @@ def _note_for_torchrun(error: Exception, last: str) -> None:
             Path(file).write_text(json.dumps({"message": {"message": last, "extraInfo": extra}}), encoding="utf-8")
 
 
-def leave(code: int) -> NoReturn:
+def leave(code: int, at_once: bool = False) -> NoReturn:
     """End the process with ``code``.
 
     A process that was one of several ends at once, without Python's teardown: gloo's threads belong to groups that
     DeepSpeed keeps in globals, and one that still runs then aborts the process (pytorch issue 190489). Everything of
     a run is on disk by now. Can go when torch joins those threads at exit.
+
+    Args:
+        code: its exit code.
+        at_once: do so in any case; the teardown takes most of a second once torch and transformers are loaded.
     """
-    if "RANK" in os.environ:
+    if at_once or "RANK" in os.environ:
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -162,7 +162,7 @@ class Planner:
         """
         held = self.memory(variant)
         halves = self._split(variant.selectors, variant.packed)
-        fewer = replace(variant, supervised=variant.supervised // 2 or 2)
+        fewer = replace(variant, supervised=variant.supervised // 8 or 2)
         plain = [self._rehearse(replace(shape, recompute=False)) for shape in (variant, fewer)]
         checkpointed = [self._rehearse(shape) for shape in (variant, fewer)] if variant.recompute else None
         return Plan(
