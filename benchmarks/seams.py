@@ -24,8 +24,8 @@ PHASES = (
 _UPDATE = "benchmark: update"
 _KINDS = {
     "AdamW": ("adam",),
-    "write-back": ("copy",),
-    "gradient norm and clip": ("norm", "mul", "div", "clamp", "stack"),
+    "copies: upcast, flatten, write-back": ("copy", "cat", "flatten"),
+    "gradient norm and clip": ("norm", "dot", "isinf", "isnan", "any", "mul", "div", "clamp", "stack"),
 }
 
 

@@ -37,7 +37,7 @@ from toolkit.data.batches import Batch, epoch_order, step_batches  # noqa: E402
 from toolkit.train.setup import Setup, set_up  # noqa: E402
 from toolkit.train.step import train_step  # noqa: E402
 
-_WARM_UP, _PROFILED = 2, 3
+WARM_UP, PROFILED = 2, 3
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Floors:
 
 
 def set_up_run(workload: Workload, more: Sequence[str], folder: Path) -> Setup:
-    """The toolkit's set-up of a run on ``workload``."""
+    """The toolkit's set-up of a run on ``workload``, with ``more`` flags of launch/train.py."""
     given = [
         "--model.name_or_path", workload.model, "--data.path", workload.data, "--data.validation", "none",
         "--mask.train", f"last:{workload.last}", "head", "--train.epochs", str(len(workload.orders)), *more,
@@ -60,7 +60,7 @@ def set_up_run(workload: Workload, more: Sequence[str], folder: Path) -> Setup:
     if "--prefix.cache_dir " in recipe_flags():
         given += ["--prefix.cache_dir", str(folder / "cache")]
     invocation = recipe.parse(recipe.parser(__doc__ or ""), ROOT / "recipes" / "quickstart.yaml", given)
-    return set_up(invocation, distributed.start(engine_needs_group=False))
+    return set_up(invocation, distributed.start(engine_needs_group=invocation.deepspeed is not None))
 
 
 def batches(setup: Setup) -> Iterator[list[Batch]]:
@@ -86,7 +86,7 @@ def measure_operations(setup: Setup, upcoming: Iterator[list[Batch]]) -> tuple[l
     """The costliest operations (name, calls and ms a step), and the parts of the update by kind, in seconds a step."""
     on_gpu = setup.world.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    micro = [next(upcoming) for _ in range(_PROFILED)]
+    micro = [next(upcoming) for _ in range(PROFILED)]
     with Seams(setup), profile(activities=activities, acc_events=True) as profiled:
         for batch in micro:
             train_step(batch, setup.prefix, setup.engine, setup.world)
@@ -94,11 +94,11 @@ def measure_operations(setup: Setup, upcoming: Iterator[list[Batch]]) -> tuple[l
     events = [event for event in profiled.key_averages() if event.key.startswith("aten::")]
     events.sort(key=lambda event: float(getattr(event, attribute)), reverse=True)
     rows = [
-        [event.key, f"{event.count / _PROFILED:.0f}", f"{getattr(event, attribute) / _PROFILED / 1e3:.1f}"]
+        [event.key, f"{event.count / PROFILED:.0f}", f"{getattr(event, attribute) / PROFILED / 1e3:.1f}"]
         for event in events[:12]
     ]
     kinds = update_kinds(profiled.events() or [], attribute)
-    return rows, {kind: seconds / _PROFILED for kind, seconds in kinds.items()}
+    return rows, {kind: seconds / PROFILED for kind, seconds in kinds.items()}
 
 
 def measure_floors(setup: Setup, micro: list[Batch], trained: int) -> Floors:
@@ -120,7 +120,7 @@ def report(
     seconds: dict[str, list[float]], operations: list[list[str]], kinds: dict[str, float], floors: Floors
 ) -> str:
     """The three tables."""
-    typical = {phase: sorted(times)[len(times) // 2] for phase in PHASES if (times := seconds[phase][_WARM_UP:])}
+    typical = {phase: sorted(times)[len(times) // 2] for phase in PHASES if (times := seconds[phase][WARM_UP:])}
     total = sum(typical.values())
     rows = [[name, f"{value * 1e3:.1f}", f"{value / total:.0%}"] for name, value in typical.items()]
     rows.append(["step", f"{total * 1e3:.1f}", "100%"])
@@ -157,10 +157,10 @@ def main() -> int:
     parser.add_argument("--save", action="store_true", help="write the result under benchmarks/results/")
     parser.add_argument("recipe", nargs="*", help="flags of launch/train.py, after --")
     given = parser.parse_args()
-    needed = given.steps + _PROFILED + 1
-    if given.steps <= _WARM_UP or given.rows * given.epochs < needed:
+    needed = given.steps + PROFILED + 1
+    if given.steps <= WARM_UP or given.rows * given.epochs < needed:
         parser.error(
-            f"--steps {given.steps} needs more than {_WARM_UP} steps and {needed} rows over all epochs; "
+            f"--steps {given.steps} needs more than {WARM_UP} steps and {needed} rows over all epochs; "
             f"got {given.rows} rows x {given.epochs} epochs"
         )
     thread_variables(torch.get_num_threads())

@@ -9,6 +9,7 @@ from helpers import ROOT
 
 from toolkit.config.schema import RunConfig, TrainConfig
 from toolkit.engine.ds_config import read_ds_config, resolve_ds_config, zero_stage
+from toolkit.engine.zero_clipping import without_clipping
 from toolkit.errors import ConfigError
 
 CONFIG = RunConfig(train=TrainConfig(micro_batch_size=2, gradient_accumulation_steps=3, max_grad_norm=0.5))
@@ -113,3 +114,25 @@ def test_a_file_that_deepspeed_would_misread_is_refused(tmp_path: Path, content:
     with pytest.raises(ConfigError) as error:
         read_ds_config(tmp_path / "ds.json")
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "accumulation", "is_ours"),
+    [
+        ("zero1", 1, True),
+        ("zero1", 2, False),
+        ("zero2", 1, True),
+        ("zero2", 2, True),
+        ("zero2_offload", 1, False),
+        ("zero3", 1, False),
+    ],
+)
+def test_deepspeed_leaves_clipping_to_us_wherever_it_can(file: str, accumulation: int, is_ours: bool) -> None:
+    config = RunConfig(train=TrainConfig(gradient_accumulation_steps=accumulation, max_grad_norm=0.5))
+    ds = resolve(read_ds_config(ROOT / "ds_configs" / f"{file}.json"), config)
+    lean = without_clipping(ds)
+    assert ds["gradient_clipping"] == 0.5
+    assert (lean is not None) is is_ours
+    if lean is not None:
+        assert lean["gradient_clipping"] == 0
+        assert lean["zero_optimization"]["compute_grad_norm"] is lean["bf16"]["check_grad_overflow"] is False

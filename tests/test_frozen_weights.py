@@ -178,7 +178,7 @@ def test_on_disk_no_weight_is_held_but_a_blocks_own_while_it_computes(model: Pat
     assert torch.equal(setup.prefix(first_batch(setup)), expected)
     assert watch.most == lower // 10
     assert setup.cost.frozen.lent == 2 * watch.most, "the plan allows for one more that is on its way"
-    kept = {path.name for path in cache.iterdir()} - {"float32-products.json"}
+    kept = {path.name for path in cache.iterdir()} - {"float32-gradients.json"}
     assert not kept, "files without a name vanish with the process"
 
 

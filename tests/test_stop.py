@@ -68,7 +68,7 @@ def test_a_signal_in_the_set_up_stops_before_anything_is_written(
 def test_a_signal_in_the_first_pass_keeps_what_was_computed(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cached, "FILL_TOKENS", 1)  # a batch is one row
+    monkeypatch.setattr(cached, "CPU_FILL_TOKENS", 1)  # a batch is one row
     flags = tiny_flags(tiny_model, tmp_path / "run", "--prefix.cache_dir", tmp_path / "cache", "--train.max_steps", 21)
     with monkeypatch.context() as patch:
         signal_before(patch, cached.CachedPrefix, "_run", 4)

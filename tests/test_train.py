@@ -25,7 +25,6 @@ from toolkit.data.dataset import load_dataset
 from toolkit.distributed import World
 from toolkit.errors import CheckpointError
 from toolkit.models.load import load, load_tokenizer
-from toolkit.models.products import Pace
 from toolkit.monitor import Monitor
 from toolkit.prefix.split import Prefix
 from toolkit.train import cut
@@ -75,7 +74,6 @@ def test_bfloat16_with_masters_learns_what_the_plain_loop_with_masters_learns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    monkeypatch.setattr("toolkit.train.setup.pace_of", lambda *_: Pace())  # products that round as the loop's do
     assert train("--data.path", str(ENGLISH), "--data.validation", "none", "--output.dir", str(run)) == 0
     losses = metrics(run)
     expected = plain(ModelConfig(), 1e-5, 3)

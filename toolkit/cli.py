@@ -38,6 +38,8 @@ def run_command(command: Callable[[], int]) -> int:
     _quiet(rank)
     # torch asks the kernel for 2 MiB pages for large tensors: a sixth of the page faults, and less memory resident
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read at torch's first allocation; torch >= 2.2
+    # of a CPU's bfloat16 kernels: oneDNN keeps 1024, and rows of many lengths would fill that with 0.3 GiB
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     try:
         return command()
     except KeyboardInterrupt:

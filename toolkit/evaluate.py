@@ -22,7 +22,6 @@ from toolkit.data.sources import read_rows
 from toolkit.distributed import World
 from toolkit.errors import DataError
 from toolkit.loss import Forward, supervised_loss
-from toolkit.models.products import pace_of, quicken
 from toolkit.out_of_memory import during
 from toolkit.prefix.cached import HiddenStates
 from toolkit.prefix.packing import choose_packing
@@ -117,7 +116,6 @@ def evaluate_source(
     examples = dataset.train if path is not None else dataset.validation
     world = World()
     model = opened.loaded.model.to(world.device).eval()
-    quicken(model, pace_of(model.dtype, world.device))  # as in training
     suffix = Suffix(model, opened.loaded.anatomy, boundary=None)
     pad_id = int(opened.loaded.tokenizer.pad_token_id)
     suffix.settle(None, collate([min(examples, key=lambda example: len(example.token_ids))], pad_id).to(world.device))

@@ -56,8 +56,14 @@ def _tables_apart(settings: Sequence[dict[str, Any]], tables: Collection[int]) -
 class PartitionedAdamW(torch.optim.Optimizer):
     """AdamW on flat float32 masters with moments in 8 bits or bfloat16.
 
-    Clipping and the global norm are DeepSpeed's. ``state[p]`` holds plain tensors and the number of updates.
+    ``state[p]`` holds plain tensors and the number of updates. As with torch's fused AdamW, ``step`` divides gradients
+    by ``grad_scale`` and does nothing where ``found_inf`` is not 0.
     """
+
+    grad_scale: torch.Tensor | None = None
+    """Scalar; none where DeepSpeed has clipped already."""
+    found_inf: torch.Tensor | None = None
+    """Scalar; none where DeepSpeed itself skips such a step."""
 
     def __init__(self, settings: Sequence[dict[str, Any]], name: OptimName) -> None:
         """
@@ -73,12 +79,15 @@ class PartitionedAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient, in stretches; the gradient is overwritten."""
+        if self.found_inf is not None and self.found_inf:
+            return
+        factor = 1.0 if self.grad_scale is None else 1 / float(self.grad_scale)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None and p.numel():
-                    self._update(p, group)
+                    self._update(p, group, factor)
 
-    def _update(self, p: torch.Tensor, group: dict[str, Any]) -> None:
+    def _update(self, p: torch.Tensor, group: dict[str, Any], factor: float) -> None:
         form = self._form(p, group)
         if not self.state[p]:
             self.state[p] = {"step": 0, **form.create(p.numel(), p.device)}
@@ -90,7 +99,7 @@ class PartitionedAdamW(torch.optim.Optimizer):
         piece = piece_size(p.device)
         for start in range(0, p.numel(), piece):
             span = slice(start, min(start + piece, p.numel()))
-            form.update(moments, span, master[span], gradient[span], group, state["step"], 1.0)
+            form.update(moments, span, master[span], gradient[span], group, state["step"], factor)
 
     def _form(self, p: torch.Tensor, group: dict[str, Any]) -> Form:
         if self._name != "adamw_bf16" and (group[KEEPS_FLOAT32] or p.numel() < SMALLEST):

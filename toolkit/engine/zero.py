@@ -19,9 +19,11 @@ from toolkit.distributed import World
 from toolkit.engine.base import Update
 from toolkit.engine.ds_config import zero_stage
 from toolkit.engine.fragments import KINDS, MASTER, MOMENTS, Fragment, Views, gather_kind
+from toolkit.engine.gradients import Clipping
 from toolkit.engine.master_adamw import norm_at_once
 from toolkit.engine.moved import Moved, choose
 from toolkit.engine.partitioned import Opened, PartitionedAdamW, build_optimizer
+from toolkit.engine.zero_clipping import partitioned_norm, without_clipping
 from toolkit.errors import ConfigError
 from toolkit.mask.layer_mask import ParameterGroup
 from toolkit.optim import build_scheduler, current_rate, embedding_tables, forward_to
@@ -67,13 +69,15 @@ class ZeroEngine:
         self._parameters = parameters
         self._suffix = suffix
         optimizer = build_optimizer(parameters, groups, train, optim, embedding_tables(suffix.model))
+        lean = without_clipping(ds_config)
+        self._clips = lean is not None
         self._scheduler = build_scheduler(optimizer, train, total_steps)
         try:
             self._engine, *_ = deepspeed.initialize(
                 model=suffix,
                 optimizer=optimizer,
                 lr_scheduler=self._scheduler,
-                config=ds_config,
+                config=lean or ds_config,
                 dist_init_required=False,
             )
         except (ValidationError, DeepSpeedConfigError) as error:
@@ -98,17 +102,18 @@ class ZeroEngine:
     def update(self) -> Update:  # noqa: D102
         self._rate, self._opened = current_rate(self._scheduler, self._train), {}
         before = self._scheduler.last_epoch
-        unchecked = None if hasattr(self._engine.optimizer, "overflow") else self._norm_or_drop()
+        norm = self._own_norm()
         self._moved.before()
-        if unchecked is None or math.isfinite(unchecked):
+        if norm is None or self._clips or math.isfinite(norm):
             self._engine.step()
         self._moved.after()
         if self._scheduler.last_epoch == before:  # a step that DeepSpeed skips does not move it on
             self._scheduler.step()
         self._follow()
-        norm = self._engine.get_global_grad_norm() if unchecked is None else unchecked
-        norm = float("nan") if norm is None else float(norm)
-        return Update(torch.tensor(norm, device=self._world.device), self._rate)
+        if norm is None:
+            found = self._engine.get_global_grad_norm()
+            norm = torch.tensor(float("nan") if found is None else float(found), device=self._world.device)
+        return Update(norm, self._rate)
 
     def moved_share(self) -> float | None:  # noqa: D102
         moved, meant = self._world.sum(*self._moved.counts())  # each rank sees its own partitions
@@ -131,13 +136,22 @@ class ZeroEngine:
                 meant = inner.state[flat]["exp_avg"].view(-1).index_select(0, chosen) != 0
             yield values, meant
 
-    def _norm_or_drop(self) -> float:
-        """The gradient's norm; drops a gradient that is not finite.
+    def _own_norm(self) -> torch.Tensor | None:
+        """The gradient's norm where DeepSpeed does not measure it; the optimizer clips by it where DeepSpeed does not.
 
-        For stage 0 in float32, where DeepSpeed hands the summed gradients to torch's optimizer unmeasured.
+        At stage 0 in float32 DeepSpeed hands the summed gradients to torch's optimizer unmeasured; they are dropped if
+        they are not finite.
         """
-        norm = float(norm_at_once([p.grad for p in self._parameters.values() if p.grad is not None]))
-        if not math.isfinite(norm):
+        zero = self._engine.optimizer
+        if self._clips:
+            norm = partitioned_norm(zero, self._world)
+            clipping = Clipping(norm, self._train.max_grad_norm)
+            self._inner.grad_scale, self._inner.found_inf = clipping.divisor, clipping.found_inf  # torch's own names
+            return norm
+        if hasattr(zero, "overflow"):
+            return None
+        norm = norm_at_once([p.grad for p in self._parameters.values() if p.grad is not None])
+        if not norm.isfinite():
             for parameter in self._parameters.values():
                 parameter.grad = None
         return norm

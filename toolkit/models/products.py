@@ -1,8 +1,9 @@
-"""Products of bfloat16 matrices in float32, on processors that compute those faster.
+"""Gradients of bfloat16 layers in float32, on processors that compute those faster.
 
 A CPU with tile units for bfloat16 (AMX) multiplies it several times faster than float32; many without them are twice as
-slow at it. There a product of bfloat16 matrices is computed from float32 copies and rounded once at its end, which is
-where a bfloat16 product rounds too. Which is faster is measured once a machine.
+slow at it. There the backward pass of a bfloat16 layer is computed from float32 copies, and each gradient is rounded
+once, at its end, which is where a bfloat16 product rounds too. Which is faster is measured once a machine. The forward
+pass stays torch's own: what a layer computes has the same bits on every path.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,42 +36,29 @@ _PART = 2**21
 """Elements of a weight that are float32 at once, of 4 bytes: a few MiB, which stay in the processor's caches."""
 _WORTH_IT = 1.2
 """How many times faster float32 has to be."""
-_ATTENTION = "_in_float32"
-
-
-@dataclass(frozen=True)
-class Pace:
-    """What is computed in float32."""
-
-    linear: bool = False
-    attention: bool = False
-
-    @property
-    def text(self) -> str:
-        """For the log and for names of what depends on it; empty where nothing is."""
-        return " and ".join(name for name, on in asdict(self).items() if on)
+_MARK = "_gradient_in_float32"
 
 
 class Float32Linear(nn.Linear):
-    """``nn.Linear`` of low-precision weights that computes in float32 and rounds its result."""
+    """``nn.Linear`` of low-precision weights that computes its gradients in float32 and rounds them."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name for it
         """[…, in_features] to […, out_features] in the input's dtype."""
         rows = input.numel() // max(1, input.shape[-1])
-        if rows < FEWEST_ROWS or input.dtype != self.weight.dtype:
+        if rows < FEWEST_ROWS or input.dtype != self.weight.dtype or not torch.is_grad_enabled():
             return super().forward(input)
-        output: torch.Tensor = _Float32Product.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        output: torch.Tensor = _Linear.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
         return output
 
 
-class _Float32Product(torch.autograd.Function):
-    """``linear(states, weight, bias)``; gradients are float32 products too, each rounded once."""
+class _Linear(torch.autograd.Function):
+    """``linear(states, weight, bias)``."""
 
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(states, weight)
         ctx.has_bias = bias is not None
-        return linear(states.flatten(0, -2), weight, bias, in_float32=True).view(*states.shape[:-1], -1)
+        return nn.functional.linear(states, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -86,6 +73,36 @@ class _Float32Product(torch.autograd.Function):
             d_weight = torch.empty_like(weight)
             gradient_of_weight(rows, states.flatten(0, -2), d_weight, in_float32=True)
         return d_states, d_weight, rows.sum(0).to(weight.dtype) if ctx.has_bias and to_bias else None
+
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""Query, key, value and a mask to the attended values."""
+
+
+class _Attention(torch.autograd.Function):
+    """``attend(query, key, value, mask)``; backward runs it once more in float32, and through that.
+
+    Torch's bfloat16 kernel takes longer for its backward pass alone, and keeps 9 MiB for each length of rows that it
+    meets (torch 2.13).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, attend: Attend
+    ) -> torch.Tensor:
+        ctx.save_for_backward(query, key, value, mask)
+        ctx.attend = attend
+        return attend(query, key, value, mask)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        *states, mask = ctx.saved_tensors
+        exact = [tensor.detach().float().requires_grad_() for tensor in states]
+        with torch.enable_grad():
+            output = ctx.attend(*exact, mask.float() if mask is not None and mask.is_floating_point() else mask)
+        gradients = torch.autograd.grad(output, exact, gradient.float())
+        return *(g.to(tensor.dtype) for g, tensor in zip(gradients, states, strict=True)), None, None
 
 
 def linear(
@@ -134,67 +151,66 @@ def _parts(weight: torch.Tensor) -> Iterator[slice]:
 def sdpa(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' ``sdpa``, in float32 for the layers that ``quicken`` marked; any other is left as it is."""
-    if not getattr(module, _ATTENTION, False) or query.dtype != torch.bfloat16:
-        output, _ = sdpa_attention_forward(module, query, key, value, *args, **kwargs)
-        return output, None
-    dtype = query.dtype
+    """Transformers' ``sdpa``; of the layers that ``use_float32_gradients`` marked, the gradient is float32."""
+
+    def attend(*states: torch.Tensor | None) -> torch.Tensor:
+        output: torch.Tensor = sdpa_attention_forward(module, *states, *args[1:], **kwargs)[0]
+        return output
+
     mask = args[0] if args else kwargs.pop("attention_mask", None)
-    if mask is not None and mask.is_floating_point():
-        mask = mask.float()
-    exact = (states.float() for states in (query, key, value))
-    output, _ = sdpa_attention_forward(module, *exact, mask, *args[1:], **kwargs)
-    return output.to(dtype), None
+    is_random = kwargs.get("dropout") or 0.0
+    if not getattr(module, _MARK, False) or query.dtype != torch.bfloat16 or is_random or not torch.is_grad_enabled():
+        return attend(query, key, value, mask), None
+    return _Attention.apply(query, key, value, mask, attend), None  # type: ignore[no-untyped-call]
 
 
 AttentionInterface.register("sdpa", sdpa)
 
 
-def quicken(model: PreTrainedModel, pace: Pace) -> None:
-    """Let the linear and attention layers of ``model`` compute as ``pace`` says, before it is cut.
+def use_float32_gradients(model: PreTrainedModel) -> None:
+    """Let the linear and attention layers of ``model`` compute gradients in float32, before it is cut.
 
     The head belongs to the loss, which does the same (``toolkit.loss``). Layers of other classes than ``nn.Linear``,
     such as quantised ones, stay as they are.
     """
     head = model.get_output_embeddings()
     for module in model.modules():
-        if pace.linear and type(module) is nn.Linear and module is not head:
+        if type(module) is nn.Linear and module is not head:
             module.__class__ = Float32Linear
-        if pace.attention and hasattr(module, "is_causal"):
-            setattr(module, _ATTENTION, True)
-    if pace.text:
-        log.info("bfloat16 %s layers: products in float32, rounded once, which this CPU is faster at", pace.text)
+        if hasattr(module, "is_causal"):
+            setattr(module, _MARK, True)
+    log.info("bfloat16 layers: gradients in float32, rounded once, which this CPU is faster at")
 
 
-def pace_in(model: nn.Module) -> Pace:
-    """What ``quicken`` was told for ``model``."""
-    modules = list(model.modules())
-    linear = any(type(module) is Float32Linear for module in modules)
-    return Pace(linear, any(hasattr(module, _ATTENTION) for module in modules))
+def uses_float32_gradients(model: nn.Module) -> bool:
+    """Whether ``use_float32_gradients`` was called for ``model``."""
+    return any(type(module) is Float32Linear for module in model.modules())
 
 
-def pace_of(dtype: torch.dtype, device: torch.device) -> Pace:
-    """What is faster in float32 on this machine; measured once, and kept beside the converted models.
+def float32_is_faster(dtype: torch.dtype, device: torch.device) -> bool:
+    """For products on this machine; measured once, and kept beside the converted models.
 
-    It has to stay the same from run to run, because it moves the last bit of what is computed.
+    It has to stay the same from run to run, because it moves the last bit of gradients.
     """
     if device.type != "cpu" or dtype != torch.bfloat16:
-        return Pace()
-    return _kept(cache_root() / "float32-products.json")
+        return False
+    return _kept(cache_root() / "float32-gradients.json")
 
 
 @cache
-def _kept(path: Path) -> Pace:
+def _kept(path: Path) -> bool:
     machine = f"{_processor()}, torch {torch.__version__}"
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-        return Pace(**known[machine])
+        known = json.loads(path.read_text(encoding="utf-8"))[machine]
+        if isinstance(known, bool):
+            return known
     except (OSError, ValueError, KeyError, TypeError):
-        pace = Pace(linear=_gain(_linear) >= _WORTH_IT, attention=_gain(_attention) >= _WORTH_IT)
+        pass
+    faster = _gain() >= _WORTH_IT
     with suppress(OSError):  # a cache that cannot be written is measured again
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps({machine: asdict(pace)}))
-    return pace
+        replace_text(path, json.dumps({machine: faster}))
+    return faster
 
 
 def _processor() -> str:
@@ -209,37 +225,21 @@ def _processor() -> str:
     return found.get("model name", platform.machine()).strip() + tiles
 
 
-def _gain(work: Callable[[torch.dtype], Callable[[], object]]) -> float:
-    """How many times faster ``work`` is in float32: the best of a few goes each, in turns.
+def _gain() -> float:
+    """How many times faster a product is in float32, conversions included: the best of a few goes each, in turns.
 
     On one thread, by its own clock, so that other processes do not count.
     """
-    goes = {dtype: work(dtype) for dtype in (torch.bfloat16, torch.float32)}
-    best = dict.fromkeys(goes, float("inf"))
+    states, weight = torch.ones(256, 512, dtype=torch.bfloat16), torch.ones(1024, 512, dtype=torch.bfloat16)
+    best = {torch.bfloat16: float("inf"), torch.float32: float("inf")}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for _ in range(8):
-            for dtype, go in goes.items():
+            for dtype in best:
                 start = time.thread_time()
-                go()
+                (states.to(dtype) @ weight.to(dtype).t()).to(torch.bfloat16)
                 best[dtype] = min(best[dtype], time.thread_time() - start)
     finally:
         torch.set_num_threads(threads)
     return best[torch.bfloat16] / best[torch.float32]
-
-
-def _linear(dtype: torch.dtype) -> Callable[[], object]:
-    states, weight = torch.ones(256, 512, dtype=torch.bfloat16), torch.ones(1024, 512, dtype=torch.bfloat16)
-    return lambda: (states.to(dtype) @ weight.to(dtype).t()).to(torch.bfloat16)
-
-
-def _attention(dtype: torch.dtype) -> Callable[[], object]:
-    states = torch.ones(1, 8, 256, 64, dtype=torch.bfloat16)
-
-    def go() -> object:
-        own = states.to(dtype).requires_grad_()
-        attended = nn.functional.scaled_dot_product_attention(own, own, own, is_causal=True)
-        return torch.autograd.grad(attended.sum(), own)
-
-    return go

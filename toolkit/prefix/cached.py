@@ -24,7 +24,7 @@ from toolkit.prefix.store import ActivationStore
 
 log = logging.getLogger("frostline")
 
-FILL_TOKENS = 4096
+FILL_TOKENS, CPU_FILL_TOKENS = 4096, 512
 """Tokens, with padding, of a batch of the first pass; large enough for efficient products of matrices."""
 
 _SHARD_BYTES = 64 * 2**20
@@ -118,7 +118,8 @@ class CachedPrefix:
             StopRequested: a signal came; what was computed is stored, and the next run goes on from there.
         """
         distinct = {sample_key(example.token_ids): example for example in examples}
-        batches = list(_batches(sorted(distinct.values(), key=_length, reverse=True)))
+        tokens = CPU_FILL_TOKENS if self._world.device.type == "cpu" else FILL_TOKENS
+        batches = list(_batches(sorted(distinct.values(), key=_length, reverse=True), tokens))
         self._store_lacking(batches[self._world.rank :: self._world.size])
         self._world.barrier()
         stop.pause(self._world)
@@ -204,11 +205,11 @@ def read_ahead(source: Callable[[], HiddenStates | None], steps: Iterable[list[B
         yield micro_batches
 
 
-def _batches(longest_first: list[Example]) -> Iterator[list[Example]]:
-    """Neighbours of nearly one length, up to ``FILL_TOKENS`` tokens together."""
+def _batches(longest_first: list[Example], tokens: int) -> Iterator[list[Example]]:
+    """Neighbours of nearly one length, up to ``tokens`` together."""
     start = 0
     while start < len(longest_first):
-        rows = max(1, FILL_TOKENS // _length(longest_first[start]))
+        rows = max(1, tokens // _length(longest_first[start]))
         yield longest_first[start : start + rows]
         start += rows
 

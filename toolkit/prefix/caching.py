@@ -25,7 +25,6 @@ from toolkit.files import replace_text
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.models.bundled import cache_root
 from toolkit.models.load import LoadedModel, fingerprint_of
-from toolkit.models.products import pace_in
 from toolkit.prefix.namespace import Namespace, bytes_of, sample_key
 from toolkit.prefix.split import Prefix
 from toolkit.prefix.store import ActivationStore
@@ -116,7 +115,6 @@ def identity(loaded: LoadedModel, boundary: int, settings: PrefixConfig, device:
         "boundary": str(boundary),
         "attention": str(model.config._attn_implementation),
         "precision": settings.precision,
-        "in float32": pace_in(model).text,
         "device": device.type,
         **versions,
     }

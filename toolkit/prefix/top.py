@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from toolkit.data.batches import Batch
 from toolkit.loss import linear_cross_entropy
 from toolkit.models.anatomy import Anatomy
-from toolkit.models.products import pace_in
+from toolkit.models.products import uses_float32_gradients
 from toolkit.prefix.narrow import Narrow, NarrowMLP, dense_mlp, take_rows
 from toolkit.prefix.post import find_post
 
@@ -52,7 +52,7 @@ class Top:
         self.short_cuts = ShortCuts()
         self._head = copied.get_submodule(anatomy.head)
         self._logits = self._head.forward
-        self._in_float32 = pace_in(copied).linear
+        self._in_float32 = uses_float32_gradients(copied)
         self._rows: torch.Tensor | None = None
         self._targets: torch.Tensor | None = None
         follows, self._post = find_post(model, anatomy)

@@ -20,7 +20,6 @@ from toolkit.errors import ConfigError, ModelError
 from toolkit.mask.apply import apply_mask
 from toolkit.mask.layer_mask import LayerMask, build_mask
 from toolkit.models.load import LoadedModel, fingerprint
-from toolkit.models.products import Pace, pace_in, quicken
 from toolkit.plan.skeleton import skeleton
 from toolkit.prefix.cached import CachedPrefix, HiddenStates
 from toolkit.prefix.caching import (
@@ -180,19 +179,18 @@ def _loaders(loaded: LoadedModel, job: Job) -> tuple[Callable[[], Prefix], Calla
     model, anatomy = (loaded.model, loaded.anatomy) if job.changes else (None, None)
     settings = job.config.prefix.model_copy(update={"placement": "disk"})
     on_disk = replace(job, config=job.config.model_copy(update={"prefix": settings}))
-    pace = pace_in(loaded.model)
 
     def again() -> Prefix:
         if model is not None and anatomy is not None:
             return Prefix(model, anatomy, job.mask.boundary).to(job.world.device)
-        prefix, _ = _halve(_afresh(job, pace), job)
+        prefix, _ = _halve(_afresh(job), job)
         assert prefix is not None  # it was cut before
         return prefix
 
     def lent() -> Prefix:
         if model is not None or not job.mask.boundary:
             return again()
-        fresh = _afresh(on_disk, pace)
+        fresh = _afresh(on_disk)
         frozen = _take_out(fresh, job.mask, settings, job.world)
         assert frozen is not None  # a placement was asked for
         prefix = Prefix(fresh.model, fresh.anatomy, job.mask.boundary, frozen)
@@ -204,14 +202,13 @@ def _loaders(loaded: LoadedModel, job: Job) -> tuple[Callable[[], Prefix], Calla
     return again, lent
 
 
-def _afresh(job: Job, pace: Pace) -> LoadedModel:
+def _afresh(job: Job) -> LoadedModel:
     """The model once more, as the recipe names it, with the job's mask.
 
     Raises:
         ModelError: its weights have changed since the run began.
     """
     fresh = load_for(job.config, job.tokenizer)
-    quicken(fresh.model, pace)
     if fingerprint(fresh.model, fresh.on_disk) != job.base.sha256:
         raise ModelError(
             f"the weights of {job.config.model.name_or_path} changed while the run read them; "

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from toolkit import stop
+from toolkit import heap, stop
 from toolkit.checkpoint.state import State
 from toolkit.config.flags import Invocation
 from toolkit.config.schema import RunConfig
@@ -30,7 +30,7 @@ from toolkit.mask.audit import AuditRow, audit, audit_markdown, audit_table
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.mask.schedule import Phase, Schedule, build_schedule
 from toolkit.models.load import LoadedModel, fingerprint, load_tokenizer
-from toolkit.models.products import pace_of, quicken
+from toolkit.models.products import float32_is_faster, use_float32_gradients
 from toolkit.plan.load import load_of
 from toolkit.plan.memory import engine_spec
 from toolkit.plan.phases import phase_planners, whole_plan
@@ -171,7 +171,8 @@ def prepare(invocation: Invocation, world: World, state: State | None = None) ->
     loaded = load_for(config, tokenizer)
     check_fit(dataset, loaded)
     stop.pause(world)
-    quicken(loaded.model, world.share(pace_of(loaded.model.dtype, world.device) if world.is_main else None))
+    if world.share(float32_is_faster(loaded.model.dtype, world.device) if world.is_main else None):
+        use_float32_gradients(loaded.model)
     base = Base(config.model, world.share(fingerprint(loaded.model, loaded.on_disk) if world.is_main else None))
     schedule = build_schedule(config.mask, loaded.anatomy, plan.steps_per_epoch, total_steps)
     planners = _planners(config, loaded, dataset, world)
@@ -223,6 +224,7 @@ def begin(setup: Setup, phase: Phase) -> None:
     del loaded  # what only a later phase would need is to be gone before the engine allocates
     if phase is phases[-1]:
         setup.loaded = None
+    heap.give_back()
     engine = _build_engine(setup, prefix, suffix, phase)
     setup.active = Active(phase, prefix, suffix, engine, *shown, whole)
     setup.reading = prefix
