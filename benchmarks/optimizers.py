@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.contenders import run_toolkit, thread_variables  # noqa: E402
-from benchmarks.report import bounds_text, head_lines  # noqa: E402
+from benchmarks.report import bounds_text, head_lines, save, table  # noqa: E402
 from benchmarks.workload import add_flags, prepare  # noqa: E402
 from toolkit.config.schema import OptimName  # noqa: E402
 
@@ -33,6 +33,7 @@ def main() -> int:
     parser.add_argument("--optimizers", nargs="+", choices=names, default=names, help="default: all; adamw always runs")
     parser.add_argument("--threads", type=int, help="of each run; default: all cores")
     parser.add_argument("--at-once", type=int, default=1, help="runs side by side; only losses are measured")
+    parser.add_argument("--save", action="store_true", help="write the result under benchmarks/results/")
     given = parser.parse_args()
     thread_variables(given.threads)
     chosen = [name for name in names if name in ("adamw", *given.optimizers)]
@@ -40,15 +41,16 @@ def main() -> int:
         workload = prepare(Path(folder), given)
         pending = [pool.submit(run_toolkit, workload, Path(folder) / name, "--optim.name", name) for name in chosen]
         losses = {name: run.result().losses for name, run in zip(chosen, pending, strict=True)}
-    print(head_lines(f"; {given.rows} rows, {given.epochs} epochs"))
-    epochs = "".join(f"{f'epoch {epoch + 1}':>10}" for epoch in range(given.epochs))
-    print(f"{'optimizer':<20}{epochs}{'gain':>10}")
-    for name, means in losses.items():
-        print(f"{name:<20}" + "".join(f"{mean:>10.4f}" for mean in means) + f"{means[0] - means[-1]:>10.4f}")
+    epochs = [f"epoch {epoch + 1}" for epoch in range(given.epochs)]
+    rows = [[name, *(f"{mean:.4f}" for mean in means), f"{means[0] - means[-1]:.4f}"] for name, means in losses.items()]
     reference = losses["adamw"][-1]
     bounds = {f"{name} ends within 0.01 of adamw": abs(losses[name][-1] - reference) <= 0.01 for name in chosen[1:]}
     bounds["adamw gains at least 0.05"] = losses["adamw"][0] - reference >= 0.05
-    print(bounds_text(bounds))
+    above = head_lines(f"; {given.rows} rows, {given.epochs} epochs")
+    text = f"{above}\n{table(['optimizer', *epochs, 'gain'], rows)}\n\n{bounds_text(bounds)}"
+    print(text)
+    if given.save:
+        save("optimizers", text)
     return 0 if all(bounds.values()) else 1
 
 

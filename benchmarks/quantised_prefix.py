@@ -20,6 +20,10 @@ from itertools import islice
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.report import bounds_text, head_lines, save, table  # noqa: E402
+
 PRECISIONS = ("model", "int8", "nf4")
 EPOCHS, SEED = 3, 42
 
@@ -84,6 +88,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="PubMedQA's ori_pqal.json")
     parser.add_argument("--rows", type=int, default=40, help="rows from the start of the file; default: 40")
+    parser.add_argument("--save", action="store_true", help="write the result under benchmarks/results/")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -92,24 +97,28 @@ def main() -> int:
         data.write_text(json.dumps(dict(islice(every.items(), arguments.rows))), encoding="utf-8")
         outcomes = {precision: run(precision, data, folder) for precision in PRECISIONS}
     plain = outcomes["model"]
-    print(f"{arguments.rows} rows, {EPOCHS} epochs; gap: last epoch's loss less that of the prefix as it is")
     heads = [f"epoch {epoch + 1}" for epoch in range(EPOCHS)]
     heads += ["gap", "gain", "exported", "planned MiB", "held MiB", "peak GiB"]
-    print(f"{'prefix':<8}" + "".join(f"{head:>12}" for head in heads))
+    rows = []
     for precision, outcome in outcomes.items():
         cells = [*outcome.losses, outcome.losses[-1] - plain.losses[-1], outcome.gain, outcome.exported]
         held = f"{outcome.held:.1f}" if outcome.held else "-"
-        print(
-            f"{precision:<8}" + "".join(f"{cell:>12.4f}" for cell in cells)
-            + f"{outcome.planned / 2**20:>12.1f}{held:>12}{outcome.peak:>12.2f}"
-        )  # fmt: skip
-    print("planned: embeddings and frozen blocks; held: the frozen blocks alone, counted after quantising")
+        sizes = [f"{outcome.planned / 2**20:.1f}", held, f"{outcome.peak:.2f}"]
+        rows.append([precision, *(f"{cell:.4f}" for cell in cells), *sizes])
     bounds = {
         "int8: last epoch within 0.02": abs(outcomes["int8"].losses[-1] - plain.losses[-1]) <= 0.02,
         "nf4 gains as much": outcomes["nf4"].gain >= plain.gain,
     }
-    for bound, holds in bounds.items():
-        print(f"{'ok  ' if holds else 'MISS'} {bound}")
+    text = f"""{head_lines(f"; {arguments.rows} rows, {EPOCHS} epochs")}
+{table(["prefix", *heads], rows)}
+
+gap: last epoch's loss less that of the prefix as it is; planned: embeddings and frozen blocks; held: the frozen blocks
+alone, counted after quantising
+
+{bounds_text(bounds)}"""
+    print(text)
+    if arguments.save:
+        save("quantised-prefix", text)
     return 0 if all(bounds.values()) else 1
 
 

@@ -38,8 +38,9 @@ def run_command(command: Callable[[], int]) -> int:
     _quiet(rank)
     # torch asks the kernel for 2 MiB pages for large tensors: a sixth of the page faults, and less memory resident
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read at torch's first allocation; torch >= 2.2
-    # of a CPU's bfloat16 kernels: oneDNN keeps 1024, and rows of many lengths would fill that with 0.3 GiB
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+    # a CPU's libraries keep code and buffers for each shape they meet, 0.3 GiB for rows of many lengths
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8")  # of oneDNN; 1024 by default
+    os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")  # of MKL
     try:
         return command()
     except KeyboardInterrupt:

@@ -102,13 +102,15 @@ def _write(path: Path, parts: Iterator[memoryview]) -> Entry:
     sha, size = hashlib.sha256(), 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
-        for part in parts:
-            for start in range(0, len(part), _CHUNK):
-                chunk = part[start : start + _CHUNK]
-                sha.update(chunk)
-                size += len(chunk)
-                while chunk:
-                    chunk = chunk[os.write(descriptor, chunk) :]
+        with ThreadPoolExecutor(1) as other:  # a chunk is hashed while it is written
+            for part in parts:
+                for start in range(0, len(part), _CHUNK):
+                    chunk = part[start : start + _CHUNK]
+                    hashed = other.submit(sha.update, chunk)
+                    size += len(chunk)
+                    while chunk:
+                        chunk = chunk[os.write(descriptor, chunk) :]
+                    hashed.result()
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

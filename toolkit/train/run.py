@@ -7,7 +7,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from toolkit import distributed, peers, stop
+from toolkit import distributed, heap, peers, stop
 from toolkit.checkpoint.catalog import finish_pruning
 from toolkit.checkpoint.saver import Saver
 from toolkit.config.flags import Invocation
@@ -256,3 +256,4 @@ def _save(setup: Setup, progress: Progress, saver: Saver, guard: StepGuard) -> N
         guard.require_sound(progress.step, setup.engine.forward, setup.prefix)
     with during("the checkpoint"):
         saver.save(content_of(setup, progress))
+    heap.give_back()
