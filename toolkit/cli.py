@@ -36,11 +36,7 @@ def run_command(command: Callable[[], int]) -> int:
     """
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) or 0)
     _quiet(rank)
-    # torch asks the kernel for 2 MiB pages for large tensors: a sixth of the page faults, and less memory resident
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read at torch's first allocation; torch >= 2.2
-    # a CPU's libraries keep code and buffers for each shape they meet, 0.3 GiB for rows of many lengths
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8")  # of oneDNN; 1024 by default
-    os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")  # of MKL
+    set_library_variables()
     try:
         return command()
     except KeyboardInterrupt:
@@ -48,6 +44,17 @@ def run_command(command: Callable[[], int]) -> int:
         return 130
     except Exception as error:
         return _failed(error, rank)
+
+
+def set_library_variables() -> None:
+    """Say how the libraries below torch handle memory on a CPU; they read it when they first work.
+
+    torch asks the kernel for 2 MiB pages for large tensors: a sixth of the page faults, and less memory resident
+    (torch >= 2.2). oneDNN and MKL keep code and buffers for each shape they meet, 0.3 GiB for rows of many lengths.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8")  # 1024 by default
+    os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")
 
 
 def _failed(error: Exception, rank: int) -> int:
