@@ -10,7 +10,7 @@ from helpers import ROOT
 
 LAYERS = [
     {"errors"},
-    {"files", "lock", "out_of_memory", "redact", "stop"},
+    {"files", "heap", "lock", "out_of_memory", "redact", "stop"},
     {"config", "distributed", "peers"},
     {"consistency", "slurm"},
     {"models"},
