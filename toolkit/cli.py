@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from toolkit import peers
+from toolkit import heap, peers
 from toolkit.errors import FrostlineError
 from toolkit.redact import RedactingFormatter, redact
 
@@ -47,11 +47,12 @@ def run_command(command: Callable[[], int]) -> int:
 
 
 def set_library_variables() -> None:
-    """Say how the libraries below torch handle memory on a CPU; they read it when they first work.
+    """Say how the C library and those below torch handle memory on a CPU; they read it when they first work.
 
     torch asks the kernel for 2 MiB pages for large tensors: a sixth of the page faults, and less memory resident
     (torch >= 2.2). oneDNN and MKL keep code and buffers for each shape they meet, 0.3 GiB for rows of many lengths.
     """
+    heap.keep()
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8")  # 1024 by default
     os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")
