@@ -32,7 +32,7 @@ from benchmarks.report import head_lines, save, table  # noqa: E402
 from benchmarks.seams import PHASES, Seams, update_kinds  # noqa: E402
 from benchmarks.workload import Workload, add_flags, prepare  # noqa: E402
 from toolkit import distributed  # noqa: E402
-from toolkit.cli import set_library_variables  # noqa: E402
+from toolkit.cli import set_up_memory  # noqa: E402
 from toolkit.config import flags as recipe  # noqa: E402
 from toolkit.data.batches import Batch, epoch_order, step_batches  # noqa: E402
 from toolkit.train.setup import Setup, set_up  # noqa: E402
@@ -54,7 +54,7 @@ class Floors:
 
 def set_up_run(workload: Workload, more: Sequence[str], folder: Path) -> Setup:
     """The toolkit's set-up of a run on ``workload``, with ``more`` flags of launch/train.py."""
-    set_library_variables()
+    set_up_memory()
     given = [
         "--model.name_or_path", workload.model, "--data.path", workload.data, "--data.validation", "none",
         "--mask.train", f"last:{workload.last}", "head", "--train.epochs", str(len(workload.orders)), *more,

@@ -36,7 +36,7 @@ def run_command(command: Callable[[], int]) -> int:
     """
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) or 0)
     _quiet(rank)
-    set_library_variables()
+    set_up_memory()
     try:
         return command()
     except KeyboardInterrupt:
@@ -46,7 +46,7 @@ def run_command(command: Callable[[], int]) -> int:
         return _failed(error, rank)
 
 
-def set_library_variables() -> None:
+def set_up_memory() -> None:
     """Say how the C library and those below torch handle memory on a CPU; they read it when they first work.
 
     torch asks the kernel for 2 MiB pages for large tensors: a sixth of the page faults, and less memory resident

@@ -1,6 +1,6 @@
 """Norm and clipping of ZeRO-1 and 2 in one pass each, in the place of DeepSpeed's.
 
-DeepSpeed's ``step`` looks for NaN in four passes over the gradient, measures it in float64 and multiplies it in a pass
+DeepSpeed's ``step`` looks for NaN in two passes over the gradient, measures it in float64 and multiplies it in a pass
 of its own (DeepSpeed 0.19). Its settings can leave all three out; the engine then measures the gradient once, and the
 update's kernel clips it on the way.
 """
@@ -63,11 +63,6 @@ def partitioned_norm(zero: Any, world: World) -> torch.Tensor:
 def _norms(gradients: list[torch.Tensor]) -> Iterator[torch.Tensor]:
     """Of pieces: on a CPU torch adds a large tensor's squares up too roughly (see ``MasterAdamW``)."""
     for gradient in gradients:
-        for piece in gradient.detach().view(-1).split_with_sizes(_sizes(gradient)):
+        for piece in gradient.detach().view(-1).split(piece_size(gradient.device)):  # type: ignore[no-untyped-call]
             exact = piece.float()
             yield torch.dot(exact, exact).sqrt()
-
-
-def _sizes(gradient: torch.Tensor) -> list[int]:
-    whole, rest = divmod(gradient.numel(), piece := piece_size(gradient.device))
-    return [piece] * whole + [rest] * (rest > 0)

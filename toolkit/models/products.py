@@ -3,7 +3,7 @@
 A CPU with tile units for bfloat16 (AMX) multiplies it several times faster than float32; many without them are twice as
 slow at it. There the backward pass of a bfloat16 layer is computed from float32 copies, and each gradient is rounded
 once, at its end, which is where a bfloat16 product rounds too. Which is faster is measured once a machine. The forward
-pass stays torch's own: what a layer computes has the same bits on every path.
+pass of a layer stays torch's own, bit for bit; only the head, which is the loss's, is a float32 product there too.
 """
 
 from __future__ import annotations

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from operator import itemgetter
 from typing import Any, Literal
 
 import torch
@@ -21,6 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from toolkit.data.batches import Batch
 from toolkit.data.examples import Example
 from toolkit.loss import supervised_loss, tile_width
+from toolkit.plan.infer import infer
 from toolkit.prefix.split import Prefix, Suffix
 
 Phase = Literal["prefix", "forward", "backward"]
@@ -192,7 +192,7 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
             # transformers asks whether the mask or the positions allow plain causal attention; those of one sample do
             return self._shape.rows == 1 and not self._shape.packed
-        out = _results(func, args, kwargs)
+        out = infer(func, args, kwargs)
         if formula := flop_registry.get(func._overloadpacket):
             self.flops[self.phase, self._product(args, out)] += formula(*args, **kwargs, out_val=out)
         elif "grouped_mm" in str(func):  # a mixture's experts, which the registry does not know (torch 2.13)
@@ -244,53 +244,6 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         square = (self._shape.tokens, self._shape.tokens)
         batched = [t for t in (*args, out) if isinstance(t, torch.Tensor) and t.dim() == 3]
         return "attention" if any(tuple(t.shape[-2:]) == square for t in batched) else "matrices"
-
-
-class _Results:
-    """Calls operators on meta tensors, and answers from memory what was asked before.
-
-    Blocks, tiles and rehearsals ask the same over and over, and torch works out shapes in Python: 0.2 ms an operator.
-    """
-
-    def __init__(self) -> None:
-        self._seen: dict[Any, Callable[[tuple[Any, ...]], Any] | None] = {}
-
-    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        asked = func, _signature(args), _signature(kwargs)
-        if again := self._seen.get(asked):
-            return again(args)
-        out = func(*args, **kwargs)
-        self._seen[asked] = _repeat(func, args, kwargs, out)
-        return out
-
-
-def _signature(value: Any) -> Any:
-    """All of an argument that a result on the meta device depends on."""
-    if isinstance(value, torch.Tensor):
-        return value.device, value.dtype, value.shape, value.stride(), value.storage_offset()
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_signature, value))
-    if isinstance(value, dict):
-        return tuple((key, _signature(item)) for key, item in value.items())
-    return type(value), value
-
-
-def _repeat(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
-) -> Callable[[tuple[Any, ...]], Any] | None:
-    """How to give ``out`` again; none for one that shares storage with arguments, or is not a single meta tensor."""
-    if not (isinstance(out, torch.Tensor) and out.is_meta):
-        return None
-    if args and out is args[0]:  # written in place
-        return itemgetter(0)
-    held = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-    if func._schema.is_mutable or out.untyped_storage()._cdata in held:
-        return None
-    size, stride, dtype = out.shape, out.stride(), out.dtype
-    return lambda _: torch.empty_strided(size, stride, dtype=dtype, device="meta")
-
-
-_results = _Results()
 
 
 @contextmanager

@@ -1,0 +1,57 @@
+"""Operators on meta tensors, each worked out once for each shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+
+class _Results:
+    """Calls operators on meta tensors, and answers from memory what was asked before.
+
+    Blocks, tiles and rehearsals ask the same over and over, and torch works out shapes in Python: 0.2 ms an operator.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[Any, Callable[[tuple[Any, ...]], Any] | None] = {}
+
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        asked = func, _signature(args), _signature(kwargs)
+        if again := self._seen.get(asked):
+            return again(args)
+        out = func(*args, **kwargs)
+        self._seen[asked] = _repeat(func, args, kwargs, out)
+        return out
+
+
+def _signature(value: Any) -> Any:
+    """All of an argument that a result on the meta device depends on."""
+    if isinstance(value, torch.Tensor):
+        return value.device, value.dtype, value.shape, value.stride(), value.storage_offset()
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_signature, value))
+    if isinstance(value, dict):
+        return tuple((key, _signature(item)) for key, item in value.items())
+    return type(value), value
+
+
+def _repeat(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+) -> Callable[[tuple[Any, ...]], Any] | None:
+    """How to give ``out`` again; none for one that shares storage with arguments, or is not a single meta tensor."""
+    if not (isinstance(out, torch.Tensor) and out.is_meta):
+        return None
+    if args and out is args[0]:  # written in place
+        return itemgetter(0)
+    held = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+    if func._schema.is_mutable or out.untyped_storage()._cdata in held:
+        return None
+    size, stride, dtype = out.shape, out.stride(), out.dtype
+    return lambda _: torch.empty_strided(size, stride, dtype=dtype, device="meta")
+
+
+infer = _Results()
