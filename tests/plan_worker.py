@@ -23,6 +23,8 @@ from toolkit.train.progress import Progress  # noqa: E402
 from toolkit.train.setup import Setup, set_up  # noqa: E402
 from toolkit.train.step import train_step  # noqa: E402
 
+ENGINES = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+
 
 def storages(tensors: Any) -> int:
     """Bytes of the distinct storages behind ``tensors``."""
@@ -75,10 +77,10 @@ def main() -> None:
     output, *rest = [word for word in sys.argv[1:] if word not in local_rank]
     world = distributed.start(engine_needs_group=True)
     results = {}
-    for stage in (1, 2, 3):
-        given = [*rest, "--ds", str(ROOT / "ds_configs" / f"zero{stage}.json")]
+    for engine in ENGINES:
+        given = [*rest, "--ds", str(ROOT / "ds_configs" / f"{engine}.json")]
         invocation = flags.parse(flags.parser(""), ROOT / "recipes" / "quickstart.yaml", given)
-        results[stage] = one_step(set_up(invocation, world), Path(output).parent / f"engine-{stage}")
+        results[engine] = one_step(set_up(invocation, world), Path(output).parent / engine)
     if world.is_main:
         Path(output).write_text(json.dumps(results), encoding="utf-8")
     world.barrier()

@@ -25,10 +25,10 @@ def faults_of(ds: dict[str, Any]) -> list[str]:
     return error.value.faults
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_shipped_files_are_auto_and_filled_from_the_recipe(stage: int) -> None:
-    ds = read_ds_config(ROOT / "ds_configs" / f"zero{stage}.json")
-    assert zero_stage(ds) == stage
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json")))
+def test_shipped_files_are_auto_and_filled_from_the_recipe(name: str) -> None:
+    ds = read_ds_config(ROOT / "ds_configs" / f"{name}.json")
+    assert zero_stage(ds) == int(name[4])
     resolved = resolve(ds)
     assert resolved["train_micro_batch_size_per_gpu"] == 2
     assert resolved["gradient_accumulation_steps"] == 3
@@ -40,6 +40,13 @@ def test_shipped_files_are_auto_and_filled_from_the_recipe(stage: int) -> None:
     assert resolved["zero_force_ds_cpu_optimizer"] is False
     assert '"auto"' not in json.dumps(resolved)
     assert '"auto"' in json.dumps(ds), "the file's own content is left unchanged"
+
+
+def test_offload_to_files_needs_stage_3_and_a_folder() -> None:
+    section = {"device": "nvme", "nvme_path": 7}
+    (stage, folder) = faults_of({"zero_optimization": {"stage": 2, "offload_optimizer": section}})
+    assert stage == "zero_optimization.offload_optimizer.device is 'nvme' under stage 2; it needs stage 3"
+    assert folder.startswith("zero_optimization.offload_optimizer.nvme_path is 7; expected a folder on the drive, or")
 
 
 def test_float32_turns_bf16_off() -> None:

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from toolkit.engine.master_adamw import MasterAdamW, norm_at_once
+from toolkit.plan.engines import Tensors, engine_spec, standing
 from toolkit.plan.frozen import Frozen
-from toolkit.plan.memory import Tensors, engine_spec, standing
 
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 SHAPES = [(33, 7), (5,), (64, 64), (1,), (129,)]

@@ -22,8 +22,8 @@ from toolkit.engine.partitioned import KEEPS_FLOAT32, PartitionedAdamW, build_op
 from toolkit.engine.rounding import join, split, stochastic_round
 from toolkit.errors import ConfigError
 from toolkit.mask.layer_mask import ParameterGroup
+from toolkit.plan.engines import Tensors, engine_spec, standing
 from toolkit.plan.frozen import Frozen
-from toolkit.plan.memory import Tensors, engine_spec, standing
 from toolkit.train.cut import refuse_with_schedule
 
 NAMES = get_args(OptimName)

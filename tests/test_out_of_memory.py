@@ -31,7 +31,7 @@ def on_cpu() -> None:
 PHASES: dict[str, tuple[str, str, str, str]] = {
     "loading": ("toolkit.train.setup.load_for", "the set-up", "", "prefix.placement: disk"),
     "engine": ("toolkit.train.setup.LocalEngine", "the set-up", "", "prefix.placement: disk"),
-    "first pass": ("toolkit.prefix.cached.rows_of", "the first pass", "1 row x ", ""),
+    "first pass": ("toolkit.prefix.cached.rows_of", "the first pass", "1 row x ", "prefix.precision: int8"),
     "the prefix": ("toolkit.train.step.during", "the run", "", ""),
     "forward": ("toolkit.train.step.supervised_loss", "forward", "2 rows x ", "train.gradient_checkpointing: on"),
     "backward": (

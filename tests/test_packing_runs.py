@@ -20,8 +20,8 @@ from toolkit.mask.apply import apply_mask
 from toolkit.mask.layer_mask import build_mask
 from toolkit.models.inspect import inspect
 from toolkit.models.load import load
+from toolkit.plan.engines import engine_spec
 from toolkit.plan.load import Load
-from toolkit.plan.memory import engine_spec
 from toolkit.plan.planner import Planner
 from toolkit.plan.report import as_dict, as_text
 from toolkit.plan.skeleton import skeleton

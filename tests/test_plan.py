@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import invocation, run_script, tiny_flags
+from helpers import ROOT, invocation, run_script, tiny_flags
 from plan_shapes import EXAONE, exaone
 
 from toolkit.config.flags import byte_size
 from toolkit.config.schema import MaskConfig, ModelConfig, PrefixConfig, RunConfig, TrainConfig
+from toolkit.engine.ds_config import read_ds_config, resolve_ds_config
 from toolkit.errors import ConfigError, MaskError, ModelError, PlanError
 from toolkit.plan.command import plan_command
+from toolkit.plan.engines import engine_spec, zero_spec
 from toolkit.plan.fit import RESERVE, choose_recompute, judge
 from toolkit.plan.load import Load
-from toolkit.plan.memory import KINDS, engine_spec, zero_spec
+from toolkit.plan.memory import KINDS
 from toolkit.plan.picture import draw
 from toolkit.plan.planner import Planner
 from toolkit.plan.report import as_dict
@@ -212,3 +214,53 @@ def test_without_matplotlib_the_picture_names_the_line_that_installs_it(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(PlanError, match=r"pip install -c constraints.txt matplotlib"):
         draw(plan, tmp_path / "plan.png")
+
+
+def shipped(name: str, ranks: int = 2) -> dict[str, Any]:
+    path = ROOT / "ds_configs" / f"{name}.json"
+    return resolve_ds_config(read_ds_config(path), RunConfig(), ranks, 576, path)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_what_a_deepspeed_file_puts_on_the_host_is_not_counted_as_the_devices(tiny_model: Path, stage: int) -> None:
+    planner = tiny_planner(tiny_model)
+
+    def memory(ds: dict[str, Any], **options: Any) -> Any:
+        return planner.memory(planner.variant(engine_spec(ds, 2, 1, **options), recompute=False))
+
+    plain, away = memory(shipped(f"zero{stage}")), memory(shipped(f"zero{stage}_offload"))
+    one_memory = memory(shipped(f"zero{stage}_offload"), host_is_device=True)
+    assert plain.host == one_memory.host == {}
+    for kind in ("masters", "moments"):
+        assert away.most[kind] == 0
+        assert away.host[kind] == plain.most[kind] == one_memory.most[kind] > 0
+    moved = plain.most["suffix weights"] - away.most["suffix weights"]
+    assert away.host.get("suffix weights", 0) == moved
+    assert (moved > 0) is (stage == 3)
+    assert away.peak < plain.peak
+
+
+def test_state_in_files_leaves_buffers_on_the_host(tiny_model: Path) -> None:
+    planner = tiny_planner(tiny_model)
+    trained = sum(planner._split(tuple(planner.config.mask.train), False).tensors.trained)
+    memory = planner.memory(planner.variant(engine_spec(shipped("zero3_nvme", 1), 1, 1), recompute=False))
+    assert memory.files == (4 + 8 + 4) * trained
+    assert memory.host["workspace"] == 4 * 4 * trained  # four buffers of the one group, in float32
+    assert "masters" not in memory.host
+
+
+def test_a_plan_with_offload_says_what_is_where(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = tiny_flags(tiny_model, Path("x"), "--ds", ROOT / "ds_configs" / "zero3_nvme.json")
+    plan_command(invocation(*given), 2, None, False, None)
+    text = capsys.readouterr().out
+    assert "at the peak   on the host" in text
+    assert "in the files of ZeRO-3's offload to NVMe 0.00 GiB of each rank" in text
+
+
+def test_state_on_the_host_is_proposed_before_shorter_rows(tmp_path: Path) -> None:
+    config = RunConfig(
+        model=ModelConfig(name_or_path=str(exaone(tmp_path / "7.8b", "7.8b"))), mask=MaskConfig(train=["last:4"]),
+        train=TrainConfig(gradient_checkpointing="on"), prefix=PrefixConfig(**AWAY),
+    )  # fmt: skip
+    planner = Planner(config, skeleton(config.model), Load(2048, 64, None, "a test"))
+    assert first_turn(planner, just_below).startswith("--ds ds_configs/zero2_offload.json (slower")

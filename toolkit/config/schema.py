@@ -9,9 +9,26 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from toolkit.config.mask_schema import MaskConfig, MaskGroup, MaskPhase
+from toolkit.config.section import Section
 from toolkit.files import is_directory
+
+__all__ = [
+    "DataConfig",
+    "MaskConfig",
+    "MaskGroup",
+    "MaskPhase",
+    "ModelConfig",
+    "OptimConfig",
+    "OptimName",
+    "OutputConfig",
+    "PrefixConfig",
+    "RunConfig",
+    "Section",
+    "TrainConfig",
+]
 
 
 def _switch(value: Any) -> Any:
@@ -24,32 +41,6 @@ def _number_if_numeric(value: Any) -> Any:
     if isinstance(value, str) and re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", value):
         return float(value)
     return value
-
-
-def _as_phases(value: Any) -> Any:
-    value = [value] if isinstance(value, dict) else value
-    if isinstance(value, list) and (other := [item for item in value if not isinstance(item, (dict, MaskPhase))]):
-        raise ValueError(
-            f"{other[0]!r} is not a phase; expected a mapping such as {{train: [head], until_epoch: 1}}, as a flag in "
-            "quotes and one word a phase"
-        )
-    return value
-
-
-def _as_list(value: Any) -> Any:
-    value = [value] if isinstance(value, (str, dict)) else value
-    allowed = (str, dict, MaskGroup)
-    if isinstance(value, list) and (other := [item for item in value if not isinstance(item, allowed)]):
-        raise ValueError(f"{other[0]!r} is not a selector; quote one that holds a comma, as in 'blocks:10-13,28'")
-    return value
-
-
-class Section(BaseModel):
-    """A part of the recipe: immutable, refuses unknown keys, takes help from docstrings."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
-    )
 
 
 class ModelConfig(Section):
@@ -82,80 +73,6 @@ class ModelConfig(Section):
                 f"trust_remote_code is on for {self.name_or_path}, but revision is {self.revision!r}; expected the "
                 "full commit hash whose code you have read (40 hexadecimal digits)"
             )
-        return self
-
-
-class MaskGroup(Section):
-    """Selectors with settings of their own."""
-
-    select: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
-    """Selectors of the group's tensors."""
-
-    learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate of the group; none takes train.learning_rate."""
-
-    weight_decay: Annotated[float, Field(ge=0)] | None = None
-    """Weight decay of every tensor of the group; none takes train.weight_decay, and 0 for biases and norms."""
-
-
-class MaskPhase(Section):
-    """What trains at first, and until when."""
-
-    train: Annotated[list[str | MaskGroup], BeforeValidator(_as_list), Field(min_length=1)]
-    """What trains in this phase; as mask.train."""
-
-    freeze: Annotated[list[str], BeforeValidator(_as_list)] = []
-    """Selectors of what stays frozen in this phase though train selects it."""
-
-    until_epoch: Annotated[int, Field(ge=1)] | None = None
-    """The phase ends with this epoch, counted from 1 over the whole run."""
-
-    until_step: Annotated[int, Field(ge=1)] | None = None
-    """The phase ends with this optimizer step, counted from 1 over the whole run; give this or until_epoch."""
-
-    @property
-    def end(self) -> str:
-        """When it ends, as the recipe says it."""
-        return f"epoch {self.until_epoch}" if self.until_epoch is not None else f"step {self.until_step}"
-
-    @model_validator(mode="after")
-    def _one_end(self) -> MaskPhase:
-        if self.until_epoch is None and self.until_step is None:
-            raise ValueError("it has neither until_epoch nor until_step; say when the phase ends with one of them")
-        if self.until_epoch is not None and self.until_step is not None:
-            raise ValueError(
-                f"it has until_epoch {self.until_epoch} and until_step {self.until_step}; a phase ends once: drop one"
-            )
-        return self
-
-
-class MaskConfig(Section):
-    """Which tensors train; everything else is frozen."""
-
-    train: Annotated[list[str | MaskGroup], BeforeValidator(_as_list), Field(min_length=1)] = ["last:4", "head"]
-    """What trains: selectors such as last:N, blocks:LIST, head, glob:PATTERN (docs/layer-mask.md), or groups."""
-
-    freeze: Annotated[list[str], BeforeValidator(_as_list)] = []
-    """Selectors of what stays frozen though mask.train selects it."""
-
-    schedule: Annotated[list[MaskPhase], BeforeValidator(_as_phases)] = []
-    """Phases before the one of mask.train and mask.freeze (docs/schedule.md), each a mapping of train, freeze and
-    until_epoch or until_step; none trains one mask throughout."""
-
-    tied: Literal["error", "untie", "both", "head_only"] = "error"
-    """A selected head that shares the embeddings' tensor: error refuses, untie gives the head a copy, both trains it as
-    one tensor, head_only trains it through the head alone."""
-
-    @model_validator(mode="after")
-    def _in_order(self) -> MaskConfig:
-        for index, (before, phase) in enumerate(zip(self.schedule, self.schedule[1:], strict=False), start=1):
-            for unit in ("until_epoch", "until_step"):
-                first, second = getattr(before, unit), getattr(phase, unit)
-                if first is not None and second is not None and second <= first:
-                    raise ValueError(
-                        f"mask.schedule.{index} ends with {phase.end}, the phase before it with {before.end}; "
-                        "expected each phase to end after the one before it"
-                    )
         return self
 
 

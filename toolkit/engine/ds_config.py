@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.config.schema import MaskConfig, RunConfig
+from toolkit.engine.swap_files import check_paths
 from toolkit.errors import ConfigError
 from toolkit.redact import find_secret
 
@@ -117,6 +118,7 @@ def resolve_ds_config(
     faults += _check_scheduler(resolved.pop("scheduler", None), config)
     faults += _check_optim_name(resolved, config)
     _fill_buckets(resolved.setdefault("zero_optimization", {}), hidden_size)
+    faults += check_paths(resolved["zero_optimization"])
     faults += [f'{where} is "auto", but nothing in the recipe fills it; give a value' for where in _autos(resolved)]
     if faults:
         raise ConfigError(faults, f"DeepSpeed file {path}, read against the recipe")
@@ -130,19 +132,17 @@ def resolve_ds_config(
 
 
 def refuse_what_cannot_move(ds: dict[str, Any], mask: MaskConfig, path: Path) -> None:
-    """Stop a run whose optimizer state could not be read for a checkpoint, or moved to the next phase of the schedule.
+    """Stop a run whose weights or optimizer state could not be moved to the next phase of the mask's schedule.
 
     Raises:
-        ConfigError: the state is on NVMe; or the mask has a schedule, and weights are there, or there is no ZeRO.
+        ConfigError: the mask has a schedule, and weights are on NVMe, or there is no ZeRO.
     """
+    if not mask.schedule:
+        return
     faults = []
-    zero = ds["zero_optimization"]
-    reasons = {"offload_optimizer": "checkpoints have to read", "offload_param": "mask.schedule has to move"}
-    for key, reason in reasons.items():
-        on_disk = isinstance(zero.get(key), dict) and zero[key].get("device") == "nvme"
-        if on_disk and (mask.schedule or key == "offload_optimizer"):
-            faults.append(f"zero_optimization.{key}.device is 'nvme', and {reason} what is there; write 'cpu'")
-    if mask.schedule and zero_stage(ds) == 0:
+    if (ds["zero_optimization"].get("offload_param") or {}).get("device") == "nvme":
+        faults.append("zero_optimization.offload_param.device is 'nvme', and mask.schedule moves weights; write 'cpu'")
+    if zero_stage(ds) == 0:
         faults.append("zero_optimization.stage is 0; mask.schedule needs 1, 2 or 3, or no --ds at all")
     if faults:
         raise ConfigError(faults, f"DeepSpeed file {path}, read against the recipe")

@@ -23,6 +23,7 @@ from toolkit.engine.gradients import Clipping
 from toolkit.engine.master_adamw import norm_at_once
 from toolkit.engine.moved import Moved, choose
 from toolkit.engine.partitioned import Opened, PartitionedAdamW, build_optimizer
+from toolkit.engine.swapped import Swapped, SwappedPart
 from toolkit.engine.zero_clipping import partitioned_norm, without_clipping
 from toolkit.errors import ConfigError
 from toolkit.mask.layer_mask import ParameterGroup
@@ -89,12 +90,14 @@ class ZeroEngine:
         self._moved, self._rate = Moved(self._peek), 0.0
         self._chosen: dict[int, torch.Tensor] = {}
         self._opened: dict[torch.Tensor, Opened] = {}
+        self._swapped = Swapped(self._engine.optimizer, self._state_of)
 
     def forward(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:  # noqa: D102
         loss: torch.Tensor = self._engine(hidden, batch)
         return loss
 
     def backward(self, loss: torch.Tensor, is_last: bool) -> None:  # noqa: D102
+        self._swapped.close()
         self._engine.set_gradient_accumulation_boundary(is_last)
         # ZeRO averages over ranks; the shares are to be summed
         self._engine.backward(loss * self._world.size, scale_wrt_gas=False)
@@ -193,6 +196,9 @@ class ZeroEngine:
             if flat in self._opened:
                 found.append(Fragment(name, start, stop, self._opened[flat].part(part)))
                 continue
+            if self._swapped.has(flat):
+                found.append(Fragment(name, start, stop, SwappedPart(self._swapped, flat, part)))
+                continue
             state = self._state_of(flat)
             kept = {MASTER: flat, **{kind: state[kind] for kind in MOMENTS}}
             views = {kind: kept[kind].detach().view(-1)[part] for kind in KINDS}
@@ -255,6 +261,7 @@ class ZeroEngine:
         for partition in self._opened.values():
             partition.store()
         self._opened = {}
+        self._swapped.close()
         self._moved.forget()
         forward_to(self._scheduler, step)
 
@@ -262,6 +269,7 @@ class ZeroEngine:
     def release(self) -> dict[str, torch.Tensor]:  # noqa: D102
         import deepspeed
 
+        self._swapped.close()
         zero = self._engine.optimizer
         zero.optimizer.state.clear()
         self._engine.destroy()
@@ -272,7 +280,7 @@ class ZeroEngine:
                     plain[name] = parameter.detach().clone()
                 parameter.data = parameter.data.new_empty(0)
         vars(zero).clear()  # ZeRO-3's optimizer is still referred to after destroy (DeepSpeed 0.19): leave it empty
-        del self._engine, self._scheduler, self._suffix, self._copies, self._moved
+        del self._engine, self._scheduler, self._suffix, self._copies, self._moved, self._swapped
         self._parameters = {}
         return plain
 

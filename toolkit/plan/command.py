@@ -9,9 +9,9 @@ from toolkit.config.flags import Invocation
 from toolkit.data.batches import BatchPlan
 from toolkit.engine.ds_config import read_ds_config, resolve_ds_config
 from toolkit.mask.schedule import phase_ends
+from toolkit.plan.engines import EngineSpec, engine_spec
 from toolkit.plan.fit import choose_recompute, judge
 from toolkit.plan.load import read_load
-from toolkit.plan.memory import EngineSpec, engine_spec
 from toolkit.plan.phases import phase_planners, whole_plan
 from toolkit.plan.picture import draw
 from toolkit.plan.report import as_dict, as_text

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from toolkit.errors import ModelError
-from toolkit.plan.memory import EngineSpec, zero_spec
+from toolkit.plan.engines import EngineSpec, zero_spec
 from toolkit.plan.planner import Planner, Variant
 
 RESERVE = 2**30
@@ -57,8 +57,8 @@ def judge(planner: Planner, variant: Variant, budget: int) -> Verdict:
     """Compare the peak with ``budget`` bytes.
 
     The knobs, in the order in which they cost least: recompute activations, smaller micro batches, the prefix in 8 or 4
-    bits, the prefix on the host, shorter rows, ZeRO and more ranks, fewer blocks. One that suffices alone is proposed
-    alone; else they add up in this order.
+    bits, the prefix on the host, the optimizer's state on the host, shorter rows, ZeRO and more ranks, fewer blocks.
+    One that suffices alone is proposed alone; else they add up in this order.
     """
     needed = planner.memory(variant).peak + RESERVE
     if needed <= budget:
@@ -99,6 +99,14 @@ def first_knob(planner: Planner, variant: Variant, in_update: bool) -> str | Non
             if planner.memory(turned).peak < 0.99 * needed:
                 return text
     return first
+
+
+def first_pass_knob(planner: Planner, variant: Variant) -> str | None:
+    """What to turn first where memory ran out in the first pass, before there is an engine; its batches are its own."""
+    for knob in (_precision, _placement, _length):
+        for text, _ in knob(variant, planner):
+            return text
+    return None
 
 
 def _checkpointing(variant: Variant, planner: Planner) -> Knob:
@@ -146,16 +154,28 @@ def _length(variant: Variant, planner: Planner) -> Knob:
         tokens //= 2
 
 
+def _offload(variant: Variant, planner: Planner) -> Knob:
+    spec = variant.spec
+    if spec.optimizer_at == "device" and spec.stage in (None, 2, 3):
+        stage, width = spec.stage or 2, planner.skeleton.hidden_size
+        offloaded = zero_spec(stage, spec.ranks, spec.accumulates, width, spec.optimizer, offload=True)
+        yield (
+            f"--ds ds_configs/zero{stage}_offload.json (slower: masters and moments are on the host)",
+            replace(variant, spec=offloaded),
+        )
+
+
 def _ranks(variant: Variant, planner: Planner) -> Knob:
     spec = variant.spec
     width = planner.skeleton.hidden_size
-    ranks = spec.ranks if spec.ranks > 1 else 2
+    ranks, offload = spec.ranks if spec.ranks > 1 else 2, spec.optimizer_at != "device"
     while ranks <= max(_MOST_RANKS, spec.ranks):
         for stage in (2, 3):
             if (ranks, stage) > (spec.ranks, spec.stage or 0):
+                divided = zero_spec(stage, ranks, spec.accumulates, width, spec.optimizer, offload)
                 yield (
-                    f"--ds ds_configs/zero{stage}.json on {ranks} ranks",
-                    replace(variant, spec=zero_spec(stage, ranks, spec.accumulates, width, spec.optimizer)),
+                    f"--ds ds_configs/zero{stage}{'_offload' if offload else ''}.json on {ranks} ranks",
+                    replace(variant, spec=divided),
                 )
         ranks *= 2
 
@@ -181,4 +201,4 @@ def _knobs(
         in_update = planner.memory(variant).moment == "update"
     smaller = [] if in_update else [_checkpointing, _micro_batch]
     prefix = [_precision, _placement]
-    return [*smaller, *prefix, *([] if in_update else [_length]), _ranks, _blocks]
+    return [*smaller, *prefix, _offload, *([] if in_update else [_length]), _ranks, _blocks]

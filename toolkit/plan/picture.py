@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +57,20 @@ def _draw_layers(axes: Any, plan: Plan) -> None:
 
 def _draw_bars(axes: Any, plan: Plan, verdict: Verdict | None) -> None:
     """Memory by kind: at the peak, and what would be needed if each kind were at its most at once."""
-    names = (f"at the peak\n({plan.memory.moment})", "each kind at most")
-    for position, held in enumerate((plan.memory.at_peak, plan.memory.most)):
+    names = [f"at the peak\n({plan.memory.moment})", "each kind at most"]
+    bars: list[Mapping[str, int]] = [plan.memory.at_peak, plan.memory.most]
+    if plan.memory.host:
+        names, bars = [*names, "on the host"], [*bars, plan.memory.host]
+    for position, held in enumerate(bars):
         bottom = 0.0
         for kind, colour in zip(KINDS, _COLOURS, strict=True):
-            size = held[kind] / 2**30
+            size = held.get(kind, 0) / 2**30
             axes.bar(position, size, bottom=bottom, color=colour, width=0.6, label=kind if position == 0 else None)
             bottom += size
     if verdict is not None:
         axes.axhline(verdict.budget / 2**30, color="black", linestyle="--", linewidth=1)
-        axes.text(1.45, verdict.budget / 2**30, " GPU", va="center")
-    axes.set_xticks((0, 1), names)
+        axes.text(len(bars) - 0.55, verdict.budget / 2**30, " GPU", va="center")
+    axes.set_xticks(range(len(bars)), names)
     axes.set_ylabel("GiB a rank")
     axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()

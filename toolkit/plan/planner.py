@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
-
-import torch
-from torch import nn
-from transformers import PreTrainedModel
 
 from toolkit.config.schema import MaskGroup, PrefixConfig, RunConfig
 from toolkit.errors import PlanError
-from toolkit.mask.apply import apply_mask, trainable_parameters
 from toolkit.mask.audit import AuditRow, audit, audit_table
 from toolkit.mask.layer_mask import LayerMask, build_mask
-from toolkit.models.anatomy import Anatomy
 from toolkit.models.varlen import VARLEN
-from toolkit.optim import embedding_tables
 from toolkit.plan.compute import Compute, compute
+from toolkit.plan.engines import EngineSpec, standing
 from toolkit.plan.frozen import Frozen, frozen_bytes
+from toolkit.plan.halves import Halves, halve, rehearse_halves
 from toolkit.plan.load import Load
-from toolkit.plan.memory import EngineSpec, Memory, Tensors, checkpoint_bytes, memory, standing
-from toolkit.plan.rehearse import Rehearsal, Shape, rehearse
+from toolkit.plan.memory import Memory, checkpoint_bytes, memory
+from toolkit.plan.rehearse import Rehearsal, Shape
 from toolkit.plan.skeleton import LOOKED_AT_CONTENT, Skeleton
 from toolkit.prefix.cached import FILL_TOKENS
 from toolkit.prefix.caching import drops_out, mask_obstacle
-from toolkit.prefix.packing import set_attention
-from toolkit.prefix.recompute import recompute_blocks
-from toolkit.prefix.split import Prefix, Suffix, split
 from toolkit.prefix.top import ShortCuts
 
 
@@ -117,7 +107,7 @@ class Planner:
     """The head is untied though this mask may not ask for it: another phase does."""
     is_phase: bool = False
     """This is one phase of several."""
-    _halves: dict[str, _Halves] = field(default_factory=dict)
+    _halves: dict[str, Halves] = field(default_factory=dict)
     _rehearsals: dict[tuple[Any, ...], Rehearsal] = field(default_factory=dict)
 
     def variant(self, spec: EngineSpec, recompute: bool) -> Variant:
@@ -196,14 +186,14 @@ class Planner:
             passes = min(passes, train.max_steps * global_batch / len(self.load.lengths))
         return mode == "on" or passes > 1
 
-    def _split(self, selectors: tuple[str | MaskGroup, ...], packed: bool) -> _Halves:
+    def _split(self, selectors: tuple[str | MaskGroup, ...], packed: bool) -> Halves:
         key = repr((selectors, packed))
         if key not in self._halves:
             mask = build_mask(self.config.mask.model_copy(update={"train": list(selectors)}), self.skeleton.anatomy)
             if self.untied:
                 mask = replace(mask, tied="untie")
             boundary = mask.boundary if self.cut and mask.has_prefix else None
-            self._halves[key] = _halve(self.skeleton, mask, boundary, packed, self.short_cuts)
+            self._halves[key] = halve(self.skeleton, mask, boundary, packed, self.short_cuts)
         return self._halves[key]
 
     def _rehearse(self, variant: Variant) -> Rehearsal:
@@ -212,7 +202,7 @@ class Planner:
         if key not in self._rehearsals:
             halves = self._split(variant.selectors, variant.packed)
             try:
-                self._rehearsals[key] = _run(halves, shape, variant.recompute)
+                self._rehearsals[key] = rehearse_halves(halves, shape, variant.recompute)
             except LOOKED_AT_CONTENT as error:
                 if halves.prefix is None:
                     reason = " ".join(str(error).split())[:200]
@@ -221,37 +211,9 @@ class Planner:
                         f"and a plan has none ({reason}). Train a few steps and read peak_memory_gib instead"
                     ) from None
                 selected = repr((variant.selectors, variant.packed))
-                self._halves[selected] = _halve(self.skeleton, halves.mask, None, variant.packed, self.short_cuts)
+                self._halves[selected] = halve(self.skeleton, halves.mask, None, variant.packed, self.short_cuts)
                 return self._rehearse(variant)
         return self._rehearsals[key]
-
-
-@dataclass(frozen=True)
-class _Halves:
-    model: PreTrainedModel
-    """A copy of the skeleton with the mask applied."""
-    anatomy: Anatomy
-    mask: LayerMask
-    boundary: int | None
-    """Where it is cut; none is not at all."""
-    prefix: Prefix | None
-    suffix: Suffix
-    trained: dict[str, nn.Parameter]
-    tensors: Tensors
-
-    @property
-    def head(self) -> torch.Tensor:
-        """The head's matrix [vocabulary, hidden_size]."""
-        matrix: torch.Tensor = self.model.get_output_embeddings().weight
-        return matrix
-
-    @cached_property
-    def recomputing(self) -> Suffix:
-        """The suffix again, with the blocks from the frost line up checkpointed."""
-        _, suffix = split(self.model, self.anatomy, self.boundary)
-        suffix.take(self.suffix.short_cuts)
-        recompute_blocks(suffix.blocks(self.mask.boundary))
-        return suffix
 
 
 def packed_lengths(variant: Variant, load: Load) -> tuple[int, ...]:
@@ -269,37 +231,3 @@ def _shape(variant: Variant, load: Load) -> Shape:
     if packed := packed_lengths(variant, load):
         return Shape(1, sum(packed), min(supervised, sum(packed)), packed)
     return Shape(variant.rows, variant.tokens, supervised)
-
-
-def _halve(skeleton: Skeleton, mask: LayerMask, boundary: int | None, packed: bool, short_cuts: ShortCuts) -> _Halves:
-    model, anatomy = copy.deepcopy(skeleton.model), skeleton.anatomy  # each mask has parameters of its own
-    if packed and model.config._attn_implementation == "sdpa":
-        set_attention(model, VARLEN)
-    apply_mask(model, mask, anatomy)
-    model.train()
-    prefix, suffix = split(model, anatomy, boundary)
-    suffix.take(short_cuts)
-    if prefix is None and mask.tied == "head_only":
-        suffix.detach_embeddings(anatomy)
-    trained = trainable_parameters(suffix.model, mask)
-    return _Halves(model, anatomy, mask, boundary, prefix, suffix, trained, _sizes(prefix, suffix, trained))
-
-
-def _sizes(prefix: Prefix | None, suffix: Suffix, trained: dict[str, nn.Parameter]) -> Tensors:
-    def storages(module: nn.Module | None) -> dict[int, int]:
-        parameters = module.parameters() if module is not None else ()
-        return {p.untyped_storage()._cdata: p.numel() for p in parameters}
-
-    below, above = storages(prefix), storages(suffix)
-    return Tensors(
-        shared=sum(size for storage, size in below.items() if storage in above),
-        trained=tuple(parameter.numel() for parameter in trained.values()),
-        frozen=tuple(p.numel() for p in suffix.parameters() if not p.requires_grad),
-        width=next(suffix.parameters()).element_size(),
-        tables=tuple(p.numel() for p in trained.values() if id(p) in embedding_tables(suffix.model)),
-    )
-
-
-def _run(halves: _Halves, shape: Shape, recompute: bool) -> Rehearsal:
-    suffix = halves.recomputing if recompute else halves.suffix
-    return rehearse(halves.prefix, suffix, halves.trained.values(), shape, halves.head.shape[0])

@@ -75,6 +75,8 @@ def as_dict(plan: Plan, verdict: Verdict | None = None) -> dict[str, Any]:
             "moment": plan.memory.moment,
             "most": plan.memory.most,
             "at_peak": plan.memory.at_peak,
+            "host": dict(plan.memory.host),
+            "files": plan.memory.files,
         },
         "flops": {
             "per_token": {name: round(value) for name, value in _per_token(plan).items()},
@@ -131,15 +133,20 @@ def _memory_text(plan: Plan) -> str:
     variant, spec, memory = plan.variant, plan.variant.spec, plan.memory
     switch = "on" if variant.recompute else "off"
     engine = f"engine {spec.name}, {spec.ranks} rank(s), {spec.optimizer}"
+    away = f"{'on the host':>14}" if memory.host else ""
     lines = [
         f"memory of each rank: {engine}, gradient checkpointing {switch}",
         f"micro batch {_micro_batch(plan)}, {variant.supervised:,} of a row supervised",
         f"({plan.load.source})",
-        f"{'kind':<16}{'at most':>14}{'at the peak':>14}",
+        f"{'kind':<16}{'at most':>14}{'at the peak':>14}{away}",
     ]
     for kind in KINDS:
-        lines.append(f"{kind:<16}{_gib(memory.most[kind]):>14}{_gib(memory.at_peak[kind]):>14}")
-    lines.append(f"{'total':<16}{'':>14}{_gib(memory.peak):>14}  in {memory.moment}")
+        away = f"{_gib(memory.host.get(kind, 0)):>14}" if memory.host else ""
+        lines.append(f"{kind:<16}{_gib(memory.most[kind]):>14}{_gib(memory.at_peak[kind]):>14}{away}")
+    away = f"{_gib(sum(memory.host.values())):>14}" if memory.host else ""
+    lines.append(f"{'total':<16}{'':>14}{_gib(memory.peak):>14}{away}  in {memory.moment}")
+    if memory.files:
+        lines.append(f"in the files of ZeRO-3's offload to NVMe {_gib(memory.files)} of each rank")
     frozen = variant.frozen
     if (frozen.precision, frozen.placement) != ("model", "device"):
         place = {

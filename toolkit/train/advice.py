@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from toolkit.config.schema import RunConfig
 from toolkit.errors import OutOfMemoryError, UsageError
-from toolkit.plan.fit import first_knob
-from toolkit.plan.memory import engine_spec
+from toolkit.plan.fit import first_knob, first_pass_knob
 from toolkit.plan.skeleton import LOOKED_AT_CONTENT
-from toolkit.train.setup import Setup
+from toolkit.train.setup import Setup, spec_of
 
 
 def advise(error: OutOfMemoryError, setup: Setup | None, config: RunConfig) -> OutOfMemoryError:
@@ -27,9 +26,10 @@ def _planned(error: OutOfMemoryError, setup: Setup | None) -> str | None:
         return None
     cost = setup.costs[setup.active.phase.index] if hasattr(setup, "active") else None
     planner = setup.planners[setup.active.phase.index] if hasattr(setup, "active") else setup.planners[0]
-    spec = engine_spec(setup.ds_config, setup.world.size, setup.config.train.gradient_accumulation_steps)
     try:
-        variant = cost.variant if cost is not None else planner.variant(spec, recompute=False)
+        variant = cost.variant if cost is not None else planner.variant(spec_of(setup), recompute=False)
+        if error.phase.startswith("the first pass"):
+            return first_pass_knob(planner, variant)
         return first_knob(planner, variant, in_update=error.phase == "the update")
     except (UsageError, MemoryError, *LOOKED_AT_CONTENT):  # the advice must not hide the error
         return None

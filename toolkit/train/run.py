@@ -16,6 +16,7 @@ from toolkit.consistency import facts, require_same
 from toolkit.data.batches import epoch_order, step_batches
 from toolkit.data.prefetch import Prefetcher, on_device
 from toolkit.distributed import World
+from toolkit.engine import swap_files
 from toolkit.errors import OutOfMemoryError
 from toolkit.files import writing
 from toolkit.mask.picture import draw_mask
@@ -29,7 +30,8 @@ from toolkit.train.advice import advise
 from toolkit.train.guard import StepGuard
 from toolkit.train.phases import advance, content_of, resume
 from toolkit.train.progress import Progress
-from toolkit.train.setup import Setup, begin, prepare, save_plan, save_set_up
+from toolkit.train.record import save_plan, save_set_up
+from toolkit.train.setup import Setup, begin, prepare
 from toolkit.train.step import StepResult, seed_step, train_step
 from toolkit.train.validation import is_owed, validate, without_dropout
 
@@ -79,7 +81,10 @@ def train(invocation: Invocation, world: World) -> int:
                 return 0
             with during("the set-up"):
                 setup = prepare(invocation, world, directory.state)
-            return _train(setup, directory)
+                swap_files.give_folders(setup.ds_config, directory.path)
+            code = _train(setup, directory)
+            swap_files.clear(setup.ds_config, world)
+            return code
     except OutOfMemoryError as error:
         raise advise(error, setup, invocation.config) from None
 

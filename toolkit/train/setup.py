@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,19 +21,18 @@ from toolkit.distributed import World
 from toolkit.engine.base import Engine
 from toolkit.engine.ds_config import read_ds_config, refuse_what_cannot_move, resolve_ds_config, zero_stage
 from toolkit.engine.local import LocalEngine
+from toolkit.engine.swap_files import make_room
 from toolkit.errors import PlanError
-from toolkit.files import replace_text
 from toolkit.mask.apply import apply_mask, trainable_parameters
 from toolkit.mask.audit import AuditRow, audit, audit_markdown, audit_table
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.mask.schedule import Phase, Schedule, build_schedule
 from toolkit.models.load import LoadedModel, fingerprint, load_tokenizer
 from toolkit.models.products import float32_is_faster, use_float32_gradients
+from toolkit.plan.engines import EngineSpec, engine_spec
 from toolkit.plan.load import load_of
-from toolkit.plan.memory import engine_spec
 from toolkit.plan.phases import phase_planners, whole_plan
 from toolkit.plan.planner import Plan, Planner
-from toolkit.plan.report import as_dict
 from toolkit.plan.skeleton import skeleton_of
 from toolkit.prefix.cached import CachedPrefix, HiddenStates
 from toolkit.prefix.packing import Packing, choose_packing
@@ -266,16 +263,21 @@ def _decide_recompute(setup: Setup, phase: Phase) -> tuple[bool, str, Plan | Non
     plans: dict[bool, Plan] = {}
     if setup.planners:
         planner = setup.planners[phase.index]
-        accumulation, name = train.gradient_accumulation_steps, setup.config.optim.name
-        spec = engine_spec(setup.ds_config, setup.world.size, accumulation, name)
         try:
-            plans = {on: planner.plan(planner.variant(spec, recompute=on)) for on in (False, True)}
+            plans = {on: planner.plan(planner.variant(spec_of(setup), recompute=on)) for on in (False, True)}
         except PlanError as error:
             log.warning("%s", error)
     needed = plans[False].memory.beside_weights if plans else None
     free = -int(setup.world.max(-free_bytes(setup.world.device)))  # the tightest rank decides for all
     on, why = should_recompute(train.gradient_checkpointing, needed, free)
     return on, why, plans.get(on)
+
+
+def spec_of(setup: Setup) -> EngineSpec:
+    """What the plan has to know of the run's engine."""
+    accumulation, name = setup.config.train.gradient_accumulation_steps, setup.config.optim.name
+    on_cpu = setup.world.device.type == "cpu"
+    return engine_spec(setup.ds_config, setup.world.size, accumulation, name, host_is_device=on_cpu)
 
 
 def _build_engine(setup: Setup, prefix: HiddenStates | None, suffix: Suffix, phase: Phase) -> Engine:
@@ -286,21 +288,9 @@ def _build_engine(setup: Setup, prefix: HiddenStates | None, suffix: Suffix, pha
         return LocalEngine(*shared)
     from toolkit.engine.zero import ZeroEngine  # DeepSpeed is imported only by runs that use it
 
+    cost = setup.costs[phase.index]
+    make_room(setup.ds_config, setup.world, cost.memory.files if cost else 0)
+
     below = prefix.skeleton.named_parameters() if isinstance(prefix, Prefix) else ()
     copies = {name: parameter for name, parameter in below if name in parameters}
     return ZeroEngine(*shared, copies, setup.ds_config)
-
-
-def save_set_up(setup: Setup, run: Path) -> None:
-    """Write what the run consists of into its directory."""
-    setup.schedule.phases[-1].trained.save(run / "mask.json")
-    if len(setup.schedule.phases) > 1:
-        replace_text(run / "schedule.json", json.dumps(setup.schedule.as_list(), indent=1))
-    save_plan(setup, run)
-    setup.dataset.save_skipped(run / "skipped_rows.jsonl")
-
-
-def save_plan(setup: Setup, run: Path) -> None:
-    """Write the plan of the run, if there is one."""
-    if setup.cost is not None:
-        replace_text(run / "plan.json", json.dumps(as_dict(setup.cost), indent=1))

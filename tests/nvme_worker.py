@@ -1,0 +1,76 @@
+"""Runs on two ranks under a launcher: train with the optimizer's state in files. Not a test itself.
+
+Arguments: FOLDER, then the flags of launch/train.py. The folder holds runs of one process, ``local`` and ``phases``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from checkpoint_parts import point_to  # noqa: E402
+
+from toolkit import cli, distributed  # noqa: E402
+from toolkit.config import flags  # noqa: E402
+from toolkit.engine import swap_files  # noqa: E402
+from toolkit.train.run import train  # noqa: E402
+
+PHASES = ("--mask.schedule", "{train: head, until_step: 3}")
+RUNS: dict[str, tuple[str | None, tuple[str, ...]]] = {
+    "fresh": (None, ()),
+    "from-local": ("local", ()),
+    "from-files": ("fresh", ()),
+    "phases-in-files": (None, PHASES),
+    "pipelined": (None, ()),
+}
+"""Name: whose checkpoint of step 2 is gone on with, none for a new run; and flags of its own."""
+
+
+def ds_file(folder: Path, name: str) -> Path:
+    """The shipped file, with state on another drive, and read and written ahead in the run of that name."""
+    ds = json.loads((ROOT / "ds_configs" / "zero3_nvme.json").read_text(encoding="utf-8"))
+    if name == "pipelined":
+        zero = ds["zero_optimization"]
+        zero["sub_group_size"] = 300_000
+        own = {"nvme_path": str(folder / "drive"), "pipeline_read": True, "pipeline_write": True, "buffer_count": 8}
+        zero["offload_optimizer"] |= own
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(ds), encoding="utf-8")
+    return path
+
+
+def main() -> None:
+    local_rank = [word for word in sys.argv[1:] if word.startswith("--local_rank")]
+    given, *rest = [word for word in sys.argv[1:] if word not in local_rank]
+    folder, world = Path(given), distributed.start(engine_needs_group=True)
+    in_files: dict[str, int] = {}
+    clear = swap_files.clear
+
+    def counted(ds: object, world: distributed.World) -> None:
+        folders = swap_files.swap_folders(ds)  # type: ignore[arg-type]
+        in_files[name] = sum(p.stat().st_size for own in folders for p in own.rglob("*.swp") if "grad" not in p.name)
+        clear(ds, world)  # type: ignore[arg-type]
+
+    swap_files.clear = counted
+    codes = {}
+    for name, (source, own) in RUNS.items():
+        if source is not None and world.is_main:
+            shutil.copytree(folder / source, folder / name)
+            point_to(folder / name, 2)
+        world.barrier()
+        words = [*rest, *own, "--output.dir", str(folder / name), "--ds", str(ds_file(folder, name))]
+        codes[name] = train(flags.parse(flags.parser(""), ROOT / "recipes" / "quickstart.yaml", words), world)
+    if world.is_main:
+        (folder / "result.json").write_text(json.dumps({"codes": codes, "in files": in_files}), encoding="utf-8")
+    world.barrier()
+    distributed.stop()
+    cli.leave(0)
+
+
+if __name__ == "__main__":
+    main()
