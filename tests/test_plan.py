@@ -25,6 +25,7 @@ from toolkit.plan.report import as_dict
 from toolkit.plan.skeleton import skeleton
 
 LOCAL = engine_spec(None, 1, 1)
+OFFLOADED = zero_spec(2, 1, False, 32, "adamw", offload=True)
 
 
 @pytest.mark.parametrize("name", EXAONE)
@@ -93,10 +94,11 @@ def test_the_first_knob_is_the_one_that_costs_least(tiny_model: Path) -> None:
     planner = tiny_planner(tiny_model, **on)
     for prefix, turn in (
         ({"cache": "off", "precision": "nf4"}, "prefix.placement: cpu"),
-        (AWAY, "data.max_length: 256"),
+        (AWAY, "--ds ds_configs/zero2_offload.json (slower"),
     ):
         planner.config = planner.config.model_copy(update={"prefix": PrefixConfig(**prefix)})
         assert first_turn(planner, just_below).startswith(turn)
+    assert first_turn(planner, just_below, OFFLOADED).startswith("data.max_length: 256")
 
 
 def test_state_that_no_shorter_row_makes_room_for_goes_to_more_ranks_then_to_fewer_blocks(tmp_path: Path) -> None:
@@ -106,9 +108,15 @@ def test_state_that_no_shorter_row_makes_room_for_goes_to_more_ranks_then_to_few
         train=TrainConfig(gradient_checkpointing="on"), prefix=PrefixConfig(**AWAY),
     )  # fmt: skip
     planner = Planner(config, skeleton(config.model), Load(256, 64, None, "a test"))
-    verdict = judge(planner, planner.variant(LOCAL, recompute=True), 40 * 2**30)
-    assert [text for text, _ in verdict.turns] == ["--ds ds_configs/zero3.json on 2 ranks"]
-    wide = planner.variant(zero_spec(3, 8, False, 4096, "adamw"), recompute=True)
+
+    def turns(spec: Any, budget: int) -> list[str]:
+        return [text for text, _ in judge(planner, planner.variant(spec, recompute=True), budget).turns]
+
+    assert [turn.split()[1] for turn in turns(LOCAL, 40 * 2**30)] == ["ds_configs/zero2_offload.json"]
+    stage_1 = zero_spec(1, 1, False, 4096, "adamw")
+    assert turns(stage_1, 40 * 2**30) == ["--ds ds_configs/zero3.json on 2 ranks"]
+    assert turns(OFFLOADED, 7 * 2**30) == ["--ds ds_configs/zero3_offload.json on 2 ranks"]
+    wide = planner.variant(zero_spec(3, 8, False, 4096, "adamw", offload=True), recompute=True)
     least = planner.memory(wide).peak + RESERVE
     assert judge(planner, wide, least).turns == ()
     assert judge(planner, wide, least - 2**30).turns[0][0].startswith("mask.train: last:")

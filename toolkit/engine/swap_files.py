@@ -7,10 +7,12 @@ import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from toolkit.distributed import World
 from toolkit.errors import ConfigError, DiskError, FrostlineError
+
+if TYPE_CHECKING:
+    from toolkit.distributed import World  # imports torch, which reading a DeepSpeed file does not need
 
 _SECTIONS = ("offload_optimizer", "offload_param")
 

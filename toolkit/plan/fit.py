@@ -58,7 +58,7 @@ def judge(planner: Planner, variant: Variant, budget: int) -> Verdict:
 
     The knobs, in the order in which they cost least: recompute activations, smaller micro batches, the prefix in 8 or 4
     bits, the prefix on the host, the optimizer's state on the host, shorter rows, ZeRO and more ranks, fewer blocks.
-    One that suffices alone is proposed alone; else they add up in this order.
+    One that suffices alone is proposed alone; else they add up in this order, some of them a second time.
     """
     needed = planner.memory(variant).peak + RESERVE
     if needed <= budget:
@@ -69,20 +69,22 @@ def judge(planner: Planner, variant: Variant, budget: int) -> Verdict:
             if after <= budget:
                 return Verdict(budget, needed, ((text, after),))
     turns: list[tuple[str, int]] = []
-    now = needed
-    for knob in _knobs(planner, variant):
-        best = None
-        for text, turned in knob(variant, planner):
-            after = planner.memory(turned).peak + RESERVE
-            if after < 0.99 * (best[1] if best else now):
-                best = (text, after, turned)
-            if after <= budget:
+    now, before = needed, needed + 1
+    while budget < now < before:  # a knob may help, or help again, once another moment is the peak
+        before = now
+        for knob in _knobs(planner, variant):
+            best = None
+            for text, turned in knob(variant, planner):
+                after = planner.memory(turned).peak + RESERVE
+                if after < 0.99 * (best[1] if best else now):
+                    best = (text, after, turned)
+                if after <= budget:
+                    break
+            if best:
+                turns.append(best[:2])
+                now, variant = best[1], best[2]
+            if now <= budget:
                 break
-        if best:
-            turns.append(best[:2])
-            now, variant = best[1], best[2]
-        if now <= budget:
-            break
     return Verdict(budget, needed, tuple(turns))
 
 
@@ -125,14 +127,14 @@ def _micro_batch(variant: Variant, planner: Planner) -> Knob:
 
 
 def _precision(variant: Variant, planner: Planner) -> Knob:
-    if variant.frozen.precision == "model":
-        for precision in ("int8", "nf4"):
-            turned = replace(variant, frozen=variant.frozen.model_copy(update={"precision": precision}))
-            try:
-                planner.frozen(turned)
-            except ModelError:  # these blocks hold little that can be quantised
-                return
-            yield f"prefix.precision: {precision}", turned
+    stronger = {"model": ("int8", "nf4"), "int8": ("nf4",), "nf4": ()}
+    for precision in stronger[variant.frozen.precision]:
+        turned = replace(variant, frozen=variant.frozen.model_copy(update={"precision": precision}))
+        try:
+            planner.frozen(turned)
+        except ModelError:  # these blocks hold little that can be quantised
+            return
+        yield f"prefix.precision: {precision}", turned
 
 
 def _placement(variant: Variant, planner: Planner) -> Knob:
