@@ -27,18 +27,22 @@ RUNS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "from-files": ("fresh", ()),
     "phases-in-files": (None, PHASES),
     "pipelined": (None, ()),
+    "weights-too": ("local", ()),
 }
 """Name: whose checkpoint of step 2 is gone on with, none for a new run; and flags of its own."""
 
 
 def ds_file(folder: Path, name: str) -> Path:
-    """The shipped file, with state on another drive, and read and written ahead in the run of that name."""
+    """The shipped file; in two of the runs with another drive, read and written ahead, and with weights in files."""
     ds = json.loads((ROOT / "ds_configs" / "zero3_nvme.json").read_text(encoding="utf-8"))
     if name == "pipelined":
         zero = ds["zero_optimization"]
         zero["sub_group_size"] = 300_000
         own = {"nvme_path": str(folder / "drive"), "pipeline_read": True, "pipeline_write": True, "buffer_count": 8}
         zero["offload_optimizer"] |= own
+    if name == "weights-too":
+        section = {"device": "nvme", "nvme_path": "auto", "buffer_size": 1_000_000}
+        ds["zero_optimization"] |= {"offload_param": section, "stage3_param_persistence_threshold": 0}
     path = folder / f"{name}.json"
     path.write_text(json.dumps(ds), encoding="utf-8")
     return path

@@ -255,6 +255,11 @@ def test_state_in_files_leaves_buffers_on_the_host(tiny_model: Path) -> None:
     assert memory.files == (4 + 8 + 4) * trained
     assert memory.host["workspace"] == 4 * 4 * trained  # four buffers of the one group, in float32
     assert "masters" not in memory.host
+    ds = shipped("zero3_nvme", 1)
+    ds["zero_optimization"]["offload_param"] = {"device": "nvme", "buffer_size": 1000}
+    weights = planner.memory(planner.variant(engine_spec(ds, 1, 1), recompute=False))
+    assert weights.files > memory.files
+    assert weights.host["workspace"] == memory.host["workspace"] + 5 * 1000 * 2
 
 
 def test_a_plan_with_offload_says_what_is_where(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,6 +42,8 @@ class EngineSpec:
     """Elements of the groups in which ZeRO-3 brings state from files, where it is in files."""
     swap_buffers: int = 0
     """Buffers of that size on the host."""
+    weight_buffers: int = 0
+    """Elements of the buffers on the host through which the suffix's weights come from files."""
     host_is_device: bool = False
     """The run computes on a CPU, so that what is offloaded to the host takes from the same memory."""
 
@@ -78,6 +80,7 @@ def engine_spec(
         weights_at=_place(weights) if stage == 3 else "device",
         swapped=int(zero.get("sub_group_size", 1e9)),
         swap_buffers=int(state.get("buffer_count", 4)),
+        weight_buffers=int(weights.get("buffer_count", 5)) * int(weights.get("buffer_size", 1e8)),
         host_is_device=host_is_device,
     )
 
@@ -274,7 +277,8 @@ def _stage_3(spec: EngineSpec, tensors: Tensors, frozen: Frozen) -> Standing:
         held = replace(held, suffix_weights=held.suffix_weights - weights)
         if spec.weights_at == "cpu":
             return replace(held, host={**held.host, "suffix weights": weights})
-        held = replace(held, files=held.files + weights)
+        buffers = held.host.get("workspace", 0) + spec.weight_buffers * width
+        held = replace(held, files=held.files + weights, host={**held.host, "workspace": buffers})
     return held
 
 
