@@ -112,16 +112,20 @@ def aim(kind: str, point: float, made: list[str]) -> None:
 
         CachedPrefix.fill = filled  # type: ignore[method-assign]
         return
-    save, publish = Saver.save, Saver._publish
+    save, publish, fire = Saver.save, Saver._publish, contextlib.ExitStack()
 
     def saved(self: Saver, content: Any) -> None:
-        with under_fire(point, made) if content.state.step == VICTIM else contextlib.nullcontext():
-            save(self, content)
+        if content.state.step == VICTIM:
+            fire.enter_context(under_fire(point, made))
+        save(self, content)
+        if not self._in_background:
+            fire.close()
 
     def published(self: Saver) -> None:
         late = self._in_background and self._writing is not None and self._writing.step == VICTIM
-        with under_fire(point, made) if late else contextlib.nullcontext():
-            publish(self)
+        publish(self)
+        if late:  # until here, so that the thread's calls are counted however fast it is
+            fire.close()
 
     Saver.save, Saver._publish = saved, published  # type: ignore[method-assign]
 
@@ -190,7 +194,13 @@ class Range:
     def fight(self, trial: Trial) -> str | None:
         """One trial; what was wrong, or none."""
         reference = self.reference(trial.kind)
-        run = self._folder / "trial"
+        try:
+            return self._fought(trial, reference, self._folder / "trial")
+        finally:  # also after a failure: the next trial must not find a run that is finished
+            for path in self._folder.glob("trial*"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _fought(self, trial: Trial, reference: Path, run: Path) -> str | None:
         if trial.is_random:
             children = self.start(trial.kind, run)
             time.sleep(trial.when)
@@ -202,10 +212,7 @@ class Range:
             if not any(codes[victim] == -signal.SIGKILL for victim in trial.victims):
                 return f"nobody was killed: {codes}, {logs(run)}"
         codes = finish(self.start(trial.kind, run))
-        wrong = f"the second start ended with {codes}: {logs(run)}" if codes != [0] * RANKS else differ(run, reference)
-        for path in self._folder.glob("trial*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        return wrong
+        return f"the second start ended with {codes}: {logs(run)}" if codes != [0] * RANKS else differ(run, reference)
 
 
 def finish(children: list[int]) -> list[int]:
