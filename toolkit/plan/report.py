@@ -6,7 +6,7 @@ from typing import Any
 
 from toolkit.plan.compute import PASSES
 from toolkit.plan.fit import RESERVE, Verdict
-from toolkit.plan.memory import KINDS
+from toolkit.plan.memory import KINDS, Memory
 from toolkit.plan.planner import Plan, packed_lengths
 
 _GIB = 2**30
@@ -70,14 +70,7 @@ def as_dict(plan: Plan, verdict: Verdict | None = None) -> dict[str, Any]:
             "away_from_the_device": plan.frozen.away,
             "cached": variant.cached,
         },
-        "memory": {
-            "peak": plan.memory.peak,
-            "moment": plan.memory.moment,
-            "most": plan.memory.most,
-            "at_peak": plan.memory.at_peak,
-            "host": dict(plan.memory.host),
-            "files": plan.memory.files,
-        },
+        "memory": _memory_values(plan.memory),
         "flops": {
             "per_token": {name: round(value) for name, value in _per_token(plan).items()},
             "per_step": round(sum(_step_passes(plan).values())),
@@ -99,6 +92,17 @@ def as_dict(plan: Plan, verdict: Verdict | None = None) -> dict[str, Any]:
     if verdict is not None:
         values["fit"] = _fit(verdict)
     return values
+
+
+def _memory_values(memory: Memory) -> dict[str, Any]:
+    return {
+        "peak": memory.peak,
+        "moment": memory.moment,
+        "most": memory.most,
+        "at_peak": memory.at_peak,
+        "host": dict(memory.host),
+        "files": memory.files,
+    }
 
 
 def _parts(plan: Plan) -> list[dict[str, Any]]:
