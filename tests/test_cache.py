@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import invocation, make_tokenizer, metrics, tiny_flags, tiny_llama, train
+from helpers import ROOT, invocation, make_tokenizer, metrics, tiny_flags, tiny_llama, train
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+import toolkit
 from toolkit.config.schema import ModelConfig, PrefixConfig
 from toolkit.data.batches import collate
 from toolkit.data.examples import Example
@@ -201,6 +203,24 @@ def test_another_boundary_dtype_or_attention_has_a_place_of_its_own(tiny_model: 
     ]
     assert one == identity(loaded, 4, plain, cpu)
     assert all(one != other for other in others)
+
+
+def test_another_build_of_the_forward_pass_has_a_place_of_its_own(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, plain, cpu = load(ModelConfig(name_or_path=str(tiny_model))), PrefixConfig(), torch.device("cpu")
+    released = identity(loaded, 4, plain, cpu)
+    package = tmp_path / "toolkit"
+    shutil.copytree(ROOT / "toolkit", package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(toolkit, "__file__", str(package / "__init__.py"))
+    assert identity(loaded, 4, plain, cpu) == released
+    for unrelated in ("monitor.py", "engine/local.py"):
+        with (package / unrelated).open("a") as file:
+            file.write("# changed\n")
+    assert identity(loaded, 4, plain, cpu) == released
+    with (package / "models" / "products.py").open("a") as file:
+        file.write("# changed\n")
+    assert identity(loaded, 4, plain, cpu) != released
 
 
 def test_dropout_in_the_prefix_switches_the_cache_off(

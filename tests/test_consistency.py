@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, clean_environment, free_port, invocation, tiny_flags
 
-from toolkit import consistency
 from toolkit.consistency import facts, require_same
 from toolkit.distributed import World
+from toolkit.files import sources_hash
 
 WORKER = """
 import sys
@@ -75,8 +75,12 @@ def test_recipe_file_code_and_versions_are_compared(tmp_path: Path) -> None:
     assert {name for name in found if found[name] != again[name]} == {"DeepSpeed file"}
 
 
-def test_a_changed_source_file_changes_the_codes_fingerprint(tmp_path: Path) -> None:
+def test_a_changed_source_file_changes_the_hash_of_the_parts_it_belongs_to(tmp_path: Path) -> None:
+    (tmp_path / "part").mkdir()
     (tmp_path / "module.py").write_text("a = 1\n")
-    before = consistency._sources(tmp_path)
+    (tmp_path / "part" / "other.py").write_text("b = 1\n")
+    selections: list[tuple[str, ...]] = [(), ("part",), ("module.py",)]
+    before = [sources_hash(tmp_path, *parts) for parts in selections]
     (tmp_path / "module.py").write_text("a = 2\n")
-    assert consistency._sources(tmp_path) != before
+    after = [sources_hash(tmp_path, *parts) for parts in selections]
+    assert [one == other for one, other in zip(before, after, strict=True)] == [False, True, False]

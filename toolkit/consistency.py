@@ -15,6 +15,7 @@ import toolkit
 from toolkit.config.flags import Invocation
 from toolkit.distributed import World
 from toolkit.errors import UsageError
+from toolkit.files import sources_hash
 
 _LIBRARIES = ("torch", "transformers", "deepspeed")
 
@@ -30,7 +31,7 @@ def facts(invocation: Invocation) -> dict[str, str]:
     return {
         **flat,
         "DeepSpeed file": "none" if ds is None else _content(ds),
-        "frostline": f"{toolkit.__version__} (sources {_sources(Path(toolkit.__file__).parent)})",
+        "frostline": f"{toolkit.__version__} (sources {sources_hash(Path(toolkit.__file__).parent)})",
         "Python": platform.python_version(),
         **{name: version(name) for name in _LIBRARIES},
     }
@@ -74,14 +75,6 @@ def _content(path: Path) -> str:
         return f"SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
     except OSError as error:
         return f"unreadable ({error.strerror})"
-
-
-def _sources(package: Path) -> str:
-    """SHA-256 over names and contents of the package's modules."""
-    sha = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        sha.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
-    return sha.hexdigest()[:12]
 
 
 def version(name: str) -> str:

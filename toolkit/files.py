@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
@@ -30,6 +31,15 @@ def replace_text(path: Path, text: str) -> None:
     except BaseException:
         staging.unlink(missing_ok=True)
         raise
+
+
+def sources_hash(root: Path, *parts: str) -> str:
+    """SHA-256, to 12 digits, over names and contents of the Python files of ``root``, or of these parts of it alone."""
+    sha = hashlib.sha256()
+    for part in parts or (".",):
+        for path in sorted([root / part] if part.endswith(".py") else (root / part).rglob("*.py")):
+            sha.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return sha.hexdigest()[:12]
 
 
 @contextmanager

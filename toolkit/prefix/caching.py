@@ -21,7 +21,7 @@ from toolkit.data.batches import collate
 from toolkit.data.examples import Example
 from toolkit.distributed import World
 from toolkit.errors import ConfigError
-from toolkit.files import replace_text
+from toolkit.files import replace_text, sources_hash
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.models.bundled import cache_root
 from toolkit.models.load import LoadedModel, fingerprint_of
@@ -30,6 +30,9 @@ from toolkit.prefix.split import Prefix
 from toolkit.prefix.store import ActivationStore
 
 _NOTE = "split.json"
+
+_COMPUTE = ("data/batches.py", "models", "prefix")
+"""Sources of this package that have a say in what a prefix computes."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,12 @@ def identity(loaded: LoadedModel, boundary: int, settings: PrefixConfig, device:
     config = model.config.to_dict()
     for key in ("_name_or_path", "tie_word_embeddings", "use_cache"):  # they do not change what the prefix computes
         config.pop(key, None)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "frostline": toolkit.__version__}
+    sources = sources_hash(Path(toolkit.__file__).parent, *_COMPUTE)
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "frostline": f"{toolkit.__version__} (sources {sources})",
+    }
     if settings.precision != "model":
         versions["bitsandbytes"] = metadata.version("bitsandbytes")
     return {
