@@ -26,6 +26,11 @@ def main() -> int:
     parser.add_argument("--data.path", dest="path", help="rows to evaluate on; default: what the run held out")
     parser.add_argument("--data.split", dest="split", default="train", help="split of a Hub data set")
     parser.add_argument("--batch-size", type=flags.positive, default=1, help="rows computed at once; default: 1")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="precision to compute in; default: the run's, or that in which a model is stored",
+    )
     parser.add_argument("--step", type=flags.positive, help="checkpoint of a run; default: the latest")
     parser.add_argument("--base", help="where the base model is, if it moved since training")
     parser.add_argument(
@@ -42,6 +47,7 @@ def main() -> int:
         arguments.step,
         arguments.base,
         arguments.trust_remote_code,
+        arguments.dtype,
     )
     tokens = outcome.supervised_tokens
     print(f"loss {outcome.loss:.4f}, perplexity {outcome.perplexity:.2f} over {tokens} supervised tokens")

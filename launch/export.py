@@ -27,12 +27,20 @@ def main() -> int:
         choices=("bfloat16", "float16", "float32"),
         help="precision of the weights; default: the run's for a model, float32 for a delta",
     )
+    parser.add_argument(
+        "--rounding",
+        choices=("nearest", "stochastic"),
+        help="of a model to bfloat16: nearest, the default, gives the weights that trained; stochastic keeps what the "
+        "float32 masters learned beyond them",
+    )
     parser.add_argument("--step", type=flags.positive, help="checkpoint to export; default: the latest")
     parser.add_argument("--base", help="where the base model is, if it moved since training")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the base model's own code, if it was trained with that"
     )
     arguments = parser.parse_args()
+    if arguments.delta and arguments.rounding:
+        parser.error("--rounding goes with a whole model; a delta holds the float32 masters")
     from toolkit.export import export_delta, export_model
 
     if arguments.delta:
@@ -41,7 +49,13 @@ def main() -> int:
     else:
         target = arguments.output or arguments.run / "export"
         export_model(
-            arguments.run, target, arguments.dtype, arguments.step, arguments.base, arguments.trust_remote_code
+            arguments.run,
+            target,
+            arguments.dtype,
+            arguments.step,
+            arguments.base,
+            arguments.trust_remote_code,
+            arguments.rounding or "nearest",
         )
     print(target)
     return 0

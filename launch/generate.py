@@ -36,6 +36,11 @@ def main() -> int:
     parser.add_argument(
         "--temperature", type=flags.temperature, default=0.0, help="0 is greedy and repeatable; default: 0"
     )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="precision to compute in; default: the run's, or that in which a model is stored",
+    )
     parser.add_argument("--step", type=flags.positive, help="checkpoint of a run; default: the latest")
     parser.add_argument("--base", help="where the base model is, if it moved since training")
     parser.add_argument(
@@ -54,7 +59,7 @@ def main() -> int:
         if arguments.input
         else [from_prompt(arguments.question, arguments.context)]
     )
-    opened = open_source(arguments.source, arguments.step, arguments.base, arguments.trust_remote_code)
+    opened = open_source(arguments.source, arguments.step, arguments.base, arguments.trust_remote_code, arguments.dtype)
     opened.loaded.model.to(World().device)
     given = answers(
         opened.loaded,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,6 +80,67 @@ def test_the_export_holds_the_untied_head_tokenizer_template_and_card(trained: P
     assert "| blocks 2–5 | 36 | 37,120 | trained |" in card
     assert "30 steps, last loss" in card
     assert "learning_rate: 0.001" in card
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_an_export_is_opened_in_the_precision_it_is_stored_in(trained: Path, tmp_path: Path, dtype: Any) -> None:
+    export_model(trained, tmp_path / "export", dtype)
+    opened = open_source(str(tmp_path / "export")).loaded.model
+    run = open_source(str(trained), dtype=dtype).loaded.model
+    tensors, own = load_file(tmp_path / "export" / "model.safetensors"), run.state_dict()
+    assert opened.dtype == run.dtype == getattr(torch, dtype)
+    assert all(torch.equal(tensor, own[name]) for name, tensor in tensors.items())
+    assert all(torch.equal(tensor, opened.state_dict()[name]) for name, tensor in tensors.items())
+    assert {buffer.dtype for model in (run, opened) for buffer in model.buffers()} == {torch.float32}
+    with torch.no_grad():
+        assert torch.equal(opened.eval()(IDS).logits, run.eval()(IDS).logits)
+
+
+def test_evaluate_rounds_masters_only_as_it_is_told(trained: Path, tmp_path: Path) -> None:
+    export_model(trained, tmp_path / "export", "float32")
+
+    def loss(source: Path, dtype: Any = None) -> float:
+        return evaluate_source(str(source), str(ENGLISH), "train", 1, None, None, dtype=dtype).loss
+
+    assert loss(tmp_path / "export") == loss(trained, "float32") != loss(trained)
+    assert loss(tmp_path / "export", "bfloat16") == loss(trained)
+    for script, more in (("evaluate.py", ("--data.path", ENGLISH)), ("generate.py", ("--question", "a"))):
+        result = run_script(f"launch/{script}", trained, "--dtype", "float16", *more)
+        assert result.returncode == 0, result.stderr
+
+
+def test_stochastic_rounding_keeps_on_average_what_the_nearest_bfloat16_loses(trained: Path, tmp_path: Path) -> None:
+    for name, rounding in (("near", "nearest"), ("odds", "stochastic"), ("again", "stochastic")):
+        result = run_script("launch/export.py", trained, "--output", tmp_path / name, "--rounding", rounding)
+        assert result.returncode == 0, result.stderr
+    near, odds, again = (load_file(tmp_path / name / "model.safetensors") for name in ("near", "odds", "again"))
+    masters = masters_of(trained / "checkpoints" / "step-00000030")
+    assert all(torch.equal(tensor, again[name]) for name, tensor in odds.items())
+    assert all(torch.equal(tensor, near[name]) for name, tensor in odds.items() if name not in masters)
+    lost = []
+    for name, master in masters.items():
+        below = (master.view(torch.int32) >> 16).to(torch.int16)  # the neighbour nearer to zero
+        away = odds[name].view(torch.int16) - below
+        assert set(away.unique().tolist()) <= {0, 1}
+        assert not away[master == master.bfloat16()].any(), "a weight on the grid moved"
+        lost.append(((odds[name] - master).mean().abs(), (odds[name] - master).abs().mean() / master.numel() ** 0.5))
+    assert all(bias < 5 * noise for bias, noise in lost)
+    assert any(not torch.equal(odds[name], near[name]) for name in masters)
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (("--dtype", "float32"), "--rounding stochastic rounds to bfloat16, and this export is float32"),
+        (("--delta",), "--rounding goes with a whole model; a delta holds the float32 masters"),
+    ],
+)
+def test_stochastic_rounding_is_refused_where_it_would_do_nothing(
+    trained: Path, tmp_path: Path, flags: tuple[str, ...], reason: str
+) -> None:
+    result = run_script("launch/export.py", trained, "--output", tmp_path / "x", "--rounding", "stochastic", *flags)
+    assert (result.returncode, (tmp_path / "x").exists()) == (2, False)
+    assert reason in result.stderr
 
 
 def test_an_earlier_checkpoint_can_be_exported_and_a_missing_one_is_named(trained: Path, tmp_path: Path) -> None:

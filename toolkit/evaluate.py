@@ -22,6 +22,7 @@ from toolkit.data.sources import read_rows
 from toolkit.distributed import World
 from toolkit.errors import DataError
 from toolkit.loss import Forward, supervised_loss
+from toolkit.models.load import Dtype
 from toolkit.out_of_memory import during
 from toolkit.prefix.cached import HiddenStates
 from toolkit.prefix.packing import choose_packing
@@ -86,6 +87,7 @@ def evaluate_source(
     step: int | None,
     base: str | None,
     trust_remote_code: bool = False,
+    dtype: Dtype | None = None,
 ) -> Evaluation:
     """Loss of the model behind ``source`` in this one process.
 
@@ -97,6 +99,7 @@ def evaluate_source(
         step: of a run, the checkpoint; none takes the latest.
         base: where the base model is, if it moved.
         trust_remote_code: run code that ships with the base model, if ``source`` was trained with it.
+        dtype: precision to compute in; none as in ``open_source``.
 
     Raises:
         DataError: no rows are named and ``source`` held none out, or rows are bad.
@@ -104,7 +107,7 @@ def evaluate_source(
     """
     if path is not None:
         read_rows(path, split)  # before a model loads
-    opened = open_source(source, step, base, trust_remote_code)
+    opened = open_source(source, step, base, trust_remote_code, dtype)
     config = opened.config.data
     if path is not None:
         config = config.model_copy(update={"path": path, "split": split, "validation": None})

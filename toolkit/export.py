@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from transformers import PreTrainedModel
 
 from toolkit.config.load import dump
 from toolkit.delta import Delta, save_delta
-from toolkit.errors import CheckpointError
+from toolkit.engine.rounding import stochastic_round
+from toolkit.errors import CheckpointError, UsageError
 from toolkit.mask.apply import trainable_parameters
 from toolkit.mask.audit import audit_markdown
+from toolkit.models.load import Dtype
 from toolkit.source import open_source, read_trained
 
-Dtype = Literal["bfloat16", "float16", "float32"]
+Rounding = Literal["nearest", "stochastic"]
 
 
 def export_model(
@@ -27,6 +30,7 @@ def export_model(
     step: int | None = None,
     base: str | None = None,
     trust_remote_code: bool = False,
+    rounding: Rounding = "nearest",
 ) -> None:
     """Write the whole trained model with tokenizer, chat template and model card, in the form its base came in.
 
@@ -40,21 +44,22 @@ def export_model(
         step: the checkpoint; none takes the latest.
         base: where the base model is, if it moved.
         trust_remote_code: run code that ships with the base model, if ``run`` was trained with it.
+        rounding: of the masters to bfloat16. ``nearest`` gives the weights that trained; ``stochastic`` the upper or
+            lower neighbour, by odds that make it right on average, so that small changes survive in some of the
+            weights (docs/fp32-masters.md). The odds are drawn from a fixed seed.
 
     Raises:
         CheckpointError: ``run`` is no run, ``target`` is in use, or the base model changed.
+        UsageError: ``rounding`` is ``stochastic`` and the weights are not bfloat16.
     """
     _require_run(run)
     _require_empty(target)
-    opened = open_source(str(run), step, base, trust_remote_code)
-    model, delta = opened.loaded.model, opened.delta
+    opened = open_source(str(run), step, base, trust_remote_code, dtype)
+    delta = opened.delta
     assert delta is not None  # the source is a run
-    model.to(getattr(torch, dtype or opened.config.model.dtype))
-    parameters = trainable_parameters(model, delta.mask)
-    with torch.no_grad():
-        for name, tensor in delta.tensors.items():  # from the masters, not from their rounded copies
-            parameters[name].copy_(tensor)
-    model.config.use_cache = True
+    if rounding == "stochastic":
+        _round_stochastically(opened.loaded.model, delta)
+    opened.loaded.model.config.use_cache = True
     staging = target.with_name(f".{target.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)
     opened.loaded.save(staging)
@@ -83,6 +88,18 @@ def export_delta(run: Path, target: Path, dtype: Dtype = "float32", step: int | 
     shutil.rmtree(staging, ignore_errors=True)
     save_delta(Delta(tensors, delta.mask, delta.base), staging)
     _publish(staging, target)
+
+
+def _round_stochastically(model: PreTrainedModel, delta: Delta) -> None:
+    if model.dtype != torch.bfloat16:
+        raise UsageError(
+            f"--rounding stochastic rounds to bfloat16, and this export is {str(model.dtype).removeprefix('torch.')}; "
+            "add --dtype bfloat16, or leave out --rounding"
+        )
+    parameters, generator = trainable_parameters(model, delta.mask), torch.Generator().manual_seed(0)
+    for name, master in sorted(delta.tensors.items()):
+        noise = torch.randint(1 << 16, master.shape, generator=generator, dtype=torch.int32)
+        stochastic_round(master.float().clone(), noise, parameters[name].detach())
 
 
 def _require_run(run: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.checkpoint import manifest
 from toolkit.checkpoint.catalog import find_checkpoint
@@ -18,7 +18,7 @@ from toolkit.errors import CheckpointError, ModelError
 from toolkit.mask.apply import apply_mask, trainable_parameters
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.inspect import inspect
-from toolkit.models.load import LoadedModel, fingerprint, load
+from toolkit.models.load import Dtype, LoadedModel, fingerprint, load, stored_dtype
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,11 @@ class Opened:
 
 
 def open_source(
-    source: str, step: int | None = None, base: str | None = None, trust_remote_code: bool = False
+    source: str,
+    step: int | None = None,
+    base: str | None = None,
+    trust_remote_code: bool = False,
+    dtype: Dtype | None = None,
 ) -> Opened:
     """Load the model behind ``source``.
 
@@ -44,6 +48,8 @@ def open_source(
         step: of a run, the checkpoint to take; none takes the latest.
         base: where the base model of a run or delta is, if it moved.
         trust_remote_code: run code that ships with the base model, if the run or delta was trained with it.
+        dtype: the model's precision, to which masters are rounded; none takes the base's as it was trained, or that in
+            which a model is stored.
 
     Raises:
         CheckpointError: the run has no such checkpoint, it is damaged, or the base model changed.
@@ -53,12 +59,15 @@ def open_source(
     if _is_run(path):
         config = build(read_recipe(path / "config.yaml"), f"recipe {path}/config.yaml")
         delta = read_trained(path, step)
-        return Opened(load_delta(delta, base, trust_remote_code), config, path, delta)
+        return Opened(load_delta(delta, base, trust_remote_code, dtype), config, path, delta)
     if _is_checkpoint(path) or is_delta(path):
         delta = read_trained(path)
-        return Opened(load_delta(delta, base, trust_remote_code), RunConfig(), None, delta)
-    model = ModelConfig(name_or_path=source)
-    return Opened(load_base(model), RunConfig(model=model), None, None)
+        return Opened(load_delta(delta, base, trust_remote_code, dtype), RunConfig(), None, delta)
+    dtype = dtype or stored_dtype(source)
+    model = ModelConfig(name_or_path=source, dtype="bfloat16" if dtype == "bfloat16" else "float32")
+    loaded = load_base(model)
+    _cast(loaded.model, dtype)
+    return Opened(loaded, RunConfig(model=model), None, None)
 
 
 def read_trained(path: Path, step: int | None = None) -> Delta:
@@ -81,13 +90,16 @@ def read_trained(path: Path, step: int | None = None) -> Delta:
     raise CheckpointError(f"{path} is not a run directory, a checkpoint or a delta; expected one of them")
 
 
-def load_delta(delta: Delta, base: str | None = None, trust_remote_code: bool = False) -> LoadedModel:
-    """The base model with the delta's tensors in place, in the base's precision.
+def load_delta(
+    delta: Delta, base: str | None = None, trust_remote_code: bool = False, dtype: Dtype | None = None
+) -> LoadedModel:
+    """The base model with the delta's tensors in place.
 
     Args:
         delta: what was trained.
         base: where the base model is, if no longer where it was trained from.
         trust_remote_code: run the code that ships with the base model, if the delta was trained with it.
+        dtype: precision of the whole; none keeps the base's.
 
     Raises:
         CheckpointError: the base model's weights are not those the delta was trained on.
@@ -100,7 +112,7 @@ def load_delta(delta: Delta, base: str | None = None, trust_remote_code: bool = 
             "whoever wrote them chose that; if you have read that code, pass --trust-remote-code"
         )
     loaded = load_base(config)
-    _lay_on(loaded, delta, config)
+    _lay_on(loaded, delta, config, dtype)
     return loaded
 
 
@@ -132,7 +144,7 @@ def load_base(
 
 
 @torch.no_grad()
-def _lay_on(loaded: LoadedModel, delta: Delta, config: ModelConfig) -> None:
+def _lay_on(loaded: LoadedModel, delta: Delta, config: ModelConfig, dtype: Dtype | None = None) -> None:
     if fingerprint(loaded.model, loaded.on_disk) != delta.base.sha256:
         raise CheckpointError(
             f"these tensors were trained on other weights than {config.name_or_path} holds now as "
@@ -143,10 +155,20 @@ def _lay_on(loaded: LoadedModel, delta: Delta, config: ModelConfig) -> None:
             f"model.delta trained {absent[0]}, which prefix.placement: disk leaves on disk; choose another "
             "prefix.placement, or export the trained model and start from that"
         )
+    if dtype is not None:
+        _cast(loaded.model, dtype)
     apply_mask(loaded.model, delta.mask, loaded.anatomy)
     parameters = trainable_parameters(loaded.model, delta.mask)
     for name, tensor in delta.tensors.items():
         parameters[name].copy_(tensor)
+
+
+def _cast(model: PreTrainedModel, dtype: Dtype) -> None:
+    """Weights alone: buffers, such as rotary frequencies, and weights with a precision of their own keep it."""
+    own = model.dtype
+    for parameter in model.parameters():
+        if parameter.dtype == own:
+            parameter.data = parameter.data.to(getattr(torch, dtype))
 
 
 def _is_checkpoint(path: Path) -> bool:

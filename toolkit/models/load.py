@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.config.schema import ModelConfig
 from toolkit.errors import FrostlineError, ModelError
@@ -27,6 +27,9 @@ from toolkit.models.inspect import inspect
 from toolkit.models.mapped import OnDisk
 from toolkit.models.offload import device_map, quiet_accelerate, take_files
 from toolkit.out_of_memory import is_out_of_memory
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+"""A precision that a model can be stored in."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,23 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def stored_dtype(name: str) -> Dtype:
+    """The precision in which the model of that name is stored, as its config.json says; bfloat16 where it is silent.
+
+    Raises:
+        ModelError: as ``resolve_source``.
+    """
+    try:
+        values, _ = PretrainedConfig.get_config_dict(resolve_source(name))
+    except OSError:
+        values = {}  # ``load`` says what is wrong with it
+    for level in (values, values.get("text_config") or {}):
+        found = str(level.get("dtype") or level.get("torch_dtype")).removeprefix("torch.")
+        if found in ("bfloat16", "float16", "float32"):
+            return cast(Dtype, found)
+    return "bfloat16"
 
 
 def resolve_source(name: str, needs_weights: bool = True) -> str:
