@@ -98,8 +98,9 @@ def _round_stochastically(model: PreTrainedModel, delta: Delta) -> None:
         )
     parameters, generator = trainable_parameters(model, delta.mask), torch.Generator().manual_seed(0)
     for name, master in sorted(delta.tensors.items()):
-        noise = torch.randint(1 << 16, master.shape, generator=generator, dtype=torch.int32)
-        stochastic_round(master.float().clone(), noise, parameters[name].detach())
+        if parameters[name].dtype == torch.bfloat16:  # some models keep a few weights in float32
+            noise = torch.randint(1 << 16, master.shape, generator=generator, dtype=torch.int32)
+            stochastic_round(master.float().clone(), noise, parameters[name].detach())
 
 
 def _require_run(run: Path) -> None:
