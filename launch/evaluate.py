@@ -26,16 +26,7 @@ def main() -> int:
     parser.add_argument("--data.path", dest="path", help="rows to evaluate on; default: what the run held out")
     parser.add_argument("--data.split", dest="split", default="train", help="split of a Hub data set")
     parser.add_argument("--batch-size", type=flags.positive, default=1, help="rows computed at once; default: 1")
-    parser.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float16", "float32"),
-        help="precision to compute in; default: the run's, or that in which a model is stored",
-    )
-    parser.add_argument("--step", type=flags.positive, help="checkpoint of a run; default: the latest")
-    parser.add_argument("--base", help="where the base model is, if it moved since training")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the base model's own code, if it was trained with that"
-    )
+    flags.add_opening(parser)
     arguments = parser.parse_args()
     from toolkit.evaluate import evaluate_source
 

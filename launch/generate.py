@@ -36,16 +36,7 @@ def main() -> int:
     parser.add_argument(
         "--temperature", type=flags.temperature, default=0.0, help="0 is greedy and repeatable; default: 0"
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float16", "float32"),
-        help="precision to compute in; default: the run's, or that in which a model is stored",
-    )
-    parser.add_argument("--step", type=flags.positive, help="checkpoint of a run; default: the latest")
-    parser.add_argument("--base", help="where the base model is, if it moved since training")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the base model's own code, if it was trained with that"
-    )
+    flags.add_opening(parser)
     arguments = parser.parse_args()
     if arguments.context and arguments.input:
         parser.error("--context goes with --question; the rows of --input have contexts of their own")

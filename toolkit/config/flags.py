@@ -108,6 +108,20 @@ def add_resume_override(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_opening(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how a trained model is opened, see ``toolkit.source.open_source``."""
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="precision to compute in; default: the run's, or that in which a model is stored",
+    )
+    parser.add_argument("--step", type=positive, help="checkpoint of a run; default: the latest")
+    parser.add_argument("--base", help="where the base model is, if it moved since training")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the base model's own code, if it was trained with that"
+    )
+
+
 def positive(text: str) -> int:
     """An argparse type: a whole number from 1."""
     if not text.isdecimal() or int(text) < 1:
