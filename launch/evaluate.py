@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("--data.path", dest="path", help="rows to evaluate on; default: what the run held out")
     parser.add_argument("--data.split", dest="split", default="train", help="split of a Hub data set")
     parser.add_argument("--batch-size", type=flags.positive, default=1, help="rows computed at once; default: 1")
-    flags.add_opening(parser)
+    flags.add_opening(parser, "precision to compute in; default: the run's, or that in which a model is stored")
     arguments = parser.parse_args()
     from toolkit.evaluate import evaluate_source
 

@@ -22,21 +22,12 @@ def main() -> int:
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("--output", type=Path, help="target directory; default: RUN/export, or RUN/export-delta")
     parser.add_argument("--delta", action="store_true", help="write the trained tensors alone")
-    parser.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float16", "float32"),
-        help="precision of the weights; default: the run's for a model, float32 for a delta",
-    )
+    flags.add_opening(parser, "precision of the weights; default: the run's for a model, float32 for a delta")
     parser.add_argument(
         "--rounding",
         choices=("nearest", "stochastic"),
         help="of a model to bfloat16: nearest, the default, gives the weights that trained; stochastic keeps what the "
         "float32 masters learned beyond them",
-    )
-    parser.add_argument("--step", type=flags.positive, help="checkpoint to export; default: the latest")
-    parser.add_argument("--base", help="where the base model is, if it moved since training")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the base model's own code, if it was trained with that"
     )
     arguments = parser.parse_args()
     if arguments.delta and arguments.rounding:

@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument(
         "--temperature", type=flags.temperature, default=0.0, help="0 is greedy and repeatable; default: 0"
     )
-    flags.add_opening(parser)
+    flags.add_opening(parser, "precision to compute in; default: the run's, or that in which a model is stored")
     arguments = parser.parse_args()
     if arguments.context and arguments.input:
         parser.error("--context goes with --question; the rows of --input have contexts of their own")

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from toolkit.data.tasks import Sample
 from toolkit.delta import read_delta
-from toolkit.errors import CheckpointError, DataError
+from toolkit.errors import CheckpointError, DataError, ModelError
 from toolkit.evaluate import evaluate_source
 from toolkit.export import export_delta, export_model
 from toolkit.generate import answers
@@ -94,6 +94,13 @@ def test_an_export_is_opened_in_the_precision_it_is_stored_in(trained: Path, tmp
     assert {buffer.dtype for model in (run, opened) for buffer in model.buffers()} == {torch.float32}
     with torch.no_grad():
         assert torch.equal(opened.eval()(IDS).logits, run.eval()(IDS).logits)
+
+
+def test_a_config_of_nonsense_is_an_error_and_no_traceback(trained: Path, tmp_path: Path) -> None:
+    export_model(trained, tmp_path / "export")
+    (tmp_path / "export" / "config.json").write_text('{"model_type": "llama", "text_config": "x"}')
+    with pytest.raises(ModelError, match=r"cannot be loaded|no usable tokenizer"):
+        open_source(str(tmp_path / "export"))
 
 
 def test_evaluate_rounds_masters_only_as_it_is_told(trained: Path, tmp_path: Path) -> None:

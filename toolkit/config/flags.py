@@ -108,13 +108,9 @@ def add_resume_override(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def add_opening(parser: argparse.ArgumentParser) -> None:
+def add_opening(parser: argparse.ArgumentParser, dtype_help: str) -> None:
     """Add the flags that say how a trained model is opened, see ``toolkit.source.open_source``."""
-    parser.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float16", "float32"),
-        help="precision to compute in; default: the run's, or that in which a model is stored",
-    )
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help=dtype_help)
     parser.add_argument("--step", type=positive, help="checkpoint of a run; default: the latest")
     parser.add_argument("--base", help="where the base model is, if it moved since training")
     parser.add_argument(

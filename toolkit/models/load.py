@@ -122,7 +122,8 @@ def stored_dtype(name: str) -> Dtype:
         values, _ = PretrainedConfig.get_config_dict(resolve_source(name))
     except OSError:
         values = {}  # ``load`` says what is wrong with it
-    for level in (values, values.get("text_config") or {}):
+    text = values.get("text_config")
+    for level in (values, text if isinstance(text, dict) else {}):
         found = str(level.get("dtype") or level.get("torch_dtype")).removeprefix("torch.")
         if found in ("bfloat16", "float16", "float32"):
             return cast(Dtype, found)
