@@ -1,18 +1,31 @@
-# make train   set everything up, then run the quickstart
-# make test    set everything up, then run the tests
-# make check   what CI runs beside the tests: format, lint, types
+# make train      set everything up, then run the quickstart
+# make test       set everything up, then run the tests that take less than 10 minutes on 2 cores
+# make test-all   all tests: those, then make test-slow
+# make check      what CI runs beside the tests: format, lint, types
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: train test check clean
+# A file's tests stay in one process, because they share what is slow to make; so many processes, one thread each.
+JOBS   ?= 2
+PYTEST := PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+.PHONY: train test test-slow test-all check clean
 
 train: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" deepspeed launch/train.py --ds ds_configs/zero2.json
 
 test: $(VENV)/.installed
-	PATH="$(abspath $(BIN)):$$PATH" python -m pytest
+	$(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/.installed
+	$(PYTEST) -m slow
+
+# In this order: DeepSpeed's kernel is compiled by the first of them, before tests of the second kill ranks meanwhile.
+test-all:
+	$(MAKE) test
+	$(MAKE) test-slow
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

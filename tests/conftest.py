@@ -13,6 +13,16 @@ from helpers import make_tiny_model
 from toolkit.models.bundled import cache_root
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Starting ranks is slow. The slow files come first, so that the last ones keep all processes busy."""
+    for item in items:
+        if item.get_closest_marker("distributed") and not item.get_closest_marker("first_tier"):
+            item.add_marker(pytest.mark.slow)
+    slow_files = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow_files)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache directory of this session: no test meets another session's activations, or leaves any behind.

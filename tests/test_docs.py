@@ -83,6 +83,14 @@ def test_make_train_runs_exactly_the_readmes_command() -> None:
     assert f"```bash\n{command}\n```" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_two_tiers_run_every_test_once_and_ci_runs_both() -> None:
+    makefile, ci = ((ROOT / name).read_text(encoding="utf-8") for name in ("Makefile", ".ci/run"))
+    tiers = dict(re.findall(r'^(test[\w-]*): .*\n\t\$\(PYTEST\) -m (slow|"not slow")$', makefile, flags=re.M))
+    assert tiers == {"test": '"not slow"', "test-slow": "slow"}
+    assert "\ntest-all:\n\t$(MAKE) test\n\t$(MAKE) test-slow\n" in makefile
+    assert re.findall(r"^make .*", ci, flags=re.M) == ["make test", "make test-slow", "make check"]
+
+
 def test_the_changelog_knows_this_version() -> None:
     assert f"## {toolkit.__version__} " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 

@@ -10,6 +10,7 @@ from helpers import metrics, run_script
 
 @pytest.mark.real_model
 @pytest.mark.distributed
+@pytest.mark.first_tier
 def test_the_quickstart_trains_the_bundled_model_under_zero2(tmp_path: Path) -> None:
     flags = ("--ds", "ds_configs/zero2.json", "--train.max_steps", 2, "--output.dir", tmp_path / "run")
     result = run_script("launch/train.py", *flags, launcher=("deepspeed",))

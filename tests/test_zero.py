@@ -47,7 +47,7 @@ def final_masters(run: Path) -> dict[str, torch.Tensor]:
     return masters_of(run / "checkpoints" / name)
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3])
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.first_tier), 3])
 def on_two_ranks(
     request: pytest.FixtureRequest, tiny_model: Path, alone: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
