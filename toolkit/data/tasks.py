@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import ast
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from toolkit.data.written_list import WrittenListError, read_written
+
 QUESTION, CONTEXTS, ANSWER = "QUESTION", "CONTEXTS", "LONG_ANSWER"
+
+_NOTHING = ("nan", "none", "null", "<na>")
+"""How pandas and others print an empty field."""
 
 
 class RowFaultError(Exception):
@@ -32,7 +35,8 @@ class Sample:
 def pubmedqa(values: Any, with_answer: bool = True) -> Sample:
     """A row in PubMedQA's columns (Jin et al. 2019, arXiv 1909.06146): QUESTION, CONTEXTS, LONG_ANSWER.
 
-    CONTEXTS is a list of strings, or one string; a string that holds a list (as CSV exports do) is read as that list.
+    CONTEXTS is a list of strings, one string, or an object with that list as ``contexts``; a string into which a list
+    or object was printed, as tables have it, is read as that (``toolkit.data.written_list``).
 
     Raises:
         RowFaultError: a column is missing, null, empty, or of the wrong type.
@@ -65,23 +69,32 @@ def _string(values: Mapping[str, Any], name: str) -> str:
 
 def _contexts(value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
-        value = _list_in_string(value)
+        value = _from_text(value)
+    if isinstance(value, Mapping):  # as in qiaojin/PubMedQA, where lists of labels and headings stand beside it
+        found = [part for key, part in value.items() if str(key).lower() == CONTEXTS.lower()]
+        if len(found) != 1:
+            raise RowFaultError(
+                f"has in {CONTEXTS} an object with {', '.join(map(str, value)) or 'nothing'}; expected text, a list of "
+                f"texts, or an object with such a list as {CONTEXTS.lower()}"
+            )
+        value = found[0]
     if not isinstance(value, Sequence) or not all(isinstance(part, str) for part in value):
         kinds = sorted({type(part).__name__ for part in value}) if isinstance(value, Sequence) else type(value).__name__
         raise RowFaultError(f"has {kinds} in {CONTEXTS}; expected text or a list of texts")
-    return tuple(part.strip() for part in value if part.strip())
+    parts = [value] if isinstance(value, str) else value
+    return tuple(part.strip() for part in parts if part.strip())
 
 
-def _list_in_string(text: str) -> Sequence[Any]:
-    if text.lstrip().startswith("["):
-        for parse in (json.loads, ast.literal_eval):
-            try:
-                value = parse(text)
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                continue
-            if isinstance(value, list):
-                return value
-    return [text]
+def _from_text(text: str) -> Any:
+    """What a table's field stands for: a list that was printed into it, nothing, or the text itself."""
+    if text.strip().lower() in _NOTHING:
+        return ()
+    try:
+        return read_written(text)
+    except WrittenListError as fault:
+        raise RowFaultError(
+            f"has in {CONTEXTS} a printed list that {fault}; save the rows as JSON lines or Parquet, which keep lists"
+        ) from None
 
 
 TASKS = {"pubmedqa": pubmedqa}

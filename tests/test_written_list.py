@@ -1,0 +1,157 @@
+"""Lists that were printed into a table's field come back text by text, or the row says why they cannot."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from toolkit.data.sources import read_rows
+from toolkit.data.tasks import RowFaultError, pubmedqa
+from toolkit.data.written_list import WrittenListError, read_written
+
+
+def as_array(texts: list[str]) -> Any:
+    array = numpy.empty(len(texts), dtype=object)
+    array[:] = texts
+    return array
+
+
+FORMS: dict[str, Callable[[list[str]], str]] = {
+    "python": str,
+    "tuple": lambda texts: str(tuple(texts)),
+    "json": lambda texts: json.dumps(texts),
+    "json in unicode": lambda texts: json.dumps(texts, ensure_ascii=False, indent=1),
+    "numpy": lambda texts: str(as_array(texts)),
+    "numpy of strings": lambda texts: f"[{', '.join(f'np.str_({text!r})' for text in texts)}]",
+    "array": lambda texts: repr(as_array(texts)),
+    "dict": lambda texts: str({"contexts": texts, "labels": ["A"]}),
+    "dict of arrays": lambda texts: str({"contexts": as_array(texts), "labels": as_array(["A"])}),
+}
+TEXT = st.text(
+    st.sampled_from("'\"\\[](){},:; \n\tabn…가😀\x00") | st.characters(exclude_categories=["Cs"]), max_size=12
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(texts=st.lists(TEXT, max_size=6), form=st.sampled_from(sorted(FORMS)))
+def test_what_was_printed_is_read_back_exactly(texts: list[str], form: str) -> None:
+    table = io.StringIO(newline="")
+    csv.writer(table).writerow([FORMS[form](texts)])
+    ((field,),) = csv.reader(io.StringIO(table.getvalue(), newline=""), strict=True)
+    found = read_written(field)
+    assert (found["contexts"] if isinstance(found, dict) else found) == texts
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    texts=st.lists(TEXT, min_size=2, max_size=5), cut=st.integers(1, 10_000), form=st.sampled_from(["python", "numpy"])
+)
+def test_a_list_that_was_cut_off_is_never_a_shorter_one(texts: list[str], cut: int, form: str) -> None:
+    whole = FORMS[form](texts)
+    shorter = whole[: 1 + cut % (len(whole) - 1)]
+    try:
+        found = read_written(shorter)
+    except WrittenListError:
+        return
+    assert found == shorter
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1] Fever is common.",
+        "[BACKGROUND] One. [CONCLUSION] Two.",
+        "['Tis the season] for colds, isn't it",
+        '["Aspirin" was given] and it helped',
+        '["Aspirin" versus "placebo" in colds]',
+        '["Aspirin" versus "placebo"]',
+        '("quoted") words (in brackets)',
+        "('one')",
+        "{x in R} is 'open'",
+        "['a'] is a list of one",
+        "a; b",
+    ],
+)
+def test_prose_that_begins_like_a_list_stays_text(text: str) -> None:
+    assert read_written(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("['a' 'b' ... 'y' 'z']", "was shortened with … when it was printed"),
+        ("['a' 'b', 'c']", "separates some texts by commas and others by blanks"),
+        ("['a''b']", "quotes are not escaped"),
+        ("('a' 'b')", "one text to Python"),
+        ("['don't', 'b']", "quotes are not escaped"),
+        ('[\n  "a "q" z",\n  "b"\n]', "quotes are not escaped"),
+        ("{'a', 'b'}", "is a set"),
+        ('{"a b",c}', "is a set"),
+        ("['x, y', z]", "has 'z' where a text is expected"),
+        ("[b'a', b'b']", "holds bytes"),
+        ("['\\alpha', 'b']", r"has \\a in a text"),
+        ("Index(['a', 'b'], dtype='str')", "is printed as Index"),
+        ("<ArrowStringArray>\n['a', 'b']\nLength: 2, dtype: str", "where a text is expected"),
+        ("['a', 'b'] and more", "is followed by 'and more'"),
+        ("['a', 'b", "was cut off"),
+        ("['only one, and lo", "was cut off"),
+        ("[" * 12 + "'a'" + "]" * 12, "is nested more than 8 times"),
+    ],
+)
+def test_a_list_that_cannot_be_read_back_is_a_bad_row_with_the_reason(text: str, reason: str) -> None:
+    with pytest.raises(WrittenListError, match=reason):
+        read_written(text)
+    with pytest.raises(RowFaultError, match=r"a printed list that .*; save the rows as JSON lines or Parquet"):
+        pubmedqa({"QUESTION": "q", "CONTEXTS": text, "LONG_ANSWER": "a"})
+
+
+@pytest.mark.parametrize(
+    ("value", "contexts"),
+    [
+        ("['a' 'b']", ("a", "b")),
+        ("[u'a', u'b']", ("a", "b")),
+        ("nan", ()),
+        ("None", ()),
+        ("", ()),
+        ("[]", ()),
+        ("array([], dtype=object)", ()),
+        ({"contexts": ["a", "b"], "labels": ["L"]}, ("a", "b")),
+    ],
+)
+def test_contexts_are_what_the_field_holds(value: Any, contexts: tuple[str, ...]) -> None:
+    assert pubmedqa({"QUESTION": "q", "CONTEXTS": value, "LONG_ANSWER": "a"}).contexts == contexts
+
+
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [
+        ("[array(['a', 'b'], dtype=object)]", r"has \['list'\] in CONTEXTS"),
+        ("['a' nan]", r"has \['float', 'str'\] in CONTEXTS"),
+        ("{'labels': ['a']}", "an object with labels; expected text, a list of texts, or an object with"),
+        ({"labels": ["a"]}, "an object with labels"),
+    ],
+)
+def test_other_contents_are_named(value: Any, fault: str) -> None:
+    with pytest.raises(RowFaultError, match=fault):
+        pubmedqa({"QUESTION": "q", "CONTEXTS": value, "LONG_ANSWER": "a"})
+
+
+def test_a_table_that_datasets_wrote_keeps_every_context_apart(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    rows = [
+        {"QUESTION": f"q{n}", "CONTEXTS": [f'It\'s "{n}", said one. ' * 9, "x" * n, "둘째\n줄"], "LONG_ANSWER": "a"}
+        for n in range(1, 20)
+    ]
+    Dataset.from_list(rows).to_csv(tmp_path / "rows.csv")
+    found = [pubmedqa(row.values).contexts for row in read_rows(str(tmp_path / "rows.csv"))]
+    assert found == [tuple(text.strip() for text in row["CONTEXTS"]) for row in rows]
