@@ -13,7 +13,12 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout, installed or not
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # runs from a checkout, installed or not
+
+from toolkit.environment import require_packages
+
+require_packages(ROOT)
 
 from toolkit.cli import run_command
 from toolkit.config import flags

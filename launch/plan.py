@@ -18,8 +18,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a checkout, installed or not
 
-from toolkit.cli import leave, run_command  # noqa: E402
-from toolkit.config import flags  # noqa: E402
+from toolkit.environment import require_packages
+
+require_packages(ROOT)
+
+from toolkit.cli import leave, run_command
+from toolkit.config import flags
 
 
 def main() -> int:

@@ -19,12 +19,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a checkout, installed or not
 
-from toolkit.cli import run_command  # noqa: E402
-from toolkit.config import flags  # noqa: E402
-from toolkit.errors import CheckpointError, ConfigError, SlurmError  # noqa: E402
-from toolkit.slurm import cluster, submit  # noqa: E402
-from toolkit.slurm.request import Request, add_flags, read_request  # noqa: E402
-from toolkit.slurm.script import Job, render  # noqa: E402
+from toolkit.environment import require_packages
+
+require_packages(ROOT)
+
+from toolkit.cli import run_command
+from toolkit.config import flags
+from toolkit.errors import CheckpointError, ConfigError, SlurmError
+from toolkit.slurm import cluster, submit
+from toolkit.slurm.request import Request, add_flags, read_request
+from toolkit.slurm.script import Job, render
 
 
 def main() -> int:

@@ -9,7 +9,7 @@ import pytest
 from helpers import ROOT
 
 LAYERS = [
-    {"errors"},
+    {"environment", "errors"},
     {"files", "heap", "lock", "out_of_memory", "redact", "stop"},
     {"config", "distributed", "peers"},
     {"consistency", "slurm"},
