@@ -1,3 +1,4 @@
+import re
 import sys
 from pathlib import Path
 
@@ -5,8 +6,9 @@ import pytest
 import yaml
 from helpers import QUICKSTART, ROOT, invocation, run_script
 
-from toolkit.config.load import build, dump, field_paths, read_recipe
-from toolkit.config.schema import RunConfig
+from toolkit.config.load import build, did_you_mean, dump, field_paths, read_recipe
+from toolkit.config.peer_keys import OTHERWISE, SAME
+from toolkit.config.schema import MaskGroup, RunConfig
 from toolkit.errors import ConfigError
 
 
@@ -62,6 +64,58 @@ def test_all_faults_are_reported_at_once_with_value_expectation_and_nearest_name
 
 def test_a_bare_key_is_led_to_its_section() -> None:
     assert faults_of({"learning_rate": 1e-4}) == ["learning_rate: unknown key (did you mean train.learning_rate?)"]
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("train.lr", "did you mean train.learning_rate?"),
+        ("lr", "did you mean train.learning_rate?"),
+        ("optimizer.lr", "did you mean train.learning_rate?"),
+        ("training.num_train_epochs", "did you mean train.epochs?"),
+        ("per-device-train-batch-size", "did you mean train.micro_batch_size?"),
+        ("num_train_epoch", "did you mean train.epochs?"),
+        ("train.learning-rate", "did you mean train.learning_rate?"),
+        ("trian.learning_rate", "did you mean train.learning_rate?"),
+        ("model", "did you mean model.name_or_path?"),
+        ("mask.train.0.wd", "did you mean mask.train.0.weight_decay?"),
+        ("train.warmup_steps", "warmup is a share of all steps: train.warmup_ratio"),
+        ("lora_r", "adapters (LoRA and its kin) are not in this version: mask.train trains whole tensors"),
+        ("lora.r", "adapters (LoRA and its kin) are not in this version: mask.train trains whole tensors"),
+        ("train.nonsense", ""),
+    ],
+)
+def test_an_unknown_key_is_led_to_ours_by_what_others_call_it_and_by_its_leaf(written: str, meant: str) -> None:
+    group = [f"mask.train.0.{key}" for key in MaskGroup.model_fields]
+    said = did_you_mean(written, group if written.startswith("mask") else field_paths())
+    assert said == (f" ({meant})" if meant else "")
+
+
+def test_flags_and_recipes_know_what_others_call_a_key(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("train: {num_train_epochs: 2}\nmask: {train: [{select: head, lr: 1e-4}]}\nbf16: true\n")
+    with pytest.raises(ConfigError) as error:
+        invocation("--config", str(recipe), "--lr", "1e-4")
+    assert error.value.faults == [
+        "--lr: unknown flag (did you mean train.learning_rate?)",
+        "mask.train.0.lr: unknown key (did you mean mask.train.0.learning_rate?)",
+        "train.num_train_epochs: unknown key (did you mean train.epochs?)",
+        "bf16: unknown key (model.dtype is bfloat16, the default, or float32)",
+    ]
+
+
+def test_every_key_that_other_names_lead_to_exists() -> None:
+    sections = "|".join(RunConfig.model_fields)
+    named = {key for text in OTHERWISE.values() for key in re.findall(rf"(?<![\w-])(?:{sections})\.[a-z_]+", text)}
+    assert len(named) > 15
+    assert {*SAME.values(), *named} <= set(field_paths())
+    assert not set(SAME) & set(OTHERWISE)
+    pages = {page for text in OTHERWISE.values() for page in re.findall(r"\b(?:docs|ds_configs|launch)/[\w.-]+", text)}
+    assert all((ROOT / page).is_file() for page in pages)
+
+
+def test_a_section_that_is_no_mapping_names_a_key_of_it() -> None:
+    assert faults_of({"optim": "adamw_torch"}) == ["optim is 'adamw_torch'; expected keys under it, such as optim.name"]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from toolkit.config.schema import MaskPhase, RunConfig, Section
+from toolkit.config import peer_keys
+from toolkit.config.schema import MaskGroup, MaskPhase, RunConfig, Section
 from toolkit.errors import ConfigError
 from toolkit.redact import find_secret
 
@@ -32,17 +33,36 @@ def field_paths(section: type[Section] = RunConfig, prefix: str = "") -> dict[st
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`` (did you mean X?)`` for the nearest known name, or an empty string.
+    """What was meant by an unknown key, as the rest of a sentence: the known one, or what there is in its place.
 
-    A bare key finds its section: ``learning_rate`` and ``learnin_rate`` both suggest ``train.learning_rate``.
+    A key finds its section (``learnin_rate`` suggests ``train.learning_rate``), and so does what other trainers call
+    it, see ``toolkit.config.peer_keys``. The leaf decides: many keys share a section, which says little.
+
+    Args:
+        name: the unknown key, or a flag without its dashes.
+        known: keys that would be right there.
     """
-    if "." not in name and (section := difflib.get_close_matches(name, RunConfig.model_fields, n=1)):
-        return f" (did you mean {section[0]}?)"
-    by_leaf = {path.rsplit(".", 1)[-1]: path for path in known}
-    candidates = {**by_leaf, **{path: path for path in by_leaf.values()}}
-    for query in (name, name.rsplit(".", 1)[-1]):
-        if close := difflib.get_close_matches(query, candidates, n=1, cutoff=0.6):
-            return f" (did you mean {candidates[close[0]]}?)"
+    name = name.lower().replace("-", "_")
+    section, _, leaf = name.rpartition(".")
+    paths = {path.rsplit(".", 1)[-1]: path for path in known}
+
+    def told(key: str) -> str:
+        return f" (did you mean {key}?)"
+
+    if leaf in paths:
+        return told(paths[leaf])
+    if leaf in peer_keys.SAME:
+        ours = peer_keys.SAME[leaf]
+        return told(paths.get(ours.rsplit(".", 1)[-1], ours))
+    for word in (leaf, section):
+        if word in peer_keys.OTHERWISE:
+            return f" ({peer_keys.OTHERWISE[word]})"
+    if not section and (near := difflib.get_close_matches(name, RunConfig.model_fields, n=1)):
+        return told(near[0])
+    if near := difflib.get_close_matches(leaf, paths, n=3):
+        return told(next((paths[one] for one in near if paths[one].startswith(f"{section}.")), paths[near[0]]))
+    if near := difflib.get_close_matches(leaf, peer_keys.SAME, n=1, cutoff=0.8):
+        return told(peer_keys.SAME[near[0]])
     return ""
 
 
@@ -119,25 +139,34 @@ def build(values: Mapping[str, Any], source: str, faults: Iterable[str] = ()) ->
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        found += [_explain(fault) for fault in error.errors()]
+        found += [_explain(fault) for fault in error.errors() if not _is_explained_otherwise(fault)]
     if found or config is None:
         raise ConfigError(list(dict.fromkeys(found)), source)
     return config
 
 
 def _explain(fault: Any) -> str:
-    parts = [
-        str(part) for part in fault["loc"] if not str(part).startswith(("function-", "float", "str", "constrained"))
-    ]
+    branches = ("function-", "float", "str", "constrained", MaskGroup.__name__)
+    parts = [str(part) for part in fault["loc"] if not str(part).startswith(branches)]
     where = ".".join(parts)
     if fault["type"] == "extra_forbidden":
-        phase = ".".join(parts[:3]) if parts[:2] == ["mask", "schedule"] else None
-        known: Iterable[str] = [f"{phase}.{key}" for key in MaskPhase.model_fields] if phase else field_paths()
+        known = list(field_paths())
+        for section in (MaskPhase, MaskGroup):  # of which a recipe may hold several
+            if section.__name__ in fault["loc"] or (section is MaskPhase and parts[:2] == ["mask", "schedule"]):
+                known = [".".join([*parts[:-1], key]) for key in section.model_fields]
         return f"{where}: unknown key{did_you_mean(where, known)}"
+    if fault["type"] == "model_type" and where in RunConfig.model_fields:
+        first = next(path for path in field_paths() if path.startswith(f"{where}."))
+        return f"{where} is {_SHORT.repr(fault['input'])}; expected keys under it, such as {first}"
     message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if fault["type"] == "value_error":
         return f"{where}: {message}"
     return f"{where} is {_SHORT.repr(fault['input'])}; expected {message}"
+
+
+def _is_explained_otherwise(fault: Any) -> bool:
+    """True for a group of ``mask.train`` read as a selector; what is wrong with the group is a fault of its own."""
+    return fault["loc"][0] == "mask" and fault["loc"][-1] == "str" and isinstance(fault["input"], dict)
 
 
 def save(config: RunConfig, path: Path) -> None:
