@@ -2,8 +2,8 @@
 
 transformers' own way to keep packed samples apart under ``sdpa`` is a dense mask over the whole row, so a row of T
 tokens costs T² however short its samples are. This attention cuts the row at the samples' ends and calls the same
-kernel on each piece, T_1² + T_2² + …, with the causal fast path. Without ``sample_lengths`` it is transformers'
-``sdpa``.
+kernel on each piece, T_1² + T_2² + …, with the causal fast path. Without ``sample_lengths``, as in generation with a
+cache of any kind, it is transformers' ``sdpa`` with its mask.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ def varlen_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each sample of a packed row.
+    """Causal attention inside each sample of a packed row; transformers' ``sdpa`` for everything else.
 
     Args:
         module: the attention layer; says how many query heads share a key.
-        query: [1, heads, T, size].
-        key: [1, key heads, T, size].
-        value: [1, key heads, T, size].
-        attention_mask: of a padded batch, and then all there is to it; none for rows without padding.
-        sample_lengths: of the samples, which add up to T; none where each row is one sample.
+        query: [1, heads, T, size] of a packed row.
+        key: [1, key heads, T, size] of a packed row; longer than the query where a cache holds what came before.
+        value: as ``key``.
+        attention_mask: [.., 1, T, keys], true or 0 where a token is seen; of a packed row, each sample's own part.
+        sample_lengths: of the samples, which add up to T; none where rows are not packed.
         sliding_window: a token sees so many tokens, itself included; none is all before it.
         kwargs: scaling, dropout and what else a model gives its attention.
 
@@ -48,18 +48,18 @@ def varlen_attention(
     Raises:
         ValueError: the model adds a bias of its own to the scores, which would have to be cut as well.
     """
-    if attention_mask is not None:
-        output, _ = sdpa(module, query, key, value, attention_mask, **kwargs)
-        return output, None
+    if sample_lengths is None:
+        return sdpa(module, query, key, value, attention_mask, sliding_window=sliding_window, **kwargs)
     if kwargs.get("position_bias") is not None:
         raise ValueError("attention with a position bias cannot run sample by sample")
-    lengths = list(sample_lengths or (query.shape[2],))
-    pieces = zip(*(torch.split(states, lengths, dim=2) for states in (query, key, value)), strict=True)
-    outputs = []
-    for (one, its_key, its_value), length in zip(pieces, lengths, strict=True):
-        window = _window(length, sliding_window, query.device)
-        output, _ = sdpa(module, one, its_key, its_value, window, **kwargs)
-        outputs.append(output)
+    outputs, start = [], 0
+    for length in sample_lengths:
+        own = slice(start, start := start + length)
+        if attention_mask is None:
+            mask = _window(length, sliding_window, query.device)
+        else:  # of a model that does not tell transformers the positions
+            mask = attention_mask[..., own, own]
+        outputs.append(sdpa(module, *(states[:, :, own] for states in (query, key, value)), mask, **kwargs)[0])
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), None
 
 
@@ -71,11 +71,30 @@ def _window(length: int, size: int | None, device: torch.device) -> torch.Tensor
     return ((distance >= 0) & (distance < size))[None, None]
 
 
-def _mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
-    """A dense mask for padded batches alone."""
-    if attention_mask is None:
+def _mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    attention_mask: torch.Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """Transformers' mask for ``sdpa``, but none where all there is to mask is samples that share a row.
+
+    transformers finds packed rows by their positions, and only where there is neither padding nor a cache; it then
+    forbids the causal fast path. A model that forbids it for a pattern of its own gives that as a function to map.
+    """
+    if attention_mask is None and not allow_is_causal_skip and not use_vmap and q_length == kv_length > 1:
         return None
-    mask: torch.Tensor | None = sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+    mask: torch.Tensor | None = sdpa_mask(
+        q_length=q_length,
+        kv_length=kv_length,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip,
+        use_vmap=use_vmap,
+        **kwargs,
+    )
     return mask
 
 
