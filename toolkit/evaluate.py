@@ -17,6 +17,7 @@ from toolkit.checkpoint.state import read_state
 from toolkit.data.batches import BatchPlan, collate, step_batches
 from toolkit.data.dataset import Dataset, load_dataset
 from toolkit.data.examples import Example
+from toolkit.data.fit import check_fit, padding_id
 from toolkit.data.prefetch import Prefetcher, on_device
 from toolkit.data.sources import read_rows
 from toolkit.distributed import World
@@ -117,10 +118,11 @@ def evaluate_source(
     if path is None and opened.run is not None:
         _require_same_rows(dataset, opened.run, step)
     examples = dataset.train if path is not None else dataset.validation
+    check_fit(examples, opened.loaded.model, "name rows that fit, or shorten these")
     world = World()
     model = opened.loaded.model.to(world.device).eval()
     suffix = Suffix(model, opened.loaded.anatomy, boundary=None)
-    pad_id = int(opened.loaded.tokenizer.pad_token_id)
+    pad_id = padding_id(opened.loaded.tokenizer, model)
     suffix.settle(None, collate([min(examples, key=lambda example: len(example.token_ids))], pad_id).to(world.device))
     packing = choose_packing(config.packing, batch_size, None, suffix, examples, world.device)
     log.info("packing: %s", packing.reason)

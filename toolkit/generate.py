@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -9,9 +10,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.data.examples import Encoder
+from toolkit.data.fit import padding_id, room_for_answer
 from toolkit.data.tasks import RowFaultError, Sample
 from toolkit.errors import DataError
 from toolkit.models.load import LoadedModel
+
+log = logging.getLogger("frostline")
 
 
 def answers(
@@ -31,14 +35,19 @@ def answers(
         temperature: 0 takes the most likely token each time; above 0 samples.
 
     Raises:
-        DataError: a question alone is longer than ``max_length``.
+        DataError: a question alone is longer than ``max_length``, or a prompt than the model's positions.
+        ModelError: the tokenizer belongs to another model.
     """
-    encoder = Encoder(loaded.tokenizer, max_length)
+    encoder, cut_short = Encoder(loaded.tokenizer, max_length), False
     for sample in samples:
         try:
             prompt = encoder.prompt_ids(sample)
+            room = room_for_answer(prompt, loaded.model, max_new_tokens)
         except RowFaultError as fault:
             raise DataError(f"question {sample.question[:60]!r} {fault}") from None
+        if room < max_new_tokens and not cut_short:
+            cut_short = True
+            log.info("answers end where the model's %d positions do", len(prompt) + room)
         yield complete(loaded.model.eval(), loaded.tokenizer, prompt, encoder.stop_ids(), max_new_tokens, temperature)
 
 
@@ -71,9 +80,9 @@ def complete(
     output = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=room_for_answer(prompt, model, max_new_tokens),
         eos_token_id=list(stop_ids),
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=padding_id(tokenizer, model),
         use_cache=True,
         **sampling,
     )

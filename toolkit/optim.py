@@ -64,6 +64,15 @@ def warmup_steps(train: TrainConfig, total_steps: int) -> int:
     return math.ceil(train.warmup_ratio * total_steps)
 
 
+def learns_nothing(train: TrainConfig, total_steps: int) -> bool:
+    """True if the schedule's rate is 0 at every one of a run's steps; a warmup's first step has rate 0."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    scheduler = build_scheduler(optimizer, train, total_steps)
+    assert isinstance(scheduler, LambdaLR)
+    (rule,) = scheduler.lr_lambdas
+    return not any(rule(step) for step in range(total_steps))
+
+
 def build_scheduler(optimizer: torch.optim.Optimizer, train: TrainConfig, total_steps: int) -> LRScheduler:
     """Linear warmup from 0, then the recipe's course to the end of ``total_steps``."""
     scheduler: LRScheduler = get_scheduler(

@@ -14,6 +14,7 @@ from toolkit.config.schema import RunConfig
 from toolkit.data.batches import collate
 from toolkit.data.dataset import load_dataset
 from toolkit.data.examples import Example
+from toolkit.data.fit import check_fit, padding_id
 from toolkit.distributed import World
 from toolkit.errors import ConfigError
 from toolkit.loss import supervised_loss
@@ -137,7 +138,8 @@ def gradient_scores(loaded: LoadedModel, examples: Sequence[Example]) -> list[fl
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in blocks)
     suffix = Suffix(model, loaded.anatomy, boundary=None)
-    pad_id = int(loaded.tokenizer.pad_token_id)
+    check_fit(examples, model)
+    pad_id = padding_id(loaded.tokenizer, model)
     scores = [0.0] * loaded.anatomy.block_count
     suffix.settle(None, collate([min(examples, key=lambda example: len(example.token_ids))], pad_id).to(device))
     for example in examples:

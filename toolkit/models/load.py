@@ -26,6 +26,7 @@ from toolkit.models.form import Form, TransformersForm
 from toolkit.models.inspect import inspect
 from toolkit.models.mapped import OnDisk
 from toolkit.models.offload import device_map, quiet_accelerate, take_files
+from toolkit.models.quirks import turn_off_layerdrop
 from toolkit.out_of_memory import is_out_of_memory
 
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -86,6 +87,7 @@ def load(
             f"{source} holds quantised weights ({not_float[0]} and {len(not_float) - 1} more); "
             "expected floating point weights: name the unquantised model"
         )
+    turn_off_layerdrop(model)
     model.config.use_cache = False  # a key-value cache serves generation, not training
     return LoadedModel(model, tokenizer, anatomy or inspect(model), form, on_disk)
 

@@ -152,9 +152,8 @@ class Planner:
         """
         held = self.memory(variant)
         halves = self._split(variant.selectors, variant.packed)
-        fewer = replace(variant, supervised=variant.supervised // 8 or 2)
-        plain = [self._rehearse(replace(shape, recompute=False)) for shape in (variant, fewer)]
-        checkpointed = [self._rehearse(shape) for shape in (variant, fewer)] if variant.recompute else None
+        plain = self._rehearse_twice(replace(variant, recompute=False))
+        checkpointed = self._rehearse_twice(variant) if variant.recompute else None
         return Plan(
             model=self.config.model.name_or_path, source=self.skeleton.note, mask=halves.mask,
             audit=tuple(audit(halves.mask, self.skeleton.anatomy)),
@@ -196,8 +195,16 @@ class Planner:
             self._halves[key] = halve(self.skeleton, mask, boundary, packed, self.short_cuts)
         return self._halves[key]
 
-    def _rehearse(self, variant: Variant) -> Rehearsal:
+    def _rehearse_twice(self, variant: Variant) -> list[Rehearsal]:
+        """With different numbers of supervised positions, so that the work at each of them shows."""
+        supervised = _shape(variant, self.load).supervised
+        other = supervised // 8 if supervised >= 8 else supervised + 1
+        return [self._rehearse(variant), self._rehearse(variant, other)]
+
+    def _rehearse(self, variant: Variant, supervised: int | None = None) -> Rehearsal:
+        """A micro batch of ``variant``, with ``supervised`` positions in all where that is given."""
         shape = _shape(variant, self.load)
+        shape = shape if supervised is None else replace(shape, supervised=supervised)
         key = (repr(variant.selectors), variant.recompute, variant.packed, shape)
         if key not in self._rehearsals:
             halves = self._split(variant.selectors, variant.packed)
@@ -212,7 +219,7 @@ class Planner:
                     ) from None
                 selected = repr((variant.selectors, variant.packed))
                 self._halves[selected] = halve(self.skeleton, halves.mask, None, variant.packed, self.short_cuts)
-                return self._rehearse(variant)
+                return self._rehearse(variant, supervised)
         return self._rehearsals[key]
 
 

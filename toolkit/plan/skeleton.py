@@ -18,6 +18,7 @@ from toolkit.models.form import refuse_kernels
 from toolkit.models.inspect import inspect
 from toolkit.models.load import LoadedModel, resolve_source
 from toolkit.models.mapped import read_header
+from toolkit.models.quirks import turn_off_layerdrop
 from toolkit.out_of_memory import is_out_of_memory
 
 LOOKED_AT_CONTENT = (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError)
@@ -64,6 +65,7 @@ def skeleton(config: ModelConfig) -> Skeleton:
         if isinstance(error, FrostlineError) or is_out_of_memory(error):
             raise
         raise _cannot_build(source, error) from None
+    turn_off_layerdrop(model)
     model.config.use_cache = False
     anatomy = inspect(model)
     try:
@@ -87,6 +89,7 @@ def skeleton_of(loaded: LoadedModel) -> Skeleton:
             bare = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
     except LOOKED_AT_CONTENT as error:
         raise _cannot_build(type(model).__name__, error) from None
+    turn_off_layerdrop(bare)
     return Skeleton(bare, loaded.anatomy, "the loaded model")
 
 

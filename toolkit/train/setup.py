@@ -16,6 +16,7 @@ from toolkit.config.flags import Invocation
 from toolkit.config.schema import RunConfig
 from toolkit.data.batches import BatchPlan, collate
 from toolkit.data.dataset import Dataset, load_dataset
+from toolkit.data.fit import check_fit, padding_id
 from toolkit.delta import Base
 from toolkit.distributed import World
 from toolkit.engine.base import Engine
@@ -29,6 +30,7 @@ from toolkit.mask.layer_mask import LayerMask
 from toolkit.mask.schedule import Phase, Schedule, build_schedule
 from toolkit.models.load import LoadedModel, fingerprint, load_tokenizer
 from toolkit.models.products import float32_is_faster, use_float32_gradients
+from toolkit.models.quirks import training_notes
 from toolkit.plan.engines import EngineSpec, engine_spec
 from toolkit.plan.load import load_of
 from toolkit.plan.phases import phase_planners, whole_plan
@@ -41,8 +43,8 @@ from toolkit.prefix.split import Prefix, Suffix
 from toolkit.prefix.whole import Whole
 from toolkit.preflight import check_config
 from toolkit.train.cut import Job, cut, effective, load_for, refuse_with_schedule
-from toolkit.train.fit import check_fit
 from toolkit.train.identity import fingerprints
+from toolkit.train.idle import idle_settings
 
 log = logging.getLogger("frostline")
 
@@ -75,6 +77,8 @@ class Setup:
     schedule: Schedule
     base: Base
     tokenizer: PreTrainedTokenizerBase
+    pad_id: int
+    """What rows are padded with."""
     loaded: LoadedModel | None
     """The whole model, for the phases to come; none in the last one."""
     fingerprints: dict[str, str]
@@ -97,11 +101,6 @@ class Setup:
     def packed(self) -> bool:
         """Micro batches are packed."""
         return self.packing is not None and self.packing.on
-
-    @property
-    def pad_id(self) -> int:
-        """What rows are padded with."""
-        return int(self.tokenizer.pad_token_id)
 
     @property
     def mask(self) -> LayerMask:
@@ -163,10 +162,12 @@ def prepare(invocation: Invocation, world: World, state: State | None = None) ->
     )
     total_steps = state.steps_in_all(config, world.size) if state else plan.steps(train.epochs, train.max_steps)
     refuse_with_schedule(config, world.device)
-    if config.optim.name == "paged_adamw_8bit" and world.device.type == "cpu":
-        log.info("optim.name: paged_adamw_8bit pages nothing here and is adamw_8bit: the run computes on the CPU")
+    for warning in idle_settings(config, total_steps, world.device):
+        log.warning("%s", warning)
     loaded = load_for(config, tokenizer)
-    check_fit(dataset, loaded)
+    check_fit((*dataset.train, *dataset.validation), loaded.model)
+    for note in training_notes(loaded.model.config):
+        log.info("%s", note)
     stop.pause(world)
     if world.share(float32_is_faster(loaded.model.dtype, world.device) if world.is_main else None):
         use_float32_gradients(loaded.model)
@@ -180,8 +181,8 @@ def prepare(invocation: Invocation, world: World, state: State | None = None) ->
         refuse_what_cannot_move(resolved, config.mask, invocation.deepspeed)
     setup = Setup(
         config=config, world=world, dataset=dataset, plan=plan, total_steps=total_steps, schedule=schedule, base=base,
-        tokenizer=tokenizer, loaded=loaded, fingerprints=fingerprints(dataset, tokenizer, base, schedule),
-        ds_config=resolved, planners=planners,
+        tokenizer=tokenizer, pad_id=padding_id(tokenizer, loaded.model), loaded=loaded,
+        fingerprints=fingerprints(dataset, tokenizer, base, schedule), ds_config=resolved, planners=planners,
     )  # fmt: skip
     del loaded  # ``begin`` lets go of it in the last phase
     setup.costs = [_decide_recompute(setup, phase)[2] for phase in schedule.phases]

@@ -1,0 +1,58 @@
+"""What some models do in training alone, and what becomes of it here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig
+
+_ROUTER_LOSS = re.compile(r"(router_)?(aux|z)_loss_(coef|alpha|weight)|moe_(aux_)?loss_(coef|weight)")
+_EXPERTS = re.compile(r"(moe_)?num_(local_)?experts|n_routed_experts")
+
+
+def turn_off_layerdrop(model: nn.Module) -> None:
+    """Let every pass run all blocks (LayerDrop, arXiv 1909.11556, skips some at random in training).
+
+    A cut model cannot skip the block that it is cut at, and ranks or a checkpointed backward would skip others. The
+    config keeps its rate.
+    """
+    for module in model.modules():
+        if getattr(module, "layerdrop", 0):
+            setattr(module, "layerdrop", 0.0)  # noqa: B010 (an nn.Module is typed to hold tensors and modules)
+
+
+def training_notes(config: PretrainedConfig) -> Iterator[str]:
+    """What this model's own training would have done and ours does not, a line each for the log."""
+    values = dict(_numbers(config.to_dict()))
+    for name in ("layerdrop", "decoder_layerdrop"):
+        if rate := values.get(name):
+            yield f"{name} is {rate:g} in the model's config; it is off here: every block runs in every step"
+            break
+    coefficients = ", ".join(f"{key} {value:g}" for key, value in values.items() if value and _is_router_loss(key))
+    mixture = any(value > 1 for key, value in values.items() if _EXPERTS.fullmatch(key))
+    if coefficients and (mixture or values.get("output_router_logits")):
+        usual = (
+            "the config has output_router_logits: true, so transformers' own loss would add it"
+            if values.get("output_router_logits")
+            else "so does transformers' own, as the config has output_router_logits: false"
+        )
+        yield (
+            f"the router's balancing loss is left out ({coefficients}): the loss is the answers' cross entropy alone; "
+            f"{usual}"
+        )
+
+
+def _is_router_loss(key: str) -> bool:
+    return _ROUTER_LOSS.fullmatch(key) is not None
+
+
+def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Numbers and switches of a config and of the configs in it."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value)
+        elif isinstance(value, (bool, int, float)):
+            yield key, float(value)
