@@ -29,7 +29,7 @@ def main() -> int:
     parser = flags.parser(__doc__ or "")
     parser.add_argument("source", help="run directory, export, delta, model directory or Hub id")
     parser.add_argument("--data.path", dest="path", help="rows to evaluate on; default: what the run held out")
-    parser.add_argument("--data.split", dest="split", default="train", help="split of a Hub data set")
+    parser.add_argument("--data.split", dest="split", help="split of a Hub data set; default: its only one, or train")
     parser.add_argument("--batch-size", type=flags.positive, default=1, help="rows computed at once; default: 1")
     flags.add_opening(parser, "precision to compute in; default: the run's, or that in which a model is stored")
     arguments = parser.parse_args()

@@ -33,7 +33,7 @@ def main() -> int:
     asked.add_argument("--input", help="file or Hub data set of questions")
     parser.add_argument("--context", action="append", default=[], help="context of --question; may be repeated")
     parser.add_argument("--output", type=Path, help="JSON lines file for the answers; default: print them")
-    parser.add_argument("--split", default="train", help="split of a Hub data set")
+    parser.add_argument("--split", help="split of a Hub data set; default: its only one, or train")
     parser.add_argument("--limit", type=flags.positive, help="answer the first so many questions only")
     parser.add_argument(
         "--max-new-tokens", type=flags.positive, default=256, help="longest answer in tokens; default: 256"

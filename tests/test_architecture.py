@@ -11,7 +11,7 @@ from helpers import ROOT
 LAYERS = [
     {"environment", "errors"},
     {"files", "heap", "lock", "out_of_memory", "redact", "stop"},
-    {"config", "distributed", "peers"},
+    {"config", "distributed", "hub", "peers"},
     {"consistency", "slurm"},
     {"models"},
     {"mask"},

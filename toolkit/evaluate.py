@@ -83,7 +83,7 @@ def evaluate(
 def evaluate_source(
     source: str,
     path: str | None,
-    split: str,
+    split: str | None,
     batch_size: int,
     step: int | None,
     base: str | None,
@@ -95,7 +95,7 @@ def evaluate_source(
     Args:
         source: as ``toolkit.source.open_source`` takes it.
         path: rows to evaluate on, all of them; none takes what the run of ``source`` held out.
-        split: of a Hub data set.
+        split: of a Hub data set; none takes its only one, or train.
         batch_size: rows computed at once.
         step: of a run, the checkpoint; none takes the latest.
         base: where the base model is, if it moved.
@@ -111,7 +111,7 @@ def evaluate_source(
     opened = open_source(source, step, base, trust_remote_code, dtype)
     config = opened.config.data
     if path is not None:
-        config = config.model_copy(update={"path": path, "split": split, "validation": None})
+        config = config.model_copy(update={"path": path, "split": split, "validation": None, "validation_split": None})
     elif opened.run is None or config.validation is None:
         raise DataError(f"{source} held no rows out; name some with --data.path FILE")
     dataset = load_dataset(config, opened.loaded.tokenizer, opened.config.train.seed)

@@ -22,8 +22,8 @@ _DEALT = ("train.micro_batch_size", "train.gradient_accumulation_steps")
 _HARMLESS = (
     "train.learning_rate", "train.weight_decay", "train.warmup_ratio", "train.scheduler", "train.epochs",
     "train.max_steps", "train.max_grad_norm", "train.max_skipped_steps", "train.gradient_checkpointing", "optim.",
-    "data.packing", "data.path", "data.split", "model.name_or_path", "model.revision", "model.attn_implementation",
-    "model.trust_remote_code",
+    "data.packing", "data.path", "data.split", "data.validation_split", "model.name_or_path", "model.revision",
+    "model.attn_implementation", "model.trust_remote_code",
 )  # fmt: skip
 """May change under an override: later steps differ, and those before keep their meaning. Where rows and weights come
 from may change because their fingerprints may not."""

@@ -82,8 +82,8 @@ class DataConfig(Section):
     path: str = "examples/data/clinical_qa_ko.jsonl"
     """Data set: a .json, .jsonl, .csv or .parquet file, or a Hub id (org/name)."""
 
-    split: str = "train"
-    """Split of a Hub data set; files have one split only, called train."""
+    split: str | None = None
+    """Split of a Hub data set; none takes its only one, or train. Files have one split only, called train."""
 
     task: Literal["pubmedqa"] = "pubmedqa"
     """How a row becomes prompt and answer: pubmedqa reads QUESTION, CONTEXTS (list or string) and LONG_ANSWER."""
@@ -93,6 +93,9 @@ class DataConfig(Section):
 
     validation: Annotated[float | str | None, BeforeValidator(_number_if_numeric)] = None
     """Held-out rows: a fraction between 0 and 1 of the data, or a file or Hub id of its own; none holds out nothing."""
+
+    validation_split: str | None = None
+    """Split of the Hub data set that validation names; none takes its only one, or validation."""
 
     on_bad_row: Literal["error", "skip"] = "error"
     """A row that cannot be used: error stops before training and names it, skip counts and lists it."""
@@ -105,6 +108,11 @@ class DataConfig(Section):
     def _fraction(self) -> DataConfig:
         if isinstance(self.validation, float) and not 0 < self.validation < 1:
             raise ValueError(f"validation is {self.validation}; as a fraction it lies between 0 and 1")
+        if self.validation_split is not None and not isinstance(self.validation, str):
+            raise ValueError(
+                f"validation_split is {self.validation_split!r}, but validation is {self.validation or 'none'}; "
+                "expected the Hub id there that has this split"
+            )
         return self
 
 

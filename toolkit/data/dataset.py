@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +18,8 @@ from toolkit.data.examples import Encoder, Example
 from toolkit.data.sources import Row, read_rows
 from toolkit.data.tasks import TASKS, RowFaultError
 from toolkit.errors import DataError
-from toolkit.files import is_file
+
+log = logging.getLogger("frostline")
 
 _SHOWN = 10
 
@@ -74,17 +77,25 @@ def load_dataset(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: i
         seed: of the split, where ``config.validation`` is a fraction.
 
     Raises:
-        DataError: a file cannot be read, or rows are bad and ``config.on_bad_row`` is ``error``; names each row.
+        DataError: a file cannot be read, rows are bad and ``config.on_bad_row`` is ``error``, or rows of a validation
+            set of its own are trained on; names each row.
     """
     encoder = Encoder(tokenizer, config.max_length)
     examples, skipped = encode_rows(read_rows(config.path, config.split), encoder, config)
     validation: list[Example] = []
     if isinstance(config.validation, float):
         examples, validation = _hold_out(examples, config.validation, seed)
+        if found := _overlap(examples, validation):
+            log.warning("%s; the validation loss is in part that of rows that are trained on", found)
     elif config.validation is not None:
-        split = "train" if is_file(config.validation) else config.split
-        validation, more = encode_rows(read_rows(config.validation, split), encoder, config)
+        rows = read_rows(config.validation, config.validation_split, "data.validation_split", "validation")
+        validation, more = encode_rows(rows, encoder, config)
         skipped += more
+        if found := _overlap(examples, validation):
+            raise DataError(
+                f"{found}; their loss says nothing about rows that the model has not seen. Take them out of one of the "
+                "two, name another data.validation or data.validation_split, or hold out a fraction"
+            )
     return Dataset(tuple(examples), tuple(validation), tuple(skipped))
 
 
@@ -125,3 +136,16 @@ def _hold_out(examples: list[Example], fraction: float, seed: int) -> tuple[list
     held_out = set(random.Random(seed).sample(range(len(examples)), count))
     train = [example for index, example in enumerate(examples) if index not in held_out]
     return train, [examples[index] for index in sorted(held_out)]
+
+
+def _overlap(train: Sequence[Example], validation: Sequence[Example]) -> str | None:
+    """How many validation rows are, token by token, training rows as well, with the first; none if there are none."""
+    seen = {(example.token_ids, example.answer_start): example.origin for example in train}
+    both = [example for example in validation if (example.token_ids, example.answer_start) in seen]
+    if not both:
+        return None
+    first = both[0]
+    return (
+        f"{len(both)} of {len(validation)} validation rows are training rows as well "
+        f"({first.origin} is {seen[first.token_ids, first.answer_start]})"
+    )

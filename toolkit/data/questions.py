@@ -20,14 +20,14 @@ def from_prompt(question: str, contexts: Sequence[str]) -> Sample:
     return Sample(question.strip(), tuple(contexts))
 
 
-def read_questions(path: str, split: str) -> list[Sample]:
+def read_questions(path: str, split: str | None) -> list[Sample]:
     """The questions of a file or Hub data set; a reference answer is kept where a row has one.
 
     Raises:
         DataError: unreadable, or rows without a question; names each row.
     """
     samples, bad = [], []
-    for row in read_rows(path, split):
+    for row in read_rows(path, split, "--split"):
         try:
             if row.fault:
                 raise RowFaultError(row.fault)

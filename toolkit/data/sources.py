@@ -5,14 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from toolkit import hub
 from toolkit.errors import DataError
 from toolkit.files import is_directory, is_file
+
+log = logging.getLogger("frostline")
 
 
 @dataclass(frozen=True)
@@ -26,18 +30,24 @@ class Row:
     """Why the row could not be read, if so."""
 
 
-def read_rows(path: str, split: str = "train") -> list[Row]:
+def read_rows(path: str, split: str | None = None, key: str = "data.split", usual: str = "train") -> list[Row]:
     """All rows of a ``.json``, ``.jsonl``, ``.csv`` or ``.parquet`` file, or of a Hub data set (``org/name``).
 
     A ``.json`` file holds a list of rows, or an object of rows by key as PubMedQA is published (keyed by PMID).
 
+    Args:
+        path: file or Hub id.
+        split: of a Hub data set; none takes its only one, or the usual.
+        key: what the user sets the split with, for messages.
+        usual: split to take from a set that has it among others.
+
     Raises:
-        DataError: no such file or data set, an unknown format, a file that cannot be parsed, or no rows.
+        DataError: no such file, data set or split, an unknown format, a file that cannot be parsed, or no rows.
     """
     file = Path(path)
     if is_file(file):
-        if split != "train":
-            raise DataError(f"data.split is {split!r}, but {path} is a file, and files have one split only: train")
+        if split not in (None, "train"):
+            raise DataError(f"{key} is {split!r}, but {path} is a file, and files have one split only: train")
         reader = _READERS.get(file.suffix.lower())
         if reader is None:
             raise DataError(f"{path}: unknown data format {file.suffix!r}; expected {', '.join(_READERS)}")
@@ -46,7 +56,7 @@ def read_rows(path: str, split: str = "train") -> list[Row]:
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error})") from None
     elif is_hub_id(path):
-        rows = list(_hub(path, split))
+        rows = list(_hub(path, split, key, usual))
     elif is_directory(file):
         raise DataError(f"{path}: is a directory; name one {', '.join(_READERS)} file in it")
     else:
@@ -60,9 +70,7 @@ def read_rows(path: str, split: str = "train") -> list[Row]:
 
 def is_hub_id(path: str) -> bool:
     """Whether ``path`` names a data set on the Hub (``org/name``) rather than a file."""
-    file = Path(path)
-    looks_so = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and file.suffix.lower() not in _READERS
-    return bool(looks_so) and not is_file(file) and not is_directory(file.parent)
+    return hub.is_hub_id(path) and Path(path).suffix.lower() not in _READERS
 
 
 def _text(file: Path) -> str:
@@ -156,18 +164,48 @@ def _parquet(file: Path) -> Iterator[Row]:
         yield _row(f"{file} row {number}", values)
 
 
-def _hub(name: str, split: str) -> Iterator[Row]:
-    from datasets import load_dataset
+def _hub(name: str, split: str | None, key: str, usual: str) -> Iterator[Row]:
+    from datasets import load_dataset_builder
 
+    hub.set_limits()
     try:
-        table = load_dataset(name, split=split)
-    except Exception as error:  # datasets raises a dozen unrelated types for: no such set, split, network, format
+        builder = load_dataset_builder(name)
+        builder.download_and_prepare()
+        split = _choose_split(name, list(builder.info.splits or ()), split, key, usual)
+        table = builder.as_dataset(split=split)
+    except DataError:
+        raise
+    except Exception as error:  # datasets raises a dozen unrelated types for: no such set, network, format
         raise DataError(
-            f"Hub data set {name}, split {split!r}, cannot be loaded: {type(error).__name__}: {str(error)[:300]}. "
+            hub.explain(error, name, "data set")
+            or f"Hub data set {name} cannot be loaded: {type(error).__name__}: {str(error)[:300]}. "
             "Check the name and the network, or download it and pass the file"
         ) from None
     for number, values in enumerate(table, start=1):
         yield _row(f"{name}[{split}] row {number}", values)
+
+
+def _choose_split(name: str, there: list[str], split: str | None, key: str, usual: str) -> str:
+    """The split to read of a Hub data set; what was not asked for is said.
+
+    Raises:
+        DataError: there is no such split, or none was asked for and it is not plain which; names those there are.
+    """
+    listed = ", ".join(there)
+    if split is not None:
+        wanted = [part.partition("[")[0].strip() for part in split.split("+")]  # datasets also takes train[:10%]+test
+        if unknown := [part for part in wanted if part not in (*there, "all")]:
+            raise DataError(
+                f"{key} is {split!r}, but {name} has no split {unknown[0]!r}; set {key} to one of: {listed}"
+            )
+        return split
+    if len(there) == 1:
+        log.info("%s has one split, %s, which is taken", name, listed)
+        return there[0]
+    if usual not in there:
+        raise DataError(f"{name} has the splits {listed}, and {key} names none of them; set it to the one to read")
+    log.info("%s has the splits %s; %s is taken, as %s names none", name, listed, usual, key)
+    return usual
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from toolkit import hub
 from toolkit.config.schema import ModelConfig
 from toolkit.errors import FrostlineError, ModelError
 from toolkit.files import is_directory
@@ -104,7 +104,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     except Exception as error:  # as for the weights
         if isinstance(error, FrostlineError) or is_out_of_memory(error):
             raise
-        raise ModelError(f"model.name_or_path {source!r}: no usable tokenizer. {_first_lines(error)}") from None
+        raise ModelError(
+            hub_says(source, error) or f"model.name_or_path {source!r}: no usable tokenizer. {_first_lines(error)}"
+        ) from None
     if tokenizer.eos_token is None:
         raise ModelError(
             f"the tokenizer of {source} has no end-of-text token (eos_token); set one in its tokenizer_config.json"
@@ -148,12 +150,19 @@ def resolve_source(name: str, needs_weights: bool = True) -> str:
     if name and is_directory(name):
         check_directory(Path(name), needs_weights)
         return name
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name):
+    if not hub.is_hub_id(name, may_be_bare=True):
         raise ModelError(
-            f"model.name_or_path {name!r} is not an existing directory; "
-            "expected that, a Hub id (org/name) or bundled:NAME"
+            f"model.name_or_path {name!r} is not an existing directory"
+            + (f", although {Path(name).parent}/ is one" if name and is_directory(Path(name).parent) else "")
+            + "; expected that, a Hub id (org/name) or bundled:NAME"
         )
+    hub.set_limits()
     return name
+
+
+def hub_says(source: str, error: BaseException) -> str | None:
+    """What to do about ``error`` where the Hub or the network, not the model, is what failed."""
+    return None if is_directory(source) else hub.explain(error, source)
 
 
 def fingerprint(model: nn.Module, on_disk: Mapping[str, OnDisk] | None = None) -> str:
@@ -219,7 +228,9 @@ def _load_weights(source: str, config: ModelConfig, more: dict[str, Any]) -> tup
     except Exception as error:  # a damaged config or checkpoint makes transformers raise anything
         if isinstance(error, FrostlineError) or is_out_of_memory(error):
             raise
-        raise ModelError(f"model.name_or_path {source!r} cannot be loaded. {_first_lines(error)}") from None
+        raise ModelError(
+            hub_says(source, error) or f"model.name_or_path {source!r} cannot be loaded. {_first_lines(error)}"
+        ) from None
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"{source} lacks {len(missing)} tensors of {type(model).__name__} ({', '.join(missing[:3])} …); "

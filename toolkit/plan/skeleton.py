@@ -16,7 +16,7 @@ from toolkit.models.anatomy import Anatomy
 from toolkit.models.exaone import is_exaone, llama_name, read_exaone_config
 from toolkit.models.form import refuse_kernels
 from toolkit.models.inspect import inspect
-from toolkit.models.load import LoadedModel, resolve_source
+from toolkit.models.load import LoadedModel, hub_says, resolve_source
 from toolkit.models.mapped import read_header
 from toolkit.models.quirks import turn_off_layerdrop
 from toolkit.out_of_memory import is_out_of_memory
@@ -103,7 +103,9 @@ def is_exaone_source(source: str, config: ModelConfig) -> bool:
         return is_exaone(source, config.revision) and not config.trust_remote_code
     except (OSError, ValueError) as error:
         text = " ".join(str(error).split())[:400]
-        raise ModelError(f"model.name_or_path {source!r}: no readable config.json. {text}") from None
+        raise ModelError(
+            hub_says(source, error) or f"model.name_or_path {source!r}: no readable config.json. {text}"
+        ) from None
 
 
 def _cannot_build(name: str, error: Exception) -> PlanError:
