@@ -48,6 +48,7 @@ def main() -> int:
     from toolkit.data.questions import from_prompt, read_questions
     from toolkit.distributed import World
     from toolkit.generate import answers
+    from toolkit.progress_bar import track
     from toolkit.source import open_source
 
     questions = (
@@ -67,7 +68,8 @@ def main() -> int:
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
     out = arguments.output.open("w", encoding="utf-8") if arguments.output else None
-    for question, answer in zip(questions, given, strict=True):
+    shown = track(questions, "answering", "question") if out or not sys.stdout.isatty() else questions
+    for question, answer in zip(shown, given, strict=True):
         if out is None:
             print(f"Q: {question.question}\nA: {answer}\n" if arguments.input else answer, flush=True)
             continue

@@ -10,7 +10,7 @@ from helpers import ROOT
 
 LAYERS = [
     {"environment", "errors"},
-    {"files", "heap", "lock", "out_of_memory", "redact", "stop"},
+    {"files", "heap", "lock", "out_of_memory", "progress_bar", "redact", "stop"},
     {"config", "distributed", "hub", "peers"},
     {"consistency", "slurm"},
     {"models"},

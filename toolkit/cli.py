@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from toolkit import heap, peers
 from toolkit.errors import FrostlineError
+from toolkit.progress_bar import LogHandler
 from toolkit.redact import RedactingFormatter, redact
 
 _GRACE_SECONDS, _ALONE_GRACE_SECONDS = 2.0, 10.0
@@ -118,8 +119,9 @@ def _quiet(rank: int) -> None:
         faulthandler.enable()  # a crash in native code prints where Python was
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if rank or not sys.stderr.isatty():  # a log that goes into a file would hold fragments of their bars
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # toolkit.hub says what is tried again
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     logging.basicConfig(level=logging.WARNING)
@@ -128,7 +130,7 @@ def _quiet(rank: int) -> None:
     log = logging.getLogger("frostline")
     log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     log.propagate = False
-    handler = logging.StreamHandler()
+    handler = LogHandler()
     handler.setFormatter(RedactingFormatter("[frostline] %(message)s"))
     log.handlers = [handler]
     if not sys.warnoptions:

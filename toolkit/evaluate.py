@@ -28,6 +28,7 @@ from toolkit.out_of_memory import during
 from toolkit.prefix.cached import HiddenStates
 from toolkit.prefix.packing import choose_packing
 from toolkit.prefix.split import Suffix
+from toolkit.progress_bar import ProgressBar
 from toolkit.source import open_source
 
 log = logging.getLogger("frostline")
@@ -69,13 +70,14 @@ def evaluate(
     plan = BatchPlan(len(examples), micro_batch_size, rank=world.rank, ranks=world.size)
     share = torch.zeros((), device=world.device)
     steps = step_batches(examples, range(len(examples)), plan, pad_id, packed=packed)
-    with Prefetcher() as ahead:
+    with Prefetcher() as ahead, ProgressBar("evaluating", len(examples), "row", brief=True) as bar:
         for batch in chain.from_iterable(ahead(on_device(steps, world.device))):
             if may_stop:
                 stop.pause(world)
             with during("the evaluation", batch.shape):
                 hidden = prefix(batch) if prefix else None
                 share += supervised_loss(forward, hidden, batch, tokens)
+            bar.advance(plan.global_batch)
     (loss,) = world.sum(float(share))
     return Evaluation(loss, tokens)
 

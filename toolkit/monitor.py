@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import resource
@@ -14,11 +15,12 @@ from types import TracebackType
 
 import torch
 from PIL.Image import Image
-from tqdm import tqdm
 
 from toolkit.board import Board
 from toolkit.files import LineFile, replace_text, writing
-from toolkit.redact import redact
+from toolkit.progress_bar import ProgressBar
+
+log = logging.getLogger("frostline")
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Monitor:
             self._drop_rows_after(first_step)
         self._file = LineFile(self._metrics_path)
         self._board = Board(run / "tensorboard", first_step + 1 if first_step else 0)
-        self._bar = tqdm(total=total_steps, initial=first_step, desc="training", unit="step", dynamic_ncols=True)
+        self._bar = ProgressBar("training", total_steps, "step", first_step)
 
     def __enter__(self) -> Monitor:
         return self
@@ -151,8 +153,7 @@ class Monitor:
                 self._board.scalar(curve, row[key], metrics.step)
         if self.planned_gib is not None:
             self._board.scalar("train/memory_planned_gib", self.planned_gib, metrics.step)
-        self._bar.update(metrics.step - self._bar.n)
-        self._bar.set_postfix(
+        self._bar.advance(
             loss=f"{metrics.loss:.4f}",
             lr=f"{metrics.learning_rate:.1e}",
             tok_s=f"{metrics.tokens_per_second:.0f}",
@@ -197,9 +198,9 @@ class Monitor:
         return any("eval_loss" in row and row["step"] == step for row in rows)
 
     def say(self, line: str) -> None:
-        """Print a line above the progress bar."""
+        """Log a line."""
         if self._is_main:
-            tqdm.write(redact(line), file=sys.stderr)
+            log.info("%s", line)
 
     def _write(self, row: dict[str, object]) -> None:
         finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}

@@ -18,6 +18,7 @@ from toolkit.data.examples import Encoder, Example
 from toolkit.data.sources import Row, read_rows
 from toolkit.data.tasks import TASKS, RowFaultError
 from toolkit.errors import DataError
+from toolkit.progress_bar import track
 
 log = logging.getLogger("frostline")
 
@@ -107,7 +108,7 @@ def encode_rows(rows: list[Row], encoder: Encoder, config: DataConfig) -> tuple[
     """
     examples: list[Example] = []
     bad: list[SkippedRow] = []
-    for row in rows:
+    for row in track(rows, "tokenising", "row"):
         try:
             if row.fault:
                 raise RowFaultError(row.fault)

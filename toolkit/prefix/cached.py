@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
-from tqdm import tqdm
 
 from toolkit import stop
 from toolkit.data.batches import Batch, collate, lay_out, rows_of
@@ -21,6 +20,7 @@ from toolkit.out_of_memory import during
 from toolkit.prefix.namespace import sample_key
 from toolkit.prefix.split import Prefix
 from toolkit.prefix.store import ActivationStore
+from toolkit.progress_bar import ProgressBar
 
 log = logging.getLogger("frostline")
 
@@ -133,8 +133,7 @@ class CachedPrefix:
         missing = set(self._store.missing([sample_key(e.token_ids) for batch in batches for e in batch]))
         lacking = [batch for batch in batches if any(sample_key(e.token_ids) in missing for e in batch)]
         pending: dict[str, torch.Tensor] = {}
-        quiet = not (self._world.is_main and lacking)
-        with tqdm(total=sum(map(len, lacking)), desc="first pass", unit="row", disable=quiet) as bar:
+        with ProgressBar("first pass", sum(map(len, lacking)), "row", brief=True) as bar:
             for batch in lacking:
                 if stop.asked():  # every rank hears of it; what they do next, they agree upon
                     break
@@ -143,7 +142,7 @@ class CachedPrefix:
                 if sum(row.nbytes for row in pending.values()) >= _SHARD_BYTES:
                     self._store.write(pending)
                     pending = {}
-                bar.update(len(batch))
+                bar.advance(len(batch))
             if pending:
                 self._store.write(pending)
 

@@ -11,6 +11,7 @@ from toolkit.evaluate import evaluate
 from toolkit.generate import complete
 from toolkit.monitor import Answer, Monitor
 from toolkit.prefix.cached import CachedPrefix
+from toolkit.progress_bar import track
 from toolkit.stop import StopRequested
 from toolkit.train.progress import Progress
 from toolkit.train.setup import Setup
@@ -77,7 +78,8 @@ def sample_answers(setup: Setup, may_stop: bool = False) -> list[Answer]:
     most, asked = setup.config.output.sample_tokens, stop.asked if may_stop else None
     with setup.engine.gathered(), setup.active.whole.joined(prefix) as model:
         own = [
-            complete(model, tokenizer, _prompt(row), ends, most, stop=asked) for row in rows[world.rank :: world.size]
+            complete(model, tokenizer, _prompt(row), ends, most, stop=asked)
+            for row in track(rows[world.rank :: world.size], "sample answers", "answer")
         ]
     if may_stop:
         stop.pause(world)
