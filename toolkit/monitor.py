@@ -98,7 +98,6 @@ class Monitor:
             first_step: steps done before a resume; later rows of an interrupted run are dropped.
         """  # noqa: D205, D212
         self._is_main = is_main
-        self.epoch_losses: list[float] = []
         self.planned_gib: float | None = None
         """The peak that the run was planned to have, of tensors alone; shown beside the measured one."""
         if not is_main:
@@ -167,10 +166,17 @@ class Monitor:
         losses = [row["loss"] for row in rows if row.get("loss") is not None]
         skipped = sum(row.get("skipped", False) for row in rows)
         mean = sum(losses) / len(losses) if losses else math.nan
-        self.epoch_losses.append(mean)
         self._board.scalar("train/epoch_loss", mean, last_step)
         but = f", {skipped} skipped" if skipped else ""
         self.say(f"epoch {epoch}: mean loss {mean:.4f} over {len(losses)} steps{but}")
+
+    def epoch_losses(self) -> list[float]:
+        """On rank 0 the mean loss of each epoch, those before a resume included; nothing on other ranks."""
+        by_epoch: dict[int, list[float]] = {}
+        for row in map(json.loads, self._file.lines() if self._is_main else ()):
+            if row.get("loss") is not None:
+                by_epoch.setdefault(math.ceil(row["epoch"]), []).append(row["loss"])
+        return [sum(losses) / len(losses) for _, losses in sorted(by_epoch.items())]
 
     def evaluation(self, step: int, epoch: float, loss: float, perplexity: float) -> None:
         """Log a validation."""

@@ -118,6 +118,14 @@ class BatchPlan:
         """Optimizer steps of a run of ``epochs`` passes, at most ``most``."""
         return min(self.steps_per_epoch * epochs, most or self.steps_per_epoch * epochs)
 
+    def length(self, steps: int, epochs: int) -> str:
+        """How long a run of ``steps`` is, in words, where its recipe has ``epochs`` of these rows."""
+        if steps == self.steps(epochs, None):
+            return f"{steps} steps, {epochs} epoch(s)"
+        whole, rest = divmod(steps, self.steps_per_epoch)
+        done = whole + rest * self.global_batch / self.rows
+        return f"{steps} steps (train.max_steps), {done:.2g} of {epochs} epoch(s)"
+
     def micro_batches(self, order: Sequence[int], step: int) -> list[tuple[list[int], bool]]:
         """This rank's rows of one step: a list of (row indices, is filler) per micro batch.
 

@@ -27,6 +27,7 @@ from toolkit.preflight import check_writable
 from toolkit.rundir import RunDirectory, claim, write_config
 from toolkit.stop import STOPPED, StopRequested
 from toolkit.train.advice import advise
+from toolkit.train.ending import MemoryUse, highest
 from toolkit.train.guard import StepGuard
 from toolkit.train.phases import advance, content_of, resume
 from toolkit.train.progress import Progress
@@ -128,19 +129,12 @@ def _train(setup: Setup, directory: RunDirectory) -> int:
             log.info("stopped by a signal after step %d (%s); start the same command again to go on", stopped_at, why)
             return STOPPED
         monitor.finish()
-        if monitor.epoch_losses:
-            log.info("mean loss by epoch: %s", ", ".join(f"{loss:.4f}" for loss in monitor.epoch_losses))
+        if len(losses := monitor.epoch_losses()) > 1:
+            log.info("mean loss by epoch: %s", ", ".join(f"{loss:.4f}" for loss in losses))
     if isinstance(setup.prefix, CachedPrefix):
         log.info("%s", setup.prefix.close())
-    peak = world.max(peak_memory_gib(world.device))
-    planned = f" (planned: {_planned_gib(setup):.2f} GiB of tensors)" if setup.cost else ""
-    log.info(
-        "done: %d steps, peak memory %.2f GiB%s; next: python launch/export.py %s",
-        setup.total_steps,
-        peak,
-        planned,
-        run_dir,
-    )
+    memory = highest(world.gather(MemoryUse.now(world.device, setup.library_bytes))).text(_planned_gib(setup))
+    log.info("done: %d steps, %s; next: python launch/export.py %s", setup.total_steps, memory, run_dir)
     return 0
 
 
