@@ -118,13 +118,16 @@ class BatchPlan:
         """Optimizer steps of a run of ``epochs`` passes, at most ``most``."""
         return min(self.steps_per_epoch * epochs, most or self.steps_per_epoch * epochs)
 
-    def length(self, steps: int, epochs: int) -> str:
-        """How long a run of ``steps`` is, in words, where its recipe has ``epochs`` of these rows."""
-        if steps == self.steps(epochs, None):
-            return f"{steps} steps, {epochs} epoch(s)"
+    def text(self, steps: int, epochs: int) -> str:
+        """In words, for a run of ``steps`` whose recipe has ``epochs`` of these rows."""
         whole, rest = divmod(steps, self.steps_per_epoch)
-        done = whole + rest * self.global_batch / self.rows
-        return f"{steps} steps (train.max_steps), {done:.2g} of {epochs} epoch(s)"
+        passes = f"{whole + rest * self.global_batch / self.rows:.2g}"
+        cut = steps < self.steps(epochs, None)
+        return (
+            f"{steps} steps{' (train.max_steps)' if cut else ''} of {self.global_batch} row(s), "
+            f"{f'{passes} of ' if cut else ''}{epochs} epoch(s) "
+            f"(micro batch {self.micro_batch_size} x accumulation {self.accumulation} x ranks {self.ranks})"
+        )
 
     def micro_batches(self, order: Sequence[int], step: int) -> list[tuple[list[int], bool]]:
         """This rank's rows of one step: a list of (row indices, is filler) per micro batch.

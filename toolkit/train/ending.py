@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,6 +55,13 @@ class MemoryUse:
 def highest(uses: Sequence[MemoryUse]) -> MemoryUse:
     """Of all ranks, the one with the highest peak."""
     return max(uses, key=lambda use: use.peak)
+
+
+def grown_by(module: str) -> int:
+    """Import ``module``; how many bytes of memory that has taken."""
+    before = resident_bytes()
+    importlib.import_module(module)
+    return resident_bytes() - before
 
 
 def resident_bytes() -> int:

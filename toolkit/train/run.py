@@ -133,7 +133,7 @@ def _train(setup: Setup, directory: RunDirectory) -> int:
             log.info("mean loss by epoch: %s", ", ".join(f"{loss:.4f}" for loss in losses))
     if isinstance(setup.prefix, CachedPrefix):
         log.info("%s", setup.prefix.close())
-    memory = highest(world.gather(MemoryUse.now(world.device, setup.library_bytes))).text(_planned_gib(setup))
+    memory = highest(world.gather(MemoryUse.now(world.device, setup.libraries))).text(_planned_gib(setup))
     log.info("done: %d steps, %s; next: python launch/export.py %s", setup.total_steps, memory, run_dir)
     return 0
 

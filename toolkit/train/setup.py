@@ -43,7 +43,7 @@ from toolkit.prefix.split import Prefix, Suffix
 from toolkit.prefix.whole import Whole
 from toolkit.preflight import check_config
 from toolkit.train.cut import Job, cut, effective, load_for, refuse_with_schedule
-from toolkit.train.ending import resident_bytes
+from toolkit.train.ending import grown_by, resident_bytes
 from toolkit.train.identity import fingerprints
 from toolkit.train.idle import idle_settings
 
@@ -90,8 +90,8 @@ class Setup:
     """One a phase; empty for an architecture that cannot be planned."""
     costs: list[Plan | None] = field(default_factory=list)
     """What each phase was planned to need; none where that cannot be planned."""
-    library_bytes: int = 0
-    """Memory of Python and what it has imported, measured beside the model's."""
+    libraries: int = 0
+    """Bytes in memory of Python and what it has imported."""
     resting: dict[str, torch.Tensor] = field(default_factory=dict)
     """On rank 0, the float32 masters of what trained in earlier phases and does not now."""
     packing: Packing | None = None
@@ -167,7 +167,7 @@ def prepare(invocation: Invocation, world: World, state: State | None = None) ->
     refuse_with_schedule(config, world.device)
     for warning in idle_settings(config, total_steps, world.device):
         log.warning("%s", warning)
-    library_bytes = resident_bytes()
+    libraries = resident_bytes()
     log.info("loading %s", config.model.name_or_path)
     loaded = load_for(config, tokenizer)
     check_fit((*dataset.train, *dataset.validation), loaded.model)
@@ -186,18 +186,14 @@ def prepare(invocation: Invocation, world: World, state: State | None = None) ->
         refuse_what_cannot_move(resolved, config.mask, invocation.deepspeed)
     setup = Setup(
         config=config, world=world, dataset=dataset, plan=plan, total_steps=total_steps, schedule=schedule, base=base,
-        tokenizer=tokenizer, pad_id=padding_id(tokenizer, loaded.model), loaded=loaded,
-        fingerprints=fingerprints(dataset, tokenizer, base, schedule), ds_config=resolved, planners=planners, library_bytes=library_bytes,
+        tokenizer=tokenizer, pad_id=padding_id(tokenizer, loaded.model), loaded=loaded, libraries=libraries,
+        fingerprints=fingerprints(dataset, tokenizer, base, schedule), ds_config=resolved, planners=planners,
     )  # fmt: skip
     del loaded  # ``begin`` lets go of it in the last phase
     setup.costs = [_decide_recompute(setup, phase)[2] for phase in schedule.phases]
     stop.pause(world)
-    log.info(
-        "engine %s, %d rank(s) on %s: %s, each of %d row(s) (micro batch %d x accumulation %d x ranks %d)",
-        "local" if resolved is None else f"zero-{zero_stage(resolved)}", world.size, world.device.type,
-        plan.length(total_steps, train.epochs), plan.global_batch, train.micro_batch_size,
-        train.gradient_accumulation_steps, world.size,
-    )  # fmt: skip
+    name, length = "local" if resolved is None else f"zero-{zero_stage(resolved)}", plan.text(total_steps, train.epochs)
+    log.info("engine %s, %d rank(s) on %s: %s", name, world.size, world.device.type, length)
     return setup
 
 
@@ -293,10 +289,8 @@ def _build_engine(setup: Setup, prefix: HiddenStates | None, suffix: Suffix, pha
     shared = (suffix, parameters, phase.groups, config.train, config.optim, setup.total_steps, setup.world)
     if setup.ds_config is None:
         return LocalEngine(*shared)
-    before = resident_bytes()
+    setup.libraries += grown_by("toolkit.engine.zero")
     from toolkit.engine.zero import ZeroEngine  # DeepSpeed is imported only by runs that use it
-
-    setup.library_bytes += resident_bytes() - before
 
     cost = setup.costs[phase.index]
     make_room(setup.ds_config, setup.world, cost.memory.files if cost else 0)
