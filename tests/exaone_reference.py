@@ -83,6 +83,9 @@ def make_exaone(directory: Path, tied: bool, **changes: Any) -> Path:
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tokenizer = make_tokenizer(SPECIAL, TEMPLATE, bos_token="[BOS]", eos_token="[|endofturn|]")
     tokenizer.save_pretrained(directory, save_jinja_files=False)
+    config_file = directory / "tokenizer_config.json"
+    values = json.loads(config_file.read_text(encoding="utf-8"))
+    config_file.write_text(json.dumps({**values, "tokenizer_class": "PreTrainedTokenizerFast"}), encoding="utf-8")
     (directory / "generation_config.json").write_text('{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}')
     for name, text in {**CODE, "notes.py": "", "LICENSE": "EXAONE AI Model License"}.items():
         (directory / name).write_text(text, encoding="utf-8")

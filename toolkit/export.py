@@ -12,12 +12,14 @@ import torch
 from transformers import PreTrainedModel
 
 from toolkit.config.load import dump
+from toolkit.data.examples import Encoder
 from toolkit.delta import Delta, save_delta
 from toolkit.engine.rounding import stochastic_round
 from toolkit.errors import CheckpointError, UsageError
 from toolkit.mask.apply import trainable_parameters
 from toolkit.mask.audit import audit_markdown
 from toolkit.models.load import Dtype
+from toolkit.models.stored import Comparison, listed
 from toolkit.source import open_source, read_trained
 
 Rounding = Literal["nearest", "stochastic"]
@@ -60,11 +62,14 @@ def export_model(
     if rounding == "stochastic":
         _round_stochastically(opened.loaded.model, delta)
     opened.loaded.model.config.use_cache = True
+    ends = Encoder(opened.loaded.tokenizer, opened.config.data.max_length).stop_ids()
     staging = target.with_name(f".{target.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)
-    opened.loaded.save(staging)
+    comparison = opened.loaded.save(staging, ends)
     audit = audit_markdown(delta.mask, opened.loaded.anatomy)
-    (staging / "README.md").write_text(_model_card(run, delta, audit, dump(opened.config)), encoding="utf-8")
+    (staging / "README.md").write_text(
+        _model_card(run, delta, audit, dump(opened.config), comparison), encoding="utf-8"
+    )
     _publish(staging, target)
 
 
@@ -120,7 +125,7 @@ def _publish(staging: Path, target: Path) -> None:
     staging.rename(target)
 
 
-def _model_card(run: Path, delta: Delta, audit: str, recipe: str) -> str:
+def _model_card(run: Path, delta: Delta, audit: str, recipe: str, weights: Comparison) -> str:
     base = delta.base.config
     last = _last_metrics(run)
     untied = (
@@ -136,8 +141,10 @@ tags: [frostline, partial-fine-tuning]
 
 # {base.name_or_path}, partially fine-tuned
 
-Fine-tuned with Frostline: only the tensors marked as trained below were updated, every other one is bit-identical to
-the base model (revision {base.revision or "unpinned"}, SHA-256 of the weights {delta.base.sha256}).{untied}
+Fine-tuned with Frostline from {base.name_or_path} (revision {base.revision or "unpinned"}, SHA-256 of its weights as
+{base.dtype} {delta.base.sha256}): only the tensors marked as trained below were updated.{untied}
+
+{_compared(weights)}
 
 {audit}
 
@@ -150,6 +157,20 @@ the base model (revision {base.revision or "unpinned"}, SHA-256 of the weights {
 
 The licence and the intended use are those of the base model. The answers of a language model are no medical advice.
 """
+
+
+def _compared(weights: Comparison) -> str:
+    """What was found when the files that were written were compared with the base model's, tensor by tensor."""
+    found = [
+        (weights.identical, "bit-identical to the base model's"),
+        (weights.same_values, "of the same values in another precision"),
+        (weights.rounded, "the base model's values rounded, and otherwise unchanged"),
+        (len(weights.changed), "of other values"),
+        (len(weights.added), f"not in the base model ({listed(weights.added, 4)})"),
+        (len(weights.carried), f"not used by the model and copied as they are ({listed(weights.carried, 4)})"),
+    ]
+    lines = [f"- {count:,} {what}" for count, what in found if count]
+    return "\n".join(["Of the tensors in these files, compared with the base model's files one by one:", "", *lines])
 
 
 def _last_metrics(run: Path) -> str:

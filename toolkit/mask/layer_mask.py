@@ -90,14 +90,14 @@ class LayerMask:
 
 
 def build_mask(config: MaskConfig, anatomy: Anatomy) -> LayerMask:
-    """Resolve ``config`` on a model's parts: the union of ``train``, without ``freeze``.
+    """Resolve ``config`` on a model's parts: the union of ``train``, without ``freeze`` and integer tables.
 
     Raises:
         MaskError: a selector is at fault (see ``selectors.resolve``), nothing is left to train, a tensor is in two
             groups, or a selected tensor is also in a part that is not selected, and ``config.tied`` does not say
             what is meant.
     """
-    frozen = resolve(config.freeze, anatomy)
+    frozen = resolve(config.freeze, anatomy) | {tensor.name for tensor in anatomy.tensors if not tensor.can_train}
     plain = resolve([item for item in config.train if isinstance(item, str)], anatomy)
     selected: list[_Selected] = [(plain, None, None)] if plain else []
     selected += [
@@ -107,7 +107,10 @@ def build_mask(config: MaskConfig, anatomy: Anatomy) -> LayerMask:
     ]
     every = frozenset(name for names, _, _ in selected for name in names) - frozen
     if not every:
-        raise MaskError("the mask leaves nothing to train: mask.freeze takes away all that mask.train selects")
+        raise MaskError(
+            "the mask leaves nothing to train: mask.freeze takes away all that mask.train selects, or it is integer "
+            "tables, which have no gradient"
+        )
     tied = _tied(every, config.tied, anatomy)
     _refuse_half_a_tie(every, anatomy)
     groups = []

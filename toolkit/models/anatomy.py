@@ -26,6 +26,11 @@ class TensorInfo:
     """The tensor's own name, where weights are tied and this is another."""
 
     @property
+    def can_train(self) -> bool:
+        """Whether it has a gradient: an integer table (which expert a token goes to) has none."""
+        return "float" in self.dtype
+
+    @property
     def parameters(self) -> int:
         """Number of scalar parameters."""
         count = 1

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import re
-import shutil
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import save_torch_state_dict
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -19,13 +15,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.dynamic_module_utils import get_relative_imports
-from transformers.utils import cached_file
 
-log = logging.getLogger("frostline")
-
-MAX_SHARD_SIZE = "5GB"
-"""A model beyond this is written in several files with an index, as the originals are."""
+from toolkit.models.config_json import is_tied
+from toolkit.models.source_files import SourceFiles, write_json
+from toolkit.models.stored import Comparison, StoredTensors, read_stored, weights_to_write
 
 _MODULES = {
     "transformer.wte": "model.embed_tokens",
@@ -67,12 +60,6 @@ _SAME_KEY = (
 
 _DEFAULTS = {"tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 2}
 """What a key stands for that is absent from an EXAONE config, where Llama's default is another."""
-
-_CARRIED = (
-    "generation_config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "LICENSE",
-)  # fmt: skip
-"""Files that belong to a checkpoint, as far as it has them."""
 
 
 def llama_name(name: str) -> str:
@@ -126,6 +113,11 @@ class ExaoneForm:
     source: str
     revision: str | None
 
+    @property
+    def files(self) -> SourceFiles:
+        """What lies beside the weights."""
+        return SourceFiles(self.source, self.revision)
+
     def read(self, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
         """The equivalent ``LlamaForCausalLM`` and transformers' loading information.
 
@@ -153,8 +145,14 @@ class ExaoneForm:
         config = read_exaone_config(self.source, self.revision)
         return {"revision": self.revision, "config": config, "trust_remote_code": False}
 
-    def write(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-        """Write weights, config, tokenizer and code as they came; only weights, tying and precision may be new.
+    def targets(self, model: PreTrainedModel, stored: StoredTensors) -> dict[str, str]:
+        """The Llama's names."""
+        return {name: llama_name(name) for name in stored.entries}
+
+    def write(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, ends: Collection[int] = ()
+    ) -> Comparison:
+        """Write weights, config, tokenizer and code as they came; only weights, tying, precision and ends may be new.
 
         The tokenizer's files are copied, not saved anew: transformers 4, which EXAONE's code was made for, reads them.
 
@@ -162,68 +160,21 @@ class ExaoneForm:
             OSError: the disk, or the source can no longer be read.
         """
         directory.mkdir(parents=True, exist_ok=True)
-        tied = bool(model.config.tie_word_embeddings)
-        tensors = {
-            _exaone_name(name): tensor
-            for name, tensor in model.state_dict().items()
-            if not (tied and name == "lm_head.weight")
-        }
-        save_torch_state_dict(tensors, directory, max_shard_size=MAX_SHARD_SIZE)
-        self._write_config(model, tied, directory)
-        for name in {*_CARRIED, *tokenizer.vocab_files_names.values()}:
-            self._carry(name, directory)
-        self._carry_code(directory)
-
-    def _write_config(self, model: PreTrainedModel, tied: bool, directory: Path) -> None:
-        config = self._json("config.json")
-        if not config:
-            raise OSError(
-                f"{self.source} has no config.json any more; expected the one that was there when it was read"
-            )
+        config, stored = self.files.config(), read_stored(self.files)
+        weights = weights_to_write(
+            model, stored, self.targets(model, stored),
+            lambda state: {_exaone_name(name): tensor for name, tensor in state.items()},
+        )  # fmt: skip
+        comparison = weights.write(stored, directory)
+        tied = is_tied(model)
         if config.get("tie_word_embeddings", _DEFAULTS["tie_word_embeddings"]) != tied:
             config["tie_word_embeddings"] = tied
         for key in [key for key in ("torch_dtype", "dtype") if key in config] or ["torch_dtype"]:
             config[key] = str(model.dtype).removeprefix("torch.")
-        text = json.dumps(config, indent=2, ensure_ascii=False)
-        (directory / "config.json").write_text(f"{text}\n", encoding="utf-8")
-
-    def _carry_code(self, directory: Path) -> None:
-        """Copy the modules that config and tokenizer name in auto_map, and those that these import."""
-        wanted = [*_auto_modules(self._json("config.json")), *_auto_modules(self._json("tokenizer_config.json"))]
-        seen: set[str] = set()
-        while wanted:
-            module = wanted.pop()
-            if module in seen:
-                continue
-            seen.add(module)
-            if module.isidentifier() and self._carry(f"{module}.py", directory):
-                wanted += get_relative_imports(directory / f"{module}.py")
-            else:
-                log.warning(
-                    "%s has no %s.py, which its auto_map or code names, so the export has none either; "
-                    "loading the export with trust_remote_code would fail",
-                    self.source,
-                    module,
-                )
-
-    def _carry(self, name: str, directory: Path) -> bool:
-        path = self._find(name)
-        if path is not None:
-            shutil.copyfile(path, directory / name)
-        return path is not None
-
-    def _json(self, name: str) -> dict[str, Any]:
-        path = self._find(name)
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path else {}
-        return values
-
-    def _find(self, name: str) -> Path | None:
-        """A file of the source, which is downloaded if need be; none if the source has no such file."""
-        try:
-            path = cached_file(self.source, name, revision=self.revision)
-        except OSError:
-            return None
-        return Path(path) if path else None
+        write_json(directory / "config.json", config)
+        self.files.write_generation_config(model.generation_config, ends, directory)
+        self.files.carry(tokenizer.vocab_files_names.values(), directory)
+        return comparison
 
 
 def _exaone_name(name: str) -> str:
@@ -232,11 +183,3 @@ def _exaone_name(name: str) -> str:
         if count:
             return renamed
     return name
-
-
-def _auto_modules(config: dict[str, Any]) -> Iterator[str]:
-    """Modules beside the config that its auto_map names; those of another repository ("org/name--…") stay there."""
-    for value in (config.get("auto_map") or {}).values():
-        for reference in value if isinstance(value, list) else [value]:
-            if reference and "--" not in reference:
-                yield reference.rpartition(".")[0]

@@ -131,7 +131,9 @@ def _component(model: nn.Module, blocks: str, block: int, name: str) -> Componen
     child = name[len(f"{blocks}.{block}.") :].split(".")[0]
     if "attn" in child or "attention" in child:
         return "attention"
-    module = model.get_submodule(f"{blocks}.{block}").get_submodule(child)
+    module = model.get_submodule(f"{blocks}.{block}")._modules.get(child)
+    if module is None:  # the tensor stands in the block itself
+        return None
     mixes_tokens = any(
         word in type(module).__name__.lower() for word in ("mamba", "conv", "mixer", "recurrent", "rwkv")
     )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from toolkit.errors import FrostlineError, ModelError
 from toolkit.files import is_directory
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.bundled import bundled_directory, cache_root
+from toolkit.models.contents import examine
 from toolkit.models.directory import check_directory
 from toolkit.models.exaone import ExaoneForm, is_exaone
 from toolkit.models.form import Form, TransformersForm
@@ -27,7 +29,11 @@ from toolkit.models.inspect import inspect
 from toolkit.models.mapped import OnDisk
 from toolkit.models.offload import device_map, quiet_accelerate, take_files
 from toolkit.models.quirks import turn_off_layerdrop
+from toolkit.models.source_files import SourceFiles
+from toolkit.models.stored import Comparison, read_stored
 from toolkit.out_of_memory import is_out_of_memory
+
+log = logging.getLogger("frostline")
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 """A precision that a model can be stored in."""
@@ -45,13 +51,20 @@ class LoadedModel:
     on_disk: Mapping[str, OnDisk] = field(default_factory=dict)
     """Parameters that were not loaded, by name; in the model they are on the meta device."""
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, ends: Collection[int] = ()) -> Comparison:
         """Write model and tokenizer into ``directory`` in the form they came in.
+
+        Args:
+            directory: is created.
+            ends: tokens that end an answer, for generation_config.json.
+
+        Returns:
+            How the weights compare with the source's.
 
         Raises:
             OSError: the disk, or what is to be copied from the source.
         """
-        self.form.write(self.model, self.tokenizer, directory)
+        return self.form.write(self.model, self.tokenizer, directory, ends)
 
 
 def load(
@@ -81,22 +94,19 @@ def load(
     else:
         model, form = _load_weights(source, config, {})
         on_disk = {}
-    not_float = [name for name, parameter in model.named_parameters() if not parameter.is_floating_point()]
-    if not_float:
-        raise ModelError(
-            f"{source} holds quantised weights ({not_float[0]} and {len(not_float) - 1} more); "
-            "expected floating point weights: name the unquantised model"
-        )
     turn_off_layerdrop(model)
     model.config.use_cache = False  # a key-value cache serves generation, not training
     return LoadedModel(model, tokenizer, anatomy or inspect(model), form, on_disk)
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; its padding token falls back to the end-of-text token.
+    """The model's tokenizer with the one chat template that is used.
+
+    Its padding token falls back to the end-of-text token; where it has no template, that in chat_template.json is
+    taken, which transformers gives to processors alone.
 
     Raises:
-        ModelError: there is none, or it has no end-of-text token.
+        ModelError: there is none, it has no end-of-text token, or several templates and none that is the default.
     """
     source = resolve_source(config.name_or_path)
     try:
@@ -107,6 +117,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         raise ModelError(
             hub_says(source, error) or f"model.name_or_path {source!r}: no usable tokenizer. {_first_lines(error)}"
         ) from None
+    tokenizer.chat_template = _chat_template(tokenizer, source, config)
     if tokenizer.eos_token is None:
         raise ModelError(
             f"the tokenizer of {source} has no end-of-text token (eos_token); set one in its tokenizer_config.json"
@@ -114,6 +125,28 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _chat_template(tokenizer: PreTrainedTokenizerBase, source: str, config: ModelConfig) -> str | None:
+    found: str | dict[str, str] | None = tokenizer.chat_template
+    if not found:
+        try:
+            found = SourceFiles(source, config.revision).chat_template_json()
+        except (OSError, ValueError) as error:
+            raise ModelError(f"model.name_or_path {source!r} cannot be loaded. {_first_lines(error)}") from None
+        if found:
+            log.info("%s: the chat template is that in its chat_template.json", source)
+    if not isinstance(found, dict):
+        return found
+    name = "default" if "default" in found else next(iter(found))
+    if name != "default" and len(found) > 1:
+        raise ModelError(
+            f"the tokenizer of {source} has {len(found)} chat templates ({', '.join(sorted(found))}) and none named "
+            'default; name the one to use "default" in its tokenizer_config.json or additional_chat_templates'
+        )
+    if len(found) > 1:
+        log.info("%s: of its chat templates (%s) the one named default is used", source, ", ".join(sorted(found)))
+    return found[name]
 
 
 def stored_dtype(name: str) -> Dtype:
@@ -231,6 +264,8 @@ def _load_weights(source: str, config: ModelConfig, more: dict[str, Any]) -> tup
         raise ModelError(
             hub_says(source, error) or f"model.name_or_path {source!r} cannot be loaded. {_first_lines(error)}"
         ) from None
+    stored = read_stored(form.files)
+    examine(model, stored, form.targets(model, stored), source)
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"{source} lacks {len(missing)} tensors of {type(model).__name__} ({', '.join(missing[:3])} …); "

@@ -19,6 +19,7 @@ from toolkit.models.inspect import inspect
 from toolkit.models.load import LoadedModel, hub_says, resolve_source
 from toolkit.models.mapped import read_header
 from toolkit.models.quirks import turn_off_layerdrop
+from toolkit.models.stored import FLOATS
 from toolkit.out_of_memory import is_out_of_memory
 
 LOOKED_AT_CONTENT = (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError)
@@ -140,18 +141,22 @@ def _check_headers(directory: Path, anatomy: Anatomy, exaone: bool) -> str:
     stored = {
         llama_name(name) if exaone else name: info for file in files for name, info in read_header(file)[0].items()
     }
-    wrong, dtypes, bytes_stored = [], set(), 0
+    lacking = any(tensor.alias_of is None and tensor.name not in stored for tensor in anatomy.tensors)
+    wrong, dtypes, packed, bytes_stored = [], set(), set(), 0
     for name, info in stored.items():
         tensor = anatomy.by_name.get(name)
         dtypes.add(info["dtype"])
         bytes_stored += info["data_offsets"][1] - info["data_offsets"][0]
+        in_place_of_weights = tensor.can_train if tensor is not None else lacking and not name.endswith("bias")
+        if info["dtype"] not in {*FLOATS, "BOOL"} and in_place_of_weights:
+            packed.add(info["dtype"])
         if tensor is not None and tuple(info["shape"]) != tensor.shape:
             wrong.append(f"  - {name}: {tuple(info['shape'])} stored, config.json makes it {tensor.shape}")
     if wrong:
         raise ModelError("\n".join([f"{directory}: config.json and weights do not agree:", *wrong[:5]]))
-    if unusable := dtypes - {"F64", "F32", "F16", "BF16"}:
+    if packed:
         raise ModelError(
-            f"{directory} holds weights of type {', '.join(sorted(unusable))}; "
+            f"{directory} holds weights of type {', '.join(sorted(packed))}; "
             "expected floating point weights: name the unquantised model"
         )
     found = len(stored.keys() & anatomy.by_name.keys())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,11 +16,24 @@ from torch import nn
 from toolkit.models.anatomy import Anatomy
 
 
-def take_rows(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """[B, T, H] to [1, S, H]: the positions ``rows``, counted through the whole batch."""
-    if states.dim() != 3:
-        raise TypeError(f"expected hidden states [B, T, H], found {tuple(states.shape)}")
-    return states.flatten(0, 1).index_select(0, rows).unsqueeze(0)
+class Rows(NamedTuple):
+    """The supervised positions of a batch."""
+
+    numbers: torch.Tensor
+    """[S], counted through the whole batch."""
+    positions: torch.Size
+    """B × T."""
+
+
+def take_rows(states: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """[B, T, H] to [1, S, H].
+
+    Raises:
+        TypeError: the states are of other positions than the batch, or in another order (XLNet's are T × B).
+    """
+    if states.shape[:-1] != rows.positions:
+        raise TypeError(f"expected hidden states of {tuple(rows.positions)} positions, found {tuple(states.shape)}")
+    return states.flatten(0, 1).index_select(0, rows.numbers).unsqueeze(0)
 
 
 class Narrow:
@@ -31,13 +44,13 @@ class Narrow:
         Args:
             module: maps hidden states [B, T, H] to [B, T, H'] position by position, and is called once a pass.
         """  # noqa: D205, D212
-        self._rows: torch.Tensor | None = None
+        self._rows: Rows | None = None
         self._shape: torch.Size = torch.Size()
         module.register_forward_pre_hook(self._gather)
         module.register_forward_hook(self._scatter)
 
     @contextmanager
-    def on(self, rows: torch.Tensor | None) -> Iterator[None]:
+    def on(self, rows: Rows | None) -> Iterator[None]:
         """Only ``rows`` are computed inside; all of them where there is none."""
         self._rows = rows
         try:
@@ -55,7 +68,7 @@ class Narrow:
         if self._rows is None:
             return None
         flat: torch.Tensor = output.new_zeros(self._shape[0] * self._shape[1], output.shape[-1])
-        return flat.index_copy_(0, self._rows, output.squeeze(0)).view(*self._shape[:2], -1)
+        return flat.index_copy_(0, self._rows.numbers, output.squeeze(0)).view(*self._shape[:2], -1)
 
 
 class NarrowMLP:
@@ -71,14 +84,14 @@ class NarrowMLP:
             block: the model's last one; checkpointing is to be laid over it after this.
             mlp: a module within it.
         """  # noqa: D205, D212
-        self._rows: torch.Tensor | None = None
+        self._rows: Rows | None = None
         self._mlp = Narrow(mlp)
         self._forward = block.forward
         block.register_forward_pre_hook(self._pass_on, with_kwargs=True)
         block.forward = self._run
 
     @contextmanager
-    def on(self, rows: torch.Tensor | None) -> Iterator[None]:
+    def on(self, rows: Rows | None) -> Iterator[None]:
         """Only ``rows`` are computed by passes that begin inside."""
         self._rows = rows
         try:
@@ -89,7 +102,7 @@ class NarrowMLP:
     def _pass_on(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         return args, kwargs if self._rows is None else {**kwargs, "supervised_rows": self._rows}
 
-    def _run(self, *args: Any, supervised_rows: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    def _run(self, *args: Any, supervised_rows: Rows | None = None, **kwargs: Any) -> Any:
         with self._mlp.on(supervised_rows):
             return self._forward(*args, **kwargs)
 

@@ -12,10 +12,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from toolkit.data.batches import Batch
+from toolkit.errors import ModelError
 from toolkit.loss import linear_cross_entropy
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.products import uses_float32_gradients
-from toolkit.prefix.narrow import Narrow, NarrowMLP, dense_mlp, take_rows
+from toolkit.prefix.narrow import Narrow, NarrowMLP, Rows, dense_mlp, take_rows
 from toolkit.prefix.post import find_post
 
 
@@ -53,7 +54,7 @@ class Top:
         self._head = copied.get_submodule(anatomy.head)
         self._logits = self._head.forward
         self._in_float32 = uses_float32_gradients(copied)
-        self._rows: torch.Tensor | None = None
+        self._rows: Rows | None = None
         self._targets: torch.Tensor | None = None
         follows, self._post = find_post(model, anatomy)
         tiled = follows and type(self._head).forward is nn.Linear.forward
@@ -71,7 +72,7 @@ class Top:
     @contextmanager
     def logits_of(self, batch: Batch) -> Iterator[None]:
         """A pass inside gives the model's logits at the supervised positions of ``batch``."""
-        self._rows = _rows(batch)
+        self._rows = Rows(_rows(batch), batch.input_ids.shape)
         try:
             yield
         finally:
@@ -99,9 +100,16 @@ class Top:
             yield found
 
     def _keep_supervised(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Let the head see the supervised positions alone: [B, T, hidden_size] to [1, S, hidden_size]."""
+        """Let the head see the supervised positions alone: [B, T, hidden_size] to [1, S, hidden_size].
+
+        Raises:
+            ModelError: other positions enter the head than the batch has.
+        """
         assert self._rows is not None
-        return (take_rows(args[0], self._rows), *args[1:])
+        try:
+            return (take_rows(args[0], self._rows), *args[1:])
+        except TypeError as error:
+            raise ModelError(f"this architecture cannot be trained: at its head, {error}") from None
 
     def _run_head(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Logits [1, S, vocabulary], or their summed loss [1, 1, 1] if targets are set.
