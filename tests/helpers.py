@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +87,18 @@ def free_port() -> int:
 
 
 def run_script(
-    script: str, *flags: object, launcher: tuple[str, ...] = (sys.executable,), cwd: Path = ROOT
+    script: str,
+    *flags: object,
+    launcher: tuple[str, ...] = (sys.executable,),
+    cwd: Path = ROOT,
+    environ: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script of this repository in a new process."""
+    """Run a script of this repository in a new process, with ``environ`` over a clean environment."""
     if launcher[0] in _PORT_FLAGS:
         launcher = (*launcher, _PORT_FLAGS[launcher[0]], str(free_port()))
     command = [*launcher, str(ROOT / script), *map(str, flags)]
-    return subprocess.run(command, cwd=cwd, env=clean_environment(), capture_output=True, text=True, timeout=1200)
+    env = {**clean_environment(), **(environ or {})}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=1200)
 
 
 def tiny_flags(model: Path, run: Path, *more: object) -> list[str]:

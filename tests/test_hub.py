@@ -161,9 +161,13 @@ def test_a_gated_model_or_data_set_says_to_accept_its_terms_and_to_log_in(hub: S
 
 
 def test_a_name_that_the_hub_does_not_know_is_said(hub: StubHub) -> None:
-    with pytest.raises(ModelError, match=r"there is no model org/nope on .* that you may read; check the name"):
+    with pytest.raises(
+        ModelError, match=r"there is no model org/nope here, nor one on .* that you may read; check the name"
+    ):
         load_tokenizer(ModelConfig(name_or_path="org/nope"))
-    with pytest.raises(DataError, match=r"there is no data set org/nope on .* that you may read; check the name"):
+    with pytest.raises(
+        DataError, match=r"there is no data set org/nope here, nor one on .* that you may read; check the name"
+    ):
         read_rows("org/nope")
     with pytest.raises(ModelError, match=f"the model {MODEL} has not the revision that is asked for"):
         load_tokenizer(ModelConfig(name_or_path=MODEL, revision="v9"))
@@ -183,7 +187,8 @@ def test_a_dead_network_is_tried_twice_said_once_and_then_an_error(
     url = dead_url()
     ask(monkeypatch, url, tmp_path / "empty")
     with pytest.raises(
-        (ModelError, DataError), match=rf"not in the local cache, and {url} does not answer .*, 2 times"
+        (ModelError, DataError),
+        match=rf"there is no .* here or in the local cache, and {url} does not answer .*, 2 times",
     ):
         load_tokenizer(ModelConfig(name_or_path=MODEL)) if what == "model" else read_rows(DATA)
     assert [line.partition(" (")[0] for line in said] == [f"{url} does not answer"] * 2
@@ -260,9 +265,13 @@ def test_offline_mode_is_named_where_it_is_the_cause(hub: StubHub, monkeypatch: 
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match=f"the model {MODEL} is not in the local cache, and HF_HUB_OFFLINE is set"):
+    with pytest.raises(
+        ModelError, match=f"there is no model {MODEL} here or in the local cache, and HF_HUB_OFFLINE is set"
+    ):
         load_tokenizer(ModelConfig(name_or_path=MODEL))
-    with pytest.raises(DataError, match=f"the data set {DATA} is not in the local cache, and HF_HUB_OFFLINE is set"):
+    with pytest.raises(
+        DataError, match=f"there is no data set {DATA} here or in the local cache, and HF_HUB_OFFLINE is set"
+    ):
         read_rows(DATA)
     assert hub.requests == []
 

@@ -122,7 +122,8 @@ def _quiet(rank: int) -> None:
     if rank or not sys.stderr.isatty():  # a log that goes into a file would hold fragments of their bars
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # toolkit.hub says what is tried again
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # toolkit.hub says what is tried again, or taken from the cache
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     logging.basicConfig(level=logging.WARNING)
     for other in logging.getLogger().handlers:

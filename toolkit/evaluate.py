@@ -108,15 +108,14 @@ def evaluate_source(
         DataError: no rows are named and ``source`` held none out, or rows are bad.
         UsageError: ``source`` cannot be opened.
     """
-    if path is not None:
-        read_rows(path, split)  # before a model loads
+    rows = None if path is None else read_rows(path, split)  # before a model loads
     opened = open_source(source, step, base, trust_remote_code, dtype)
     config = opened.config.data
     if path is not None:
         config = config.model_copy(update={"path": path, "split": split, "validation": None, "validation_split": None})
     elif opened.run is None or config.validation is None:
         raise DataError(f"{source} held no rows out; name some with --data.path FILE")
-    dataset = load_dataset(config, opened.loaded.tokenizer, opened.config.train.seed)
+    dataset = load_dataset(config, opened.loaded.tokenizer, opened.config.train.seed, rows)
     if path is None and opened.run is not None:
         _require_same_rows(dataset, opened.run, step)
     examples = dataset.train if path is not None else dataset.validation

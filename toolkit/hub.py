@@ -104,8 +104,8 @@ def explain(error: BaseException, name: str, kind: str = "model") -> str | None:
         return f"the {kind} {name} has not the revision that is asked for; expected a branch, tag or commit of {page}"
     if any(isinstance(e, errors.RepositoryNotFoundError) for e in chain) or "doesn't exist on the Hub" in text:
         return (
-            f"there is no {kind} {name} on {constants.ENDPOINT} that you may read; check the name, and if it is "
-            "private log in with `hf auth login` or set HF_TOKEN"
+            f"there is no {kind} {name} here, nor one on {constants.ENDPOINT} that you may read; check the name, and "
+            "if it is private log in with `hf auth login` or set HF_TOKEN"
         )
     if statuses & {401, 403}:
         return f"{constants.ENDPOINT} refuses the {kind} {name} ({min(statuses)}); log in with `hf auth login`"
@@ -113,7 +113,7 @@ def explain(error: BaseException, name: str, kind: str = "model") -> str | None:
     why = "; ".join(_HOSTS.down.values()) or ("HF_HUB_OFFLINE is set" if constants.is_offline_mode() else "")
     if why and (unreached or "Couldn't reach" in text):  # datasets keeps no chain
         return (
-            f"the {kind} {name} is not in the local cache, and {why}; check the network and HF_ENDPOINT, or "
+            f"there is no {kind} {name} here or in the local cache, and {why}; check the network and HF_ENDPOINT, or "
             f"download the {kind} elsewhere and name its place"
         )
     return None

@@ -69,28 +69,32 @@ class Dataset:
             path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def load_dataset(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Dataset:
+def load_dataset(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, rows: list[Row] | None = None
+) -> Dataset:
     """Read, check, encode and split the rows that ``config`` names.
 
     Args:
         config: the recipe's data section.
         tokenizer: turns text into ids; its chat template is used where it has one.
         seed: of the split, where ``config.validation`` is a fraction.
+        rows: of ``config.path``, if they are read already.
 
     Raises:
         DataError: a file cannot be read, rows are bad and ``config.on_bad_row`` is ``error``, or rows of a validation
             set of its own are trained on; names each row.
     """
     encoder = Encoder(tokenizer, config.max_length)
-    examples, skipped = encode_rows(read_rows(config.path, config.split), encoder, config)
+    rows = read_rows(config.path, config.split) if rows is None else rows
+    examples, skipped = encode_rows(rows, encoder, config)
     validation: list[Example] = []
     if isinstance(config.validation, float):
         examples, validation = _hold_out(examples, config.validation, seed)
         if found := _overlap(examples, validation):
             log.warning("%s; the validation loss is in part that of rows that are trained on", found)
     elif config.validation is not None:
-        rows = read_rows(config.validation, config.validation_split, "data.validation_split", "validation")
-        validation, more = encode_rows(rows, encoder, config)
+        held_out = read_rows(config.validation, config.validation_split, "data.validation_split", "validation")
+        validation, more = encode_rows(held_out, encoder, config)
         skipped += more
         if found := _overlap(examples, validation):
             raise DataError(
