@@ -44,8 +44,13 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """``exp(loss)``, infinite where that overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        """As ``perplexity`` of the loss."""
+        return perplexity(self.loss)
+
+
+def perplexity(loss: float) -> float:
+    """``exp(loss)``, infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 @torch.no_grad()

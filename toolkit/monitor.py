@@ -196,12 +196,13 @@ class Monitor:
             header = ["| row | question, the end of its prompt | reference | answer |", "|---:|---|---|---|"]
             self._board.text("answers", "\n".join([f"After step {step}:", "", *header, *rows]), step)
 
-    def has_evaluation(self, step: int) -> bool:
-        """True on rank 0 if a validation after ``step`` steps is logged."""
+    def loss_at(self, step: int) -> float | None:
+        """On rank 0 the validation loss that is logged after ``step`` steps, NaN if it was not finite; else none."""
         if not self._is_main:
-            return False
-        rows = map(json.loads, self._metrics_path.read_text(encoding="utf-8").splitlines())
-        return any("eval_loss" in row and row["step"] == step for row in rows)
+            return None
+        rows = map(json.loads, self._file.lines())
+        found = [row["eval_loss"] for row in rows if "eval_loss" in row and row["step"] == step]
+        return None if not found else math.nan if found[-1] is None else float(found[-1])
 
     def say(self, line: str) -> None:
         """Log a line."""

@@ -10,6 +10,7 @@ from itertools import count
 from pathlib import Path
 
 from toolkit.checkpoint.catalog import checkpoints_of, newest_usable
+from toolkit.checkpoint.evaluation import read_loss
 from toolkit.checkpoint.state import State, read_state, recipe_differences
 from toolkit.config.load import dump
 from toolkit.config.schema import RunConfig
@@ -32,7 +33,7 @@ class RunDirectory:
     state: State | None
     """Of the checkpoint."""
     finished: bool
-    """The run in it is already done: nothing to train."""
+    """The run in it is already done: nothing to train, and nothing to validate."""
     overridden: tuple[str, ...] = ()
     """In what the rest of the run will differ from what the checkpoint was written under."""
 
@@ -220,6 +221,8 @@ def _inspect(path: Path, wish: _Wish) -> RunDirectory:
     if refused or (harmless and not wish.override):
         raise CheckpointError(_refusal(path, checkpoint, refused, harmless))
     finished = state.step >= state.steps_in_all(wish.config, wish.ranks)
+    if finished and wish.config.data.validation is not None and read_loss(checkpoint) is None:
+        finished = False  # its last validation is still to be done
     return RunDirectory(path, checkpoint, state, finished, tuple(harmless))
 
 

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from toolkit.checkpoint.disk import sync_directory
+from toolkit.checkpoint.evaluation import read_loss
 from toolkit.checkpoint.manifest import directory_name, verify
 from toolkit.checkpoint.state import read_state
 from toolkit.errors import CheckpointError
@@ -98,13 +99,15 @@ def point_at(run: Path, checkpoint: Path) -> None:
 
 
 def prune(run: Path, current: Path, keep: int) -> None:
-    """After a commit: keep the newest ``keep`` and the one of the lowest validation loss, and say which that is.
+    """Keep the newest ``keep`` and the one of the lowest validation loss, and say which that is.
+
+    After a commit, once the validation that was due with it is known.
 
     Checkpoints of later steps than ``current`` are of a run that was gone on from before them; they go too.
     """
     present = checkpoints_of(run)
     valid = [path for path in present if path.name <= current.name]
-    losses = {path: loss for path in valid if (loss := _eval_loss(path)) is not None and math.isfinite(loss)}
+    losses = {path: loss for path in valid if (loss := read_loss(path)) is not None and math.isfinite(loss)}
     best = min(losses, key=lambda path: losses[path]) if losses else None
     try:
         if best is not None:
@@ -165,11 +168,4 @@ def _pointed_at(run: Path) -> str | None:
     try:
         return (run / "checkpoints" / _LATEST).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
-        return None
-
-
-def _eval_loss(checkpoint: Path) -> float | None:
-    try:
-        return read_state(checkpoint).eval_loss
-    except CheckpointError:
         return None

@@ -13,6 +13,8 @@ from toolkit.checkpoint.disk import Entry, as_json, hash_files, write_json
 from toolkit.errors import CheckpointError
 
 NAME = "MANIFEST.json"
+EVALUATION = "evaluation.json"
+"""Comes after the commit, so that the manifest does not list it (``toolkit.checkpoint.evaluation``)."""
 FORMAT = 1
 
 
@@ -23,7 +25,7 @@ def write_manifest(directory: Path, step: int, entries: Mapping[str, Entry]) -> 
         OSError: the disk.
     """
     content = {"format": FORMAT, "step": step, "files": {name: asdict(entries[name]) for name in sorted(entries)}}
-    write_json(directory / NAME, {**content, "sha256": _digest(content)})
+    write_json(directory / NAME, {**content, "sha256": digest_of(content)})
 
 
 def verify(checkpoint: Path) -> None:
@@ -36,10 +38,8 @@ def verify(checkpoint: Path) -> None:
         CheckpointError: lists all that is missing, more, or different.
     """
     files = read_manifest(checkpoint)
-    present = {
-        str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if not path.is_dir() and path.name != NAME
-    }
-    faults = [f"{name} is not in {NAME}" for name in sorted(present - set(files))]
+    present = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if not path.is_dir()}
+    faults = [f"{name} is not in {NAME}" for name in sorted(present - {NAME, EVALUATION} - set(files))]
     for name, found in hash_files(checkpoint, sorted(files)).items():
         expected = files[name]
         if isinstance(found, str):
@@ -58,6 +58,24 @@ def read_manifest(checkpoint: Path) -> dict[str, Entry]:
     Raises:
         CheckpointError: it is missing, damaged, of another format, or belongs to another step.
     """
+    return _read(checkpoint)[0]
+
+
+def read_digest(checkpoint: Path) -> str:
+    """The SHA-256 that the manifest states of itself, which tells a checkpoint from every other.
+
+    Raises:
+        CheckpointError: as for ``read_manifest``.
+    """
+    return _read(checkpoint)[1]
+
+
+def digest_of(content: Mapping[str, Any]) -> str:
+    """SHA-256 of what a JSON file says of itself."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read(checkpoint: Path) -> tuple[dict[str, Entry], str]:
     try:
         text = (checkpoint / NAME).read_text(encoding="utf-8")
         content = json.loads(text)
@@ -68,7 +86,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Entry]:
         raise damaged(checkpoint, [f"{NAME} is missing; expected a checkpoint of this version"]) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(checkpoint, [f"{NAME} cannot be read ({type(error).__name__}: {error})"]) from None
-    if digest != _digest(content) or not as_written:
+    if digest != digest_of(content) or not as_written:
         raise damaged(checkpoint, [f"{NAME} has been changed: it does not have the SHA-256 it states"])
     if content.get("format") != FORMAT:
         raise damaged(checkpoint, [f"{NAME} has format {content.get('format')!r}; this version reads {FORMAT}"])
@@ -76,7 +94,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Entry]:
         raise damaged(checkpoint, [f"{NAME} belongs to step {content.get('step')!r}"])
     if outside := [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]:
         raise damaged(checkpoint, [f"{NAME} lists {outside[0]}, which lies outside"])
-    return files
+    return files, digest
 
 
 def directory_name(step: object) -> str:
@@ -88,7 +106,3 @@ def damaged(checkpoint: Path, faults: list[str]) -> CheckpointError:
     """The error that names a damaged checkpoint and what is wrong with it."""
     listed = "\n".join(f"  - {fault}" for fault in faults)
     return CheckpointError(f"checkpoint {checkpoint} is damaged:\n{listed}")
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -13,6 +13,7 @@ import torch
 
 from toolkit.checkpoint import catalog, shards
 from toolkit.checkpoint.disk import Entry, sync_directory, tensors_size, told_if_full, write_json, write_tensors
+from toolkit.checkpoint.evaluation import read_loss, write_loss
 from toolkit.checkpoint.manifest import directory_name, write_manifest
 from toolkit.checkpoint.rng import capture, rng_name
 from toolkit.checkpoint.state import NAME as STATE
@@ -62,8 +63,12 @@ class Saver:
         self._run, self._world, self._keep, self._in_background = run, world, keep, in_background
         self._writing: _Writing | None = None
 
-    def save(self, content: Content) -> None:
+    def save(self, content: Content, validation_follows: bool = False) -> None:
         """Commit a checkpoint, or begin to. A kill at any moment leaves the previous one in place.
+
+        Args:
+            content: of the checkpoint.
+            validation_follows: older ones stay until ``record`` has its loss.
 
         Raises:
             DiskError: the disk has no room or does not write; the previous checkpoint and the state stay.
@@ -79,6 +84,7 @@ class Saver:
                 for name, (tensors, metadata) in files.items()
             }
         self._writing = _Writing(staging, content.state.step, files, documents)
+        self._writing.validation_follows = validation_follows
         if self._in_background:
             self._writing.start()
         else:
@@ -102,6 +108,25 @@ class Saver:
         """
         if self._writing is not None:
             self._publish()
+
+    def record(self, step: int, loss: float) -> None:
+        """Write the validation loss of the newest checkpoint, which is of ``step``; then let older ones go.
+
+        Raises:
+            DiskError: the disk; the checkpoint stays, without its loss.
+        """
+        self.wait()
+        checkpoint = self._run / "checkpoints" / directory_name(step)
+
+        def write() -> None:
+            write_loss(checkpoint, loss)
+            catalog.prune(self._run, checkpoint, self._keep)
+
+        self._on_main(f"the validation loss of {checkpoint}", write)
+
+    def loss_at(self, step: int) -> float | None:
+        """On rank 0 the validation loss that ``record`` kept with the checkpoint of ``step``; else none."""
+        return read_loss(self._run / "checkpoints" / directory_name(step)) if self._world.is_main else None
 
     def __enter__(self) -> Saver:
         return self
@@ -134,7 +159,8 @@ class Saver:
         staging.rename(final)
         sync_directory(final.parent)
         catalog.point_at(self._run, final)
-        catalog.prune(self._run, final, self._keep)
+        if not writing.validation_follows:
+            catalog.prune(self._run, final, self._keep)
         catalog.clear_leftovers(self._run)
 
     def _require_room(self, own: int) -> None:
@@ -177,7 +203,7 @@ class _Writing(threading.Thread):
 
     def __init__(self, staging: Path, step: int, files: _Files, documents: Mapping[str, object]) -> None:
         super().__init__(name="checkpoint", daemon=False)
-        self.staging, self.step = staging, step
+        self.staging, self.step, self.validation_follows = staging, step, False
         self._files, self._documents = files, documents
         self.entries: dict[str, Entry] = {}
         self.error: FrostlineError | None = None

@@ -54,8 +54,8 @@ class State(BaseModel):
     """Steps that the learning-rate schedule has done."""
     engine: str
     ranks: int = Field(ge=1)
-    eval_loss: float | None
-    """Validation loss after this very step; none where it was not computed."""
+    eval_loss: float | None = None
+    """Validation loss after this very step, where no ``evaluation.json`` has it: in checkpoints of older versions."""
     totals: dict[str, float]
     """Sums since the run began (tokens, seconds …), and of the epoch that is under way."""
     fingerprints: dict[str, str]

@@ -58,6 +58,9 @@ class Engine(Protocol):
     def gathered(self) -> AbstractContextManager[object]:
         """While entered, the parameters of the suffix are whole on every rank; every rank enters it."""
 
+    def gathered_bytes(self) -> int:
+        """What ``gathered`` takes on this rank, in bytes."""
+
     def masters(self) -> dict[str, torch.Tensor]:
         """The trained tensors in float32 by their names in the whole model, on the CPU; empty except on rank 0."""
 

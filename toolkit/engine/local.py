@@ -86,6 +86,9 @@ class LocalEngine:
     def gathered(self) -> AbstractContextManager[object]:  # noqa: D102
         return nullcontext()
 
+    def gathered_bytes(self) -> int:  # noqa: D102
+        return 0
+
     def masters(self) -> dict[str, torch.Tensor]:  # noqa: D102
         return gather_kind(MASTER, self.fragments(), self.shapes, self.is_replicated, self._world)
 

@@ -25,6 +25,7 @@ from toolkit.engine.moved import Moved, choose
 from toolkit.engine.partitioned import Opened, PartitionedAdamW, build_optimizer
 from toolkit.engine.swapped import Swapped, SwappedPart
 from toolkit.engine.zero_clipping import partitioned_norm, without_clipping
+from toolkit.engine.zero_gather import gathered, gathered_bytes, settle_prefetches
 from toolkit.errors import ConfigError
 from toolkit.mask.layer_mask import ParameterGroup
 from toolkit.optim import build_scheduler, current_rate, embedding_tables, forward_to
@@ -162,20 +163,19 @@ class ZeroEngine:
     @torch.no_grad()
     def _follow(self) -> None:
         """Bring the prefix's copies of trained tensors up to date: DeepSpeed moved the originals elsewhere."""
-        import deepspeed
-
         for name, copy in self._copies.items():
-            with deepspeed.zero.GatheredParameters([self._parameters[name]]):  # nothing to gather at stages 1 and 2
+            with gathered(self._parameters[name]):
                 copy.copy_(self._parameters[name])
 
     def train(self, mode: bool) -> None:  # noqa: D102
         self._engine.train(mode)
 
     def gathered(self) -> AbstractContextManager[object]:  # noqa: D102
-        import deepspeed
+        settle_prefetches(self._engine)
+        return gathered(self._suffix)
 
-        gathered: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(list(self._suffix.parameters()))
-        return gathered
+    def gathered_bytes(self) -> int:  # noqa: D102
+        return gathered_bytes(self._suffix)
 
     def masters(self) -> dict[str, torch.Tensor]:  # noqa: D102
         return gather_kind(MASTER, self.fragments(), self.shapes, self.is_replicated, self._world)
@@ -267,16 +267,15 @@ class ZeroEngine:
 
     @torch.no_grad()
     def release(self) -> dict[str, torch.Tensor]:  # noqa: D102
-        import deepspeed
-
         self._swapped.close()
+        settle_prefetches(self._engine)
         zero = self._engine.optimizer
         zero.optimizer.state.clear()
         self._engine.destroy()
         plain = {}
         for name, parameter in self._suffix.model.named_parameters():
             if parameter.requires_grad or hasattr(parameter, "ds_id"):
-                with deepspeed.zero.GatheredParameters([parameter]):  # nothing to gather at stages 1 and 2
+                with gathered(parameter):
                     plain[name] = parameter.detach().clone()
                 parameter.data = parameter.data.new_empty(0)
         vars(zero).clear()  # ZeRO-3's optimizer is still referred to after destroy (DeepSpeed 0.19): leave it empty

@@ -42,7 +42,6 @@ def content_of(setup: Setup, progress: Progress) -> Content:
         schedule_step=setup.engine.schedule_step,
         engine=setup.engine.name,
         ranks=setup.world.size,
-        eval_loss=progress.eval_loss,
         totals=progress.totals,
         fingerprints=setup.fingerprints,
         versions=versions(),

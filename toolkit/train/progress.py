@@ -35,7 +35,7 @@ class Progress:
     def of(cls, state: State) -> Progress:
         """The position of a checkpoint."""
         totals = {**dict.fromkeys(_SUMS, 0.0), **state.totals}
-        return cls(state.rows, state.step, state.epoch, state.cursor, state.eval_loss, totals)
+        return cls(state.rows, state.step, state.epoch, state.cursor, totals=totals)
 
     @property
     def passes(self) -> float:

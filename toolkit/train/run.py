@@ -7,7 +7,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from toolkit import distributed, heap, peers, stop
+from toolkit import distributed, peers, stop
 from toolkit.checkpoint.catalog import finish_pruning
 from toolkit.checkpoint.saver import Saver
 from toolkit.config.flags import Invocation
@@ -27,14 +27,14 @@ from toolkit.preflight import check_writable
 from toolkit.rundir import RunDirectory, claim, write_config
 from toolkit.stop import STOPPED, StopRequested
 from toolkit.train.advice import advise
+from toolkit.train.between import Between
 from toolkit.train.ending import MemoryUse, highest
 from toolkit.train.guard import StepGuard
-from toolkit.train.phases import advance, content_of, resume
+from toolkit.train.phases import advance, resume
 from toolkit.train.progress import Progress
 from toolkit.train.record import save_plan, save_set_up
 from toolkit.train.setup import Setup, begin, prepare
 from toolkit.train.step import StepResult, seed_step, train_step
-from toolkit.train.validation import is_owed, validate, without_dropout
 
 log = logging.getLogger("frostline")
 
@@ -142,11 +142,14 @@ def _loop(
     setup: Setup, run_dir: Path, monitor: Monitor, progress: Progress, saver: Saver, ahead: Prefetcher
 ) -> int | None:
     """Train from ``progress`` to the end; the step it stopped after, if a signal asked for that."""
-    seed, output = setup.config.train.seed, setup.config.output
+    seed = setup.config.train.seed
     guard = StepGuard(run_dir, setup.config.train.max_skipped_steps, setup.world)
-    if is_owed(setup, monitor, progress) and not validate(setup, monitor, progress):
+    between = Between(setup, monitor, progress, saver, guard)
+    if not between.make_up():
         return progress.step
     for epoch in range(progress.epoch, setup.config.train.epochs):
+        if progress.step == setup.total_steps:
+            return None
         order = epoch_order(progress.rows, seed, epoch)[progress.cursor :]
         plan = replace(setup.plan, rows=len(order))
         steps = step_batches(setup.dataset.train, order, plan, setup.pad_id, packed=setup.packed)
@@ -161,20 +164,10 @@ def _loop(
             guard.look(progress.step, result, micro_batches)
             saver.poll()
             at_end = progress.step == setup.total_steps
-            epoch_ends = progress.is_epoch_done or at_end
-            if epoch_ends:
+            if progress.is_epoch_done or at_end:
                 monitor.epoch(epoch + 1, progress.step - int(progress.totals["epoch_steps"]) + 1, progress.step)
-            due = epoch_ends or _due(progress.step, output.evaluate_every_steps)
-            validated = not due or validate(setup, monitor, progress)
-            if progress.is_epoch_done:
-                progress.turn()
-            stopping = stop.agreed(setup.world)
-            if epoch_ends or stopping or _due(progress.step, output.save_every_steps):
-                _save(setup, progress, saver, guard)
-                stopping = stop.agreed(setup.world)  # a signal may have come meanwhile
+            stopping = between.after_step()
             if at_end:
-                if not validated:
-                    validate(setup, monitor, progress, may_stop=False)  # nothing can be lost any more
                 return None
             if stopping:
                 return progress.step
@@ -244,15 +237,3 @@ def _metrics(setup: Setup, result: StepResult, progress: Progress) -> StepMetric
         moved_share=setup.engine.moved_share(),
         cache_hit_share=setup.prefix.hit_share() if isinstance(setup.prefix, CachedPrefix) else None,
     )
-
-
-def _due(step: int, every: int | None) -> bool:
-    return every is not None and step % every == 0
-
-
-def _save(setup: Setup, progress: Progress, saver: Saver, guard: StepGuard) -> None:
-    with without_dropout(setup):
-        guard.require_sound(progress.step, setup.engine.forward, setup.prefix)
-    with during("the checkpoint"):
-        saver.save(content_of(setup, progress))
-    heap.give_back()

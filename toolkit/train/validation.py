@@ -2,48 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
 
 from toolkit import stop
 from toolkit.data.examples import Encoder, Example
-from toolkit.evaluate import evaluate
+from toolkit.errors import FrostlineError
+from toolkit.evaluate import Evaluation, evaluate
 from toolkit.generate import complete
-from toolkit.monitor import Answer, Monitor
+from toolkit.monitor import Answer
 from toolkit.prefix.cached import CachedPrefix
 from toolkit.progress_bar import track
-from toolkit.stop import StopRequested
-from toolkit.train.progress import Progress
 from toolkit.train.setup import Setup
 
+T = TypeVar("T")
 
-def validate(setup: Setup, monitor: Monitor, progress: Progress, may_stop: bool = True) -> bool:
-    """Log the loss on the validation rows, if there are any, and sample answers; every rank calls it.
 
-    Args:
-        setup: of the run.
-        monitor: where it is shown.
-        progress: where the run is; takes the loss down.
-        may_stop: a signal cuts it short.
+def validate(setup: Setup, may_stop: bool) -> Evaluation:
+    """The loss on the validation rows, of which there are some; every rank calls it. The caller turns dropout off.
 
-    Returns:
-        False if a signal cut it short; a run that goes on from here owes it (``is_owed``).
+    Raises:
+        StopRequested: a signal came, and it ``may_stop``; on every rank.
     """
-    if not setup.dataset.validation:
-        return True
-    with without_dropout(setup):
-        try:
-            outcome = evaluate(
-                setup.engine.forward, setup.prefix, setup.dataset.validation, setup.plan.micro_batch_size,
-                setup.pad_id, setup.world, setup.packed, may_stop,
-            )  # fmt: skip
-            answers = sample_answers(setup, may_stop)
-        except StopRequested:
-            return False
-    progress.eval_loss = outcome.loss
-    monitor.answers(progress.step, answers)
-    monitor.evaluation(progress.step, progress.passes, outcome.loss, outcome.perplexity)
-    return True
+    return evaluate(
+        setup.engine.forward, setup.prefix, setup.dataset.validation, setup.plan.micro_batch_size,
+        setup.pad_id, setup.world, setup.packed, may_stop,
+    )  # fmt: skip
 
 
 @contextmanager
@@ -64,27 +51,23 @@ def sample_answers(setup: Setup, may_stop: bool = False) -> list[Answer]:
     """What the model as it stands answers to the first validation rows; every rank calls it and gets all of them.
 
     The ranks share the rows. A prefix that was let go is read from the model's files, block by block. Under ZeRO-3
-    the suffix is gathered on each rank meanwhile.
+    the suffix is gathered on each rank meanwhile. The caller turns dropout off.
 
     Raises:
+        FrostlineError: some rank failed; on every rank.
         StopRequested: a signal came, and it ``may_stop``; on every rank.
     """
-    world, tokenizer = setup.world, setup.tokenizer
+    world = setup.world
     rows = setup.dataset.validation[: setup.config.output.sample_answers]
     if not rows:
         return []
-    ends = Encoder(tokenizer, setup.config.data.max_length).stop_ids()
-    prefix = setup.prefix.lent() if isinstance(setup.prefix, CachedPrefix) else setup.prefix
-    most, asked = setup.config.output.sample_tokens, stop.asked if may_stop else None
-    with setup.engine.gathered(), setup.active.whole.joined(prefix) as model:
-        own = [
-            complete(model, tokenizer, _prompt(row), ends, most, stop=asked)
-            for row in track(rows[world.rank :: world.size], "sample answers", "answer")
-        ]
+    _together(setup, lambda: _try_room(setup))
+    with setup.engine.gathered():
+        every = _together(setup, lambda: _own_answers(setup, rows[world.rank :: world.size], may_stop))
     if may_stop:
         stop.pause(world)
     texts: dict[int, str] = {}
-    for rank, given in enumerate(world.gather(own)):
+    for rank, given in enumerate(every):
         texts |= {rank + world.size * index: text for index, text in enumerate(given)}
     return [
         Answer(_text(setup, _prompt(row)), _text(setup, row.token_ids[row.answer_start :]), texts[index])
@@ -92,11 +75,38 @@ def sample_answers(setup: Setup, may_stop: bool = False) -> list[Answer]:
     ]
 
 
-def is_owed(setup: Setup, monitor: Monitor, progress: Progress) -> bool:
-    """True if the run that is continued stopped here before it had validated; the same on all ranks."""
-    every, step = setup.config.output.evaluate_every_steps, progress.step
-    due = progress.cursor == 0 or (every is not None and step % every == 0)
-    return step > 0 and due and not setup.world.share(monitor.has_evaluation(step))
+def _try_room(setup: Setup) -> None:
+    """Fail here, rather than while ranks wait for each other, where the gathered suffix has no room."""
+    torch.empty(setup.engine.gathered_bytes(), dtype=torch.uint8, device=setup.world.device)
+
+
+def _own_answers(setup: Setup, rows: Sequence[Example], may_stop: bool) -> list[str]:
+    tokenizer, most, asked = setup.tokenizer, setup.config.output.sample_tokens, stop.asked if may_stop else None
+    ends = Encoder(tokenizer, setup.config.data.max_length).stop_ids()
+    prefix = setup.prefix.lent() if isinstance(setup.prefix, CachedPrefix) else setup.prefix
+    with setup.active.whole.joined(prefix) as model:
+        return [
+            complete(model, tokenizer, _prompt(row), ends, most, stop=asked)
+            for row in track(rows, "sample answers", "answer")
+        ]
+
+
+def _together(setup: Setup, work: Callable[[], T]) -> list[T]:
+    """What ``work``, which waits for no other rank, gives on every rank by rank.
+
+    Raises:
+        FrostlineError: it failed on one; on every rank, so that none waits for another in vain.
+    """
+    given, trouble = None, None
+    try:
+        given = work()
+    except Exception as error:
+        trouble = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    every = setup.world.gather((given, trouble))
+    for rank, (_, its) in enumerate(every):
+        if its is not None:
+            raise FrostlineError(f"rank {rank}, {its}")
+    return [its for its, _ in every]
 
 
 def _prompt(row: Example) -> tuple[int, ...]:

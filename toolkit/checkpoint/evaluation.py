@@ -1,0 +1,66 @@
+"""The validation loss of a checkpoint: a file beside its manifest, written once the checkpoint is committed.
+
+A checkpoint is whole without it; a run that is continued from such a one validates first. The file names the manifest
+it belongs to, so that it never speaks for another checkpoint of the same step.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+
+from toolkit.checkpoint.disk import as_json, sync_directory
+from toolkit.checkpoint.manifest import EVALUATION, digest_of, read_digest
+from toolkit.checkpoint.state import read_state
+from toolkit.errors import CheckpointError
+from toolkit.files import replace_text
+
+log = logging.getLogger("frostline")
+
+
+def write_loss(checkpoint: Path, loss: float) -> None:
+    """Write the validation loss of a committed checkpoint, as a whole; also after a power cut.
+
+    Raises:
+        CheckpointError: the manifest cannot be read.
+        OSError: the disk.
+    """
+    # JSON has no NaN
+    content = {"loss": loss if math.isfinite(loss) else None, "manifest": read_digest(checkpoint)}
+    staged = checkpoint.with_name(f".{checkpoint.name}.{EVALUATION}")  # beside it: no part is ever in a checkpoint
+    replace_text(staged, as_json({**content, "sha256": digest_of(content)}))
+    staged.replace(checkpoint / EVALUATION)
+    sync_directory(checkpoint)
+
+
+def read_loss(checkpoint: Path) -> float | None:
+    """The validation loss of a checkpoint: NaN if it was not finite, none if there is none.
+
+    A file that was damaged, or belongs to another checkpoint, is named in the log and counts as none.
+    """
+    path = checkpoint / EVALUATION
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        as_written = text == as_json(content)
+        digest, loss = content.pop("sha256"), content["loss"]
+        if digest != digest_of(content) or not as_written or not isinstance(loss, (float, type(None))):
+            raise ValueError("it does not have the SHA-256 it states")
+        if content["manifest"] != read_digest(checkpoint):
+            raise ValueError("it belongs to another checkpoint")
+    except FileNotFoundError:
+        return _loss_in_state(checkpoint)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, CheckpointError) as error:
+        log.warning("%s is not used (%s); without it this checkpoint counts as not validated", path, error)
+        return None
+    return math.nan if loss is None else loss
+
+
+def _loss_in_state(checkpoint: Path) -> float | None:
+    """Where version 0.1 kept it before it had a file of its own."""
+    try:
+        return read_state(checkpoint).eval_loss
+    except CheckpointError:
+        return None
