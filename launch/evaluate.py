@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,9 +46,9 @@ def main() -> int:
         arguments.trust_remote_code,
         arguments.dtype,
     )
-    tokens = outcome.supervised_tokens
-    print(f"loss {outcome.loss:.4f}, perplexity {outcome.perplexity:.2f} over {tokens} supervised tokens")
-    print(json.dumps({"loss": outcome.loss, "perplexity": outcome.perplexity, "supervised_tokens": tokens}))
+    tokens = f"{outcome.supervised_tokens} supervised tokens of {outcome.rows} rows"
+    print(f"loss {outcome.loss:.4f}, perplexity {outcome.perplexity:.2f} over {tokens}")
+    print(json.dumps({**asdict(outcome), "perplexity": outcome.perplexity}, ensure_ascii=False))
     return 0
 
 

@@ -125,7 +125,8 @@ def tables(folder: Path) -> Target:
 
 def checkpoint(folder: Path) -> Target:
     """The JSON files of a checkpoint and the pointer to it, each damaged in turn."""
-    from toolkit.checkpoint.catalog import find_checkpoint, latest_checkpoint
+    from toolkit.checkpoint.catalog import latest_checkpoint
+    from toolkit.checkpoint.choice import choose
     from toolkit.checkpoint.restore import Checkpoint
     from toolkit.distributed import World
     from toolkit.errors import FrostlineError
@@ -144,7 +145,7 @@ def checkpoint(folder: Path) -> Target:
             assert state is None or state.parent == run / "checkpoints", "the pointer led elsewhere"
             for read in (
                 lambda: Checkpoint(whole).delta(),  # as if the manifest agreed with the damage
-                lambda: find_checkpoint(run, 1),
+                lambda: choose(run, 1),
                 lambda: claim(parse("--output.dir", str(run)).config, QUICKSTART, World(), create=False).__enter__(),
             ):
                 with contextlib.suppress(FrostlineError):

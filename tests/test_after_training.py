@@ -78,7 +78,7 @@ def test_the_export_holds_the_untied_head_tokenizer_template_and_card(trained: P
     assert "<|assistant|>" in tokenizer.chat_template
     card = (tmp_path / "export" / "README.md").read_text(encoding="utf-8")
     assert "| blocks 2–5 | 36 | 37,120 | trained |" in card
-    assert "30 steps, last loss" in card
+    assert "The weights are those of step 30 (latest" in card
     assert "learning_rate: 0.001" in card
 
 

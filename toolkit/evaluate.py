@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from toolkit import stop
-from toolkit.checkpoint.catalog import find_checkpoint
+from toolkit.checkpoint.choice import Step
 from toolkit.checkpoint.state import read_state
 from toolkit.data.batches import BatchPlan, collate, step_batches
 from toolkit.data.dataset import Dataset, load_dataset
@@ -22,6 +22,7 @@ from toolkit.data.prefetch import Prefetcher, on_device
 from toolkit.data.sources import read_rows
 from toolkit.distributed import World
 from toolkit.errors import DataError
+from toolkit.files import is_file
 from toolkit.loss import Forward, supervised_loss
 from toolkit.models.load import Dtype
 from toolkit.out_of_memory import during
@@ -29,7 +30,7 @@ from toolkit.prefix.cached import HiddenStates
 from toolkit.prefix.packing import choose_packing
 from toolkit.prefix.split import Suffix
 from toolkit.progress_bar import ProgressBar
-from toolkit.source import open_source
+from toolkit.source import Opened, open_source
 
 log = logging.getLogger("frostline")
 
@@ -51,6 +52,19 @@ class Evaluation:
 def perplexity(loss: float) -> float:
     """``exp(loss)``, infinite where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
+
+
+@dataclass(frozen=True)
+class SourceEvaluation(Evaluation):
+    """The outcome of what a user points at, and on what."""
+
+    step: int | None
+    """Of the checkpoint; none where the source is not a run."""
+    rows: int
+    data: str
+    """Where the rows come from."""
+    held_out: bool | None
+    """False if the run trained on rows of that file; none where that is not known."""
 
 
 @torch.no_grad()
@@ -92,11 +106,11 @@ def evaluate_source(
     path: str | None,
     split: str | None,
     batch_size: int,
-    step: int | None,
+    step: Step | None,
     base: str | None,
     trust_remote_code: bool = False,
     dtype: Dtype | None = None,
-) -> Evaluation:
+) -> SourceEvaluation:
     """Loss of the model behind ``source`` in this one process.
 
     Args:
@@ -104,7 +118,7 @@ def evaluate_source(
         path: rows to evaluate on, all of them; none takes what the run of ``source`` held out.
         split: of a Hub data set; none takes its only one, or train.
         batch_size: rows computed at once.
-        step: of a run, the checkpoint; none takes the latest.
+        step: of a run, the checkpoint, by its number or as ``latest`` or ``best``; none takes the latest.
         base: where the base model is, if it moved.
         trust_remote_code: run code that ships with the base model, if ``source`` was trained with it.
         dtype: precision to compute in; none as in ``open_source``.
@@ -122,8 +136,10 @@ def evaluate_source(
         raise DataError(f"{source} held no rows out; name some with --data.path FILE")
     dataset = load_dataset(config, opened.loaded.tokenizer, opened.config.train.seed, rows)
     if path is None and opened.run is not None:
-        _require_same_rows(dataset, opened.run, step)
+        _require_same_rows(dataset, opened)
     examples = dataset.train if path is not None else dataset.validation
+    data, held_out = _describe_rows(len(examples), path, split, opened)
+    log.info("evaluating on %s", data)
     check_fit(examples, opened.loaded.model, "name rows that fit, or shorten these")
     world = World()
     model = opened.loaded.model.to(world.device).eval()
@@ -132,12 +148,36 @@ def evaluate_source(
     suffix.settle(None, collate([min(examples, key=lambda example: len(example.token_ids))], pad_id).to(world.device))
     packing = choose_packing(config.packing, batch_size, None, suffix, examples, world.device)
     log.info("packing: %s", packing.reason)
-    return evaluate(suffix, None, examples, batch_size, pad_id, world, packing.on)
+    outcome = evaluate(suffix, None, examples, batch_size, pad_id, world, packing.on)
+    step_taken = opened.choice.step if opened.choice else None
+    return SourceEvaluation(outcome.loss, outcome.supervised_tokens, step_taken, len(examples), data, held_out)
 
 
-def _require_same_rows(dataset: Dataset, run: Path, step: int | None) -> None:
+def _describe_rows(rows: int, path: str | None, split: str | None, opened: Opened) -> tuple[str, bool | None]:
+    """The rows in words, and whether the run held them out; none where that is not known."""
+    config, run = opened.config.data, opened.run
+    if path is None:
+        if isinstance(config.validation, float):
+            return f"{rows} rows that {run} held out of {config.path} (data.validation {config.validation})", True
+        return f"{rows} rows of {config.validation}, which {run} held out (data.validation)", True
+    text = f"all {rows} rows of {path}" + (f", split {split}" if split else "")
+    if run is None:
+        return text, None
+    if _place(path) == _place(config.path) and split in (None, config.split):
+        return f"{text}: {run} trained on rows of it", False
+    if isinstance(config.validation, str) and _place(path) == _place(config.validation):
+        return f"{text}, which {run} held out (data.validation)", True
+    return f"{text}; whether {run} trained on some of them is not known", None
+
+
+def _place(path: str) -> str:
+    return str(Path(path).resolve()) if is_file(path) else path
+
+
+def _require_same_rows(dataset: Dataset, opened: Opened) -> None:
     """Another split of changed rows could count rows that were trained on as held out."""
-    if read_state(find_checkpoint(run, step)).fingerprints["data"] != dataset.fingerprint:
+    assert opened.choice is not None
+    if read_state(opened.choice.checkpoint).fingerprints["data"] != dataset.fingerprint:
         raise DataError(
-            f"the rows of {run} have changed since it was trained; name rows to evaluate on with --data.path"
+            f"the rows of {opened.run} have changed since it was trained; name rows to evaluate on with --data.path"
         )

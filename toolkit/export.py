@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -11,6 +9,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
+from toolkit.checkpoint.choice import Choice, Step
 from toolkit.config.load import dump
 from toolkit.data.examples import Encoder
 from toolkit.delta import Delta, save_delta
@@ -20,7 +19,7 @@ from toolkit.mask.apply import trainable_parameters
 from toolkit.mask.audit import audit_markdown
 from toolkit.models.load import Dtype
 from toolkit.models.stored import Comparison, listed
-from toolkit.source import open_source, read_trained
+from toolkit.source import open_source, read_run
 
 Rounding = Literal["nearest", "stochastic"]
 
@@ -29,7 +28,7 @@ def export_model(
     run: Path,
     target: Path,
     dtype: Dtype | None = None,
-    step: int | None = None,
+    step: Step | None = None,
     base: str | None = None,
     trust_remote_code: bool = False,
     rounding: Rounding = "nearest",
@@ -43,7 +42,7 @@ def export_model(
         run: the run directory.
         target: a directory that is empty or does not exist.
         dtype: precision of the saved weights; none keeps the run's.
-        step: the checkpoint; none takes the latest.
+        step: the checkpoint, by its number or as ``latest`` or ``best``; none takes the latest.
         base: where the base model is, if it moved.
         trust_remote_code: run code that ships with the base model, if ``run`` was trained with it.
         rounding: of the masters to bfloat16. ``nearest`` gives the weights that trained; ``stochastic`` the upper or
@@ -57,8 +56,9 @@ def export_model(
     _require_run(run)
     _require_empty(target)
     opened = open_source(str(run), step, base, trust_remote_code, dtype)
-    delta = opened.delta
+    delta, choice = opened.delta, opened.choice
     assert delta is not None  # the source is a run
+    assert choice is not None
     if rounding == "stochastic":
         _round_stochastically(opened.loaded.model, delta)
     opened.loaded.model.config.use_cache = True
@@ -67,27 +67,26 @@ def export_model(
     shutil.rmtree(staging, ignore_errors=True)
     comparison = opened.loaded.save(staging, ends)
     audit = audit_markdown(delta.mask, opened.loaded.anatomy)
-    (staging / "README.md").write_text(
-        _model_card(run, delta, audit, dump(opened.config), comparison), encoding="utf-8"
-    )
+    card = _model_card(choice, delta, audit, dump(opened.config), comparison)
+    (staging / "README.md").write_text(card, encoding="utf-8")
     _publish(staging, target)
 
 
-def export_delta(run: Path, target: Path, dtype: Dtype = "float32", step: int | None = None) -> None:
+def export_delta(run: Path, target: Path, dtype: Dtype = "float32", step: Step | None = None) -> None:
     """Write the trained tensors alone, with the mask and the identity of the base model.
 
     Args:
         run: the run directory.
         target: a directory that is empty or does not exist.
         dtype: precision of the saved tensors; float32 keeps the masters.
-        step: the checkpoint; none takes the latest.
+        step: the checkpoint, by its number or as ``latest`` or ``best``; none takes the latest.
 
     Raises:
         CheckpointError: ``run`` is no run, or ``target`` is in use.
     """
     _require_run(run)
     _require_empty(target)
-    delta = read_trained(run, step)
+    _, delta = read_run(run, step)
     tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in delta.tensors.items()}
     staging = target.with_name(f".{target.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)
@@ -125,9 +124,8 @@ def _publish(staging: Path, target: Path) -> None:
     staging.rename(target)
 
 
-def _model_card(run: Path, delta: Delta, audit: str, recipe: str, weights: Comparison) -> str:
+def _model_card(choice: Choice, delta: Delta, audit: str, recipe: str, weights: Comparison) -> str:
     base = delta.base.config
-    last = _last_metrics(run)
     untied = (
         "\n\nThe head is its own tensor here; in the base model it is tied to the embeddings."
         if delta.mask.tied == "untie"
@@ -150,7 +148,7 @@ Fine-tuned with Frostline from {base.name_or_path} (revision {base.revision or "
 
 ## Training
 
-{last}
+The weights are those of {choice.advice("which was not exported")}.
 
 ```yaml
 {recipe}```
@@ -171,15 +169,3 @@ def _compared(weights: Comparison) -> str:
     ]
     lines = [f"- {count:,} {what}" for count, what in found if count]
     return "\n".join(["Of the tensors in these files, compared with the base model's files one by one:", "", *lines])
-
-
-def _last_metrics(run: Path) -> str:
-    path = run / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    lines = []
-    if steps := [row for row in rows if row.get("loss") is not None]:
-        lines.append(f"{steps[-1]['step']} steps, last loss {steps[-1]['loss']:.4f}.")
-    if evaluations := [row for row in rows if row.get("eval_loss") is not None]:
-        row = evaluations[-1]
-        lines.append(f"Validation loss {row['eval_loss']:.4f}, perplexity {row['eval_perplexity'] or math.inf:.2f}.")
-    return " ".join(lines) or "No metrics were kept."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,16 +10,18 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.checkpoint import manifest
-from toolkit.checkpoint.catalog import find_checkpoint
+from toolkit.checkpoint.choice import Choice, Step, choose
 from toolkit.checkpoint.restore import Checkpoint
 from toolkit.config.load import build, read_recipe
 from toolkit.config.schema import ModelConfig, RunConfig
 from toolkit.delta import Delta, is_delta, read_delta
-from toolkit.errors import CheckpointError, ModelError
+from toolkit.errors import CheckpointError, ModelError, UsageError
 from toolkit.mask.apply import apply_mask, trainable_parameters
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.inspect import inspect
 from toolkit.models.load import Dtype, LoadedModel, fingerprint, load, stored_dtype
+
+log = logging.getLogger("frostline")
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,15 @@ class Opened:
     """The run's recipe; the defaults where the source is not a run."""
     run: Path | None
     """The run directory, where the source is one."""
+    choice: Choice | None
+    """The checkpoint of the run, where the source is one."""
     delta: Delta | None
     """What was trained, where the source is not a whole model."""
 
 
 def open_source(
     source: str,
-    step: int | None = None,
+    step: Step | None = None,
     base: str | None = None,
     trust_remote_code: bool = False,
     dtype: Dtype | None = None,
@@ -45,7 +50,7 @@ def open_source(
 
     Args:
         source: a run directory, a checkpoint, a delta, a model directory, a Hub id, or a bundled name.
-        step: of a run, the checkpoint to take; none takes the latest.
+        step: of a run, the checkpoint to take, by its number or as ``latest`` or ``best``; none takes the latest.
         base: where the base model of a run or delta is, if it moved.
         trust_remote_code: run code that ships with the base model, if the run or delta was trained with it.
         dtype: the model's precision, to which masters are rounded; none takes the base's as it was trained, or that in
@@ -53,29 +58,46 @@ def open_source(
 
     Raises:
         CheckpointError: the run has no such checkpoint, it is damaged, or the base model changed.
+        UsageError: a step is named of what is not a run.
         ModelError: a model cannot be loaded.
     """
     path = Path(source)
     if _is_run(path):
         config = build(read_recipe(path / "config.yaml"), f"recipe {path}/config.yaml")
-        delta = read_trained(path, step)
-        return Opened(load_delta(delta, base, trust_remote_code, dtype), config, path, delta)
+        choice, delta = read_run(path, step)
+        return Opened(load_delta(delta, base, trust_remote_code, dtype), config, path, choice, delta)
+    if step is not None:
+        raise UsageError(f"--step {step} names a checkpoint of a run directory, and {source} is none; leave it out")
     if _is_checkpoint(path) or is_delta(path):
         delta = read_trained(path)
-        return Opened(load_delta(delta, base, trust_remote_code, dtype), RunConfig(), None, delta)
+        return Opened(load_delta(delta, base, trust_remote_code, dtype), RunConfig(), None, None, delta)
     dtype = dtype or stored_dtype(source)
     model = ModelConfig(name_or_path=source, dtype="bfloat16" if dtype == "bfloat16" else "float32")
     loaded = load_base(model)
     _cast(loaded.model, dtype)
-    return Opened(loaded, RunConfig(model=model), None, None)
+    return Opened(loaded, RunConfig(model=model), None, None, None)
 
 
-def read_trained(path: Path, step: int | None = None) -> Delta:
+def read_run(run: Path, step: Step | None = None) -> tuple[Choice, Delta]:
+    """The checkpoint that is taken of a run, which the log names, and its trained tensors; every byte is verified.
+
+    Args:
+        run: the run directory.
+        step: the checkpoint to take, by its number or as ``latest`` or ``best``; none takes the latest.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    choice = choose(run, step)
+    log.info("%s: using %s", run, choice.advice("--step best"))
+    return choice, Checkpoint(choice.checkpoint).delta()
+
+
+def read_trained(path: Path) -> Delta:
     """The trained tensors in a run, checkpoint or delta; of the first two every byte is verified.
 
     Args:
-        path: of it.
-        step: of a run, the checkpoint to take; none takes the latest.
+        path: of it; the latest checkpoint of a run.
 
     Raises:
         CheckpointError: it is none of them, there is no such checkpoint, or it is damaged.
@@ -86,7 +108,9 @@ def read_trained(path: Path, step: int | None = None) -> Delta:
     if is_delta(path):
         return read_delta(path)
     if _is_run(path):
-        return Checkpoint(find_checkpoint(path, step)).delta()
+        choice = choose(path)
+        log.info("%s: using %s", path, choice.advice(f"model.delta {choice.better}"))
+        return Checkpoint(choice.checkpoint).delta()
     raise CheckpointError(f"{path} is not a run directory, a checkpoint or a delta; expected one of them")
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from toolkit.checkpoint.disk import sync_directory
 from toolkit.checkpoint.evaluation import read_loss
-from toolkit.checkpoint.manifest import directory_name, verify
+from toolkit.checkpoint.manifest import verify
 from toolkit.checkpoint.state import read_state
 from toolkit.errors import CheckpointError
 from toolkit.files import replace_text
@@ -107,8 +108,7 @@ def prune(run: Path, current: Path, keep: int) -> None:
     """
     present = checkpoints_of(run)
     valid = [path for path in present if path.name <= current.name]
-    losses = {path: loss for path in valid if (loss := read_loss(path)) is not None and math.isfinite(loss)}
-    best = min(losses, key=lambda path: losses[path]) if losses else None
+    best = best_of(validation_losses(valid))
     try:
         if best is not None:
             replace_text(run / "checkpoints" / _BEST, best.name)
@@ -145,23 +145,14 @@ def clear_leftovers(run: Path) -> None:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def find_checkpoint(run: Path, step: int | None) -> Path:
-    """The verified checkpoint of a run at ``step``, or the latest.
+def validation_losses(checkpoints: Iterable[Path]) -> dict[Path, float]:
+    """The validation loss of each checkpoint that has one, where it is finite."""
+    return {path: loss for path in checkpoints if (loss := read_loss(path)) is not None and math.isfinite(loss)}
 
-    Raises:
-        CheckpointError: there is none, with a list of those there are, or it is damaged.
-    """
-    if step is None:
-        checkpoint = latest_checkpoint(run)
-        if checkpoint is None:
-            raise CheckpointError(f"{run} has no committed checkpoint yet; expected a run that finished an epoch")
-    else:
-        checkpoint = run / "checkpoints" / directory_name(step)
-        if not checkpoint.is_dir():
-            present = ", ".join(path.name for path in checkpoints_of(run)) or "none"
-            raise CheckpointError(f"{run} has no checkpoint of step {step}; present: {present}")
-    verify(checkpoint)
-    return checkpoint
+
+def best_of(losses: Mapping[Path, float]) -> Path | None:
+    """The checkpoint of the lowest loss, the earliest of several; none of none."""
+    return min(losses, key=lambda path: losses[path]) if losses else None
 
 
 def _pointed_at(run: Path) -> str | None:

@@ -111,7 +111,10 @@ def add_resume_override(parser: argparse.ArgumentParser) -> None:
 def add_opening(parser: argparse.ArgumentParser, dtype_help: str) -> None:
     """Add the flags that say how a trained model is opened, see ``toolkit.source.open_source``."""
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help=dtype_help)
-    parser.add_argument("--step", type=positive, help="checkpoint of a run; default: the latest")
+    parser.add_argument(
+        "--step", type=step, metavar="{N,latest,best}", default=None,
+        help="checkpoint of a run: its step, latest, or best, which has the lowest validation loss; default: latest",
+    )  # fmt: skip
     parser.add_argument("--base", help="where the base model is, if it moved since training")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the base model's own code, if it was trained with that"
@@ -122,6 +125,15 @@ def positive(text: str) -> int:
     """An argparse type: a whole number from 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def step(text: str) -> int | str:
+    """An argparse type: a checkpoint by its number, or ``latest`` or ``best``."""
+    if text in ("latest", "best"):
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1, latest or best")
     return int(text)
 
 

@@ -1,0 +1,87 @@
+"""Which checkpoint of a run is taken, and what is said of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from toolkit.checkpoint.catalog import best_of, checkpoints_of, latest_checkpoint, validation_losses
+from toolkit.checkpoint.manifest import directory_name, verify
+from toolkit.errors import CheckpointError
+
+Step = int | Literal["latest", "best"]
+"""A checkpoint as a user names it."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A checkpoint that was taken, every byte of it verified."""
+
+    checkpoint: Path
+    loss: float | None
+    """Its validation loss; none where it was not computed or not finite."""
+    is_latest: bool
+    best: Path | None
+    """The one of the lowest validation loss; none where no checkpoint has one."""
+    best_loss: float | None
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps it was trained for."""
+        return _step_of(self.checkpoint)
+
+    @property
+    def better(self) -> Path | None:
+        """Another checkpoint of a lower validation loss; none if there is none."""
+        is_lower = self.loss is None or (self.best_loss is not None and self.best_loss < self.loss)
+        return self.best if self.best != self.checkpoint and is_lower else None
+
+    @property
+    def text(self) -> str:
+        """``step 116 (latest; validation loss 0.9060)``."""
+        what = [name for name, true in (("latest", self.is_latest), ("best", self.best == self.checkpoint)) if true]
+        known = f"validation loss {self.loss:.4f}" if self.loss is not None else "no validation loss"
+        return f"step {self.step} ({'; '.join([*([' and '.join(what)] if what else []), known])})"
+
+    def advice(self, remedy: str) -> str:
+        """``text``, and which one is better, if one is.
+
+        Args:
+            remedy: how that one is chosen.
+        """
+        if self.better is None:
+            return self.text
+        return f"{self.text}; best is step {_step_of(self.better)} ({self.best_loss:.4f}): {remedy}"
+
+
+def choose(run: Path, step: Step | None = None) -> Choice:
+    """Find and verify a checkpoint of a run.
+
+    Args:
+        run: the run directory.
+        step: which; none takes the latest.
+
+    Raises:
+        CheckpointError: there is none such, with a list of those there are, or it is damaged.
+    """
+    losses, latest = validation_losses(checkpoints_of(run)), latest_checkpoint(run)
+    best = best_of(losses)
+    if latest is None:
+        raise CheckpointError(f"{run} has no committed checkpoint yet; expected a run that finished an epoch")
+    present = ", ".join(path.name for path in checkpoints_of(run))
+    if step == "best" and best is None:
+        raise CheckpointError(
+            f"{run} has no checkpoint with a validation loss, so none is known to be the best; present: {present}. "
+            "Take one of them by its number, or the latest; with data.validation a run computes that loss"
+        )
+    taken = {None: latest, "latest": latest, "best": best}.get(step) if not isinstance(step, int) else None
+    checkpoint = taken or run / "checkpoints" / directory_name(step)
+    if not checkpoint.is_dir():
+        raise CheckpointError(f"{run} has no checkpoint of step {step}; present: {present}")
+    verify(checkpoint)
+    return Choice(checkpoint, losses.get(checkpoint), checkpoint == latest, best, losses[best] if best else None)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
