@@ -163,7 +163,7 @@ def test_run_delta_and_export_are_the_same_model(run: Path, export: Path, tmp_pa
 def test_a_large_model_is_written_in_shards_with_an_index(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stored, "MAX_SHARD_SIZE", "400KB")
+    monkeypatch.setattr(stored, "MAX_SHARD_BYTES", 400_000)
     loaded = loaded_from(base)
     loaded.save(tmp_path / "sharded")
     index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())["weight_map"]

@@ -47,8 +47,12 @@ def config_to_write(config: dict[str, Any], model: PreTrainedModel) -> dict[str,
     if isinstance(rotary := text.to_dict().get("rope_parameters"), dict) and rotary:
         level = levels[-1]
         level.setdefault("rope_parameters", rotary)
-        for key, value in _rotary_keys_of_transformers_4(text.model_type, level["rope_parameters"]).items():
-            level.setdefault(key, value)
+        older = _rotary_keys_of_transformers_4(text.model_type, level["rope_parameters"])
+        if _read_again(text, older) == rotary:
+            level |= {**older, **level}
+    for older_key, key in text.attribute_map.items():  # such as num_experts, which is num_local_experts in 5
+        if "expert" in key and key in levels[-1]:
+            levels[-1].setdefault(older_key, levels[-1][key])
     if not written.get("architectures"):
         written["architectures"] = [type(model).__name__]
     return written
@@ -58,6 +62,14 @@ def is_tied(model: PreTrainedModel) -> bool:
     """Whether the head and the input embeddings are one tensor."""
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     return getattr(head, "weight", None) is getattr(table, "weight", head)
+
+
+def _read_again(text: PretrainedConfig, older: dict[str, Any]) -> object:
+    """What transformers 5 makes of the older keys; some types take ``rope_scaling`` for all kinds of layers at once."""
+    try:
+        return type(text).from_dict(text.to_dict() | older).to_dict().get("rope_parameters")
+    except Exception:  # a config class checks its values as it likes
+        return None
 
 
 def _rotary_keys_of_transformers_4(model_type: str, rotary: dict[str, Any]) -> dict[str, Any]:
@@ -89,5 +101,5 @@ def _flat(model_type: str, rotary: dict[str, Any]) -> dict[str, Any]:
     elif model_type == "phi3":  # it takes these three keys and no other
         keys["rope_scaling"] = {"type": kind} | {key: rotary[key] for key in ("short_factor", "long_factor")}
     else:
-        keys["rope_scaling"] = {**scaling, "rope_type": kind, "type": kind}
+        keys["rope_scaling"] = {**scaling, "rope_type": kind}
     return keys

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from toolkit.models.mapped import read_header
 from toolkit.models.source_files import SourceFiles
 
-MAX_SHARD_SIZE = "5GB"
+MAX_SHARD_BYTES = 5_000_000_000
 """A model beyond this is written in several files with an index."""
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -108,14 +109,34 @@ class WeightsToWrite:
         for name, tensor in self.tensors.items():
             kind = _compare(tensor, stored.read(name)) if name in stored.entries else "added"
             kinds.setdefault(kind, []).append(name)
-        everything = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
-        everything |= {name: stored.read(name) for name in self.carried}
-        save_torch_state_dict(everything, directory, max_shard_size=MAX_SHARD_SIZE)
+        everything = self.tensors | {name: stored.read(name) for name in self.carried}
+        _write_shards(everything, directory)
         count = {kind: len(names) for kind, names in kinds.items()}
         return Comparison(
             count.get("identical", 0), count.get("same_values", 0), count.get("rounded", 0),
             tuple(kinds.get("changed", ())), tuple(kinds.get("added", ())), tuple(self.carried),
         )  # fmt: skip
+
+
+def _write_shards(tensors: dict[str, torch.Tensor], directory: Path) -> None:
+    """As ``save_pretrained`` splits them; huggingface_hub's own writer refuses slices, as an expert is of its stack."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > MAX_SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    many, index = len(shards) > 1, {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if many else "model.safetensors"
+        save_file({name: tensors[name].contiguous() for name in names}, directory / file, metadata={"format": "pt"})
+        index.update(dict.fromkeys(names, file))
+    if many:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
+        (directory / "model.safetensors.index.json").write_text(f"{text}\n", encoding="utf-8")
 
 
 def weights_to_write(
