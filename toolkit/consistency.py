@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import platform
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-
-import torch.distributed as dist
 
 import toolkit
 from toolkit.config.flags import Invocation
@@ -52,10 +50,22 @@ def require_same(world: World, own: Mapping[str, str]) -> None:
         for name in names
         if own.get(name) != reference.get(name)
     ]
+    refuse_differences(world, differences)
+
+
+def refuse_differences(world: World, differences: Sequence[str]) -> None:
+    """End the run on every rank if any rank differs from rank 0; every rank calls it.
+
+    Args:
+        world: this process among the run's.
+        differences: of this rank, each with its own value and rank 0's.
+
+    Raises:
+        UsageError: there are some; names each rank that differs, with its node and its differences.
+    """
     if not world.sum(len(differences))[0]:
         return
-    every: list[tuple[str, list[str]]] = [("", [])] * world.size
-    dist.all_gather_object(every, (socket.gethostname(), differences))
+    every = world.gather((socket.gethostname(), list(differences)))
     lines = [
         f"  - rank {rank} ({node}): {difference}" for rank, (node, found) in enumerate(every) for difference in found
     ]

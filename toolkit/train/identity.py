@@ -24,7 +24,7 @@ def fingerprints(
     return {
         "data": dataset.fingerprint,
         "tokenizer": tokenizer_digest(tokenizer),
-        "chat_template": _digest(tokenizer.chat_template or ""),
+        "chat_template": digest(tokenizer.chat_template or ""),
         "base": base.sha256,
         "schedule": schedule.sha256,
     }
@@ -39,7 +39,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
         rules = json.loads(backend.to_str())
         for passing in ("truncation", "padding"):  # a call may leave its own settings behind
             rules.pop(passing, None)
-    return _digest([rules, {key: str(value) for key, value in tokenizer.special_tokens_map.items()}])
+    return digest([rules, {key: str(value) for key, value in tokenizer.special_tokens_map.items()}])
 
 
 def versions() -> dict[str, str]:
@@ -51,5 +51,6 @@ def versions() -> dict[str, str]:
     }
 
 
-def _digest(value: object) -> str:
+def digest(value: object) -> str:
+    """SHA-256 of a value as JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

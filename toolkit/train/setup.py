@@ -15,7 +15,7 @@ from toolkit.checkpoint.state import State
 from toolkit.config.flags import Invocation
 from toolkit.config.schema import RunConfig
 from toolkit.data.batches import BatchPlan, collate
-from toolkit.data.dataset import Dataset, load_dataset
+from toolkit.data.dataset import Dataset
 from toolkit.data.fit import check_fit, padding_id
 from toolkit.delta import Base
 from toolkit.distributed import World
@@ -42,6 +42,7 @@ from toolkit.prefix.recompute import free_bytes, recompute_blocks, should_recomp
 from toolkit.prefix.split import Prefix, Suffix
 from toolkit.prefix.whole import Whole
 from toolkit.preflight import check_config
+from toolkit.train.agreement import load_same_rows
 from toolkit.train.cut import Job, cut, effective, load_for, refuse_with_schedule
 from toolkit.train.ending import grown_by, resident_bytes
 from toolkit.train.identity import fingerprints
@@ -156,8 +157,7 @@ def prepare(invocation: Invocation, world: World, state: State | None = None) ->
         with suppress(PlanError):  # what the config alone does not tell is found once the model is loaded
             check_config(invocation, world.size)
         tokenizer = load_tokenizer(config.model)
-    dataset = load_dataset(config.data, tokenizer, config.train.seed)
-    log.info("data: %s", dataset.summary())
+    dataset = load_same_rows(config, tokenizer, world)
     stop.pause(world)
     train = config.train
     plan = BatchPlan(
