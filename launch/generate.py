@@ -64,6 +64,7 @@ def main() -> int:
         opened.config.data.max_length,
         arguments.max_new_tokens,
         arguments.temperature,
+        opened.rendering,
     )
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import invocation, make_tiny_model
+from helpers import invocation, make_tiny_model, make_tokenizer
 from store_samples import NAMESPACE, open_store, samples
 
 from toolkit.checkpoint.catalog import latest_checkpoint
@@ -61,21 +61,10 @@ def test_json_that_python_refuses_to_read(tmp_path: Path, content: str) -> None:
     for name in ("rows.json", "rows.jsonl"):
         (tmp_path / name).write_text(content)
         with pytest.raises(DataError, match=r"not readable JSON|rows cannot be used"):
-            load_dataset(DataConfig(path=str(tmp_path / name)), _Tokenizer(), 0)
+            load_dataset(DataConfig(path=str(tmp_path / name)), make_tokenizer(), 0)
     (tmp_path / "ds.json").write_text(content)
     with pytest.raises(ConfigError, match="not valid JSON in UTF-8"):
         read_ds_config(tmp_path / "ds.json")
-
-
-class _Tokenizer:
-    """Enough of one to reach the rows."""
-
-    eos_token, eos_token_id, chat_template = "</s>", 0, None
-
-    def __call__(self, *_: object, **__: object) -> _Tokenizer:
-        return self
-
-    input_ids = (1,)
 
 
 def test_a_shard_with_a_header_without_end_is_damaged(tmp_path: Path) -> None:

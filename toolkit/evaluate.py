@@ -134,7 +134,8 @@ def evaluate_source(
         config = config.model_copy(update={"path": path, "split": split, "validation": None, "validation_split": None})
     elif opened.run is None or config.validation is None:
         raise DataError(f"{source} held no rows out; name some with --data.path FILE")
-    dataset = load_dataset(config, opened.loaded.tokenizer, opened.config.train.seed, rows)
+    loaded, seed = opened.loaded, opened.config.train.seed
+    dataset = load_dataset(config, loaded.tokenizer, seed, rows, loaded.ends, opened.rendering)
     if path is None and opened.run is not None:
         _require_same_rows(dataset, opened)
     examples = dataset.train if path is not None else dataset.validation

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.data.examples import Encoder
 from toolkit.data.fit import padding_id, room_for_answer
+from toolkit.data.rendering import Rendering
 from toolkit.data.tasks import RowFaultError, Sample
 from toolkit.errors import DataError
 from toolkit.models.load import LoadedModel
@@ -24,6 +25,7 @@ def answers(
     max_length: int,
     max_new_tokens: int,
     temperature: float = 0.0,
+    rendering: Rendering = Rendering(),  # noqa: B008 (frozen)
 ) -> Iterator[str]:
     """The model's answer to each sample, from the same prompt that training used.
 
@@ -33,12 +35,15 @@ def answers(
         max_length: longest prompt in tokens; context beyond it is cut.
         max_new_tokens: longest answer in tokens.
         temperature: 0 takes the most likely token each time; above 0 samples.
+        rendering: how the run behind the model writes its conversations.
 
     Raises:
         DataError: a question alone is longer than ``max_length``, or a prompt than the model's positions.
         ModelError: the tokenizer belongs to another model.
     """
-    encoder, cut_short = Encoder(loaded.tokenizer, max_length), False
+    encoder, cut_short = Encoder(loaded.tokenizer, max_length, loaded.ends, rendering), False
+    for note in encoder.notes():
+        log.info("%s", note)
     for sample in samples:
         try:
             prompt = encoder.prompt_ids(sample)
@@ -48,7 +53,9 @@ def answers(
         if room < max_new_tokens and not cut_short:
             cut_short = True
             log.info("answers end where the model's %d positions do", len(prompt) + room)
-        yield complete(loaded.model.eval(), loaded.tokenizer, prompt, encoder.stop_ids(), max_new_tokens, temperature)
+        ends = encoder.stop_ids()
+        answer = complete(loaded.model.eval(), loaded.tokenizer, prompt, ends, max_new_tokens, temperature)
+        yield encoder.begun + answer
 
 
 @torch.no_grad()

@@ -14,6 +14,8 @@ from toolkit.checkpoint.choice import Choice, Step, choose
 from toolkit.checkpoint.restore import Checkpoint
 from toolkit.config.load import build, read_recipe
 from toolkit.config.schema import ModelConfig, RunConfig
+from toolkit.data.examples import Encoder
+from toolkit.data.rendering import Rendering, read_rendering
 from toolkit.delta import Delta, is_delta, read_delta
 from toolkit.errors import CheckpointError, ModelError, UsageError
 from toolkit.mask.apply import apply_mask, trainable_parameters
@@ -37,6 +39,13 @@ class Opened:
     """The checkpoint of the run, where the source is one."""
     delta: Delta | None
     """What was trained, where the source is not a whole model."""
+    rendering: Rendering = Rendering()  # noqa: RUF009 (frozen)
+    """How the run writes its conversations; the plain way where the source is not a run."""
+
+    @property
+    def encoder(self) -> Encoder:
+        """What turns rows into this model's tokens, and says which of them end an answer."""
+        return Encoder(self.loaded.tokenizer, self.config.data.max_length, self.loaded.ends, self.rendering)
 
 
 def open_source(
@@ -65,7 +74,8 @@ def open_source(
     if _is_run(path):
         config = build(read_recipe(path / "config.yaml"), f"recipe {path}/config.yaml")
         choice, delta = read_run(path, step)
-        return Opened(load_delta(delta, base, trust_remote_code, dtype), config, path, choice, delta)
+        loaded = load_delta(delta, base, trust_remote_code, dtype)
+        return Opened(loaded, config, path, choice, delta, read_rendering(path))
     if step is not None:
         raise UsageError(f"--step {step} names a checkpoint of a run directory, and {source} is none; leave it out")
     if _is_checkpoint(path) or is_delta(path):

@@ -85,7 +85,7 @@ def suggest_for(config: RunConfig, method: Method, budget: float, rows: int) -> 
     loaded = load_base(config.model)
     examples: Sequence[Example] = ()
     if method == "gradient":
-        examples = load_dataset(config.data, loaded.tokenizer, config.train.seed).train[:rows]
+        examples = load_dataset(config.data, loaded.tokenizer, config.train.seed, ends=loaded.ends).train[:rows]
     return suggest(loaded, method, budget, examples)
 
 

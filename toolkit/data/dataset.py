@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from toolkit.config.schema import DataConfig
 from toolkit.data.examples import Encoder, Example
+from toolkit.data.rendering import Rendering
 from toolkit.data.sources import Row, read_rows
 from toolkit.data.tasks import TASKS, RowFaultError
 from toolkit.errors import DataError
@@ -70,7 +71,12 @@ class Dataset:
 
 
 def load_dataset(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, rows: list[Row] | None = None
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    rows: list[Row] | None = None,
+    ends: Sequence[int] = (),
+    rendering: Rendering = Rendering(),  # noqa: B008 (frozen)
 ) -> Dataset:
     """Read, check, encode and split the rows that ``config`` names.
 
@@ -79,12 +85,14 @@ def load_dataset(
         tokenizer: turns text into ids; its chat template is used where it has one.
         seed: of the split, where ``config.validation`` is a fraction.
         rows: of ``config.path``, if they are read already.
+        ends: the tokens that end a text by the model's own account.
+        rendering: what the run keeps of how its rows are written.
 
     Raises:
         DataError: a file cannot be read, rows are bad and ``config.on_bad_row`` is ``error``, or rows of a validation
             set of its own are trained on; names each row.
     """
-    encoder = Encoder(tokenizer, config.max_length)
+    encoder = Encoder(tokenizer, config.max_length, ends, rendering)
     rows = read_rows(config.path, config.split) if rows is None else rows
     examples, skipped = encode_rows(rows, encoder, config)
     validation: list[Example] = []
@@ -101,7 +109,19 @@ def load_dataset(
                 f"{found}; their loss says nothing about rows that the model has not seen. Take them out of one of the "
                 "two, name another data.validation or data.validation_split, or hold out a fraction"
             )
+    for note in (*encoder.notes(), *_control_tokens([*examples, *validation])):
+        log.info("%s", note)
     return Dataset(tuple(examples), tuple(validation), tuple(skipped))
+
+
+def _control_tokens(examples: Sequence[Example]) -> Iterator[str]:
+    """Say how many rows hold a control token's text, which is encoded as the text that it is."""
+    if found := [example for example in examples if example.control_token]:
+        count = f"{len(found)} rows hold" if len(found) > 1 else "1 row holds"
+        yield (
+            f"{count} the text of a control token (first: {found[0].control_token!r} in {found[0].origin}); it is "
+            "encoded as text, not as that token"
+        )
 
 
 def encode_rows(rows: list[Row], encoder: Encoder, config: DataConfig) -> tuple[list[Example], list[SkippedRow]]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
+from toolkit.data.pieces import Pieces
+from toolkit.data.rendering import Rendering
 from toolkit.data.tasks import RowFaultError, Sample
-from toolkit.data.time_limit import time_limit
+from toolkit.data.turns import Turns
 from toolkit.errors import DataError
-
-_MOST_SECONDS = 10.0
-"""For one conversation; templates take a millisecond."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,10 @@ class Example:
     """Context was cut to fit."""
     origin: str = field(default="", compare=False)
     """File and row it was made of, as a person would look it up."""
+    reasons: bool = field(default=False, compare=False)
+    """The answer begins with a thought of its own."""
+    control_token: str = field(default="", compare=False)
+    """A control token that stands in the row's text, where it was encoded as text."""
 
     @property
     def supervised_tokens(self) -> int:
@@ -36,23 +39,36 @@ class Example:
 class Encoder:
     """Turns samples into token ids with the tokenizer's chat template, or as plain text where it has none.
 
-    Prompt and answer are tokenised apart, so the ids of the prompt are those that generation starts from, and the
-    supervised span is exact.
+    The ids of the prompt are those that generation starts from, so the supervised span is exact: it begins where the
+    answer does and ends with the token that ends an answer. See docs/data.md.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        ends: Sequence[int] = (),
+        rendering: Rendering = Rendering(),  # noqa: B008 (frozen)
+    ) -> None:
         """
         Args:
             tokenizer: needs an end-of-text token.
             max_length: longest example in tokens.
+            ends: the tokens that end a text by the model's own account (``toolkit.models.ends``).
+            rendering: what the run keeps of how its rows are written.
 
         Raises:
-            DataError: the chat template cannot render a user turn, or alters the prompt once an answer follows.
+            DataError: the chat template cannot render a user turn, or alters the prompt once an answer follows; or
+                neither it nor the model says what ends an answer.
         """  # noqa: D205, D212
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self._leading = tuple(i for i in tokenizer("").input_ids if i != tokenizer.eos_token_id)
-        self._render("question", "answer")
+        self.rendering = rendering
+        self.turns = Turns(tokenizer, rendering)
+        self._pieces = Pieces(tokenizer)
+        self._ends = tuple(dict.fromkeys(end for end in ends if 0 <= end < len(tokenizer)))
+        self._marks = tuple(i for i in self._pieces.ids(self.turns.closing) if self._is_mark(i))
+        self._appended = () if self._marks else (self._choose_end(),)
 
     def prompt_ids(self, sample: Sample) -> tuple[int, ...]:
         """Token ids up to where the answer begins, shortened like an example's.
@@ -63,17 +79,39 @@ class Encoder:
         return self._fit(sample, self._encode_prompt).token_ids
 
     def stop_ids(self) -> list[int]:
-        """Tokens that end an answer: the end of the text, and what the chat template closes a turn with."""
-        _, answer = self._render("question", "answer")
-        return sorted({int(self.tokenizer.eos_token_id), self._text_ids(answer)[-1]})
+        """Tokens that end an answer: what closes a turn, the end of the text, and the model's own ends."""
+        eos = self.tokenizer.eos_token_id
+        return sorted({*self._marks, *self._appended, *self._ends, *([] if eos is None else [int(eos)])})
 
     def encode(self, sample: Sample) -> Example:
         """The example of a sample that has an answer.
 
         Raises:
-            RowFaultError: question and answer alone exceed ``max_length``, or the answer has no tokens.
+            RowFaultError: question and answer alone exceed ``max_length``, the answer has no tokens, or the chat
+                template alters it.
         """
         return self._fit(sample, self._encode)
+
+    @property
+    def begun(self) -> str:
+        """What of an answer stands in the prompt already: the opening mark of a thought that the run's answers have."""
+        return self.turns.opened if self.rendering.reasons else ""
+
+    def notes(self) -> list[str]:
+        """Say what a user of the chat template would not expect, a line each for the log."""
+        turns, lines = self.turns, []
+        if self._appended and self.tokenizer.chat_template:
+            (end,) = self._appended
+            lines.append(
+                f"the chat template has no mark after an answer; {self._name(end)}, which "
+                f"{'the model' if end in self._ends else 'the tokenizer'} lists as an end, is appended and trained"
+            )
+        if turns.lead and not self.rendering.reasons:
+            lines.append(
+                f"the chat template puts {turns.lead!r} before answers: it belongs to the prompt, in training and "
+                "generation, and is not trained"
+            )
+        return lines
 
     def _fit(self, sample: Sample, encode: Callable[[Sample], Example]) -> Example:
         """Encode ``sample`` with as much of its context, from the start, as ``max_length`` has room for."""
@@ -86,7 +124,7 @@ class Encoder:
                 f"needs {len(bare.token_ids)} tokens without any context; data.max_length is {self.max_length}, "
                 "so nothing could be supervised without cutting question or answer"
             )
-        keep = len(self._text_ids("\n\n".join(sample.contexts)))
+        keep = len(self._pieces.ids("\n\n".join(sample.contexts)))
         while len(example.token_ids) > self.max_length and keep > 0:
             keep -= len(example.token_ids) - self.max_length
             contexts = _first_tokens(self.tokenizer, sample.contexts, max(keep, 0))
@@ -94,48 +132,44 @@ class Encoder:
         return replace(example if len(example.token_ids) <= self.max_length else bare, shortened=True)
 
     def _encode_prompt(self, sample: Sample) -> Example:
-        prompt, _ = self._render(sample.prompt(), None)
-        ids = self._ids(prompt)
+        (question,), _ = self._pieces.as_text(sample.prompt())
+        ids = self._pieces.beginning(self.turns.prompt(question))
         return Example(ids, len(ids))
 
     def _encode(self, sample: Sample) -> Example:
         assert sample.answer is not None
-        prompt, answer = self._render(sample.prompt(), sample.answer)
-        prompt_ids, answer_ids = self._ids(prompt), self._text_ids(answer)
-        if not answer_ids:
+        (question, answer), control = self._pieces.as_text(sample.prompt(), sample.answer)
+        said = self.turns.conversation(question, answer)
+        prompt = self._pieces.beginning(said.prompt)
+        answer_ids = self._pieces.following(said.prompt, said.answer) + self._appended
+        if len(answer_ids) == len(self._appended):
             raise RowFaultError("has an answer without tokens; expected text that the tokenizer knows")
-        return Example(prompt_ids + answer_ids, len(prompt_ids))
+        return Example(prompt + answer_ids, len(prompt), reasons=said.reasons, control_token=control)
 
-    def _render(self, prompt: str, answer: str | None) -> tuple[str, str]:
-        """The text before the answer, and the answer with its end-of-turn mark."""
-        tokenizer = self.tokenizer
-        if not tokenizer.chat_template:
-            return f"{prompt}\n\n", f"{answer}{tokenizer.eos_token}"
-        turns = [{"role": "user", "content": prompt}]
-        try:
-            with time_limit(_MOST_SECONDS, "it takes longer than any conversation needs"):
-                before = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-                if answer is None:
-                    return before, ""
-                turns.append({"role": "assistant", "content": answer})
-                whole = tokenizer.apply_chat_template(turns, tokenize=False)
-        except Exception as error:  # a template is a program of the model's author; it can raise anything
-            raise DataError(f"the tokenizer's chat template fails on a user and an assistant turn: {error}") from None
-        if not whole.startswith(before) or answer.strip() not in whole[len(before) :]:
+    def _is_mark(self, token: int) -> bool:
+        """A token of its own meaning, not a piece of a word."""
+        return token in self._pieces.added or token in self._ends or token == self.tokenizer.eos_token_id
+
+    def _choose_end(self) -> int:
+        """The end to append where the template closes an answer with no mark.
+
+        That one of the model's ends with which the template begins the next turn; else the tokenizer's end of text if
+        the model lists it, else the first that it lists.
+        """
+        eos = self.tokenizer.eos_token_id
+        following = self._pieces.ids(self.turns.next_turn().lstrip())[:1]
+        for end in (*following, eos):
+            if end in self._ends:
+                return int(end)
+        if not self._ends and eos is None:
             raise DataError(
-                "the tokenizer's chat template renders a prompt differently once its answer follows, so the answer's "
-                "span is unknown; expected the prompt (add_generation_prompt=True) to begin the whole conversation"
+                "nothing says what ends an answer: the chat template has no mark after it, and neither the model's "
+                "generation_config.json nor its config.json nor the tokenizer names an eos_token_id; expected one"
             )
-        return before, whole[len(before) :].rstrip()
+        return self._ends[0] if self._ends else int(eos)
 
-    def _ids(self, prompt: str) -> tuple[int, ...]:
-        ids = self._text_ids(prompt)
-        if self._leading and ids[: len(self._leading)] != self._leading:  # most templates write the BOS themselves
-            ids = self._leading + ids
-        return ids
-
-    def _text_ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    def _name(self, token: int) -> str:
+        return f"{self.tokenizer.convert_ids_to_tokens(token)!r} (id {token})"
 
 
 def _first_tokens(tokenizer: PreTrainedTokenizerBase, contexts: tuple[str, ...], count: int) -> tuple[str, ...]:

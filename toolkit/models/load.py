@@ -23,6 +23,7 @@ from toolkit.models.anatomy import Anatomy
 from toolkit.models.bundled import bundled_directory, cache_root
 from toolkit.models.contents import examine
 from toolkit.models.directory import check_directory
+from toolkit.models.ends import model_ends
 from toolkit.models.exaone import ExaoneForm, is_exaone
 from toolkit.models.form import Form, TransformersForm
 from toolkit.models.inspect import inspect
@@ -50,6 +51,8 @@ class LoadedModel:
     """What it was read from and is written back as."""
     on_disk: Mapping[str, OnDisk] = field(default_factory=dict)
     """Parameters that were not loaded, by name; in the model they are on the meta device."""
+    ends: tuple[int, ...] = ()
+    """The tokens that end a text by the model's own account."""
 
     def save(self, directory: Path, ends: Collection[int] = ()) -> Comparison:
         """Write model and tokenizer into ``directory`` in the form they came in.
@@ -96,7 +99,8 @@ def load(
         on_disk = {}
     turn_off_layerdrop(model)
     model.config.use_cache = False  # a key-value cache serves generation, not training
-    return LoadedModel(model, tokenizer, anatomy or inspect(model), form, on_disk)
+    ends = model_ends(source, config.revision)
+    return LoadedModel(model, tokenizer, anatomy or inspect(model), form, on_disk, ends)
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

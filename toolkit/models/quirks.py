@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig
+
+log = logging.getLogger("frostline")
 
 _ROUTER_LOSS = re.compile(r"(router_)?(aux|z)_loss_(coef|alpha|weight)|moe_(aux_)?loss_(coef|weight)")
 _EXPERTS = re.compile(r"(moe_)?num_(local_)?experts|n_routed_experts")
@@ -22,6 +25,12 @@ def turn_off_layerdrop(model: nn.Module) -> None:
     for module in model.modules():
         if getattr(module, "layerdrop", 0):
             setattr(module, "layerdrop", 0.0)  # noqa: B010 (an nn.Module is typed to hold tensors and modules)
+
+
+def log_training_notes(config: PretrainedConfig) -> None:
+    """Put ``training_notes`` in the log."""
+    for note in training_notes(config):
+        log.info("%s", note)
 
 
 def training_notes(config: PretrainedConfig) -> Iterator[str]:

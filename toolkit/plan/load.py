@@ -8,6 +8,7 @@ from pathlib import Path
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import Dataset, load_dataset
 from toolkit.errors import UsageError
+from toolkit.models.ends import model_ends
 from toolkit.models.load import load_tokenizer, resolve_source
 
 _QUICK_BYTES = 4 * 2**20
@@ -51,7 +52,8 @@ def read_load(config: RunConfig, positions: int | None) -> Load:
     reason = _why_not(config)
     if reason is None:
         try:
-            return load_of(load_dataset(config.data, load_tokenizer(config.model), config.train.seed))
+            ends = model_ends(resolve_source(config.model.name_or_path, needs_weights=False), config.model.revision)
+            return load_of(load_dataset(config.data, load_tokenizer(config.model), config.train.seed, ends=ends))
         except UsageError as error:
             reason = str(error).splitlines()[0]
     tokens = min(config.data.max_length, positions or config.data.max_length)

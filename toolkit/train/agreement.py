@@ -3,35 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from toolkit.config.schema import RunConfig
 from toolkit.consistency import refuse_differences
-from toolkit.data.dataset import Dataset, SkippedRow, load_dataset
+from toolkit.data.dataset import Dataset, SkippedRow
 from toolkit.data.examples import Example
 from toolkit.distributed import World
 from toolkit.train.identity import digest, tokenizer_digest
 
-log = logging.getLogger("frostline")
-
 _DIGEST = 8
 """Bytes that stand for a row."""
-
-
-def load_same_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, world: World) -> Dataset:
-    """The rows of the run, the same on every rank; every rank calls it.
-
-    Raises:
-        DataError: as ``load_dataset``.
-        UsageError: as ``require_same_rows``.
-    """
-    dataset = load_dataset(config.data, tokenizer, config.train.seed)
-    require_same_rows(world, dataset, tokenizer)
-    log.info("data: %s", dataset.summary())
-    return dataset
 
 
 def require_same_rows(world: World, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:

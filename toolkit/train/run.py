@@ -81,7 +81,7 @@ def train(invocation: Invocation, world: World) -> int:
                     finish_pruning(directory.path, invocation.config.output.keep)
                 return 0
             with during("the set-up"):
-                setup = prepare(invocation, world, directory.state)
+                setup = prepare(invocation, world, directory.state, directory.path)
                 swap_files.give_folders(setup.ds_config, directory.path)
             code = _train(setup, directory)
             swap_files.clear(setup.ds_config, world)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from toolkit.mask.layer_mask import LayerMask
 from toolkit.mask.schedule import Phase, Schedule, build_schedule
 from toolkit.models.load import LoadedModel, fingerprint, load_tokenizer
 from toolkit.models.products import float32_is_faster, use_float32_gradients
-from toolkit.models.quirks import training_notes
+from toolkit.models.quirks import log_training_notes
 from toolkit.plan.engines import EngineSpec, engine_spec
 from toolkit.plan.load import load_of
 from toolkit.plan.phases import phase_planners, whole_plan
@@ -42,11 +43,11 @@ from toolkit.prefix.recompute import free_bytes, recompute_blocks, should_recomp
 from toolkit.prefix.split import Prefix, Suffix
 from toolkit.prefix.whole import Whole
 from toolkit.preflight import check_config
-from toolkit.train.agreement import load_same_rows
 from toolkit.train.cut import Job, cut, effective, load_for, refuse_with_schedule
 from toolkit.train.ending import grown_by, resident_bytes
 from toolkit.train.identity import fingerprints
 from toolkit.train.idle import idle_settings
+from toolkit.train.rows import read_rows_of
 
 log = logging.getLogger("frostline")
 
@@ -81,6 +82,8 @@ class Setup:
     tokenizer: PreTrainedTokenizerBase
     pad_id: int
     """What rows are padded with."""
+    stop_ids: list[int]
+    """Tokens that end an answer."""
     loaded: LoadedModel | None
     """The whole model, for the phases to come; none in the last one."""
     fingerprints: dict[str, str]
@@ -140,13 +143,14 @@ def set_up(invocation: Invocation, world: World) -> Setup:
     return setup
 
 
-def prepare(invocation: Invocation, world: World, state: State | None = None) -> Setup:
+def prepare(invocation: Invocation, world: World, state: State | None = None, run_dir: Path | None = None) -> Setup:
     """Load and check everything ``invocation`` names, for ``begin``; every rank calls it.
 
     Args:
         invocation: the parsed command line.
         world: this process among the run's.
         state: of the checkpoint that is to be continued.
+        run_dir: keeps how rows are written; none where nothing is kept.
 
     Raises:
         UsageError: the DeepSpeed file, data, model or mask is at fault.
@@ -157,7 +161,7 @@ def prepare(invocation: Invocation, world: World, state: State | None = None) ->
         with suppress(PlanError):  # what the config alone does not tell is found once the model is loaded
             check_config(invocation, world.size)
         tokenizer = load_tokenizer(config.model)
-    dataset = load_same_rows(config, tokenizer, world)
+    dataset, stop_ids = read_rows_of(config, tokenizer, world, run_dir)
     stop.pause(world)
     train = config.train
     plan = BatchPlan(
@@ -171,8 +175,7 @@ def prepare(invocation: Invocation, world: World, state: State | None = None) ->
     log.info("loading %s", config.model.name_or_path)
     loaded = load_for(config, tokenizer)
     check_fit((*dataset.train, *dataset.validation), loaded.model)
-    for note in training_notes(loaded.model.config):
-        log.info("%s", note)
+    log_training_notes(loaded.model.config)
     stop.pause(world)
     if world.share(float32_is_faster(loaded.model.dtype, world.device) if world.is_main else None):
         use_float32_gradients(loaded.model)
@@ -181,13 +184,13 @@ def prepare(invocation: Invocation, world: World, state: State | None = None) ->
     planners = _planners(config, loaded, dataset, world)
     resolved = None
     if ds is not None and invocation.deepspeed is not None:
-        hidden_size = loaded.model.config.get_text_config().hidden_size
-        resolved = resolve_ds_config(ds, config, world.size, hidden_size, invocation.deepspeed)
+        width = loaded.model.config.get_text_config().hidden_size
+        resolved = resolve_ds_config(ds, config, world.size, width, invocation.deepspeed)
         refuse_what_cannot_move(resolved, config.mask, invocation.deepspeed)
     setup = Setup(
         config=config, world=world, dataset=dataset, plan=plan, total_steps=total_steps, schedule=schedule, base=base,
-        tokenizer=tokenizer, pad_id=padding_id(tokenizer, loaded.model), loaded=loaded, libraries=libraries,
-        fingerprints=fingerprints(dataset, tokenizer, base, schedule), ds_config=resolved, planners=planners,
+        tokenizer=tokenizer, pad_id=padding_id(tokenizer, loaded.model), stop_ids=stop_ids, loaded=loaded,
+        libraries=libraries, fingerprints=fingerprints(dataset, tokenizer, base, schedule), ds_config=resolved, planners=planners,
     )  # fmt: skip
     del loaded  # ``begin`` lets go of it in the last phase
     setup.costs = [_decide_recompute(setup, phase)[2] for phase in schedule.phases]

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from toolkit import stop
-from toolkit.data.examples import Encoder, Example
+from toolkit.data.examples import Example
 from toolkit.errors import FrostlineError
 from toolkit.evaluate import Evaluation, evaluate
 from toolkit.generate import complete
@@ -82,11 +82,10 @@ def _try_room(setup: Setup) -> None:
 
 def _own_answers(setup: Setup, rows: Sequence[Example], may_stop: bool) -> list[str]:
     tokenizer, most, asked = setup.tokenizer, setup.config.output.sample_tokens, stop.asked if may_stop else None
-    ends = Encoder(tokenizer, setup.config.data.max_length).stop_ids()
     prefix = setup.prefix.lent() if isinstance(setup.prefix, CachedPrefix) else setup.prefix
     with setup.active.whole.joined(prefix) as model:
         return [
-            complete(model, tokenizer, _prompt(row), ends, most, stop=asked)
+            complete(model, tokenizer, _prompt(row), setup.stop_ids, most, stop=asked)
             for row in track(rows, "sample answers", "answer")
         ]
 

@@ -1,0 +1,48 @@
+"""The tokens that end a text by a model's own account."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.hub import cached_file
+
+
+def model_ends(source: str, revision: str | None = None) -> tuple[int, ...]:
+    """Token ids that the source's generation_config.json and config.json name as ``eos_token_id``, in that order.
+
+    No weights are read. A file that is missing or unreadable names none; loading the model says what is wrong with it.
+
+    Args:
+        source: a directory or Hub id, as ``toolkit.models.load.resolve_source`` gives it.
+        revision: of a Hub id.
+    """
+    ends: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        for level in _levels(_read(source, name, revision)):
+            given = level.get("eos_token_id")
+            found = given if isinstance(given, list) else [given]
+            ends += [end for end in found if type(end) is int]
+    return tuple(dict.fromkeys(ends))
+
+
+def _levels(values: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """A config, and the text model's within it."""
+    yield values
+    text = values.get("text_config")
+    if isinstance(text, Mapping):
+        yield text
+
+
+def _read(source: str, name: str, revision: str | None) -> Mapping[str, Any]:
+    try:
+        path = cached_file(
+            source, name, revision=revision, _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+        values = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, Mapping) else {}
