@@ -168,7 +168,7 @@ class Range:
             made: list[str] = []
             if not kind.startswith("random"):
                 aim(kind, point, made)
-            setup._planners = lambda *_: []  # the plan writes nothing here, and takes most of a short run's time
+            setup.planners_of = lambda *_: []  # the plan writes nothing here, and takes most of a short run's time
             given = invocation(*self.flags(kind, run))
             code = train(given, distributed.start(engine_needs_group=given.deepspeed is not None))
             (run.parent / f"{run.name}-calls{rank}.json").write_text(json.dumps(made))

@@ -47,6 +47,7 @@ def memorise(model: Path, run: Path, rows: Path, *more: str) -> list[str]:
     return list(answers(opened.loaded, asked, 512, 60, rendering=opened.rendering))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["glm", "qwen3", "deepseek-r1"])
 def test_memorised_answers_are_given_as_they_were_learned(tmp_path: Path, name: str, said: list[str]) -> None:
     style = STYLES[name]

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from toolkit.checkpoint.choice import Choice, Step
 from toolkit.config.load import dump
-from toolkit.data.examples import Encoder
 from toolkit.delta import Delta, save_delta
 from toolkit.engine.rounding import stochastic_round
 from toolkit.errors import CheckpointError, UsageError
@@ -62,7 +61,7 @@ def export_model(
     if rounding == "stochastic":
         _round_stochastically(opened.loaded.model, delta)
     opened.loaded.model.config.use_cache = True
-    ends = Encoder(opened.loaded.tokenizer, opened.config.data.max_length).stop_ids()
+    ends = opened.encoder.stop_ids()
     staging = target.with_name(f".{target.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)
     comparison = opened.loaded.save(staging, ends)

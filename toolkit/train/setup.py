@@ -33,20 +33,19 @@ from toolkit.models.load import LoadedModel, fingerprint, load_tokenizer
 from toolkit.models.products import float32_is_faster, use_float32_gradients
 from toolkit.models.quirks import log_training_notes
 from toolkit.plan.engines import EngineSpec, engine_spec
-from toolkit.plan.load import load_of
-from toolkit.plan.phases import phase_planners, whole_plan
+from toolkit.plan.phases import whole_plan
 from toolkit.plan.planner import Plan, Planner
-from toolkit.plan.skeleton import skeleton_of
 from toolkit.prefix.cached import CachedPrefix, HiddenStates
 from toolkit.prefix.packing import Packing, choose_packing
 from toolkit.prefix.recompute import free_bytes, recompute_blocks, should_recompute
 from toolkit.prefix.split import Prefix, Suffix
 from toolkit.prefix.whole import Whole
 from toolkit.preflight import check_config
-from toolkit.train.cut import Job, cut, effective, load_for, refuse_with_schedule
+from toolkit.train.cut import Job, cut, load_for, refuse_with_schedule
 from toolkit.train.ending import grown_by, resident_bytes
 from toolkit.train.identity import fingerprints
 from toolkit.train.idle import idle_settings
+from toolkit.train.planned import planners_of
 from toolkit.train.rows import read_rows_of
 
 log = logging.getLogger("frostline")
@@ -181,7 +180,7 @@ def prepare(invocation: Invocation, world: World, state: State | None = None, ru
         use_float32_gradients(loaded.model)
     base = Base(config.model, world.share(fingerprint(loaded.model, loaded.on_disk) if world.is_main else None))
     schedule = build_schedule(config.mask, loaded.anatomy, plan.steps_per_epoch, total_steps)
-    planners = _planners(config, loaded, dataset, world)
+    planners = planners_of(config, loaded, dataset, world.device)
     resolved = None
     if ds is not None and invocation.deepspeed is not None:
         width = loaded.model.config.get_text_config().hidden_size
@@ -190,7 +189,8 @@ def prepare(invocation: Invocation, world: World, state: State | None = None, ru
     setup = Setup(
         config=config, world=world, dataset=dataset, plan=plan, total_steps=total_steps, schedule=schedule, base=base,
         tokenizer=tokenizer, pad_id=padding_id(tokenizer, loaded.model), stop_ids=stop_ids, loaded=loaded,
-        libraries=libraries, fingerprints=fingerprints(dataset, tokenizer, base, schedule), ds_config=resolved, planners=planners,
+        libraries=libraries, fingerprints=fingerprints(dataset, tokenizer, base, schedule), ds_config=resolved,
+        planners=planners,
     )  # fmt: skip
     del loaded  # ``begin`` lets go of it in the last phase
     setup.costs = [_decide_recompute(setup, phase)[2] for phase in schedule.phases]
@@ -251,16 +251,6 @@ def _settle(setup: Setup, prefix: HiddenStates | None, suffix: Suffix) -> None:
         rows = setup.config.train.micro_batch_size
         setup.packing = choose_packing(setup.config.data.packing, rows, prefix, suffix, examples, device)
         log.info("packing: %s", setup.packing.reason)
-
-
-def _planners(config: RunConfig, loaded: LoadedModel, dataset: Dataset, world: World) -> list[Planner]:
-    """What plans the phases of this run; empty, and a word in the log, where the architecture does not allow it."""
-    config = config.model_copy(update={"prefix": effective(config.prefix, world.device)})
-    try:
-        return phase_planners(config, skeleton_of(loaded), load_of(dataset))
-    except PlanError as error:
-        log.warning("%s", error)
-        return []
 
 
 def _decide_recompute(setup: Setup, phase: Phase) -> tuple[bool, str, Plan | None]:
