@@ -34,6 +34,8 @@ def main() -> int:
     parser.add_argument("--batch-size", type=flags.positive, default=1, help="rows computed at once; default: 1")
     flags.add_opening(parser, "precision to compute in; default: the run's, or that in which a model is stored")
     arguments = parser.parse_args()
+    if arguments.split and not arguments.path:
+        parser.error("--data.split goes with --data.path; the rows that a run held out are those of its recipe")
     from toolkit.evaluate import evaluate_source
 
     outcome = evaluate_source(

@@ -45,6 +45,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.context and arguments.input:
         parser.error("--context goes with --question; the rows of --input have contexts of their own")
+    if arguments.split and not arguments.input:
+        parser.error("--split goes with --input")
     from toolkit.data.questions import from_prompt, read_questions
     from toolkit.distributed import World
     from toolkit.generate import answers

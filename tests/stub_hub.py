@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
+
+from toolkit import hub as hub_module
+
 
 @dataclass
 class Repository:
@@ -58,6 +62,30 @@ def stub_hub(repositories: dict[str, Repository]) -> Iterator[StubHub]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def ask(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path) -> None:
+    """Let this process ask the hub at ``url``; the libraries read these when they are imported."""
+    import datasets
+    from huggingface_hub import HfApi, HfFileSystem, constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("transformers.utils.hub.hf_api", lambda: HfApi(endpoint=url))
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", url)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache / "datasets")
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
+    monkeypatch.setattr(datasets.load._dataset_viewer, "get_session", _no_session)  # another host
+    HfFileSystem.clear_instance_cache()
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    hub_module.forget_hosts()
+
+
+def _no_session() -> None:
+    raise OSError
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -102,6 +102,8 @@ def test_bad_flags(
         ("evaluate", ("runs/none", "--batch-size", "0"), "'0' is not a whole number from 1"),
         ("generate", ("x", "--question", "q", "--temperature", "-1"), "'-1' is not a number from 0"),
         ("generate", ("x", "--input", "q.jsonl", "--context", "c"), "--context goes with --question"),
+        ("generate", ("x", "--question", "q", "--split", "test"), "--split goes with --input"),
+        ("evaluate", ("x", "--data.split", "test"), "--data.split goes with --data.path"),
         ("generate", ("x", "--input", "none.jsonl"), "no such file"),
         ("generate", ("x", "--question", " "), "--question is empty"),
         ("export", ("nowhere",), "is not a run directory"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from exaone_reference import make_exaone
 from helpers import make_tokenizer
-from stub_hub import Repository, StubHub, stub_hub
+from stub_hub import Repository, StubHub, ask, stub_hub
 from test_bad_input import run_main
 
 from toolkit import hub as hub_module
@@ -59,30 +59,6 @@ def hub(stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         monkeypatch.setattr(hub_module, "PAUSE", 0.0)
         yield served
     hub_module.forget_hosts()
-
-
-def ask(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path) -> None:
-    """Let this process ask the hub at ``url``; the libraries read these when they are imported."""
-    import datasets
-    from huggingface_hub import HfApi, HfFileSystem, constants
-
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("transformers.utils.hub.hf_api", lambda: HfApi(endpoint=url))
-    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", url)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache / "datasets")
-    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
-    monkeypatch.setattr(datasets.load._dataset_viewer, "get_session", no_session)  # another host
-    HfFileSystem.clear_instance_cache()
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    hub_module.forget_hosts()
-
-
-def no_session() -> None:
-    raise OSError
 
 
 def test_a_model_is_loaded_from_its_revision_through_the_redirect_of_its_weights(hub: StubHub) -> None:
@@ -171,6 +147,31 @@ def test_a_name_that_the_hub_does_not_know_is_said(hub: StubHub) -> None:
         read_rows("org/nope")
     with pytest.raises(ModelError, match=f"the model {MODEL} has not the revision that is asked for"):
         load_tokenizer(ModelConfig(name_or_path=MODEL, revision="v9"))
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (401, r"refuses the (model|data set) .* \(401\); accept its terms on .* log in with `hf auth login`"),
+        (403, r"refuses the (model|data set) .* \(403\); accept its terms"),
+        (404, r"there is no (model|data set) .* here, nor one on .* that you may read; check the name"),
+        (410, r"there is no (model|data set) .* here or in the local cache, and .* answers 410; check"),
+    ],
+)
+def test_a_bare_status_is_enough_for_a_clear_message(hub: StubHub, status: int, message: str) -> None:
+    hub.status = status
+    with pytest.raises(ModelError, match=message):
+        load_tokenizer(ModelConfig(name_or_path=MODEL))
+    with pytest.raises(DataError, match=message):
+        read_rows(DATA)
+
+
+def test_being_told_to_wait_is_said(hub: StubHub, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    hub.status = 429
+    with pytest.raises(DataError, match="answers 429"):
+        read_rows(DATA)
+    assert set(said) == {f"{hub.url} answers 429, too many requests; it is asked again when it allows that"}
 
 
 def dead_url() -> str:

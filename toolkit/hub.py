@@ -37,6 +37,8 @@ class _Hosts:
 
     down: dict[str, str] = field(default_factory=dict)
     """Those that are not asked any more, and what they did."""
+    refusals: dict[str, int] = field(default_factory=dict)
+    """The last status from 400 on that a host answered with."""
     stalls: dict[str, int] = field(default_factory=dict)
     """Downloads that stopped in the middle, since the last byte."""
 
@@ -79,6 +81,7 @@ def set_limits() -> None:
 def forget_hosts() -> None:
     """Ask hosts again that did not answer."""
     _HOSTS.down.clear()
+    _HOSTS.refusals.clear()
     _HOSTS.stalls.clear()
 
 
@@ -102,16 +105,23 @@ def explain(error: BaseException, name: str, kind: str = "model") -> str | None:
         )
     if any(isinstance(e, errors.RevisionNotFoundError) for e in chain):
         return f"the {kind} {name} has not the revision that is asked for; expected a branch, tag or commit of {page}"
-    if any(isinstance(e, errors.RepositoryNotFoundError) for e in chain) or "doesn't exist on the Hub" in text:
+    unreached = any(isinstance(e, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)) for e in chain)
+    unreached = unreached or "Couldn't reach" in text or "LocalEntryNotFoundError" in text  # datasets keeps no chain
+    status = _HOSTS.refusals.get(constants.ENDPOINT) if unreached and not _HOSTS.down else None
+    unknown = any(isinstance(e, errors.RepositoryNotFoundError) for e in chain) or "doesn't exist on the Hub" in text
+    if unknown or status == 404:
         return (
             f"there is no {kind} {name} here, nor one on {constants.ENDPOINT} that you may read; check the name, and "
             "if it is private log in with `hf auth login` or set HF_TOKEN"
         )
-    if statuses & {401, 403}:
-        return f"{constants.ENDPOINT} refuses the {kind} {name} ({min(statuses)}); log in with `hf auth login`"
-    unreached = any(isinstance(e, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)) for e in chain)
+    if refused := statuses & {401, 403}:
+        return (
+            f"{constants.ENDPOINT} refuses the {kind} {name} ({min(refused)}); accept its terms on {page} if it has "
+            "some, and log in with `hf auth login` or set HF_TOKEN"
+        )
     why = "; ".join(_HOSTS.down.values()) or ("HF_HUB_OFFLINE is set" if constants.is_offline_mode() else "")
-    if why and (unreached or "Couldn't reach" in text):  # datasets keeps no chain
+    why = why or (f"{constants.ENDPOINT} answers {status}" if status else "")
+    if unreached and why:
         return (
             f"there is no {kind} {name} here or in the local cache, and {why}; check the network and HF_ENDPOINT, or "
             f"download the {kind} elsewhere and name its place"
@@ -169,6 +179,10 @@ def _send(send: Callable[..., Any], http: Any, request: Any, **options: Any) -> 
         except (http.TimeoutException, http.NetworkError, http.RemoteProtocolError) as error:
             found = f"does not answer ({type(error).__name__}: {str(error) or f'nothing in {SECONDS:g} s'})"
         else:
+            if response.status_code >= 400:
+                _HOSTS.refusals[host] = response.status_code
+            if response.status_code == 429:
+                log.warning("%s answers 429, too many requests; it is asked again when it allows that", host)
             if response.status_code not in _BROKEN:
                 if options.get("stream"):
                     response.iter_bytes = partial(_watch, response.iter_bytes, http, host)
