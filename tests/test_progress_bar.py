@@ -6,6 +6,7 @@ import fcntl
 import os
 import pty
 import re
+import runpy
 import struct
 import sys
 import termios
@@ -15,10 +16,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, clean_environment, run_script, tiny_flags, train
 
-from toolkit.config.schema import DataConfig
-from toolkit.data.dataset import encode_rows
-from toolkit.data.sources import Row
-from toolkit.progress_bar import ProgressBar, track
+from toolkit.progress_bar import ProgressBar
 
 BAR = re.compile(r"[\r█▏▎▍▌▋▊▉]|\d%\|")
 
@@ -70,24 +68,20 @@ def test_other_ranks_say_nothing(said: list[str]) -> None:
     assert lines_of(said, 60.0, 20, brief=False) == []
 
 
-def test_tokenising_sample_answers_and_questions_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
-    followed: list[str] = []
-
-    def spy(items: list[object], what: str, unit: str) -> object:
-        followed.append(f"{what} {len(items)} {unit}")
-        return track(items, what, unit)
-
-    monkeypatch.setattr("toolkit.data.dataset.track", spy)
-
-    class Encoder:
-        def encode(self, sample: object) -> object:
-            from toolkit.data.examples import Example
-
-            return Example((1, 2), 1)
-
-    row = Row("here:1", {"QUESTION": "Q", "CONTEXTS": [], "LONG_ANSWER": "A"})
-    encode_rows([row] * 3, Encoder(), DataConfig())  # type: ignore[arg-type]
-    assert followed == ["tokenising 3 row"]
+def test_all_that_takes_long_is_followed(
+    tiny_model: Path, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("toolkit.progress_bar._BRIEF_SILENT_SECONDS", 0.0)
+    flags = ("--train.epochs", 2, "--data.validation", "0.1", "--output.sample_answers", 2, "--output.sample_tokens", 2)
+    train(*tiny_flags(tiny_model, tmp_path / "run", *flags, "--prefix.cache_dir", tmp_path / "cache"))
+    questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    questions.write_text('{"QUESTION": "Why?", "CONTEXTS": []}\n' * 2)
+    arguments = ["--input", questions, "--output", answers, "--max-new-tokens", 2]
+    monkeypatch.setattr("sys.argv", ["generate.py", *map(str, (tiny_model, *arguments))])
+    assert runpy.run_path(str(ROOT / "launch" / "generate.py"))["main"]() == 0
+    for begins in ("tokenising: 1 of 20 rows", "first pass: ", "evaluating: 1 of 2 rows",
+                   "sample answers: 1 of 2 answers", "answering: 1 of 2 questions"):  # fmt: skip
+        assert any(line.startswith(begins) for line in said), begins
 
 
 def test_a_run_whose_log_goes_into_a_file_says_how_far_it_is(tiny_model: Path, tmp_path: Path, said: list[str]) -> None:
