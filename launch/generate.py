@@ -47,12 +47,17 @@ def main() -> int:
         parser.error("--context goes with --question; the rows of --input have contexts of their own")
     if arguments.split and not arguments.input:
         parser.error("--split goes with --input")
+    if arguments.output and arguments.output.is_dir():
+        parser.error(f"--output {arguments.output} is a directory; expected a file")
     from toolkit.data.questions import from_prompt, read_questions
     from toolkit.distributed import World
+    from toolkit.files import make_parent
     from toolkit.generate import answers
     from toolkit.progress_bar import track
     from toolkit.source import open_source
 
+    if arguments.output:
+        make_parent(arguments.output)
     questions = (
         read_questions(arguments.input, arguments.split)[: arguments.limit]
         if arguments.input
@@ -68,8 +73,6 @@ def main() -> int:
         arguments.temperature,
         opened.rendering,
     )
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
     out = arguments.output.open("w", encoding="utf-8") if arguments.output else None
     shown = track(questions, "answering", "question") if out or not sys.stdout.isatty() else questions
     for question, answer in zip(shown, given, strict=True):

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from toolkit.checkpoint.choice import Choice, Step
 from toolkit.config.load import dump
 from toolkit.delta import Delta, save_delta
 from toolkit.engine.rounding import stochastic_round
-from toolkit.errors import CheckpointError, UsageError
+from toolkit.errors import CheckpointError, DiskError, UsageError
+from toolkit.files import make_parent
 from toolkit.mask.apply import trainable_parameters
 from toolkit.mask.audit import audit_markdown
 from toolkit.models.load import Dtype
@@ -50,6 +54,7 @@ def export_model(
 
     Raises:
         CheckpointError: ``run`` is no run, ``target`` is in use, or the base model changed.
+        DiskError: ``target`` cannot be written.
         UsageError: ``rounding`` is ``stochastic`` and the weights are not bfloat16.
     """
     _require_run(run)
@@ -62,13 +67,11 @@ def export_model(
         _round_stochastically(opened.loaded.model, delta)
     opened.loaded.model.config.use_cache = True
     ends = opened.encoder.stop_ids()
-    staging = target.with_name(f".{target.name}.staging")
-    shutil.rmtree(staging, ignore_errors=True)
-    comparison = opened.loaded.save(staging, ends)
     audit = audit_markdown(delta.mask, opened.loaded.anatomy)
-    card = _model_card(choice, delta, audit, dump(opened.config), comparison)
-    (staging / "README.md").write_text(card, encoding="utf-8")
-    _publish(staging, target)
+    with _staged(target) as staging:
+        comparison = opened.loaded.save(staging, ends)
+        card = _model_card(choice, delta, audit, dump(opened.config), comparison)
+        (staging / "README.md").write_text(card, encoding="utf-8")
 
 
 def export_delta(run: Path, target: Path, dtype: Dtype = "float32", step: Step | None = None) -> None:
@@ -82,15 +85,14 @@ def export_delta(run: Path, target: Path, dtype: Dtype = "float32", step: Step |
 
     Raises:
         CheckpointError: ``run`` is no run, or ``target`` is in use.
+        DiskError: ``target`` cannot be written.
     """
     _require_run(run)
     _require_empty(target)
     _, delta = read_run(run, step)
     tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in delta.tensors.items()}
-    staging = target.with_name(f".{target.name}.staging")
-    shutil.rmtree(staging, ignore_errors=True)
-    save_delta(Delta(tensors, delta.mask, delta.base), staging)
-    _publish(staging, target)
+    with _staged(target) as staging:
+        save_delta(Delta(tensors, delta.mask, delta.base), staging)
 
 
 def _round_stochastically(model: PreTrainedModel, delta: Delta) -> None:
@@ -114,13 +116,27 @@ def _require_run(run: Path) -> None:
 def _require_empty(target: Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists and is not empty; choose another --output, or remove it")
+    make_parent(target)
 
 
-def _publish(staging: Path, target: Path) -> None:
-    if target.exists():
-        target.rmdir()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging.rename(target)
+@contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """A directory beside ``target`` that takes its name once the body has filled it; no part of one stays.
+
+    Raises:
+        DiskError: it cannot be written.
+    """
+    staging = target.with_name(f".{target.name}.staging")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        yield staging
+        if target.exists():
+            target.rmdir()
+        staging.rename(target)
+    except (OSError, SafetensorError) as error:
+        raise DiskError(f"{target} cannot be written ({error}); make room, or choose another --output") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _model_card(choice: Choice, delta: Delta, audit: str, recipe: str, weights: Comparison) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from toolkit.errors import DiskError
+from toolkit.errors import DiskError, UsageError
 
 log = logging.getLogger("frostline")
 
@@ -40,6 +40,18 @@ def sources_hash(root: Path, *parts: str) -> str:
         for path in sorted([root / part] if part.endswith(".py") else (root / part).rglob("*.py")):
             sha.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
     return sha.hexdigest()[:12]
+
+
+def make_parent(output: Path) -> None:
+    """Make the directory that ``output`` is to lie in, before work is done for it.
+
+    Raises:
+        UsageError: it cannot be made.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{output.parent} cannot be made ({error.strerror}); choose another --output") from None
 
 
 @contextmanager
