@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
@@ -67,7 +68,8 @@ def is_tied(model: PreTrainedModel) -> bool:
 def _read_again(text: PretrainedConfig, older: dict[str, Any]) -> object:
     """What transformers 5 makes of the older keys; some types take ``rope_scaling`` for all kinds of layers at once."""
     try:
-        return type(text).from_dict(text.to_dict() | older).to_dict().get("rope_parameters")
+        read = type(text).from_dict(copy.deepcopy(text.to_dict() | older)).to_dict()["rope_parameters"]
+        return {key: value for key, value in read.items() if key != "type"}  # Phi-3's old word for rope_type
     except Exception:  # a config class checks its values as it likes
         return None
 
@@ -100,6 +102,7 @@ def _flat(model_type: str, rotary: dict[str, Any]) -> dict[str, Any]:
         keys["rope_scaling"] = None
     elif model_type == "phi3":  # it takes these three keys and no other
         keys["rope_scaling"] = {"type": kind} | {key: rotary[key] for key in ("short_factor", "long_factor")}
+        keys["original_max_position_embeddings"] = rotary.get("original_max_position_embeddings")
     else:
         keys["rope_scaling"] = {**scaling, "rope_type": kind}
     return keys

@@ -148,7 +148,7 @@ def _check_headers(directory: Path, anatomy: Anatomy, exaone: bool) -> str:
         dtypes.add(info["dtype"])
         bytes_stored += info["data_offsets"][1] - info["data_offsets"][0]
         in_place_of_weights = tensor.can_train if tensor is not None else lacking and not name.endswith("bias")
-        if info["dtype"] not in {*FLOATS, "BOOL"} and in_place_of_weights:
+        if info["dtype"] not in {*FLOATS, "BOOL", "I64"} and in_place_of_weights:  # nobody packs weights in the two
             packed.add(info["dtype"])
         if tensor is not None and tuple(info["shape"]) != tensor.shape:
             wrong.append(f"  - {name}: {tuple(info['shape'])} stored, config.json makes it {tensor.shape}")
