@@ -183,6 +183,7 @@ def test_the_deepspeed_file_has_three_spellings(flag: str) -> None:
 def test_every_key_is_documented_and_shown_by_help() -> None:
     result = run_script("launch/train.py", "--help")
     assert result.returncode == 0
+    assert "python launch/train.py --config recipes/quickstart.yaml" in "\n".join(result.stdout.splitlines()[:8])
     for path, info in field_paths().items():
         assert info.description, f"{path} has no docstring"
         assert f"--{path} " in result.stdout

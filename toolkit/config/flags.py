@@ -59,6 +59,7 @@ def parse(parser: argparse.ArgumentParser, default_recipe: Path, argv: Sequence[
     Raises:
         ConfigError: unknown flags, unknown keys and bad values, all in one message.
     """
+    parser.usage = "%(prog)s [--config FILE] [--ds FILE] [--section.key VALUE ...] [more options, below]"
     parser.add_argument("--config", metavar="FILE", help=f"recipe; default: {default_recipe.name} of this repository")
     parser.add_argument(
         "--ds", "--deepspeed", "--deepspeed_config", dest="ds", metavar="FILE",
