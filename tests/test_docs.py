@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import configparser
 import re
 import shlex
 from functools import cache
@@ -10,8 +9,6 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT, run_script
-from packaging.requirements import Requirement
-from packaging.version import Version
 
 import toolkit
 from toolkit.config.load import field_paths
@@ -93,19 +90,6 @@ def test_the_two_tiers_run_every_test_once_and_ci_runs_both() -> None:
 
 def test_the_changelog_knows_this_version() -> None:
     assert f"## {toolkit.__version__} " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-
-
-def test_tested_versions_lie_in_the_ranges_of_the_package() -> None:
-    setup = configparser.ConfigParser()
-    setup.read(ROOT / "setup.cfg")
-    needed = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
-    ranges = {r.name.lower(): r for text in needed for line in text.split() if (r := Requirement(line))}
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pinned = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    versions = {r.name.lower(): Version(str(r.specifier).removeprefix("==")) for r in pinned}
-    assert set(ranges) <= set(versions), "every requirement is pinned"
-    for name, requirement in ranges.items():
-        assert versions[name] in requirement.specifier, name
 
 
 def test_nothing_of_the_build_machine_is_in_the_repository() -> None:

@@ -49,7 +49,7 @@ def test_the_packages_that_are_looked_for_are_those_that_the_package_requires() 
 
 
 def test_an_older_python_is_named() -> None:
-    assert "(Python 3.9.18) is too old: expected Python 3.10 or newer" in missing((3, 9, 18))
+    assert "(Python 3.9.18) is too old: expected Python 3.11 or newer" in missing((3, 9, 18))
     assert missing(sys.version_info[:3]) == ""
 
 

@@ -29,7 +29,7 @@ PACKAGES = {
 }
 """Module by name of the package, as ``setup.cfg`` requires them."""
 
-_OLDEST = (3, 10)
+OLDEST_PYTHON = (3, 11)
 _SHOWN = 5
 
 
@@ -56,8 +56,8 @@ def missing(version: tuple[int, ...]) -> str:
         version: of Python.
     """
     running = f"{sys.executable} (Python {'.'.join(map(str, version))})"
-    if version < _OLDEST:
-        return f"{running} is too old: expected Python {'.'.join(map(str, _OLDEST))} or newer"
+    if version < OLDEST_PYTHON:
+        return f"{running} is too old: expected Python {'.'.join(map(str, OLDEST_PYTHON))} or newer"
     absent = sorted(package for package, module in PACKAGES.items() if importlib.util.find_spec(module) is None)
     if not absent:
         return ""
