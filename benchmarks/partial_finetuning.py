@@ -39,6 +39,7 @@ from benchmarks.contenders import (  # noqa: E402
     run_toolkit,
     thread_variables,
 )
+from benchmarks.record import SAME_LEARNING, rms  # noqa: E402
 from benchmarks.report import bounds_text, head_lines, save, spread, table  # noqa: E402
 from benchmarks.workload import Workload, add_flags, prepare  # noqa: E402
 
@@ -173,8 +174,10 @@ def bounds(results: dict[str, list[Result]], speed: bool) -> dict[str, bool]:
         len(trained) == 1
     )
     if COLD in ran and MASTERS in ran:
-        apart = max(abs(a - b) for a, b in zip(ran[COLD][0].record.losses, ran[MASTERS][0].record.losses, strict=True))
-        found[f"each step's loss within 0.03 of the masters loop's (largest difference {apart:.4f})"] = apart <= 3e-2
+        apart = rms(ran[COLD][0].record.losses, ran[MASTERS][0].record.losses)
+        found[f"step losses within {SAME_LEARNING} of the masters loop's (root mean square {apart:.4f})"] = (
+            apart <= SAME_LEARNING
+        )
     if COLD in ran and WARM in ran:
         same = all(run.record.losses == ran[COLD][0].record.losses for run in (*ran[COLD], *ran[WARM]))
         found["every loss is bit-identical between cold and warm cache"] = same

@@ -98,7 +98,7 @@ def run_script(
         launcher = (*launcher, _PORT_FLAGS[launcher[0]], str(free_port()))
     command = [*launcher, str(ROOT / script), *map(str, flags)]
     env = {**clean_environment(), **(environ or {})}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=1200)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=3600)
 
 
 def tiny_flags(model: Path, run: Path, *more: object) -> list[str]:

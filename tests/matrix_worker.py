@@ -1,6 +1,7 @@
 """Runs on every rank under a launcher: train one recipe on every engine in every split of a batch. Not a test itself.
 
-Arguments: FOLDER, then the flags of launch/train.py. The run of each cell is in the folder under its name.
+Two ranks also train cells with a fault planted. Arguments: FOLDER, then the flags of launch/train.py. The run of each
+cell is in the folder under its name.
 """
 
 from __future__ import annotations
@@ -8,10 +9,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from closeness import FAULTS, planted  # noqa: E402
 
 from toolkit import cli, distributed  # noqa: E402
 from toolkit.config import flags  # noqa: E402
@@ -22,6 +26,8 @@ PRECISIONS = ("float32", "bfloat16")
 ACCUMULATIONS = (1, 2)
 RANKS = (1, 2)
 GLOBAL_BATCH = 4
+FAULTY = ("zero2",)
+"""Engines that have each fault planted in them, on two ranks with two micro batches a step."""
 
 
 def cells(ranks: int) -> Iterator[tuple[str, str, int]]:
@@ -32,9 +38,9 @@ def cells(ranks: int) -> Iterator[tuple[str, str, int]]:
                 yield engine, precision, accumulation
 
 
-def name_of(engine: str, precision: str, accumulation: int, ranks: int) -> str:
+def name_of(engine: str, precision: str, accumulation: int, ranks: int, fault: str = "") -> str:
     """The run directory of a cell."""
-    return f"{engine}-{precision}-{ranks}x{accumulation}"
+    return f"{engine}-{precision}-{ranks}x{accumulation}{fault}"
 
 
 def ds_file(engine: str, folder: Path) -> list[str]:
@@ -54,15 +60,23 @@ def main() -> None:
     local_rank = [word for word in sys.argv[1:] if word.startswith("--local_rank")]
     folder, *rest = [word for word in sys.argv[1:] if word not in local_rank]
     world = distributed.start(engine_needs_group=True)
-    for engine, precision, accumulation in cells(world.size):
+
+    def run(engine: str, precision: str, accumulation: int, fault: str = "") -> None:
         given = [
             *rest, *ds_file(engine, Path(folder)), "--model.dtype", precision,
-            "--output.dir", str(Path(folder) / name_of(engine, precision, accumulation, world.size)),
+            "--output.dir", str(Path(folder) / name_of(engine, precision, accumulation, world.size, fault)),
             "--train.gradient_accumulation_steps", str(accumulation),
             "--train.micro_batch_size", str(GLOBAL_BATCH // accumulation // world.size),
         ]  # fmt: skip
         code = train(flags.parse(flags.parser(""), ROOT / "recipes" / "quickstart.yaml", given), world)
         assert code == 0, code
+
+    for cell in cells(world.size):
+        run(*cell)
+    if world.size == 2:
+        for fault, engine, precision in product(FAULTS, FAULTY, PRECISIONS):
+            with planted(FAULTS[fault], world):
+                run(engine, precision, 2, fault)
     world.barrier()
     distributed.stop()
     cli.leave(0)

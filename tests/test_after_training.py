@@ -103,6 +103,7 @@ def test_a_config_of_nonsense_is_an_error_and_no_traceback(trained: Path, tmp_pa
         open_source(str(tmp_path / "export"))
 
 
+@pytest.mark.slow
 def test_evaluate_rounds_masters_only_as_it_is_told(trained: Path, tmp_path: Path) -> None:
     export_model(trained, tmp_path / "export", "float32")
 
@@ -116,6 +117,7 @@ def test_evaluate_rounds_masters_only_as_it_is_told(trained: Path, tmp_path: Pat
         assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_stochastic_rounding_keeps_on_average_what_the_nearest_bfloat16_loses(trained: Path, tmp_path: Path) -> None:
     for name, rounding in (("near", "nearest"), ("odds", "stochastic"), ("again", "stochastic")):
         result = run_script("launch/export.py", trained, "--output", tmp_path / name, "--rounding", rounding)

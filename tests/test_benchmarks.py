@@ -17,7 +17,7 @@ from benchmarks.contenders import DoesNotFitError, Outcome, checked
 from benchmarks.plain_loop import plain_loop
 from benchmarks.prepare import SAMPLE, prepare, write_random_model
 from benchmarks.process import run_process
-from benchmarks.record import Record
+from benchmarks.record import SAME_LEARNING, Record, rms
 from benchmarks.report import table
 from benchmarks.seams import PHASES, Seams
 from benchmarks.shapes import TINY, larger_than, write_model
@@ -85,6 +85,7 @@ def test_a_shape_larger_than_a_memory_is_just_that() -> None:
     assert TINY.bytes == 2 * sum(parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_every_contender_gets_a_row_and_the_losses_agree(tiny_model: Path, tmp_path: Path) -> None:
     flags = ("--shape", "tiny", "--tokenizer", tiny_model, "--rows", 2, "--epochs", 2, "--directory", tmp_path)
     names = ("--contenders", "cold", "masters", "trl")
@@ -172,6 +173,19 @@ def test_an_outcome_counts_the_filling_in_the_run_and_the_pause_in_no_epoch() ->
     run = outcome(2.0, 1.0, 1)
     assert (run.run, run.first_epoch, run.later_epoch, run.epoch(0)) == (7.5, 4.5, 2.0, 4.0)
     assert run.losses == [3.5, 1.5]
+
+
+def test_a_loop_that_loses_its_updates_is_out_of_the_bound_of_same_learning() -> None:
+    """Epoch means of the naive bfloat16 loop and of the one with masters, as both were measured."""
+    masters, naive = [2.9248, 2.8809, 2.8474], [2.9325, 2.9285, 2.9285]
+    assert rms(naive, masters) > 3 * SAME_LEARNING
+    results: dict[str, list[Any]] = {}
+    for name, losses in (("cold", naive), ("masters", masters)):
+        results[name] = [Outcome(Record([0.0, 1, 2], [1.0, 2, 3], losses, 7), 0.0, 4.0, 1, epochs=3)]
+    held = partial_finetuning.bounds(results, speed=False)
+    assert (
+        [text for text, holds in held.items() if not holds] == [text for text in held if "masters loop" in text] != []
+    )
 
 
 def test_depth_compares_later_epochs_and_holds_them_to_five_percent() -> None:

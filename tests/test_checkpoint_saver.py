@@ -118,6 +118,7 @@ def test_a_save_over_a_committed_step_replaces_it_only_when_it_is_whole(
     assert left(run) == ["latest", "step-00000002", "step-00000004", "step-00000006"]
 
 
+@pytest.mark.slow
 def test_a_part_of_the_kill_matrix_is_survived() -> None:
     """SIGKILL on one rank and on both, at writes of checkpoint and cache and at random; all of it by hand."""
     result = run_script("tests/kill_matrix.py", "--every", 45, "--moments", 20, launcher=(sys.executable,), cwd=ROOT)

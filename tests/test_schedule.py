@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from closeness import BFLOAT16_LOSS, rms
 from helpers import ENGLISH, invocation, masters_of, metrics, reseal, tiny_flags, train
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -146,7 +147,7 @@ def test_progressive_freezing_is_that_of_a_plain_loop_too(tiny_model: Path, froz
 
 def test_bfloat16_masters_go_from_phase_to_phase(tiny_model: Path, unfrozen: Path) -> None:
     expected, masters = plain(tiny_model, "bfloat16", UNFREEZING)
-    assert max(abs(a - b) for a, b in zip(metrics(unfrozen), expected, strict=True)) < 3e-2
+    assert rms(metrics(unfrozen), expected) < BFLOAT16_LOSS
     trained = delta_of(unfrozen)
     assert set(trained) == set(masters)
     assert any(not torch.equal(t, t.bfloat16().float()) for t in trained.values()), "these are not rounded copies"
