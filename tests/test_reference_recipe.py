@@ -45,8 +45,9 @@ def run(request: pytest.FixtureRequest, hub: StubHub, tmp_path_factory: pytest.T
     """A finished run of four steps, and the environment that it was started in."""
     root = tmp_path_factory.mktemp(request.param)
     environ = {
-        "HF_ENDPOINT": hub.url, "HF_HOME": str(root / "hf"), "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1,localhost",
-        "HTTP_PROXY": hub.url, "HTTPS_PROXY": hub.url,  # whatever else is asked for ends at the stub
+        "HF_ENDPOINT": hub.url, "HF_HOME": str(root / "hf"), "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0",
+        # whatever else is asked for ends at the stub
+        "NO_PROXY": "127.0.0.1,localhost", "HTTP_PROXY": hub.url, "HTTPS_PROXY": hub.url,
     }  # fmt: skip
     flags = ["--config", RECIPE, "--output.dir", root / "run", "--train.max_steps", 4, "--output.sample_tokens", 4]
     if request.param == "zero2":
