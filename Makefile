@@ -1,6 +1,7 @@
 # make train      set everything up, then run the quickstart
 # make test       set everything up, then run the tests that take less than 10 minutes on 2 cores
 # make test-all   all tests: those, then make test-slow
+# make test-paths those of make test as processors with other instructions compute them
 # make check      what CI runs beside the tests: format, lint, types
 
 PYTHON ?= python3
@@ -9,11 +10,12 @@ VENV   ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN    := $(VENV)/bin
 
-# A file's tests stay in one process, because they share what is slow to make; so many processes, one thread each.
-JOBS   ?= 2
-PYTEST := PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# A file's tests stay in one process, because they share what is slow to make; so many processes, with so many threads each.
+JOBS    ?= 2
+THREADS ?= 1
+PYTEST := PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=$(THREADS) python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: train test test-slow test-all check clean
+.PHONY: train test test-slow test-all test-paths check clean
 
 train: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" deepspeed launch/train.py --ds ds_configs/zero2.json
@@ -28,6 +30,11 @@ test-slow: $(VENV)/.installed
 test-all:
 	$(MAKE) test
 	$(MAKE) test-slow
+
+# With fewer instructions and with more threads; gradients of bfloat16 layers in float32 and not, whichever is faster here.
+test-paths:
+	TEST_FLOAT32_GRADIENTS=on ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(MAKE) test
+	TEST_FLOAT32_GRADIENTS=off ONEDNN_MAX_CPU_ISA=AVX512_CORE $(MAKE) test THREADS=4
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

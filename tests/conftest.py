@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -27,11 +28,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache directory of this session: no test meets another session's activations, or leaves any behind.
 
-    The converted model is lent to it where there is one, because converting takes a while.
+    The converted model is lent to it where there is one, because converting takes a while. TEST_FLOAT32_GRADIENTS, on
+    or off, takes the place of measuring which gradients this processor is faster at.
     """
     root, model = tmp_path_factory.mktemp("cache"), "smollm2-135m-instruct-bf16"
     if (cache_root() / model).is_dir():
         (root / model).symlink_to((cache_root() / model).resolve(), target_is_directory=True)
+    if forced := os.environ.get("TEST_FLOAT32_GRADIENTS"):
+        from toolkit.models import products
+
+        (root / "float32-gradients.json").write_text(json.dumps({products.machine(): forced == "on"}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FROSTLINE_CACHE", str(root))
         yield root

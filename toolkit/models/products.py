@@ -211,9 +211,8 @@ def float32_is_faster(dtype: torch.dtype, device: torch.device) -> bool:
 
 @cache
 def _kept(path: Path) -> bool:
-    machine = f"{_processor()}, torch {torch.__version__}"
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))[machine]
+        known = json.loads(path.read_text(encoding="utf-8"))[machine()]
         if isinstance(known, bool):
             return known
     except (OSError, ValueError, KeyError, TypeError):
@@ -221,8 +220,13 @@ def _kept(path: Path) -> bool:
     faster = _gain() >= _WORTH_IT
     with suppress(OSError):  # a cache that cannot be written is measured again
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps({machine: faster}))
+        replace_text(path, json.dumps({machine(): faster}))
     return faster
+
+
+def machine() -> str:
+    """Name the processor and torch's version, which what was measured is kept for."""
+    return f"{_processor()}, torch {torch.__version__}"
 
 
 def _processor() -> str:
