@@ -190,7 +190,7 @@ def test_the_check_sees_samples_that_attend_to_each_other(
     name: str, drop: str, finding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layout = Batch.layout
-    monkeypatch.setattr(Batch, "layout", lambda batch: {k: v for k, v in layout(batch).items() if k != drop})
+    monkeypatch.setattr(Batch, "layout", lambda *args: {k: v for k, v in layout(*args).items() if k != drop})
     prefix, suffix = split(make(name), inspect(make(name)), 2)
     assert finding in choose("auto", prefix, suffix).reason
 

@@ -55,14 +55,19 @@ class Batch:
         packed = f"{len(self.examples)} rows packed into " if self.is_packed else ""
         return f"{packed}{rows} {'row' if rows == 1 else 'rows'} x {tokens} tokens"
 
-    def layout(self) -> dict[str, Any]:
+    def layout(self, with_lengths: bool = False) -> dict[str, Any]:
         """What a transformers model is told of the batch beside the token ids, as arguments of its forward pass.
 
         Of a packed row it is told where samples begin in every form that some part of it reads: positions (rotary or
         learned, masks), flash attention's cumulative lengths, a recurrence's sample numbers, and ``sample_lengths`` for
         ``toolkit.models.varlen``.
+
+        Args:
+            with_lengths: tell of a padded batch, too, how long each row is: padding repeats its row's last position.
         """
         if self.position_ids is None:
+            if with_lengths and self.attention_mask is not None:
+                return {"attention_mask": self.attention_mask, "position_ids": self.attention_mask.cumsum(-1) - 1}
             return {"attention_mask": self.attention_mask}
         return {
             "attention_mask": None,

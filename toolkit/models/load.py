@@ -30,6 +30,7 @@ from toolkit.models.inspect import inspect
 from toolkit.models.mapped import OnDisk
 from toolkit.models.offload import device_map, quiet_accelerate, take_files
 from toolkit.models.quirks import turn_off_layerdrop
+from toolkit.models.rotary import make_rotary_per_sample
 from toolkit.models.source_files import SourceFiles
 from toolkit.models.stored import Comparison, read_stored
 from toolkit.out_of_memory import is_out_of_memory
@@ -98,6 +99,7 @@ def load(
         model, form = _load_weights(source, config, {})
         on_disk = {}
     turn_off_layerdrop(model)
+    make_rotary_per_sample(model)
     model.config.use_cache = False  # a key-value cache serves generation, not training
     ends = model_ends(source, config.revision)
     return LoadedModel(model, tokenizer, anatomy or inspect(model), form, on_disk, ends)

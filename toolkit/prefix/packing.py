@@ -108,8 +108,9 @@ class _Trial:
     tokens in groups, and groups of another size round otherwise. That much is allowed where changing the *second* row
     moves the first one's logits too, which causality forbids.)
 
-    *Value*: the longest micro batch packed must give the logits that each of its rows gives alone under the attention
-    that the model came with, within a few times of what padding moves. This costs about as much as a training step.
+    *Value*: the longest rows packed with the shortest one must give the logits that each of them gives alone under the
+    attention that the model came with, within a few times of what padding moves. This costs about as much as a
+    training step.
     """
 
     prefix: HiddenStates | None
@@ -123,8 +124,7 @@ class _Trial:
         by_length = {len(example.token_ids): example for example in examples}
         shortest, second, *_ = (by_length[length] for length in sorted(by_length))
         longest = sorted(examples, key=lambda example: -len(example.token_ids))[:micro_batch_size]
-        if len(longest[0].token_ids) == len(longest[-1].token_ids):  # rows of one length would not be packed
-            longest[-1] = shortest
+        longest[-1] = shortest  # some models compute long rows otherwise, and rows of one length would not be packed
         try:
             return self.crossing(second, shortest) or self.other_values(longest)
         except FAILURES as error:

@@ -21,6 +21,7 @@ from toolkit.data.batches import Batch
 from toolkit.loss import cross_entropy
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.dry_run import dry_run, evaluating
+from toolkit.models.rotary import needs_lengths
 from toolkit.prefix.placement import FrozenWeights
 from toolkit.prefix.post import FAILURES
 from toolkit.prefix.skeleton import Absent, Arrival, Arrived, EmbeddingStub, PassThrough, skeleton
@@ -49,6 +50,7 @@ class Prefix(nn.Module):
         replaced[entry] = Arrival(entry)
         self.skeleton = skeleton(model, replaced, own_parameters=True)
         self._blocks = list(self.skeleton.get_submodule(anatomy.blocks).children())[:boundary]
+        self._with_lengths = needs_lengths(model)
         self.frozen = frozen
         if frozen is not None:
             frozen.attach(self.skeleton)
@@ -65,7 +67,7 @@ class Prefix(nn.Module):
     def forward(self, batch: Batch) -> torch.Tensor:
         """Hidden states [B, T, hidden_size] that enter block b (or the final norm, where b is the block count)."""
         try:
-            self.skeleton(input_ids=batch.input_ids, **batch.layout(), use_cache=False)
+            self.skeleton(input_ids=batch.input_ids, **batch.layout(self._with_lengths), use_cache=False)
         except Arrived as arrived:
             return arrived.hidden
         raise RuntimeError("the prefix never reached the frost line")
@@ -101,6 +103,7 @@ class Suffix(nn.Module):
         self.model = skeleton(model, replaced)
         self.anatomy = anatomy
         self._embedding_size = int(model.get_input_embeddings().weight.shape[1])
+        self._with_lengths = needs_lengths(model)
         self._hidden: torch.Tensor | None = None
         if boundary is not None:
             _entry(self.model, anatomy, boundary).register_forward_pre_hook(self._enter, with_kwargs=True)
@@ -176,7 +179,7 @@ class Suffix(nn.Module):
         else:  # only the shape counts: _enter puts hidden in at the frost line
             inputs = {"inputs_embeds": hidden.new_zeros(*hidden.shape[:2], self._embedding_size)}
         try:
-            return self.model(**inputs, **batch.layout(), use_cache=False)
+            return self.model(**inputs, **batch.layout(self._with_lengths), use_cache=False)
         finally:
             self._hidden = None
 
