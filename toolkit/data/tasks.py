@@ -77,7 +77,7 @@ def _contexts(value: Any) -> tuple[str, ...]:
                 f"has in {CONTEXTS} an object with {', '.join(map(str, value)) or 'nothing'}; expected text, a list of "
                 f"texts, or an object with such a list as {CONTEXTS.lower()}"
             )
-        value = found[0]
+        value = _from_text(found[0]) if isinstance(found[0], str) else found[0]
     if not isinstance(value, Sequence) or not all(isinstance(part, str) for part in value):
         kinds = sorted({type(part).__name__ for part in value}) if isinstance(value, Sequence) else type(value).__name__
         raise RowFaultError(f"has {kinds} in {CONTEXTS}; expected text or a list of texts")

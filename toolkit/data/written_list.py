@@ -76,7 +76,7 @@ def read_written(text: str) -> Any:
             return text
         raise WrittenListError(stop.reason) from None
     if rest:
-        if reader.texts < 2:
+        if reader.texts < 2 and rest[0] not in ",;|[":
             return text
         raise WrittenListError(f"is followed by {rest[:20]!r}")
     return text if isinstance(value, str) else value
@@ -161,7 +161,7 @@ class _Reader:
                     if self._peek()[1] == _CLOSES[opening]:
                         break
                 elif not after_blank:
-                    raise _StopReading(f"has {token[:20]!r} right behind a text: its quotes are not escaped")
+                    raise _StopReading(_behind(token))
                 else:
                     blanks += kind in ("text", "mark", "gap")
             items.append(self._value(depth + 1))
@@ -187,7 +187,7 @@ class _Reader:
             if self._peek()[1] == ",":
                 self._next()
             elif self._peek()[1] != "}":
-                raise _StopReading(f"has {self._peek()[1][:20]!r} right behind a text: its quotes are not escaped")
+                raise _StopReading(_behind(self._peek()[1]))
         self._next()
         return found
 
@@ -224,6 +224,10 @@ def _tokens(text: str) -> Iterator[tuple[str, str, bool, int]]:
         yield str(match.lastgroup), match[0], after_blank, at
 
 
+def _behind(token: str) -> str:
+    return f"has {token[:20]!r} right behind a text; expected a comma or a blank, and quotes in a text escaped"
+
+
 def _unescape(token: str) -> str:
     """The text behind a printed one, quotes and prefix included."""
     if token[0] in "uU":
@@ -237,7 +241,7 @@ def _unescape(token: str) -> str:
         if number and int(number, 16) <= 0x10FFFF:
             return chr(int(number, 16))
         if match[4] not in _PLAIN_ESCAPES:
-            raise _StopReading(f"has {match[0]} in a text, which no list is printed with: it is not escaped")
+            raise _StopReading(f"has {match[0]!r} in a text, which no list is printed with: it is not escaped")
         return _PLAIN_ESCAPES[match[4]]
 
     return _ESCAPE.sub(plain, token[1:-1])
