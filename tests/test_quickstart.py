@@ -18,5 +18,8 @@ def test_the_quickstart_trains_the_bundled_model_under_zero2(tmp_path: Path) -> 
     assert "no --config given: using" in result.stderr
     assert "42,471,936 trained (26.1%)" in result.stderr
     assert "58 training rows" in result.stderr
+    assert "2 steps (train.max_steps) of 1 row(s), 0.034 of 3 epoch(s)" in result.stderr
+    assert "\r" not in result.stderr, "the log of a file holds no bars"
+    assert "█" not in result.stderr
     assert len(metrics(tmp_path / "run")) == 2
     assert len(metrics(tmp_path / "run", "eval_loss")) == 1
