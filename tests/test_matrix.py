@@ -132,4 +132,4 @@ def test_a_gradient_that_is_not_the_token_mean_of_the_global_batch_is_out_of_bou
     plain = cell_of(trained / name_of("local", precision, 1, 1))
     found = apart(cell_of(trained / name_of(engine, precision, 2, 2, fault)), plain)
     print(fault, engine, precision, found, "allowed", allowed[precision])
-    assert found.over(allowed[precision]) > 3
+    assert found.over(allowed[precision]) > 2
