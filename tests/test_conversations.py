@@ -83,6 +83,8 @@ def test_a_run_goes_on_and_is_evaluated_with_the_date_on_which_it_began(
         patch.setattr("toolkit.train.rows.datetime", Past)
         assert train(*flags, "--train.epochs", "1") == 0
     assert evaluate_source(str(tmp_path / "run"), None, "train", 1, None, None).loss > 0
+    checkpoint = next((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert open_source(str(checkpoint)).rendering.now == datetime.datetime(2001, 2, 3)
     assert train(*flags, "--train.epochs", "2", "--resume-override") == 0
     assert len(metrics(tmp_path / "run", "eval_loss")) == 2
     (tmp_path / "run" / "rendering.json").unlink()

@@ -231,4 +231,6 @@ def test_a_tokenizer_without_offsets_gives_the_same_ids(monkeypatch: pytest.Monk
     tokenizer = space_tokenizer(STYLES["llama2"].template)
     expected = Encoder(tokenizer, 512).encode(SAMPLE)
     monkeypatch.setattr(type(tokenizer), "is_fast", property(lambda self: False))
-    assert Encoder(tokenizer, 512).encode(SAMPLE) == expected
+    encoder = Encoder(tokenizer, 512)
+    assert encoder.encode(SAMPLE) == expected
+    assert "gives no offsets" in encoder.notes()[-1]

@@ -80,7 +80,8 @@ def open_source(
         raise UsageError(f"--step {step} names a checkpoint of a run directory, and {source} is none; leave it out")
     if _is_checkpoint(path) or is_delta(path):
         delta = read_trained(path)
-        return Opened(load_delta(delta, base, trust_remote_code, dtype), RunConfig(), None, None, delta)
+        loaded = load_delta(delta, base, trust_remote_code, dtype)
+        return Opened(loaded, RunConfig(), None, None, delta, read_rendering(path.parent.parent))  # of a run, if so
     dtype = dtype or stored_dtype(source)
     model = ModelConfig(name_or_path=source, dtype="bfloat16" if dtype == "bfloat16" else "float32")
     loaded = load_base(model)

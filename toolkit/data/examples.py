@@ -111,6 +111,11 @@ class Encoder:
                 f"the chat template puts {turns.lead!r} before answers: it belongs to the prompt, in training and "
                 "generation, and is not trained"
             )
+        if not self.tokenizer.is_fast:
+            lines.append(
+                "this tokenizer gives no offsets: where a token lies on both sides of an answer's beginning, the whole "
+                "answer is tokenised as what follows its prompt"
+            )
         return lines
 
     def _fit(self, sample: Sample, encode: Callable[[Sample], Example]) -> Example:
