@@ -51,6 +51,7 @@ RUN = ("--mask.train", "norm", "head", "--train.max_steps", 6, "--output.save_ev
 KINDS: dict[str, tuple[object, ...]] = {
     "checkpoint": ("--prefix.cache", "off"),
     "checkpoint in the background": ("--prefix.cache", "off", "--output.async_save", "true"),
+    "validation": ("--prefix.cache", "off", "--data.validation", "0.25", "--output.evaluate_every_steps", 2),
     "cache": ("--prefix.cache", "on"),
     "random, torch": ("--prefix.cache", "on"),
     "random, zero-2": ("--prefix.cache", "off", "--ds", ROOT / "ds_configs" / "zero2.json"),
@@ -112,14 +113,18 @@ def aim(kind: str, point: float, made: list[str]) -> None:
 
         CachedPrefix.fill = filled  # type: ignore[method-assign]
         return
-    save, publish, fire = Saver.save, Saver._publish, contextlib.ExitStack()
+    save, publish, record, fire = Saver.save, Saver._publish, Saver.record, contextlib.ExitStack()
 
-    def saved(self: Saver, content: Any) -> None:
+    def saved(self: Saver, content: Any, validation_follows: bool = False) -> None:
         if content.state.step == VICTIM:
             fire.enter_context(under_fire(point, made))
-        save(self, content)
-        if not self._in_background:
+        save(self, content, validation_follows)
+        if not self._in_background and kind != "validation":
             fire.close()
+
+    def recorded(self: Saver, step: int, loss: float) -> None:
+        record(self, step, loss)
+        fire.close()  # the loss is written and older checkpoints have gone
 
     def published(self: Saver) -> None:
         late = self._in_background and self._writing is not None and self._writing.step == VICTIM
@@ -127,7 +132,7 @@ def aim(kind: str, point: float, made: list[str]) -> None:
         if late:  # until here, so that the thread's calls are counted however fast it is
             fire.close()
 
-    Saver.save, Saver._publish = saved, published  # type: ignore[method-assign]
+    Saver.save, Saver._publish, Saver.record = saved, published, recorded  # type: ignore[method-assign]
 
 
 class Range:
@@ -241,14 +246,16 @@ def logs(run: Path) -> str:
 
 def differ(run: Path, reference: Path) -> str | None:
     """How a run that went on differs from one that was never disturbed."""
-    if metrics(run) != metrics(reference):
-        return f"losses {metrics(run)}, expected {metrics(reference)}"
-    if metrics(run, "step") != metrics(reference, "step"):
-        return f"steps {metrics(run, 'step')}"
-    left, expected = (sorted(path.name for path in (one / "checkpoints").iterdir()) for one in (run, reference))
+    for key in ("loss", "step", "eval_loss"):
+        if metrics(run, key) != metrics(reference, key):
+            return f"{key} {metrics(run, key)}, expected {metrics(reference, key)}"
+    left, expected = (
+        sorted((path.name, path.read_text() if path.is_file() else "") for path in (one / "checkpoints").iterdir())
+        for one in (run, reference)
+    )
     if left != expected:
         return f"left {left}, expected {expected}"
-    found, right = (masters_of(one / "checkpoints" / expected[-1]) for one in (run, reference))
+    found, right = (masters_of(one / "checkpoints" / expected[-1][0]) for one in (run, reference))
     return None if all(torch.equal(found[name], right[name]) for name in right) else "other masters"
 
 

@@ -1,0 +1,126 @@
+"""What the pairwise suite combines: the values of every recipe key, launchers and DeepSpeed files, and the refusals."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import torch
+from covering import Pair
+
+LAUNCHERS = {
+    "python": ("python",),
+    "deepspeed 1": ("deepspeed", "--num_gpus", "1"),
+    "deepspeed 2": ("deepspeed", "--num_gpus", "2"),
+    "torchrun 2": ("torchrun", "--nproc_per_node", "2"),
+}
+DS = ("none", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+
+GROUP = [{"select": ["blocks:3"], "learning_rate": 1e-4, "weight_decay": 0.1}, "blocks:5"]
+VALUES: dict[str, dict[str, Any]] = {
+    "model.delta": {"none": None, "a run": "DELTA"},
+    "model.dtype": {"bfloat16": "bfloat16", "float32": "float32"},
+    "model.attn_implementation": {"none": None, "eager": "eager", "sdpa": "sdpa"},
+    "model.trust_remote_code": {"false": False, "true": True},
+    "data.path": {"jsonl": "rows.jsonl", "csv": "rows.csv", "one bad row": "bad.jsonl"},
+    "data.split": {"none": None, "train": "train"},
+    "data.max_length": {"2048": 2048, "260": 260},
+    "data.validation": {"none": None, "a share": 0.34, "a file": "held_out.jsonl"},
+    "data.on_bad_row": {"error": "error", "skip": "skip"},
+    "data.packing": {"auto": "auto", "on": "on", "off": "off"},
+    "train.epochs": {"2": 2, "3": 3},
+    "train.max_steps": {"none": None, "5": 5},
+    "train.micro_batch_size": {"1": 1, "2": 2},
+    "train.gradient_accumulation_steps": {"1": 1, "2": 2},
+    "train.learning_rate": {"1e-3": 1e-3, "1e-5": 1e-5},
+    "train.weight_decay": {"0": 0.0, "0.1": 0.1},
+    "train.warmup_ratio": {"0": 0.0, "0.5": 0.5},
+    "train.scheduler": {name: name for name in ("linear", "cosine", "constant_with_warmup")},
+    "train.max_grad_norm": {"0": 0.0, "1": 1.0},
+    "train.max_skipped_steps": {"1": 1, "3": 3},
+    "train.gradient_checkpointing": {"auto": "auto", "on": "on", "off": "off"},
+    "train.seed": {"42": 42, "7": 7},
+    "optim.name": {name: name for name in ("adamw", "adamw_8bit", "paged_adamw_8bit", "adamw_bf16")},
+    "optim.betas": {"usual": [0.9, 0.999], "short": [0.8, 0.95]},
+    "optim.eps": {"1e-8": 1e-8, "1e-6": 1e-6},
+    "prefix.cache": {"auto": "auto", "on": "on", "off": "off"},
+    "prefix.cache_dir": {"none": None, "given": "CACHE"},
+    "prefix.cache_limit_gib": {"none": None, "1": 1.0},
+    "prefix.precision": {"model": "model", "int8": "int8", "nf4": "nf4"},
+    "prefix.placement": {"device": "device", "cpu": "cpu", "disk": "disk"},
+    "output.save_every_steps": {"none": None, "1": 1, "2": 2},
+    "output.keep": {"1": 1, "2": 2},
+    "output.async_save": {"false": False, "true": True},
+    "output.evaluate_every_steps": {"none": None, "1": 1, "2": 2},
+    "output.sample_answers": {"0": 0, "1": 1, "3": 3},
+    "output.sample_tokens": {"2": 2, "5": 5},
+    "output.resume": {"auto": "auto", "must": "must"},
+    "mask.train": {
+        "last blocks and head": ["last:2", "head"], "head": ["head"], "blocks": ["blocks:3,5"], "groups": GROUP,
+        "parts of blocks": ["last:3/mlp"], "all": ["all"],
+    },
+    "mask.freeze": {"nothing": [], "norms": ["last:3/norms", "norm"]},
+    "mask.schedule": {
+        "none": [], "a step": [{"train": ["blocks:4"], "until_step": 1}],
+        "an epoch": [{"train": ["last:1"], "freeze": ["last:1/norms"], "until_epoch": 1}],
+    },
+    "mask.tied": {name: name for name in ("error", "untie", "both", "head_only")},
+}  # fmt: skip
+"""By recipe key, its values by name. DELTA and CACHE are replaced by directories, and files by those of the folder."""
+
+NOT_COMBINED = {
+    "model.name_or_path": "one tiny model; the model types have tests/test_zoo.py and tests/test_every_type.py",
+    "model.revision": "of Hub models alone",
+    "data.task": "has one value",
+    "data.validation_split": "of Hub data sets alone",
+    "output.dir": "every run here has a directory of its own",
+}
+"""Recipe keys without values here, and why."""
+
+TABLE: dict[str, list[str]] = {
+    "launcher": list(LAUNCHERS),
+    "ds": list(DS),
+    "ended by": ["a signal", "a kill", "nothing"],
+    **{key: list(values) for key, values in VALUES.items()},
+}
+"""All factors. Offload to NVMe is left out: it needs libaio and a compiled kernel (tests/test_nvme.py)."""
+
+USUAL = {factor: names[0] for factor, names in TABLE.items()} | {"mask.train": "blocks", "mask.tied": "untie"}
+"""What a refused pair is tried with."""
+
+
+def _refused(message: str, *cells: tuple[str, tuple[str, ...]]) -> dict[Pair, str]:
+    """Each combination of one value of each factor, with the message."""
+    chosen = product(*([(factor, value) for value in values] for factor, values in cells))
+    return {frozenset(combination): message for combination in chosen}
+
+
+HEADS = ("mask.train", ("last blocks and head", "head"))
+SCHEDULES = ("mask.schedule", ("a step", "an epoch"))
+STORED = ("prefix.precision", ("int8", "nf4"))
+PLACED = ("prefix.placement", ("cpu", "disk") if torch.cuda.is_available() else ("disk",))  # a CPU's host is its device
+CACHED = ("prefix.cache", ("on",))
+ALL = ("mask.train", ("all",))
+BOTH = ("mask.tied", ("both",))
+MOVES = "mask.schedule moves the frost line"
+AT_BLOCK_0 = r"leaves no block frozen below what trains \(the frost line is at block 0\)"
+NOTHING_FROZEN = "prefix.cache is on, but nothing below the trained tensors is frozen"
+REFUSALS: dict[Pair, str] = {
+    **_refused("bad.jsonl", ("data.path", ("one bad row",)), ("data.on_bad_row", ("error",))),
+    **_refused("share one tensor", ("mask.tied", ("error",)), ("mask.train", (*HEADS[1], "all"))),
+    **_refused("mask.tied is head_only, but the mask selects the embeddings", ("mask.tied", ("head_only",)), ALL),
+    **_refused("never frees memory that it paged", ("optim.name", ("paged_adamw_8bit",)), SCHEDULES),
+    **_refused(MOVES, STORED, SCHEDULES),
+    **_refused(MOVES, PLACED, SCHEDULES),
+    **_refused(AT_BLOCK_0, STORED, ALL),
+    **_refused(AT_BLOCK_0, PLACED, ALL),
+    **_refused(AT_BLOCK_0, STORED, HEADS, BOTH),
+    **_refused(AT_BLOCK_0, PLACED, HEADS, BOTH),
+    **_refused(NOTHING_FROZEN, CACHED, ALL),
+    **_refused(NOTHING_FROZEN, CACHED, HEADS, BOTH),
+    **_refused(
+        "mask.tied is head_only: the embeddings move with every step", CACHED, HEADS, ("mask.tied", ("head_only",))
+    ),
+}
+"""Combinations that are refused, each with what its message says; everything else of such a row is combined elsewhere.
+"""

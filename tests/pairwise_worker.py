@@ -1,0 +1,192 @@
+"""Runs on every rank under a launcher: take rows of the pairwise table through a run's whole life. Not a test itself.
+
+Arguments: FOLDER, with a model, rows in files, and plan.json, which lists rows. Each row's outcome is a line of
+outcomes.jsonl: its number, and what was wrong or none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.util
+import io
+import json
+import os
+import re
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+os.environ.update(TQDM_DISABLE="1", DS_LOG_LEVEL="error", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch  # noqa: E402
+from helpers import metrics  # noqa: E402
+from pairwise_table import VALUES  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+from toolkit import cli, distributed, stop  # noqa: E402
+from toolkit.config import flags  # noqa: E402
+from toolkit.config.load import dump  # noqa: E402
+from toolkit.config.schema import RunConfig  # noqa: E402
+from toolkit.distributed import World  # noqa: E402
+from toolkit.errors import UsageError  # noqa: E402
+from toolkit.source import open_source  # noqa: E402
+from toolkit.train.between import Between  # noqa: E402
+from toolkit.train.run import train  # noqa: E402
+
+
+class Killed(BaseException):
+    """Ends a run where nothing of it can see it coming."""
+
+
+class WrongError(Exception):
+    """A row did not do what it should."""
+
+
+def recipe(world: World, folder: Path, name: str, row: dict[str, str], resume: bool) -> Path:
+    """The recipe file of a row, the same for every rank."""
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"name_or_path": str(folder / "model")}, "output": {"dir": str(folder / name)},
+    }  # fmt: skip
+    for key, values in VALUES.items():
+        section, leaf = key.split(".")
+        value = values[row[key]]
+        if value == "DELTA":
+            value = str(folder / f"delta-{row['model.dtype']}")
+        elif value == "CACHE":
+            value = str(folder / "cache")
+        elif isinstance(value, str) and value.endswith((".jsonl", ".csv")):
+            value = str(folder / value)
+        sections.setdefault(section, {})[leaf] = value
+    if not resume:
+        sections["output"]["resume"] = "auto"
+    path = folder / f"{name}.yaml"
+    if world.is_main:
+        path.write_text(dump(RunConfig.model_validate(sections)), encoding="utf-8")
+    world.barrier()
+    return path
+
+
+def start(world: World, recipe_file: Path, ds: str, end: str = "nothing") -> int:
+    """Train, and end it in the middle as ``end`` says."""
+    given = ["--config", str(recipe_file), *(["--ds", str(ROOT / "ds_configs" / f"{ds}.json")] if ds != "none" else [])]
+    after_step = Between.after_step
+
+    def ended(self: Between) -> bool:
+        middle = self._progress.step == max(1, self._setup.total_steps // 2)
+        if middle and end == "a signal" and world.is_main:
+            stop.note("a test", tell=False)
+        stopping = after_step(self)
+        if middle and end == "a kill":
+            raise Killed
+        return stopping
+
+    Between.after_step = ended  # type: ignore[method-assign]
+    try:
+        with stop.listening({}):
+            return train(flags.parse(flags.parser(""), recipe_file, given), world)
+    except Killed:
+        return -9
+    finally:
+        Between.after_step = after_step  # type: ignore[method-assign]
+        gc.collect()
+
+
+def command(script: str, *given: object) -> str:
+    """What a launch script prints, run in this process."""
+    spec = importlib.util.spec_from_file_location(f"launch_{script}", ROOT / "launch" / f"{script}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    before, sys.argv = sys.argv, [f"launch/{script}.py", *map(str, given)]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            code = module.main()
+    finally:
+        sys.argv = before
+    require(code == 0, f"{script} ended with {code}")
+    return out.getvalue()
+
+
+def require(is_so: bool, otherwise: str) -> None:
+    """Raise ``WrongError`` unless something is so."""
+    if not is_so:
+        raise WrongError(otherwise)
+
+
+def use(folder: Path, run: Path, row: dict[str, str]) -> None:
+    """Evaluate, generate, export, and reload in transformers, on one rank."""
+    losses, steps = metrics(run), [step for step in metrics(run, "step") if isinstance(step, int)]
+    require(sorted(set(steps)) == list(range(1, len(losses) + 1)), f"steps {steps}")
+    validated = metrics(run, "eval_loss")
+    if row["data.validation"] != "none":
+        require(len(validated) >= 1, "nothing was validated")
+        require((run / "checkpoints" / "best").is_file(), "no checkpoint is the best")
+    held_out = () if validated else ("--data.path", folder / "rows.jsonl")
+    trusted = ("--trust-remote-code",) if row["model.trust_remote_code"] == "true" else ()
+    said = json.loads(command("evaluate", run, *held_out, *trusted).splitlines()[-1])
+    exact = row["prefix.precision"] == "model"
+    if validated:
+        require(abs(said["loss"] - validated[-1]) < (0.05 if exact else 1.0), f"{said['loss']} for {validated[-1]}")
+    answer = command(
+        "generate", run, "--question", "Is it safe?", "--context", "It is.", "--max-new-tokens", 3, *trusted
+    )
+    require(bool(answer), "no answer")
+    target = run / "export"
+    command("export", run, "--output", target, *trusted)
+    ours = open_source(str(run), None, None, bool(trusted)).loaded.model.eval()
+    attention = ours.config._attn_implementation
+    theirs = AutoModelForCausalLM.from_pretrained(target, dtype=ours.dtype, attn_implementation=attention).eval()
+    ids = torch.arange(5, 45)[None]
+    with torch.no_grad():
+        apart = float((ours(ids).logits.float() - theirs(ids).logits.float()).abs().max())
+    require(apart < 1e-3, f"the export's logits are {apart:.3g} from the run's")
+
+
+def live(world: World, folder: Path, name: str, row: dict[str, str]) -> str | None:
+    """Take a row through a run's life; what went wrong, or none."""
+    run = folder / name
+    try:
+        code = start(world, recipe(world, folder, name, row, resume=False), row["ds"], row["ended by"])
+        expected = {"a signal": (75, 0), "a kill": (-9,), "nothing": (0,)}[row["ended by"]]
+        require(code in expected, f"the first start ended with {code}")
+        has = world.share(any((run / "checkpoints").glob("step-*")) if world.is_main else None)
+        code = start(world, recipe(world, folder, name, row, resume=bool(has)), row["ds"])
+        require(code == 0, f"the second start ended with {code}")
+        if world.is_main:
+            use(folder, run, row)
+    except UsageError as error:
+        return f"refused: {error}"
+    except Exception as error:
+        return "".join(traceback.format_exception(error))[-3000:]
+    return None
+
+
+def main() -> None:
+    """Live all rows, one after the other."""
+    folder = Path(next(word for word in sys.argv[1:] if not word.startswith("--local_rank")))
+    warnings.simplefilter("ignore")
+    world = distributed.start()
+    plan = json.loads((folder / "plan.json").read_text())
+    for dtype in ("float32", "bfloat16"):
+        base = {**plan["usual"], "model.dtype": dtype, "mask.train": "parts of blocks", "ds": "none"}
+        assert start(world, recipe(world, folder, f"delta-{dtype}", base, resume=False), "none") == 0
+    for number, row in sorted(plan["rows"], key=lambda numbered: numbered[1]["ds"] != "none"):
+        distributed.start(engine_needs_group=row["ds"] != "none")
+        wrong = live(world, folder, f"row-{number}", row)
+        all_wrong = [one for one in world.gather(wrong) if one is not None]
+        if world.is_main:
+            with (folder / "outcomes.jsonl").open("a") as out:
+                said = re.sub(r"\x1b\[[0-9;]*m", "", all_wrong[0]) if all_wrong else None
+                out.write(json.dumps({"row": number, "wrong": said}) + "\n")
+        world.barrier()
+    cli.leave(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Every pair of values of recipe keys, launchers and DeepSpeed files, through the whole life of a run.
+
+A part with a seed that changes from day to day is in make test; PAIRWISE_SEED repeats one, in all of it too.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from covering import Row, all_pairs, cover, pairs_of
+from helpers import ENGLISH, make_tiny_model, run_script
+from pairwise_table import DS, LAUNCHERS, NOT_COMBINED, REFUSALS, TABLE, USUAL, VALUES
+from pydantic import BaseModel
+
+from toolkit.config.mask_schema import MaskGroup, MaskPhase
+from toolkit.config.schema import RunConfig
+
+PART = 4
+"""Rows of the part."""
+
+
+def seed() -> str:
+    return os.environ.get("PAIRWISE_SEED", datetime.date.today().isoformat())
+
+
+def make_files(folder: Path) -> None:
+    """Six rows in two formats, once with a bad one more, two held-out rows, and a model."""
+    rows = [json.loads(line) for line in ENGLISH.read_text(encoding="utf-8").splitlines()]
+    rows.sort(key=lambda row: len(json.dumps(row)))
+    lines = [json.dumps(row) for row in rows]
+    (folder / "rows.jsonl").write_text("\n".join(lines[:6]), encoding="utf-8")
+    (folder / "bad.jsonl").write_text("\n".join([*lines[:6], '{"QUESTION": ""}']), encoding="utf-8")
+    (folder / "held_out.jsonl").write_text("\n".join(lines[6:8]), encoding="utf-8")
+    with (folder / "rows.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["QUESTION", "CONTEXTS", "LONG_ANSWER"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows({**row, "CONTEXTS": json.dumps(row["CONTEXTS"])} for row in rows[:6])
+    make_tiny_model(folder / "model")
+
+
+def live(rows: list[tuple[int, Row]], folder: Path) -> dict[int, str | None]:
+    """What was wrong with each row, or none; the rows of a launcher share its processes."""
+    found: dict[int, str | None] = {}
+    for launcher, command in {**LAUNCHERS, "python": (sys.executable,)}.items():
+        own = [(number, row) for number, row in rows if row["launcher"] == launcher]
+        if not own:
+            continue
+        place = folder / launcher.replace(" ", "-")
+        place.mkdir()
+        make_files(place)
+        (place / "plan.json").write_text(json.dumps({"usual": USUAL, "rows": own}))
+        result = run_script("tests/pairwise_worker.py", place, launcher=command)
+        outcomes = place / "outcomes.jsonl"
+        lines = outcomes.read_text(encoding="utf-8").splitlines() if outcomes.exists() else []
+        found |= {line["row"]: line["wrong"] for line in map(json.loads, lines)}
+        lost = result.stdout[-1000:] + result.stderr[-3000:]
+        found |= {number: f"its process ended: {lost}" for number, _ in own if number not in found}
+    return found
+
+
+def try_rows(rows: list[Row], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Live rows, print the table, and fail with what was wrong."""
+    began = time.monotonic()
+    outcomes = live(list(enumerate(rows)), folder)
+    wrong = [f"{rows[number]}\n{what}" for number, what in sorted(outcomes.items()) if what is not None]
+    covered = set().union(*(pairs_of(row) for number, row in enumerate(rows) if outcomes[number] is None))
+    owed = all_pairs(TABLE, REFUSALS)
+    with capsys.disabled():
+        print(
+            f"\npairwise, PAIRWISE_SEED={seed()}: {len(TABLE)} factors ({len(VALUES)} recipe keys), "
+            f"{sum(map(len, TABLE.values()))} values, {len(covered & owed)} of {len(owed)} pairs covered, "
+            f"{len(REFUSALS)} refused by name, {len(rows)} runs, {(time.monotonic() - began) / 60:.1f} minutes"
+        )
+    assert not wrong, "\n\n".join(wrong)
+
+
+def keys(section: type[BaseModel], before: str = "") -> Iterator[str]:
+    """All recipe keys, with their sections."""
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from keys(kind, f"{before}{name}.")
+        else:
+            yield before + name
+
+
+def test_every_recipe_key_is_combined_or_says_why_not() -> None:
+    assert set(keys(RunConfig)) == set(VALUES) | set(NOT_COMBINED)
+    assert all(len(values) >= 2 for values in VALUES.values())
+    groups = json.dumps(VALUES["mask.train"])
+    assert all(f'"{name}"' in groups for name in MaskGroup.model_fields)
+    phases = json.dumps(VALUES["mask.schedule"])
+    assert all(f'"{name}"' in phases for name in MaskPhase.model_fields)
+
+
+def test_the_rows_have_every_pair_that_is_not_refused() -> None:
+    rows = cover(TABLE, seed(), REFUSALS)
+    assert set().union(*map(pairs_of, rows)) == all_pairs(TABLE, REFUSALS)
+    assert len(rows) < 80, "as a product there were more than 10^20"
+    assert rows == cover(TABLE, seed(), REFUSALS)
+
+
+def test_a_part_of_all_pairs_lives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In one process without DeepSpeed, whose kernel takes long to compile."""
+    rows = cover({**TABLE, "launcher": ["python"], "ds": ["none"]}, seed(), REFUSALS)
+    try_rows(rows[:PART], tmp_path, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_all_pairs_live(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """About eight minutes on two cores."""
+    assert {f"{name}.json" for name in DS if name != "none"} < {path.name for path in Path("ds_configs").iterdir()}
+    try_rows(cover(TABLE, seed(), REFUSALS), tmp_path, capsys)
+
+
+@pytest.mark.slow
+def test_refused_combinations_are_refused_by_name(tmp_path: Path) -> None:
+    """Each with the usual values of everything else, so that nothing else can be meant."""
+    pairs = list(REFUSALS.items())
+    rows = [(number, {**USUAL, **dict(pair)}) for number, (pair, _) in enumerate(pairs)]
+    for number, said in live(rows, tmp_path).items():
+        pair, message = pairs[number]
+        assert said is not None, f"{sorted(pair)} was not refused"
+        assert said.startswith("refused: "), said
+        assert re.search(message, said), f"{sorted(pair)} expected {message!r}, found {said}"
