@@ -116,8 +116,12 @@ REFUSALS: dict[Pair, str] = {
     **_refused(AT_BLOCK_0, PLACED, ALL),
     **_refused(AT_BLOCK_0, STORED, HEADS, BOTH),
     **_refused(AT_BLOCK_0, PLACED, HEADS, BOTH),
-    **_refused("which prefix.placement: disk leaves on disk", ("model.delta", ("a run",)),
-               ("prefix.placement", ("disk",)), HEADS),
+    **_refused(
+        "which prefix.placement: disk leaves on disk",
+        ("model.delta", ("a run",)),
+        ("prefix.placement", ("disk",)),
+        HEADS,
+    ),
     **_refused(NOTHING_FROZEN, CACHED, ALL),
     **_refused(NOTHING_FROZEN, CACHED, HEADS, BOTH),
     **_refused(
