@@ -116,3 +116,10 @@ def test_the_commands_take_best_and_print_it(run: Path) -> None:
     result = run_script("launch/generate.py", run, "--step", "newest", "--question", "Why?")
     assert result.returncode == 2
     assert "'newest' is not a whole number from 1, latest or best" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["best", "latest", "step-00000009"])
+def test_what_a_run_keeps_beside_its_checkpoints_is_none_and_the_run_is_named(run: Path, name: str) -> None:
+    for opening in (lambda path: open_source(str(path)), read_trained):
+        with pytest.raises(CheckpointError, match=r"is no checkpoint; present: step-00000001, .* choose with --step N"):
+            opening(run / "checkpoints" / name)

@@ -234,3 +234,10 @@ def test_a_tokenizer_without_offsets_gives_the_same_ids(monkeypatch: pytest.Monk
     encoder = Encoder(tokenizer, 512)
     assert encoder.encode(SAMPLE) == expected
     assert "gives no offsets" in encoder.notes()[-1]
+
+
+def test_a_template_that_takes_content_as_parts_writes_what_one_of_texts_does() -> None:
+    style = STYLES["chatml"]
+    parts = "{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}"
+    of_parts = make_tokenizer(style.special, style.template.replace("{{ m.content }}", parts))
+    assert encoder_of(style, of_parts).encode(SAMPLE) == encoder_of(style, style.tokenizer()).encode(SAMPLE)

@@ -106,6 +106,8 @@ def test_prose_that_begins_like_a_list_stays_text(text: str) -> None:
         ("['a'; 'b']", "expected a comma or a blank"),
         ("['a', 'b", "was cut off"),
         ("['only one, and lo", "was cut off"),
+        ("0    a\n1    b\ndtype: object", "is a printed pandas Series"),
+        ("0    a\n1    b\nName: CONTEXTS, dtype: str", "is a printed pandas Series"),
         ("[" * 12 + "'a'" + "]" * 12, "is nested more than 8 times"),
     ],
 )
@@ -121,6 +123,9 @@ def test_a_list_that_cannot_be_read_back_is_a_bad_row_with_the_reason(text: str,
     [
         ("['a' 'b']", ("a", "b")),
         ("[u'a', u'b']", ("a", "b")),
+        ("\"['a', 'b']\"", ("a", "b")),
+        (json.dumps(json.dumps(["a", "b"])), ("a", "b")),
+        ('"a" is one text', ('"a" is one text',)),
         ("nan", ()),
         ("None", ()),
         ("", ()),

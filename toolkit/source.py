@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.checkpoint import manifest
+from toolkit.checkpoint.catalog import checkpoints_of
 from toolkit.checkpoint.choice import Choice, Step, choose
 from toolkit.checkpoint.restore import Checkpoint
 from toolkit.config.load import build, read_recipe
@@ -82,6 +83,7 @@ def open_source(
         delta = read_trained(path)
         loaded = load_delta(delta, base, trust_remote_code, dtype)
         return Opened(loaded, RunConfig(), None, None, delta, read_rendering(path.parent.parent))  # of a run, if so
+    _refuse_inside_run(path)
     dtype = dtype or stored_dtype(source)
     model = ModelConfig(name_or_path=source, dtype="bfloat16" if dtype == "bfloat16" else "float32")
     loaded = load_base(model)
@@ -122,6 +124,7 @@ def read_trained(path: Path) -> Delta:
         choice = choose(path)
         log.info("%s: using %s", path, choice.advice(f"model.delta {choice.better}"))
         return Checkpoint(choice.checkpoint).delta()
+    _refuse_inside_run(path)
     raise CheckpointError(f"{path} is not a run directory, a checkpoint or a delta; expected one of them")
 
 
@@ -204,6 +207,21 @@ def _cast(model: PreTrainedModel, dtype: Dtype) -> None:
     for parameter in model.parameters():
         if parameter.dtype == own:
             parameter.data = parameter.data.to(getattr(torch, dtype))
+
+
+def _refuse_inside_run(path: Path) -> None:
+    """Name the run where what is meant is one of its checkpoints: ``RUN/checkpoints/best`` is a file.
+
+    Raises:
+        CheckpointError: it is.
+    """
+    run = path.parent.parent
+    if path.parent.name == "checkpoints" and _is_run(run):
+        present = ", ".join(found.name for found in checkpoints_of(run)) or "none"
+        raise CheckpointError(
+            f"{path} is no checkpoint; present: {present}. Name the run, {run}, and choose with "
+            "--step N, latest or best"
+        )
 
 
 def _is_checkpoint(path: Path) -> bool:

@@ -68,8 +68,9 @@ class Turns:
         self._template = str(tokenizer.chat_template or "")
         self.opened, self.lead, self.closing = "", "", str(tokenizer.eos_token or "")
         self._between, self._before_answer, self._rest, self._reopens = "", "", "", False
+        self._in_parts = False
         if self._template:
-            self._probe()
+            self._find_form()
 
     def prompt(self, question: str) -> str:
         """The text that an answer to ``question`` is generated from."""
@@ -108,12 +109,30 @@ class Turns:
         """What follows an answer where another question does; empty where the template does not say."""
         if not self._template:
             return ""
-        turns = [_turn("user", "question"), _turn("assistant", _YES), _turn("user", "question")]
+        turns = [self._turn("user", "question"), self._turn("assistant", _YES), self._turn("user", "question")]
         try:
             text = self._apply(turns)
         except DataError:
             return ""
         return text[text.rfind(_YES) + len(_YES) :]
+
+    def _find_form(self) -> None:
+        """Hand the template texts, or lists of parts where only those come through: a processor's template wants them.
+
+        Raises:
+            DataError: what is wrong with texts, where lists do no better.
+        """
+        try:
+            self._probe()
+        except DataError as fault:
+            self._in_parts = True
+            try:
+                self._probe()
+            except DataError:
+                raise fault from None
+
+    def _turn(self, role: str, content: str) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": "text", "text": content}] if self._in_parts else content}
 
     def _probe(self) -> None:
         """Find out on two answers what the template puts around any."""
@@ -145,7 +164,7 @@ class Turns:
         between = self._between
         self.lead = between.rstrip(" ") if between.strip() else ""
         if between.strip() and "enable_thinking" in self._template:  # its own prompt for answers without a thought
-            without = self._apply([_turn("user", "question")], generation=True, enable_thinking=False)
+            without = self._apply([self._turn("user", "question")], generation=True, enable_thinking=False)
             if without.startswith(opening) and without != opening and between.startswith(without[len(opening) :]):
                 self.lead = without[len(opening) :]
         self._before_answer = between[len(self.lead) :]
@@ -156,12 +175,12 @@ class Turns:
         return opening[: opens.start()] if opens else opening
 
     def _opening(self, question: str) -> str:
-        return self._apply([_turn("user", question)], generation=True)
+        return self._apply([self._turn("user", question)], generation=True)
 
     def _render(self, question: str, answer: str) -> str:
-        return self._apply([_turn("user", question), _turn("assistant", answer)])
+        return self._apply([self._turn("user", question), self._turn("assistant", answer)])
 
-    def _apply(self, turns: Sequence[dict[str, str]], generation: bool = False, **more: Any) -> str:
+    def _apply(self, turns: Sequence[dict[str, Any]], generation: bool = False, **more: Any) -> str:
         now = self._rendering.now
         if now is not None and prints_date(self._tokenizer):
             more |= {"chat_template": _DATED + str(self._tokenizer.get_chat_template()), "own_date": date_parts(now)}
@@ -174,10 +193,6 @@ class Turns:
                 )
         except Exception as error:  # a template is a program of the model's author; it can raise anything
             raise DataError(f"the tokenizer's chat template fails on a user and an assistant turn: {error}") from None
-
-
-def _turn(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
 
 
 def _shared_start(one: str, other: str) -> str:

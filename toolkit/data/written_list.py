@@ -20,6 +20,9 @@ _OPENS = re.compile(
 )
 """How a printed list or mapping begins; a text that begins otherwise is none."""
 
+_SERIES = re.compile(r"\A\s*0 {2,}\S[\s\S]*\n(?:Name: .*, )?dtype: \w+\s*\Z")
+"""How pandas prints a column."""
+
 _TOKEN = re.compile(
     r"""(?P<text>[A-Za-z]?(?:'(?:[^'\\]|\\.)*' | "(?:[^"\\]|\\.)*"))
     | (?P<name>[A-Za-z_][\w.]*) | (?P<gap>\.\.\.) | (?P<number>[-+]?\d[\w.+-]*) | (?P<mark>[\[\](){},:=])""",
@@ -53,12 +56,12 @@ class _StopReading(Exception):
 
 
 def read_written(text: str) -> Any:
-    """The list or dict that ``text`` prints, or ``text`` itself where it prints none.
+    """Return the list or dict that ``text`` prints, once or twice over, or ``text`` itself where it prints none.
 
     Raises:
         WrittenListError: it prints one, but not so that every text in it is known.
     """
-    if text.lstrip()[:1] in ("[", "{"):
+    if text.lstrip()[:1] in ("[", "{", '"'):
         try:
             found = json.loads(text)
         except (ValueError, RecursionError):
@@ -66,6 +69,10 @@ def read_written(text: str) -> Any:
         else:
             if isinstance(found, (list, dict)):
                 return found
+            if isinstance(found, str) and not isinstance(again := read_written(found), str):
+                return again
+    if _SERIES.search(text):
+        raise WrittenListError("is a printed pandas Series, which shortens long texts")
     if not _OPENS.match(text):
         return text
     reader = _Reader(text)
