@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import make_tiny_model
@@ -22,6 +23,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
     slow_files = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow_files)
+
+
+SUMMARY = "summary"
+
+
+@pytest.fixture
+def summarise(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Have lines printed after all tests, whichever process this one runs in."""
+    return lambda text: record_property(SUMMARY, text)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", None) == "call":
+                for name, text in report.user_properties:
+                    if name == SUMMARY:
+                        terminalreporter.write_line(f"{report.nodeid}\n{text}")
 
 
 @pytest.fixture(scope="session", autouse=True)

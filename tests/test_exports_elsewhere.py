@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,10 @@ def test_exports_give_their_logits_again_in_transformers_5(exported: dict[str, t
 
 @pytest.mark.slow
 def test_exports_give_the_same_logits_in_transformers_4(
-    exported: dict[str, tuple[Path, torch.Tensor]], transformers_4: Path, tmp_path: Path
+    exported: dict[str, tuple[Path, torch.Tensor]],
+    transformers_4: Path,
+    tmp_path: Path,
+    summarise: Callable[[str], None],
 ) -> None:
     environment = {**clean_environment(), "PYTHONPATH": str(transformers_4)}
     directories = {str(directory): name for name, (directory, _) in exported.items()}
@@ -102,7 +106,7 @@ def test_exports_give_the_same_logits_in_transformers_4(
             equal.add(name)
         else:
             faults[name] = f"differs by {difference:.1e}"
-    print(f"{len(equal)} types with equal logits in both versions; otherwise: {faults}")
+    summarise(f"{len(equal)} types with equal logits in both versions; otherwise: {faults}")
     assert "differs" in faults.pop("bare"), "the check does not see a wrong rotary base"
     assert {name for name, fault in faults.items() if fault == "unknown"} == UNKNOWN_TO_4
     assert faults.keys() - UNKNOWN_TO_4 == OTHERWISE_IN_4.keys()

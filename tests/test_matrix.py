@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -108,7 +109,9 @@ def allowed(folder: Path) -> dict[str, Distance]:
     return {"bfloat16": cost.times(math.sqrt(2)), "float32": cost.times(2**-8)}
 
 
-def test_every_engine_and_split_has_the_same_steps_and_weights(trained: Path, allowed: dict[str, Distance]) -> None:
+def test_every_engine_and_split_has_the_same_steps_and_weights(
+    trained: Path, allowed: dict[str, Distance], summarise: Callable[[str], None]
+) -> None:
     lines, wrong = [f"allowed: {allowed}"], []
     for engine, precision, ranks, accumulation in product(ENGINES, PRECISIONS, RANKS, ACCUMULATIONS):
         plain = cell_of(trained / name_of("local", precision, 1, 1))
@@ -117,7 +120,7 @@ def test_every_engine_and_split_has_the_same_steps_and_weights(trained: Path, al
         lines.append(f"{engine:14} {precision:9} {ranks:>5} {accumulation:>12} {share:>6.2f}  {found}")
         if share > 1:
             wrong.append(lines[-1])
-    print("\n".join(lines))
+    summarise("\n".join(lines))
     assert not wrong
     most = allowed["bfloat16"]
     assert (most.loss < BFLOAT16_LOSS, most.norm < BFLOAT16_NORM) == (True, True), "what other tests allow"

@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -67,19 +67,18 @@ def live(rows: list[tuple[int, Row]], folder: Path) -> dict[int, str | None]:
     return found
 
 
-def try_rows(rows: list[Row], chosen_by: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def try_rows(rows: list[Row], chosen_by: str, folder: Path, summarise: Callable[[str], None]) -> None:
     """Live rows, print the table, and fail with what was wrong."""
     began = time.monotonic()
     outcomes = live(list(enumerate(rows)), folder)
     wrong = [f"{rows[number]}\n{what}" for number, what in sorted(outcomes.items()) if what is not None]
     covered = set().union(*(pairs_of(row) for number, row in enumerate(rows) if outcomes[number] is None))
     owed = all_pairs(TABLE, REFUSALS)
-    with capsys.disabled():
-        print(
-            f"\npairwise, PAIRWISE_SEED={chosen_by!r}: {len(TABLE)} factors ({len(VALUES)} recipe keys), "
-            f"{sum(map(len, TABLE.values()))} values, {len(covered & owed)} of {len(owed)} pairs covered, "
-            f"{len(REFUSALS)} refused by name, {len(rows)} runs, {(time.monotonic() - began) / 60:.1f} minutes"
-        )
+    summarise(
+        f"pairwise, PAIRWISE_SEED={chosen_by!r}: {len(TABLE)} factors ({len(VALUES)} recipe keys), "
+        f"{sum(map(len, TABLE.values()))} values, {len(covered & owed)} of {len(owed)} pairs covered, "
+        f"{len(REFUSALS)} refused by name, {len(rows)} runs, {(time.monotonic() - began) / 60:.1f} minutes"
+    )
     assert not wrong, "\n\n".join(wrong)
 
 
@@ -109,19 +108,19 @@ def test_the_rows_have_every_pair_that_is_not_refused() -> None:
     assert rows == cover(TABLE, seed(), REFUSALS)
 
 
-def test_a_part_of_all_pairs_lives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_part_of_all_pairs_lives(tmp_path: Path, summarise: Callable[[str], None]) -> None:
     """In one process without DeepSpeed, whose kernel takes long to compile."""
     today = seed(datetime.date.today().isoformat())
     rows = cover({**TABLE, "launcher": ["python"], "ds": ["none"]}, today, REFUSALS)
-    try_rows(rows[:PART], today, tmp_path, capsys)
+    try_rows(rows[:PART], today, tmp_path, summarise)
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_all_pairs_live(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_pairs_live(tmp_path: Path, summarise: Callable[[str], None]) -> None:
     """About eight minutes on two cores."""
     assert {f"{name}.json" for name in DS if name != "none"} < {path.name for path in Path("ds_configs").iterdir()}
-    try_rows(cover(TABLE, seed(), REFUSALS), seed(), tmp_path, capsys)
+    try_rows(cover(TABLE, seed(), REFUSALS), seed(), tmp_path, summarise)
 
 
 @pytest.mark.slow
