@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from toolkit import distributed
@@ -65,3 +67,12 @@ def test_without_scontrol_the_message_names_the_variable_to_set(monkeypatch: pyt
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UsageError, match=r"scontrol cannot tell where the ranks meet .* set MASTER_ADDR"):
         distributed._master_address()
+
+
+def test_a_port_that_another_run_uses_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UsageError, match=rf"port {port}, which another process uses.* --master_port N"):
+            distributed.start(engine_needs_group=True)

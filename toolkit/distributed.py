@@ -142,6 +142,9 @@ def start(engine_needs_group: bool = False) -> World:
 
     Args:
         engine_needs_group: DeepSpeed wants a process group even for one process.
+
+    Raises:
+        UsageError: the launcher's variables are at fault, or the port that it names is taken.
     """
     world = read_world()
     if world.size == 1 and not engine_needs_group:
@@ -153,7 +156,16 @@ def start(engine_needs_group: bool = False) -> World:
         torch.cuda.set_device(world.device)
     if not dist.is_initialized():
         backend = "nccl" if world.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        try:
+            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise UsageError(
+                f"the ranks were to meet at port {os.environ['MASTER_PORT']}, which another process uses, such as a "
+                "run beside this one; give the launcher another: --master_port N (deepspeed, torchrun), "
+                "--main_process_port N (accelerate)"
+            ) from None
     return world
 
 
