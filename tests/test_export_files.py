@@ -81,6 +81,9 @@ def test_the_ends_that_were_trained_join_those_of_the_generation_config(base: Pa
     assert read(tmp_path / "more" / name) == {"eos_token_id": [7, 0], "temperature": 0.6, "do_sample": False}
     loaded_from(base).save(tmp_path / "same", ends=[7])
     assert (tmp_path / "same" / name).read_bytes() == (base / name).read_bytes()
+    (base / name).write_text('{"eos_token_id": [7, 300]}')  # 300 is part of a word
+    loaded_from(base).save(tmp_path / "fewer", ends=[7])
+    assert read(tmp_path / "fewer" / name) == {"eos_token_id": 7}
     (base / name).unlink()
     loaded_from(base).save(tmp_path / "new", ends=[0, 2])
     assert read(tmp_path / "new" / name) == {"pad_token_id": 0, "eos_token_id": [0, 2]}

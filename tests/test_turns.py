@@ -15,6 +15,8 @@ from toolkit.data.rendering import Rendering, read_rendering
 from toolkit.data.tasks import RowFaultError, Sample
 from toolkit.errors import DataError
 
+_TURNS = "{% for m in messages %}<|{{ m.role }}|>\n"
+
 SAMPLE = Sample("why is it so?", ("one fact.", "another fact."), "because it is.")
 TURNS = [{"role": "user", "content": SAMPLE.prompt()}, {"role": "assistant", "content": SAMPLE.answer}]
 
@@ -241,3 +243,41 @@ def test_a_template_that_takes_content_as_parts_writes_what_one_of_texts_does() 
     parts = "{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}"
     of_parts = make_tokenizer(style.special, style.template.replace("{{ m.content }}", parts))
     assert encoder_of(style, of_parts).encode(SAMPLE) == encoder_of(style, style.tokenizer()).encode(SAMPLE)
+
+
+@pytest.mark.parametrize("closing", ["\n###", " ###{{ eos_token }}", "</answer>{{ eos_token }}\n", "<|im_end|>\n"])
+def test_words_that_close_an_answer_are_no_part_of_what_is_given(closing: str) -> None:
+    template = f"{_TURNS}{{{{ m.content }}}}{{% if m.role == 'assistant' %}}{closing}{{% endif %}}\n{{% endfor %}}"
+    tokenizer = make_tokenizer(template=template)
+    tokenizer.add_tokens(["</answer>"])  # no special token, so that decoding keeps it
+    encoder = Encoder(tokenizer, 512)
+    example = encoder.encode(SAMPLE)
+    learned = example.token_ids[example.answer_start :]
+    stops = encoder.stop_ids()
+    given = learned[: next(n for n, token in enumerate(learned) if token in stops) + 1]
+    answer = tokenizer.decode(given, skip_special_tokens=True).strip()
+    assert answer != SAMPLE.answer
+    assert encoder.without_closing(answer) == SAMPLE.answer
+    assert encoder.without_closing("cut off in the mid") == "cut off in the mid"
+
+
+def test_blanks_and_bytes_that_a_tokenizer_adds_end_no_answer() -> None:
+    template = _TURNS + "{{ m.content }}<|user|>\n<|end|>{% endfor %}"
+    tokenizer = make_tokenizer(template=template)
+    tokenizer.add_tokens(["\n"])
+    assert Encoder(tokenizer, 512).stop_ids() == [0, 1]
+
+
+def test_an_end_of_the_models_list_that_is_part_of_a_word_ends_nothing_and_is_said() -> None:
+    tokenizer = make_tokenizer()
+    (word,) = tokenizer.encode("because", add_special_tokens=False)[:1]
+    encoder = Encoder(tokenizer, 512, (word, 0))
+    assert encoder.stop_ids() == [0]
+    assert "part of a word" in encoder.notes()[0]
+    assert f"(id {word})" in encoder.notes()[0]
+
+
+def test_a_beginning_that_the_tokenizer_adds_and_the_template_does_not_is_said() -> None:
+    (note,) = Encoder(space_tokenizer(STYLES["zephyr"].template), 512).notes()
+    assert "begins a text with '<s>'" in note
+    assert not Encoder(space_tokenizer(STYLES["llama2"].template), 512).notes()

@@ -55,7 +55,7 @@ def answers(
             log.info("answers end where the model's %d positions do", len(prompt) + room)
         ends = encoder.stop_ids()
         answer = complete(loaded.model.eval(), loaded.tokenizer, prompt, ends, max_new_tokens, temperature)
-        yield encoder.begun + answer
+        yield encoder.begun + encoder.without_closing(answer)
 
 
 @torch.no_grad()

@@ -66,7 +66,9 @@ class Encoder:
         self.rendering = rendering
         self.turns = Turns(tokenizer, rendering)
         self._pieces = Pieces(tokenizer)
-        self._ends = tuple(dict.fromkeys(end for end in ends if 0 <= end < len(tokenizer)))
+        named = dict.fromkeys(end for end in ends if 0 <= end < len(tokenizer))
+        self._words = tuple(end for end in named if self._pieces.is_word(end))
+        self._ends = tuple(end for end in named if end not in self._words)
         self._marks = tuple(i for i in self._pieces.ids(self.turns.closing) if self._is_mark(i))
         self._appended = () if self._marks else (self._choose_end(),)
 
@@ -82,6 +84,13 @@ class Encoder:
         """Tokens that end an answer: what closes a turn, the end of the text, and the model's own ends."""
         eos = self.tokenizer.eos_token_id
         return sorted({*self._marks, *self._appended, *self._ends, *([] if eos is None else [int(eos)])})
+
+    def without_closing(self, answer: str) -> str:
+        """``answer`` as generated, without words that close one in the template (``###``): they are learned with it."""
+        ids, stops = self._pieces.ids(self.turns.closing), set(self.stop_ids())
+        at = next((n for n, token in enumerate(ids) if token in stops), len(ids))
+        words = str(self.tokenizer.decode(list(ids[: at + 1]), skip_special_tokens=True)).strip()
+        return answer.removesuffix(words).rstrip() if words else answer
 
     def encode(self, sample: Sample) -> Example:
         """The example of a sample that has an answer.
@@ -110,6 +119,16 @@ class Encoder:
             lines.append(
                 f"the chat template puts {turns.lead!r} before answers: it belongs to the prompt, in training and "
                 "generation, and is not trained"
+            )
+        if self.tokenizer.chat_template and (begin := self._pieces.put_before(turns.prompt("question"))):
+            lines.append(
+                f"the tokenizer begins a text with {self._name(begin[0])} and the chat template does not: it begins "
+                "every row, in training and generation; apply_chat_template alone leaves it out"
+            )
+        if self._words:
+            lines.append(
+                f"the model lists {', '.join(map(self._name, self._words))} as an end of its texts, which in this "
+                "tokenizer is part of a word: answers do not end there, and exports do not list it"
             )
         if not self.tokenizer.is_fast:
             lines.append(
@@ -153,7 +172,7 @@ class Encoder:
 
     def _is_mark(self, token: int) -> bool:
         """A token of its own meaning, not a piece of a word."""
-        return token in self._pieces.added or token in self._ends or token == self.tokenizer.eos_token_id
+        return self._pieces.is_mark(token) or token in self._ends or token == self.tokenizer.eos_token_id
 
     def _choose_end(self) -> int:
         """The end to append where the template closes an answer with no mark.

@@ -39,9 +39,18 @@ class Pieces:
         return re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True)))) if marks else None
 
     @cached_property
-    def added(self) -> frozenset[int]:
-        """Ids of special and added tokens, which are no pieces of words."""
+    def _added(self) -> frozenset[int]:
         return frozenset({*self._tokenizer.all_special_ids, *self._tokenizer.added_tokens_decoder})
+
+    def is_mark(self, token: int) -> bool:
+        """True for a special or added token; some tokenizers add blanks and bytes so, which are pieces of texts."""
+        return token in self._added and bool(self._text((token,)).strip())
+
+    def is_word(self, token: int) -> bool:
+        """True for a piece of a word, as far as the tokenizer says which tokens are not."""
+        if not self._tokenizer.is_fast or token in self._added:
+            return False
+        return not re.fullmatch(r"\s*[<\[].+[>\]]\s*", self._text((token,)))
 
     def as_text(self, *texts: str) -> tuple[list[str], str]:
         """``texts`` so marked that ``ids`` finds no control token in them, and the first that stands there, if any.
@@ -66,10 +75,11 @@ class Pieces:
 
     def beginning(self, text: str) -> tuple[int, ...]:
         """Ids of a text that begins a sample: after the tokens that the tokenizer begins one with, if it does."""
-        ids = self.ids(text)
-        if self._leading and ids[: len(self._leading)] != self._leading:  # most templates write the BOS themselves
-            ids = self._leading + ids
-        return ids
+        return self.put_before(text) + self.ids(text)
+
+    def put_before(self, text: str) -> tuple[int, ...]:
+        """The tokens that the tokenizer begins a text with, unless ``text`` has them: most templates write the BOS."""
+        return () if self.ids(text)[: len(self._leading)] == self._leading else self._leading
 
     def following(self, before: str, text: str) -> tuple[int, ...]:
         """Ids of ``text`` as they follow ``before`` where both are tokenised once, as one text.

@@ -98,7 +98,7 @@ class SourceFiles:
 
         Args:
             generation: of the model; its own tokens stand where the source has no such file.
-            ends: what training taught the model to end an answer with.
+            ends: all tokens that end an answer; of the source's own, those that are not among them are left out.
             directory: exists.
 
         Raises:
@@ -107,7 +107,10 @@ class SourceFiles:
         name = "generation_config.json"
         values = self.json(name)
         known = _as_list(values.get("eos_token_id", getattr(generation, "eos_token_id", None)))
-        every = [*known, *(token for token in ends if token not in known)]
+        every = [
+            *(token for token in known if token in ends or not ends),
+            *(token for token in ends if token not in known),
+        ]
         if values and (not ends or every == _as_list(values.get("eos_token_id"))):
             self._copy(name, directory)
         elif every:
