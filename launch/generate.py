@@ -9,6 +9,7 @@ QUESTION, CONTEXTS, ANSWER, and REFERENCE where the input has LONG_ANSWER.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -24,8 +25,7 @@ from toolkit.cli import run_command
 from toolkit.config import flags
 
 
-def main() -> int:
-    """Parse the command line, then answer."""
+def _parse() -> argparse.Namespace:
     parser = flags.parser(__doc__ or "")
     parser.add_argument("source", help="run directory, export, delta, model directory or Hub id")
     asked = parser.add_mutually_exclusive_group(required=True)
@@ -49,6 +49,12 @@ def main() -> int:
         parser.error("--split goes with --input")
     if arguments.output and arguments.output.is_dir():
         parser.error(f"--output {arguments.output} is a directory; expected a file")
+    return arguments
+
+
+def main() -> int:
+    """Parse the command line, then answer."""
+    arguments = _parse()
     from toolkit.data.questions import from_prompt, read_questions
     from toolkit.distributed import World
     from toolkit.files import make_parent
