@@ -71,6 +71,7 @@ FLAGS: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "unknown key": (lambda tmp: ["--train.lr", "1"], "--train.lr: unknown flag"),
     "bad value": (lambda tmp: ["--train.epochs", "three"], "train.epochs is 'three'"),
     "no such recipe": (lambda tmp: ["--config", tmp / "none.yaml"], "no such file; --config takes a YAML recipe"),
+    "recipe without --config": (lambda tmp: ["my.yaml"], "did you mean --config my.yaml?"),
     "no such ds file": (lambda tmp: ["--ds", tmp / "none.json"], "no such file; --ds takes a DeepSpeed JSON"),
     "split of a file": (lambda tmp: ["--data.split", "test"], "files have one split only"),
     "rows beyond positions": (lambda tmp: ["--data.path", long_rows(tmp)], "the model has 512 positions"),

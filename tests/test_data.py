@@ -158,6 +158,10 @@ def test_skip_still_refuses_a_file_without_a_good_row(tmp_path: Path, tokenizer:
         ("rows.parquet", b"nope", "not a readable Parquet file"),
         ("rows.txt", b"x", "unknown data format '.txt'"),
         ("rows.csv", b'QUESTION,CONTEXTS,LONG_ANSWER\n"open', "not valid CSV"),
+        ("rows.csv", b"QUESTION;CONTEXTS;LONG_ANSWER\nq, r;c;a", "separated by ';'; expected commas"),
+        ("rows.csv", b"QUESTION\tCONTEXTS\tLONG_ANSWER\nq\tc\ta", r"separated by '\t'; expected commas"),
+        ("rows.csv", b"QUESTION,CONTEXTS,LONG_ANSWER,QUESTION\nq,c,a,r", "names QUESTION more than once"),
+        ("rows.csv", "QUESTION,CONTEXTS,LONG_ANSWER\nq,c,a".encode("utf-16"), "is UTF-16 text"),
     ],
 )
 def test_an_unreadable_file_is_named_with_its_fault(tmp_path: Path, name: str, content: bytes, message: str) -> None:

@@ -18,7 +18,7 @@ from toolkit.errors import ConfigError, MaskError, ModelError, PlanError
 from toolkit.plan.command import plan_command
 from toolkit.plan.engines import engine_spec, zero_spec
 from toolkit.plan.fit import RESERVE, choose_recompute, judge
-from toolkit.plan.load import Load
+from toolkit.plan.load import Load, read_load
 from toolkit.plan.memory import KINDS
 from toolkit.plan.picture import draw
 from toolkit.plan.planner import Planner
@@ -174,6 +174,13 @@ def test_headers_that_contradict_the_config_are_an_error(tiny_model: Path, tmp_p
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(ModelError, match="not a readable safetensors file"):
         skeleton(ModelConfig(name_or_path=str(tmp_path)))
+
+
+def test_rows_that_cannot_be_used_are_named_with_the_first(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("question,CONTEXTS,LONG_ANSWER\nq,c,a\n")
+    load = read_load(invocation(*tiny_flags(tiny_model, tmp_path, "--data.path", tmp_path / "rows.csv")).config, 512)
+    assert "1 of 1 rows cannot be used" in load.source
+    assert "row 1 has no column QUESTION; it has question" in load.source
 
 
 def test_a_faulty_mask_is_reported_before_anything_is_rehearsed(tiny_model: Path) -> None:

@@ -78,6 +78,7 @@ def parse(parser: argparse.ArgumentParser, default_recipe: Path, argv: Sequence[
     ]
     faults += [
         f"{word}: stands alone; flags are --section.key VALUE"
+        + (f" (did you mean --config {word}?)" if word.endswith((".yaml", ".yml")) else "")
         for before, word in zip(["", *unknown], unknown, strict=False)
         if not word.startswith("-") and (not before.startswith("-") or "=" in before)
     ]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from toolkit import hub
+from toolkit.data.tasks import ANSWER, CONTEXTS, QUESTION
 from toolkit.errors import DataError
 from toolkit.files import is_directory, is_file
 
@@ -75,7 +77,10 @@ def is_hub_id(path: str) -> bool:
 
 def _text(file: Path) -> str:
     """The file as text; bytes that are not UTF-8 become lone surrogates, to be found row by row."""
-    return file.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+    content = file.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and b"\0" in content:
+        raise DataError(f"{file}: is UTF-16 text (Excel's 'Unicode Text'); save the file as UTF-8")
+    return content.decode("utf-8-sig", errors="surrogateescape")
 
 
 def _not_utf8(values: Any) -> bool:
@@ -137,6 +142,7 @@ def _csv(file: Path) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader(io.StringIO(_text(file), newline=""), strict=True)
     try:
+        _check_header(file, reader.fieldnames or [])
         for number, values in enumerate(reader, start=1):
             origin = f"{file} row {number}"
             if None in values or None in values.values():
@@ -148,6 +154,23 @@ def _csv(file: Path) -> Iterator[Row]:
                 yield _row(origin, values)
     except csv.Error as error:
         raise DataError(f"{file}: not valid CSV near line {reader.line_num}: {error}") from None
+
+
+def _check_header(file: Path, names: Sequence[str]) -> None:
+    """Refuse a header line whose columns would be mistaken.
+
+    Raises:
+        DataError: its fields are not separated by commas, or it names a column that is read more than once.
+    """
+    if len(names) == 1 and (found := [mark for mark in (";", "\t", "|") if mark in names[0]]):
+        raise DataError(
+            f"{file}: the header line is separated by {found[0]!r}; expected commas. Save the file again as CSV with "
+            "commas, or as JSON lines"
+        )
+    if twice := [name for name in (QUESTION, CONTEXTS, ANSWER) if names.count(name) > 1]:
+        raise DataError(
+            f"{file}: the header line names {', '.join(twice)} more than once; keep one column of each name"
+        )
 
 
 def _parquet(file: Path) -> Iterator[Row]:

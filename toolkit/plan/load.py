@@ -55,7 +55,7 @@ def read_load(config: RunConfig, positions: int | None) -> Load:
             ends = model_ends(resolve_source(config.model.name_or_path, needs_weights=False), config.model.revision)
             return load_of(load_dataset(config.data, load_tokenizer(config.model), config.train.seed, ends=ends))
         except UsageError as error:
-            reason = str(error).splitlines()[0]
+            reason = " ".join(line.strip(" -") for line in str(error).splitlines()[:2])  # of bad rows, the first
     tokens = min(config.data.max_length, positions or config.data.max_length)
     return Load(tokens, tokens, None, f"data.max_length, all supervised; the data was not read: {reason}")
 
