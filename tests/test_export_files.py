@@ -17,10 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from zoo import make
 
 from toolkit.config.schema import MaskConfig, ModelConfig
+from toolkit.delta import Base, Delta, save_delta
 from toolkit.export import export_model
 from toolkit.mask.apply import apply_mask
 from toolkit.mask.layer_mask import build_mask
 from toolkit.models import stored
+from toolkit.models.bundled import NAME, bundled_directory
 from toolkit.models.config_json import config_to_write
 from toolkit.models.load import LoadedModel, load
 
@@ -96,12 +98,31 @@ def test_the_tokenizers_class_is_one_that_transformers_4_knows(base: Path, tmp_p
     loaded_from(base).save(tmp_path / "export")
     written = read(tmp_path / "export" / "tokenizer_config.json")
     assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert written["model_input_names"] == ["input_ids", "attention_mask"], "else generate() is given token_type_ids"
     assert written["additional_special_tokens"] == ["<|user|>"]
     assert "extra_special_tokens" not in written
     texts = ["why <|user|>\n", "Ice."]
     tokenizers = [AutoTokenizer.from_pretrained(directory) for directory in (base, tmp_path / "export")]
     assert tokenizers[0](texts).input_ids == tokenizers[1](texts).input_ids
     assert tokenizers[0].chat_template == tokenizers[1].chat_template
+
+
+def test_weights_may_be_read_by_whoever_may_read_the_files_beside_them(base: Path, tmp_path: Path) -> None:
+    loaded = loaded_from(base)
+    loaded.save(tmp_path / "export")
+    mask = build_mask(MaskConfig(train=["last:1"]), loaded.anatomy)
+    trained = {name: dict(loaded.model.named_parameters())[name].data for name in mask.names}
+    save_delta(Delta(trained, mask, Base(ModelConfig(name_or_path=str(base)), "0")), tmp_path / "delta")
+    for directory in ("export", "delta"):
+        assert len({path.stat().st_mode for path in (tmp_path / directory).iterdir()}) == 1
+
+
+@pytest.mark.slow
+def test_a_converted_bundled_model_may_be_read_by_others_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FROSTLINE_CACHE", str(tmp_path / "cache"))
+    directory = bundled_directory(NAME)
+    assert directory.stat().st_mode == directory.parent.stat().st_mode
+    assert len({path.stat().st_mode for path in directory.iterdir()}) == 1
 
 
 def test_other_files_are_copied_in_the_form_they_came_in(base: Path, tmp_path: Path) -> None:

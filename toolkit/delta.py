@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from toolkit.config.schema import ModelConfig
 from toolkit.errors import CheckpointError
+from toolkit.files import usual_mode
 from toolkit.mask.layer_mask import LayerMask
 
 MASK, BASE = "mask.json", "base.json"
@@ -44,7 +45,8 @@ class Delta:
 def save_delta(delta: Delta, directory: Path) -> None:
     """Write ``delta`` into ``directory``, which is created."""
     directory.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in delta.tensors.items()}, directory / _TENSORS)
+    with usual_mode(directory / _TENSORS):
+        save_file({name: tensor.contiguous() for name, tensor in delta.tensors.items()}, directory / _TENSORS)
     delta.mask.save(directory / MASK)
     (directory / BASE).write_text(json.dumps(base_as_dict(delta.base), indent=1), encoding="utf-8")
 

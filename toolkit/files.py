@@ -55,6 +55,15 @@ def make_parent(output: Path) -> None:
 
 
 @contextmanager
+def usual_mode(path: Path) -> Iterator[None]:
+    """Let others read the file that the body writes at ``path`` as far as the umask does; safetensors would not."""
+    path.touch()
+    mode = path.stat().st_mode
+    yield
+    path.chmod(mode)
+
+
+@contextmanager
 def writing(place: Path) -> Iterator[None]:
     """Turn a refused write of the body into one clear error.
 

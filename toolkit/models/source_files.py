@@ -189,6 +189,8 @@ def _name_for_transformers_4(path: Path) -> None:
     wanted = dict(values)
     if values.get("tokenizer_class") in _ONLY_IN_TRANSFORMERS_5:
         wanted["tokenizer_class"] = _ONLY_IN_TRANSFORMERS_5[values["tokenizer_class"]]
+        # transformers 4 adds token_type_ids where nothing is said, and generate() refuses them
+        wanted.setdefault("model_input_names", ["input_ids", "attention_mask"])
     if isinstance(extra := values.get("extra_special_tokens"), list):  # a mapping of names in transformers 4
         del wanted["extra_special_tokens"]
         wanted["additional_special_tokens"] = [*values.get("additional_special_tokens", []), *extra]

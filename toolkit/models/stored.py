@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from toolkit.files import usual_mode
 from toolkit.models.mapped import read_header
 from toolkit.models.source_files import SourceFiles
 
@@ -131,7 +132,8 @@ def _write_shards(tensors: dict[str, torch.Tensor], directory: Path) -> None:
     many, index = len(shards) > 1, {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if many else "model.safetensors"
-        save_file({name: tensors[name].contiguous() for name in names}, directory / file, metadata={"format": "pt"})
+        with usual_mode(directory / file):
+            save_file({name: tensors[name].contiguous() for name in names}, directory / file, metadata={"format": "pt"})
         index.update(dict.fromkeys(names, file))
     if many:
         total = sum(tensor.nbytes for tensor in tensors.values())
