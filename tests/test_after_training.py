@@ -99,7 +99,7 @@ def test_an_export_is_opened_in_the_precision_it_is_stored_in(trained: Path, tmp
 def test_a_config_of_nonsense_is_an_error_and_no_traceback(trained: Path, tmp_path: Path) -> None:
     export_model(trained, tmp_path / "export")
     (tmp_path / "export" / "config.json").write_text('{"model_type": "llama", "text_config": "x"}')
-    with pytest.raises(ModelError, match=r"cannot be loaded|no usable tokenizer"):
+    with pytest.raises(ModelError, match=r"cannot be loaded|cannot be read"):
         open_source(str(tmp_path / "export"))
 
 

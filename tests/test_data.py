@@ -81,6 +81,8 @@ def test_contexts_may_be_one_string() -> None:
         ({"LONG_ANSWER": None}, "has null in LONG_ANSWER"),
         ({"QUESTION": "  "}, "has an empty QUESTION"),
         ({"LONG_ANSWER": ""}, "has an empty LONG_ANSWER"),
+        ({"LONG_ANSWER": "NaN"}, "has NaN in LONG_ANSWER, as tables print a missing value"),
+        ({"QUESTION": "<NA>"}, "has <NA> in QUESTION"),
         ({"LONG_ANSWER": 3}, "has a int in LONG_ANSWER"),
         ({"CONTEXTS": 3}, "has int in CONTEXTS"),
         ({"CONTEXTS": ["a", 3]}, "has ['int', 'str'] in CONTEXTS"),

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from toolkit.config.schema import ModelConfig
 from toolkit.data.batches import Batch, collate, pack
 from toolkit.data.examples import Example
+from toolkit.data.fit import position_limit
 from toolkit.models.inspect import inspect
 from toolkit.models.load import load
 from toolkit.models.varlen import VARLEN
@@ -109,3 +110,11 @@ def test_generation_with_a_cache_is_transformers_own(directory: Path) -> None:
         for model in (loaded.model, theirs)
     )
     assert torch.equal(ours, own)
+
+
+@pytest.mark.parametrize(("kind", "most"), [("longrope", 512), ("dynamic", 4 * 20), ("by layer", 4 * 20)])
+def test_dynamic_ntk_stretches_the_positions_of_the_config(kind: str, most: int) -> None:
+    model_type, values = KINDS[kind]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SMALL, **values}))
+    assert position_limit(model) == most

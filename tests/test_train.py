@@ -281,7 +281,7 @@ def test_changed_rows_and_changed_base_weights_are_refused(tmp_path: Path) -> No
     with pytest.raises(CheckpointError) as error:
         train(*flags, "--train.max_steps", "6")
     assert "the weights of the base model have changed since (SHA-256 " in str(error.value)
-    assert "the rows have changed since (SHA-256 " in str(error.value)
+    assert "the rows, or the ids that this version makes of them, have changed since (SHA-256 " in str(error.value)
     assert "--model.delta" in str(error.value)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def main() -> None:
         result["frozen_tensors"] = [count for _, _, count in every]
         result["masters_moved"] = {name: not torch.equal(masters[name], after[name]) for name in after}
         result["trained_on_device"] = sum(p.numel() for p in setup.suffix.parameters() if p.requires_grad)
+        result["port"] = os.environ["MASTER_PORT"]
         torch.save(after, f"{output}.pt")
         Path(output).write_text(json.dumps(result), encoding="utf-8")
     distributed.stop()

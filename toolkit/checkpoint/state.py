@@ -135,7 +135,7 @@ def identity_differences(state: State, now: Mapping[str, str], order: str) -> It
 
 _MEANINGS = {
     "base": "the weights of the base model have changed since",
-    "data": "the rows have changed since",
+    "data": "the rows, or the ids that this version makes of them, have changed since",
     "tokenizer": "the tokenizer has changed since",
     "chat_template": "the chat template has changed since",
     "schedule": "it was trained under another mask.schedule: phases begin, end or train otherwise",

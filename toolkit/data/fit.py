@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -47,9 +47,19 @@ def require_known_ids(largest: int, model: PreTrainedModel) -> None:
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
-    """Longest input in tokens, where the config states one."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return int(positions) if positions else None
+    """Return the longest input in tokens, where the config states one.
+
+    Dynamic NTK stretches the positions of pretraining, which max_position_embeddings means there, by a factor
+    (transformers, modeling_rope_utils).
+    """
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if not positions:
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, Mapping))]  # one, or one for each kind of layer
+    stretched = [kind["factor"] for kind in kinds if kind.get("rope_type") == "dynamic"]
+    return int(positions * max(stretched, default=1))
 
 
 def room_for_answer(prompt: Sequence[int], model: PreTrainedModel, most: int) -> int:

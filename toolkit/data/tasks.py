@@ -12,6 +12,8 @@ QUESTION, CONTEXTS, ANSWER = "QUESTION", "CONTEXTS", "LONG_ANSWER"
 
 _NOTHING = ("nan", "none", "null", "<na>")
 """How pandas and others print an empty field."""
+_NO_TEXT = ("nan", "<na>")
+"""Those of them that no question and no answer consists of; 'None' may be an answer."""
 
 
 class RowFaultError(Exception):
@@ -64,6 +66,8 @@ def _string(values: Mapping[str, Any], name: str) -> str:
         raise RowFaultError(f"has a {type(value).__name__} in {name}; expected text")
     if not value.strip():
         raise RowFaultError(f"has an empty {name}; expected text")
+    if value.strip().lower() in _NO_TEXT:
+        raise RowFaultError(f"has {value.strip()} in {name}, as tables print a missing value; expected text")
     return value.strip()
 
 

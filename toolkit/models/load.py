@@ -121,7 +121,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         if isinstance(error, FrostlineError) or is_out_of_memory(error):
             raise
         raise ModelError(
-            hub_says(source, error) or f"model.name_or_path {source!r}: no usable tokenizer. {_first_lines(error)}"
+            hub_says(source, error)
+            or f"{source} (model.name_or_path): its tokenizer or config.json cannot be read. {_first_lines(error)}"
         ) from None
     tokenizer.chat_template = _chat_template(tokenizer, source, config)
     if tokenizer.eos_token is None:
