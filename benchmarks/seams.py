@@ -13,7 +13,7 @@ from torch.profiler import record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.floors import synchronise
-from toolkit.train.setup import Setup
+from toolkit.training.setup import Setup
 
 PHASES = (
     "data", "prefix or cache read", "suffix forward", "head and loss forward", "head and loss backward",

@@ -3,8 +3,8 @@
     python benchmarks/step_profile.py [--steps 12] [--save] [--shape NAME | --data ori_pqal.json --rows 12 ...]
         [any flag of launch/train.py, after --]
 
-It sets a run up as launch/train.py does (toolkit.train.setup.set_up) and takes its training steps
-(toolkit.train.step.train_step) with clocks on their seams; no line of the step is repeated here. Phases are medians
+It sets a run up as launch/train.py does (toolkit.training.setup.set_up) and takes its training steps
+(toolkit.training.step.train_step) with clocks on their seams; no line of the step is repeated here. Phases are medians
 over the steps after the first two. Operations are counted by torch's profiler in a few more steps and take a little
 longer there. The floors: the floating point operations of the suffix, forward and backward, at the best rate of the
 model's own matrix products, and the bytes an update must touch at the bandwidth of a += b.
@@ -31,12 +31,12 @@ from benchmarks.floors import UPDATE_BYTES, Products, measure_products, memory_b
 from benchmarks.report import head_lines, save, table  # noqa: E402
 from benchmarks.seams import PHASES, Seams, update_kinds  # noqa: E402
 from benchmarks.workload import Workload, add_flags, prepare  # noqa: E402
-from toolkit import distributed  # noqa: E402
-from toolkit.cli import set_up_memory  # noqa: E402
+from toolkit.commands.cli import set_up_memory  # noqa: E402
 from toolkit.config import flags as recipe  # noqa: E402
 from toolkit.data.batches import Batch, epoch_order, step_batches  # noqa: E402
-from toolkit.train.setup import Setup, set_up  # noqa: E402
-from toolkit.train.step import train_step  # noqa: E402
+from toolkit.runtime import distributed  # noqa: E402
+from toolkit.training.setup import Setup, set_up  # noqa: E402
+from toolkit.training.step import train_step  # noqa: E402
 
 WARM_UP, PROFILED = 2, 3
 

@@ -26,7 +26,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
-from toolkit.engine.master_adamw import MasterAdamW  # noqa: E402
+from toolkit.optim.master_adamw import MasterAdamW  # noqa: E402
 
 LR, DECAY = 1e-5, 0.01
 BLOCK = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536), (576,), (576,)]

@@ -17,11 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a checkout, installed or not
 
-from toolkit.environment import require_packages
+from toolkit.runtime.environment import require_packages
 
 require_packages(ROOT)
 
-from toolkit.cli import run_command
+from toolkit.commands.cli import run_command
 from toolkit.config import flags
 
 
@@ -36,7 +36,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.split and not arguments.path:
         parser.error("--data.split goes with --data.path; the rows that a run held out are those of its recipe")
-    from toolkit.evaluate import evaluate_source
+    from toolkit.inference.evaluation import evaluate_source
 
     outcome = evaluate_source(
         arguments.source,

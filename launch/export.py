@@ -13,11 +13,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a checkout, installed or not
 
-from toolkit.environment import require_packages
+from toolkit.runtime.environment import require_packages
 
 require_packages(ROOT)
 
-from toolkit.cli import run_command
+from toolkit.commands.cli import run_command
 from toolkit.config import flags
 
 
@@ -37,7 +37,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.delta and arguments.rounding:
         parser.error("--rounding goes with a whole model; a delta holds the float32 masters")
-    from toolkit.export import export_delta, export_model
+    from toolkit.exporting.export import export_delta, export_model
 
     if arguments.delta:
         target = arguments.output or arguments.run / "export-delta"

@@ -17,11 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a checkout, installed or not
 
-from toolkit.environment import require_packages
+from toolkit.runtime.environment import require_packages
 
 require_packages(ROOT)
 
-from toolkit.cli import run_command
+from toolkit.commands.cli import run_command
 from toolkit.config import flags
 
 
@@ -56,11 +56,11 @@ def main() -> int:
     """Parse the command line, then answer."""
     arguments = _parse()
     from toolkit.data.questions import from_prompt, read_questions
-    from toolkit.distributed import World
-    from toolkit.files import make_parent
-    from toolkit.generate import answers
-    from toolkit.progress_bar import track
-    from toolkit.source import open_source
+    from toolkit.inference.generation import answers
+    from toolkit.inference.open_model import open_source
+    from toolkit.runtime.distributed import World
+    from toolkit.runtime.paths import make_parent
+    from toolkit.runtime.progress_bar import track
 
     if arguments.output:
         make_parent(arguments.output)

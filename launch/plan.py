@@ -18,11 +18,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a checkout, installed or not
 
-from toolkit.environment import require_packages
+from toolkit.runtime.environment import require_packages
 
 require_packages(ROOT)
 
-from toolkit.cli import leave, run_command
+from toolkit.commands.cli import leave, run_command
 from toolkit.config import flags
 
 
@@ -39,13 +39,13 @@ def main() -> int:
     invocation = flags.parse(parser, ROOT / "recipes" / "quickstart.yaml")
     given = invocation.arguments
     if given.suggest:
-        from toolkit.suggest import suggest_for
+        from toolkit.planning.suggest import suggest_for
 
         print(suggest_for(invocation.config, given.suggest, given.budget, given.rows).table())
         return 0
     budget = flags.byte_size(given.gpu_memory) if given.gpu_memory is not None else None
     gc.disable()  # a fifth of this short process would go into looking over the modules it imports
-    from toolkit.plan.command import plan_command  # imports torch, which --help and a faulty flag need not wait for
+    from toolkit.planning.command import plan_command  # imports torch, which --help and a faulty flag need not wait for
 
     plan_command(invocation, given.world_size, budget, given.json, given.png)
     return 0

@@ -19,13 +19,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a checkout, installed or not
 
-from toolkit.environment import require_packages
+from toolkit.runtime.environment import require_packages
 
 require_packages(ROOT)
 
-from toolkit.cli import run_command
+from toolkit.commands.cli import run_command
 from toolkit.config import flags
-from toolkit.errors import CheckpointError, ConfigError, SlurmError
+from toolkit.runtime.errors import CheckpointError, ConfigError, SlurmError
 from toolkit.slurm import cluster, submit
 from toolkit.slurm.request import Request, add_flags, read_request
 from toolkit.slurm.script import Job, render
@@ -37,9 +37,9 @@ def main() -> int:
     given = invocations[0].arguments
     request = read_request(given)
     _check_cluster(request, given.dry_run)
-    from toolkit.distributed import World  # these import torch, which --help and faulty flags need not wait for
-    from toolkit.preflight import preflight
-    from toolkit.rundir import claim, write_config
+    from toolkit.checkpoint.run_directory import claim, write_config
+    from toolkit.runtime.distributed import World  # these import torch, which --help and faulty flags need not wait for
+    from toolkit.training.preflight import preflight
 
     with contextlib.ExitStack() as claims:
         runs = []

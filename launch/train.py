@@ -16,12 +16,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a checkout, installed or not
 
-from toolkit.environment import require_packages
+from toolkit.runtime.environment import require_packages
 
 require_packages(ROOT)
 
-from toolkit.cli import leave, run_command
-from toolkit.stop import listening
+from toolkit.commands.cli import leave, run_command
+from toolkit.runtime.signals import listening
 
 
 def main() -> int:
@@ -32,7 +32,7 @@ def main() -> int:
         parser = flags.parser(__doc__ or "")
         flags.add_resume_override(parser)
         invocation = flags.parse(parser, ROOT / "recipes" / "quickstart.yaml")
-        from toolkit.train.run import run  # imports torch, which --help and a faulty recipe need not wait for
+        from toolkit.training.run import run  # imports torch, which --help and a faulty recipe need not wait for
 
         return run(invocation)
 

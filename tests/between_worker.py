@@ -15,11 +15,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from toolkit import cli  # noqa: E402
+from toolkit.commands import cli  # noqa: E402
 from toolkit.config import flags  # noqa: E402
-from toolkit.monitor import Monitor  # noqa: E402
-from toolkit.train import validation  # noqa: E402
-from toolkit.train.run import run  # noqa: E402
+from toolkit.training import validation  # noqa: E402
+from toolkit.training.monitor import Monitor  # noqa: E402
+from toolkit.training.run import run  # noqa: E402
 
 
 def stop_at_2() -> None:

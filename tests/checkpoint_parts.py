@@ -12,10 +12,10 @@ from helpers import reseal
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from toolkit.checkpoint.disk import write_json, write_tensors
+from toolkit.checkpoint.optimizer_shards import metadata, shard_name
 from toolkit.checkpoint.restore import Checkpoint
-from toolkit.checkpoint.shards import metadata, shard_name
-from toolkit.engine.fragments import KINDS
+from toolkit.optim.state_fragments import KINDS
+from toolkit.runtime.hashed_files import write_json, write_tensors
 
 
 def copy_of(run: Path, folder: Path) -> Path:

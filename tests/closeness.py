@@ -13,8 +13,8 @@ from helpers import metrics
 
 from benchmarks.record import rms
 from toolkit.data.batches import Batch
-from toolkit.distributed import World
-from toolkit.train import step
+from toolkit.runtime.distributed import World
+from toolkit.training import step
 
 BFLOAT16_LOSS = 4e-3
 BFLOAT16_NORM = 1.6e-2

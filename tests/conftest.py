@@ -54,9 +54,9 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     if (cache_root() / model).is_dir():
         (root / model).symlink_to((cache_root() / model).resolve(), target_is_directory=True)
     if forced := os.environ.get("TEST_FLOAT32_GRADIENTS"):
-        from toolkit.models import products
+        from toolkit.models import float32_gradients
 
-        (root / "float32-gradients.json").write_text(json.dumps({products.machine(): forced == "on"}))
+        (root / "float32-gradients.json").write_text(json.dumps({float32_gradients.machine(): forced == "on"}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FROSTLINE_CACHE", str(root))
         yield root

@@ -12,10 +12,10 @@ from helpers import make_tokenizer
 from zoo import make
 
 from toolkit.config.schema import MaskConfig, ModelConfig
-from toolkit.errors import MaskError
 from toolkit.mask.apply import apply_mask, trainable_parameters
 from toolkit.mask.layer_mask import build_mask
 from toolkit.models.load import LoadedModel, load
+from toolkit.runtime.errors import MaskError
 
 IDS = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(2))
 

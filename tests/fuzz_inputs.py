@@ -13,7 +13,7 @@ from helpers import ENGLISH, ROOT, make_tokenizer, tiny_llama
 from hypothesis import strategies as st
 from store_samples import open_store, samples
 
-from toolkit.config.load import field_paths
+from toolkit.config.recipe import field_paths
 from toolkit.config.schema import RunConfig
 
 NASTY = [

@@ -76,7 +76,7 @@ def command_line(folder: Path) -> Target:
 
 
 def deepspeed(folder: Path) -> Target:
-    from toolkit.engine.ds_config import read_ds_config, refuse_what_cannot_move, resolve_ds_config, zero_stage
+    from toolkit.engine.deepspeed.config import read_ds_config, refuse_what_cannot_move, resolve_ds_config, zero_stage
 
     def target(content: str | bytes) -> None:
         path = _put(folder / "ds.json", content)
@@ -128,9 +128,9 @@ def checkpoint(folder: Path) -> Target:
     from toolkit.checkpoint.catalog import latest_checkpoint
     from toolkit.checkpoint.choice import choose
     from toolkit.checkpoint.restore import Checkpoint
-    from toolkit.distributed import World
-    from toolkit.errors import FrostlineError
-    from toolkit.rundir import claim
+    from toolkit.checkpoint.run_directory import claim
+    from toolkit.runtime.distributed import World
+    from toolkit.runtime.errors import FrostlineError
 
     run = _make_run(folder)
     whole = run / "checkpoints" / "step-00000001"
@@ -169,7 +169,7 @@ def _make_run(folder: Path) -> Path:
 
 def shards(folder: Path) -> Target:
     """Shards of the activation cache, damaged; also with a header of any content under its right name."""
-    from toolkit.prefix.shard import _name_of
+    from toolkit.activation_cache.shard import _name_of
 
     with open_store(folder / "made") as made:
         made.write(samples(range(3)))
@@ -203,7 +203,7 @@ def model_directory(folder: Path) -> Target:
     from toolkit.config.schema import ModelConfig
     from toolkit.mask.layer_mask import build_mask
     from toolkit.models.load import load, load_tokenizer
-    from toolkit.plan.skeleton import skeleton
+    from toolkit.planning.meta_model import skeleton
 
     directory = folder / "model"
     tiny_llama().save_pretrained(directory)

@@ -122,7 +122,7 @@ def invocation(*flags: str) -> Any:
 
 def train(*flags: str) -> int:
     """Run launch/train.py's work in this process."""
-    from toolkit.train.run import run
+    from toolkit.training.run import run
 
     return run(invocation(*flags))
 
@@ -136,8 +136,8 @@ def masters_of(checkpoint: Path) -> dict[str, Any]:
 
 def reseal(checkpoint: Path) -> None:
     """Write a manifest that agrees with the files as they are: a forgery."""
-    from toolkit.checkpoint.disk import hash_files
     from toolkit.checkpoint.manifest import NAME, write_manifest
+    from toolkit.runtime.hashed_files import hash_files
 
     names = [str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()]
     entries = hash_files(checkpoint, [name for name in names if name != NAME])

@@ -34,11 +34,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch  # noqa: E402
 from helpers import free_port, invocation, make_tiny_model, masters_of, metrics, tiny_flags  # noqa: E402
 
-from toolkit import distributed  # noqa: E402
+from toolkit.activation_cache.cached_prefix import CachedPrefix  # noqa: E402
 from toolkit.checkpoint.saver import Saver  # noqa: E402
-from toolkit.prefix.cached import CachedPrefix  # noqa: E402
-from toolkit.train import setup  # noqa: E402
-from toolkit.train.run import train  # noqa: E402
+from toolkit.runtime import distributed  # noqa: E402
+from toolkit.training import setup  # noqa: E402
+from toolkit.training.run import train  # noqa: E402
 
 CALLS = ("open", "write", "fsync", "close", "mkdir", "rename", "replace", "unlink", "rmdir", "utime")
 """What changes a disk. A write is left half done."""

@@ -17,9 +17,10 @@ sys.path.insert(0, str(ROOT))
 
 from closeness import FAULTS, planted  # noqa: E402
 
-from toolkit import cli, distributed  # noqa: E402
+from toolkit.commands import cli  # noqa: E402
 from toolkit.config import flags  # noqa: E402
-from toolkit.train.run import train  # noqa: E402
+from toolkit.runtime import distributed  # noqa: E402
+from toolkit.training.run import train  # noqa: E402
 
 ENGINES = ("local", "zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 PRECISIONS = ("float32", "bfloat16")

@@ -15,10 +15,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from checkpoint_parts import point_to  # noqa: E402
 
-from toolkit import cli, distributed  # noqa: E402
+from toolkit.commands import cli  # noqa: E402
 from toolkit.config import flags  # noqa: E402
-from toolkit.engine import swap_files  # noqa: E402
-from toolkit.train.run import train  # noqa: E402
+from toolkit.engine.deepspeed import nvme_files  # noqa: E402
+from toolkit.runtime import distributed  # noqa: E402
+from toolkit.training.run import train  # noqa: E402
 
 PHASES = ("--mask.schedule", "{train: head, until_step: 3}")
 RUNS: dict[str, tuple[str | None, tuple[str, ...]]] = {
@@ -53,14 +54,14 @@ def main() -> None:
     given, *rest = [word for word in sys.argv[1:] if word not in local_rank]
     folder, world = Path(given), distributed.start(engine_needs_group=True)
     in_files: dict[str, int] = {}
-    clear = swap_files.clear
+    clear = nvme_files.clear
 
     def counted(ds: object, world: distributed.World) -> None:
-        folders = swap_files.swap_folders(ds)  # type: ignore[arg-type]
+        folders = nvme_files.swap_folders(ds)  # type: ignore[arg-type]
         in_files[name] = sum(p.stat().st_size for own in folders for p in own.rglob("*.swp") if "grad" not in p.name)
         clear(ds, world)  # type: ignore[arg-type]
 
-    swap_files.clear = counted
+    nvme_files.clear = counted
     codes = {}
     for name, (source, own) in RUNS.items():
         if source is not None and world.is_main:

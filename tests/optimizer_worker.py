@@ -15,15 +15,16 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from toolkit import cli, distributed  # noqa: E402
+from toolkit.commands import cli  # noqa: E402
 from toolkit.config import flags  # noqa: E402
 from toolkit.data.batches import epoch_order, step_batches  # noqa: E402
-from toolkit.distributed import World  # noqa: E402
-from toolkit.engine.fragments import AdamState, gather, hand_over  # noqa: E402
 from toolkit.mask.apply import apply_mask, trainable_parameters  # noqa: E402
-from toolkit.train.setup import Setup, prepare, set_up  # noqa: E402
-from toolkit.train.setup import begin as begin_phase  # noqa: E402
-from toolkit.train.step import train_step  # noqa: E402
+from toolkit.optim.state_fragments import AdamState, gather, hand_over  # noqa: E402
+from toolkit.runtime import distributed  # noqa: E402
+from toolkit.runtime.distributed import World  # noqa: E402
+from toolkit.training.setup import Setup, prepare, set_up  # noqa: E402
+from toolkit.training.setup import begin as begin_phase  # noqa: E402
+from toolkit.training.step import train_step  # noqa: E402
 
 NAMES = ("adamw_8bit", "adamw_bf16")
 STEPS, SAVED_AFTER = 4, 2

@@ -28,15 +28,16 @@ from helpers import metrics  # noqa: E402
 from pairwise_table import VALUES  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from toolkit import cli, distributed, stop  # noqa: E402
+from toolkit.commands import cli  # noqa: E402
 from toolkit.config import flags  # noqa: E402
-from toolkit.config.load import dump  # noqa: E402
+from toolkit.config.recipe import dump  # noqa: E402
 from toolkit.config.schema import RunConfig  # noqa: E402
-from toolkit.distributed import World  # noqa: E402
-from toolkit.errors import UsageError  # noqa: E402
-from toolkit.source import open_source  # noqa: E402
-from toolkit.train.between import Between  # noqa: E402
-from toolkit.train.run import train  # noqa: E402
+from toolkit.inference.open_model import open_source  # noqa: E402
+from toolkit.runtime import distributed, signals  # noqa: E402
+from toolkit.runtime.distributed import World  # noqa: E402
+from toolkit.runtime.errors import UsageError  # noqa: E402
+from toolkit.training.between_steps import Between  # noqa: E402
+from toolkit.training.run import train  # noqa: E402
 
 
 class Killed(BaseException):
@@ -79,7 +80,7 @@ def start(world: World, recipe_file: Path, ds: str, end: str = "nothing") -> int
     def ended(self: Between) -> bool:
         middle = self._progress.step == max(1, self._setup.total_steps // 2)
         if middle and end == "a signal" and world.is_main:
-            stop.note("a test", tell=False)
+            signals.note("a test", tell=False)
         stopping = after_step(self)
         if middle and end == "a kill":
             raise Killed
@@ -87,7 +88,7 @@ def start(world: World, recipe_file: Path, ds: str, end: str = "nothing") -> int
 
     Between.after_step = ended  # type: ignore[method-assign]
     try:
-        with stop.listening({}):
+        with signals.listening({}):
             return train(flags.parse(flags.parser(""), recipe_file, given), world)
     except Killed:
         return -9

@@ -14,9 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from toolkit import peers, stop
-from toolkit.cli import run_command
-from toolkit.errors import DataError
+from toolkit.commands.cli import run_command
+from toolkit.runtime import failure_broadcast, signals
+from toolkit.runtime.errors import DataError
 
 rank, size, folder, deed = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
 os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(size)
@@ -41,8 +41,8 @@ def arrive() -> None:
 
 
 def main() -> int:
-    with stop.listening():
-        assert peers.join(rank, size, "127.0.0.1", share) is None
+    with signals.listening():
+        assert failure_broadcast.join(rank, size, "127.0.0.1", share) is None
         arrive()
         if deed == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -53,12 +53,12 @@ def main() -> int:
         if deed == "signal":
             os.kill(os.getpid(), signal.SIGUSR1)
         if deed in ("signal", "until asked"):
-            while not stop.asked():
+            while not signals.asked():
                 time.sleep(0.01)
-            print(stop.reason())
+            print(signals.reason())
         elif deed == "wait":
             threading.Event().wait(60)
-        peers.part()
+        failure_broadcast.part()
         (folder / f"parted-{rank}").touch()
         while len(list(folder.glob("parted-*"))) < size:
             time.sleep(0.01)

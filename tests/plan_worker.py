@@ -13,15 +13,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from toolkit import cli, distributed  # noqa: E402
 from toolkit.checkpoint.saver import Saver  # noqa: E402
+from toolkit.commands import cli  # noqa: E402
 from toolkit.config import flags  # noqa: E402
 from toolkit.data.batches import epoch_order, step_batches  # noqa: E402
-from toolkit.plan.report import as_dict  # noqa: E402
-from toolkit.train.phases import content_of  # noqa: E402
-from toolkit.train.progress import Progress  # noqa: E402
-from toolkit.train.setup import Setup, set_up  # noqa: E402
-from toolkit.train.step import train_step  # noqa: E402
+from toolkit.planning.table import as_dict  # noqa: E402
+from toolkit.runtime import distributed  # noqa: E402
+from toolkit.training.phase_change import content_of  # noqa: E402
+from toolkit.training.progress import Progress  # noqa: E402
+from toolkit.training.setup import Setup, set_up  # noqa: E402
+from toolkit.training.step import train_step  # noqa: E402
 
 ENGINES = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 

@@ -15,12 +15,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from checkpoint_parts import edit_state, point_to  # noqa: E402
 
-from toolkit import cli, distributed  # noqa: E402
 from toolkit.checkpoint.state import read_state  # noqa: E402
+from toolkit.commands import cli  # noqa: E402
 from toolkit.config import flags  # noqa: E402
-from toolkit.distributed import World  # noqa: E402
-from toolkit.errors import CheckpointError  # noqa: E402
-from toolkit.train.run import train  # noqa: E402
+from toolkit.runtime import distributed  # noqa: E402
+from toolkit.runtime.distributed import World  # noqa: E402
+from toolkit.runtime.errors import CheckpointError  # noqa: E402
+from toolkit.training.run import train  # noqa: E402
 
 CHANGES = {
     "zero1": ("local", 2, {"stage": 1}),

@@ -18,11 +18,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from toolkit import cli, distributed  # noqa: E402
+from toolkit.commands import cli  # noqa: E402
 from toolkit.config import flags  # noqa: E402
-from toolkit.distributed import World  # noqa: E402
-from toolkit.engine.zero import ZeroEngine  # noqa: E402
-from toolkit.train.run import train  # noqa: E402
+from toolkit.engine.deepspeed.engine import ZeroEngine  # noqa: E402
+from toolkit.runtime import distributed  # noqa: E402
+from toolkit.runtime.distributed import World  # noqa: E402
+from toolkit.training.run import train  # noqa: E402
 
 RUNS = {
     "zero1": (1, "bfloat16", 2),

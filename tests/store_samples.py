@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from toolkit.prefix.namespace import Namespace, sample_key
-from toolkit.prefix.store import ActivationStore
+from toolkit.activation_cache.namespace import Namespace, sample_key
+from toolkit.activation_cache.store import ActivationStore
 
 WIDTH = 8
 NAMESPACE = Namespace({"weights": "0123", "boundary": "26"}, WIDTH, torch.bfloat16)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from store_samples import WIDTH, key, leftovers, open_store, same, samples, size_of, value
 
-from toolkit.prefix.eviction import locked
+from toolkit.activation_cache.eviction import locked
 
 
 def start(work: Callable[[], object]) -> int:

@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
-from toolkit import hub as hub_module
+from toolkit.runtime import hub as hub_module
 
 
 @dataclass

@@ -13,13 +13,13 @@ from helpers import ENGLISH, make_tiny_model, masters_of, run_script, tiny_flags
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from toolkit.data.tasks import Sample
-from toolkit.delta import read_delta
-from toolkit.errors import CheckpointError, DataError, ModelError
-from toolkit.evaluate import evaluate_source
-from toolkit.export import export_delta, export_model
-from toolkit.generate import answers
-from toolkit.source import load_delta, open_source
+from toolkit.checkpoint.delta import read_delta
+from toolkit.exporting.export import export_delta, export_model
+from toolkit.inference.evaluation import evaluate_source
+from toolkit.inference.generation import answers
+from toolkit.inference.open_model import load_delta, open_source
+from toolkit.runtime.errors import CheckpointError, DataError, ModelError
+from toolkit.tasks.pubmedqa import Sample
 
 IDS = torch.arange(3, 60)[None]
 

@@ -13,8 +13,8 @@ from helpers import ENGLISH, ROOT, clean_environment, free_port, make_tokenizer,
 
 from toolkit.config.schema import DataConfig
 from toolkit.data.dataset import load_dataset
-from toolkit.distributed import World
-from toolkit.train.agreement import require_same_rows
+from toolkit.runtime.distributed import World
+from toolkit.training.rank_agreement import require_same_rows
 
 WORKER = """
 import os, sys
@@ -22,8 +22,8 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 os.chdir(sys.argv[1])  # each rank has a directory of its own, as nodes without a shared file system have
 from helpers import invocation
-from toolkit import cli
-from toolkit.train.run import run
+from toolkit.commands import cli
+from toolkit.training.run import run
 cli._GRACE_SECONDS = 0.0
 cli.leave(cli.run_command(lambda: run(invocation(*sys.argv[2:]))))
 """

@@ -9,24 +9,22 @@ import pytest
 from helpers import ROOT
 
 LAYERS = [
-    {"environment", "errors"},
-    {"files", "heap", "lock", "out_of_memory", "progress_bar", "redact", "stop"},
-    {"config", "distributed", "hub", "peers"},
-    {"consistency", "slurm"},
+    {"runtime"},
+    {"config"},
+    {"tasks", "slurm"},
     {"models"},
     {"mask"},
     {"data"},
-    {"loss"},
-    {"prefix"},
+    {"frozen"},
+    {"split"},
+    {"activation_cache"},
     {"optim"},
     {"engine"},
-    {"delta", "plan"},
     {"checkpoint"},
-    {"rundir", "source", "board"},
-    {"monitor"},
-    {"export", "evaluate", "generate", "suggest", "preflight"},
-    {"train"},
-    {"cli"},
+    {"inference"},
+    {"exporting", "planning"},
+    {"training"},
+    {"commands"},
 ]
 RANK = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -83,8 +81,8 @@ def test_there_are_no_cycles_within_a_package() -> None:
         "toolkit.config.flags",
         "toolkit.mask.selectors",
         "toolkit.mask.layer_mask",
-        "toolkit.engine.ds_config",
-        "toolkit.cli",
+        "toolkit.engine.deepspeed.config",
+        "toolkit.commands.cli",
         "toolkit.slurm.submit",
     ],
 )

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, run_script, tiny_flags
 
-from toolkit.cli import run_command
-from toolkit.errors import FrostlineError
+from toolkit.commands.cli import run_command
+from toolkit.runtime.errors import FrostlineError
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, script: str, *flags: object) -> int:

@@ -10,10 +10,10 @@ import torch
 from helpers import ENGLISH, masters_of, metrics, run_script, tiny_flags, train
 
 from toolkit.checkpoint.choice import choose
-from toolkit.errors import CheckpointError, UsageError
-from toolkit.evaluate import evaluate_source
-from toolkit.export import export_delta, export_model
-from toolkit.source import open_source, read_trained
+from toolkit.exporting.export import export_delta, export_model
+from toolkit.inference.evaluation import evaluate_source
+from toolkit.inference.open_model import open_source, read_trained
+from toolkit.runtime.errors import CheckpointError, UsageError
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from helpers import metrics, run_script, tiny_flags, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from toolkit.checkpoint import catalog, evaluation, saver
-from toolkit.monitor import Monitor
-from toolkit.train import between, validation
+from toolkit.training import between_steps, validation
+from toolkit.training.monitor import Monitor
 
 MODES = pytest.mark.parametrize("background", ["false", "true"])
 SHORT = (
@@ -60,11 +60,11 @@ def watch(monkeypatch: pytest.MonkeyPatch, before: Callable[[str], None]) -> Non
         monkeypatch.setattr(owner, name, call)
 
     watched(saver.Saver, "save", "commit")
-    watched(between, "validate", "validate")
+    watched(between_steps, "validate", "validate")
     watched(saver, "write_loss", "keep the loss")
     watched(catalog, "prune", "prune")
     watched(Monitor, "evaluation", "tell the loss")
-    watched(between, "sample_answers", "answer")
+    watched(between_steps, "sample_answers", "answer")
 
 
 PARTS = ["commit", "validate", "tell the loss", "keep the loss", "prune", "answer"]
@@ -122,7 +122,7 @@ def test_a_validation_that_fails_loses_no_epoch(
         raise RuntimeError("the validation failed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(between, "validate", fail)
+        patch.setattr(between_steps, "validate", fail)
         with pytest.raises(RuntimeError, match="the validation failed"):
             train(*flags(tiny_model, tmp_path / "run", "--output.async_save", "true"))
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-00000002"
@@ -180,7 +180,7 @@ def test_a_finished_run_whose_last_validation_is_missing_makes_it_up_and_is_then
     assert train(*given) == 0
     assert metrics(tmp_path / "run", "eval_loss") == metrics(whole, "eval_loss")
     assert metrics(tmp_path / "run") == metrics(whole)
-    monkeypatch.setattr("toolkit.train.run.prepare", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr("toolkit.training.run.prepare", lambda *_: pytest.fail("it was loaded"))
     assert train(*given) == 0
     assert any("this run is finished" in line for line in said)
 
@@ -196,7 +196,7 @@ def test_checkpoints_that_keep_their_loss_in_the_state_are_read_as_ever(
         edit_state(checkpoint, eval_loss=loss)
         assert evaluation.read_loss(checkpoint) == loss
     (run / "checkpoints" / "best").unlink()
-    monkeypatch.setattr(between, "validate", lambda *_: pytest.fail("it was validated again"))
+    monkeypatch.setattr(between_steps, "validate", lambda *_: pytest.fail("it was validated again"))
     assert train(*flags(tiny_model, run)) == 0
     assert (run / "checkpoints" / "best").read_text() == "step-00000004"
     assert left(run) == {"latest", "best", "step-00000004", "step-00000006"}

@@ -19,20 +19,20 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import toolkit
+from toolkit.activation_cache import store as store_module
+from toolkit.activation_cache.cached_prefix import CachedPrefix
+from toolkit.activation_cache.namespace import Namespace, sample_key
+from toolkit.activation_cache.policy import Request, decide, identity
+from toolkit.activation_cache.store import ActivationStore
 from toolkit.config.schema import ModelConfig, PrefixConfig
 from toolkit.data.batches import collate
 from toolkit.data.examples import Example
-from toolkit.distributed import World
-from toolkit.errors import ConfigError
-from toolkit.files import replace_text
 from toolkit.models.load import load
-from toolkit.prefix import store as store_module
-from toolkit.prefix.cached import CachedPrefix
-from toolkit.prefix.caching import Request, decide, identity
-from toolkit.prefix.namespace import Namespace, sample_key
-from toolkit.prefix.split import Prefix
-from toolkit.prefix.store import ActivationStore
-from toolkit.train.setup import set_up
+from toolkit.runtime.distributed import World
+from toolkit.runtime.errors import ConfigError
+from toolkit.runtime.paths import replace_text
+from toolkit.split.split import Prefix
+from toolkit.training.setup import set_up
 
 ROWS, EPOCHS, BLOCKS = 20, 3, 6
 

@@ -13,12 +13,12 @@ from helpers import CHAT_TEMPLATE, make_tiny_model, make_tokenizer, tiny_llama
 from safetensors.torch import load_file, save_file
 
 from toolkit.config.schema import MaskConfig, ModelConfig
-from toolkit.errors import MaskError, ModelError
 from toolkit.mask.apply import apply_mask
 from toolkit.mask.layer_mask import build_mask
-from toolkit.models.inspect import inspect
+from toolkit.models.anatomy_detection import inspect
 from toolkit.models.load import load, load_tokenizer
-from toolkit.plan.skeleton import skeleton
+from toolkit.planning.meta_model import skeleton
+from toolkit.runtime.errors import MaskError, ModelError
 
 
 def add(directory: Path, **tensors: torch.Tensor) -> None:

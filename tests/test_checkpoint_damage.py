@@ -17,7 +17,7 @@ from toolkit.checkpoint.catalog import newest_usable
 from toolkit.checkpoint.choice import choose
 from toolkit.checkpoint.manifest import NAME, verify
 from toolkit.checkpoint.restore import Checkpoint
-from toolkit.errors import CheckpointError
+from toolkit.runtime.errors import CheckpointError
 
 SHORT = ("--train.max_steps", 6, "--output.save_every_steps", 2, "--output.keep", 9)
 

@@ -16,8 +16,8 @@ from helpers import ROOT, metrics, run_script, tiny_flags, train
 
 from toolkit.checkpoint import saver
 from toolkit.checkpoint.manifest import verify
-from toolkit.errors import DiskError
-from toolkit.monitor import Monitor
+from toolkit.runtime.errors import DiskError
+from toolkit.training.monitor import Monitor
 
 SHORT = ("--train.max_steps", 6, "--output.save_every_steps", 2, "--mask.train", "norm", "head")
 MODES = pytest.mark.parametrize("background", ["false", "true"])

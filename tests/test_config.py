@@ -6,10 +6,10 @@ import pytest
 import yaml
 from helpers import QUICKSTART, ROOT, invocation, run_script
 
-from toolkit.config.load import build, did_you_mean, dump, field_paths, read_recipe
 from toolkit.config.peer_keys import OTHERWISE, SAME
+from toolkit.config.recipe import build, did_you_mean, dump, field_paths, read_recipe
 from toolkit.config.schema import MaskGroup, RunConfig
-from toolkit.errors import ConfigError
+from toolkit.runtime.errors import ConfigError
 
 
 def faults_of(recipe: dict[str, object]) -> list[str]:

@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, clean_environment, free_port, invocation, tiny_flags
 
-from toolkit.consistency import facts, require_same
-from toolkit.distributed import World
-from toolkit.files import sources_hash
+from toolkit.runtime.distributed import World
+from toolkit.runtime.paths import sources_hash
+from toolkit.training.consistency import facts, require_same
 
 WORKER = """
 import sys
-from toolkit import cli, distributed
+from toolkit.commands import cli
+from toolkit.runtime import distributed
 from toolkit.config import flags
-from toolkit.consistency import facts, require_same
+from toolkit.training.consistency import facts, require_same
 from pathlib import Path
 
 def main():

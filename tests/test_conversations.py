@@ -11,12 +11,12 @@ import pytest
 from chat_templates import STYLES, Style
 from helpers import metrics, tiny_flags, tiny_llama, train
 
-from toolkit.data.tasks import Sample
-from toolkit.errors import DataError
-from toolkit.evaluate import evaluate_source
-from toolkit.generate import answers
-from toolkit.models.ends import model_ends
-from toolkit.source import open_source
+from toolkit.inference.evaluation import evaluate_source
+from toolkit.inference.generation import answers
+from toolkit.inference.open_model import open_source
+from toolkit.models.end_tokens import model_ends
+from toolkit.runtime.errors import DataError
+from toolkit.tasks.pubmedqa import Sample
 
 ROWS = [
     {"QUESTION": f"what is {name}?", "CONTEXTS": [f"about {name}."], "LONG_ANSWER": f"{name} is {name}."}
@@ -80,7 +80,7 @@ def test_a_run_goes_on_and_is_evaluated_with_the_date_on_which_it_began(
     model = make_model(tmp_path / "model", style, template="Today: {{ strftime_now('%x') }}\n" + style.template)
     flags = tiny_flags(model, tmp_path / "run", "--data.validation", "0.25", "--output.save_every_steps", "5")
     with monkeypatch.context() as patch:
-        patch.setattr("toolkit.train.rows.datetime", Past)
+        patch.setattr("toolkit.training.run_rows.datetime", Past)
         assert train(*flags, "--train.epochs", "1") == 0
     assert evaluate_source(str(tmp_path / "run"), None, "train", 1, None, None).loss > 0
     checkpoint = next((tmp_path / "run" / "checkpoints").glob("step-*"))

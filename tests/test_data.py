@@ -14,8 +14,8 @@ from toolkit.data.dataset import Dataset, load_dataset
 from toolkit.data.examples import Encoder
 from toolkit.data.questions import from_prompt, read_questions
 from toolkit.data.sources import read_rows
-from toolkit.data.tasks import RowFaultError, Sample, pubmedqa
-from toolkit.errors import DataError
+from toolkit.runtime.errors import DataError
+from toolkit.tasks.pubmedqa import RowFaultError, Sample, pubmedqa
 
 GOOD = {
     "QUESTION": "왜 열이 나는가?",

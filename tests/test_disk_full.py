@@ -11,9 +11,9 @@ import pytest
 from faults import largest_file
 from helpers import metrics, tiny_flags, train
 
-from toolkit.board import Board
-from toolkit.errors import CheckpointError, DiskError
-from toolkit.files import LineFile, replace_text, writing
+from toolkit.runtime.errors import CheckpointError, DiskError
+from toolkit.runtime.paths import LineFile, replace_text, writing
+from toolkit.training.tensorboard_writer import Board
 
 
 def full(*_: Any, **__: Any) -> Any:
@@ -92,7 +92,7 @@ def test_curves_end_with_one_word_when_the_disk_does(
     board.close()
     assert len(calls) == 1
     assert len([line for line in said if "training goes on without it" in line]) == 1
-    monkeypatch.setattr("toolkit.board.SummaryWriter", full)
+    monkeypatch.setattr("toolkit.training.tensorboard_writer.SummaryWriter", full)
     board = Board(tmp_path, 1)
     board.scalar("loss", 1.0, 1)
     board.close()
@@ -101,7 +101,7 @@ def test_curves_end_with_one_word_when_the_disk_does(
 def test_a_run_that_cannot_write_its_files_says_so_before_it_trains(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("toolkit.train.run.write_config", full)
+    monkeypatch.setattr("toolkit.training.run.write_config", full)
     with pytest.raises(DiskError, match=r"cannot be written \(No space left on device\); \d+ MiB free.*make room"):
         train(*tiny_flags(tiny_model, tmp_path / "run"))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
@@ -110,8 +110,8 @@ def test_a_run_that_cannot_write_its_files_says_so_before_it_trains(
 def test_a_run_directory_that_cannot_be_written_is_found_before_the_model_loads(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("toolkit.train.run.prepare", lambda *_: pytest.fail("it set up"))
-    monkeypatch.setattr("toolkit.preflight.tempfile.TemporaryFile", full)
+    monkeypatch.setattr("toolkit.training.run.prepare", lambda *_: pytest.fail("it set up"))
+    monkeypatch.setattr("toolkit.training.preflight.tempfile.TemporaryFile", full)
     with pytest.raises(CheckpointError, match=r"cannot be written \(No space left on device\).*--output.dir"):
         train(*tiny_flags(tiny_model, tmp_path / "run"))
     assert list(tmp_path.iterdir()) == []
@@ -120,7 +120,7 @@ def test_a_run_directory_that_cannot_be_written_is_found_before_the_model_loads(
 def test_the_mask_is_checked_before_the_model_loads(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("toolkit.train.setup.load_for", lambda *_: pytest.fail("it loaded"))
+    monkeypatch.setattr("toolkit.training.setup.load_for", lambda *_: pytest.fail("it loaded"))
     phase = '{"train": "last:9", "until_step": 2}'
     for flags in (["--mask.train", "last:99"], ["--mask.schedule", phase], ["--mask.tied", "error"]):
         with pytest.raises(Exception, match=r"last:99|last:9|share one tensor"):

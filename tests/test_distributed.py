@@ -4,9 +4,9 @@ import socket
 
 import pytest
 
-from toolkit import distributed
-from toolkit.distributed import World, read_world
-from toolkit.errors import UsageError
+from toolkit.runtime import distributed
+from toolkit.runtime.distributed import World, read_world
+from toolkit.runtime.errors import UsageError
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from helpers import ROOT, run_script
 
 import toolkit
-from toolkit.config.load import field_paths
+from toolkit.config.recipe import field_paths
 from toolkit.config.schema import RunConfig
 
 PAGES = [

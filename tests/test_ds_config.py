@@ -8,9 +8,9 @@ import pytest
 from helpers import ROOT
 
 from toolkit.config.schema import RunConfig, TrainConfig
-from toolkit.engine.ds_config import read_ds_config, resolve_ds_config, zero_stage
-from toolkit.engine.zero_clipping import without_clipping
-from toolkit.errors import ConfigError
+from toolkit.engine.deepspeed.clipping import without_clipping
+from toolkit.engine.deepspeed.config import read_ds_config, resolve_ds_config, zero_stage
+from toolkit.runtime.errors import ConfigError
 
 CONFIG = RunConfig(train=TrainConfig(micro_batch_size=2, gradient_accumulation_steps=3, max_grad_norm=0.5))
 

@@ -9,8 +9,8 @@ import torch
 from helpers import tiny_flags, train
 
 from toolkit.data.batches import BatchPlan
-from toolkit.monitor import Monitor, StepMetrics
-from toolkit.train.ending import MemoryUse, grown_by, highest, resident_bytes
+from toolkit.training.monitor import Monitor, StepMetrics
+from toolkit.training.summary import MemoryUse, grown_by, highest, resident_bytes
 
 
 def test_a_run_that_max_steps_cuts_short_says_how_much_of_its_epochs_it_does() -> None:
@@ -42,7 +42,7 @@ def test_memory_is_measured() -> None:
     now = MemoryUse.now(torch.device("cpu"), resident_bytes())
     assert now.libraries is not None
     assert 0.05 < now.libraries < 1.1 * now.peak  # the kernel counts both in batches of pages
-    assert grown_by("toolkit.train.ending") < 2**20  # it is imported already
+    assert grown_by("toolkit.training.summary") < 2**20  # it is imported already
 
 
 def test_a_resume_keeps_the_losses_of_earlier_epochs(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-from toolkit.environment import PACKAGES, missing, remedy
+from toolkit.runtime.environment import PACKAGES, missing, remedy
 
 SCRIPTS = sorted((ROOT / "launch").glob("*.py"))
 
@@ -31,7 +31,7 @@ def test_without_packages_every_script_names_the_command_and_ends_with_2(script:
 
 def test_a_broken_import_of_ours_keeps_its_traceback(tmp_path: Path) -> None:
     (tmp_path / "toolkit").mkdir()
-    for name in ("launch/evaluate.py", "toolkit/__init__.py", "toolkit/environment.py"):
+    for name in ("launch/evaluate.py", "toolkit/__init__.py", "toolkit/runtime/environment.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "toolkit" / "cli.py").write_text("import toolkit.no_such_module\n")

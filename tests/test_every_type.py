@@ -14,14 +14,14 @@ from zoo import CUT, OTHER, UNCUT
 
 from toolkit.config.schema import MaskConfig, OptimConfig, TrainConfig
 from toolkit.data.batches import Batch
-from toolkit.distributed import World
 from toolkit.engine.local import LocalEngine
-from toolkit.errors import ModelError
-from toolkit.loss import supervised_loss
 from toolkit.mask.apply import apply_mask, trainable_parameters
 from toolkit.mask.layer_mask import LayerMask, build_mask
-from toolkit.models.inspect import inspect
-from toolkit.prefix.split import split, split_is_exact
+from toolkit.models.anatomy_detection import inspect
+from toolkit.runtime.distributed import World
+from toolkit.runtime.errors import ModelError
+from toolkit.split.split import split, split_is_exact
+from toolkit.split.supervised_loss import supervised_loss
 
 NOT_MADE = {
     "dots3_note": "the number of heads is asked of the whole config and set by layer",

@@ -15,15 +15,15 @@ from helpers import ENGLISH, tiny_flags, train
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from toolkit.checkpoint.delta import read_delta
 from toolkit.config.schema import DataConfig, ModelConfig
 from toolkit.data.dataset import load_dataset
-from toolkit.delta import read_delta
-from toolkit.errors import ModelError
-from toolkit.evaluate import evaluate_source
-from toolkit.export import export_delta, export_model
-from toolkit.models import stored
+from toolkit.exporting.export import export_delta, export_model
+from toolkit.inference.evaluation import evaluate_source
+from toolkit.inference.open_model import load_delta, open_source
+from toolkit.models import weight_files
 from toolkit.models.load import load, load_tokenizer
-from toolkit.source import load_delta, open_source
+from toolkit.runtime.errors import ModelError
 
 IDS = torch.randint(6, 500, (2, 120), generator=torch.Generator().manual_seed(0))
 
@@ -163,7 +163,7 @@ def test_run_delta_and_export_are_the_same_model(run: Path, export: Path, tmp_pa
 def test_a_large_model_is_written_in_shards_with_an_index(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stored, "MAX_SHARD_BYTES", 400_000)
+    monkeypatch.setattr(weight_files, "MAX_SHARD_BYTES", 400_000)
     loaded = loaded_from(base)
     loaded.save(tmp_path / "sharded")
     index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())["weight_map"]

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from zoo import make
 
+from toolkit.checkpoint.delta import Base, Delta, save_delta
 from toolkit.config.schema import MaskConfig, ModelConfig
-from toolkit.delta import Base, Delta, save_delta
-from toolkit.export import export_model
+from toolkit.exporting.export import export_model
 from toolkit.mask.apply import apply_mask
 from toolkit.mask.layer_mask import build_mask
-from toolkit.models import stored
+from toolkit.models import weight_files
 from toolkit.models.bundled import NAME, bundled_directory
 from toolkit.models.config_json import config_to_write
 from toolkit.models.load import LoadedModel, load
@@ -189,7 +189,7 @@ def test_a_wrapper_is_written_as_the_wrapper_with_its_vision_tower(tmp_path: Pat
 def test_shards_hold_what_is_carried_and_the_index_names_it(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stored, "MAX_SHARD_BYTES", 40_000)
+    monkeypatch.setattr(weight_files, "MAX_SHARD_BYTES", 40_000)
     extra = {"mtp.weight": torch.randn(100, 100)}
     save_file(load_file(base / "model.safetensors") | extra, base / "model.safetensors", metadata={"format": "pt"})
     loaded_from(base).save(tmp_path / "export")

@@ -12,18 +12,18 @@ from helpers import make_tokenizer, metrics, tiny_flags, tiny_llama, train
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from toolkit.config.schema import RunConfig, TrainConfig
-from toolkit.data.fit import padding_id
-from toolkit.data.tasks import Sample
-from toolkit.errors import DataError, ModelError
-from toolkit.evaluate import evaluate_source
-from toolkit.generate import answers, complete
+from toolkit.data.model_limits import padding_id
+from toolkit.inference.evaluation import evaluate_source
+from toolkit.inference.generation import answers, complete
+from toolkit.inference.open_model import open_source
 from toolkit.models.quirks import training_notes
-from toolkit.optim import learns_nothing
-from toolkit.plan.engines import engine_spec
-from toolkit.plan.load import Load
-from toolkit.plan.planner import Planner
-from toolkit.plan.skeleton import skeleton
-from toolkit.source import open_source
+from toolkit.optim.groups import learns_nothing
+from toolkit.planning.engine_memory import engine_spec
+from toolkit.planning.meta_model import skeleton
+from toolkit.planning.planner import Planner
+from toolkit.planning.workload import Load
+from toolkit.runtime.errors import DataError, ModelError
+from toolkit.tasks.pubmedqa import Sample
 
 SMALL: dict[str, Any] = {
     "vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "eos_token_id": 0,

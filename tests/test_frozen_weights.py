@@ -17,16 +17,16 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from toolkit.config.schema import ModelConfig
 from toolkit.data.batches import Batch, collate, epoch_order, step_batches
 from toolkit.data.examples import Example
-from toolkit.distributed import World
-from toolkit.errors import ConfigError, ModelError
+from toolkit.frozen.quantization import Form, check_quantisable, dequantise, quantisable, quantise, quantised_bytes
+from toolkit.frozen.weight_offload import FrozenWeights
+from toolkit.models.anatomy_detection import inspect
 from toolkit.models.bundled import cache_root
-from toolkit.models.inspect import inspect
 from toolkit.models.load import fingerprint, load
-from toolkit.models.mapped import spill
-from toolkit.prefix.placement import FrozenWeights
-from toolkit.prefix.quantize import Form, check_quantisable, dequantise, quantisable, quantise, quantised_bytes
-from toolkit.prefix.split import split, split_is_exact
-from toolkit.train.setup import Setup, set_up
+from toolkit.models.mapped_tensors import spill
+from toolkit.runtime.distributed import World
+from toolkit.runtime.errors import ConfigError, ModelError
+from toolkit.split.split import split, split_is_exact
+from toolkit.training.setup import Setup, set_up
 
 
 def smooth_llama() -> LlamaForCausalLM:
@@ -290,7 +290,7 @@ def test_without_a_frozen_block_there_is_nothing_to_store_otherwise(model: Path,
 
 
 def test_an_architecture_that_cannot_be_cut_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("toolkit.train.cut.split_is_exact", lambda *_: False)
+    monkeypatch.setattr("toolkit.training.cut.split_is_exact", lambda *_: False)
     with pytest.raises(ModelError, match="does not give the same logits when cut at block 10, so it has no prefix"):
         ready(model, "--prefix.precision", "int8")
 
@@ -299,6 +299,6 @@ def test_a_full_disk_is_an_error_that_names_the_directory(monkeypatch: pytest.Mo
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("toolkit.models.mapped.save_file", full)
+    monkeypatch.setattr("toolkit.models.mapped_tensors.save_file", full)
     with pytest.raises(ModelError, match=rf"could not be written to {cache_root()} .*No space left"):
         spill({"weight": torch.ones(4)})

@@ -10,7 +10,7 @@ import pytest
 from fuzz import check, main, run_target
 from fuzz_targets import TARGETS
 
-from toolkit.errors import FrostlineError, UsageError
+from toolkit.runtime.errors import FrostlineError, UsageError
 
 SLOW = {"model_directory": 10}
 

@@ -9,17 +9,17 @@ import pytest
 from helpers import invocation, make_tiny_model, make_tokenizer
 from store_samples import NAMESPACE, open_store, samples
 
+from toolkit.activation_cache.shard import _name_of
 from toolkit.checkpoint.catalog import latest_checkpoint
+from toolkit.checkpoint.delta import read_delta
 from toolkit.checkpoint.state import read_state
 from toolkit.config.schema import DataConfig, ModelConfig
 from toolkit.data.dataset import load_dataset
 from toolkit.data.sources import read_rows
-from toolkit.delta import read_delta
-from toolkit.engine.ds_config import read_ds_config
-from toolkit.errors import CheckpointError, ConfigError, DataError, ModelError
+from toolkit.engine.deepspeed.config import read_ds_config
 from toolkit.models.load import load, resolve_source
-from toolkit.plan.skeleton import skeleton
-from toolkit.prefix.shard import _name_of
+from toolkit.planning.meta_model import skeleton
+from toolkit.runtime.errors import CheckpointError, ConfigError, DataError, ModelError
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,14 @@ from helpers import make_tokenizer
 from stub_hub import Repository, StubHub, ask, stub_hub
 from test_bad_input import run_main
 
-from toolkit import hub as hub_module
 from toolkit.config.schema import DataConfig, ModelConfig
 from toolkit.data.dataset import load_dataset
 from toolkit.data.questions import read_questions
 from toolkit.data.sources import read_rows
-from toolkit.errors import DataError, ModelError
+from toolkit.inference.open_model import open_source
 from toolkit.models.load import load, load_tokenizer, resolve_source, stored_dtype
-from toolkit.source import open_source
+from toolkit.runtime import hub as hub_module
+from toolkit.runtime.errors import DataError, ModelError
 
 COMMIT = "e949c91dec92095908d34e6b560af77dd0c993f8"
 MODEL, DATA = "LGAI-EXAONE/tiny", "ChuGyouk/PubMedQA-test-Ko"

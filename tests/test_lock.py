@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from toolkit.lock import Lock
+from toolkit.runtime.file_lock import Lock
 
 
 def test_without_flock_a_holder_that_may_run_keeps_its_directory(

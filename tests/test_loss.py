@@ -15,12 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from toolkit.data.batches import Batch, collate
 from toolkit.data.examples import Example
-from toolkit.loss import BLOCK_BYTES, linear_cross_entropy, tile_width
 from toolkit.mask.apply import untie_head
-from toolkit.models.inspect import inspect
-from toolkit.prefix.recompute import recompute_blocks
-from toolkit.prefix.split import split
-from toolkit.prefix.top import ShortCuts
+from toolkit.models.anatomy_detection import inspect
+from toolkit.split.activation_checkpointing import recompute_blocks
+from toolkit.split.loss_head import ShortCuts
+from toolkit.split.split import split
+from toolkit.split.supervised_loss import BLOCK_BYTES, linear_cross_entropy, tile_width
 
 Tensors = list[torch.Tensor]
 

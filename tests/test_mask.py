@@ -6,13 +6,13 @@ from helpers import tiny_llama
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from toolkit.config.schema import MaskConfig
-from toolkit.errors import MaskError
 from toolkit.mask.apply import apply_mask
 from toolkit.mask.audit import audit, audit_markdown, audit_table
 from toolkit.mask.layer_mask import LayerMask, build_mask
 from toolkit.mask.selectors import resolve
 from toolkit.models.anatomy import Anatomy
-from toolkit.models.inspect import inspect
+from toolkit.models.anatomy_detection import inspect
+from toolkit.runtime.errors import MaskError
 
 
 @pytest.fixture(scope="module")

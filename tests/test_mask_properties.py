@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from toolkit.config.schema import MaskConfig
-from toolkit.errors import MaskError
 from toolkit.mask.apply import apply_mask
 from toolkit.mask.layer_mask import LayerMask, build_mask
 from toolkit.mask.selectors import resolve
-from toolkit.models.inspect import inspect
+from toolkit.models.anatomy_detection import inspect
+from toolkit.runtime.errors import MaskError
 
 ANATOMY = inspect(tiny_llama(tied=False))
 COUNT = ANATOMY.block_count

@@ -12,9 +12,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from toolkit.engine.master_adamw import MasterAdamW, norm_at_once
-from toolkit.plan.engines import Tensors, engine_spec, standing
-from toolkit.plan.frozen import Frozen
+from toolkit.optim.master_adamw import MasterAdamW, norm_at_once
+from toolkit.planning.engine_memory import Tensors, engine_spec, standing
+from toolkit.planning.prefix_memory import Frozen
 
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 SHAPES = [(33, 7), (5,), (64, 64), (1,), (129,)]

@@ -21,10 +21,10 @@ from transformers import (
 )
 
 from toolkit.config.schema import ModelConfig
-from toolkit.errors import ModelError
 from toolkit.models import bundled
-from toolkit.models.inspect import inspect
+from toolkit.models.anatomy_detection import inspect
 from toolkit.models.load import fingerprint, load, resolve_source
+from toolkit.runtime.errors import ModelError
 
 
 def test_a_llama_is_taken_apart() -> None:

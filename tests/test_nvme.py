@@ -14,9 +14,9 @@ from nvme_worker import PHASES, RUNS
 from test_zero import DEEPSPEED, succeed
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from toolkit.distributed import World
-from toolkit.engine import swap_files
-from toolkit.errors import ConfigError, DiskError
+from toolkit.engine.deepspeed import nvme_files
+from toolkit.runtime.distributed import World
+from toolkit.runtime.errors import ConfigError, DiskError
 
 RUN = ("--train.max_steps", 6, "--output.save_every_steps", 2, "--output.keep", 9, "--mask.train", "last:2", "head")
 
@@ -88,13 +88,13 @@ def test_two_runs_never_share_a_folder_on_the_drive(tmp_path: Path) -> None:
     found = set()
     for run in ("a/run", "b/run"):
         ds = {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path)}}}
-        swap_files.give_folders(ds, tmp_path / run)
-        found |= set(swap_files.swap_folders(ds))
+        nvme_files.give_folders(ds, tmp_path / run)
+        found |= set(nvme_files.swap_folders(ds))
     assert len(found) == 2
     assert {path.parent for path in found} == {tmp_path}
     own: dict[str, Any] = {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}
-    swap_files.give_folders(own, tmp_path / "run")
-    assert swap_files.swap_folders(own) == [tmp_path / "run" / "swap"]
+    nvme_files.give_folders(own, tmp_path / "run")
+    assert nvme_files.swap_folders(own) == [tmp_path / "run" / "swap"]
 
 
 def ds_with(path: Path) -> dict[str, Any]:
@@ -107,10 +107,10 @@ def test_what_cannot_be_swapped_to_is_one_clear_error(tmp_path: Path, monkeypatc
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self: True)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"nvme_path: .*file/swap cannot be made"):
-        swap_files.make_room(ds_with(tmp_path / "file" / "swap"), World(), 0)
+        nvme_files.make_room(ds_with(tmp_path / "file" / "swap"), World(), 0)
     with pytest.raises(DiskError, match=r"needs 1,099,511,627,776 MiB in .*, .* MiB are free: free space, name"):
-        swap_files.make_room(ds_with(tmp_path / "swap"), World(), 2**60)
-    swap_files.make_room({"zero_optimization": {"stage": 3}}, World(), 2**60)
+        nvme_files.make_room(ds_with(tmp_path / "swap"), World(), 2**60)
+    nvme_files.make_room({"zero_optimization": {"stage": 3}}, World(), 2**60)
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self: False)
     with pytest.raises(ConfigError, match="needs libaio and its headers, which are not installed"):
-        swap_files.make_room(ds_with(tmp_path / "swap"), World(), 0)
+        nvme_files.make_room(ds_with(tmp_path / "swap"), World(), 0)

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from toolkit.config.schema import OptimConfig, TrainConfig
-from toolkit.engine.partitioned import build_optimizer
+from toolkit.engine.deepspeed.optimizers import build_optimizer
 from toolkit.mask.layer_mask import ParameterGroup
-from toolkit.optim import build_scheduler, current_rate, warmup_steps
+from toolkit.optim.groups import build_scheduler, current_rate, warmup_steps
 
 
 @pytest.mark.parametrize(("scheduler", "last"), [("linear", 1 / 90), ("cosine", 0.0003), ("constant_with_warmup", 1.0)])

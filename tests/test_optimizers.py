@@ -15,17 +15,17 @@ from test_master_adamw import BFLOAT16, FLOAT32, by_hand, give, made, settings
 from torch import nn
 
 from toolkit.config.schema import MaskConfig, OptimConfig, OptimName, RunConfig
-from toolkit.engine.ds_config import resolve_ds_config
-from toolkit.engine.master_adamw import MasterAdamW
-from toolkit.engine.moments import BFloat16, fused_adamw
-from toolkit.engine.moved import STEPS, Moved
-from toolkit.engine.partitioned import KEEPS_FLOAT32, PartitionedAdamW, build_optimizer
-from toolkit.engine.rounding import join, split, stochastic_round
-from toolkit.errors import ConfigError
+from toolkit.engine.deepspeed.config import resolve_ds_config
+from toolkit.engine.deepspeed.optimizers import KEEPS_FLOAT32, PartitionedAdamW, build_optimizer
 from toolkit.mask.layer_mask import ParameterGroup
-from toolkit.plan.engines import Tensors, engine_spec, standing
-from toolkit.plan.frozen import Frozen
-from toolkit.train.cut import refuse_with_schedule
+from toolkit.optim.master_adamw import MasterAdamW
+from toolkit.optim.moments import BFloat16, fused_adamw
+from toolkit.optim.rounding import join, split, stochastic_round
+from toolkit.optim.update_monitor import STEPS, Moved
+from toolkit.planning.engine_memory import Tensors, engine_spec, standing
+from toolkit.planning.prefix_memory import Frozen
+from toolkit.runtime.errors import ConfigError
+from toolkit.training.cut import refuse_with_schedule
 
 NAMES = get_args(OptimName)
 LEAN = ("adamw_8bit", "adamw_bf16")

@@ -10,9 +10,9 @@ import pytest
 import torch
 from helpers import tiny_flags, train
 
-from toolkit.cli import run_command
-from toolkit.errors import OutOfMemoryError
-from toolkit.out_of_memory import during, is_out_of_memory
+from toolkit.commands.cli import run_command
+from toolkit.runtime.errors import OutOfMemoryError
+from toolkit.runtime.out_of_memory import during, is_out_of_memory
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.19 GiB of which 1 MiB is free. "
@@ -29,16 +29,18 @@ def on_cpu() -> None:
 
 
 PHASES: dict[str, tuple[str, str, str, str]] = {
-    "loading": ("toolkit.train.setup.load_for", "the set-up", "", "prefix.placement: disk"),
-    "engine": ("toolkit.train.setup.LocalEngine", "the set-up", "", "prefix.placement: disk"),
-    "first pass": ("toolkit.prefix.cached.rows_of", "the first pass", "1 row x ", "prefix.precision: int8"),
-    "the prefix": ("toolkit.train.step.during", "the run", "", ""),
-    "forward": ("toolkit.train.step.supervised_loss", "forward", "2 rows x ", "train.gradient_checkpointing: on"),
+    "loading": ("toolkit.training.setup.load_for", "the set-up", "", "prefix.placement: disk"),
+    "engine": ("toolkit.training.setup.LocalEngine", "the set-up", "", "prefix.placement: disk"),
+    "first pass": (
+        "toolkit.activation_cache.cached_prefix.rows_of", "the first pass", "1 row x ", "prefix.precision: int8"
+    ),
+    "the prefix": ("toolkit.training.step.during", "the run", "", ""),
+    "forward": ("toolkit.training.step.supervised_loss", "forward", "2 rows x ", "train.gradient_checkpointing: on"),
     "backward": (
         "toolkit.engine.local.LocalEngine.backward", "backward", "2 rows x ", "train.gradient_checkpointing: on"
     ),
     "update": ("toolkit.engine.local.LocalEngine.update", "the update", "", "prefix."),
-    "evaluation": ("toolkit.evaluate.supervised_loss", "the evaluation", "2 rows x ", ""),
+    "evaluation": ("toolkit.inference.evaluation.supervised_loss", "the evaluation", "2 rows x ", ""),
     "checkpoint": ("toolkit.checkpoint.saver.Saver.save", "the checkpoint", "", ""),
 }  # fmt: skip
 """What fails there, how the message calls it, the micro batch, and the first knob."""
@@ -70,8 +72,8 @@ def test_the_advice_never_hides_the_error(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The plan may run out of memory itself; a rule of thumb then serves."""
-    monkeypatch.setattr("toolkit.train.step.supervised_loss", lambda *_: on_gpu())
-    monkeypatch.setattr("toolkit.train.advice.first_knob", lambda *_, **__: [][0])
+    monkeypatch.setattr("toolkit.training.step.supervised_loss", lambda *_: on_gpu())
+    monkeypatch.setattr("toolkit.training.out_of_memory_advice.first_knob", lambda *_, **__: [][0])
     flags = tiny_flags(tiny_model, tmp_path / "run", "--train.gradient_checkpointing", "on")
     assert run_command(lambda: train(*flags)) == 1
     error = capsys.readouterr().err

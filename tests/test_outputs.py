@@ -9,8 +9,8 @@ from helpers import tiny_flags, train
 from safetensors import SafetensorError
 from test_bad_input import run_main
 
-from toolkit.errors import DiskError, UsageError
-from toolkit.export import export_delta, export_model
+from toolkit.exporting.export import export_delta, export_model
+from toolkit.runtime.errors import DiskError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +27,8 @@ def test_an_export_that_finds_no_room_is_one_message_and_leaves_nothing(
     def full(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("toolkit.delta.save_file", full)
-    monkeypatch.setattr("toolkit.models.stored.save_file", full)
+    monkeypatch.setattr("toolkit.checkpoint.delta.save_file", full)
+    monkeypatch.setattr("toolkit.models.weight_files.save_file", full)
     for export in (export_delta, export_model):
         with pytest.raises(DiskError, match=r"out cannot be written \(.*No space left.*make room, or choose another"):
             export(run, tmp_path / "out")
@@ -40,7 +40,7 @@ def test_a_place_that_cannot_be_made_is_found_before_a_model_loads(
 ) -> None:
     file = tmp_path / "file"
     file.touch()
-    monkeypatch.setattr("toolkit.source.load_delta", None)
+    monkeypatch.setattr("toolkit.inference.open_model.load_delta", None)
     with pytest.raises(UsageError, match=r"file cannot be made \(.*\); choose another --output"):
         export_model(run, file / "out")
     for output, message in ((file / "out", "cannot be made"), (tmp_path, "is a directory; expected a file")):

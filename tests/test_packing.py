@@ -14,18 +14,18 @@ from test_zoo import CUT, make
 from torch.nn import functional
 from transformers import modeling_flash_attention_utils as flash
 
+from toolkit.activation_cache.packing import Packing, choose_packing, set_attention
 from toolkit.config.schema import MaskConfig
 from toolkit.data.batches import Batch, BatchPlan, collate, epoch_order, pack, step_batches
 from toolkit.data.examples import Example
-from toolkit.errors import ModelError
-from toolkit.loss import supervised_loss
 from toolkit.mask.apply import apply_mask
 from toolkit.mask.layer_mask import build_mask
-from toolkit.models.inspect import inspect
+from toolkit.models.anatomy_detection import inspect
 from toolkit.models.varlen import VARLEN
-from toolkit.prefix.packing import Packing, choose_packing, set_attention
-from toolkit.prefix.recompute import recompute_blocks
-from toolkit.prefix.split import Prefix, Suffix, split
+from toolkit.runtime.errors import ModelError
+from toolkit.split.activation_checkpointing import recompute_blocks
+from toolkit.split.split import Prefix, Suffix, split
+from toolkit.split.supervised_loss import supervised_loss
 
 CPU = torch.device("cpu")
 
@@ -200,7 +200,7 @@ def test_the_check_sees_positions_that_run_on(monkeypatch: pytest.MonkeyPatch) -
         batch = pack(examples)
         return replace(batch, position_ids=torch.arange(batch.tokens)[None])
 
-    monkeypatch.setattr("toolkit.prefix.packing.pack", running_on)
+    monkeypatch.setattr("toolkit.activation_cache.packing.pack", running_on)
     model = make("gpt2")
     prefix, suffix = split(model, inspect(model), 2)
     assert "rows give other logits packed than alone" in choose("auto", prefix, suffix, micro=2).reason

@@ -13,20 +13,20 @@ from test_plan_reality import _LiveBytes
 from toolkit.config.schema import DataConfig, MaskConfig, ModelConfig, RunConfig, TrainConfig
 from toolkit.data.batches import pack
 from toolkit.data.dataset import load_dataset
-from toolkit.distributed import World
-from toolkit.evaluate import evaluate
-from toolkit.loss import supervised_loss
+from toolkit.inference.evaluation import evaluate
 from toolkit.mask.apply import apply_mask
 from toolkit.mask.layer_mask import build_mask
-from toolkit.models.inspect import inspect
+from toolkit.models.anatomy_detection import inspect
 from toolkit.models.load import load
-from toolkit.plan.engines import engine_spec
-from toolkit.plan.load import Load
-from toolkit.plan.planner import Planner
-from toolkit.plan.report import as_dict, as_text
-from toolkit.plan.skeleton import skeleton
-from toolkit.prefix.recompute import recompute_blocks
-from toolkit.prefix.split import split
+from toolkit.planning.engine_memory import engine_spec
+from toolkit.planning.meta_model import skeleton
+from toolkit.planning.planner import Planner
+from toolkit.planning.table import as_dict, as_text
+from toolkit.planning.workload import Load
+from toolkit.runtime.distributed import World
+from toolkit.split.activation_checkpointing import recompute_blocks
+from toolkit.split.split import split
+from toolkit.split.supervised_loss import supervised_loss
 
 
 def test_evaluation_gives_the_same_loss_packed() -> None:

@@ -13,17 +13,17 @@ from plan_shapes import EXAONE, exaone
 
 from toolkit.config.flags import byte_size
 from toolkit.config.schema import MaskConfig, ModelConfig, PrefixConfig, RunConfig, TrainConfig
-from toolkit.engine.ds_config import read_ds_config, resolve_ds_config
-from toolkit.errors import ConfigError, MaskError, ModelError, PlanError
-from toolkit.plan.command import plan_command
-from toolkit.plan.engines import engine_spec, zero_spec
-from toolkit.plan.fit import RESERVE, choose_recompute, judge
-from toolkit.plan.load import Load, read_load
-from toolkit.plan.memory import KINDS
-from toolkit.plan.picture import draw
-from toolkit.plan.planner import Planner
-from toolkit.plan.report import as_dict
-from toolkit.plan.skeleton import skeleton
+from toolkit.engine.deepspeed.config import read_ds_config, resolve_ds_config
+from toolkit.planning.chart import draw
+from toolkit.planning.command import plan_command
+from toolkit.planning.device_fit import RESERVE, choose_recompute, judge
+from toolkit.planning.engine_memory import engine_spec, zero_spec
+from toolkit.planning.memory import KINDS
+from toolkit.planning.meta_model import skeleton
+from toolkit.planning.planner import Planner
+from toolkit.planning.table import as_dict
+from toolkit.planning.workload import Load, read_load
+from toolkit.runtime.errors import ConfigError, MaskError, ModelError, PlanError
 
 LOCAL = engine_spec(None, 1, 1)
 OFFLOADED = zero_spec(2, 1, False, 32, "adamw", offload=True)
@@ -191,7 +191,7 @@ def test_a_faulty_mask_is_reported_before_anything_is_rehearsed(tiny_model: Path
 def test_a_run_saves_its_plan_and_names_it_beside_the_measured_peak(
     tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from toolkit.train.run import run
+    from toolkit.training.run import run
 
     flags = tiny_flags(tiny_model, tmp_path / "run", "--train.max_steps", 1)
     caplog.set_level("INFO", logger="frostline")

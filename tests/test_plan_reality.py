@@ -21,18 +21,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from toolkit.config.schema import MaskConfig, ModelConfig, OptimConfig, OptimName, RunConfig, TrainConfig
 from toolkit.data.batches import Batch
-from toolkit.distributed import World
 from toolkit.engine.local import LocalEngine
-from toolkit.loss import BLOCK_BYTES, supervised_loss
 from toolkit.mask.apply import apply_mask, trainable_parameters
 from toolkit.mask.layer_mask import build_mask
 from toolkit.models.load import load
-from toolkit.plan.engines import engine_spec
-from toolkit.plan.load import Load
-from toolkit.plan.planner import Plan, Planner
-from toolkit.plan.skeleton import Skeleton, skeleton
-from toolkit.prefix.recompute import recompute_blocks
-from toolkit.prefix.split import split
+from toolkit.planning.engine_memory import engine_spec
+from toolkit.planning.meta_model import Skeleton, skeleton
+from toolkit.planning.planner import Plan, Planner
+from toolkit.planning.workload import Load
+from toolkit.runtime.distributed import World
+from toolkit.split.activation_checkpointing import recompute_blocks
+from toolkit.split.split import split
+from toolkit.split.supervised_loss import BLOCK_BYTES, supervised_loss
 
 TOKENS, SUPERVISED = 160, 24
 LOCAL = engine_spec(None, 1, 1)

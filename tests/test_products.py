@@ -9,8 +9,9 @@ from closeness import assert_rounded_alike
 from helpers import make_tiny_model, metrics, tiny_flags, tiny_llama, train
 from torch import nn
 
-from toolkit.models import products
-from toolkit.models.products import (
+from toolkit.activation_cache.packing import set_attention
+from toolkit.models import float32_gradients
+from toolkit.models.float32_gradients import (
     FEWEST_ROWS,
     Float32Linear,
     float32_is_faster,
@@ -19,8 +20,7 @@ from toolkit.models.products import (
     uses_float32_gradients,
 )
 from toolkit.models.varlen import VARLEN
-from toolkit.prefix.packing import set_attention
-from toolkit.train import setup
+from toolkit.training import setup
 
 
 def three(function: object, *tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -119,24 +119,24 @@ def test_what_was_measured_is_kept_and_only_asked_of_bfloat16_on_a_cpu(
 ) -> None:
     monkeypatch.setenv("FROSTLINE_CACHE", str(tmp_path / "new"))
     gains = iter([gain])
-    monkeypatch.setattr(products, "_gain", lambda: next(gains))
+    monkeypatch.setattr(float32_gradients, "_gain", lambda: next(gains))
     cpu = torch.device("cpu")
     assert not float32_is_faster(torch.float32, cpu)
     assert not float32_is_faster(torch.bfloat16, torch.device("meta"))
     assert float32_is_faster(torch.bfloat16, cpu) is (gain > 1.2)
-    products._kept.cache_clear()
+    float32_gradients._kept.cache_clear()
     assert float32_is_faster(torch.bfloat16, cpu) is (gain > 1.2)  # read: nothing is left to measure
     (path,) = (tmp_path / "new").iterdir()
     for unusable in ({"another machine": True}, dict.fromkeys(json.loads(path.read_text()), "yes"), []):
         path.write_text(json.dumps(unusable))
-        products._kept.cache_clear()
+        float32_gradients._kept.cache_clear()
         gains = iter([1.3])
         assert float32_is_faster(torch.bfloat16, cpu)
-    products._kept.cache_clear()
+    float32_gradients._kept.cache_clear()
 
 
 def test_the_gain_is_measured() -> None:
-    assert products._gain() > 0
+    assert float32_gradients._gain() > 0
 
 
 def test_a_run_with_float32_gradients_learns_the_same_from_the_same_activations(

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, clean_environment, run_script, tiny_flags, train
 
-from toolkit.progress_bar import ProgressBar
+from toolkit.runtime.progress_bar import ProgressBar
 
 BAR = re.compile(r"[\r█▏▎▍▌▋▊▉]|\d%\|")
 
@@ -64,14 +64,14 @@ def test_work_that_takes_a_moment_has_no_lines_and_long_work_of_its_kind_has(sai
 def test_other_ranks_say_nothing(said: list[str]) -> None:
     import logging
 
-    logging.getLogger("frostline").setLevel(logging.ERROR)  # as toolkit.cli has it there
+    logging.getLogger("frostline").setLevel(logging.ERROR)  # as toolkit.commands.cli has it there
     assert lines_of(said, 60.0, 20, brief=False) == []
 
 
 def test_all_that_takes_long_is_followed(
     tiny_model: Path, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("toolkit.progress_bar._BRIEF_SILENT_SECONDS", 0.0)
+    monkeypatch.setattr("toolkit.runtime.progress_bar._BRIEF_SILENT_SECONDS", 0.0)
     flags = ("--train.epochs", 2, "--data.validation", "0.1", "--output.sample_answers", 2, "--output.sample_tokens", 2)
     train(*tiny_flags(tiny_model, tmp_path / "run", *flags, "--prefix.cache_dir", tmp_path / "cache"))
     questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
@@ -124,7 +124,8 @@ def on_a_terminal(*command: str) -> str:
 
 def test_a_terminal_has_a_bar_and_the_log_above_it() -> None:
     code = (
-        "import logging; from toolkit.cli import run_command; from toolkit.progress_bar import ProgressBar\n"
+        "import logging\nfrom toolkit.commands.cli import run_command\n"
+        "from toolkit.runtime.progress_bar import ProgressBar\n"
         "def work():\n"
         "    with ProgressBar('work', 3, 'row') as bar:\n"
         "        for row in range(3):\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from toolkit.prefix.read_ahead import ReadAhead
+from toolkit.runtime.background_loader import ReadAhead
 
 
 def test_keys_are_fetched_in_the_order_of_their_use() -> None:

@@ -16,12 +16,12 @@ from checkpoint_parts import copy_of, edit_state, point_to, recut
 from helpers import ENGLISH, make_tiny_model, make_tokenizer, masters_of, metrics, reseal, run_script, tiny_flags, train
 
 from toolkit.checkpoint.state import read_state
-from toolkit.errors import CheckpointError
-from toolkit.lock import Lock
+from toolkit.inference.open_model import load_delta, open_source, read_trained
 from toolkit.models.load import fingerprint
-from toolkit.monitor import Monitor
-from toolkit.source import load_delta, open_source, read_trained
-from toolkit.train import validation
+from toolkit.runtime.errors import CheckpointError
+from toolkit.runtime.file_lock import Lock
+from toolkit.training import validation
+from toolkit.training.monitor import Monitor
 
 SHORT = ("--train.max_steps", 6, "--output.save_every_steps", 2, "--output.keep", 9, "--mask.train", "last:2", "head")
 
@@ -218,7 +218,7 @@ def test_the_generators_of_every_library_go_on_where_they_were(
 def test_a_finished_run_says_so_before_anything_is_loaded(
     tmp_path: Path, whole: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("toolkit.train.run.prepare", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr("toolkit.training.run.prepare", lambda *_: pytest.fail("it was loaded"))
     assert train(*flags(tiny_model, whole)) == 0
 
 

@@ -10,15 +10,15 @@ import torch
 from helpers import make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from toolkit.activation_cache.packing import choose_packing, set_attention
 from toolkit.config.schema import ModelConfig
 from toolkit.data.batches import Batch, collate, pack
 from toolkit.data.examples import Example
-from toolkit.data.fit import position_limit
-from toolkit.models.inspect import inspect
+from toolkit.data.model_limits import position_limit
+from toolkit.models.anatomy_detection import inspect
 from toolkit.models.load import load
 from toolkit.models.varlen import VARLEN
-from toolkit.prefix.packing import choose_packing, set_attention
-from toolkit.prefix.split import Prefix, Suffix, split
+from toolkit.split.split import Prefix, Suffix, split
 
 SMALL: dict[str, Any] = {
     "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,

@@ -17,15 +17,15 @@ from transformers import AutoModelForCausalLM
 from toolkit.config.schema import DataConfig, ModelConfig
 from toolkit.data.batches import epoch_order, step_batches
 from toolkit.data.dataset import load_dataset
-from toolkit.distributed import World
-from toolkit.errors import CheckpointError
-from toolkit.evaluate import evaluate_source
-from toolkit.export import export_model
+from toolkit.exporting.export import export_model
+from toolkit.inference.evaluation import evaluate_source
 from toolkit.models.load import load
-from toolkit.prefix.split import Prefix
-from toolkit.train.phases import advance
-from toolkit.train.setup import Setup, set_up
-from toolkit.train.step import train_step
+from toolkit.runtime.distributed import World
+from toolkit.runtime.errors import CheckpointError
+from toolkit.split.split import Prefix
+from toolkit.training.phase_change import advance
+from toolkit.training.setup import Setup, set_up
+from toolkit.training.step import train_step
 
 LR, STEPS = 1e-3, 30
 
@@ -103,7 +103,7 @@ def delta_of(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module", autouse=True)
 def products_that_round_as_a_plain_loops() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("toolkit.train.setup.float32_is_faster", lambda *_: False)
+        patch.setattr("toolkit.training.setup.float32_is_faster", lambda *_: False)
         yield
 
 

@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 from helpers import ENGLISH, ROOT, invocation, run_script, tiny_flags, tiny_llama
 
-from toolkit.config.load import build, read_recipe, save
+from toolkit.config.recipe import build, read_recipe, save
 from toolkit.config.schema import MaskConfig
-from toolkit.engine.ds_config import refuse_what_cannot_move
-from toolkit.errors import ConfigError, MaskError
+from toolkit.engine.deepspeed.config import refuse_what_cannot_move
 from toolkit.mask.schedule import build_schedule
-from toolkit.models.inspect import inspect
-from toolkit.plan.engines import engine_spec
-from toolkit.plan.load import Load
-from toolkit.plan.phases import phase_planners, whole_plan
-from toolkit.plan.report import as_dict, as_text
-from toolkit.plan.skeleton import Skeleton, skeleton
+from toolkit.models.anatomy_detection import inspect
+from toolkit.planning.engine_memory import engine_spec
+from toolkit.planning.meta_model import Skeleton, skeleton
+from toolkit.planning.phase_plans import phase_planners, whole_plan
+from toolkit.planning.table import as_dict, as_text
+from toolkit.planning.workload import Load
+from toolkit.runtime.errors import ConfigError, MaskError
 
 HEAD = {"train": ["head"], "until_epoch": 1}
 TWO = {"train": ["last:2", "head"], "until_epoch": 2}

@@ -10,15 +10,15 @@ import pytest
 from helpers import ENGLISH, ROOT, clean_environment, run_script, tiny_flags
 
 from launch import submit
+from toolkit.checkpoint.run_directory import claim
 from toolkit.config import flags as config_flags
 from toolkit.config.schema import OutputConfig, RunConfig
-from toolkit.distributed import World
-from toolkit.errors import CheckpointError, ConfigError, UsageError
-from toolkit.preflight import preflight
-from toolkit.rundir import claim
+from toolkit.runtime.distributed import World
+from toolkit.runtime.errors import CheckpointError, ConfigError, UsageError
 from toolkit.slurm.cluster import Nodes, Partition, check
 from toolkit.slurm.request import Request, add_flags, read_request, seconds
 from toolkit.slurm.script import Job, render
+from toolkit.training.preflight import preflight
 
 
 def request(*words: str) -> Request:

@@ -17,7 +17,7 @@ from helpers import ROOT, clean_environment, metrics, tiny_flags
 from slurm_cluster import Cluster, cluster, missing
 
 from launch import submit as submit_script
-from toolkit.errors import SlurmError
+from toolkit.runtime.errors import SlurmError
 from toolkit.slurm.cluster import partitions
 from toolkit.slurm.cluster import submit as cluster_submit
 from toolkit.slurm.submit import held_by

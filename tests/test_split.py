@@ -25,12 +25,12 @@ from transformers import (
 from toolkit.config.schema import MaskConfig
 from toolkit.data.batches import Batch, collate
 from toolkit.data.examples import Example
-from toolkit.loss import supervised_loss
 from toolkit.mask.apply import apply_mask
 from toolkit.mask.layer_mask import LayerMask, build_mask
-from toolkit.models.inspect import inspect
-from toolkit.prefix.recompute import recompute_blocks, should_recompute
-from toolkit.prefix.split import Prefix, Suffix, split, split_is_exact
+from toolkit.models.anatomy_detection import inspect
+from toolkit.split.activation_checkpointing import recompute_blocks, should_recompute
+from toolkit.split.split import Prefix, Suffix, split, split_is_exact
+from toolkit.split.supervised_loss import supervised_loss
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 64}
 

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from helpers import metrics, tiny_flags, train
 
-from toolkit import evaluate, stop
+from toolkit.activation_cache import cached_prefix
 from toolkit.checkpoint import saver
-from toolkit.prefix import cached
-from toolkit.train import setup, validation
+from toolkit.inference import evaluation
+from toolkit.runtime import signals
+from toolkit.training import setup, validation
 
 
 class Ranks:
@@ -50,10 +51,10 @@ def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[l
 
 
 def signals_are_default() -> bool:
-    return all(signal.getsignal(number) == signal.SIG_DFL for number in stop.SIGNALS)
+    return all(signal.getsignal(number) == signal.SIG_DFL for number in signals.SIGNALS)
 
 
-@pytest.mark.parametrize("number", stop.SIGNALS)
+@pytest.mark.parametrize("number", signals.SIGNALS)
 def test_a_signal_in_the_set_up_stops_before_anything_is_written(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
@@ -68,13 +69,13 @@ def test_a_signal_in_the_set_up_stops_before_anything_is_written(
 def test_a_signal_in_the_first_pass_keeps_what_was_computed(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cached, "CPU_FILL_TOKENS", 1)  # a batch is one row
+    monkeypatch.setattr(cached_prefix, "CPU_FILL_TOKENS", 1)  # a batch is one row
     flags = tiny_flags(tiny_model, tmp_path / "run", "--prefix.cache_dir", tmp_path / "cache", "--train.max_steps", 21)
     with monkeypatch.context() as patch:
-        signal_before(patch, cached.CachedPrefix, "_run", 4)
+        signal_before(patch, cached_prefix.CachedPrefix, "_run", 4)
         assert train(*flags) == 75
     with monkeypatch.context() as patch:
-        computed = signal_before(patch, cached.CachedPrefix, "_run", 0)
+        computed = signal_before(patch, cached_prefix.CachedPrefix, "_run", 0)
         assert train(*flags) == 0
         assert computed() == 20 - 4
     assert len(metrics(tmp_path / "run")) == 21
@@ -83,7 +84,7 @@ def test_a_signal_in_the_first_pass_keeps_what_was_computed(
 @pytest.mark.parametrize(
     ("owner", "name", "call", "after", "evaluated"),
     [
-        (evaluate, "supervised_loss", 3, 3, []),
+        (evaluation, "supervised_loss", 3, 3, []),
         (saver, "_pack", 1, 3, []),
         (validation, "evaluate", 2, 6, [3, 6]),
     ],
@@ -118,21 +119,21 @@ def evaluations(run: Path) -> list[bool]:
 
 
 def test_a_signal_is_noted_from_the_start_and_forgotten_at_the_end() -> None:
-    with stop.listening({}):
-        assert not stop.agreed(Ranks())
+    with signals.listening({}):
+        assert not signals.agreed(Ranks())
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.agreed(Ranks())
-        assert stop.reason() == "SIGTERM"
-        with stop.listening({}), pytest.raises(stop.StopRequested):
-            stop.pause(Ranks())
+        assert signals.agreed(Ranks())
+        assert signals.reason() == "SIGTERM"
+        with signals.listening({}), pytest.raises(signals.StopRequested):
+            signals.pause(Ranks())
     assert signals_are_default()
-    with stop.listening({}):
-        assert not stop.asked()
+    with signals.listening({}):
+        assert not signals.asked()
 
 
 def test_only_launchers_are_watched() -> None:
     parent = os.getppid()
-    assert stop._launchers({}) == ()
-    assert stop._launchers({"TORCHELASTIC_RUN_ID": "x"}) == (parent,)
-    assert stop._launchers({"CROSS_RANK": "0"})[0] == parent
-    assert len(stop._launchers({"CROSS_RANK": "0"})) == 2
+    assert signals._launchers({}) == ()
+    assert signals._launchers({"TORCHELASTIC_RUN_ID": "x"}) == (parent,)
+    assert signals._launchers({"CROSS_RANK": "0"})[0] == parent
+    assert len(signals._launchers({"CROSS_RANK": "0"})) == 2

@@ -14,11 +14,11 @@ import pytest
 import torch
 from store_samples import NAMESPACE, WIDTH, key, leftovers, open_store, same, samples, shards, size_of, value
 
-from toolkit.prefix import shard as shard_module
-from toolkit.prefix import shard_index
-from toolkit.prefix import store as store_module
-from toolkit.prefix.namespace import Namespace, bytes_of, sample_key
-from toolkit.prefix.store import ActivationStore
+from toolkit.activation_cache import shard as shard_module
+from toolkit.activation_cache import shard_index
+from toolkit.activation_cache import store as store_module
+from toolkit.activation_cache.namespace import Namespace, bytes_of, sample_key
+from toolkit.activation_cache.store import ActivationStore
 
 
 def warnings_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from store_samples import NAMESPACE, WIDTH, key, open_store, put, same, samples, shards, value
 
-from toolkit.prefix import store as store_module
-from toolkit.prefix.namespace import Namespace
-from toolkit.prefix.shard import encode
-from toolkit.prefix.store import ActivationStore
+from toolkit.activation_cache import store as store_module
+from toolkit.activation_cache.namespace import Namespace
+from toolkit.activation_cache.shard import encode
+from toolkit.activation_cache.store import ActivationStore
 
 NUMBERS = (0, 2, 4)
 NAME, CONTENT = encode(samples(NUMBERS), NAMESPACE)
@@ -164,7 +164,7 @@ def test_what_another_computation_stored_is_never_read(other: Namespace, path: P
 def test_a_well_formed_file_of_another_form_is_refused(path: Path, tmp_path: Path) -> None:
     from safetensors.torch import save
 
-    from toolkit.prefix.shard import _name_of
+    from toolkit.activation_cache.shard import _name_of
 
     form, owner, *sums = json.loads(CONTENT[8:DATA])["__metadata__"]["frostline"].split()
     rows = samples(NUMBERS)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from store_samples import NAMESPACE, WIDTH, key, leftovers, open_store, same, samples, shards, size_of, value
 
-from toolkit.prefix.namespace import Namespace
-from toolkit.prefix.store import ActivationStore
+from toolkit.activation_cache.namespace import Namespace
+from toolkit.activation_cache.store import ActivationStore
 
 YEAR = 31_536_000
 

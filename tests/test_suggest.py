@@ -10,10 +10,10 @@ from helpers import ENGLISH, run_script
 from toolkit.config.schema import DataConfig, MaskConfig, ModelConfig
 from toolkit.data.dataset import load_dataset
 from toolkit.data.examples import Example
-from toolkit.errors import ConfigError
 from toolkit.mask.selectors import resolve
 from toolkit.models.load import LoadedModel, load
-from toolkit.suggest import Suggestion, gradient_scores, signal_to_noise, spectrum_scores, suggest
+from toolkit.planning.suggest import Suggestion, gradient_scores, signal_to_noise, spectrum_scores, suggest
+from toolkit.runtime.errors import ConfigError
 
 
 @pytest.fixture

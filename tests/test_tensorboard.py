@@ -15,20 +15,20 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 from tensorboard.plugins.hparams import plugin_data_pb2
 from torch.utils.tensorboard import SummaryWriter
 
-from toolkit import board
+from toolkit.activation_cache.cached_prefix import CachedPrefix
 from toolkit.config.schema import ModelConfig
 from toolkit.data.dataset import load_dataset
 from toolkit.data.examples import Encoder
-from toolkit.distributed import World
-from toolkit.generate import complete
+from toolkit.inference.generation import complete
+from toolkit.inference.open_model import open_source
 from toolkit.mask.audit import AuditRow
-from toolkit.mask.picture import draw_mask
+from toolkit.mask.diagram import draw_mask
 from toolkit.models.load import load
-from toolkit.monitor import Monitor, _cell
-from toolkit.prefix.cached import CachedPrefix
-from toolkit.source import open_source
-from toolkit.train.setup import set_up
-from toolkit.train.validation import sample_answers
+from toolkit.runtime.distributed import World
+from toolkit.training import tensorboard_writer
+from toolkit.training.monitor import Monitor, _cell
+from toolkit.training.setup import set_up
+from toolkit.training.validation import sample_answers
 
 SPEC = importlib.util.spec_from_file_location("screenshot", ROOT / "docs" / "screenshot.py")
 assert SPEC is not None
@@ -175,7 +175,7 @@ def test_other_ranks_write_nothing_and_rank_0_never_waits_for_the_disk(tmp_path:
     assert list(tmp_path.iterdir()) == []
     flushes: list[int] = []
     monkeypatch.setattr(SummaryWriter, "flush", lambda self: flushes.append(1))
-    shown = board.Board(tmp_path, 0)
+    shown = tensorboard_writer.Board(tmp_path, 0)
     for step in range(50):
         shown.scalar("train/loss", 1.0, step)
     assert flushes == []

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 from toolkit.config.schema import DataConfig, ModelConfig
 from toolkit.data.batches import epoch_order
 from toolkit.data.dataset import load_dataset
-from toolkit.export import export_model
+from toolkit.exporting.export import export_model
 from toolkit.models.load import load
-from toolkit.train import cut
+from toolkit.training import cut
 
 LR, STEPS = 1e-3, 40
 

@@ -23,14 +23,14 @@ from toolkit.config.flags import parse, parser
 from toolkit.config.schema import DataConfig, ModelConfig
 from toolkit.data.batches import epoch_order, step_batches
 from toolkit.data.dataset import load_dataset
-from toolkit.distributed import World
-from toolkit.errors import CheckpointError
 from toolkit.models.load import load, load_tokenizer
-from toolkit.monitor import Monitor
-from toolkit.prefix.split import Prefix
-from toolkit.train import cut
-from toolkit.train.setup import set_up
-from toolkit.train.step import train_step
+from toolkit.runtime.distributed import World
+from toolkit.runtime.errors import CheckpointError
+from toolkit.split.split import Prefix
+from toolkit.training import cut
+from toolkit.training.monitor import Monitor
+from toolkit.training.setup import set_up
+from toolkit.training.step import train_step
 
 
 def plain(config: ModelConfig, lr: float, epochs: int) -> list[float]:
@@ -257,7 +257,7 @@ def test_without_a_directory_runs_are_numbered_and_an_interrupted_one_is_continu
         assert train(*flags) == 75
     assert train(*flags) == 0
     other = parse(parser(""), QUICKSTART, [*flags, "--train.seed", "3"])
-    from toolkit.train.run import run
+    from toolkit.training.run import run
 
     assert run(other) == 0
     assert {path.name: len(metrics(path)) for path in (tmp_path / "runs").iterdir()} == {

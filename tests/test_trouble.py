@@ -12,13 +12,13 @@ import torch
 from faults import plant
 from helpers import ENGLISH, invocation, masters_of, metrics, run_script, tiny_flags, train
 
-from toolkit.cli import run_command
+from toolkit.commands.cli import run_command
 from toolkit.data.batches import epoch_order, step_batches
-from toolkit.distributed import World
-from toolkit.errors import DataError, DiskError, FrostlineError, TrainingStoppedError
-from toolkit.train.guard import SpikeDetector
-from toolkit.train.setup import set_up
-from toolkit.train.step import train_step
+from toolkit.runtime.distributed import World
+from toolkit.runtime.errors import DataError, DiskError, FrostlineError, TrainingStoppedError
+from toolkit.training.guard import SpikeDetector
+from toolkit.training.setup import set_up
+from toolkit.training.step import train_step
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, *steps: int, kind: str = "loss") -> None:
@@ -29,7 +29,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, *steps: int, kind: str = "loss") ->
         with plant(engine, kind if next(count) in steps else None):
             return train_step(batches, prefix, engine, world)
 
-    monkeypatch.setattr("toolkit.train.run.train_step", faulty)
+    monkeypatch.setattr("toolkit.training.run.train_step", faulty)
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
@@ -123,7 +123,7 @@ def test_a_loss_spike_is_reported_with_its_rows_and_changes_nothing(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
     losses = iter([*[2.0 + 0.1 * (i % 5) for i in range(18)], 9.0, 2.0])
-    monkeypatch.setattr("toolkit.train.guard.SpikeDetector.spiked", spiked_by(losses))
+    monkeypatch.setattr("toolkit.training.guard.SpikeDetector.spiked", spiked_by(losses))
     assert train(*tiny_flags(tiny_model, tmp_path / "run", "--train.epochs", 1)) == 0
     spikes = [line for line in said if "spikes above" in line]
     assert len(spikes) == 1
@@ -145,7 +145,7 @@ def test_what_all_ranks_raise_is_printed_once_and_what_one_rank_raises_at_once(
         raise error("no")
 
     waited: list[float] = []
-    monkeypatch.setattr("toolkit.cli.peers.news", waited.append)
+    monkeypatch.setattr("toolkit.commands.cli.peers.news", waited.append)
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         assert run_command(fails) == error.exit_code

@@ -10,10 +10,10 @@ import pytest
 from chat_templates import STYLES, Style, space_tokenizer
 from helpers import make_tokenizer
 
+from toolkit.data.chat_rendering import Rendering, read_rendering
 from toolkit.data.examples import Encoder, Example
-from toolkit.data.rendering import Rendering, read_rendering
-from toolkit.data.tasks import RowFaultError, Sample
-from toolkit.errors import DataError
+from toolkit.runtime.errors import DataError
+from toolkit.tasks.pubmedqa import RowFaultError, Sample
 
 _TURNS = "{% for m in messages %}<|{{ m.role }}|>\n"
 

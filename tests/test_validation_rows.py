@@ -10,7 +10,7 @@ from helpers import ENGLISH, KOREAN, make_tokenizer
 
 from toolkit.config.schema import DataConfig
 from toolkit.data.dataset import Dataset, load_dataset
-from toolkit.errors import DataError
+from toolkit.runtime.errors import DataError
 
 
 @pytest.fixture(scope="module")

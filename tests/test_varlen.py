@@ -11,8 +11,8 @@ from helpers import ENGLISH, metrics, tiny_flags, train
 from test_packing import APART
 from test_zoo import make
 
+from toolkit.activation_cache.packing import set_attention
 from toolkit.models.varlen import VARLEN
-from toolkit.prefix.packing import set_attention
 
 PROMPTS = ((5, 9, 7, 11, 6, 8, 10, 12, 9), (0, 0, 0, 9, 7, 5, 8, 6, 13))
 """Longer than the zoo's sliding windows; the second one is padded on the left."""

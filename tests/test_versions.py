@@ -12,7 +12,7 @@ from helpers import ROOT, metrics, run_script, tiny_flags, train
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from toolkit.environment import OLDEST_PYTHON
+from toolkit.runtime.environment import OLDEST_PYTHON
 
 
 def setup() -> configparser.ConfigParser:

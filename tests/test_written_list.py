@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolkit.data.sources import read_rows
-from toolkit.data.tasks import RowFaultError, pubmedqa
-from toolkit.data.written_list import WrittenListError, read_written
+from toolkit.tasks.printed_lists import WrittenListError, read_written
+from toolkit.tasks.pubmedqa import RowFaultError, pubmedqa
 
 
 def as_array(texts: list[str]) -> Any:

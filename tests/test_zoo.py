@@ -12,14 +12,14 @@ from zoo import CUT, OTHER, UNCUT, Kind, make
 from toolkit.config.schema import MaskConfig, OptimConfig, TrainConfig
 from toolkit.data.batches import Batch, collate
 from toolkit.data.examples import Example
-from toolkit.distributed import World
 from toolkit.engine.local import LocalEngine
-from toolkit.errors import MaskError, ModelError
-from toolkit.loss import supervised_loss
 from toolkit.mask.apply import apply_mask, trainable_parameters, untie_head
 from toolkit.mask.layer_mask import LayerMask, build_mask
-from toolkit.models.inspect import inspect
-from toolkit.prefix.split import split, split_is_exact
+from toolkit.models.anatomy_detection import inspect
+from toolkit.runtime.distributed import World
+from toolkit.runtime.errors import MaskError, ModelError
+from toolkit.split.split import split, split_is_exact
+from toolkit.split.supervised_loss import supervised_loss
 
 
 @pytest.fixture(scope="module")

@@ -18,14 +18,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from faults import plant  # noqa: E402
 
-from toolkit import cli, distributed  # noqa: E402
+from toolkit.commands import cli  # noqa: E402
 from toolkit.config import flags  # noqa: E402
 from toolkit.data.batches import epoch_order, step_batches  # noqa: E402
-from toolkit.distributed import World  # noqa: E402
-from toolkit.train import guard  # noqa: E402
-from toolkit.train.guard import StepGuard  # noqa: E402
-from toolkit.train.setup import Setup, set_up  # noqa: E402
-from toolkit.train.step import train_step  # noqa: E402
+from toolkit.runtime import distributed  # noqa: E402
+from toolkit.runtime.distributed import World  # noqa: E402
+from toolkit.training import guard  # noqa: E402
+from toolkit.training.guard import StepGuard  # noqa: E402
+from toolkit.training.setup import Setup, set_up  # noqa: E402
+from toolkit.training.step import train_step  # noqa: E402
 
 RUNS = {"zero0": "float32", "zero1": "float32", "zero2": "bfloat16", "zero3": "float32"}
 """Each combination is another class, or another branch, of DeepSpeed's."""

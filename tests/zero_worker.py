@@ -18,11 +18,12 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from toolkit import cli, distributed  # noqa: E402
+from toolkit.commands import cli  # noqa: E402
 from toolkit.config import flags  # noqa: E402
 from toolkit.data.batches import epoch_order, step_batches  # noqa: E402
-from toolkit.train.setup import Setup, set_up  # noqa: E402
-from toolkit.train.step import train_step  # noqa: E402
+from toolkit.runtime import distributed  # noqa: E402
+from toolkit.training.setup import Setup, set_up  # noqa: E402
+from toolkit.training.step import train_step  # noqa: E402
 
 
 def digests(setup: Setup) -> dict[str, str]:

@@ -8,12 +8,12 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from toolkit.checkpoint.disk import sync_directory
 from toolkit.checkpoint.evaluation import read_loss
 from toolkit.checkpoint.manifest import verify
 from toolkit.checkpoint.state import read_state
-from toolkit.errors import CheckpointError
-from toolkit.files import replace_text
+from toolkit.runtime.errors import CheckpointError
+from toolkit.runtime.hashed_files import sync_directory
+from toolkit.runtime.paths import replace_text
 
 log = logging.getLogger("frostline")
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from toolkit.checkpoint.catalog import best_of, checkpoints_of, latest_checkpoint, validation_losses
 from toolkit.checkpoint.manifest import directory_name, verify
-from toolkit.errors import CheckpointError
+from toolkit.runtime.errors import CheckpointError
 
 Step = int | Literal["latest", "best"]
 """A checkpoint as a user names it."""

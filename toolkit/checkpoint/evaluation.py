@@ -11,11 +11,11 @@ import logging
 import math
 from pathlib import Path
 
-from toolkit.checkpoint.disk import as_json, sync_directory
 from toolkit.checkpoint.manifest import EVALUATION, digest_of, read_digest
 from toolkit.checkpoint.state import read_state
-from toolkit.errors import CheckpointError
-from toolkit.files import replace_text
+from toolkit.runtime.errors import CheckpointError
+from toolkit.runtime.hashed_files import as_json, sync_directory
+from toolkit.runtime.paths import replace_text
 
 log = logging.getLogger("frostline")
 

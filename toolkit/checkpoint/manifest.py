@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from toolkit.checkpoint.disk import Entry, as_json, hash_files, write_json
-from toolkit.errors import CheckpointError
+from toolkit.runtime.errors import CheckpointError
+from toolkit.runtime.hashed_files import Entry, as_json, hash_files, write_json
 
 NAME = "MANIFEST.json"
 EVALUATION = "evaluation.json"

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from toolkit.checkpoint import rng, state
+from toolkit.checkpoint.delta import Base, Delta, describe_difference, read_mask_and_base
 from toolkit.checkpoint.manifest import damaged
-from toolkit.checkpoint.shards import Shards
+from toolkit.checkpoint.optimizer_shards import Shards
 from toolkit.checkpoint.state import State, read_state
-from toolkit.delta import Base, Delta, describe_difference, read_mask_and_base
-from toolkit.distributed import World
-from toolkit.errors import CheckpointError
 from toolkit.mask.layer_mask import LayerMask
+from toolkit.runtime.distributed import World
+from toolkit.runtime.errors import CheckpointError
 
 
 class Checkpoint:

@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 
-from toolkit.checkpoint import catalog, shards
-from toolkit.checkpoint.disk import Entry, sync_directory, tensors_size, told_if_full, write_json, write_tensors
+from toolkit.checkpoint import catalog, optimizer_shards
+from toolkit.checkpoint.delta import BASE, MASK, Base, base_as_dict
 from toolkit.checkpoint.evaluation import read_loss, write_loss
 from toolkit.checkpoint.manifest import directory_name, write_manifest
 from toolkit.checkpoint.rng import capture, rng_name
 from toolkit.checkpoint.state import NAME as STATE
 from toolkit.checkpoint.state import State
-from toolkit.delta import BASE, MASK, Base, base_as_dict
-from toolkit.distributed import World
 from toolkit.engine.base import Engine
-from toolkit.errors import DiskError, FrostlineError
 from toolkit.mask.layer_mask import LayerMask
+from toolkit.runtime.distributed import World
+from toolkit.runtime.errors import DiskError, FrostlineError
+from toolkit.runtime.hashed_files import Entry, sync_directory, tensors_size, told_if_full, write_json, write_tensors
 
 _Files = dict[str, tuple[dict[str, torch.Tensor], dict[str, str]]]
 """Tensors and metadata by file name."""
@@ -77,7 +77,7 @@ class Saver:
         files, documents = _pack(content, self._world)
         self._require_room(sum(tensors_size(tensors, meta) for tensors, meta in files.values()))
         staging = self._run / "checkpoints" / f".{directory_name(content.state.step)}.staging"
-        self._on_main(f"checkpoint {staging}", lambda: (staging / shards.FOLDER).mkdir(parents=True))
+        self._on_main(f"checkpoint {staging}", lambda: (staging / optimizer_shards.FOLDER).mkdir(parents=True))
         if self._in_background:
             files = {
                 name: ({key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}, metadata)
@@ -225,11 +225,11 @@ class _Writing(threading.Thread):
 def _pack(content: Content, world: World) -> tuple[_Files, dict[str, object]]:
     """What this rank writes: its shard, and documents, by file name."""
     engine, step = content.engine, content.state.step
-    share = shards.own_share(engine.fragments(), engine.is_replicated, world.rank, world.size)
-    tensors, index = shards.pack(share, content.resting if world.is_main else {})
+    share = optimizer_shards.own_share(engine.fragments(), engine.is_replicated, world.rank, world.size)
+    tensors, index = optimizer_shards.pack(share, content.resting if world.is_main else {})
     own = (world.rank, world.size)
     documents: dict[str, object] = {
-        shards.shard_name(*own, "json"): index,
+        optimizer_shards.shard_name(*own, "json"): index,
         rng_name(*own): capture(world.device),
     }
     if world.is_main:
@@ -238,4 +238,6 @@ def _pack(content: Content, world: World) -> tuple[_Files, dict[str, object]]:
             MASK: asdict(content.mask),
             BASE: base_as_dict(content.base),
         }
-    return {shards.shard_name(*own, "safetensors"): (tensors, shards.metadata(step, *own))}, documents
+    return {
+        optimizer_shards.shard_name(*own, "safetensors"): (tensors, optimizer_shards.metadata(step, *own))
+    }, documents

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit.config.load import build, did_you_mean, field_paths, merge, parse_yaml, read_recipe
+from toolkit.config.recipe import build, did_you_mean, field_paths, merge, parse_yaml, read_recipe
 from toolkit.config.schema import RunConfig
-from toolkit.errors import ConfigError
+from toolkit.runtime.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def add_resume_override(parser: argparse.ArgumentParser) -> None:
 
 
 def add_opening(parser: argparse.ArgumentParser, dtype_help: str) -> None:
-    """Add the flags that say how a trained model is opened, see ``toolkit.source.open_source``."""
+    """Add the flags that say how a trained model is opened, see ``toolkit.inference.open_model.open_source``."""
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help=dtype_help)
     parser.add_argument(
         "--step", type=step, metavar="{N,latest,best}", default=None,

@@ -1,6 +1,6 @@
 """What other trainers call a recipe key: transformers' TrainingArguments, TRL, LLaMA-Factory, Axolotl and torchtune.
 
-Read by ``toolkit.config.load.did_you_mean`` alone: an unknown key is led to ours, and never taken for it.
+Read by ``toolkit.config.recipe.did_you_mean`` alone: an unknown key is led to ours, and never taken for it.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from toolkit.config.mask_schema import MaskConfig, MaskGroup, MaskPhase
 from toolkit.config.section import Section
-from toolkit.files import is_directory
+from toolkit.runtime.paths import is_directory
 
 __all__ = [
     "DataConfig",

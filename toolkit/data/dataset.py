@@ -14,12 +14,12 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from toolkit.config.schema import DataConfig
+from toolkit.data.chat_rendering import Rendering
 from toolkit.data.examples import Encoder, Example
-from toolkit.data.rendering import Rendering
 from toolkit.data.sources import Row, read_rows
-from toolkit.data.tasks import TASKS, RowFaultError
-from toolkit.errors import DataError
-from toolkit.progress_bar import track
+from toolkit.runtime.errors import DataError
+from toolkit.runtime.progress_bar import track
+from toolkit.tasks.pubmedqa import TASKS, RowFaultError
 
 log = logging.getLogger("frostline")
 

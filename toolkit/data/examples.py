@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from toolkit.data.pieces import Pieces
-from toolkit.data.rendering import Rendering
-from toolkit.data.tasks import RowFaultError, Sample
-from toolkit.data.turns import Turns
-from toolkit.errors import DataError
+from toolkit.data.chat_rendering import Rendering
+from toolkit.data.chat_turns import Turns
+from toolkit.data.tokenization import Pieces
+from toolkit.runtime.errors import DataError
+from toolkit.tasks.pubmedqa import RowFaultError, Sample
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Encoder:
         Args:
             tokenizer: needs an end-of-text token.
             max_length: longest example in tokens.
-            ends: the tokens that end a text by the model's own account (``toolkit.models.ends``).
+            ends: the tokens that end a text by the model's own account (``toolkit.models.end_tokens``).
             rendering: what the run keeps of how its rows are written.
 
         Raises:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from toolkit.data.sources import read_rows
-from toolkit.data.tasks import ANSWER, RowFaultError, Sample, pubmedqa
-from toolkit.errors import DataError
+from toolkit.runtime.errors import DataError
+from toolkit.tasks.pubmedqa import ANSWER, RowFaultError, Sample, pubmedqa
 
 
 def from_prompt(question: str, contexts: Sequence[str]) -> Sample:

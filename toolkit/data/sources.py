@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit import hub
-from toolkit.data.tasks import ANSWER, CONTEXTS, QUESTION
-from toolkit.errors import DataError
-from toolkit.files import is_directory, is_file
+from toolkit.runtime import hub
+from toolkit.runtime.errors import DataError
+from toolkit.runtime.paths import is_directory, is_file
+from toolkit.tasks.pubmedqa import ANSWER, CONTEXTS, QUESTION
 
 log = logging.getLogger("frostline")
 

@@ -11,15 +11,15 @@ from torch import nn
 
 from toolkit.config.schema import OptimConfig, TrainConfig
 from toolkit.data.batches import Batch
-from toolkit.distributed import World
 from toolkit.engine.base import Update
-from toolkit.engine.flat import FlatState, TensorState
-from toolkit.engine.fragments import KINDS, MASTER, Fragment, gather_kind
-from toolkit.engine.master_adamw import MasterAdamW
-from toolkit.engine.moved import Moved
 from toolkit.mask.layer_mask import ParameterGroup
-from toolkit.optim import build_scheduler, current_rate, embedding_tables, forward_to, parameter_groups
-from toolkit.prefix.split import Suffix
+from toolkit.optim.flat_buffers import FlatState, TensorState
+from toolkit.optim.groups import build_scheduler, current_rate, embedding_tables, forward_to, parameter_groups
+from toolkit.optim.master_adamw import MasterAdamW
+from toolkit.optim.state_fragments import KINDS, MASTER, Fragment, gather_kind
+from toolkit.optim.update_monitor import Moved
+from toolkit.runtime.distributed import World
+from toolkit.split.split import Suffix
 
 
 class LocalEngine:

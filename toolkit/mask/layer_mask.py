@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from toolkit.config.schema import MaskConfig, MaskGroup
-from toolkit.errors import MaskError
-from toolkit.files import replace_text
 from toolkit.mask.selectors import resolve
 from toolkit.models.anatomy import Anatomy
+from toolkit.runtime.errors import MaskError
+from toolkit.runtime.paths import replace_text
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from toolkit.config.schema import MaskConfig
-from toolkit.errors import ConfigError, MaskError
 from toolkit.mask.layer_mask import LayerMask, ParameterGroup, build_mask
 from toolkit.models.anatomy import Anatomy
+from toolkit.runtime.errors import ConfigError, MaskError
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ import fnmatch
 import re
 from collections.abc import Callable, Collection, Sequence
 
-from toolkit.errors import MaskError
 from toolkit.models.anatomy import Anatomy, Component, Part
+from toolkit.runtime.errors import MaskError
 
 FORMS = (
     "last:N, first:N, blocks:LIST, every:N, fraction:F (each also with /attention, /mlp or /norms), "

@@ -43,7 +43,7 @@ class TensorInfo:
 class Anatomy:
     """Where the parts of a model are, by module and tensor name.
 
-    Found by structure (see ``toolkit.models.inspect``), so it holds for models whose modules have other names.
+    Found by structure (``toolkit.models.anatomy_detection``), so it holds for models whose modules have other names.
     """
 
     embeddings: tuple[str, ...]

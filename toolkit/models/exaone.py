@@ -18,7 +18,7 @@ from transformers import (
 
 from toolkit.models.config_json import is_tied
 from toolkit.models.source_files import SourceFiles, write_json
-from toolkit.models.stored import Comparison, StoredTensors, read_stored, weights_to_write
+from toolkit.models.weight_files import Comparison, StoredTensors, read_stored, weights_to_write
 
 _MODULES = {
     "transformer.wte": "model.embed_tokens",

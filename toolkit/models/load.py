@@ -15,25 +15,25 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from toolkit import hub
 from toolkit.config.schema import ModelConfig
-from toolkit.errors import FrostlineError, ModelError
-from toolkit.files import is_directory
 from toolkit.models.anatomy import Anatomy
+from toolkit.models.anatomy_detection import inspect
 from toolkit.models.bundled import bundled_directory, cache_root
-from toolkit.models.contents import examine
+from toolkit.models.checkpoint_contents import examine
 from toolkit.models.directory import check_directory
-from toolkit.models.ends import model_ends
+from toolkit.models.disk_offload import device_map, quiet_accelerate, take_files
+from toolkit.models.end_tokens import model_ends
 from toolkit.models.exaone import ExaoneForm, is_exaone
-from toolkit.models.form import Form, TransformersForm
-from toolkit.models.inspect import inspect
-from toolkit.models.mapped import OnDisk
-from toolkit.models.offload import device_map, quiet_accelerate, take_files
+from toolkit.models.mapped_tensors import OnDisk
 from toolkit.models.quirks import turn_off_layerdrop
 from toolkit.models.rotary import make_rotary_per_sample
 from toolkit.models.source_files import SourceFiles
-from toolkit.models.stored import Comparison, read_stored
-from toolkit.out_of_memory import is_out_of_memory
+from toolkit.models.storage_format import Form, TransformersForm
+from toolkit.models.weight_files import Comparison, read_stored
+from toolkit.runtime import hub
+from toolkit.runtime.errors import FrostlineError, ModelError
+from toolkit.runtime.out_of_memory import is_out_of_memory
+from toolkit.runtime.paths import is_directory
 
 log = logging.getLogger("frostline")
 

@@ -15,7 +15,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import cached_file
 from transformers.utils.hub import list_repo_templates
 
-from toolkit.files import is_directory
+from toolkit.runtime.paths import is_directory
 
 log = logging.getLogger("frostline")
 

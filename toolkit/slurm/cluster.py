@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolkit.errors import ConfigError, SlurmError
+from toolkit.runtime.errors import ConfigError, SlurmError
 from toolkit.slurm.request import Request, seconds
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from toolkit.config.flags import positive
-from toolkit.errors import ConfigError
-from toolkit.redact import find_secret
+from toolkit.runtime.errors import ConfigError
+from toolkit.runtime.redact import find_secret
 
 _WARNING_SLACK = 60
 """SLURM may send the signal before the limit this many seconds early (man sbatch, ``--signal``)."""

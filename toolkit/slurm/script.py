@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolkit.errors import ConfigError
-from toolkit.redact import find_secret
+from toolkit.runtime.errors import ConfigError
+from toolkit.runtime.redact import find_secret
 from toolkit.slurm.request import Request
 
 SCRIPT = "job.sh"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from toolkit.files import replace_text
+from toolkit.runtime.paths import replace_text
 from toolkit.slurm import cluster
 from toolkit.slurm.script import DEEPSPEED, FOLDER, Job, log_of, render
 

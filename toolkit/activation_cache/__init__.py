@@ -1,0 +1,1 @@
+"""The frozen prefix's output, computed once for every sample and kept on disk."""

@@ -1,0 +1,221 @@
+"""The prefix behind an activation cache: ``hidden[b]`` of every sample is computed once and read from then on.
+
+A frozen prefix without dropout is a pure function of a sample's token ids, so the hidden states that enter the frost
+line can be kept (AutoFreeze, arXiv 2102.01386; Egeria, arXiv 2201.06227). Once every sample of a run is kept, the
+prefix itself is let go.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+
+from toolkit.activation_cache.namespace import sample_key
+from toolkit.activation_cache.store import ActivationStore
+from toolkit.data.batches import Batch, collate, lay_out, rows_of
+from toolkit.data.examples import Example
+from toolkit.runtime import signals
+from toolkit.runtime.distributed import World
+from toolkit.runtime.out_of_memory import during
+from toolkit.runtime.progress_bar import ProgressBar
+from toolkit.split.split import Prefix
+
+log = logging.getLogger("frostline")
+
+FILL_TOKENS, CPU_FILL_TOKENS = 4096, 512
+"""Tokens, with padding, of a batch of the first pass; large enough for efficient products of matrices."""
+
+_SHARD_BYTES = 64 * 2**20
+"""Hidden states that are collected before a shard is written."""
+
+
+class CachedPrefix:
+    """Gives what ``Prefix`` gives, and runs it only for samples that the store does not hold."""
+
+    def __init__(
+        self,
+        prefix: Prefix | None,
+        load: Callable[[], Prefix],
+        lend: Callable[[], Prefix],
+        store: ActivationStore,
+        world: World,
+    ) -> None:
+        """
+        Args:
+            prefix: none where it was not loaded, because the store holds all samples.
+            load: gives the prefix again when a sample has to be computed after all.
+            lend: gives it for generation, with its weights left in their files.
+            store: of this prefix's activations.
+            world: where hidden states go, and who shares the first pass.
+        """  # noqa: D205, D212
+        self._prefix = prefix
+        self._load = load
+        self._lend = lend
+        self._lent: Prefix | None = None
+        self._store = store
+        self._world = world
+        self._counted = (0, 0)
+
+    @property
+    def prefix(self) -> Prefix | None:
+        """The prefix itself; none once it is let go."""
+        return self._prefix
+
+    @property
+    def store(self) -> ActivationStore:
+        """Where the hidden states are kept."""
+        return self._store
+
+    def train(self, mode: bool = True) -> CachedPrefix:
+        """Nothing changes: only a prefix that gives the same in both modes is cached."""
+        return self
+
+    def eval(self) -> CachedPrefix:
+        """Nothing changes: only a prefix that gives the same in both modes is cached."""
+        return self
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """Hidden states [B, T, hidden_size] that enter block b, zeros at padding."""
+        keys = [sample_key(example.token_ids) for example in batch.examples]
+        stored = [self._store.read(key) for key in keys]
+        missing = [example for example, row in zip(batch.examples, stored, strict=True) if row is None]
+        computed = iter(self._compute(missing))
+        device = self._world.device
+        rows = [next(computed) if row is None else row.to(device, non_blocking=True) for row in stored]
+        return lay_out(rows, batch)
+
+    def stored_or_noise(self, batch: Batch) -> torch.Tensor:
+        """As calling it, but a sample that is not stored gets random numbers: a trial of the suffix runs no prefix."""
+        width, dtype, device = self._store.namespace.width, self._store.namespace.dtype, self._world.device
+        rows = []
+        for example in batch.examples:
+            key = sample_key(example.token_ids)
+            row = self._store.read(key)
+            if row is None:
+                generator = torch.Generator().manual_seed(int(key[:15], 16))
+                row = torch.randn(len(example.token_ids), width, generator=generator).to(dtype)
+            rows.append(row.to(device))
+        return lay_out(rows, batch)
+
+    def expect(self, examples: Sequence[Example]) -> None:
+        """Read these samples ahead, in the background."""
+        self._store.read_ahead([sample_key(example.token_ids) for example in examples])
+
+    def missing(self, examples: Sequence[Example]) -> list[Example]:
+        """The distinct samples that the store does not hold, longest first."""
+        by_key = {sample_key(example.token_ids): example for example in examples}
+        return sorted((by_key[key] for key in self._store.missing(list(by_key))), key=_length, reverse=True)
+
+    def fill(self, examples: Sequence[Example]) -> None:
+        """The first pass: compute what is missing, in large batches, shared among the ranks; every rank calls it.
+
+        Which samples share a batch follows from all of them, not from what is missing or from the number of ranks: a
+        pass that was cut short and begun again stores the same bits.
+
+        Raises:
+            StopRequested: a signal came; what was computed is stored, and the next run goes on from there.
+        """
+        distinct = {sample_key(example.token_ids): example for example in examples}
+        tokens = CPU_FILL_TOKENS if self._world.device.type == "cpu" else FILL_TOKENS
+        batches = list(_batches(sorted(distinct.values(), key=_length, reverse=True), tokens))
+        self._store_lacking(batches[self._world.rank :: self._world.size])
+        self._world.barrier()
+        signals.pause(self._world)
+        self._store.refresh()
+        if not self._store.statistics.failed:  # what is missing still, another node keeps on a disk of its own
+            self._store_lacking(batches)
+            signals.pause(self._world)
+
+    def _store_lacking(self, batches: list[list[Example]]) -> None:
+        """Compute the batches of which the store lacks a sample, and store what it lacks."""
+        missing = set(self._store.missing([sample_key(e.token_ids) for batch in batches for e in batch]))
+        lacking = [batch for batch in batches if any(sample_key(e.token_ids) in missing for e in batch)]
+        pending: dict[str, torch.Tensor] = {}
+        with ProgressBar("first pass", sum(map(len, lacking)), "row", brief=True) as bar:
+            for batch in lacking:
+                if signals.asked():  # every rank hears of it; what they do next, they agree upon
+                    break
+                rows = {sample_key(e.token_ids): row for e, row in zip(batch, self._run(batch), strict=True)}
+                pending |= {key: row.cpu() for key, row in rows.items() if key in missing}
+                if sum(row.nbytes for row in pending.values()) >= _SHARD_BYTES:
+                    self._store.write(pending)
+                    pending = {}
+                bar.advance(len(batch))
+            if pending:
+                self._store.write(pending)
+
+    def release(self, examples: Sequence[Example]) -> bool:
+        """Let the prefix go if the store holds all ``examples``; true if it is gone."""
+        if self._prefix is not None and not self.missing(examples):
+            self._prefix = None
+        return self._prefix is None
+
+    def lent(self) -> Prefix:
+        """The prefix, also after it was let go: then each block's weights are in memory only while it computes."""
+        if self._prefix is not None:
+            return self._prefix
+        if self._lent is None:
+            self._lent = self._lend()
+        return self._lent
+
+    def hit_share(self) -> float | None:
+        """Of the samples that this rank asked the store for since the last call, the share it held; none of none."""
+        statistics = self._store.statistics
+        now = statistics.hits, statistics.misses
+        hits, misses = (count - before for count, before in zip(now, self._counted, strict=True))
+        self._counted = now
+        return hits / (hits + misses) if hits + misses else None
+
+    def close(self) -> str:
+        """Give the store free; what it did, as a line for the log."""
+        self._store.close()
+        return self._store.summary()
+
+    def _compute(self, missing: list[Example]) -> list[torch.Tensor]:
+        if not missing:
+            return []
+        rows = self._run(missing)
+        self._store.write({sample_key(e.token_ids): row.cpu() for e, row in zip(missing, rows, strict=True)})
+        return rows
+
+    def _run(self, examples: list[Example]) -> list[torch.Tensor]:
+        if self._prefix is None:
+            log.warning("the activation cache lacks samples that it held; loading the prefix again to compute them")
+            self._prefix = self._load()
+        batch = collate(examples, pad_id=0)
+        with during("the first pass, which fills the activation cache", batch.shape):
+            batch = batch.to(self._world.device)
+            return rows_of(self._prefix(batch), batch)
+
+
+def read_ahead(source: Callable[[], HiddenStates | None], steps: Iterable[list[Batch]]) -> Iterator[list[Batch]]:
+    """``steps`` as they are; the cached samples of each are asked for when it is made, a little before its use.
+
+    Args:
+        source: what gives hidden states now; it may change on the way.
+        steps: micro batches of each step.
+    """
+    for micro_batches in steps:
+        now = source()
+        if isinstance(now, CachedPrefix):
+            now.expect([example for batch in micro_batches for example in batch.examples])
+        yield micro_batches
+
+
+def _batches(longest_first: list[Example], tokens: int) -> Iterator[list[Example]]:
+    """Neighbours of nearly one length, up to ``tokens`` together."""
+    start = 0
+    while start < len(longest_first):
+        rows = max(1, tokens // _length(longest_first[start]))
+        yield longest_first[start : start + rows]
+        start += rows
+
+
+def _length(example: Example) -> int:
+    return len(example.token_ids)
+
+
+HiddenStates = Prefix | CachedPrefix
+"""What gives ``hidden[b]`` of a batch."""

@@ -1,0 +1,246 @@
+"""One file of stored activations: a safetensors file of which every byte is guarded.
+
+Its name is the checksum of its header; the header holds the namespace and the checksum of each entry's bytes. So a
+changed byte shows wherever it is, and a file in the wrong directory does too. Two writers of the same entries give
+the same name and the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from xxhash import xxh3_128, xxh3_128_hexdigest
+
+from toolkit.activation_cache.namespace import DTYPES, FORMAT, Namespace
+
+SHARD_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
+"""What a shard's file name looks like."""
+_CHUNK = 1 << 17  # stays in the processor's cache between read and checksum
+_LONGEST_HEADER = 100_000_000  # what the safetensors library accepts
+
+
+class ShardError(Exception):
+    """A shard's header is not what its writer wrote."""
+
+
+class ForeignShardError(ShardError):
+    """A shard is sound but belongs to another namespace."""
+
+
+@dataclass(frozen=True)
+class FileIdentity:
+    """What tells a file apart from an edited or replaced one; the time of use is no part of it."""
+
+    inode: int
+    size: int
+    """Bytes."""
+    modified: int
+    """Nanoseconds."""
+
+    @classmethod
+    def of(cls, stat: os.stat_result) -> FileIdentity:
+        """The identity that ``stat`` shows."""
+        return cls(stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+@dataclass(eq=False)
+class Entry:
+    """One sample's activations within a shard."""
+
+    shard: Shard
+    key: str
+    tokens: int
+    """T."""
+    start: int
+    """Offset of its bytes in the file."""
+    size: int
+    """Bytes."""
+    checksum: str
+    """XXH3, 128 bits, of its bytes."""
+    verified: bool = False
+    """True once this process has found the bytes to give the checksum."""
+
+
+@dataclass(eq=False)
+class Shard:
+    """A file of entries, as its header describes it."""
+
+    path: Path
+    file: FileIdentity
+    entries: dict[str, Entry] = field(default_factory=dict)
+    used: bool = False
+    """True once this process has marked its use on disk."""
+
+    def mark_used(self) -> bool:
+        """Set the file's access time to now, once: eviction goes by it. Implicit updates of it do no harm.
+
+        Returns:
+            False if the file is gone.
+        """
+        if not self.used:
+            try:
+                os.utime(self.path, ns=(time.time_ns(), self.file.modified))
+            except FileNotFoundError:
+                return False
+            except OSError:
+                pass  # read-only: then nobody evicts either
+            self.used = True
+        return True
+
+    def unchanged(self) -> bool:
+        """True if the file is still the one whose header was read.
+
+        Raises:
+            OSError: it is gone.
+        """
+        return FileIdentity.of(self.path.stat()) == self.file
+
+
+def encode(entries: Mapping[str, torch.Tensor], namespace: Namespace) -> tuple[str, bytes]:
+    """A shard's name and content.
+
+    Args:
+        entries: key to [T, width] in the namespace's dtype, on any device; must not overlap in memory.
+        namespace: is bound into the header.
+    """
+    rows = {key: entries[key].detach().cpu().contiguous() for key in sorted(entries)}
+    checksums = [xxh3_128_hexdigest(row.view(torch.uint8).numpy().data) for row in rows.values()]
+    # one metadata key: the library writes several in no fixed order
+    content = save(rows, {"frostline": " ".join([FORMAT, namespace.sha256, *checksums])})
+    return _name_of(content[: 8 + int.from_bytes(content[:8], "little")]), content
+
+
+def read_header(path: Path, namespace: Namespace) -> Shard:
+    """Index a shard without reading its data.
+
+    Raises:
+        ForeignShardError: of another namespace.
+        ShardError: truncated or changed.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        found = FileIdentity.of(os.fstat(file.fileno()))
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(found.size - 8, _LONGEST_HEADER):
+            raise ShardError("its header is cut off")
+        header = file.read(length)
+    if _name_of(prefix + header) != path.name:
+        raise ShardError("its header does not give the checksum that is its name")
+    try:
+        described = json.loads(header)
+        form, owner, *checksums = described.pop("__metadata__")["frostline"].split()
+        if (form, owner) != (FORMAT, namespace.sha256):
+            raise ForeignShardError("it belongs to another namespace")
+        return _index(Shard(path, found), described, checksums, 8 + length, namespace)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ShardError(f"its header is not one of {FORMAT}: {error!r}") from None
+
+
+def _index(
+    shard: Shard, described: dict[str, dict[str, Any]], checksums: list[str], data: int, namespace: Namespace
+) -> Shard:
+    """Fill in the entries; ``data`` is where they begin in the file."""
+    for key, checksum in zip(sorted(described), checksums, strict=True):
+        tokens, width = described[key]["shape"]
+        start, end = described[key]["data_offsets"]
+        size = tokens * width * namespace.dtype.itemsize
+        if described[key]["dtype"] != DTYPES[namespace.dtype] or width != namespace.width or end - start != size:
+            raise ValueError(f"entry {key} has dtype, shape or size of its own")
+        shard.entries[key] = Entry(shard, key, tokens, data + start, size, checksum)
+    expected = data + sum(entry.size for entry in shard.entries.values())
+    if shard.file.size != expected:
+        raise ValueError(f"{shard.file.size} bytes long, expected {expected}")
+    return shard
+
+
+def gives_checksum(entry: Entry) -> bool:
+    """Read the entry's bytes from disk and compare their checksum; they stay in the page cache.
+
+    By read, not through a map: a failing disk is then an OSError and not a fatal signal.
+
+    Raises:
+        OSError: they cannot be read.
+    """
+    checksum = xxh3_128()
+    left = entry.size
+    buffer = memoryview(bytearray(min(left, _CHUNK)))
+    with entry.shard.path.open("rb", buffering=0) as file:
+        file.seek(entry.start)
+        while left and (count := file.readinto(buffer[:left])):
+            checksum.update(buffer[:count])
+            left -= count
+    return not left and checksum.hexdigest() == entry.checksum
+
+
+def ask_for_pages(entry: Entry) -> None:
+    """Let the system read the entry's bytes into the page cache, without waiting for it.
+
+    Raises:
+        OSError: the file is gone.
+    """
+    if hasattr(os, "posix_fadvise"):  # not on macOS
+        with entry.shard.path.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), entry.start, entry.size, os.POSIX_FADV_WILLNEED)
+
+
+def map_entry(entry: Entry) -> torch.Tensor:
+    """The entry as [T, width], without a copy: the file's pages are mapped privately, and unmapped with the tensor.
+
+    Raises:
+        OSError: the file is gone.
+        safetensors.SafetensorError: the file has changed.
+    """
+    with safe_open(entry.shard.path, "pt") as file:
+        tensor: torch.Tensor = file.get_tensor(entry.key)
+    return tensor
+
+
+def publish(content: bytes, final: Path, staging: Path) -> None:
+    """Write ``content`` to ``final`` so that it is there whole or not at all, whatever happens when.
+
+    Args:
+        content: the whole file.
+        final: replaced if it is there.
+        staging: a name in the same directory that nobody else uses; gone afterwards unless the process was killed.
+
+    Raises:
+        OSError: full, read-only, a quota …
+    """
+    descriptor = os.open(staging, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        try:
+            left = memoryview(content)
+            while left:
+                left = left[os.write(descriptor, left) :]
+            now = time.time_ns()  # the file system's own clock ticks too slowly to order what follows closely
+            os.utime(descriptor, ns=(now, now))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(staging, final)  # noqa: PTH105 - a test counts the calls of os
+    except BaseException:
+        with suppress(OSError):
+            staging.unlink()
+        raise
+    directory = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _name_of(header: bytes) -> str:
+    """File name of a shard with this header, its 8 bytes of length included."""
+    return f"{xxh3_128_hexdigest(header)}.safetensors"

@@ -1,0 +1,165 @@
+"""Which sample is in which shard of a directory, as far as one process knows."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from toolkit.activation_cache.namespace import Namespace
+from toolkit.activation_cache.shard import (
+    SHARD_NAME,
+    Entry,
+    FileIdentity,
+    ForeignShardError,
+    Shard,
+    ShardError,
+    read_header,
+)
+
+_RACY = 10**9  # nanoseconds within which a directory can change again without a new modification time
+
+
+class ShardIndex:
+    """Key to entries, the newest first. Many threads may use it at once."""
+
+    def __init__(self, directory: Path, namespace: Namespace, report: Callable[[str, str], None]) -> None:
+        """
+        Args:
+            directory: of the namespace; need not be there.
+            namespace: whose shards count.
+            report: told of each damaged entry or shard: its name, and what is wrong.
+        """  # noqa: D205, D212
+        self._directory, self._namespace, self._report = directory, namespace, report
+        self._lock = threading.RLock()
+        self._entries: dict[str, list[Entry]] = {}
+        self._shards: dict[str, Shard] = {}
+        self._bad: dict[str, FileIdentity] = {}
+        self._closed = False
+        self._listed: tuple[int, int] | None = None  # the directory's modification time, and when it was listed
+
+    def __contains__(self, key: str) -> bool:
+        with self._lock:
+            return key in self._entries
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._entries)
+
+    def entries(self, key: str) -> tuple[Entry, ...]:
+        """All entries of a key."""
+        with self._lock:
+            return tuple(self._entries.get(key, ()))
+
+    def absent(self, keys: Iterable[str]) -> list[str]:
+        """Those of ``keys`` without an entry; marks the shards of the others as used."""
+        keys = list(keys)
+        with self._lock:
+            found = [self._entries[key][0].shard for key in keys if key in self._entries]
+            for shard in dict.fromkeys(found):
+                if not shard.mark_used():
+                    self.forget(shard)
+            return [key for key in keys if key not in self._entries]
+
+    def add(self, path: Path) -> None:
+        """Read the header of a shard and take its entries for the newest.
+
+        Raises:
+            ShardError: it is damaged.
+            OSError: it cannot be read.
+        """
+        shard = read_header(path, self._namespace)
+        with self._lock:
+            if path.name in self._shards:  # written anew
+                self._forget(self._shards[path.name])
+            self._shards[path.name] = shard
+            for key, entry in shard.entries.items():
+                self._entries.setdefault(key, []).insert(0, entry)
+
+    def forget(self, shard: Shard) -> None:
+        """Drop a shard that is gone or was replaced; the next miss looks at the directory again."""
+        with self._lock:
+            self._forget(shard)
+            self._listed = None
+
+    def drop(self, entry: Entry, fault: str) -> None:
+        """Drop and report an entry that cannot be used; a second call does nothing."""
+        with self._lock:
+            if entry in self._entries.get(entry.key, ()):
+                self._remove(entry)
+                self._report(f"entry {entry.key} of {entry.shard.path}", fault)
+
+    def clear(self) -> None:
+        """Forget everything, and find nothing any more."""
+        with self._lock:
+            self._entries.clear()
+            self._shards.clear()
+            self._closed = True
+
+    def is_old(self) -> bool:
+        """True if the directory may hold what was not seen: its time has changed, or is too young to tell."""
+        with self._lock:
+            if self._closed or self._listed is None:
+                return not self._closed
+            modified, listed = self._listed
+        try:
+            return self._directory.stat().st_mtime_ns != modified or listed - modified < _RACY
+        except OSError:
+            return False
+
+    def refresh(self) -> None:
+        """List the directory, drop the shards that are gone and read the headers of those that are new."""
+        with self._lock:
+            if self._closed:
+                return
+            listed = time.time_ns()
+            try:
+                modified = self._directory.stat().st_mtime_ns
+                found = self._listing()
+            except OSError:
+                modified, found = listed, {}
+            for name, shard in list(self._shards.items()):
+                if found.get(name) != shard.file:
+                    self._forget(shard)
+            unseen = [name for name, file in found.items() if file != self._bad.get(name) and name not in self._shards]
+            for name in sorted(unseen, key=lambda name: found[name].modified):
+                self._load(name, found[name])
+            self._listed = (modified, listed)
+
+    def _listing(self) -> dict[str, FileIdentity]:
+        found = {}
+        with os.scandir(self._directory) as listing:
+            for file in listing:
+                if SHARD_NAME.fullmatch(file.name):
+                    with suppress(FileNotFoundError):  # evicted meanwhile
+                        found[file.name] = FileIdentity.of(file.stat())
+        return found
+
+    def _load(self, name: str, file: FileIdentity) -> None:
+        path = self._directory / name
+        try:
+            self.add(path)
+        except FileNotFoundError:
+            return  # evicted meanwhile
+        except (OSError, ShardError) as error:
+            self._report(str(path), str(error))
+            self._bad[name] = file
+            if isinstance(error, ShardError) and not isinstance(error, ForeignShardError):
+                with suppress(OSError):
+                    path.unlink()  # nothing can ever be read from it
+                    del self._bad[name]
+
+    def _forget(self, shard: Shard) -> None:
+        if self._shards.get(shard.path.name) is shard:
+            del self._shards[shard.path.name]
+            for entry in shard.entries.values():
+                if entry in self._entries.get(entry.key, ()):
+                    self._remove(entry)
+
+    def _remove(self, entry: Entry) -> None:
+        self._entries[entry.key].remove(entry)
+        if not self._entries[entry.key]:
+            del self._entries[entry.key]

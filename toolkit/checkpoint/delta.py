@@ -1,0 +1,108 @@
+"""A delta: the trained tensors, the mask that chose them, and the base model they belong to.
+
+A directory with ``trained.safetensors`` (float32 masters unless exported otherwise), ``mask.json`` and ``base.json``.
+Checkpoints hold one; ``launch/export.py --delta`` writes one.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from toolkit.config.schema import ModelConfig
+from toolkit.mask.layer_mask import LayerMask
+from toolkit.runtime.errors import CheckpointError
+from toolkit.runtime.paths import usual_mode
+
+MASK, BASE = "mask.json", "base.json"
+_TENSORS = "trained.safetensors"
+
+
+@dataclass(frozen=True)
+class Base:
+    """The identity of the model a delta belongs to."""
+
+    config: ModelConfig
+    """How it was loaded."""
+    sha256: str
+    """Of its weights as loaded, before untying and training (``toolkit.models.load.fingerprint``)."""
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What training changed."""
+
+    tensors: dict[str, torch.Tensor]
+    mask: LayerMask
+    base: Base
+
+
+def save_delta(delta: Delta, directory: Path) -> None:
+    """Write ``delta`` into ``directory``, which is created."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with usual_mode(directory / _TENSORS):
+        save_file({name: tensor.contiguous() for name, tensor in delta.tensors.items()}, directory / _TENSORS)
+    delta.mask.save(directory / MASK)
+    (directory / BASE).write_text(json.dumps(base_as_dict(delta.base), indent=1), encoding="utf-8")
+
+
+def base_as_dict(base: Base) -> dict[str, object]:
+    """``base`` as JSON values."""
+    return {"model": base.config.model_dump(mode="json"), "sha256": base.sha256}
+
+
+def read_mask_and_base(directory: Path) -> tuple[LayerMask, Base]:
+    """What a delta or checkpoint says it was trained on.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: a file is missing or damaged.
+    """
+    mask = LayerMask.from_dict(json.loads((directory / MASK).read_text(encoding="utf-8")))
+    base = json.loads((directory / BASE).read_text(encoding="utf-8"))
+    return mask, Base(ModelConfig(**base["model"]), base["sha256"])
+
+
+def is_delta(directory: Path) -> bool:
+    """True for a directory that ``save_delta`` wrote."""
+    return (directory / BASE).is_file()
+
+
+def read_delta(directory: Path) -> Delta:
+    """The delta in ``directory``.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or tensors and mask do not agree.
+    """
+    try:
+        mask, base = read_mask_and_base(directory)
+        tensors = load_file(directory / _TENSORS)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{directory} is not a readable delta ({type(error).__name__}: {error}); "
+            f"expected {_TENSORS}, {MASK} and {BASE}"
+        ) from None
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if shapes != {tensor.name: tensor.shape for tensor in mask.trainable}:
+        raise CheckpointError(
+            f"{directory}: {_TENSORS} does not hold the tensors that {MASK} lists; the delta is damaged"
+        )
+    return Delta(tensors, mask, base)
+
+
+def describe_difference(found: LayerMask, expected: LayerMask) -> str | None:
+    """How two masks differ, or none if they are the same tensors in the same order."""
+    if asdict(found) == asdict(expected):
+        return None
+    only_found = [name for name in found.names if name not in expected.names]
+    only_expected = [name for name in expected.names if name not in found.names]
+    return (
+        f"{len(only_found)} tensors only there ({', '.join(only_found[:2])} …), "
+        f"{len(only_expected)} only in this run ({', '.join(only_expected[:2])} …)"
+        if only_found or only_expected
+        else "the same names with other shapes, order or untying"
+    )

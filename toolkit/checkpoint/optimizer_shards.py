@@ -1,0 +1,165 @@
+"""The optimizer's state on disk: a file of stretches a rank, from which any engine reads the stretches it holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from toolkit.checkpoint.manifest import damaged
+from toolkit.mask.layer_mask import LayerMask
+from toolkit.optim.state_fragments import KINDS, MASTER, Fragment
+
+FOLDER = "optimizer"
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """An entry of a shard's index."""
+
+    name: str
+    start: int
+    stop: int
+    updates: int
+    """That the moments have had."""
+    raw: tuple[str, ...] = ()
+    """What the optimizer stores where that is not float32; see ``Held.raw``."""
+
+
+def shard_name(rank: int, ranks: int, suffix: str) -> str:
+    """A rank's file, relative to the checkpoint."""
+    return f"{FOLDER}/rank-{rank:05d}-of-{ranks:05d}.{suffix}"
+
+
+def metadata(step: int, rank: int, ranks: int) -> dict[str, str]:
+    """What a shard says of itself, so that no other can take its place."""
+    return {"step": str(step), "rank": str(rank), "ranks": str(ranks)}
+
+
+def own_share(fragments: Sequence[Fragment], is_replicated: bool, rank: int, ranks: int) -> list[Fragment]:
+    """Those that this rank writes: what it holds, or its share of what all hold."""
+    if not is_replicated:
+        return list(fragments)
+    total, share, done = sum(f.stop - f.start for f in fragments), [], 0
+    for fragment in fragments:
+        if done * ranks // max(total, 1) == rank:
+            share.append(fragment)
+        done += fragment.stop - fragment.start
+    return share
+
+
+def pack(
+    fragments: Sequence[Fragment], resting: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """The tensors of a shard, views where possible, and its index.
+
+    Args:
+        fragments: those this rank writes.
+        resting: whole masters of what does not train now; they have no moments.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    index: list[Stretch] = []
+    for fragment in fragments:
+        raw = fragment.held.raw()
+        tensors |= {_key(kind, fragment.name): values for kind, values in fragment.held.read().items()}
+        tensors |= {_key(f"raw.{key}", fragment.name): values for key, values in raw.items()}
+        updates = fragment.held.updates
+        index.append(Stretch(fragment.name, fragment.start, fragment.stop, updates, tuple(sorted(raw))))
+    for name, master in resting.items():
+        tensors[_key(MASTER, name)] = master.reshape(-1)
+        index.append(Stretch(name, 0, master.numel(), 0))
+    return tensors, [asdict(stretch) for stretch in index]
+
+
+class Shards:
+    """The shards of a checkpoint, mapped: only what is read takes memory."""
+
+    def __init__(self, checkpoint: Path, step: int, ranks: int, mask: LayerMask) -> None:
+        """
+        Args:
+            checkpoint: verified.
+            step: of it.
+            ranks: that wrote it.
+            mask: of all that trained so far.
+
+        Raises:
+            CheckpointError: a shard is missing, in another's place, or they do not hold each element just once.
+        """  # noqa: D205, D212
+        self._checkpoint = checkpoint
+        self._by_name: dict[str, list[tuple[Stretch, Any]]] = {}
+        try:
+            for stretch, file in self._open(step, ranks):
+                self._by_name.setdefault(stretch.name, []).append((stretch, file))
+            self._check(mask)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+            raise damaged(checkpoint, [f"{FOLDER} cannot be read ({type(error).__name__}: {error})"]) from None
+
+    def _open(self, step: int, ranks: int) -> Iterator[tuple[Stretch, Any]]:
+        for rank in range(ranks):
+            name = shard_name(rank, ranks, "safetensors")
+            file: Any = safe_open(self._checkpoint / name, framework="pt")
+            said = file.metadata() or {}
+            if said != metadata(step, rank, ranks):
+                raise damaged(self._checkpoint, [f"{name} says it is {said}; expected {metadata(step, rank, ranks)}"])
+            for entry in json.loads((self._checkpoint / shard_name(rank, ranks, "json")).read_text(encoding="utf-8")):
+                yield Stretch(**{**entry, "raw": tuple(entry["raw"])}), file
+
+    def _check(self, mask: LayerMask) -> None:
+        wanted = {tensor.name: tensor.parameters for tensor in mask.trainable}
+        faults = [f"{name} is not in the mask" for name in self._by_name if name not in wanted]
+        for name, size in wanted.items():
+            stretches = self._by_name.setdefault(name, [])
+            stretches.sort(key=lambda pair: pair[0].start)
+            ends = [0, *(stretch.stop for stretch, _ in stretches)]
+            if [stretch.start for stretch, _ in stretches] != ends[:-1] or ends[-1] != size:
+                faults.append(f"{name}: the shards do not hold each of its {size:,} elements just once")
+            for stretch, file in stretches:
+                held = file.get_slice(_key(MASTER, name))
+                if held.get_shape() != [stretch.stop - stretch.start] or held.get_dtype() != "F32":
+                    faults.append(f"{name}: a shard has {held.get_shape()} {held.get_dtype()} elements of it")
+        if faults:
+            raise damaged(self._checkpoint, faults)
+
+    def master(self, name: str) -> torch.Tensor:
+        """A whole master, flat float32."""
+        return self._read(name, MASTER, 0, self._by_name[name][-1][0].stop)
+
+    def fill(self, fragments: Sequence[Fragment]) -> None:
+        """Write masters, moments and numbers of updates into fragments, whatever layout they are of.
+
+        Raises:
+            CheckpointError: the checkpoint holds no moments of a tensor.
+        """
+        try:
+            for fragment in fragments:
+                self._fill(fragment)
+        except (OSError, KeyError, SafetensorError) as error:
+            raise damaged(self._checkpoint, [f"{FOLDER} lacks something ({type(error).__name__}: {error})"]) from None
+
+    def _fill(self, fragment: Fragment) -> None:
+        stretch, file = next(pair for pair in self._by_name[fragment.name] if pair[0].stop > fragment.start)
+        values = {kind: self._read(fragment.name, kind, fragment.start, fragment.stop) for kind in KINDS}
+        fragment.held.write(values, stretch.updates)
+        same = (stretch.start, stretch.stop) == (fragment.start, fragment.stop)
+        raw = {key: file.get_tensor(_key(f"raw.{key}", fragment.name)) for key in stretch.raw} if same else {}
+        if raw and {key: (t.shape, t.dtype) for key, t in raw.items()} == {
+            key: (t.shape, t.dtype) for key, t in fragment.held.raw().items()
+        }:
+            fragment.held.set_raw(raw)
+
+    def _read(self, name: str, kind: str, start: int, stop: int) -> torch.Tensor:
+        parts = []
+        for stretch, file in self._by_name[name]:
+            begin, end = max(start, stretch.start), min(stop, stretch.stop)
+            if begin < end:  # mapped, so only the slice is read
+                parts.append(file.get_tensor(_key(kind, name))[begin - stretch.start : end - stretch.start])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _key(kind: str, name: str) -> str:
+    return f"{kind}/{name}"

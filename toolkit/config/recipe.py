@@ -1,0 +1,179 @@
+"""Read a recipe, lay the flags over it, and report every fault at once."""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from toolkit.config import peer_keys
+from toolkit.config.schema import MaskGroup, MaskPhase, RunConfig, Section
+from toolkit.runtime.errors import ConfigError
+from toolkit.runtime.redact import find_secret
+
+_SHORT = reprlib.Repr()  # anchors in YAML can make a small file an endless value
+_SHORT.maxstring = _SHORT.maxother = 120
+_SHORT.maxlevel = 3
+
+
+def field_paths(section: type[Section] = RunConfig, prefix: str = "") -> dict[str, Any]:
+    """Every leaf key of the recipe as ``section.key``, mapped to its pydantic ``FieldInfo``."""
+    paths: dict[str, Any] = {}
+    for name, info in section.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
+            paths |= field_paths(info.annotation, f"{prefix}{name}.")
+        else:
+            paths[prefix + name] = info
+    return paths
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """What was meant by an unknown key, as the rest of a sentence: the known one, or what there is in its place.
+
+    A key finds its section (``learnin_rate`` suggests ``train.learning_rate``), and so does what other trainers call
+    it, see ``toolkit.config.peer_keys``. The leaf decides: many keys share a section, which says little.
+
+    Args:
+        name: the unknown key, or a flag without its dashes.
+        known: keys that would be right there.
+    """
+    name = name.lower().replace("-", "_")
+    section, _, leaf = name.rpartition(".")
+    paths = {path.rsplit(".", 1)[-1]: path for path in known}
+
+    def told(key: str) -> str:
+        return f" (did you mean {key}?)"
+
+    if leaf in paths:
+        return told(paths[leaf])
+    if leaf in peer_keys.SAME:
+        ours = peer_keys.SAME[leaf]
+        return told(paths.get(ours.rsplit(".", 1)[-1], ours))
+    for word in (leaf, section):
+        if word in peer_keys.OTHERWISE:
+            return f" ({peer_keys.OTHERWISE[word]})"
+    if not section and (near := difflib.get_close_matches(name, RunConfig.model_fields, n=1)):
+        return told(near[0])
+    if near := difflib.get_close_matches(leaf, paths, n=3):
+        return told(next((paths[one] for one in near if paths[one].startswith(f"{section}.")), paths[near[0]]))
+    if near := difflib.get_close_matches(leaf, peer_keys.SAME, n=1, cutoff=0.8):
+        return told(peer_keys.SAME[near[0]])
+    return ""
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The recipe file as plain nested dictionaries.
+
+    Raises:
+        ConfigError: the file is missing, not UTF-8, not YAML, or not a mapping.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            [f"{path}: no such file; --config takes a YAML recipe such as recipes/quickstart.yaml"]
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"{path}: cannot be read as UTF-8 text ({error})"]) from None
+    try:
+        recipe = parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError([f"{path}: not valid YAML: {error}"]) from None
+    if recipe is None:
+        return {}
+    if not isinstance(recipe, dict):
+        raise ConfigError([f"{path}: holds a {type(recipe).__name__}; expected sections such as model: and train:"])
+    return recipe
+
+
+def parse_yaml(text: str) -> Any:
+    """The plain values of a YAML text, of which JSON is a part; no tag constructs anything else.
+
+    Raises:
+        ValueError: not valid, in one line.
+    """
+    try:
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        # PyYAML's constructors let through what a value such as 2020-99-99 or !!int x raises
+        raise ValueError(" ".join(str(error).split())[:400]) from None
+
+
+def merge(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay dotted flags (``{"train.epochs": "5"}``) over a nested recipe; flags win."""
+    merged = {key: dict(value) if isinstance(value, Mapping) else value for key, value in recipe.items()}
+    for dotted, value in flags.items():
+        section, key = dotted.split(".")
+        if not isinstance(merged.get(section), dict):
+            if merged.get(section) is not None:
+                continue  # a recipe fault, and build() will report it
+            merged[section] = {}
+        merged[section][key] = value
+    return {key: value for key, value in merged.items() if value is not None}
+
+
+def build(values: Mapping[str, Any], source: str, faults: Iterable[str] = ()) -> RunConfig:
+    """Validate nested values into a ``RunConfig``.
+
+    Args:
+        values: nested dictionaries as ``merge`` returns them.
+        source: where they came from, for the message.
+        faults: faults found earlier (unknown flags), reported together with the new ones.
+
+    Raises:
+        ConfigError: any fault; the message lists all of them with value, expectation and remedy.
+    """
+    found = list(faults)
+    found += [
+        f"{where} holds a password or token; no key needs one: log in with `hf auth login`, or set HF_TOKEN"
+        for where in find_secret(values)
+    ]
+    config = None
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        found += [_explain(fault) for fault in error.errors() if not _is_explained_otherwise(fault)]
+    if found or config is None:
+        raise ConfigError(list(dict.fromkeys(found)), source)
+    return config
+
+
+def _explain(fault: Any) -> str:
+    branches = ("function-", "float", "str", "constrained", MaskGroup.__name__)
+    parts = [str(part) for part in fault["loc"] if not str(part).startswith(branches)]
+    where = ".".join(parts)
+    if fault["type"] == "extra_forbidden":
+        known = list(field_paths())
+        for section in (MaskPhase, MaskGroup):  # of which a recipe may hold several
+            if section.__name__ in fault["loc"] or (section is MaskPhase and parts[:2] == ["mask", "schedule"]):
+                known = [".".join([*parts[:-1], key]) for key in section.model_fields]
+        return f"{where}: unknown key{did_you_mean(where, known)}"
+    if fault["type"] == "model_type" and where in RunConfig.model_fields:
+        first = next(path for path in field_paths() if path.startswith(f"{where}."))
+        return f"{where} is {_SHORT.repr(fault['input'])}; expected keys under it, such as {first}"
+    message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if fault["type"] == "value_error":
+        return f"{where}: {message}"
+    return f"{where} is {_SHORT.repr(fault['input'])}; expected {message}"
+
+
+def _is_explained_otherwise(fault: Any) -> bool:
+    """True for a group of ``mask.train`` read as a selector; what is wrong with the group is a fault of its own."""
+    return fault["loc"][0] == "mask" and fault["loc"][-1] == "str" and isinstance(fault["input"], dict)
+
+
+def save(config: RunConfig, path: Path) -> None:
+    """Write the resolved recipe; the file is itself a valid ``--config``."""
+    path.write_text(dump(config), encoding="utf-8")
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved recipe as YAML text."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,93 @@
+"""Whether data and model go together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from toolkit.data.examples import Example
+from toolkit.runtime.errors import DataError, ModelError
+
+
+def check_fit(examples: Iterable[Example], model: PreTrainedModel, remedy: str | None = None) -> None:
+    """Refuse rows longer than the model's positions and ids beyond its embeddings, before an index error does.
+
+    Args:
+        examples: at least one.
+        model: with its embeddings, in any precision.
+        remedy: what to do about rows that are too long; none names ``data.max_length``.
+
+    Raises:
+        DataError: a row is too long.
+        ModelError: the tokenizer belongs to another model.
+    """
+    rows = list(examples)
+    longest = max(len(example.token_ids) for example in rows)
+    positions = position_limit(model)
+    if positions and longest > positions:
+        raise DataError(
+            f"the longest row has {longest} tokens, the model has {positions} positions; "
+            f"{remedy or f'set data.max_length: {positions}'}"
+        )
+    require_known_ids(max(max(example.token_ids) for example in rows), model)
+
+
+def require_known_ids(largest: int, model: PreTrainedModel) -> None:
+    """Refuse token ids up to ``largest`` if the model does not embed all of them.
+
+    Raises:
+        ModelError: the tokenizer belongs to another model.
+    """
+    rows = _embedded(model)
+    if largest >= rows:
+        raise ModelError(
+            f"the tokenizer gives id {largest}, the model embeds {rows} ids; expected a tokenizer made for this model"
+        )
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """Return the longest input in tokens, where the config states one.
+
+    Dynamic NTK stretches the positions of pretraining, which max_position_embeddings means there, by a factor
+    (transformers, modeling_rope_utils).
+    """
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if not positions:
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, Mapping))]  # one, or one for each kind of layer
+    stretched = [kind["factor"] for kind in kinds if kind.get("rope_type") == "dynamic"]
+    return int(positions * max(stretched, default=1))
+
+
+def room_for_answer(prompt: Sequence[int], model: PreTrainedModel, most: int) -> int:
+    """How many tokens may follow ``prompt``: ``most``, or what the model's positions leave.
+
+    Raises:
+        DataError: they leave none.
+        ModelError: the tokenizer belongs to another model.
+    """
+    require_known_ids(max(prompt), model)
+    positions = position_limit(model)
+    if positions and len(prompt) >= positions:
+        raise DataError(
+            f"the prompt has {len(prompt)} tokens, the model has {positions} positions, which leaves none for an "
+            "answer; shorten the question or its contexts"
+        )
+    return most if positions is None else min(most, positions - len(prompt))
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
+    """What rows are padded with: the tokenizer's padding token, or 0 where the model has no embedding of that.
+
+    Padding is masked, so only that the id exists matters.
+    """
+    own = int(tokenizer.pad_token_id)
+    return own if own < _embedded(model) else 0
+
+
+def _embedded(model: PreTrainedModel) -> int:
+    """Rows of the embedding table."""
+    return int(model.get_input_embeddings().weight.shape[0])

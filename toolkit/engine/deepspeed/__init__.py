@@ -1,0 +1,1 @@
+"""The engine on DeepSpeed ZeRO, its configuration and its optimizers."""

@@ -1,0 +1,282 @@
+"""A DeepSpeed JSON, with "auto" filled from the recipe and every contradiction reported at once. Imports no torch."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from toolkit.config.schema import MaskConfig, RunConfig
+from toolkit.engine.deepspeed.nvme_files import check_paths
+from toolkit.runtime.errors import ConfigError
+from toolkit.runtime.redact import find_secret
+
+_KNOWN_KEYS = frozenset(
+    [
+        "activation_checkpointing",
+        "aio",
+        "bf16",
+        "checkpoint",
+        "comms_logger",
+        "communication_data_type",
+        "csv_monitor",
+        "data_types",
+        "disable_allgather",
+        "disable_python_gc",
+        "dump_state",
+        "flops_profiler",
+        "fp16",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "gradient_predivide_factor",
+        "log_level",
+        "memory_breakdown",
+        "optimizer",
+        "prescale_gradients",
+        "scheduler",
+        "steps_per_print",
+        "tensorboard",
+        "timers",
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "use_node_local_storage",
+        "wall_clock_breakdown",
+        "wandb",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "zero_optimization",
+    ]
+)
+"""DeepSpeed accepts any other key in silence; those it knows beyond these act on loaders or gradients that are ours."""
+
+
+def read_ds_config(path: Path) -> dict[str, Any]:
+    """The JSON file as it stands.
+
+    Raises:
+        ConfigError: missing, not JSON, not an object, or with keys that DeepSpeed would silently ignore.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            [f"{path}: no such file; --ds takes a DeepSpeed JSON such as ds_configs/zero2.json"]
+        ) from None
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be read as UTF-8 text ({error})"]) from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError([f"{path}: not valid JSON in UTF-8: {error}"]) from None
+    if not isinstance(content, dict):
+        raise ConfigError([f"{path}: holds a {type(content).__name__}; expected an object"])
+    faults = [f"{where} holds a password or token; no key of it needs one: remove it" for where in find_secret(content)]
+    for key in content:
+        if key not in _KNOWN_KEYS:
+            near = difflib.get_close_matches(key, sorted(_KNOWN_KEYS), n=1)
+            faults.append(
+                f"{key}: not a key that can be used here" + (f" (did you mean {near[0]}?)" if near else "; remove it")
+            )
+    if faults:
+        raise ConfigError(faults, f"DeepSpeed file {path}")
+    return content
+
+
+def zero_stage(ds: dict[str, Any]) -> int:
+    """The ZeRO stage a DeepSpeed configuration asks for."""
+    zero = ds.get("zero_optimization")
+    return int(zero.get("stage", 0)) if isinstance(zero, dict) else 0
+
+
+def resolve_ds_config(
+    ds: dict[str, Any], config: RunConfig, ranks: int, hidden_size: int, path: Path
+) -> dict[str, Any]:
+    """What DeepSpeed is given: ``ds`` with everything the recipe owns filled in.
+
+    The recipe owns batch sizes, precision, clipping, optimizer and schedule. A value in the file that says otherwise
+    is a contradiction, never an override. ``optimizer`` and ``scheduler`` blocks are checked and dropped, because
+    ``toolkit.optim.groups`` builds both.
+
+    Args:
+        ds: as ``read_ds_config`` returns it; left unchanged.
+        config: the run.
+        ranks: world size.
+        hidden_size: of the model; ZeRO's bucket sizes follow from it as in transformers.
+        path: the file, for messages.
+
+    Raises:
+        ConfigError: contradictions, or "auto" where nothing can fill it; all of them together.
+    """
+    resolved = copy.deepcopy(ds)
+    faults = list(_check_sections(resolved))
+    if faults:
+        raise ConfigError(faults, f"DeepSpeed file {path}")
+    for key, value, owner in _owned(config, ranks):
+        faults += _fill(resolved, key, value, owner)
+    faults += _check_optimizer(resolved.pop("optimizer", None), config)
+    faults += _check_scheduler(resolved.pop("scheduler", None), config)
+    faults += _check_optim_name(resolved, config)
+    _fill_buckets(resolved.setdefault("zero_optimization", {}), hidden_size)
+    faults += check_paths(resolved["zero_optimization"])
+    faults += [f'{where} is "auto", but nothing in the recipe fills it; give a value' for where in _autos(resolved)]
+    if faults:
+        raise ConfigError(faults, f"DeepSpeed file {path}, read against the recipe")
+    if config.train.gradient_accumulation_steps > 1 and zero_stage(resolved):  # stage 0 knows the model's dtype alone
+        resolved.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    resolved.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's fused AdamW runs on offloaded masters too
+    if config.optim.name != "adamw":
+        resolved["zero_allow_untested_optimizer"] = True  # this repository's tests try them
+    resolved.setdefault("steps_per_print", 2**31)  # the progress bar reports steps
+    return resolved
+
+
+def refuse_what_cannot_move(ds: dict[str, Any], mask: MaskConfig, path: Path) -> None:
+    """Stop a run whose weights or optimizer state could not be moved to the next phase of the mask's schedule.
+
+    Raises:
+        ConfigError: the mask has a schedule, and weights are on NVMe, or there is no ZeRO.
+    """
+    if not mask.schedule:
+        return
+    faults = []
+    if (ds["zero_optimization"].get("offload_param") or {}).get("device") == "nvme":
+        faults.append("zero_optimization.offload_param.device is 'nvme', and mask.schedule moves weights; write 'cpu'")
+    if zero_stage(ds) == 0:
+        faults.append("zero_optimization.stage is 0; mask.schedule needs 1, 2 or 3, or no --ds at all")
+    if faults:
+        raise ConfigError(faults, f"DeepSpeed file {path}, read against the recipe")
+
+
+def _owned(config: RunConfig, ranks: int) -> Iterator[tuple[str, Any, str]]:
+    train = config.train
+    yield "train_micro_batch_size_per_gpu", train.micro_batch_size, "train.micro_batch_size"
+    yield (
+        "gradient_accumulation_steps",
+        train.gradient_accumulation_steps,
+        "train.gradient_accumulation_steps",
+    )
+    product = train.micro_batch_size * train.gradient_accumulation_steps * ranks
+    yield "train_batch_size", product, f"micro batch x accumulation x {ranks} ranks"
+    yield "gradient_clipping", train.max_grad_norm, "train.max_grad_norm"
+    yield "bf16.enabled", config.model.dtype == "bfloat16", "model.dtype"
+    yield "fp16.enabled", False, "model.dtype"
+
+
+def _fill(ds: dict[str, Any], dotted: str, value: Any, owner: str) -> Iterator[str]:
+    section, _, key = dotted.rpartition(".")
+    target = ds.setdefault(section, {}) if section else ds
+    found = target.get(key, "auto")
+    if found not in ("auto", value):
+        yield f'{dotted} is {found!r}, the recipe\'s {owner} makes it {value!r}; write "auto" or change the recipe'
+    target[key] = value
+
+
+def _check_sections(ds: dict[str, Any]) -> Iterator[str]:
+    for section in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "data_types"):
+        if section in ds and not isinstance(ds[section], dict):
+            yield f"{section} is {ds[section]!r}; expected an object"
+    bf16 = ds.get("bf16")
+    for key in bf16 if isinstance(bf16, dict) else ():
+        if key not in ("enabled", "check_grad_overflow", "immediate_grad_update"):
+            yield f"bf16.{key} would take the float32 masters away that low-precision training needs; remove it"
+    if isinstance(bf16, dict) and bf16.get("check_grad_overflow", True) is not True:
+        yield f"bf16.check_grad_overflow is {bf16['check_grad_overflow']!r}: a NaN would reach the weights; remove it"
+    zero = ds.get("zero_optimization")
+    if isinstance(zero, dict) and zero.get("compute_grad_norm", True) is not True:
+        yield (
+            f"zero_optimization.compute_grad_norm is {zero['compute_grad_norm']!r}: nobody would know whether the "
+            "gradient is finite; remove it"
+        )
+    stage = ds["zero_optimization"].get("stage", 0) if isinstance(ds.get("zero_optimization"), dict) else 0
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
+        yield f"zero_optimization.stage is {stage!r}; expected 0, 1, 2 or 3"
+
+
+def _check_optimizer(block: dict[str, Any] | None, config: RunConfig) -> Iterator[str]:
+    if block is None:
+        return
+    if block.get("type") != "AdamW":
+        yield f"optimizer.type is {block.get('type')!r}; frostline builds the recipe's optimizer, AdamW: drop the block"
+    expected = {
+        "lr": config.train.learning_rate,
+        "weight_decay": config.train.weight_decay,
+        "betas": list(config.optim.betas),
+        "eps": config.optim.eps,
+    }
+    yield from _check_params(block, "optimizer", expected)
+
+
+def _check_optim_name(ds: dict[str, Any], config: RunConfig) -> Iterator[str]:
+    """What DeepSpeed 0.19 cannot do with an optimizer that it did not build, or whose moments are not float32."""
+    name, zero = config.optim.name, ds.get("zero_optimization", {})
+    offload = zero.get("offload_optimizer")
+    offload = offload if isinstance(offload, dict) else {}
+    if offload.get("ratio", 1.0) != 1.0:
+        yield (
+            f"zero_optimization.offload_optimizer.ratio is {offload['ratio']!r}; DeepSpeed splits the update between "
+            "CPU and GPU with its own CPU Adam alone: drop the key"
+        )
+    if name == "adamw":
+        return
+    if offload.get("device") == "nvme":
+        yield (
+            f"zero_optimization.offload_optimizer.device is 'nvme' and the recipe's optim.name is {name!r}; DeepSpeed "
+            'swaps float32 state alone to NVMe: write "cpu", or optim.name: adamw'
+        )
+    if "zenflow" in zero:
+        yield (
+            f"zero_optimization.zenflow needs DeepSpeed's own CPU Adam, the recipe's optim.name is {name!r}: "
+            "drop the block"
+        )
+    if zero_stage(ds) == 0:
+        yield (
+            f"zero_optimization.stage is 0 and the recipe's optim.name is {name!r}; without ZeRO DeepSpeed divides "
+            "nothing and takes one step with zero gradients at the start: leave out --ds, or write 1, 2 or 3"
+        )
+
+
+def _check_scheduler(block: dict[str, Any] | None, config: RunConfig) -> Iterator[str]:
+    if block is None:
+        return
+    if block.get("type") != "WarmupDecayLR" or config.train.scheduler != "linear":
+        yield (
+            f"scheduler.type is {block.get('type')!r}, the recipe's train.scheduler is {config.train.scheduler!r}; "
+            "drop the block, frostline builds the schedule"
+        )
+    yield from _check_params(block, "scheduler", {"warmup_min_lr": 0, "warmup_max_lr": config.train.learning_rate})
+
+
+def _check_params(block: dict[str, Any], name: str, expected: dict[str, Any]) -> Iterator[str]:
+    params = block.get("params", "auto")
+    if params != "auto" and not isinstance(params, dict):
+        yield f"{name}.params is {params!r}; expected an object"
+    for key, found in params.items() if isinstance(params, dict) else ():
+        if found == "auto":
+            continue
+        if key not in expected:
+            yield f'{name}.params.{key} is {found!r}; the recipe has no such setting: drop it or write "auto"'
+        elif found != expected[key]:
+            yield (
+                f"{name}.params.{key} is {found!r}, the recipe makes it {expected[key]!r}; "
+                'write "auto" or change the recipe'
+            )
+
+
+def _fill_buckets(zero: dict[str, Any], hidden_size: int) -> None:
+    sizes = {
+        "reduce_bucket_size": hidden_size**2,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    for key, value in sizes.items():
+        if zero.get(key) == "auto":
+            zero[key] = value
+
+
+def _autos(value: Any, where: str = "") -> Iterator[str]:
+    if value == "auto":
+        yield where
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from _autos(part, f"{where}.{key}" if where else key)

@@ -1,0 +1,1 @@
+"""Export a run: a model directory for transformers, or a delta."""

@@ -1,0 +1,186 @@
+"""Export a run: a model directory that ``from_pretrained`` loads, or a delta for the base model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from toolkit.checkpoint.choice import Choice, Step
+from toolkit.checkpoint.delta import Delta, save_delta
+from toolkit.config.recipe import dump
+from toolkit.inference.open_model import open_source, read_run
+from toolkit.mask.apply import trainable_parameters
+from toolkit.mask.audit import audit_markdown
+from toolkit.models.load import Dtype
+from toolkit.models.weight_files import Comparison, listed
+from toolkit.optim.rounding import stochastic_round
+from toolkit.runtime.errors import CheckpointError, DiskError, UsageError
+from toolkit.runtime.paths import make_parent
+
+Rounding = Literal["nearest", "stochastic"]
+
+
+def export_model(
+    run: Path,
+    target: Path,
+    dtype: Dtype | None = None,
+    step: Step | None = None,
+    base: str | None = None,
+    trust_remote_code: bool = False,
+    rounding: Rounding = "nearest",
+) -> None:
+    """Write the whole trained model with tokenizer, chat template and model card, in the form its base came in.
+
+    Trained tensors come from the float32 masters; a head that was untied is saved as its own tensor, with
+    ``tie_word_embeddings: false``.
+
+    Args:
+        run: the run directory.
+        target: a directory that is empty or does not exist.
+        dtype: precision of the saved weights; none keeps the run's.
+        step: the checkpoint, by its number or as ``latest`` or ``best``; none takes the latest.
+        base: where the base model is, if it moved.
+        trust_remote_code: run code that ships with the base model, if ``run`` was trained with it.
+        rounding: of the masters to bfloat16. ``nearest`` gives the weights that trained; ``stochastic`` the upper or
+            lower neighbour, by odds that make it right on average, so that small changes survive in some of the
+            weights (docs/fp32-masters.md). The odds are drawn from a fixed seed.
+
+    Raises:
+        CheckpointError: ``run`` is no run, ``target`` is in use, or the base model changed.
+        DiskError: ``target`` cannot be written.
+        UsageError: ``rounding`` is ``stochastic`` and the weights are not bfloat16.
+    """
+    _require_run(run)
+    _require_empty(target)
+    opened = open_source(str(run), step, base, trust_remote_code, dtype)
+    delta, choice = opened.delta, opened.choice
+    assert delta is not None  # the source is a run
+    assert choice is not None
+    if rounding == "stochastic":
+        _round_stochastically(opened.loaded.model, delta)
+    opened.loaded.model.config.use_cache = True
+    ends = opened.encoder.stop_ids()
+    audit = audit_markdown(delta.mask, opened.loaded.anatomy)
+    with _staged(target) as staging:
+        comparison = opened.loaded.save(staging, ends)
+        card = _model_card(choice, delta, audit, dump(opened.config), comparison)
+        (staging / "README.md").write_text(card, encoding="utf-8")
+
+
+def export_delta(run: Path, target: Path, dtype: Dtype = "float32", step: Step | None = None) -> None:
+    """Write the trained tensors alone, with the mask and the identity of the base model.
+
+    Args:
+        run: the run directory.
+        target: a directory that is empty or does not exist.
+        dtype: precision of the saved tensors; float32 keeps the masters.
+        step: the checkpoint, by its number or as ``latest`` or ``best``; none takes the latest.
+
+    Raises:
+        CheckpointError: ``run`` is no run, or ``target`` is in use.
+        DiskError: ``target`` cannot be written.
+    """
+    _require_run(run)
+    _require_empty(target)
+    _, delta = read_run(run, step)
+    tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in delta.tensors.items()}
+    with _staged(target) as staging:
+        save_delta(Delta(tensors, delta.mask, delta.base), staging)
+
+
+def _round_stochastically(model: PreTrainedModel, delta: Delta) -> None:
+    if model.dtype != torch.bfloat16:
+        raise UsageError(
+            f"--rounding stochastic rounds to bfloat16, and this export is {str(model.dtype).removeprefix('torch.')}; "
+            "add --dtype bfloat16, or leave out --rounding"
+        )
+    parameters, generator = trainable_parameters(model, delta.mask), torch.Generator().manual_seed(0)
+    for name, master in sorted(delta.tensors.items()):
+        if parameters[name].dtype == torch.bfloat16:  # some models keep a few weights in float32
+            noise = torch.randint(1 << 16, master.shape, generator=generator, dtype=torch.int32)
+            stochastic_round(master.float().clone(), noise, parameters[name].detach())
+
+
+def _require_run(run: Path) -> None:
+    if not (run / "config.yaml").is_file():
+        raise CheckpointError(f"{run} is not a run directory (no config.yaml); expected one such as runs/quickstart")
+
+
+def _require_empty(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target} exists and is not empty; choose another --output, or remove it")
+    make_parent(target)
+
+
+@contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """A directory beside ``target`` that takes its name once the body has filled it; no part of one stays.
+
+    Raises:
+        DiskError: it cannot be written.
+    """
+    staging = target.with_name(f".{target.name}.staging")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        yield staging
+        if target.exists():
+            target.rmdir()
+        staging.rename(target)
+    except (OSError, SafetensorError) as error:
+        raise DiskError(f"{target} cannot be written ({error}); make room, or choose another --output") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _model_card(choice: Choice, delta: Delta, audit: str, recipe: str, weights: Comparison) -> str:
+    base = delta.base.config
+    untied = (
+        "\n\nThe head is its own tensor here; in the base model it is tied to the embeddings."
+        if delta.mask.tied == "untie"
+        else ""
+    )
+    return f"""---
+base_model: {base.name_or_path}
+library_name: transformers
+tags: [frostline, partial-fine-tuning]
+---
+
+# {base.name_or_path}, partially fine-tuned
+
+Fine-tuned with Frostline from {base.name_or_path} (revision {base.revision or "unpinned"}, SHA-256 of its weights as
+{base.dtype} {delta.base.sha256}): only the tensors marked as trained below were updated.{untied}
+
+{_compared(weights)}
+
+{audit}
+
+## Training
+
+The weights are those of {choice.advice("which was not exported")}.
+
+```yaml
+{recipe}```
+
+The licence and the intended use are those of the base model. The answers of a language model are no medical advice.
+"""
+
+
+def _compared(weights: Comparison) -> str:
+    """What was found when the files that were written were compared with the base model's, tensor by tensor."""
+    found = [
+        (weights.identical, "bit-identical to the base model's"),
+        (weights.same_values, "of the same values in another precision"),
+        (weights.rounded, "the base model's values rounded, and otherwise unchanged"),
+        (len(weights.changed), "of other values"),
+        (len(weights.added), f"not in the base model ({listed(weights.added, 4)})"),
+        (len(weights.carried), f"not used by the model and copied as they are ({listed(weights.carried, 4)})"),
+    ]
+    lines = [f"- {count:,} {what}" for count, what in found if count]
+    return "\n".join(["Of the tensors in these files, compared with the base model's files one by one:", "", *lines])

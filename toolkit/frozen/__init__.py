@@ -1,0 +1,1 @@
+"""Weights that are not trained: quantised, offloaded, fetched block by block."""

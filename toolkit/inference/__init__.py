@@ -1,0 +1,1 @@
+"""Open a trained model, let it answer, and measure its loss."""

@@ -1,0 +1,184 @@
+"""Validation loss: the token mean of the cross entropy over held-out rows."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import torch
+
+from toolkit.activation_cache.cached_prefix import HiddenStates
+from toolkit.activation_cache.packing import choose_packing
+from toolkit.checkpoint.choice import Step
+from toolkit.checkpoint.state import read_state
+from toolkit.data.batches import BatchPlan, collate, step_batches
+from toolkit.data.dataset import Dataset, load_dataset
+from toolkit.data.examples import Example
+from toolkit.data.model_limits import check_fit, padding_id
+from toolkit.data.prefetch import Prefetcher, on_device
+from toolkit.data.sources import read_rows
+from toolkit.inference.open_model import Opened, open_source
+from toolkit.models.load import Dtype
+from toolkit.runtime import signals
+from toolkit.runtime.distributed import World
+from toolkit.runtime.errors import DataError
+from toolkit.runtime.out_of_memory import during
+from toolkit.runtime.paths import is_file
+from toolkit.runtime.progress_bar import ProgressBar
+from toolkit.split.split import Suffix
+from toolkit.split.supervised_loss import Forward, supervised_loss
+
+log = logging.getLogger("frostline")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The outcome on a set of rows."""
+
+    loss: float
+    """Mean cross entropy over all supervised tokens."""
+    supervised_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """As ``perplexity`` of the loss."""
+        return perplexity(self.loss)
+
+
+def perplexity(loss: float) -> float:
+    """``exp(loss)``, infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+@dataclass(frozen=True)
+class SourceEvaluation(Evaluation):
+    """The outcome of what a user points at, and on what."""
+
+    step: int | None
+    """Of the checkpoint; none where the source is not a run."""
+    rows: int
+    data: str
+    """Where the rows come from."""
+    held_out: bool | None
+    """False if the run trained on rows of that file; none where that is not known."""
+
+
+@torch.no_grad()
+def evaluate(
+    forward: Forward,
+    prefix: HiddenStates | None,
+    examples: Sequence[Example],
+    micro_batch_size: int,
+    pad_id: int,
+    world: World,
+    packed: bool = False,
+    may_stop: bool = False,
+) -> Evaluation:
+    """Loss over ``examples``, shared among the ranks; every rank calls it and gets the same answer.
+
+    The caller turns dropout off, and sees to it that the model takes packed rows if they are ``packed``.
+
+    Raises:
+        StopRequested: a signal came, and it ``may_stop`` between two batches; on every rank.
+    """
+    tokens = sum(example.supervised_tokens for example in examples)
+    plan = BatchPlan(len(examples), micro_batch_size, rank=world.rank, ranks=world.size)
+    share = torch.zeros((), device=world.device)
+    steps = step_batches(examples, range(len(examples)), plan, pad_id, packed=packed)
+    with Prefetcher() as ahead, ProgressBar("evaluating", len(examples), "row", brief=True) as bar:
+        for batch in chain.from_iterable(ahead(on_device(steps, world.device))):
+            if may_stop:
+                signals.pause(world)
+            with during("the evaluation", batch.shape):
+                hidden = prefix(batch) if prefix else None
+                share += supervised_loss(forward, hidden, batch, tokens)
+            bar.advance(plan.global_batch)
+    (loss,) = world.sum(float(share))
+    return Evaluation(loss, tokens)
+
+
+def evaluate_source(
+    source: str,
+    path: str | None,
+    split: str | None,
+    batch_size: int,
+    step: Step | None,
+    base: str | None,
+    trust_remote_code: bool = False,
+    dtype: Dtype | None = None,
+) -> SourceEvaluation:
+    """Loss of the model behind ``source`` in this one process.
+
+    Args:
+        source: as ``toolkit.inference.open_model.open_source`` takes it.
+        path: rows to evaluate on, all of them; none takes what the run of ``source`` held out.
+        split: of a Hub data set; none takes its only one, or train.
+        batch_size: rows computed at once.
+        step: of a run, the checkpoint, by its number or as ``latest`` or ``best``; none takes the latest.
+        base: where the base model is, if it moved.
+        trust_remote_code: run code that ships with the base model, if ``source`` was trained with it.
+        dtype: precision to compute in; none as in ``open_source``.
+
+    Raises:
+        DataError: no rows are named and ``source`` held none out, or rows are bad.
+        UsageError: ``source`` cannot be opened.
+    """
+    rows = None if path is None else read_rows(path, split)  # before a model loads
+    opened = open_source(source, step, base, trust_remote_code, dtype)
+    config = opened.config.data
+    if path is not None:
+        config = config.model_copy(update={"path": path, "split": split, "validation": None, "validation_split": None})
+    elif opened.run is None or config.validation is None:
+        raise DataError(f"{source} held no rows out; name some with --data.path FILE")
+    loaded, seed = opened.loaded, opened.config.train.seed
+    dataset = load_dataset(config, loaded.tokenizer, seed, rows, loaded.ends, opened.rendering)
+    if path is None and opened.run is not None:
+        _require_same_rows(dataset, opened)
+    examples = dataset.train if path is not None else dataset.validation
+    data, held_out = _describe_rows(len(examples), path, split, opened)
+    log.info("evaluating on %s", data)
+    check_fit(examples, opened.loaded.model, "name rows that fit, or shorten these")
+    world = World()
+    model = opened.loaded.model.to(world.device).eval()
+    suffix = Suffix(model, opened.loaded.anatomy, boundary=None)
+    pad_id = padding_id(opened.loaded.tokenizer, model)
+    suffix.settle(None, collate([min(examples, key=lambda example: len(example.token_ids))], pad_id).to(world.device))
+    packing = choose_packing(config.packing, batch_size, None, suffix, examples, world.device)
+    log.info("packing: %s", packing.reason)
+    outcome = evaluate(suffix, None, examples, batch_size, pad_id, world, packing.on)
+    step_taken = opened.choice.step if opened.choice else None
+    return SourceEvaluation(outcome.loss, outcome.supervised_tokens, step_taken, len(examples), data, held_out)
+
+
+def _describe_rows(rows: int, path: str | None, split: str | None, opened: Opened) -> tuple[str, bool | None]:
+    """The rows in words, and whether the run held them out; none where that is not known."""
+    config, run = opened.config.data, opened.run
+    if path is None:
+        if isinstance(config.validation, float):
+            return f"{rows} rows that {run} held out of {config.path} (data.validation {config.validation})", True
+        return f"{rows} rows of {config.validation}, which {run} held out (data.validation)", True
+    text = f"all {rows} rows of {path}" + (f", split {split}" if split else "")
+    if run is None:
+        return text, None
+    if _place(path) == _place(config.path) and split in (None, config.split):
+        return f"{text}: {run} trained on rows of it", False
+    if isinstance(config.validation, str) and _place(path) == _place(config.validation):
+        return f"{text}, which {run} held out (data.validation)", True
+    return f"{text}; whether {run} trained on some of them is not known", None
+
+
+def _place(path: str) -> str:
+    return str(Path(path).resolve()) if is_file(path) else path
+
+
+def _require_same_rows(dataset: Dataset, opened: Opened) -> None:
+    """Another split of changed rows could count rows that were trained on as held out."""
+    assert opened.choice is not None
+    if read_state(opened.choice.checkpoint).fingerprints["data"] != dataset.fingerprint:
+        raise DataError(
+            f"the rows of {opened.run} have changed since it was trained; name rows to evaluate on with --data.path"
+        )

@@ -1,0 +1,232 @@
+"""Open what a user points at after training: a run, a checkpoint, a delta, or a model."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from toolkit.checkpoint import manifest
+from toolkit.checkpoint.catalog import checkpoints_of
+from toolkit.checkpoint.choice import Choice, Step, choose
+from toolkit.checkpoint.delta import Delta, is_delta, read_delta
+from toolkit.checkpoint.restore import Checkpoint
+from toolkit.config.recipe import build, read_recipe
+from toolkit.config.schema import ModelConfig, RunConfig
+from toolkit.data.chat_rendering import Rendering, read_rendering
+from toolkit.data.examples import Encoder
+from toolkit.mask.apply import apply_mask, trainable_parameters
+from toolkit.models.anatomy import Anatomy
+from toolkit.models.anatomy_detection import inspect
+from toolkit.models.load import Dtype, LoadedModel, fingerprint, load, stored_dtype
+from toolkit.runtime.errors import CheckpointError, ModelError, UsageError
+
+log = logging.getLogger("frostline")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model ready to answer, and the recipe of its run where it comes from one."""
+
+    loaded: LoadedModel
+    config: RunConfig
+    """The run's recipe; the defaults where the source is not a run."""
+    run: Path | None
+    """The run directory, where the source is one."""
+    choice: Choice | None
+    """The checkpoint of the run, where the source is one."""
+    delta: Delta | None
+    """What was trained, where the source is not a whole model."""
+    rendering: Rendering = Rendering()  # noqa: RUF009 (frozen)
+    """How the run writes its conversations; the plain way where the source is not a run."""
+
+    @property
+    def encoder(self) -> Encoder:
+        """What turns rows into this model's tokens, and says which of them end an answer."""
+        return Encoder(self.loaded.tokenizer, self.config.data.max_length, self.loaded.ends, self.rendering)
+
+
+def open_source(
+    source: str,
+    step: Step | None = None,
+    base: str | None = None,
+    trust_remote_code: bool = False,
+    dtype: Dtype | None = None,
+) -> Opened:
+    """Load the model behind ``source``.
+
+    Args:
+        source: a run directory, a checkpoint, a delta, a model directory, a Hub id, or a bundled name.
+        step: of a run, the checkpoint to take, by its number or as ``latest`` or ``best``; none takes the latest.
+        base: where the base model of a run or delta is, if it moved.
+        trust_remote_code: run code that ships with the base model, if the run or delta was trained with it.
+        dtype: the model's precision, to which masters are rounded; none takes the base's as it was trained, or that in
+            which a model is stored.
+
+    Raises:
+        CheckpointError: the run has no such checkpoint, it is damaged, or the base model changed.
+        UsageError: a step is named of what is not a run.
+        ModelError: a model cannot be loaded.
+    """
+    path = Path(source)
+    if _is_run(path):
+        config = build(read_recipe(path / "config.yaml"), f"recipe {path}/config.yaml")
+        choice, delta = read_run(path, step)
+        loaded = load_delta(delta, base, trust_remote_code, dtype)
+        return Opened(loaded, config, path, choice, delta, read_rendering(path))
+    if step is not None:
+        raise UsageError(f"--step {step} names a checkpoint of a run directory, and {source} is none; leave it out")
+    if _is_checkpoint(path) or is_delta(path):
+        delta = read_trained(path)
+        loaded = load_delta(delta, base, trust_remote_code, dtype)
+        return Opened(loaded, RunConfig(), None, None, delta, read_rendering(path.parent.parent))  # of a run, if so
+    _refuse_inside_run(path)
+    dtype = dtype or stored_dtype(source)
+    model = ModelConfig(name_or_path=source, dtype="bfloat16" if dtype == "bfloat16" else "float32")
+    loaded = load_base(model)
+    _cast(loaded.model, dtype)
+    return Opened(loaded, RunConfig(model=model), None, None, None)
+
+
+def read_run(run: Path, step: Step | None = None) -> tuple[Choice, Delta]:
+    """The checkpoint that is taken of a run, which the log names, and its trained tensors; every byte is verified.
+
+    Args:
+        run: the run directory.
+        step: the checkpoint to take, by its number or as ``latest`` or ``best``; none takes the latest.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    choice = choose(run, step)
+    log.info("%s: using %s", run, choice.advice("--step best"))
+    return choice, Checkpoint(choice.checkpoint).delta()
+
+
+def read_trained(path: Path) -> Delta:
+    """The trained tensors in a run, checkpoint or delta; of the first two every byte is verified.
+
+    Args:
+        path: of it; the latest checkpoint of a run.
+
+    Raises:
+        CheckpointError: it is none of them, there is no such checkpoint, or it is damaged.
+    """
+    if _is_checkpoint(path):
+        manifest.verify(path)
+        return Checkpoint(path).delta()
+    if is_delta(path):
+        return read_delta(path)
+    if _is_run(path):
+        choice = choose(path)
+        log.info("%s: using %s", path, choice.advice(f"model.delta {choice.better}"))
+        return Checkpoint(choice.checkpoint).delta()
+    _refuse_inside_run(path)
+    raise CheckpointError(f"{path} is not a run directory, a checkpoint or a delta; expected one of them")
+
+
+def load_delta(
+    delta: Delta, base: str | None = None, trust_remote_code: bool = False, dtype: Dtype | None = None
+) -> LoadedModel:
+    """The base model with the delta's tensors in place.
+
+    Args:
+        delta: what was trained.
+        base: where the base model is, if no longer where it was trained from.
+        trust_remote_code: run the code that ships with the base model, if the delta was trained with it.
+        dtype: precision of the whole; none keeps the base's.
+
+    Raises:
+        CheckpointError: the base model's weights are not those the delta was trained on.
+        ModelError: the base model cannot be loaded, or only with code of its own.
+    """
+    config = delta.base.config.model_copy(update={"name_or_path": base} if base else {})
+    if config.trust_remote_code and not trust_remote_code:
+        raise ModelError(
+            f"these tensors were trained on {config.name_or_path} with its own code (model.trust_remote_code), and "
+            "whoever wrote them chose that; if you have read that code, pass --trust-remote-code"
+        )
+    loaded = load_base(config)
+    _lay_on(loaded, delta, config, dtype)
+    return loaded
+
+
+def load_base(
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    anatomy: Anatomy | None = None,
+    blocks_on_disk: int = 0,
+) -> LoadedModel:
+    """The model that ``config`` names, with the tensors of ``config.delta`` in place.
+
+    Args:
+        config: the recipe's model section.
+        tokenizer: if it is loaded already.
+        anatomy: the model's parts, if they are known already.
+        blocks_on_disk: that many blocks from the first on are not loaded; needs ``anatomy``.
+
+    Raises:
+        CheckpointError: the delta cannot be read, trained other weights, or a block that is not loaded.
+        ModelError: the model cannot be loaded.
+    """
+    if config.delta is None:
+        return load(config, tokenizer, anatomy, blocks_on_disk)
+    delta = read_trained(Path(config.delta))
+    below = config.model_copy(update={"delta": delta.base.config.delta})  # which may itself begin with a delta
+    loaded = load_base(below, tokenizer, anatomy, blocks_on_disk)
+    _lay_on(loaded, delta, config)
+    return replace(loaded, anatomy=inspect(loaded.model))  # its head may have a tensor of its own now
+
+
+@torch.no_grad()
+def _lay_on(loaded: LoadedModel, delta: Delta, config: ModelConfig, dtype: Dtype | None = None) -> None:
+    if fingerprint(loaded.model, loaded.on_disk) != delta.base.sha256:
+        raise CheckpointError(
+            f"these tensors were trained on other weights than {config.name_or_path} holds now as "
+            f"{config.dtype} (SHA-256 differs); name the original model and its model.dtype"
+        )
+    if absent := [name for name in delta.tensors if name in loaded.on_disk]:
+        raise CheckpointError(
+            f"model.delta trained {absent[0]}, which prefix.placement: disk leaves on disk; choose another "
+            "prefix.placement, or export the trained model and start from that"
+        )
+    if dtype is not None:
+        _cast(loaded.model, dtype)
+    apply_mask(loaded.model, delta.mask, loaded.anatomy)
+    parameters = trainable_parameters(loaded.model, delta.mask)
+    for name, tensor in delta.tensors.items():
+        parameters[name].copy_(tensor)
+
+
+def _cast(model: PreTrainedModel, dtype: Dtype) -> None:
+    """Weights alone: buffers, such as rotary frequencies, and weights with a precision of their own keep it."""
+    own = model.dtype
+    for parameter in model.parameters():
+        if parameter.dtype == own:
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+
+
+def _refuse_inside_run(path: Path) -> None:
+    """Name the run where what is meant is one of its checkpoints: ``RUN/checkpoints/best`` is a file.
+
+    Raises:
+        CheckpointError: it is.
+    """
+    run = path.parent.parent
+    if path.parent.name == "checkpoints" and _is_run(run):
+        present = ", ".join(found.name for found in checkpoints_of(run)) or "none"
+        raise CheckpointError(
+            f"{path} is no checkpoint; present: {present}. Name the run, {run}, and choose with "
+            "--step N, latest or best"
+        )
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / manifest.NAME).is_file()
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "config.yaml").is_file()

@@ -1,0 +1,81 @@
+"""Have transformers leave a model's lower blocks on disk, and find the files they lie in."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.hooks import remove_hook_from_submodules
+from torch import nn
+
+from toolkit.models.anatomy import Anatomy
+from toolkit.models.mapped_tensors import MappedFile, OnDisk
+
+
+def device_map(anatomy: Anatomy, blocks_on_disk: int) -> dict[str, str]:
+    """For ``from_pretrained``: the first blocks on disk, everything else on the CPU.
+
+    Every block has an entry of its own, because transformers takes a name for the start of one (``layers.1`` for that
+    of ``layers.10``) unless a longer one fits. There is none for the whole model: accelerate would place all of it.
+    """
+    others = {tensor.name.rpartition(".")[0]: "cpu" for tensor in anatomy.tensors if tensor.block is None}
+    blocks = {
+        f"{anatomy.blocks}.{index}": "disk" if index < blocks_on_disk else "cpu" for index in range(anatomy.block_count)
+    }
+    return others | blocks
+
+
+@contextmanager
+def quiet_accelerate() -> Iterator[None]:
+    """Without accelerate's warning about parameters on the meta device, which are meant to be there."""
+    logger = logging.getLogger("accelerate.big_modeling")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def take_files(model: nn.Module) -> dict[str, OnDisk]:
+    """Where the parameters lie that were left on disk; ``model`` loses the hooks that would load them."""
+    index = _index(model)
+    remove_hook_from_submodules(model)
+    for attribute in ("to", "cuda", "hf_device_map"):  # accelerate's guards on the instance
+        vars(model).pop(attribute, None)
+    for module in model.modules():  # accelerate puts the method back, but on the instance, where copies would find it
+        if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+            del module.forward
+    files: dict[str, MappedFile] = {}
+    found = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.is_meta:
+            path = index[name]["safetensors_file"]
+            if path not in files:
+                files[path] = MappedFile(Path(path))
+            found[name] = OnDisk(files[path], index[name]["weight_name"], parameter.dtype)
+    return found
+
+
+def _index(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What accelerate's loader knows: name to safetensors_file, weight_name and dtype."""
+    for module in model.modules():
+        weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        while weights is not None and not hasattr(weights, "index"):
+            weights = getattr(weights, "dataset", None)
+        if weights is not None:
+            index: dict[str, dict[str, Any]] = weights.index
+            return index
+    return {}
+
+
+def to_meta(module: nn.Module, name: str) -> None:
+    """Take a parameter's content away; shape and precision stay."""
+    owner, _, leaf = name.rpartition(".")
+    parameter = module.get_parameter(name)
+    empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+    module.get_submodule(owner)._parameters[leaf] = empty

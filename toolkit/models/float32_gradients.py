@@ -1,0 +1,261 @@
+"""Gradients of bfloat16 layers in float32, on processors that compute those faster.
+
+A CPU with tile units for bfloat16 (AMX) multiplies it several times faster than float32; many without them are twice as
+slow at it. There the backward pass of a bfloat16 layer is computed from float32 copies, and each gradient is rounded
+once, at its end, which is where a bfloat16 product rounds too. Which is faster is measured once a machine. The forward
+pass of a layer stays torch's own, bit for bit; only the head, which is the loss's, is a float32 product there too.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from toolkit.models.bundled import cache_root
+from toolkit.runtime.paths import replace_text
+
+log = logging.getLogger("frostline")
+
+FEWEST_ROWS = 32
+"""With fewer rows than that, bringing the weight to float32 takes longer than it saves."""
+
+_PART = 2**19
+"""Elements of a weight that are float32 at once, of 4 bytes: 2 MiB, which stay in the processor's caches."""
+_WORTH_IT = 1.2
+"""How many times faster float32 has to be."""
+_MARK = "_gradient_in_float32"
+
+
+class Float32Linear(nn.Linear):
+    """``nn.Linear`` of low-precision weights that computes its gradients in float32 and rounds them."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name for it
+        """[…, in_features] to […, out_features] in the input's dtype."""
+        rows = input.numel() // max(1, input.shape[-1])
+        if rows < FEWEST_ROWS or input.dtype != self.weight.dtype:
+            return super().forward(input)
+        if not torch.is_grad_enabled():
+            return _filled_up(input, self.weight, self.bias)
+        output: torch.Tensor = _Linear.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        return output
+
+
+def _filled_up(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Torch's own product, of a multiple of ``FEWEST_ROWS`` rows.
+
+    oneDNN keeps 0.3 MiB for each number of rows that a layer of a few hundred columns meets (torch 2.13).
+    """
+    rows = states.flatten(0, -2)
+    filled = nn.functional.pad(rows, (0, 0, 0, -len(rows) % FEWEST_ROWS))
+    return nn.functional.linear(filled, weight, bias)[: len(rows)].view(*states.shape[:-1], -1)
+
+
+class _Linear(torch.autograd.Function):
+    """``linear(states, weight, bias)``."""
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(states, weight)
+        ctx.has_bias = bias is not None
+        return _filled_up(states, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        states, weight = ctx.saved_tensors
+        to_states, to_weight, to_bias = ctx.needs_input_grad
+        rows = gradient.flatten(0, -2).float()
+        d_states = d_weight = None
+        if to_states:
+            d_states = gradient_of_states(rows, weight, in_float32=True).to(states.dtype).view(states.shape)
+        if to_weight:
+            d_weight = torch.empty_like(weight)
+            gradient_of_weight(rows, states.flatten(0, -2), d_weight, in_float32=True)
+        return d_states, d_weight, rows.sum(0).to(weight.dtype) if ctx.has_bias and to_bias else None
+
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""Query, key, value and a mask to the attended values."""
+
+
+class _Attention(torch.autograd.Function):
+    """``attend(query, key, value, mask)``; backward runs it once more in float32, and through that.
+
+    Torch's bfloat16 kernel takes longer for its backward pass alone, and keeps 9 MiB for each length of rows that it
+    meets (torch 2.13).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, attend: Attend
+    ) -> torch.Tensor:
+        ctx.save_for_backward(query, key, value, mask)
+        ctx.attend = attend
+        return attend(query, key, value, mask)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        *states, mask = ctx.saved_tensors
+        exact = [tensor.detach().float().requires_grad_() for tensor in states]
+        with torch.enable_grad():
+            output = ctx.attend(*exact, mask.float() if mask is not None and mask.is_floating_point() else mask)
+        gradients = torch.autograd.grad(output, exact, gradient.float())
+        return *(g.to(tensor.dtype) for g, tensor in zip(gradients, states, strict=True)), None, None
+
+
+def linear(
+    states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, in_float32: bool = False
+) -> torch.Tensor:
+    """``states @ weight.T + bias``, [S, H] and [V, H] to [S, V] in their dtype."""
+    if not in_float32:
+        return nn.functional.linear(states, weight, bias)
+    exact, output = states.float(), states.new_empty(len(states), len(weight))
+    for part in _parts(weight):
+        own = None if bias is None else bias[part].float()
+        output[:, part] = nn.functional.linear(exact, weight[part].float(), own)
+    return output
+
+
+def gradient_of_states(gradient: torch.Tensor, weight: torch.Tensor, in_float32: bool = False) -> torch.Tensor:
+    """``gradient @ weight``, [S, V] and [V, H] to [S, H]; float32 if it is computed in that."""
+    if not in_float32:
+        return gradient @ weight
+    first, *others = _parts(weight)
+    total = gradient[:, first].float() @ weight[first].float()
+    for part in others:
+        total += gradient[:, part].float() @ weight[part].float()
+    return total
+
+
+def gradient_of_weight(
+    gradient: torch.Tensor, states: torch.Tensor, out: torch.Tensor, in_float32: bool = False
+) -> None:
+    """Put ``gradient.T @ states``, of [S, V] and [S, H], into ``out`` [V, H]."""
+    if not in_float32:
+        torch.mm(gradient.t(), states, out=out)
+        return
+    exact = states.float()
+    for part in _parts(out):
+        out[part] = gradient[:, part].float().t() @ exact
+
+
+def _parts(weight: torch.Tensor) -> Iterator[slice]:
+    """Rows of ``weight`` that are brought to float32 together."""
+    rows = max(1, _PART // weight.shape[1])
+    for start in range(0, len(weight), rows):
+        yield slice(start, start + rows)
+
+
+def sdpa(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """Transformers' ``sdpa``; of the layers that ``use_float32_gradients`` marked, the gradient is float32."""
+
+    def attend(*states: torch.Tensor | None) -> torch.Tensor:
+        output: torch.Tensor = sdpa_attention_forward(module, *states, *args[1:], **kwargs)[0]
+        return output
+
+    mask = args[0] if args else kwargs.pop("attention_mask", None)
+    is_random = kwargs.get("dropout") or 0.0
+    if not getattr(module, _MARK, False) or query.dtype != torch.bfloat16 or is_random or not torch.is_grad_enabled():
+        return attend(query, key, value, mask), None
+    return _Attention.apply(query, key, value, mask, attend), None  # type: ignore[no-untyped-call]
+
+
+AttentionInterface.register("sdpa", sdpa)
+
+
+def use_float32_gradients(model: PreTrainedModel) -> None:
+    """Let the linear and attention layers of ``model`` compute gradients in float32, before it is cut.
+
+    The head belongs to the loss, which does the same (``toolkit.split.supervised_loss``). Layers of other classes than
+    ``nn.Linear``, such as quantised ones, stay as they are.
+    """
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if type(module) is nn.Linear and module is not head:
+            module.__class__ = Float32Linear
+        if hasattr(module, "is_causal"):
+            setattr(module, _MARK, True)
+    log.info("bfloat16 layers: gradients in float32, rounded once, which this CPU is faster at")
+
+
+def uses_float32_gradients(model: nn.Module) -> bool:
+    """Whether ``use_float32_gradients`` was called for ``model``."""
+    return any(type(module) is Float32Linear for module in model.modules())
+
+
+def float32_is_faster(dtype: torch.dtype, device: torch.device) -> bool:
+    """For products on this machine; measured once, and kept beside the converted models.
+
+    It has to stay the same from run to run, because it moves the last bit of gradients.
+    """
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return False
+    return _kept(cache_root() / "float32-gradients.json")
+
+
+@cache
+def _kept(path: Path) -> bool:
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))[machine()]
+        if isinstance(known, bool):
+            return known
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    faster = _gain() >= _WORTH_IT
+    with suppress(OSError):  # a cache that cannot be written is measured again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, json.dumps({machine(): faster}))
+    return faster
+
+
+def machine() -> str:
+    """Name the processor and torch's version, which what was measured is kept for."""
+    return f"{_processor()}, torch {torch.__version__}"
+
+
+def _processor() -> str:
+    """The processor's name and whether it has tile units; the kernel's word where there is one."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
+    found = {key.strip(): value for key, value in facts.items()}
+    tiles = " with AMX" if "amx_bf16" in found.get("flags", "").split() else ""
+    return found.get("model name", platform.machine()).strip() + tiles
+
+
+def _gain() -> float:
+    """How many times faster a product is in float32, conversions included: the best of a few goes each, in turns.
+
+    On one thread, by its own clock, so that other processes do not count.
+    """
+    states, weight = torch.ones(256, 512, dtype=torch.bfloat16), torch.ones(1024, 512, dtype=torch.bfloat16)
+    best = {torch.bfloat16: float("inf"), torch.float32: float("inf")}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(8):
+            for dtype in best:
+                start = time.thread_time()
+                (states.to(dtype) @ weight.to(dtype).t()).to(torch.bfloat16)
+                best[dtype] = min(best[dtype], time.thread_time() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return best[torch.bfloat16] / best[torch.float32]

@@ -1,0 +1,63 @@
+"""Learn from a pass over two tokens what a model's structure alone does not tell."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from toolkit.runtime.errors import ModelError
+
+
+@contextlib.contextmanager
+def evaluating(*parts: nn.Module) -> Iterator[None]:
+    """Without dropout and gradients inside; every module is in its own mode again afterwards.
+
+    Raises:
+        ModelError: a weight was changed inside (RWKV scales its own for evaluation, and back when it next trains).
+    """
+    modes = {module: module.training for part in parts for module in part.modules()}
+    weights = [(name, weight, weight._version) for part in parts for name, weight in part.named_parameters()]
+    for part in parts:
+        part.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    for name, weight, version in weights:
+        if weight._version != version:
+            raise ModelError(
+                f"this model changes its own weights in a forward pass (first {name}), so frozen tensors would not "
+                "stay as they are; expected an architecture that computes without doing so"
+            )
+
+
+def dry_run(
+    model: nn.Module, watched: Iterable[nn.Module], device: torch.device | None = None
+) -> list[tuple[nn.Module, Any]]:
+    """The ``watched`` modules in the order in which a pass over two tokens leaves them, each with its output.
+
+    Whatever exception ends the pass, what was seen before it counts; the caller decides if that is enough.
+
+    Args:
+        model: the whole of what runs.
+        watched: modules of it.
+        device: where it computes; none takes that of its first parameter.
+    """
+    seen: list[tuple[nn.Module, Any]] = []
+    hooks = [
+        module.register_forward_hook(lambda module, args, output: seen.append((module, output))) for module in watched
+    ]
+    device = device or next(model.parameters()).device
+    try:
+        with evaluating(model), contextlib.suppress(Exception):
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen

@@ -1,0 +1,212 @@
+"""What a checkpoint's safetensors files hold, and what of it a model uses."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from toolkit.models.mapped_tensors import read_header
+from toolkit.models.source_files import SourceFiles
+from toolkit.runtime.paths import usual_mode
+
+MAX_SHARD_BYTES = 5_000_000_000
+"""A model beyond this is written in several files with an index."""
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The precisions of plain weights by the names of the safetensors format."""
+
+
+class StoredTensors:
+    """The tensors of a checkpoint by name; headers are read at once, a tensor when it is asked for."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        """
+        Args:
+            files: the safetensors files that transformers would read.
+
+        Raises:
+            ModelError: one is not of that format.
+        """  # noqa: D205, D212
+        self.entries: dict[str, dict[str, Any]] = {}
+        self._file: dict[str, Path] = {}
+        self._open: dict[Path, Any] = {}
+        for file in files:
+            header, _ = read_header(file)
+            self.entries |= header
+            self._file |= dict.fromkeys(header, file)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor as it is stored."""
+        file = self._file[name]
+        if file not in self._open:
+            self._open[file] = safe_open(file, framework="pt")
+        tensor: torch.Tensor = self._open[file].get_tensor(name)
+        return tensor
+
+    @property
+    def are_plain(self) -> bool:
+        """Whether all is in 16 bits or more: packed codes of quantised weights are integers or in 8 bits."""
+        return bool(self.entries) and all(entry["dtype"] in FLOATS for entry in self.entries.values())
+
+
+def read_stored(files: SourceFiles) -> StoredTensors:
+    """The weights of a source, from the files that ``from_pretrained`` reads; others beside them do not count.
+
+    Raises:
+        ModelError: a file is not of the safetensors format.
+    """
+    single = files.find("model.safetensors")
+    if single is not None:
+        return StoredTensors([single])
+    shards = dict.fromkeys(map(str, (files.json("model.safetensors.index.json").get("weight_map") or {}).values()))
+    return StoredTensors(path for name in shards if (path := files.find(name)) is not None)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How the weights that were written compare with the stored ones they come from; numbers of tensors."""
+
+    identical: int = 0
+    """The same bits."""
+    same_values: int = 0
+    """The same values in another precision."""
+    rounded: int = 0
+    """The stored values rounded, and nothing else."""
+    changed: tuple[str, ...] = ()
+    """Names of those with other values."""
+    added: tuple[str, ...] = ()
+    """Names that the source does not have."""
+    carried: tuple[str, ...] = ()
+    """Names of those that the model does not use, written as they are."""
+
+
+Rename = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class WeightsToWrite:
+    """Tensors under the names that they have on disk."""
+
+    tensors: dict[str, torch.Tensor]
+    carried: list[str]
+    """Names of stored tensors that the model does not use."""
+
+    def write(self, stored: StoredTensors, directory: Path) -> Comparison:
+        """Write safetensors into ``directory``, with an index where there are several; compare with ``stored``.
+
+        Raises:
+            OSError: the disk.
+        """
+        kinds: dict[str, list[str]] = {}
+        for name, tensor in self.tensors.items():
+            kind = _compare(tensor, stored.read(name)) if name in stored.entries else "added"
+            kinds.setdefault(kind, []).append(name)
+        everything = self.tensors | {name: stored.read(name) for name in self.carried}
+        _write_shards(everything, directory)
+        count = {kind: len(names) for kind, names in kinds.items()}
+        return Comparison(
+            count.get("identical", 0), count.get("same_values", 0), count.get("rounded", 0),
+            tuple(kinds.get("changed", ())), tuple(kinds.get("added", ())), tuple(self.carried),
+        )  # fmt: skip
+
+
+def _write_shards(tensors: dict[str, torch.Tensor], directory: Path) -> None:
+    """As ``save_pretrained`` splits them; huggingface_hub's own writer refuses slices, as an expert is of its stack."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > MAX_SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    many, index = len(shards) > 1, {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if many else "model.safetensors"
+        with usual_mode(directory / file):
+            save_file({name: tensors[name].contiguous() for name in names}, directory / file, metadata={"format": "pt"})
+        index.update(dict.fromkeys(names, file))
+    if many:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
+        (directory / "model.safetensors.index.json").write_text(f"{text}\n", encoding="utf-8")
+
+
+def weights_to_write(
+    model: PreTrainedModel, stored: StoredTensors, targets: dict[str, str], in_stored_form: Rename
+) -> WeightsToWrite:
+    """The weights of ``model`` under the names of the source, and what the source holds beside them.
+
+    A tensor that is stored under two names (a tied head) is written under both again. One that the model does not use
+    is carried as it is.
+
+    Args:
+        model: with all its weights.
+        stored: the source.
+        targets: each stored name to the model's own, whether the model has it or not.
+        in_stored_form: the model's state to names and shapes as they are stored, but for the base model's prefix.
+    """
+    state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
+    places: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places.setdefault(id(parameter), []).append(name)
+    tied = {name: names for names in places.values() if len(names) > 1 for name in names}
+    there = set(targets.values())
+    own = {name: next((other for other in names if other in there), names[0]) for name, names in tied.items()}
+    saved = in_stored_form({name: tensor for name, tensor in state.items() if own.get(name, name) == name})
+    for name in model._keys_to_ignore_on_save or ():
+        if name not in stored.entries:
+            saved.pop(name, None)
+    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    names = {name: _stored_name(name, prefix, stored) for name in saved}
+    if None in names.values():  # readers give all names the base model's prefix or none: a new head needs it
+        names = {name: name for name in saved}
+    tensors = {names[name] or name: tensor for name, tensor in saved.items()}
+    carried = [name for name, target in targets.items() if target not in state]
+    for name, target in targets.items():
+        if name not in tensors and target in tied and f"{prefix}{name}" not in tensors:
+            tensors[name] = state[target].clone()
+    return WeightsToWrite(tensors, sorted(set(carried) - tensors.keys()))
+
+
+def _stored_name(name: str, prefix: str, stored: StoredTensors) -> str | None:
+    """What a checkpoint calls a tensor that was saved from the base model alone, or together with its head."""
+    variants = (name, name.removeprefix(prefix), f"{prefix}{name}")
+    return next((variant for variant in variants if variant in stored.entries), None)
+
+
+def _compare(written: torch.Tensor, stored: torch.Tensor) -> str:
+    if written.shape != stored.shape:
+        return "changed"
+    if written.dtype == stored.dtype and torch.equal(_bits(written), _bits(stored)):
+        return "identical"
+    common = torch.promote_types(written.dtype, stored.dtype)
+    if torch.equal(written.to(common), stored.to(common)):
+        return "same_values"
+    roundings = (written.dtype, torch.bfloat16, torch.float16)
+    if any(torch.equal(written, stored.to(dtype).to(written.dtype)) for dtype in roundings):
+        return "rounded"
+    return "changed"
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+
+
+def listed(names: Iterable[str], most: int = 12) -> str:
+    """Names in a line, those that differ in their numbers alone once."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub(r"\d+", "N", name), []).append(name)
+    texts = [own[0] if len(own) == 1 else f"{pattern} ({len(own)} times)" for pattern, own in groups.items()]
+    more = f" and {len(texts) - most} more kinds" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more

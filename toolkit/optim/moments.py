@@ -1,0 +1,254 @@
+"""AdamW's two moments of a flat vector, as float32, as bfloat16 or in 8 bits, and the update that goes with each.
+
+A form is what moments are stored as. Its state is a dict of plain tensors, which an optimizer keeps and a checkpoint
+stores; the masters are float32 and not its concern.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+
+from toolkit.config.schema import OptimName
+from toolkit.frozen.quantization import bitsandbytes_functional
+from toolkit.optim.rounding import Noise, stochastic_round
+
+BLOCK = 256
+"""Elements that share a scale in 8 bits, as in bitsandbytes."""
+
+SMALLEST = 4096
+"""Tensors with fewer elements keep float32 moments, as in bitsandbytes: norms and biases, which are no burden."""
+
+_PAGED_FROM = 100_000
+"""Elements from which bitsandbytes pages moments."""
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+State = dict[str, torch.Tensor]
+
+
+class Form(Protocol):
+    """How the moments of n elements are stored, and what one step of AdamW does to them."""
+
+    def create(self, size: int, device: torch.device) -> State:
+        """Moments of zero."""
+
+    def update(
+        self, state: State, span: slice, master: torch.Tensor, gradient: torch.Tensor, settings: Mapping[str, Any],
+        step: int, factor: float,
+    ) -> None:  # fmt: skip
+        """One step on a stretch.
+
+        Args:
+            state: of all elements.
+            span: the stretch; starts at a multiple of ``BLOCK``.
+            master: float32 of the stretch, changed in place.
+            gradient: float32 of the stretch; may be overwritten.
+            settings: lr, betas, eps and weight_decay.
+            step: updates done with this one.
+            factor: what the gradient is multiplied by.
+        """
+
+    def read(self, state: State) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both moments in float32 [n]."""
+
+    def write(self, state: State, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> None:
+        """Store float32 [n], rounded to the nearest."""
+
+    def moving(self, state: State, index: torch.Tensor) -> torch.Tensor:
+        """Of which elements the first moment is not zero: boolean, as ``index``."""
+
+
+def moment_bytes(name: OptimName, size: int, is_table: bool = False) -> int:
+    """Bytes of both moments of ``size`` elements.
+
+    Args:
+        name: of the optimizer.
+        size: elements of a tensor, or of a partition.
+        is_table: it is an embedding table, whose moments stay in float32 where others take 8 bits.
+    """
+    if name == "adamw_bf16":
+        return 4 * size
+    if name == "adamw" or is_table or size < SMALLEST:
+        return 8 * size
+    return 2 * size + 8 * math.ceil(size / BLOCK)
+
+
+class Float32:
+    """Both moments in float32."""
+
+    def create(self, size: int, device: torch.device) -> State:  # noqa: D102
+        return {kind: torch.zeros(size, device=device) for kind in MOMENTS}
+
+    def update(  # noqa: D102
+        self, state: State, span: slice, master: torch.Tensor, gradient: torch.Tensor, settings: Mapping[str, Any],
+        step: int, factor: float,
+    ) -> None:  # fmt: skip
+        exp_avg, exp_avg_sq = (state[kind][span] for kind in MOMENTS)
+        fused_adamw(master, gradient, exp_avg, exp_avg_sq, settings, step, factor)
+
+    def read(self, state: State) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: D102
+        return state["exp_avg"], state["exp_avg_sq"]
+
+    def write(self, state: State, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> None:  # noqa: D102
+        state["exp_avg"].copy_(exp_avg)
+        state["exp_avg_sq"].copy_(exp_avg_sq)
+
+    def moving(self, state: State, index: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        return state["exp_avg"].index_select(0, index) != 0
+
+
+class BFloat16(Float32):
+    """Both moments in bfloat16, rounded stochastically; the update itself is in float32.
+
+    Rounded to the nearest, a second moment with beta2 = 0.999 could only grow: one step changes it by a thousandth,
+    and bfloat16's neighbours are 4 to 8 thousandths apart. Rounded without bias it follows (docs/optimizers.md).
+    """
+
+    def __init__(self, longest: int, device: torch.device) -> None:
+        """
+        Args:
+            longest: elements of the longest stretch.
+            device: of the moments.
+        """  # noqa: D205, D212
+        self._work = torch.empty(2, longest, device=device)
+        self._noise = Noise(longest, device)
+
+    def create(self, size: int, device: torch.device) -> State:  # noqa: D102
+        return {kind: torch.zeros(size, dtype=torch.bfloat16, device=device) for kind in MOMENTS}
+
+    def update(  # noqa: D102
+        self, state: State, span: slice, master: torch.Tensor, gradient: torch.Tensor, settings: Mapping[str, Any],
+        step: int, factor: float,
+    ) -> None:  # fmt: skip
+        size = master.numel()
+        stored, work = [state[kind][span] for kind in MOMENTS], self._work[:, :size]
+        for own, exact in zip(stored, work, strict=True):
+            exact.copy_(own)
+        fused_adamw(master, gradient, work[0], work[1], settings, step, factor)
+        for own, exact, noise in zip(stored, work, self._noise.of(step), strict=True):
+            stochastic_round(exact, noise[:size], own)
+
+    def read(self, state: State) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: D102
+        return state["exp_avg"].float(), state["exp_avg_sq"].float()
+
+
+class EightBit:
+    """Both moments in 8 bits, ``BLOCK`` elements to a float32 scale (Dettmers et al., arXiv 2110.02861).
+
+    Kernels, code tables and paged memory are bitsandbytes'.
+    """
+
+    def __init__(self, device: torch.device, paged: bool = False) -> None:
+        """
+        Args:
+            device: of the moments.
+            paged: moments of large tensors lie in memory that the GPU's driver moves to the host and back.
+        """  # noqa: D205, D212
+        functional = bitsandbytes_functional()
+        self._functional = functional
+        self._codes = [functional.create_dynamic_map(signed).to(device) for signed in (True, False)]
+        self._zero = int((self._codes[0] == 0).nonzero()[0])
+        self._paged = paged and device.type == "cuda"
+        self._device = device
+
+    def create(self, size: int, device: torch.device) -> State:  # noqa: D102
+        state = {}
+        for kind in MOMENTS:
+            state[kind] = self._bytes(size, device)
+            state[f"{kind}_scales"] = torch.zeros(math.ceil(size / BLOCK), device=device)
+        return state
+
+    def update(  # noqa: D102
+        self, state: State, span: slice, master: torch.Tensor, gradient: torch.Tensor, settings: Mapping[str, Any],
+        step: int, factor: float,
+    ) -> None:  # fmt: skip
+        blocks = slice(span.start // BLOCK, math.ceil(span.stop / BLOCK))
+        if span.start == 0 and self._is_paged(state):
+            for kind in MOMENTS:
+                self._functional.prefetch_tensor(state[kind])
+        codes = [_part(state[kind], span) for kind in MOMENTS]
+        scales = [state[f"{kind}_scales"][blocks] for kind in MOMENTS]
+        beta1, beta2 = settings["betas"]
+        self._functional.optimizer_update_8bit_blockwise(
+            "adam", gradient, master, *codes, beta1, beta2, 0.0, 0.0, settings["eps"], step, settings["lr"],
+            *self._codes, *scales, settings["weight_decay"], gnorm_scale=factor,
+        )  # fmt: skip
+
+    def read(self, state: State) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: D102
+        self._settle(state)
+        first, second = (
+            self._functional.dequantize_blockwise(
+                state[kind].to(self._device), absmax=state[f"{kind}_scales"], code=code, blocksize=BLOCK
+            )
+            for kind, code in zip(MOMENTS, self._codes, strict=True)
+        )
+        return first, second
+
+    def write(self, state: State, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> None:  # noqa: D102
+        self._settle(state)
+        for kind, exact, code in zip(MOMENTS, (exp_avg, exp_avg_sq), self._codes, strict=True):
+            flat = exact.to(self._device, torch.float32).flatten()
+            codes, found = self._functional.quantize_blockwise(flat, code=code, blocksize=BLOCK)
+            state[kind].copy_(codes)
+            state[f"{kind}_scales"].copy_(found.absmax)
+
+    def moving(self, state: State, index: torch.Tensor) -> torch.Tensor:
+        """A moment below a millionth of its block's largest is stored as zero, and counts as such."""
+        codes, scales = state["exp_avg"], state["exp_avg_scales"]
+        moved = codes.index_select(0, index.to(codes.device)).to(index.device) != self._zero
+        return moved & (scales.index_select(0, index // BLOCK) != 0)
+
+    def _bytes(self, size: int, device: torch.device) -> torch.Tensor:
+        """Codes of zero moments: any code will do, because their scale is zero."""
+        if not self._paged or size < _PAGED_FROM:
+            return torch.zeros(size, dtype=torch.uint8, device=device)
+        pages: torch.Tensor = self._functional.get_paged(size, dtype=torch.uint8, device=device)
+        self._functional.fill(pages, 0)
+        return pages
+
+    def _is_paged(self, state: State) -> bool:
+        return getattr(state["exp_avg"], "is_paged", False)
+
+    def _settle(self, state: State) -> None:
+        """Wait for the GPU before the host touches pages that kernels write to."""
+        if self._is_paged(state):
+            torch.cuda.synchronize(self._device)
+
+
+def fused_adamw(
+    master: torch.Tensor, gradient: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
+    settings: Mapping[str, Any], step: int, factor: float,
+) -> None:  # fmt: skip
+    """One step of torch's fused AdamW on float32 [n], in place, with the gradient times ``factor``."""
+    beta1, beta2 = settings["betas"]
+    divisor = torch.full((), 1 / factor, device=master.device) if factor != 1 else None
+    torch._fused_adamw_(
+        [master], [gradient], [exp_avg], [exp_avg_sq], [], [torch.full((), float(step), device=master.device)],
+        lr=settings["lr"], beta1=beta1, beta2=beta2, weight_decay=settings["weight_decay"], eps=settings["eps"],
+        amsgrad=False, maximize=False, grad_scale=divisor, found_inf=None,
+    )  # fmt: skip
+
+
+def form_of(name: OptimName, longest: int, device: torch.device) -> Form:
+    """What ``optim.name`` stores moments as, where it stores them otherwise than in float32.
+
+    Args:
+        name: ``adamw_8bit``, ``paged_adamw_8bit`` or ``adamw_bf16``.
+        longest: elements of the longest stretch that is updated at once.
+        device: of the moments.
+    """
+    if name == "adamw_bf16":
+        return BFloat16(longest, device)
+    return EightBit(device, paged=name == "paged_adamw_8bit")
+
+
+def _part(pages: torch.Tensor, span: slice) -> torch.Tensor:
+    """A stretch of a tensor; of a paged one, with the marks that bitsandbytes looks for."""
+    part = pages[span]
+    if getattr(pages, "is_paged", False):
+        part.is_paged, part.page_deviceid = True, pages.page_deviceid  # type: ignore[attr-defined]
+    return part

@@ -1,0 +1,155 @@
+"""The optimizer's state in pieces that no engine owns: stretches of trained tensors, with what AdamW keeps of them.
+
+Every engine can list what a rank holds as fragments. Whatever moves state from one engine to another, in memory or
+through a checkpoint, reads some fragments and writes others, and need not know how either engine lays them out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from toolkit.runtime.distributed import World
+
+MASTER = "master"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = (MASTER, *MOMENTS)
+
+
+class Held(Protocol):
+    """What an engine keeps of a stretch, however it stores it."""
+
+    @property
+    def updates(self) -> int:
+        """That the moments have had."""
+
+    def read(self) -> Mapping[str, torch.Tensor]:
+        """For each of ``KINDS`` the values in float32, flat; valid until the next update."""
+
+    def write(self, tensors: Mapping[str, torch.Tensor], updates: int) -> None:
+        """Take over values of some kinds, flat float32 on any device, and the number of updates."""
+
+    def raw(self) -> dict[str, torch.Tensor]:
+        """What is stored where that is not float32, as plain tensors; empty where ``read`` is exact.
+
+        Where a stretch does not stand alone, what it shares with others is with the first of them.
+        """
+
+    def set_raw(self, raw: Mapping[str, torch.Tensor]) -> None:
+        """After ``write``: take over what ``raw`` of the same stretch gave, if it was stored in the same way."""
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A stretch of a trained tensor, counted in elements of the flattened tensor, and its optimizer state."""
+
+    name: str
+    """Of the tensor in the whole model."""
+    start: int
+    stop: int
+    held: Held
+
+
+@dataclass(frozen=True)
+class Views:
+    """A ``Held`` of float32 values that are all there is."""
+
+    tensors: Mapping[str, torch.Tensor]
+    """For each of ``KINDS`` a flat view into the optimizer."""
+    step: torch.Tensor
+    """Updates that the moments have had: a scalar, shared by the tensors of a parameter group."""
+
+    @property
+    def updates(self) -> int:  # noqa: D102
+        return int(self.step)
+
+    def read(self) -> Mapping[str, torch.Tensor]:  # noqa: D102
+        return self.tensors
+
+    @torch.no_grad()
+    def write(self, tensors: Mapping[str, torch.Tensor], updates: int) -> None:  # noqa: D102
+        for kind, values in tensors.items():
+            self.tensors[kind].copy_(values)
+        self.step.fill_(updates)
+
+    def raw(self) -> dict[str, torch.Tensor]:  # noqa: D102
+        return {}
+
+    def set_raw(self, raw: Mapping[str, torch.Tensor]) -> None:
+        """Another optimizer's."""
+
+
+@dataclass(frozen=True)
+class AdamState:
+    """What AdamW keeps of one whole tensor, in float32 on the CPU; no moments where it is to begin anew."""
+
+    master: torch.Tensor
+    exp_avg: torch.Tensor | None = None
+    exp_avg_sq: torch.Tensor | None = None
+    updates: int = 0
+    """That the moments have had."""
+
+
+def gather(
+    fragments: Sequence[Fragment], shapes: Mapping[str, torch.Size], is_replicated: bool, world: World
+) -> dict[str, AdamState]:
+    """All of the optimizer's state on rank 0, in copies; empty on the others. Every rank calls it.
+
+    Args:
+        fragments: what this rank holds.
+        shapes: of all trained tensors.
+        is_replicated: every rank holds everything.
+        world: all ranks.
+    """
+    whole = [gather_kind(kind, fragments, shapes, is_replicated, world) for kind in KINDS]
+    counted = world.gather({fragment.name: fragment.held.updates for fragment in fragments})
+    updates = {name: count for own in counted for name, count in own.items()}
+    masters, averages, squares = whole
+    return {name: AdamState(masters[name], averages[name], squares[name], updates[name]) for name in masters}
+
+
+@torch.no_grad()
+def gather_kind(
+    kind: str, fragments: Sequence[Fragment], shapes: Mapping[str, torch.Size], is_replicated: bool, world: World
+) -> dict[str, torch.Tensor]:
+    """As ``gather``, one of ``KINDS`` alone."""
+    own = {fragment.name: fragment for fragment in fragments}
+    whole = {}
+    for name, shape in shapes.items():
+        if is_replicated or world.size == 1:
+            full = own[name].held.read()[kind] if world.is_main else torch.empty(0)
+        else:
+            full = torch.zeros(shape.numel(), device=world.device)
+            if name in own:
+                full[own[name].start : own[name].stop].copy_(own[name].held.read()[kind])
+            dist.all_reduce(full)
+        if world.is_main:
+            whole[name] = full.detach().to("cpu", copy=True).view(shape)
+    return whole
+
+
+def hand_over(
+    fragments: Sequence[Fragment], shapes: Mapping[str, torch.Size],
+    state: Mapping[str, AdamState], world: World,
+) -> None:  # fmt: skip
+    """Write whole tensors that rank 0 has into every rank's fragments; every rank calls it.
+
+    Args:
+        fragments: what this rank holds, of an engine that has not done any update.
+        shapes: of all trained tensors.
+        state: on rank 0, of any of the trained tensors; the others begin as they stand. In a parameter group all have
+            had the same number of updates.
+        world: all ranks.
+    """
+    own = {fragment.name: fragment for fragment in fragments}
+    for name, updates in world.share({name: one.updates for name, one in state.items()}).items():
+        kinds = KINDS if updates else (MASTER,)
+        full = {kind: world.spread(getattr(state.get(name), kind, None), shapes[name]) for kind in kinds}
+        if name in own:
+            fragment = own[name]
+            parts = {kind: values.view(-1)[fragment.start : fragment.stop] for kind, values in full.items()}
+            fragment.held.write(parts, updates)

@@ -1,0 +1,65 @@
+"""What launch/plan.py does: plan a command line, print it, draw it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from toolkit.config.flags import Invocation
+from toolkit.data.batches import BatchPlan
+from toolkit.engine.deepspeed.config import read_ds_config, resolve_ds_config
+from toolkit.mask.schedule import phase_ends
+from toolkit.planning.chart import draw
+from toolkit.planning.device_fit import choose_recompute, judge
+from toolkit.planning.engine_memory import EngineSpec, engine_spec
+from toolkit.planning.meta_model import Skeleton, skeleton
+from toolkit.planning.phase_plans import phase_planners, whole_plan
+from toolkit.planning.table import as_dict, as_text
+from toolkit.planning.workload import read_load
+
+
+def plan_command(invocation: Invocation, ranks: int, budget: int | None, as_json: bool, png: Path | None) -> None:
+    """Plan the run that ``invocation`` describes and print the plan.
+
+    Args:
+        invocation: the parsed command line.
+        ranks: world size.
+        budget: bytes of one GPU; none judges nothing.
+        as_json: print JSON in place of the table.
+        png: also draw it into this file.
+
+    Raises:
+        UsageError: recipe, flags, DeepSpeed file, model or mask is at fault.
+    """
+    bare = skeleton(invocation.config.model)
+    spec = spec_of(invocation, bare, ranks)
+    config = invocation.config
+    load = read_load(config, bare.positions)
+    if load.lengths is not None:  # else nobody knows how many steps an epoch has
+        train = config.train
+        rows = BatchPlan(len(load.lengths), train.micro_batch_size, train.gradient_accumulation_steps, ranks=ranks)
+        phase_ends(config.mask, rows.steps_per_epoch, rows.steps(train.epochs, train.max_steps))
+    planners = phase_planners(config, bare, load)
+    plans = [planner.plan(choose_recompute(planner, spec, budget)) for planner in planners]
+    plan = whole_plan(plans, config.mask)
+    verdict = None
+    if budget is not None:
+        most = max(zip(plans, planners, strict=True), key=lambda pair: pair[0].memory.peak)
+        verdict = judge(most[1], most[0].variant, budget)
+    if png is not None:
+        draw(plan, png, verdict)
+    print(json.dumps(as_dict(plan, verdict), indent=1) if as_json else as_text(plan, verdict))
+
+
+def spec_of(invocation: Invocation, bare: Skeleton, ranks: int) -> EngineSpec:
+    """The engine that ``--ds`` asks for.
+
+    Raises:
+        ConfigError: the DeepSpeed file is at fault.
+    """
+    accumulation, name = invocation.config.train.gradient_accumulation_steps, invocation.config.optim.name
+    if invocation.deepspeed is None:
+        return engine_spec(None, ranks, accumulation, name)
+    ds = read_ds_config(invocation.deepspeed)
+    resolved = resolve_ds_config(ds, invocation.config, ranks, bare.hidden_size, invocation.deepspeed)
+    return engine_spec(resolved, ranks, accumulation, name)

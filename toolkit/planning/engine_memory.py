@@ -1,0 +1,296 @@
+"""What each engine holds on one rank, by kind and place: on the device, on the host, in files."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from toolkit.config.schema import OptimName
+from toolkit.engine.deepspeed.config import zero_stage
+from toolkit.optim.master_adamw import LARGEST_PIECE
+from toolkit.optim.moments import SMALLEST, moment_bytes
+from toolkit.planning.prefix_memory import Frozen
+
+Place = Literal["device", "cpu", "nvme"]
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What decides how an engine stores its state."""
+
+    stage: int | None
+    """ZeRO stage; none is the engine without DeepSpeed."""
+    ranks: int
+    accumulates: bool
+    """More than one micro batch a step."""
+    bucket: int = 0
+    """Elements of one reduction bucket, of which DeepSpeed allocates one, or two where communication overlaps."""
+    persistent: int = 0
+    """ZeRO-3 keeps parameters of up to so many elements whole on every rank."""
+    live: int = 0
+    """Elements that ZeRO-3 may keep gathered at once."""
+    optimizer: OptimName = "adamw"
+    """The recipe's optim.name."""
+    optimizer_at: Place = "device"
+    """Where masters and moments are; gradients follow them."""
+    weights_at: Place = "device"
+    """Where ZeRO-3 keeps a rank's part of the suffix's weights."""
+    swapped: int = 0
+    """Elements of the groups in which ZeRO-3 brings state from files, where it is in files."""
+    swap_buffers: int = 0
+    """Buffers of that size on the host."""
+    weight_buffers: int = 0
+    """Elements of the buffers on the host through which the suffix's weights come from files."""
+    host_is_device: bool = False
+    """The run computes on a CPU, so that what is offloaded to the host takes from the same memory."""
+
+    @property
+    def name(self) -> str:
+        """As the training log names it."""
+        return "local" if self.stage is None else f"zero-{self.stage}"
+
+
+def engine_spec(
+    ds: dict[str, Any] | None,
+    ranks: int,
+    accumulation: int,
+    optimizer: OptimName = "adamw",
+    host_is_device: bool = False,
+) -> EngineSpec:
+    """The engine that a resolved DeepSpeed configuration asks for; none asks for torch alone."""
+    if ds is None:
+        return EngineSpec(None, ranks, accumulation > 1, optimizer=optimizer)
+    zero = ds.get("zero_optimization", {})
+    stage = zero_stage(ds)
+    buckets = 2 if zero.get("overlap_comm") and stage != 3 else 1
+    contiguous = zero.get("contiguous_gradients", True)
+    state, weights = zero.get("offload_optimizer") or {}, zero.get("offload_param") or {}
+    return EngineSpec(
+        stage,
+        ranks,
+        accumulation > 1,
+        bucket=buckets * int(zero.get("reduce_bucket_size", 5e8)) if stage and contiguous else 0,
+        persistent=int(zero.get("stage3_param_persistence_threshold", 1e5)),
+        live=int(zero.get("stage3_max_live_parameters", 1e9)),
+        optimizer=optimizer,
+        optimizer_at=_place(state) if stage else "device",
+        weights_at=_place(weights) if stage == 3 else "device",
+        swapped=int(zero.get("sub_group_size", 1e9)),
+        swap_buffers=int(state.get("buffer_count", 4)),
+        weight_buffers=int(weights.get("buffer_count", 5)) * int(weights.get("buffer_size", 1e8)),
+        host_is_device=host_is_device,
+    )
+
+
+def _place(section: Mapping[str, Any]) -> Place:
+    device: Place = section.get("device", "none")
+    return device if device in ("cpu", "nvme") else "device"
+
+
+def zero_spec(
+    stage: int, ranks: int, accumulates: bool, hidden_size: int, optimizer: OptimName, offload: bool = False
+) -> EngineSpec:
+    """The engine that ``ds_configs/zeroN.json`` of this repository asks for, or ``zeroN_offload.json``."""
+    spec = EngineSpec(stage, ranks, accumulates, hidden_size**2, 10 * hidden_size, int(1e9), optimizer)
+    return replace(spec, optimizer_at="cpu", weights_at="cpu" if stage == 3 else "device") if offload else spec
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Sizes of the tensors of a split model, in elements."""
+
+    shared: int
+    """Storages that both halves hold: a frozen table that is embedding and head."""
+    trained: tuple[int, ...]
+    """Each trained tensor."""
+    frozen: tuple[int, ...]
+    """Each frozen tensor of the suffix, the shared ones included."""
+    width: int
+    """Bytes an element of the model's precision takes."""
+    tables: tuple[int, ...] = ()
+    """Of ``trained``, the embedding tables."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Bytes that an engine holds on one rank, whatever the micro batch; on the device where no place is said."""
+
+    prefix_weights: int
+    suffix_weights: int
+    masters: int
+    moments: int
+    accumulated: int
+    """Gradients of earlier micro batches, or a buffer for them, while another one is computed."""
+    share: float
+    """Of the gradients that a backward pass leaves, the part that stays on this rank."""
+    update_gradients: int
+    """The most bytes of gradients at once between backward and the end of the update."""
+    buffers: int
+    """Communication buckets and gathered parameters."""
+    scratch: int = 0
+    """What the update works in; held throughout."""
+    host: Mapping[str, int] = field(default_factory=dict)
+    """By kind, what is in the host's memory throughout."""
+    files: int = 0
+    """What is in files."""
+
+
+def standing(spec: EngineSpec, tensors: Tensors, frozen: Frozen) -> Standing:
+    """What ``spec`` holds for ``tensors``, beside the prefix's ``frozen`` ones.
+
+    Follows toolkit.optim.flat_buffers, and of DeepSpeed 0.19 zero/stage_1_and_2.py, zero/stage3.py,
+    bf16_optimizer.py and fp16/unfused_optimizer.py, and for files swap_tensor/optimizer_utils.py.
+    """
+    width, total = tensors.width, sum(tensors.trained)
+    low = width < 4  # float32 parameters are their own masters where nothing partitions them
+    suffix = (total + sum(tensors.frozen)) * width
+    if spec.stage is None:
+        return _local(spec, tensors, frozen, suffix)
+    if spec.stage == 0:
+        return Standing(
+            prefix_weights=frozen.device, suffix_weights=suffix, masters=4 * total if low else 0,
+            moments=8 * total, accumulated=0, share=1.0,
+            update_gradients=(width + 4) * total if low else width * total,
+            buffers=width * min(total, int(5e8)) if spec.ranks > 1 else 0,
+        )  # fmt: skip
+    held = _stage_3(spec, tensors, frozen) if spec.stage == 3 else _stage_1_or_2(spec, tensors, frozen, suffix)
+    return _on_one_memory(held) if spec.host_is_device else held
+
+
+def _on_one_memory(held: Standing) -> Standing:
+    """``held`` where the host's memory is the device's."""
+    host = held.host
+    gradients = host.get("gradients", 0)
+    return replace(
+        held,
+        suffix_weights=held.suffix_weights + host.get("suffix weights", 0),
+        masters=held.masters + host.get("masters", 0),
+        moments=held.moments + host.get("moments", 0),
+        accumulated=held.accumulated + gradients,
+        update_gradients=held.update_gradients + gradients,
+        scratch=held.scratch + host.get("workspace", 0),
+        host={},
+    )
+
+
+def whole_moments(name: OptimName, tensors: Tensors) -> int:
+    """Bytes of the moments of whole tensors."""
+    tables, size = Counter(tensors.tables), 0
+    for elements in tensors.trained:
+        size += moment_bytes(name, elements, is_table=tables[elements] > 0)
+        tables[elements] -= 1
+    return size
+
+
+def _divided_moments(name: OptimName, tensors: Tensors, part: Callable[[Sequence[int]], int]) -> int:
+    """Bytes of the moments of a rank's ``part`` of tensors: partitions of tables, of vectors and of matrices."""
+    if name in ("adamw", "adamw_bf16"):
+        return moment_bytes(name, part(tensors.trained))
+    others = list((Counter(tensors.trained) - Counter(tensors.tables)).elements())
+    kinds = ([size for size in others if (size < SMALLEST) is small] for small in (True, False))
+    return moment_bytes(name, part(tensors.tables), is_table=True) + sum(moment_bytes(name, part(k)) for k in kinds)
+
+
+def _local(spec: EngineSpec, tensors: Tensors, frozen: Frozen, suffix: int) -> Standing:
+    """Gradients stay as backward leaves them, unless they are added up in float32 over micro batches or ranks."""
+    width, total = tensors.width, sum(tensors.trained)
+    low = width < 4
+    if spec.accumulates and not low and spec.ranks == 1:  # autograd adds each tensor's gradient as it comes
+        held, share, update = 4 * (total + max(tensors.trained)), 0.0, 4 * total
+    else:
+        sums = 4 * total if spec.ranks > 1 or spec.accumulates else 0
+        held, share, update = sums if spec.accumulates else 0, 1.0, width * total + sums
+    in_halves = spec.optimizer == "adamw_bf16"
+    scratch = 4 + (4 + 8 + 8 if in_halves else 0)  # gradient; then weights, moments, and random numbers for both
+    return Standing(
+        prefix_weights=frozen.device, suffix_weights=suffix,
+        masters=(2 if in_halves else 4) * total if low else 0,
+        moments=whole_moments(spec.optimizer, tensors), accumulated=held, share=share, update_gradients=update,
+        buffers=0, scratch=scratch * min(total, LARGEST_PIECE),
+    )  # fmt: skip
+
+
+def _divided_scratch(spec: EngineSpec, part: int) -> int:
+    """What bfloat16 moments are updated in, and random numbers for them."""
+    return (8 + 8) * min(part, LARGEST_PIECE) if spec.optimizer == "adamw_bf16" else 0
+
+
+def _stage_1_or_2(spec: EngineSpec, tensors: Tensors, frozen: Frozen, suffix: int) -> Standing:
+    width, total = tensors.width, sum(tensors.trained)
+
+    def parts(sizes: Sequence[int]) -> int:
+        return 2 * math.ceil(sum(sizes) / (2 * spec.ranks))
+
+    part = parts(tensors.trained)
+    low = width < 4
+    moments, scratch = _divided_moments(spec.optimizer, tensors, parts), _divided_scratch(spec, part)
+    if spec.optimizer_at != "device":
+        # the host takes a float32 gradient, one more sum of float32 micro batches, and weights on their way back
+        largest = max(tensors.trained)
+        sums = 4 * part if spec.accumulates else 0
+        return Standing(
+            prefix_weights=frozen.device, suffix_weights=suffix, masters=0, moments=0,
+            accumulated=sums if low else 0, share=0.0, update_gradients=sums if low else 0,
+            buffers=(spec.bucket + largest) * width,
+            host={"masters": 4 * part, "moments": moments, "gradients": 4 * part + (0 if low else sums),
+                  "workspace": (part + largest) * width + scratch},
+        )  # fmt: skip
+    if spec.accumulates and low:  # float32 sums: of everything under stage 1, of this rank's part under stage 2
+        held = 4 * (part * spec.ranks if spec.stage == 1 else part)
+        share, update = 0.0, held
+    else:
+        held = 0
+        share = 1.0 if spec.stage == 1 else 1 / spec.ranks
+        # this rank's gradients, flattened, then in float32: the three are there together
+        update = int(share * width * total) + width * part + (4 * part if low else 0)
+    return Standing(
+        prefix_weights=frozen.device, suffix_weights=suffix, masters=4 * part, moments=moments,
+        accumulated=held, share=share, update_gradients=update, buffers=spec.bucket * width, scratch=scratch,
+    )  # fmt: skip
+
+
+def _stage_3(spec: EngineSpec, tensors: Tensors, frozen: Frozen) -> Standing:
+    """Every tensor of the suffix is cut in equal parts; the prefix keeps its own copy of a shared table."""
+    width, low = tensors.width, tensors.width < 4
+
+    def parts(sizes: Sequence[int]) -> int:
+        return sum(math.ceil(size / spec.ranks) for size in sizes)
+
+    everything = (*tensors.trained, *tensors.frozen)
+    part, weights = parts(tensors.trained), parts(everything) * width
+    whole = sum(size for size in everything if size <= spec.persistent)
+    gathered = min(sum(everything) - whole, spec.live)
+    summed = 4 if spec.accumulates or not low else width
+    held = Standing(
+        prefix_weights=frozen.device + tensors.shared * width, suffix_weights=weights + whole * width,
+        masters=4 * part if low else 0, moments=_divided_moments(spec.optimizer, tensors, parts),
+        accumulated=summed * part, share=0.0,
+        update_gradients=(summed + 4) * part, buffers=(spec.bucket + gathered) * width,
+        scratch=_divided_scratch(spec, part),
+    )  # fmt: skip
+    if spec.optimizer_at != "device":
+        held = _without_state(held, spec, 4 * part, math.ceil(max(tensors.trained) / spec.ranks))
+    if spec.weights_at != "device":
+        held = replace(held, suffix_weights=held.suffix_weights - weights)
+        if spec.weights_at == "cpu":
+            return replace(held, host={**held.host, "suffix weights": weights})
+        buffers = held.host.get("workspace", 0) + spec.weight_buffers * width
+        held = replace(held, files=held.files + weights, host={**held.host, "workspace": buffers})
+    return held
+
+
+def _without_state(held: Standing, spec: EngineSpec, masters: int, largest: int) -> Standing:
+    """ZeRO-3 with masters and moments away from the device: gradients then are on the host, also those in float32."""
+    off = replace(held, masters=0, moments=0, accumulated=0, update_gradients=0, scratch=0)
+    if spec.optimizer_at == "cpu":
+        return replace(off, host={"masters": masters, "moments": held.moments,
+                                  "gradients": held.update_gradients, "workspace": held.scratch})  # fmt: skip
+    group = min(masters // 4, max(spec.swapped, largest))
+    return replace(
+        off,
+        host={"gradients": held.accumulated, "workspace": spec.swap_buffers * 4 * group},
+        files=2 * masters + held.moments,  # float32 gradients are in files, too
+    )

@@ -1,0 +1,59 @@
+"""The plan of a run whose mask changes: one plan a phase, and the most demanding of them for the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from toolkit.config.schema import MaskConfig, RunConfig
+from toolkit.mask.layer_mask import MaskedTensor
+from toolkit.mask.schedule import phase_configs, phase_masks
+from toolkit.planning.meta_model import Skeleton
+from toolkit.planning.planner import PhaseCost, Plan, Planner
+from toolkit.planning.workload import Load
+
+_MASTER = 4
+"""Bytes of an element of a master."""
+
+
+def phase_planners(config: RunConfig, skeleton: Skeleton, load: Load) -> list[Planner]:
+    """One planner a phase of the mask's schedule; one in all where there is no schedule.
+
+    Raises:
+        MaskError: the mask of a phase is at fault.
+    """
+    scheduled = bool(config.mask.schedule)
+    untied = any(mask.tied == "untie" for mask in phase_masks(config.mask, skeleton.anatomy))
+    return [
+        Planner(config.model_copy(update={"mask": mask}), skeleton, load, untied=untied, is_phase=scheduled)
+        for mask in phase_configs(config.mask)
+    ]
+
+
+def whole_plan(plans: Sequence[Plan], config: MaskConfig) -> Plan:
+    """The plan of the phase that needs most memory, with a line for each phase and the largest checkpoint.
+
+    Args:
+        plans: one a phase.
+        config: the mask section they are from.
+    """
+    if len(plans) == 1:
+        return plans[0]
+    index = max(range(len(plans)), key=lambda i: plans[i].memory.peak)
+    ends = [phase.end for phase in config.schedule] + ["the end"]
+    phases = tuple(
+        PhaseCost(end, plan.mask.boundary, plan.mask.parameters, plan.memory.peak, i == index)
+        for i, (end, plan) in enumerate(zip(ends, plans, strict=True))
+    )
+    return replace(plans[index], phases=phases, checkpoint=_largest_checkpoint(plans))
+
+
+def _largest_checkpoint(plans: Sequence[Plan]) -> int:
+    """Beside what trains, a checkpoint holds the masters of what trained in earlier phases."""
+    seen: set[MaskedTensor] = set()
+    largest = 0
+    for plan in plans:
+        resting = sum(tensor.parameters for tensor in seen.difference(plan.mask.trainable))
+        largest = max(largest, plan.checkpoint + _MASTER * resting)
+        seen.update(plan.mask.trainable)
+    return largest

@@ -1,0 +1,245 @@
+"""A plan as an aligned table and as JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from toolkit.planning.device_fit import RESERVE, Verdict
+from toolkit.planning.flops import PASSES
+from toolkit.planning.memory import KINDS, Memory
+from toolkit.planning.planner import Plan, packed_lengths
+
+_GIB = 2**30
+
+
+def as_text(plan: Plan, verdict: Verdict | None = None) -> str:
+    """The audit table, memory, compute, disk, and whether it fits."""
+    parts = [f"{plan.model} ({plan.source})", plan.audit_text, _memory_text(plan), _compute_text(plan), _disk(plan)]
+    if not plan.is_cut:
+        parts.insert(2, "this architecture is not cut: the frozen blocks run inside the suffix")
+    if plan.phases:
+        parts.insert(1, _phases_text(plan))
+    if verdict is not None:
+        parts.append(verdict_text(verdict))
+    return "\n\n".join(parts)
+
+
+def verdict_text(verdict: Verdict) -> str:
+    """Whether it fits, and what to turn if not."""
+    needed, budget = _gib(verdict.needed), _gib(verdict.budget)
+    reserve = f"with {_gib(RESERVE)} set aside for the CUDA context and the allocator"
+    if verdict.fits:
+        return f"fits: {needed} of {budget}, {reserve}"
+    lines = [f"does not fit: {needed} of {budget}, {reserve}"]
+    for number, (text, after) in enumerate(verdict.turns):
+        lines.append(f"{'first' if number == 0 else 'then'}: {text} -> {_gib(after)}")
+    if not verdict.helps:
+        lines.append("that is still too much: train fewer tensors, use a smaller model, or a GPU with more memory")
+    return "\n".join(lines)
+
+
+def as_dict(plan: Plan, verdict: Verdict | None = None) -> dict[str, Any]:
+    """The plan as JSON values; bytes and floating-point operations as whole numbers."""
+    variant, rows = plan.variant, _epoch(plan)
+    values: dict[str, Any] = {
+        "model": plan.model,
+        "source": plan.source,
+        "mask": {
+            "boundary": plan.mask.boundary,
+            "blocks": plan.mask.block_count,
+            "cut": plan.is_cut,
+            "parts": _parts(plan),
+        },
+        "engine": {
+            "name": variant.spec.name,
+            "ranks": variant.spec.ranks,
+            "optimizer": variant.spec.optimizer,
+            "gradient_checkpointing": variant.recompute,
+        },
+        "micro_batch": {
+            "rows": variant.rows,
+            "packed": bool(packed_lengths(variant, plan.load)),
+            "tokens": variant.tokens,
+            "supervised": variant.supervised,
+            "accumulation": variant.accumulation,
+            "source": plan.load.source,
+        },
+        "prefix": {
+            "precision": variant.frozen.precision,
+            "placement": variant.frozen.placement,
+            "away_from_the_device": plan.frozen.away,
+            "cached": variant.cached,
+        },
+        "memory": _memory_values(plan.memory),
+        "flops": {
+            "per_token": {name: round(value) for name, value in _per_token(plan).items()},
+            "per_step": round(sum(_step_passes(plan).values())),
+            "first_epoch": round(sum(plan.compute.of(rows).values())) if rows else None,
+            "later_epoch": round(sum(_training(plan, plan.compute.of(rows)).values())) if rows else None,
+        },
+        "disk": {
+            "checkpoint": plan.checkpoint,
+            "most": _most_on_disk(plan),
+            "cache_token": plan.token_bytes if variant.cached else 0,
+            "cache": _cache_bytes(plan) if variant.cached else 0,
+        },
+    }
+    if plan.phases:
+        values["schedule"] = [
+            {"end": phase.end, "boundary": phase.boundary, "trained": phase.trained, "peak": phase.peak}
+            for phase in plan.phases
+        ]
+    if verdict is not None:
+        values["fit"] = _fit(verdict)
+    return values
+
+
+def _memory_values(memory: Memory) -> dict[str, Any]:
+    return {
+        "peak": memory.peak,
+        "moment": memory.moment,
+        "most": memory.most,
+        "at_peak": memory.at_peak,
+        "host": dict(memory.host),
+        "files": memory.files,
+    }
+
+
+def _parts(plan: Plan) -> list[dict[str, Any]]:
+    return [
+        {"part": row.part, "tensors": row.tensors, "parameters": row.parameters, "trained": row.trained}
+        for row in plan.audit
+    ]
+
+
+def _phases_text(plan: Plan) -> str:
+    lines = [f"{'phase':<8}{'until':<14}{'frost line':<14}{'trained':>16}{'peak':>14}"]
+    blocks = plan.mask.block_count
+    for number, phase in enumerate(plan.phases, start=1):
+        mark = "  what follows is about this one" if phase.is_most else ""
+        lines.append(
+            f"{number:<8}{phase.end:<14}{f'{phase.boundary} of {blocks}':<14}{phase.trained:>16,}"
+            f"{_gib(phase.peak):>14}{mark}"
+        )
+    return "\n".join(lines)
+
+
+def _fit(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "gpu_memory": verdict.budget,
+        "needed": verdict.needed,
+        "fits": verdict.fits,
+        "turns": [{"change": text, "needed": after} for text, after in verdict.turns],
+    }
+
+
+def _memory_text(plan: Plan) -> str:
+    variant, spec, memory = plan.variant, plan.variant.spec, plan.memory
+    switch = "on" if variant.recompute else "off"
+    engine = f"engine {spec.name}, {spec.ranks} rank(s), {spec.optimizer}"
+    away = f"{'on the host':>14}" if memory.host else ""
+    lines = [
+        f"memory of each rank: {engine}, gradient checkpointing {switch}",
+        f"micro batch {_micro_batch(plan)}, {variant.supervised:,} of a row supervised",
+        f"({plan.load.source})",
+        f"{'kind':<16}{'at most':>14}{'at the peak':>14}{away}",
+    ]
+    for kind in KINDS:
+        away = f"{_gib(memory.host.get(kind, 0)):>14}" if memory.host else ""
+        lines.append(f"{kind:<16}{_gib(memory.most[kind]):>14}{_gib(memory.at_peak[kind]):>14}{away}")
+    away = f"{_gib(sum(memory.host.values())):>14}" if memory.host else ""
+    lines.append(f"{'total':<16}{'':>14}{_gib(memory.peak):>14}{away}  in {memory.moment}")
+    if memory.files:
+        lines.append(f"in the files of ZeRO-3's offload to NVMe {_gib(memory.files)} of each rank")
+    frozen = variant.frozen
+    if (frozen.precision, frozen.placement) != ("model", "device"):
+        place = {
+            "device": "",
+            "cpu": f", {_gib(plan.frozen.away)} on the host",
+            "disk": f", {_gib(plan.frozen.away)} on disk",
+        }
+        lines.append(f"prefix kept in {frozen.precision} precision{place[frozen.placement]}")
+    if variant.cached:
+        then = "its weights stay for the next phases" if plan.phases else "then its weights are let go"
+        lines.append(f"prefix cached: a first pass computes its hidden states; {then}")
+    return "\n".join(lines)
+
+
+def _micro_batch(plan: Plan) -> str:
+    if lengths := packed_lengths(plan.variant, plan.load):
+        return f"of {len(lengths)} rows packed into one of {sum(lengths):,} tokens"
+    return f"{plan.variant.rows} x {plan.variant.tokens:,} tokens"
+
+
+def _compute_text(plan: Plan) -> str:
+    """The first epoch contains the first pass, where the prefix is cached; later ones read."""
+    columns = ("a token", "a step", "first epoch", "later epochs")
+    lines = [f"{'compute':<16}" + "".join(f"{column:>14}" for column in columns)]
+    first = plan.compute.of(_epoch(plan)) if _epoch(plan) else None
+    table = [_per_token(plan), _step_passes(plan), first, _training(plan, first) if first else None]
+    for name in PASSES:
+        lines.append(f"{name:<16}" + "".join(f"{_flop(cost[name]) if cost else '-':>14}" for cost in table))
+    totals = "".join(f"{_flop(sum(cost.values())) if cost else '-':>14}" for cost in table)
+    return "\n".join([*lines, f"{'total':<16}{totals}"])
+
+
+def _disk(plan: Plan) -> str:
+    kept = f"{plan.keep} kept and one being written" if plan.keep > 1 else "one kept and one being written"
+    lines = [f"checkpoint on disk {_gib(plan.checkpoint)}; {_gib(_most_on_disk(plan))} with {kept}"]
+    if plan.variant.cached:
+        size = _cache_bytes(plan)
+        total = f", {_gib(size)} for the training rows" if size is not None else ""
+        lines.append(f"hidden states on disk {plan.token_bytes / 2**10:.2f} KiB a token{total}")
+    return "\n".join(lines)
+
+
+def _cache_bytes(plan: Plan) -> int | None:
+    """Bytes of all cached training rows, where they are known."""
+    rows = _epoch(plan)
+    return plan.token_bytes * sum(tokens for tokens, _ in rows) if rows else None
+
+
+def _most_on_disk(plan: Plan) -> int:
+    return (plan.keep + 1) * plan.checkpoint
+
+
+def _epoch(plan: Plan) -> list[tuple[int, int]]:
+    """The rows of an epoch as far as they are known."""
+    return list(plan.load.lengths or ())
+
+
+def _mean_row(plan: Plan) -> dict[str, float]:
+    rows = _epoch(plan) or [(plan.variant.tokens, plan.variant.supervised)]
+    return {name: value / len(rows) for name, value in plan.compute.of(rows).items()}
+
+
+def _per_token(plan: Plan) -> dict[str, float]:
+    rows = _epoch(plan) or [(plan.variant.tokens, plan.variant.supervised)]
+    tokens = sum(length for length, _ in rows)
+    return {name: value / tokens for name, value in plan.compute.of(rows).items()}
+
+
+def _step_rows(plan: Plan) -> int:
+    """Rows of one optimizer step over all ranks."""
+    return plan.variant.rows * plan.variant.accumulation * plan.variant.spec.ranks
+
+
+def _training(plan: Plan, cost: dict[str, float]) -> dict[str, float]:
+    """What a pass over rows costs once their hidden states are there."""
+    return cost | {"prefix forward": 0.0} if plan.variant.cached else cost
+
+
+def _step_passes(plan: Plan) -> dict[str, float]:
+    step = {name: value * _step_rows(plan) for name, value in _mean_row(plan).items()}
+    return _training(plan, step)
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:,.2f} GiB"
+
+
+def _flop(count: float) -> str:
+    for unit, name in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if count >= unit:
+            return f"{count / unit:,.2f} {name}FLOP"
+    return f"{count:,.0f} FLOP"

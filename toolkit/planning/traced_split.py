@@ -1,0 +1,90 @@
+"""The two halves of a model without weights, under a mask, ready to be rehearsed."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from toolkit.activation_cache.packing import set_attention
+from toolkit.mask.apply import apply_mask, trainable_parameters
+from toolkit.mask.layer_mask import LayerMask
+from toolkit.models.anatomy import Anatomy
+from toolkit.models.varlen import VARLEN
+from toolkit.optim.groups import embedding_tables
+from toolkit.planning.engine_memory import Tensors
+from toolkit.planning.meta_model import Skeleton
+from toolkit.planning.trace import Rehearsal, Shape, rehearse
+from toolkit.split.activation_checkpointing import recompute_blocks
+from toolkit.split.loss_head import ShortCuts
+from toolkit.split.split import Prefix, Suffix, split
+
+
+@dataclass(frozen=True)
+class Halves:
+    """A model cut at its frost line; it has no weights."""
+
+    model: PreTrainedModel
+    """A copy of the skeleton with the mask applied."""
+    anatomy: Anatomy
+    mask: LayerMask
+    boundary: int | None
+    """Where it is cut; none is not at all."""
+    prefix: Prefix | None
+    suffix: Suffix
+    trained: dict[str, nn.Parameter]
+    tensors: Tensors
+
+    @property
+    def head(self) -> torch.Tensor:
+        """The head's matrix [vocabulary, hidden_size]."""
+        matrix: torch.Tensor = self.model.get_output_embeddings().weight
+        return matrix
+
+    @cached_property
+    def recomputing(self) -> Suffix:
+        """The suffix again, with the blocks from the frost line up checkpointed."""
+        _, suffix = split(self.model, self.anatomy, self.boundary)
+        suffix.take(self.suffix.short_cuts)
+        recompute_blocks(suffix.blocks(self.mask.boundary))
+        return suffix
+
+
+def halve(skeleton: Skeleton, mask: LayerMask, boundary: int | None, packed: bool, short_cuts: ShortCuts) -> Halves:
+    """The skeleton under ``mask``, cut below block ``boundary`` (none: not at all), as a run would set it up."""
+    model, anatomy = copy.deepcopy(skeleton.model), skeleton.anatomy  # each mask has parameters of its own
+    if packed and model.config._attn_implementation == "sdpa":
+        set_attention(model, VARLEN)
+    apply_mask(model, mask, anatomy)
+    model.train()
+    prefix, suffix = split(model, anatomy, boundary)
+    suffix.take(short_cuts)
+    if prefix is None and mask.tied == "head_only":
+        suffix.detach_embeddings(anatomy)
+    trained = trainable_parameters(suffix.model, mask)
+    return Halves(model, anatomy, mask, boundary, prefix, suffix, trained, _sizes(prefix, suffix, trained))
+
+
+def _sizes(prefix: Prefix | None, suffix: Suffix, trained: dict[str, nn.Parameter]) -> Tensors:
+    def storages(module: nn.Module | None) -> dict[int, int]:
+        parameters = module.parameters() if module is not None else ()
+        return {p.untyped_storage()._cdata: p.numel() for p in parameters}
+
+    below, above = storages(prefix), storages(suffix)
+    return Tensors(
+        shared=sum(size for storage, size in below.items() if storage in above),
+        trained=tuple(parameter.numel() for parameter in trained.values()),
+        frozen=tuple(p.numel() for p in suffix.parameters() if not p.requires_grad),
+        width=next(suffix.parameters()).element_size(),
+        tables=tuple(p.numel() for p in trained.values() if id(p) in embedding_tables(suffix.model)),
+    )
+
+
+def rehearse_halves(halves: Halves, shape: Shape, recompute: bool) -> Rehearsal:
+    """Rehearse a micro batch of ``shape`` on the halves, with gradient checkpointing or without."""
+    suffix = halves.recomputing if recompute else halves.suffix
+    return rehearse(halves.prefix, suffix, halves.trained.values(), shape, halves.head.shape[0])

@@ -1,1 +1,0 @@
-"""The frozen prefix: cut the model at the frost line and run the part below it without gradients."""

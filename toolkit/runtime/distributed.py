@@ -1,0 +1,209 @@
+"""Rank and world from any launcher, the process group, and the few collectives the run needs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from toolkit.runtime.errors import UsageError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the run."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that talks and writes."""
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """The GPU of this local rank, or the CPU where there is none."""
+        if torch.cuda.is_available():
+            return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+        return torch.device("cpu")
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over all ranks (float64, one collective)."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return [float(value) for value in total.tolist()]
+
+    def max(self, value: float) -> float:
+        """The largest value of any rank."""
+        if self.size == 1:
+            return value
+        largest = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return float(largest.item())
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            dist.barrier()
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value (any picklable object), on every rank."""
+        if self.size == 1:
+            return value
+        box = [value if self.is_main else None]
+        dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value (any picklable object) by rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        every: list[Any] = [None] * self.size
+        dist.all_gather_object(every, value)
+        return every
+
+    def spread(self, tensor: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
+        """Rank 0's tensor in float32 on the device of every rank.
+
+        Args:
+            tensor: on rank 0; the others' are not looked at.
+            shape: the same on every rank.
+        """
+        full = torch.empty(shape, dtype=torch.float32, device=self.device)
+        if self.is_main and tensor is not None:
+            full.copy_(tensor)
+        if self.size > 1:
+            dist.broadcast(full, src=0)
+        return full
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Run the body on rank 0, then on the others, so that they find what rank 0 cached."""
+        if not self.is_main:
+            self.barrier()
+        try:
+            yield
+        finally:
+            if self.is_main:
+                self.barrier()
+
+
+def read_world(environ: Mapping[str, str] = os.environ) -> World:
+    """The world as the launcher describes it.
+
+    deepspeed, torchrun and accelerate set RANK, WORLD_SIZE and LOCAL_RANK. Under srun the SLURM step's variables
+    serve. Outside a launcher the world is one process, also inside an sbatch script: there SLURM_NTASKS speaks of
+    the job and only SLURM_STEP_NUM_TASKS of a started step.
+
+    Raises:
+        UsageError: a variable is not a number, the rank lies outside the world, or the world has fewer ranks than
+            the SLURM step has tasks, as when a job inherits the variables of the shell that submitted it: every
+            task would train alone.
+    """
+    if "WORLD_SIZE" in environ and "RANK" in environ:
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    elif "SLURM_STEP_NUM_TASKS" in environ and "SLURM_PROCID" in environ:
+        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
+    else:
+        return World()
+    try:
+        rank, local_rank, size = (int(environ.get(name, "0")) for name in names)
+    except ValueError:
+        found = ", ".join(f"{name}={environ.get(name)}" for name in names)
+        raise UsageError(f"the launcher's environment has {found}; expected whole numbers") from None
+    if not 0 <= rank < size:
+        raise UsageError(
+            f"the launcher's environment has {names[0]}={rank} and {names[2]}={size}; expected 0 <= rank < size"
+        )
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", "")
+    if tasks.isdigit() and size < int(tasks):
+        raise UsageError(
+            f"the environment has WORLD_SIZE={size}, but this is one of {tasks} tasks of a SLURM step; expected a rank "
+            "for each task: unset RANK, WORLD_SIZE and LOCAL_RANK before srun, which then gives every task its rank"
+        )
+    return World(rank, local_rank, size)
+
+
+def start(engine_needs_group: bool = False) -> World:
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and return this process's place in it.
+
+    Args:
+        engine_needs_group: DeepSpeed wants a process group even for one process.
+
+    Raises:
+        UsageError: the launcher's variables are at fault, or the port that it names is taken.
+    """
+    world = read_world()
+    if world.size == 1 and not engine_needs_group:
+        return world
+    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
+    os.environ.setdefault("MASTER_ADDR", _master_address())
+    os.environ.setdefault("MASTER_PORT", str(_master_port(world)))
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    if not dist.is_initialized():
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        try:
+            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise UsageError(
+                f"the ranks were to meet at port {os.environ['MASTER_PORT']}, which another process uses, such as a "
+                "run beside this one; give the launcher another: --master_port N (deepspeed, torchrun), "
+                "--main_process_port N (accelerate)"
+            ) from None
+    return world
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _master_address() -> str:
+    """The first node of the SLURM step, under the address that SLURM reaches it by; its name need not resolve."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
+    if not nodes:
+        return "127.0.0.1"
+    first = _scontrol("show", "hostnames", nodes).split()[0]
+    described = re.search(r"\bNodeAddr=(\S+)", _scontrol("show", "node", first))
+    return described[1] if described else first
+
+
+def _scontrol(*words: str) -> str:
+    try:
+        return subprocess.run(["scontrol", *words], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or error
+        raise UsageError(
+            f"scontrol cannot tell where the ranks meet ({str(said).strip()}), as in a container; "
+            "set MASTER_ADDR to the first node's address before srun"
+        ) from None
+
+
+def _master_port(world: World) -> int:
+    """A port all ranks agree on: derived from the SLURM job and step, else any free one (a single process).
+
+    It lies below the ports that Linux hands out for outgoing connections, which start at 32768.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if job and world.size > 1:
+        return 12000 + (int(job) + 97 * int(os.environ.get("SLURM_STEP_ID", "0"))) % 20000
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,87 @@
+"""The exception family, and the exit code each member stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class FrostlineError(Exception):
+    """Base of every error this project raises on purpose; exit code 1.
+
+    The message always says what was found, what was expected and what to do.
+    """
+
+    exit_code = 1
+    on_every_rank = False
+    """All ranks raise it alike, so that one of them is enough to print it."""
+
+
+class TrainingStoppedError(FrostlineError):
+    """Training cannot go on; what was committed before is kept. Every rank raises it at the same step."""
+
+    on_every_rank = True
+
+
+class OutOfMemoryError(FrostlineError):
+    """An allocation failed; see ``toolkit.runtime.out_of_memory``."""
+
+    def __init__(self, phase: str, shape: str | None, detail: str, advice: str | None = None) -> None:
+        """
+        Args:
+            phase: what the run was doing, as a phrase.
+            shape: of the micro batch, where there was one.
+            detail: the allocator's own words.
+            advice: what to change first.
+        """  # noqa: D205, D212
+        self.phase, self.shape, self.detail = phase, shape, detail
+        batch = f", on a micro batch of {shape}" if shape else ""
+        remedy = f"Change first: {advice}" if advice else "python launch/plan.py shows what takes the memory"
+        super().__init__(f"out of memory during {phase}{batch} ({detail}); committed checkpoints are kept. {remedy}")
+
+    def with_advice(self, advice: str) -> OutOfMemoryError:
+        """The same error with what to change first."""
+        return OutOfMemoryError(self.phase, self.shape, self.detail, advice)
+
+
+class DiskError(FrostlineError):
+    """A file of the run cannot be written: the disk is full, over quota or gone."""
+
+
+class UsageError(FrostlineError):
+    """The user's input is at fault: a recipe, a flag, a mask, a model name or data; exit code 2."""
+
+    exit_code = 2
+    on_every_rank = True
+
+
+class ConfigError(UsageError):
+    """One or more faults in the recipe, the flags or the DeepSpeed file, all reported at once."""
+
+    def __init__(self, faults: Sequence[str], source: str = "configuration") -> None:
+        self.faults = list(faults)
+        count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
+        super().__init__("\n".join([f"{count} in the {source}:", *(f"  - {fault}" for fault in self.faults)]))
+
+
+class ModelError(UsageError):
+    """A model or tokenizer cannot be found, loaded or understood."""
+
+
+class MaskError(UsageError):
+    """A layer mask selects nothing, selects the wrong thing, or conflicts with tied weights."""
+
+
+class DataError(UsageError):
+    """A data file or row cannot be used."""
+
+
+class CheckpointError(UsageError):
+    """A run directory, checkpoint or export is missing, incomplete or does not fit the run."""
+
+
+class SlurmError(UsageError):
+    """SLURM is not on this machine, cannot be reached, or refuses the job."""
+
+
+class PlanError(UsageError):
+    """The cost of a run cannot be planned without its weights or data."""

@@ -1,0 +1,142 @@
+"""Files of a checkpoint: written with their SHA-256 in one pass, and forced to disk."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from toolkit.runtime.errors import DiskError
+
+_NAMES = {torch.float32: "F32", torch.uint8: "U8", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8",
+          torch.int32: "I32", torch.int64: "I64"}  # fmt: skip
+_CHUNK = 2**24
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a file has to be."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+
+
+def tensors_size(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> int:
+    """Bytes of the file that ``write_tensors`` writes."""
+    return len(_header(tensors, metadata)) + sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Entry:
+    """Write a safetensors file; one tensor at a time leaves its device, and none is copied on a CPU.
+
+    Raises:
+        OSError: the disk.
+    """
+
+    def parts() -> Iterator[memoryview]:
+        yield memoryview(_header(tensors, metadata))
+        for name in sorted(tensors):
+            tensor = tensors[name].detach().contiguous().cpu()
+            yield tensor.reshape(-1).view(torch.uint8).numpy().data
+
+    return _write(path, parts())
+
+
+def write_json(path: Path, value: object) -> Entry:
+    """Write ``value`` as JSON.
+
+    Raises:
+        OSError: the disk.
+    """
+    return _write(path, iter([memoryview(as_json(value).encode())]))
+
+
+def as_json(value: object) -> str:
+    """The text that ``write_json`` writes."""
+    return json.dumps(value, indent=1)
+
+
+def hash_files(directory: Path, names: list[str]) -> dict[str, Entry | str]:
+    """Size and SHA-256 of files, several at a time; what is wrong, in words, for those that cannot be read."""
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(lambda name: _hash(directory / name), names), strict=True))
+
+
+def sync_directory(directory: Path) -> None:
+    """Force the names in ``directory`` to disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def told_if_full(what: str) -> Iterator[None]:
+    """Turn an error of the disk into one clear message.
+
+    Raises:
+        DiskError: instead of any OSError of the body.
+    """
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "free space or lower output.keep" if full else "look after the disk"
+        raise DiskError(
+            f"{what} could not be written ({error.strerror or error}). The checkpoints before it are intact: {remedy}, "
+            "then start the same command again to go on from the latest"
+        ) from None
+
+
+def _write(path: Path, parts: Iterator[memoryview]) -> Entry:
+    sha, size = hashlib.sha256(), 0
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        with ThreadPoolExecutor(1) as other:  # a chunk is hashed while it is written
+            for part in parts:
+                for start in range(0, len(part), _CHUNK):
+                    chunk = part[start : start + _CHUNK]
+                    hashed = other.submit(sha.update, chunk)
+                    size += len(chunk)
+                    while chunk:
+                        chunk = chunk[os.write(descriptor, chunk) :]
+                    hashed.result()
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return Entry(size, sha.hexdigest())
+
+
+def _hash(path: Path) -> Entry | str:
+    sha, size = hashlib.sha256(), 0
+    try:
+        with path.open("rb", buffering=0) as file:
+            while chunk := file.read(_CHUNK):
+                sha.update(chunk)
+                size += len(chunk)
+    except OSError as error:
+        return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror or error})"
+    return Entry(size, sha.hexdigest())
+
+
+def _header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
+    described: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        described[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data begins aligned
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,127 @@
+"""What is due between two steps, in the order in which nothing can be lost.
+
+First the state is committed; then comes the validation, whose loss becomes a file of that checkpoint; then older
+checkpoints go, for the loss says which one is the best; sample answers come last, and their trouble ends no run.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from toolkit.checkpoint.saver import Saver
+from toolkit.inference.evaluation import perplexity
+from toolkit.runtime import malloc, signals
+from toolkit.runtime.out_of_memory import during
+from toolkit.runtime.signals import StopRequested
+from toolkit.training.guard import StepGuard
+from toolkit.training.monitor import Monitor
+from toolkit.training.phase_change import content_of
+from toolkit.training.progress import Progress
+from toolkit.training.setup import Setup
+from toolkit.training.validation import sample_answers, validate, without_dropout
+
+log = logging.getLogger("frostline")
+
+
+class Between:
+    """Commits, validates and shows what a run has to between its steps; every rank makes the same calls."""
+
+    def __init__(self, setup: Setup, monitor: Monitor, progress: Progress, saver: Saver, guard: StepGuard) -> None:
+        """
+        Args:
+            setup: of the run.
+            monitor: where it is shown.
+            progress: where the run is; takes validation losses down.
+            saver: of its checkpoints.
+            guard: keeps ruined weights out of them.
+        """  # noqa: D205, D212
+        self._setup, self._monitor, self._progress, self._saver, self._guard = setup, monitor, progress, saver, guard
+        self._committed = progress.step or None
+        """The step of the newest checkpoint that this process committed or went on from."""
+        self._answers_failed = False
+
+    def make_up(self) -> bool:
+        """Do what a run that is continued stopped before; false if a signal cut it short."""
+        progress, world = self._progress, self._setup.world
+        at_end = progress.step == self._setup.total_steps
+        if not progress.step or not self._is_validation_due(epoch_ends=progress.cursor == 0 or at_end):
+            return True
+        kept, told = world.share((self._saver.loss_at(progress.step), self._monitor.loss_at(progress.step)))
+        if kept is None and told is None:
+            return self._validate(may_stop=not at_end)
+        if kept is None:
+            self._saver.record(progress.step, told)
+        if told is None:
+            self._monitor.evaluation(progress.step, progress.passes, kept, perplexity(kept))
+        return True
+
+    def after_step(self) -> bool:
+        """Do what is due after a step; true if a signal asks the run to stop there, with its state committed."""
+        setup, progress, world = self._setup, self._progress, self._setup.world
+        at_end = progress.step == setup.total_steps
+        epoch_ends = progress.is_epoch_done or at_end
+        if progress.is_epoch_done:
+            progress.turn()
+        due = self._is_validation_due(epoch_ends)
+        is_saved = epoch_ends or signals.agreed(world) or is_due(progress.step, setup.config.output.save_every_steps)
+        if is_saved:
+            self._commit(validation_follows=due)
+        if due and (at_end or not signals.agreed(world)):
+            self._validate(may_stop=not at_end)
+        stopping = signals.agreed(world)
+        if stopping and not is_saved:
+            self._commit(validation_follows=due)
+            if progress.eval_loss is not None:
+                self._saver.record(progress.step, progress.eval_loss)
+        return stopping
+
+    def _is_validation_due(self, epoch_ends: bool) -> bool:
+        every = self._setup.config.output.evaluate_every_steps
+        return bool(self._setup.dataset.validation) and (epoch_ends or is_due(self._progress.step, every))
+
+    def _commit(self, validation_follows: bool) -> None:
+        with without_dropout(self._setup):
+            self._guard.require_sound(self._progress.step, self._setup.engine.forward, self._setup.prefix)
+        with during("the checkpoint"):
+            self._saver.save(content_of(self._setup, self._progress), validation_follows)
+        self._committed = self._progress.step
+        malloc.give_back()
+
+    def _validate(self, may_stop: bool) -> bool:
+        """Compute the loss, keep it with the checkpoint of this step, and show answers; false if a signal came."""
+        setup, progress = self._setup, self._progress
+        self._saver.wait()  # what is committed cannot be lost to a failing validation
+        with without_dropout(setup):
+            try:
+                outcome = validate(setup, may_stop)
+            except StopRequested:
+                return False
+        progress.eval_loss = outcome.loss
+        self._monitor.evaluation(progress.step, progress.passes, outcome.loss, outcome.perplexity)
+        if self._committed == progress.step:
+            self._saver.record(progress.step, outcome.loss)
+        self._show_answers()
+        return True
+
+    def _show_answers(self) -> None:
+        """Show what the model answers to held-out questions; what goes wrong there is said once and ends nothing."""
+        world, trouble = self._setup.world, None
+        if self._answers_failed or not self._setup.config.output.sample_answers:
+            return
+        try:
+            with without_dropout(self._setup):
+                answers = sample_answers(self._setup, may_stop=True)
+            self._monitor.answers(self._progress.step, answers)
+        except StopRequested:  # on every rank
+            return
+        except Exception as error:
+            trouble = " ".join(f"{type(error).__name__}: {error}".split())
+        if told := [its for its in world.gather(trouble) if its is not None]:
+            self._answers_failed = True
+            malloc.give_back()
+            log.warning("sample answers failed (%s); training goes on, and none are shown any more", told[0])
+
+
+def is_due(step: int, every: int | None) -> bool:
+    """True after each ``every`` steps; never where that is none."""
+    return every is not None and step % every == 0

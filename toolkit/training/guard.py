@@ -1,0 +1,144 @@
+"""What a run does about bad steps: it names their rows, saves no ruined weights, and stops after too many in a row."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from toolkit.activation_cache.cached_prefix import HiddenStates
+from toolkit.checkpoint.catalog import latest_checkpoint
+from toolkit.data.batches import Batch
+from toolkit.runtime.distributed import World
+from toolkit.runtime.errors import TrainingStoppedError
+from toolkit.runtime.out_of_memory import during
+from toolkit.split.supervised_loss import Forward
+from toolkit.training.step import StepResult
+
+log = logging.getLogger("frostline")
+
+_SHOWN = 16
+"""Rows of a rank that a message names."""
+
+
+class SpikeDetector:
+    """Tells losses that lie far above those before them.
+
+    A loss is a spike if it exceeds ``median + threshold * max(1.4826 * MAD, 0.05 * median)`` of the last ``window``
+    finite losses, where MAD is the median distance from their median; 1.4826 MAD is the standard deviation of normal
+    noise (Rousseeuw and Croux 1993, doi 10.1080/01621459.1993.10476408). Both medians ignore the spikes themselves.
+    """
+
+    def __init__(self, window: int = 64, least: int = 16, threshold: float = 6.0) -> None:
+        """
+        Args:
+            window: losses that are remembered.
+            least: losses before the first verdict.
+            threshold: in robust standard deviations.
+        """  # noqa: D205, D212
+        self._losses: deque[float] = deque(maxlen=window)
+        self._least, self._threshold = least, threshold
+
+    def spiked(self, loss: float) -> float | None:
+        """The typical loss if ``loss`` is a spike above it, else none; remembers ``loss``."""
+        usual = None
+        if len(self._losses) >= self._least:
+            middle = median(self._losses)
+            spread = 1.4826 * median(abs(other - middle) for other in self._losses)
+            if loss > middle + self._threshold * max(spread, 0.05 * middle):
+                usual = middle
+        self._losses.append(loss)
+        return usual
+
+
+class StepGuard:
+    """Watches the steps of a run. Every rank calls each method at the same step."""
+
+    def __init__(self, run: Path, most_skipped: int, world: World) -> None:
+        """
+        Args:
+            run: the run directory; its last checkpoint is named when the run has to stop.
+            most_skipped: steps skipped in a row that end the run.
+            world: whose rows are named.
+        """  # noqa: D205, D212
+        self._run, self._most, self._world = run, most_skipped, world
+        self._in_a_row = 0
+        self._spikes = SpikeDetector()
+        self._learned: Batch | None = None
+
+    def look(self, step: int, result: StepResult, micro_batches: Sequence[Batch]) -> None:
+        """Judge the step that made ``step`` steps, and say what is wrong with it.
+
+        Raises:
+            TrainingStoppedError: too many steps in a row were skipped.
+        """
+        if not result.skipped:
+            self._in_a_row = 0
+            self._learned = micro_batches[0]
+            usual = self._spikes.spiked(result.loss)
+            if usual is not None:
+                rows = self._rows(result, micro_batches)
+                log.warning("step %d: loss %.4f spikes above the usual %.4f; its rows: %s",
+                            step, result.loss, usual, rows)  # fmt: skip
+            return
+        self._in_a_row += 1
+        rows = self._rows(result, micro_batches)
+        what = f"loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}"
+        log.warning("step %d is skipped on all ranks: %s; no weight has changed. Its rows: %s", step, what, rows)
+        if self._in_a_row >= self._most:
+            raise TrainingStoppedError(
+                f"{self._in_a_row} steps in a row were skipped, the last of them step {step} ({what}), and "
+                f"train.max_skipped_steps is {self._most}. {self._kept()}. Lower train.learning_rate, or look at the "
+                f"rows: {rows}"
+            )
+
+    @torch.no_grad()
+    def require_sound(self, step: int, forward: Forward, prefix: HiddenStates | None) -> None:
+        """Before a checkpoint: the weights must still give a finite loss on rows that they last learned from.
+
+        The caller turns dropout off.
+
+        An update can ruin weights that stay finite (a learning rate far too high); such weights must not take the
+        place of the last good checkpoint.
+
+        Raises:
+            TrainingStoppedError: they do not, on some rank.
+        """
+        if self._learned is None:  # nothing was learned since the run began or went on
+            return
+        with during("the check before a checkpoint", self._learned.shape):
+            batch = self._learned.to(self._world.device)
+            loss = float(forward(prefix(batch) if prefix else None, batch))
+        if self._world.max(float(not math.isfinite(loss))):
+            rows = self._describe([(self._named(self._learned), loss)])
+            raise TrainingStoppedError(
+                f"the weights after step {step} give no finite loss on rows they learned from, so they are not saved. "
+                f"{self._kept()}. Lower train.learning_rate, or look at the rows: {rows}"
+            )
+
+    def _kept(self) -> str:
+        kept = latest_checkpoint(self._run)
+        return f"The last good checkpoint, {kept}, is kept" if kept else "There is no checkpoint yet"
+
+    def _rows(self, result: StepResult, micro_batches: Sequence[Batch]) -> str:
+        own = zip(micro_batches, result.shares, strict=True)
+        return self._describe([(self._named(batch), share) for batch, share in own if not batch.is_filler])
+
+    def _named(self, batch: Batch) -> list[str]:
+        return [example.origin or "a row without a name" for example in batch.examples]
+
+    def _describe(self, own: list[tuple[list[str], float]]) -> str:
+        """All ranks' rows in words; rows whose own loss is not finite come first."""
+        ranks = []
+        for rank, micro_batches in enumerate(self._world.gather(own)):
+            names: list[str] = []
+            for rows, share in sorted(micro_batches, key=lambda pair: math.isfinite(pair[1])):
+                names += rows if math.isfinite(share) else [f"{row} (loss {share})" for row in rows]
+            more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
+            ranks.append(f"rank {rank}: {', '.join([*names[:_SHOWN], *more]) or 'none'}")
+        return "; ".join(ranks)

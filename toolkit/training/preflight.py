@@ -1,0 +1,94 @@
+"""What a training run would refuse, found before it starts: without weights, without ranks, in seconds."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from pathlib import Path
+
+from toolkit.config.flags import Invocation
+from toolkit.config.schema import DataConfig
+from toolkit.data.dataset import load_dataset
+from toolkit.data.sources import is_hub_id
+from toolkit.engine.deepspeed.config import read_ds_config, resolve_ds_config
+from toolkit.mask.schedule import phase_masks
+from toolkit.models.load import load_tokenizer
+from toolkit.planning.meta_model import skeleton
+from toolkit.runtime.distributed import World
+from toolkit.runtime.errors import CheckpointError, PlanError
+
+log = logging.getLogger("frostline")
+
+_QUICK_BYTES = 64 * 2**20
+"""A data file up to this size is read and tokenised row by row; it takes about ten seconds."""
+
+
+def preflight(invocation: Invocation, ranks: int) -> None:
+    """Check DeepSpeed file, model, mask, tokenizer and rows of a run that is to start later, somewhere else.
+
+    Args:
+        invocation: the parsed command line.
+        ranks: world size of the run.
+
+    Raises:
+        UsageError: the one that the run itself would end with.
+    """
+    config = invocation.config
+    try:
+        check_config(invocation, ranks)
+    except PlanError as error:
+        log.warning("mask and DeepSpeed file are not checked before the job runs: %s", error)
+    tokenizer = load_tokenizer(config.model)
+    if reason := _too_costly(config.data):
+        log.warning("the rows are not checked before the job runs: %s", reason)
+    else:
+        log.info("data: %s", load_dataset(config.data, tokenizer, config.train.seed).summary())
+
+
+def check_config(invocation: Invocation, ranks: int) -> None:
+    """Check the masks and the DeepSpeed file against the model's config.json alone.
+
+    Args:
+        invocation: the parsed command line.
+        ranks: world size of the run.
+
+    Raises:
+        UsageError: DeepSpeed file, model or mask is at fault.
+        PlanError: the model's class cannot be built without weights, so nothing was checked.
+    """
+    config, path = invocation.config, invocation.deepspeed
+    ds = read_ds_config(path) if path else None
+    bare = skeleton(config.model)
+    phase_masks(config.mask, bare.anatomy)
+    if ds is not None and path is not None:
+        resolve_ds_config(ds, config, ranks, bare.hidden_size, path)
+
+
+def check_writable(run: Path, world: World) -> None:
+    """Refuse a run directory that nothing can be written to, before anything costly; every rank calls it.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    refused = None
+    if world.is_main:
+        try:
+            with tempfile.TemporaryFile(dir=run):
+                pass
+        except OSError as error:
+            refused = CheckpointError(
+                f"run directory {run} cannot be written ({error.strerror}); choose another --output.dir"
+            )
+    refused = world.share(refused)
+    if refused is not None:
+        raise refused
+
+
+def _too_costly(config: DataConfig) -> str | None:
+    paths = [path for path in (config.path, config.validation) if isinstance(path, str)]
+    for path in paths:
+        if is_hub_id(path):
+            return f"{path} is a data set on the Hub"
+        if Path(path).is_file() and Path(path).stat().st_size > _QUICK_BYTES:
+            return f"{path} is larger than {_QUICK_BYTES // 2**20} MiB"
+    return None

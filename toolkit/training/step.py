@@ -1,0 +1,74 @@
+"""The training step: the same lines for one process and for a cluster."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from toolkit.activation_cache.cached_prefix import HiddenStates
+from toolkit.data.batches import Batch
+from toolkit.engine.base import Engine
+from toolkit.runtime.distributed import World
+from toolkit.runtime.out_of_memory import during
+from toolkit.split.supervised_loss import supervised_loss
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did, over all ranks."""
+
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    supervised_tokens: int
+    tokens: int
+    seconds: float
+    shares: tuple[float, ...] = ()
+    """Of each of this rank's micro batches in the loss."""
+
+    @property
+    def skipped(self) -> bool:
+        """Loss or gradient was not finite on some rank, so no rank's weights, moments or step counts changed."""
+        return not (math.isfinite(self.loss) and math.isfinite(self.grad_norm))
+
+
+def train_step(micro_batches: Sequence[Batch], prefix: HiddenStates | None, engine: Engine, world: World) -> StepResult:
+    """One optimizer step on this rank's micro batches; ``StepResult.skipped`` tells if it changed nothing.
+
+    Raises:
+        OutOfMemoryError: with the phase and the shape of the micro batch.
+    """
+    started = time.perf_counter()
+    supervised, tokens = world.sum(
+        sum(batch.supervised_tokens for batch in micro_batches),
+        sum(batch.tokens for batch in micro_batches if not batch.is_filler),
+    )
+    shares = []
+    for index, batch in enumerate(micro_batches, start=1):
+        batch = batch.to(world.device)
+        with during("the prefix", batch.shape):
+            hidden = prefix(batch) if prefix else None
+        with during("forward", batch.shape):
+            loss = supervised_loss(engine.forward, hidden, batch, supervised)
+        shares.append(loss.detach())
+        # 1, or NaN where the loss is not finite: all ranks then meet it in the gradient, on which engines skip alike
+        guard = 1.0 + 0.0 * shares[-1]
+        with during("backward", batch.shape):
+            engine.backward(loss * guard, is_last=index == len(micro_batches))
+    with during("the update"):
+        update = engine.update()
+    *own, grad_norm = torch.stack((*shares, update.grad_norm)).tolist()  # the step's one wait for the device
+    (mean_loss,) = world.sum(sum(own))
+    seconds = time.perf_counter() - started
+    return StepResult(
+        mean_loss, update.learning_rate, grad_norm, int(supervised), int(tokens), seconds, shares=tuple(own)
+    )
+
+
+def seed_step(seed: int, step: int, world: World) -> None:
+    """Make dropout a function of seed, step and rank alone, so that a resumed run repeats it."""
+    torch.manual_seed((seed * 1_000_003 + step) * world.size + world.rank)
