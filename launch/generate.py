@@ -57,7 +57,7 @@ def main() -> int:
     arguments = _parse()
     from toolkit.data.questions import from_prompt, read_questions
     from toolkit.inference.generation import answers
-    from toolkit.inference.open_model import open_source
+    from toolkit.inference.open_model import open_model
     from toolkit.runtime.distributed import World
     from toolkit.runtime.paths import make_parent
     from toolkit.runtime.progress_bar import track
@@ -69,7 +69,7 @@ def main() -> int:
         if arguments.input
         else [from_prompt(arguments.question, arguments.context)]
     )
-    opened = open_source(arguments.source, arguments.step, arguments.base, arguments.trust_remote_code, arguments.dtype)
+    opened = open_model(arguments.source, arguments.step, arguments.base, arguments.trust_remote_code, arguments.dtype)
     opened.loaded.model.to(World().device)
     given = answers(
         opened.loaded,

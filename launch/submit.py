@@ -27,8 +27,8 @@ from toolkit.commands.cli import run_command
 from toolkit.config import flags
 from toolkit.runtime.errors import CheckpointError, ConfigError, SlurmError
 from toolkit.slurm import cluster, submit
-from toolkit.slurm.request import Request, add_flags, read_request
-from toolkit.slurm.script import Job, render
+from toolkit.slurm.request import JobRequest, add_flags, read_request
+from toolkit.slurm.script import BatchJob, render
 
 
 def main() -> int:
@@ -53,7 +53,7 @@ def main() -> int:
             raise CheckpointError(
                 f"{', '.join(finished)}: finished already, nothing to train; choose another --output.dir"
             )
-        job = Job(
+        job = BatchJob(
             request,
             tuple(run.path.resolve() for run in runs),
             invocations[0].deepspeed,
@@ -99,7 +99,7 @@ def _parse() -> list[flags.Invocation]:
     return invocations
 
 
-def _check_cluster(request: Request, dry_run: bool) -> None:
+def _check_cluster(request: JobRequest, dry_run: bool) -> None:
     """Compare the request with the cluster; a dry run may do without one, and says so."""
     try:
         known = cluster.partitions()

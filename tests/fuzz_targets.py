@@ -126,7 +126,7 @@ def tables(folder: Path) -> Target:
 def checkpoint(folder: Path) -> Target:
     """The JSON files of a checkpoint and the pointer to it, each damaged in turn."""
     from toolkit.checkpoint.catalog import latest_checkpoint
-    from toolkit.checkpoint.choice import choose
+    from toolkit.checkpoint.choice import choose_checkpoint
     from toolkit.checkpoint.restore import Checkpoint
     from toolkit.checkpoint.run_directory import claim
     from toolkit.runtime.distributed import World
@@ -145,7 +145,7 @@ def checkpoint(folder: Path) -> Target:
             assert state is None or state.parent == run / "checkpoints", "the pointer led elsewhere"
             for read in (
                 lambda: Checkpoint(whole).delta(),  # as if the manifest agreed with the damage
-                lambda: choose(run, 1),
+                lambda: choose_checkpoint(run, 1),
                 lambda: claim(parse("--output.dir", str(run)).config, QUICKSTART, World(), create=False).__enter__(),
             ):
                 with contextlib.suppress(FrostlineError):
@@ -203,7 +203,7 @@ def model_directory(folder: Path) -> Target:
     from toolkit.config.schema import ModelConfig
     from toolkit.mask.layer_mask import build_mask
     from toolkit.models.load import load, load_tokenizer
-    from toolkit.planning.meta_model import skeleton
+    from toolkit.planning.meta_model import meta_model
 
     directory = folder / "model"
     tiny_llama().save_pretrained(directory)
@@ -215,7 +215,7 @@ def model_directory(folder: Path) -> Target:
         _put(directory / name, content if isinstance(content, bytes) else as_json(content))
         config = ModelConfig(name_or_path=str(directory))
         try:
-            build_mask(MaskConfig(train=["last:1"]), skeleton(config).anatomy)
+            build_mask(MaskConfig(train=["last:1"]), meta_model(config).anatomy)
             load(config, load_tokenizer(config))
         finally:
             for old, whole in files.items():

@@ -19,7 +19,7 @@ from toolkit.commands import cli  # noqa: E402
 from toolkit.config import flags  # noqa: E402
 from toolkit.data.batches import epoch_order, step_batches  # noqa: E402
 from toolkit.mask.apply import apply_mask, trainable_parameters  # noqa: E402
-from toolkit.optim.state_fragments import AdamState, gather, hand_over  # noqa: E402
+from toolkit.optim.state_fragments import AdamState, gather_states, load_fragments  # noqa: E402
 from toolkit.runtime import distributed  # noqa: E402
 from toolkit.runtime.distributed import World  # noqa: E402
 from toolkit.training.setup import Setup, prepare, set_up  # noqa: E402
@@ -40,7 +40,7 @@ def begin(given: list[str], world: World, masters: dict[str, torch.Tensor] | Non
     (phase,) = setup.schedule.phases
     assert setup.loaded is not None
     apply_mask(setup.loaded.model, phase.trained, setup.loaded.anatomy)
-    masters = world.share(masters)
+    masters = world.broadcast_object(masters)
     with torch.no_grad():
         for name, parameter in trainable_parameters(setup.loaded.model, phase.trained).items():
             parameter.copy_(masters[name])
@@ -89,7 +89,7 @@ class Kept:
 
 def whole_state(setup: Setup) -> dict[str, AdamState]:
     engine = setup.engine
-    return gather(engine.fragments(), engine.shapes, engine.is_replicated, setup.world)
+    return gather_states(engine.fragments(), engine.shapes, engine.is_replicated, setup.world)
 
 
 def one(given: list[str], world: World) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def one(given: list[str], world: World) -> dict[str, Any]:
     planned = {kind: whole.cost.memory.most[kind] for kind in bytes_stored}
     whole.engine.release()
     again = begin(given, world)
-    hand_over(again.engine.fragments(), again.engine.shapes, given_over, world)
+    load_fragments(again.engine.fragments(), again.engine.shapes, given_over, world)
     again.engine.continue_at(STEPS)
     taken = whole_state(again)
     again.engine.release()

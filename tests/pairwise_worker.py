@@ -32,11 +32,11 @@ from toolkit.commands import cli  # noqa: E402
 from toolkit.config import flags  # noqa: E402
 from toolkit.config.recipe import dump  # noqa: E402
 from toolkit.config.schema import RunConfig  # noqa: E402
-from toolkit.inference.open_model import open_source  # noqa: E402
+from toolkit.inference.open_model import open_model  # noqa: E402
 from toolkit.runtime import distributed, signals  # noqa: E402
 from toolkit.runtime.distributed import World  # noqa: E402
 from toolkit.runtime.errors import UsageError  # noqa: E402
-from toolkit.training.between_steps import Between  # noqa: E402
+from toolkit.training.between_steps import BetweenSteps  # noqa: E402
 from toolkit.training.run import train  # noqa: E402
 
 
@@ -75,25 +75,25 @@ def recipe(world: World, folder: Path, name: str, row: dict[str, str], resume: b
 def start(world: World, recipe_file: Path, ds: str, end: str = "nothing") -> int:
     """Train, and end it in the middle as ``end`` says."""
     given = ["--config", str(recipe_file), *(["--ds", str(ROOT / "ds_configs" / f"{ds}.json")] if ds != "none" else [])]
-    after_step = Between.after_step
+    after_step = BetweenSteps.after_step
 
-    def ended(self: Between) -> bool:
+    def ended(self: BetweenSteps) -> bool:
         middle = self._progress.step == max(1, self._setup.total_steps // 2)
         if middle and end == "a signal" and world.is_main:
-            signals.note("a test", tell=False)
+            signals.request_stop("a test", tell=False)
         stopping = after_step(self)
         if middle and end == "a kill":
             raise Killed
         return stopping
 
-    Between.after_step = ended  # type: ignore[method-assign]
+    BetweenSteps.after_step = ended  # type: ignore[method-assign]
     try:
         with signals.listening({}):
             return train(flags.parse(flags.parser(""), recipe_file, given), world)
     except Killed:
         return -9
     finally:
-        Between.after_step = after_step  # type: ignore[method-assign]
+        BetweenSteps.after_step = after_step  # type: ignore[method-assign]
         gc.collect()
 
 
@@ -140,7 +140,7 @@ def use(folder: Path, run: Path, row: dict[str, str]) -> None:
     require(bool(answer), "no answer")
     target = run / "export"
     command("export", run, "--output", target, *trusted)
-    ours = open_source(str(run), None, None, bool(trusted)).loaded.model.eval()
+    ours = open_model(str(run), None, None, bool(trusted)).loaded.model.eval()
     attention = ours.config._attn_implementation
     theirs = AutoModelForCausalLM.from_pretrained(target, dtype=ours.dtype, attn_implementation=attention).eval()
     ids = torch.arange(5, 45)[None]
@@ -156,7 +156,7 @@ def live(world: World, folder: Path, name: str, row: dict[str, str]) -> str | No
         code = start(world, recipe(world, folder, name, row, resume=False), row["ds"], row["ended by"])
         expected = {"a signal": (75, 0), "a kill": (-9,), "nothing": (0,)}[row["ended by"]]
         require(code in expected, f"the first start ended with {code}")
-        has = world.share(any((run / "checkpoints").glob("step-*")) if world.is_main else None)
+        has = world.broadcast_object(any((run / "checkpoints").glob("step-*")) if world.is_main else None)
         code = start(world, recipe(world, folder, name, row, resume=bool(has)), row["ds"])
         require(code == 0, f"the second start ended with {code}")
         if world.is_main:
@@ -180,7 +180,7 @@ def main() -> None:
     for number, row in sorted(plan["rows"], key=lambda numbered: numbered[1]["ds"] != "none"):
         distributed.start(engine_needs_group=row["ds"] != "none")
         wrong = live(world, folder, f"row-{number}", row)
-        all_wrong = [one for one in world.gather(wrong) if one is not None]
+        all_wrong = [one for one in world.all_gather_object(wrong) if one is not None]
         if world.is_main:
             with (folder / "outcomes.jsonl").open("a") as out:
                 said = re.sub(r"\x1b\[[0-9;]*m", "", all_wrong[0]) if all_wrong else None

@@ -53,7 +53,7 @@ def main() -> int:
         if deed == "signal":
             os.kill(os.getpid(), signal.SIGUSR1)
         if deed in ("signal", "until asked"):
-            while not signals.asked():
+            while not signals.stop_requested():
                 time.sleep(0.01)
             print(signals.reason())
         elif deed == "wait":

@@ -17,7 +17,7 @@ from toolkit.checkpoint.delta import read_delta
 from toolkit.exporting.export import export_delta, export_model
 from toolkit.inference.evaluation import evaluate_source
 from toolkit.inference.generation import answers
-from toolkit.inference.open_model import load_delta, open_source
+from toolkit.inference.open_model import load_delta, open_model
 from toolkit.runtime.errors import CheckpointError, DataError, ModelError
 from toolkit.tasks.pubmedqa import Sample
 
@@ -85,8 +85,8 @@ def test_the_export_holds_the_untied_head_tokenizer_template_and_card(trained: P
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_an_export_is_opened_in_the_precision_it_is_stored_in(trained: Path, tmp_path: Path, dtype: Any) -> None:
     export_model(trained, tmp_path / "export", dtype)
-    opened = open_source(str(tmp_path / "export")).loaded.model
-    run = open_source(str(trained), dtype=dtype).loaded.model
+    opened = open_model(str(tmp_path / "export")).loaded.model
+    run = open_model(str(trained), dtype=dtype).loaded.model
     tensors, own = load_file(tmp_path / "export" / "model.safetensors"), run.state_dict()
     assert opened.dtype == run.dtype == getattr(torch, dtype)
     assert all(torch.equal(tensor, own[name]) for name, tensor in tensors.items())
@@ -100,7 +100,7 @@ def test_a_config_of_nonsense_is_an_error_and_no_traceback(trained: Path, tmp_pa
     export_model(trained, tmp_path / "export")
     (tmp_path / "export" / "config.json").write_text('{"model_type": "llama", "text_config": "x"}')
     with pytest.raises(ModelError, match=r"cannot be loaded|cannot be read"):
-        open_source(str(tmp_path / "export"))
+        open_model(str(tmp_path / "export"))
 
 
 @pytest.mark.slow
@@ -234,7 +234,7 @@ def test_held_out_rows_are_not_trusted_once_the_data_changed(tmp_path: Path) -> 
 
 
 def test_answers_come_from_the_prompt_of_training_and_stop_at_the_turns_end(trained: Path) -> None:
-    loaded = open_source(str(trained)).loaded
+    loaded = open_model(str(trained)).loaded
     sample = Sample("Why?", ("Because.",))
     first, second = (next(answers(loaded, [sample], 512, 12)) for _ in range(2))
     assert first == second
@@ -246,7 +246,7 @@ def test_answers_come_from_the_prompt_of_training_and_stop_at_the_turns_end(trai
 
 
 def test_a_long_prompt_loses_context_and_an_impossible_one_is_named(trained: Path) -> None:
-    loaded = open_source(str(trained)).loaded
+    loaded = open_model(str(trained)).loaded
     assert len(list(answers(loaded, [Sample("Why?", ("because " * 300,))], 64, 4))) == 1
     with pytest.raises(DataError, match="tokens without any context"):
         list(answers(loaded, [Sample("why " * 200, ())], 64, 4))

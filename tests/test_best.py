@@ -9,10 +9,10 @@ import pytest
 import torch
 from helpers import ENGLISH, masters_of, metrics, run_script, tiny_flags, train
 
-from toolkit.checkpoint.choice import choose
+from toolkit.checkpoint.choice import choose_checkpoint
 from toolkit.exporting.export import export_delta, export_model
 from toolkit.inference.evaluation import evaluate_source
-from toolkit.inference.open_model import open_source, read_trained
+from toolkit.inference.open_model import open_model, read_trained
 from toolkit.runtime.errors import CheckpointError, UsageError
 
 
@@ -40,7 +40,7 @@ def same(found: dict[str, torch.Tensor], step: int, run: Path) -> bool:
 def test_every_command_takes_the_checkpoint_that_is_asked_for(
     run: Path, tmp_path: Path, asked: int | str | None, taken: int
 ) -> None:
-    opened = open_source(str(run), asked)  # type: ignore[arg-type]
+    opened = open_model(str(run), asked)  # type: ignore[arg-type]
     assert opened.choice is not None
     assert opened.choice.step == taken
     assert opened.delta is not None
@@ -55,7 +55,7 @@ def test_every_command_takes_the_checkpoint_that_is_asked_for(
 def test_what_is_used_is_said_with_the_better_ones_name(run: Path, said: list[str]) -> None:
     first, second, third = (f"{loss:.4f}" for loss in metrics(run, "eval_loss"))
     for step in (None, 1, "best"):
-        open_source(str(run), step)  # type: ignore[arg-type]
+        open_model(str(run), step)  # type: ignore[arg-type]
     better = f"; best is step 2 ({second}): --step best"
     assert [line for line in said if "using" in line] == [
         f"{run}: using step 3 (latest; validation loss {third}){better}",
@@ -80,14 +80,14 @@ def test_the_model_card_says_which_checkpoint_it_is(run: Path, tmp_path: Path) -
 def test_without_validation_there_is_no_best(tiny_model: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert train(*tiny_flags(tiny_model, run, "--train.max_steps", 1)) == 0
-    assert choose(run).advice("x") == "step 1 (latest; no validation loss)"
+    assert choose_checkpoint(run).advice("x") == "step 1 (latest; no validation loss)"
     with pytest.raises(CheckpointError, match=r"none is known to be the best; present: step-00000001\. Take one"):
-        choose(run, "best")
+        choose_checkpoint(run, "best")
 
 
 def test_a_step_of_what_is_not_a_run_is_refused(tiny_model: Path) -> None:
     with pytest.raises(UsageError, match=r"--step best names a checkpoint of a run directory, and .* is none"):
-        open_source(str(tiny_model), "best")
+        open_model(str(tiny_model), "best")
 
 
 def test_evaluate_says_its_rows_and_whether_they_were_held_out(run: Path, tmp_path: Path, said: list[str]) -> None:
@@ -120,6 +120,6 @@ def test_the_commands_take_best_and_print_it(run: Path) -> None:
 
 @pytest.mark.parametrize("name", ["best", "latest", "step-00000009"])
 def test_what_a_run_keeps_beside_its_checkpoints_is_none_and_the_run_is_named(run: Path, name: str) -> None:
-    for opening in (lambda path: open_source(str(path)), read_trained):
+    for opening in (lambda path: open_model(str(path)), read_trained):
         with pytest.raises(CheckpointError, match=r"is no checkpoint; present: step-00000001, .* choose with --step N"):
             opening(run / "checkpoints" / name)

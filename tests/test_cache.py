@@ -22,7 +22,7 @@ import toolkit
 from toolkit.activation_cache import store as store_module
 from toolkit.activation_cache.cached_prefix import CachedPrefix
 from toolkit.activation_cache.namespace import Namespace, sample_key
-from toolkit.activation_cache.policy import Request, decide, identity
+from toolkit.activation_cache.policy import CacheRequest, decide, prefix_fingerprints
 from toolkit.activation_cache.store import ActivationStore
 from toolkit.config.schema import ModelConfig, PrefixConfig
 from toolkit.data.batches import collate
@@ -194,14 +194,14 @@ def test_another_boundary_dtype_or_attention_has_a_place_of_its_own(tiny_model: 
     eager = load(ModelConfig(name_or_path=str(tiny_model), dtype="float32", attn_implementation="eager"))
     cpu = torch.device("cpu")
     plain, int8 = PrefixConfig(), PrefixConfig(precision="int8")
-    one = identity(loaded, 4, plain, cpu)
+    one = prefix_fingerprints(loaded, 4, plain, cpu)
     others = [
-        identity(loaded, 3, plain, cpu),
-        identity(half, 4, plain, cpu),
-        identity(eager, 4, plain, cpu),
-        identity(loaded, 4, int8, cpu),
+        prefix_fingerprints(loaded, 3, plain, cpu),
+        prefix_fingerprints(half, 4, plain, cpu),
+        prefix_fingerprints(eager, 4, plain, cpu),
+        prefix_fingerprints(loaded, 4, int8, cpu),
     ]
-    assert one == identity(loaded, 4, plain, cpu)
+    assert one == prefix_fingerprints(loaded, 4, plain, cpu)
     assert all(one != other for other in others)
 
 
@@ -209,18 +209,18 @@ def test_another_build_of_the_forward_pass_has_a_place_of_its_own(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded, plain, cpu = load(ModelConfig(name_or_path=str(tiny_model))), PrefixConfig(), torch.device("cpu")
-    released = identity(loaded, 4, plain, cpu)
+    released = prefix_fingerprints(loaded, 4, plain, cpu)
     package = tmp_path / "toolkit"
     shutil.copytree(ROOT / "toolkit", package, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(toolkit, "__file__", str(package / "__init__.py"))
-    assert identity(loaded, 4, plain, cpu) == released
+    assert prefix_fingerprints(loaded, 4, plain, cpu) == released
     for unrelated in ("monitor.py", "engine/local.py"):
         with (package / unrelated).open("a") as file:
             file.write("# changed\n")
-    assert identity(loaded, 4, plain, cpu) == released
+    assert prefix_fingerprints(loaded, 4, plain, cpu) == released
     with (package / "models" / "products.py").open("a") as file:
         file.write("# changed\n")
-    assert identity(loaded, 4, plain, cpu) != released
+    assert prefix_fingerprints(loaded, 4, plain, cpu) != released
 
 
 def test_dropout_in_the_prefix_switches_the_cache_off(
@@ -260,9 +260,9 @@ def test_masks_without_a_constant_prefix_have_no_cache(
     assert not (tmp_path / "cache").exists()
 
 
-def request(cache: str, passes: float = 3, limit: float | None = None) -> Request:
+def request(cache: str, passes: float = 3, limit: float | None = None) -> CacheRequest:
     settings = PrefixConfig(cache=cache, cache_limit_gib=limit)
-    return Request(settings, (Example((1, 2, 3), 1), Example((4, 5), 1), Example((1, 2, 3), 1)), passes)
+    return CacheRequest(settings, (Example((1, 2, 3), 1), Example((4, 5), 1), Example((1, 2, 3), 1)), passes)
 
 
 @pytest.fixture

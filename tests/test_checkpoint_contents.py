@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from toolkit.config.schema import MaskConfig, ModelConfig
 from toolkit.mask.apply import apply_mask
 from toolkit.mask.layer_mask import build_mask
-from toolkit.models.anatomy_detection import inspect
+from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.models.load import load, load_tokenizer
-from toolkit.planning.meta_model import skeleton
+from toolkit.planning.meta_model import meta_model
 from toolkit.runtime.errors import MaskError, ModelError
 
 
@@ -145,14 +145,14 @@ def test_an_integer_table_among_the_weights_is_loaded_and_planned(tmp_path: Path
     assert tables
     state = load(config_of(tmp_path)).model.state_dict().values()
     assert sum(tensor.dtype == torch.int64 for tensor in state) == len(tables)
-    assert skeleton(config_of(tmp_path)).anatomy.block_count == 4
+    assert meta_model(config_of(tmp_path)).anatomy.block_count == 4
 
 
 def test_an_integer_parameter_is_never_trained() -> None:
     model = tiny_llama(tied=False)
     table = torch.nn.Parameter(torch.arange(4), requires_grad=False)
     model.model.layers[5].mlp.register_parameter("table", table)
-    anatomy = inspect(model)
+    anatomy = detect_anatomy(model)
     mask = build_mask(MaskConfig(train=["all"]), anatomy)
     assert {tensor.name for tensor in anatomy.tensors} - set(mask.names) == {"model.layers.5.mlp.table"}
     apply_mask(model, mask, anatomy)
@@ -161,7 +161,7 @@ def test_an_integer_parameter_is_never_trained() -> None:
 
 
 def test_a_parameter_of_a_block_itself_is_part_of_the_block_and_of_no_component() -> None:
-    anatomy = inspect(make_any("doge"))
+    anatomy = detect_anatomy(make_any("doge"))
     assert anatomy.by_name["model.layers.2.input_residual"].block == 2
     assert "model.layers.3.input_residual" in build_mask(MaskConfig(train=["last:1"]), anatomy).names
     assert not [n for n in build_mask(MaskConfig(train=["last:1/mlp"]), anatomy).names if "residual" in n]

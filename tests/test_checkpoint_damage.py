@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from toolkit.checkpoint.catalog import newest_usable
-from toolkit.checkpoint.choice import choose
+from toolkit.checkpoint.choice import choose_checkpoint
 from toolkit.checkpoint.manifest import NAME, verify
 from toolkit.checkpoint.restore import Checkpoint
 from toolkit.runtime.errors import CheckpointError
@@ -65,7 +65,7 @@ def test_damage_to_any_file_is_found_and_the_checkpoint_before_is_taken(run: Pat
         with pytest.raises(CheckpointError, match=r"output\.resume is must, so no other is taken"):
             newest_usable(run, must_be_latest=True)
         with pytest.raises(CheckpointError, match="is damaged"):
-            choose(run)
+            choose_checkpoint(run)
         (checkpoint / name).write_bytes(content)
     taken = newest_usable(run, must_be_latest=True)
     assert taken is not None

@@ -13,7 +13,7 @@ from helpers import metrics, tiny_flags, tiny_llama, train
 
 from toolkit.inference.evaluation import evaluate_source
 from toolkit.inference.generation import answers
-from toolkit.inference.open_model import open_source
+from toolkit.inference.open_model import open_model
 from toolkit.models.end_tokens import model_ends
 from toolkit.runtime.errors import DataError
 from toolkit.tasks.pubmedqa import Sample
@@ -42,7 +42,7 @@ def memorise(model: Path, run: Path, rows: Path, *more: str) -> list[str]:
     """What the model answers to the rows that it was trained on until it knows them."""
     flags = tiny_flags(model, run, "--data.path", rows, "--mask.train", "all", "--train.epochs", "40", *more)
     assert train(*flags, "--mask.tied", "both", "--train.learning_rate", "5e-3", "--prefix.cache", "off") == 0
-    opened = open_source(str(run))
+    opened = open_model(str(run))
     asked = [Sample(row["QUESTION"], tuple(row["CONTEXTS"])) for row in map(json.loads, rows.read_text().splitlines())]
     return list(answers(opened.loaded, asked, 512, 60, rendering=opened.rendering))
 
@@ -84,7 +84,7 @@ def test_a_run_goes_on_and_is_evaluated_with_the_date_on_which_it_began(
         assert train(*flags, "--train.epochs", "1") == 0
     assert evaluate_source(str(tmp_path / "run"), None, "train", 1, None, None).loss > 0
     checkpoint = next((tmp_path / "run" / "checkpoints").glob("step-*"))
-    assert open_source(str(checkpoint)).rendering.now == datetime.datetime(2001, 2, 3)
+    assert open_model(str(checkpoint)).rendering.now == datetime.datetime(2001, 2, 3)
     assert train(*flags, "--train.epochs", "2", "--resume-override") == 0
     assert len(metrics(tmp_path / "run", "eval_loss")) == 2
     (tmp_path / "run" / "rendering.json").unlink()

@@ -13,7 +13,7 @@ from helpers import metrics, tiny_flags, train
 
 from toolkit.runtime.errors import CheckpointError, DiskError
 from toolkit.runtime.paths import LineFile, replace_text, writing
-from toolkit.training.tensorboard_writer import Board
+from toolkit.training.tensorboard_writer import TensorBoardWriter
 
 
 def full(*_: Any, **__: Any) -> Any:
@@ -71,7 +71,7 @@ def test_a_run_outlives_full_metrics_and_curves_and_catches_up(
 def test_a_disk_that_fills_up_under_the_curves_gives_one_warning(
     tmp_path: Path, said: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    board = Board(tmp_path, 1)
+    board = TensorBoardWriter(tmp_path, 1)
     with largest_file(2000):
         for step in range(400):
             board.scalar("loss", 1.0, step)
@@ -86,14 +86,14 @@ def test_curves_end_with_one_word_when_the_disk_does(
 ) -> None:
     calls = []
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", lambda *a: calls.append(a) or full())
-    board = Board(tmp_path, 1)
+    board = TensorBoardWriter(tmp_path, 1)
     for step in range(3):
         board.scalar("loss", 1.0, step)
     board.close()
     assert len(calls) == 1
     assert len([line for line in said if "training goes on without it" in line]) == 1
     monkeypatch.setattr("toolkit.training.tensorboard_writer.SummaryWriter", full)
-    board = Board(tmp_path, 1)
+    board = TensorBoardWriter(tmp_path, 1)
     board.scalar("loss", 1.0, 1)
     board.close()
 

@@ -46,7 +46,7 @@ def test_one_process_needs_no_group() -> None:
     world = World()
     assert world.sum(1.5, 2) == [1.5, 2]
     assert world.max(3) == 3
-    assert world.share("x") == "x"
+    assert world.broadcast_object("x") == "x"
     world.barrier()
     with world.main_first():
         pass

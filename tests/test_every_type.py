@@ -17,7 +17,7 @@ from toolkit.data.batches import Batch
 from toolkit.engine.local import LocalEngine
 from toolkit.mask.apply import apply_mask, trainable_parameters
 from toolkit.mask.layer_mask import LayerMask, build_mask
-from toolkit.models.anatomy_detection import inspect
+from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import ModelError
 from toolkit.split.split import split, split_is_exact
@@ -52,7 +52,7 @@ TRAIN = TrainConfig(learning_rate=1e-3, warmup_ratio=0)
 
 def masked(model: Any) -> LayerMask:
     """The last two blocks and the head; without the head where it cannot be untied."""
-    anatomy = inspect(model)
+    anatomy = detect_anatomy(model)
     ties = [tensor for tensor in anatomy.tensors if tensor.alias_of and tensor is not anatomy.tied_head]
     train = ["last:2"] if anatomy.tied_head and ties else ["last:2", "head"]
     if any(tensor.part == "block" for tensor in ties):  # Zamba: the blocks 2 and 5 of 6 share their attention
@@ -81,11 +81,11 @@ def plain_losses(model: Any, given: list[Batch]) -> list[float]:
 
 def our_losses(model: Any, mask: LayerMask, given: list[Batch]) -> list[float]:
     """Losses of the same steps with the model cut where that is exact."""
-    anatomy = inspect(model)
+    anatomy = detect_anatomy(model)
     prefix, suffix = split(model, anatomy, mask.boundary)
     if prefix is None or not all(split_is_exact(model, prefix, suffix, batch) for batch in given):
         prefix, suffix = split(model, anatomy, None)
-    suffix.settle(prefix(given[0]) if prefix else None, given[0])
+    suffix.choose_shortcuts(prefix(given[0]) if prefix else None, given[0])
     parameters = trainable_parameters(suffix.model, mask)
     engine = LocalEngine(suffix, parameters, mask.groups, TRAIN, OptimConfig(), len(given), World())
     losses = []

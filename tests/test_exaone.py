@@ -20,7 +20,7 @@ from toolkit.config.schema import DataConfig, ModelConfig
 from toolkit.data.dataset import load_dataset
 from toolkit.exporting.export import export_delta, export_model
 from toolkit.inference.evaluation import evaluate_source
-from toolkit.inference.open_model import load_delta, open_source
+from toolkit.inference.open_model import load_delta, open_model
 from toolkit.models import weight_files
 from toolkit.models.load import load, load_tokenizer
 from toolkit.runtime.errors import ModelError
@@ -76,7 +76,7 @@ def test_a_checkpoint_gives_the_logits_of_the_reference(tmp_path: Path, tied: bo
 
 def test_the_trained_model_and_its_export_give_the_logits_of_the_reference(base: Path, run: Path, export: Path) -> None:
     reference = reference_logits(export, IDS)
-    trained = logits_of(open_source(str(run)).loaded)
+    trained = logits_of(open_model(str(run)).loaded)
     torch.testing.assert_close(trained, reference, rtol=1e-5, atol=1e-5)
     assert torch.equal(logits_of(loaded_from(export)), trained)
     assert not torch.allclose(reference, reference_logits(base, IDS), atol=0.1), "training changed nothing"

@@ -15,13 +15,13 @@ from toolkit.config.schema import RunConfig, TrainConfig
 from toolkit.data.model_limits import padding_id
 from toolkit.inference.evaluation import evaluate_source
 from toolkit.inference.generation import answers, complete
-from toolkit.inference.open_model import open_source
+from toolkit.inference.open_model import open_model
 from toolkit.models.quirks import training_notes
 from toolkit.optim.groups import learns_nothing
 from toolkit.planning.engine_memory import engine_spec
-from toolkit.planning.meta_model import skeleton
+from toolkit.planning.meta_model import meta_model
 from toolkit.planning.planner import Planner
-from toolkit.planning.workload import Load
+from toolkit.planning.workload import Workload
 from toolkit.runtime.errors import DataError, ModelError
 from toolkit.tasks.pubmedqa import Sample
 
@@ -100,7 +100,7 @@ def pad_beyond_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_padding_is_an_id_that_the_model_embeds(pad_beyond_table: Path, tmp_path: Path) -> None:
-    loaded = open_source(str(pad_beyond_table)).loaded
+    loaded = open_model(str(pad_beyond_table)).loaded
     rows = loaded.model.get_input_embeddings().weight.shape[0]
     assert loaded.tokenizer.pad_token_id == rows
     assert padding_id(loaded.tokenizer, loaded.model) == 0
@@ -121,20 +121,20 @@ def test_rows_and_prompts_beyond_the_positions_are_one_error(few_positions: Path
     path = write_rows(tmp_path / "rows.jsonl", "word " * 80)
     with pytest.raises(DataError, match="tokens, the model has 64 positions; name rows that fit"):
         evaluate_source(str(few_positions), str(path), "train", 1, None, None)
-    loaded = open_source(str(few_positions)).loaded
+    loaded = open_model(str(few_positions)).loaded
     with pytest.raises(DataError, match="the model has 64 positions, which leaves none for an answer"):
         list(answers(loaded, [Sample("why? " * 80, ())], 2048, 4))
 
 
 def test_an_answer_ends_with_the_positions_and_it_is_said(few_positions: Path, said: list[str]) -> None:
-    loaded = open_source(str(few_positions)).loaded
+    loaded = open_model(str(few_positions)).loaded
     given = list(answers(loaded, [Sample("why?", ()), Sample("how?", ())], 2048, 500))
     assert len(given) == 2
     assert said.count("answers end where the model's 64 positions do") == 1
 
 
 def test_a_prompt_with_ids_that_the_model_does_not_embed_is_one_error(few_positions: Path) -> None:
-    loaded = open_source(str(few_positions)).loaded
+    loaded = open_model(str(few_positions)).loaded
     with pytest.raises(ModelError, match="gives id 512, the model embeds 512 ids"):
         complete(loaded.model, loaded.tokenizer, [1, 512], [0], 4)
 
@@ -154,8 +154,8 @@ def test_any_number_of_supervised_tokens_can_be_planned(tiny_model: Path, length
         "model": {"name_or_path": str(tiny_model)}, "mask": {"tied": "untie"},
         "train": {"micro_batch_size": len(lengths)},
     })  # fmt: skip
-    load = Load(lengths[0][0], max(supervised for _, supervised in lengths), lengths, "these rows")
-    planner = Planner(config, skeleton(config.model), load)
+    load = Workload(lengths[0][0], max(supervised for _, supervised in lengths), lengths, "these rows")
+    planner = Planner(config, meta_model(config.model), load)
     for recompute in (False, True):
         plan = planner.plan(planner.variant(engine_spec(None, 1, 1), recompute))
         head = plan.compute.passes["suffix forward"].per_supervised

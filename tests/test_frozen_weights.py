@@ -17,9 +17,16 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from toolkit.config.schema import ModelConfig
 from toolkit.data.batches import Batch, collate, epoch_order, step_batches
 from toolkit.data.examples import Example
-from toolkit.frozen.quantization import Form, check_quantisable, dequantise, quantisable, quantise, quantised_bytes
+from toolkit.frozen.quantization import (
+    QuantizedWeight,
+    check_quantisable,
+    dequantise,
+    quantisable,
+    quantise,
+    quantised_bytes,
+)
 from toolkit.frozen.weight_offload import FrozenWeights
-from toolkit.models.anatomy_detection import inspect
+from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.models.bundled import cache_root
 from toolkit.models.load import fingerprint, load
 from toolkit.models.mapped_tensors import spill
@@ -84,7 +91,7 @@ def lower_bytes(setup: Setup) -> int:
 def test_a_quantised_weight_is_near_and_as_large_as_reckoned(precision: Any, dtype: torch.dtype, shape: Any) -> None:
     torch.manual_seed(0)
     weight = torch.randn(shape).to(dtype)
-    form = Form(precision, shape, dtype, transposed=False)
+    form = QuantizedWeight(precision, shape, dtype, transposed=False)
     parts = quantise(weight, form)
     assert sum(part.nbytes for part in parts.values()) == quantised_bytes(form)
     restored = dequantise(parts, form)
@@ -96,8 +103,8 @@ def test_a_quantised_weight_is_near_and_as_large_as_reckoned(precision: Any, dty
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
 def test_a_transposed_weight_is_quantised_by_its_outputs(precision: Any) -> None:
     weight = torch.randn(48, 96)
-    plain = Form(precision, (48, 96), torch.float32, transposed=False)
-    other = Form(precision, (96, 48), torch.float32, transposed=True)
+    plain = QuantizedWeight(precision, (48, 96), torch.float32, transposed=False)
+    other = QuantizedWeight(precision, (96, 48), torch.float32, transposed=True)
     turned = dequantise(quantise(weight.t().contiguous(), other), other)
     assert torch.equal(turned, dequantise(quantise(weight, plain), plain).t())
 
@@ -244,7 +251,7 @@ def test_a_mixture_whose_experts_are_stored_one_by_one_can_stay_on_disk(tmp_path
 def test_any_architecture_borrows_its_lower_weights_unchanged(name: str) -> None:
     model = make(name)
     masked(model, "last:2", "head")
-    anatomy, batch = inspect(model), collate([Example(tuple(range(3, 20)), 9)], 0)
+    anatomy, batch = detect_anatomy(model), collate([Example(tuple(range(3, 20)), 9)], 0)
     prefix, _ = split(model, anatomy, 2)
     assert prefix is not None
     expected = prefix.eval()(batch)
@@ -254,7 +261,7 @@ def test_any_architecture_borrows_its_lower_weights_unchanged(name: str) -> None
     assert lent is not None
     assert split_is_exact(model, lent, suffix, batch)
     assert torch.equal(lent.eval()(batch), expected)
-    frozen.settle(lent.skeleton, "nf4", "disk")
+    frozen.place_weights(lent.skeleton, "nf4", "disk")
     assert 0 < ((lent(batch) - expected).norm() / expected.norm()).item() < 0.7
 
 

@@ -18,7 +18,7 @@ from toolkit.data.dataset import load_dataset
 from toolkit.data.sources import read_rows
 from toolkit.engine.deepspeed.config import read_ds_config
 from toolkit.models.load import load, resolve_source
-from toolkit.planning.meta_model import skeleton
+from toolkit.planning.meta_model import meta_model
 from toolkit.runtime.errors import CheckpointError, ConfigError, DataError, ModelError
 
 
@@ -109,4 +109,4 @@ def test_a_models_files_with_values_that_transformers_stumbles_over(
     (model / name).write_text(json.dumps(values | change if change is not None else None))
     config = ModelConfig(name_or_path=str(model))
     with pytest.raises(ModelError, match=r"cannot be used|cannot be loaded"):
-        load(config) if name == "generation_config.json" else skeleton(config)
+        load(config) if name == "generation_config.json" else meta_model(config)

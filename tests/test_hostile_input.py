@@ -15,7 +15,7 @@ from test_bad_input import run_main
 
 from toolkit.config.schema import ModelConfig
 from toolkit.data.examples import Encoder
-from toolkit.inference.open_model import open_source
+from toolkit.inference.open_model import open_model
 from toolkit.models.load import load, load_tokenizer
 from toolkit.runtime.errors import ConfigError, DataError, ModelError
 from toolkit.runtime.redact import find_secret, redact
@@ -105,8 +105,8 @@ def test_a_delta_cannot_choose_that_the_base_models_code_runs(tiny_model: Path, 
     (checkpoint / "base.json").write_text(json.dumps(base))
     reseal(checkpoint)
     with pytest.raises(ModelError, match="if you have read that code, pass --trust-remote-code"):
-        open_source(str(checkpoint))
-    assert open_source(str(checkpoint), trust_remote_code=True).delta is not None
+        open_model(str(checkpoint))
+    assert open_model(str(checkpoint), trust_remote_code=True).delta is not None
 
 
 HOSTILE = {

@@ -17,7 +17,7 @@ from toolkit.config.schema import DataConfig, ModelConfig
 from toolkit.data.dataset import load_dataset
 from toolkit.data.questions import read_questions
 from toolkit.data.sources import read_rows
-from toolkit.inference.open_model import open_source
+from toolkit.inference.open_model import open_model
 from toolkit.models.load import load, load_tokenizer, resolve_source, stored_dtype
 from toolkit.runtime import hub as hub_module
 from toolkit.runtime.errors import DataError, ModelError
@@ -280,7 +280,7 @@ def test_offline_mode_is_named_where_it_is_the_cause(hub: StubHub, monkeypatch: 
 def test_a_mistyped_path_never_reaches_the_hub(hub: StubHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    for opened in (resolve_source, stored_dtype, open_source):
+    for opened in (resolve_source, stored_dtype, open_model):
         with pytest.raises(ModelError, match="'runs/nope' is not an existing directory, although runs/ is one"):
             opened("runs/nope")
     with pytest.raises(ModelError, match="'runs/nope' is not an existing directory"):

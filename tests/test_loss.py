@@ -16,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from toolkit.data.batches import Batch, collate
 from toolkit.data.examples import Example
 from toolkit.mask.apply import untie_head
-from toolkit.models.anatomy_detection import inspect
-from toolkit.split.activation_checkpointing import recompute_blocks
-from toolkit.split.loss_head import ShortCuts
+from toolkit.models.anatomy_detection import detect_anatomy
+from toolkit.split.activation_checkpointing import checkpoint_blocks
+from toolkit.split.loss_head import Shortcuts
 from toolkit.split.split import split
 from toolkit.split.supervised_loss import BLOCK_BYTES, linear_cross_entropy, tile_width
 
@@ -162,12 +162,12 @@ def batches() -> list[Batch]:
 
 def gradients_of(model: Any, batches: list[Batch], boundary: int | None, recompute: bool, settle: bool) -> Any:
     """Losses and gradients of two micro batches, both forward passes first, so that recomputation comes later."""
-    prefix, suffix = split(model, inspect(model), boundary)
+    prefix, suffix = split(model, detect_anatomy(model), boundary)
     hidden = [prefix(batch) if prefix else None for batch in batches]
     if settle:
-        assert suffix.settle(hidden[0], batches[0]) == ShortCuts(True, True, (boundary or 0) < 6)
+        assert suffix.choose_shortcuts(hidden[0], batches[0]) == Shortcuts(True, True, (boundary or 0) < 6)
     if recompute:
-        recompute_blocks(suffix.blocks(boundary or 0))
+        checkpoint_blocks(suffix.blocks(boundary or 0))
     losses = [suffix(own, batch) for own, batch in zip(hidden, batches, strict=True)]
     torch.autograd.backward([losses[1], losses[0]])
     found = {name: p.grad for name, p in suffix.named_parameters()}
@@ -182,7 +182,7 @@ def test_the_short_cuts_change_neither_loss_nor_gradient(
     boundary: int | None, recompute: bool, batches: list[Batch]
 ) -> None:
     model = tiny_llama()
-    untie_head(model, inspect(model))
+    untie_head(model, detect_anatomy(model))
     losses, gradients = gradients_of(model, batches, boundary, recompute, settle=True)
     expected, others = gradients_of(model, batches, boundary, False, settle=False)
     assert torch.allclose(torch.stack(losses), torch.stack(expected), rtol=1e-6)
@@ -191,10 +191,10 @@ def test_the_short_cuts_change_neither_loss_nor_gradient(
 
 def test_the_last_mlp_computes_supervised_positions_alone(batches: list[Batch]) -> None:
     model = tiny_llama()
-    prefix, suffix = split(model, inspect(model), 4)
+    prefix, suffix = split(model, detect_anatomy(model), 4)
     assert prefix is not None
     batch = batches[1]
-    suffix.settle(prefix(batch), batch)
+    suffix.choose_shortcuts(prefix(batch), batch)
     seen: list[int] = []
     for block in suffix.blocks(4):
         block.mlp.gate_proj.register_forward_hook(lambda module, args, output: seen.append(output[..., 0].numel()))
@@ -204,13 +204,13 @@ def test_the_last_mlp_computes_supervised_positions_alone(batches: list[Batch]) 
 
 def test_what_looks_at_other_positions_is_not_narrowed(batches: list[Batch]) -> None:
     """A last MLP that mixes positions, and a final norm that does: it reads what the MLP gives elsewhere."""
-    for name, expected in (("layers.5.mlp", ShortCuts(True, True, False)), ("norm", ShortCuts(True))):
+    for name, expected in (("layers.5.mlp", Shortcuts(True, True, False)), ("norm", Shortcuts(True))):
         model = tiny_llama()
         part = model.model.get_submodule(name)
         inner = part.forward
         part.forward = lambda states, inner=inner: inner(states + states.mean(dim=1, keepdim=True))
-        _, suffix = split(model, inspect(model), None)
-        assert suffix.settle(None, batches[0]) == expected
+        _, suffix = split(model, detect_anatomy(model), None)
+        assert suffix.choose_shortcuts(None, batches[0]) == expected
 
 
 def test_a_head_that_is_more_than_a_product_gives_whole_logits(batches: list[Batch]) -> None:
@@ -223,9 +223,9 @@ def test_a_head_that_is_more_than_a_product_gives_whole_logits(batches: list[Bat
     head = Doubling(32, 512, bias=False)
     head.weight = model.lm_head.weight
     model.lm_head = head
-    _, suffix = split(model, inspect(model), None)
-    assert suffix.settle(None, batches[0]) == ShortCuts(False, True, True)
-    assert "whole logits" in suffix.short_cuts.text
+    _, suffix = split(model, detect_anatomy(model), None)
+    assert suffix.choose_shortcuts(None, batches[0]) == Shortcuts(False, True, True)
+    assert "whole logits" in suffix.shortcuts.text
     whole = model(input_ids=batches[0].input_ids, use_cache=False).logits.detach()[batches[0].supervised]
     expected = functional.cross_entropy(whole, batches[0].targets, reduction="sum")
     assert float(suffix(None, batches[0]).detach()) == pytest.approx(float(expected), rel=1e-5)

@@ -11,18 +11,18 @@ from toolkit.mask.audit import audit, audit_markdown, audit_table
 from toolkit.mask.layer_mask import LayerMask, build_mask
 from toolkit.mask.selectors import resolve
 from toolkit.models.anatomy import Anatomy
-from toolkit.models.anatomy_detection import inspect
+from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.runtime.errors import MaskError
 
 
 @pytest.fixture(scope="module")
 def tied() -> Anatomy:
-    return inspect(tiny_llama(tied=True))
+    return detect_anatomy(tiny_llama(tied=True))
 
 
 @pytest.fixture(scope="module")
 def untied() -> Anatomy:
-    return inspect(tiny_llama(tied=False))
+    return detect_anatomy(tiny_llama(tied=False))
 
 
 def blocks(anatomy: Anatomy, *indices: int) -> set[str]:
@@ -57,7 +57,7 @@ def test_block_selectors_resolve_to_exactly_those_blocks(
 
 
 def test_parts_of_blocks_divide_a_block() -> None:
-    anatomy = inspect(tiny_llama(tied=False))
+    anatomy = detect_anatomy(tiny_llama(tied=False))
     attention, mlp, norms = (resolve([f"last:2/{part}"], anatomy) for part in ("attention", "mlp", "norms"))
     assert attention == {f"model.layers.{i}.self_attn.{x}_proj.weight" for i in (4, 5) for x in "qkvo"}
     assert mlp == {f"model.layers.{i}.mlp.{x}_proj.weight" for i in (4, 5) for x in ("gate", "up", "down")}
@@ -70,7 +70,7 @@ def test_norms_within_the_attention_are_norms() -> None:
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
         intermediate_size=32, vocab_size=64,
     )  # fmt: skip
-    anatomy = inspect(Qwen3ForCausalLM(config))
+    anatomy = detect_anatomy(Qwen3ForCausalLM(config))
     assert {name.split(".")[-2] for name in resolve(["last:1/norms"], anatomy)} == {
         "q_norm", "k_norm", "input_layernorm", "post_attention_layernorm",
     }  # fmt: skip
@@ -83,7 +83,7 @@ def test_all_is_every_tensor(untied: Anatomy) -> None:
 
 def test_a_substring_that_reaches_further_blocks_is_refused() -> None:
     config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=12, num_attention_heads=2, vocab_size=16)
-    anatomy = inspect(LlamaForCausalLM(config))
+    anatomy = detect_anatomy(LlamaForCausalLM(config))
     with pytest.raises(MaskError) as error:
         resolve(["contains:layers.1"], anatomy)
     assert "also matches model.layers.10." in str(error.value)
@@ -227,7 +227,7 @@ def test_a_tied_head_that_is_not_selected_is_no_conflict(tied: Anatomy) -> None:
 
 def test_untie_gives_the_head_its_own_tensor_and_leaves_the_embeddings_frozen() -> None:
     model = tiny_llama(tied=True)
-    anatomy = inspect(model)
+    anatomy = detect_anatomy(model)
     before = model.model.embed_tokens.weight.detach().clone()
     apply_mask(model, build_mask(MaskConfig(train=["head"], tied="untie"), anatomy), anatomy)
     head, embeddings = model.lm_head.weight, model.model.embed_tokens.weight
@@ -241,7 +241,7 @@ def test_untie_gives_the_head_its_own_tensor_and_leaves_the_embeddings_frozen() 
 
 def test_exactly_the_mask_requires_gradients() -> None:
     model = tiny_llama(tied=True)
-    anatomy = inspect(model)
+    anatomy = detect_anatomy(model)
     mask = build_mask(MaskConfig(train=["last:2", "head"], tied="untie"), anatomy)
     apply_mask(model, mask, anatomy)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

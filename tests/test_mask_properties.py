@@ -13,10 +13,10 @@ from toolkit.config.schema import MaskConfig
 from toolkit.mask.apply import apply_mask
 from toolkit.mask.layer_mask import LayerMask, build_mask
 from toolkit.mask.selectors import resolve
-from toolkit.models.anatomy_detection import inspect
+from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.runtime.errors import MaskError
 
-ANATOMY = inspect(tiny_llama(tied=False))
+ANATOMY = detect_anatomy(tiny_llama(tied=False))
 COUNT = ANATOMY.block_count
 index = st.integers(-COUNT, COUNT - 1)
 part = st.sampled_from(["", "/attention", "/mlp", "/norms"])

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from toolkit.optim.master_adamw import MasterAdamW, norm_at_once
 from toolkit.planning.engine_memory import Tensors, engine_spec, standing
-from toolkit.planning.prefix_memory import Frozen
+from toolkit.planning.prefix_memory import PrefixMemory
 
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 SHAPES = [(33, 7), (5,), (64, 64), (1,), (129,)]
@@ -208,7 +208,7 @@ def test_the_plan_says_what_is_held_and_what_a_step_adds(dtype: torch.dtype, acc
     parameters = made([(256, 64), (64,)], [dtype])
     sizes = tuple(p.numel() for p in parameters.values())
     tensors = Tensors(shared=0, trained=sizes, frozen=(), width=dtype.itemsize)
-    plan = standing(engine_spec(None, ranks=1, accumulation=1 + accumulates), tensors, Frozen(0, 0, 0))
+    plan = standing(engine_spec(None, ranks=1, accumulation=1 + accumulates), tensors, PrefixMemory(0, 0, 0))
     with Ops() as made_once:
         optimizer = MasterAdamW(parameters, settings(parameters), 1.0, accumulates)
     assert made_once.bytes == pytest.approx(plan.masters + plan.moments + plan.scratch, abs=256)

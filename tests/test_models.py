@@ -22,13 +22,13 @@ from transformers import (
 
 from toolkit.config.schema import ModelConfig
 from toolkit.models import bundled
-from toolkit.models.anatomy_detection import inspect
+from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.models.load import fingerprint, load, resolve_source
 from toolkit.runtime.errors import ModelError
 
 
 def test_a_llama_is_taken_apart() -> None:
-    anatomy = inspect(tiny_llama(tied=False))
+    anatomy = detect_anatomy(tiny_llama(tied=False))
     assert (anatomy.embeddings, anatomy.blocks, anatomy.norm, anatomy.head) == (
         ("model.embed_tokens",), "model.layers", "model.norm", "lm_head",
     )  # fmt: skip
@@ -38,7 +38,7 @@ def test_a_llama_is_taken_apart() -> None:
 
 
 def test_parts_are_found_by_structure_whatever_they_are_called() -> None:
-    anatomy = inspect(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=3, n_head=2, vocab_size=64, n_positions=16)))
+    anatomy = detect_anatomy(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=3, n_head=2, vocab_size=64, n_positions=16)))
     assert anatomy.embeddings == ("transformer.wte", "transformer.wpe")
     assert (anatomy.blocks, anatomy.block_count, anatomy.norm) == ("transformer.h", 3, "transformer.ln_f")
     assert anatomy.tied_head is not None
@@ -51,7 +51,7 @@ def test_experts_of_a_mixture_are_not_taken_for_blocks() -> None:
         hidden_size=16, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2, vocab_size=64, num_experts=8,
         intermediate_size=32, moe_intermediate_size=64, shared_expert_intermediate_size=16,
     )  # fmt: skip
-    anatomy = inspect(Qwen2MoeForCausalLM(config))
+    anatomy = detect_anatomy(Qwen2MoeForCausalLM(config))
     assert (anatomy.blocks, anatomy.block_count) == ("model.layers", 3)
 
 
@@ -69,21 +69,21 @@ def test_the_final_norm_is_told_from_others_wherever_it_is_registered(kind: str,
     sizes = {"hidden_size": 16, "d_model": 16, "word_embed_proj_dim": 16, "num_attention_heads": 2, "n_head": 2,
              "decoder_attention_heads": 2, "num_key_value_heads": 2, "decoder_ffn_dim": 16, "ffn_dim": 16,
              "intermediate_size": 16, "vocab_size": 64, "pad_token_id": 0, layers: 2}  # fmt: skip
-    assert inspect(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))).norm == norm
+    assert detect_anatomy(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))).norm == norm
 
 
 def test_a_tensor_is_named_by_the_embeddings_whatever_the_model_registers_first() -> None:
     model = tiny_llama()
     model._modules["model"] = model._modules.pop("model")
     assert next(iter(dict(model.named_parameters()))) == "lm_head.weight"
-    tied = inspect(model).tied_head
+    tied = detect_anatomy(model).tied_head
     assert tied is not None
     assert (tied.name, tied.alias_of) == ("lm_head.weight", "model.embed_tokens.weight")
 
 
 def test_a_model_without_a_head_is_refused() -> None:
     with pytest.raises(ModelError, match="no language-model head"):
-        inspect(LlamaModel(tiny_llama().config))
+        detect_anatomy(LlamaModel(tiny_llama().config))
 
 
 def test_loading_keeps_the_precision_of_the_recipe(tiny_model: Path) -> None:

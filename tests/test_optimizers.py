@@ -20,10 +20,10 @@ from toolkit.engine.deepspeed.optimizers import KEEPS_FLOAT32, PartitionedAdamW,
 from toolkit.mask.layer_mask import ParameterGroup
 from toolkit.optim.master_adamw import MasterAdamW
 from toolkit.optim.moments import BFloat16, fused_adamw
-from toolkit.optim.rounding import join, split, stochastic_round
-from toolkit.optim.update_monitor import STEPS, Moved
+from toolkit.optim.rounding import join_halves, split_halves, stochastic_round
+from toolkit.optim.update_monitor import STEPS, UpdateMonitor
 from toolkit.planning.engine_memory import Tensors, engine_spec, standing
-from toolkit.planning.prefix_memory import Frozen
+from toolkit.planning.prefix_memory import PrefixMemory
 from toolkit.runtime.errors import ConfigError
 from toolkit.training.cut import refuse_with_schedule
 
@@ -40,8 +40,8 @@ def masters(optimizer: MasterAdamW) -> list[torch.Tensor]:
 def test_two_halves_of_a_float32_are_exact_and_the_upper_one_is_the_nearest_bfloat16() -> None:
     exact = torch.cat([torch.randn(5000) * 10.0**power for power in range(-30, 30, 7)] + [torch.zeros(1)])
     weight, rest = torch.empty_like(exact, dtype=BFLOAT16), torch.empty_like(exact, dtype=torch.int16)
-    split(exact.clone(), weight, rest)
-    assert torch.equal(join(weight, rest, torch.empty_like(exact)), exact)
+    split_halves(exact.clone(), weight, rest)
+    assert torch.equal(join_halves(weight, rest, torch.empty_like(exact)), exact)
     assert torch.equal((weight.float() - exact).abs(), (exact.bfloat16().float() - exact).abs())
 
 
@@ -98,7 +98,7 @@ def test_updates_that_bfloat16_rounds_away_are_kept_and_seen_to_move(
     weight = nn.Parameter(torch.ones(4096, dtype=BFLOAT16))
     options = {"params": [weight], "lr": 1e-5, "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
     optimizer = MasterAdamW({"w": weight}, [options], 0, name=name)
-    moved = Moved(optimizer.peek)
+    moved = UpdateMonitor(optimizer.peek)
     for _ in range(500):
         weight.grad = torch.ones_like(weight)
         moved.before()
@@ -115,7 +115,9 @@ def test_a_warning_says_once_that_rounding_eats_the_updates(caplog: pytest.LogCa
     weight = nn.Parameter((torch.randn(4096) * 0.02).bfloat16())
     naive = torch.optim.AdamW([weight], lr=1e-5, weight_decay=0.0)
     index = torch.arange(4096)
-    moved = Moved(lambda: [(weight.detach()[index], naive.state[weight]["exp_avg"] != 0 if naive.state else index < 0)])
+    moved = UpdateMonitor(
+        lambda: [(weight.detach()[index], naive.state[weight]["exp_avg"] != 0 if naive.state else index < 0)]
+    )
     shares = []
     for _ in range(3 * STEPS):
         weight.grad = torch.randn_like(weight)
@@ -131,7 +133,7 @@ def test_a_warning_says_once_that_rounding_eats_the_updates(caplog: pytest.LogCa
 def test_what_is_not_meant_to_move_is_not_counted() -> None:
     weight = nn.Parameter(torch.ones(2, 2048, dtype=BFLOAT16))
     optimizer = MasterAdamW({"w": weight}, [{**settings({"w": weight})[0], "weight_decay": 0.0}], 1.0)
-    moved = Moved(optimizer.peek)
+    moved = UpdateMonitor(optimizer.peek)
     weight.grad = torch.zeros_like(weight)
     weight.grad[1] = 1.0  # the other row is a token that does not occur
     moved.before()
@@ -210,7 +212,7 @@ def test_the_plan_says_what_each_optimizer_holds(name: OptimName, dtype: torch.d
     optimizer = MasterAdamW(parameters, settings(parameters), 1.0, name=name, tables=tables)
     sizes = tuple(p.numel() for p in parameters.values())
     tensors = Tensors(0, sizes, (), dtype.itemsize, tables=(6400,))
-    plan = standing(engine_spec(None, 1, 1, name), tensors, Frozen(0, 0, 0))
+    plan = standing(engine_spec(None, 1, 1, name), tensors, PrefixMemory(0, 0, 0))
     states = optimizer.by_name.values()
     assert plan.moments == sum(t.nbytes for state in states for kind, t in state.raw().items() if kind != "step")
     halves = dtype == BFLOAT16 and name == "adamw_bf16"

@@ -20,10 +20,10 @@ from toolkit.data.batches import Batch, BatchPlan, collate, epoch_order, pack, s
 from toolkit.data.examples import Example
 from toolkit.mask.apply import apply_mask
 from toolkit.mask.layer_mask import build_mask
-from toolkit.models.anatomy_detection import inspect
+from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.models.varlen import VARLEN
 from toolkit.runtime.errors import ModelError
-from toolkit.split.activation_checkpointing import recompute_blocks
+from toolkit.split.activation_checkpointing import checkpoint_blocks
 from toolkit.split.split import Prefix, Suffix, split
 from toolkit.split.supervised_loss import supervised_loss
 
@@ -104,7 +104,7 @@ def assert_same_learning(prefix: Prefix | None, suffix: Suffix, examples: Sequen
 def test_packed_rows_have_the_loss_and_gradients_of_padded_ones(name: str) -> None:
     model = make(name).eval()
     for boundary in (2, None):
-        prefix, suffix = split(model, inspect(model), boundary)
+        prefix, suffix = split(model, detect_anatomy(model), boundary)
         assert choose("auto", prefix, suffix) == Packing(True, "on (auto: exact on rows of this data)")
         assert_same_learning(prefix, suffix)
 
@@ -112,7 +112,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_padded_ones(name: str) -> No
 @pytest.mark.parametrize("name", UNDER_A_MASK)
 def test_attention_under_a_mask_is_packed_only_on_request(name: str) -> None:
     model = make(name).eval()
-    prefix, suffix = split(model, inspect(model), 2)
+    prefix, suffix = split(model, detect_anatomy(model), 2)
     assert not choose("auto", prefix, suffix).on
     assert choose("on", prefix, suffix).on
     assert_same_learning(prefix, suffix)
@@ -121,7 +121,7 @@ def test_attention_under_a_mask_is_packed_only_on_request(name: str) -> None:
 @pytest.mark.parametrize("name", CROSSES)
 def test_a_model_that_lets_samples_cross_is_refused_by_name(name: str) -> None:
     model = make(name)
-    prefix, suffix = split(model, inspect(model), 2)
+    prefix, suffix = split(model, detect_anatomy(model), 2)
     attention = model.config._attn_implementation
     auto = choose("auto", prefix, suffix)
     assert not auto.on
@@ -134,7 +134,7 @@ def test_a_model_that_lets_samples_cross_is_refused_by_name(name: str) -> None:
 
 
 def test_what_needs_no_packing_is_left_as_it_is() -> None:
-    _, suffix = split(tiny_llama(), inspect(tiny_llama()), None)
+    _, suffix = split(tiny_llama(), detect_anatomy(tiny_llama()), None)
     assert choose("off", None, suffix) == Packing(False, "off, as the recipe says")
     assert "one row" in choose("on", None, suffix, micro=1).reason
     assert "one length" in choose("on", None, suffix, examples=rows(9, 9)).reason
@@ -148,13 +148,13 @@ def test_every_mask_learns_the_same_packed(selectors: tuple[str, ...], tied: Any
     if "embeddings" in selectors and tied == "head_only":
         return  # contradicts itself
     model = tiny_llama().train()
-    anatomy = inspect(model)
+    anatomy = detect_anatomy(model)
     mask = build_mask(MaskConfig(train=list(selectors), tied=tied), anatomy)
     apply_mask(model, mask, anatomy)
     prefix, suffix = split(model, anatomy, mask.boundary if mask.has_prefix else None)
     assert choose("auto", prefix, suffix).on
     if checkpointing:
-        recompute_blocks(suffix.blocks(mask.boundary))
+        checkpoint_blocks(suffix.blocks(mask.boundary))
     assert_same_learning(prefix, suffix)
 
 
@@ -162,7 +162,7 @@ def test_every_mask_learns_the_same_packed(selectors: tuple[str, ...], tied: Any
 def test_a_packed_row_may_be_longer_than_the_models_positions(name: str) -> None:
     model = make(name).eval()
     examples = rows(50, 64, 33)  # of 64 positions
-    prefix, suffix = split(model, inspect(model), 2)
+    prefix, suffix = split(model, detect_anatomy(model), 2)
     assert choose("on", prefix, suffix, examples=examples).on
     assert_same_learning(prefix, suffix, examples)
 
@@ -175,7 +175,7 @@ def test_attention_is_computed_inside_each_sample_alone(monkeypatch: pytest.Monk
         return kernel(query, key, value, *args, **kwargs)
 
     model = make("mistral").eval()  # sees 6 tokens back
-    prefix, suffix = split(model, inspect(model), 2)
+    prefix, suffix = split(model, detect_anatomy(model), 2)
     assert prefix is not None
     assert choose("auto", prefix, suffix).on
     monkeypatch.setattr(functional, "scaled_dot_product_attention", watched)
@@ -191,7 +191,7 @@ def test_the_check_sees_samples_that_attend_to_each_other(
 ) -> None:
     layout = Batch.layout
     monkeypatch.setattr(Batch, "layout", lambda *args: {k: v for k, v in layout(*args).items() if k != drop})
-    prefix, suffix = split(make(name), inspect(make(name)), 2)
+    prefix, suffix = split(make(name), detect_anatomy(make(name)), 2)
     assert finding in choose("auto", prefix, suffix).reason
 
 
@@ -202,7 +202,7 @@ def test_the_check_sees_positions_that_run_on(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("toolkit.activation_cache.packing.pack", running_on)
     model = make("gpt2")
-    prefix, suffix = split(model, inspect(model), 2)
+    prefix, suffix = split(model, detect_anatomy(model), 2)
     assert "rows give other logits packed than alone" in choose("auto", prefix, suffix, micro=2).reason
 
 
@@ -236,7 +236,7 @@ def test_flash_attention_is_told_where_samples_begin(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(flash, "lazy_import_flash_attention", lambda implementation: functions)
     model = make("llama").eval()
     model.config._attn_implementation = "flash_attention_2"
-    prefix, suffix = split(model, inspect(model), 2)
+    prefix, suffix = split(model, detect_anatomy(model), 2)
     assert prefix is not None
     assert choose("auto", prefix, suffix).on
     assert model.config._attn_implementation == "flash_attention_2"

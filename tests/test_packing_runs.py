@@ -16,22 +16,22 @@ from toolkit.data.dataset import load_dataset
 from toolkit.inference.evaluation import evaluate
 from toolkit.mask.apply import apply_mask
 from toolkit.mask.layer_mask import build_mask
-from toolkit.models.anatomy_detection import inspect
+from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.models.load import load
 from toolkit.planning.engine_memory import engine_spec
-from toolkit.planning.meta_model import skeleton
+from toolkit.planning.meta_model import meta_model
 from toolkit.planning.planner import Planner
 from toolkit.planning.table import as_dict, as_text
-from toolkit.planning.workload import Load
+from toolkit.planning.workload import Workload
 from toolkit.runtime.distributed import World
-from toolkit.split.activation_checkpointing import recompute_blocks
+from toolkit.split.activation_checkpointing import checkpoint_blocks
 from toolkit.split.split import split
 from toolkit.split.supervised_loss import supervised_loss
 
 
 def test_evaluation_gives_the_same_loss_packed() -> None:
     model = tiny_llama().eval()
-    prefix, suffix = split(model, inspect(model), 2)
+    prefix, suffix = split(model, detect_anatomy(model), 2)
     assert choose("auto", prefix, suffix).on
     losses = [evaluate(suffix, prefix, ROWS, 3, 0, World(), packed).loss for packed in (True, False)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
@@ -83,16 +83,16 @@ def test_the_plans_peak_is_that_of_all_storages_alive(tiny_model: Path, recomput
     batch = pack(longest)
     assert batch.is_packed
     lengths = tuple((len(example.token_ids), batch.supervised_tokens // 3) for example in longest)
-    planner = Planner(config, skeleton(config.model), Load(*lengths[0], lengths, "a test"))
+    planner = Planner(config, meta_model(config.model), Workload(*lengths[0], lengths, "a test"))
     planned = planner._rehearse(planner.variant(engine_spec(None, 1, 1), recompute)).peak()
     mask = build_mask(config.mask, loaded.anatomy)
     apply_mask(loaded.model, mask, loaded.anatomy)
     prefix, suffix = split(loaded.model.train(), loaded.anatomy, mask.boundary)
     assert prefix is not None
     assert choose("auto", prefix, suffix, 3, longest).on
-    suffix.settle(prefix(batch), batch)
+    suffix.choose_shortcuts(prefix(batch), batch)
     if recompute:
-        recompute_blocks(suffix.blocks(mask.boundary))
+        checkpoint_blocks(suffix.blocks(mask.boundary))
     parts = (loaded.model, prefix, suffix)
     with _LiveBytes([tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]) as live:
         hidden = prefix(batch)
@@ -103,7 +103,7 @@ def test_the_plans_peak_is_that_of_all_storages_alive(tiny_model: Path, recomput
 
 def test_the_plan_counts_packed_rows_without_padding(tiny_model: Path) -> None:
     lengths = ((60, 9), (20, 5), (35, 7), (10, 3))
-    load = Load(60, 9, lengths, "a test")
+    load = Workload(60, 9, lengths, "a test")
     plans = {}
     for mode in ("auto", "off"):
         config = RunConfig.model_validate(
@@ -114,7 +114,7 @@ def test_the_plan_counts_packed_rows_without_padding(tiny_model: Path) -> None:
                 "data": {"packing": mode},
             }
         )
-        planner = Planner(config, skeleton(config.model), load)
+        planner = Planner(config, meta_model(config.model), load)
         plans[mode] = planner.plan(planner.variant(engine_spec(None, 1, 1), recompute=False))
     packed, padded = plans["auto"], plans["off"]
     assert "micro batch of 3 rows packed into one of 115 tokens" in as_text(packed)

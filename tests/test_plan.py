@@ -16,13 +16,13 @@ from toolkit.config.schema import MaskConfig, ModelConfig, PrefixConfig, RunConf
 from toolkit.engine.deepspeed.config import read_ds_config, resolve_ds_config
 from toolkit.planning.chart import draw
 from toolkit.planning.command import plan_command
-from toolkit.planning.device_fit import RESERVE, choose_recompute, judge
+from toolkit.planning.device_fit import RESERVE, choose_checkpointing, judge
 from toolkit.planning.engine_memory import engine_spec, zero_spec
 from toolkit.planning.memory import KINDS
-from toolkit.planning.meta_model import skeleton
+from toolkit.planning.meta_model import meta_model
 from toolkit.planning.planner import Planner
 from toolkit.planning.table import as_dict
-from toolkit.planning.workload import Load, read_load
+from toolkit.planning.workload import Workload, read_workload
 from toolkit.runtime.errors import ConfigError, MaskError, ModelError, PlanError
 
 LOCAL = engine_spec(None, 1, 1)
@@ -68,7 +68,7 @@ def tiny_planner(directory: Path, rows: int = 1, **options: Any) -> Planner:
         train=TrainConfig(micro_batch_size=rows, **options),
         prefix=PrefixConfig(cache="off"),
     )
-    return Planner(config, skeleton(config.model), Load(512, 512, None, "a test"))
+    return Planner(config, meta_model(config.model), Workload(512, 512, None, "a test"))
 
 
 AWAY: Any = {"cache": "off", "precision": "nf4", "placement": "cpu"}
@@ -76,7 +76,7 @@ AWAY: Any = {"cache": "off", "precision": "nf4", "placement": "cpu"}
 
 
 def first_turn(planner: Planner, budget_of: Any, spec: Any = LOCAL) -> str:
-    variant = choose_recompute(planner, spec, None)
+    variant = choose_checkpointing(planner, spec, None)
     verdict = judge(planner, variant, budget_of(planner, variant))
     assert not verdict.fits
     return verdict.turns[0][0] if verdict.turns else ""
@@ -108,7 +108,7 @@ def test_state_that_no_shorter_row_makes_room_for_goes_to_more_ranks_then_to_few
         model=ModelConfig(name_or_path=str(directory)), mask=MaskConfig(train=["last:16"]),
         train=TrainConfig(gradient_checkpointing="on"), prefix=PrefixConfig(**AWAY),
     )  # fmt: skip
-    planner = Planner(config, skeleton(config.model), Load(256, 64, None, "a test"))
+    planner = Planner(config, meta_model(config.model), Workload(256, 64, None, "a test"))
 
     def turns(spec: Any, budget: int) -> list[str]:
         return [text for text, _ in judge(planner, planner.variant(spec, recompute=True), budget).turns]
@@ -127,11 +127,11 @@ def test_state_that_no_shorter_row_makes_room_for_goes_to_more_ranks_then_to_few
 
 def test_auto_recomputes_exactly_where_the_budget_asks_for_it(tiny_model: Path) -> None:
     planner = tiny_planner(tiny_model)
-    plain = choose_recompute(planner, LOCAL, None)
+    plain = choose_checkpointing(planner, LOCAL, None)
     needed = planner.memory(plain).peak + RESERVE
     assert not plain.recompute
-    assert not choose_recompute(planner, LOCAL, needed).recompute
-    assert choose_recompute(planner, LOCAL, needed - 1).recompute
+    assert not choose_checkpointing(planner, LOCAL, needed).recompute
+    assert choose_checkpointing(planner, LOCAL, needed - 1).recompute
 
 
 def test_padded_rows_and_full_masks_can_be_planned(tiny_model: Path) -> None:
@@ -140,7 +140,7 @@ def test_padded_rows_and_full_masks_can_be_planned(tiny_model: Path) -> None:
     activations = planner.memory(two).most["activations"]
     assert activations > 2 * one.memory(one.variant(LOCAL, recompute=False)).most["activations"]
     everything = RunConfig(model=planner.config.model, mask=MaskConfig(train=["re:.*"], tied="untie"))
-    whole = Planner(everything, planner.skeleton, Load(64, 8, None, "a test"))
+    whole = Planner(everything, planner.skeleton, Workload(64, 8, None, "a test"))
     plan = whole.plan(whole.variant(LOCAL, recompute=True))
     assert plan.memory.most["prefix weights"] == 0
     assert plan.compute.of([(64, 8)])["prefix forward"] == 0
@@ -169,16 +169,18 @@ def test_headers_that_contradict_the_config_are_an_error(tiny_model: Path, tmp_p
     (tmp_path / "config.json").write_text(json.dumps(values | {"intermediate_size": 96}))
     (tmp_path / "model.safetensors").symlink_to(tiny_model / "model.safetensors")
     with pytest.raises(ModelError, match=r"\(64, 32\) stored, config.json makes it \(96, 32\)"):
-        skeleton(ModelConfig(name_or_path=str(tmp_path)))
+        meta_model(ModelConfig(name_or_path=str(tmp_path)))
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(ModelError, match="not a readable safetensors file"):
-        skeleton(ModelConfig(name_or_path=str(tmp_path)))
+        meta_model(ModelConfig(name_or_path=str(tmp_path)))
 
 
 def test_rows_that_cannot_be_used_are_named_with_the_first(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("question,CONTEXTS,LONG_ANSWER\nq,c,a\n")
-    load = read_load(invocation(*tiny_flags(tiny_model, tmp_path, "--data.path", tmp_path / "rows.csv")).config, 512)
+    load = read_workload(
+        invocation(*tiny_flags(tiny_model, tmp_path, "--data.path", tmp_path / "rows.csv")).config, 512
+    )
     assert "1 of 1 rows cannot be used" in load.source
     assert "row 1 has no column QUESTION; it has question" in load.source
 
@@ -284,5 +286,5 @@ def test_state_on_the_host_is_proposed_before_shorter_rows(tmp_path: Path) -> No
         model=ModelConfig(name_or_path=str(exaone(tmp_path / "7.8b", "7.8b"))), mask=MaskConfig(train=["last:4"]),
         train=TrainConfig(gradient_checkpointing="on"), prefix=PrefixConfig(**AWAY),
     )  # fmt: skip
-    planner = Planner(config, skeleton(config.model), Load(2048, 64, None, "a test"))
+    planner = Planner(config, meta_model(config.model), Workload(2048, 64, None, "a test"))
     assert first_turn(planner, just_below).startswith("--ds ds_configs/zero2_offload.json (slower")

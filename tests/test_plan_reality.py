@@ -26,11 +26,11 @@ from toolkit.mask.apply import apply_mask, trainable_parameters
 from toolkit.mask.layer_mask import build_mask
 from toolkit.models.load import load
 from toolkit.planning.engine_memory import engine_spec
-from toolkit.planning.meta_model import Skeleton, skeleton
+from toolkit.planning.meta_model import MetaModel, meta_model
 from toolkit.planning.planner import Plan, Planner
-from toolkit.planning.workload import Load
+from toolkit.planning.workload import Workload
 from toolkit.runtime.distributed import World
-from toolkit.split.activation_checkpointing import recompute_blocks
+from toolkit.split.activation_checkpointing import checkpoint_blocks
 from toolkit.split.split import split
 from toolkit.split.supervised_loss import BLOCK_BYTES, supervised_loss
 
@@ -47,8 +47,8 @@ MASKS = [
 
 
 @cache
-def bundled() -> Skeleton:
-    return skeleton(ModelConfig())
+def bundled() -> MetaModel:
+    return meta_model(ModelConfig())
 
 
 def recipe(train: list[str], attention: Any = None, optim: OptimName = "adamw", **options: Any) -> RunConfig:
@@ -60,8 +60,8 @@ def recipe(train: list[str], attention: Any = None, optim: OptimName = "adamw", 
     )
 
 
-def planned(config: RunConfig, bare: Skeleton, recompute: bool) -> Plan:
-    planner = Planner(config, bare, Load(TOKENS, SUPERVISED, None, "a test"))
+def planned(config: RunConfig, bare: MetaModel, recompute: bool) -> Plan:
+    planner = Planner(config, bare, Workload(TOKENS, SUPERVISED, None, "a test"))
     return planner.plan(planner.variant(engine_spec(None, 1, 1, config.optim.name), recompute))
 
 
@@ -103,7 +103,7 @@ class Halves:
             self.model, loaded.anatomy, self.mask.boundary if self.mask.has_prefix else None
         )
         row = batch()
-        self.suffix.settle(self.prefix(row) if self.prefix else None, row)
+        self.suffix.choose_shortcuts(self.prefix(row) if self.prefix else None, row)
         self.trained = trainable_parameters(self.suffix.model, self.mask)
         self.config = config
 
@@ -195,11 +195,11 @@ class _LiveBytes(TorchDispatchMode):
 @pytest.mark.parametrize("train", [["last:4", "head"], ["blocks:20", "norm"]], ids=lambda train: "+".join(train))
 def test_the_peak_of_a_micro_batch_is_that_of_all_storages_alive(train: list[str], recompute: bool) -> None:
     config = recipe(train)
-    planner = Planner(config, bundled(), Load(TOKENS, SUPERVISED, None, "a test"))
+    planner = Planner(config, bundled(), Workload(TOKENS, SUPERVISED, None, "a test"))
     plan = planner._rehearse(planner.variant(LOCAL, recompute)).peak()
     real, rows = Halves(config), batch()
     if recompute:
-        recompute_blocks(real.suffix.blocks(real.mask.boundary))
+        checkpoint_blocks(real.suffix.blocks(real.mask.boundary))
     parts = (real.model, real.prefix, real.suffix)
     with _LiveBytes([tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]) as live:
         hidden = real.prefix(rows)
@@ -213,10 +213,10 @@ def test_the_peak_of_a_micro_batch_is_that_of_all_storages_alive(train: list[str
 def test_flops_are_those_that_pytorch_counts(recompute: bool) -> None:
     """With plain attention, whose products PyTorch's counter sees on every device."""
     config = recipe(["last:4", "head"], attention="eager")
-    plan = planned(config, skeleton(config.model), recompute)
+    plan = planned(config, meta_model(config.model), recompute)
     real, rows = Halves(config), batch()
     if recompute:
-        recompute_blocks(real.suffix.blocks(real.mask.boundary))
+        checkpoint_blocks(real.suffix.blocks(real.mask.boundary))
     with FlopCounterMode(display=False) as prefix:
         hidden = real.prefix(rows)
     with FlopCounterMode(display=False) as forward:
@@ -234,7 +234,7 @@ def test_flops_are_those_that_pytorch_counts(recompute: bool) -> None:
 def test_flops_of_other_lengths_follow_from_one_rehearsal() -> None:
     config = recipe(["last:2"])
     plan = planned(config, bundled(), recompute=True)
-    planner = Planner(config, bundled(), Load(3 * TOKENS, SUPERVISED // 2, None, "a test"))
+    planner = Planner(config, bundled(), Workload(3 * TOKENS, SUPERVISED // 2, None, "a test"))
     longer = planner.plan(planner.variant(LOCAL, recompute=True))
     row = [(3 * TOKENS, SUPERVISED // 2)]
     assert plan.compute.of(row) == pytest.approx(longer.compute.of(row), rel=1e-6)

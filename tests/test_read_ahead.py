@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 
-from toolkit.runtime.background_loader import ReadAhead
+from toolkit.runtime.background_loader import BackgroundLoader
 
 
 def test_keys_are_fetched_in_the_order_of_their_use() -> None:
     fetched: list[str] = []
-    ahead = ReadAhead(fetched.append)
+    ahead = BackgroundLoader(fetched.append)
     ahead.ask("abc")
     ahead.ask("de")
     ahead.wait()
@@ -26,7 +26,7 @@ def test_no_more_keys_wait_than_the_bound() -> None:
         gate.wait()
         fetched.append(key)
 
-    ahead = ReadAhead(fetch, bound=3)
+    ahead = BackgroundLoader(fetch, bound=3)
     ahead.ask("a")
     started.wait()  # a is under way, none waits
     ahead.ask("bcdefg")
@@ -44,7 +44,7 @@ def test_stopping_forgets_what_waits() -> None:
         gate.wait()
         fetched.append(key)
 
-    ahead = ReadAhead(fetch)
+    ahead = BackgroundLoader(fetch)
     ahead.ask("abc")
     started.wait()
     stopper = threading.Thread(target=ahead.stop)
@@ -60,7 +60,7 @@ def test_stopping_forgets_what_waits() -> None:
 
 
 def test_nothing_asked_starts_no_thread() -> None:
-    ahead = ReadAhead(lambda key: None)
+    ahead = BackgroundLoader(lambda key: None)
     ahead.ask([])
     assert ahead._thread is None
     ahead.stop()

@@ -16,7 +16,7 @@ from checkpoint_parts import copy_of, edit_state, point_to, recut
 from helpers import ENGLISH, make_tiny_model, make_tokenizer, masters_of, metrics, reseal, run_script, tiny_flags, train
 
 from toolkit.checkpoint.state import read_state
-from toolkit.inference.open_model import load_delta, open_source, read_trained
+from toolkit.inference.open_model import load_delta, open_model, read_trained
 from toolkit.models.load import fingerprint
 from toolkit.runtime.errors import CheckpointError
 from toolkit.runtime.file_lock import Lock
@@ -271,10 +271,10 @@ def test_weights_alone_start_a_new_run_under_another_mask(tiny_model: Path, run:
     assert train(*flags(tiny_model, new, *given)) == 0
     first, second = read_trained(run), read_trained(new)
     assert first.base.sha256 != second.base.sha256
-    parameters = dict(open_source(str(new)).loaded.model.named_parameters())
+    parameters = dict(open_model(str(new)).loaded.model.named_parameters())
     assert all(torch.equal(parameters[name], tensor) for name, tensor in {**first.tensors, **second.tensors}.items())
     assert fingerprint(load_delta(second).model) == fingerprint(
-        open_source(str(new / "checkpoints" / "step-00000002")).loaded.model
+        open_model(str(new / "checkpoints" / "step-00000002")).loaded.model
     )
     third = tmp_path / "third"
     assert train(*flags(tiny_model, third, "--model.delta", new, "--train.max_steps", 1)) == 0, "a chain of two"

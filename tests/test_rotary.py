@@ -15,7 +15,7 @@ from toolkit.config.schema import ModelConfig
 from toolkit.data.batches import Batch, collate, pack
 from toolkit.data.examples import Example
 from toolkit.data.model_limits import position_limit
-from toolkit.models.anatomy_detection import inspect
+from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.models.load import load
 from toolkit.models.varlen import VARLEN
 from toolkit.split.split import Prefix, Suffix, split
@@ -94,7 +94,7 @@ def test_alone_each_row_has_the_loss_that_transformers_gives_it(directory: Path)
 def test_packing_is_tried_across_the_length_and_refused_where_it_matters(directory: Path) -> None:
     """The model as transformers loads it, whose rows of a batch share their frequencies."""
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
-    packing = choose_packing("auto", 2, None, Suffix(model, inspect(model), None), ROWS, torch.device("cpu"))
+    packing = choose_packing("auto", 2, None, Suffix(model, detect_anatomy(model), None), ROWS, torch.device("cpu"))
     assert not packing.on
     assert "other logits packed than alone" in packing.reason
     _, suffix = halves(directory, None)

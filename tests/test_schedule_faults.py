@@ -13,12 +13,12 @@ from toolkit.config.recipe import build, read_recipe, save
 from toolkit.config.schema import MaskConfig
 from toolkit.engine.deepspeed.config import refuse_what_cannot_move
 from toolkit.mask.schedule import build_schedule
-from toolkit.models.anatomy_detection import inspect
+from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.planning.engine_memory import engine_spec
-from toolkit.planning.meta_model import Skeleton, skeleton
+from toolkit.planning.meta_model import MetaModel, meta_model
 from toolkit.planning.phase_plans import phase_planners, whole_plan
 from toolkit.planning.table import as_dict, as_text
-from toolkit.planning.workload import Load
+from toolkit.planning.workload import Workload
 from toolkit.runtime.errors import ConfigError, MaskError
 
 HEAD = {"train": ["head"], "until_epoch": 1}
@@ -28,7 +28,7 @@ TWO = {"train": ["last:2", "head"], "until_epoch": 2}
 def schedule(*phases: dict[str, Any], train: list[str] | None = None, tied: str = "untie") -> Any:
     """Resolved on a tied Llama of 6 blocks, 10 steps an epoch, 3 epochs."""
     config = MaskConfig.model_validate({"train": train or ["last:4", "head"], "schedule": phases, "tied": tied})
-    return build_schedule(config, inspect(tiny_llama()), 10, 30)
+    return build_schedule(config, detect_anatomy(tiny_llama()), 10, 30)
 
 
 @pytest.mark.parametrize(
@@ -122,14 +122,14 @@ def test_a_flag_takes_yaml_or_json_and_the_saved_recipe_reads_back(tmp_path: Pat
 
 
 @pytest.fixture(scope="module")
-def bare(tiny_model: Path) -> Skeleton:
-    return skeleton(invocation("--model.name_or_path", str(tiny_model)).config.model)
+def bare(tiny_model: Path) -> MetaModel:
+    return meta_model(invocation("--model.name_or_path", str(tiny_model)).config.model)
 
 
-def test_the_plan_is_that_of_the_phase_that_needs_most(bare: Skeleton) -> None:
+def test_the_plan_is_that_of_the_phase_that_needs_most(bare: MetaModel) -> None:
     freezing = ("--mask.schedule", "{train: [last:4, head], until_step: 4}", "--mask.train", "head")
     config = invocation("--mask.tied", "untie", *freezing).config
-    planners = phase_planners(config, bare, Load(64, 32, None, "a test"))
+    planners = phase_planners(config, bare, Workload(64, 32, None, "a test"))
     plans = [p.plan(p.variant(engine_spec(None, 1, 1), recompute=False)) for p in planners]
     whole = whole_plan(plans, config.mask)
     assert plans[0].memory.peak > plans[1].memory.peak

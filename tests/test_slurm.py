@@ -16,19 +16,21 @@ from toolkit.config.schema import OutputConfig, RunConfig
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import CheckpointError, ConfigError, UsageError
 from toolkit.slurm.cluster import Nodes, Partition, check
-from toolkit.slurm.request import Request, add_flags, read_request, seconds
-from toolkit.slurm.script import Job, render
+from toolkit.slurm.request import JobRequest, add_flags, read_request, seconds
+from toolkit.slurm.script import BatchJob, render
 from toolkit.training.preflight import preflight
 
 
-def request(*words: str) -> Request:
+def request(*words: str) -> JobRequest:
     parser = config_flags.parser("test")
     add_flags(parser)
     return read_request(parser.parse_args(words))
 
 
 def script(*words: str, runs: tuple[Path, ...] = (Path("/data/runs/x"),), **environ: str) -> str:
-    return render(Job(request(*words), runs, Path("zero2.json"), Path("/code/launch/train.py"), Path("/code"), environ))
+    return render(
+        BatchJob(request(*words), runs, Path("zero2.json"), Path("/code/launch/train.py"), Path("/code"), environ)
+    )
 
 
 @pytest.mark.parametrize(

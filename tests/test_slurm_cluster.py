@@ -18,8 +18,7 @@ from slurm_cluster import Cluster, cluster, missing
 
 from launch import submit as submit_script
 from toolkit.runtime.errors import SlurmError
-from toolkit.slurm.cluster import partitions
-from toolkit.slurm.cluster import submit as cluster_submit
+from toolkit.slurm.cluster import partitions, sbatch
 from toolkit.slurm.submit import held_by
 
 pytestmark = pytest.mark.distributed
@@ -213,4 +212,4 @@ def test_what_sbatch_refuses_is_told_in_its_own_words(tmp_path: Path) -> None:
     script = tmp_path / "job.sh"
     script.write_text("#!/bin/bash\n#SBATCH --licenses=no_such_licence\n")
     with pytest.raises(SlurmError, match=r"sbatch failed with exit code 1 and said:\n.*Invalid license"):
-        cluster_submit(script)
+        sbatch(script)

@@ -27,8 +27,8 @@ from toolkit.data.batches import Batch, collate
 from toolkit.data.examples import Example
 from toolkit.mask.apply import apply_mask
 from toolkit.mask.layer_mask import LayerMask, build_mask
-from toolkit.models.anatomy_detection import inspect
-from toolkit.split.activation_checkpointing import recompute_blocks, should_recompute
+from toolkit.models.anatomy_detection import detect_anatomy
+from toolkit.split.activation_checkpointing import checkpoint_blocks, should_checkpoint
 from toolkit.split.split import Prefix, Suffix, split, split_is_exact
 from toolkit.split.supervised_loss import supervised_loss
 
@@ -69,7 +69,7 @@ def batches() -> list[Batch]:
 
 
 def masked(model: Any, *train: str) -> tuple[LayerMask, Prefix | None, Suffix]:
-    anatomy = inspect(model)
+    anatomy = detect_anatomy(model)
     mask = build_mask(MaskConfig(train=list(train), tied="untie"), anatomy)
     apply_mask(model, mask, anatomy)
     return mask, *split(model, anatomy, mask.boundary if mask.has_prefix else None)
@@ -81,7 +81,7 @@ def test_prefix_and_suffix_give_the_whole_models_logits_bit_for_bit(
     name: str, boundary: int, batches: list[Batch]
 ) -> None:
     model = ZOO[name].eval()
-    prefix, suffix = split(model, inspect(model), boundary)
+    prefix, suffix = split(model, detect_anatomy(model), boundary)
     assert prefix is not None
     for batch in batches:
         with torch.no_grad():
@@ -102,7 +102,7 @@ class ReadsEmbeddingsAgain(LlamaForCausalLM):
 def test_a_model_that_cannot_be_cut_is_found_out(batches: list[Batch]) -> None:
     torch.manual_seed(0)
     model = ReadsEmbeddingsAgain(tiny_llama(tied=False).config)
-    prefix, suffix = split(model, inspect(model), 2)
+    prefix, suffix = split(model, detect_anatomy(model), 2)
     assert prefix is not None
     assert not split_is_exact(model, prefix, suffix, batches[0])
 
@@ -110,7 +110,7 @@ def test_a_model_that_cannot_be_cut_is_found_out(batches: list[Batch]) -> None:
 def test_a_state_that_a_model_kept_from_a_pass_with_gradients_does_not_hinder_the_cut(batches: list[Batch]) -> None:
     model = tiny_llama()
     model.model.last_state = model.model.embed_tokens.weight * 2  # as recurrent models do; deepcopy refuses it
-    prefix, suffix = split(model, inspect(model), 3)
+    prefix, suffix = split(model, detect_anatomy(model), 3)
     assert prefix is not None
     assert split_is_exact(model, prefix, suffix, batches[0])
 
@@ -119,7 +119,7 @@ def test_a_look_at_the_split_leaves_dropout_as_it_was_and_draws_no_random_number
     model = tiny_llama().train()
     model.model.norm.eval()
     state = torch.get_rng_state()
-    prefix, suffix = split(model, inspect(model), 3)
+    prefix, suffix = split(model, detect_anatomy(model), 3)
     assert prefix is not None
     assert split_is_exact(model, prefix, suffix, batches[0])
     assert torch.equal(torch.get_rng_state(), state)
@@ -129,7 +129,7 @@ def test_a_look_at_the_split_leaves_dropout_as_it_was_and_draws_no_random_number
 
 def test_a_suffix_that_computes_otherwise_is_not_called_exact(batches: list[Batch]) -> None:
     model = tiny_llama()
-    prefix, suffix = split(model, inspect(model), 3)
+    prefix, suffix = split(model, detect_anatomy(model), 3)
     assert prefix is not None
     suffix.blocks(3)[0].forward = lambda hidden_states, **_: hidden_states  # type: ignore[method-assign]
     assert not split_is_exact(model, prefix, suffix, batches[0])
@@ -185,9 +185,9 @@ def test_backward_reaches_exactly_the_trained_blocks(checkpointing: bool, cut: b
     model = tiny_llama().train()
     mask, prefix, suffix = masked(model, "last:4", "head")
     if not cut:
-        prefix, suffix = split(model, inspect(model), None)
+        prefix, suffix = split(model, detect_anatomy(model), None)
     if checkpointing:
-        recompute_blocks(suffix.blocks(mask.boundary))
+        checkpoint_blocks(suffix.blocks(mask.boundary))
     entered, computed = reached(suffix, prefix)
     hidden = prefix(batches[0]) if prefix else None
     assert hidden is None or not hidden.requires_grad
@@ -206,9 +206,9 @@ def test_checkpointing_and_cutting_change_no_gradient(train: tuple[str, ...], ba
         model = tiny_llama().train()
         mask, prefix, suffix = masked(model, *train)
         if not cut:
-            prefix, suffix = split(model, inspect(model), None)
+            prefix, suffix = split(model, detect_anatomy(model), None)
         if checkpointing:
-            recompute_blocks(suffix.blocks(mask.boundary))
+            checkpoint_blocks(suffix.blocks(mask.boundary))
         hidden = prefix(batches[1]) if prefix else None
         supervised_loss(suffix, hidden, batches[1], 30).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
@@ -247,8 +247,8 @@ def test_the_loss_is_the_token_mean_over_shares_and_a_filler_adds_nothing(batche
 
 
 def test_auto_checkpoints_exactly_when_the_plan_does_not_fit() -> None:
-    assert should_recompute("auto", 1000, 1000)[0] is False
-    assert should_recompute("auto", 1000, 999)[0] is True
-    assert should_recompute("auto", None, 10**12)[0] is True, "what cannot be planned takes the way that needs less"
-    assert should_recompute("on", 0, 10**12)[0] is True
-    assert should_recompute("off", 10**12, 0)[0] is False
+    assert should_checkpoint("auto", 1000, 1000)[0] is False
+    assert should_checkpoint("auto", 1000, 999)[0] is True
+    assert should_checkpoint("auto", None, 10**12)[0] is True, "what cannot be planned takes the way that needs less"
+    assert should_checkpoint("on", 0, 10**12)[0] is True
+    assert should_checkpoint("off", 10**12, 0)[0] is False

@@ -120,15 +120,15 @@ def evaluations(run: Path) -> list[bool]:
 
 def test_a_signal_is_noted_from_the_start_and_forgotten_at_the_end() -> None:
     with signals.listening({}):
-        assert not signals.agreed(Ranks())
+        assert not signals.any_stop_requested(Ranks())
         os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.agreed(Ranks())
+        assert signals.any_stop_requested(Ranks())
         assert signals.reason() == "SIGTERM"
         with signals.listening({}), pytest.raises(signals.StopRequested):
-            signals.pause(Ranks())
+            signals.raise_if_stopping(Ranks())
     assert signals_are_default()
     with signals.listening({}):
-        assert not signals.asked()
+        assert not signals.stop_requested()
 
 
 def test_only_launchers_are_watched() -> None:

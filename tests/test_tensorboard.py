@@ -20,7 +20,7 @@ from toolkit.config.schema import ModelConfig
 from toolkit.data.dataset import load_dataset
 from toolkit.data.examples import Encoder
 from toolkit.inference.generation import complete
-from toolkit.inference.open_model import open_source
+from toolkit.inference.open_model import open_model
 from toolkit.mask.audit import AuditRow
 from toolkit.mask.diagram import draw_mask
 from toolkit.models.load import load
@@ -127,7 +127,7 @@ def test_runs_are_compared_by_hparams_in_the_run_itself(run: Path) -> None:
 
 def test_the_shown_answers_are_those_of_the_trained_model(run: Path) -> None:
     text = events(run).Tensors("answers/text_summary")[-1].tensor_proto.string_val[0].decode()
-    opened = open_source(str(run), None, None)
+    opened = open_model(str(run), None, None)
 
     rows = load_dataset(opened.config.data, opened.loaded.tokenizer, 42).validation[:2]
     assert text.count("\n| ") == 3, "the header and two rows"
@@ -175,7 +175,7 @@ def test_other_ranks_write_nothing_and_rank_0_never_waits_for_the_disk(tmp_path:
     assert list(tmp_path.iterdir()) == []
     flushes: list[int] = []
     monkeypatch.setattr(SummaryWriter, "flush", lambda self: flushes.append(1))
-    shown = tensorboard_writer.Board(tmp_path, 0)
+    shown = tensorboard_writer.TensorBoardWriter(tmp_path, 0)
     for step in range(50):
         shown.scalar("train/loss", 1.0, step)
     assert flushes == []

@@ -15,7 +15,7 @@ from toolkit.data.examples import Example
 from toolkit.engine.local import LocalEngine
 from toolkit.mask.apply import apply_mask, trainable_parameters, untie_head
 from toolkit.mask.layer_mask import LayerMask, build_mask
-from toolkit.models.anatomy_detection import inspect
+from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import MaskError, ModelError
 from toolkit.split.split import split, split_is_exact
@@ -37,20 +37,20 @@ def last_two_and_head(model: Any, kind: Kind) -> set[str]:
 
 
 def build(model: Any, *train: str, tied: Literal["error", "untie"] = "untie") -> LayerMask:
-    return build_mask(MaskConfig(train=list(train), tied=tied), inspect(model))
+    return build_mask(MaskConfig(train=list(train), tied=tied), detect_anatomy(model))
 
 
 def masked(model: Any, *train: str) -> LayerMask:
     """Lay the mask onto the model, untying its head if need be."""
     mask = build(model, *train)
-    apply_mask(model, mask, inspect(model))
+    apply_mask(model, mask, detect_anatomy(model))
     return mask
 
 
 def two_steps(model: Any, mask: LayerMask, boundary: int | None, batches: list[Batch]) -> set[str]:
     """Names of the tensors, buffers included, that two optimizer steps change."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    prefix, suffix = split(model.train(), inspect(model), boundary)
+    prefix, suffix = split(model.train(), detect_anatomy(model), boundary)
     train = TrainConfig(learning_rate=1e-2, warmup_ratio=0)
     parameters = trainable_parameters(suffix.model, mask)
     engine = LocalEngine(suffix, parameters, mask.groups, train, OptimConfig(), 2, World())
@@ -79,7 +79,7 @@ def test_the_mask_names_the_last_blocks_and_the_head_and_two_steps_change_just_t
 def test_the_halves_give_the_whole_models_logits_bit_for_bit(name: str, batches: list[Batch]) -> None:
     model = make(name).eval()
     for boundary in (1, 2, 4):
-        prefix, suffix = split(model, inspect(model), boundary)
+        prefix, suffix = split(model, detect_anatomy(model), boundary)
         assert prefix is not None
         for batch in batches:
             with torch.no_grad():
@@ -93,9 +93,9 @@ def test_the_loss_in_tiles_is_that_of_the_whole_models_logits(name: str, batches
     """Whatever the type does before its head or to what the head gives: losses and gradients, cut or not."""
     model = make(name).eval()
     if model.get_input_embeddings().weight is model.get_output_embeddings().weight:
-        untie_head(model, inspect(model))
-    prefix, suffix = split(model, inspect(model), 2 if name in CUT else None)
-    found = suffix.settle(prefix(batches[0]) if prefix else None, batches[0])
+        untie_head(model, detect_anatomy(model))
+    prefix, suffix = split(model, detect_anatomy(model), 2 if name in CUT else None)
+    found = suffix.choose_shortcuts(prefix(batches[0]) if prefix else None, batches[0])
     assert found.tiled is (name != "cpmant"), found
     for batch in batches:
         loss = suffix(prefix(batch) if prefix else None, batch)
@@ -118,7 +118,7 @@ def test_a_type_that_cannot_be_cut_is_found_out_and_trained_whole(name: str, bat
     model, kind = make(name), UNCUT[name]
     mask = masked(model, "last:2", "head")
     assert set(mask.names) == last_two_and_head(model, kind)
-    prefix, suffix = split(model, inspect(model), mask.boundary)
+    prefix, suffix = split(model, detect_anatomy(model), mask.boundary)
     assert prefix is not None
     assert not any(split_is_exact(model, prefix, suffix, batch) for batch in batches)
     assert two_steps(model, mask, None, batches) == set(mask.names)
@@ -127,7 +127,7 @@ def test_a_type_that_cannot_be_cut_is_found_out_and_trained_whole(name: str, bat
 def test_a_type_that_rescales_its_own_weights_is_refused() -> None:
     model = make("rwkv").train()
     with pytest.raises(ModelError, match=r"changes its own weights in a forward pass \(first rwkv\.blocks"):
-        split(model, inspect(model), 3)
+        split(model, detect_anatomy(model), 3)
 
 
 def test_a_tie_is_seen_also_where_the_head_is_named_before_the_embeddings(batches: list[Batch]) -> None:
@@ -140,7 +140,7 @@ def test_a_tie_is_seen_also_where_the_head_is_named_before_the_embeddings(batche
     ):
         build(model, "head")
     mask = masked(model, "last:2")
-    prefix, suffix = split(model, inspect(model), 2)
+    prefix, suffix = split(model, detect_anatomy(model), 2)
     assert prefix is not None
     assert split_is_exact(model, prefix, suffix, batches[1])
     assert two_steps(model, mask, 2, batches) == set(mask.names)
@@ -154,7 +154,7 @@ def test_tensors_that_blocks_share_train_in_all_of_them_or_in_none(batches: list
         build(model, "blocks:1,3", "head")
     mask = masked(model, "blocks:1,3")
     assert mask.boundary == 1
-    prefix, suffix = split(model, inspect(model), 1)
+    prefix, suffix = split(model, detect_anatomy(model), 1)
     assert prefix is not None
     assert not split_is_exact(model, prefix, suffix, batches[0])  # block 1 reads the embeddings again
     names = dict(model.named_parameters())

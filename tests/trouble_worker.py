@@ -66,7 +66,10 @@ def steps(setup: Setup, world: World) -> list[dict[str, Any]]:
                 "loss": None if outcome.skipped else outcome.loss,
                 "learning_rate": outcome.learning_rate,
                 "unchanged": unchanged(before, snapshot(setup), world),
-                "rows": [[e.origin for b in rank for e in b] for rank in world.gather([b.examples for b in batches])],
+                "rows": [
+                    [e.origin for b in rank for e in b]
+                    for rank in world.all_gather_object([b.examples for b in batches])
+                ],
             }
         )
     return done

@@ -122,11 +122,11 @@ class CachedPrefix:
         batches = list(_batches(sorted(distinct.values(), key=_length, reverse=True), tokens))
         self._store_lacking(batches[self._world.rank :: self._world.size])
         self._world.barrier()
-        signals.pause(self._world)
+        signals.raise_if_stopping(self._world)
         self._store.refresh()
         if not self._store.statistics.failed:  # what is missing still, another node keeps on a disk of its own
             self._store_lacking(batches)
-            signals.pause(self._world)
+            signals.raise_if_stopping(self._world)
 
     def _store_lacking(self, batches: list[list[Example]]) -> None:
         """Compute the batches of which the store lacks a sample, and store what it lacks."""
@@ -135,7 +135,7 @@ class CachedPrefix:
         pending: dict[str, torch.Tensor] = {}
         with ProgressBar("first pass", sum(map(len, lacking)), "row", brief=True) as bar:
             for batch in lacking:
-                if signals.asked():  # every rank hears of it; what they do next, they agree upon
+                if signals.stop_requested():  # every rank hears of it; what they do next, they agree upon
                     break
                 rows = {sample_key(e.token_ids): row for e, row in zip(batch, self._run(batch), strict=True)}
                 pending |= {key: row.cpu() for key, row in rows.items() if key in missing}

@@ -36,7 +36,7 @@ _COMPUTE = ("data/batches.py", "models", "split", "frozen", "activation_cache")
 
 
 @dataclass(frozen=True)
-class Request:
+class CacheRequest:
     """What a run would cache."""
 
     settings: PrefixConfig
@@ -47,7 +47,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Decision:
+class CacheDecision:
     """Whether to cache, and why."""
 
     use: bool
@@ -90,7 +90,9 @@ def drops_out(model: nn.Module) -> bool:
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
-def identity(loaded: LoadedModel, boundary: int, settings: PrefixConfig, device: torch.device) -> dict[str, str]:
+def prefix_fingerprints(
+    loaded: LoadedModel, boundary: int, settings: PrefixConfig, device: torch.device
+) -> dict[str, str]:
     """Everything that ``hidden[b]`` of a sample depends on beside its token ids.
 
     Args:
@@ -176,26 +178,26 @@ def unfit(prefix: Prefix, example: Example, store: ActivationStore, world: World
     return None
 
 
-def decide_together(request: Request, store: ActivationStore, world: World) -> Decision:
+def decide_on_all_ranks(request: CacheRequest, store: ActivationStore, world: World) -> CacheDecision:
     """``decide`` on rank 0, for all, so that all ranks fill the cache or none.
 
     Raises:
         ConfigError: as ``decide``.
     """
-    decision: Decision | ConfigError | None = None
+    decision: CacheDecision | ConfigError | None = None
     if world.is_main:
         try:
             decision = decide(request, store)
         except ConfigError as error:
             decision = error
-    decision = world.share(decision)
+    decision = world.broadcast_object(decision)
     if isinstance(decision, ConfigError):
         raise decision
     assert decision is not None
     return decision
 
 
-def decide(request: Request, store: ActivationStore) -> Decision:
+def decide(request: CacheRequest, store: ActivationStore) -> CacheDecision:
     """Whether caching pays and fits.
 
     Args:
@@ -218,11 +220,11 @@ def decide(request: Request, store: ActivationStore) -> Decision:
         obstacle = f"{format_size(new)} are to be written to {store.directory}, which has room for {format_size(room)}"
     if obstacle:
         reason = refusal(request.settings, obstacle)
-        return Decision(False, reason or "")
+        return CacheDecision(False, reason or "")
     if not asked and request.passes <= 1 and missing:
-        return Decision(False, "off (auto: one pass over the rows reads nothing twice)")
+        return CacheDecision(False, "off (auto: one pass over the rows reads nothing twice)")
     there = f"{len(distinct) - len(missing)} of {len(distinct)} samples are there"
-    return Decision(
+    return CacheDecision(
         True, f"{'on, as the recipe says' if asked else 'on (auto)'}: {format_size(size)}, {there}, {store.directory}"
     )
 

@@ -55,7 +55,7 @@ class FileIdentity:
 
 
 @dataclass(eq=False)
-class Entry:
+class ShardEntry:
     """One sample's activations within a shard."""
 
     shard: Shard
@@ -78,7 +78,7 @@ class Shard:
 
     path: Path
     file: FileIdentity
-    entries: dict[str, Entry] = field(default_factory=dict)
+    entries: dict[str, ShardEntry] = field(default_factory=dict)
     used: bool = False
     """True once this process has marked its use on disk."""
 
@@ -121,7 +121,7 @@ def encode(entries: Mapping[str, torch.Tensor], namespace: Namespace) -> tuple[s
     return _name_of(content[: 8 + int.from_bytes(content[:8], "little")]), content
 
 
-def read_header(path: Path, namespace: Namespace) -> Shard:
+def read_shard_header(path: Path, namespace: Namespace) -> Shard:
     """Index a shard without reading its data.
 
     Raises:
@@ -158,14 +158,14 @@ def _index(
         size = tokens * width * namespace.dtype.itemsize
         if described[key]["dtype"] != DTYPES[namespace.dtype] or width != namespace.width or end - start != size:
             raise ValueError(f"entry {key} has dtype, shape or size of its own")
-        shard.entries[key] = Entry(shard, key, tokens, data + start, size, checksum)
+        shard.entries[key] = ShardEntry(shard, key, tokens, data + start, size, checksum)
     expected = data + sum(entry.size for entry in shard.entries.values())
     if shard.file.size != expected:
         raise ValueError(f"{shard.file.size} bytes long, expected {expected}")
     return shard
 
 
-def gives_checksum(entry: Entry) -> bool:
+def gives_checksum(entry: ShardEntry) -> bool:
     """Read the entry's bytes from disk and compare their checksum; they stay in the page cache.
 
     By read, not through a map: a failing disk is then an OSError and not a fatal signal.
@@ -184,7 +184,7 @@ def gives_checksum(entry: Entry) -> bool:
     return not left and checksum.hexdigest() == entry.checksum
 
 
-def ask_for_pages(entry: Entry) -> None:
+def ask_for_pages(entry: ShardEntry) -> None:
     """Let the system read the entry's bytes into the page cache, without waiting for it.
 
     Raises:
@@ -195,7 +195,7 @@ def ask_for_pages(entry: Entry) -> None:
             os.posix_fadvise(file.fileno(), entry.start, entry.size, os.POSIX_FADV_WILLNEED)
 
 
-def map_entry(entry: Entry) -> torch.Tensor:
+def map_entry(entry: ShardEntry) -> torch.Tensor:
     """The entry as [T, width], without a copy: the file's pages are mapped privately, and unmapped with the tensor.
 
     Raises:

@@ -12,12 +12,12 @@ from pathlib import Path
 from toolkit.activation_cache.namespace import Namespace
 from toolkit.activation_cache.shard import (
     SHARD_NAME,
-    Entry,
     FileIdentity,
     ForeignShardError,
     Shard,
+    ShardEntry,
     ShardError,
-    read_header,
+    read_shard_header,
 )
 
 _RACY = 10**9  # nanoseconds within which a directory can change again without a new modification time
@@ -35,7 +35,7 @@ class ShardIndex:
         """  # noqa: D205, D212
         self._directory, self._namespace, self._report = directory, namespace, report
         self._lock = threading.RLock()
-        self._entries: dict[str, list[Entry]] = {}
+        self._entries: dict[str, list[ShardEntry]] = {}
         self._shards: dict[str, Shard] = {}
         self._bad: dict[str, FileIdentity] = {}
         self._closed = False
@@ -49,7 +49,7 @@ class ShardIndex:
         with self._lock:
             return len(self._entries)
 
-    def entries(self, key: str) -> tuple[Entry, ...]:
+    def entries(self, key: str) -> tuple[ShardEntry, ...]:
         """All entries of a key."""
         with self._lock:
             return tuple(self._entries.get(key, ()))
@@ -71,7 +71,7 @@ class ShardIndex:
             ShardError: it is damaged.
             OSError: it cannot be read.
         """
-        shard = read_header(path, self._namespace)
+        shard = read_shard_header(path, self._namespace)
         with self._lock:
             if path.name in self._shards:  # written anew
                 self._forget(self._shards[path.name])
@@ -85,7 +85,7 @@ class ShardIndex:
             self._forget(shard)
             self._listed = None
 
-    def drop(self, entry: Entry, fault: str) -> None:
+    def drop(self, entry: ShardEntry, fault: str) -> None:
         """Drop and report an entry that cannot be used; a second call does nothing."""
         with self._lock:
             if entry in self._entries.get(entry.key, ()):
@@ -159,7 +159,7 @@ class ShardIndex:
                 if entry in self._entries.get(entry.key, ()):
                     self._remove(entry)
 
-    def _remove(self, entry: Entry) -> None:
+    def _remove(self, entry: ShardEntry) -> None:
         self._entries[entry.key].remove(entry)
         if not self._entries[entry.key]:
             del self._entries[entry.key]

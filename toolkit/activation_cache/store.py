@@ -24,10 +24,18 @@ from safetensors import SafetensorError
 
 from toolkit.activation_cache.eviction import Lease, available_bytes, locked, room, sweep, trim
 from toolkit.activation_cache.namespace import Namespace
-from toolkit.activation_cache.shard import Entry, ShardError, ask_for_pages, encode, gives_checksum, map_entry, publish
+from toolkit.activation_cache.shard import (
+    ShardEntry,
+    ShardError,
+    ask_for_pages,
+    encode,
+    gives_checksum,
+    map_entry,
+    publish,
+)
 from toolkit.activation_cache.shard_index import ShardIndex
 from toolkit.activation_cache.statistics import StoreStatistics
-from toolkit.runtime.background_loader import ReadAhead
+from toolkit.runtime.background_loader import BackgroundLoader
 
 log = logging.getLogger("frostline")
 
@@ -55,7 +63,7 @@ class ActivationStore:
         self._lock = threading.Lock()  # of the statistics
         self._reported: set[str] = set()
         self._index = ShardIndex(self._directory, namespace, self._damaged)
-        self._ahead = ReadAhead(self._fetch)
+        self._ahead = BackgroundLoader(self._fetch)
         self._lease = self._enter()
         self._index.refresh()
 
@@ -204,7 +212,7 @@ class ActivationStore:
                 self._index.drop(entry, str(error))
         return None
 
-    def _is_sound(self, entry: Entry) -> bool:
+    def _is_sound(self, entry: ShardEntry) -> bool:
         """True if the entry's bytes are those that were stored; else it is dropped from the index.
 
         Raises:

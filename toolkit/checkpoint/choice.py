@@ -55,7 +55,7 @@ class Choice:
         return f"{self.text}; best is step {_step_of(self.better)} ({self.best_loss:.4f}): {remedy}"
 
 
-def choose(run: Path, step: Step | None = None) -> Choice:
+def choose_checkpoint(run: Path, step: Step | None = None) -> Choice:
     """Find and verify a checkpoint of a run.
 
     Args:

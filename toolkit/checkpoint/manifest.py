@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.runtime.errors import CheckpointError
-from toolkit.runtime.hashed_files import Entry, as_json, hash_files, write_json
+from toolkit.runtime.hashed_files import FileHash, as_json, hash_files, write_json
 
 NAME = "MANIFEST.json"
 EVALUATION = "evaluation.json"
@@ -18,7 +18,7 @@ EVALUATION = "evaluation.json"
 FORMAT = 1
 
 
-def write_manifest(directory: Path, step: int, entries: Mapping[str, Entry]) -> None:
+def write_manifest(directory: Path, step: int, entries: Mapping[str, FileHash]) -> None:
     """Write the manifest of the files in ``directory``.
 
     Raises:
@@ -52,7 +52,7 @@ def verify(checkpoint: Path) -> None:
         raise damaged(checkpoint, faults)
 
 
-def read_manifest(checkpoint: Path) -> dict[str, Entry]:
+def read_manifest(checkpoint: Path) -> dict[str, FileHash]:
     """The files that the manifest lists; it is checked against itself and against the checkpoint's name.
 
     Raises:
@@ -75,13 +75,13 @@ def digest_of(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _read(checkpoint: Path) -> tuple[dict[str, Entry], str]:
+def _read(checkpoint: Path) -> tuple[dict[str, FileHash], str]:
     try:
         text = (checkpoint / NAME).read_text(encoding="utf-8")
         content = json.loads(text)
         as_written = text == as_json(content)
         digest = content.pop("sha256")
-        files = {str(name): Entry(**entry) for name, entry in content["files"].items()}
+        files = {str(name): FileHash(**entry) for name, entry in content["files"].items()}
     except FileNotFoundError:
         raise damaged(checkpoint, [f"{NAME} is missing; expected a checkpoint of this version"]) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

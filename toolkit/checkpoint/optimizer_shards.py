@@ -19,7 +19,7 @@ FOLDER = "optimizer"
 
 
 @dataclass(frozen=True)
-class Stretch:
+class ShardSlice:
     """An entry of a shard's index."""
 
     name: str
@@ -53,7 +53,7 @@ def own_share(fragments: Sequence[Fragment], is_replicated: bool, rank: int, ran
     return share
 
 
-def pack(
+def pack_tensors(
     fragments: Sequence[Fragment], resting: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """The tensors of a shard, views where possible, and its index.
@@ -63,16 +63,16 @@ def pack(
         resting: whole masters of what does not train now; they have no moments.
     """
     tensors: dict[str, torch.Tensor] = {}
-    index: list[Stretch] = []
+    index: list[ShardSlice] = []
     for fragment in fragments:
         raw = fragment.held.raw()
         tensors |= {_key(kind, fragment.name): values for kind, values in fragment.held.read().items()}
         tensors |= {_key(f"raw.{key}", fragment.name): values for key, values in raw.items()}
         updates = fragment.held.updates
-        index.append(Stretch(fragment.name, fragment.start, fragment.stop, updates, tuple(sorted(raw))))
+        index.append(ShardSlice(fragment.name, fragment.start, fragment.stop, updates, tuple(sorted(raw))))
     for name, master in resting.items():
         tensors[_key(MASTER, name)] = master.reshape(-1)
-        index.append(Stretch(name, 0, master.numel(), 0))
+        index.append(ShardSlice(name, 0, master.numel(), 0))
     return tensors, [asdict(stretch) for stretch in index]
 
 
@@ -91,7 +91,7 @@ class Shards:
             CheckpointError: a shard is missing, in another's place, or they do not hold each element just once.
         """  # noqa: D205, D212
         self._checkpoint = checkpoint
-        self._by_name: dict[str, list[tuple[Stretch, Any]]] = {}
+        self._by_name: dict[str, list[tuple[ShardSlice, Any]]] = {}
         try:
             for stretch, file in self._open(step, ranks):
                 self._by_name.setdefault(stretch.name, []).append((stretch, file))
@@ -99,7 +99,7 @@ class Shards:
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
             raise damaged(checkpoint, [f"{FOLDER} cannot be read ({type(error).__name__}: {error})"]) from None
 
-    def _open(self, step: int, ranks: int) -> Iterator[tuple[Stretch, Any]]:
+    def _open(self, step: int, ranks: int) -> Iterator[tuple[ShardSlice, Any]]:
         for rank in range(ranks):
             name = shard_name(rank, ranks, "safetensors")
             file: Any = safe_open(self._checkpoint / name, framework="pt")
@@ -107,7 +107,7 @@ class Shards:
             if said != metadata(step, rank, ranks):
                 raise damaged(self._checkpoint, [f"{name} says it is {said}; expected {metadata(step, rank, ranks)}"])
             for entry in json.loads((self._checkpoint / shard_name(rank, ranks, "json")).read_text(encoding="utf-8")):
-                yield Stretch(**{**entry, "raw": tuple(entry["raw"])}), file
+                yield ShardSlice(**{**entry, "raw": tuple(entry["raw"])}), file
 
     def _check(self, mask: LayerMask) -> None:
         wanted = {tensor.name: tensor.parameters for tensor in mask.trainable}

@@ -99,7 +99,7 @@ def claim(
         except CheckpointError as refused:
             error = refused
     try:
-        directory, error = world.share((claimed.directory if claimed else None, error))
+        directory, error = world.broadcast_object((claimed.directory if claimed else None, error))
         if error is not None:
             raise error
         for difference in directory.overridden:

@@ -22,7 +22,7 @@ from toolkit.engine.base import Engine
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import DiskError, FrostlineError
-from toolkit.runtime.hashed_files import Entry, sync_directory, tensors_size, told_if_full, write_json, write_tensors
+from toolkit.runtime.hashed_files import FileHash, sync_directory, tensors_size, told_if_full, write_json, write_tensors
 
 _Files = dict[str, tuple[dict[str, torch.Tensor], dict[str, str]]]
 """Tensors and metadata by file name."""
@@ -142,14 +142,14 @@ class Saver:
         writing, self._writing = self._writing, None
         if writing.ident is not None:
             writing.join()
-        failed = [error for error in self._world.gather(writing.error) if error is not None]
+        failed = [error for error in self._world.all_gather_object(writing.error) if error is not None]
         if failed:
             self._give_space_back()
             raise failed[0]
-        entries = {name: entry for own in self._world.gather(writing.entries) for name, entry in own.items()}
+        entries = {name: entry for own in self._world.all_gather_object(writing.entries) for name, entry in own.items()}
         self._on_main(f"checkpoint {writing.staging}", lambda: self._rename(writing, entries))
 
-    def _rename(self, writing: _Writing, entries: Mapping[str, Entry]) -> None:
+    def _rename(self, writing: _Writing, entries: Mapping[str, FileHash]) -> None:
         staging, final = writing.staging, self._run / "checkpoints" / directory_name(writing.step)
         write_manifest(staging, writing.step, entries)
         for directory in (*(path for path in staging.iterdir() if path.is_dir()), staging):
@@ -189,7 +189,7 @@ class Saver:
                     work()
             except FrostlineError as failed:
                 error = failed
-        if (shared := self._world.share(error)) is not None:
+        if (shared := self._world.broadcast_object(error)) is not None:
             self._give_space_back()
             raise shared
 
@@ -205,7 +205,7 @@ class _Writing(threading.Thread):
         super().__init__(name="checkpoint", daemon=False)
         self.staging, self.step, self.validation_follows = staging, step, False
         self._files, self._documents = files, documents
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, FileHash] = {}
         self.error: FrostlineError | None = None
 
     def run(self) -> None:
@@ -226,7 +226,7 @@ def _pack(content: Content, world: World) -> tuple[_Files, dict[str, object]]:
     """What this rank writes: its shard, and documents, by file name."""
     engine, step = content.engine, content.state.step
     share = optimizer_shards.own_share(engine.fragments(), engine.is_replicated, world.rank, world.size)
-    tensors, index = optimizer_shards.pack(share, content.resting if world.is_main else {})
+    tensors, index = optimizer_shards.pack_tensors(share, content.resting if world.is_main else {})
     own = (world.rank, world.size)
     documents: dict[str, object] = {
         optimizer_shards.shard_name(*own, "json"): index,

@@ -111,7 +111,7 @@ def add_resume_override(parser: argparse.ArgumentParser) -> None:
 
 
 def add_opening(parser: argparse.ArgumentParser, dtype_help: str) -> None:
-    """Add the flags that say how a trained model is opened, see ``toolkit.inference.open_model.open_source``."""
+    """Add the flags that say how a trained model is opened, see ``toolkit.inference.open_model.open_model``."""
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help=dtype_help)
     parser.add_argument(
         "--step", type=step, metavar="{N,latest,best}", default=None,

@@ -57,7 +57,7 @@ def read_rows(path: str, split: str | None = None, key: str = "data.split", usua
             rows = list(reader(file))
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error})") from None
-    elif is_hub_id(path):
+    elif is_hub_dataset(path):
         rows = list(_hub(path, split, key, usual))
     elif is_directory(file):
         raise DataError(f"{path}: is a directory; name one {', '.join(_READERS)} file in it")
@@ -70,7 +70,7 @@ def read_rows(path: str, split: str | None = None, key: str = "data.split", usua
     return rows
 
 
-def is_hub_id(path: str) -> bool:
+def is_hub_dataset(path: str) -> bool:
     """Whether ``path`` names a data set on the Hub (``org/name``) rather than a file."""
     return hub.is_hub_id(path) and Path(path).suffix.lower() not in _READERS
 

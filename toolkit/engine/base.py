@@ -48,8 +48,8 @@ class Engine(Protocol):
     def moved_share(self) -> float | None:
         """Share of the sampled trained weights that the last update changed, of those meant to move, over all ranks.
 
-        None where nothing was meant to. What is looked at is said in ``toolkit.optim.update_monitor.Moved``, which
-        also warns in the log where rounding eats the updates.
+        None where nothing was meant to. ``toolkit.optim.update_monitor.UpdateMonitor`` says what is looked at and warns
+        in the log where rounding eats the updates.
         """
 
     def train(self, mode: bool) -> None:

@@ -17,7 +17,7 @@ from toolkit.optim.flat_buffers import FlatState, TensorState
 from toolkit.optim.groups import build_scheduler, current_rate, embedding_tables, forward_to, parameter_groups
 from toolkit.optim.master_adamw import MasterAdamW
 from toolkit.optim.state_fragments import KINDS, MASTER, Fragment, gather_kind
-from toolkit.optim.update_monitor import Moved
+from toolkit.optim.update_monitor import UpdateMonitor
 from toolkit.runtime.distributed import World
 from toolkit.split.split import Suffix
 
@@ -58,7 +58,7 @@ class LocalEngine:
             parameters, settings, train.max_grad_norm, accumulates, world.size, name=optim.name,
             tables=embedding_tables(suffix.model),
         )  # fmt: skip
-        self._moved, self._rate = Moved(self._optimizer.peek), 0.0
+        self._moved, self._rate = UpdateMonitor(self._optimizer.peek), 0.0
         self._scheduler = build_scheduler(self._optimizer, train, total_steps)
 
     def forward(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:  # noqa: D102

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from toolkit.checkpoint.choice import Choice, Step
 from toolkit.checkpoint.delta import Delta, save_delta
 from toolkit.config.recipe import dump
-from toolkit.inference.open_model import open_source, read_run
+from toolkit.inference.open_model import open_model, read_run
 from toolkit.mask.apply import trainable_parameters
 from toolkit.mask.audit import audit_markdown
 from toolkit.models.load import Dtype
@@ -59,7 +59,7 @@ def export_model(
     """
     _require_run(run)
     _require_empty(target)
-    opened = open_source(str(run), step, base, trust_remote_code, dtype)
+    opened = open_model(str(run), step, base, trust_remote_code, dtype)
     delta, choice = opened.delta, opened.choice
     assert delta is not None  # the source is a run
     assert choice is not None

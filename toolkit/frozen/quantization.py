@@ -36,7 +36,7 @@ _BLOCK, _OUTER = 64, 256
 
 
 @dataclass(frozen=True)
-class Form:
+class QuantizedWeight:
     """What a quantised weight was, and is to be again."""
 
     precision: Precision
@@ -46,7 +46,7 @@ class Form:
     """It was stored as inputs × outputs (GPT-2's Conv1D); a scale belongs to an output."""
 
 
-def quantisable(block: nn.Module, precision: Precision) -> dict[str, Form]:
+def quantisable(block: nn.Module, precision: Precision) -> dict[str, QuantizedWeight]:
     """The weights of a block that can be quantised, by their names in it.
 
     They are the matrices of ``nn.Linear`` and of GPT-2's ``Conv1D``, and the stacked matrices of a mixture's experts.
@@ -58,12 +58,12 @@ def quantisable(block: nn.Module, precision: Precision) -> dict[str, Form]:
             linear = isinstance(module, (nn.Linear, Conv1D)) and leaf == "weight"
             stacked = parameter.ndim == 3 and not isinstance(module, nn.modules.conv._ConvNd)
             if (linear or stacked) and parameter.is_floating_point() and parameter.numel() % 2 == 0:
-                form = Form(precision, tuple(parameter.shape), parameter.dtype, isinstance(module, Conv1D))
+                form = QuantizedWeight(precision, tuple(parameter.shape), parameter.dtype, isinstance(module, Conv1D))
                 found[f"{path}.{leaf}" if path else leaf] = form
     return found
 
 
-def quantised_bytes(form: Form) -> int:
+def quantised_bytes(form: QuantizedWeight) -> int:
     """Bytes of all parts of a quantised weight.
 
     int8 takes a byte a weight and a float32 an output. nf4 takes half a byte a weight, a byte for 64 of them, a float32
@@ -76,7 +76,7 @@ def quantised_bytes(form: Form) -> int:
     return size // 2 + scales + 4 * math.ceil(scales / _OUTER) + 4
 
 
-def quantise(weight: torch.Tensor, form: Form) -> dict[str, torch.Tensor]:
+def quantise(weight: torch.Tensor, form: QuantizedWeight) -> dict[str, torch.Tensor]:
     """``weight`` in the parts that ``PARTS`` names, on its own device.
 
     int8 [N, K]: codes = round(127 · w / scales), scales [N] = max |w| of each output. nf4: the nearest of 16 quantiles
@@ -94,7 +94,7 @@ def quantise(weight: torch.Tensor, form: Form) -> dict[str, torch.Tensor]:
     }  # fmt: skip
 
 
-def dequantise(parts: Mapping[str, torch.Tensor], form: Form) -> torch.Tensor:
+def dequantise(parts: Mapping[str, torch.Tensor], form: QuantizedWeight) -> torch.Tensor:
     """The weight that ``parts`` stand for, in its original shape and precision."""
     if form.precision == "int8":
         scales = parts["scales"].mul(1 / 127).unsqueeze(1)
@@ -142,7 +142,7 @@ def check_quantisable(blocks: Iterable[nn.Module], precision: Precision) -> str:
     return f"prefix in {precision}: {quantised:,} of {total:,} parameters of the frozen blocks, all but those in {left}"
 
 
-def _row(form: Form) -> int:
+def _row(form: QuantizedWeight) -> int:
     """Inputs of one output."""
     return form.shape[0] if form.transposed else form.shape[-1]
 

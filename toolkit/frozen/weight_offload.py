@@ -18,7 +18,15 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.utils import send_to_device
 from torch import nn
 
-from toolkit.frozen.quantization import PARTS, Form, Precision, check_quantisable, dequantise, quantisable, quantise
+from toolkit.frozen.quantization import (
+    PARTS,
+    Precision,
+    QuantizedWeight,
+    check_quantisable,
+    dequantise,
+    quantisable,
+    quantise,
+)
 from toolkit.models.disk_offload import to_meta
 from toolkit.models.mapped_tensors import OnDisk, spill
 
@@ -70,7 +78,7 @@ class FrozenWeights:
             if own
         ]
         self._kept: dict[str, torch.Tensor | OnDisk] = {}
-        self._forms: dict[str, Form] = {}
+        self._forms: dict[str, QuantizedWeight] = {}
         self._sent: dict[str, tuple[dict[str, torch.Tensor], torch.cuda.Event]] = {}
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         for unit in self.units:
@@ -89,7 +97,7 @@ class FrozenWeights:
                     owner._buffers[name] = buffer.to(unit.device)
             add_hook_to_module(module, _Borrow(self, unit, following))
 
-    def settle(self, skeleton: nn.Module, precision: Literal["model"] | Precision, placement: Placement) -> None:
+    def place_weights(self, skeleton: nn.Module, precision: Literal["model"] | Precision, placement: Placement) -> None:
         """Bring all weights into the form and to the place where they are kept from now on, one unit at a time.
 
         Raises:
@@ -99,7 +107,7 @@ class FrozenWeights:
             blocks = [skeleton.get_submodule(unit.module) for unit in self.units if unit.is_block]
             log.info("%s", check_quantisable(blocks, precision))
         for unit in self.units:
-            forms: dict[str, Form] = {}
+            forms: dict[str, QuantizedWeight] = {}
             if precision != "model" and unit.is_block:
                 forms = quantisable(skeleton.get_submodule(unit.module), precision)
             place = unit.device if placement == "device" else _HOST
@@ -109,7 +117,7 @@ class FrozenWeights:
                 self._spill(unit)
         log.info("%s", self.summary())
 
-    def _settle(self, full: str, form: Form | None, device: torch.device, place: torch.device) -> None:
+    def _settle(self, full: str, form: QuantizedWeight | None, device: torch.device, place: torch.device) -> None:
         stored = self._kept[full]
         if form is None:
             if isinstance(stored, torch.Tensor):

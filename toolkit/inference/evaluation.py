@@ -21,7 +21,7 @@ from toolkit.data.examples import Example
 from toolkit.data.model_limits import check_fit, padding_id
 from toolkit.data.prefetch import Prefetcher, on_device
 from toolkit.data.sources import read_rows
-from toolkit.inference.open_model import Opened, open_source
+from toolkit.inference.open_model import OpenedModel, open_model
 from toolkit.models.load import Dtype
 from toolkit.runtime import signals
 from toolkit.runtime.distributed import World
@@ -92,7 +92,7 @@ def evaluate(
     with Prefetcher() as ahead, ProgressBar("evaluating", len(examples), "row", brief=True) as bar:
         for batch in chain.from_iterable(ahead(on_device(steps, world.device))):
             if may_stop:
-                signals.pause(world)
+                signals.raise_if_stopping(world)
             with during("the evaluation", batch.shape):
                 hidden = prefix(batch) if prefix else None
                 share += supervised_loss(forward, hidden, batch, tokens)
@@ -114,21 +114,21 @@ def evaluate_source(
     """Loss of the model behind ``source`` in this one process.
 
     Args:
-        source: as ``toolkit.inference.open_model.open_source`` takes it.
+        source: as ``toolkit.inference.open_model.open_model`` takes it.
         path: rows to evaluate on, all of them; none takes what the run of ``source`` held out.
         split: of a Hub data set; none takes its only one, or train.
         batch_size: rows computed at once.
         step: of a run, the checkpoint, by its number or as ``latest`` or ``best``; none takes the latest.
         base: where the base model is, if it moved.
         trust_remote_code: run code that ships with the base model, if ``source`` was trained with it.
-        dtype: precision to compute in; none as in ``open_source``.
+        dtype: precision to compute in; none as in ``open_model``.
 
     Raises:
         DataError: no rows are named and ``source`` held none out, or rows are bad.
         UsageError: ``source`` cannot be opened.
     """
     rows = None if path is None else read_rows(path, split)  # before a model loads
-    opened = open_source(source, step, base, trust_remote_code, dtype)
+    opened = open_model(source, step, base, trust_remote_code, dtype)
     config = opened.config.data
     if path is not None:
         config = config.model_copy(update={"path": path, "split": split, "validation": None, "validation_split": None})
@@ -146,7 +146,9 @@ def evaluate_source(
     model = opened.loaded.model.to(world.device).eval()
     suffix = Suffix(model, opened.loaded.anatomy, boundary=None)
     pad_id = padding_id(opened.loaded.tokenizer, model)
-    suffix.settle(None, collate([min(examples, key=lambda example: len(example.token_ids))], pad_id).to(world.device))
+    suffix.choose_shortcuts(
+        None, collate([min(examples, key=lambda example: len(example.token_ids))], pad_id).to(world.device)
+    )
     packing = choose_packing(config.packing, batch_size, None, suffix, examples, world.device)
     log.info("packing: %s", packing.reason)
     outcome = evaluate(suffix, None, examples, batch_size, pad_id, world, packing.on)
@@ -154,7 +156,7 @@ def evaluate_source(
     return SourceEvaluation(outcome.loss, outcome.supervised_tokens, step_taken, len(examples), data, held_out)
 
 
-def _describe_rows(rows: int, path: str | None, split: str | None, opened: Opened) -> tuple[str, bool | None]:
+def _describe_rows(rows: int, path: str | None, split: str | None, opened: OpenedModel) -> tuple[str, bool | None]:
     """The rows in words, and whether the run held them out; none where that is not known."""
     config, run = opened.config.data, opened.run
     if path is None:
@@ -175,7 +177,7 @@ def _place(path: str) -> str:
     return str(Path(path).resolve()) if is_file(path) else path
 
 
-def _require_same_rows(dataset: Dataset, opened: Opened) -> None:
+def _require_same_rows(dataset: Dataset, opened: OpenedModel) -> None:
     """Another split of changed rows could count rows that were trained on as held out."""
     assert opened.choice is not None
     if read_state(opened.choice.checkpoint).fingerprints["data"] != dataset.fingerprint:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.checkpoint import manifest
 from toolkit.checkpoint.catalog import checkpoints_of
-from toolkit.checkpoint.choice import Choice, Step, choose
+from toolkit.checkpoint.choice import Choice, Step, choose_checkpoint
 from toolkit.checkpoint.delta import Delta, is_delta, read_delta
 from toolkit.checkpoint.restore import Checkpoint
 from toolkit.config.recipe import build, read_recipe
@@ -20,7 +20,7 @@ from toolkit.data.chat_rendering import Rendering, read_rendering
 from toolkit.data.examples import Encoder
 from toolkit.mask.apply import apply_mask, trainable_parameters
 from toolkit.models.anatomy import Anatomy
-from toolkit.models.anatomy_detection import inspect
+from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.models.load import Dtype, LoadedModel, fingerprint, load, stored_dtype
 from toolkit.runtime.errors import CheckpointError, ModelError, UsageError
 
@@ -28,7 +28,7 @@ log = logging.getLogger("frostline")
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedModel:
     """A model ready to answer, and the recipe of its run where it comes from one."""
 
     loaded: LoadedModel
@@ -49,13 +49,13 @@ class Opened:
         return Encoder(self.loaded.tokenizer, self.config.data.max_length, self.loaded.ends, self.rendering)
 
 
-def open_source(
+def open_model(
     source: str,
     step: Step | None = None,
     base: str | None = None,
     trust_remote_code: bool = False,
     dtype: Dtype | None = None,
-) -> Opened:
+) -> OpenedModel:
     """Load the model behind ``source``.
 
     Args:
@@ -76,19 +76,20 @@ def open_source(
         config = build(read_recipe(path / "config.yaml"), f"recipe {path}/config.yaml")
         choice, delta = read_run(path, step)
         loaded = load_delta(delta, base, trust_remote_code, dtype)
-        return Opened(loaded, config, path, choice, delta, read_rendering(path))
+        return OpenedModel(loaded, config, path, choice, delta, read_rendering(path))
     if step is not None:
         raise UsageError(f"--step {step} names a checkpoint of a run directory, and {source} is none; leave it out")
     if _is_checkpoint(path) or is_delta(path):
         delta = read_trained(path)
         loaded = load_delta(delta, base, trust_remote_code, dtype)
-        return Opened(loaded, RunConfig(), None, None, delta, read_rendering(path.parent.parent))  # of a run, if so
+        rendering = read_rendering(path.parent.parent)  # of a run, if so
+        return OpenedModel(loaded, RunConfig(), None, None, delta, rendering)
     _refuse_inside_run(path)
     dtype = dtype or stored_dtype(source)
     model = ModelConfig(name_or_path=source, dtype="bfloat16" if dtype == "bfloat16" else "float32")
     loaded = load_base(model)
     _cast(loaded.model, dtype)
-    return Opened(loaded, RunConfig(model=model), None, None, None)
+    return OpenedModel(loaded, RunConfig(model=model), None, None, None)
 
 
 def read_run(run: Path, step: Step | None = None) -> tuple[Choice, Delta]:
@@ -101,7 +102,7 @@ def read_run(run: Path, step: Step | None = None) -> tuple[Choice, Delta]:
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    choice = choose(run, step)
+    choice = choose_checkpoint(run, step)
     log.info("%s: using %s", run, choice.advice("--step best"))
     return choice, Checkpoint(choice.checkpoint).delta()
 
@@ -121,7 +122,7 @@ def read_trained(path: Path) -> Delta:
     if is_delta(path):
         return read_delta(path)
     if _is_run(path):
-        choice = choose(path)
+        choice = choose_checkpoint(path)
         log.info("%s: using %s", path, choice.advice(f"model.delta {choice.better}"))
         return Checkpoint(choice.checkpoint).delta()
     _refuse_inside_run(path)
@@ -178,7 +179,7 @@ def load_base(
     below = config.model_copy(update={"delta": delta.base.config.delta})  # which may itself begin with a delta
     loaded = load_base(below, tokenizer, anatomy, blocks_on_disk)
     _lay_on(loaded, delta, config)
-    return replace(loaded, anatomy=inspect(loaded.model))  # its head may have a tensor of its own now
+    return replace(loaded, anatomy=detect_anatomy(loaded.model))  # its head may have a tensor of its own now
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from toolkit.models.anatomy import Anatomy, Component, Part, TensorInfo
-from toolkit.models.probe import dry_run
+from toolkit.models.probe import probe_blocks
 from toolkit.runtime.errors import ModelError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ _RANK: dict[Part, int] = {"embeddings": 0, "block": 1, "norm": 2, "head": 3, "ot
 """Which name of a shared tensor is its own: the lowest part decides what training it changes."""
 
 
-def inspect(model: PreTrainedModel) -> Anatomy:
+def detect_anatomy(model: PreTrainedModel) -> Anatomy:
     """Describe the parts of ``model``.
 
     The head is what the model calls its output embeddings. The blocks are the outermost module list that holds most
@@ -85,7 +85,7 @@ def _find_norm(model: nn.Module, blocks: str, head: nn.Module) -> nn.Module | No
     if not norms:
         return None
     last_block = list(model.get_submodule(blocks).children())[-1]
-    calls = [module for module, _ in dry_run(model, [last_block, *norms.values()])]
+    calls = [module for module, _ in probe_blocks(model, [last_block, *norms.values()])]
     last_call = max((index for index, module in enumerate(calls) if module is last_block), default=len(calls))
     return next(iter(calls[last_call + 1 :]), None)
 

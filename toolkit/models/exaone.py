@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from toolkit.models.config_json import is_tied
-from toolkit.models.source_files import SourceFiles, write_json
+from toolkit.models.source_files import SourceFiles, write_model_json
 from toolkit.models.weight_files import Comparison, StoredTensors, read_stored, weights_to_write
 
 _MODULES = {
@@ -104,7 +104,7 @@ def read_exaone_config(source: str, revision: str | None) -> LlamaConfig:
 
 
 @dataclass(frozen=True)
-class ExaoneForm:
+class ExaoneFormat:
     """EXAONE 3.x on disk: read as the equivalent Llama, written back under its own names with its own config.
 
     What is written is what EXAONE's own code and other loaders of EXAONE 3.x read. That code is copied, never run.
@@ -171,7 +171,7 @@ class ExaoneForm:
             config["tie_word_embeddings"] = tied
         for key in [key for key in ("torch_dtype", "dtype") if key in config] or ["torch_dtype"]:
             config[key] = str(model.dtype).removeprefix("torch.")
-        write_json(directory / "config.json", config)
+        write_model_json(directory / "config.json", config)
         self.files.write_generation_config(model.generation_config, ends, directory)
         self.files.carry(tokenizer.vocab_files_names.values(), directory)
         return comparison

@@ -17,18 +17,18 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTr
 
 from toolkit.config.schema import ModelConfig
 from toolkit.models.anatomy import Anatomy
-from toolkit.models.anatomy_detection import inspect
+from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.models.bundled import bundled_directory, cache_root
 from toolkit.models.checkpoint_contents import examine
 from toolkit.models.directory import check_directory
 from toolkit.models.disk_offload import device_map, quiet_accelerate, take_files
 from toolkit.models.end_tokens import model_ends
-from toolkit.models.exaone import ExaoneForm, is_exaone
+from toolkit.models.exaone import ExaoneFormat, is_exaone
 from toolkit.models.mapped_tensors import OnDisk
 from toolkit.models.quirks import turn_off_layerdrop
 from toolkit.models.rotary import make_rotary_per_sample
 from toolkit.models.source_files import SourceFiles
-from toolkit.models.storage_format import Form, TransformersForm
+from toolkit.models.storage_format import StorageFormat, TransformersFormat
 from toolkit.models.weight_files import Comparison, read_stored
 from toolkit.runtime import hub
 from toolkit.runtime.errors import FrostlineError, ModelError
@@ -48,7 +48,7 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     anatomy: Anatomy
-    form: Form
+    form: StorageFormat
     """What it was read from and is written back as."""
     on_disk: Mapping[str, OnDisk] = field(default_factory=dict)
     """Parameters that were not loaded, by name; in the model they are on the meta device."""
@@ -102,7 +102,7 @@ def load(
     make_rotary_per_sample(model)
     model.config.use_cache = False  # a key-value cache serves generation, not training
     ends = model_ends(source, config.revision)
-    return LoadedModel(model, tokenizer, anatomy or inspect(model), form, on_disk, ends)
+    return LoadedModel(model, tokenizer, anatomy or detect_anatomy(model), form, on_disk, ends)
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -235,15 +235,15 @@ def fingerprint_of(tensors: Mapping[str, torch.Tensor], on_disk: Mapping[str, On
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def _form(source: str, config: ModelConfig) -> Form:
+def _form(source: str, config: ModelConfig) -> StorageFormat:
     if is_exaone(source, config.revision) and not config.trust_remote_code:
-        return ExaoneForm(source, config.revision)
-    return TransformersForm(source, config.revision, config.trust_remote_code)
+        return ExaoneFormat(source, config.revision)
+    return TransformersFormat(source, config.revision, config.trust_remote_code)
 
 
 def _load_upper_part(
     source: str, config: ModelConfig, anatomy: Anatomy, blocks_on_disk: int
-) -> tuple[PreTrainedModel, Form, dict[str, OnDisk]]:
+) -> tuple[PreTrainedModel, StorageFormat, dict[str, OnDisk]]:
     """Load all but the first blocks; what a checkpoint holds in another form than the model's is written anew first."""
     root = cache_root()
     root.mkdir(parents=True, exist_ok=True)
@@ -254,7 +254,7 @@ def _load_upper_part(
         return model, form, take_files(model)  # mapped: the folder's files stay readable without their names
 
 
-def _load_weights(source: str, config: ModelConfig, more: dict[str, Any]) -> tuple[PreTrainedModel, Form]:
+def _load_weights(source: str, config: ModelConfig, more: dict[str, Any]) -> tuple[PreTrainedModel, StorageFormat]:
     options: dict[str, Any] = {
         "dtype": getattr(torch, config.dtype),
         "attn_implementation": config.attn_implementation,

@@ -37,7 +37,7 @@ def evaluating(*parts: nn.Module) -> Iterator[None]:
             )
 
 
-def dry_run(
+def probe_blocks(
     model: nn.Module, watched: Iterable[nn.Module], device: torch.device | None = None
 ) -> list[tuple[nn.Module, Any]]:
     """The ``watched`` modules in the order in which a pass over two tokens leaves them, each with its output.

@@ -118,7 +118,7 @@ class SourceFiles:
             values = values or {key: token for key, token in tokens.items() if token is not None}
             values["eos_token_id"] = every[0] if len(every) == 1 else every
             values.pop("_from_model_config", None)  # it would let transformers replace what is written here
-            write_json(directory / name, values)
+            write_model_json(directory / name, values)
 
     def chat_template_json(self) -> str | dict[str, str] | None:
         """The templates in chat_template.json, which processors read and tokenizers do not; none if there are none.
@@ -174,7 +174,7 @@ class SourceFiles:
         return path is not None
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
+def write_model_json(path: Path, values: dict[str, Any]) -> None:
     """Write ``values`` as these files are usually written: indented, in the order of the keys.
 
     Raises:
@@ -195,7 +195,7 @@ def _name_for_transformers_4(path: Path) -> None:
         del wanted["extra_special_tokens"]
         wanted["additional_special_tokens"] = [*values.get("additional_special_tokens", []), *extra]
     if wanted != values:
-        write_json(path, wanted)
+        write_model_json(path, wanted)
 
 
 def _as_list(value: object) -> list[int]:

@@ -19,13 +19,13 @@ from transformers import (
 from transformers.core_model_loading import WeightConverter, rename_source_key, revert_weight_conversion
 
 from toolkit.models.config_json import QUANTISATION, config_to_write
-from toolkit.models.source_files import SourceFiles, write_json
+from toolkit.models.source_files import SourceFiles, write_model_json
 from toolkit.models.weight_files import Comparison, StoredTensors, read_stored, weights_to_write
 
 log = logging.getLogger("frostline")
 
 
-class Form(Protocol):
+class StorageFormat(Protocol):
     """Reads a checkpoint into a model that transformers knows, and writes such a model back in the same form."""
 
     @property
@@ -108,7 +108,7 @@ def drop_quantisation(config: PretrainedConfig, stored: StoredTensors, source: s
 
 
 @dataclass(frozen=True)
-class TransformersForm:
+class TransformersFormat:
     """What transformers itself loads and saves."""
 
     source: str
@@ -168,7 +168,7 @@ class TransformersForm:
         weights = weights_to_write(model, stored, self.targets(model, stored), in_stored_form)
         comparison = weights.write(stored, directory)
         written = config_to_write(config, model)
-        write_json(directory / "config.json", written)
+        write_model_json(directory / "config.json", written)
         self.files.write_generation_config(model.generation_config, ends, directory)
         self.files.carry(tokenizer.vocab_files_names.values(), directory)
         return comparison

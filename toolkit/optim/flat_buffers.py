@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from toolkit.optim.gradients import Clipping, Gradients, Stretch
-from toolkit.optim.update_monitor import choose
+from toolkit.optim.gradients import Clipping, Gradients, GradientSlice
+from toolkit.optim.update_monitor import sampled_indices
 
 
 class TensorState(Protocol):
@@ -90,13 +90,13 @@ class FlatState:
             own.copy_(raw[kind])
 
 
-class Store(Protocol):
+class StateStore(Protocol):
     """Tensors of one parameter group with their gradients and state."""
 
     group: int
     is_summed: bool
     gradients: list[torch.Tensor]
-    stretches: list[Stretch]
+    stretches: list[GradientSlice]
     parameters: list[nn.Parameter]
 
     @property
@@ -109,7 +109,7 @@ class Store(Protocol):
     def begin(self) -> None:
         """As ``Gradients.begin``."""
 
-    def gradient(self, stretch: Stretch) -> torch.Tensor:
+    def gradient(self, stretch: GradientSlice) -> torch.Tensor:
         """As ``Gradients.gradient``."""
 
     def end(self) -> None:
@@ -127,9 +127,9 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a ``Flat`` with the state that belongs to it. All lists hold views."""
+    """A stretch of a ``FlatBuffers`` with the state that belongs to it. All lists hold views."""
 
-    stretch: Stretch
+    stretch: GradientSlice
     lengths: list[int]
     """Into how many elements each the update cuts the gradient: one entry where the masters are one stretch."""
     masters: list[torch.Tensor]
@@ -147,7 +147,7 @@ class Piece:
             torch._foreach_copy_(self.rounded, self.exact)
 
 
-class Flat(Gradients):
+class FlatBuffers(Gradients):
     """Tensors of one parameter group, all float32 or all low-precision, one after another, with float32 state."""
 
     def __init__(
@@ -198,10 +198,10 @@ class Flat(Gradients):
             piece.write_back()
 
     def peek(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """As ``Store.peek``."""
+        """As ``StateStore.peek``."""
         if self._index is None:
-            self._index = choose([p.numel() for p in self.parameters]).to(self.device)
-            self._own_indices = [choose([p.numel()]).to(self.device) for p in self.parameters]
+            self._index = sampled_indices([p.numel() for p in self.parameters]).to(self.device)
+            self._own_indices = [sampled_indices([p.numel()]).to(self.device) for p in self.parameters]
         if self._master is not None:
             values = self._master.index_select(0, self._index)
         else:
@@ -213,7 +213,7 @@ class Flat(Gradients):
         parts = buffer.split_with_sizes([p.numel() for p in self.parameters])
         return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
 
-    def _piece(self, stretch: Stretch) -> Piece:
+    def _piece(self, stretch: GradientSlice) -> Piece:
         start, stop = stretch.start, stretch.stop
         exact = stretch.cut([state.master.detach() for state in self.states])
         lengths = [tensor.numel() for tensor in exact]

@@ -13,7 +13,7 @@ from torch import nn
 
 
 @dataclass(frozen=True)
-class Stretch:
+class GradientSlice:
     """What is updated at once of tensors that lie one after another. All lists hold views."""
 
     start: int
@@ -90,7 +90,7 @@ class Gradients:
             self._sums = torch.zeros(self.total, device=self.device)
         self.gradients = self._take() if self._sums is None else [self._sums]
 
-    def gradient(self, stretch: Stretch) -> torch.Tensor:
+    def gradient(self, stretch: GradientSlice) -> torch.Tensor:
         """The gradient of a stretch in float32, [elements]; may be overwritten by the next stretch's."""
         if self._sums is None:
             return stretch.gather(self.gradients)
@@ -107,7 +107,7 @@ class Gradients:
             parameter.grad = None
         return gradients
 
-    def _stretch(self, start: int, stop: int, scratch: torch.Tensor) -> Stretch:
+    def _stretch(self, start: int, stop: int, scratch: torch.Tensor) -> GradientSlice:
         members = tuple(self._members(start, stop))
         own = scratch[: stop - start]
         shapes = []
@@ -116,7 +116,7 @@ class Gradients:
             shapes.append(whole.shape if part is None else torch.Size([part.stop - part.start]))
         parts = own.split_with_sizes([shape.numel() for shape in shapes])
         upcast = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-        return Stretch(start, stop, members, own, upcast)
+        return GradientSlice(start, stop, members, own, upcast)
 
     def _members(self, start: int, stop: int) -> Iterator[tuple[int, slice | None]]:
         """The tensors that reach into [start, stop), and which part of each."""

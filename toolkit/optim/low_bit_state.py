@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from toolkit.optim.gradients import Clipping, Gradients, Stretch
-from toolkit.optim.moments import Form
-from toolkit.optim.rounding import join, split
-from toolkit.optim.update_monitor import choose
+from toolkit.optim.gradients import Clipping, Gradients, GradientSlice
+from toolkit.optim.moments import MomentFormat
+from toolkit.optim.rounding import join_halves, split_halves
+from toolkit.optim.update_monitor import sampled_indices
 
 
-class Cell(Gradients):
+class LowBitState(Gradients):
     """A ``Store`` of one tensor, and its ``TensorState``.
 
     What takes the updates is the parameter itself where that is float32; else a float32 copy, or with ``splits`` the
@@ -29,7 +29,7 @@ class Cell(Gradients):
         piece: int,
         accumulates: bool,
         ranks: int,
-        form: Form,
+        form: MomentFormat,
         splits: torch.Tensor | None = None,
     ) -> None:
         """
@@ -58,7 +58,7 @@ class Cell(Gradients):
             self._rest = torch.zeros(self.total, dtype=torch.int16, device=self.device)
 
     @property
-    def states(self) -> list[Cell]:
+    def states(self) -> list[LowBitState]:
         """Itself."""
         return [self]
 
@@ -75,7 +75,7 @@ class Cell(Gradients):
         if self._exact is not None:
             return self._exact.view(shape)
         assert self._rest is not None
-        return join(self._weight, self._rest, torch.empty(self.total, device=self.device)).view(shape)
+        return join_halves(self._weight, self._rest, torch.empty(self.total, device=self.device)).view(shape)
 
     @property
     def exp_avg(self) -> torch.Tensor:
@@ -107,7 +107,7 @@ class Cell(Gradients):
                 self._exact.copy_(flat)
             else:
                 assert self._rest is not None
-                split(flat, self._weight, self._rest)
+                split_halves(flat, self._weight, self._rest)
         if exp_avg is not None or exp_avg_sq is not None:
             first, second = self._form.read(self._moments)
             first = first if exp_avg is None else exp_avg.flatten()
@@ -138,7 +138,7 @@ class Cell(Gradients):
             gradient = self.gradient(stretch)
             self._form.update(self._moments, span, exact, gradient, settings, self._step, factor)
             if self._rest is not None:
-                split(exact, self._weight[span], self._rest[span])
+                split_halves(exact, self._weight[span], self._rest[span])
         self.write_back()
 
     def write_back(self) -> None:
@@ -149,21 +149,21 @@ class Cell(Gradients):
     def peek(self) -> tuple[torch.Tensor, torch.Tensor]:
         """As ``Store.peek``."""
         if self._index is None:
-            self._index = choose([self.total]).to(self.device)
+            self._index = sampled_indices([self.total]).to(self.device)
         index = self._index
         if self._exact is not None:
             values = self._exact.index_select(0, index)
         else:
             assert self._rest is not None
             parts = self._weight.index_select(0, index), self._rest.index_select(0, index)
-            values = join(*parts, torch.empty(index.numel(), device=self.device))
+            values = join_halves(*parts, torch.empty(index.numel(), device=self.device))
         return values, self._form.moving(self._moments, index)
 
-    def _take_up(self, stretch: Stretch) -> torch.Tensor:
+    def _take_up(self, stretch: GradientSlice) -> torch.Tensor:
         """The exact weights of a stretch, float32: where they are kept, or put together from their halves."""
         span = slice(stretch.start, stretch.stop)
         if self._exact is not None:
             return self._exact[span]
         assert self._rest is not None
         assert self._joined is not None
-        return join(self._weight[span], self._rest[span], self._joined[: stretch.stop - stretch.start])
+        return join_halves(self._weight[span], self._rest[span], self._joined[: stretch.stop - stretch.start])

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import nn
 
 from toolkit.config.schema import OptimName
-from toolkit.optim.flat_buffers import Flat, FlatState, Store, TensorState
+from toolkit.optim.flat_buffers import FlatBuffers, FlatState, StateStore, TensorState
 from toolkit.optim.gradients import Clipping
-from toolkit.optim.low_bit_state import Cell
-from toolkit.optim.moments import BLOCK, SMALLEST, form_of
+from toolkit.optim.low_bit_state import LowBitState
+from toolkit.optim.moments import BLOCK, SMALLEST, moment_format
 
 LARGEST_PIECE = 2**22
 """Elements updated at once on a GPU, where that takes longer than the launch of three kernels; the most anywhere."""
@@ -72,7 +72,7 @@ class MasterAdamW(torch.optim.AdamW):
         assert name == "adamw" or piece % BLOCK == 0
         longest = min(piece, sum(p.numel() for p in parameters.values()))
         self._scratch = torch.empty(longest, device=device)
-        self._stores: list[Store] = []
+        self._stores: list[StateStore] = []
         make = _Maker(name, tables, self._scratch, piece, accumulates, ranks)
         groups = []
         for index, group in enumerate(settings):
@@ -117,7 +117,7 @@ class MasterAdamW(torch.optim.AdamW):
             store.write_back()
 
     def peek(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """``Store.peek`` of each store, for ``toolkit.optim.update_monitor``."""
+        """``StateStore.peek`` of each store, for ``toolkit.optim.update_monitor``."""
         for store in self._stores:
             yield store.peek()
 
@@ -152,18 +152,18 @@ class _Maker:
     ) -> None:
         self._name, self._tables = name, tables
         self._common = scratch, piece, accumulates, ranks
-        self._form = None if name == "adamw" else form_of(name, scratch.numel(), scratch.device)
+        self._form = None if name == "adamw" else moment_format(name, scratch.numel(), scratch.device)
         self._splits = torch.empty_like(scratch) if name == "adamw_bf16" else None
 
-    def __call__(self, index: int, parameters: Sequence[nn.Parameter]) -> Iterator[Store]:
+    def __call__(self, index: int, parameters: Sequence[nn.Parameter]) -> Iterator[StateStore]:
         flat = [p for p in parameters if self._stays_float32(p)]
         for kind in ([p for p in flat if (p.dtype == torch.float32) is own] for own in (False, True)):
             if kind:
-                yield Flat(index, kind, *self._common)
+                yield FlatBuffers(index, kind, *self._common)
         for parameter in parameters:
             if not self._stays_float32(parameter):
                 assert self._form is not None
-                yield Cell(index, parameter, *self._common, self._form, self._splits)
+                yield LowBitState(index, parameter, *self._common, self._form, self._splits)
 
     def _stays_float32(self, parameter: nn.Parameter) -> bool:
         if self._name in ("adamw", "adamw_bf16"):
@@ -171,6 +171,6 @@ class _Maker:
         return parameter.numel() < SMALLEST or id(parameter) in self._tables
 
 
-def _taking_updates(store: Store) -> list[torch.Tensor]:
+def _taking_updates(store: StateStore) -> list[torch.Tensor]:
     """What stands for the tensors of a store in ``param_groups``."""
     return [s.master if isinstance(s, FlatState) else p for s, p in zip(store.states, store.parameters, strict=True)]

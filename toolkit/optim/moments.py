@@ -30,7 +30,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 State = dict[str, torch.Tensor]
 
 
-class Form(Protocol):
+class MomentFormat(Protocol):
     """How the moments of n elements are stored, and what one step of AdamW does to them."""
 
     def create(self, size: int, device: torch.device) -> State:
@@ -233,7 +233,7 @@ def fused_adamw(
     )  # fmt: skip
 
 
-def form_of(name: OptimName, longest: int, device: torch.device) -> Form:
+def moment_format(name: OptimName, longest: int, device: torch.device) -> MomentFormat:
     """What ``optim.name`` stores moments as, where it stores them otherwise than in float32.
 
     Args:

@@ -12,7 +12,7 @@ import torch
 _HALF = 1 << 15
 
 
-def join(weight: torch.Tensor, rest: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def join_halves(weight: torch.Tensor, rest: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """The float32 numbers that ``split`` took apart.
 
     Args:
@@ -25,7 +25,7 @@ def join(weight: torch.Tensor, rest: torch.Tensor, out: torch.Tensor) -> torch.T
     return out
 
 
-def split(exact: torch.Tensor, weight: torch.Tensor, rest: torch.Tensor) -> None:
+def split_halves(exact: torch.Tensor, weight: torch.Tensor, rest: torch.Tensor) -> None:
     """Round float32 numbers to the nearest bfloat16, and keep what is missing as signed 16 bits.
 
     Halfway cases go away from zero, where torch's own rounding goes to even.

@@ -94,7 +94,7 @@ class AdamState:
     """That the moments have had."""
 
 
-def gather(
+def gather_states(
     fragments: Sequence[Fragment], shapes: Mapping[str, torch.Size], is_replicated: bool, world: World
 ) -> dict[str, AdamState]:
     """All of the optimizer's state on rank 0, in copies; empty on the others. Every rank calls it.
@@ -106,7 +106,7 @@ def gather(
         world: all ranks.
     """
     whole = [gather_kind(kind, fragments, shapes, is_replicated, world) for kind in KINDS]
-    counted = world.gather({fragment.name: fragment.held.updates for fragment in fragments})
+    counted = world.all_gather_object({fragment.name: fragment.held.updates for fragment in fragments})
     updates = {name: count for own in counted for name, count in own.items()}
     masters, averages, squares = whole
     return {name: AdamState(masters[name], averages[name], squares[name], updates[name]) for name in masters}
@@ -132,7 +132,7 @@ def gather_kind(
     return whole
 
 
-def hand_over(
+def load_fragments(
     fragments: Sequence[Fragment], shapes: Mapping[str, torch.Size],
     state: Mapping[str, AdamState], world: World,
 ) -> None:  # fmt: skip
@@ -146,9 +146,9 @@ def hand_over(
         world: all ranks.
     """
     own = {fragment.name: fragment for fragment in fragments}
-    for name, updates in world.share({name: one.updates for name, one in state.items()}).items():
+    for name, updates in world.broadcast_object({name: one.updates for name, one in state.items()}).items():
         kinds = KINDS if updates else (MASTER,)
-        full = {kind: world.spread(getattr(state.get(name), kind, None), shapes[name]) for kind in kinds}
+        full = {kind: world.broadcast_tensor(getattr(state.get(name), kind, None), shapes[name]) for kind in kinds}
         if name in own:
             fragment = own[name]
             parts = {kind: values.view(-1)[fragment.start : fragment.stop] for kind, values in full.items()}

@@ -19,7 +19,7 @@ STEPS, TOO_FEW = 10, 0.5
 Peek = Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]]
 
 
-def choose(sizes: Sequence[int]) -> torch.Tensor:
+def sampled_indices(sizes: Sequence[int]) -> torch.Tensor:
     """Which elements are looked at of vectors that lie one after another: the same in every run, int64."""
     start, parts = 0, []
     for size in sizes:
@@ -30,7 +30,7 @@ def choose(sizes: Sequence[int]) -> torch.Tensor:
     return torch.cat(parts)
 
 
-class Moved:
+class UpdateMonitor:
     """Compares a fixed sample of the weights before and after each update.
 
     The weights are those that carry the training: float32 masters, or bfloat16 weights with the bits kept beside them;

@@ -10,12 +10,12 @@ from toolkit.data.batches import BatchPlan
 from toolkit.engine.deepspeed.config import read_ds_config, resolve_ds_config
 from toolkit.mask.schedule import phase_ends
 from toolkit.planning.chart import draw
-from toolkit.planning.device_fit import choose_recompute, judge
+from toolkit.planning.device_fit import choose_checkpointing, judge
 from toolkit.planning.engine_memory import EngineSpec, engine_spec
-from toolkit.planning.meta_model import Skeleton, skeleton
+from toolkit.planning.meta_model import MetaModel, meta_model
 from toolkit.planning.phase_plans import phase_planners, whole_plan
 from toolkit.planning.table import as_dict, as_text
-from toolkit.planning.workload import read_load
+from toolkit.planning.workload import read_workload
 
 
 def plan_command(invocation: Invocation, ranks: int, budget: int | None, as_json: bool, png: Path | None) -> None:
@@ -31,16 +31,16 @@ def plan_command(invocation: Invocation, ranks: int, budget: int | None, as_json
     Raises:
         UsageError: recipe, flags, DeepSpeed file, model or mask is at fault.
     """
-    bare = skeleton(invocation.config.model)
+    bare = meta_model(invocation.config.model)
     spec = spec_of(invocation, bare, ranks)
     config = invocation.config
-    load = read_load(config, bare.positions)
+    load = read_workload(config, bare.positions)
     if load.lengths is not None:  # else nobody knows how many steps an epoch has
         train = config.train
         rows = BatchPlan(len(load.lengths), train.micro_batch_size, train.gradient_accumulation_steps, ranks=ranks)
         phase_ends(config.mask, rows.steps_per_epoch, rows.steps(train.epochs, train.max_steps))
     planners = phase_planners(config, bare, load)
-    plans = [planner.plan(choose_recompute(planner, spec, budget)) for planner in planners]
+    plans = [planner.plan(choose_checkpointing(planner, spec, budget)) for planner in planners]
     plan = whole_plan(plans, config.mask)
     verdict = None
     if budget is not None:
@@ -51,7 +51,7 @@ def plan_command(invocation: Invocation, ranks: int, budget: int | None, as_json
     print(json.dumps(as_dict(plan, verdict), indent=1) if as_json else as_text(plan, verdict))
 
 
-def spec_of(invocation: Invocation, bare: Skeleton, ranks: int) -> EngineSpec:
+def spec_of(invocation: Invocation, bare: MetaModel, ranks: int) -> EngineSpec:
     """The engine that ``--ds`` asks for.
 
     Raises:

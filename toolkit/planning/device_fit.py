@@ -42,7 +42,7 @@ class Verdict:
         return self.fits or (bool(self.turns) and self.turns[-1][1] <= self.budget)
 
 
-def choose_recompute(planner: Planner, spec: EngineSpec, budget: int | None) -> Variant:
+def choose_checkpointing(planner: Planner, spec: EngineSpec, budget: int | None) -> Variant:
     """The run with gradient checkpointing as the recipe has it; ``auto`` turns it on where ``budget`` needs it."""
     mode = planner.config.train.gradient_checkpointing
     plain = planner.variant(spec, recompute=mode == "on")

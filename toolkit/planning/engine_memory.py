@@ -12,7 +12,7 @@ from toolkit.config.schema import OptimName
 from toolkit.engine.deepspeed.config import zero_stage
 from toolkit.optim.master_adamw import LARGEST_PIECE
 from toolkit.optim.moments import SMALLEST, moment_bytes
-from toolkit.planning.prefix_memory import Frozen
+from toolkit.planning.prefix_memory import PrefixMemory
 
 Place = Literal["device", "cpu", "nvme"]
 
@@ -138,7 +138,7 @@ class Standing:
     """What is in files."""
 
 
-def standing(spec: EngineSpec, tensors: Tensors, frozen: Frozen) -> Standing:
+def standing(spec: EngineSpec, tensors: Tensors, frozen: PrefixMemory) -> Standing:
     """What ``spec`` holds for ``tensors``, beside the prefix's ``frozen`` ones.
 
     Follows toolkit.optim.flat_buffers, and of DeepSpeed 0.19 zero/stage_1_and_2.py, zero/stage3.py,
@@ -194,7 +194,7 @@ def _divided_moments(name: OptimName, tensors: Tensors, part: Callable[[Sequence
     return moment_bytes(name, part(tensors.tables), is_table=True) + sum(moment_bytes(name, part(k)) for k in kinds)
 
 
-def _local(spec: EngineSpec, tensors: Tensors, frozen: Frozen, suffix: int) -> Standing:
+def _local(spec: EngineSpec, tensors: Tensors, frozen: PrefixMemory, suffix: int) -> Standing:
     """Gradients stay as backward leaves them, unless they are added up in float32 over micro batches or ranks."""
     width, total = tensors.width, sum(tensors.trained)
     low = width < 4
@@ -218,7 +218,7 @@ def _divided_scratch(spec: EngineSpec, part: int) -> int:
     return (8 + 8) * min(part, LARGEST_PIECE) if spec.optimizer == "adamw_bf16" else 0
 
 
-def _stage_1_or_2(spec: EngineSpec, tensors: Tensors, frozen: Frozen, suffix: int) -> Standing:
+def _stage_1_or_2(spec: EngineSpec, tensors: Tensors, frozen: PrefixMemory, suffix: int) -> Standing:
     width, total = tensors.width, sum(tensors.trained)
 
     def parts(sizes: Sequence[int]) -> int:
@@ -252,7 +252,7 @@ def _stage_1_or_2(spec: EngineSpec, tensors: Tensors, frozen: Frozen, suffix: in
     )  # fmt: skip
 
 
-def _stage_3(spec: EngineSpec, tensors: Tensors, frozen: Frozen) -> Standing:
+def _stage_3(spec: EngineSpec, tensors: Tensors, frozen: PrefixMemory) -> Standing:
     """Every tensor of the suffix is cut in equal parts; the prefix keeps its own copy of a shared table."""
     width, low = tensors.width, tensors.width < 4
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from toolkit.planning.trace import Phase, Rehearsal
+from toolkit.planning.trace import Phase, Trace
 
 PASSES = ("prefix forward", "suffix forward", "backward", "recomputation")
 
@@ -43,7 +43,7 @@ class Compute:
         return {name: sum(cost.of(*row) for row in rows) for name, cost in self.passes.items()}
 
 
-def compute(plain: Sequence[Rehearsal], checkpointed: Sequence[Rehearsal] | None) -> Compute:
+def compute(plain: Sequence[Trace], checkpointed: Sequence[Trace] | None) -> Compute:
     """The cost of each pass.
 
     Args:
@@ -62,7 +62,7 @@ def compute(plain: Sequence[Rehearsal], checkpointed: Sequence[Rehearsal] | None
     )
 
 
-def _cost(rehearsals: Sequence[Rehearsal], phase: Phase) -> Cost:
+def _cost(rehearsals: Sequence[Trace], phase: Phase) -> Cost:
     """What differs between the two is the work at supervised positions."""
     first, second = rehearsals
     shape = first.shape

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from toolkit.planning.engine_memory import EngineSpec, Standing, Tensors, whole_moments
-from toolkit.planning.trace import Rehearsal
+from toolkit.planning.trace import Trace
 
 KINDS = (
     "prefix weights", "suffix weights", "masters", "moments", "gradients", "activations", "logits", "workspace",
@@ -37,7 +37,7 @@ class Memory:
         return sum(self.at_peak.values())
 
 
-def memory(held: Standing, rehearsal: Rehearsal, lent: int, fill: float | None) -> Memory:
+def memory(held: Standing, rehearsal: Trace, lent: int, fill: float | None) -> Memory:
     """What the engine holds and what a micro batch adds: in the prefix, in forward and backward, and in the update.
 
     Args:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Pre
 
 from toolkit.config.schema import ModelConfig
 from toolkit.models.anatomy import Anatomy
-from toolkit.models.anatomy_detection import inspect
+from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.models.exaone import is_exaone, llama_name, read_exaone_config
 from toolkit.models.load import LoadedModel, hub_says, resolve_source
 from toolkit.models.mapped_tensors import read_header
@@ -27,7 +27,7 @@ LOOKED_AT_CONTENT = (AttributeError, KeyError, IndexError, TypeError, ValueError
 
 
 @dataclass(frozen=True)
-class Skeleton:
+class MetaModel:
     """A model whose tensors hold nothing, and its parts."""
 
     model: PreTrainedModel
@@ -47,7 +47,7 @@ class Skeleton:
         return int(longest) if longest else None
 
 
-def skeleton(config: ModelConfig) -> Skeleton:
+def meta_model(config: ModelConfig) -> MetaModel:
     """The model that ``config`` names, from its config.json alone; headers of safetensors are checked where they lie.
 
     Raises:
@@ -68,17 +68,17 @@ def skeleton(config: ModelConfig) -> Skeleton:
         raise _cannot_build(source, error) from None
     turn_off_layerdrop(model)
     model.config.use_cache = False
-    anatomy = inspect(model)
+    anatomy = detect_anatomy(model)
     try:
         note = _check_headers(Path(source), anatomy, exaone)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"the weights in {source} cannot be read ({type(error).__name__}: {error}); restore them"
         ) from None
-    return Skeleton(model, anatomy, note)
+    return MetaModel(model, anatomy, note)
 
 
-def skeleton_of(loaded: LoadedModel) -> Skeleton:
+def meta_model_of(loaded: LoadedModel) -> MetaModel:
     """The skeleton of a model that is loaded; its mask must not be applied yet, because that changes its config.
 
     Raises:
@@ -91,7 +91,7 @@ def skeleton_of(loaded: LoadedModel) -> Skeleton:
     except LOOKED_AT_CONTENT as error:
         raise _cannot_build(type(model).__name__, error) from None
     turn_off_layerdrop(bare)
-    return Skeleton(bare, loaded.anatomy, "the loaded model")
+    return MetaModel(bare, loaded.anatomy, "the loaded model")
 
 
 def is_exaone_source(source: str, config: ModelConfig) -> bool:

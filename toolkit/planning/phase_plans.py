@@ -8,15 +8,15 @@ from dataclasses import replace
 from toolkit.config.schema import MaskConfig, RunConfig
 from toolkit.mask.layer_mask import MaskedTensor
 from toolkit.mask.schedule import phase_configs, phase_masks
-from toolkit.planning.meta_model import Skeleton
+from toolkit.planning.meta_model import MetaModel
 from toolkit.planning.planner import PhaseCost, Plan, Planner
-from toolkit.planning.workload import Load
+from toolkit.planning.workload import Workload
 
 _MASTER = 4
 """Bytes of an element of a master."""
 
 
-def phase_planners(config: RunConfig, skeleton: Skeleton, load: Load) -> list[Planner]:
+def phase_planners(config: RunConfig, skeleton: MetaModel, load: Workload) -> list[Planner]:
     """One planner a phase of the mask's schedule; one in all where there is no schedule.
 
     Raises:

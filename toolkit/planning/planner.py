@@ -14,13 +14,13 @@ from toolkit.models.varlen import VARLEN
 from toolkit.planning.engine_memory import EngineSpec, standing
 from toolkit.planning.flops import Compute, compute
 from toolkit.planning.memory import Memory, checkpoint_bytes, memory
-from toolkit.planning.meta_model import LOOKED_AT_CONTENT, Skeleton
-from toolkit.planning.prefix_memory import Frozen, frozen_bytes
-from toolkit.planning.trace import Rehearsal, Shape
-from toolkit.planning.traced_split import Halves, halve, rehearse_halves
-from toolkit.planning.workload import Load
+from toolkit.planning.meta_model import LOOKED_AT_CONTENT, MetaModel
+from toolkit.planning.prefix_memory import PrefixMemory, frozen_bytes
+from toolkit.planning.trace import Shape, Trace
+from toolkit.planning.traced_split import MetaSplit, meta_split, trace_split
+from toolkit.planning.workload import Workload
 from toolkit.runtime.errors import PlanError
-from toolkit.split.loss_head import ShortCuts
+from toolkit.split.loss_head import Shortcuts
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,11 @@ class Plan:
     audit: tuple[AuditRow, ...]
     audit_text: str
     variant: Variant
-    load: Load
+    load: Workload
     is_cut: bool
     """False where the architecture cannot be cut, so that the frozen blocks run inside the suffix."""
     memory: Memory
-    frozen: Frozen
+    frozen: PrefixMemory
     """Where the prefix's weights are."""
     compute: Compute
     token_bytes: int
@@ -93,22 +93,22 @@ class Planner:
     """Plans variants of one run; what was rehearsed once is not rehearsed again."""
 
     config: RunConfig
-    skeleton: Skeleton
-    load: Load
+    skeleton: MetaModel
+    load: Workload
     cut: bool = True
     """Whether the model is to be cut at the frost line, if it can be."""
     packed: bool | None = None
     """Whether micro batches are packed; none takes what the recipe asks for, without the run's own check."""
     cached: bool | None = None
     """Whether the prefix is cached; likewise."""
-    short_cuts: ShortCuts = ShortCuts(True, True, True)  # noqa: RUF009
+    shortcuts: Shortcuts = Shortcuts(True, True, True)  # noqa: RUF009
     """Which short cuts to take at the top of the suffix, where the structure allows them."""
     untied: bool = False
     """The head is untied though this mask may not ask for it: another phase does."""
     is_phase: bool = False
     """This is one phase of several."""
-    _halves: dict[str, Halves] = field(default_factory=dict)
-    _rehearsals: dict[tuple[Any, ...], Rehearsal] = field(default_factory=dict)
+    _halves: dict[str, MetaSplit] = field(default_factory=dict)
+    _rehearsals: dict[tuple[Any, ...], Trace] = field(default_factory=dict)
 
     def variant(self, spec: EngineSpec, recompute: bool) -> Variant:
         """The run as the recipe has it."""
@@ -133,7 +133,7 @@ class Planner:
         fill = FILL_TOKENS / (rehearsal.shape.rows * rehearsal.shape.tokens) if lets_go else None
         return memory(standing(variant.spec, halves.tensors, kept), rehearsal, kept.lent, fill)
 
-    def frozen(self, variant: Variant) -> Frozen:
+    def frozen(self, variant: Variant) -> PrefixMemory:
         """Bytes of the prefix's weights, wherever they are kept.
 
         Raises:
@@ -185,23 +185,23 @@ class Planner:
             passes = min(passes, train.max_steps * global_batch / len(self.load.lengths))
         return mode == "on" or passes > 1
 
-    def _split(self, selectors: tuple[str | MaskGroup, ...], packed: bool) -> Halves:
+    def _split(self, selectors: tuple[str | MaskGroup, ...], packed: bool) -> MetaSplit:
         key = repr((selectors, packed))
         if key not in self._halves:
             mask = build_mask(self.config.mask.model_copy(update={"train": list(selectors)}), self.skeleton.anatomy)
             if self.untied:
                 mask = replace(mask, tied="untie")
             boundary = mask.boundary if self.cut and mask.has_prefix else None
-            self._halves[key] = halve(self.skeleton, mask, boundary, packed, self.short_cuts)
+            self._halves[key] = meta_split(self.skeleton, mask, boundary, packed, self.shortcuts)
         return self._halves[key]
 
-    def _rehearse_twice(self, variant: Variant) -> list[Rehearsal]:
+    def _rehearse_twice(self, variant: Variant) -> list[Trace]:
         """With different numbers of supervised positions, so that the work at each of them shows."""
         supervised = _shape(variant, self.load).supervised
         other = supervised // 8 if supervised >= 8 else supervised + 1
         return [self._rehearse(variant), self._rehearse(variant, other)]
 
-    def _rehearse(self, variant: Variant, supervised: int | None = None) -> Rehearsal:
+    def _rehearse(self, variant: Variant, supervised: int | None = None) -> Trace:
         """A micro batch of ``variant``, with ``supervised`` positions in all where that is given."""
         shape = _shape(variant, self.load)
         shape = shape if supervised is None else replace(shape, supervised=supervised)
@@ -209,7 +209,7 @@ class Planner:
         if key not in self._rehearsals:
             halves = self._split(variant.selectors, variant.packed)
             try:
-                self._rehearsals[key] = rehearse_halves(halves, shape, variant.recompute)
+                self._rehearsals[key] = trace_split(halves, shape, variant.recompute)
             except LOOKED_AT_CONTENT as error:
                 if halves.prefix is None:
                     reason = " ".join(str(error).split())[:200]
@@ -218,12 +218,12 @@ class Planner:
                         f"and a plan has none ({reason}). Train a few steps and read peak_memory_gib instead"
                     ) from None
                 selected = repr((variant.selectors, variant.packed))
-                self._halves[selected] = halve(self.skeleton, halves.mask, None, variant.packed, self.short_cuts)
+                self._halves[selected] = meta_split(self.skeleton, halves.mask, None, variant.packed, self.shortcuts)
                 return self._rehearse(variant, supervised)
         return self._rehearsals[key]
 
 
-def packed_lengths(variant: Variant, load: Load) -> tuple[int, ...]:
+def packed_lengths(variant: Variant, load: Workload) -> tuple[int, ...]:
     """Lengths of the rows of the longest packed micro batch; empty where rows are padded or alone."""
     if not variant.packed or variant.rows == 1:
         return ()
@@ -233,7 +233,7 @@ def packed_lengths(variant: Variant, load: Load) -> tuple[int, ...]:
     return tuple(min(tokens, variant.tokens) for tokens in longest)
 
 
-def _shape(variant: Variant, load: Load) -> Shape:
+def _shape(variant: Variant, load: Workload) -> Shape:
     supervised = variant.rows * variant.supervised
     if packed := packed_lengths(variant, load):
         return Shape(1, sum(packed), min(supervised, sum(packed)), packed)

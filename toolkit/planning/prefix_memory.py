@@ -14,7 +14,7 @@ from toolkit.split.split import Prefix, Suffix
 
 
 @dataclass(frozen=True)
-class Frozen:
+class PrefixMemory:
     """Bytes of the weights that the prefix alone holds."""
 
     device: int
@@ -27,7 +27,7 @@ class Frozen:
 
 def frozen_bytes(
     prefix: Prefix | None, suffix: Suffix, anatomy: Anatomy, boundary: int, config: PrefixConfig
-) -> Frozen:
+) -> PrefixMemory:
     """What a prefix of the meta device would take.
 
     Args:
@@ -41,21 +41,21 @@ def frozen_bytes(
         ModelError: they are to be quantised, and less than half of the blocks can be.
     """
     if prefix is None:
-        return Frozen(0, 0, 0)
+        return PrefixMemory(0, 0, 0)
     above = {p.untyped_storage()._cdata for p in suffix.parameters()}
     own = _own_bytes(prefix.skeleton, above)
     if (config.precision, config.placement) == ("model", "device") or boundary == 0:
-        return Frozen(own, 0, 0)
+        return PrefixMemory(own, 0, 0)
     blocks = [prefix.skeleton.get_submodule(f"{anatomy.blocks}.{index}") for index in range(boundary)]
     if config.precision != "model":
         check_quantisable(blocks, config.precision)
     whole = [_own_bytes(block, above) for block in blocks]
     stored = [_stored(block, size, config.precision) for block, size in zip(blocks, whole, strict=True)]
     if config.placement == "device":
-        return Frozen(own - sum(whole) + sum(stored), max(whole), 0)
+        return PrefixMemory(own - sum(whole) + sum(stored), max(whole), 0)
     tables = sum(_own_bytes(prefix.skeleton.get_submodule(name), above) for name in anatomy.embeddings)
     arriving = [left + right for left, right in zip(whole, [*stored[1:], 0], strict=True)]
-    return Frozen(own - sum(whole) - tables, max(arriving), sum(stored) + tables)
+    return PrefixMemory(own - sum(whole) - tables, max(arriving), sum(stored) + tables)
 
 
 def _own_bytes(module: nn.Module, above: set[int]) -> int:

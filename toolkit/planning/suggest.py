@@ -141,7 +141,9 @@ def gradient_scores(loaded: LoadedModel, examples: Sequence[Example]) -> list[fl
     check_fit(examples, model)
     pad_id = padding_id(loaded.tokenizer, model)
     scores = [0.0] * loaded.anatomy.block_count
-    suffix.settle(None, collate([min(examples, key=lambda example: len(example.token_ids))], pad_id).to(device))
+    suffix.choose_shortcuts(
+        None, collate([min(examples, key=lambda example: len(example.token_ids))], pad_id).to(device)
+    )
     for example in examples:
         batch = collate([example], pad_id).to(device)
         torch.autograd.backward(supervised_loss(suffix, None, batch, batch.supervised_tokens))

@@ -58,7 +58,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class Trace:
     """What one micro batch of a shape allocates and computes on one rank, in step with what training does."""
 
     shape: Shape
@@ -103,9 +103,9 @@ class Rehearsal:
         return {kind: int(best.get(kind, 0) * weigh[kind]) for kind in _KINDS}
 
 
-def rehearse(
+def trace(
     prefix: Prefix | None, suffix: Suffix, trained: Iterable[nn.Parameter], shape: Shape, vocabulary: int
-) -> Rehearsal:
+) -> Trace:
     """Forward, loss and backward of one micro batch, on meta tensors.
 
     Args:
@@ -138,7 +138,7 @@ def rehearse(
             if parameter.grad is not None:
                 ledger.mark(parameter.grad, "gradients")
                 parameter.grad = None
-    return Rehearsal(shape, tuple(ledger.records), dict(ledger.flops), end_of_forward, most_in_prefix)
+    return Trace(shape, tuple(ledger.records), dict(ledger.flops), end_of_forward, most_in_prefix)
 
 
 def _batch(shape: Shape) -> Batch:

@@ -17,15 +17,15 @@ from toolkit.models.anatomy import Anatomy
 from toolkit.models.varlen import VARLEN
 from toolkit.optim.groups import embedding_tables
 from toolkit.planning.engine_memory import Tensors
-from toolkit.planning.meta_model import Skeleton
-from toolkit.planning.trace import Rehearsal, Shape, rehearse
-from toolkit.split.activation_checkpointing import recompute_blocks
-from toolkit.split.loss_head import ShortCuts
+from toolkit.planning.meta_model import MetaModel
+from toolkit.planning.trace import Shape, Trace, trace
+from toolkit.split.activation_checkpointing import checkpoint_blocks
+from toolkit.split.loss_head import Shortcuts
 from toolkit.split.split import Prefix, Suffix, split
 
 
 @dataclass(frozen=True)
-class Halves:
+class MetaSplit:
     """A model cut at its frost line; it has no weights."""
 
     model: PreTrainedModel
@@ -49,12 +49,14 @@ class Halves:
     def recomputing(self) -> Suffix:
         """The suffix again, with the blocks from the frost line up checkpointed."""
         _, suffix = split(self.model, self.anatomy, self.boundary)
-        suffix.take(self.suffix.short_cuts)
-        recompute_blocks(suffix.blocks(self.mask.boundary))
+        suffix.take(self.suffix.shortcuts)
+        checkpoint_blocks(suffix.blocks(self.mask.boundary))
         return suffix
 
 
-def halve(skeleton: Skeleton, mask: LayerMask, boundary: int | None, packed: bool, short_cuts: ShortCuts) -> Halves:
+def meta_split(
+    skeleton: MetaModel, mask: LayerMask, boundary: int | None, packed: bool, shortcuts: Shortcuts
+) -> MetaSplit:
     """The skeleton under ``mask``, cut below block ``boundary`` (none: not at all), as a run would set it up."""
     model, anatomy = copy.deepcopy(skeleton.model), skeleton.anatomy  # each mask has parameters of its own
     if packed and model.config._attn_implementation == "sdpa":
@@ -62,11 +64,11 @@ def halve(skeleton: Skeleton, mask: LayerMask, boundary: int | None, packed: boo
     apply_mask(model, mask, anatomy)
     model.train()
     prefix, suffix = split(model, anatomy, boundary)
-    suffix.take(short_cuts)
+    suffix.take(shortcuts)
     if prefix is None and mask.tied == "head_only":
         suffix.detach_embeddings(anatomy)
     trained = trainable_parameters(suffix.model, mask)
-    return Halves(model, anatomy, mask, boundary, prefix, suffix, trained, _sizes(prefix, suffix, trained))
+    return MetaSplit(model, anatomy, mask, boundary, prefix, suffix, trained, _sizes(prefix, suffix, trained))
 
 
 def _sizes(prefix: Prefix | None, suffix: Suffix, trained: dict[str, nn.Parameter]) -> Tensors:
@@ -84,7 +86,7 @@ def _sizes(prefix: Prefix | None, suffix: Suffix, trained: dict[str, nn.Paramete
     )
 
 
-def rehearse_halves(halves: Halves, shape: Shape, recompute: bool) -> Rehearsal:
+def trace_split(halves: MetaSplit, shape: Shape, recompute: bool) -> Trace:
     """Rehearse a micro batch of ``shape`` on the halves, with gradient checkpointing or without."""
     suffix = halves.recomputing if recompute else halves.suffix
-    return rehearse(halves.prefix, suffix, halves.trained.values(), shape, halves.head.shape[0])
+    return trace(halves.prefix, suffix, halves.trained.values(), shape, halves.head.shape[0])

@@ -16,7 +16,7 @@ _QUICK_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
-class Load:
+class Workload:
     """How long rows are."""
 
     tokens: int
@@ -29,10 +29,10 @@ class Load:
     """Where this is from, as a phrase."""
 
 
-def load_of(dataset: Dataset) -> Load:
+def workload_of(dataset: Dataset) -> Workload:
     """The rows of a data set that was read."""
     lengths = tuple((len(example.token_ids), example.supervised_tokens) for example in dataset.train)
-    return Load(
+    return Workload(
         max(tokens for tokens, _ in lengths),
         max(supervised for _, supervised in lengths),
         lengths,
@@ -40,7 +40,7 @@ def load_of(dataset: Dataset) -> Load:
     )
 
 
-def read_load(config: RunConfig, positions: int | None) -> Load:
+def read_workload(config: RunConfig, positions: int | None) -> Workload:
     """The rows of ``config``'s data if file and tokenizer are on this machine and small, else a bound.
 
     The bound is ``data.max_length`` tokens, all of them supervised.
@@ -53,11 +53,11 @@ def read_load(config: RunConfig, positions: int | None) -> Load:
     if reason is None:
         try:
             ends = model_ends(resolve_source(config.model.name_or_path, needs_weights=False), config.model.revision)
-            return load_of(load_dataset(config.data, load_tokenizer(config.model), config.train.seed, ends=ends))
+            return workload_of(load_dataset(config.data, load_tokenizer(config.model), config.train.seed, ends=ends))
         except UsageError as error:
             reason = " ".join(line.strip(" -") for line in str(error).splitlines()[:2])  # of bad rows, the first
     tokens = min(config.data.max_length, positions or config.data.max_length)
-    return Load(tokens, tokens, None, f"data.max_length, all supervised; the data was not read: {reason}")
+    return Workload(tokens, tokens, None, f"data.max_length, all supervised; the data was not read: {reason}")
 
 
 def _why_not(config: RunConfig) -> str | None:

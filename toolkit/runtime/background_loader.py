@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 _BOUND = 1024
 
 
-class ReadAhead:
+class BackgroundLoader:
     """Calls ``fetch`` for one key after another; sleeps on a condition while there is none."""
 
     def __init__(self, fetch: Callable[[str], None], bound: int = _BOUND) -> None:

@@ -59,7 +59,7 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def share(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """Rank 0's value (any picklable object), on every rank."""
         if self.size == 1:
             return value
@@ -67,7 +67,7 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
         return box[0]
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's value (any picklable object) by rank, on every rank."""
         if self.size == 1:
             return [value]
@@ -75,7 +75,7 @@ class World:
         dist.all_gather_object(every, value)
         return every
 
-    def spread(self, tensor: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
+    def broadcast_tensor(self, tensor: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
         """Rank 0's tensor in float32 on the device of every rank.
 
         Args:

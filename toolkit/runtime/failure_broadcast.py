@@ -43,7 +43,7 @@ class News:
         return f"rank {self.rank} {self.last}"
 
 
-class Peers:
+class FailureBroadcast:
     """The connections of this rank, and the thread that listens to them."""
 
     def __init__(self, rank: int) -> None:
@@ -164,7 +164,7 @@ class Peers:
             with self._lock:
                 self._open[connection] = int(message["rank"]), str(message["where"])
         elif "stop" in message:
-            signals.note(str(message["stop"]), tell=False)
+            signals.request_stop(str(message["stop"]), tell=False)
             self._pass_on(message, connection)
         elif "done" in message:
             self._done.add(rank)
@@ -193,7 +193,7 @@ class Peers:
             connection.sendall(json.dumps(message).encode() + b"\n")
 
 
-_peers: Peers | None = None
+_peers: FailureBroadcast | None = None
 
 
 def join(rank: int, size: int, address: str, share: Callable[[Any], Any]) -> str | None:
@@ -210,9 +210,9 @@ def join(rank: int, size: int, address: str, share: Callable[[Any], Any]) -> str
     """
     global _peers
     if size == 1:
-        signals.met()
+        signals.ranks_connected()
         return None
-    peers, trouble = Peers(rank), None
+    peers, trouble = FailureBroadcast(rank), None
     port, token = share(peers.listen() if rank == 0 else None)
     if rank:
         try:
@@ -220,7 +220,7 @@ def join(rank: int, size: int, address: str, share: Callable[[Any], Any]) -> str
         except OSError as error:
             trouble = f"rank {rank} cannot reach rank 0 at {address}, port {port} ({error})"
     _peers = peers
-    signals.met(peers.stop)
+    signals.ranks_connected(peers.stop)
     return trouble
 
 

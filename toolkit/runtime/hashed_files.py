@@ -22,7 +22,7 @@ _CHUNK = 2**24
 
 
 @dataclass(frozen=True)
-class Entry:
+class FileHash:
     """What a file has to be."""
 
     size: int
@@ -35,7 +35,7 @@ def tensors_size(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
     return len(_header(tensors, metadata)) + sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Entry:
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> FileHash:
     """Write a safetensors file; one tensor at a time leaves its device, and none is copied on a CPU.
 
     Raises:
@@ -51,7 +51,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     return _write(path, parts())
 
 
-def write_json(path: Path, value: object) -> Entry:
+def write_json(path: Path, value: object) -> FileHash:
     """Write ``value`` as JSON.
 
     Raises:
@@ -65,7 +65,7 @@ def as_json(value: object) -> str:
     return json.dumps(value, indent=1)
 
 
-def hash_files(directory: Path, names: list[str]) -> dict[str, Entry | str]:
+def hash_files(directory: Path, names: list[str]) -> dict[str, FileHash | str]:
     """Size and SHA-256 of files, several at a time; what is wrong, in words, for those that cannot be read."""
     with ThreadPoolExecutor() as pool:
         return dict(zip(names, pool.map(lambda name: _hash(directory / name), names), strict=True))
@@ -98,7 +98,7 @@ def told_if_full(what: str) -> Iterator[None]:
         ) from None
 
 
-def _write(path: Path, parts: Iterator[memoryview]) -> Entry:
+def _write(path: Path, parts: Iterator[memoryview]) -> FileHash:
     sha, size = hashlib.sha256(), 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
@@ -114,10 +114,10 @@ def _write(path: Path, parts: Iterator[memoryview]) -> Entry:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    return Entry(size, sha.hexdigest())
+    return FileHash(size, sha.hexdigest())
 
 
-def _hash(path: Path) -> Entry | str:
+def _hash(path: Path) -> FileHash | str:
     sha, size = hashlib.sha256(), 0
     try:
         with path.open("rb", buffering=0) as file:
@@ -126,7 +126,7 @@ def _hash(path: Path) -> Entry | str:
                 size += len(chunk)
     except OSError as error:
         return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror or error})"
-    return Entry(size, sha.hexdigest())
+    return FileHash(size, sha.hexdigest())
 
 
 def _header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:

@@ -20,7 +20,7 @@ def keep() -> None:
         library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def give_back() -> None:
+def release_free_memory() -> None:
     """Return freed memory to the kernel; does nothing where the C library is not glibc.
 
     glibc keeps what lies between blocks that are in use: 100 MiB after a model of 135M parameters was loaded and cut.

@@ -94,7 +94,7 @@ def listening(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
         _state.listening = False
 
 
-def asked() -> bool:
+def stop_requested() -> bool:
     """True if this process was asked to stop, or has heard that another rank was; ranks may differ for a moment."""
     return _state.reason is not None
 
@@ -104,18 +104,18 @@ def reason() -> str:
     return _state.reason or "a signal to another rank"
 
 
-def agreed(ranks: Ranks) -> bool:
+def any_stop_requested(ranks: Ranks) -> bool:
     """True on every rank if any rank was asked to stop; a collective."""
-    return ranks.max(float(asked())) > 0
+    return ranks.max(float(stop_requested())) > 0
 
 
-def pause(ranks: Ranks) -> None:
+def raise_if_stopping(ranks: Ranks) -> None:
     """Raise ``StopRequested`` on every rank if any was asked to stop; a collective."""
-    if agreed(ranks):
+    if any_stop_requested(ranks):
         raise StopRequested
 
 
-def note(why: str, tell: bool = True) -> None:
+def request_stop(why: str, tell: bool = True) -> None:
     """Take ``why`` for a signal.
 
     Args:
@@ -128,7 +128,7 @@ def note(why: str, tell: bool = True) -> None:
         relay(why)
 
 
-def met(relay: Callable[[str], None] | None = None) -> None:
+def ranks_connected(relay: Callable[[str], None] | None = None) -> None:
     """The ranks have found one another.
 
     Args:
@@ -154,10 +154,10 @@ def _watch(reading: int, launchers: tuple[int, ...], over: threading.Event) -> N
         for number in os.read(reading, 64) if ready else b"":
             if number in SIGNALS:  # the handler itself may have to wait until a collective of the main thread is over
                 _state.by_term |= number == signal.SIGTERM
-                note(signal.Signals(number).name)
+                request_stop(signal.Signals(number).name)
         if launchers and _launchers_now(launchers) != launchers:
             launchers = ()
-            note("the launcher has ended")
+            request_stop("the launcher has ended")
         if _state.reason and not _state.met and time.monotonic() > _state.noted_at + _ALONE_SECONDS:
             _leave_alone()
 

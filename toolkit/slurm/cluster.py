@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from toolkit.runtime.errors import ConfigError, SlurmError
-from toolkit.slurm.request import Request, seconds
+from toolkit.slurm.request import JobRequest, seconds
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def partitions() -> list[Partition]:
     return list(found.values())
 
 
-def check(request: Request, known: list[Partition]) -> None:
+def check(request: JobRequest, known: list[Partition]) -> None:
     """Refuse a request that the cluster would reject, or leave in the queue for ever.
 
     Raises:
@@ -92,7 +92,7 @@ def active(job: str) -> str | None:
     return states[0] if states else None
 
 
-def submit(script: Path) -> str:
+def sbatch(script: Path) -> str:
     """Hand ``script`` to sbatch; the job's number.
 
     Raises:
@@ -101,7 +101,7 @@ def submit(script: Path) -> str:
     return _run("sbatch", "--parsable", str(script)).strip().split(";")[0]
 
 
-def _faults(request: Request, known: list[Partition]) -> Iterator[str]:
+def _faults(request: JobRequest, known: list[Partition]) -> Iterator[str]:
     names = "; ".join(partition.describe() for partition in known) or "none"
     if request.partition is None:
         partition = next((partition for partition in known if partition.is_default), None)

@@ -23,7 +23,7 @@ _OWNED = (
 
 
 @dataclass(frozen=True)
-class Request:
+class JobRequest:
     """Nodes, ranks and time of one job, or of each task of an array."""
 
     nodes: int
@@ -89,7 +89,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     job.add_argument("--dry-run", action="store_true", help="print the script, write and submit nothing")
 
 
-def read_request(given: argparse.Namespace) -> Request:
+def read_request(given: argparse.Namespace) -> JobRequest:
     """The request that parsed flags make.
 
     Raises:
@@ -99,7 +99,7 @@ def read_request(given: argparse.Namespace) -> Request:
     if faults:
         raise ConfigError(faults, "command line")
     gpus = given.gpus_per_node or (given.gpus // given.nodes if given.gpus else None)
-    return Request(
+    return JobRequest(
         nodes=given.nodes,
         ranks_per_node=gpus or given.ranks_per_node or 1,
         gpus_per_node=gpus,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from toolkit.runtime.errors import ConfigError
 from toolkit.runtime.redact import find_secret
-from toolkit.slurm.request import Request
+from toolkit.slurm.request import JobRequest
 
 SCRIPT = "job.sh"
 DEEPSPEED = "deepspeed.json"
@@ -23,10 +23,10 @@ _CARRIED = ("FROSTLINE_CACHE", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE")
 
 
 @dataclass(frozen=True)
-class Job:
+class BatchJob:
     """What a script needs beside the request."""
 
-    request: Request
+    request: JobRequest
     runs: tuple[Path, ...]
     """Run directories, absolute; more than one make an array."""
     ds: Path | None
@@ -49,13 +49,13 @@ class Job:
         return self.runs[0] / FOLDER / SCRIPT
 
 
-def log_of(job: Job, number: str, index: int) -> Path:
+def log_of(job: BatchJob, number: str, index: int) -> Path:
     """The log of run ``index`` once SLURM has given the job its number."""
     name = f"{number}_{index}" if job.is_array else number
     return job.runs[index] / FOLDER / f"job-{name}.log"
 
 
-def render(job: Job) -> str:
+def render(job: BatchJob) -> str:
     """The script's text.
 
     One srun task is one rank. ``--signal`` without ``B:`` reaches every rank, which is what the training listens
@@ -74,11 +74,11 @@ def render(job: Job) -> str:
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def _title(job: Job) -> str:
+def _title(job: BatchJob) -> str:
     return f"# {job.request.summary()}. Written by launch/submit.py; sbatch takes it as it is."
 
 
-def _directives(job: Job) -> Iterator[str]:
+def _directives(job: BatchJob) -> Iterator[str]:
     request = job.request
     own = job.runs[0] / FOLDER
     name = re.sub(r"[^\w.-]", "-", job.runs[0].name)
@@ -103,7 +103,7 @@ def _directives(job: Job) -> Iterator[str]:
     yield f"#SBATCH --signal=USR1@{request.signal_before}"
 
 
-def _environment(job: Job) -> Iterator[str]:
+def _environment(job: BatchJob) -> Iterator[str]:
     request = job.request
     if job.is_array:
         yield "runs=("
@@ -137,7 +137,7 @@ def _meeting_point() -> Iterator[str]:
     yield "export MASTER_PORT=$((12000 + SLURM_JOB_ID % 20000))"
 
 
-def _run(job: Job) -> Iterator[str]:
+def _run(job: BatchJob) -> Iterator[str]:
     request = job.request
     python = "python" if request.environment or request.container else shlex.quote(sys.executable)
     srun = ["srun", "--wait=30"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from toolkit.runtime.paths import replace_text
 from toolkit.slurm import cluster
-from toolkit.slurm.script import DEEPSPEED, FOLDER, Job, log_of, render
+from toolkit.slurm.script import DEEPSPEED, FOLDER, BatchJob, log_of, render
 
 _NUMBER = "job-id"
 
@@ -26,7 +26,7 @@ def held_by(run: Path) -> str | None:
     return f"SLURM job {number} ({state})" if state else None
 
 
-def submit(job: Job) -> str:
+def submit(job: BatchJob) -> str:
     """Write script and DeepSpeed file into the run directories and hand the script to sbatch; the job's number.
 
     The job reads the copy of the DeepSpeed file, whatever becomes of the original while it waits. The run directories
@@ -40,13 +40,13 @@ def submit(job: Job) -> str:
         if job.ds is not None:
             shutil.copyfile(job.ds, run / FOLDER / DEEPSPEED)
     replace_text(job.path, render(job))
-    number = cluster.submit(job.path)
+    number = cluster.sbatch(job.path)
     for index, run in enumerate(job.runs):
         replace_text(run / FOLDER / _NUMBER, f"{number}_{index}" if job.is_array else number)
     return number
 
 
-def how_to_watch(job: Job, number: str) -> str:
+def how_to_watch(job: BatchJob, number: str) -> str:
     """What a person wants to type next."""
     lines = [f"submitted job {number}: {job.request.summary()}, script {job.path}"]
     for index, run in enumerate(job.runs):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-def recompute_blocks(blocks: Iterable[nn.Module]) -> None:
+def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
     """Drop each block's activations after forward and recompute them in backward (Chen et al., arXiv 1604.06174)."""
     for block in blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -25,7 +25,7 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def should_recompute(mode: Literal["auto", "on", "off"], needed: int | None, free: int) -> tuple[bool, str]:
+def should_checkpoint(mode: Literal["auto", "on", "off"], needed: int | None, free: int) -> tuple[bool, str]:
     """Whether to checkpoint, and why, as a phrase for the log.
 
     Args:

@@ -14,11 +14,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from toolkit.models.anatomy import Anatomy
-from toolkit.split.module_tree import Stand, skeleton
+from toolkit.split.module_tree import Stand, copy_module_tree
 from toolkit.split.split import Prefix
 
 
-class Whole:
+class JoinedModel:
     """A frame of the whole model around the suffix's parameters. It is no module, so that no engine looks into it."""
 
     def __init__(self, model: PreTrainedModel, anatomy: Anatomy, boundary: int | None) -> None:
@@ -31,7 +31,7 @@ class Whole:
         blocks = [f"{anatomy.blocks}.{index}" for index in range(boundary or 0)]
         self._below = [] if boundary is None else [*anatomy.embeddings, *blocks]
         stands: dict[nn.Module, nn.Module] = {(old := model.get_submodule(name)): Stand(old) for name in self._below}
-        self._frame = skeleton(model, stands)
+        self._frame = copy_module_tree(model, stands)
 
     @contextmanager
     def joined(self, prefix: Prefix | None) -> Iterator[PreTrainedModel]:

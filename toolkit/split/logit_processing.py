@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.probe import evaluating
-from toolkit.split.module_tree import Stand, skeleton
+from toolkit.split.module_tree import Stand, copy_module_tree
 from toolkit.split.supervised_loss import Post
 
 FAILURES = (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError)
@@ -60,7 +60,7 @@ class _After(nn.Module):
         super().__init__()
         head = model.get_submodule(anatomy.head)
         self._output = _Output(head)
-        self._model = skeleton(model, {body: _Body(body), head: self._output})
+        self._model = copy_module_tree(model, {body: _Body(body), head: self._output})
         weight = next(head.parameters())
         self._width, self.dtype, self.device = weight.shape[-1], weight.dtype, weight.device
 
@@ -75,7 +75,7 @@ class _After(nn.Module):
         return output.squeeze(0)
 
 
-def find_post(model: PreTrainedModel, anatomy: Anatomy) -> tuple[bool, Post | None]:
+def find_logit_processing(model: PreTrainedModel, anatomy: Anatomy) -> tuple[bool, Post | None]:
     """Whether the logits follow from the head's output element by element, and how; none is not at all changed.
 
     Gemma caps them (``tanh``), Cohere and Granite scale them. What the model's code does is run, not guessed. On the

@@ -15,13 +15,13 @@ from toolkit.data.batches import Batch
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.float32_gradients import uses_float32_gradients
 from toolkit.runtime.errors import ModelError
-from toolkit.split.logit_processing import find_post
+from toolkit.split.logit_processing import find_logit_processing
 from toolkit.split.supervised_loss import linear_cross_entropy
-from toolkit.split.supervised_rows import Narrow, NarrowMLP, Rows, dense_mlp, take_rows
+from toolkit.split.supervised_rows import MLPOnSupervisedRows, OnSupervisedRows, Rows, dense_mlp, take_rows
 
 
 @dataclass(frozen=True)
-class ShortCuts:
+class Shortcuts:
     """What is saved at the top of the suffix, beside a head that sees supervised positions alone."""
 
     tiled: bool = False
@@ -39,7 +39,7 @@ class ShortCuts:
         return f"{', '.join(parts)}; loss {loss}"
 
 
-class Top:
+class LossHead:
     """Steers the top of a suffix's copy of the model. It is no module, so that no engine looks into it."""
 
     def __init__(self, model: PreTrainedModel, copied: PreTrainedModel, anatomy: Anatomy, boundary: int) -> None:
@@ -50,22 +50,22 @@ class Top:
             anatomy: its parts.
             boundary: the first block that the copy has.
         """  # noqa: D205, D212
-        self.short_cuts = ShortCuts()
+        self.shortcuts = Shortcuts()
         self._head = copied.get_submodule(anatomy.head)
         self._logits = self._head.forward
         self._in_float32 = uses_float32_gradients(copied)
         self._rows: Rows | None = None
         self._targets: torch.Tensor | None = None
-        follows, self._post = find_post(model, anatomy)
+        follows, self._post = find_logit_processing(model, anatomy)
         tiled = follows and type(self._head).forward is nn.Linear.forward
-        self._norm = Narrow(copied.get_submodule(anatomy.norm)) if anatomy.norm else None
+        self._norm = OnSupervisedRows(copied.get_submodule(anatomy.norm)) if anatomy.norm else None
         self._mlp = None
         last = anatomy.block_count - 1
         if boundary <= last:
             block = copied.get_submodule(f"{anatomy.blocks}.{last}")
             mlp = dense_mlp(block, last, anatomy)
-            self._mlp = NarrowMLP(block, mlp) if mlp is not None else None
-        self.possible = ShortCuts(tiled, self._norm is not None, self._mlp is not None)
+            self._mlp = MLPOnSupervisedRows(block, mlp) if mlp is not None else None
+        self.possible = Shortcuts(tiled, self._norm is not None, self._mlp is not None)
         self._head.register_forward_pre_hook(self._keep_supervised)
         self._head.forward = self._run_head
 
@@ -87,11 +87,11 @@ class Top:
         """
         found: list[torch.Tensor] = []
         with self.logits_of(batch), ExitStack() as stack:
-            if self.short_cuts.norm and self._norm is not None:
+            if self.shortcuts.norm and self._norm is not None:
                 stack.enter_context(self._norm.on(self._rows))
-            if self.short_cuts.mlp and self._mlp is not None:
+            if self.shortcuts.mlp and self._mlp is not None:
                 stack.enter_context(self._mlp.on(self._rows))
-            if self.short_cuts.tiled:
+            if self.shortcuts.tiled:
                 self._targets = batch.targets
                 # made anew each time, so that it comes after the hooks of DeepSpeed, which wrap what the head returns;
                 # the model's own code goes on with the loss in place of logits, and its output is not used

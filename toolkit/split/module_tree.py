@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-def skeleton(
+def copy_module_tree(
     model: PreTrainedModel, replaced: dict[nn.Module, nn.Module], own_parameters: bool = False
 ) -> PreTrainedModel:
     """A copy of ``model`` with other modules in some places, which shares the model's storage but no module.

@@ -20,11 +20,11 @@ from transformers import PreTrainedModel
 from toolkit.data.batches import Batch
 from toolkit.frozen.weight_offload import FrozenWeights
 from toolkit.models.anatomy import Anatomy
-from toolkit.models.probe import dry_run, evaluating
+from toolkit.models.probe import evaluating, probe_blocks
 from toolkit.models.rotary import needs_lengths
 from toolkit.split.logit_processing import FAILURES
-from toolkit.split.loss_head import ShortCuts, Top
-from toolkit.split.module_tree import Absent, Arrival, Arrived, EmbeddingStub, PassThrough, skeleton
+from toolkit.split.loss_head import LossHead, Shortcuts
+from toolkit.split.module_tree import Absent, Arrival, Arrived, EmbeddingStub, PassThrough, copy_module_tree
 from toolkit.split.supervised_loss import cross_entropy
 
 
@@ -48,7 +48,7 @@ class Prefix(nn.Module):
         for above in filter(None, (anatomy.norm, anatomy.head)):
             replaced[model.get_submodule(above)] = Absent()
         replaced[entry] = Arrival(entry)
-        self.skeleton = skeleton(model, replaced, own_parameters=True)
+        self.skeleton = copy_module_tree(model, replaced, own_parameters=True)
         self._blocks = list(self.skeleton.get_submodule(anatomy.blocks).children())[:boundary]
         self._with_lengths = needs_lengths(model)
         self.frozen = frozen
@@ -58,7 +58,7 @@ class Prefix(nn.Module):
     def returned(self) -> list[int | None]:
         """What each block gives back: the length of its tuple, none where it returns the hidden states alone."""
         device = self.frozen.device if self.frozen is not None else None
-        outputs = dict(dry_run(self.skeleton, self._blocks, device))
+        outputs = dict(probe_blocks(self.skeleton, self._blocks, device))
         return [
             len(outputs[block]) if isinstance(outputs.get(block), (tuple, list)) else None for block in self._blocks
         ]
@@ -77,7 +77,7 @@ class Suffix(nn.Module):
     """Blocks b … n-1, norm, head and loss: ``hidden[b]`` to the cross entropy of the supervised positions.
 
     With no prefix it is the whole model and starts from token ids. It computes logits and their loss plainly until
-    ``settle`` has found on a batch which short cuts hold.
+    ``choose_shortcuts`` has found on a batch which short cuts hold.
     """
 
     def __init__(
@@ -100,19 +100,19 @@ class Suffix(nn.Module):
                 table = model.get_submodule(name)
                 if getattr(table, "weight", None) is not head.weight:
                     replaced[table] = EmbeddingStub(table)
-        self.model = skeleton(model, replaced)
+        self.model = copy_module_tree(model, replaced)
         self.anatomy = anatomy
         self._embedding_size = int(model.get_input_embeddings().weight.shape[1])
         self._with_lengths = needs_lengths(model)
         self._hidden: torch.Tensor | None = None
         if boundary is not None:
             _entry(self.model, anatomy, boundary).register_forward_pre_hook(self._enter, with_kwargs=True)
-        self._top = Top(model, self.model, anatomy, boundary or 0)
+        self._top = LossHead(model, self.model, anatomy, boundary or 0)
 
     @property
-    def short_cuts(self) -> ShortCuts:
-        """What is saved of the work above the last attention; see ``settle``."""
-        return self._top.short_cuts
+    def shortcuts(self) -> Shortcuts:
+        """What is saved of the work above the last attention; see ``choose_shortcuts``."""
+        return self._top.shortcuts
 
     def blocks(self, first: int) -> list[nn.Module]:
         """The blocks from index ``first`` on, counted in the whole model."""
@@ -142,7 +142,7 @@ class Suffix(nn.Module):
             logits: torch.Tensor = self._run(hidden, batch).logits
         return logits.squeeze(0)
 
-    def settle(self, hidden: torch.Tensor | None, batch: Batch) -> ShortCuts:
+    def choose_shortcuts(self, hidden: torch.Tensor | None, batch: Batch) -> Shortcuts:
         """Take those short cuts, one after the other, that give the loss of plain logits on ``batch`` up to rounding.
 
         Args:
@@ -153,22 +153,22 @@ class Suffix(nn.Module):
             What is taken from now on.
         """
         tokens = len(batch.targets)
-        self._top.short_cuts = chosen = ShortCuts()
+        self._top.shortcuts = chosen = Shortcuts()
         with evaluating(self):
             plain = float(self(hidden, batch)) / tokens
             allowed = max(10 * torch.finfo(next(self.parameters()).dtype).eps, 1e-5) * max(1.0, plain)
             for name in (field.name for field in fields(chosen) if getattr(self._top.possible, field.name)):
-                self._top.short_cuts = replace(chosen, **{name: True})
+                self._top.shortcuts = replace(chosen, **{name: True})
                 with contextlib.suppress(*FAILURES):
                     if abs(float(self(hidden, batch)) / tokens - plain) <= allowed:
-                        chosen = self.short_cuts
-        self._top.short_cuts = chosen
+                        chosen = self.shortcuts
+        self._top.shortcuts = chosen
         return chosen
 
-    def take(self, chosen: ShortCuts) -> None:
+    def take(self, chosen: Shortcuts) -> None:
         """Take of ``chosen`` what the structure allows; for a rehearsal without weights, where none can be tried."""
         possible = self._top.possible
-        self._top.short_cuts = ShortCuts(
+        self._top.shortcuts = Shortcuts(
             *(getattr(chosen, field.name) and getattr(possible, field.name) for field in fields(chosen))
         )
 

@@ -36,7 +36,7 @@ def take_rows(states: torch.Tensor, rows: Rows) -> torch.Tensor:
     return states.flatten(0, 1).index_select(0, rows.numbers).unsqueeze(0)
 
 
-class Narrow:
+class OnSupervisedRows:
     """Gathers the rows of a module's input and puts its output back among zeros, while it is given rows."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -71,7 +71,7 @@ class Narrow:
         return flat.index_copy_(0, self._rows.numbers, output.squeeze(0)).view(*self._shape[:2], -1)
 
 
-class NarrowMLP:
+class MLPOnSupervisedRows:
     """The same for the MLP within a block, whose rows travel with the block's arguments.
 
     Gradient checkpointing runs the block again in backward, when the next batch may have set other rows; it repeats the
@@ -85,7 +85,7 @@ class NarrowMLP:
             mlp: a module within it.
         """  # noqa: D205, D212
         self._rows: Rows | None = None
-        self._mlp = Narrow(mlp)
+        self._mlp = OnSupervisedRows(mlp)
         self._forward = block.forward
         block.register_forward_pre_hook(self._pass_on, with_kwargs=True)
         block.forward = self._run

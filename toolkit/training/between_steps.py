@@ -23,7 +23,7 @@ from toolkit.training.validation import sample_answers, validate, without_dropou
 log = logging.getLogger("frostline")
 
 
-class Between:
+class BetweenSteps:
     """Commits, validates and shows what a run has to between its steps; every rank makes the same calls."""
 
     def __init__(self, setup: Setup, monitor: Monitor, progress: Progress, saver: Saver, guard: StepGuard) -> None:
@@ -46,7 +46,7 @@ class Between:
         at_end = progress.step == self._setup.total_steps
         if not progress.step or not self._is_validation_due(epoch_ends=progress.cursor == 0 or at_end):
             return True
-        kept, told = world.share((self._saver.loss_at(progress.step), self._monitor.loss_at(progress.step)))
+        kept, told = world.broadcast_object((self._saver.loss_at(progress.step), self._monitor.loss_at(progress.step)))
         if kept is None and told is None:
             return self._validate(may_stop=not at_end)
         if kept is None:
@@ -63,12 +63,16 @@ class Between:
         if progress.is_epoch_done:
             progress.turn()
         due = self._is_validation_due(epoch_ends)
-        is_saved = epoch_ends or signals.agreed(world) or is_due(progress.step, setup.config.output.save_every_steps)
+        is_saved = (
+            epoch_ends
+            or signals.any_stop_requested(world)
+            or is_due(progress.step, setup.config.output.save_every_steps)
+        )
         if is_saved:
             self._commit(validation_follows=due)
-        if due and (at_end or not signals.agreed(world)):
+        if due and (at_end or not signals.any_stop_requested(world)):
             self._validate(may_stop=not at_end)
-        stopping = signals.agreed(world)
+        stopping = signals.any_stop_requested(world)
         if stopping and not is_saved:
             self._commit(validation_follows=due)
             if progress.eval_loss is not None:
@@ -85,7 +89,7 @@ class Between:
         with during("the checkpoint"):
             self._saver.save(content_of(self._setup, self._progress), validation_follows)
         self._committed = self._progress.step
-        malloc.give_back()
+        malloc.release_free_memory()
 
     def _validate(self, may_stop: bool) -> bool:
         """Compute the loss, keep it with the checkpoint of this step, and show answers; false if a signal came."""
@@ -116,9 +120,9 @@ class Between:
             return
         except Exception as error:
             trouble = " ".join(f"{type(error).__name__}: {error}".split())
-        if told := [its for its in world.gather(trouble) if its is not None]:
+        if told := [its for its in world.all_gather_object(trouble) if its is not None]:
             self._answers_failed = True
-            malloc.give_back()
+            malloc.release_free_memory()
             log.warning("sample answers failed (%s); training goes on, and none are shown any more", told[0])
 
 

@@ -43,7 +43,7 @@ def require_same(world: World, own: Mapping[str, str]) -> None:
     """
     if world.size == 1:
         return
-    reference = world.share(dict(own))
+    reference = world.broadcast_object(dict(own))
     names = [*reference, *(name for name in own if name not in reference)]
     differences = [
         f"{name} is {own.get(name, 'unknown')}, on rank 0 {reference.get(name, 'unknown')}"
@@ -65,7 +65,7 @@ def refuse_differences(world: World, differences: Sequence[str]) -> None:
     """
     if not world.sum(len(differences))[0]:
         return
-    every = world.gather((socket.gethostname(), list(differences)))
+    every = world.all_gather_object((socket.gethostname(), list(differences)))
     lines = [
         f"  - rank {rank} ({node}): {difference}" for rank, (node, found) in enumerate(every) for difference in found
     ]

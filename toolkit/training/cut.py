@@ -13,13 +13,13 @@ from transformers import PreTrainedTokenizerBase
 from toolkit.activation_cache.cached_prefix import CachedPrefix, HiddenStates
 from toolkit.activation_cache.namespace import sample_key
 from toolkit.activation_cache.policy import (
-    Request,
-    decide_together,
-    identity,
+    CacheRequest,
+    decide_on_all_ranks,
     mask_obstacle,
     note_split,
     noted_split,
     open_store,
+    prefix_fingerprints,
     refusal,
     unfit,
 )
@@ -34,7 +34,7 @@ from toolkit.inference.open_model import load_base
 from toolkit.mask.apply import apply_mask
 from toolkit.mask.layer_mask import LayerMask, build_mask
 from toolkit.models.load import LoadedModel, fingerprint
-from toolkit.planning.meta_model import skeleton
+from toolkit.planning.meta_model import meta_model
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import ConfigError, ModelError
 from toolkit.split.split import Prefix, Suffix, split, split_is_exact
@@ -43,7 +43,7 @@ log = logging.getLogger("frostline")
 
 
 @dataclass(frozen=True)
-class Job:
+class CutJob:
     """What the cut of one mask serves."""
 
     config: RunConfig
@@ -71,7 +71,7 @@ def load_for(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> LoadedMod
     """
     if config.prefix.placement != "disk":
         return load_base(config.model, tokenizer)
-    anatomy = skeleton(config.model).anatomy  # which blocks are frozen is to be known before any is loaded
+    anatomy = meta_model(config.model).anatomy  # which blocks are frozen is to be known before any is loaded
     return load_base(config.model, tokenizer, anatomy, build_mask(config.mask, anatomy).boundary)
 
 
@@ -107,7 +107,7 @@ def effective(config: PrefixConfig, device: torch.device) -> PrefixConfig:
     return config
 
 
-def cut(loaded: LoadedModel, job: Job) -> tuple[HiddenStates | None, Suffix]:
+def cut(loaded: LoadedModel, job: CutJob) -> tuple[HiddenStates | None, Suffix]:
     """The two halves of ``loaded`` on their device, the prefix behind its cache where that pays.
 
     An architecture that cannot be cut exactly stays whole, in a suffix without a prefix, and the log says so. If the
@@ -137,13 +137,13 @@ def cut(loaded: LoadedModel, job: Job) -> tuple[HiddenStates | None, Suffix]:
     return prefix, suffix
 
 
-def _open(loaded: LoadedModel, job: Job) -> ActivationStore:
+def _open(loaded: LoadedModel, job: CutJob) -> ActivationStore:
     settings, device = job.config.prefix, job.world.device
-    computed_by = identity(loaded, job.mask.boundary, settings, device) if job.world.is_main else None
-    return open_store(settings, job.world.share(computed_by), loaded.model)
+    computed_by = prefix_fingerprints(loaded, job.mask.boundary, settings, device) if job.world.is_main else None
+    return open_store(settings, job.world.broadcast_object(computed_by), loaded.model)
 
 
-def _complete(store: ActivationStore, job: Job) -> list[int | None] | None:
+def _complete(store: ActivationStore, job: CutJob) -> list[int | None] | None:
     """What the blocks return, if every rank finds every sample in the store."""
     returned = noted_split(store)
     lacking = returned is None or bool(store.missing([sample_key(example.token_ids) for example in job.examples]))
@@ -151,7 +151,7 @@ def _complete(store: ActivationStore, job: Job) -> list[int | None] | None:
 
 
 def _fill(
-    prefix: Prefix | None, store: ActivationStore, loaded: LoadedModel, job: Job
+    prefix: Prefix | None, store: ActivationStore, loaded: LoadedModel, job: CutJob
 ) -> tuple[CachedPrefix | None, str | None]:
     """The prefix behind a cache that all ranks have filled; or none, and why not."""
     settings, world = job.config.prefix, job.world
@@ -160,7 +160,7 @@ def _fill(
         obstacle = "another rank found that it cannot be"
     if prefix is None or obstacle:
         return None, refusal(settings, obstacle)
-    decision = decide_together(Request(settings, job.examples, job.passes), store, world)
+    decision = decide_on_all_ranks(CacheRequest(settings, job.examples, job.passes), store, world)
     if not decision.use:
         return None, decision.reason
     log.info("activation cache: %s; filling it", decision.reason)
@@ -171,7 +171,7 @@ def _fill(
     return cached, None
 
 
-def _loaders(loaded: LoadedModel, job: Job) -> tuple[Callable[[], Prefix], Callable[[], Prefix]]:
+def _loaders(loaded: LoadedModel, job: CutJob) -> tuple[Callable[[], Prefix], Callable[[], Prefix]]:
     """Two that give the prefix anew: as the recipe keeps it, and to generate with, its weights left in their files.
 
     It comes from where the model came from, or from the model where that has changed since.
@@ -196,13 +196,13 @@ def _loaders(loaded: LoadedModel, job: Job) -> tuple[Callable[[], Prefix], Calla
         prefix = Prefix(fresh.model, fresh.anatomy, job.mask.boundary, frozen)
         _move(prefix, job.world.device)
         with torch.no_grad():
-            frozen.settle(prefix.skeleton, settings.precision, "disk")
+            frozen.place_weights(prefix.skeleton, settings.precision, "disk")
         return prefix
 
     return again, lent
 
 
-def _afresh(job: Job) -> LoadedModel:
+def _afresh(job: CutJob) -> LoadedModel:
     """The model once more, as the recipe names it, with the job's mask.
 
     Raises:
@@ -219,7 +219,7 @@ def _afresh(job: Job) -> LoadedModel:
     return fresh
 
 
-def _detach_from_file(suffix: Suffix, job: Job) -> Suffix:
+def _detach_from_file(suffix: Suffix, job: CutJob) -> Suffix:
     """The suffix on the device, in memory of its own: on a CPU its tensors would keep the whole checkpoint mapped."""
     suffix = suffix.to(job.world.device)
     if job.world.device.type == "cpu":
@@ -228,7 +228,7 @@ def _detach_from_file(suffix: Suffix, job: Job) -> Suffix:
     return suffix
 
 
-def _halve(loaded: LoadedModel, job: Job) -> tuple[Prefix | None, Suffix]:
+def _halve(loaded: LoadedModel, job: CutJob) -> tuple[Prefix | None, Suffix]:
     """Split at the frost line if that is exact for this architecture; else keep the model whole, and say so."""
     model, mask, config, world = loaded.model, job.mask, job.config.prefix, job.world
     frozen = _take_out(loaded, mask, config, world)
@@ -246,7 +246,7 @@ def _halve(loaded: LoadedModel, job: Job) -> tuple[Prefix | None, Suffix]:
                 "leave out prefix.precision and prefix.placement"
             )
         with torch.no_grad():
-            frozen.settle(prefix.skeleton, config.precision, effective(config, world.device).placement)
+            frozen.place_weights(prefix.skeleton, config.precision, effective(config, world.device).placement)
         return prefix, suffix
     if exact:
         return prefix, suffix

@@ -135,7 +135,7 @@ class StepGuard:
     def _describe(self, own: list[tuple[list[str], float]]) -> str:
         """All ranks' rows in words; rows whose own loss is not finite come first."""
         ranks = []
-        for rank, micro_batches in enumerate(self._world.gather(own)):
+        for rank, micro_batches in enumerate(self._world.all_gather_object(own)):
             names: list[str] = []
             for rows, share in sorted(micro_batches, key=lambda pair: math.isfinite(pair[1])):
                 names += rows if math.isfinite(share) else [f"{row} (loss {share})" for row in rows]

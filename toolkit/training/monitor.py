@@ -18,7 +18,7 @@ from PIL.Image import Image
 
 from toolkit.runtime.paths import LineFile, replace_text, writing
 from toolkit.runtime.progress_bar import ProgressBar
-from toolkit.training.tensorboard_writer import Board
+from toolkit.training.tensorboard_writer import TensorBoardWriter
 
 log = logging.getLogger("frostline")
 
@@ -106,7 +106,7 @@ class Monitor:
         with writing(run):
             self._drop_rows_after(first_step)
         self._file = LineFile(self._metrics_path)
-        self._board = Board(run / "tensorboard", first_step + 1 if first_step else 0)
+        self._board = TensorBoardWriter(run / "tensorboard", first_step + 1 if first_step else 0)
         self._bar = ProgressBar("training", total_steps, "step", first_step)
 
     def __enter__(self) -> Monitor:

@@ -19,7 +19,7 @@ from toolkit.checkpoint.saver import Content
 from toolkit.checkpoint.state import State
 from toolkit.mask.apply import apply_mask, put_tensors, trainable_parameters
 from toolkit.mask.schedule import Phase
-from toolkit.optim.state_fragments import AdamState, gather, hand_over
+from toolkit.optim.state_fragments import AdamState, gather_states, load_fragments
 from toolkit.training.fingerprints import versions
 from toolkit.training.progress import Progress, order_digest
 from toolkit.training.setup import Setup, begin
@@ -53,7 +53,7 @@ def content_of(setup: Setup, progress: Progress) -> Content:
 def advance(setup: Setup, step: int) -> None:
     """Begin the next phase after ``step`` steps; every rank calls it."""
     engine, world = setup.engine, setup.world
-    state = gather(engine.fragments(), engine.shapes, engine.is_replicated, world)
+    state = gather_states(engine.fragments(), engine.shapes, engine.is_replicated, world)
     schedule_step = engine.schedule_step
     del engine
     phase = setup.schedule.phases[setup.active.phase.index + 1]
@@ -62,7 +62,7 @@ def advance(setup: Setup, step: int) -> None:
     begin(setup, phase)
     awake = [name for name in phase.mask.names if name in setup.resting]
     carried = {name: state.get(name, AdamState(setup.resting[name])) for name in awake}
-    hand_over(setup.engine.fragments(), setup.engine.shapes, carried, world)
+    load_fragments(setup.engine.fragments(), setup.engine.shapes, carried, world)
     setup.engine.continue_at(schedule_step)
     setup.resting = {name: master for name, master in setup.resting.items() if name not in phase.entered}
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from toolkit.config.flags import Invocation
 from toolkit.config.schema import DataConfig
 from toolkit.data.dataset import load_dataset
-from toolkit.data.sources import is_hub_id
+from toolkit.data.sources import is_hub_dataset
 from toolkit.engine.deepspeed.config import read_ds_config, resolve_ds_config
 from toolkit.mask.schedule import phase_masks
 from toolkit.models.load import load_tokenizer
-from toolkit.planning.meta_model import skeleton
+from toolkit.planning.meta_model import meta_model
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import CheckpointError, PlanError
 
@@ -58,7 +58,7 @@ def check_config(invocation: Invocation, ranks: int) -> None:
     """
     config, path = invocation.config, invocation.deepspeed
     ds = read_ds_config(path) if path else None
-    bare = skeleton(config.model)
+    bare = meta_model(config.model)
     phase_masks(config.mask, bare.anatomy)
     if ds is not None and path is not None:
         resolve_ds_config(ds, config, ranks, bare.hidden_size, path)
@@ -79,7 +79,7 @@ def check_writable(run: Path, world: World) -> None:
             refused = CheckpointError(
                 f"run directory {run} cannot be written ({error.strerror}); choose another --output.dir"
             )
-    refused = world.share(refused)
+    refused = world.broadcast_object(refused)
     if refused is not None:
         raise refused
 
@@ -87,7 +87,7 @@ def check_writable(run: Path, world: World) -> None:
 def _too_costly(config: DataConfig) -> str | None:
     paths = [path for path in (config.path, config.validation) if isinstance(path, str)]
     for path in paths:
-        if is_hub_id(path):
+        if is_hub_dataset(path):
             return f"{path} is a data set on the Hub"
         if Path(path).is_file() and Path(path).stat().st_size > _QUICK_BYTES:
             return f"{path} is larger than {_QUICK_BYTES // 2**20} MiB"

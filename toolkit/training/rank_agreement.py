@@ -34,7 +34,7 @@ def require_same_rows(world: World, dataset: Dataset, tokenizer: PreTrainedToken
         "rows": dataset.fingerprint,
         "skipped": digest([[row.origin, row.fault] for row in dataset.skipped]),
     }
-    reference = world.share(own)
+    reference = world.broadcast_object(own)
     if not world.sum(own != reference)[0]:
         return
     differences = [
@@ -53,15 +53,15 @@ def _other_rows(
     world: World, name: str, digests: Sequence[bytes], rows: Sequence[Example] | Sequence[SkippedRow]
 ) -> list[str]:
     """How this rank's rows differ from rank 0's; every rank calls it."""
-    reference = world.share(b"".join(digests))
+    reference = world.broadcast_object(b"".join(digests))
     theirs = [reference[at : at + _DIGEST] for at in range(0, len(reference), _DIGEST)]
     if list(digests) == theirs:
         first = None
     else:
         shared = zip(digests, theirs, strict=False)
         first = next((at for at, (one, other) in enumerate(shared) if one != other), min(len(digests), len(theirs)))
-    wanted = {at for at in world.gather(first) if at is not None}
-    on_main = world.share({at: _origin(rows, at) for at in wanted})
+    wanted = {at for at in world.all_gather_object(first) if at is not None}
+    on_main = world.broadcast_object({at: _origin(rows, at) for at in wanted})
     if first is None:
         return []
     counts = f"{len(digests):,} {name} rows, on rank 0 {len(theirs):,}"

@@ -23,7 +23,7 @@ from toolkit.runtime.errors import OutOfMemoryError
 from toolkit.runtime.out_of_memory import during
 from toolkit.runtime.paths import writing
 from toolkit.runtime.signals import STOPPED, StopRequested
-from toolkit.training.between_steps import Between
+from toolkit.training.between_steps import BetweenSteps
 from toolkit.training.consistency import facts, require_same
 from toolkit.training.guard import StepGuard
 from toolkit.training.monitor import Monitor, StepMetrics, peak_memory_gib
@@ -51,7 +51,9 @@ def run(invocation: Invocation) -> int:
     """
     with signals.listening():
         world = distributed.start(engine_needs_group=invocation.deepspeed is not None)
-        if trouble := failure_broadcast.join(world.rank, world.size, os.environ.get("MASTER_ADDR", ""), world.share):
+        if trouble := failure_broadcast.join(
+            world.rank, world.size, os.environ.get("MASTER_ADDR", ""), world.broadcast_object
+        ):
             log.error("%s; if another rank fails, this one hears of it from its launcher only", trouble)
         require_same(world, facts(invocation))
         _announce(invocation)
@@ -133,7 +135,7 @@ def _train(setup: Setup, directory: RunDirectory) -> int:
             log.info("mean loss by epoch: %s", ", ".join(f"{loss:.4f}" for loss in losses))
     if isinstance(setup.prefix, CachedPrefix):
         log.info("%s", setup.prefix.close())
-    memory = highest(world.gather(MemoryUse.now(world.device, setup.libraries))).text(_planned_gib(setup))
+    memory = highest(world.all_gather_object(MemoryUse.now(world.device, setup.libraries))).text(_planned_gib(setup))
     log.info("done: %d steps, %s; next: python launch/export.py %s", setup.total_steps, memory, run_dir)
     return 0
 
@@ -144,7 +146,7 @@ def _loop(
     """Train from ``progress`` to the end; the step it stopped after, if a signal asked for that."""
     seed = setup.config.train.seed
     guard = StepGuard(run_dir, setup.config.train.max_skipped_steps, setup.world)
-    between = Between(setup, monitor, progress, saver, guard)
+    between = BetweenSteps(setup, monitor, progress, saver, guard)
     if not between.make_up():
         return progress.step
     for epoch in range(progress.epoch, setup.config.train.epochs):

@@ -9,10 +9,10 @@ import torch
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import Dataset
 from toolkit.models.load import LoadedModel
-from toolkit.planning.meta_model import skeleton_of
+from toolkit.planning.meta_model import meta_model_of
 from toolkit.planning.phase_plans import phase_planners
 from toolkit.planning.planner import Planner
-from toolkit.planning.workload import load_of
+from toolkit.planning.workload import workload_of
 from toolkit.runtime.errors import PlanError
 from toolkit.training.cut import effective
 
@@ -30,7 +30,7 @@ def planners_of(config: RunConfig, loaded: LoadedModel, dataset: Dataset, device
     """
     config = config.model_copy(update={"prefix": effective(config.prefix, device)})
     try:
-        return phase_planners(config, skeleton_of(loaded), load_of(dataset))
+        return phase_planners(config, meta_model_of(loaded), workload_of(dataset))
     except PlanError as error:
         log.warning("%s", error)
         return []

@@ -47,7 +47,7 @@ def read_rows_of(
     rendering = Rendering()
     if prints_date(tokenizer):
         kept = read_rendering(run_dir).now if run_dir is not None else None
-        rendering = Rendering(world.share(kept or datetime.now().replace(microsecond=0)))
+        rendering = Rendering(world.broadcast_object(kept or datetime.now().replace(microsecond=0)))
         log.info("the chat template prints the date; it stays %s for this run", rendering.now)
     ends = model_ends(resolve_source(config.model.name_or_path, needs_weights=False), config.model.revision)
     dataset = load_dataset(config.data, tokenizer, config.train.seed, ends=ends, rendering=rendering)

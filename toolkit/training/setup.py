@@ -37,16 +37,16 @@ from toolkit.planning.planner import Plan, Planner
 from toolkit.runtime import malloc, signals
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import PlanError
-from toolkit.split.activation_checkpointing import free_bytes, recompute_blocks, should_recompute
-from toolkit.split.joined_model import Whole
+from toolkit.split.activation_checkpointing import checkpoint_blocks, free_bytes, should_checkpoint
+from toolkit.split.joined_model import JoinedModel
 from toolkit.split.split import Prefix, Suffix
-from toolkit.training.cut import Job, cut, load_for, refuse_with_schedule
+from toolkit.training.cut import CutJob, cut, load_for, refuse_with_schedule
 from toolkit.training.fingerprints import fingerprints
 from toolkit.training.preflight import check_config
 from toolkit.training.run_plan import planners_of
 from toolkit.training.run_rows import read_rows_of
 from toolkit.training.summary import grown_by, resident_bytes
-from toolkit.training.unused_settings import idle_settings
+from toolkit.training.unused_settings import unused_settings
 
 log = logging.getLogger("frostline")
 
@@ -63,7 +63,7 @@ class Active:
     """What trains and what does not, from input to head."""
     audit: str
     """The same in Markdown."""
-    whole: Whole
+    whole: JoinedModel
     """The model in one piece again, to generate with."""
 
 
@@ -161,24 +161,26 @@ def prepare(invocation: Invocation, world: World, state: State | None = None, ru
             check_config(invocation, world.size)
         tokenizer = load_tokenizer(config.model)
     dataset, stop_ids = read_rows_of(config, tokenizer, world, run_dir)
-    signals.pause(world)
+    signals.raise_if_stopping(world)
     train = config.train
     plan = BatchPlan(
         len(dataset.train), train.micro_batch_size, train.gradient_accumulation_steps, world.rank, world.size
     )
     total_steps = state.steps_in_all(config, world.size) if state else plan.steps(train.epochs, train.max_steps)
     refuse_with_schedule(config, world.device)
-    for warning in idle_settings(config, total_steps, world.device):
+    for warning in unused_settings(config, total_steps, world.device):
         log.warning("%s", warning)
     libraries = resident_bytes()
     log.info("loading %s", config.model.name_or_path)
     loaded = load_for(config, tokenizer)
     check_fit((*dataset.train, *dataset.validation), loaded.model)
     log_training_notes(loaded.model.config)
-    signals.pause(world)
-    if world.share(float32_is_faster(loaded.model.dtype, world.device) if world.is_main else None):
+    signals.raise_if_stopping(world)
+    if world.broadcast_object(float32_is_faster(loaded.model.dtype, world.device) if world.is_main else None):
         use_float32_gradients(loaded.model)
-    base = Base(config.model, world.share(fingerprint(loaded.model, loaded.on_disk) if world.is_main else None))
+    base = Base(
+        config.model, world.broadcast_object(fingerprint(loaded.model, loaded.on_disk) if world.is_main else None)
+    )
     schedule = build_schedule(config.mask, loaded.anatomy, plan.steps_per_epoch, total_steps)
     planners = planners_of(config, loaded, dataset, world.device)
     resolved = None
@@ -194,7 +196,7 @@ def prepare(invocation: Invocation, world: World, state: State | None = None, ru
     )  # fmt: skip
     del loaded  # ``begin`` lets go of it in the last phase
     setup.costs = [_decide_recompute(setup, phase)[2] for phase in schedule.phases]
-    signals.pause(world)
+    signals.raise_if_stopping(world)
     name, length = "local" if resolved is None else f"zero-{zero_stage(resolved)}", plan.text(total_steps, train.epochs)
     log.info("engine %s, %d rank(s) on %s: %s", name, world.size, world.device.type, length)
     return setup
@@ -218,26 +220,26 @@ def begin(setup: Setup, phase: Phase) -> None:
     if setup.planners:
         planner = setup.planners[phase.index]
         planner.cut, planner.cached = prefix is not None, isinstance(prefix, CachedPrefix)
-        planner.packed, planner.short_cuts = setup.packed, suffix.short_cuts
+        planner.packed, planner.shortcuts = setup.packed, suffix.shortcuts
     on, why, setup.costs[phase.index] = _decide_recompute(setup, phase)
     log.info("gradient checkpointing: %s", why)
     if on:
-        recompute_blocks(suffix.blocks(phase.mask.boundary))
+        checkpoint_blocks(suffix.blocks(phase.mask.boundary))
     shown = tuple(audit(phase.mask, loaded.anatomy)), audit_markdown(phase.mask, loaded.anatomy)
-    whole = Whole(loaded.model, loaded.anatomy, None if prefix is None else phase.mask.boundary)
+    whole = JoinedModel(loaded.model, loaded.anatomy, None if prefix is None else phase.mask.boundary)
     del loaded  # what only a later phase would need is to be gone before the engine allocates
     if phase is phases[-1]:
         setup.loaded = None
-    malloc.give_back()
+    malloc.release_free_memory()
     engine = _build_engine(setup, prefix, suffix, phase)
     setup.active = Active(phase, prefix, suffix, engine, *shown, whole)
     setup.reading = prefix
 
 
-def _job(setup: Setup, phase: Phase) -> Job:
+def _job(setup: Setup, phase: Phase) -> CutJob:
     steps = phase.end - phase.start
     passes = steps * setup.plan.global_batch / setup.plan.rows
-    return Job(
+    return CutJob(
         setup.config, setup.tokenizer, phase.mask, setup.base, setup.dataset, passes, setup.world,
         changes=len(setup.schedule.phases) > 1,
     )  # fmt: skip
@@ -247,7 +249,7 @@ def _settle(setup: Setup, prefix: HiddenStates | None, suffix: Suffix) -> None:
     """Find out on rows of the data what may be left out at the top, and in the first phase whether to pack."""
     examples, device = (*setup.dataset.train, *setup.dataset.validation), setup.world.device
     shortest = collate([min(setup.dataset.train, key=lambda example: len(example.token_ids))], pad_id=0).to(device)
-    log.info("supervised positions: %s", suffix.settle(prefix(shortest) if prefix else None, shortest).text)
+    log.info("supervised positions: %s", suffix.choose_shortcuts(prefix(shortest) if prefix else None, shortest).text)
     if setup.packing is None:
         rows = setup.config.train.micro_batch_size
         setup.packing = choose_packing(setup.config.data.packing, rows, prefix, suffix, examples, device)
@@ -266,7 +268,7 @@ def _decide_recompute(setup: Setup, phase: Phase) -> tuple[bool, str, Plan | Non
             log.warning("%s", error)
     needed = plans[False].memory.beside_weights if plans else None
     free = -int(setup.world.max(-free_bytes(setup.world.device)))  # the tightest rank decides for all
-    on, why = should_recompute(train.gradient_checkpointing, needed, free)
+    on, why = should_checkpoint(train.gradient_checkpointing, needed, free)
     return on, why, plans.get(on)
 
 

@@ -18,7 +18,7 @@ log = logging.getLogger("frostline")
 _hparams: Callable[[dict[str, Any], dict[str, float]], Sequence[Any]] = summary.hparams
 
 
-class Board:
+class TensorBoardWriter:
     """Writes curves, texts and pictures until the disk refuses; then it says so once and writes no more.
 
     All writes go through a queue to a thread of their own; nothing waits for the disk.

@@ -10,7 +10,7 @@ from toolkit.config.schema import RunConfig
 from toolkit.optim.groups import learns_nothing
 
 
-def idle_settings(config: RunConfig, total_steps: int, device: torch.device) -> Iterator[str]:
+def unused_settings(config: RunConfig, total_steps: int, device: torch.device) -> Iterator[str]:
     """Say what of the recipe will have no effect: a line each.
 
     Args:

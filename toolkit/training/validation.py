@@ -65,7 +65,7 @@ def sample_answers(setup: Setup, may_stop: bool = False) -> list[Answer]:
     with setup.engine.gathered():
         every = _together(setup, lambda: _own_answers(setup, rows[world.rank :: world.size], may_stop))
     if may_stop:
-        signals.pause(world)
+        signals.raise_if_stopping(world)
     texts: dict[int, str] = {}
     for rank, given in enumerate(every):
         texts |= {rank + world.size * index: text for index, text in enumerate(given)}
@@ -81,7 +81,11 @@ def _try_room(setup: Setup) -> None:
 
 
 def _own_answers(setup: Setup, rows: Sequence[Example], may_stop: bool) -> list[str]:
-    tokenizer, most, asked = setup.tokenizer, setup.config.output.sample_tokens, signals.asked if may_stop else None
+    tokenizer, most, asked = (
+        setup.tokenizer,
+        setup.config.output.sample_tokens,
+        signals.stop_requested if may_stop else None,
+    )
     prefix = setup.prefix.lent() if isinstance(setup.prefix, CachedPrefix) else setup.prefix
     with setup.active.whole.joined(prefix) as model:
         return [
@@ -101,7 +105,7 @@ def _together(setup: Setup, work: Callable[[], T]) -> list[T]:
         given = work()
     except Exception as error:
         trouble = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    every = setup.world.gather((given, trouble))
+    every = setup.world.all_gather_object((given, trouble))
     for rank, (_, its) in enumerate(every):
         if its is not None:
             raise FrostlineError(f"rank {rank}, {its}")

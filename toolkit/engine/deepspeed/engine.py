@@ -20,13 +20,13 @@ from toolkit.engine.deepspeed.clipping import partitioned_norm, without_clipping
 from toolkit.engine.deepspeed.config import zero_stage
 from toolkit.engine.deepspeed.gathering import gathered, gathered_bytes, settle_prefetches
 from toolkit.engine.deepspeed.nvme_state import Swapped, SwappedPart
-from toolkit.engine.deepspeed.optimizers import Opened, PartitionedAdamW, build_optimizer
+from toolkit.engine.deepspeed.optimizers import OpenedMoments, PartitionedAdamW, build_optimizer
 from toolkit.mask.layer_mask import ParameterGroup
 from toolkit.optim.gradients import Clipping
 from toolkit.optim.groups import build_scheduler, current_rate, embedding_tables, forward_to
 from toolkit.optim.master_adamw import norm_at_once
 from toolkit.optim.state_fragments import KINDS, MASTER, MOMENTS, Fragment, Views, gather_kind
-from toolkit.optim.update_monitor import Moved, choose
+from toolkit.optim.update_monitor import UpdateMonitor, sampled_indices
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import ConfigError
 from toolkit.split.split import Suffix
@@ -88,9 +88,9 @@ class ZeroEngine:
         if self.is_replicated:  # in bfloat16 it makes a step on zero gradients, which would count (DeepSpeed 0.19)
             for own in self._inner.state.values():
                 own["step"].zero_()
-        self._moved, self._rate = Moved(self._peek), 0.0
+        self._moved, self._rate = UpdateMonitor(self._peek), 0.0
         self._chosen: dict[int, torch.Tensor] = {}
-        self._opened: dict[torch.Tensor, Opened] = {}
+        self._opened: dict[torch.Tensor, OpenedMoments] = {}
         self._swapped = Swapped(self._engine.optimizer, self._state_of)
 
     def forward(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:  # noqa: D102
@@ -129,7 +129,7 @@ class ZeroEngine:
         for flat, group in self._partitions():
             size = flat.numel()
             if size not in self._chosen:
-                self._chosen[size] = choose([size]).to(flat.device)
+                self._chosen[size] = sampled_indices([size]).to(flat.device)
             chosen = self._chosen[size]
             values = flat.detach().view(-1).index_select(0, chosen)
             if not size or not inner.state.get(flat):
@@ -184,7 +184,7 @@ class ZeroEngine:
         found: list[Fragment] = []
         inner = self._inner
         self._opened = (
-            {flat: Opened(inner, flat, group) for flat, group in self._partitions()}
+            {flat: OpenedMoments(inner, flat, group) for flat, group in self._partitions()}
             if isinstance(inner, PartitionedAdamW)
             else {}
         )

@@ -68,10 +68,10 @@ def make_room(ds: Mapping[str, Any] | None, world: World, needed: int) -> None:
     folders = swap_folders(ds)
     if not folders:
         return
-    hosts = world.gather(socket.gethostname())
+    hosts = world.all_gather_object(socket.gethostname())
     here = hosts.count(hosts[world.rank])
     refused = _prepare(folders, needed * here) if world.local_rank == 0 else None
-    failed = [error for error in world.gather(refused) if error is not None]
+    failed = [error for error in world.all_gather_object(refused) if error is not None]
     if failed:
         raise failed[0]
 

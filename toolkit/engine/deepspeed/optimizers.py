@@ -13,7 +13,7 @@ from toolkit.config.schema import OptimConfig, OptimName, TrainConfig
 from toolkit.mask.layer_mask import ParameterGroup
 from toolkit.optim.groups import parameter_groups
 from toolkit.optim.master_adamw import piece_size
-from toolkit.optim.moments import MOMENTS, SMALLEST, Float32, Form, form_of
+from toolkit.optim.moments import MOMENTS, SMALLEST, Float32, MomentFormat, moment_format
 from toolkit.optim.state_fragments import MASTER
 
 KEEPS_FLOAT32 = "keeps_float32"
@@ -73,7 +73,7 @@ class PartitionedAdamW(torch.optim.Optimizer):
         """  # noqa: D205, D212
         super().__init__(settings, {KEEPS_FLOAT32: False})
         self._name = name
-        self._forms: dict[torch.device, Form] = {}
+        self._forms: dict[torch.device, MomentFormat] = {}
         self._float32 = Float32()
 
     @torch.no_grad()
@@ -101,18 +101,18 @@ class PartitionedAdamW(torch.optim.Optimizer):
             span = slice(start, min(start + piece, p.numel()))
             form.update(moments, span, master[span], gradient[span], group, state["step"], factor)
 
-    def _form(self, p: torch.Tensor, group: dict[str, Any]) -> Form:
+    def _form(self, p: torch.Tensor, group: dict[str, Any]) -> MomentFormat:
         if self._name != "adamw_bf16" and (group[KEEPS_FLOAT32] or p.numel() < SMALLEST):
             return self._float32
         if p.device not in self._forms:
-            self._forms[p.device] = form_of(self._name, piece_size(p.device), p.device)
+            self._forms[p.device] = moment_format(self._name, piece_size(p.device), p.device)
         return self._forms[p.device]
 
     def moving(self, p: torch.Tensor, index: int, chosen: torch.Tensor) -> torch.Tensor:
         """Of which ``chosen`` elements of a partition the first moment is not zero; it has state."""
         return self._form(p, self.param_groups[index]).moving(self.state[p], chosen)
 
-    def opened(self, p: torch.Tensor, index: int) -> tuple[Form, dict[str, Any]]:
+    def opened(self, p: torch.Tensor, index: int) -> tuple[MomentFormat, dict[str, Any]]:
         """How the moments of a partition of parameter group ``index`` are stored, and its state; zeros if new."""
         form = self._form(p, self.param_groups[index])
         if not self.state[p]:
@@ -120,7 +120,7 @@ class PartitionedAdamW(torch.optim.Optimizer):
         return form, self.state[p]
 
 
-class Opened:
+class OpenedMoments:
     """A partition's moments in float32, for as long as they are read or written in parts."""
 
     def __init__(self, optimizer: PartitionedAdamW, master: torch.Tensor, index: int) -> None:
@@ -180,7 +180,7 @@ class Opened:
 class _Part:
     """A stretch of an opened partition."""
 
-    whole: Opened
+    whole: OpenedMoments
     part: slice
     is_first: bool
 
