@@ -31,7 +31,7 @@ from toolkit.models.load import load
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import ConfigError
 from toolkit.runtime.paths import replace_text
-from toolkit.split.split import Prefix
+from toolkit.split.prefix import Prefix
 from toolkit.training.setup import set_up
 
 ROWS, EPOCHS, BLOCKS = 20, 3, 6

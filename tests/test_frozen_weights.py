@@ -32,7 +32,7 @@ from toolkit.models.load import fingerprint, load
 from toolkit.models.mapped_tensors import spill
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import ConfigError, ModelError
-from toolkit.split.split import split, split_is_exact
+from toolkit.split.suffix import split, split_is_exact
 from toolkit.training.setup import Setup, set_up
 
 

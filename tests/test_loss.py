@@ -19,7 +19,7 @@ from toolkit.mask.apply import untie_head
 from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.split.activation_checkpointing import checkpoint_blocks
 from toolkit.split.loss_head import Shortcuts
-from toolkit.split.split import split
+from toolkit.split.suffix import split
 from toolkit.split.supervised_loss import BLOCK_BYTES, linear_cross_entropy, tile_width
 
 Tensors = list[torch.Tensor]

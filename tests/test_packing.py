@@ -24,7 +24,8 @@ from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.models.varlen import VARLEN
 from toolkit.runtime.errors import ModelError
 from toolkit.split.activation_checkpointing import checkpoint_blocks
-from toolkit.split.split import Prefix, Suffix, split
+from toolkit.split.prefix import Prefix
+from toolkit.split.suffix import Suffix, split
 from toolkit.split.supervised_loss import supervised_loss
 
 CPU = torch.device("cpu")

@@ -25,7 +25,7 @@ from toolkit.planning.table import as_dict, as_text
 from toolkit.planning.workload import Workload
 from toolkit.runtime.distributed import World
 from toolkit.split.activation_checkpointing import checkpoint_blocks
-from toolkit.split.split import split
+from toolkit.split.suffix import split
 from toolkit.split.supervised_loss import supervised_loss
 
 

@@ -31,7 +31,7 @@ from toolkit.planning.planner import Plan, Planner
 from toolkit.planning.workload import Workload
 from toolkit.runtime.distributed import World
 from toolkit.split.activation_checkpointing import checkpoint_blocks
-from toolkit.split.split import split
+from toolkit.split.suffix import split
 from toolkit.split.supervised_loss import BLOCK_BYTES, supervised_loss
 
 TOKENS, SUPERVISED = 160, 24

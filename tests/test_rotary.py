@@ -18,7 +18,8 @@ from toolkit.data.model_limits import position_limit
 from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.models.load import load
 from toolkit.models.varlen import VARLEN
-from toolkit.split.split import Prefix, Suffix, split
+from toolkit.split.prefix import Prefix
+from toolkit.split.suffix import Suffix, split
 
 SMALL: dict[str, Any] = {
     "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,

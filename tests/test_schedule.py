@@ -22,7 +22,7 @@ from toolkit.inference.evaluation import evaluate_source
 from toolkit.models.load import load
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import CheckpointError
-from toolkit.split.split import Prefix
+from toolkit.split.prefix import Prefix
 from toolkit.training.phase_change import advance
 from toolkit.training.setup import Setup, set_up
 from toolkit.training.step import train_step

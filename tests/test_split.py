@@ -29,7 +29,8 @@ from toolkit.mask.apply import apply_mask
 from toolkit.mask.layer_mask import LayerMask, build_mask
 from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.split.activation_checkpointing import checkpoint_blocks, should_checkpoint
-from toolkit.split.split import Prefix, Suffix, split, split_is_exact
+from toolkit.split.prefix import Prefix
+from toolkit.split.suffix import Suffix, split, split_is_exact
 from toolkit.split.supervised_loss import supervised_loss
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 64}

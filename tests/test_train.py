@@ -26,7 +26,7 @@ from toolkit.data.dataset import load_dataset
 from toolkit.models.load import load, load_tokenizer
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import CheckpointError
-from toolkit.split.split import Prefix
+from toolkit.split.prefix import Prefix
 from toolkit.training import cut
 from toolkit.training.monitor import Monitor
 from toolkit.training.setup import set_up

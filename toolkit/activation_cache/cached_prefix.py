@@ -20,7 +20,7 @@ from toolkit.runtime import signals
 from toolkit.runtime.distributed import World
 from toolkit.runtime.out_of_memory import during
 from toolkit.runtime.progress_bar import ProgressBar
-from toolkit.split.split import Prefix
+from toolkit.split.prefix import Prefix
 
 log = logging.getLogger("frostline")
 

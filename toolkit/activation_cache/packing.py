@@ -16,7 +16,8 @@ from toolkit.models.probe import evaluating
 from toolkit.models.varlen import VARLEN
 from toolkit.runtime.errors import ModelError
 from toolkit.split.logit_processing import FAILURES
-from toolkit.split.split import Prefix, Suffix
+from toolkit.split.prefix import Prefix
+from toolkit.split.suffix import Suffix
 
 _WATCHED = 8
 """Positions at each end of a sample whose logits are compared: what crosses samples shows first at their beginnings."""

@@ -27,7 +27,7 @@ from toolkit.models.load import LoadedModel, fingerprint_of
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import ConfigError
 from toolkit.runtime.paths import replace_text, sources_hash
-from toolkit.split.split import Prefix
+from toolkit.split.prefix import Prefix
 
 _NOTE = "split.json"
 

@@ -19,7 +19,7 @@ from toolkit.optim.master_adamw import MasterAdamW
 from toolkit.optim.state_fragments import KINDS, MASTER, Fragment, gather_kind
 from toolkit.optim.update_monitor import UpdateMonitor
 from toolkit.runtime.distributed import World
-from toolkit.split.split import Suffix
+from toolkit.split.suffix import Suffix
 
 
 class LocalEngine:

@@ -29,7 +29,7 @@ from toolkit.runtime.errors import DataError
 from toolkit.runtime.out_of_memory import during
 from toolkit.runtime.paths import is_file
 from toolkit.runtime.progress_bar import ProgressBar
-from toolkit.split.split import Suffix
+from toolkit.split.suffix import Suffix
 from toolkit.split.supervised_loss import Forward, supervised_loss
 
 log = logging.getLogger("frostline")

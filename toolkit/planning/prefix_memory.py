@@ -10,7 +10,8 @@ from torch import nn
 from toolkit.config.schema import PrefixConfig
 from toolkit.frozen.quantization import check_quantisable, quantisable, quantised_bytes
 from toolkit.models.anatomy import Anatomy
-from toolkit.split.split import Prefix, Suffix
+from toolkit.split.prefix import Prefix
+from toolkit.split.suffix import Suffix
 
 
 @dataclass(frozen=True)

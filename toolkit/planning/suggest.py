@@ -19,7 +19,7 @@ from toolkit.inference.open_model import load_base
 from toolkit.models.load import LoadedModel
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import ConfigError
-from toolkit.split.split import Suffix
+from toolkit.split.suffix import Suffix
 from toolkit.split.supervised_loss import supervised_loss
 
 Method = Literal["spectrum", "gradient"]

@@ -20,7 +20,8 @@ from torch.utils.flop_counter import flop_registry
 from toolkit.data.batches import Batch
 from toolkit.data.examples import Example
 from toolkit.planning.meta_operators import infer
-from toolkit.split.split import Prefix, Suffix
+from toolkit.split.prefix import Prefix
+from toolkit.split.suffix import Suffix
 from toolkit.split.supervised_loss import supervised_loss, tile_width
 
 Phase = Literal["prefix", "forward", "backward"]

@@ -21,7 +21,8 @@ from toolkit.planning.meta_model import MetaModel
 from toolkit.planning.trace import Shape, Trace, trace
 from toolkit.split.activation_checkpointing import checkpoint_blocks
 from toolkit.split.loss_head import Shortcuts
-from toolkit.split.split import Prefix, Suffix, split
+from toolkit.split.prefix import Prefix
+from toolkit.split.suffix import Suffix, split
 
 
 @dataclass(frozen=True)

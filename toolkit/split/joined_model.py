@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from toolkit.models.anatomy import Anatomy
 from toolkit.split.module_tree import Stand, copy_module_tree
-from toolkit.split.split import Prefix
+from toolkit.split.prefix import Prefix
 
 
 class JoinedModel:

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from toolkit.models.anatomy import Anatomy
+
 
 def copy_module_tree(
     model: PreTrainedModel, replaced: dict[nn.Module, nn.Module], own_parameters: bool = False
@@ -29,6 +31,13 @@ def copy_module_tree(
     shared[id(model.config)] = model.config
     shared |= {id(old): new for old, new in replaced.items()}
     return copy.deepcopy(model, shared)
+
+
+def entry_module(model: nn.Module, anatomy: Anatomy, boundary: int) -> nn.Module:
+    """Return the first module above the frost line: block ``boundary``, or the final norm or head above the last."""
+    if boundary < anatomy.block_count:
+        return model.get_submodule(f"{anatomy.blocks}.{boundary}")
+    return model.get_submodule(anatomy.norm or anatomy.head)
 
 
 class Arrived(Exception):

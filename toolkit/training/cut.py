@@ -37,7 +37,8 @@ from toolkit.models.load import LoadedModel, fingerprint
 from toolkit.planning.meta_model import meta_model
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import ConfigError, ModelError
-from toolkit.split.split import Prefix, Suffix, split, split_is_exact
+from toolkit.split.prefix import Prefix
+from toolkit.split.suffix import Suffix, split, split_is_exact
 
 log = logging.getLogger("frostline")
 

@@ -39,7 +39,8 @@ from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import PlanError
 from toolkit.split.activation_checkpointing import checkpoint_blocks, free_bytes, should_checkpoint
 from toolkit.split.joined_model import JoinedModel
-from toolkit.split.split import Prefix, Suffix
+from toolkit.split.prefix import Prefix
+from toolkit.split.suffix import Suffix
 from toolkit.training.cut import CutJob, cut, load_for, refuse_with_schedule
 from toolkit.training.fingerprints import fingerprints
 from toolkit.training.preflight import check_config

@@ -29,7 +29,7 @@ from toolkit.optim.state_fragments import KINDS, MASTER, MOMENTS, Fragment, View
 from toolkit.optim.update_monitor import UpdateMonitor, sampled_indices
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import ConfigError
-from toolkit.split.split import Suffix
+from toolkit.split.suffix import Suffix
 
 
 class ZeroEngine:

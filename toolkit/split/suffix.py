@@ -1,6 +1,6 @@
-"""Cut a model at the frost line into a frozen prefix and a trained suffix.
+"""The trained suffix, and the cut of a model at the frost line into a frozen prefix and a trained suffix.
 
-Both halves are copies of the model's skeleton that share its parameters. In the prefix, what lies above the line is
+Both halves are copies of the model's module tree that share its parameters. In the prefix, what lies above the line is
 gone; in the suffix, the blocks below it are pass-throughs without parameters and the embeddings are a stub, so
 autograd, the optimizer, ZeRO and a checkpoint never see them. ``suffix(prefix(batch), batch)`` computes what the whole
 model computes.
@@ -20,57 +20,13 @@ from transformers import PreTrainedModel
 from toolkit.data.batches import Batch
 from toolkit.frozen.weight_offload import FrozenWeights
 from toolkit.models.anatomy import Anatomy
-from toolkit.models.probe import evaluating, probe_blocks
+from toolkit.models.probe import evaluating
 from toolkit.models.rotary import needs_lengths
 from toolkit.split.logit_processing import FAILURES
 from toolkit.split.loss_head import LossHead, Shortcuts
-from toolkit.split.module_tree import Absent, Arrival, Arrived, EmbeddingStub, PassThrough, copy_module_tree
+from toolkit.split.module_tree import EmbeddingStub, PassThrough, copy_module_tree, entry_module
+from toolkit.split.prefix import Prefix
 from toolkit.split.supervised_loss import cross_entropy
-
-
-class Prefix(nn.Module):
-    """Embeddings and blocks 0 … b-1: token ids to ``hidden[b]``, without gradients."""
-
-    def __init__(
-        self, model: PreTrainedModel, anatomy: Anatomy, boundary: int, frozen: FrozenWeights | None = None
-    ) -> None:
-        """
-        Args:
-            model: the whole model, its mask already applied.
-            anatomy: its parts.
-            boundary: b, from 0 to the number of blocks; at 0 it is the embeddings alone.
-            frozen: weights that were taken out of ``model`` and are lent to each block; none where it has its own.
-        """  # noqa: D205, D212
-        super().__init__()
-        blocks = list(model.get_submodule(anatomy.blocks).children())
-        entry = _entry(model, anatomy, boundary)
-        replaced: dict[nn.Module, nn.Module] = {block: Absent(block) for block in blocks[boundary:]}
-        for above in filter(None, (anatomy.norm, anatomy.head)):
-            replaced[model.get_submodule(above)] = Absent()
-        replaced[entry] = Arrival(entry)
-        self.skeleton = copy_module_tree(model, replaced, own_parameters=True)
-        self._blocks = list(self.skeleton.get_submodule(anatomy.blocks).children())[:boundary]
-        self._with_lengths = needs_lengths(model)
-        self.frozen = frozen
-        if frozen is not None:
-            frozen.attach(self.skeleton)
-
-    def returned(self) -> list[int | None]:
-        """What each block gives back: the length of its tuple, none where it returns the hidden states alone."""
-        device = self.frozen.device if self.frozen is not None else None
-        outputs = dict(probe_blocks(self.skeleton, self._blocks, device))
-        return [
-            len(outputs[block]) if isinstance(outputs.get(block), (tuple, list)) else None for block in self._blocks
-        ]
-
-    @torch.no_grad()
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Hidden states [B, T, hidden_size] that enter block b (or the final norm, where b is the block count)."""
-        try:
-            self.skeleton(input_ids=batch.input_ids, **batch.layout(self._with_lengths), use_cache=False)
-        except Arrived as arrived:
-            return arrived.hidden
-        raise RuntimeError("the prefix never reached the frost line")
 
 
 class Suffix(nn.Module):
@@ -106,7 +62,7 @@ class Suffix(nn.Module):
         self._with_lengths = needs_lengths(model)
         self._hidden: torch.Tensor | None = None
         if boundary is not None:
-            _entry(self.model, anatomy, boundary).register_forward_pre_hook(self._enter, with_kwargs=True)
+            entry_module(self.model, anatomy, boundary).register_forward_pre_hook(self._enter, with_kwargs=True)
         self._top = LossHead(model, self.model, anatomy, boundary or 0)
 
     @property
@@ -219,10 +175,3 @@ def split_is_exact(model: PreTrainedModel, prefix: Prefix, suffix: Suffix, batch
             return False  # the architecture looked for something that the cut removed
         noise = (whole - again).abs().max()  # 0, but for kernels that add up in no fixed order
         return whole.shape == cut.shape and bool(((whole - cut).abs() <= noise).all())
-
-
-def _entry(model: nn.Module, anatomy: Anatomy, boundary: int) -> nn.Module:
-    """The first module above the line."""
-    if boundary < anatomy.block_count:
-        return model.get_submodule(f"{anatomy.blocks}.{boundary}")
-    return model.get_submodule(anatomy.norm or anatomy.head)
