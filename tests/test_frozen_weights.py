@@ -28,8 +28,8 @@ from toolkit.frozen.quantization import (
 from toolkit.frozen.weight_offload import FrozenWeights
 from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.models.bundled import cache_root
+from toolkit.models.disk_offload import spill
 from toolkit.models.load import fingerprint, load
-from toolkit.models.mapped_tensors import spill
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import ConfigError, ModelError
 from toolkit.split.suffix import split, split_is_exact
@@ -306,6 +306,6 @@ def test_a_full_disk_is_an_error_that_names_the_directory(monkeypatch: pytest.Mo
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("toolkit.models.mapped_tensors.save_file", full)
+    monkeypatch.setattr("toolkit.models.disk_offload.write_safetensors", full)
     with pytest.raises(ModelError, match=rf"could not be written to {cache_root()} .*No space left"):
         spill({"weight": torch.ones(4)})

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from toolkit.runtime.file_lock import Lock
+from toolkit.runtime.file_lock import RunLock
 
 
 def test_without_flock_a_holder_that_may_run_keeps_its_directory(
@@ -18,9 +18,9 @@ def test_without_flock_a_holder_that_may_run_keeps_its_directory(
         raise OSError(95, "not supported")
 
     monkeypatch.setattr("fcntl.flock", unsupported)
-    first = Lock.take(tmp_path)
-    assert isinstance(first, Lock)
-    held = Lock.take(tmp_path)
+    first = RunLock.take(tmp_path)
+    assert isinstance(first, RunLock)
+    held = RunLock.take(tmp_path)
     assert isinstance(held, str)
     assert f"process {os.getpid()}" in held
     assert "remove" in held
@@ -29,13 +29,13 @@ def test_without_flock_a_holder_that_may_run_keeps_its_directory(
         ({"host": "elsewhere", "job": "5"}, True), ("nonsense", True),
     ):  # fmt: skip
         first.release()
-        first = Lock.take(tmp_path)
-        assert isinstance(first, Lock)
+        first = RunLock.take(tmp_path)
+        assert isinstance(first, RunLock)
         holder = (tmp_path / ".lock").read_text()
         (tmp_path / ".lock").write_text(text if isinstance(text, str) else json.dumps({**json.loads(holder), **text}))
         with monkeypatch.context() as patch:
             patch.setenv("SLURM_JOB_ID", "5")  # the same job, started again on another node
-            again = Lock.take(tmp_path)
-        assert isinstance(again, Lock) is is_free, text
-        if isinstance(again, Lock):
+            again = RunLock.take(tmp_path)
+        assert isinstance(again, RunLock) is is_free, text
+        if isinstance(again, RunLock):
             again.release()

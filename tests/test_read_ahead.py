@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 
+import pytest
+
 from toolkit.runtime.background_loader import BackgroundLoader
 
 
 def test_keys_are_fetched_in_the_order_of_their_use() -> None:
     fetched: list[str] = []
     ahead = BackgroundLoader(fetched.append)
-    ahead.ask("abc")
-    ahead.ask("de")
+    ahead.request("abc")
+    ahead.request("de")
     ahead.wait()
     ahead.stop()
     assert fetched == list("abcde")
@@ -27,16 +29,16 @@ def test_no_more_keys_wait_than_the_bound() -> None:
         fetched.append(key)
 
     ahead = BackgroundLoader(fetch, bound=3)
-    ahead.ask("a")
+    ahead.request("a")
     started.wait()  # a is under way, none waits
-    ahead.ask("bcdefg")
+    ahead.request("bcdefg")
     gate.set()
     ahead.wait()
     ahead.stop()
     assert fetched == list("abcd")
 
 
-def test_stopping_forgets_what_waits() -> None:
+def test_stopping_forgets_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     gate, started, fetched = threading.Event(), threading.Event(), []
 
     def fetch(key: str) -> None:
@@ -45,22 +47,25 @@ def test_stopping_forgets_what_waits() -> None:
         fetched.append(key)
 
     ahead = BackgroundLoader(fetch)
-    ahead.ask("abc")
+    ahead.request("abc")
     started.wait()
-    stopper = threading.Thread(target=ahead.stop)
-    stopper.start()
-    with ahead._changed:
-        ahead._changed.wait_for(lambda: ahead._closed)
-    gate.set()
-    stopper.join()
+    shutdown = ahead._executor.shutdown
+
+    def shut_down(cancel_futures: bool) -> None:
+        shutdown(wait=False, cancel_futures=cancel_futures)
+        gate.set()
+        shutdown()
+
+    monkeypatch.setattr(ahead._executor, "shutdown", shut_down)
+    ahead.stop()
     assert fetched == ["a"]
-    ahead.ask("d")
+    ahead.request("d")
     ahead.wait()
     assert fetched == ["a"]
 
 
 def test_nothing_asked_starts_no_thread() -> None:
     ahead = BackgroundLoader(lambda key: None)
-    ahead.ask([])
-    assert ahead._thread is None
+    ahead.request([])
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("frostline-loader")]
     ahead.stop()

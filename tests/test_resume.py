@@ -19,7 +19,7 @@ from toolkit.checkpoint.state import read_state
 from toolkit.inference.open_model import load_delta, open_model, read_trained
 from toolkit.models.load import fingerprint
 from toolkit.runtime.errors import CheckpointError
-from toolkit.runtime.file_lock import Lock
+from toolkit.runtime.file_lock import RunLock
 from toolkit.training import validation
 from toolkit.training.monitor import Monitor
 
@@ -252,8 +252,8 @@ def test_who_holds_a_directory_is_named_and_whoever_has_ended_holds_nothing(
     tiny_model: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    lock = Lock.take(run)
-    assert isinstance(lock, Lock)
+    lock = RunLock.take(run)
+    assert isinstance(lock, RunLock)
     monkeypatch.delenv("SLURM_JOB_ID")
     expected = rf"is being written by another run: process {os.getpid()} on .* \(SLURM job 77\), which began 2"
     with pytest.raises(CheckpointError, match=expected):

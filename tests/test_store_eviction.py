@@ -11,8 +11,10 @@ import pytest
 import torch
 from store_samples import NAMESPACE, WIDTH, key, leftovers, open_store, same, samples, shards, size_of, value
 
+from toolkit.activation_cache.eviction import CacheWriter, cache_writer
 from toolkit.activation_cache.namespace import Namespace
 from toolkit.activation_cache.store import ActivationStore
+from toolkit.runtime.distributed import World
 
 YEAR = 31_536_000
 
@@ -192,6 +194,59 @@ def test_a_dead_runs_leftovers_go_and_a_live_runs_stay(tmp_path: Path) -> None:
             assert [path.exists() for path in others] == [False] * 3
         live.write(samples([0]))
         assert live.statistics.failed == 0
+
+
+def test_filling_a_cache_under_a_limit_looks_at_each_shard_a_few_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = entry_size(tmp_path)
+    root = tmp_path / "root"
+    for number in range(10):
+        past_run(root, another(str(number)), 0, (number + 1) * YEAR)
+    looked_at: list[str] = []
+    original = os.stat
+
+    def count(path: Any, **options: Any) -> os.stat_result:
+        looked_at.extend(str(path) for _ in range(1) if str(path).endswith(".safetensors"))
+        return original(path, **options)
+
+    with open_store(root, NAMESPACE, limit=40 * size) as store:
+        monkeypatch.setattr(os, "stat", count)
+        for number in range(40):
+            store.write(samples([5 * number]))
+        monkeypatch.undo()
+        assert store.statistics.stored == 40
+        assert store.statistics.evicted == 10
+    assert len(looked_at) <= 2 * (10 + 40), "all of them at each write would be 1545"
+
+
+def test_the_ranks_of_a_node_share_a_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered: list[object] = []
+    hosts = iter("aaabbb")
+    monkeypatch.setattr("socket.gethostname", lambda: next(hosts))
+    monkeypatch.setattr(World, "all_gather_object", lambda world, own: gathered.append(own) or gathered)
+    writers = [cache_writer(World(rank, rank % 3, 6)) for rank in range(6)]
+    assert [writer.holds_lease for writer in writers] == [True, False, False] * 2
+    assert len({writer.lease for writer in writers[:3]}) == len({writer.lease for writer in writers[3:]}) == 1
+    assert writers[0].lease != writers[3].lease
+
+
+def test_locks_follow_the_nodes_and_not_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes, ranks = 8, 64
+    writers = [CacheWriter(f"{node:016x}", rank, rank == 0) for node in range(nodes) for rank in range(ranks)]
+    locks: list[int] = []
+    original = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lambda file, operation: (locks.append(operation), original(file, operation)))
+    stores = [ActivationStore(tmp_path, NAMESPACE, keep_free_bytes=0, writer=writer) for writer in writers]
+    assert len(locks) == 3 * nodes + nodes * (nodes - 1) // 2, "a lease a rank would take 130,816 at these 512"
+    assert len(leftovers(tmp_path)) == nodes
+    assert len({store._lease.staging() for store in stores if store._lease is not None}) == nodes * ranks
+    for number, store in enumerate(stores[:ranks]):
+        store.write(samples([number]))
+        assert store.statistics.stored == 1
+    for store in stores:
+        store.close()
+    assert leftovers(tmp_path) == []
 
 
 def test_without_file_locks_the_store_is_read_and_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,8 @@ FORMAT = "frostline-activations-1"
 """Names the layout of a shard; another layout gets another name and therefore other directories."""
 NAMESPACE_NAME = re.compile(r"[0-9a-f]{64}")
 """What a namespace's directory name looks like."""
-DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
-"""What can be stored, and its name in a safetensors header."""
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""What can be stored."""
 _KEY = re.compile(r"[0-9a-f]{64}")
 _ENTRY_OVERHEAD = 512
 """Bytes beside the data, at most, for an entry that has a shard to itself."""

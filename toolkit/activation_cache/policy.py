@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import toolkit
+from toolkit.activation_cache.eviction import cache_writer
 from toolkit.activation_cache.namespace import Namespace, bytes_of, sample_key
 from toolkit.activation_cache.store import ActivationStore
 from toolkit.config.schema import PrefixConfig
@@ -130,11 +131,21 @@ def prefix_fingerprints(
     }
 
 
-def open_store(settings: PrefixConfig, computed_by: Mapping[str, str], model: PreTrainedModel) -> ActivationStore:
-    """The store of what ``identity`` describes, for hidden states of ``model``'s width and precision."""
+def open_store(
+    settings: PrefixConfig, computed_by: Mapping[str, str], model: PreTrainedModel, world: World
+) -> ActivationStore:
+    """Open the store of hidden states of ``model``'s width and precision; every rank calls it.
+
+    Args:
+        settings: the recipe's prefix section.
+        computed_by: as ``prefix_fingerprints`` returns it.
+        model: whose prefix it is.
+        world: all ranks.
+    """
     limit = settings.cache_limit_gib
     namespace = Namespace(computed_by, int(model.config.get_text_config().hidden_size), model.dtype)
-    return ActivationStore(cache_path(settings), namespace, None if limit is None else int(limit * 2**30))
+    limit_bytes = None if limit is None else int(limit * 2**30)
+    return ActivationStore(cache_path(settings), namespace, limit_bytes, writer=cache_writer(world))
 
 
 def cache_path(settings: PrefixConfig) -> Path:

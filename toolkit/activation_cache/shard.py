@@ -7,7 +7,6 @@ the same name and the same bytes.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
@@ -18,16 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
-from toolkit.activation_cache.namespace import DTYPES, FORMAT, Namespace
+from toolkit.activation_cache.namespace import FORMAT, Namespace
+from toolkit.runtime.safetensors_io import DTYPE_NAMES, map_range, parse_header, read_header, serialize
 
 SHARD_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 """What a shard's file name looks like."""
 _CHUNK = 1 << 17  # stays in the processor's cache between read and checksum
-_LONGEST_HEADER = 100_000_000  # what the safetensors library accepts
 
 
 class ShardError(Exception):
@@ -116,9 +113,8 @@ def encode(entries: Mapping[str, torch.Tensor], namespace: Namespace) -> tuple[s
     """
     rows = {key: entries[key].detach().cpu().contiguous() for key in sorted(entries)}
     checksums = [xxh3_128_hexdigest(row.view(torch.uint8).numpy().data) for row in rows.values()]
-    # one metadata key: the library writes several in no fixed order
-    content = save(rows, {"frostline": " ".join([FORMAT, namespace.sha256, *checksums])})
-    return _name_of(content[: 8 + int.from_bytes(content[:8], "little")]), content
+    header, *data = serialize(rows, {"frostline": " ".join([FORMAT, namespace.sha256, *checksums])})
+    return _name_of(header), b"".join([header, *data])
 
 
 def read_shard_header(path: Path, namespace: Namespace) -> Shard:
@@ -131,20 +127,19 @@ def read_shard_header(path: Path, namespace: Namespace) -> Shard:
     """
     with path.open("rb") as file:
         found = FileIdentity.of(os.fstat(file.fileno()))
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(found.size - 8, _LONGEST_HEADER):
-            raise ShardError("its header is cut off")
-        header = file.read(length)
-    if _name_of(prefix + header) != path.name:
+        try:
+            header = read_header(file)
+        except ValueError as error:
+            raise ShardError(str(error)) from None
+    if _name_of(header) != path.name:
         raise ShardError("its header does not give the checksum that is its name")
     try:
-        described = json.loads(header)
-        form, owner, *checksums = described.pop("__metadata__")["frostline"].split()
+        described, metadata = parse_header(header)
+        form, owner, *checksums = metadata["frostline"].split()
         if (form, owner) != (FORMAT, namespace.sha256):
             raise ForeignShardError("it belongs to another namespace")
-        return _index(Shard(path, found), described, checksums, 8 + length, namespace)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return _index(Shard(path, found), described, checksums, len(header), namespace)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ShardError(f"its header is not one of {FORMAT}: {error!r}") from None
 
 
@@ -156,7 +151,7 @@ def _index(
         tokens, width = described[key]["shape"]
         start, end = described[key]["data_offsets"]
         size = tokens * width * namespace.dtype.itemsize
-        if described[key]["dtype"] != DTYPES[namespace.dtype] or width != namespace.width or end - start != size:
+        if described[key]["dtype"] != DTYPE_NAMES[namespace.dtype] or width != namespace.width or end - start != size:
             raise ValueError(f"entry {key} has dtype, shape or size of its own")
         shard.entries[key] = ShardEntry(shard, key, tokens, data + start, size, checksum)
     expected = data + sum(entry.size for entry in shard.entries.values())
@@ -195,16 +190,14 @@ def ask_for_pages(entry: ShardEntry) -> None:
             os.posix_fadvise(file.fileno(), entry.start, entry.size, os.POSIX_FADV_WILLNEED)
 
 
-def map_entry(entry: ShardEntry) -> torch.Tensor:
-    """The entry as [T, width], without a copy: the file's pages are mapped privately, and unmapped with the tensor.
+def map_entry(entry: ShardEntry, namespace: Namespace) -> torch.Tensor:
+    """Return the entry as [T, width], without a copy: pages of the file, unmapped with the tensor.
 
     Raises:
         OSError: the file is gone.
-        safetensors.SafetensorError: the file has changed.
+        ValueError: the file has become shorter.
     """
-    with safe_open(entry.shard.path, "pt") as file:
-        tensor: torch.Tensor = file.get_tensor(entry.key)
-    return tensor
+    return map_range(entry.shard.path, entry.start, namespace.dtype, (entry.tokens, namespace.width))
 
 
 def publish(content: bytes, final: Path, staging: Path) -> None:
@@ -241,6 +234,6 @@ def publish(content: bytes, final: Path, staging: Path) -> None:
         os.close(directory)
 
 
-def _name_of(header: bytes) -> str:
+def _name_of(header: bytes | memoryview) -> str:
     """File name of a shard with this header, its 8 bytes of length included."""
     return f"{xxh3_128_hexdigest(header)}.safetensors"

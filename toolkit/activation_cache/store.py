@@ -20,9 +20,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
-from toolkit.activation_cache.eviction import Lease, available_bytes, locked, room, sweep, trim
+from toolkit.activation_cache.eviction import CacheQuota, CacheWriter, Lease
 from toolkit.activation_cache.namespace import Namespace
 from toolkit.activation_cache.shard import (
     ShardEntry,
@@ -44,27 +43,33 @@ _SHARD_BYTES = 64 << 20  # a write holds one shard in memory
 
 
 class ActivationStore:
-    """Stored activations of one namespace. Any number of processes and threads may use one root at once."""
+    """Stored activations of one namespace. Any number of processes and threads may use one root at once.
+
+    Args:
+        root: the directory of all namespaces; made if it is not there.
+        namespace: what computes the activations.
+        limit_bytes: what all shards under the root may take; a write beyond it evicts the least recently used ones.
+            None sets no limit and evicts nothing.
+        keep_free_bytes: what a write leaves free on the disk, for checkpoints.
+        writer: this process among those of its run; None is a run of one process.
+    """
 
     def __init__(
-        self, root: Path, namespace: Namespace, limit_bytes: int | None = None, keep_free_bytes: int = 1 << 30
+        self,
+        root: Path,
+        namespace: Namespace,
+        limit_bytes: int | None = None,
+        keep_free_bytes: int = 1 << 30,
+        writer: CacheWriter | None = None,
     ) -> None:
-        """
-        Args:
-            root: the directory of all namespaces; made if it is not there.
-            namespace: what computes the activations.
-            limit_bytes: what all shards under the root may take; a write beyond it evicts the least recently used
-                ones. None sets no limit and evicts nothing.
-            keep_free_bytes: what a write leaves free on the disk, for checkpoints.
-        """  # noqa: D205, D212
         self.statistics = StoreStatistics()
-        self._root, self._directory, self._namespace = root, root / namespace.sha256, namespace
-        self._limit, self._keep_free = limit_bytes, keep_free_bytes
+        self._directory, self._namespace = root / namespace.sha256, namespace
+        self._quota = CacheQuota(root, limit_bytes, keep_free_bytes)
         self._lock = threading.Lock()  # of the statistics
         self._reported: set[str] = set()
         self._index = ShardIndex(self._directory, namespace, self._damaged)
         self._ahead = BackgroundLoader(self._fetch)
-        self._lease = self._enter()
+        self._lease = self._enter(writer or CacheWriter())
         self._index.refresh()
 
     def __enter__(self) -> ActivationStore:
@@ -122,7 +127,7 @@ class ActivationStore:
 
     def read_ahead(self, keys: Iterable[str]) -> None:
         """Bring entries into memory and verify them in the background; ``keys`` in the order of their use."""
-        self._ahead.ask(keys)
+        self._ahead.request(keys)
 
     def write(self, entries: Mapping[str, torch.Tensor]) -> None:
         """Store computed activations: in one shard, or several where they are many or large.
@@ -155,7 +160,7 @@ class ActivationStore:
         if self._lease is None:
             return 0
         try:
-            return available_bytes(self._root, self._limit, self._keep_free)
+            return self._quota.available_bytes()
         except OSError:
             return 0
 
@@ -178,17 +183,14 @@ class ActivationStore:
         if lease is None:
             return
         lease.release()
-        if self._limit is not None:  # it may be lower than that of the runs before
-            with suppress(OSError):
-                self.statistics.evicted += trim(self._root, self._limit)
+        with suppress(OSError):  # the limit may be lower than that of the runs before
+            self.statistics.evicted += self._quota.trim()
 
-    def _enter(self) -> Lease | None:
-        """Make the directory, clean it up and take a lease; none if that fails: then nothing is written."""
+    def _enter(self, writer: CacheWriter) -> Lease | None:
+        """Make the directory and take a lease; return None if that fails: then nothing is written."""
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            with locked(self._root):
-                sweep(self._directory)
-                lease = Lease(self._directory)
+            lease = Lease(self._directory, writer)
         except OSError as error:
             self._report(f"{self._directory} cannot be claimed", str(error), "it is read but not written")
             return None
@@ -203,12 +205,12 @@ class ActivationStore:
         for entry in self._index.entries(key):
             try:
                 if self._is_sound(entry):
-                    tensor = map_entry(entry)
+                    tensor = map_entry(entry, self._namespace)
                     entry.shard.mark_used()
                     return tensor
             except FileNotFoundError:  # evicted
                 self._index.forget(entry.shard)
-            except (OSError, SafetensorError) as error:
+            except (OSError, ValueError) as error:
                 self._index.drop(entry, str(error))
         return None
 
@@ -248,7 +250,7 @@ class ActivationStore:
         if lease is None:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self._directory))
         name, content = encode(entries, self._namespace)
-        with room(self._root, len(content), self._limit, self._keep_free) as evicted:
+        with self._quota.room(len(content)) as evicted:
             publish(content, self._directory / name, lease.staging())
         self._index.add(self._directory / name)
         with self._lock:

@@ -11,13 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from toolkit.config.schema import ModelConfig
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.runtime.errors import CheckpointError
-from toolkit.runtime.paths import usual_mode
+from toolkit.runtime.safetensors_io import SafetensorsFile, write_safetensors
 
 MASK, BASE = "mask.json", "base.json"
 _TENSORS = "trained.safetensors"
@@ -45,8 +43,7 @@ class Delta:
 def save_delta(delta: Delta, directory: Path) -> None:
     """Write ``delta`` into ``directory``, which is created."""
     directory.mkdir(parents=True, exist_ok=True)
-    with usual_mode(directory / _TENSORS):
-        save_file({name: tensor.contiguous() for name, tensor in delta.tensors.items()}, directory / _TENSORS)
+    write_safetensors(directory / _TENSORS, delta.tensors)
     delta.mask.save(directory / MASK)
     (directory / BASE).write_text(json.dumps(base_as_dict(delta.base), indent=1), encoding="utf-8")
 
@@ -80,8 +77,9 @@ def read_delta(directory: Path) -> Delta:
     """
     try:
         mask, base = read_mask_and_base(directory)
-        tensors = load_file(directory / _TENSORS)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+        file = SafetensorsFile(directory / _TENSORS, writable=True)
+        tensors = {name: file.tensor(name) for name in file.entries}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{directory} is not a readable delta ({type(error).__name__}: {error}); "
             f"expected {_TENSORS}, {MASK} and {BASE}"

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from toolkit.checkpoint.manifest import damaged
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.optim.state_fragments import KINDS, MASTER, Fragment
+from toolkit.runtime.safetensors_io import SafetensorsFile
 
 FOLDER = "optimizer"
 
@@ -91,21 +91,21 @@ class Shards:
             CheckpointError: a shard is missing, in another's place, or they do not hold each element just once.
         """  # noqa: D205, D212
         self._checkpoint = checkpoint
-        self._by_name: dict[str, list[tuple[ShardSlice, Any]]] = {}
+        self._by_name: dict[str, list[tuple[ShardSlice, SafetensorsFile]]] = {}
         try:
             for stretch, file in self._open(step, ranks):
                 self._by_name.setdefault(stretch.name, []).append((stretch, file))
             self._check(mask)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise damaged(checkpoint, [f"{FOLDER} cannot be read ({type(error).__name__}: {error})"]) from None
 
-    def _open(self, step: int, ranks: int) -> Iterator[tuple[ShardSlice, Any]]:
+    def _open(self, step: int, ranks: int) -> Iterator[tuple[ShardSlice, SafetensorsFile]]:
         for rank in range(ranks):
             name = shard_name(rank, ranks, "safetensors")
-            file: Any = safe_open(self._checkpoint / name, framework="pt")
-            said = file.metadata() or {}
-            if said != metadata(step, rank, ranks):
-                raise damaged(self._checkpoint, [f"{name} says it is {said}; expected {metadata(step, rank, ranks)}"])
+            file = SafetensorsFile(self._checkpoint / name, writable=True)
+            expected = metadata(step, rank, ranks)
+            if file.metadata != expected:
+                raise damaged(self._checkpoint, [f"{name} says it is {file.metadata}; expected {expected}"])
             for entry in json.loads((self._checkpoint / shard_name(rank, ranks, "json")).read_text(encoding="utf-8")):
                 yield ShardSlice(**{**entry, "raw": tuple(entry["raw"])}), file
 
@@ -119,9 +119,9 @@ class Shards:
             if [stretch.start for stretch, _ in stretches] != ends[:-1] or ends[-1] != size:
                 faults.append(f"{name}: the shards do not hold each of its {size:,} elements just once")
             for stretch, file in stretches:
-                held = file.get_slice(_key(MASTER, name))
-                if held.get_shape() != [stretch.stop - stretch.start] or held.get_dtype() != "F32":
-                    faults.append(f"{name}: a shard has {held.get_shape()} {held.get_dtype()} elements of it")
+                shape, dtype = (file.entries[_key(MASTER, name)][key] for key in ("shape", "dtype"))
+                if (shape, dtype) != ([stretch.stop - stretch.start], "F32"):
+                    faults.append(f"{name}: a shard has {shape} {dtype} elements of it")
         if faults:
             raise damaged(self._checkpoint, faults)
 
@@ -138,7 +138,7 @@ class Shards:
         try:
             for fragment in fragments:
                 self._fill(fragment)
-        except (OSError, KeyError, SafetensorError) as error:
+        except (KeyError, ValueError) as error:
             raise damaged(self._checkpoint, [f"{FOLDER} lacks something ({type(error).__name__}: {error})"]) from None
 
     def _fill(self, fragment: Fragment) -> None:
@@ -146,7 +146,7 @@ class Shards:
         values = {kind: self._read(fragment.name, kind, fragment.start, fragment.stop) for kind in KINDS}
         fragment.held.write(values, stretch.updates)
         same = (stretch.start, stretch.stop) == (fragment.start, fragment.stop)
-        raw = {key: file.get_tensor(_key(f"raw.{key}", fragment.name)) for key in stretch.raw} if same else {}
+        raw = {key: file.tensor(_key(f"raw.{key}", fragment.name)) for key in stretch.raw} if same else {}
         if raw and {key: (t.shape, t.dtype) for key, t in raw.items()} == {
             key: (t.shape, t.dtype) for key, t in fragment.held.raw().items()
         }:
@@ -157,7 +157,7 @@ class Shards:
         for stretch, file in self._by_name[name]:
             begin, end = max(start, stretch.start), min(stop, stretch.stop)
             if begin < end:  # mapped, so only the slice is read
-                parts.append(file.get_tensor(_key(kind, name))[begin - stretch.start : end - stretch.start])
+                parts.append(file.tensor(_key(kind, name))[begin - stretch.start : end - stretch.start])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -17,7 +17,7 @@ from toolkit.config.schema import RunConfig
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import CheckpointError
 from toolkit.runtime.file_lock import NAME as LOCK
-from toolkit.runtime.file_lock import Lock
+from toolkit.runtime.file_lock import RunLock
 from toolkit.runtime.paths import replace_text
 
 log = logging.getLogger("frostline")
@@ -59,7 +59,7 @@ class _Claimed:
     """A directory that was picked, and what has to be undone."""
 
     directory: RunDirectory
-    lock: Lock | None
+    lock: RunLock | None
     created: list[Path] = field(default_factory=list)
 
 
@@ -154,7 +154,7 @@ def _lock(path: Path, wish: _Wish) -> _Claimed | str:
     claimed.created = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = Lock.take(path)
+        lock = RunLock.take(path)
     except OSError as error:
         raise CheckpointError(
             f"run directory {path} cannot be written ({error}); choose another --output.dir"
@@ -171,7 +171,7 @@ def _let_go(claimed: _Claimed) -> None:
         return
     path = claimed.directory.path
     unused = path in claimed.created and {entry.name for entry in path.iterdir()} <= {LOCK}
-    claimed.lock.release(forget=unused)
+    claimed.lock.release(remove=unused)
     if unused:
         with suppress(OSError):  # another run has come in
             for folder in claimed.created:

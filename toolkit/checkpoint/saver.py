@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,12 @@ from toolkit.engine.base import Engine
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import DiskError, FrostlineError
-from toolkit.runtime.hashed_files import FileHash, sync_directory, tensors_size, told_if_full, write_json, write_tensors
+from toolkit.runtime.hashed_files import FileHash, sync_directory, told_if_full, write_json, write_tensors
+from toolkit.runtime.safetensors_io import file_size
 
 _Files = dict[str, tuple[dict[str, torch.Tensor], dict[str, str]]]
 """Tensors and metadata by file name."""
+_Written = dict[str, FileHash] | FrostlineError
 _SLACK = 2**20
 """Bytes beside tensors: indices, manifest, the file system's own."""
 
@@ -50,18 +52,18 @@ class Saver:
 
     In the background, ``save`` copies the state to the CPU and returns; a thread of each rank writes its files while
     training goes on, and ``poll`` publishes them once all ranks are done.
+
+    Args:
+        run: the run directory.
+        world: all ranks.
+        keep: newest checkpoints that stay, beside the best.
+        in_background: do not wait for the disk.
     """
 
     def __init__(self, run: Path, world: World, keep: int, in_background: bool = False) -> None:
-        """
-        Args:
-            run: the run directory.
-            world: all ranks.
-            keep: newest checkpoints that stay, beside the best.
-            in_background: do not wait for the disk.
-        """  # noqa: D205, D212
-        self._run, self._world, self._keep, self._in_background = run, world, keep, in_background
-        self._writing: _Writing | None = None
+        self._run, self._world, self._keep = run, world, keep
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if in_background else None
+        self._pending: _PendingCheckpoint | None = None
 
     def save(self, content: Content, validation_follows: bool = False) -> None:
         """Commit a checkpoint, or begin to. A kill at any moment leaves the previous one in place.
@@ -75,20 +77,20 @@ class Saver:
         """
         self.wait()
         files, documents = _pack(content, self._world)
-        self._require_room(sum(tensors_size(tensors, meta) for tensors, meta in files.values()))
+        self._require_room(sum(file_size(tensors, meta) for tensors, meta in files.values()))
         staging = self._run / "checkpoints" / f".{directory_name(content.state.step)}.staging"
         self._on_main(f"checkpoint {staging}", lambda: (staging / optimizer_shards.FOLDER).mkdir(parents=True))
-        if self._in_background:
+        written: Future[_Written] = Future()
+        if self._executor is None:
+            written.set_result(_write(staging, files, documents))
+        else:
             files = {
                 name: ({key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}, metadata)
                 for name, (tensors, metadata) in files.items()
             }
-        self._writing = _Writing(staging, content.state.step, files, documents)
-        self._writing.validation_follows = validation_follows
-        if self._in_background:
-            self._writing.start()
-        else:
-            self._writing.run()
+            written = self._executor.submit(_write, staging, files, documents)
+        self._pending = _PendingCheckpoint(staging, content.state.step, validation_follows, written)
+        if self._executor is None:
             self._publish()
 
     def poll(self) -> None:
@@ -97,7 +99,7 @@ class Saver:
         Raises:
             DiskError: a rank could not write.
         """
-        if self._writing is not None and not self._world.max(float(self._writing.is_alive())):
+        if self._pending is not None and not self._world.max(float(not self._pending.written.done())):
             self._publish()
 
     def wait(self) -> None:
@@ -106,11 +108,11 @@ class Saver:
         Raises:
             DiskError: a rank could not write.
         """
-        if self._writing is not None:
+        if self._pending is not None:
             self._publish()
 
     def record(self, step: int, loss: float) -> None:
-        """Write the validation loss of the newest checkpoint, which is of ``step``; then let older ones go.
+        """Write the validation loss of the newest checkpoint, which is of ``step``; then remove older ones.
 
         Raises:
             DiskError: the disk; the checkpoint stays, without its loss.
@@ -134,24 +136,23 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is None:
             self.wait()
-        elif self._writing is not None and self._writing.is_alive():
-            self._writing.join()  # without the other ranks it cannot be published
+        if self._executor is not None:  # after an error: what is written cannot be published without the other ranks
+            self._executor.shutdown()
 
     def _publish(self) -> None:
-        assert self._writing is not None
-        writing, self._writing = self._writing, None
-        if writing.ident is not None:
-            writing.join()
-        failed = [error for error in self._world.all_gather_object(writing.error) if error is not None]
-        if failed:
-            self._give_space_back()
-            raise failed[0]
-        entries = {name: entry for own in self._world.all_gather_object(writing.entries) for name, entry in own.items()}
-        self._on_main(f"checkpoint {writing.staging}", lambda: self._rename(writing, entries))
+        assert self._pending is not None
+        pending, self._pending = self._pending, None
+        entries: dict[str, FileHash] = {}
+        for written in self._world.all_gather_object(pending.written.result()):
+            if isinstance(written, FrostlineError):
+                self._remove_staging()
+                raise written
+            entries |= written
+        self._on_main(f"checkpoint {pending.staging}", lambda: self._rename(pending, entries))
 
-    def _rename(self, writing: _Writing, entries: Mapping[str, FileHash]) -> None:
-        staging, final = writing.staging, self._run / "checkpoints" / directory_name(writing.step)
-        write_manifest(staging, writing.step, entries)
+    def _rename(self, pending: _PendingCheckpoint, entries: Mapping[str, FileHash]) -> None:
+        staging, final = pending.staging, self._run / "checkpoints" / directory_name(pending.step)
+        write_manifest(staging, pending.step, entries)
         for directory in (*(path for path in staging.iterdir() if path.is_dir()), staging):
             sync_directory(directory)
         if final.exists():  # of this step, by a run that was gone on from before it
@@ -159,7 +160,7 @@ class Saver:
         staging.rename(final)
         sync_directory(final.parent)
         catalog.point_at(self._run, final)
-        if not writing.validation_follows:
+        if not pending.validation_follows:
             catalog.prune(self._run, final, self._keep)
         catalog.clear_leftovers(self._run)
 
@@ -190,36 +191,39 @@ class Saver:
             except FrostlineError as failed:
                 error = failed
         if (shared := self._world.broadcast_object(error)) is not None:
-            self._give_space_back()
+            self._remove_staging()
             raise shared
 
-    def _give_space_back(self) -> None:
+    def _remove_staging(self) -> None:
         if self._world.is_main:
             catalog.clear_leftovers(self._run)
 
 
-class _Writing(threading.Thread):
-    """A rank's part of a checkpoint on its way to disk."""
+@dataclass(frozen=True)
+class _PendingCheckpoint:
+    """A checkpoint that is not published yet."""
 
-    def __init__(self, staging: Path, step: int, files: _Files, documents: Mapping[str, object]) -> None:
-        super().__init__(name="checkpoint", daemon=False)
-        self.staging, self.step, self.validation_follows = staging, step, False
-        self._files, self._documents = files, documents
-        self.entries: dict[str, FileHash] = {}
-        self.error: FrostlineError | None = None
+    staging: Path
+    step: int
+    validation_follows: bool
+    written: Future[_Written]
+    """This rank's part."""
 
-    def run(self) -> None:
-        try:
-            with told_if_full(f"checkpoint {self.staging}"):
-                for name, (tensors, metadata) in self._files.items():
-                    self.entries[name] = write_tensors(self.staging / name, tensors, metadata)
-                for name, value in self._documents.items():
-                    self.entries[name] = write_json(self.staging / name, value)
-        except FrostlineError as error:
-            self.error = error
-        except Exception as error:
-            self.error = FrostlineError(f"checkpoint {self.staging} could not be written ({error!r})")
-        self._files = {}
+
+def _write(staging: Path, files: _Files, documents: Mapping[str, object]) -> _Written:
+    """Write a rank's part of a checkpoint; return the hashes of its files, or why it could not be written."""
+    entries = {}
+    try:
+        with told_if_full(f"checkpoint {staging}"):
+            for name, (tensors, metadata) in files.items():
+                entries[name] = write_tensors(staging / name, tensors, metadata)
+            for name, value in documents.items():
+                entries[name] = write_json(staging / name, value)
+    except FrostlineError as error:
+        return error
+    except Exception as error:
+        return FrostlineError(f"checkpoint {staging} could not be written ({error!r})")
+    return entries
 
 
 def _pack(content: Content, world: World) -> tuple[_Files, dict[str, object]]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from toolkit.checkpoint.choice import Choice, Step
@@ -133,7 +132,7 @@ def _staged(target: Path) -> Iterator[Path]:
         if target.exists():
             target.rmdir()
         staging.rename(target)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise DiskError(f"{target} cannot be written ({error}); make room, or choose another --output") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -27,8 +27,7 @@ from toolkit.frozen.quantization import (
     quantisable,
     quantise,
 )
-from toolkit.models.disk_offload import to_meta
-from toolkit.models.mapped_tensors import OnDisk, spill
+from toolkit.models.disk_offload import OnDisk, spill, to_meta
 
 log = logging.getLogger("frostline")
 

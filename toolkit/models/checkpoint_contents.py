@@ -7,8 +7,9 @@ import logging
 import torch
 from transformers import PreTrainedModel
 
-from toolkit.models.weight_files import FLOATS, StoredTensors, listed
+from toolkit.models.weight_files import StoredTensors, listed
 from toolkit.runtime.errors import ModelError
+from toolkit.runtime.safetensors_io import FLOATS
 
 log = logging.getLogger("frostline")
 

@@ -1,10 +1,12 @@
-"""Have transformers leave a model's lower blocks on disk, and find the files they lie in."""
+"""Frozen weights on disk: a model's lower blocks left in its files, or tensors moved to a file of their own."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,31 @@ from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 
 from toolkit.models.anatomy import Anatomy
-from toolkit.models.mapped_tensors import MappedFile, OnDisk
+from toolkit.models.bundled import cache_root
+from toolkit.models.weight_files import open_weights
+from toolkit.runtime.errors import ModelError
+from toolkit.runtime.safetensors_io import SafetensorsFile, write_safetensors
+
+
+@dataclass(frozen=True)
+class OnDisk:
+    """One tensor of a mapped file."""
+
+    file: SafetensorsFile
+    name: str
+    """In the file."""
+    dtype: torch.dtype
+    """What it is read as."""
+
+    def read(self) -> torch.Tensor:
+        """The tensor; a view of the file if that has the same precision."""
+        return self.file.tensor(self.name).to(self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        begin, end = self.file.entries[self.name]["data_offsets"]
+        return int(end - begin)
 
 
 def device_map(anatomy: Anatomy, blocks_on_disk: int) -> dict[str, str]:
@@ -50,13 +76,13 @@ def take_files(model: nn.Module) -> dict[str, OnDisk]:
     for module in model.modules():  # accelerate puts the method back, but on the instance, where copies would find it
         if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
             del module.forward
-    files: dict[str, MappedFile] = {}
+    files: dict[str, SafetensorsFile] = {}
     found = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.is_meta:
             path = index[name]["safetensors_file"]
             if path not in files:
-                files[path] = MappedFile(Path(path))
+                files[path] = open_weights(Path(path))
             found[name] = OnDisk(files[path], index[name]["weight_name"], parameter.dtype)
     return found
 
@@ -79,3 +105,28 @@ def to_meta(module: nn.Module, name: str) -> None:
     parameter = module.get_parameter(name)
     empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
     module.get_submodule(owner)._parameters[leaf] = empty
+
+
+def spill(tensors: Mapping[str, torch.Tensor]) -> dict[str, OnDisk]:
+    """Write tensors into a file of the cache directory and leave them there.
+
+    The file has no name any more when this returns: its space is free again as soon as the process ends, however it
+    ends.
+
+    Raises:
+        ModelError: the disk.
+    """
+    root = cache_root()
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".offload-", dir=root) as folder:
+            path = Path(folder) / "weights.safetensors"
+            write_safetensors(path, tensors)
+            file = SafetensorsFile(path)
+    except OSError as error:
+        raise ModelError(
+            f"{size / 2**20:.0f} MiB of weights could not be written to {root} ({error}); free space there, or name "
+            "another directory in FROSTLINE_CACHE"
+        ) from None
+    return {name: OnDisk(file, name, tensor.dtype) for name, tensor in tensors.items()}

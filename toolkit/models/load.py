@@ -21,10 +21,9 @@ from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.models.bundled import bundled_directory, cache_root
 from toolkit.models.checkpoint_contents import examine
 from toolkit.models.directory import check_directory
-from toolkit.models.disk_offload import device_map, quiet_accelerate, take_files
+from toolkit.models.disk_offload import OnDisk, device_map, quiet_accelerate, take_files
 from toolkit.models.end_tokens import model_ends
 from toolkit.models.exaone import ExaoneFormat, is_exaone
-from toolkit.models.mapped_tensors import OnDisk
 from toolkit.models.quirks import turn_off_layerdrop
 from toolkit.models.rotary import make_rotary_per_sample
 from toolkit.models.source_files import SourceFiles

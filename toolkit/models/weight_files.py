@@ -10,23 +10,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from toolkit.models.mapped_tensors import read_header
 from toolkit.models.source_files import SourceFiles
-from toolkit.runtime.paths import usual_mode
+from toolkit.runtime.errors import ModelError
+from toolkit.runtime.safetensors_io import FLOATS, SafetensorsFile, write_safetensors
 
 MAX_SHARD_BYTES = 5_000_000_000
 """A model beyond this is written in several files with an index."""
 
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""The precisions of plain weights by the names of the safetensors format."""
+
+def open_weights(file: Path) -> SafetensorsFile:
+    """Map a model's safetensors file, read-only.
+
+    Raises:
+        ModelError: it is not of that format.
+    """
+    try:
+        return SafetensorsFile(file)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} is not a readable safetensors file ({error}); download it again") from None
 
 
 class StoredTensors:
-    """The tensors of a checkpoint by name; headers are read at once, a tensor when it is asked for."""
+    """The tensors of a checkpoint by name; a tensor is read when it is used."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         """
@@ -37,20 +44,14 @@ class StoredTensors:
             ModelError: one is not of that format.
         """  # noqa: D205, D212
         self.entries: dict[str, dict[str, Any]] = {}
-        self._file: dict[str, Path] = {}
-        self._open: dict[Path, Any] = {}
-        for file in files:
-            header, _ = read_header(file)
-            self.entries |= header
-            self._file |= dict.fromkeys(header, file)
+        self._file: dict[str, SafetensorsFile] = {}
+        for file in map(open_weights, files):
+            self.entries |= file.entries
+            self._file |= dict.fromkeys(file.entries, file)
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor as it is stored."""
-        file = self._file[name]
-        if file not in self._open:
-            self._open[file] = safe_open(file, framework="pt")
-        tensor: torch.Tensor = self._open[file].get_tensor(name)
-        return tensor
+        """Return the tensor as it is stored, a view of the file that must not be written to."""
+        return self._file[name].tensor(name)
 
     @property
     def are_plain(self) -> bool:
@@ -132,8 +133,7 @@ def _write_shards(tensors: dict[str, torch.Tensor], directory: Path) -> None:
     many, index = len(shards) > 1, {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if many else "model.safetensors"
-        with usual_mode(directory / file):
-            save_file({name: tensors[name].contiguous() for name in names}, directory / file, metadata={"format": "pt"})
+        write_safetensors(directory / file, {name: tensors[name] for name in names}, {"format": "pt"})
         index.update(dict.fromkeys(names, file))
     if many:
         total = sum(tensor.nbytes for tensor in tensors.values())

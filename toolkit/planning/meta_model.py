@@ -15,12 +15,12 @@ from toolkit.models.anatomy import Anatomy
 from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.models.exaone import is_exaone, llama_name, read_exaone_config
 from toolkit.models.load import LoadedModel, hub_says, resolve_source
-from toolkit.models.mapped_tensors import read_header
 from toolkit.models.quirks import turn_off_layerdrop
 from toolkit.models.storage_format import refuse_kernels
-from toolkit.models.weight_files import FLOATS
+from toolkit.models.weight_files import open_weights
 from toolkit.runtime.errors import FrostlineError, ModelError, PlanError
 from toolkit.runtime.out_of_memory import is_out_of_memory
+from toolkit.runtime.safetensors_io import FLOATS
 
 LOOKED_AT_CONTENT = (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError)
 """What a model raises on tensors without content, or cut where it cannot be."""
@@ -139,7 +139,9 @@ def _check_headers(directory: Path, anatomy: Anatomy, exaone: bool) -> str:
     if not files:
         return "config.json; no weights were looked at"
     stored = {
-        llama_name(name) if exaone else name: info for file in files for name, info in read_header(file)[0].items()
+        llama_name(name) if exaone else name: info
+        for file in files
+        for name, info in open_weights(file).entries.items()
     }
     lacking = any(tensor.alias_of is None and tensor.name not in stored for tensor in anatomy.tensors)
     wrong, dtypes, packed, bytes_stored = [], set(), set(), 0

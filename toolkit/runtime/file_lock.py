@@ -1,4 +1,4 @@
-"""The lock of a run directory: one writer, who is named to everyone that comes after."""
+"""File locks that end with their process: of a run directory, of an activation cache, of the cache's live runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import socket
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,9 +18,75 @@ NAME = ".lock"
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
 
+class FileLock:
+    """An exclusive ``flock``: the kernel drops it when the process ends, however that ends.
+
+    Not filelock's: where a file system has no locks, that falls back to a file which a killed process never removes,
+    and it cannot ask whether a lock is held without waiting for it or taking it.
+
+    Args:
+        path: the file; made if it is not there.
+        flags: more of ``os.open``'s, such as ``os.O_EXCL``.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+
+    def __init__(self, path: Path, flags: int = 0) -> None:
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
+
+    def acquire(self, wait: bool = False) -> bool:
+        """Take the lock; return False if another process holds it.
+
+        Args:
+            wait: until it is free.
+
+        Raises:
+            OSError: the file system has no locks.
+        """
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return False
+        return True
+
+    def release(self, remove: bool = False) -> None:
+        """Release the lock and close the file; a second call does nothing.
+
+        Args:
+            remove: the file too.
+        """
+        if self.descriptor < 0:
+            return
+        if remove:
+            with suppress(OSError):
+                self.path.unlink()
+        with suppress(OSError):  # closing alone does not release what a forked process has inherited
+            fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+        os.close(self.descriptor)
+        self.descriptor = -1
+
+
+def is_locked(path: Path) -> bool:
+    """Return True if a process holds the lock of a file, which need not be writable.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 @dataclass(frozen=True)
-class Holder:
-    """Who writes to a directory."""
+class LockHolder:
+    """The process that writes to a run directory."""
 
     host: str
     pid: int
@@ -33,8 +100,8 @@ class Holder:
         since = datetime.fromtimestamp(self.started).isoformat(" ", "seconds")
         return f"process {self.pid} on {self.host}{job}, which began {since}"
 
-    def may_run(self, own: Holder) -> bool:
-        """False if it has certainly ended."""
+    def may_run(self, own: LockHolder) -> bool:
+        """Return False if it has certainly ended."""
         if self.host != own.host:
             return self.job is None or self.job != own.job  # a job that SLURM starts again has left its old nodes
         try:
@@ -43,86 +110,76 @@ class Holder:
             return False
 
 
-class Lock:
-    """A lock on a directory, held by this process until ``release`` or its end.
+class RunLock:
+    """The lock of a run directory, whose file names its holder; see ``take``."""
 
-    The file is locked with flock, which ends with the process however that ends. A file system without flock is
-    served by the file's text alone: a holder that has certainly ended is passed over, any other keeps the lock.
-    """
-
-    def __init__(self, descriptor: int, path: Path) -> None:
-        self._descriptor, self._path = descriptor, path
+    def __init__(self, lock: FileLock) -> None:
+        self._lock = lock
 
     @classmethod
-    def take(cls, directory: Path) -> Lock | str:
-        """The lock of an existing directory, or who holds it, in words.
+    def take(cls, directory: Path) -> RunLock | str:
+        """Lock an existing directory until ``release`` or the process's end; return who holds it, if somebody does.
+
+        A file system without flock is served by the file's text alone: a holder that has certainly ended is passed
+        over, any other keeps the lock.
 
         Raises:
             OSError: the directory cannot be written.
         """
-        path = directory / NAME
         while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            lock = FileLock(directory / NAME)
             try:
-                taken = cls._take(descriptor, path)
+                if (holder := _claim(lock)) is None:
+                    return cls(lock)
+            except FileNotFoundError:  # its last holder removed the file in this moment
+                holder = None
             except BaseException:
-                os.close(descriptor)
+                lock.release()
                 raise
-            if taken is not None:
-                if isinstance(taken, str):
-                    os.close(descriptor)
-                return taken
-            os.close(descriptor)  # its last holder removed the file in this moment
+            lock.release()
+            if holder is not None:
+                return holder
 
-    @classmethod
-    def _take(cls, descriptor: int, path: Path) -> Lock | str | None:
-        own = _own()
-        held = False
-        supported = True
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            held = True
-        except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                raise
-            supported = False
-        holder = _read(descriptor)
-        if held or (not supported and holder is not None and holder.may_run(own)):
-            remedy = "" if held else f"; if that has ended, remove {path}"
-            return f"{holder or 'another process'}{remedy}"
-        try:
-            if not os.path.samestat(os.fstat(descriptor), path.stat()):
-                return None
-        except FileNotFoundError:
-            return None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(asdict(own)).encode(), 0)
-        return cls(descriptor, path)
-
-    def release(self, forget: bool = False) -> None:
-        """Let go of the directory; twice does no harm.
+    def release(self, remove: bool = False) -> None:
+        """Release the directory; a second call does nothing.
 
         Args:
-            forget: also remove the file, so that nothing of the lock is left.
+            remove: also the file, so that nothing of the lock is left.
         """
-        if self._descriptor < 0:
-            return
-        if forget:
-            self._path.unlink(missing_ok=True)
-        else:
-            os.ftruncate(self._descriptor, 0)
-        os.close(self._descriptor)
-        self._descriptor = -1
+        if not remove and self._lock.descriptor >= 0:
+            os.ftruncate(self._lock.descriptor, 0)
+        self._lock.release(remove)
 
 
-def _own() -> Holder:
+def _claim(lock: FileLock) -> str | None:
+    """Take the lock and write this process into it; or return who holds it.
+
+    Raises:
+        FileNotFoundError: the file has been removed or replaced.
+        OSError: it cannot be written.
+    """
     job = os.environ.get("SLURM_JOB_ID") or None
-    return Holder(socket.gethostname(), os.getpid(), psutil.Process().create_time(), job)
-
-
-def _read(descriptor: int) -> Holder | None:
+    own = LockHolder(socket.gethostname(), os.getpid(), psutil.Process().create_time(), job)
     try:
-        return Holder(**json.loads(os.pread(descriptor, 4096, 0)))
+        taken: bool | None = lock.acquire()
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        taken = None
+    holder = _read(lock.descriptor)
+    if taken is False:
+        return str(holder or "another process")
+    if taken is None and holder is not None and holder.may_run(own):
+        return f"{holder}; if that has ended, remove {lock.path}"
+    if not os.path.samestat(os.fstat(lock.descriptor), lock.path.stat()):
+        raise FileNotFoundError(lock.path)
+    os.ftruncate(lock.descriptor, 0)
+    os.pwrite(lock.descriptor, json.dumps(asdict(own)).encode(), 0)
+    return None
+
+
+def _read(descriptor: int) -> LockHolder | None:
+    try:
+        return LockHolder(**json.loads(os.pread(descriptor, 4096, 0)))
     except (ValueError, TypeError):
         return None

@@ -6,7 +6,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 
 from toolkit.runtime.errors import DiskError
+from toolkit.runtime.safetensors_io import serialize
 
-_NAMES = {torch.float32: "F32", torch.uint8: "U8", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8",
-          torch.int32: "I32", torch.int64: "I64"}  # fmt: skip
 _CHUNK = 2**24
 
 
@@ -30,25 +29,13 @@ class FileHash:
     sha256: str
 
 
-def tensors_size(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> int:
-    """Bytes of the file that ``write_tensors`` writes."""
-    return len(_header(tensors, metadata)) + sum(t.numel() * t.element_size() for t in tensors.values())
-
-
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> FileHash:
     """Write a safetensors file; one tensor at a time leaves its device, and none is copied on a CPU.
 
     Raises:
         OSError: the disk.
     """
-
-    def parts() -> Iterator[memoryview]:
-        yield memoryview(_header(tensors, metadata))
-        for name in sorted(tensors):
-            tensor = tensors[name].detach().contiguous().cpu()
-            yield tensor.reshape(-1).view(torch.uint8).numpy().data
-
-    return _write(path, parts())
+    return _write(path, serialize(tensors, metadata))
 
 
 def write_json(path: Path, value: object) -> FileHash:
@@ -57,7 +44,7 @@ def write_json(path: Path, value: object) -> FileHash:
     Raises:
         OSError: the disk.
     """
-    return _write(path, iter([memoryview(as_json(value).encode())]))
+    return _write(path, [as_json(value).encode()])
 
 
 def as_json(value: object) -> str:
@@ -98,14 +85,14 @@ def told_if_full(what: str) -> Iterator[None]:
         ) from None
 
 
-def _write(path: Path, parts: Iterator[memoryview]) -> FileHash:
+def _write(path: Path, parts: Iterable[memoryview | bytes]) -> FileHash:
     sha, size = hashlib.sha256(), 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         with ThreadPoolExecutor(1) as other:  # a chunk is hashed while it is written
             for part in parts:
                 for start in range(0, len(part), _CHUNK):
-                    chunk = part[start : start + _CHUNK]
+                    chunk = memoryview(part)[start : start + _CHUNK]
                     hashed = other.submit(sha.update, chunk)
                     size += len(chunk)
                     while chunk:
@@ -127,16 +114,3 @@ def _hash(path: Path) -> FileHash | str:
     except OSError as error:
         return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror or error})"
     return FileHash(size, sha.hexdigest())
-
-
-def _header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
-    described: dict[str, object] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        end = offset + tensor.numel() * tensor.element_size()
-        described[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(described, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the data begins aligned
-    return len(text).to_bytes(8, "little") + text

@@ -141,7 +141,7 @@ def cut(loaded: LoadedModel, job: CutJob) -> tuple[HiddenStates | None, Suffix]:
 def _open(loaded: LoadedModel, job: CutJob) -> ActivationStore:
     settings, device = job.config.prefix, job.world.device
     computed_by = prefix_fingerprints(loaded, job.mask.boundary, settings, device) if job.world.is_main else None
-    return open_store(settings, job.world.broadcast_object(computed_by), loaded.model)
+    return open_store(settings, job.world.broadcast_object(computed_by), loaded.model, job.world)
 
 
 def _complete(store: ActivationStore, job: CutJob) -> list[int | None] | None:
