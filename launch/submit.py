@@ -1,115 +1,20 @@
-"""Train as a SLURM job: check everything, write an sbatch script into the run directory, submit it.
+"""Train as a SLURM job; see toolkit/commands/submit.py.
 
-    python launch/submit.py --config recipes/quickstart.yaml --ds ds_configs/zero2.json --nodes 2 --gpus-per-node 8
-    python launch/submit.py --nodes 2 --ranks-per-node 4 --cpus-per-task 8 --time 04:00:00 --dry-run
-    python launch/submit.py --array recipes/a.yaml recipes/b.yaml --gpus-per-node 1
-
-Takes every flag of launch/train.py. Recipe, mask, data and request are checked here, before the job waits in a queue.
-The job checkpoints before its time limit and queues again until the run is finished.
+A file, so that launchers can run it from a checkout, installed or not; ``frostline submit`` is the same.
 """
 
-from __future__ import annotations
-
-import contextlib
-import os
 import sys
-from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # runs from a checkout, installed or not
+sys.path.insert(0, str(ROOT))
 
 from toolkit.runtime.environment import require_packages
 
 require_packages(ROOT)
 
-from toolkit.commands.cli import run_command
-from toolkit.config import flags
-from toolkit.runtime.errors import CheckpointError, ConfigError, SlurmError
-from toolkit.slurm import cluster, submit
-from toolkit.slurm.request import JobRequest, add_flags, read_request
-from toolkit.slurm.script import BatchJob, render
-
-
-def main() -> int:
-    """Parse the command line, then check, write and submit."""
-    invocations = _parse()
-    given = invocations[0].arguments
-    request = read_request(given)
-    _check_cluster(request, given.dry_run)
-    from toolkit.checkpoint.run_directory import claim, write_config
-    from toolkit.runtime.distributed import World  # these import torch, which --help and faulty flags need not wait for
-    from toolkit.training.preflight import preflight
-
-    with contextlib.ExitStack() as claims:
-        runs = []
-        for invocation in invocations:
-            preflight(invocation, request.ranks)
-            claimed = claim(
-                invocation.config, invocation.recipe, World(), submit.held_by, not given.dry_run, request.ranks
-            )
-            runs.append(claims.enter_context(claimed))
-        if finished := [str(run.path) for run in runs if run.finished]:
-            raise CheckpointError(
-                f"{', '.join(finished)}: finished already, nothing to train; choose another --output.dir"
-            )
-        job = BatchJob(
-            request,
-            tuple(run.path.resolve() for run in runs),
-            invocations[0].deepspeed,
-            ROOT / "launch" / "train.py",
-            Path.cwd(),
-            os.environ,
-        )
-        if given.dry_run:
-            print(render(job), end="")
-            return 0
-        for invocation, run in zip(invocations, runs, strict=True):
-            resumable = invocation.config.output.model_copy(update={"resume": "auto"})  # the job may start many times
-            write_config(run.path, invocation.config.model_copy(update={"output": resumable}))
-        number = submit.submit(job)
-    print(submit.how_to_watch(job, number))
-    return 0
-
-
-def _parse() -> list[flags.Invocation]:
-    """One invocation, or one for each recipe of ``--array``."""
-
-    def parse(recipe: Path) -> flags.Invocation:
-        parser = flags.parser(__doc__ or "")
-        add_flags(parser)
-        return flags.parse(parser, recipe)
-
-    first = parse(ROOT / "recipes" / "quickstart.yaml")
-    recipes = [Path(recipe) for recipe in first.arguments.array or ()]
-    if not recipes:
-        return [first]
-    if first.recipe_was_given:
-        raise ConfigError([f"--config {first.recipe} and --array: --array names all recipes"], "command line")
-    invocations = [parse(recipe) for recipe in recipes]
-    owners = Counter(invocation.config.output.dir or invocation.recipe.stem for invocation in invocations)
-    if shared := [owner for owner, count in owners.items() if count > 1]:
-        raise ConfigError(
-            [
-                f"{owner}: several runs of --array would be written there; set output.dir in each recipe, not by a flag"
-                for owner in shared
-            ],
-            "command line",
-        )
-    return invocations
-
-
-def _check_cluster(request: JobRequest, dry_run: bool) -> None:
-    """Compare the request with the cluster; a dry run may do without one, and says so."""
-    try:
-        known = cluster.partitions()
-    except SlurmError as error:
-        if not dry_run:
-            raise
-        print(f"not compared with a cluster: {error}", file=sys.stderr)
-    else:
-        cluster.check(request, known)
-
+from toolkit.commands.cli import leave, run_command
+from toolkit.commands.submit import main
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    leave(run_command(main))

@@ -34,7 +34,8 @@ def test_a_broken_import_of_ours_keeps_its_traceback(tmp_path: Path) -> None:
     for name in ("launch/evaluate.py", "toolkit/__init__.py", "toolkit/runtime/environment.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    (tmp_path / "toolkit" / "cli.py").write_text("import toolkit.no_such_module\n")
+    (tmp_path / "toolkit" / "commands").mkdir()
+    (tmp_path / "toolkit" / "commands" / "cli.py").write_text("import toolkit.no_such_module\n")
     result = start(tmp_path / "launch" / "evaluate.py")
     assert result.returncode == 1
     assert "Traceback" in result.stderr
@@ -54,6 +55,7 @@ def test_an_older_python_is_named() -> None:
 
 
 def test_the_remedy_is_the_environment_that_is_there(tmp_path: Path) -> None:
+    (tmp_path / "Makefile").touch()
     assert remedy(tmp_path, Path("/usr"), tmp_path).startswith("run `make train`")
     activate = tmp_path / ".venv" / "bin" / "activate"
     activate.parent.mkdir(parents=True)

@@ -11,17 +11,18 @@ import pytest
 from helpers import ROOT, invocation, run_script, tiny_flags
 from plan_shapes import EXAONE, exaone
 
+from toolkit.commands.plan import main
 from toolkit.config.flags import byte_size
 from toolkit.config.schema import MaskConfig, ModelConfig, PrefixConfig, RunConfig, TrainConfig
 from toolkit.engine.deepspeed.config import read_ds_config, resolve_ds_config
 from toolkit.planning.chart import draw
-from toolkit.planning.command import plan_command
+from toolkit.planning.command import plan_run
 from toolkit.planning.device_fit import RESERVE, choose_checkpointing, judge
 from toolkit.planning.engine_memory import engine_spec, zero_spec
 from toolkit.planning.memory import KINDS
 from toolkit.planning.meta_model import meta_model
 from toolkit.planning.planner import Planner
-from toolkit.planning.table import as_dict
+from toolkit.planning.table import as_dict, as_text
 from toolkit.planning.workload import Workload, read_workload
 from toolkit.runtime.errors import ConfigError, MaskError, ModelError, PlanError
 
@@ -30,13 +31,10 @@ OFFLOADED = zero_spec(2, 1, False, 32, "adamw", offload=True)
 
 
 @pytest.mark.parametrize("name", EXAONE)
-def test_exaone_is_planned_from_its_config_alone(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exaone_is_planned_from_its_config_alone(name: str, tmp_path: Path) -> None:
     directory = exaone(tmp_path / name, name)
-    plan_command(
-        invocation("--model.name_or_path", str(directory), "--mask.tied", "untie", "--data.path", "org/none"),
-        1, 80 * 2**30, True, None,
-    )  # fmt: skip
-    plan = json.loads(capsys.readouterr().out)
+    flags = ("--model.name_or_path", str(directory), "--mask.tied", "untie", "--data.path", "org/none")
+    plan = as_dict(*plan_run(invocation(*flags), 1, 80 * 2**30))
     parameters = sum(part["parameters"] for part in plan["mask"]["parts"])
     assert parameters == {"2.4b": 2_667_471_360, "7.8b": 7_818_448_896, "32b": 32_003_200_000}[name]
     assert plan["mask"]["boundary"] == {"2.4b": 26, "7.8b": 28, "32b": 60}[name]
@@ -47,14 +45,13 @@ def test_exaone_is_planned_from_its_config_alone(name: str, tmp_path: Path, caps
     assert plan["disk"]["cache_token"] == 2 * EXAONE[name]["hidden_size"]
 
 
-def test_a_cached_prefix_is_not_there_beside_the_optimizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cached_prefix_is_not_there_beside_the_optimizer(tmp_path: Path) -> None:
     """EXAONE 32B fits 80 GiB only because the prefix is gone when masters and moments come."""
     directory = exaone(tmp_path / "32b", "32b")
     peaks = {}
     for cache in ("auto", "off"):
         given = ("--model.name_or_path", str(directory), "--data.path", "org/none", "--prefix.cache", cache)
-        plan_command(invocation(*given), 1, 80 * 2**30, True, None)
-        plan = json.loads(capsys.readouterr().out)
+        plan = as_dict(*plan_run(invocation(*given), 1, 80 * 2**30))
         assert plan["prefix"]["cached"] is plan["fit"]["fits"] is (cache == "auto")
         peaks[cache] = plan["memory"]["most"]
     assert peaks["auto"]["prefix weights"] == peaks["off"]["prefix weights"] > 55 * 2**30
@@ -187,7 +184,7 @@ def test_rows_that_cannot_be_used_are_named_with_the_first(tiny_model: Path, tmp
 
 def test_a_faulty_mask_is_reported_before_anything_is_rehearsed(tiny_model: Path) -> None:
     with pytest.raises(MaskError, match="a whole number from 1 to 6"):
-        plan_command(invocation(*tiny_flags(tiny_model, Path("x"), "--mask.train", "last:7")), 1, None, False, None)
+        plan_run(invocation(*tiny_flags(tiny_model, Path("x"), "--mask.train", "last:7")), 1, None)
 
 
 def test_a_run_saves_its_plan_and_names_it_beside_the_measured_peak(
@@ -208,17 +205,18 @@ def test_a_run_saves_its_plan_and_names_it_beside_the_measured_peak(
 
 
 def test_the_table_the_json_and_the_picture_say_the_same(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
-    given = invocation(*tiny_flags(tiny_model, tmp_path / "run"))
-    plan_command(given, 2, 24 * 2**30, False, tmp_path / "plan.png")
+    monkeypatch.setattr("gc.disable", lambda: None)  # this process goes on
+    given = [*tiny_flags(tiny_model, tmp_path / "run"), "--world-size", "2", "--gpu-memory", "24GiB"]
+    assert main([*given, "--png", str(tmp_path / "plan.png")]) == 0
     text = capsys.readouterr().out
     assert "frost line: block 2 of 6" in text
     assert "fits: 1.01 GiB of 24.00 GiB" in text
     assert all(line == line.rstrip() for line in text.splitlines())
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
-    plan_command(given, 2, 24 * 2**30, True, None)
+    assert main([*given, "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["fit"]["fits"]
     assert values["engine"] == {"name": "local", "ranks": 2, "gradient_checkpointing": False, "optimizer": "adamw"}
@@ -273,10 +271,9 @@ def test_state_in_files_leaves_buffers_on_the_host(tiny_model: Path) -> None:
     assert weights.host["workspace"] == memory.host["workspace"] + 5 * 1000 * 2
 
 
-def test_a_plan_with_offload_says_what_is_where(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_with_offload_says_what_is_where(tiny_model: Path) -> None:
     given = tiny_flags(tiny_model, Path("x"), "--ds", ROOT / "ds_configs" / "zero3_nvme.json")
-    plan_command(invocation(*given), 2, None, False, None)
-    text = capsys.readouterr().out
+    text = as_text(*plan_run(invocation(*given), 2, None))
     assert "at the peak   on the host" in text
     assert "in the files of ZeRO-3's offload to NVMe 0.00 GiB of each rank" in text
 

@@ -1,3 +1,67 @@
-"""Frostline: partial fine-tuning of causal language models where cost follows the trained suffix."""
+"""Frostline: partial fine-tuning of causal language models where cost follows the trained suffix.
+
+The functions below are what the ``frostline`` command and ``launch/*.py`` call. Importing this package imports neither
+torch nor transformers; the first use of a name does.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from toolkit.commands.evaluate import evaluate
+    from toolkit.commands.export import export
+    from toolkit.commands.generate import generate
+    from toolkit.commands.plan import PlanReport, plan
+    from toolkit.commands.train import TrainResult, train
+    from toolkit.config.schema import RunConfig
+    from toolkit.inference.evaluation import SourceEvaluation
+    from toolkit.runtime.errors import FrostlineError
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "FrostlineError",
+    "PlanReport",
+    "RunConfig",
+    "SourceEvaluation",
+    "TrainResult",
+    "evaluate",
+    "export",
+    "generate",
+    "plan",
+    "train",
+]
+
+_MODULES = {
+    "FrostlineError": "toolkit.runtime.errors",
+    "PlanReport": "toolkit.commands.plan",
+    "RunConfig": "toolkit.config.schema",
+    "SourceEvaluation": "toolkit.inference.evaluation",
+    "TrainResult": "toolkit.commands.train",
+    "evaluate": "toolkit.commands.evaluate",
+    "export": "toolkit.commands.export",
+    "generate": "toolkit.commands.generate",
+    "plan": "toolkit.commands.plan",
+    "train": "toolkit.commands.train",
+}
+"""Where each public name is defined."""
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name on its first use (PEP 562).
+
+    Raises:
+        AttributeError: there is no such name.
+    """
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return the public names, imported or not."""
+    return sorted({*globals(), *__all__})

@@ -1,1 +1,1 @@
-"""The command lines: one module a verb."""
+"""The command lines: one module a verb, with its parser and the function that ``import toolkit`` offers."""

@@ -1,13 +1,15 @@
-"""What every launch script shares: quiet libraries, logging on rank 0, and errors turned into exit codes."""
+"""Run a command: quiet the libraries, log on rank 0, and turn errors into exit codes."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import faulthandler
 import io
 import json
 import logging
 import os
+import re
 import sys
 import time
 import traceback
@@ -48,7 +50,7 @@ def run_command(command: Callable[[], int]) -> int:
 
 
 def set_up_memory() -> None:
-    """Say how the C library and those below torch handle memory on a CPU; they read it when they first work.
+    """Configure how the C library and those below torch handle memory on a CPU; they read it when they first work.
 
     torch asks the kernel for 2 MiB pages for large tensors: a sixth of the page faults, and less memory resident
     (torch >= 2.2). oneDNN and MKL keep code and buffers for each shape they meet, 0.3 GiB for rows of many lengths.
@@ -59,8 +61,23 @@ def set_up_memory() -> None:
     os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")
 
 
+def describe(parser: argparse.ArgumentParser, program: str | None) -> argparse.ArgumentParser:
+    """Write the help of a verb for the ``frostline`` command, where there is no ``launch`` folder.
+
+    Args:
+        parser: of the verb; its description names the launch scripts.
+        program: such as ``frostline train``; none leaves the parser as it is.
+    """
+    if program is not None:
+        parser.prog, text = program, parser.description or ""
+        text = re.sub(r"deepspeed launch/(\w+)\.py", r"deepspeed --module toolkit.commands.\1", text)
+        text = re.sub(r"\.\.\. launch/(\w+)\.py", r"... -m toolkit.commands.\1", text)
+        parser.description = re.sub(r"(?:python )?launch/(\w+)\.py", r"frostline \1", text)
+    return parser
+
+
 def _failed(error: Exception, rank: int) -> int:
-    """Say what went wrong, here and to the other ranks; the exit code."""
+    """Report an error here and to the other ranks, and return the exit code."""
     if (gone := failure_broadcast.cause(error)) is not None:
         failure_broadcast.say(rank, gone)
         return gone.code

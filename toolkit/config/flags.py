@@ -14,6 +14,7 @@ from typing import Any
 from toolkit.config.recipe import build, did_you_mean, field_paths, merge, parse_yaml, read_recipe
 from toolkit.config.schema import RunConfig
 from toolkit.runtime.errors import ConfigError
+from toolkit.runtime.shipped import find_file
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,9 @@ def parse(parser: argparse.ArgumentParser, default_recipe: Path, argv: Sequence[
         ConfigError: unknown flags, unknown keys and bad values, all in one message.
     """
     parser.usage = "%(prog)s [--config FILE] [--ds FILE] [--section.key VALUE ...] [more options, below]"
-    parser.add_argument("--config", metavar="FILE", help=f"recipe; default: {default_recipe.name} of this repository")
+    parser.add_argument(
+        "--config", metavar="FILE", help=f"recipe; default: recipes/{default_recipe.name}, which comes with Frostline"
+    )
     parser.add_argument(
         "--ds", "--deepspeed", "--deepspeed_config", dest="ds", metavar="FILE",
         help="DeepSpeed JSON (see ds_configs/); without it torch alone trains",
@@ -82,7 +85,7 @@ def parse(parser: argparse.ArgumentParser, default_recipe: Path, argv: Sequence[
         for before, word in zip(["", *unknown], unknown, strict=False)
         if not word.startswith("-") and (not before.startswith("-") or "=" in before)
     ]
-    recipe = Path(arguments.config) if arguments.config else default_recipe
+    recipe = find_file(arguments.config or default_recipe)
     flags = {path: _value(path, known[path], text, faults) for path, text in vars(arguments).items() if path in known}
     source = f"recipe {recipe}" + (" and flags" if flags or unknown else "")
     config = build(merge(read_recipe(recipe), flags), source, faults)
@@ -90,7 +93,7 @@ def parse(parser: argparse.ArgumentParser, default_recipe: Path, argv: Sequence[
         config=config,
         recipe=recipe,
         recipe_was_given=bool(arguments.config),
-        deepspeed=Path(arguments.ds) if arguments.ds else None,
+        deepspeed=find_file(arguments.ds) if arguments.ds else None,
         arguments=arguments,
     )
 

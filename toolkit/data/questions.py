@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from toolkit.data.sources import read_rows
+from toolkit.data.sources import Row, read_rows
 from toolkit.runtime.errors import DataError
 from toolkit.tasks.pubmedqa import ANSWER, RowFaultError, Sample, pubmedqa
 
 
 def from_prompt(question: str, contexts: Sequence[str]) -> Sample:
-    """A question as typed.
+    """Return a question as typed.
 
     Raises:
         DataError: it is empty.
@@ -21,13 +21,22 @@ def from_prompt(question: str, contexts: Sequence[str]) -> Sample:
 
 
 def read_questions(path: str, split: str | None) -> list[Sample]:
-    """The questions of a file or Hub data set; a reference answer is kept where a row has one.
+    """Return the questions of a file or Hub data set.
 
     Raises:
         DataError: unreadable, or rows without a question; names each row.
     """
+    return questions_of(read_rows(path, split, "--split"))
+
+
+def questions_of(rows: Iterable[Row]) -> list[Sample]:
+    """Return the questions of rows; a reference answer is kept where a row has one.
+
+    Raises:
+        DataError: rows without a question; names each row.
+    """
     samples, bad = [], []
-    for row in read_rows(path, split, "--split"):
+    for row in rows:
         try:
             if row.fault:
                 raise RowFaultError(row.fault)

@@ -16,6 +16,7 @@ from typing import Any
 from toolkit.runtime import hub
 from toolkit.runtime.errors import DataError
 from toolkit.runtime.paths import is_directory, is_file
+from toolkit.runtime.shipped import find_file
 from toolkit.tasks.pubmedqa import ANSWER, CONTEXTS, QUESTION
 
 log = logging.getLogger("frostline")
@@ -46,7 +47,7 @@ def read_rows(path: str, split: str | None = None, key: str = "data.split", usua
     Raises:
         DataError: no such file, data set or split, an unknown format, a file that cannot be parsed, or no rows.
     """
-    file = Path(path)
+    file = find_file(path)
     if is_file(file):
         if split not in (None, "train"):
             raise DataError(f"{key} is {split!r}, but {path} is a file, and files have one split only: train")

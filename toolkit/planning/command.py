@@ -1,32 +1,29 @@
-"""What launch/plan.py does: plan a command line, print it, draw it."""
+"""Plan the run that a command line or a call describes."""
 
 from __future__ import annotations
-
-import json
-from pathlib import Path
 
 from toolkit.config.flags import Invocation
 from toolkit.data.batches import BatchPlan
 from toolkit.engine.deepspeed.config import read_ds_config, resolve_ds_config
 from toolkit.mask.schedule import phase_ends
-from toolkit.planning.chart import draw
-from toolkit.planning.device_fit import choose_checkpointing, judge
+from toolkit.planning.device_fit import Verdict, choose_checkpointing, judge
 from toolkit.planning.engine_memory import EngineSpec, engine_spec
 from toolkit.planning.meta_model import MetaModel, meta_model
 from toolkit.planning.phase_plans import phase_planners, whole_plan
-from toolkit.planning.table import as_dict, as_text
+from toolkit.planning.planner import Plan
 from toolkit.planning.workload import read_workload
 
 
-def plan_command(invocation: Invocation, ranks: int, budget: int | None, as_json: bool, png: Path | None) -> None:
-    """Plan the run that ``invocation`` describes and print the plan.
+def plan_run(invocation: Invocation, ranks: int, budget: int | None) -> tuple[Plan, Verdict | None]:
+    """Plan the run that ``invocation`` describes.
 
     Args:
         invocation: the parsed command line.
         ranks: world size.
         budget: bytes of one GPU; none judges nothing.
-        as_json: print JSON in place of the table.
-        png: also draw it into this file.
+
+    Returns:
+        The plan, and whether it fits ``budget``.
 
     Raises:
         UsageError: recipe, flags, DeepSpeed file, model or mask is at fault.
@@ -42,17 +39,14 @@ def plan_command(invocation: Invocation, ranks: int, budget: int | None, as_json
     planners = phase_planners(config, bare, load)
     plans = [planner.plan(choose_checkpointing(planner, spec, budget)) for planner in planners]
     plan = whole_plan(plans, config.mask)
-    verdict = None
-    if budget is not None:
-        most = max(zip(plans, planners, strict=True), key=lambda pair: pair[0].memory.peak)
-        verdict = judge(most[1], most[0].variant, budget)
-    if png is not None:
-        draw(plan, png, verdict)
-    print(json.dumps(as_dict(plan, verdict), indent=1) if as_json else as_text(plan, verdict))
+    if budget is None:
+        return plan, None
+    most = max(zip(plans, planners, strict=True), key=lambda pair: pair[0].memory.peak)
+    return plan, judge(most[1], most[0].variant, budget)
 
 
 def spec_of(invocation: Invocation, bare: MetaModel, ranks: int) -> EngineSpec:
-    """The engine that ``--ds`` asks for.
+    """Return the engine that ``--ds`` asks for.
 
     Raises:
         ConfigError: the DeepSpeed file is at fault.

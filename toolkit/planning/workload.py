@@ -10,6 +10,7 @@ from toolkit.data.dataset import Dataset, load_dataset
 from toolkit.models.end_tokens import model_ends
 from toolkit.models.load import load_tokenizer, resolve_source
 from toolkit.runtime.errors import UsageError
+from toolkit.runtime.shipped import find_file
 
 _QUICK_BYTES = 4 * 2**20
 """A data file up to this size is read and tokenised for a plan; it takes about a second."""
@@ -61,7 +62,7 @@ def read_workload(config: RunConfig, positions: int | None) -> Workload:
 
 
 def _why_not(config: RunConfig) -> str | None:
-    path = Path(config.data.path)
+    path = find_file(config.data.path)
     if not path.is_file():
         return f"{path} is no file here"
     if path.stat().st_size > _QUICK_BYTES:

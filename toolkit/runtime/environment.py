@@ -1,4 +1,4 @@
-"""Whether this Python has what Frostline needs; imports the standard library alone, and runs on older Pythons too."""
+"""Check that this Python has what Frostline needs, with the standard library alone, on older Pythons too."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def require_packages(root: Path) -> None:
 
 
 def missing(version: tuple[int, ...]) -> str:
-    """What this Python lacks, or an empty string.
+    """Return what this Python lacks, or an empty string.
 
     Args:
         version: of Python.
@@ -66,13 +66,15 @@ def missing(version: tuple[int, ...]) -> str:
 
 
 def remedy(root: Path, prefix: Path, here: Path) -> str:
-    """The command that helps.
+    """Return the command that helps.
 
     Args:
-        root: of the checkout.
+        root: of the checkout; where it is none, Frostline was installed by pip.
         prefix: of the environment that runs.
         here: the working directory.
     """
+    if not (root / "Makefile").is_file():
+        return "run `python -m pip check`, then install what it names"  # an installation
     environment = root / ".venv"
     activate = environment / "bin" / "activate"
     if activate.is_file() and environment.resolve() != prefix.resolve():

@@ -31,8 +31,8 @@ class BatchJob:
     """Run directories, absolute; more than one make an array."""
     ds: Path | None
     """DeepSpeed file, of which each run gets a copy; none trains with torch alone."""
-    train: Path
-    """``launch/train.py`` of the checkout."""
+    train: Path | None
+    """``launch/train.py`` of the checkout; none runs the installed package as a module."""
     directory: Path
     """Where the job runs; relative paths of the recipe start there."""
     environ: Mapping[str, str]
@@ -151,7 +151,8 @@ def _run(job: BatchJob) -> Iterator[str]:
     yield 'echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1)), $(date)"'
     yield "# one task is one rank; 30 s after a first one ended, those that still run are ended too"
     yield " ".join(srun) + " \\"
-    yield f"  {python} {shlex.quote(str(job.train))} {' '.join(arguments)}"
+    train = shlex.quote(str(job.train)) if job.train else "-m toolkit.commands.train"
+    yield f"  {python} {train} {' '.join(arguments)}"
     yield "code=$?"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,8 +40,12 @@ from toolkit.training.summary import MemoryUse, highest
 log = logging.getLogger("frostline")
 
 
-def run(invocation: Invocation) -> int:
+def run(invocation: Invocation, on_directory: Callable[[Path], None] | None = None) -> int:
     """Train as ``invocation`` says; every rank calls it.
+
+    Args:
+        invocation: the recipe and how it is to be trained.
+        on_directory: called with the run directory once it is chosen.
 
     Returns:
         0 when the run is finished, 75 when a signal stopped it with nothing lost.
@@ -58,7 +63,7 @@ def run(invocation: Invocation) -> int:
         require_same(world, facts(invocation))
         _announce(invocation)
         try:
-            code = train(invocation, world)
+            code = train(invocation, world, on_directory)
         except StopRequested:
             log.info("stopped by a signal before the first step (%s); start the same command again", signals.reason())
             code = STOPPED
@@ -68,7 +73,7 @@ def run(invocation: Invocation) -> int:
         return code
 
 
-def train(invocation: Invocation, world: World) -> int:
+def train(invocation: Invocation, world: World, on_directory: Callable[[Path], None] | None = None) -> int:
     """As ``run``, in a process group that is up and stays up."""
     setup = None
     try:
@@ -76,6 +81,8 @@ def train(invocation: Invocation, world: World) -> int:
             during("the run"),
             claim(invocation.config, invocation.recipe, world, override=invocation.resume_override) as directory,
         ):
+            if on_directory is not None:
+                on_directory(directory.path)
             check_writable(directory.path, world)
             if directory.finished:
                 log.info("%s: this run is finished, nothing to train", directory.path)

@@ -1,0 +1,92 @@
+"""Print the validation loss and perplexity of a run, an export, a delta or any model.
+
+    python launch/evaluate.py runs/quickstart                                  # the rows its run held out
+    python launch/evaluate.py runs/quickstart --data.path other.jsonl          # every row of that file
+    python launch/evaluate.py HuggingFaceTB/SmolLM2-135M-Instruct --data.path other.jsonl
+
+Prints a line for people, then one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from toolkit.commands.cli import describe
+
+if TYPE_CHECKING:
+    from toolkit.checkpoint.choice import Step
+    from toolkit.inference.evaluation import SourceEvaluation
+    from toolkit.models.load import Dtype
+
+
+def evaluate(
+    source: str | Path,
+    data: str | Path | None = None,
+    *,
+    split: str | None = None,
+    batch_size: int = 1,
+    step: Step | None = None,
+    base: str | Path | None = None,
+    trust_remote_code: bool = False,
+    dtype: Dtype | None = None,
+) -> SourceEvaluation:
+    """Return the loss of a model, the mean cross entropy over all supervised tokens of the rows.
+
+    Args:
+        source: run directory, checkpoint, export, delta, model directory, Hub id or bundled name.
+        data: file or Hub data set, of which every row is used; none takes what the run of ``source`` held out.
+        split: of a Hub data set; none takes its only one, or train.
+        batch_size: rows computed at once.
+        step: checkpoint of a run, by its number or as ``latest`` or ``best``; none takes the latest.
+        base: where the base model of a run or delta is, if it moved.
+        trust_remote_code: run code that ships with the base model, if ``source`` was trained with it.
+        dtype: precision to compute in; none takes the run's, or that in which a model is stored.
+
+    Raises:
+        DataError: no rows are named and ``source`` held none out, or rows are bad.
+        UsageError: ``source`` cannot be opened.
+    """
+    from toolkit.inference.evaluation import evaluate_source
+
+    return evaluate_source(
+        str(source),
+        None if data is None else str(data),
+        split,
+        batch_size,
+        step,
+        None if base is None else str(base),
+        trust_remote_code,
+        dtype,
+    )
+
+
+def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
+    """Parse the command line, then evaluate.
+
+    Args:
+        words: of the command line; none takes those of the process.
+        program: its name in the help; none takes the script's.
+
+    Returns:
+        The exit code, 0.
+    """
+    from toolkit.config import flags
+
+    parser = describe(flags.parser(__doc__ or ""), program)
+    parser.add_argument("source", help="run directory, export, delta, model directory or Hub id")
+    parser.add_argument("--data.path", dest="data", help="rows to evaluate on; default: what the run held out")
+    parser.add_argument("--data.split", dest="split", help="split of a Hub data set; default: its only one, or train")
+    parser.add_argument("--batch-size", type=flags.positive, default=1, help="rows computed at once; default: 1")
+    flags.add_opening(parser, "precision to compute in; default: the run's, or that in which a model is stored")
+    given = parser.parse_args(words)
+    if given.split and not given.data:
+        parser.error("--data.split goes with --data.path; the rows that a run held out are those of its recipe")
+    outcome = evaluate(**vars(given))
+    tokens = f"{outcome.supervised_tokens} supervised tokens of {outcome.rows} rows"
+    print(f"loss {outcome.loss:.4f}, perplexity {outcome.perplexity:.2f} over {tokens}")
+    print(json.dumps({**asdict(outcome), "perplexity": outcome.perplexity}, ensure_ascii=False))
+    return 0

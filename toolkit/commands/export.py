@@ -1,0 +1,95 @@
+"""Export a run as a model directory for transformers, or as a delta of the trained tensors alone.
+
+python launch/export.py runs/quickstart                      # -> runs/quickstart/export
+python launch/export.py runs/quickstart --dtype float32 --output my-model
+python launch/export.py runs/quickstart --delta              # -> runs/quickstart/export-delta
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from toolkit.commands.cli import describe
+from toolkit.runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from toolkit.checkpoint.choice import Step
+    from toolkit.exporting.export import Rounding
+    from toolkit.models.load import Dtype
+
+_ROUNDED_DELTA = "--rounding goes with a whole model; a delta holds the float32 masters"
+
+
+def export(
+    run: str | Path,
+    output: str | Path | None = None,
+    *,
+    delta: bool = False,
+    dtype: Dtype | None = None,
+    rounding: Rounding | None = None,
+    step: Step | None = None,
+    base: str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Write a trained model that ``from_pretrained`` loads, or its trained tensors alone, and return the directory.
+
+    Args:
+        run: run directory.
+        output: directory that is empty or does not exist; none takes ``export`` or ``export-delta`` in ``run``.
+        delta: write the trained tensors alone.
+        dtype: precision of the weights; none takes the run's for a model and float32 for a delta.
+        rounding: of a model's float32 masters to bfloat16. ``nearest``, which none stands for, gives the weights that
+            trained; ``stochastic`` keeps on average what the masters learned beyond them (docs/fp32-masters.md).
+        step: checkpoint of the run, by its number or as ``latest`` or ``best``; none takes the latest.
+        base: where the base model is, if it moved.
+        trust_remote_code: run code that ships with the base model, if the run was trained with it.
+
+    Raises:
+        CheckpointError: ``run`` is no run, ``output`` is in use, or the base model changed.
+        DiskError: ``output`` cannot be written.
+        UsageError: ``rounding`` does not fit the rest.
+    """
+    if delta and rounding:
+        raise UsageError(_ROUNDED_DELTA)
+    from toolkit.exporting.export import export_delta, export_model
+
+    run = Path(run)
+    target = Path(output) if output is not None else run / ("export-delta" if delta else "export")
+    if delta:
+        export_delta(run, target, dtype or "float32", step)
+    else:
+        moved = None if base is None else str(base)
+        export_model(run, target, dtype, step, moved, trust_remote_code, rounding or "nearest")
+    return target
+
+
+def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
+    """Parse the command line, then export.
+
+    Args:
+        words: of the command line; none takes those of the process.
+        program: its name in the help; none takes the script's.
+
+    Returns:
+        The exit code, 0.
+    """
+    from toolkit.config import flags
+
+    parser = describe(flags.parser(__doc__ or ""), program)
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("--output", type=Path, help="target directory; default: RUN/export, or RUN/export-delta")
+    parser.add_argument("--delta", action="store_true", help="write the trained tensors alone")
+    flags.add_opening(parser, "precision of the weights; default: the run's for a model, float32 for a delta")
+    parser.add_argument(
+        "--rounding",
+        choices=("nearest", "stochastic"),
+        help="of a model to bfloat16: nearest, the default, gives the weights that trained; stochastic keeps what the "
+        "float32 masters learned beyond them",
+    )
+    given = parser.parse_args(words)
+    if given.delta and given.rounding:
+        parser.error(_ROUNDED_DELTA)
+    print(export(**vars(given)))
+    return 0

@@ -1,0 +1,46 @@
+"""The ``frostline`` command, which ``pip install`` puts on the path: ``frostline VERB …``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import NoReturn
+
+import toolkit
+from toolkit.runtime.environment import require_packages
+
+VERBS = {
+    "train": "fine-tune the part of a model that a layer mask selects",
+    "plan": "print memory, compute and disk of a run before any weight is loaded",
+    "evaluate": "print the validation loss of a run, an export, a delta or any model",
+    "generate": "answer questions",
+    "export": "write a model directory for transformers, or a delta",
+    "submit": "train as a SLURM job",
+}
+"""What each module of this package does."""
+
+
+def main() -> NoReturn:
+    """Run the verb that the process's arguments name, and end the process with its exit code."""
+    require_packages(Path(toolkit.__file__).parent.parent)
+    from toolkit.commands.cli import leave, run_command
+
+    verb, *words = sys.argv[1:] or ["--help"]
+    if verb not in VERBS:
+        _parser().parse_args([verb])  # --help, --version, or an error
+    command = import_module(f"toolkit.commands.{verb}").main
+    leave(run_command(lambda: command(words, f"frostline {verb}")), at_once=verb == "plan")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="frostline", description="Partial fine-tuning of causal language models.",
+        epilog="frostline VERB --help lists the options of a verb.",
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"%(prog)s {toolkit.__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for name, summary in VERBS.items():
+        verbs.add_parser(name, help=summary)
+    return parser

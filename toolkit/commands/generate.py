@@ -1,0 +1,145 @@
+"""Answer questions with a run, an export, a delta or any model.
+
+    python launch/generate.py runs/quickstart --question "…" --context "…"
+    python launch/generate.py runs/quickstart --input questions.jsonl --output answers.jsonl
+
+The input has the columns QUESTION and CONTEXTS in any format that training reads; the output is JSON lines with
+QUESTION, CONTEXTS, ANSWER, and REFERENCE where the input has LONG_ANSWER.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolkit.commands.cli import describe
+
+if TYPE_CHECKING:
+    from toolkit.checkpoint.choice import Step
+    from toolkit.inference.open_model import OpenedModel
+    from toolkit.models.load import Dtype
+    from toolkit.tasks.pubmedqa import Sample
+
+
+def generate(
+    source: str | Path,
+    questions: Iterable[str | Mapping[str, Any]],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    step: Step | None = None,
+    base: str | Path | None = None,
+    trust_remote_code: bool = False,
+    dtype: Dtype | None = None,
+) -> list[str]:
+    """Return the model's answer to each question, from the same prompt that training used.
+
+    Args:
+        source: run directory, checkpoint, export, delta, model directory, Hub id or bundled name.
+        questions: rows in the task's columns, as in ``{"QUESTION": …, "CONTEXTS": […]}``; text alone is a question
+            without contexts.
+        max_new_tokens: longest answer in tokens.
+        temperature: 0 takes the most likely token each time and is repeatable; above 0 samples.
+        step: checkpoint of a run, by its number or as ``latest`` or ``best``; none takes the latest.
+        base: where the base model of a run or delta is, if it moved.
+        trust_remote_code: run code that ships with the base model, if ``source`` was trained with it.
+        dtype: precision to compute in; none takes the run's, or that in which a model is stored.
+
+    Raises:
+        DataError: a question is empty or longer than the model can read; names each row.
+        UsageError: ``source`` cannot be opened.
+    """
+    from toolkit.data.questions import questions_of
+    from toolkit.data.sources import Row
+    from toolkit.inference.open_model import open_model
+    from toolkit.tasks.pubmedqa import CONTEXTS, QUESTION
+
+    given = [questions] if isinstance(questions, str | Mapping) else list(questions)
+    values = [{QUESTION: one, CONTEXTS: []} if isinstance(one, str) else one for one in given]
+    samples = questions_of(Row(f"question {number}", value) for number, value in enumerate(values, start=1))
+    opened = open_model(str(source), step, None if base is None else str(base), trust_remote_code, dtype)
+    return list(_answers(opened, samples, max_new_tokens, temperature))
+
+
+def _answers(opened: OpenedModel, samples: Iterable[Sample], max_new_tokens: int, temperature: float) -> Iterator[str]:
+    from toolkit.inference.generation import answers
+    from toolkit.runtime.distributed import World
+
+    opened.loaded.model.to(World().device)
+    max_length = opened.config.data.max_length
+    return answers(opened.loaded, samples, max_length, max_new_tokens, temperature, opened.rendering)
+
+
+def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
+    """Parse the command line, then answer.
+
+    Args:
+        words: of the command line; none takes those of the process.
+        program: its name in the help; none takes the script's.
+
+    Returns:
+        The exit code, 0.
+    """
+    given = _parse(words, program)
+    from toolkit.data.questions import from_prompt, read_questions
+    from toolkit.inference.open_model import open_model
+    from toolkit.runtime.paths import make_parent
+    from toolkit.runtime.progress_bar import track
+
+    if given.output:
+        make_parent(given.output)
+    samples = (
+        read_questions(given.input, given.split)[: given.limit]
+        if given.input
+        else [from_prompt(given.question, given.context)]
+    )
+    opened = open_model(given.source, given.step, given.base, given.trust_remote_code, given.dtype)
+    answers = _answers(opened, samples, given.max_new_tokens, given.temperature)
+    out = given.output.open("w", encoding="utf-8") if given.output else None
+    shown = track(samples, "answering", "question") if out or not sys.stdout.isatty() else samples
+    for sample, answer in zip(shown, answers, strict=True):
+        if out is None:
+            print(f"Q: {sample.question}\nA: {answer}\n" if given.input else answer, flush=True)
+            continue
+        row = {"QUESTION": sample.question, "CONTEXTS": list(sample.contexts), "ANSWER": answer}
+        if sample.answer is not None:
+            row["REFERENCE"] = sample.answer
+        out.write(json.dumps(row, ensure_ascii=False) + "\n")
+        out.flush()
+    if out is not None:
+        out.close()
+        print(given.output)
+    return 0
+
+
+def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespace:
+    from toolkit.config import flags
+
+    parser = describe(flags.parser(__doc__ or ""), program)
+    parser.add_argument("source", help="run directory, export, delta, model directory or Hub id")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--question", help="one question")
+    asked.add_argument("--input", help="file or Hub data set of questions")
+    parser.add_argument("--context", action="append", default=[], help="context of --question; may be repeated")
+    parser.add_argument("--output", type=Path, help="JSON lines file for the answers; default: print them")
+    parser.add_argument("--split", help="split of a Hub data set; default: its only one, or train")
+    parser.add_argument("--limit", type=flags.positive, help="answer the first so many questions only")
+    parser.add_argument(
+        "--max-new-tokens", type=flags.positive, default=256, help="longest answer in tokens; default: 256"
+    )
+    parser.add_argument(
+        "--temperature", type=flags.temperature, default=0.0, help="0 is greedy and repeatable; default: 0"
+    )
+    flags.add_opening(parser, "precision to compute in; default: the run's, or that in which a model is stored")
+    given = parser.parse_args(words)
+    if given.context and given.input:
+        parser.error("--context goes with --question; the rows of --input have contexts of their own")
+    if given.split and not given.input:
+        parser.error("--split goes with --input")
+    if given.output and given.output.is_dir():
+        parser.error(f"--output {given.output} is a directory; expected a file")
+    return given

@@ -1,0 +1,129 @@
+"""Train as a SLURM job: check everything, write an sbatch script into the run directory, submit it.
+
+    python launch/submit.py --config recipes/quickstart.yaml --ds ds_configs/zero2.json --nodes 2 --gpus-per-node 8
+    python launch/submit.py --nodes 2 --ranks-per-node 4 --cpus-per-task 8 --time 04:00:00 --dry-run
+    python launch/submit.py --array recipes/a.yaml recipes/b.yaml --gpus-per-node 1
+
+Takes every flag of launch/train.py. Recipe, mask, data and request are checked here, before the job waits in a queue.
+The job checkpoints before its time limit and queues again until the run is finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from toolkit.commands.cli import describe
+from toolkit.runtime.errors import CheckpointError, ConfigError, SlurmError
+from toolkit.runtime.shipped import PACKAGE, QUICKSTART, shipped_file
+
+if TYPE_CHECKING:
+    from toolkit.config.flags import Invocation
+    from toolkit.slurm.request import JobRequest
+
+
+def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
+    """Parse the command line, then check, write and submit.
+
+    Args:
+        words: of the command line; none takes those of the process.
+        program: its name in the help; none takes the script's.
+
+    Returns:
+        The exit code, 0.
+    """
+    invocations = _parse(words, program)
+    given = invocations[0].arguments
+    from toolkit.slurm import submit
+    from toolkit.slurm.request import read_request
+    from toolkit.slurm.script import BatchJob, render
+
+    request = read_request(given)
+    _check_cluster(request, given.dry_run)
+    from toolkit.checkpoint.run_directory import claim, write_config
+    from toolkit.runtime.distributed import World  # these import torch, which --help and faulty flags need not wait for
+    from toolkit.training.preflight import preflight
+
+    with contextlib.ExitStack() as claims:
+        runs = []
+        for invocation in invocations:
+            preflight(invocation, request.ranks)
+            claimed = claim(
+                invocation.config, invocation.recipe, World(), submit.held_by, not given.dry_run, request.ranks
+            )
+            runs.append(claims.enter_context(claimed))
+        if finished := [str(run.path) for run in runs if run.finished]:
+            raise CheckpointError(
+                f"{', '.join(finished)}: finished already, nothing to train; choose another --output.dir"
+            )
+        job = BatchJob(
+            request,
+            tuple(run.path.resolve() for run in runs),
+            invocations[0].deepspeed,
+            _train_script(),
+            Path.cwd(),
+            os.environ,
+        )
+        if given.dry_run:
+            print(render(job), end="")
+            return 0
+        for invocation, run in zip(invocations, runs, strict=True):
+            resumable = invocation.config.output.model_copy(update={"resume": "auto"})  # the job may start many times
+            write_config(run.path, invocation.config.model_copy(update={"output": resumable}))
+        number = submit.submit(job)
+    print(submit.how_to_watch(job, number))
+    return 0
+
+
+def _train_script() -> Path | None:
+    """Return ``launch/train.py`` of this checkout; none for an installation, whose package is run as a module."""
+    script = PACKAGE.parent / "launch" / "train.py"
+    return script if script.is_file() else None
+
+
+def _parse(words: Sequence[str] | None, program: str | None) -> list[Invocation]:
+    """Return one invocation, or one for each recipe of ``--array``."""
+    from toolkit.config import flags
+    from toolkit.slurm.request import add_flags
+
+    def parse(recipe: Path) -> Invocation:
+        parser = describe(flags.parser(__doc__ or ""), program)
+        add_flags(parser)
+        return flags.parse(parser, recipe, words)
+
+    first = parse(shipped_file(QUICKSTART))
+    recipes = [Path(recipe) for recipe in first.arguments.array or ()]
+    if not recipes:
+        return [first]
+    if first.recipe_was_given:
+        raise ConfigError([f"--config {first.recipe} and --array: --array names all recipes"], "command line")
+    invocations = [parse(recipe) for recipe in recipes]
+    owners = Counter(invocation.config.output.dir or invocation.recipe.stem for invocation in invocations)
+    if shared := [owner for owner, count in owners.items() if count > 1]:
+        raise ConfigError(
+            [
+                f"{owner}: several runs of --array would be written there; set output.dir in each recipe, not by a flag"
+                for owner in shared
+            ],
+            "command line",
+        )
+    return invocations
+
+
+def _check_cluster(request: JobRequest, dry_run: bool) -> None:
+    """Compare the request with the cluster; a dry run may do without one, and says so."""
+    from toolkit.slurm import cluster
+
+    try:
+        known = cluster.partitions()
+    except SlurmError as error:
+        if not dry_run:
+            raise
+        print(f"not compared with a cluster: {error}", file=sys.stderr)
+    else:
+        cluster.check(request, known)

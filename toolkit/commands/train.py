@@ -1,0 +1,95 @@
+"""Fine-tune the part of a language model that a layer mask selects.
+
+One process:        python launch/train.py --config recipes/quickstart.yaml
+DeepSpeed ZeRO:     deepspeed launch/train.py --ds ds_configs/zero2.json
+Other launchers:    torchrun | accelerate launch | srun python ... launch/train.py ...
+
+Exit codes: 0 done; 1 failed; 2 bad usage, config or data; 75 stopped by SIGTERM or SIGUSR1 with nothing lost, start
+again to go on.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolkit.commands.cli import describe, leave, run_command
+from toolkit.runtime.errors import TrainingStoppedError, UsageError
+from toolkit.runtime.signals import STOPPED, listening
+
+if TYPE_CHECKING:
+    from toolkit.commands.recipe_input import Recipe
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The outcome of ``toolkit.train``."""
+
+    run: Path
+    """Run directory, which ``toolkit.evaluate``, ``generate`` and ``export`` take."""
+    stopped: bool
+    """A signal stopped the run after a committed checkpoint; the same call goes on from there."""
+
+
+def train(
+    recipe: Recipe | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    ds: str | Path | None = None,
+    resume_override: bool = False,
+) -> TrainResult:
+    """Train a run to its end, or go on with an interrupted one; under a launcher every rank calls it.
+
+    While it runs, SIGTERM and SIGUSR1 ask it to stop after a committed checkpoint; the former handlers are put back
+    afterwards. It logs to the logger ``frostline`` and configures no logging.
+
+    Args:
+        recipe: YAML file, nested values, or a ``RunConfig``; none takes the quickstart recipe.
+        overrides: value by dotted key, laid over the recipe, as in ``{"train.epochs": 1}``.
+        ds: DeepSpeed JSON, as in ``ds_configs/``; none trains with torch alone.
+        resume_override: go on with a run although harmless keys (learning rate, epochs …) differ.
+
+    Raises:
+        UsageError: recipe, data, model, mask or run directory is at fault, or this is not the main thread.
+        FrostlineError: training cannot go on.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise UsageError("toolkit.train listens to signals, which only the main thread can; call it from there")
+    with listening():
+        from toolkit.commands.recipe_input import read_input
+        from toolkit.training.run import run
+
+        directory: list[Path] = []
+        code = run(read_input(recipe, overrides, ds, resume_override), directory.append)
+    if not directory:
+        raise TrainingStoppedError("a signal stopped the run before it had a directory; call again to begin it")
+    return TrainResult(directory[0], stopped=code == STOPPED)
+
+
+def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
+    """Parse the command line, then train.
+
+    Args:
+        words: of the command line; none takes those of the process.
+        program: its name in the help; none takes the script's.
+
+    Returns:
+        The exit code, 0 or 75.
+    """
+    with listening():  # first of all: whatever takes long can be stopped
+        from toolkit.config import flags
+        from toolkit.runtime.shipped import QUICKSTART, shipped_file
+
+        parser = describe(flags.parser(__doc__ or ""), program)
+        flags.add_resume_override(parser)
+        invocation = flags.parse(parser, shipped_file(QUICKSTART), words)
+        from toolkit.training.run import run  # imports torch, which --help and a faulty recipe need not wait for
+
+        return run(invocation)
+
+
+if __name__ == "__main__":  # python -m toolkit.commands.train, for launchers where there is no checkout
+    leave(run_command(main))
