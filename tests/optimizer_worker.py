@@ -74,16 +74,16 @@ class Kept:
     def __init__(self, setup: Setup) -> None:
         self._step = setup.engine.schedule_step
         self._parts = [
-            ({kind: t.clone() for kind, t in f.held.read().items()}, f.held.updates,
-             {key: t.clone() for key, t in f.held.raw().items()})
+            ({kind: t.clone() for kind, t in f.state.read().items()}, f.state.updates,
+             {key: t.clone() for key, t in f.state.raw().items()})
             for f in setup.engine.fragments()
         ]  # fmt: skip
 
     def put_into(self, setup: Setup) -> None:
         for fragment, (values, updates, raw) in zip(setup.engine.fragments(), self._parts, strict=True):
-            fragment.held.write(values, updates)
+            fragment.state.write(values, updates)
             if raw:
-                fragment.held.set_raw(raw)
+                fragment.state.set_raw(raw)
         setup.engine.continue_at(self._step)
 
 

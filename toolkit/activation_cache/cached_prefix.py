@@ -32,7 +32,15 @@ _SHARD_BYTES = 64 * 2**20
 
 
 class CachedPrefix:
-    """Gives what ``Prefix`` gives, and runs it only for samples that the store does not hold."""
+    """Gives what ``Prefix`` gives, and runs it only for samples that the store does not hold.
+
+    Args:
+        prefix: none where it was not loaded, because the store holds all samples.
+        load: gives the prefix again when a sample has to be computed after all.
+        lend: gives it for generation, with its weights left in their files.
+        store: of this prefix's activations.
+        world: where hidden states go, and who shares the first pass.
+    """
 
     def __init__(
         self,
@@ -42,14 +50,6 @@ class CachedPrefix:
         store: ActivationStore,
         world: World,
     ) -> None:
-        """
-        Args:
-            prefix: none where it was not loaded, because the store holds all samples.
-            load: gives the prefix again when a sample has to be computed after all.
-            lend: gives it for generation, with its weights left in their files.
-            store: of this prefix's activations.
-            world: where hidden states go, and who shares the first pass.
-        """  # noqa: D205, D212
         self._prefix = prefix
         self._load = load
         self._lend = lend

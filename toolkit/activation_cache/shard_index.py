@@ -24,15 +24,15 @@ _RACY = 10**9  # nanoseconds within which a directory can change again without a
 
 
 class ShardIndex:
-    """Key to entries, the newest first. Many threads may use it at once."""
+    """Key to entries, the newest first. Many threads may use it at once.
+
+    Args:
+        directory: of the namespace; need not be there.
+        namespace: whose shards count.
+        report: told of each damaged entry or shard: its name, and what is wrong.
+    """
 
     def __init__(self, directory: Path, namespace: Namespace, report: Callable[[str, str], None]) -> None:
-        """
-        Args:
-            directory: of the namespace; need not be there.
-            namespace: whose shards count.
-            report: told of each damaged entry or shard: its name, and what is wrong.
-        """  # noqa: D205, D212
         self._directory, self._namespace, self._report = directory, namespace, report
         self._lock = threading.RLock()
         self._entries: dict[str, list[ShardEntry]] = {}

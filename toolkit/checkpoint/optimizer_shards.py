@@ -28,7 +28,7 @@ class ShardSlice:
     updates: int
     """That the moments have had."""
     raw: tuple[str, ...] = ()
-    """What the optimizer stores where that is not float32; see ``Held.raw``."""
+    """What the optimizer stores where that is not float32; see ``FragmentState.raw``."""
 
 
 def shard_name(rank: int, ranks: int, suffix: str) -> str:
@@ -65,10 +65,10 @@ def pack_tensors(
     tensors: dict[str, torch.Tensor] = {}
     index: list[ShardSlice] = []
     for fragment in fragments:
-        raw = fragment.held.raw()
-        tensors |= {_key(kind, fragment.name): values for kind, values in fragment.held.read().items()}
+        raw = fragment.state.raw()
+        tensors |= {_key(kind, fragment.name): values for kind, values in fragment.state.read().items()}
         tensors |= {_key(f"raw.{key}", fragment.name): values for key, values in raw.items()}
-        updates = fragment.held.updates
+        updates = fragment.state.updates
         index.append(ShardSlice(fragment.name, fragment.start, fragment.stop, updates, tuple(sorted(raw))))
     for name, master in resting.items():
         tensors[_key(MASTER, name)] = master.reshape(-1)
@@ -77,19 +77,19 @@ def pack_tensors(
 
 
 class Shards:
-    """The shards of a checkpoint, mapped: only what is read takes memory."""
+    """The shards of a checkpoint, mapped: only what is read takes memory.
+
+    Args:
+        checkpoint: verified.
+        step: of it.
+        ranks: that wrote it.
+        mask: of all that trained so far.
+
+    Raises:
+        CheckpointError: a shard is missing, in another's place, or they do not hold each element just once.
+    """
 
     def __init__(self, checkpoint: Path, step: int, ranks: int, mask: LayerMask) -> None:
-        """
-        Args:
-            checkpoint: verified.
-            step: of it.
-            ranks: that wrote it.
-            mask: of all that trained so far.
-
-        Raises:
-            CheckpointError: a shard is missing, in another's place, or they do not hold each element just once.
-        """  # noqa: D205, D212
         self._checkpoint = checkpoint
         self._by_name: dict[str, list[tuple[ShardSlice, SafetensorsFile]]] = {}
         try:
@@ -144,13 +144,13 @@ class Shards:
     def _fill(self, fragment: Fragment) -> None:
         stretch, file = next(pair for pair in self._by_name[fragment.name] if pair[0].stop > fragment.start)
         values = {kind: self._read(fragment.name, kind, fragment.start, fragment.stop) for kind in KINDS}
-        fragment.held.write(values, stretch.updates)
+        fragment.state.write(values, stretch.updates)
         same = (stretch.start, stretch.stop) == (fragment.start, fragment.stop)
         raw = {key: file.tensor(_key(f"raw.{key}", fragment.name)) for key in stretch.raw} if same else {}
         if raw and {key: (t.shape, t.dtype) for key, t in raw.items()} == {
-            key: (t.shape, t.dtype) for key, t in fragment.held.raw().items()
+            key: (t.shape, t.dtype) for key, t in fragment.state.raw().items()
         }:
-            fragment.held.set_raw(raw)
+            fragment.state.set_raw(raw)
 
     def _read(self, name: str, kind: str, start: int, stop: int) -> torch.Tensor:
         parts = []

@@ -17,16 +17,16 @@ from toolkit.runtime.errors import CheckpointError
 
 
 class Checkpoint:
-    """A committed checkpoint, opened. Who opens it has verified it (``toolkit.checkpoint.manifest.verify``)."""
+    """A committed checkpoint, opened. Who opens it has verified it (``toolkit.checkpoint.manifest.verify``).
+
+    Args:
+        path: its directory.
+
+    Raises:
+        CheckpointError: damaged.
+    """
 
     def __init__(self, path: Path) -> None:
-        """
-        Args:
-            path: its directory.
-
-        Raises:
-            CheckpointError: damaged.
-        """  # noqa: D205, D212
         self.path = path
         self.state: State = read_state(path)
         try:

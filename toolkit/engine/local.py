@@ -8,22 +8,33 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from toolkit.config.schema import OptimConfig, TrainConfig
 from toolkit.data.batches import Batch
-from toolkit.engine.base import Update
+from toolkit.engine.base import Engine, Update
 from toolkit.mask.layer_mask import ParameterGroup
 from toolkit.optim.flat_buffers import FlatState, TensorState
 from toolkit.optim.groups import build_scheduler, current_rate, embedding_tables, forward_to, parameter_groups
 from toolkit.optim.master_adamw import MasterAdamW
-from toolkit.optim.state_fragments import KINDS, MASTER, Fragment, gather_kind
+from toolkit.optim.state_fragments import KINDS, MASTER, Fragment, FragmentState, gather_kind
 from toolkit.optim.update_monitor import UpdateMonitor
 from toolkit.runtime.distributed import World
 from toolkit.split.suffix import Suffix
 
 
-class LocalEngine:
-    """AdamW on exact masters, beside the suffix in its own precision. See ``Engine`` for the methods."""
+class LocalEngine(Engine):
+    """AdamW on exact masters, beside the suffix in its own precision. See ``Engine`` for the methods.
+
+    Args:
+        suffix: on its device, its mask applied.
+        parameters: its trainable parameters by their names in the whole model.
+        groups: of the mask; they hold all of ``parameters``.
+        train: the recipe's training section.
+        optim: the recipe's optimizer section.
+        total_steps: optimizer steps of the whole run, for the schedule.
+        world: gradients are summed over its ranks.
+    """
 
     name = "local"
     is_replicated = True
@@ -38,16 +49,6 @@ class LocalEngine:
         total_steps: int,
         world: World,
     ) -> None:
-        """
-        Args:
-            suffix: on its device, its mask applied.
-            parameters: its trainable parameters by their names in the whole model.
-            groups: of the mask; they hold all of ``parameters``.
-            train: the recipe's training section.
-            optim: the recipe's optimizer section.
-            total_steps: optimizer steps of the whole run, for the schedule.
-            world: gradients are summed over its ranks.
-        """  # noqa: D205, D212
         self._suffix = suffix
         self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self._train = train
@@ -61,15 +62,18 @@ class LocalEngine:
         self._moved, self._rate = UpdateMonitor(self._optimizer.peek), 0.0
         self._scheduler = build_scheduler(self._optimizer, train, total_steps)
 
-    def forward(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:  # noqa: D102
+    @override
+    def forward(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:
         loss: torch.Tensor = self._suffix(hidden, batch)
         return loss
 
-    def backward(self, loss: torch.Tensor, is_last: bool) -> None:  # noqa: D102
+    @override
+    def backward(self, loss: torch.Tensor, is_last: bool) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.collect()
 
-    def update(self) -> Update:  # noqa: D102
+    @override
+    def update(self) -> Update:
         self._rate = current_rate(self._scheduler, self._train)
         self._moved.before()
         self._optimizer.step()
@@ -77,43 +81,52 @@ class LocalEngine:
         self._scheduler.step()
         return Update(self._optimizer.grad_norm, self._rate)
 
-    def moved_share(self) -> float | None:  # noqa: D102
+    @override
+    def moved_share(self) -> float | None:
         return self._moved.judge(*self._moved.counts(), self._rate)  # all ranks hold and see the same
 
-    def train(self, mode: bool) -> None:  # noqa: D102
+    @override
+    def train(self, mode: bool) -> None:
         self._suffix.train(mode)
 
-    def gathered(self) -> AbstractContextManager[object]:  # noqa: D102
+    @override
+    def gathered(self) -> AbstractContextManager[object]:
         return nullcontext()
 
-    def gathered_bytes(self) -> int:  # noqa: D102
+    @override
+    def gathered_bytes(self) -> int:
         return 0
 
-    def masters(self) -> dict[str, torch.Tensor]:  # noqa: D102
+    @override
+    def masters(self) -> dict[str, torch.Tensor]:
         return gather_kind(MASTER, self.fragments(), self.shapes, self.is_replicated, self._world)
 
-    def fragments(self) -> list[Fragment]:  # noqa: D102
+    @override
+    def fragments(self) -> list[Fragment]:
         return [
-            Fragment(name, 0, own.master.numel(), _Whole(own, self.shapes[name]))
+            Fragment(name, 0, own.master.numel(), _WholeTensor(own, self.shapes[name]))
             for name, own in self._optimizer.by_name.items()
         ]
 
     @property
-    def schedule_step(self) -> int:  # noqa: D102
+    @override
+    def schedule_step(self) -> int:
         return self._scheduler.last_epoch
 
-    def continue_at(self, step: int) -> None:  # noqa: D102
+    @override
+    def continue_at(self, step: int) -> None:
         self._optimizer.write_back()
         self._moved.forget()
         forward_to(self._scheduler, step)
 
-    def release(self) -> dict[str, torch.Tensor]:  # noqa: D102
+    @override
+    def release(self) -> dict[str, torch.Tensor]:
         del self._optimizer, self._scheduler, self._moved  # the parameters stay as they are: nothing was moved
         return {}
 
 
 @dataclass(frozen=True)
-class _Whole:
+class _WholeTensor(FragmentState):
     """What is kept of a whole tensor, as a fragment holds it."""
 
     own: TensorState

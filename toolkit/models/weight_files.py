@@ -33,16 +33,16 @@ def open_weights(file: Path) -> SafetensorsFile:
 
 
 class StoredTensors:
-    """The tensors of a checkpoint by name; a tensor is read when it is used."""
+    """The tensors of a checkpoint by name; a tensor is read when it is used.
+
+    Args:
+        files: the safetensors files that transformers would read.
+
+    Raises:
+        ModelError: one is not of that format.
+    """
 
     def __init__(self, files: Iterable[Path]) -> None:
-        """
-        Args:
-            files: the safetensors files that transformers would read.
-
-        Raises:
-            ModelError: one is not of that format.
-        """  # noqa: D205, D212
         self.entries: dict[str, dict[str, Any]] = {}
         self._file: dict[str, SafetensorsFile] = {}
         for file in map(open_weights, files):

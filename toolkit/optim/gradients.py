@@ -37,7 +37,16 @@ class GradientSlice:
 
 
 class Gradients:
-    """Gradients of tensors of one parameter group that are all float32 or all low-precision."""
+    """Gradients of tensors of one parameter group that are all float32 or all low-precision.
+
+    Args:
+        group: index of the parameter group.
+        parameters: contiguous, on one device.
+        scratch: float32, of at least ``piece`` elements or as many as all parameters have.
+        piece: elements updated at once.
+        accumulates: a step has more than one backward pass.
+        ranks: processes over which gradients are summed.
+    """
 
     def __init__(
         self,
@@ -48,15 +57,6 @@ class Gradients:
         accumulates: bool,
         ranks: int,
     ) -> None:
-        """
-        Args:
-            group: index of the parameter group.
-            parameters: contiguous, on one device.
-            scratch: float32, of at least ``piece`` elements or as many as all parameters have.
-            piece: elements updated at once.
-            accumulates: a step has more than one backward pass.
-            ranks: processes over which gradients are summed.
-        """  # noqa: D205, D212
         self.group, self.parameters = group, list(parameters)
         self.is_low = parameters[0].dtype != torch.float32
         """The parameters are not their own masters."""
@@ -130,14 +130,14 @@ class Gradients:
 
 
 class Clipping:
-    """What one step divides its gradient by, and whether it is to be taken at all."""
+    """What one step divides its gradient by, and whether it is to be taken at all.
+
+    Args:
+        norm: 2-norm of the whole gradient, a float32 scalar.
+        max_norm: what it is clipped to; 0 does not clip.
+    """
 
     def __init__(self, norm: torch.Tensor, max_norm: float) -> None:
-        """
-        Args:
-            norm: 2-norm of the whole gradient, a float32 scalar.
-            max_norm: what it is clipped to; 0 does not clip.
-        """  # noqa: D205, D212
         self.norm = norm
         self._max_norm = max_norm
         self.found_inf = (~norm.isfinite()).float()

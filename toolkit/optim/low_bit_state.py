@@ -19,6 +19,16 @@ class LowBitState(Gradients):
 
     What takes the updates is the parameter itself where that is float32; else a float32 copy, or with ``splits`` the
     parameter and 16 more bits beside it, which is the same number in 4 bytes instead of 6.
+
+    Args:
+        group: index of the parameter group.
+        parameter: contiguous.
+        scratch: float32, of at least ``piece`` elements or as many as the parameter has.
+        piece: elements updated at once; a multiple of ``toolkit.optim.moments.BLOCK``.
+        accumulates: a step has more than one backward pass.
+        ranks: processes over which gradients are summed.
+        form: how the moments are stored.
+        splits: float32 like ``scratch``, in which the exact weights are put together; none keeps a float32 copy.
     """
 
     def __init__(
@@ -32,17 +42,6 @@ class LowBitState(Gradients):
         form: MomentFormat,
         splits: torch.Tensor | None = None,
     ) -> None:
-        """
-        Args:
-            group: index of the parameter group.
-            parameter: contiguous.
-            scratch: float32, of at least ``piece`` elements or as many as the parameter has.
-            piece: elements updated at once; a multiple of ``toolkit.optim.moments.BLOCK``.
-            accumulates: a step has more than one backward pass.
-            ranks: processes over which gradients are summed.
-            form: how the moments are stored.
-            splits: float32 like ``scratch``, in which the exact weights are put together; none keeps a float32 copy.
-        """  # noqa: D205, D212
         super().__init__(group, [parameter], scratch, piece, accumulates, ranks)
         self._form, self._step, self._joined = form, 0, splits
         self._moments = form.create(self.total, self.device)

@@ -42,6 +42,16 @@ class MasterAdamW(torch.optim.AdamW):
 
     and changes nothing where ``norm(g)`` is NaN or infinite. Nothing in it waits for a GPU, unless ``name`` keeps
     moments in fewer bits: then it waits for the norm, as the training step does right after it.
+
+    Args:
+        parameters: by name, contiguous and all on one device.
+        settings: parameter groups as torch.optim.AdamW takes them; they hold all of ``parameters``.
+        max_norm: what the gradient's 2-norm is clipped to; 0 does not clip.
+        accumulates: a step has more than one backward pass; gradients are added up in float32.
+        ranks: gradients are summed over the process group if there is more than one, in float32 too.
+        piece: elements updated at once; none takes ``piece_size``. A multiple of ``BLOCK`` for 8 bits.
+        name: as the recipe's ``optim.name``: how moments and masters are stored.
+        tables: ``id`` of the parameters that are embedding tables; in 8 bits they keep float32 moments.
     """
 
     def __init__(
@@ -55,17 +65,6 @@ class MasterAdamW(torch.optim.AdamW):
         name: OptimName = "adamw",
         tables: Collection[int] = (),
     ) -> None:
-        """
-        Args:
-            parameters: by name, contiguous and all on one device.
-            settings: parameter groups as torch.optim.AdamW takes them; they hold all of ``parameters``.
-            max_norm: what the gradient's 2-norm is clipped to; 0 does not clip.
-            accumulates: a step has more than one backward pass; gradients are added up in float32.
-            ranks: gradients are summed over the process group if there is more than one, in float32 too.
-            piece: elements updated at once; none takes ``piece_size``. A multiple of ``BLOCK`` for 8 bits.
-            name: as the recipe's ``optim.name``: how moments and masters are stored.
-            tables: ``id`` of the parameters that are embedding tables; in 8 bits they keep float32 moments.
-        """  # noqa: D205, D212
         self._max_norm, self._ranks = max_norm, ranks
         device = next(iter(parameters.values())).device
         piece = piece or piece_size(device)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
+from typing_extensions import override
 
 from toolkit.config.schema import OptimName
 from toolkit.frozen.quantization import bitsandbytes_functional
@@ -27,18 +28,18 @@ _PAGED_FROM = 100_000
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
-State = dict[str, torch.Tensor]
+MomentState = dict[str, torch.Tensor]
 
 
 class MomentFormat(Protocol):
     """How the moments of n elements are stored, and what one step of AdamW does to them."""
 
-    def create(self, size: int, device: torch.device) -> State:
+    def create(self, size: int, device: torch.device) -> MomentState:
         """Moments of zero."""
 
     def update(
-        self, state: State, span: slice, master: torch.Tensor, gradient: torch.Tensor, settings: Mapping[str, Any],
-        step: int, factor: float,
+        self, state: MomentState, span: slice, master: torch.Tensor, gradient: torch.Tensor,
+        settings: Mapping[str, Any], step: int, factor: float,
     ) -> None:  # fmt: skip
         """One step on a stretch.
 
@@ -52,13 +53,13 @@ class MomentFormat(Protocol):
             factor: what the gradient is multiplied by.
         """
 
-    def read(self, state: State) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, state: MomentState) -> tuple[torch.Tensor, torch.Tensor]:
         """Both moments in float32 [n]."""
 
-    def write(self, state: State, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> None:
+    def write(self, state: MomentState, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> None:
         """Store float32 [n], rounded to the nearest."""
 
-    def moving(self, state: State, index: torch.Tensor) -> torch.Tensor:
+    def moving(self, state: MomentState, index: torch.Tensor) -> torch.Tensor:
         """Of which elements the first moment is not zero: boolean, as ``index``."""
 
 
@@ -77,27 +78,32 @@ def moment_bytes(name: OptimName, size: int, is_table: bool = False) -> int:
     return 2 * size + 8 * math.ceil(size / BLOCK)
 
 
-class Float32:
+class Float32(MomentFormat):
     """Both moments in float32."""
 
-    def create(self, size: int, device: torch.device) -> State:  # noqa: D102
+    @override
+    def create(self, size: int, device: torch.device) -> MomentState:
         return {kind: torch.zeros(size, device=device) for kind in MOMENTS}
 
-    def update(  # noqa: D102
-        self, state: State, span: slice, master: torch.Tensor, gradient: torch.Tensor, settings: Mapping[str, Any],
-        step: int, factor: float,
+    @override
+    def update(
+        self, state: MomentState, span: slice, master: torch.Tensor, gradient: torch.Tensor,
+        settings: Mapping[str, Any], step: int, factor: float,
     ) -> None:  # fmt: skip
         exp_avg, exp_avg_sq = (state[kind][span] for kind in MOMENTS)
         fused_adamw(master, gradient, exp_avg, exp_avg_sq, settings, step, factor)
 
-    def read(self, state: State) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: D102
+    @override
+    def read(self, state: MomentState) -> tuple[torch.Tensor, torch.Tensor]:
         return state["exp_avg"], state["exp_avg_sq"]
 
-    def write(self, state: State, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> None:  # noqa: D102
+    @override
+    def write(self, state: MomentState, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> None:
         state["exp_avg"].copy_(exp_avg)
         state["exp_avg_sq"].copy_(exp_avg_sq)
 
-    def moving(self, state: State, index: torch.Tensor) -> torch.Tensor:  # noqa: D102
+    @override
+    def moving(self, state: MomentState, index: torch.Tensor) -> torch.Tensor:
         return state["exp_avg"].index_select(0, index) != 0
 
 
@@ -106,23 +112,24 @@ class BFloat16(Float32):
 
     Rounded to the nearest, a second moment with beta2 = 0.999 could only grow: one step changes it by a thousandth,
     and bfloat16's neighbours are 4 to 8 thousandths apart. Rounded without bias it follows (docs/optimizers.md).
+
+    Args:
+        longest: elements of the longest stretch.
+        device: of the moments.
     """
 
     def __init__(self, longest: int, device: torch.device) -> None:
-        """
-        Args:
-            longest: elements of the longest stretch.
-            device: of the moments.
-        """  # noqa: D205, D212
         self._work = torch.empty(2, longest, device=device)
         self._noise = Noise(longest, device)
 
-    def create(self, size: int, device: torch.device) -> State:  # noqa: D102
+    @override
+    def create(self, size: int, device: torch.device) -> MomentState:
         return {kind: torch.zeros(size, dtype=torch.bfloat16, device=device) for kind in MOMENTS}
 
-    def update(  # noqa: D102
-        self, state: State, span: slice, master: torch.Tensor, gradient: torch.Tensor, settings: Mapping[str, Any],
-        step: int, factor: float,
+    @override
+    def update(
+        self, state: MomentState, span: slice, master: torch.Tensor, gradient: torch.Tensor,
+        settings: Mapping[str, Any], step: int, factor: float,
     ) -> None:  # fmt: skip
         size = master.numel()
         stored, work = [state[kind][span] for kind in MOMENTS], self._work[:, :size]
@@ -132,22 +139,22 @@ class BFloat16(Float32):
         for own, exact, noise in zip(stored, work, self._noise.of(step), strict=True):
             stochastic_round(exact, noise[:size], own)
 
-    def read(self, state: State) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: D102
+    @override
+    def read(self, state: MomentState) -> tuple[torch.Tensor, torch.Tensor]:
         return state["exp_avg"].float(), state["exp_avg_sq"].float()
 
 
-class EightBit:
+class EightBit(MomentFormat):
     """Both moments in 8 bits, ``BLOCK`` elements to a float32 scale (Dettmers et al., arXiv 2110.02861).
 
     Kernels, code tables and paged memory are bitsandbytes'.
+
+    Args:
+        device: of the moments.
+        paged: moments of large tensors lie in memory that the GPU's driver moves to the host and back.
     """
 
     def __init__(self, device: torch.device, paged: bool = False) -> None:
-        """
-        Args:
-            device: of the moments.
-            paged: moments of large tensors lie in memory that the GPU's driver moves to the host and back.
-        """  # noqa: D205, D212
         functional = bitsandbytes_functional()
         self._functional = functional
         self._codes = [functional.create_dynamic_map(signed).to(device) for signed in (True, False)]
@@ -155,16 +162,18 @@ class EightBit:
         self._paged = paged and device.type == "cuda"
         self._device = device
 
-    def create(self, size: int, device: torch.device) -> State:  # noqa: D102
+    @override
+    def create(self, size: int, device: torch.device) -> MomentState:
         state = {}
         for kind in MOMENTS:
             state[kind] = self._bytes(size, device)
             state[f"{kind}_scales"] = torch.zeros(math.ceil(size / BLOCK), device=device)
         return state
 
-    def update(  # noqa: D102
-        self, state: State, span: slice, master: torch.Tensor, gradient: torch.Tensor, settings: Mapping[str, Any],
-        step: int, factor: float,
+    @override
+    def update(
+        self, state: MomentState, span: slice, master: torch.Tensor, gradient: torch.Tensor,
+        settings: Mapping[str, Any], step: int, factor: float,
     ) -> None:  # fmt: skip
         blocks = slice(span.start // BLOCK, math.ceil(span.stop / BLOCK))
         if span.start == 0 and self._is_paged(state):
@@ -178,7 +187,8 @@ class EightBit:
             *self._codes, *scales, settings["weight_decay"], gnorm_scale=factor,
         )  # fmt: skip
 
-    def read(self, state: State) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: D102
+    @override
+    def read(self, state: MomentState) -> tuple[torch.Tensor, torch.Tensor]:
         self._settle(state)
         first, second = (
             self._functional.dequantize_blockwise(
@@ -188,7 +198,8 @@ class EightBit:
         )
         return first, second
 
-    def write(self, state: State, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> None:  # noqa: D102
+    @override
+    def write(self, state: MomentState, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> None:
         self._settle(state)
         for kind, exact, code in zip(MOMENTS, (exp_avg, exp_avg_sq), self._codes, strict=True):
             flat = exact.to(self._device, torch.float32).flatten()
@@ -196,7 +207,7 @@ class EightBit:
             state[kind].copy_(codes)
             state[f"{kind}_scales"].copy_(found.absmax)
 
-    def moving(self, state: State, index: torch.Tensor) -> torch.Tensor:
+    def moving(self, state: MomentState, index: torch.Tensor) -> torch.Tensor:
         """A moment below a millionth of its block's largest is stored as zero, and counts as such."""
         codes, scales = state["exp_avg"], state["exp_avg_scales"]
         moved = codes.index_select(0, index.to(codes.device)).to(index.device) != self._zero
@@ -210,10 +221,10 @@ class EightBit:
         self._functional.fill(pages, 0)
         return pages
 
-    def _is_paged(self, state: State) -> bool:
+    def _is_paged(self, state: MomentState) -> bool:
         return getattr(state["exp_avg"], "is_paged", False)
 
-    def _settle(self, state: State) -> None:
+    def _settle(self, state: MomentState) -> None:
         """Wait for the GPU before the host touches pages that kernels write to."""
         if self._is_paged(state):
             torch.cuda.synchronize(self._device)

@@ -55,14 +55,13 @@ class Noise:
     """Random numbers for ``stochastic_round``, a function of the step alone, so that a resumed run repeats them.
 
     One draw serves all stretches of a step: that each element's roundings are independent from step to step is enough.
+
+    Args:
+        size: elements of the longest stretch.
+        device: where it is used.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
-        """
-        Args:
-            size: elements of the longest stretch.
-            device: where it is used.
-        """  # noqa: D205, D212
         self._pair = torch.zeros(2, size, dtype=torch.int32, device=device)
         self._generator = None if device.type == "meta" else torch.Generator(device)
         self._step: int | None = None

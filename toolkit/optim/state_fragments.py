@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from typing_extensions import override
 
 from toolkit.runtime.distributed import World
 
@@ -20,8 +21,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = (MASTER, *MOMENTS)
 
 
-class Held(Protocol):
-    """What an engine keeps of a stretch, however it stores it."""
+class FragmentState(Protocol):
+    """The optimizer state of a fragment, however an engine stores it."""
 
     @property
     def updates(self) -> int:
@@ -34,13 +35,15 @@ class Held(Protocol):
         """Take over values of some kinds, flat float32 on any device, and the number of updates."""
 
     def raw(self) -> dict[str, torch.Tensor]:
-        """What is stored where that is not float32, as plain tensors; empty where ``read`` is exact.
+        """Return what is stored where that is not float32, as plain tensors; empty where ``read`` is exact.
 
-        Where a stretch does not stand alone, what it shares with others is with the first of them.
+        Where fragments share state, such as scales, it is with the first of them.
         """
+        return {}
 
     def set_raw(self, raw: Mapping[str, torch.Tensor]) -> None:
-        """After ``write``: take over what ``raw`` of the same stretch gave, if it was stored in the same way."""
+        """Take over what ``raw`` of the same fragment returned, if it was stored in the same way; after ``write``."""
+        del raw  # there is none where ``read`` is exact
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,12 @@ class Fragment:
     """Of the tensor in the whole model."""
     start: int
     stop: int
-    held: Held
+    state: FragmentState
 
 
 @dataclass(frozen=True)
-class Views:
-    """A ``Held`` of float32 values that are all there is."""
+class FlatFragmentState(FragmentState):
+    """Float32 values in flat buffers: ``read`` is exact."""
 
     tensors: Mapping[str, torch.Tensor]
     """For each of ``KINDS`` a flat view into the optimizer."""
@@ -64,23 +67,20 @@ class Views:
     """Updates that the moments have had: a scalar, shared by the tensors of a parameter group."""
 
     @property
-    def updates(self) -> int:  # noqa: D102
+    @override
+    def updates(self) -> int:
         return int(self.step)
 
-    def read(self) -> Mapping[str, torch.Tensor]:  # noqa: D102
+    @override
+    def read(self) -> Mapping[str, torch.Tensor]:
         return self.tensors
 
     @torch.no_grad()
-    def write(self, tensors: Mapping[str, torch.Tensor], updates: int) -> None:  # noqa: D102
+    @override
+    def write(self, tensors: Mapping[str, torch.Tensor], updates: int) -> None:
         for kind, values in tensors.items():
             self.tensors[kind].copy_(values)
         self.step.fill_(updates)
-
-    def raw(self) -> dict[str, torch.Tensor]:  # noqa: D102
-        return {}
-
-    def set_raw(self, raw: Mapping[str, torch.Tensor]) -> None:
-        """Another optimizer's."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def gather_states(
         world: all ranks.
     """
     whole = [gather_kind(kind, fragments, shapes, is_replicated, world) for kind in KINDS]
-    counted = world.all_gather_object({fragment.name: fragment.held.updates for fragment in fragments})
+    counted = world.all_gather_object({fragment.name: fragment.state.updates for fragment in fragments})
     updates = {name: count for own in counted for name, count in own.items()}
     masters, averages, squares = whole
     return {name: AdamState(masters[name], averages[name], squares[name], updates[name]) for name in masters}
@@ -121,11 +121,11 @@ def gather_kind(
     whole = {}
     for name, shape in shapes.items():
         if is_replicated or world.size == 1:
-            full = own[name].held.read()[kind] if world.is_main else torch.empty(0)
+            full = own[name].state.read()[kind] if world.is_main else torch.empty(0)
         else:
             full = torch.zeros(shape.numel(), device=world.device)
             if name in own:
-                full[own[name].start : own[name].stop].copy_(own[name].held.read()[kind])
+                full[own[name].start : own[name].stop].copy_(own[name].state.read()[kind])
             dist.all_reduce(full)
         if world.is_main:
             whole[name] = full.detach().to("cpu", copy=True).view(shape)
@@ -152,4 +152,4 @@ def load_fragments(
         if name in own:
             fragment = own[name]
             parts = {kind: values.view(-1)[fragment.start : fragment.stop] for kind, values in full.items()}
-            fragment.held.write(parts, updates)
+            fragment.state.write(parts, updates)

@@ -37,13 +37,12 @@ class UpdateMonitor:
     not the rounded copies that compute, of which most stay the same from step to step however well the run learns. An
     element counts as meant to move while its first moment is not zero. So rows of an embedding table that never occur
     and the padding of ZeRO's partitions are left out. The share is that of elements that changed among those.
+
+    Args:
+        peek: gives, in parts, the sampled weights and whether the first moment of each is not zero.
     """
 
     def __init__(self, peek: Peek) -> None:
-        """
-        Args:
-            peek: gives, in parts, the sampled weights and whether the first moment of each is not zero.
-        """  # noqa: D205, D212
         self._peek = peek
         self._last: list[torch.Tensor] | None = None
         self._counts: torch.Tensor | None = None

@@ -84,13 +84,12 @@ class LineFile:
 
     A line is in the file whole or not at all. Nothing here raises for the disk's sake: what is logged is worth less
     than the training it tells of.
+
+    Args:
+        path: of the file; made if it is not there.
     """
 
     def __init__(self, path: Path) -> None:
-        """
-        Args:
-            path: of the file; made if it is not there.
-        """  # noqa: D205, D212
         self._path = path
         self._waiting: list[str] = []
         self._warned = False

@@ -12,28 +12,41 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from torch import nn
+from typing_extensions import override
 
 from toolkit.config.schema import OptimConfig, TrainConfig
 from toolkit.data.batches import Batch
-from toolkit.engine.base import Update
+from toolkit.engine.base import Engine, Update
 from toolkit.engine.deepspeed.clipping import partitioned_norm, without_clipping
 from toolkit.engine.deepspeed.config import zero_stage
 from toolkit.engine.deepspeed.gathering import gathered, gathered_bytes, settle_prefetches
-from toolkit.engine.deepspeed.nvme_state import Swapped, SwappedPart
+from toolkit.engine.deepspeed.nvme_state import NvmeSwapper, SwappedFragmentState
 from toolkit.engine.deepspeed.optimizers import OpenedMoments, PartitionedAdamW, build_optimizer
 from toolkit.mask.layer_mask import ParameterGroup
 from toolkit.optim.gradients import Clipping
 from toolkit.optim.groups import build_scheduler, current_rate, embedding_tables, forward_to
 from toolkit.optim.master_adamw import norm_at_once
-from toolkit.optim.state_fragments import KINDS, MASTER, MOMENTS, Fragment, Views, gather_kind
+from toolkit.optim.state_fragments import KINDS, MASTER, MOMENTS, FlatFragmentState, Fragment, gather_kind
 from toolkit.optim.update_monitor import UpdateMonitor, sampled_indices
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import ConfigError
 from toolkit.split.suffix import Suffix
 
 
-class ZeroEngine:
-    """AdamW on ZeRO's partitioned float32 masters. See ``Engine`` for the methods."""
+class ZeroEngine(Engine):
+    """AdamW on ZeRO's partitioned float32 masters. See ``Engine`` for the methods.
+
+    Args:
+        suffix: on its device, its mask applied.
+        parameters: its trainable parameters by their names in the whole model.
+        groups: of the mask; they hold all of ``parameters``.
+        train: the recipe's training section.
+        optim: the recipe's optimizer section.
+        total_steps: optimizer steps of the whole run, for the schedule.
+        world: the process group must be up, also for one rank.
+        copies: trained tensors that the prefix holds too, by name; kept up to date with every update.
+        ds_config: as ``resolve_ds_config`` returns it.
+    """
 
     def __init__(
         self,
@@ -47,18 +60,6 @@ class ZeroEngine:
         copies: Mapping[str, torch.Tensor],
         ds_config: dict[str, Any],
     ) -> None:
-        """
-        Args:
-            suffix: on its device, its mask applied.
-            parameters: its trainable parameters by their names in the whole model.
-            groups: of the mask; they hold all of ``parameters``.
-            train: the recipe's training section.
-            optim: the recipe's optimizer section.
-            total_steps: optimizer steps of the whole run, for the schedule.
-            world: the process group must be up, also for one rank.
-            copies: trained tensors that the prefix holds too, by name; kept up to date with every update.
-            ds_config: as ``resolve_ds_config`` returns it.
-        """  # noqa: D205, D212
         import deepspeed
         from deepspeed.runtime.config import DeepSpeedConfigError
 
@@ -91,19 +92,22 @@ class ZeroEngine:
         self._moved, self._rate = UpdateMonitor(self._peek), 0.0
         self._chosen: dict[int, torch.Tensor] = {}
         self._opened: dict[torch.Tensor, OpenedMoments] = {}
-        self._swapped = Swapped(self._engine.optimizer, self._state_of)
+        self._swapper = NvmeSwapper(self._engine.optimizer, self._state_of)
 
-    def forward(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:  # noqa: D102
+    @override
+    def forward(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:
         loss: torch.Tensor = self._engine(hidden, batch)
         return loss
 
-    def backward(self, loss: torch.Tensor, is_last: bool) -> None:  # noqa: D102
-        self._swapped.close()
+    @override
+    def backward(self, loss: torch.Tensor, is_last: bool) -> None:
+        self._swapper.close()
         self._engine.set_gradient_accumulation_boundary(is_last)
         # ZeRO averages over ranks; the shares are to be summed
         self._engine.backward(loss * self._world.size, scale_wrt_gas=False)
 
-    def update(self) -> Update:  # noqa: D102
+    @override
+    def update(self) -> Update:
         self._rate, self._opened = current_rate(self._scheduler, self._train), {}
         before = self._scheduler.last_epoch
         norm = self._own_norm()
@@ -119,7 +123,8 @@ class ZeroEngine:
             norm = torch.tensor(float("nan") if found is None else float(found), device=self._world.device)
         return Update(norm, self._rate)
 
-    def moved_share(self) -> float | None:  # noqa: D102
+    @override
+    def moved_share(self) -> float | None:
         moved, meant = self._world.sum(*self._moved.counts())  # each rank sees its own partitions
         return self._moved.judge(moved, meant, self._rate)
 
@@ -167,20 +172,25 @@ class ZeroEngine:
             with gathered(self._parameters[name]):
                 copy.copy_(self._parameters[name])
 
-    def train(self, mode: bool) -> None:  # noqa: D102
+    @override
+    def train(self, mode: bool) -> None:
         self._engine.train(mode)
 
-    def gathered(self) -> AbstractContextManager[object]:  # noqa: D102
+    @override
+    def gathered(self) -> AbstractContextManager[object]:
         settle_prefetches(self._engine)
         return gathered(self._suffix)
 
-    def gathered_bytes(self) -> int:  # noqa: D102
+    @override
+    def gathered_bytes(self) -> int:
         return gathered_bytes(self._suffix)
 
-    def masters(self) -> dict[str, torch.Tensor]:  # noqa: D102
+    @override
+    def masters(self) -> dict[str, torch.Tensor]:
         return gather_kind(MASTER, self.fragments(), self.shapes, self.is_replicated, self._world)
 
-    def fragments(self) -> list[Fragment]:  # noqa: D102
+    @override
+    def fragments(self) -> list[Fragment]:
         found: list[Fragment] = []
         inner = self._inner
         self._opened = (
@@ -196,13 +206,13 @@ class ZeroEngine:
             if flat in self._opened:
                 found.append(Fragment(name, start, stop, self._opened[flat].part(part)))
                 continue
-            if self._swapped.has(flat):
-                found.append(Fragment(name, start, stop, SwappedPart(self._swapped, flat, part)))
+            if self._swapper.has(flat):
+                found.append(Fragment(name, start, stop, SwappedFragmentState(self._swapper, flat, part)))
                 continue
             state = self._state_of(flat)
             kept = {MASTER: flat, **{kind: state[kind] for kind in MOMENTS}}
             views = {kind: kept[kind].detach().view(-1)[part] for kind in KINDS}
-            found.append(Fragment(name, start, stop, Views(views, state["step"])))
+            found.append(Fragment(name, start, stop, FlatFragmentState(views, state["step"])))
         return found
 
     @property
@@ -254,20 +264,23 @@ class ZeroEngine:
         return state
 
     @property
-    def schedule_step(self) -> int:  # noqa: D102
+    @override
+    def schedule_step(self) -> int:
         return int(self._scheduler.last_epoch)
 
-    def continue_at(self, step: int) -> None:  # noqa: D102
+    @override
+    def continue_at(self, step: int) -> None:
         for partition in self._opened.values():
             partition.store()
         self._opened = {}
-        self._swapped.close()
+        self._swapper.close()
         self._moved.forget()
         forward_to(self._scheduler, step)
 
     @torch.no_grad()
-    def release(self) -> dict[str, torch.Tensor]:  # noqa: D102
-        self._swapped.close()
+    @override
+    def release(self) -> dict[str, torch.Tensor]:
+        self._swapper.close()
         settle_prefetches(self._engine)
         zero = self._engine.optimizer
         zero.optimizer.state.clear()
@@ -279,7 +292,7 @@ class ZeroEngine:
                     plain[name] = parameter.detach().clone()
                 parameter.data = parameter.data.new_empty(0)
         vars(zero).clear()  # ZeRO-3's optimizer is still referred to after destroy (DeepSpeed 0.19): leave it empty
-        del self._engine, self._scheduler, self._suffix, self._copies, self._moved, self._swapped
+        del self._engine, self._scheduler, self._suffix, self._copies, self._moved, self._swapper
         self._parameters = {}
         return plain
 

@@ -11,19 +11,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from typing_extensions import override
 
-from toolkit.optim.state_fragments import KINDS, MASTER, MOMENTS
+from toolkit.optim.state_fragments import KINDS, MASTER, MOMENTS, FragmentState
 
 
-class Swapped:
-    """Holds one of ZeRO-3's groups in memory at a time, in the buffers that DeepSpeed has for it."""
+class NvmeSwapper:
+    """Holds one of ZeRO-3's groups in memory at a time, in the buffers that DeepSpeed has for it.
+
+    Args:
+        zero: DeepSpeed's optimizer of ZeRO-3.
+        state_of: the state of one of its masters, which it makes if there is none.
+    """
 
     def __init__(self, zero: Any, state_of: Callable[[torch.Tensor], dict[str, torch.Tensor]]) -> None:
-        """
-        Args:
-            zero: DeepSpeed's optimizer of ZeRO-3.
-            state_of: the state of one of its masters, which it makes if there is none.
-        """  # noqa: D205, D212
         self._zero, self._state_of = zero, state_of
         self._here: torch.Tensor | None = None
         self._is_written = False
@@ -39,7 +40,7 @@ class Swapped:
         """That the moments of a master have had; their count is always in memory."""
         return int(self._zero.optimizer.state.get(flat, {}).get("step", 0))
 
-    def opened(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+    def swap_in(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """For each of ``KINDS`` a view of all values of a master's group, good until another group is opened."""
         if flat is not self._here:
             self.close()
@@ -52,7 +53,7 @@ class Swapped:
 
     def write(self, flat: torch.Tensor, part: slice, tensors: Mapping[str, torch.Tensor], updates: int) -> None:
         """Take over values of a stretch; ``close``, or another group's turn, puts them into the files."""
-        views = self.opened(flat)
+        views = self.swap_in(flat)
         for kind, values in tensors.items():
             views[kind][part].copy_(values)
         self._state_of(flat)["step"].fill_(updates)
@@ -72,27 +73,24 @@ class Swapped:
 
 
 @dataclass(frozen=True)
-class SwappedPart:
-    """A ``Held`` of float32 values that are in files."""
+class SwappedFragmentState(FragmentState):
+    """Float32 values that are in files on a drive."""
 
-    swapped: Swapped
+    swapper: NvmeSwapper
     flat: torch.Tensor
     part: slice
 
     @property
-    def updates(self) -> int:  # noqa: D102
-        return self.swapped.updates(self.flat)
+    @override
+    def updates(self) -> int:
+        return self.swapper.updates(self.flat)
 
-    def read(self) -> Mapping[str, torch.Tensor]:  # noqa: D102
-        views = self.swapped.opened(self.flat)
+    @override
+    def read(self) -> Mapping[str, torch.Tensor]:
+        views = self.swapper.swap_in(self.flat)
         return {kind: views[kind][self.part].clone() for kind in KINDS}
 
     @torch.no_grad()
-    def write(self, tensors: Mapping[str, torch.Tensor], updates: int) -> None:  # noqa: D102
-        self.swapped.write(self.flat, self.part, tensors, updates)
-
-    def raw(self) -> dict[str, torch.Tensor]:  # noqa: D102
-        return {}
-
-    def set_raw(self, raw: Mapping[str, torch.Tensor]) -> None:
-        """Another optimizer's."""
+    @override
+    def write(self, tensors: Mapping[str, torch.Tensor], updates: int) -> None:
+        self.swapper.write(self.flat, self.part, tensors, updates)

@@ -14,7 +14,7 @@ from toolkit.mask.layer_mask import ParameterGroup
 from toolkit.optim.groups import parameter_groups
 from toolkit.optim.master_adamw import piece_size
 from toolkit.optim.moments import MOMENTS, SMALLEST, Float32, MomentFormat, moment_format
-from toolkit.optim.state_fragments import MASTER
+from toolkit.optim.state_fragments import MASTER, FragmentState
 
 KEEPS_FLOAT32 = "keeps_float32"
 """Key of a parameter group of embedding tables, whose moments stay in float32 where others take 8 bits."""
@@ -58,6 +58,10 @@ class PartitionedAdamW(torch.optim.Optimizer):
 
     ``state[p]`` holds plain tensors and the number of updates. As with torch's fused AdamW, ``step`` divides gradients
     by ``grad_scale`` and does nothing where ``found_inf`` is not 0.
+
+    Args:
+        settings: parameter groups with lr, betas, eps, weight_decay, and ``KEEPS_FLOAT32`` where that is so.
+        name: as the recipe's ``optim.name``; another than ``adamw``.
     """
 
     grad_scale: torch.Tensor | None = None
@@ -66,11 +70,6 @@ class PartitionedAdamW(torch.optim.Optimizer):
     """Scalar; none where DeepSpeed itself skips such a step."""
 
     def __init__(self, settings: Sequence[dict[str, Any]], name: OptimName) -> None:
-        """
-        Args:
-            settings: parameter groups with lr, betas, eps, weight_decay, and ``KEEPS_FLOAT32`` where that is so.
-            name: as the recipe's ``optim.name``; another than ``adamw``.
-        """  # noqa: D205, D212
         super().__init__(settings, {KEEPS_FLOAT32: False})
         self._name = name
         self._forms: dict[torch.device, MomentFormat] = {}
@@ -121,25 +120,25 @@ class PartitionedAdamW(torch.optim.Optimizer):
 
 
 class OpenedMoments:
-    """A partition's moments in float32, for as long as they are read or written in parts."""
+    """A partition's moments in float32, for as long as they are read or written in parts.
+
+    Args:
+        optimizer: that updates it.
+        master: the partition.
+        index: of its parameter group.
+    """
 
     def __init__(self, optimizer: PartitionedAdamW, master: torch.Tensor, index: int) -> None:
-        """
-        Args:
-            optimizer: that updates it.
-            master: the partition.
-            index: of its parameter group.
-        """  # noqa: D205, D212
         self.master = master.detach().view(-1)
         self._form, self.state = optimizer.opened(master, index)
         self._exact: dict[str, torch.Tensor] | None = None
         self._is_written = self._is_stored = False
         self.starts: list[int] = []
 
-    def part(self, part: slice) -> _Part:
+    def part(self, part: slice) -> _PartitionSlice:
         """A stretch, as a fragment holds it; parts are asked for in one order whenever a layout is the same."""
         self.starts.append(part.start)
-        return _Part(self, part, is_first=len(self.starts) == 1)
+        return _PartitionSlice(self, part, is_first=len(self.starts) == 1)
 
     def exact(self) -> dict[str, torch.Tensor]:
         """Both moments in float32."""
@@ -177,7 +176,7 @@ class OpenedMoments:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _PartitionSlice(FragmentState):
     """A stretch of an opened partition."""
 
     whole: OpenedMoments
