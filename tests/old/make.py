@@ -3,8 +3,9 @@
     git worktree add ../earlier 4e2adff
     python tests/old/make.py ../earlier tests/old/4e2adff.json
 
-It calls the scripts of that working tree only, so it works at any commit. The weights are multiples of 1/8 by a formula,
-which packs well; everything is float32, so that the figures hold on other machines. tests/test_old_artefacts.py reads it.
+It calls only the scripts of that working tree, so it works at any commit. The weights are multiples of 1/8 by a
+formula, which packs well; everything is float32, so that the figures hold on other machines. The reader is
+tests/test_old_artefacts.py.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ QUESTION = "does heat help?"
 KILLED_AFTER = 4
 """Steps of the interrupted run's last checkpoint; the finished run has 8."""
 TRAIN = (
-    "--model.name_or_path", "model", "--model.dtype", "float32", "--data.path", "rows.jsonl", "--data.validation", "0.2",
-    "--mask.train", "last:1", "--train.epochs", "2", "--train.learning_rate", "5e-2", "--output.dir", "finished",
-    "--output.save_every_steps", "2", "--output.keep", "9", "--prefix.cache", "on", "--prefix.cache_dir", "cache",
+    "--model.name_or_path", "model", "--model.dtype", "float32", "--data.path", "rows.jsonl",
+    "--data.validation", "0.2", "--mask.train", "last:1", "--train.epochs", "2", "--train.learning_rate", "5e-2",
+    "--output.dir", "finished", "--output.save_every_steps", "2", "--output.keep", "9",
+    "--prefix.cache", "on", "--prefix.cache_dir", "cache",
 )  # fmt: skip
 LEFT_OUT = ("events.out.tfevents.*", ".lock", "README.md")
 """Locks, what names the host, and the model card, which no program reads."""
