@@ -2,6 +2,7 @@
 # make test       set everything up, then run the tests that take less than 10 minutes on 2 cores
 # make test-all   all tests: those, then make test-slow
 # make test-paths those of make test as processors with other instructions compute them
+# make docs       build the documentation's site into build/site, strictly
 # make check      what CI runs beside the tests: format, lint, types
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ JOBS    ?= 2
 THREADS ?= 1
 PYTEST := PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=$(THREADS) python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: train test test-slow test-all test-paths check clean
+.PHONY: train test test-slow test-all test-paths docs check clean
 
 train: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" deepspeed launch/train.py --ds ds_configs/zero2.json
@@ -36,6 +37,9 @@ test-paths:
 	TEST_FLOAT32_GRADIENTS=on ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(MAKE) test
 	TEST_FLOAT32_GRADIENTS=off ONEDNN_MAX_CPU_ISA=AVX512_CORE $(MAKE) test THREADS=4
 
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --quiet
+
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -50,6 +54,10 @@ $(VENV)/.installed: setup.cfg $(CONSTRAINTS)
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[dev]"
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[docs]"
 	touch $@
 
 clean:

@@ -18,6 +18,8 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "README.ko.md",
     *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
     ROOT / "examples/data/README.md",
 ]
 LAUNCHERS = ("python", "deepspeed", "torchrun", "accelerate", "srun")
@@ -35,6 +37,7 @@ def commands(page: Path) -> list[list[str]]:
     code = re.findall(r"```(?:bash)?\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
     code += re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8"))
     lines = [line.split("   #")[0] for block in code for line in block.splitlines()]
+    lines = [re.sub(r"^frostline ([a-z]+)", r"python launch/\1.py", line) for line in lines]
     split = [shlex.split(line) for line in lines if re.match(rf"({'|'.join(LAUNCHERS)}) ", line)]
     return [words for words in split if any(re.search(r"(launch|benchmarks)/\w+\.py$", word) for word in words)]
 
@@ -85,7 +88,7 @@ def test_the_two_tiers_run_every_test_once_and_ci_runs_both() -> None:
     tiers = dict(re.findall(r'^(test[\w-]*): .*\n\t\$\(PYTEST\) -m (slow|"not slow")$', makefile, flags=re.M))
     assert tiers == {"test": '"not slow"', "test-slow": "slow"}
     assert "\ntest-all:\n\t$(MAKE) test\n\t$(MAKE) test-slow\n" in makefile
-    assert re.findall(r"^make .*", ci, flags=re.M) == ["make test", "make test-slow", "make check"]
+    assert re.findall(r"^make .*", ci, flags=re.M) == ["make docs", "make test", "make test-slow", "make check"]
 
 
 def test_the_changelog_knows_this_version() -> None:

@@ -25,6 +25,7 @@ PACKAGES = {
     "torch": "torch",
     "tqdm": "tqdm",
     "transformers": "transformers",
+    "typing_extensions": "typing_extensions",
     "xxhash": "xxhash",
 }
 """Module by name of the package, as ``setup.cfg`` requires them."""
