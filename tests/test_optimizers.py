@@ -98,7 +98,7 @@ def test_updates_that_bfloat16_rounds_away_are_kept_and_seen_to_move(
     weight = nn.Parameter(torch.ones(4096, dtype=BFLOAT16))
     options = {"params": [weight], "lr": 1e-5, "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
     optimizer = MasterAdamW({"w": weight}, [options], 0, name=name)
-    moved = UpdateMonitor(optimizer.peek)
+    moved = UpdateMonitor(optimizer.sample)
     for _ in range(500):
         weight.grad = torch.ones_like(weight)
         moved.before()
@@ -133,7 +133,7 @@ def test_a_warning_says_once_that_rounding_eats_the_updates(caplog: pytest.LogCa
 def test_what_is_not_meant_to_move_is_not_counted() -> None:
     weight = nn.Parameter(torch.ones(2, 2048, dtype=BFLOAT16))
     optimizer = MasterAdamW({"w": weight}, [{**settings({"w": weight})[0], "weight_decay": 0.0}], 1.0)
-    moved = UpdateMonitor(optimizer.peek)
+    moved = UpdateMonitor(optimizer.sample)
     weight.grad = torch.zeros_like(weight)
     weight.grad[1] = 1.0  # the other row is a token that does not occur
     moved.before()
@@ -217,8 +217,8 @@ def test_the_plan_says_what_each_optimizer_holds(name: OptimName, dtype: torch.d
     assert plan.moments == sum(t.nbytes for state in states for kind, t in state.raw().items() if kind != "step")
     halves = dtype == BFLOAT16 and name == "adamw_bf16"
     assert plan.masters == (0 if dtype == FLOAT32 else sum(sizes) * (2 if halves else 4))
-    held = sum(own.own_bytes[0] for own in optimizer._stores if hasattr(own, "own_bytes"))
-    flat = sum(own._master.nbytes for own in optimizer._stores if getattr(own, "_master", None) is not None)
+    held = sum(own.own_bytes[0] for own in optimizer._states if hasattr(own, "own_bytes"))
+    flat = sum(own._master.nbytes for own in optimizer._states if getattr(own, "_master", None) is not None)
     assert plan.masters == held + flat
     is_float32 = [optimizer.by_name[key].raw()["exp_avg"].dtype == FLOAT32 for key in parameters]
     assert is_float32 == {"adamw": [True] * 4, "adamw_bf16": [False] * 4}.get(name, [False, False, True, True])
@@ -267,8 +267,8 @@ def test_the_monitor_and_the_log_show_a_run_whose_updates_are_lost(
 
     def without_masters(self: MasterAdamW) -> None:
         step(self)
-        for store in self._stores:
-            for state, parameter in zip(store.states, store.parameters, strict=True):
+        for own in self._states:
+            for state, parameter in zip(own.states, own.parameters, strict=True):
                 state.put(parameter.detach().float())
 
     monkeypatch.setattr(MasterAdamW, "step", without_masters)

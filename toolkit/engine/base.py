@@ -1,4 +1,4 @@
-"""The seam between the training loop and what executes a step."""
+"""The interface between the training loop and what executes a step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from toolkit.optim.state_fragments import Fragment
 
 @dataclass(frozen=True)
 class Update:
-    """What one optimizer step did."""
+    """The outcome of one optimizer step."""
 
     grad_norm: torch.Tensor
     """Global 2-norm of the gradient before clipping, a float32 scalar; reading it waits for the device."""
@@ -33,7 +33,7 @@ class Engine(Protocol):
     """Every rank holds all of the optimizer's state; otherwise each holds a part of its own."""
 
     def forward(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:
-        """Cross entropy summed over the batch's supervised positions, a float32 scalar."""
+        """Return the cross entropy summed over the batch's supervised positions, a float32 scalar."""
 
     def backward(self, loss: torch.Tensor, is_last: bool) -> None:
         """Add the gradient of a micro batch's share of the global mean; ``is_last`` marks the step's last one."""
@@ -46,7 +46,7 @@ class Engine(Protocol):
         """
 
     def moved_share(self) -> float | None:
-        """Share of the sampled trained weights that the last update changed, of those meant to move, over all ranks.
+        """Return the share of the sampled weights, over all ranks, that the last update changed as it was meant to.
 
         None where nothing was meant to. ``toolkit.optim.update_monitor.UpdateMonitor`` says what is looked at and warns
         in the log where rounding eats the updates.
@@ -56,20 +56,20 @@ class Engine(Protocol):
         """Turn dropout on or off."""
 
     def gathered(self) -> AbstractContextManager[object]:
-        """While entered, the parameters of the suffix are whole on every rank; every rank enters it."""
+        """Make the suffix's parameters whole on every rank while entered; every rank enters it."""
 
     def gathered_bytes(self) -> int:
-        """What ``gathered`` takes on this rank, in bytes."""
+        """Return the bytes that ``gathered`` takes on this rank."""
 
     def masters(self) -> dict[str, torch.Tensor]:
-        """The trained tensors in float32 by their names in the whole model, on the CPU; empty except on rank 0."""
+        """Return the trained tensors in float32 by name in the whole model, on rank 0's CPU; elsewhere nothing."""
 
     @property
     def schedule_step(self) -> int:
-        """Steps that the learning-rate schedule has done."""
+        """Return the steps that the learning-rate schedule has done."""
 
     def fragments(self) -> list[Fragment]:
-        """What this rank holds of the optimizer's state; before the first update the moments are zeros."""
+        """Return this rank's fragments of the optimizer state; before the first update the moments are zeros."""
 
     def continue_at(self, step: int) -> None:
         """Go on from what was written into ``fragments``, with the schedule where it is after ``step`` updates.
@@ -78,7 +78,7 @@ class Engine(Protocol):
         """
 
     def release(self) -> dict[str, torch.Tensor]:
-        """Let go of all state, and return, by name, the tensors of the suffix that the engine had moved elsewhere.
+        """Free all state; return, by name, the tensors of the suffix that the engine had moved elsewhere.
 
         The engine and its suffix cannot be used afterwards.
         """

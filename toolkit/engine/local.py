@@ -1,4 +1,4 @@
-"""The engine without DeepSpeed: torch on one device, or one device a rank with summed gradients."""
+"""An engine without DeepSpeed: torch on one device, or one device a rank with summed gradients."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from toolkit.split.suffix import Suffix
 
 
 class LocalEngine(Engine):
-    """AdamW on exact masters, beside the suffix in its own precision. See ``Engine`` for the methods.
+    """AdamW on exact masters, beside the suffix in its own precision.
 
     Args:
         suffix: on its device, its mask applied.
@@ -59,7 +59,7 @@ class LocalEngine(Engine):
             parameters, settings, train.max_grad_norm, accumulates, world.size, name=optim.name,
             tables=embedding_tables(suffix.model),
         )  # fmt: skip
-        self._moved, self._rate = UpdateMonitor(self._optimizer.peek), 0.0
+        self._moved, self._rate = UpdateMonitor(self._optimizer.sample), 0.0
         self._scheduler = build_scheduler(self._optimizer, train, total_steps)
 
     @override
@@ -116,7 +116,7 @@ class LocalEngine(Engine):
     @override
     def continue_at(self, step: int) -> None:
         self._optimizer.write_back()
-        self._moved.forget()
+        self._moved.reset()
         forward_to(self._scheduler, step)
 
     @override
@@ -127,7 +127,7 @@ class LocalEngine(Engine):
 
 @dataclass(frozen=True)
 class _WholeTensor(FragmentState):
-    """What is kept of a whole tensor, as a fragment holds it."""
+    """The state of a whole tensor as one fragment."""
 
     own: TensorState
     shape: torch.Size

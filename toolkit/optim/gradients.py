@@ -1,4 +1,4 @@
-"""Gradients from backward to the update: added up in float32 where that is asked for, and handed on in stretches."""
+"""Gradients from backward to the update: added up in float32 where that is asked for, and handed on in slices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class GradientSlice:
-    """What is updated at once of tensors that lie one after another. All lists hold views."""
+    """A slice of tensors that lie one after another, which is updated at once. All lists hold views."""
 
     start: int
     stop: int
@@ -27,12 +27,12 @@ class GradientSlice:
     """``scratch`` by members, in the shapes of their gradients."""
 
     def gather(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The members' gradients in float32, in ``scratch``."""
+        """Copy the members' gradients to ``scratch`` in float32, and return it."""
         torch._foreach_copy_(self.upcast, self.cut(gradients))
         return self.scratch
 
     def cut(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """What of ``tensors``, one for each of all tensors, lies in this stretch."""
+        """Return what of ``tensors``, one for each of all tensors, lies in this slice."""
         return [tensors[i] if part is None else tensors[i].view(-1)[part] for i, part in self.members]
 
 
@@ -67,8 +67,8 @@ class Gradients:
         self._sums: torch.Tensor | None = None
         self._ends = list(accumulate(p.numel() for p in parameters))
         self.total, self.device = self._ends[-1], parameters[0].device
-        self.stretches = [
-            self._stretch(start, min(start + piece, self.total), scratch) for start in range(0, self.total, piece)
+        self.slices = [
+            self._slice(start, min(start + piece, self.total), scratch) for start in range(0, self.total, piece)
         ]
 
     def collect(self) -> None:
@@ -77,12 +77,12 @@ class Gradients:
         if self._sums is None:
             self._sums = torch.empty(self.total, device=self.device)
         gradients = self._take()
-        for stretch in self.stretches:
-            own = self._sums[stretch.start : stretch.stop]
+        for part in self.slices:
+            own = self._sums[part.start : part.stop]
             if first:
-                own.copy_(stretch.gather(gradients))
+                own.copy_(part.gather(gradients))
             else:
-                own.add_(stretch.gather(gradients))
+                own.add_(part.gather(gradients))
 
     def begin(self) -> None:
         """Make ``gradients`` ready; a tensor that no gradient reached counts as zero."""
@@ -90,36 +90,36 @@ class Gradients:
             self._sums = torch.zeros(self.total, device=self.device)
         self.gradients = self._take() if self._sums is None else [self._sums]
 
-    def gradient(self, stretch: GradientSlice) -> torch.Tensor:
-        """The gradient of a stretch in float32, [elements]; may be overwritten by the next stretch's."""
+    def gradient(self, part: GradientSlice) -> torch.Tensor:
+        """Return the gradient of a slice in float32, [elements]; the next slice may overwrite it."""
         if self._sums is None:
-            return stretch.gather(self.gradients)
-        return self._sums[stretch.start : stretch.stop]
+            return part.gather(self.gradients)
+        return self._sums[part.start : part.stop]
 
     def end(self) -> None:
         """Free the gradients."""
         self.gradients, self._sums = [], None
 
     def _take(self) -> list[torch.Tensor]:
-        """The parameters' gradients, which they lose; zeros where there is none."""
+        """Return the parameters' gradients, zeros where there is none, and take them from the parameters."""
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
         for parameter in self.parameters:
             parameter.grad = None
         return gradients
 
-    def _stretch(self, start: int, stop: int, scratch: torch.Tensor) -> GradientSlice:
+    def _slice(self, start: int, stop: int, scratch: torch.Tensor) -> GradientSlice:
         members = tuple(self._members(start, stop))
         own = scratch[: stop - start]
         shapes = []
-        for index, part in members:
+        for index, inside in members:
             whole = self.parameters[index]
-            shapes.append(whole.shape if part is None else torch.Size([part.stop - part.start]))
+            shapes.append(whole.shape if inside is None else torch.Size([inside.stop - inside.start]))
         parts = own.split_with_sizes([shape.numel() for shape in shapes])
         upcast = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
         return GradientSlice(start, stop, members, own, upcast)
 
     def _members(self, start: int, stop: int) -> Iterator[tuple[int, slice | None]]:
-        """The tensors that reach into [start, stop), and which part of each."""
+        """Yield the tensors that reach into [start, stop), and which elements of each."""
         for index in range(bisect_right(self._ends, start), len(self._ends)):
             size = self.parameters[index].numel()
             begin = self._ends[index] - size
@@ -130,7 +130,7 @@ class Gradients:
 
 
 class Clipping:
-    """What one step divides its gradient by, and whether it is to be taken at all.
+    """The divisor of one step's gradient, and whether the step is to be taken at all.
 
     Args:
         norm: 2-norm of the whole gradient, a float32 scalar.
@@ -147,7 +147,7 @@ class Clipping:
 
     @cached_property
     def factor(self) -> float | None:
-        """What the gradient is multiplied by, on the host; none where the norm is not finite. Waits for the device."""
+        """Return what the gradient is multiplied by; None where the norm is not finite. Waits for the device."""
         found_inf, divisor = torch.stack(
             (self.found_inf, self.found_inf if self.divisor is None else self.divisor)
         ).tolist()

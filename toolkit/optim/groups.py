@@ -1,4 +1,4 @@
-"""AdamW's settings and its learning-rate schedule: one module for both engines."""
+"""Parameter groups of AdamW and its learning-rate schedule, for both engines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from toolkit.mask.layer_mask import ParameterGroup
 def parameter_groups(
     parameters: Mapping[str, nn.Parameter], groups: Sequence[ParameterGroup], train: TrainConfig, optim: OptimConfig
 ) -> list[dict[str, Any]]:
-    """Parameter groups of an AdamW: learning rate, weight decay, betas and eps of each.
+    """Return the parameter groups of an AdamW: learning rate, weight decay, betas and eps of each.
 
     Tensors of fewer than two dimensions (biases, norms) decay only in a group with a weight decay of its own.
 
@@ -46,7 +46,7 @@ def parameter_groups(
 
 
 def embedding_tables(model: nn.Module) -> frozenset[int]:
-    """``id`` of the parameters of ``model`` that are embedding tables, a tied head's included.
+    """Return ``id`` of the parameters of ``model`` that are embedding tables, a tied head's included.
 
     Their gradients are uneven: rows that occur get large ones and the others none. Moments in 8 bits would share scales
     between them, so there these tensors keep float32 moments (Dettmers et al., arXiv 2110.02861, section 2.3).
@@ -55,17 +55,17 @@ def embedding_tables(model: nn.Module) -> frozenset[int]:
 
 
 def current_rate(scheduler: LRScheduler, train: TrainConfig) -> float:
-    """The recipe's learning rate at the scheduler's step; groups with a rate of their own keep their ratio to it."""
+    """Return the learning rate at the scheduler's step; groups with their own keep their ratio to it."""
     return train.learning_rate * float(scheduler.get_last_lr()[0]) / float(scheduler.base_lrs[0])
 
 
 def warmup_steps(train: TrainConfig, total_steps: int) -> int:
-    """Steps over which the learning rate rises, rounded up."""
+    """Return the steps over which the learning rate rises, rounded up."""
     return math.ceil(train.warmup_ratio * total_steps)
 
 
 def learns_nothing(train: TrainConfig, total_steps: int) -> bool:
-    """True if the schedule's rate is 0 at every one of a run's steps; a warmup's first step has rate 0."""
+    """Return True if the schedule's rate is 0 at every step of a run; a warmup's first step has rate 0."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     scheduler = build_scheduler(optimizer, train, total_steps)
     assert isinstance(scheduler, LambdaLR)
@@ -74,7 +74,7 @@ def learns_nothing(train: TrainConfig, total_steps: int) -> bool:
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, train: TrainConfig, total_steps: int) -> LRScheduler:
-    """Linear warmup from 0, then the recipe's course to the end of ``total_steps``."""
+    """Build a schedule: linear warmup from 0, then the recipe's course to the end of ``total_steps``."""
     scheduler: LRScheduler = get_scheduler(
         train.scheduler,
         optimizer,
@@ -85,7 +85,7 @@ def build_scheduler(optimizer: torch.optim.Optimizer, train: TrainConfig, total_
 
 
 def forward_to(scheduler: LRScheduler, step: int) -> None:
-    """Put a schedule that ``build_scheduler`` made to where it is after ``step`` steps, and its optimizer's rates."""
+    """Move a schedule that ``build_scheduler`` made, and its optimizer's rates, to after ``step`` steps."""
     assert isinstance(scheduler, LambdaLR)
     rates = [base * rule(step) for base, rule in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
     scheduler.last_epoch, scheduler._step_count = step, step + 1

@@ -1,4 +1,4 @@
-"""One trained tensor with moments in fewer than 32 bits, and where wanted without a float32 master."""
+"""The state of one trained tensor with moments in fewer than 32 bits, and where wanted without a float32 master."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import override
 
-from toolkit.optim.gradients import Clipping, Gradients, GradientSlice
+from toolkit.optim.flat_buffers import OptimizerState
+from toolkit.optim.gradients import Clipping, GradientSlice
 from toolkit.optim.moments import MomentFormat
 from toolkit.optim.rounding import join_halves, split_halves
 from toolkit.optim.update_monitor import sampled_indices
 
 
-class LowBitState(Gradients):
-    """A ``Store`` of one tensor, and its ``TensorState``.
+class LowBitState(OptimizerState):
+    """The low-bit state of one tensor: an ``OptimizerState`` and a ``TensorState``.
 
     What takes the updates is the parameter itself where that is float32; else a float32 copy, or with ``splits`` the
     parameter and 16 more bits beside it, which is the same number in 4 bytes instead of 6.
@@ -27,7 +29,7 @@ class LowBitState(Gradients):
         piece: elements updated at once; a multiple of ``toolkit.optim.moments.BLOCK``.
         accumulates: a step has more than one backward pass.
         ranks: processes over which gradients are summed.
-        form: how the moments are stored.
+        moment_format: how the moments are stored.
         splits: float32 like ``scratch``, in which the exact weights are put together; none keeps a float32 copy.
     """
 
@@ -39,12 +41,12 @@ class LowBitState(Gradients):
         piece: int,
         accumulates: bool,
         ranks: int,
-        form: MomentFormat,
+        moment_format: MomentFormat,
         splits: torch.Tensor | None = None,
     ) -> None:
         super().__init__(group, [parameter], scratch, piece, accumulates, ranks)
-        self._form, self._step, self._joined = form, 0, splits
-        self._moments = form.create(self.total, self.device)
+        self._format, self._step, self._joined = moment_format, 0, splits
+        self._moments = moment_format.create(self.total, self.device)
         self._weight = parameter.detach().view(-1)
         self._exact: torch.Tensor | None = None
         self._rest: torch.Tensor | None = None
@@ -57,19 +59,19 @@ class LowBitState(Gradients):
             self._rest = torch.zeros(self.total, dtype=torch.int16, device=self.device)
 
     @property
+    @override
     def states(self) -> list[LowBitState]:
-        """Itself."""
         return [self]
 
     @property
     def own_bytes(self) -> tuple[int, int]:
-        """Bytes held beside the parameter: for the exact weight, and for the moments."""
+        """Return the bytes held beside the parameter: for the exact weight, and for the moments."""
         beside = [t for t in (self._exact, self._rest) if t is not None and t is not self._weight]
         return sum(t.nbytes for t in beside), sum(t.nbytes for t in self._moments.values())
 
     @property
     def master(self) -> torch.Tensor:
-        """What takes the updates, float32 in the tensor's shape; a copy where it is kept in two halves."""
+        """Return what takes the updates, float32 in the tensor's shape; a copy where it is kept in two halves."""
         shape = self.parameters[0].shape
         if self._exact is not None:
             return self._exact.view(shape)
@@ -78,17 +80,17 @@ class LowBitState(Gradients):
 
     @property
     def exp_avg(self) -> torch.Tensor:
-        """A float32 copy of the first moment, in the tensor's shape."""
-        return self._form.read(self._moments)[0].view(self.parameters[0].shape)
+        """Return a float32 copy of the first moment, in the tensor's shape."""
+        return self._format.read(self._moments)[0].view(self.parameters[0].shape)
 
     @property
     def exp_avg_sq(self) -> torch.Tensor:
-        """A float32 copy of the second moment, in the tensor's shape."""
-        return self._form.read(self._moments)[1].view(self.parameters[0].shape)
+        """Return a float32 copy of the second moment, in the tensor's shape."""
+        return self._format.read(self._moments)[1].view(self.parameters[0].shape)
 
     @property
     def step(self) -> torch.Tensor:
-        """Updates done: a float32 scalar."""
+        """Return the number of updates done: a float32 scalar."""
         return torch.tensor(float(self._step))
 
     @torch.no_grad()
@@ -99,7 +101,7 @@ class LowBitState(Gradients):
         exp_avg_sq: torch.Tensor | None = None,
         step: float | None = None,
     ) -> None:
-        """As ``TensorState.put``; a moment that is none while the other is given stays as it is, requantised."""
+        """Set what is given; a moment that is None while the other is given is requantised."""
         if master is not None:
             flat = master.detach().to(self.device, torch.float32, copy=True).flatten()
             if self._exact is not None:
@@ -108,45 +110,46 @@ class LowBitState(Gradients):
                 assert self._rest is not None
                 split_halves(flat, self._weight, self._rest)
         if exp_avg is not None or exp_avg_sq is not None:
-            first, second = self._form.read(self._moments)
+            first, second = self._format.read(self._moments)
             first = first if exp_avg is None else exp_avg.flatten()
             second = second if exp_avg_sq is None else exp_avg_sq.flatten()
-            self._form.write(self._moments, first, second)
+            self._format.write(self._moments, first, second)
         if step is not None:
             self._step = int(step)
 
     def raw(self) -> dict[str, torch.Tensor]:
-        """As ``TensorState.raw``: codes and scales, or 16-bit numbers, flat."""
+        """Return step, and moments as they are stored: codes and scales, or 16-bit numbers, flat."""
         return {**self._moments, "step": self.step}
 
     def set_raw(self, raw: Mapping[str, torch.Tensor]) -> None:
-        """As ``TensorState.set_raw``."""
+        """Set what ``raw`` returned."""
         for kind, own in self._moments.items():
             own.copy_(raw[kind])
         self._step = int(raw["step"])
 
+    @override
     def update(self, settings: dict[str, Any], clipping: Clipping) -> None:
-        """One step of AdamW on the clipped gradient; none where its norm is not finite."""
         factor = clipping.factor
         if factor is None:
             return
         self._step += 1
-        for stretch in self.stretches:
-            span = slice(stretch.start, stretch.stop)
-            exact = self._take_up(stretch)
-            gradient = self.gradient(stretch)
-            self._form.update(self._moments, span, exact, gradient, settings, self._step, factor)
+        for part in self.slices:
+            span = slice(part.start, part.stop)
+            exact = self._exact_weights(part)
+            gradient = self.gradient(part)
+            self._format.update(self._moments, span, exact, gradient, settings, self._step, factor)
             if self._rest is not None:
                 split_halves(exact, self._weight[span], self._rest[span])
         self.write_back()
 
+    @override
     def write_back(self) -> None:
         """Round the master into the parameter; one in two halves is there already."""
         if self._exact is not None and self._exact is not self._weight:
             self._weight.copy_(self._exact)
 
-    def peek(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """As ``Store.peek``."""
+    @override
+    def sample(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self._index is None:
             self._index = sampled_indices([self.total]).to(self.device)
         index = self._index
@@ -156,13 +159,13 @@ class LowBitState(Gradients):
             assert self._rest is not None
             parts = self._weight.index_select(0, index), self._rest.index_select(0, index)
             values = join_halves(*parts, torch.empty(index.numel(), device=self.device))
-        return values, self._form.moving(self._moments, index)
+        return values, self._format.moving(self._moments, index)
 
-    def _take_up(self, stretch: GradientSlice) -> torch.Tensor:
-        """The exact weights of a stretch, float32: where they are kept, or put together from their halves."""
-        span = slice(stretch.start, stretch.stop)
+    def _exact_weights(self, part: GradientSlice) -> torch.Tensor:
+        """Return the exact weights of a slice, float32: where they are kept, or joined from their halves."""
+        span = slice(part.start, part.stop)
         if self._exact is not None:
             return self._exact[span]
         assert self._rest is not None
         assert self._joined is not None
-        return join_halves(self._weight[span], self._rest[span], self._joined[: stretch.stop - stretch.start])
+        return join_halves(self._weight[span], self._rest[span], self._joined[: part.stop - part.start])

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from toolkit.config.schema import OptimName
-from toolkit.optim.flat_buffers import FlatBuffers, FlatState, StateStore, TensorState
+from toolkit.optim.flat_buffers import FlatBuffers, FlatState, OptimizerState, TensorState
 from toolkit.optim.gradients import Clipping
 from toolkit.optim.low_bit_state import LowBitState
 from toolkit.optim.moments import BLOCK, SMALLEST, moment_format
@@ -25,7 +25,7 @@ LARGEST_PIECE = 2**22
 
 
 def piece_size(device: torch.device) -> int:
-    """Elements updated at once: on a CPU so many that a piece of everything fits the threads' second-level caches."""
+    """Return the elements updated at once: on a CPU so many that all they need fits the second-level caches."""
     return min(2**17 * torch.get_num_threads(), LARGEST_PIECE) if device.type == "cpu" else LARGEST_PIECE
 
 
@@ -71,98 +71,98 @@ class MasterAdamW(torch.optim.AdamW):
         assert name == "adamw" or piece % BLOCK == 0
         longest = min(piece, sum(p.numel() for p in parameters.values()))
         self._scratch = torch.empty(longest, device=device)
-        self._stores: list[StateStore] = []
-        make = _Maker(name, tables, self._scratch, piece, accumulates, ranks)
+        self._states: list[OptimizerState] = []
+        make = _StateFactory(name, tables, self._scratch, piece, accumulates, ranks)
         groups = []
         for index, group in enumerate(settings):
-            stores = list(make(index, group["params"]))
-            self._stores += stores
-            groups.append({**group, "params": [p for store in stores for p in _taking_updates(store)]})
+            made = list(make(index, group["params"]))
+            self._states += made
+            groups.append({**group, "params": [tensor for state in made for tensor in _updated_tensors(state)]})
         super().__init__(groups, fused=True)
-        states = {p: state for own in self._stores for p, state in zip(own.parameters, own.states, strict=True)}
+        states = {p: one for state in self._states for p, one in zip(state.parameters, state.states, strict=True)}
         self.by_name: dict[str, TensorState] = {name: states[parameter] for name, parameter in parameters.items()}
         """State of each tensor, in the order of ``parameters``."""
-        for state in states.values():
-            if isinstance(state, FlatState):  # as torch.optim.AdamW keeps it
-                self.state[state.master] = {kind: getattr(state, kind) for kind in ("step", "exp_avg", "exp_avg_sq")}
-        self._squares = torch.zeros(sum(len(store.stretches) for store in self._stores), device=device)
+        for one in states.values():
+            if isinstance(one, FlatState):  # as torch.optim.AdamW keeps it
+                self.state[one.master] = {kind: getattr(one, kind) for kind in ("step", "exp_avg", "exp_avg_sq")}
+        self._squares = torch.zeros(sum(len(state.slices) for state in self._states), device=device)
         self.grad_norm = torch.zeros((), device=device)
         """Norm of the gradient before clipping, as the last ``step`` saw it; reading it waits for the device."""
 
     @torch.no_grad()
     def collect(self) -> None:
-        """After a backward pass: add the gradients to the float32 sums and free them, where there are sums."""
-        for store in self._stores:
-            if store.is_summed:
-                store.collect()
+        """Add the gradients of a backward pass to the float32 sums and free them, where there are sums."""
+        for state in self._states:
+            if state.is_summed:
+                state.collect()
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
         """Clip, update masters and moments, round the masters into the parameters, free the gradients."""
-        for store in self._stores:
-            store.begin()
+        for state in self._states:
+            state.begin()
             if self._ranks > 1:
-                dist.all_reduce(store.gradients[0])
+                dist.all_reduce(state.gradients[0])
         self.grad_norm = self._norm()
         clipping = Clipping(self.grad_norm, self._max_norm)
-        for store in self._stores:
-            store.update(self.param_groups[store.group], clipping)
-            store.end()
+        for state in self._states:
+            state.update(self.param_groups[state.group], clipping)
+            state.end()
 
     @torch.no_grad()
     def write_back(self) -> None:
         """Round the masters into the parameters, after the masters were set from outside."""
-        for store in self._stores:
-            store.write_back()
+        for state in self._states:
+            state.write_back()
 
-    def peek(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """``StateStore.peek`` of each store, for ``toolkit.optim.update_monitor``."""
-        for store in self._stores:
-            yield store.peek()
+    def sample(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield ``OptimizerState.sample`` of all tensors, for ``toolkit.optim.update_monitor``."""
+        for state in self._states:
+            yield state.sample()
 
     def _norm(self) -> torch.Tensor:
-        """2-norm of all gradients, a float32 scalar on their device.
+        """Return the 2-norm of all gradients, a float32 scalar on their device.
 
         On a CPU torch adds a tensor's squares up in one float32 number a lane, which is wrong by 0.3 % for 42 million
         elements (torch 2.13), and first copies bfloat16 to float32. A piece is exact to 1e-5 and stays in the cache.
         On a GPU the kernel reads bfloat16 and adds up in a tree.
         """
         if self._scratch.device.type != "cpu":
-            return norm_at_once([gradient for store in self._stores for gradient in store.gradients])
+            return norm_at_once([gradient for state in self._states for gradient in state.gradients])
         squares = iter(self._squares.unbind())
-        for store in self._stores:
-            for stretch in store.stretches:
-                gradient = store.gradient(stretch)
+        for state in self._states:
+            for part in state.slices:
+                gradient = state.gradient(part)
                 torch.dot(gradient, gradient, out=next(squares))
         return self._squares.sum().sqrt()
 
 
 def norm_at_once(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """2-norm of all ``gradients`` together, a float32 scalar, in three calls whatever their number."""
+    """Return the 2-norm of all ``gradients`` together, a float32 scalar, in three calls whatever their number."""
     norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))
     return norm
 
 
-class _Maker:
-    """Makes the stores of a parameter group."""
+class _StateFactory:
+    """Makes the optimizer state of a parameter group."""
 
     def __init__(
         self, name: OptimName, tables: Collection[int], scratch: torch.Tensor, piece: int, accumulates: bool, ranks: int
     ) -> None:
         self._name, self._tables = name, tables
         self._common = scratch, piece, accumulates, ranks
-        self._form = None if name == "adamw" else moment_format(name, scratch.numel(), scratch.device)
+        self._format = None if name == "adamw" else moment_format(name, scratch.numel(), scratch.device)
         self._splits = torch.empty_like(scratch) if name == "adamw_bf16" else None
 
-    def __call__(self, index: int, parameters: Sequence[nn.Parameter]) -> Iterator[StateStore]:
+    def __call__(self, index: int, parameters: Sequence[nn.Parameter]) -> Iterator[OptimizerState]:
         flat = [p for p in parameters if self._stays_float32(p)]
-        for kind in ([p for p in flat if (p.dtype == torch.float32) is own] for own in (False, True)):
+        for kind in ([p for p in flat if (p.dtype == torch.float32) is exact] for exact in (False, True)):
             if kind:
                 yield FlatBuffers(index, kind, *self._common)
         for parameter in parameters:
             if not self._stays_float32(parameter):
-                assert self._form is not None
-                yield LowBitState(index, parameter, *self._common, self._form, self._splits)
+                assert self._format is not None
+                yield LowBitState(index, parameter, *self._common, self._format, self._splits)
 
     def _stays_float32(self, parameter: nn.Parameter) -> bool:
         if self._name in ("adamw", "adamw_bf16"):
@@ -170,6 +170,6 @@ class _Maker:
         return parameter.numel() < SMALLEST or id(parameter) in self._tables
 
 
-def _taking_updates(store: StateStore) -> list[torch.Tensor]:
-    """What stands for the tensors of a store in ``param_groups``."""
-    return [s.master if isinstance(s, FlatState) else p for s, p in zip(store.states, store.parameters, strict=True)]
+def _updated_tensors(state: OptimizerState) -> list[torch.Tensor]:
+    """Return what stands for the tensors of a state in ``param_groups``."""
+    return [s.master if isinstance(s, FlatState) else p for s, p in zip(state.states, state.parameters, strict=True)]

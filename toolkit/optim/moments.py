@@ -1,6 +1,6 @@
 """AdamW's two moments of a flat vector, as float32, as bfloat16 or in 8 bits, and the update that goes with each.
 
-A form is what moments are stored as. Its state is a dict of plain tensors, which an optimizer keeps and a checkpoint
+A format is what moments are stored as. Its state is a dict of plain tensors, which an optimizer keeps and a checkpoint
 stores; the masters are float32 and not its concern.
 """
 
@@ -32,39 +32,39 @@ MomentState = dict[str, torch.Tensor]
 
 
 class MomentFormat(Protocol):
-    """How the moments of n elements are stored, and what one step of AdamW does to them."""
+    """A storage format for the moments of n elements, with the step of AdamW that goes with it."""
 
     def create(self, size: int, device: torch.device) -> MomentState:
-        """Moments of zero."""
+        """Return moments of zero."""
 
     def update(
         self, state: MomentState, span: slice, master: torch.Tensor, gradient: torch.Tensor,
         settings: Mapping[str, Any], step: int, factor: float,
     ) -> None:  # fmt: skip
-        """One step on a stretch.
+        """Do one step of AdamW on a slice.
 
         Args:
             state: of all elements.
-            span: the stretch; starts at a multiple of ``BLOCK``.
-            master: float32 of the stretch, changed in place.
-            gradient: float32 of the stretch; may be overwritten.
+            span: the slice; starts at a multiple of ``BLOCK``.
+            master: float32 of the slice, changed in place.
+            gradient: float32 of the slice; may be overwritten.
             settings: lr, betas, eps and weight_decay.
             step: updates done with this one.
             factor: what the gradient is multiplied by.
         """
 
     def read(self, state: MomentState) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both moments in float32 [n]."""
+        """Return both moments in float32 [n]."""
 
     def write(self, state: MomentState, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> None:
         """Store float32 [n], rounded to the nearest."""
 
     def moving(self, state: MomentState, index: torch.Tensor) -> torch.Tensor:
-        """Of which elements the first moment is not zero: boolean, as ``index``."""
+        """Return a boolean for each element of ``index``: its first moment is not zero."""
 
 
 def moment_bytes(name: OptimName, size: int, is_table: bool = False) -> int:
-    """Bytes of both moments of ``size`` elements.
+    """Return the bytes of both moments of ``size`` elements.
 
     Args:
         name: of the optimizer.
@@ -114,7 +114,7 @@ class BFloat16(Float32):
     and bfloat16's neighbours are 4 to 8 thousandths apart. Rounded without bias it follows (docs/optimizers.md).
 
     Args:
-        longest: elements of the longest stretch.
+        longest: elements of the longest part.
         device: of the moments.
     """
 
@@ -189,7 +189,7 @@ class EightBit(MomentFormat):
 
     @override
     def read(self, state: MomentState) -> tuple[torch.Tensor, torch.Tensor]:
-        self._settle(state)
+        self._synchronize(state)
         first, second = (
             self._functional.dequantize_blockwise(
                 state[kind].to(self._device), absmax=state[f"{kind}_scales"], code=code, blocksize=BLOCK
@@ -200,21 +200,22 @@ class EightBit(MomentFormat):
 
     @override
     def write(self, state: MomentState, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> None:
-        self._settle(state)
+        self._synchronize(state)
         for kind, exact, code in zip(MOMENTS, (exp_avg, exp_avg_sq), self._codes, strict=True):
             flat = exact.to(self._device, torch.float32).flatten()
             codes, found = self._functional.quantize_blockwise(flat, code=code, blocksize=BLOCK)
             state[kind].copy_(codes)
             state[f"{kind}_scales"].copy_(found.absmax)
 
+    @override
     def moving(self, state: MomentState, index: torch.Tensor) -> torch.Tensor:
-        """A moment below a millionth of its block's largest is stored as zero, and counts as such."""
+        """Return True where it is not zero; a moment below a millionth of its block's largest is stored as zero."""
         codes, scales = state["exp_avg"], state["exp_avg_scales"]
         moved = codes.index_select(0, index.to(codes.device)).to(index.device) != self._zero
         return moved & (scales.index_select(0, index // BLOCK) != 0)
 
     def _bytes(self, size: int, device: torch.device) -> torch.Tensor:
-        """Codes of zero moments: any code will do, because their scale is zero."""
+        """Return codes of zero moments: any code will do, because their scale is zero."""
         if not self._paged or size < _PAGED_FROM:
             return torch.zeros(size, dtype=torch.uint8, device=device)
         pages: torch.Tensor = self._functional.get_paged(size, dtype=torch.uint8, device=device)
@@ -224,7 +225,7 @@ class EightBit(MomentFormat):
     def _is_paged(self, state: MomentState) -> bool:
         return getattr(state["exp_avg"], "is_paged", False)
 
-    def _settle(self, state: MomentState) -> None:
+    def _synchronize(self, state: MomentState) -> None:
         """Wait for the GPU before the host touches pages that kernels write to."""
         if self._is_paged(state):
             torch.cuda.synchronize(self._device)
@@ -234,7 +235,7 @@ def fused_adamw(
     master: torch.Tensor, gradient: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
     settings: Mapping[str, Any], step: int, factor: float,
 ) -> None:  # fmt: skip
-    """One step of torch's fused AdamW on float32 [n], in place, with the gradient times ``factor``."""
+    """Do one step of torch's fused AdamW on float32 [n], in place, with the gradient times ``factor``."""
     beta1, beta2 = settings["betas"]
     divisor = torch.full((), 1 / factor, device=master.device) if factor != 1 else None
     torch._fused_adamw_(
@@ -245,11 +246,11 @@ def fused_adamw(
 
 
 def moment_format(name: OptimName, longest: int, device: torch.device) -> MomentFormat:
-    """What ``optim.name`` stores moments as, where it stores them otherwise than in float32.
+    """Return the format of ``optim.name``'s moments where that is not float32.
 
     Args:
         name: ``adamw_8bit``, ``paged_adamw_8bit`` or ``adamw_bf16``.
-        longest: elements of the longest stretch that is updated at once.
+        longest: elements of the longest slice that is updated at once.
         device: of the moments.
     """
     if name == "adamw_bf16":
@@ -258,7 +259,7 @@ def moment_format(name: OptimName, longest: int, device: torch.device) -> Moment
 
 
 def _part(pages: torch.Tensor, span: slice) -> torch.Tensor:
-    """A stretch of a tensor; of a paged one, with the marks that bitsandbytes looks for."""
+    """Return a slice of a tensor; of a paged one, with the marks that bitsandbytes looks for."""
     part = pages[span]
     if getattr(pages, "is_paged", False):
         part.is_paged, part.page_deviceid = True, pages.page_deviceid  # type: ignore[attr-defined]

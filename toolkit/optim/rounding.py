@@ -13,7 +13,7 @@ _HALF = 1 << 15
 
 
 def join_halves(weight: torch.Tensor, rest: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """The float32 numbers that ``split`` took apart.
+    """Return the float32 numbers that ``split_halves`` took apart.
 
     Args:
         weight: bfloat16 [n].
@@ -54,10 +54,10 @@ def stochastic_round(exact: torch.Tensor, noise: torch.Tensor, out: torch.Tensor
 class Noise:
     """Random numbers for ``stochastic_round``, a function of the step alone, so that a resumed run repeats them.
 
-    One draw serves all stretches of a step: that each element's roundings are independent from step to step is enough.
+    One draw serves all slices of a step: that each element's roundings are independent from step to step is enough.
 
     Args:
-        size: elements of the longest stretch.
+        size: elements of the longest slice.
         device: where it is used.
     """
 
@@ -67,7 +67,7 @@ class Noise:
         self._step: int | None = None
 
     def of(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two independent int32 [size], uniform in 0 … 65535, for the update that makes the step count ``step``."""
+        """Return two independent int32 [size], uniform in 0 … 65535, for the update that is number ``step``."""
         if step != self._step:
             self._step = step
             if self._generator is not None:

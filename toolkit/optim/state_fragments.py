@@ -1,4 +1,4 @@
-"""The optimizer's state in pieces that no engine owns: stretches of trained tensors, with what AdamW keeps of them.
+"""Fragments of the optimizer state that no engine owns: slices of trained tensors, with what AdamW keeps of them.
 
 Every engine can list what a rank holds as fragments. Whatever moves state from one engine to another, in memory or
 through a checkpoint, reads some fragments and writes others, and need not know how either engine lays them out.
@@ -26,13 +26,13 @@ class FragmentState(Protocol):
 
     @property
     def updates(self) -> int:
-        """That the moments have had."""
+        """Return the number of updates that the moments have had."""
 
     def read(self) -> Mapping[str, torch.Tensor]:
-        """For each of ``KINDS`` the values in float32, flat; valid until the next update."""
+        """Return the float32 values of each of ``KINDS``, flat; valid until the next update."""
 
     def write(self, tensors: Mapping[str, torch.Tensor], updates: int) -> None:
-        """Take over values of some kinds, flat float32 on any device, and the number of updates."""
+        """Set the values of some kinds, flat float32 on any device, and the number of updates."""
 
     def raw(self) -> dict[str, torch.Tensor]:
         """Return what is stored where that is not float32, as plain tensors; empty where ``read`` is exact.
@@ -48,7 +48,7 @@ class FragmentState(Protocol):
 
 @dataclass(frozen=True)
 class Fragment:
-    """A stretch of a trained tensor, counted in elements of the flattened tensor, and its optimizer state."""
+    """A slice of a trained tensor, in elements of the flattened tensor, and its optimizer state."""
 
     name: str
     """Of the tensor in the whole model."""
@@ -85,7 +85,7 @@ class FlatFragmentState(FragmentState):
 
 @dataclass(frozen=True)
 class AdamState:
-    """What AdamW keeps of one whole tensor, in float32 on the CPU; no moments where it is to begin anew."""
+    """The AdamW state of one whole tensor, in float32 on the CPU; no moments where it is to begin anew."""
 
     master: torch.Tensor
     exp_avg: torch.Tensor | None = None
@@ -97,7 +97,7 @@ class AdamState:
 def gather_states(
     fragments: Sequence[Fragment], shapes: Mapping[str, torch.Size], is_replicated: bool, world: World
 ) -> dict[str, AdamState]:
-    """All of the optimizer's state on rank 0, in copies; empty on the others. Every rank calls it.
+    """Return all optimizer state on rank 0, in copies; nothing on the others. Every rank calls it.
 
     Args:
         fragments: what this rank holds.
@@ -116,7 +116,7 @@ def gather_states(
 def gather_kind(
     kind: str, fragments: Sequence[Fragment], shapes: Mapping[str, torch.Size], is_replicated: bool, world: World
 ) -> dict[str, torch.Tensor]:
-    """As ``gather``, one of ``KINDS`` alone."""
+    """Return one of ``KINDS`` of all tensors on rank 0, as ``gather_states`` does; every rank calls it."""
     own = {fragment.name: fragment for fragment in fragments}
     whole = {}
     for name, shape in shapes.items():

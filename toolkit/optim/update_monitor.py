@@ -1,4 +1,4 @@
-"""Whether the weights move: the share of them that an update changed, and a warning where rounding eats the updates."""
+"""Measure whether the weights move: the share of them that an update changed; warn where rounding loses the updates."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ log = logging.getLogger("frostline")
 SAMPLED = 256
 """Elements looked at of each tensor, or of each partition under ZeRO; all where there are fewer."""
 
-STEPS, TOO_FEW = 10, 0.5
+STEPS, TOO_LOW = 10, 0.5
 """How many measured steps the warning waits for, and the mean share below which it comes."""
 
-Peek = Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]]
+Sampler = Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]]
 
 
 def sampled_indices(sizes: Sequence[int]) -> torch.Tensor:
-    """Which elements are looked at of vectors that lie one after another: the same in every run, int64."""
+    """Return the elements to sample of vectors that lie one after another: the same in every run, int64."""
     start, parts = 0, []
     for size in sizes:
         generator = torch.Generator().manual_seed(0)
@@ -39,46 +39,46 @@ class UpdateMonitor:
     and the padding of ZeRO's partitions are left out. The share is that of elements that changed among those.
 
     Args:
-        peek: gives, in parts, the sampled weights and whether the first moment of each is not zero.
+        sample: gives, in parts, the sampled weights and whether the first moment of each is not zero.
     """
 
-    def __init__(self, peek: Peek) -> None:
-        self._peek = peek
+    def __init__(self, sample: Sampler) -> None:
+        self._sample = sample
         self._last: list[torch.Tensor] | None = None
         self._counts: torch.Tensor | None = None
         self._shares: deque[float] = deque(maxlen=STEPS)
         self._warned = False
 
-    def forget(self) -> None:
-        """The weights were set from outside: what was seen of them is no longer what they were."""
+    def reset(self) -> None:
+        """Forget the last sample, because the weights were set from outside."""
         self._last = None
 
     @torch.no_grad()
     def before(self) -> None:
-        """Look at the weights before an update, unless the last one left them as they are. Waits for nothing."""
+        """Sample the weights before an update, unless the last sample still holds. Waits for nothing."""
         if self._last is None:
-            self._last = [values.clone() for values, _ in self._peek()]
+            self._last = [values.clone() for values, _ in self._sample()]
 
     @torch.no_grad()
     def after(self) -> None:
-        """Look at them after it. Waits for nothing."""
+        """Sample the weights after an update. Waits for nothing."""
         now, counts = [], []
         assert self._last is not None
-        for (values, meant), last in zip(self._peek(), self._last, strict=True):
+        for (values, meant), last in zip(self._sample(), self._last, strict=True):
             counts.append(torch.stack((((values != last) & meant).sum(), meant.sum())))
             now.append(values.clone())
         self._last = now
         self._counts = torch.stack([count.to(counts[0].device) for count in counts]).sum(0) if counts else None
 
     def counts(self) -> tuple[int, int]:
-        """Sampled elements that the last update changed, and those that were meant to move; waits for the device."""
+        """Return how many sampled elements the last update changed and was meant to change; waits for the device."""
         if self._counts is None:
             return 0, 0
         moved, meant = self._counts.tolist()
         return moved, meant
 
     def judge(self, moved: float, meant: float, learning_rate: float) -> float | None:
-        """The share that moved, over all ranks; none where nothing was meant to. Warns once where it stays low.
+        """Return the share that moved, over all ranks; None where nothing was meant to. Warn once if it stays low.
 
         Args:
             moved: elements that the last update changed.
@@ -90,7 +90,7 @@ class UpdateMonitor:
         share = moved / meant
         self._shares.append(share)
         mean = sum(self._shares) / len(self._shares)
-        if not self._warned and len(self._shares) == STEPS and mean < TOO_FEW:
+        if not self._warned and len(self._shares) == STEPS and mean < TOO_LOW:
             self._warned = True
             log.warning(
                 "rounding eats the updates: in the last %d steps %.0f %% of the weights that had an update to take "

@@ -1,4 +1,4 @@
-"""Norm and clipping of ZeRO-1 and 2 in one pass each, in the place of DeepSpeed's.
+"""Measure and clip the gradient of ZeRO-1 and 2 in one pass each, in the place of DeepSpeed.
 
 DeepSpeed's ``step`` looks for NaN in two passes over the gradient, measures it in float64 and multiplies it in a pass
 of its own (DeepSpeed 0.19). Its settings can leave all three out; the engine then measures the gradient once, and the
@@ -19,7 +19,7 @@ from toolkit.runtime.distributed import World
 
 
 def without_clipping(ds: dict[str, Any]) -> dict[str, Any] | None:
-    """``ds``, as ``resolve_ds_config`` returns it, with measuring, checking and clipping of gradients left out.
+    """Return ``ds``, as ``resolve_ds_config`` returns it, without measuring, checking and clipping of gradients.
 
     None where DeepSpeed cannot leave them out: without ZeRO and under ZeRO-3, for an optimizer on the host, under
     ZenFlow, for float32 sums of bfloat16 gradients under ZeRO-1, and before the version that has the setting.
@@ -45,7 +45,7 @@ def without_clipping(ds: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def partitioned_norm(zero: Any, world: World) -> torch.Tensor:
-    """2-norm of the whole gradient, a float32 scalar on the device.
+    """Return the 2-norm of the whole gradient, a float32 scalar on the device.
 
     Args:
         zero: DeepSpeed's optimizer of ZeRO-1 or 2, after the step's last backward pass; its ``averaged_gradients``
@@ -61,7 +61,7 @@ def partitioned_norm(zero: Any, world: World) -> torch.Tensor:
 
 
 def _norms(gradients: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Of pieces: on a CPU torch adds a large tensor's squares up too roughly (see ``MasterAdamW``)."""
+    """Yield the norms of pieces: a CPU adds a large tensor's squares up too roughly (see ``MasterAdamW``)."""
     for gradient in gradients:
         for piece in gradient.detach().view(-1).split(piece_size(gradient.device)):  # type: ignore[no-untyped-call]
             exact = piece.float()

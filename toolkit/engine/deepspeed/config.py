@@ -1,4 +1,4 @@
-"""A DeepSpeed JSON, with "auto" filled from the recipe and every contradiction reported at once. Imports no torch."""
+"""Read a DeepSpeed JSON and fill "auto" from the recipe; report all contradictions at once. Imports no torch."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _KNOWN_KEYS = frozenset(
 
 
 def read_ds_config(path: Path) -> dict[str, Any]:
-    """The JSON file as it stands.
+    """Return the content of a DeepSpeed JSON file as it stands.
 
     Raises:
         ConfigError: missing, not JSON, not an object, or with keys that DeepSpeed would silently ignore.
@@ -84,7 +84,7 @@ def read_ds_config(path: Path) -> dict[str, Any]:
 
 
 def zero_stage(ds: dict[str, Any]) -> int:
-    """The ZeRO stage a DeepSpeed configuration asks for."""
+    """Return the ZeRO stage that a DeepSpeed configuration asks for."""
     zero = ds.get("zero_optimization")
     return int(zero.get("stage", 0)) if isinstance(zero, dict) else 0
 
@@ -92,7 +92,7 @@ def zero_stage(ds: dict[str, Any]) -> int:
 def resolve_ds_config(
     ds: dict[str, Any], config: RunConfig, ranks: int, hidden_size: int, path: Path
 ) -> dict[str, Any]:
-    """What DeepSpeed is given: ``ds`` with everything the recipe owns filled in.
+    """Return what DeepSpeed is given: ``ds`` with everything filled in that the recipe owns.
 
     The recipe owns batch sizes, precision, clipping, optimizer and schedule. A value in the file that says otherwise
     is a contradiction, never an override. ``optimizer`` and ``scheduler`` blocks are checked and dropped, because
@@ -208,7 +208,7 @@ def _check_optimizer(block: dict[str, Any] | None, config: RunConfig) -> Iterato
 
 
 def _check_optim_name(ds: dict[str, Any], config: RunConfig) -> Iterator[str]:
-    """What DeepSpeed 0.19 cannot do with an optimizer that it did not build, or whose moments are not float32."""
+    """Yield what DeepSpeed 0.19 cannot do with an optimizer of ours, or with moments that are not float32."""
     name, zero = config.optim.name, ds.get("zero_optimization", {})
     offload = zero.get("offload_optimizer")
     offload = offload if isinstance(offload, dict) else {}

@@ -19,9 +19,9 @@ from toolkit.data.batches import Batch
 from toolkit.engine.base import Engine, Update
 from toolkit.engine.deepspeed.clipping import partitioned_norm, without_clipping
 from toolkit.engine.deepspeed.config import zero_stage
-from toolkit.engine.deepspeed.gathering import gathered, gathered_bytes, settle_prefetches
+from toolkit.engine.deepspeed.gathering import drain_prefetches, gathered, gathered_bytes
 from toolkit.engine.deepspeed.nvme_state import NvmeSwapper, SwappedFragmentState
-from toolkit.engine.deepspeed.optimizers import OpenedMoments, PartitionedAdamW, build_optimizer
+from toolkit.engine.deepspeed.optimizers import PartitionedAdamW, PartitionMoments, build_optimizer
 from toolkit.mask.layer_mask import ParameterGroup
 from toolkit.optim.gradients import Clipping
 from toolkit.optim.groups import build_scheduler, current_rate, embedding_tables, forward_to
@@ -34,7 +34,7 @@ from toolkit.split.suffix import Suffix
 
 
 class ZeroEngine(Engine):
-    """AdamW on ZeRO's partitioned float32 masters. See ``Engine`` for the methods.
+    """AdamW on ZeRO's partitioned float32 masters.
 
     Args:
         suffix: on its device, its mask applied.
@@ -89,9 +89,9 @@ class ZeroEngine(Engine):
         if self.is_replicated:  # in bfloat16 it makes a step on zero gradients, which would count (DeepSpeed 0.19)
             for own in self._inner.state.values():
                 own["step"].zero_()
-        self._moved, self._rate = UpdateMonitor(self._peek), 0.0
+        self._moved, self._rate = UpdateMonitor(self._sample), 0.0
         self._chosen: dict[int, torch.Tensor] = {}
-        self._opened: dict[torch.Tensor, OpenedMoments] = {}
+        self._partition_moments: dict[torch.Tensor, PartitionMoments] = {}
         self._swapper = NvmeSwapper(self._engine.optimizer, self._state_of)
 
     @override
@@ -108,7 +108,7 @@ class ZeroEngine(Engine):
 
     @override
     def update(self) -> Update:
-        self._rate, self._opened = current_rate(self._scheduler, self._train), {}
+        self._rate, self._partition_moments = current_rate(self._scheduler, self._train), {}
         before = self._scheduler.last_epoch
         norm = self._own_norm()
         self._moved.before()
@@ -117,7 +117,7 @@ class ZeroEngine(Engine):
         self._moved.after()
         if self._scheduler.last_epoch == before:  # a step that DeepSpeed skips does not move it on
             self._scheduler.step()
-        self._follow()
+        self._update_copies()
         if norm is None:
             found = self._engine.get_global_grad_norm()
             norm = torch.tensor(float("nan") if found is None else float(found), device=self._world.device)
@@ -128,8 +128,8 @@ class ZeroEngine(Engine):
         moved, meant = self._world.sum(*self._moved.counts())  # each rank sees its own partitions
         return self._moved.judge(moved, meant, self._rate)
 
-    def _peek(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """As ``Store.peek``, for each of this rank's partitions; one that lies on NVMe now has no element here."""
+    def _sample(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield ``OptimizerState.sample`` of this rank's partitions; one that is on NVMe now has no element here."""
         inner = self._inner
         for flat, group in self._partitions():
             size = flat.numel()
@@ -146,7 +146,7 @@ class ZeroEngine(Engine):
             yield values, meant
 
     def _own_norm(self) -> torch.Tensor | None:
-        """The gradient's norm where DeepSpeed does not measure it; the optimizer clips by it where DeepSpeed does not.
+        """Return the gradient's norm where DeepSpeed does not measure it; the optimizer then clips by it.
 
         At stage 0 in float32 DeepSpeed hands the summed gradients to torch's optimizer unmeasured; they are dropped if
         they are not finite.
@@ -166,8 +166,8 @@ class ZeroEngine(Engine):
         return norm
 
     @torch.no_grad()
-    def _follow(self) -> None:
-        """Bring the prefix's copies of trained tensors up to date: DeepSpeed moved the originals elsewhere."""
+    def _update_copies(self) -> None:
+        """Update the prefix's copies of trained tensors: DeepSpeed moved the originals elsewhere."""
         for name, copy in self._copies.items():
             with gathered(self._parameters[name]):
                 copy.copy_(self._parameters[name])
@@ -178,7 +178,7 @@ class ZeroEngine(Engine):
 
     @override
     def gathered(self) -> AbstractContextManager[object]:
-        settle_prefetches(self._engine)
+        drain_prefetches(self._engine)
         return gathered(self._suffix)
 
     @override
@@ -193,18 +193,18 @@ class ZeroEngine(Engine):
     def fragments(self) -> list[Fragment]:
         found: list[Fragment] = []
         inner = self._inner
-        self._opened = (
-            {flat: OpenedMoments(inner, flat, group) for flat, group in self._partitions()}
+        self._partition_moments = (
+            {flat: PartitionMoments(inner, flat, group) for flat, group in self._partitions()}
             if isinstance(inner, PartitionedAdamW)
             else {}
         )
         for name, parameter in self._parameters.items():
-            flat, offset, start, stop = self._place(parameter)
+            flat, offset, start, stop = self._locate(parameter)
             if flat is None or start >= stop:
                 continue
             part = slice(offset, offset + stop - start)
-            if flat in self._opened:
-                found.append(Fragment(name, start, stop, self._opened[flat].part(part)))
+            if flat in self._partition_moments:
+                found.append(Fragment(name, start, stop, self._partition_moments[flat].part(part)))
                 continue
             if self._swapper.has(flat):
                 found.append(Fragment(name, start, stop, SwappedFragmentState(self._swapper, flat, part)))
@@ -217,11 +217,11 @@ class ZeroEngine(Engine):
 
     @property
     def _inner(self) -> Any:
-        """The optimizer that DeepSpeed was given; at stage 0 in float32 it stands alone."""
+        """Return the optimizer that DeepSpeed was given; at stage 0 in float32 it stands alone."""
         return getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
 
     def _partitions(self) -> Iterator[tuple[torch.Tensor, int]]:
-        """This rank's flat float32 masters, each with the index of its parameter group."""
+        """Yield this rank's flat float32 masters, each with the index of its parameter group."""
         zero = self._engine.optimizer
         if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3 cuts large groups into several
             yield from (
@@ -231,8 +231,8 @@ class ZeroEngine(Engine):
             for index, group in enumerate(self._inner.param_groups):
                 yield from ((flat, index) for flat in group["params"])
 
-    def _place(self, parameter: Any) -> tuple[torch.Tensor | None, int, int, int]:
-        """Where this rank keeps its part of a master: a float32 tensor, an offset in it, and the part's two ends.
+    def _locate(self, parameter: Any) -> tuple[torch.Tensor | None, int, int, int]:
+        """Return this rank's part of a master: a float32 tensor, an offset in it, and the part's two ends.
 
         The tensor is none where the rank has no part. Names are those of stage3.py, stage_1_and_2.py,
         bf16_optimizer.py and unfused_optimizer.py of DeepSpeed 0.19.
@@ -256,7 +256,7 @@ class ZeroEngine(Engine):
         return parameter, 0, 0, parameter.numel()  # stage 0 in float32
 
     def _state_of(self, master: torch.Tensor) -> dict[str, torch.Tensor]:
-        """AdamW's state of one of its tensors, which it makes with its first update if nobody did before."""
+        """Return AdamW's state of one of its tensors; make it if there is none before the first update."""
         state: dict[str, torch.Tensor] = self._inner.state[master]
         if not state:
             state["step"] = torch.zeros((), device=master.device)
@@ -270,18 +270,18 @@ class ZeroEngine(Engine):
 
     @override
     def continue_at(self, step: int) -> None:
-        for partition in self._opened.values():
-            partition.store()
-        self._opened = {}
+        for partition in self._partition_moments.values():
+            partition.save()
+        self._partition_moments = {}
         self._swapper.close()
-        self._moved.forget()
+        self._moved.reset()
         forward_to(self._scheduler, step)
 
     @torch.no_grad()
     @override
     def release(self) -> dict[str, torch.Tensor]:
         self._swapper.close()
-        settle_prefetches(self._engine)
+        drain_prefetches(self._engine)
         zero = self._engine.optimizer
         zero.optimizer.state.clear()
         self._engine.destroy()
@@ -298,7 +298,7 @@ class ZeroEngine(Engine):
 
 
 def _unlink_shared_memory(world: World) -> None:
-    """Let the buffers of DeepSpeed's CPU collectives end with their last process, also a killed one.
+    """Unlink the buffers of DeepSpeed's CPU collectives, which then end with their last process, also a killed one.
 
     DeepSpeed never unlinks them (shm.cpp of DeepSpeed 0.19): every run would leave 66 MiB of memory a rank behind.
     """

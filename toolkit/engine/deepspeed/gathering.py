@@ -1,4 +1,4 @@
-"""ZeRO-3's parameters, whole for a while."""
+"""Gather ZeRO-3's partitioned parameters for a while."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def gathered(held: nn.Module | nn.Parameter) -> AbstractContextManager[object]:
-    """While entered, the parameters are whole on every rank; every rank enters it. At other stages they always are."""
+    """Make parameters whole on every rank while entered; every rank enters it. At other stages they always are."""
     import deepspeed
 
     parameters = list(held.parameters()) if isinstance(held, nn.Module) else [held]
@@ -18,11 +18,11 @@ def gathered(held: nn.Module | nn.Parameter) -> AbstractContextManager[object]:
 
 
 def gathered_bytes(module: nn.Module) -> int:
-    """What ``gathered`` takes on this rank."""
+    """Return the bytes that ``gathered`` takes on this rank."""
     return sum(int(p.ds_numel) * p.element_size() for p in module.parameters() if hasattr(p, "ds_numel"))
 
 
-def settle_prefetches(engine: Any) -> None:
+def drain_prefetches(engine: Any) -> None:
     """Wait for what ZeRO-3 has prefetched, and partition it again.
 
     After forward passes alone, as in a validation, some of it is left, and DeepSpeed 0.19 refuses to partition a

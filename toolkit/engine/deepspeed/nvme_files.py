@@ -1,4 +1,4 @@
-"""The folders on a drive that DeepSpeed swaps to when it offloads to NVMe."""
+"""Folders on a drive that DeepSpeed swaps to when it offloads to NVMe."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SECTIONS = ("offload_optimizer", "offload_param")
 
 
 def check_paths(zero: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with the offload to NVMe of a DeepSpeed file; an ``nvme_path`` of "auto" is taken out."""
+    """Yield faults of a DeepSpeed file's offload to NVMe; an ``nvme_path`` of "auto" is taken out."""
     for key, section in _swapping(zero):
         if zero.get("stage") != 3:
             yield f"zero_optimization.{key}.device is 'nvme' under stage {zero.get('stage', 0)}; it needs stage 3"
@@ -33,7 +33,7 @@ def check_paths(zero: dict[str, Any]) -> Iterator[str]:
 
 
 def give_folders(ds: dict[str, Any] | None, run: Path) -> None:
-    """Have a resolved DeepSpeed configuration swap to folders of this run alone, in its directory if none is named.
+    """Set the folders a resolved DeepSpeed configuration swaps to: the run's own, in its directory if none is named.
 
     Two runs that swapped to the same folder would write over each other's state.
     """
@@ -44,7 +44,7 @@ def give_folders(ds: dict[str, Any] | None, run: Path) -> None:
 
 
 def swap_folders(ds: Mapping[str, Any] | None) -> list[Path]:
-    """Where a run swaps to, after ``give_folders``."""
+    """Return the folders that a run swaps to, after ``give_folders``."""
     return sorted({Path(section["nvme_path"]) for _, section in _swapping((ds or {}).get("zero_optimization", {}))})
 
 
@@ -54,7 +54,7 @@ def _swapping(zero: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def make_room(ds: Mapping[str, Any] | None, world: World, needed: int) -> None:
-    """Before DeepSpeed writes: nothing of an earlier run is left, the drive has room, and libaio is there.
+    """Prepare the folders before DeepSpeed writes: remove an earlier run's files, check room and libaio.
 
     Args:
         ds: the resolved DeepSpeed configuration.

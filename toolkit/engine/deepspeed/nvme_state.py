@@ -17,7 +17,7 @@ from toolkit.optim.state_fragments import KINDS, MASTER, MOMENTS, FragmentState
 
 
 class NvmeSwapper:
-    """Holds one of ZeRO-3's groups in memory at a time, in the buffers that DeepSpeed has for it.
+    """Holds one group of ZeRO-3's masters in memory at a time, in the buffers that DeepSpeed has for it.
 
     Args:
         zero: DeepSpeed's optimizer of ZeRO-3.
@@ -33,15 +33,15 @@ class NvmeSwapper:
         self._in_files = {id(flat) for index, flat in enumerate(flats) if zero._swappable_optimizer_subgroup(index)}
 
     def has(self, flat: torch.Tensor) -> bool:
-        """A flat master is in files; those of small groups stay in memory."""
+        """Return True for a flat master that is in files; those of small groups stay in memory."""
         return id(flat) in self._in_files
 
     def updates(self, flat: torch.Tensor) -> int:
-        """That the moments of a master have had; their count is always in memory."""
+        """Return the updates that the moments of a master have had; their count is always in memory."""
         return int(self._zero.optimizer.state.get(flat, {}).get("step", 0))
 
     def swap_in(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-        """For each of ``KINDS`` a view of all values of a master's group, good until another group is opened."""
+        """Return a view of all values of a master's group for each of ``KINDS``, good until the next call."""
         if flat is not self._here:
             self.close()
             self._zero.optimizer_swapper.swap_in_optimizer_state(parameter=flat, async_parameter=None)
@@ -52,7 +52,7 @@ class NvmeSwapper:
         return {MASTER: flat.detach().view(-1), **{kind: state[kind].view(-1) for kind in MOMENTS}}
 
     def write(self, flat: torch.Tensor, part: slice, tensors: Mapping[str, torch.Tensor], updates: int) -> None:
-        """Take over values of a stretch; ``close``, or another group's turn, puts them into the files."""
+        """Set values of a slice; ``close``, or another group's turn, writes them to the files."""
         views = self.swap_in(flat)
         for kind, values in tensors.items():
             views[kind][part].copy_(values)

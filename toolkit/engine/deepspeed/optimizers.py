@@ -1,4 +1,4 @@
-"""The optimizers that DeepSpeed is handed: it puts its own flat float32 partitions in the place of the parameters."""
+"""Optimizers for DeepSpeed, which puts its own flat float32 partitions in the place of their parameters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def build_optimizer(
     optim: OptimConfig,
     tables: Collection[int] = (),
 ) -> torch.optim.Optimizer:
-    """The AdamW (Loshchilov and Hutter, arXiv 1711.05101) of ``optim.name`` for DeepSpeed.
+    """Build the AdamW (Loshchilov and Hutter, arXiv 1711.05101) of ``optim.name`` for DeepSpeed.
 
     Args:
         parameters: by name, what trains.
@@ -40,12 +40,12 @@ def build_optimizer(
     if optim.name == "adamw":
         return torch.optim.AdamW(settings, lr=train.learning_rate, fused=True)
     if optim.name != "adamw_bf16":
-        settings = list(_tables_apart(settings, tables))
+        settings = list(_split_tables(settings, tables))
     return PartitionedAdamW(settings, optim.name)
 
 
-def _tables_apart(settings: Sequence[dict[str, Any]], tables: Collection[int]) -> Iterator[dict[str, Any]]:
-    """Embedding tables in parameter groups of their own: a partition is stored in one form as a whole."""
+def _split_tables(settings: Sequence[dict[str, Any]], tables: Collection[int]) -> Iterator[dict[str, Any]]:
+    """Yield embedding tables in groups of their own: a partition is stored in one format as a whole."""
     for group in settings:
         for keeps in (False, True):
             own = [p for p in group["params"] if (id(p) in tables) is keeps]
@@ -72,12 +72,12 @@ class PartitionedAdamW(torch.optim.Optimizer):
     def __init__(self, settings: Sequence[dict[str, Any]], name: OptimName) -> None:
         super().__init__(settings, {KEEPS_FLOAT32: False})
         self._name = name
-        self._forms: dict[torch.device, MomentFormat] = {}
+        self._formats: dict[torch.device, MomentFormat] = {}
         self._float32 = Float32()
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient, in stretches; the gradient is overwritten."""
+        """Update every parameter that has a gradient, slice by slice; the gradient is overwritten."""
         if self.found_inf is not None and self.found_inf:
             return
         factor = 1.0 if self.grad_scale is None else 1 / float(self.grad_scale)
@@ -87,9 +87,9 @@ class PartitionedAdamW(torch.optim.Optimizer):
                     self._update(p, group, factor)
 
     def _update(self, p: torch.Tensor, group: dict[str, Any], factor: float) -> None:
-        form = self._form(p, group)
+        storage = self._format_of(p, group)
         if not self.state[p]:
-            self.state[p] = {"step": 0, **form.create(p.numel(), p.device)}
+            self.state[p] = {"step": 0, **storage.create(p.numel(), p.device)}
         state = self.state[p]
         state["step"] += 1
         moments = {kind: tensor for kind, tensor in state.items() if kind != "step"}
@@ -98,29 +98,29 @@ class PartitionedAdamW(torch.optim.Optimizer):
         piece = piece_size(p.device)
         for start in range(0, p.numel(), piece):
             span = slice(start, min(start + piece, p.numel()))
-            form.update(moments, span, master[span], gradient[span], group, state["step"], factor)
+            storage.update(moments, span, master[span], gradient[span], group, state["step"], factor)
 
-    def _form(self, p: torch.Tensor, group: dict[str, Any]) -> MomentFormat:
+    def _format_of(self, p: torch.Tensor, group: dict[str, Any]) -> MomentFormat:
         if self._name != "adamw_bf16" and (group[KEEPS_FLOAT32] or p.numel() < SMALLEST):
             return self._float32
-        if p.device not in self._forms:
-            self._forms[p.device] = moment_format(self._name, piece_size(p.device), p.device)
-        return self._forms[p.device]
+        if p.device not in self._formats:
+            self._formats[p.device] = moment_format(self._name, piece_size(p.device), p.device)
+        return self._formats[p.device]
 
     def moving(self, p: torch.Tensor, index: int, chosen: torch.Tensor) -> torch.Tensor:
-        """Of which ``chosen`` elements of a partition the first moment is not zero; it has state."""
-        return self._form(p, self.param_groups[index]).moving(self.state[p], chosen)
+        """Return True for those ``chosen`` elements of a partition whose first moment is not zero; it has state."""
+        return self._format_of(p, self.param_groups[index]).moving(self.state[p], chosen)
 
-    def opened(self, p: torch.Tensor, index: int) -> tuple[MomentFormat, dict[str, Any]]:
-        """How the moments of a partition of parameter group ``index`` are stored, and its state; zeros if new."""
-        form = self._form(p, self.param_groups[index])
+    def moment_state(self, p: torch.Tensor, index: int) -> tuple[MomentFormat, dict[str, Any]]:
+        """Return the format and the state of a partition of parameter group ``index``; zeros if new."""
+        storage = self._format_of(p, self.param_groups[index])
         if not self.state[p]:
-            self.state[p] = {"step": 0, **form.create(p.numel(), p.device)}
-        return form, self.state[p]
+            self.state[p] = {"step": 0, **storage.create(p.numel(), p.device)}
+        return storage, self.state[p]
 
 
-class OpenedMoments:
-    """A partition's moments in float32, for as long as they are read or written in parts.
+class PartitionMoments:
+    """The moments of a partition in float32, for as long as they are read or written in slices.
 
     Args:
         optimizer: that updates it.
@@ -130,25 +130,25 @@ class OpenedMoments:
 
     def __init__(self, optimizer: PartitionedAdamW, master: torch.Tensor, index: int) -> None:
         self.master = master.detach().view(-1)
-        self._form, self.state = optimizer.opened(master, index)
+        self._format, self.state = optimizer.moment_state(master, index)
         self._exact: dict[str, torch.Tensor] | None = None
         self._is_written = self._is_stored = False
         self.starts: list[int] = []
 
     def part(self, part: slice) -> _PartitionSlice:
-        """A stretch, as a fragment holds it; parts are asked for in one order whenever a layout is the same."""
+        """Return the state of a slice; a layout's slices are always asked for in the same order."""
         self.starts.append(part.start)
         return _PartitionSlice(self, part, is_first=len(self.starts) == 1)
 
     def exact(self) -> dict[str, torch.Tensor]:
-        """Both moments in float32."""
+        """Return both moments in float32."""
         if self._exact is None:
-            moments = self._form.read(self.state)
+            moments = self._format.read(self.state)
             self._exact = {kind: moment.clone() for kind, moment in zip(MOMENTS, moments, strict=True)}
         return self._exact
 
     def write(self, part: slice, tensors: Mapping[str, torch.Tensor], updates: int) -> None:
-        """Take over float32 values of a stretch; ``store`` stores them."""
+        """Set float32 values of a slice; ``save`` stores them."""
         for kind, values in tensors.items():
             whole = self.master if kind == MASTER else self.exact()[kind]
             whole[part].copy_(values)
@@ -156,12 +156,12 @@ class OpenedMoments:
         self._is_written = True
 
     def raw(self) -> dict[str, torch.Tensor]:
-        """The moments as they are stored, and where its stretches begin."""
+        """Return the moments as they are stored, and where the slices begin."""
         moments = {kind: tensor.cpu() for kind, tensor in self.state.items() if kind != "step"}
         return {**moments, "starts": torch.tensor(self.starts)}
 
     def set_raw(self, raw: Mapping[str, torch.Tensor]) -> None:
-        """Take over what ``raw`` gave, if the stretches lie in the same places."""
+        """Set what ``raw`` returned, if the slices begin in the same places."""
         if raw["starts"].tolist() != self.starts:
             return
         for kind, tensor in self.state.items():
@@ -169,17 +169,17 @@ class OpenedMoments:
                 tensor.copy_(raw[kind])
         self._is_stored = True
 
-    def store(self) -> None:
-        """Store what was written, unless it came as it is stored."""
+    def save(self) -> None:
+        """Store what was written, unless ``set_raw`` has set it as it is stored."""
         if self._is_written and not self._is_stored:
-            self._form.write(self.state, *(self.exact()[kind] for kind in MOMENTS))
+            self._format.write(self.state, *(self.exact()[kind] for kind in MOMENTS))
 
 
 @dataclass(frozen=True)
 class _PartitionSlice(FragmentState):
-    """A stretch of an opened partition."""
+    """The state of a slice of a partition."""
 
-    whole: OpenedMoments
+    whole: PartitionMoments
     part: slice
     is_first: bool
 
