@@ -9,20 +9,31 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import helpers
 import pytest
 from helpers import make_tiny_model
 
 from toolkit.models.bundled import cache_root
+
+SLOW_FIXTURES = {"frostline", "store_worker"}
+"""What takes long to set up: an installation in an environment of its own, writers that are killed at every call."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Starting ranks is slow. The slow files come first, so that the last ones keep all processes busy."""
     for item in items:
-        if item.get_closest_marker("distributed") and not item.get_closest_marker("first_tier"):
+        starts_ranks = item.get_closest_marker("distributed") and not item.get_closest_marker("first_tier")
+        if starts_ranks or SLOW_FIXTURES.intersection(item.fixturenames):  # type: ignore[attr-defined]
             item.add_marker(pytest.mark.slow)
     slow_files = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow_files)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Hold tests that are not marked back from starting ranks, whichever fixture would."""
+    helpers.may_start_ranks = item.get_closest_marker("distributed") is not None
 
 
 SUMMARY = "summary"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import socket
@@ -86,6 +89,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+may_start_ranks = True
+"""False while a test runs that is not marked as starting ranks; conftest.py sets it."""
+
+
 def run_script(
     script: str,
     *flags: object,
@@ -95,10 +102,25 @@ def run_script(
 ) -> subprocess.CompletedProcess[str]:
     """Run a script of this repository in a new process, with ``environ`` over a clean environment."""
     if launcher[0] in _PORT_FLAGS:
+        assert may_start_ranks, f"a test that starts {launcher[0]} is marked as distributed"
         launcher = (*launcher, _PORT_FLAGS[launcher[0]], str(free_port()))
     command = [*launcher, str(ROOT / script), *map(str, flags)]
     env = {**clean_environment(), **(environ or {})}
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=3600)
+
+
+def run_here(script: str, *flags: object) -> subprocess.CompletedProcess[str]:
+    """Run launch/SCRIPT.py's command in this process, which has imported torch already."""
+    main = importlib.import_module(f"toolkit.commands.{Path(script).stem}").main
+    words, out, err = [str(flag) for flag in flags], io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        from toolkit.commands.cli import run_command
+
+        try:
+            code = run_command(lambda: main(words))
+        except SystemExit as end:  # argparse
+            code = int(end.code or 0)
+    return subprocess.CompletedProcess([script, *words], code, out.getvalue(), err.getvalue())
 
 
 def tiny_flags(model: Path, run: Path, *more: object) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ENGLISH, make_tiny_model, masters_of, run_script, tiny_flags, train
+from helpers import ENGLISH, make_tiny_model, masters_of, run_here, run_script, tiny_flags, train
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -48,21 +48,23 @@ def trained_logits(run: Path, dtype: torch.dtype) -> torch.Tensor:
         return model.eval()(IDS).logits
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_the_export_gives_the_trained_models_logits_in_a_new_process(trained: Path, tmp_path: Path, dtype: str) -> None:
-    target = tmp_path / "export"
-    result = run_script("launch/export.py", trained, "--output", target, "--dtype", dtype)
-    assert result.returncode == 0, result.stderr
+def test_the_export_gives_the_trained_models_logits_in_a_new_process(trained: Path, tmp_path: Path) -> None:
+    for dtype in ("bfloat16", "float32"):
+        result = run_here("launch/export.py", trained, "--output", tmp_path / dtype, "--dtype", dtype)
+        assert (result.returncode, result.stdout) == (0, f"{tmp_path / dtype}\n"), result.stderr
     code = (
         "import sys, torch; from transformers import AutoModelForCausalLM\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype='auto').eval()\n"
-        "torch.save((model(torch.arange(3, 60)[None]).logits.detach(), str(model.dtype)), sys.argv[3])"
+        "for folder in sys.argv[2:]:\n"
+        "    model = AutoModelForCausalLM.from_pretrained(folder, dtype='auto').eval()\n"
+        "    torch.save((model(torch.arange(3, 60)[None]).logits.detach(), str(model.dtype)), folder + '.pt')"
     )
-    loaded = run_script("launch/export.py", target, tmp_path / "logits.pt", launcher=(sys.executable, "-c", code))
+    exports = (tmp_path / "bfloat16", tmp_path / "float32")
+    loaded = run_script("launch/export.py", *exports, launcher=(sys.executable, "-c", code))
     assert loaded.returncode == 0, loaded.stderr
-    logits, saved_as = torch.load(tmp_path / "logits.pt")
-    assert saved_as == f"torch.{dtype}"
-    assert torch.equal(logits, trained_logits(trained, getattr(torch, dtype)))
+    for dtype in ("bfloat16", "float32"):
+        logits, saved_as = torch.load(tmp_path / f"{dtype}.pt")
+        assert saved_as == f"torch.{dtype}"
+        assert torch.equal(logits, trained_logits(trained, getattr(torch, dtype)))
 
 
 def test_the_export_holds_the_untied_head_tokenizer_template_and_card(trained: Path, tmp_path: Path) -> None:
@@ -103,7 +105,6 @@ def test_a_config_of_nonsense_is_an_error_and_no_traceback(trained: Path, tmp_pa
         open_model(str(tmp_path / "export"))
 
 
-@pytest.mark.slow
 def test_evaluate_rounds_masters_only_as_it_is_told(trained: Path, tmp_path: Path) -> None:
     export_model(trained, tmp_path / "export", "float32")
 
@@ -113,14 +114,13 @@ def test_evaluate_rounds_masters_only_as_it_is_told(trained: Path, tmp_path: Pat
     assert loss(tmp_path / "export") == loss(trained, "float32") != loss(trained)
     assert loss(tmp_path / "export", "bfloat16") == loss(trained)
     for script, more in (("evaluate.py", ("--data.path", ENGLISH)), ("generate.py", ("--question", "a"))):
-        result = run_script(f"launch/{script}", trained, "--dtype", "float16", *more)
+        result = run_here(f"launch/{script}", trained, "--dtype", "float16", *more)
         assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.slow
 def test_stochastic_rounding_keeps_on_average_what_the_nearest_bfloat16_loses(trained: Path, tmp_path: Path) -> None:
     for name, rounding in (("near", "nearest"), ("odds", "stochastic"), ("again", "stochastic")):
-        result = run_script("launch/export.py", trained, "--output", tmp_path / name, "--rounding", rounding)
+        result = run_here("launch/export.py", trained, "--output", tmp_path / name, "--rounding", rounding)
         assert result.returncode == 0, result.stderr
     near, odds, again = (load_file(tmp_path / name / "model.safetensors") for name in ("near", "odds", "again"))
     masters = masters_of(trained / "checkpoints" / "step-00000030")
@@ -147,7 +147,7 @@ def test_stochastic_rounding_keeps_on_average_what_the_nearest_bfloat16_loses(tr
 def test_stochastic_rounding_is_refused_where_it_would_do_nothing(
     trained: Path, tmp_path: Path, flags: tuple[str, ...], reason: str
 ) -> None:
-    result = run_script("launch/export.py", trained, "--output", tmp_path / "x", "--rounding", "stochastic", *flags)
+    result = run_here("launch/export.py", trained, "--output", tmp_path / "x", "--rounding", "stochastic", *flags)
     assert (result.returncode, (tmp_path / "x").exists()) == (2, False)
     assert reason in result.stderr
 
@@ -189,7 +189,7 @@ def test_exporting_never_overwrites_and_needs_a_run(trained: Path, tmp_path: Pat
     (tmp_path / "used" / "file").touch()
     with pytest.raises(CheckpointError, match="exists and is not empty"):
         export_model(trained, tmp_path / "used")
-    result = run_script("launch/export.py", tmp_path / "used")
+    result = run_here("launch/export.py", tmp_path / "used")
     assert result.returncode == 2
     assert "is not a run directory" in result.stderr
 
@@ -197,7 +197,7 @@ def test_exporting_never_overwrites_and_needs_a_run(trained: Path, tmp_path: Pat
 def test_evaluation_repeats_the_last_validation_of_the_run(trained: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     last = [row["eval_loss"] for row in rows if "eval_loss" in row][-1]
-    result = run_script("launch/evaluate.py", trained)
+    result = run_here("launch/evaluate.py", trained)
     assert result.returncode == 0, result.stderr
     outcome = json.loads(result.stdout.splitlines()[-1])
     assert outcome["loss"] == pytest.approx(last, abs=1e-4)
@@ -255,7 +255,7 @@ def test_a_long_prompt_loses_context_and_an_impossible_one_is_named(trained: Pat
 def test_generate_answers_a_file_beside_its_references(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "answers.jsonl"
     flags = ("--input", ENGLISH, "--output", out, "--limit", 3, "--max-new-tokens", 4)
-    result = run_script("launch/generate.py", trained, *flags)
+    result = run_here("launch/generate.py", trained, *flags)
     assert result.returncode == 0, result.stderr
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     given = [json.loads(line) for line in ENGLISH.read_text(encoding="utf-8").splitlines()[:3]]
@@ -265,6 +265,6 @@ def test_generate_answers_a_file_beside_its_references(trained: Path, tmp_path: 
 
 
 def test_generate_answers_one_question(trained: Path) -> None:
-    result = run_script("launch/generate.py", trained, "--question", "Why?", "--context", "a", "--max-new-tokens", 4)
+    result = run_here("launch/generate.py", trained, "--question", "Why?", "--context", "a", "--max-new-tokens", 4)
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.splitlines()) >= 1

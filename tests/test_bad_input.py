@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, run_script, tiny_flags
+from helpers import ROOT, run_here, run_script, tiny_flags
 
 from toolkit.commands.cli import run_command
 from toolkit.runtime.errors import FrostlineError
@@ -132,7 +132,18 @@ def test_a_run_without_any_checkpoint_cannot_be_opened(
     assert "has no committed checkpoint yet" in capsys.readouterr().err
 
 
-def test_a_real_process_exits_with_2_and_a_finished_one_with_0(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_real_process_exits_with_2() -> None:
+    result = run_script("launch/train.py", "--train.epochs", "three")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert "train.epochs is 'three'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_a_real_process_that_loaded_its_model_exits_with_2_and_a_finished_one_with_0(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     flags = tiny_flags(tiny_model, tmp_path / "run", "--train.max_steps", "2")
     bad = run_script("launch/train.py", *flags, "--mask.train", "last:99")
     assert bad.returncode == 2
@@ -145,7 +156,7 @@ def test_a_real_process_exits_with_2_and_a_finished_one_with_0(tiny_model: Path,
 
 @pytest.mark.parametrize("script", ["train", "evaluate", "generate", "export"])
 def test_help_is_answered(script: str) -> None:
-    result = run_script(f"launch/{script}.py", "--help")
+    result = run_here(f"launch/{script}.py", "--help")
     assert result.returncode == 0
     assert "--step" in result.stdout or script == "train"
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import QUICKSTART, ROOT, invocation, run_script
+from helpers import QUICKSTART, ROOT, invocation, run_here, run_script
 
 from toolkit.config.peer_keys import OTHERWISE, SAME
 from toolkit.config.recipe import build, did_you_mean, dump, field_paths, read_recipe
@@ -181,7 +181,7 @@ def test_the_deepspeed_file_has_three_spellings(flag: str) -> None:
 
 
 def test_every_key_is_documented_and_shown_by_help() -> None:
-    result = run_script("launch/train.py", "--help")
+    result = run_here("launch/train.py", "--help")
     assert result.returncode == 0
     assert "python launch/train.py --config recipes/quickstart.yaml" in "\n".join(result.stdout.splitlines()[:8])
     for path, info in field_paths().items():

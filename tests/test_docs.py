@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import re
 import shlex
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -27,9 +31,12 @@ LAUNCHERS = ("python", "deepspeed", "torchrun", "accelerate", "srun")
 
 @cache
 def flags_of(script: str) -> frozenset[str]:
-    result = run_script(script, "--help")
-    assert result.returncode == 0
-    return frozenset(re.findall(r"(?<![\w-])--[\w.-]+", result.stdout))
+    told = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(told):
+        patch.setattr(sys, "argv", [script, "--help"])
+        with pytest.raises(SystemExit, match=r"^0$"):
+            importlib.import_module(script.removesuffix(".py").replace("/", ".")).main()
+    return frozenset(re.findall(r"(?<![\w-])--[\w.-]+", told.getvalue()))
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -61,6 +68,15 @@ def test_commands_name_scripts_and_flags_that_exist(page: Path) -> None:
                 assert word in flags_of(script), f"{page.name}: {script} has no {word}"
             elif re.match(r"(recipes|ds_configs)/", word):
                 assert (ROOT / word).is_file(), f"{page.name}: {word}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["launch", "benchmarks"])
+def test_every_script_answers_help_as_a_file(folder: str) -> None:
+    for path in sorted((ROOT / folder).glob("*.py")):
+        if "__main__" in path.read_text(encoding="utf-8"):
+            result = run_script(f"{folder}/{path.name}", "--help")
+            assert (result.returncode, result.stdout[:6]) == (0, "usage:"), path.name
 
 
 def test_the_readme_shows_every_command_there_is() -> None:

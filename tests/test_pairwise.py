@@ -1,6 +1,6 @@
 """Every pair of values of recipe keys, launchers and DeepSpeed files, through the whole life of a run.
 
-A part with a seed that changes from day to day is in make test; all of it has one seed. PAIRWISE_SEED sets both.
+All of it has one seed; a part with a seed that changes from day to day tries other rows. PAIRWISE_SEED sets both.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ def test_the_rows_have_every_pair_that_is_not_refused() -> None:
     assert rows == cover(TABLE, seed(), REFUSALS)
 
 
+@pytest.mark.slow
 def test_a_part_of_all_pairs_lives(tmp_path: Path, summarise: Callable[[str], None]) -> None:
     """In one process without DeepSpeed, whose kernel takes long to compile."""
     today = seed(datetime.date.today().isoformat())

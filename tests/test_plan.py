@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ROOT, invocation, run_script, tiny_flags
+from helpers import ROOT, invocation, run_here, tiny_flags
 from plan_shapes import EXAONE, exaone
 
 from toolkit.commands.plan import main
@@ -155,7 +155,7 @@ def test_a_size_that_is_none_says_what_is_expected(text: str) -> None:
 
 
 def test_the_command_exits_with_2_and_one_message_on_a_bad_size(tiny_model: Path) -> None:
-    result = run_script("launch/plan.py", "--model.name_or_path", tiny_model, "--gpu-memory", "plenty")
+    result = run_here("launch/plan.py", "--model.name_or_path", tiny_model, "--gpu-memory", "plenty")
     assert result.returncode == 2
     assert "--gpu-memory is 'plenty'; expected a size such as 24GiB or 80GB" in result.stderr
     assert "Traceback" not in result.stderr

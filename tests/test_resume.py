@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_parts import copy_of, edit_state, point_to, recut
-from helpers import ENGLISH, make_tiny_model, make_tokenizer, masters_of, metrics, reseal, run_script, tiny_flags, train
+from helpers import ENGLISH, make_tiny_model, make_tokenizer, masters_of, metrics, reseal, run_here, tiny_flags, train
 
 from toolkit.checkpoint.state import read_state
 from toolkit.inference.open_model import load_delta, open_model, read_trained
@@ -124,7 +124,7 @@ def test_harmless_changes_are_refused_together_and_said_when_overridden(tiny_mod
     for key in HARMLESS:
         assert f"{key} was " in str(error.value)
     assert "go on with these with --resume-override" in str(error.value)
-    result = run_script("launch/train.py", *flags(tiny_model, run, *changed, "--resume-override"))
+    result = run_here("launch/train.py", *flags(tiny_model, run, *changed, "--resume-override"))
     assert result.returncode == 0, result.stderr
     for key in HARMLESS:
         assert f"overridden: {key} was " in result.stderr

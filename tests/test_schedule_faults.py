@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ENGLISH, ROOT, invocation, run_script, tiny_flags, tiny_llama
+from helpers import ENGLISH, ROOT, invocation, run_here, tiny_flags, tiny_llama
 
 from toolkit.config.recipe import build, read_recipe, save
 from toolkit.config.schema import MaskConfig
@@ -146,10 +146,10 @@ def test_the_plan_is_that_of_the_phase_that_needs_most(bare: MetaModel) -> None:
 
 def test_the_plan_command_shows_the_phases_and_refuses_one_that_ends_too_late(tiny_model: Path, tmp_path: Path) -> None:
     flags = tiny_flags(tiny_model, tmp_path, "--data.path", ENGLISH, "--train.epochs", 2, "--gpu-memory", "24GiB")
-    two = run_script("launch/plan.py", *flags, "--mask.schedule", "{train: head, until_epoch: 1}")
+    two = run_here("launch/plan.py", *flags, "--mask.schedule", "{train: head, until_epoch: 1}")
     assert two.returncode == 0, two.stderr
     assert "2       the end       2 of 6" in two.stdout
-    late = run_script("launch/plan.py", *flags, "--mask.schedule", "{train: head, until_epoch: 2}")
+    late = run_here("launch/plan.py", *flags, "--mask.schedule", "{train: head, until_epoch: 2}")
     assert late.returncode == 2
     assert "mask.schedule.0 ends with epoch 2, which is step 40, but the run has 40 steps" in late.stderr
     assert (ROOT / "docs" / "schedule.md").is_file()

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ENGLISH, ROOT, clean_environment, run_script, tiny_flags
+from helpers import ENGLISH, ROOT, clean_environment, run_here, tiny_flags
 
 from launch import submit
 from toolkit.checkpoint.run_directory import claim
@@ -217,8 +217,8 @@ def test_runs_of_an_array_cannot_share_a_directory(tmp_path: Path) -> None:
     recipes = [tmp_path / name for name in ("a.yaml", "b.yaml")]
     for recipe in recipes:
         recipe.write_text(f"data: {{path: {ENGLISH}}}\n")
-    result = run_script("launch/submit.py", "--array", *recipes, "--output.dir", tmp_path / "run")
+    result = run_here("launch/submit.py", "--array", *recipes, "--output.dir", tmp_path / "run")
     assert result.returncode == 2
     assert f"{tmp_path}/run: several runs of --array would be written there" in result.stderr
-    result = run_script("launch/submit.py", "--array", *recipes, "--config", recipes[0])
+    result = run_here("launch/submit.py", "--array", *recipes, "--config", recipes[0])
     assert "--array names all recipes" in result.stderr

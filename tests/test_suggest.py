@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import ENGLISH, run_script
+from helpers import ENGLISH, run_here
 
 from toolkit.config.schema import DataConfig, MaskConfig, ModelConfig
 from toolkit.data.dataset import load_dataset
@@ -82,7 +82,7 @@ def test_a_suggestion_is_a_mask_that_the_recipe_takes(
 
 def test_the_command_prints_a_ranking_and_a_mask(tiny_model: Path) -> None:
     flags = ("--suggest", "gradient", "--budget", "0.5", "--rows", 2, "--data.path", ENGLISH)
-    result = run_script("launch/plan.py", "--model.name_or_path", tiny_model, *flags)
+    result = run_here("launch/plan.py", "--model.name_or_path", tiny_model, *flags)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("chosen") == 3
     assert "mask:\n  train:\n  - blocks:" in result.stdout

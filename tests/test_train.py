@@ -70,6 +70,7 @@ def test_every_step_has_the_loss_of_a_plain_loop(
     assert sum(losses[40:]) < sum(losses[:20])
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 def test_bfloat16_with_masters_learns_what_the_plain_loop_with_masters_learns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -85,7 +85,7 @@ def test_the_halves_give_the_whole_models_logits_bit_for_bit(name: str, batches:
             with torch.no_grad():
                 whole = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
                 assert torch.equal(whole[batch.supervised], suffix.eval().logits(prefix.eval()(batch), batch))
-        assert split_is_exact(model, prefix, suffix, batches[0])
+            assert split_is_exact(model, prefix, suffix, batch)
 
 
 @pytest.mark.parametrize("name", [*CUT, *UNCUT])
