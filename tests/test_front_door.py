@@ -83,6 +83,7 @@ def test_every_verb_works_in_an_empty_folder(frostline: Command, tiny_model: Pat
     trained = frostline("train", *flags, "--train.max_steps", 2, cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     assert "no --config given: using " in trained.stderr
+    assert "; next: frostline export runs/quickstart\n" in trained.stderr
     assert "examples/data/clinical_qa_ko.jsonl is not in " in trained.stderr
     run = tmp_path / "runs" / "quickstart"
     said = frostline("evaluate", "runs/quickstart", cwd=tmp_path)

@@ -66,7 +66,7 @@ def describe(parser: argparse.ArgumentParser, program: str | None) -> argparse.A
 
     Args:
         parser: of the verb; its description names the launch scripts.
-        program: such as ``frostline train``; none leaves the parser as it is.
+        program: such as ``frostline train``; None leaves the parser as it is.
     """
     if program is not None:
         parser.prog, text = program, parser.description or ""

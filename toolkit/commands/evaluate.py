@@ -38,13 +38,13 @@ def evaluate(
 
     Args:
         source: run directory, checkpoint, export, delta, model directory, Hub id or bundled name.
-        data: file or Hub data set, of which every row is used; none takes what the run of ``source`` held out.
-        split: of a Hub data set; none takes its only one, or train.
+        data: file or Hub data set, of which every row is used. Defaults to the rows that the run held out.
+        split: split of a Hub data set. Defaults to its only one, or train.
         batch_size: rows computed at once.
-        step: checkpoint of a run, by its number or as ``latest`` or ``best``; none takes the latest.
+        step: checkpoint of a run, by its number or as ``latest`` or ``best``. Defaults to the latest.
         base: where the base model of a run or delta is, if it moved.
         trust_remote_code: run code that ships with the base model, if ``source`` was trained with it.
-        dtype: precision to compute in; none takes the run's, or that in which a model is stored.
+        dtype: precision to compute in. Defaults to the run's, or that in which a model is stored.
 
     Raises:
         DataError: no rows are named and ``source`` held none out, or rows are bad.
@@ -68,8 +68,8 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     """Parse the command line, then evaluate.
 
     Args:
-        words: of the command line; none takes those of the process.
-        program: its name in the help; none takes the script's.
+        words: arguments of the command line. Defaults to those of the process.
+        program: name to show in the help. Defaults to the script's.
 
     Returns:
         The exit code, 0.

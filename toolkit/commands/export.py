@@ -37,12 +37,12 @@ def export(
 
     Args:
         run: run directory.
-        output: directory that is empty or does not exist; none takes ``export`` or ``export-delta`` in ``run``.
+        output: directory that is empty or does not exist. Defaults to ``export`` or ``export-delta`` in ``run``.
         delta: write the trained tensors alone.
-        dtype: precision of the weights; none takes the run's for a model and float32 for a delta.
-        rounding: of a model's float32 masters to bfloat16. ``nearest``, which none stands for, gives the weights that
+        dtype: precision of the weights. Defaults to the run's for a model, to float32 for a delta.
+        rounding: of a model's float32 masters to bfloat16. ``nearest``, the default, gives the weights that
             trained; ``stochastic`` keeps on average what the masters learned beyond them (docs/fp32-masters.md).
-        step: checkpoint of the run, by its number or as ``latest`` or ``best``; none takes the latest.
+        step: checkpoint of the run, by its number or as ``latest`` or ``best``. Defaults to the latest.
         base: where the base model is, if it moved.
         trust_remote_code: run code that ships with the base model, if the run was trained with it.
 
@@ -69,8 +69,8 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     """Parse the command line, then export.
 
     Args:
-        words: of the command line; none takes those of the process.
-        program: its name in the help; none takes the script's.
+        words: arguments of the command line. Defaults to those of the process.
+        program: name to show in the help. Defaults to the script's.
 
     Returns:
         The exit code, 0.

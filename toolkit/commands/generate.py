@@ -44,10 +44,10 @@ def generate(
             without contexts.
         max_new_tokens: longest answer in tokens.
         temperature: 0 takes the most likely token each time and is repeatable; above 0 samples.
-        step: checkpoint of a run, by its number or as ``latest`` or ``best``; none takes the latest.
+        step: checkpoint of a run, by its number or as ``latest`` or ``best``. Defaults to the latest.
         base: where the base model of a run or delta is, if it moved.
         trust_remote_code: run code that ships with the base model, if ``source`` was trained with it.
-        dtype: precision to compute in; none takes the run's, or that in which a model is stored.
+        dtype: precision to compute in. Defaults to the run's, or that in which a model is stored.
 
     Raises:
         DataError: a question is empty or longer than the model can read; names each row.
@@ -78,8 +78,8 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     """Parse the command line, then answer.
 
     Args:
-        words: of the command line; none takes those of the process.
-        program: its name in the help; none takes the script's.
+        words: arguments of the command line. Defaults to those of the process.
+        program: name to show in the help. Defaults to the script's.
 
     Returns:
         The exit code, 0.

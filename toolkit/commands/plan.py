@@ -32,8 +32,9 @@ class PlanReport:
     """The outcome of ``toolkit.plan``; ``print`` shows the table of ``launch/plan.py``."""
 
     plan: Plan
+    """Memory by kind, operations and disk."""
     verdict: Verdict | None
-    """Whether the run fits; none where no ``gpu_memory`` was named."""
+    """Whether the run fits; None without ``gpu_memory``."""
 
     def __str__(self) -> str:
         from toolkit.planning.table import as_text
@@ -68,9 +69,9 @@ def plan(
     """Return what a run will cost on one rank, and in all; no weight is loaded.
 
     Args:
-        recipe: YAML file, nested values, or a ``RunConfig``; none takes the quickstart recipe.
+        recipe: YAML file, nested values, or a ``RunConfig``. Defaults to the quickstart recipe.
         overrides: value by dotted key, laid over the recipe, as in ``{"train.epochs": 1}``.
-        ds: DeepSpeed JSON, as in ``ds_configs/``; none trains with torch alone.
+        ds: DeepSpeed JSON, as in ``ds_configs/``. Without it torch alone trains.
         world_size: ranks, one GPU each.
         gpu_memory: of one GPU, in bytes or as ``"24GiB"``, to say whether the run fits.
 
@@ -95,8 +96,8 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     """Parse the command line, then plan.
 
     Args:
-        words: of the command line; none takes those of the process.
-        program: its name in the help; none takes the script's.
+        words: arguments of the command line. Defaults to those of the process.
+        program: name to show in the help. Defaults to the script's.
 
     Returns:
         The exit code, 0.

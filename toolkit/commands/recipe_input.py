@@ -29,9 +29,9 @@ def read_input(
     """Build and validate a config from a recipe and what is laid over it.
 
     Args:
-        recipe: a file, nested values, or a config; none takes the quickstart recipe.
+        recipe: a file, nested values, or a config. Defaults to the quickstart recipe.
         overrides: value by dotted key, as in ``{"train.epochs": 1}``.
-        ds: DeepSpeed JSON; none trains with torch alone.
+        ds: DeepSpeed JSON. Without it torch alone trains.
         resume_override: go on with a run although harmless keys differ.
 
     Raises:

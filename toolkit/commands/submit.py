@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.commands.cli import describe
 from toolkit.runtime.errors import CheckpointError, ConfigError, SlurmError
-from toolkit.runtime.shipped import PACKAGE, QUICKSTART, shipped_file
+from toolkit.runtime.shipped import QUICKSTART, launch_script, shipped_file
 
 if TYPE_CHECKING:
     from toolkit.config.flags import Invocation
@@ -31,8 +31,8 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     """Parse the command line, then check, write and submit.
 
     Args:
-        words: of the command line; none takes those of the process.
-        program: its name in the help; none takes the script's.
+        words: arguments of the command line. Defaults to those of the process.
+        program: name to show in the help. Defaults to the script's.
 
     Returns:
         The exit code, 0.
@@ -65,7 +65,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
             request,
             tuple(run.path.resolve() for run in runs),
             invocations[0].deepspeed,
-            _train_script(),
+            launch_script("train"),
             Path.cwd(),
             os.environ,
         )
@@ -78,12 +78,6 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         number = submit.submit(job)
     print(submit.how_to_watch(job, number))
     return 0
-
-
-def _train_script() -> Path | None:
-    """Return ``launch/train.py`` of this checkout; none for an installation, whose package is run as a module."""
-    script = PACKAGE.parent / "launch" / "train.py"
-    return script if script.is_file() else None
 
 
 def _parse(words: Sequence[str] | None, program: str | None) -> list[Invocation]:

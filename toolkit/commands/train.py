@@ -47,9 +47,9 @@ def train(
     afterwards. It logs to the logger ``frostline`` and configures no logging.
 
     Args:
-        recipe: YAML file, nested values, or a ``RunConfig``; none takes the quickstart recipe.
+        recipe: YAML file, nested values, or a ``RunConfig``. Defaults to the quickstart recipe.
         overrides: value by dotted key, laid over the recipe, as in ``{"train.epochs": 1}``.
-        ds: DeepSpeed JSON, as in ``ds_configs/``; none trains with torch alone.
+        ds: DeepSpeed JSON, as in ``ds_configs/``. Without it torch alone trains.
         resume_override: go on with a run although harmless keys (learning rate, epochs …) differ.
 
     Raises:
@@ -73,8 +73,8 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     """Parse the command line, then train.
 
     Args:
-        words: of the command line; none takes those of the process.
-        program: its name in the help; none takes the script's.
+        words: arguments of the command line. Defaults to those of the process.
+        program: name to show in the help. Defaults to the script's.
 
     Returns:
         The exit code, 0 or 75.

@@ -43,8 +43,8 @@ def export_model(
     Args:
         run: the run directory.
         target: a directory that is empty or does not exist.
-        dtype: precision of the saved weights; none keeps the run's.
-        step: the checkpoint, by its number or as ``latest`` or ``best``; none takes the latest.
+        dtype: precision of the saved weights; None keeps the run's.
+        step: the checkpoint, by its number or as ``latest`` or ``best``; None takes the latest.
         base: where the base model is, if it moved.
         trust_remote_code: run code that ships with the base model, if ``run`` was trained with it.
         rounding: of the masters to bfloat16. ``nearest`` gives the weights that trained; ``stochastic`` the upper or
@@ -80,7 +80,7 @@ def export_delta(run: Path, target: Path, dtype: Dtype = "float32", step: Step |
         run: the run directory.
         target: a directory that is empty or does not exist.
         dtype: precision of the saved tensors; float32 keeps the masters.
-        step: the checkpoint, by its number or as ``latest`` or ``best``; none takes the latest.
+        step: the checkpoint, by its number or as ``latest`` or ``best``; None takes the latest.
 
     Raises:
         CheckpointError: ``run`` is no run, or ``target`` is in use.
@@ -120,7 +120,7 @@ def _require_empty(target: Path) -> None:
 
 @contextmanager
 def _staged(target: Path) -> Iterator[Path]:
-    """A directory beside ``target`` that takes its name once the body has filled it; no part of one stays.
+    """Yield a directory beside ``target`` that takes its name once the body has filled it; no part of one stays.
 
     Raises:
         DiskError: it cannot be written.
@@ -172,7 +172,7 @@ The licence and the intended use are those of the base model. The answers of a l
 
 
 def _compared(weights: Comparison) -> str:
-    """What was found when the files that were written were compared with the base model's, tensor by tensor."""
+    """Describe how the written files compare with the base model's, tensor by tensor."""
     found = [
         (weights.identical, "bit-identical to the base model's"),
         (weights.same_values, "of the same values in another precision"),

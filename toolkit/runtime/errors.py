@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from toolkit.runtime.shipped import command_line
+
 
 class FrostlineError(Exception):
     """Base of every error this project raises on purpose; exit code 1.
@@ -35,7 +37,7 @@ class OutOfMemoryError(FrostlineError):
         """  # noqa: D205, D212
         self.phase, self.shape, self.detail = phase, shape, detail
         batch = f", on a micro batch of {shape}" if shape else ""
-        remedy = f"Change first: {advice}" if advice else "python launch/plan.py shows what takes the memory"
+        remedy = f"Change first: {advice}" if advice else f"{command_line('plan')} shows what takes the memory"
         super().__init__(f"out of memory during {phase}{batch} ({detail}); committed checkpoints are kept. {remedy}")
 
     def with_advice(self, advice: str) -> OutOfMemoryError:

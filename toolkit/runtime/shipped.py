@@ -29,6 +29,17 @@ def shipped_file(name: str) -> Path:
     return (PACKAGE / name).resolve()
 
 
+def launch_script(verb: str) -> Path | None:
+    """Return the launch script of a verb in this checkout, or None in an installation, which has none."""
+    script = PACKAGE.parent / "launch" / f"{verb}.py"
+    return script if script.is_file() else None
+
+
+def command_line(verb: str) -> str:
+    """Return how a verb is run here: by its launch script, or by the ``frostline`` command where there is none."""
+    return f"python launch/{verb}.py" if launch_script(verb) else f"frostline {verb}"
+
+
 def find_file(path: str | Path) -> Path:
     """Return ``path`` where it exists from here, else the file of that name that comes with Frostline, which is logged.
 

@@ -23,6 +23,7 @@ from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import OutOfMemoryError
 from toolkit.runtime.out_of_memory import during
 from toolkit.runtime.paths import writing
+from toolkit.runtime.shipped import command_line
 from toolkit.runtime.signals import STOPPED, StopRequested
 from toolkit.training.between_steps import BetweenSteps
 from toolkit.training.consistency import facts, require_same
@@ -143,7 +144,7 @@ def _train(setup: Setup, directory: RunDirectory) -> int:
     if isinstance(setup.prefix, CachedPrefix):
         log.info("%s", setup.prefix.close())
     memory = highest(world.all_gather_object(MemoryUse.now(world.device, setup.libraries))).text(_planned_gib(setup))
-    log.info("done: %d steps, %s; next: python launch/export.py %s", setup.total_steps, memory, run_dir)
+    log.info("done: %d steps, %s; next: %s %s", setup.total_steps, memory, command_line("export"), run_dir)
     return 0
 
 
