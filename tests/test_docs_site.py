@@ -44,7 +44,8 @@ def test_the_reference_has_every_public_name_and_every_recipe_key(site: Path) ->
     recipe = html.unescape((site / "recipe.html").read_text(encoding="utf-8"))
     for name in set(toolkit.__all__) - {"FrostlineError", "RunConfig"}:
         assert f'id="toolkit.{name}"' in api
-    assert 'id="toolkit.runtime.errors.FrostlineError"' in api
+    for name in ("runtime.errors.FrostlineError", "SourceEvaluation.loss", "PlanReport.plan", "TrainResult.run"):
+        assert f'id="toolkit.{name}"' in api
     for path, info in field_paths().items():
         assert f".{path.split('.')[1]}" in recipe
         assert info.description.split("\n")[0].split(" (")[0].split(":")[0].strip() in re.sub(r"<[^>]+>", "", recipe)
@@ -90,6 +91,19 @@ def test_every_file_that_the_docs_name_exists() -> None:
     for page in pages:
         for name in re.findall(rf"`((?:{folders})/[\w./-]+\.\w+)`", page.read_text(encoding="utf-8")):
             assert (ROOT / name).is_file(), f"{page.name}: {name}"
+
+
+def test_what_contributing_sends_people_to_is_there() -> None:
+    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for heading in ("Add a selector", "Add an optimizer", "Add a task"):
+        steps = guide.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+        files = [ROOT / name for name in re.findall(r"`(toolkit/[\w/]+\.py)`", steps)]
+        code = "".join(file.read_text(encoding="utf-8") for file in files)
+        names = re.findall(r"`([A-Za-z_]+)`", steps)
+        assert files
+        assert names
+        for name in names:
+            assert re.search(rf"\b{name}\b", code), f"{heading}: {name}"
 
 
 def test_the_python_that_the_pages_show_uses_public_names() -> None:
