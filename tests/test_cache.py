@@ -277,18 +277,18 @@ def with_room(store: ActivationStore, room: int, monkeypatch: pytest.MonkeyPatch
 
 def test_the_decision_weighs_passes_limit_and_disk(store: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
     with_room(store, 2**40, monkeypatch)
-    assert decide(request("auto"), store).use
+    assert decide(request("auto"), store).on
     assert "0 of 2 samples are there" in decide(request("auto"), store).reason
     once = decide(request("auto", passes=1), store)
-    assert not once.use
+    assert not once.on
     assert "reads nothing twice" in once.reason
-    assert decide(request("on", passes=1), store).use
+    assert decide(request("on", passes=1), store).on
     limited = decide(request("auto", limit=1e-9), store)
-    assert not limited.use
+    assert not limited.on
     assert "prefix.cache_limit_gib allows 1e-09 GiB" in limited.reason
     with_room(store, 10, monkeypatch)
     full = decide(request("auto"), store)
-    assert not full.use
+    assert not full.on
     assert "has room for 0.0 MiB" in full.reason
     for bad in (request("on", limit=1e-9), request("on")):
         with pytest.raises(ConfigError, match=r"prefix\.cache is on, but"):
@@ -299,7 +299,7 @@ def test_samples_that_are_there_need_no_room_and_serve_a_single_pass(
     store: ActivationStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.write({sample_key((1, 2, 3)): torch.zeros(3, 4), sample_key((4, 5)): torch.zeros(2, 4)})
-    assert decide(request("auto", passes=1), with_room(store, 0, monkeypatch)).use
+    assert decide(request("auto", passes=1), with_room(store, 0, monkeypatch)).on
 
 
 def test_changing_the_cache_does_not_stop_a_resume(tiny_model: Path, tmp_path: Path) -> None:

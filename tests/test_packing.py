@@ -14,7 +14,8 @@ from test_zoo import CUT, make
 from torch.nn import functional
 from transformers import modeling_flash_attention_utils as flash
 
-from toolkit.activation_cache.packing import Packing, choose_packing, set_attention
+from toolkit.activation_cache.packing import choose_packing, set_attention
+from toolkit.config.policy import Decision
 from toolkit.config.schema import MaskConfig
 from toolkit.data.batches import Batch, BatchPlan, collate, epoch_order, pack, step_batches
 from toolkit.data.examples import Example
@@ -68,7 +69,7 @@ ROWS = rows(17, 11, 14, 25)
 
 def choose(
     mode: Any, prefix: Prefix | None, suffix: Suffix, micro: int = 4, examples: Sequence[Example] = ROWS
-) -> Packing:
+) -> Decision:
     return choose_packing(mode, micro, prefix, suffix, examples, CPU)
 
 
@@ -106,7 +107,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_padded_ones(name: str) -> No
     model = make(name).eval()
     for boundary in (2, None):
         prefix, suffix = split(model, detect_anatomy(model), boundary)
-        assert choose("auto", prefix, suffix) == Packing(True, "on (auto: exact on rows of this data)")
+        assert choose("auto", prefix, suffix) == Decision(True, "on (auto: exact on rows of this data)")
         assert_same_learning(prefix, suffix)
 
 
@@ -136,7 +137,7 @@ def test_a_model_that_lets_samples_cross_is_refused_by_name(name: str) -> None:
 
 def test_what_needs_no_packing_is_left_as_it_is() -> None:
     _, suffix = split(tiny_llama(), detect_anatomy(tiny_llama()), None)
-    assert choose("off", None, suffix) == Packing(False, "off, as the recipe says")
+    assert choose("off", None, suffix) == Decision(False, "off, as the recipe says")
     assert "one row" in choose("on", None, suffix, micro=1).reason
     assert "one length" in choose("on", None, suffix, examples=rows(9, 9)).reason
     assert suffix.model.config._attn_implementation == "sdpa"

@@ -129,7 +129,7 @@ def bare(tiny_model: Path) -> MetaModel:
 def test_the_plan_is_that_of_the_phase_that_needs_most(bare: MetaModel) -> None:
     freezing = ("--mask.schedule", "{train: [last:4, head], until_step: 4}", "--mask.train", "head")
     config = invocation("--mask.tied", "untie", *freezing).config
-    planners = phase_planners(config, bare, Workload(64, 32, None, "a test"))
+    planners = phase_planners(config, bare, Workload(64, 32, None, "a test"), [3, 3])
     plans = [p.plan(p.variant(engine_spec(None, 1, 1), recompute=False)) for p in planners]
     whole = whole_plan(plans, config.mask)
     assert plans[0].memory.peak > plans[1].memory.peak

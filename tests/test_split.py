@@ -16,7 +16,7 @@ from toolkit.data.examples import Example
 from toolkit.mask.apply import apply_mask
 from toolkit.mask.layer_mask import LayerMask, build_mask
 from toolkit.models.anatomy_detection import detect_anatomy
-from toolkit.split.activation_checkpointing import checkpoint_blocks, should_checkpoint
+from toolkit.split.activation_checkpointing import checkpoint_blocks
 from toolkit.split.prefix import Prefix
 from toolkit.split.suffix import Suffix, split, split_is_exact
 from toolkit.split.supervised_loss import supervised_loss
@@ -190,11 +190,3 @@ def test_the_loss_is_the_token_mean_over_shares_and_a_filler_adds_nothing(batche
     assert share == pytest.approx(float(each.mean()), abs=1e-5)
     filler = Batch(one.input_ids, None, one.supervised, one.targets, one.tokens, is_filler=True)
     assert supervised_loss(suffix, prefix(filler), filler, total).item() == 0
-
-
-def test_auto_checkpoints_exactly_when_the_plan_does_not_fit() -> None:
-    assert should_checkpoint("auto", 1000, 1000)[0] is False
-    assert should_checkpoint("auto", 1000, 999)[0] is True
-    assert should_checkpoint("auto", None, 10**12)[0] is True, "what cannot be planned takes the way that needs less"
-    assert should_checkpoint("on", 0, 10**12)[0] is True
-    assert should_checkpoint("off", 10**12, 0)[0] is False

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from toolkit.activation_cache.cached_prefix import CachedPrefix, HiddenStates
+from toolkit.config.policy import Decision, Mode, refuse_packing
 from toolkit.data.batches import Batch, collate, lay_out, pack
 from toolkit.data.examples import Example
 from toolkit.models.probe import evaluating
@@ -26,23 +26,14 @@ _SLACK = 4.0
 """How many times the rounding that was seen still counts as rounding."""
 
 
-@dataclass(frozen=True)
-class Packing:
-    """Whether micro batches are packed, and why."""
-
-    on: bool
-    reason: str
-    """A phrase for the log."""
-
-
 def choose_packing(
-    mode: Literal["auto", "on", "off"],
+    mode: Mode,
     micro_batch_size: int,
     prefix: HiddenStates | None,
     suffix: Suffix,
     examples: Sequence[Example],
     device: torch.device,
-) -> Packing:
+) -> Decision:
     """Decide by the recipe and by what the model does with packed rows.
 
     Where it is decided for and the model's attention is ``sdpa``, the halves run ``toolkit.models.varlen`` from here
@@ -59,22 +50,18 @@ def choose_packing(
     Raises:
         ModelError: ``mode`` is ``on``, and the model does not keep packed samples apart.
     """
-    if mode == "off":
-        return Packing(False, "off, as the recipe says")
-    if micro_batch_size == 1:
-        return Packing(False, "off (a micro batch is one row, which needs no padding)")
-    if len({len(example.token_ids) for example in examples}) == 1:
-        return Packing(False, "off (all rows have one length, so nothing is padded)")
+    if refused := refuse_packing(mode, micro_batch_size, {len(example.token_ids) for example in examples}):
+        return refused
     given, fault = suffix.model.config._attn_implementation, None
     trial = _Trial(prefix, suffix, device, given)
     with evaluating(*(part for part in (prefix, suffix) if isinstance(part, (Prefix, Suffix)))):
-        for attention in _candidates(mode, given):
+        for attention in packing_attentions(mode, given):
             set_attention(suffix.model, attention)
             if suffix.model.config._attn_implementation != attention:
                 continue  # this model's attention cannot be exchanged
             fault = trial.fault(examples, micro_batch_size)
             if fault is None:
-                return Packing(True, f"on ({'auto: ' if mode == 'auto' else ''}exact on rows of this data)")
+                return Decision(True, f"on ({'auto: ' if mode == 'auto' else ''}exact on rows of this data)")
     set_attention(suffix.model, given)
     fault = fault or f"{given} attention would compute each token of a packed row with each, other samples' too"
     if mode == "on":
@@ -82,11 +69,16 @@ def choose_packing(
             f"data.packing is on, but {type(suffix.model).__name__} with {given} attention does not keep packed "
             f"samples apart: {fault}. Set data.packing to off, or to auto, which packs where that is exact"
         )
-    return Packing(False, f"off (auto: {fault})")
+    return Decision(False, f"off (auto: {fault})")
 
 
-def _candidates(mode: Literal["auto", "on"], given: str) -> list[str]:
-    """Attention implementations to try; ``on`` also takes one that computes all pairs of a packed row under a mask."""
+def packing_attentions(mode: Mode, given: str) -> list[str]:
+    """Return the attention implementations that may keep packed samples apart, in the order in which they are tried.
+
+    Args:
+        mode: of the recipe; ``on`` also takes one that computes all pairs of a packed row under a mask.
+        given: the implementation that the model came with.
+    """
     apart = {"sdpa": [VARLEN], "flash_attention_2": [given]}.get(given, [])
     return apart if mode == "auto" else [*apart, given]
 
@@ -102,7 +94,7 @@ def set_attention(model: PreTrainedModel, name: str) -> None:
 
 @dataclass(frozen=True)
 class _Trial:
-    """Two tests of packed rows under the attention that is set.
+    """Test packed rows in two ways under the attention that is set.
 
     *Crossing*: two short rows are packed, then the tokens of the first are changed. The second row's logits must stay
     as they are, bit for bit: they are computed from the same numbers in the same layout. (A mixture's experts get their
@@ -121,7 +113,7 @@ class _Trial:
     """The attention that the model came with."""
 
     def fault(self, examples: Sequence[Example], micro_batch_size: int) -> str | None:
-        """What is wrong, as a phrase; none where packing is exact. There are rows of at least two lengths."""
+        """Return what is wrong, as a phrase; None where packing is exact. There are rows of at least two lengths."""
         by_length = {len(example.token_ids): example for example in examples}
         shortest, second, *_ = (by_length[length] for length in sorted(by_length))
         longest = sorted(examples, key=lambda example: -len(example.token_ids))[:micro_batch_size]
@@ -132,7 +124,7 @@ class _Trial:
             return f"its code refuses packed rows ({' '.join(str(error).split())[:200]})"
 
     def crossing(self, first: Example, second: Example) -> str | None:
-        """Says so if tokens of one sample reach the next one in its row."""
+        """Return a message if tokens of one sample reach the next one in its row."""
         before = self.logits(pack((first, second)))
         moved = _apart(before[1], self.logits(pack((_turned(first, 1), second)))[1])
         if moved == 0:
@@ -144,7 +136,7 @@ class _Trial:
         return f"the tokens of one sample change the logits of the next one in its row, by up to {moved:.2g}"
 
     def _moved(self, first: Example, second: Example) -> tuple[float, float]:
-        """How far other tokens of the second row move the first one's logits, and the other way round."""
+        """Return how far other tokens of the second row move the first one's logits, and the other way round."""
         before = self.logits(pack((first, second)))
         backward = forward = 0.0
         for turn in (1, 2, 3):
@@ -153,7 +145,7 @@ class _Trial:
         return backward, forward
 
     def other_values(self, rows: Sequence[Example]) -> str | None:
-        """Says so if rows give other logits packed than alone."""
+        """Return a message if rows give other logits packed than alone."""
         packed = self.logits(pack(rows))
         tried = self.suffix.model.config._attn_implementation
         set_attention(self.suffix.model, self.given)
@@ -168,11 +160,11 @@ class _Trial:
         return f"rows give other logits packed than alone, by up to {by_packing:.2g}; rounding explains {allowed:.2g}"
 
     def _most_rounding(self, logits: Sequence[torch.Tensor]) -> float:
-        """Half of the digits: what is more than that is no rounding, whatever caused it."""
+        """Return half of the digits: what is more than that is no rounding, whatever caused it."""
         return float(torch.finfo(self.suffix.model.dtype).eps ** 0.5 * _largest(logits))
 
     def logits(self, batch: Batch) -> list[torch.Tensor]:
-        """Logits of each sample at its first and last positions, in float32."""
+        """Compute the logits of each sample at its first and last positions, in float32."""
         watched = []
         for length in batch.lengths:
             rows = torch.zeros(length, 1)
@@ -184,14 +176,14 @@ class _Trial:
         return list(torch.split(logits, [int(rows.sum()) for rows in watched]))
 
     def hidden(self, batch: Batch) -> torch.Tensor | None:
-        """What enters the suffix; behind a cache it is kept sample by sample, so the suffix alone is on trial."""
+        """Return what enters the suffix; a cache keeps it sample by sample, so that only the suffix is tested."""
         if self.prefix is None:
             return None
         return self.prefix.stored_or_noise(batch) if isinstance(self.prefix, CachedPrefix) else self.prefix(batch)
 
 
 def _turned(example: Example, turn: int) -> Example:
-    """The same tokens in another order, by turning them round and on by ``turn``."""
+    """Return the same tokens in another order: reversed, and rotated by ``turn``."""
     turned = example.token_ids[::-1]
     return replace(example, token_ids=turned[turn:] + turned[:turn])
 

@@ -1,4 +1,4 @@
-"""Whether a run caches its prefix, and the reason, which is always said."""
+"""Decide whether a run caches its prefix, name what makes that impossible, and open the store."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import toolkit
 from toolkit.activation_cache.eviction import cache_writer
 from toolkit.activation_cache.namespace import Namespace, bytes_of, sample_key
 from toolkit.activation_cache.store import ActivationStore
+from toolkit.config.policy import Decision, decide_cache
 from toolkit.config.schema import PrefixConfig
 from toolkit.data.batches import collate
 from toolkit.data.examples import Example
@@ -38,45 +39,17 @@ _COMPUTE = ("data/batches.py", "models", "split", "frozen", "activation_cache")
 
 @dataclass(frozen=True)
 class CacheRequest:
-    """What a run would cache."""
+    """The samples that a run would cache."""
 
     settings: PrefixConfig
     examples: Sequence[Example]
     """Of training and validation."""
     passes: float
-    """Over the training rows, as far as the run goes; 0.5 is half an epoch."""
-
-
-@dataclass(frozen=True)
-class CacheDecision:
-    """Whether to cache, and why."""
-
-    use: bool
-    reason: str
-    """As a phrase for the log."""
-
-
-def refusal(settings: PrefixConfig, obstacle: str | None) -> str | None:
-    """Why nothing is cached, as a phrase for the log; none if nothing stands against it.
-
-    Args:
-        settings: the recipe's prefix section.
-        obstacle: what makes a cache impossible, if anything does.
-
-    Raises:
-        ConfigError: ``prefix.cache`` is ``on`` and there is an obstacle.
-    """
-    if settings.cache == "off":
-        return "off, as the recipe says"
-    if obstacle is None:
-        return None
-    if settings.cache == "on":
-        raise ConfigError([f"prefix.cache is on, but {obstacle}; set it to auto or off"], "recipe")
-    return f"off (auto: {obstacle})"
+    """Over the training rows while the mask holds; see ``BatchPlan.passes``."""
 
 
 def mask_obstacle(mask: LayerMask) -> str | None:
-    """Why this mask's prefix is no function of the data alone, if so."""
+    """Return why this mask's prefix is no function of the data alone; None if it is."""
     if not mask.has_prefix:
         return "nothing below the trained tensors is frozen"
     if mask.tied == "head_only":
@@ -84,8 +57,16 @@ def mask_obstacle(mask: LayerMask) -> str | None:
     return None
 
 
-def drops_out(model: nn.Module) -> bool:
-    """True if a module has a dropout of its own; a guess for plans, where nothing can be run (see ``unfit``)."""
+def limit_obstacle(settings: PrefixConfig, size: int) -> str | None:
+    """Return why ``size`` bytes of samples exceed ``prefix.cache_limit_gib``; None if they do not."""
+    limit = settings.cache_limit_gib
+    if limit is None or size <= limit * 2**30:
+        return None
+    return f"the samples need {format_size(size)}, prefix.cache_limit_gib allows {limit:g} GiB"
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Return True if a module has a dropout of its own: a guess for plans, which run nothing (see ``unfit``)."""
     rates = [value for module in model.modules() for name, value in vars(module).items() if "dropout" in name]
     rates += [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
@@ -94,7 +75,7 @@ def drops_out(model: nn.Module) -> bool:
 def prefix_fingerprints(
     loaded: LoadedModel, boundary: int, settings: PrefixConfig, device: torch.device
 ) -> dict[str, str]:
-    """Everything that ``hidden[b]`` of a sample depends on beside its token ids.
+    """Return everything that ``hidden[b]`` of a sample depends on beside its token ids, by name.
 
     Args:
         loaded: with its weights as they are when the prefix runs.
@@ -149,12 +130,12 @@ def open_store(
 
 
 def cache_path(settings: PrefixConfig) -> Path:
-    """Where hidden states are kept: ``prefix.cache_dir``, else ``activations`` beside the converted models."""
+    """Return where hidden states are kept: ``prefix.cache_dir``, else ``activations`` beside the converted models."""
     return Path(settings.cache_dir) if settings.cache_dir else cache_root() / "activations"
 
 
 def note_split(store: ActivationStore, returned: Sequence[int | None]) -> None:
-    """Remember beside the activations that the cut was found exact and repeatable, and what the blocks returned.
+    """Save beside the activations that the cut was found exact and repeatable, and what the blocks returned.
 
     Where that cannot be written, the next run finds out anew.
     """
@@ -163,7 +144,7 @@ def note_split(store: ActivationStore, returned: Sequence[int | None]) -> None:
 
 
 def noted_split(store: ActivationStore) -> list[int | None] | None:
-    """What ``note_split`` remembered; none where nothing can be read."""
+    """Read what ``note_split`` saved; None where nothing can be read."""
     try:
         returned = json.loads((store.directory / _NOTE).read_text(encoding="utf-8"))["returned"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -172,7 +153,7 @@ def noted_split(store: ActivationStore) -> list[int | None] | None:
 
 
 def unfit(prefix: Prefix, example: Example, store: ActivationStore, world: World) -> str | None:
-    """Why this prefix's hidden states cannot be stored, or stored ones not be used; none if they can."""
+    """Return why this prefix's hidden states cannot be stored, or stored ones not be used; None if they can."""
     batch = collate([example], pad_id=0).to(world.device)
     state = torch.get_rng_state()
     prefix.train()
@@ -189,13 +170,13 @@ def unfit(prefix: Prefix, example: Example, store: ActivationStore, world: World
     return None
 
 
-def decide_on_all_ranks(request: CacheRequest, store: ActivationStore, world: World) -> CacheDecision:
-    """``decide`` on rank 0, for all, so that all ranks fill the cache or none.
+def decide_on_all_ranks(request: CacheRequest, store: ActivationStore, world: World) -> Decision:
+    """Call ``decide`` on rank 0, for all, so that all ranks fill the cache or none.
 
     Raises:
         ConfigError: as ``decide``.
     """
-    decision: CacheDecision | ConfigError | None = None
+    decision: Decision | ConfigError | None = None
     if world.is_main:
         try:
             decision = decide(request, store)
@@ -208,8 +189,8 @@ def decide_on_all_ranks(request: CacheRequest, store: ActivationStore, world: Wo
     return decision
 
 
-def decide(request: CacheRequest, store: ActivationStore) -> CacheDecision:
-    """Whether caching pays and fits.
+def decide(request: CacheRequest, store: ActivationStore) -> Decision:
+    """Decide whether caching pays and fits; ``toolkit.config.policy.decide_cache`` with what the store holds.
 
     Args:
         request: what is to be cached.
@@ -223,23 +204,16 @@ def decide(request: CacheRequest, store: ActivationStore) -> CacheDecision:
     width, dtype = store.namespace.width, store.namespace.dtype
     size = bytes_of(sum(distinct.values()), len(distinct), width, dtype)
     new = bytes_of(sum(missing), len(missing), width, dtype)
-    asked, limit, room = request.settings.cache == "on", request.settings.cache_limit_gib, store.available_bytes()
-    obstacle = None
-    if limit is not None and size > limit * 2**30:
-        obstacle = f"the samples need {format_size(size)}, prefix.cache_limit_gib allows {limit:g} GiB"
-    elif new > room:
+    obstacle, room = limit_obstacle(request.settings, size), store.available_bytes()
+    if obstacle is None and new > room:
         obstacle = f"{format_size(new)} are to be written to {store.directory}, which has room for {format_size(room)}"
-    if obstacle:
-        reason = refusal(request.settings, obstacle)
-        return CacheDecision(False, reason or "")
-    if not asked and request.passes <= 1 and missing:
-        return CacheDecision(False, "off (auto: one pass over the rows reads nothing twice)")
+    decision = decide_cache(request.settings, obstacle, request.passes, is_complete=not missing)
+    if not decision.on:
+        return decision
     there = f"{len(distinct) - len(missing)} of {len(distinct)} samples are there"
-    return CacheDecision(
-        True, f"{'on, as the recipe says' if asked else 'on (auto)'}: {format_size(size)}, {there}, {store.directory}"
-    )
+    return Decision(True, f"{decision.reason}: {format_size(size)}, {there}, {store.directory}")
 
 
 def format_size(count: float) -> str:
-    """Bytes for people."""
+    """Return a number of bytes as people read it."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from toolkit.checkpoint.manifest import damaged
+from toolkit.config.policy import global_batch
 from toolkit.config.schema import RunConfig
 
 NAME = "state.json"
@@ -71,7 +72,8 @@ class State(BaseModel):
 
     def steps_in_all(self, config: RunConfig, ranks: int) -> int:
         """Steps of the whole run if ``config`` goes on from here on ``ranks`` ranks."""
-        train, batch = config.train, global_batch(config, ranks)
+        train = config.train
+        batch = global_batch(train.micro_batch_size, train.gradient_accumulation_steps, ranks)
         rest = math.ceil((self.rows - self.cursor) / batch)
         rest += (train.epochs - self.epoch - 1) * math.ceil(self.rows / batch)
         return min(self.step + max(rest, 0), train.max_steps or self.step + max(rest, 0))
@@ -93,11 +95,6 @@ def read_state(checkpoint: Path) -> State:
         raise damaged(checkpoint, [f"{NAME} cannot be read ({error})"]) from None
 
 
-def global_batch(config: RunConfig, ranks: int) -> int:
-    """Rows of one optimizer step over all ranks."""
-    return config.train.micro_batch_size * config.train.gradient_accumulation_steps * ranks
-
-
 def recipe_differences(state: State, config: RunConfig, ranks: int) -> tuple[list[str], list[str]]:
     """In what ``config`` would change the run of a checkpoint: what may not change, and what may under an override."""
     refused: list[str] = []
@@ -109,10 +106,11 @@ def recipe_differences(state: State, config: RunConfig, ranks: int) -> tuple[lis
             continue
         difference = f"{key} was {old.get(key)!r}, is now {new.get(key)!r}"
         (harmless if key.startswith(_HARMLESS) else refused).append(difference)
-    if (batch := global_batch(config, ranks)) != state.global_batch:
+    micro, accumulation = config.train.micro_batch_size, config.train.gradient_accumulation_steps
+    if (batch := global_batch(micro, accumulation, ranks)) != state.global_batch:
         harmless.append(
-            f"a step took {state.global_batch} rows, takes {batch} now (micro batch {config.train.micro_batch_size} x "
-            f"accumulation {config.train.gradient_accumulation_steps} x {ranks} ranks): the steps that are left would "
+            f"a step took {state.global_batch} rows, takes {batch} now (micro batch {micro} x "
+            f"accumulation {accumulation} x {ranks} ranks): the steps that are left would "
             "be others. Keep the product of the three, or override: the run then goes on with the next row"
         )
     return refused, harmless

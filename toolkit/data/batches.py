@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from toolkit.config.policy import global_batch
+from toolkit.config.schema import TrainConfig
 from toolkit.data.examples import Example
 
 
@@ -109,10 +111,15 @@ class BatchPlan:
     rank: int = 0
     ranks: int = 1
 
+    @classmethod
+    def of_recipe(cls, train: TrainConfig, rows: int, ranks: int, rank: int = 0) -> BatchPlan:
+        """Return the plan of a run of ``rows`` training rows on ``ranks`` ranks."""
+        return cls(rows, train.micro_batch_size, train.gradient_accumulation_steps, rank, ranks)
+
     @property
     def global_batch(self) -> int:
         """Rows of one optimizer step over all ranks."""
-        return self.micro_batch_size * self.accumulation * self.ranks
+        return global_batch(self.micro_batch_size, self.accumulation, self.ranks)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -123,10 +130,17 @@ class BatchPlan:
         """Optimizer steps of a run of ``epochs`` passes, at most ``most``."""
         return min(self.steps_per_epoch * epochs, most or self.steps_per_epoch * epochs)
 
+    def passes(self, end: int, start: int = 0) -> float:
+        """Return how often the steps after ``start`` up to ``end`` go over the rows; 0.5 is half an epoch."""
+        return (self._rows_before(end) - self._rows_before(start)) / self.rows
+
+    def _rows_before(self, step: int) -> int:
+        epochs, rest = divmod(step, self.steps_per_epoch)
+        return epochs * self.rows + rest * self.global_batch
+
     def text(self, steps: int, epochs: int) -> str:
-        """In words, for a run of ``steps`` whose recipe has ``epochs`` of these rows."""
-        whole, rest = divmod(steps, self.steps_per_epoch)
-        passes = f"{whole + rest * self.global_batch / self.rows:.2g}"
+        """Describe a run of ``steps`` whose recipe has ``epochs`` of these rows."""
+        passes = f"{self.passes(steps):.2g}"
         cut = steps < self.steps(epochs, None)
         return (
             f"{steps} steps{' (train.max_steps)' if cut else ''} of {self.global_batch} row(s), "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
@@ -34,6 +34,11 @@ class Example:
     def supervised_tokens(self) -> int:
         """How many tokens the loss is taken over."""
         return len(self.token_ids) - self.answer_start
+
+
+def shortest(examples: Iterable[Example]) -> Example:
+    """Return the first of the examples that have the fewest tokens."""
+    return min(examples, key=lambda example: len(example.token_ids))
 
 
 class Encoder:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from toolkit.config.policy import decide_checkpointing
 from toolkit.planning.engine_memory import EngineSpec, zero_spec
 from toolkit.planning.planner import Planner, Variant
 from toolkit.runtime.errors import ModelError
@@ -43,14 +44,13 @@ class Verdict:
 
 
 def choose_checkpointing(planner: Planner, spec: EngineSpec, budget: int | None) -> Variant:
-    """The run with gradient checkpointing as the recipe has it; ``auto`` turns it on where ``budget`` needs it."""
-    mode = planner.config.train.gradient_checkpointing
-    plain = planner.variant(spec, recompute=mode == "on")
-    if mode != "auto" or budget is None:
-        return plain
+    """Return the run with gradient checkpointing as ``decide_checkpointing`` has it for ``budget`` bytes."""
+    plain = planner.variant(spec, recompute=False)
     held = planner.memory(plain)
-    helps = held.moment != "update"  # where the optimizer's state is the peak, activations are not the matter
-    return replace(plain, recompute=helps and held.peak + RESERVE > budget)
+    decision = decide_checkpointing(
+        planner.config.train.gradient_checkpointing, held.peak + RESERVE, budget, in_update=held.moment == "update"
+    )
+    return replace(plain, recompute=decision.on)
 
 
 def judge(planner: Planner, variant: Variant, budget: int) -> Verdict:

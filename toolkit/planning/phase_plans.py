@@ -16,8 +16,14 @@ _MASTER = 4
 """Bytes of an element of a master."""
 
 
-def phase_planners(config: RunConfig, skeleton: MetaModel, load: Workload) -> list[Planner]:
-    """One planner a phase of the mask's schedule; one in all where there is no schedule.
+def phase_planners(config: RunConfig, skeleton: MetaModel, load: Workload, passes: Sequence[float]) -> list[Planner]:
+    """Return one planner a phase of the mask's schedule; one in all where there is no schedule.
+
+    Args:
+        config: the recipe.
+        skeleton: the model without weights.
+        load: the rows.
+        passes: over the training rows, one number a phase.
 
     Raises:
         MaskError: the mask of a phase is at fault.
@@ -25,8 +31,8 @@ def phase_planners(config: RunConfig, skeleton: MetaModel, load: Workload) -> li
     scheduled = bool(config.mask.schedule)
     untied = any(mask.tied == "untie" for mask in phase_masks(config.mask, skeleton.anatomy))
     return [
-        Planner(config.model_copy(update={"mask": mask}), skeleton, load, untied=untied, is_phase=scheduled)
-        for mask in phase_configs(config.mask)
+        Planner(config.model_copy(update={"mask": mask}), skeleton, load, own, untied=untied, is_phase=scheduled)
+        for mask, own in zip(phase_configs(config.mask), passes, strict=True)
     ]
 
 

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from toolkit.activation_cache.cached_prefix import FILL_TOKENS
-from toolkit.activation_cache.policy import drops_out, mask_obstacle
+from toolkit.activation_cache.namespace import bytes_of
+from toolkit.activation_cache.packing import packing_attentions
+from toolkit.activation_cache.policy import has_dropout, limit_obstacle, mask_obstacle
+from toolkit.config.policy import decide_cache, refuse_packing
 from toolkit.config.schema import MaskGroup, PrefixConfig, RunConfig
 from toolkit.mask.audit import AuditRow, audit, audit_table
 from toolkit.mask.layer_mask import LayerMask, build_mask
-from toolkit.models.varlen import VARLEN
 from toolkit.planning.engine_memory import EngineSpec, standing
 from toolkit.planning.flops import Compute, compute
 from toolkit.planning.memory import Memory, checkpoint_bytes, memory
@@ -95,6 +97,8 @@ class Planner:
     config: RunConfig
     skeleton: MetaModel
     load: Workload
+    passes: float = float("inf")
+    """Over the training rows while the mask holds."""
     cut: bool = True
     """Whether the model is to be cut at the frost line, if it can be."""
     packed: bool | None = None
@@ -111,13 +115,20 @@ class Planner:
     _rehearsals: dict[tuple[Any, ...], Trace] = field(default_factory=dict)
 
     def variant(self, spec: EngineSpec, recompute: bool) -> Variant:
-        """The run as the recipe has it."""
+        """Return the run as the recipe has it.
+
+        Raises:
+            ConfigError: ``prefix.cache`` is ``on``, and this run cannot be cached.
+            MaskError: the mask is at fault.
+            PlanError: the architecture cannot be rehearsed without data.
+        """
         train = self.config.train
-        return Variant(
+        plain = Variant(
             selectors=tuple(self.config.mask.train), rows=train.micro_batch_size,
             accumulation=train.gradient_accumulation_steps, tokens=self.load.tokens, supervised=self.load.supervised,
-            recompute=recompute, packed=self._packs(), spec=spec, frozen=self.config.prefix, cached=self._caches(),
+            recompute=recompute, packed=self._packs(), spec=spec, frozen=self.config.prefix, cached=False,
         )  # fmt: skip
+        return replace(plain, cached=self._caches(plain))
 
     def memory(self, variant: Variant) -> Memory:
         """Bytes on one rank.
@@ -165,25 +176,28 @@ class Planner:
         )  # fmt: skip
 
     def _packs(self) -> bool:
-        """What ``choose_packing`` will decide if the model keeps packed samples apart."""
+        """Return what ``choose_packing`` will decide if the model keeps packed samples apart."""
         if self.packed is not None:
             return self.packed
-        mode = self.config.data.packing
-        return mode == "on" or (mode == "auto" and self.skeleton.model.config._attn_implementation in ("sdpa", VARLEN))
+        mode, lengths = self.config.data.packing, self.load.distinct
+        if refuse_packing(mode, self.config.train.micro_batch_size, lengths):
+            return False
+        return bool(packing_attentions(mode, self.skeleton.model.config._attn_implementation))
 
-    def _caches(self) -> bool:
-        """What the run will decide if the disk has room and the architecture can be cut."""
+    def _caches(self, plain: Variant) -> bool:
+        """Return what the run will decide if the cache is empty and the disk has room."""
         if self.cached is not None:
             return self.cached
-        train, mode = self.config.train, self.config.prefix.cache
-        mask = self._split(tuple(self.config.mask.train), self._packs()).mask
-        if mode == "off" or mask_obstacle(mask) or drops_out(self.skeleton.model):
+        settings, halves = self.config.prefix, self._split(plain.selectors, plain.packed)
+        obstacle = mask_obstacle(halves.mask)
+        if obstacle is None and self.load.distinct is not None:
+            width, dtype = self.skeleton.hidden_size, self.skeleton.model.dtype
+            size = bytes_of(sum(self.load.distinct), len(self.load.distinct), width, dtype)
+            obstacle = limit_obstacle(settings, size)
+        if not decide_cache(settings, obstacle, self.passes).on:
             return False
-        passes = float(train.epochs)
-        if train.max_steps and self.load.lengths:
-            global_batch = train.micro_batch_size * train.gradient_accumulation_steps
-            passes = min(passes, train.max_steps * global_batch / len(self.load.lengths))
-        return mode == "on" or passes > 1
+        self._rehearse(plain)  # finds out whether the architecture can be cut; the run itself tries, and may refuse
+        return self._split(plain.selectors, plain.packed).prefix is not None and not has_dropout(self.skeleton.model)
 
     def _split(self, selectors: tuple[str | MaskGroup, ...], packed: bool) -> MetaSplit:
         key = repr((selectors, packed))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from toolkit.config.policy import global_batch
 from toolkit.planning.device_fit import RESERVE, Verdict
 from toolkit.planning.flops import PASSES
 from toolkit.planning.memory import KINDS, Memory
@@ -62,6 +63,7 @@ def as_dict(plan: Plan, verdict: Verdict | None = None) -> dict[str, Any]:
             "tokens": variant.tokens,
             "supervised": variant.supervised,
             "accumulation": variant.accumulation,
+            "global_batch": _step_rows(plan),
             "source": plan.load.source,
         },
         "prefix": {
@@ -221,7 +223,7 @@ def _per_token(plan: Plan) -> dict[str, float]:
 
 def _step_rows(plan: Plan) -> int:
     """Rows of one optimizer step over all ranks."""
-    return plan.variant.rows * plan.variant.accumulation * plan.variant.spec.ranks
+    return global_batch(plan.variant.rows, plan.variant.accumulation, plan.variant.spec.ranks)
 
 
 def _training(plan: Plan, cost: dict[str, float]) -> dict[str, float]:

@@ -28,16 +28,19 @@ class Workload:
     """(tokens, supervised tokens) of each training row; none where the data was not read."""
     source: str
     """Where this is from, as a phrase."""
+    distinct: tuple[int, ...] | None = None
+    """Tokens of each distinct row, validation rows included; None where the data was not read."""
 
 
 def workload_of(dataset: Dataset) -> Workload:
-    """The rows of a data set that was read."""
+    """Return the rows of a data set that was read."""
     lengths = tuple((len(example.token_ids), example.supervised_tokens) for example in dataset.train)
     return Workload(
         max(tokens for tokens, _ in lengths),
         max(supervised for _, supervised in lengths),
         lengths,
         f"the longest of {len(lengths):,} training rows",
+        tuple(len(ids) for ids in {example.token_ids for example in (*dataset.train, *dataset.validation)}),
     )
 
 

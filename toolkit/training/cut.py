@@ -20,15 +20,15 @@ from toolkit.activation_cache.policy import (
     noted_split,
     open_store,
     prefix_fingerprints,
-    refusal,
     unfit,
 )
 from toolkit.activation_cache.store import ActivationStore
 from toolkit.checkpoint.delta import Base
+from toolkit.config.policy import Decision, refuse_cache
 from toolkit.config.schema import PrefixConfig, RunConfig
 from toolkit.data.batches import collate
 from toolkit.data.dataset import Dataset
-from toolkit.data.examples import Example
+from toolkit.data.examples import Example, shortest
 from toolkit.frozen.weight_offload import FrozenWeights
 from toolkit.inference.open_model import load_base
 from toolkit.mask.apply import apply_mask
@@ -120,21 +120,21 @@ def cut(loaded: LoadedModel, job: CutJob) -> tuple[HiddenStates | None, Suffix]:
     """
     settings = job.config.prefix
     loaded.model.train()
-    reason = refusal(settings, mask_obstacle(job.mask))
-    store = _open(loaded, job) if reason is None else None
+    refused = refuse_cache(settings, mask_obstacle(job.mask))
+    store = _open(loaded, job) if refused is None else None
     if store is not None and (returned := _complete(store, job)) is not None:
         log.info("activation cache: all samples are in %s; the prefix is not needed", store.directory)
         suffix = Suffix(loaded.model, loaded.anatomy, job.mask.boundary, returned)
         return CachedPrefix(None, *_loaders(loaded, job), store, job.world), _detach_from_file(suffix, job)
     prefix, suffix = _halve(loaded, job)
     if store is not None:
-        cached, reason = _fill(prefix, store, loaded, job)
+        cached, refused = _fill(prefix, store, loaded, job)
         if cached is not None:
             if not job.changes and cached.release(job.examples):
                 suffix = _detach_from_file(suffix, job)
             return cached, suffix
         store.close()
-    log.info("activation cache: %s", reason)
+    log.info("activation cache: %s", refused.reason if refused else "")
     return prefix, suffix
 
 
@@ -153,17 +153,17 @@ def _complete(store: ActivationStore, job: CutJob) -> list[int | None] | None:
 
 def _fill(
     prefix: Prefix | None, store: ActivationStore, loaded: LoadedModel, job: CutJob
-) -> tuple[CachedPrefix | None, str | None]:
+) -> tuple[CachedPrefix | None, Decision | None]:
     """The prefix behind a cache that all ranks have filled; or none, and why not."""
     settings, world = job.config.prefix, job.world
     obstacle = "this architecture cannot be cut" if prefix is None else unfit(prefix, job.examples[0], store, world)
     if world.max(float(obstacle is not None)) and obstacle is None:
         obstacle = "another rank found that it cannot be"
     if prefix is None or obstacle:
-        return None, refusal(settings, obstacle)
+        return None, refuse_cache(settings, obstacle)
     decision = decide_on_all_ranks(CacheRequest(settings, job.examples, job.passes), store, world)
-    if not decision.use:
-        return None, decision.reason
+    if not decision.on:
+        return None, decision
     log.info("activation cache: %s; filling it", decision.reason)
     cached = CachedPrefix(prefix, *_loaders(loaded, job), store, world)
     cached.fill(job.examples)
@@ -237,8 +237,7 @@ def _halve(loaded: LoadedModel, job: CutJob) -> tuple[Prefix | None, Suffix]:
     prefix, suffix = split(model, loaded.anatomy, mask.boundary if mask.has_prefix else None, frozen)
     if prefix is None:
         return None, suffix
-    shortest = min(job.dataset.train, key=lambda example: len(example.token_ids))
-    exact = split_is_exact(model, prefix, suffix, collate([shortest], pad_id=0).to(world.device))
+    exact = split_is_exact(model, prefix, suffix, collate([shortest(job.dataset.train)], pad_id=0).to(world.device))
     name, effect = type(model).__name__, "does not give the same logits when cut at block"
     if frozen is not None:
         if not exact:

@@ -1,8 +1,9 @@
-"""What plans a run that has loaded its model."""
+"""Plan a run that has loaded its model."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
@@ -19,18 +20,21 @@ from toolkit.training.cut import effective
 log = logging.getLogger("frostline")
 
 
-def planners_of(config: RunConfig, loaded: LoadedModel, dataset: Dataset, device: torch.device) -> list[Planner]:
-    """Give what plans each phase; nothing, and a word in the log, where the architecture does not allow it.
+def planners_of(
+    config: RunConfig, loaded: LoadedModel, dataset: Dataset, device: torch.device, passes: Sequence[float]
+) -> list[Planner]:
+    """Return the planner of each phase; none, and a warning, where the architecture cannot be planned.
 
     Args:
         config: the recipe.
         loaded: the model, before a mask is applied.
         dataset: the rows.
         device: where the run computes.
+        passes: over the training rows, one number a phase.
     """
     config = config.model_copy(update={"prefix": effective(config.prefix, device)})
     try:
-        return phase_planners(config, meta_model_of(loaded), workload_of(dataset))
+        return phase_planners(config, meta_model_of(loaded), workload_of(dataset), passes)
     except PlanError as error:
         log.warning("%s", error)
         return []

@@ -12,13 +12,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from toolkit.activation_cache.cached_prefix import CachedPrefix, HiddenStates
-from toolkit.activation_cache.packing import Packing, choose_packing
+from toolkit.activation_cache.packing import choose_packing
 from toolkit.checkpoint.delta import Base
 from toolkit.checkpoint.state import State
 from toolkit.config.flags import Invocation
+from toolkit.config.policy import Decision, decide_checkpointing
 from toolkit.config.schema import RunConfig
 from toolkit.data.batches import BatchPlan, collate
 from toolkit.data.dataset import Dataset
+from toolkit.data.examples import shortest
 from toolkit.data.model_limits import check_fit, padding_id
 from toolkit.engine.base import Engine
 from toolkit.engine.deepspeed.config import read_ds_config, refuse_what_cannot_move, resolve_ds_config, zero_stage
@@ -37,7 +39,7 @@ from toolkit.planning.planner import Plan, Planner
 from toolkit.runtime import malloc, signals
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import PlanError
-from toolkit.split.activation_checkpointing import checkpoint_blocks, free_bytes, should_checkpoint
+from toolkit.split.activation_checkpointing import checkpoint_blocks, free_bytes
 from toolkit.split.joined_model import JoinedModel
 from toolkit.split.prefix import Prefix
 from toolkit.split.suffix import Suffix
@@ -98,7 +100,7 @@ class Setup:
     """Bytes in memory of Python and what it has imported."""
     resting: dict[str, torch.Tensor] = field(default_factory=dict)
     """On rank 0, the float32 masters of what trained in earlier phases and does not now."""
-    packing: Packing | None = None
+    packing: Decision | None = None
     """Whether micro batches are packed; none before the first phase has found out."""
     reading: HiddenStates | None = None
     """What a thread may ask to read ahead; none between two phases."""
@@ -164,9 +166,7 @@ def prepare(invocation: Invocation, world: World, state: State | None = None, ru
     dataset, stop_ids = read_rows_of(config, tokenizer, world, run_dir)
     signals.raise_if_stopping(world)
     train = config.train
-    plan = BatchPlan(
-        len(dataset.train), train.micro_batch_size, train.gradient_accumulation_steps, world.rank, world.size
-    )
+    plan = BatchPlan.of_recipe(train, len(dataset.train), world.size, world.rank)
     total_steps = state.steps_in_all(config, world.size) if state else plan.steps(train.epochs, train.max_steps)
     refuse_with_schedule(config, world.device)
     for warning in unused_settings(config, total_steps, world.device):
@@ -183,7 +183,9 @@ def prepare(invocation: Invocation, world: World, state: State | None = None, ru
         config.model, world.broadcast_object(fingerprint(loaded.model, loaded.on_disk) if world.is_main else None)
     )
     schedule = build_schedule(config.mask, loaded.anatomy, plan.steps_per_epoch, total_steps)
-    planners = planners_of(config, loaded, dataset, world.device)
+    planners = planners_of(
+        config, loaded, dataset, world.device, [plan.passes(phase.end, phase.start) for phase in schedule.phases]
+    )
     resolved = None
     if ds is not None and invocation.deepspeed is not None:
         width = loaded.model.config.get_text_config().hidden_size
@@ -238,19 +240,17 @@ def begin(setup: Setup, phase: Phase) -> None:
 
 
 def _job(setup: Setup, phase: Phase) -> CutJob:
-    steps = phase.end - phase.start
-    passes = steps * setup.plan.global_batch / setup.plan.rows
     return CutJob(
-        setup.config, setup.tokenizer, phase.mask, setup.base, setup.dataset, passes, setup.world,
-        changes=len(setup.schedule.phases) > 1,
+        setup.config, setup.tokenizer, phase.mask, setup.base, setup.dataset,
+        setup.plan.passes(phase.end, phase.start), setup.world, changes=len(setup.schedule.phases) > 1,
     )  # fmt: skip
 
 
 def _settle(setup: Setup, prefix: HiddenStates | None, suffix: Suffix) -> None:
     """Find out on rows of the data what may be left out at the top, and in the first phase whether to pack."""
     examples, device = (*setup.dataset.train, *setup.dataset.validation), setup.world.device
-    shortest = collate([min(setup.dataset.train, key=lambda example: len(example.token_ids))], pad_id=0).to(device)
-    log.info("supervised positions: %s", suffix.choose_shortcuts(prefix(shortest) if prefix else None, shortest).text)
+    row = collate([shortest(setup.dataset.train)], pad_id=0).to(device)
+    log.info("supervised positions: %s", suffix.choose_shortcuts(prefix(row) if prefix else None, row).text)
     if setup.packing is None:
         rows = setup.config.train.micro_batch_size
         setup.packing = choose_packing(setup.config.data.packing, rows, prefix, suffix, examples, device)
@@ -267,10 +267,13 @@ def _decide_recompute(setup: Setup, phase: Phase) -> tuple[bool, str, Plan | Non
             plans = {on: planner.plan(planner.variant(spec_of(setup), recompute=on)) for on in (False, True)}
         except PlanError as error:
             log.warning("%s", error)
-    needed = plans[False].memory.beside_weights if plans else None
+    memory = plans[False].memory if plans else None
     free = -int(setup.world.max(-free_bytes(setup.world.device)))  # the tightest rank decides for all
-    on, why = should_checkpoint(train.gradient_checkpointing, needed, free)
-    return on, why, plans.get(on)
+    decision = decide_checkpointing(
+        train.gradient_checkpointing, memory.beside_weights if memory else None, free,
+        in_update=memory is not None and memory.moment == "update",
+    )  # fmt: skip
+    return decision.on, decision.reason, plans.get(decision.on)
 
 
 def spec_of(setup: Setup) -> EngineSpec:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from toolkit.config.policy import global_batch
 from toolkit.config.schema import MaskConfig, RunConfig
 from toolkit.engine.deepspeed.nvme_files import check_paths
 from toolkit.runtime.errors import ConfigError
@@ -150,14 +151,10 @@ def refuse_what_cannot_move(ds: dict[str, Any], mask: MaskConfig, path: Path) ->
 
 def _owned(config: RunConfig, ranks: int) -> Iterator[tuple[str, Any, str]]:
     train = config.train
-    yield "train_micro_batch_size_per_gpu", train.micro_batch_size, "train.micro_batch_size"
-    yield (
-        "gradient_accumulation_steps",
-        train.gradient_accumulation_steps,
-        "train.gradient_accumulation_steps",
-    )
-    product = train.micro_batch_size * train.gradient_accumulation_steps * ranks
-    yield "train_batch_size", product, f"micro batch x accumulation x {ranks} ranks"
+    micro, accumulation = train.micro_batch_size, train.gradient_accumulation_steps
+    yield "train_micro_batch_size_per_gpu", micro, "train.micro_batch_size"
+    yield "gradient_accumulation_steps", accumulation, "train.gradient_accumulation_steps"
+    yield "train_batch_size", global_batch(micro, accumulation, ranks), f"micro batch x accumulation x {ranks} ranks"
     yield "gradient_clipping", train.max_grad_norm, "train.max_grad_norm"
     yield "bf16.enabled", config.model.dtype == "bfloat16", "model.dtype"
     yield "fp16.enabled", False, "model.dtype"
