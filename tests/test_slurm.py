@@ -126,6 +126,8 @@ def test_nccl_settings_and_caches_are_carried_over_and_tokens_are_not() -> None:
     assert "export FROSTLINE_CACHE=/data/cache" in text
     assert "secret" not in text
     assert "export RANK" not in text
+    assert "unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_PORT\n" in text
+    assert "MASTER_PORT=" not in text, "every rank works it out from job and step"
 
 
 def test_environment_and_container_come_before_the_training(tmp_path: Path) -> None:

@@ -130,11 +130,10 @@ def _environment(job: BatchJob) -> Iterator[str]:
 
 def _meeting_point() -> Iterator[str]:
     yield "# srun gives each task its rank; with those of the submitting shell every task would train alone"
-    yield "unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE"
-    yield "# the ranks meet on the first node, under the address that SLURM itself reaches it by"
+    yield "unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_PORT"
+    yield "# the ranks meet on the first node, by the address that SLURM reaches it by; each rank works out the port"
     yield 'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
     yield "export MASTER_ADDR=$(scontrol --oneliner show node \"$first\" | sed 's/.* NodeAddr=\\([^ ]*\\).*/\\1/')"
-    yield "export MASTER_PORT=$((12000 + SLURM_JOB_ID % 20000))"
 
 
 def _run(job: BatchJob) -> Iterator[str]:
