@@ -65,7 +65,8 @@ def test_every_argument_is_typed_and_described(verb: str) -> None:
 
 def test_importing_the_package_loads_nothing_heavy_and_changes_no_library() -> None:
     heavy = "[name for name in ('torch', 'transformers', 'pydantic', 'yaml', 'numpy') if name in sys.modules]"
-    code = f"import toolkit\nloaded = {heavy}\ntoolkit.train, toolkit.plan\nprint(json.dumps([loaded, {heavy}]))"
+    use = f"[getattr(toolkit, verb) for verb in {VERBS}]"
+    code = f"import toolkit\nloaded = {heavy}\n{use}\nprint(json.dumps([loaded, {heavy}]))"
     assert in_new_process(code) == [[], []]
 
 

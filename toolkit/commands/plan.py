@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 from toolkit.commands.cli import describe
 
 if TYPE_CHECKING:
-    from toolkit.commands.recipe_input import Recipe
     from toolkit.config.flags import Invocation
+    from toolkit.config.schema import RunConfig
     from toolkit.planning.device_fit import Verdict
     from toolkit.planning.planner import Plan
 
@@ -59,7 +59,7 @@ class PlanReport:
 
 
 def plan(
-    recipe: Recipe | None = None,
+    recipe: str | Path | Mapping[str, Any] | RunConfig | None = None,
     overrides: Mapping[str, Any] | None = None,
     *,
     ds: str | Path | None = None,

@@ -13,15 +13,12 @@ from toolkit.config.schema import RunConfig
 from toolkit.runtime.errors import ConfigError
 from toolkit.runtime.shipped import QUICKSTART, find_file, shipped_file
 
-Recipe = str | Path | Mapping[str, Any] | RunConfig
-"""A recipe file, its nested values, or a config."""
-
 _UNNAMED = Path("run")
 """Stands for the recipe file where there is none: such a run is written to ``runs/run`` unless it has an output.dir."""
 
 
 def read_input(
-    recipe: Recipe | None,
+    recipe: str | Path | Mapping[str, Any] | RunConfig | None,
     overrides: Mapping[str, Any] | None,
     ds: str | Path | None,
     resume_override: bool = False,

@@ -21,7 +21,7 @@ from toolkit.runtime.errors import TrainingStoppedError, UsageError
 from toolkit.runtime.signals import STOPPED, listening
 
 if TYPE_CHECKING:
-    from toolkit.commands.recipe_input import Recipe
+    from toolkit.config.schema import RunConfig
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class TrainResult:
 
 
 def train(
-    recipe: Recipe | None = None,
+    recipe: str | Path | Mapping[str, Any] | RunConfig | None = None,
     overrides: Mapping[str, Any] | None = None,
     *,
     ds: str | Path | None = None,
