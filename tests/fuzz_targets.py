@@ -190,7 +190,7 @@ def shards(folder: Path) -> Target:
         else:
             _put(place / path.name, content)
         with open_store(folder / "cache") as store:
-            store.read_ahead(samples(range(3)))
+            store.prefetch(samples(range(3)))
             for number, key in enumerate(samples(range(3))):
                 found = store.read(key)
                 assert found is None or kind == "header" or same(found, value(number)), "it gave other values"

@@ -250,14 +250,14 @@ def test_reading_ahead_verifies_before_the_read(tmp_path: Path, monkeypatch: pyt
     with open_store(tmp_path) as store:
         store.write(samples(range(6)))
         verified = counted(monkeypatch, store_module, "gives_checksum")
-        asked = counted(monkeypatch, store_module, "ask_for_pages")
-        store.read_ahead([key(number) for number in (2, 4, 99)])
-        store._ahead.wait()
+        asked = counted(monkeypatch, store_module, "prefetch_pages")
+        store.prefetch([key(number) for number in (2, 4, 99)])
+        store._prefetcher.wait()
         assert [call[0].key for call in verified] == [key(2), key(4)]
         assert same(store.read(key(2)), value(2))
         assert len(verified) == 2
-        store.read_ahead([key(2)])
-        store._ahead.wait()
+        store.prefetch([key(2)])
+        store._prefetcher.wait()
         assert [call[0].key for call in asked] == [key(2)], "of a verified entry the pages alone"
         assert (store.statistics.hits, store.statistics.misses) == (1, 0)
 
@@ -265,11 +265,11 @@ def test_reading_ahead_verifies_before_the_read(tmp_path: Path, monkeypatch: pyt
 def test_a_closed_store_gives_nothing_and_its_thread_has_ended(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     store.write(samples([0]))
-    store.read_ahead([key(0)])
+    store.prefetch([key(0)])
     store.close()
     store.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("frostline-loader")]
-    store.read_ahead([key(0)])
+    store.prefetch([key(0)])
     assert store.read(key(0)) is None
     assert store.missing([key(0)]) == [key(0)]
     assert leftovers(tmp_path) == []

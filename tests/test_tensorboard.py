@@ -148,7 +148,7 @@ def test_a_joined_model_gives_the_logits_of_the_whole_one(tiny_model: Path, tmp_
     ids = torch.tensor([list(row.token_ids)])
     released = isinstance(setup.prefix, CachedPrefix)
     assert released == (mask not in (("all",), ("embeddings",)))
-    prefix = setup.prefix.lent() if isinstance(setup.prefix, CachedPrefix) else setup.prefix
+    prefix = setup.prefix.offloaded_prefix() if isinstance(setup.prefix, CachedPrefix) else setup.prefix
     with torch.no_grad(), setup.active.whole.joined(prefix) as model:
         joined = model(ids).logits
         again = model(ids).logits

@@ -1,8 +1,8 @@
-"""The prefix behind an activation cache: ``hidden[b]`` of every sample is computed once and read from then on.
+"""Cache the prefix: ``hidden[b]`` of every sample is computed once and read from disk from then on.
 
 A frozen prefix without dropout is a pure function of a sample's token ids, so the hidden states that enter the frost
 line can be kept (AutoFreeze, arXiv 2102.01386; Egeria, arXiv 2201.06227). Once every sample of a run is kept, the
-prefix itself is let go.
+prefix itself is released.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class CachedPrefix:
 
     Args:
         prefix: none where it was not loaded, because the store holds all samples.
-        load: gives the prefix again when a sample has to be computed after all.
-        lend: gives it for generation, with its weights left in their files.
+        load: loads the prefix again when a sample has to be computed after all.
+        load_offloaded: loads it for generation, with its weights left in their files.
         store: of this prefix's activations.
         world: where hidden states go, and who shares the first pass.
     """
@@ -46,38 +46,38 @@ class CachedPrefix:
         self,
         prefix: Prefix | None,
         load: Callable[[], Prefix],
-        lend: Callable[[], Prefix],
+        load_offloaded: Callable[[], Prefix],
         store: ActivationStore,
         world: World,
     ) -> None:
         self._prefix = prefix
         self._load = load
-        self._lend = lend
-        self._lent: Prefix | None = None
+        self._load_offloaded = load_offloaded
+        self._offloaded: Prefix | None = None
         self._store = store
         self._world = world
         self._counted = (0, 0)
 
     @property
     def prefix(self) -> Prefix | None:
-        """The prefix itself; none once it is let go."""
+        """Return the prefix itself; None once it is released."""
         return self._prefix
 
     @property
     def store(self) -> ActivationStore:
-        """Where the hidden states are kept."""
+        """Return the store of the hidden states."""
         return self._store
 
     def train(self, mode: bool = True) -> CachedPrefix:
-        """Nothing changes: only a prefix that gives the same in both modes is cached."""
+        """Return itself: only a prefix that gives the same in both modes is cached."""
         return self
 
     def eval(self) -> CachedPrefix:
-        """Nothing changes: only a prefix that gives the same in both modes is cached."""
+        """Return itself, as ``train`` does."""
         return self
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """Hidden states [B, T, hidden_size] that enter block b, zeros at padding."""
+        """Return the hidden states [B, T, hidden_size] that enter block b, zeros at padding."""
         keys = [sample_key(example.token_ids) for example in batch.examples]
         stored = [self._store.read(key) for key in keys]
         missing = [example for example, row in zip(batch.examples, stored, strict=True) if row is None]
@@ -86,8 +86,8 @@ class CachedPrefix:
         rows = [next(computed) if row is None else row.to(device, non_blocking=True) for row in stored]
         return lay_out(rows, batch)
 
-    def stored_or_noise(self, batch: Batch) -> torch.Tensor:
-        """As calling it, but a sample that is not stored gets random numbers: a trial of the suffix runs no prefix."""
+    def stored_or_random(self, batch: Batch) -> torch.Tensor:
+        """Return hidden states like a call, with random numbers for a sample that is not stored."""
         width, dtype, device = self._store.namespace.width, self._store.namespace.dtype, self._world.device
         rows = []
         for example in batch.examples:
@@ -99,17 +99,17 @@ class CachedPrefix:
             rows.append(row.to(device))
         return lay_out(rows, batch)
 
-    def expect(self, examples: Sequence[Example]) -> None:
-        """Read these samples ahead, in the background."""
-        self._store.read_ahead([sample_key(example.token_ids) for example in examples])
+    def prefetch(self, examples: Sequence[Example]) -> None:
+        """Read the hidden states of these samples into memory, in the background."""
+        self._store.prefetch([sample_key(example.token_ids) for example in examples])
 
     def missing(self, examples: Sequence[Example]) -> list[Example]:
-        """The distinct samples that the store does not hold, longest first."""
+        """Return the distinct samples that the store does not hold, longest first."""
         by_key = {sample_key(example.token_ids): example for example in examples}
         return sorted((by_key[key] for key in self._store.missing(list(by_key))), key=_length, reverse=True)
 
     def fill(self, examples: Sequence[Example]) -> None:
-        """The first pass: compute what is missing, in large batches, shared among the ranks; every rank calls it.
+        """Compute what is missing, in large batches, shared among the ranks; every rank calls it.
 
         Which samples share a batch follows from all of them, not from what is missing or from the number of ranks: a
         pass that was cut short and begun again stores the same bits.
@@ -120,21 +120,21 @@ class CachedPrefix:
         distinct = {sample_key(example.token_ids): example for example in examples}
         tokens = CPU_FILL_TOKENS if self._world.device.type == "cpu" else FILL_TOKENS
         batches = list(_batches(sorted(distinct.values(), key=_length, reverse=True), tokens))
-        self._store_lacking(batches[self._world.rank :: self._world.size])
+        self._compute_missing(batches[self._world.rank :: self._world.size])
         self._world.barrier()
         signals.raise_if_stopping(self._world)
         self._store.refresh()
         if not self._store.statistics.failed:  # what is missing still, another node keeps on a disk of its own
-            self._store_lacking(batches)
+            self._compute_missing(batches)
             signals.raise_if_stopping(self._world)
 
-    def _store_lacking(self, batches: list[list[Example]]) -> None:
+    def _compute_missing(self, batches: list[list[Example]]) -> None:
         """Compute the batches of which the store lacks a sample, and store what it lacks."""
         missing = set(self._store.missing([sample_key(e.token_ids) for batch in batches for e in batch]))
-        lacking = [batch for batch in batches if any(sample_key(e.token_ids) in missing for e in batch)]
+        incomplete = [batch for batch in batches if any(sample_key(e.token_ids) in missing for e in batch)]
         pending: dict[str, torch.Tensor] = {}
-        with ProgressBar("first pass", sum(map(len, lacking)), "row", brief=True) as bar:
-            for batch in lacking:
+        with ProgressBar("first pass", sum(map(len, incomplete)), "row", brief=True) as bar:
+            for batch in incomplete:
                 if signals.stop_requested():  # every rank hears of it; what they do next, they agree upon
                     break
                 rows = {sample_key(e.token_ids): row for e, row in zip(batch, self._run(batch), strict=True)}
@@ -147,21 +147,21 @@ class CachedPrefix:
                 self._store.write(pending)
 
     def release(self, examples: Sequence[Example]) -> bool:
-        """Let the prefix go if the store holds all ``examples``; true if it is gone."""
+        """Release the prefix if the store holds all ``examples``; return True if it is gone."""
         if self._prefix is not None and not self.missing(examples):
             self._prefix = None
         return self._prefix is None
 
-    def lent(self) -> Prefix:
-        """The prefix, also after it was let go: then each block's weights are in memory only while it computes."""
+    def offloaded_prefix(self) -> Prefix:
+        """Return the prefix; once it is released, with a block's weights in memory only while it computes."""
         if self._prefix is not None:
             return self._prefix
-        if self._lent is None:
-            self._lent = self._lend()
-        return self._lent
+        if self._offloaded is None:
+            self._offloaded = self._load_offloaded()
+        return self._offloaded
 
-    def hit_share(self) -> float | None:
-        """Of the samples that this rank asked the store for since the last call, the share it held; none of none."""
+    def hit_rate(self) -> float | None:
+        """Return the cache hit rate of this rank since the last call; None if nothing was requested."""
         statistics = self._store.statistics
         now = statistics.hits, statistics.misses
         hits, misses = (count - before for count, before in zip(now, self._counted, strict=True))
@@ -169,7 +169,7 @@ class CachedPrefix:
         return hits / (hits + misses) if hits + misses else None
 
     def close(self) -> str:
-        """Give the store free; what it did, as a line for the log."""
+        """Close the store; return what it did, as a line for the log."""
         self._store.close()
         return self._store.summary()
 
@@ -190,8 +190,8 @@ class CachedPrefix:
             return rows_of(self._prefix(batch), batch)
 
 
-def read_ahead(source: Callable[[], HiddenStates | None], steps: Iterable[list[Batch]]) -> Iterator[list[Batch]]:
-    """``steps`` as they are; the cached samples of each are asked for when it is made, a little before its use.
+def prefetch_cached(source: Callable[[], HiddenStates | None], steps: Iterable[list[Batch]]) -> Iterator[list[Batch]]:
+    """Yield ``steps`` as they are; the hidden states of each step are prefetched when it is made.
 
     Args:
         source: what gives hidden states now; it may change on the way.
@@ -200,12 +200,12 @@ def read_ahead(source: Callable[[], HiddenStates | None], steps: Iterable[list[B
     for micro_batches in steps:
         now = source()
         if isinstance(now, CachedPrefix):
-            now.expect([example for batch in micro_batches for example in batch.examples])
+            now.prefetch([example for batch in micro_batches for example in batch.examples])
         yield micro_batches
 
 
 def _batches(longest_first: list[Example], tokens: int) -> Iterator[list[Example]]:
-    """Neighbours of nearly one length, up to ``tokens`` together."""
+    """Yield neighbours of nearly one length, up to ``tokens`` together."""
     start = 0
     while start < len(longest_first):
         rows = max(1, tokens // _length(longest_first[start]))

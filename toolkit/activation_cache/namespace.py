@@ -1,4 +1,4 @@
-"""What identifies stored activations: the computation that gave them, and the sample they belong to."""
+"""Identify stored activations: by the computation that gave them, and the sample they belong to."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ENTRY_OVERHEAD = 512
 
 @dataclass(frozen=True)
 class Namespace:
-    """What computed the activations; two runs share entries exactly where all of it agrees."""
+    """The computation that gave the activations; two runs share entries exactly where all of it agrees."""
 
     identity: Mapping[str, str]
     """Whatever changes a value: hash of the prefix weights, boundary, attention implementation, versions, device …"""
@@ -42,13 +42,13 @@ class Namespace:
 
     @cached_property
     def text(self) -> str:
-        """The identity as JSON with sorted keys, for people and for the hash."""
+        """Return the identity as JSON with sorted keys, for people and for the hash."""
         own = {"width": self.width, "dtype": str(self.dtype).removeprefix("torch.")}
         return json.dumps({"format": FORMAT, **own, "identity": dict(self.identity)}, indent=1, sort_keys=True)
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of ``text``; the name of the directory."""
+        """Return the SHA-256 of ``text``: the name of the directory."""
         return sha256(self.text.encode()).hexdigest()
 
     def check(self, key: str, tensor: torch.Tensor) -> None:
@@ -67,10 +67,10 @@ class Namespace:
 
 
 def sample_key(token_ids: Sequence[int] | torch.Tensor) -> str:
-    """SHA-256 (64 hexadecimal digits) of a sample's token ids as little-endian 64-bit integers."""
+    """Return the SHA-256 (64 hexadecimal digits) of a sample's token ids as little-endian 64-bit integers."""
     return sha256(np.asarray(token_ids, dtype="<i8").tobytes()).hexdigest()
 
 
 def bytes_of(tokens: int, samples: int, width: int, dtype: torch.dtype) -> int:
-    """Bytes on disk, at most, of ``samples`` entries with ``tokens`` tokens in all, however they are spread."""
+    """Return the bytes on disk, at most, of ``samples`` entries with ``tokens`` tokens in all."""
     return tokens * width * dtype.itemsize + samples * _ENTRY_OVERHEAD

@@ -179,7 +179,7 @@ class _Trial:
         """Return what enters the suffix; a cache keeps it sample by sample, so that only the suffix is tested."""
         if self.prefix is None:
             return None
-        return self.prefix.stored_or_noise(batch) if isinstance(self.prefix, CachedPrefix) else self.prefix(batch)
+        return self.prefix.stored_or_random(batch) if isinstance(self.prefix, CachedPrefix) else self.prefix(batch)
 
 
 def _turned(example: Example, turn: int) -> Example:

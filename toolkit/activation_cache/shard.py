@@ -1,4 +1,4 @@
-"""One file of stored activations: a safetensors file of which every byte is guarded.
+"""Read and write a file of stored activations: a safetensors file in which every byte is checked.
 
 Its name is the checksum of its header; the header holds the namespace and the checksum of each entry's bytes. So a
 changed byte shows wherever it is, and a file in the wrong directory does too. Two writers of the same entries give
@@ -11,7 +11,6 @@ import os
 import re
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ _CHUNK = 1 << 17  # stays in the processor's cache between read and checksum
 
 
 class ShardError(Exception):
-    """A shard's header is not what its writer wrote."""
+    """A shard's header is damaged."""
 
 
 class ForeignShardError(ShardError):
@@ -37,7 +36,7 @@ class ForeignShardError(ShardError):
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """What tells a file apart from an edited or replaced one; the time of use is no part of it."""
+    """Tells a file from an edited or replaced one; the time of use is no part of it."""
 
     inode: int
     size: int
@@ -47,7 +46,7 @@ class FileIdentity:
 
     @classmethod
     def of(cls, stat: os.stat_result) -> FileIdentity:
-        """The identity that ``stat`` shows."""
+        """Return the identity that ``stat`` shows."""
         return cls(stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
@@ -96,7 +95,7 @@ class Shard:
         return True
 
     def unchanged(self) -> bool:
-        """True if the file is still the one whose header was read.
+        """Return True if the file is still the one whose header was read.
 
         Raises:
             OSError: it is gone.
@@ -105,7 +104,7 @@ class Shard:
 
 
 def encode(entries: Mapping[str, torch.Tensor], namespace: Namespace) -> tuple[str, bytes]:
-    """A shard's name and content.
+    """Return a shard's name and content.
 
     Args:
         entries: key to [T, width] in the namespace's dtype, on any device; must not overlap in memory.
@@ -179,8 +178,8 @@ def gives_checksum(entry: ShardEntry) -> bool:
     return not left and checksum.hexdigest() == entry.checksum
 
 
-def ask_for_pages(entry: ShardEntry) -> None:
-    """Let the system read the entry's bytes into the page cache, without waiting for it.
+def prefetch_pages(entry: ShardEntry) -> None:
+    """Have the kernel read the entry's bytes into the page cache, without waiting for it.
 
     Raises:
         OSError: the file is gone.
@@ -200,40 +199,6 @@ def map_entry(entry: ShardEntry, namespace: Namespace) -> torch.Tensor:
     return map_range(entry.shard.path, entry.start, namespace.dtype, (entry.tokens, namespace.width))
 
 
-def publish(content: bytes, final: Path, staging: Path) -> None:
-    """Write ``content`` to ``final`` so that it is there whole or not at all, whatever happens when.
-
-    Args:
-        content: the whole file.
-        final: replaced if it is there.
-        staging: a name in the same directory that nobody else uses; gone afterwards unless the process was killed.
-
-    Raises:
-        OSError: full, read-only, a quota …
-    """
-    descriptor = os.open(staging, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-    try:
-        try:
-            left = memoryview(content)
-            while left:
-                left = left[os.write(descriptor, left) :]
-            now = time.time_ns()  # the file system's own clock ticks too slowly to order what follows closely
-            os.utime(descriptor, ns=(now, now))
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(staging, final)  # noqa: PTH105 - a test counts the calls of os
-    except BaseException:
-        with suppress(OSError):
-            staging.unlink()
-        raise
-    directory = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
 def _name_of(header: bytes | memoryview) -> str:
-    """File name of a shard with this header, its 8 bytes of length included."""
+    """Return the file name of a shard with this header, its 8 bytes of length included."""
     return f"{xxh3_128_hexdigest(header)}.safetensors"

@@ -1,4 +1,4 @@
-"""Which sample is in which shard of a directory, as far as one process knows."""
+"""Index which sample is in which shard of a directory, as far as one process knows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _RACY = 10**9  # nanoseconds within which a directory can change again without a
 
 
 class ShardIndex:
-    """Key to entries, the newest first. Many threads may use it at once.
+    """Maps a key to its entries, the newest first. Many threads may use it at once.
 
     Args:
         directory: of the namespace; need not be there.
@@ -50,12 +50,12 @@ class ShardIndex:
             return len(self._entries)
 
     def entries(self, key: str) -> tuple[ShardEntry, ...]:
-        """All entries of a key."""
+        """Return all entries of a key, the newest first."""
         with self._lock:
             return tuple(self._entries.get(key, ()))
 
     def absent(self, keys: Iterable[str]) -> list[str]:
-        """Those of ``keys`` without an entry; marks the shards of the others as used."""
+        """Return those of ``keys`` without an entry; mark the shards of the others as used."""
         keys = list(keys)
         with self._lock:
             found = [self._entries[key][0].shard for key in keys if key in self._entries]
@@ -100,7 +100,7 @@ class ShardIndex:
             self._closed = True
 
     def is_old(self) -> bool:
-        """True if the directory may hold what was not seen: its time has changed, or is too young to tell."""
+        """Return True if the directory may hold what was not seen: its time has changed, or is too young to tell."""
         with self._lock:
             if self._closed or self._listed is None:
                 return not self._closed

@@ -1,4 +1,4 @@
-"""What an activation store has done."""
+"""Count what an activation store has done."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class StoreStatistics:
     """Of the shards written, headers included."""
 
     def __str__(self) -> str:
-        """One line."""
+        """Return one line for the log."""
         return (
             f"{self.hits} read ({mebibytes(self.read_bytes)}), {self.misses} missed, {self.computed} computed, "
             f"{self.stored} stored ({mebibytes(self.written_bytes)}), {self.failed} not stored, "
@@ -38,5 +38,5 @@ class StoreStatistics:
 
 
 def mebibytes(count: int) -> str:
-    """Bytes as text."""
+    """Return bytes as text."""
     return f"{count / 2**20:.1f} MiB"

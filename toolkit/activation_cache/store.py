@@ -1,4 +1,4 @@
-"""Activations kept on disk, one entry a sample, found by what computed them and by the sample's token ids.
+"""Store activations on disk, one entry a sample, found by what computed them and by the sample's token ids.
 
     ROOT/<namespace>/<header checksum>.safetensors     see ``toolkit.activation_cache.shard``
     ROOT/<namespace>/namespace.json                    what the hash stands for, for people
@@ -26,15 +26,15 @@ from toolkit.activation_cache.namespace import Namespace
 from toolkit.activation_cache.shard import (
     ShardEntry,
     ShardError,
-    ask_for_pages,
     encode,
     gives_checksum,
     map_entry,
-    publish,
+    prefetch_pages,
 )
 from toolkit.activation_cache.shard_index import ShardIndex
 from toolkit.activation_cache.statistics import StoreStatistics
 from toolkit.runtime.background_loader import BackgroundLoader
+from toolkit.runtime.paths import publish
 
 log = logging.getLogger("frostline")
 
@@ -43,7 +43,7 @@ _SHARD_BYTES = 64 << 20  # a write holds one shard in memory
 
 
 class ActivationStore:
-    """Stored activations of one namespace. Any number of processes and threads may use one root at once.
+    """A store of the activations of one namespace. Any number of processes and threads may use one root at once.
 
     Args:
         root: the directory of all namespaces; made if it is not there.
@@ -68,7 +68,7 @@ class ActivationStore:
         self._lock = threading.Lock()  # of the statistics
         self._reported: set[str] = set()
         self._index = ShardIndex(self._directory, namespace, self._damaged)
-        self._ahead = BackgroundLoader(self._fetch)
+        self._prefetcher = BackgroundLoader(self._load)
         self._lease = self._enter(writer or CacheWriter())
         self._index.refresh()
 
@@ -82,21 +82,21 @@ class ActivationStore:
         return key in self._index
 
     def __len__(self) -> int:
-        """Number of samples stored, as far as this process knows."""
+        """Return the number of samples stored, as far as this process knows."""
         return len(self._index)
 
     @property
     def directory(self) -> Path:
-        """Where the shards of this namespace are."""
+        """Return the directory of this namespace's shards."""
         return self._directory
 
     @property
     def namespace(self) -> Namespace:
-        """What the entries are of."""
+        """Return what computed the entries."""
         return self._namespace
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """The keys that have to be computed, each once, in their order; lists the directory anew if there are any.
+        """Return the keys that have to be computed, each once, in their order; list the directory anew if any are.
 
         Entries that are present count as used from now on, so that no other run evicts them while this one lives.
         """
@@ -108,15 +108,15 @@ class ActivationStore:
         return absent
 
     def read(self, key: str) -> torch.Tensor | None:
-        """What was last stored under ``key``: [T, width] in the namespace's dtype, or none.
+        """Return what was last stored under ``key``, [T, width] in the namespace's dtype; None if nothing was.
 
         The tensor maps the file's pages, without a copy; writing to it changes this process's pages only. Its bytes
         are compared with their checksum on the first read in this process, and again once the file has changed.
         """
-        tensor = self._first_sound(key)
+        tensor = self._read_newest(key)
         if tensor is None and self._index.is_old():
             self._index.refresh()
-            tensor = self._first_sound(key)
+            tensor = self._read_newest(key)
         with self._lock:
             if tensor is None:
                 self.statistics.misses += 1
@@ -125,9 +125,9 @@ class ActivationStore:
                 self.statistics.read_bytes += tensor.nbytes
         return tensor
 
-    def read_ahead(self, keys: Iterable[str]) -> None:
-        """Bring entries into memory and verify them in the background; ``keys`` in the order of their use."""
-        self._ahead.request(keys)
+    def prefetch(self, keys: Iterable[str]) -> None:
+        """Read entries into memory and verify them in the background; ``keys`` in the order of their use."""
+        self._prefetcher.request(keys)
 
     def write(self, entries: Mapping[str, torch.Tensor]) -> None:
         """Store computed activations: in one shard, or several where they are many or large.
@@ -153,7 +153,7 @@ class ActivationStore:
                 self._report(f"cannot write to {self._directory}", str(error), "what is not stored is computed again")
 
     def available_bytes(self) -> int:
-        """Bytes that could be stored now: what the disk and the limit allow once all that no live run uses is evicted.
+        """Return the bytes that could be stored now, once all is evicted that no live run uses.
 
         Shards take a little more than their data, see ``bytes_of``. 0 where nothing can be written.
         """
@@ -169,15 +169,15 @@ class ActivationStore:
         self._index.refresh()
 
     def summary(self) -> str:
-        """One line for the log."""
+        """Return the statistics as one line for the log."""
         return f"activation cache: {self.statistics}"
 
     def close(self) -> None:
-        """End the read-ahead, keep to the limit, and give the namespace free; a second call does nothing.
+        """Stop prefetching, release the namespace and keep to the limit; a second call does nothing.
 
         A closed store reads and writes nothing. Tensors that were read stay as they are.
         """
-        self._ahead.stop()
+        self._prefetcher.stop()
         self._index.clear()
         lease, self._lease = self._lease, None
         if lease is None:
@@ -200,11 +200,11 @@ class ActivationStore:
                 publish(self._namespace.text.encode(), described, lease.staging())
         return lease
 
-    def _first_sound(self, key: str) -> torch.Tensor | None:
-        """The newest entry of a key whose bytes are right."""
+    def _read_newest(self, key: str) -> torch.Tensor | None:
+        """Return the newest entry of a key whose bytes are right."""
         for entry in self._index.entries(key):
             try:
-                if self._is_sound(entry):
+                if self._verify(entry):
                     tensor = map_entry(entry, self._namespace)
                     entry.shard.mark_used()
                     return tensor
@@ -214,8 +214,8 @@ class ActivationStore:
                 self._index.drop(entry, str(error))
         return None
 
-    def _is_sound(self, entry: ShardEntry) -> bool:
-        """True if the entry's bytes are those that were stored; else it is dropped from the index.
+    def _verify(self, entry: ShardEntry) -> bool:
+        """Return True if the entry's bytes are those that were stored; else drop it from the index.
 
         Raises:
             OSError: the file is gone or cannot be read.
@@ -230,22 +230,23 @@ class ActivationStore:
             entry.verified = True
         return True
 
-    def _fetch(self, key: str) -> None:
-        """The read-ahead's work on one key."""
+    def _load(self, key: str) -> None:
+        """Prefetch one key."""
         for entry in self._index.entries(key):
             with suppress(OSError):  # the reader will see it too
                 if entry.verified:
-                    ask_for_pages(entry)
+                    prefetch_pages(entry)
                     return
-                if self._is_sound(entry):
+                if self._verify(entry):
                     return
 
     def _write_shard(self, entries: Mapping[str, torch.Tensor]) -> None:
-        """
+        """Store entries in one shard.
+
         Raises:
             OSError: it does not fit, or the disk refuses.
             ShardError: it was damaged at once.
-        """  # noqa: D205, D212
+        """
         lease = self._lease
         if lease is None:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self._directory))

@@ -1,1 +1,1 @@
-"""Checkpoints: what is in one, how it is committed, verified and found again, and how it is laid into any engine."""
+"""Checkpoints: what is in one, how it is committed, verified, found again and loaded into any engine."""

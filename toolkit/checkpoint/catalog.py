@@ -1,4 +1,4 @@
-"""The checkpoints of a run directory: which there are, which one to go on from, and which may go."""
+"""Find the checkpoints of a run directory, choose which one to resume from, and remove those no longer kept."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from toolkit.checkpoint.evaluation import read_loss
 from toolkit.checkpoint.manifest import verify
 from toolkit.checkpoint.state import read_state
 from toolkit.runtime.errors import CheckpointError
-from toolkit.runtime.hashed_files import sync_directory
 from toolkit.runtime.paths import replace_text
 
 log = logging.getLogger("frostline")
@@ -21,18 +20,18 @@ _LATEST, _BEST = "latest", "best"
 
 
 def checkpoints_of(run: Path) -> list[Path]:
-    """Committed checkpoints of a run directory, oldest first."""
+    """Return the committed checkpoints of a run directory, oldest first."""
     return sorted(path for path in (run / "checkpoints").glob("step-*") if path.is_dir())
 
 
 def latest_checkpoint(run: Path) -> Path | None:
-    """The checkpoint that ``latest`` names, or the newest where no such file is; none if there are no checkpoints.
+    """Return the checkpoint that ``latest`` names, or the newest where no such file is; None if there are none.
 
     Raises:
         CheckpointError: ``latest`` names a checkpoint that is not there.
     """
     present = checkpoints_of(run)
-    name = _pointed_at(run)
+    name = _latest_name(run)
     if name is None:
         return present[-1] if present else None
     found = next((path for path in present if path.name == name), None)
@@ -46,7 +45,7 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def newest_usable(run: Path, must_be_latest: bool) -> Path | None:
-    """The checkpoint to go on from, every byte of it verified; none if there are no checkpoints.
+    """Return the checkpoint to resume from, every byte of it verified; None if there are no checkpoints.
 
     A damaged or lost one is named in the log and the one before it taken.
 
@@ -65,7 +64,7 @@ def newest_usable(run: Path, must_be_latest: bool) -> Path | None:
         if must_be_latest:
             raise
         faults.append(str(error))
-        candidates = [path for path in checkpoints_of(run) if path.name < (_pointed_at(run) or "")]
+        candidates = [path for path in checkpoints_of(run) if path.name < (_latest_name(run) or "")]
     for checkpoint in reversed(candidates):
         try:
             verify(checkpoint)
@@ -89,14 +88,13 @@ def newest_usable(run: Path, must_be_latest: bool) -> Path | None:
     return None
 
 
-def point_at(run: Path, checkpoint: Path) -> None:
+def mark_latest(run: Path, checkpoint: Path) -> None:
     """Let ``latest`` name ``checkpoint``, also after a power cut.
 
     Raises:
         OSError: the disk.
     """
     replace_text(run / "checkpoints" / _LATEST, checkpoint.name)
-    sync_directory(run / "checkpoints")
 
 
 def prune(run: Path, current: Path, keep: int) -> None:
@@ -122,13 +120,13 @@ def prune(run: Path, current: Path, keep: int) -> None:
 def finish_pruning(run: Path, keep: int) -> None:
     """Do what a kill between the last commit and its pruning has left undone; see ``prune``."""
     present = checkpoints_of(run)
-    if present and _pointed_at(run) == present[-1].name:
+    if present and _latest_name(run) == present[-1].name:
         prune(run, present[-1], keep)
     clear_leftovers(run)
 
 
 def remove(checkpoint: Path) -> None:
-    """Take the name away first, so that no part of it is ever taken for a checkpoint.
+    """Remove a checkpoint: first its name, so that no part of it is ever taken for a checkpoint.
 
     Raises:
         OSError: the disk.
@@ -146,16 +144,16 @@ def clear_leftovers(run: Path) -> None:
 
 
 def validation_losses(checkpoints: Iterable[Path]) -> dict[Path, float]:
-    """The validation loss of each checkpoint that has one, where it is finite."""
+    """Return the validation loss of each checkpoint that has a finite one."""
     return {path: loss for path in checkpoints if (loss := read_loss(path)) is not None and math.isfinite(loss)}
 
 
 def best_of(losses: Mapping[Path, float]) -> Path | None:
-    """The checkpoint of the lowest loss, the earliest of several; none of none."""
+    """Return the checkpoint of the lowest loss, the earliest of several; None if there are none."""
     return min(losses, key=lambda path: losses[path]) if losses else None
 
 
-def _pointed_at(run: Path) -> str | None:
+def _latest_name(run: Path) -> str | None:
     try:
         return (run / "checkpoints" / _LATEST).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:

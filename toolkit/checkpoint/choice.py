@@ -1,4 +1,4 @@
-"""Which checkpoint of a run is taken, and what is said of it."""
+"""Choose a checkpoint of a run, and describe it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Step = int | Literal["latest", "best"]
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A checkpoint that was taken, every byte of it verified."""
+class ChosenCheckpoint:
+    """A checkpoint of a run, every byte of it verified."""
 
     checkpoint: Path
     loss: float | None
@@ -28,24 +28,24 @@ class Choice:
 
     @property
     def step(self) -> int:
-        """Optimizer steps it was trained for."""
+        """Return the optimizer steps it was trained for."""
         return _step_of(self.checkpoint)
 
     @property
     def better(self) -> Path | None:
-        """Another checkpoint of a lower validation loss; none if there is none."""
+        """Return another checkpoint of a lower validation loss; None if there is none."""
         is_lower = self.loss is None or (self.best_loss is not None and self.best_loss < self.loss)
         return self.best if self.best != self.checkpoint and is_lower else None
 
     @property
     def text(self) -> str:
-        """``step 116 (latest; validation loss 0.9060)``."""
+        """Return a description such as ``step 116 (latest; validation loss 0.9060)``."""
         what = [name for name, true in (("latest", self.is_latest), ("best", self.best == self.checkpoint)) if true]
         known = f"validation loss {self.loss:.4f}" if self.loss is not None else "no validation loss"
         return f"step {self.step} ({'; '.join([*([' and '.join(what)] if what else []), known])})"
 
     def advice(self, remedy: str) -> str:
-        """``text``, and which one is better, if one is.
+        """Return ``text``, and which one is better, if one is.
 
         Args:
             remedy: how that one is chosen.
@@ -55,7 +55,7 @@ class Choice:
         return f"{self.text}; best is step {_step_of(self.better)} ({self.best_loss:.4f}): {remedy}"
 
 
-def choose_checkpoint(run: Path, step: Step | None = None) -> Choice:
+def choose_checkpoint(run: Path, step: Step | None = None) -> ChosenCheckpoint:
     """Find and verify a checkpoint of a run.
 
     Args:
@@ -80,7 +80,9 @@ def choose_checkpoint(run: Path, step: Step | None = None) -> Choice:
     if not checkpoint.is_dir():
         raise CheckpointError(f"{run} has no checkpoint of step {step}; present: {present}")
     verify(checkpoint)
-    return Choice(checkpoint, losses.get(checkpoint), checkpoint == latest, best, losses[best] if best else None)
+    return ChosenCheckpoint(
+        checkpoint, losses.get(checkpoint), checkpoint == latest, best, losses[best] if best else None
+    )
 
 
 def _step_of(checkpoint: Path) -> int:

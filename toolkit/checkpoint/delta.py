@@ -23,7 +23,7 @@ _TENSORS = "trained.safetensors"
 
 @dataclass(frozen=True)
 class Base:
-    """The identity of the model a delta belongs to."""
+    """The base model of a delta."""
 
     config: ModelConfig
     """How it was loaded."""
@@ -33,7 +33,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Delta:
-    """What training changed."""
+    """The trained tensors with their mask and base model."""
 
     tensors: dict[str, torch.Tensor]
     mask: LayerMask
@@ -49,12 +49,12 @@ def save_delta(delta: Delta, directory: Path) -> None:
 
 
 def base_as_dict(base: Base) -> dict[str, object]:
-    """``base`` as JSON values."""
+    """Return ``base`` as JSON values."""
     return {"model": base.config.model_dump(mode="json"), "sha256": base.sha256}
 
 
 def read_mask_and_base(directory: Path) -> tuple[LayerMask, Base]:
-    """What a delta or checkpoint says it was trained on.
+    """Read the mask and the base model of a delta or checkpoint.
 
     Raises:
         OSError, ValueError, KeyError, TypeError: a file is missing or damaged.
@@ -65,12 +65,12 @@ def read_mask_and_base(directory: Path) -> tuple[LayerMask, Base]:
 
 
 def is_delta(directory: Path) -> bool:
-    """True for a directory that ``save_delta`` wrote."""
+    """Return True for a directory that ``save_delta`` wrote."""
     return (directory / BASE).is_file()
 
 
 def read_delta(directory: Path) -> Delta:
-    """The delta in ``directory``.
+    """Read the delta in ``directory``.
 
     Raises:
         CheckpointError: a file is missing or damaged, or tensors and mask do not agree.
@@ -93,7 +93,7 @@ def read_delta(directory: Path) -> Delta:
 
 
 def describe_difference(found: LayerMask, expected: LayerMask) -> str | None:
-    """How two masks differ, or none if they are the same tensors in the same order."""
+    """Return how two masks differ; None if they are the same tensors in the same order."""
     if asdict(found) == asdict(expected):
         return None
     only_found = [name for name in found.names if name not in expected.names]

@@ -14,14 +14,14 @@ from pathlib import Path
 from toolkit.checkpoint.manifest import EVALUATION, digest_of, read_digest
 from toolkit.checkpoint.state import read_state
 from toolkit.runtime.errors import CheckpointError
-from toolkit.runtime.hashed_files import as_json, sync_directory
-from toolkit.runtime.paths import replace_text
+from toolkit.runtime.hashed_files import as_json
+from toolkit.runtime.paths import publish
 
 log = logging.getLogger("frostline")
 
 
 def write_loss(checkpoint: Path, loss: float) -> None:
-    """Write the validation loss of a committed checkpoint, as a whole; also after a power cut.
+    """Write the validation loss of a committed checkpoint, whole or not at all.
 
     Raises:
         CheckpointError: the manifest cannot be read.
@@ -29,14 +29,13 @@ def write_loss(checkpoint: Path, loss: float) -> None:
     """
     # JSON has no NaN
     content = {"loss": loss if math.isfinite(loss) else None, "manifest": read_digest(checkpoint)}
-    staged = checkpoint.with_name(f".{checkpoint.name}.{EVALUATION}")  # beside it: no part is ever in a checkpoint
-    replace_text(staged, as_json({**content, "sha256": digest_of(content)}))
-    staged.replace(checkpoint / EVALUATION)
-    sync_directory(checkpoint)
+    staging = checkpoint.with_name(f".{checkpoint.name}.{EVALUATION}")  # beside it: no part is ever in a checkpoint
+    staging.unlink(missing_ok=True)
+    publish(as_json({**content, "sha256": digest_of(content)}).encode(), checkpoint / EVALUATION, staging)
 
 
 def read_loss(checkpoint: Path) -> float | None:
-    """The validation loss of a checkpoint: NaN if it was not finite, none if there is none.
+    """Return the validation loss of a checkpoint: NaN if it was not finite, None if there is none.
 
     A file that was damaged, or belongs to another checkpoint, is named in the log and counts as none.
     """
@@ -59,7 +58,7 @@ def read_loss(checkpoint: Path) -> float | None:
 
 
 def _loss_in_state(checkpoint: Path) -> float | None:
-    """Where version 0.1 kept it before it had a file of its own."""
+    """Return the loss from the state, where version 0.1 kept it."""
     try:
         return read_state(checkpoint).eval_loss
     except CheckpointError:

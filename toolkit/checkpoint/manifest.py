@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: every file with its size and SHA-256, and whether they are all as they were written."""
+"""Write and verify a checkpoint's manifest: every file with its size and SHA-256."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def verify(checkpoint: Path) -> None:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, FileHash]:
-    """The files that the manifest lists; it is checked against itself and against the checkpoint's name.
+    """Return the files of the manifest, once it is checked against itself and the checkpoint's name.
 
     Raises:
         CheckpointError: it is missing, damaged, of another format, or belongs to another step.
@@ -62,7 +62,7 @@ def read_manifest(checkpoint: Path) -> dict[str, FileHash]:
 
 
 def read_digest(checkpoint: Path) -> str:
-    """The SHA-256 that the manifest states of itself, which tells a checkpoint from every other.
+    """Return the SHA-256 that the manifest states of itself, which tells a checkpoint from every other.
 
     Raises:
         CheckpointError: as for ``read_manifest``.
@@ -71,7 +71,7 @@ def read_digest(checkpoint: Path) -> str:
 
 
 def digest_of(content: Mapping[str, Any]) -> str:
-    """SHA-256 of what a JSON file says of itself."""
+    """Return the SHA-256 that a JSON file states of its content."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -98,11 +98,11 @@ def _read(checkpoint: Path) -> tuple[dict[str, FileHash], str]:
 
 
 def directory_name(step: object) -> str:
-    """What the checkpoint after ``step`` steps is called."""
+    """Return the name of the checkpoint after ``step`` steps."""
     return f"step-{step:08d}" if isinstance(step, int) else ""
 
 
 def damaged(checkpoint: Path, faults: list[str]) -> CheckpointError:
-    """The error that names a damaged checkpoint and what is wrong with it."""
+    """Return the error that names a damaged checkpoint and what is wrong with it."""
     listed = "\n".join(f"  - {fault}" for fault in faults)
     return CheckpointError(f"checkpoint {checkpoint} is damaged:\n{listed}")

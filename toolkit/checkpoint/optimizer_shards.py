@@ -1,4 +1,4 @@
-"""The optimizer's state on disk: a file of stretches a rank, from which any engine reads the stretches it holds."""
+"""Optimizer state on disk: a file of slices a rank, from which any engine reads the slices that it holds."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ class ShardSlice:
 
 
 def shard_name(rank: int, ranks: int, suffix: str) -> str:
-    """A rank's file, relative to the checkpoint."""
+    """Return the file name of a rank, relative to the checkpoint."""
     return f"{FOLDER}/rank-{rank:05d}-of-{ranks:05d}.{suffix}"
 
 
 def metadata(step: int, rank: int, ranks: int) -> dict[str, str]:
-    """What a shard says of itself, so that no other can take its place."""
+    """Return what a shard says of itself, so that no other can take its place."""
     return {"step": str(step), "rank": str(rank), "ranks": str(ranks)}
 
 
-def own_share(fragments: Sequence[Fragment], is_replicated: bool, rank: int, ranks: int) -> list[Fragment]:
-    """Those that this rank writes: what it holds, or its share of what all hold."""
+def fragments_of_rank(fragments: Sequence[Fragment], is_replicated: bool, rank: int, ranks: int) -> list[Fragment]:
+    """Return the fragments that this rank writes: what it holds, or its share of what all hold."""
     if not is_replicated:
         return list(fragments)
     total, share, done = sum(f.stop - f.start for f in fragments), [], 0
@@ -56,7 +56,7 @@ def own_share(fragments: Sequence[Fragment], is_replicated: bool, rank: int, ran
 def pack_tensors(
     fragments: Sequence[Fragment], resting: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """The tensors of a shard, views where possible, and its index.
+    """Return the tensors of a shard, views where possible, and its index.
 
     Args:
         fragments: those this rank writes.
@@ -73,10 +73,10 @@ def pack_tensors(
     for name, master in resting.items():
         tensors[_key(MASTER, name)] = master.reshape(-1)
         index.append(ShardSlice(name, 0, master.numel(), 0))
-    return tensors, [asdict(stretch) for stretch in index]
+    return tensors, [asdict(part) for part in index]
 
 
-class Shards:
+class OptimizerShards:
     """The shards of a checkpoint, mapped: only what is read takes memory.
 
     Args:
@@ -93,8 +93,8 @@ class Shards:
         self._checkpoint = checkpoint
         self._by_name: dict[str, list[tuple[ShardSlice, SafetensorsFile]]] = {}
         try:
-            for stretch, file in self._open(step, ranks):
-                self._by_name.setdefault(stretch.name, []).append((stretch, file))
+            for part, file in self._open(step, ranks):
+                self._by_name.setdefault(part.name, []).append((part, file))
             self._check(mask)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise damaged(checkpoint, [f"{FOLDER} cannot be read ({type(error).__name__}: {error})"]) from None
@@ -113,24 +113,24 @@ class Shards:
         wanted = {tensor.name: tensor.parameters for tensor in mask.trainable}
         faults = [f"{name} is not in the mask" for name in self._by_name if name not in wanted]
         for name, size in wanted.items():
-            stretches = self._by_name.setdefault(name, [])
-            stretches.sort(key=lambda pair: pair[0].start)
-            ends = [0, *(stretch.stop for stretch, _ in stretches)]
-            if [stretch.start for stretch, _ in stretches] != ends[:-1] or ends[-1] != size:
+            slices = self._by_name.setdefault(name, [])
+            slices.sort(key=lambda pair: pair[0].start)
+            ends = [0, *(part.stop for part, _ in slices)]
+            if [part.start for part, _ in slices] != ends[:-1] or ends[-1] != size:
                 faults.append(f"{name}: the shards do not hold each of its {size:,} elements just once")
-            for stretch, file in stretches:
+            for part, file in slices:
                 shape, dtype = (file.entries[_key(MASTER, name)][key] for key in ("shape", "dtype"))
-                if (shape, dtype) != ([stretch.stop - stretch.start], "F32"):
+                if (shape, dtype) != ([part.stop - part.start], "F32"):
                     faults.append(f"{name}: a shard has {shape} {dtype} elements of it")
         if faults:
             raise damaged(self._checkpoint, faults)
 
     def master(self, name: str) -> torch.Tensor:
-        """A whole master, flat float32."""
+        """Return a whole master, flat float32."""
         return self._read(name, MASTER, 0, self._by_name[name][-1][0].stop)
 
     def fill(self, fragments: Sequence[Fragment]) -> None:
-        """Write masters, moments and numbers of updates into fragments, whatever layout they are of.
+        """Write masters, moments and numbers of updates into fragments, whatever their layout.
 
         Raises:
             CheckpointError: the checkpoint holds no moments of a tensor.
@@ -142,11 +142,11 @@ class Shards:
             raise damaged(self._checkpoint, [f"{FOLDER} lacks something ({type(error).__name__}: {error})"]) from None
 
     def _fill(self, fragment: Fragment) -> None:
-        stretch, file = next(pair for pair in self._by_name[fragment.name] if pair[0].stop > fragment.start)
+        part, file = next(pair for pair in self._by_name[fragment.name] if pair[0].stop > fragment.start)
         values = {kind: self._read(fragment.name, kind, fragment.start, fragment.stop) for kind in KINDS}
-        fragment.state.write(values, stretch.updates)
-        same = (stretch.start, stretch.stop) == (fragment.start, fragment.stop)
-        raw = {key: file.tensor(_key(f"raw.{key}", fragment.name)) for key in stretch.raw} if same else {}
+        fragment.state.write(values, part.updates)
+        same = (part.start, part.stop) == (fragment.start, fragment.stop)
+        raw = {key: file.tensor(_key(f"raw.{key}", fragment.name)) for key in part.raw} if same else {}
         if raw and {key: (t.shape, t.dtype) for key, t in raw.items()} == {
             key: (t.shape, t.dtype) for key, t in fragment.state.raw().items()
         }:
@@ -154,10 +154,10 @@ class Shards:
 
     def _read(self, name: str, kind: str, start: int, stop: int) -> torch.Tensor:
         parts = []
-        for stretch, file in self._by_name[name]:
-            begin, end = max(start, stretch.start), min(stop, stretch.stop)
+        for part, file in self._by_name[name]:
+            begin, end = max(start, part.start), min(stop, part.stop)
             if begin < end:  # mapped, so only the slice is read
-                parts.append(file.tensor(_key(kind, name))[begin - stretch.start : end - stretch.start])
+                parts.append(file.tensor(_key(kind, name))[begin - part.start : end - part.start])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from toolkit.checkpoint import rng, state
 from toolkit.checkpoint.delta import Base, Delta, describe_difference, read_mask_and_base
 from toolkit.checkpoint.manifest import damaged
-from toolkit.checkpoint.optimizer_shards import Shards
-from toolkit.checkpoint.state import State, read_state
+from toolkit.checkpoint.optimizer_shards import OptimizerShards
+from toolkit.checkpoint.state import CheckpointState, read_state
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import CheckpointError
@@ -28,15 +28,15 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.state: State = read_state(path)
+        self.state: CheckpointState = read_state(path)
         try:
             self.mask, self.base = read_mask_and_base(path)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise damaged(path, [f"mask.json or base.json cannot be read ({type(error).__name__}: {error})"]) from None
-        self.shards = Shards(path, self.state.step, self.state.ranks, self.mask)
+        self.shards = OptimizerShards(path, self.state.step, self.state.ranks, self.mask)
 
     def delta(self) -> Delta:
-        """The trained tensors, float32, mapped until something is written into them."""
+        """Return the trained tensors, float32, mapped until something is written into them."""
         tensors = {tensor.name: self.shards.master(tensor.name).view(tensor.shape) for tensor in self.mask.trainable}
         return Delta(tensors, self.mask, self.base)
 
@@ -46,7 +46,7 @@ class Checkpoint:
         Args:
             mask: of all that this run trains up to the checkpoint's step.
             base: the model this run starts from.
-            fingerprints: this run's ``State.fingerprints``.
+            fingerprints: this run's ``CheckpointState.fingerprints``.
             order: SHA-256 of the permutation of the checkpoint's epoch in this run.
 
         Raises:
@@ -58,7 +58,7 @@ class Checkpoint:
         now = {**fingerprints, "base": base.sha256}
         if difference:  # which the schedule repeats
             now["schedule"] = self.state.fingerprints.get("schedule", "")
-        differences += state.identity_differences(self.state, now, order)
+        differences += state.fingerprint_differences(self.state, now, order)
         if differences:
             listed = "\n".join(f"  - {difference}" for difference in differences)
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""The random number generators of this process: Python, NumPy, torch on the CPU and on the device."""
+"""Save and restore the random number generators of this process: Python, NumPy, torch on CPU and device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def capture(device: torch.device) -> dict[str, Any]:
-    """The state of every generator, as JSON values."""
+    """Return the state of every generator as JSON values."""
     version, numbers, gauss = random.getstate()
     name, keys, *rest = np.random.get_state()
     states = {
@@ -24,7 +24,7 @@ def capture(device: torch.device) -> dict[str, Any]:
 
 
 def restore(states: dict[str, Any], device: torch.device) -> None:
-    """Put every generator where it was; one that the checkpoint's machine had not stays as it is."""
+    """Restore every generator; one that the checkpoint's machine had not stays as it is."""
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, *rest = states["numpy"]
@@ -35,7 +35,7 @@ def restore(states: dict[str, Any], device: torch.device) -> None:
 
 
 def rng_name(rank: int, ranks: int) -> str:
-    """The file of a rank's generators, relative to the checkpoint."""
+    """Return the file name of a rank's generators, relative to the checkpoint."""
     return f"rng-{rank:05d}-of-{ranks:05d}.json"
 
 

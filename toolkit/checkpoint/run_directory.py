@@ -1,4 +1,4 @@
-"""The run directory: which one a run writes to, and whether it continues what is there."""
+"""Choose the directory that a run writes to, and whether it continues what is there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from toolkit.checkpoint.catalog import checkpoints_of, newest_usable
 from toolkit.checkpoint.evaluation import read_loss
-from toolkit.checkpoint.state import State, read_state, recipe_differences
+from toolkit.checkpoint.state import CheckpointState, read_state, recipe_differences
 from toolkit.config.recipe import dump
 from toolkit.config.schema import RunConfig
 from toolkit.runtime.distributed import World
@@ -30,7 +30,7 @@ class RunDirectory:
     path: Path
     checkpoint: Path | None
     """None starts from the beginning."""
-    state: State | None
+    state: CheckpointState | None
     """Of the checkpoint."""
     finished: bool
     """The run in it is already done: nothing to train, and nothing to validate."""
@@ -43,8 +43,8 @@ def _by_nobody(path: Path) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Wish:
-    """Who wants a directory."""
+class _Request:
+    """A run that wants a directory."""
 
     config: RunConfig
     recipe: Path
@@ -55,8 +55,8 @@ class _Wish:
 
 
 @dataclass
-class _Claimed:
-    """A directory that was picked, and what has to be undone."""
+class _LockedDirectory:
+    """A directory that was chosen, and what has to be undone."""
 
     directory: RunDirectory
     lock: RunLock | None
@@ -95,7 +95,7 @@ def claim(
     claimed = error = None
     if world.is_main:
         try:
-            claimed = _choose(_Wish(config, recipe, ranks or world.size, held_by, create, override))
+            claimed = _choose(_Request(config, recipe, ranks or world.size, held_by, create, override))
         except CheckpointError as refused:
             error = refused
     try:
@@ -107,49 +107,49 @@ def claim(
         yield directory
     finally:
         if claimed is not None:
-            _let_go(claimed)
+            _release(claimed)
 
 
-def _choose(wish: _Wish) -> _Claimed:
-    output = wish.config.output
+def _choose(request: _Request) -> _LockedDirectory:
+    output = request.config.output
     if output.dir:
-        claimed = _lock(Path(output.dir), wish)
+        claimed = _lock(Path(output.dir), request)
         if isinstance(claimed, str):
             raise CheckpointError(
                 f"{output.dir} is being written by another run: {claimed}. Wait for it, or choose another --output.dir"
             )
-        with _undone_if_refused(claimed):
-            if holder := wish.held_by(claimed.directory.path):
+        with _released_on_error(claimed):
+            if holder := request.held_by(claimed.directory.path):
                 raise CheckpointError(
                     f"{output.dir} belongs to {holder}; wait for it, cancel it, or choose another --output.dir"
                 )
-            claimed.directory = _inspect(claimed.directory.path, wish)
+            claimed.directory = _inspect(claimed.directory.path, request)
         return claimed
-    if wish.override:
+    if request.override:
         raise CheckpointError("--resume-override goes on with a run that you name: add its --output.dir")
     for number in count(1):
-        path = Path("runs") / (wish.recipe.stem if number == 1 else f"{wish.recipe.stem}-{number}")
+        path = Path("runs") / (request.recipe.stem if number == 1 else f"{request.recipe.stem}-{number}")
         if output.resume == "must" and not path.exists():
             raise CheckpointError(
                 f"output.resume is must, but no directory up to {path} holds an interrupted run of this recipe; "
                 "name the run with --output.dir"
             )
-        claimed = _lock(path, wish)
+        claimed = _lock(path, request)
         if isinstance(claimed, str):
             continue
-        with _undone_if_refused(claimed):
-            found = None if wish.held_by(path) else _inspect_if_fits(path, wish)
+        with _released_on_error(claimed):
+            found = None if request.held_by(path) else _inspect_if_fits(path, request)
             if found is not None:
                 claimed.directory = found
                 return claimed
-        _let_go(claimed)
+        _release(claimed)
     raise AssertionError("unreachable")
 
 
-def _lock(path: Path, wish: _Wish) -> _Claimed | str:
-    """The directory, locked; or who holds it."""
-    claimed = _Claimed(RunDirectory(path, None, None, finished=False), None)
-    if not wish.create and not path.exists():
+def _lock(path: Path, request: _Request) -> _LockedDirectory | str:
+    """Return the directory, locked; or who holds it."""
+    claimed = _LockedDirectory(RunDirectory(path, None, None, finished=False), None)
+    if not request.create and not path.exists():
         return claimed  # nobody can hold what does not exist
     claimed.created = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
@@ -165,7 +165,7 @@ def _lock(path: Path, wish: _Wish) -> _Claimed | str:
     return claimed
 
 
-def _let_go(claimed: _Claimed) -> None:
+def _release(claimed: _LockedDirectory) -> None:
     """Release the lock; a directory that was made for the run and holds nothing else goes with it."""
     if claimed.lock is None:
         return
@@ -179,34 +179,34 @@ def _let_go(claimed: _Claimed) -> None:
 
 
 @contextmanager
-def _undone_if_refused(claimed: _Claimed) -> Iterator[None]:
+def _released_on_error(claimed: _LockedDirectory) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        _let_go(claimed)
+        _release(claimed)
         raise
 
 
-def _inspect_if_fits(path: Path, wish: _Wish) -> RunDirectory | None:
-    """The automatic choice: an unused directory, or an unfinished run of the same recipe that may be continued."""
-    resume = wish.config.output.resume
+def _inspect_if_fits(path: Path, request: _Request) -> RunDirectory | None:
+    """Return an unused directory, or an unfinished run of the same recipe that may be continued; else None."""
+    resume = request.config.output.resume
     if not checkpoints_of(path):
         return None if resume == "must" else RunDirectory(path, None, None, finished=False)
-    if resume == "never" or not any(_is_of_recipe(checkpoint, wish) for checkpoint in checkpoints_of(path)):
+    if resume == "never" or not any(_is_of_recipe(checkpoint, request) for checkpoint in checkpoints_of(path)):
         return None
-    found = _inspect(path, wish)
+    found = _inspect(path, request)
     return None if found.finished else found
 
 
-def _is_of_recipe(checkpoint: Path, wish: _Wish) -> bool:
+def _is_of_recipe(checkpoint: Path, request: _Request) -> bool:
     try:
-        return not any(recipe_differences(read_state(checkpoint), wish.config, wish.ranks))
+        return not any(recipe_differences(read_state(checkpoint), request.config, request.ranks))
     except CheckpointError:
         return False
 
 
-def _inspect(path: Path, wish: _Wish) -> RunDirectory:
-    resume = wish.config.output.resume
+def _inspect(path: Path, request: _Request) -> RunDirectory:
+    resume = request.config.output.resume
     if (present := checkpoints_of(path)) and resume == "never":
         raise CheckpointError(
             f"output.resume is never, but {path} holds {present[-1].name}; choose another --output.dir, or resume: auto"
@@ -217,11 +217,11 @@ def _inspect(path: Path, wish: _Wish) -> RunDirectory:
             raise CheckpointError(f"output.resume is must, but {path} holds no checkpoint; expected an interrupted run")
         return RunDirectory(path, None, None, finished=False)
     state = read_state(checkpoint)
-    refused, harmless = recipe_differences(state, wish.config, wish.ranks)
-    if refused or (harmless and not wish.override):
+    refused, harmless = recipe_differences(state, request.config, request.ranks)
+    if refused or (harmless and not request.override):
         raise CheckpointError(_refusal(path, checkpoint, refused, harmless))
-    finished = state.step >= state.steps_in_all(wish.config, wish.ranks)
-    if finished and wish.config.data.validation is not None and read_loss(checkpoint) is None:
+    finished = state.step >= state.steps_in_all(request.config, request.ranks)
+    if finished and request.config.data.validation is not None and read_loss(checkpoint) is None:
         finished = False  # its last validation is still to be done
     return RunDirectory(path, checkpoint, state, finished, tuple(harmless))
 

@@ -17,12 +17,13 @@ from toolkit.checkpoint.evaluation import read_loss, write_loss
 from toolkit.checkpoint.manifest import directory_name, write_manifest
 from toolkit.checkpoint.rng import capture, rng_name
 from toolkit.checkpoint.state import NAME as STATE
-from toolkit.checkpoint.state import State
+from toolkit.checkpoint.state import CheckpointState
 from toolkit.engine.base import Engine
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import DiskError, FrostlineError
-from toolkit.runtime.hashed_files import FileHash, sync_directory, told_if_full, write_json, write_tensors
+from toolkit.runtime.hashed_files import FileHash, explain_disk_errors, write_json, write_tensors
+from toolkit.runtime.paths import sync_directory
 from toolkit.runtime.safetensors_io import file_size
 
 _Files = dict[str, tuple[dict[str, torch.Tensor], dict[str, str]]]
@@ -33,10 +34,10 @@ _SLACK = 2**20
 
 
 @dataclass(frozen=True)
-class Content:
-    """What a checkpoint is made of."""
+class CheckpointContent:
+    """The content of a checkpoint."""
 
-    state: State
+    state: CheckpointState
     engine: Engine
     """What trains now."""
     resting: Mapping[str, torch.Tensor]
@@ -65,7 +66,7 @@ class Saver:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if in_background else None
         self._pending: _PendingCheckpoint | None = None
 
-    def save(self, content: Content, validation_follows: bool = False) -> None:
+    def save(self, content: CheckpointContent, validation_follows: bool = False) -> None:
         """Commit a checkpoint, or begin to. A kill at any moment leaves the previous one in place.
 
         Args:
@@ -127,7 +128,7 @@ class Saver:
         self._on_main(f"the validation loss of {checkpoint}", write)
 
     def loss_at(self, step: int) -> float | None:
-        """On rank 0 the validation loss that ``record`` kept with the checkpoint of ``step``; else none."""
+        """Return the validation loss kept with the checkpoint of ``step``, on rank 0; elsewhere None."""
         return read_loss(self._run / "checkpoints" / directory_name(step)) if self._world.is_main else None
 
     def __enter__(self) -> Saver:
@@ -159,7 +160,7 @@ class Saver:
             final.rename(final.with_name(f".{final.name}.replaced"))
         staging.rename(final)
         sync_directory(final.parent)
-        catalog.point_at(self._run, final)
+        catalog.mark_latest(self._run, final)
         if not pending.validation_follows:
             catalog.prune(self._run, final, self._keep)
         catalog.clear_leftovers(self._run)
@@ -186,7 +187,7 @@ class Saver:
         error = None
         if self._world.is_main:
             try:
-                with told_if_full(what):
+                with explain_disk_errors(what):
                     work()
             except FrostlineError as failed:
                 error = failed
@@ -214,7 +215,7 @@ def _write(staging: Path, files: _Files, documents: Mapping[str, object]) -> _Wr
     """Write a rank's part of a checkpoint; return the hashes of its files, or why it could not be written."""
     entries = {}
     try:
-        with told_if_full(f"checkpoint {staging}"):
+        with explain_disk_errors(f"checkpoint {staging}"):
             for name, (tensors, metadata) in files.items():
                 entries[name] = write_tensors(staging / name, tensors, metadata)
             for name, value in documents.items():
@@ -226,10 +227,10 @@ def _write(staging: Path, files: _Files, documents: Mapping[str, object]) -> _Wr
     return entries
 
 
-def _pack(content: Content, world: World) -> tuple[_Files, dict[str, object]]:
-    """What this rank writes: its shard, and documents, by file name."""
+def _pack(content: CheckpointContent, world: World) -> tuple[_Files, dict[str, object]]:
+    """Return what this rank writes: its shard, and documents, by file name."""
     engine, step = content.engine, content.state.step
-    share = optimizer_shards.own_share(engine.fragments(), engine.is_replicated, world.rank, world.size)
+    share = optimizer_shards.fragments_of_rank(engine.fragments(), engine.is_replicated, world.rank, world.size)
     tensors, index = optimizer_shards.pack_tensors(share, content.resting if world.is_main else {})
     own = (world.rank, world.size)
     documents: dict[str, object] = {

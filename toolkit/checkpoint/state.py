@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, and which differences keep a run from going on from it."""
+"""Read a checkpoint's state, and compare it with the run that would resume from it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAME = "state.json"
 
 _IRRELEVANT = ("output.", "prefix.cache", "prefix.placement")
 """Where output goes, and where hidden states and frozen weights are kept, does not change what is learned."""
-_DEALT = ("train.micro_batch_size", "train.gradient_accumulation_steps")
+_BATCH_SIZE = ("train.micro_batch_size", "train.gradient_accumulation_steps")
 """What counts is the rows of one step over all ranks, their product with the number of ranks."""
 _HARMLESS = (
     "train.learning_rate", "train.weight_decay", "train.warmup_ratio", "train.scheduler", "train.epochs",
@@ -30,8 +30,8 @@ _HARMLESS = (
 from may change because their fingerprints may not."""
 
 
-class State(BaseModel):
-    """Where a checkpoint stands, what it belongs to, and what wrote it."""
+class CheckpointState(BaseModel):
+    """Where a checkpoint is in its run, what it belongs to, and what wrote it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -67,11 +67,11 @@ class State(BaseModel):
 
     @property
     def finished(self) -> bool:
-        """True at the end of the run."""
+        """Return True at the end of the run."""
         return self.step >= self.total_steps
 
     def steps_in_all(self, config: RunConfig, ranks: int) -> int:
-        """Steps of the whole run if ``config`` goes on from here on ``ranks`` ranks."""
+        """Return the steps of the whole run if ``config`` goes on from here on ``ranks`` ranks."""
         train = config.train
         batch = global_batch(train.micro_batch_size, train.gradient_accumulation_steps, ranks)
         rest = math.ceil((self.rows - self.cursor) / batch)
@@ -79,14 +79,14 @@ class State(BaseModel):
         return min(self.step + max(rest, 0), train.max_steps or self.step + max(rest, 0))
 
 
-def read_state(checkpoint: Path) -> State:
-    """The state of a checkpoint.
+def read_state(checkpoint: Path) -> CheckpointState:
+    """Read the state of a checkpoint.
 
     Raises:
         CheckpointError: it is missing or damaged.
     """
     try:
-        return State.model_validate(json.loads((checkpoint / NAME).read_text(encoding="utf-8")))
+        return CheckpointState.model_validate(json.loads((checkpoint / NAME).read_text(encoding="utf-8")))
     except ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(map(str, fault["loc"]))
@@ -95,14 +95,14 @@ def read_state(checkpoint: Path) -> State:
         raise damaged(checkpoint, [f"{NAME} cannot be read ({error})"]) from None
 
 
-def recipe_differences(state: State, config: RunConfig, ranks: int) -> tuple[list[str], list[str]]:
-    """In what ``config`` would change the run of a checkpoint: what may not change, and what may under an override."""
+def recipe_differences(state: CheckpointState, config: RunConfig, ranks: int) -> tuple[list[str], list[str]]:
+    """Return how ``config`` would change the run of a checkpoint: in what it may not, and in what under an override."""
     refused: list[str] = []
     harmless: list[str] = []
-    before = _flat(RunConfig().model_dump(mode="json"))  # a key that is newer than the checkpoint had its default
-    old, new = {**before, **_flat(state.recipe)}, _flat(config.model_dump(mode="json"))
+    before = _flatten(RunConfig().model_dump(mode="json"))  # a key that is newer than the checkpoint had its default
+    old, new = {**before, **_flatten(state.recipe)}, _flatten(config.model_dump(mode="json"))
     for key in [*new, *(key for key in old if key not in new)]:
-        if key.startswith(_IRRELEVANT) or key in _DEALT or old.get(key) == new.get(key):
+        if key.startswith(_IRRELEVANT) or key in _BATCH_SIZE or old.get(key) == new.get(key):
             continue
         difference = f"{key} was {old.get(key)!r}, is now {new.get(key)!r}"
         (harmless if key.startswith(_HARMLESS) else refused).append(difference)
@@ -116,12 +116,12 @@ def recipe_differences(state: State, config: RunConfig, ranks: int) -> tuple[lis
     return refused, harmless
 
 
-def identity_differences(state: State, now: Mapping[str, str], order: str) -> Iterator[str]:
-    """In what the data, tokenizer, template, model or schedule of this run are not those of a checkpoint.
+def fingerprint_differences(state: CheckpointState, now: Mapping[str, str], order: str) -> Iterator[str]:
+    """Yield how data, tokenizer, template, model or schedule of this run differ from a checkpoint's.
 
     Args:
         state: of the checkpoint.
-        now: this run's ``State.fingerprints``.
+        now: this run's ``CheckpointState.fingerprints``.
         order: of the checkpoint's epoch in this run.
     """
     for name, meaning in _MEANINGS.items():
@@ -140,7 +140,7 @@ _MEANINGS = {
 }
 
 
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         f"{section}.{key}": value
         for section, keys in values.items()

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from toolkit.checkpoint.choice import Choice, Step
+from toolkit.checkpoint.choice import ChosenCheckpoint, Step
 from toolkit.checkpoint.delta import Delta, save_delta
 from toolkit.config.recipe import dump
 from toolkit.inference.open_model import open_model, read_run
@@ -138,7 +138,7 @@ def _staged(target: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _model_card(choice: Choice, delta: Delta, audit: str, recipe: str, weights: Comparison) -> str:
+def _model_card(choice: ChosenCheckpoint, delta: Delta, audit: str, recipe: str, weights: Comparison) -> str:
     base = delta.base.config
     untied = (
         "\n\nThe head is its own tensor here; in the base model it is tied to the embeddings."

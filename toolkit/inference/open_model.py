@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.checkpoint import manifest
 from toolkit.checkpoint.catalog import checkpoints_of
-from toolkit.checkpoint.choice import Choice, Step, choose_checkpoint
+from toolkit.checkpoint.choice import ChosenCheckpoint, Step, choose_checkpoint
 from toolkit.checkpoint.delta import Delta, is_delta, read_delta
 from toolkit.checkpoint.restore import Checkpoint
 from toolkit.config.recipe import build, read_recipe
@@ -36,7 +36,7 @@ class OpenedModel:
     """The run's recipe; the defaults where the source is not a run."""
     run: Path | None
     """The run directory, where the source is one."""
-    choice: Choice | None
+    choice: ChosenCheckpoint | None
     """The checkpoint of the run, where the source is one."""
     delta: Delta | None
     """What was trained, where the source is not a whole model."""
@@ -92,7 +92,7 @@ def open_model(
     return OpenedModel(loaded, RunConfig(model=model), None, None, None)
 
 
-def read_run(run: Path, step: Step | None = None) -> tuple[Choice, Delta]:
+def read_run(run: Path, step: Step | None = None) -> tuple[ChosenCheckpoint, Delta]:
     """The checkpoint that is taken of a run, which the log names, and its trained tensors; every byte is verified.
 
     Args:

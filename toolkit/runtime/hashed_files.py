@@ -1,4 +1,4 @@
-"""Files of a checkpoint: written with their SHA-256 in one pass, and forced to disk."""
+"""Write the files of a checkpoint: hashed in the same pass, and forced to disk."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CHUNK = 2**24
 
 @dataclass(frozen=True)
 class FileHash:
-    """What a file has to be."""
+    """Size and hash that a file must have."""
 
     size: int
     """Bytes."""
@@ -48,27 +48,18 @@ def write_json(path: Path, value: object) -> FileHash:
 
 
 def as_json(value: object) -> str:
-    """The text that ``write_json`` writes."""
+    """Return the text that ``write_json`` writes."""
     return json.dumps(value, indent=1)
 
 
 def hash_files(directory: Path, names: list[str]) -> dict[str, FileHash | str]:
-    """Size and SHA-256 of files, several at a time; what is wrong, in words, for those that cannot be read."""
+    """Return size and SHA-256 of files, several at a time; for those that cannot be read, what is wrong."""
     with ThreadPoolExecutor() as pool:
         return dict(zip(names, pool.map(lambda name: _hash(directory / name), names), strict=True))
 
 
-def sync_directory(directory: Path) -> None:
-    """Force the names in ``directory`` to disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextmanager
-def told_if_full(what: str) -> Iterator[None]:
+def explain_disk_errors(what: str) -> Iterator[None]:
     """Turn an error of the disk into one clear message.
 
     Raises:

@@ -15,8 +15,8 @@ import torch
 from toolkit.activation_cache.cached_prefix import CachedPrefix
 from toolkit.checkpoint.delta import Delta
 from toolkit.checkpoint.restore import Checkpoint
-from toolkit.checkpoint.saver import Content
-from toolkit.checkpoint.state import State
+from toolkit.checkpoint.saver import CheckpointContent
+from toolkit.checkpoint.state import CheckpointState
 from toolkit.mask.apply import apply_mask, put_tensors, trainable_parameters
 from toolkit.mask.schedule import Phase
 from toolkit.optim.state_fragments import AdamState, gather_states, load_fragments
@@ -27,10 +27,10 @@ from toolkit.training.setup import Setup, begin
 log = logging.getLogger("frostline")
 
 
-def content_of(setup: Setup, progress: Progress) -> Content:
+def content_of(setup: Setup, progress: Progress) -> CheckpointContent:
     """What a checkpoint at ``progress`` is made of."""
     phase = setup.active.phase
-    state = State(
+    state = CheckpointState(
         step=progress.step,
         total_steps=setup.total_steps,
         epoch=progress.epoch,
@@ -47,7 +47,7 @@ def content_of(setup: Setup, progress: Progress) -> Content:
         versions=versions(),
         recipe=setup.config.model_dump(mode="json"),
     )
-    return Content(state, setup.engine, setup.resting, phase.trained, setup.base)
+    return CheckpointContent(state, setup.engine, setup.resting, phase.trained, setup.base)
 
 
 def advance(setup: Setup, step: int) -> None:
@@ -97,7 +97,7 @@ def resume(setup: Setup, path: Path) -> Progress:
     return Progress.of(state)
 
 
-def _note_changes(setup: Setup, state: State) -> None:
+def _note_changes(setup: Setup, state: CheckpointState) -> None:
     """Say what may make the rest differ from an uninterrupted run by rounding."""
     now = versions()
     for name, version in state.versions.items():

@@ -7,7 +7,7 @@ import math
 from array import array
 from dataclasses import dataclass, field
 
-from toolkit.checkpoint.state import State
+from toolkit.checkpoint.state import CheckpointState
 from toolkit.data.batches import epoch_order
 from toolkit.training.step import StepResult
 
@@ -32,7 +32,7 @@ class Progress:
     """Sums since the run began; those that begin with ``epoch_`` since the epoch began."""
 
     @classmethod
-    def of(cls, state: State) -> Progress:
+    def of(cls, state: CheckpointState) -> Progress:
         """The position of a checkpoint."""
         totals = {**dict.fromkeys(_SUMS, 0.0), **state.totals}
         return cls(state.rows, state.step, state.epoch, state.cursor, totals=totals)

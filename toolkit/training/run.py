@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from toolkit.activation_cache.cached_prefix import CachedPrefix, read_ahead
+from toolkit.activation_cache.cached_prefix import CachedPrefix, prefetch_cached
 from toolkit.checkpoint.catalog import finish_pruning
 from toolkit.checkpoint.run_directory import RunDirectory, claim, write_config
 from toolkit.checkpoint.saver import Saver
@@ -163,7 +163,7 @@ def _loop(
         order = epoch_order(progress.rows, seed, epoch)[progress.cursor :]
         plan = replace(setup.plan, rows=len(order))
         steps = step_batches(setup.dataset.train, order, plan, setup.pad_id, packed=setup.packed)
-        announced = read_ahead(lambda: setup.reading, steps)
+        announced = prefetch_cached(lambda: setup.reading, steps)
         for micro_batches in ahead(on_device(announced, setup.world.device)):
             if progress.step == setup.active.phase.end:
                 _change_phase(setup, run_dir, monitor, progress.step)
@@ -245,5 +245,5 @@ def _metrics(setup: Setup, result: StepResult, progress: Progress) -> StepMetric
         trained_parameters=setup.mask.parameters,
         peak_memory_gib=setup.world.max(peak_memory_gib(setup.world.device)),
         moved_share=setup.engine.moved_share(),
-        cache_hit_share=setup.prefix.hit_share() if isinstance(setup.prefix, CachedPrefix) else None,
+        cache_hit_share=setup.prefix.hit_rate() if isinstance(setup.prefix, CachedPrefix) else None,
     )

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from toolkit.activation_cache.cached_prefix import CachedPrefix, HiddenStates
 from toolkit.activation_cache.packing import choose_packing
 from toolkit.checkpoint.delta import Base
-from toolkit.checkpoint.state import State
+from toolkit.checkpoint.state import CheckpointState
 from toolkit.config.flags import Invocation
 from toolkit.config.policy import Decision, decide_checkpointing
 from toolkit.config.schema import RunConfig
@@ -145,7 +145,9 @@ def set_up(invocation: Invocation, world: World) -> Setup:
     return setup
 
 
-def prepare(invocation: Invocation, world: World, state: State | None = None, run_dir: Path | None = None) -> Setup:
+def prepare(
+    invocation: Invocation, world: World, state: CheckpointState | None = None, run_dir: Path | None = None
+) -> Setup:
     """Load and check everything ``invocation`` names, for ``begin``; every rank calls it.
 
     Args:

@@ -86,7 +86,7 @@ def _own_answers(setup: Setup, rows: Sequence[Example], may_stop: bool) -> list[
         setup.config.output.sample_tokens,
         signals.stop_requested if may_stop else None,
     )
-    prefix = setup.prefix.lent() if isinstance(setup.prefix, CachedPrefix) else setup.prefix
+    prefix = setup.prefix.offloaded_prefix() if isinstance(setup.prefix, CachedPrefix) else setup.prefix
     with setup.active.whole.joined(prefix) as model:
         return [
             complete(model, tokenizer, _prompt(row), setup.stop_ids, most, stop=asked)
