@@ -162,7 +162,7 @@ def _memory_text(plan: Plan) -> str:
         }
         lines.append(f"prefix kept in {frozen.precision} precision{place[frozen.placement]}")
     if variant.cached:
-        then = "its weights stay for the next phases" if plan.phases else "then its weights are let go"
+        then = "its weights stay for the next phases" if plan.phases else "then its weights are freed"
         lines.append(f"prefix cached: a first pass computes its hidden states; {then}")
     return "\n".join(lines)
 
