@@ -32,7 +32,7 @@ def overrides(model: Path, run: Path) -> dict[str, Any]:
 def in_new_process(code: str) -> Any:
     command = [sys.executable, "-c", f"import json, sys\n{code}"]
     done = subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_the_public_names_are_these() -> None:
@@ -146,6 +146,24 @@ def test_a_signal_stops_a_run_and_the_same_call_goes_on(tiny_model: Path, tmp_pa
     assert len(metrics(tmp_path / "run")) == 1
     assert not toolkit.train(QUICKSTART, given).stopped
     assert len(metrics(tmp_path / "run")) == 2
+
+
+@pytest.mark.slow
+def test_one_process_trains_with_deepspeed_again_and_again(tiny_model: Path, tmp_path: Path) -> None:
+    given = {key: str(value) for key, value in overrides(tiny_model, tmp_path).items() if key != "output.dir"}
+    code = f"""
+import os, toolkit
+names, found = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"), []
+for ds in ("ds_configs/zero2.json", "ds_configs/zero2.json", None):
+    given = {given!r} | {{"output.dir": {str(tmp_path)!r} + f"/run-{{len(found)}}"}}
+    run = toolkit.train("recipes/quickstart.yaml", given, ds=ds).run
+    found.append([str(run), *(name for name in names if name in os.environ)])
+print(json.dumps(found))
+"""
+    assert in_new_process(code) == [[f"{tmp_path}/run-{number}"] for number in range(3)]
+    first, again, local = (metrics(tmp_path / f"run-{number}") for number in range(3))
+    assert again == first
+    assert local == pytest.approx(first, rel=1e-5)
 
 
 FAULTS: dict[str, tuple[typing.Callable[[Path], object], type[FrostlineError], str]] = {

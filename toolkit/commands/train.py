@@ -10,8 +10,10 @@ again to go on.
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,15 +60,32 @@ def train(
     """
     if threading.current_thread() is not threading.main_thread():
         raise UsageError("toolkit.train listens to signals, which only the main thread can; call it from there")
-    with listening():
+    with listening(), _restored_environment():
         from toolkit.commands.recipe_input import read_input
         from toolkit.training.run import run
 
         directory: list[Path] = []
         code = run(read_input(recipe, overrides, ds, resume_override), directory.append)
+    if ds is not None:
+        from toolkit.engine.deepspeed.process_groups import forget_groups
+
+        forget_groups()
     if not directory:
         raise TrainingStoppedError("a signal stopped the run before it had a directory; call again to begin it")
     return TrainResult(directory[0], stopped=code == STOPPED)
+
+
+@contextmanager
+def _restored_environment() -> Iterator[None]:
+    """Take back what joining a process group sets in the environment, which child processes would inherit."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
