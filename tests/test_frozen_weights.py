@@ -28,7 +28,7 @@ from toolkit.frozen.quantization import (
 from toolkit.frozen.weight_offload import FrozenWeights
 from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.models.bundled import cache_root
-from toolkit.models.disk_offload import spill
+from toolkit.models.disk_offload import offload_to_disk
 from toolkit.models.load import fingerprint, load
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import ConfigError, ModelError
@@ -308,4 +308,4 @@ def test_a_full_disk_is_an_error_that_names_the_directory(monkeypatch: pytest.Mo
 
     monkeypatch.setattr("toolkit.models.disk_offload.write_safetensors", full)
     with pytest.raises(ModelError, match=rf"could not be written to {cache_root()} .*No space left"):
-        spill({"weight": torch.ones(4)})
+        offload_to_disk({"weight": torch.ones(4)})

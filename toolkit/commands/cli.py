@@ -55,7 +55,7 @@ def set_up_memory() -> None:
     torch asks the kernel for 2 MiB pages for large tensors: a sixth of the page faults, and less memory resident
     (torch >= 2.2). oneDNN and MKL keep code and buffers for each shape they meet, 0.3 GiB for rows of many lengths.
     """
-    malloc.keep()
+    malloc.keep_freed_memory()
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8")  # 1024 by default
     os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")

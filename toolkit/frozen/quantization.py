@@ -1,4 +1,4 @@
-"""Frozen weights in 8 or 4 bits (bitsandbytes), and back in the model's precision for the moment they compute.
+"""Quantise frozen weights to 8 or 4 bits (bitsandbytes), and dequantise them for the moment they compute.
 
 Only storage is quantised, products are not: activations stay as they are. Dettmers et al. (LLM.int8(), arXiv
 2208.07339) also quantise activations, with outlier columns that depend on the whole batch; then hidden[b] of a row
@@ -37,7 +37,7 @@ _BLOCK, _OUTER = 64, 256
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """What a quantised weight was, and is to be again."""
+    """Shape, precision and layout that a quantised weight had, and gets back."""
 
     precision: Precision
     shape: tuple[int, ...]
@@ -47,7 +47,7 @@ class QuantizedWeight:
 
 
 def quantisable(block: nn.Module, precision: Precision) -> dict[str, QuantizedWeight]:
-    """The weights of a block that can be quantised, by their names in it.
+    """Return the weights of a block that can be quantised, by their names in it.
 
     They are the matrices of ``nn.Linear`` and of GPT-2's ``Conv1D``, and the stacked matrices of a mixture's experts.
     Norms, biases, routers that are no Linear, convolutions and the recurrences of state-space models stay.
@@ -58,33 +58,35 @@ def quantisable(block: nn.Module, precision: Precision) -> dict[str, QuantizedWe
             linear = isinstance(module, (nn.Linear, Conv1D)) and leaf == "weight"
             stacked = parameter.ndim == 3 and not isinstance(module, nn.modules.conv._ConvNd)
             if (linear or stacked) and parameter.is_floating_point() and parameter.numel() % 2 == 0:
-                form = QuantizedWeight(precision, tuple(parameter.shape), parameter.dtype, isinstance(module, Conv1D))
-                found[f"{path}.{leaf}" if path else leaf] = form
+                original = QuantizedWeight(
+                    precision, tuple(parameter.shape), parameter.dtype, isinstance(module, Conv1D)
+                )
+                found[f"{path}.{leaf}" if path else leaf] = original
     return found
 
 
-def quantised_bytes(form: QuantizedWeight) -> int:
-    """Bytes of all parts of a quantised weight.
+def quantised_bytes(original: QuantizedWeight) -> int:
+    """Return the bytes of all parts of a quantised weight.
 
     int8 takes a byte a weight and a float32 an output. nf4 takes half a byte a weight, a byte for 64 of them, a float32
     for 256 of those bytes, and one.
     """
-    size = math.prod(form.shape)
-    if form.precision == "int8":
-        return size + 4 * (size // _row(form))
+    size = math.prod(original.shape)
+    if original.precision == "int8":
+        return size + 4 * (size // _row(original))
     scales = math.ceil(size / _BLOCK)
     return size // 2 + scales + 4 * math.ceil(scales / _OUTER) + 4
 
 
-def quantise(weight: torch.Tensor, form: QuantizedWeight) -> dict[str, torch.Tensor]:
-    """``weight`` in the parts that ``PARTS`` names, on its own device.
+def quantise(weight: torch.Tensor, original: QuantizedWeight) -> dict[str, torch.Tensor]:
+    """Return ``weight`` in the parts that ``PARTS`` names, on its own device.
 
     int8 [N, K]: codes = round(127 · w / scales), scales [N] = max |w| of each output. nf4: the nearest of 16 quantiles
     of a normal distribution, times the largest magnitude of 64 weights, which is kept in 8 bits itself.
     """
     functional = bitsandbytes_functional()
-    matrix = (weight.t() if form.transposed else weight).reshape(-1, _row(form)).contiguous()
-    if form.precision == "int8":
+    matrix = (weight.t() if original.transposed else weight).reshape(-1, _row(original)).contiguous()
+    if original.precision == "int8":
         codes, scales, _ = functional.int8_vectorwise_quant(matrix.to(torch.float16))
         return {"codes": codes, "scales": scales}
     codes, state = functional.quantize_4bit(matrix, blocksize=_BLOCK, compress_statistics=True, quant_type="nf4")
@@ -94,13 +96,13 @@ def quantise(weight: torch.Tensor, form: QuantizedWeight) -> dict[str, torch.Ten
     }  # fmt: skip
 
 
-def dequantise(parts: Mapping[str, torch.Tensor], form: QuantizedWeight) -> torch.Tensor:
-    """The weight that ``parts`` stand for, in its original shape and precision."""
-    if form.precision == "int8":
+def dequantise(parts: Mapping[str, torch.Tensor], original: QuantizedWeight) -> torch.Tensor:
+    """Return the weight that ``parts`` stand for, in its original shape and precision."""
+    if original.precision == "int8":
         scales = parts["scales"].mul(1 / 127).unsqueeze(1)
-        matrix = parts["codes"].to(form.dtype).mul_(scales)
+        matrix = parts["codes"].to(original.dtype).mul_(scales)
     else:
-        size = math.prod(form.shape)
+        size = math.prod(original.shape)
         # bitsandbytes' CPU kernel takes the wrong scales where a row is not a whole number of blocks (0.50.2)
         rows = (size // _BLOCK, _BLOCK) if size % _BLOCK == 0 else (1, size)
         functional = bitsandbytes_functional()
@@ -110,26 +112,26 @@ def dequantise(parts: Mapping[str, torch.Tensor], form: QuantizedWeight) -> torc
         )
         state = functional.QuantState(
             absmax=parts["scales"], shape=torch.Size(rows), code=code, blocksize=_BLOCK, quant_type="nf4",
-            dtype=form.dtype, offset=parts["offset"][0], state2=outer,
+            dtype=original.dtype, offset=parts["offset"][0], state2=outer,
         )  # fmt: skip
         matrix = functional.dequantize_4bit(parts["codes"], state)
-    if form.transposed:
-        return matrix.view(form.shape[::-1]).t().contiguous()
-    return matrix.view(form.shape)
+    if original.transposed:
+        return matrix.view(original.shape[::-1]).t().contiguous()
+    return matrix.view(original.shape)
 
 
 def check_quantisable(blocks: Iterable[nn.Module], precision: Precision) -> str:
-    """How much of ``blocks`` can be quantised, as a sentence for the log.
+    """Return how much of ``blocks`` can be quantised, as a sentence for the log.
 
     Raises:
         ModelError: less than half; the message names the modules that hold the rest.
     """
     quantised, rest = 0, Counter[str]()
     for block in blocks:
-        forms = quantisable(block, precision)
-        quantised += sum(math.prod(form.shape) for form in forms.values())
+        weights = quantisable(block, precision)
+        quantised += sum(math.prod(original.shape) for original in weights.values())
         for name, parameter in block.named_parameters():
-            if name not in forms:
+            if name not in weights:
                 rest[type(block.get_submodule(name.rpartition(".")[0])).__name__] += parameter.numel()
     total = quantised + rest.total()
     left = ", ".join(f"{name} {size:,}" for name, size in rest.most_common(5)) or "nothing"
@@ -142,21 +144,21 @@ def check_quantisable(blocks: Iterable[nn.Module], precision: Precision) -> str:
     return f"prefix in {precision}: {quantised:,} of {total:,} parameters of the frozen blocks, all but those in {left}"
 
 
-def _row(form: QuantizedWeight) -> int:
-    """Inputs of one output."""
-    return form.shape[0] if form.transposed else form.shape[-1]
+def _row(original: QuantizedWeight) -> int:
+    """Return the number of inputs of one output."""
+    return original.shape[0] if original.transposed else original.shape[-1]
 
 
 @cache
 def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The values of nf4's 16 codes, and of the 256 codes of its scales."""
+    """Return the values of nf4's 16 codes, and of the 256 codes of its scales."""
     functional = bitsandbytes_functional()
     return functional.get_4bit_type("nf4", device=device), functional.create_dynamic_map().to(device)
 
 
 @cache
 def bitsandbytes_functional() -> ModuleType:
-    """bitsandbytes.functional, imported by runs that use it alone."""
+    """Return bitsandbytes.functional, imported by runs that use it alone."""
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     logger.setLevel(logging.ERROR)  # it misses a package for products in 4 bits, which are not used here
     import bitsandbytes.functional

@@ -1,8 +1,8 @@
-"""Where the frozen weights of the prefix are kept, and how each block gets them for the moment it computes.
+"""Offload the frozen weights of the prefix, and load each block's for the moment it computes.
 
-A block of the prefix owns no content: its parameters are on the meta device. A hook of accelerate's kind lends it its
-weights when it is entered, in the model's precision and on its device, and takes them back when it is left. Between
-two visits they are kept on the device, on the host or on disk, as they are or quantised.
+A block of the prefix holds no content: its parameters are on the meta device. A hook of accelerate's kind loads its
+weights when it is entered, in the model's precision and on its device, and releases them when it is left. In between
+they are kept on the device, on the host or on disk, as they are or quantised.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from toolkit.frozen.quantization import (
     quantisable,
     quantise,
 )
-from toolkit.models.disk_offload import OnDisk, spill, to_meta
+from toolkit.models.disk_offload import OnDisk, offload_to_disk, to_meta
 
 log = logging.getLogger("frostline")
 
@@ -36,8 +36,8 @@ _HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Unit:
-    """What is lent and taken back at once: a block, or an embedding table, whose look-up runs on the host."""
+class OffloadUnit:
+    """A module that is loaded at once: a block, or an embedding table, whose look-up runs on the host."""
 
     module: str
     """Name in the model."""
@@ -49,21 +49,22 @@ class Unit:
 
 
 class FrozenWeights:
-    """The weights that the prefix alone holds, wherever they are."""
+    """The weights that the prefix alone holds, on the device, the host or disk.
+
+    They are taken out of ``model``; a tensor that anything else of it holds, or that trains, stays there.
+
+    Args:
+        model: the whole model, its mask applied, on the CPU; what is taken is on the meta device afterwards.
+        blocks: names of the frozen blocks, in running order.
+        tables: names of embedding tables that are to be offloaded too.
+        device: where the blocks compute.
+        on_disk: parameters that were not loaded.
+    """
 
     def __init__(
         self, model: nn.Module, blocks: Iterable[str], tables: Iterable[str], device: torch.device,
         on_disk: Mapping[str, OnDisk],
     ) -> None:  # fmt: skip
-        """Take the weights out of ``model``; a tensor that anything else of it holds, or that trains, stays there.
-
-        Args:
-            model: the whole model, its mask applied, on the CPU; what is taken is on the meta device afterwards.
-            blocks: names of the frozen blocks, in running order.
-            tables: names of embedding tables that are to be kept apart too.
-            device: where the blocks compute.
-            on_disk: parameters that were not loaded.
-        """
         blocks, tables = list(blocks), list(tables)
         names = {module: dict(model.get_submodule(module).named_parameters()) for module in (*tables, *blocks)}
         inside = {f"{module}.{name}" for module, own in names.items() for name in own}
@@ -72,32 +73,32 @@ class FrozenWeights:
         taken = {module: tuple(name for name, p in own.items() if id(p) not in stays) for module, own in names.items()}
         self.device = device
         self.units = [
-            Unit(module, _HOST if module in tables else device, own, module in blocks)
+            OffloadUnit(module, _HOST if module in tables else device, own, module in blocks)
             for module, own in taken.items()
             if own
         ]
-        self._kept: dict[str, torch.Tensor | OnDisk] = {}
-        self._forms: dict[str, QuantizedWeight] = {}
-        self._sent: dict[str, tuple[dict[str, torch.Tensor], torch.cuda.Event]] = {}
+        self._stored: dict[str, torch.Tensor | OnDisk] = {}
+        self._quantized: dict[str, QuantizedWeight] = {}
+        self._prefetched: dict[str, tuple[dict[str, torch.Tensor], torch.cuda.Event]] = {}
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         for unit in self.units:
             for name in unit.names:
                 full = f"{unit.module}.{name}"
-                self._kept[full] = on_disk[full] if full in on_disk else model.get_parameter(full).detach()
-        for full in self._kept:
+                self._stored[full] = on_disk[full] if full in on_disk else model.get_parameter(full).detach()
+        for full in self._stored:
             to_meta(model, full)
 
     def attach(self, skeleton: nn.Module) -> None:
-        """Let the units of ``skeleton``, the prefix's copy of the model, borrow from here."""
+        """Have the units of ``skeleton``, the prefix's copy of the model, load their weights from here."""
         for unit, following in zip(self.units, [*self.units[1:], None], strict=True):
             module = skeleton.get_submodule(unit.module)
             for owner in module.modules():
                 for name, buffer in owner.named_buffers(recurse=False):
                     owner._buffers[name] = buffer.to(unit.device)
-            add_hook_to_module(module, _Borrow(self, unit, following))
+            add_hook_to_module(module, _LoadHook(self, unit, following))
 
     def place_weights(self, skeleton: nn.Module, precision: Literal["model"] | Precision, placement: Placement) -> None:
-        """Bring all weights into the form and to the place where they are kept from now on, one unit at a time.
+        """Quantise all weights and move them to where they are kept from now on, one unit at a time.
 
         Raises:
             ModelError: too little of the blocks can be quantised, or the disk.
@@ -106,58 +107,60 @@ class FrozenWeights:
             blocks = [skeleton.get_submodule(unit.module) for unit in self.units if unit.is_block]
             log.info("%s", check_quantisable(blocks, precision))
         for unit in self.units:
-            forms: dict[str, QuantizedWeight] = {}
+            quantized: dict[str, QuantizedWeight] = {}
             if precision != "model" and unit.is_block:
-                forms = quantisable(skeleton.get_submodule(unit.module), precision)
+                quantized = quantisable(skeleton.get_submodule(unit.module), precision)
             place = unit.device if placement == "device" else _HOST
             for name in unit.names:
-                self._settle(f"{unit.module}.{name}", forms.get(name), unit.device, place)
+                self._store(f"{unit.module}.{name}", quantized.get(name), unit.device, place)
             if placement == "disk":
-                self._spill(unit)
+                self._offload(unit)
         log.info("%s", self.summary())
 
-    def _settle(self, full: str, form: QuantizedWeight | None, device: torch.device, place: torch.device) -> None:
-        stored = self._kept[full]
-        if form is None:
+    def _store(
+        self, full: str, quantized_as: QuantizedWeight | None, device: torch.device, place: torch.device
+    ) -> None:
+        stored = self._stored[full]
+        if quantized_as is None:
             if isinstance(stored, torch.Tensor):
-                self._kept[full] = stored.to(place)
+                self._stored[full] = stored.to(place)
             return
-        del self._kept[full]
-        self._forms[full] = form
-        for part, tensor in quantise(_read(stored).to(device), form).items():
-            self._kept[f"{full}:{part}"] = tensor.to(place)
-        _forget([stored])
+        del self._stored[full]
+        self._quantized[full] = quantized_as
+        for part, tensor in quantise(_read(stored).to(device), quantized_as).items():
+            self._stored[f"{full}:{part}"] = tensor.to(place)
+        _drop_pages([stored])
 
-    def _spill(self, unit: Unit) -> None:
-        loaded = {key: tensor for key in self._keys(unit) if isinstance(tensor := self._kept[key], torch.Tensor)}
+    def _offload(self, unit: OffloadUnit) -> None:
+        loaded = {key: tensor for key in self._keys(unit) if isinstance(tensor := self._stored[key], torch.Tensor)}
         if loaded:
-            self._kept.update(spill(loaded))
+            self._stored.update(offload_to_disk(loaded))
 
-    def _keys(self, unit: Unit) -> list[str]:
-        """What is kept for a unit: whole tensors, or the parts of quantised ones."""
+    def _keys(self, unit: OffloadUnit) -> list[str]:
+        """Return the keys of what is stored for a unit: whole tensors, or the parts of quantised ones."""
         keys = []
         for full in (f"{unit.module}.{name}" for name in unit.names):
-            form = self._forms.get(full)
-            keys += [f"{full}:{part}" for part in PARTS[form.precision]] if form else [full]
+            quantized_as = self._quantized.get(full)
+            keys += [f"{full}:{part}" for part in PARTS[quantized_as.precision]] if quantized_as else [full]
         return keys
 
-    def lend(self, unit: Unit) -> dict[str, torch.Tensor]:
-        """The unit's weights by name, in the model's precision, where it computes."""
-        here = self._arrived(unit) or self._send(unit)
-        return {name: self._whole(f"{unit.module}.{name}", here) for name in unit.names}
+    def load(self, unit: OffloadUnit) -> dict[str, torch.Tensor]:
+        """Return the unit's weights by name, in the model's precision, where it computes."""
+        here = self._take_prefetched(unit) or self._send(unit)
+        return {name: self._weight(f"{unit.module}.{name}", here) for name in unit.names}
 
-    def _whole(self, full: str, here: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        form = self._forms.get(full)
-        if form is None:
+    def _weight(self, full: str, here: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        quantized_as = self._quantized.get(full)
+        if quantized_as is None:
             return here[full]
-        return dequantise({part: here[f"{full}:{part}"] for part in PARTS[form.precision]}, form)
+        return dequantise({part: here[f"{full}:{part}"] for part in PARTS[quantized_as.precision]}, quantized_as)
 
-    def _send(self, unit: Unit) -> dict[str, torch.Tensor]:
-        return {key: _read(self._kept[key]).to(unit.device, non_blocking=True) for key in self._keys(unit)}
+    def _send(self, unit: OffloadUnit) -> dict[str, torch.Tensor]:
+        return {key: _read(self._stored[key]).to(unit.device, non_blocking=True) for key in self._keys(unit)}
 
-    def _arrived(self, unit: Unit) -> dict[str, torch.Tensor] | None:
-        """What was sent ahead, once the device's computing stream has been told to wait for it."""
-        sent = self._sent.pop(unit.module, None)
+    def _take_prefetched(self, unit: OffloadUnit) -> dict[str, torch.Tensor] | None:
+        """Return what was prefetched, once the device's computing stream has been told to wait for it."""
+        sent = self._prefetched.pop(unit.module, None)
         if sent is None:
             return None
         tensors, event = sent
@@ -167,27 +170,27 @@ class FrozenWeights:
             tensor.record_stream(stream)
         return tensors
 
-    def returned(self, unit: Unit, following: Unit | None) -> None:
-        """``unit`` is done: forget pages that were read for it, and have those of the next one on their way.
+    def release(self, unit: OffloadUnit, following: OffloadUnit | None) -> None:
+        """Drop pages that were read for ``unit``, which is done, and prefetch the weights of the next one.
 
         On a GPU the next block is copied while this one still computes; two blocks' weights are there then.
         """
-        _forget([self._kept[key] for key in self._keys(unit)])
+        _drop_pages([self._stored[key] for key in self._keys(unit)])
         if following is None:
             return
         for key in self._keys(following):
-            if isinstance(stored := self._kept[key], OnDisk):
+            if isinstance(stored := self._stored[key], OnDisk):
                 stored.file.advise([stored.name], needed=True)
-        away = any(_device(self._kept[key]) != following.device for key in self._keys(following))
+        away = any(_device(self._stored[key]) != following.device for key in self._keys(following))
         if self._stream is not None and away:
             with torch.cuda.stream(self._stream):
                 tensors = self._send(following)
-            self._sent[following.module] = tensors, self._stream.record_event()
+            self._prefetched[following.module] = tensors, self._stream.record_event()
 
     def nbytes(self) -> dict[Placement, int]:
-        """Bytes that are kept at each place."""
+        """Return the bytes that are stored at each place."""
         found: Counter[Placement] = Counter()
-        for stored in self._kept.values():
+        for stored in self._stored.values():
             if isinstance(stored, OnDisk):
                 found["disk"] += stored.nbytes
             else:
@@ -196,16 +199,16 @@ class FrozenWeights:
         return dict(found)
 
     def summary(self) -> str:
-        """Where the weights are, as a sentence for the log."""
+        """Return where the weights are, as a sentence for the log."""
         places: dict[Placement, str] = {"device": "on the device", "cpu": "on the host", "disk": "on disk"}
-        held = [f"{size / 2**20:,.1f} MiB {places[place]}" for place, size in self.nbytes().items()]
-        return f"prefix weights: {', '.join(held)}; a block has its own only while it computes"
+        sizes = [f"{size / 2**20:,.1f} MiB {places[place]}" for place, size in self.nbytes().items()]
+        return f"prefix weights: {', '.join(sizes)}; a block has its own only while it computes"
 
 
-class _Borrow(ModelHook):  # type: ignore[misc]
+class _LoadHook(ModelHook):  # type: ignore[misc]
     """Fills a module's parameters when it is entered and empties them when it is left."""
 
-    def __init__(self, weights: FrozenWeights, unit: Unit, following: Unit | None) -> None:
+    def __init__(self, weights: FrozenWeights, unit: OffloadUnit, following: OffloadUnit | None) -> None:
         self._weights, self._unit, self._following = weights, unit, following
         self._empty: dict[str, nn.Parameter] = {}
 
@@ -219,7 +222,7 @@ class _Borrow(ModelHook):  # type: ignore[misc]
         return module
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        for name, weight in self._weights.lend(self._unit).items():
+        for name, weight in self._weights.load(self._unit).items():
             _set(module, name, nn.Parameter(weight, requires_grad=False))
         if not self._unit.is_block:
             return send_to_device(args, _HOST), send_to_device(kwargs, _HOST)
@@ -228,7 +231,7 @@ class _Borrow(ModelHook):  # type: ignore[misc]
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         for name, empty in self._empty.items():
             _set(module, name, empty)
-        self._weights.returned(self._unit, self._following)
+        self._weights.release(self._unit, self._following)
         return output if self._unit.is_block else send_to_device(output, self._weights.device)
 
 
@@ -245,8 +248,8 @@ def _device(stored: torch.Tensor | OnDisk) -> torch.device:
     return _HOST if isinstance(stored, OnDisk) else stored.device
 
 
-def _forget(everything: Iterable[torch.Tensor | OnDisk]) -> None:
-    """Let the pages go that were read for tensors on disk."""
+def _drop_pages(everything: Iterable[torch.Tensor | OnDisk]) -> None:
+    """Tell the kernel that pages of tensors on disk are no longer needed."""
     for stored in everything:
         if isinstance(stored, OnDisk):
             stored.file.advise([stored.name], needed=False)

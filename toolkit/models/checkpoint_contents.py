@@ -49,7 +49,7 @@ def examine(model: PreTrainedModel, stored: StoredTensors, targets: dict[str, st
 
 
 def _refuse_quantised(model: PreTrainedModel, stored: StoredTensors, targets: dict[str, str], source: str) -> None:
-    """Integer tables are no fault where the network has integers too, and no library put them there."""
+    """Refuse quantised weights; integer tables are fine where the network has integers too, put there by no library."""
     by_quantiser = getattr(model, "hf_quantizer", None) is not None
     parameters = dict(model.named_parameters(remove_duplicate=False))
     packed = [
@@ -73,12 +73,12 @@ def _refuse_quantised(model: PreTrainedModel, stored: StoredTensors, targets: di
 
 
 def _loses(stored: torch.dtype | None, loaded: torch.dtype) -> bool:
-    """Whether a precision cannot hold all values of another."""
+    """Return True if a precision cannot hold all values of another."""
     return stored is not None and torch.promote_types(stored, loaded) != loaded
 
 
 def _hint(model: PreTrainedModel, unused: list[str]) -> str:
-    """What is odd about tensors of modules that the model does have."""
+    """Return what is odd about unused tensors of modules that the model does have, as a clause for the log."""
     modules = dict(model.named_modules())
     odd = []
     for name in unused:

@@ -1,4 +1,4 @@
-"""Frozen weights on disk: a model's lower blocks left in its files, or tensors moved to a file of their own."""
+"""Keep frozen weights on disk: a model's lower blocks in its own files, or tensors in a file of ours."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from toolkit.runtime.safetensors_io import SafetensorsFile, write_safetensors
 
 @dataclass(frozen=True)
 class OnDisk:
-    """One tensor of a mapped file."""
+    """A tensor of a mapped safetensors file."""
 
     file: SafetensorsFile
     name: str
@@ -32,18 +32,18 @@ class OnDisk:
     """What it is read as."""
 
     def read(self) -> torch.Tensor:
-        """The tensor; a view of the file if that has the same precision."""
+        """Return the tensor; a view of the file if that has the same precision."""
         return self.file.tensor(self.name).to(self.dtype)
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file."""
+        """Return its bytes in the file."""
         begin, end = self.file.entries[self.name]["data_offsets"]
         return int(end - begin)
 
 
 def device_map(anatomy: Anatomy, blocks_on_disk: int) -> dict[str, str]:
-    """For ``from_pretrained``: the first blocks on disk, everything else on the CPU.
+    """Return ``from_pretrained``'s device map: the first blocks on disk, everything else on the CPU.
 
     Every block has an entry of its own, because transformers takes a name for the start of one (``layers.1`` for that
     of ``layers.10``) unless a longer one fits. There is none for the whole model: accelerate would place all of it.
@@ -56,8 +56,8 @@ def device_map(anatomy: Anatomy, blocks_on_disk: int) -> dict[str, str]:
 
 
 @contextmanager
-def quiet_accelerate() -> Iterator[None]:
-    """Without accelerate's warning about parameters on the meta device, which are meant to be there."""
+def silence_accelerate() -> Iterator[None]:
+    """Suppress accelerate's warning about parameters on the meta device, which are meant to be there."""
     logger = logging.getLogger("accelerate.big_modeling")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -67,8 +67,8 @@ def quiet_accelerate() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def take_files(model: nn.Module) -> dict[str, OnDisk]:
-    """Where the parameters lie that were left on disk; ``model`` loses the hooks that would load them."""
+def detach_offloaded(model: nn.Module) -> dict[str, OnDisk]:
+    """Return the parameters that were left on disk; remove accelerate's hooks that would load them."""
     index = _index(model)
     remove_hook_from_submodules(model)
     for attribute in ("to", "cuda", "hf_device_map"):  # accelerate's guards on the instance
@@ -88,7 +88,7 @@ def take_files(model: nn.Module) -> dict[str, OnDisk]:
 
 
 def _index(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What accelerate's loader knows: name to safetensors_file, weight_name and dtype."""
+    """Return what accelerate's loader knows: name to safetensors_file, weight_name and dtype."""
     for module in model.modules():
         weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         while weights is not None and not hasattr(weights, "index"):
@@ -100,14 +100,14 @@ def _index(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def to_meta(module: nn.Module, name: str) -> None:
-    """Take a parameter's content away; shape and precision stay."""
+    """Move a parameter to the meta device: its content is freed, shape and precision stay."""
     owner, _, leaf = name.rpartition(".")
     parameter = module.get_parameter(name)
     empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
     module.get_submodule(owner)._parameters[leaf] = empty
 
 
-def spill(tensors: Mapping[str, torch.Tensor]) -> dict[str, OnDisk]:
+def offload_to_disk(tensors: Mapping[str, torch.Tensor]) -> dict[str, OnDisk]:
     """Write tensors into a file of the cache directory and leave them there.
 
     The file has no name any more when this returns: its space is free again as soon as the process ends, however it

@@ -21,7 +21,7 @@ from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.models.bundled import bundled_directory, cache_root
 from toolkit.models.checkpoint_contents import examine
 from toolkit.models.directory import check_directory
-from toolkit.models.disk_offload import OnDisk, device_map, quiet_accelerate, take_files
+from toolkit.models.disk_offload import OnDisk, detach_offloaded, device_map, silence_accelerate
 from toolkit.models.end_tokens import model_ends
 from toolkit.models.exaone import ExaoneFormat, is_exaone
 from toolkit.models.quirks import turn_off_layerdrop
@@ -248,9 +248,9 @@ def _load_upper_part(
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".offload-", dir=root) as folder:
         options = {"device_map": device_map(anatomy, blocks_on_disk), "offload_folder": folder}
-        with quiet_accelerate():
+        with silence_accelerate():
             model, form = _load_weights(source, config, options)
-        return model, form, take_files(model)  # mapped: the folder's files stay readable without their names
+        return model, form, detach_offloaded(model)  # mapped: the folder's files stay readable without their names
 
 
 def _load_weights(source: str, config: ModelConfig, more: dict[str, Any]) -> tuple[PreTrainedModel, StorageFormat]:

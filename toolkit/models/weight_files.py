@@ -1,4 +1,4 @@
-"""What a checkpoint's safetensors files hold, and what of it a model uses."""
+"""Read a model's safetensors files, and write its weights under the names of its source."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ class StoredTensors:
 
     @property
     def are_plain(self) -> bool:
-        """Whether all is in 16 bits or more: packed codes of quantised weights are integers or in 8 bits."""
+        """Return True if all is floating point in 16 bits or more; quantised codes are integers or 8 bits."""
         return bool(self.entries) and all(entry["dtype"] in FLOATS for entry in self.entries.values())
 
 
 def read_stored(files: SourceFiles) -> StoredTensors:
-    """The weights of a source, from the files that ``from_pretrained`` reads; others beside them do not count.
+    """Return the weights of a source, from the files that ``from_pretrained`` reads; others do not count.
 
     Raises:
         ModelError: a file is not of the safetensors format.
@@ -74,7 +74,7 @@ def read_stored(files: SourceFiles) -> StoredTensors:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How the weights that were written compare with the stored ones they come from; numbers of tensors."""
+    """Numbers of written tensors by how they compare with the stored ones they come from."""
 
     identical: int = 0
     """The same bits."""
@@ -121,7 +121,7 @@ class WeightsToWrite:
 
 
 def _write_shards(tensors: dict[str, torch.Tensor], directory: Path) -> None:
-    """As ``save_pretrained`` splits them; huggingface_hub's own writer refuses slices, as an expert is of its stack."""
+    """Split as ``save_pretrained`` does; huggingface_hub's own writer refuses slices, as of a stack of experts."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():
@@ -142,9 +142,9 @@ def _write_shards(tensors: dict[str, torch.Tensor], directory: Path) -> None:
 
 
 def weights_to_write(
-    model: PreTrainedModel, stored: StoredTensors, targets: dict[str, str], in_stored_form: Rename
+    model: PreTrainedModel, stored: StoredTensors, targets: dict[str, str], to_stored_layout: Rename
 ) -> WeightsToWrite:
-    """The weights of ``model`` under the names of the source, and what the source holds beside them.
+    """Return the weights of ``model`` under the names of the source, and what the source holds beside them.
 
     A tensor that is stored under two names (a tied head) is written under both again. One that the model does not use
     is carried as it is.
@@ -153,7 +153,7 @@ def weights_to_write(
         model: with all its weights.
         stored: the source.
         targets: each stored name to the model's own, whether the model has it or not.
-        in_stored_form: the model's state to names and shapes as they are stored, but for the base model's prefix.
+        to_stored_layout: the model's state to names and shapes as they are stored, but for the base model's prefix.
     """
     state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
     places: dict[int, list[str]] = {}
@@ -162,7 +162,7 @@ def weights_to_write(
     tied = {name: names for names in places.values() if len(names) > 1 for name in names}
     there = set(targets.values())
     own = {name: next((other for other in names if other in there), names[0]) for name, names in tied.items()}
-    saved = in_stored_form({name: tensor for name, tensor in state.items() if own.get(name, name) == name})
+    saved = to_stored_layout({name: tensor for name, tensor in state.items() if own.get(name, name) == name})
     for name in model._keys_to_ignore_on_save or ():
         if name not in stored.entries:
             saved.pop(name, None)
@@ -179,7 +179,7 @@ def weights_to_write(
 
 
 def _stored_name(name: str, prefix: str, stored: StoredTensors) -> str | None:
-    """What a checkpoint calls a tensor that was saved from the base model alone, or together with its head."""
+    """Return the name in a checkpoint of a tensor that was saved from the base model alone, or with its head."""
     variants = (name, name.removeprefix(prefix), f"{prefix}{name}")
     return next((variant for variant in variants if variant in stored.entries), None)
 
@@ -203,7 +203,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def listed(names: Iterable[str], most: int = 12) -> str:
-    """Names in a line, those that differ in their numbers alone once."""
+    """Return names in a line, those that differ in their numbers alone once."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(re.sub(r"\d+", "N", name), []).append(name)

@@ -1,4 +1,4 @@
-"""How the model hub is asked, by whatever library asks: how long, how often, and what its refusals mean.
+"""Limit how long and how often the model hub is asked, by whatever library asks, and explain its refusals.
 
 transformers and datasets ask through ``huggingface_hub``, whose patience with a dead network is minutes. Here a request
 waits ``SECONDS`` for the next byte, is made ``ATTEMPTS`` times, and a host that then still gives nothing is not asked
@@ -33,7 +33,7 @@ _BROKEN = (500, 502, 503, 504)
 
 @dataclass
 class _Hosts:
-    """What is known of the hosts that this process has asked."""
+    """The hosts that this process has asked, and how they answered."""
 
     down: dict[str, str] = field(default_factory=dict)
     """Those that are not asked any more, and what they did."""
@@ -55,7 +55,7 @@ _HOSTS = _Hosts()
 
 
 def is_hub_id(name: str, may_be_bare: bool = False) -> bool:
-    """Whether ``name`` is to be looked up on the Hub: shaped like ``org/name``, and nothing here goes by it.
+    """Return True if ``name`` is to be looked up on the Hub: it has the form ``org/name``, and nothing here goes by it.
 
     A name whose first part is a directory here is a path, mistyped if there is nothing at its end.
 
@@ -86,7 +86,7 @@ def forget_hosts() -> None:
 
 
 def explain(error: BaseException, name: str, kind: str = "model") -> str | None:
-    """What the user can do about ``error`` where it is the Hub's or the network's; None where it is neither's.
+    """Return what the user can do about ``error`` where it is the Hub's or the network's; else None.
 
     Args:
         error: what a library raised.
@@ -130,7 +130,7 @@ def explain(error: BaseException, name: str, kind: str = "model") -> str | None:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error, and those that led to it."""
+    """Yield an error, and those that led to it."""
     waiting, seen = [error], set()
     while waiting:
         current = waiting.pop()
@@ -141,7 +141,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _client() -> Any:
-    """``huggingface_hub``'s own client, whose requests go through ``_send``."""
+    """Return ``huggingface_hub``'s own client, whose requests go through ``_send``."""
     from huggingface_hub.utils._http import default_client_factory
 
     client: Any = default_client_factory()
@@ -198,7 +198,7 @@ def _send(send: Callable[..., Any], http: Any, request: Any, **options: Any) -> 
 
 
 def _watch(read: Callable[..., Iterator[bytes]], http: Any, host: str, *args: Any, **options: Any) -> Iterator[bytes]:
-    """The bytes of a download; one that stalls twice without a byte in between is given up."""
+    """Yield the bytes of a download; one that stalls twice without a byte in between is given up."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     try:

@@ -1,4 +1,4 @@
-"""How the C library keeps memory between one tensor on a CPU and the next."""
+"""Tell the C library how to keep memory between one tensor on a CPU and the next."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import ctypes
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
-def keep() -> None:
+def keep_freed_memory() -> None:
     """Keep freed blocks for the next ones, also large ones; does nothing where the C library is not glibc.
 
     glibc gives a block of more than 32 MiB back at once, and the next is new memory, page fault by page fault. The

@@ -1,4 +1,4 @@
-"""A failed allocation becomes one clear error that says what the run was doing, whichever allocator failed."""
+"""Turn a failed allocation into one clear error that says what the run was doing, whichever allocator failed."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def during(phase: str, shape: str | None = None) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that an allocation failed; of the device (torch's), or of the host."""
+    """Return True if ``error`` says that an allocation failed, of the device (torch's) or of the host."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_SAID.search(str(error))))
 
 
 def _first_sentence(error: BaseException) -> str:
-    """The allocator's own words without its advice and stack."""
+    """Return the allocator's own words without its advice and stack."""
     text = " ".join(str(error).split()) or type(error).__name__
     said = re.search(r"DefaultCPUAllocator: .*?bytes|.*?\. (?=GPU|Of the|See|If)", text)
     text = said[0].strip() if said else text

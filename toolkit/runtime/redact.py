@@ -1,4 +1,4 @@
-"""Keeps tokens and passwords out of all that a run says and writes. Imports no torch.
+"""Keep tokens and passwords out of all that a run says and writes. Imports no torch.
 
 Two nets: what a secret looks like, and the values of environment variables that hold one. Text that is about to be
 shown goes through ``redact``; a recipe, flag or DeepSpeed file that holds a secret is refused before it is saved
@@ -30,7 +30,7 @@ _SHORTEST = 8
 
 
 def redact(text: str, environ: Mapping[str, str] = os.environ) -> str:
-    """``text`` with every secret in it replaced by ``***``."""
+    """Return ``text`` with every secret in it replaced by ``***``."""
     for value in _values(environ):
         text = text.replace(value, HIDDEN)
     for shape in _SHAPES:
@@ -39,7 +39,7 @@ def redact(text: str, environ: Mapping[str, str] = os.environ) -> str:
 
 
 def find_secret(values: Any, environ: Mapping[str, str] = os.environ) -> list[str]:
-    """Where nested mappings and sequences hold a secret, as ``section.key``; the secret itself is not part of it."""
+    """Return where nested mappings and sequences hold a secret, as ``section.key``, without the secret itself."""
     return list(dict.fromkeys(where or "value" for where, text in _texts(values) if redact(text, environ) != text))
 
 
@@ -47,18 +47,18 @@ class RedactingFormatter(logging.Formatter):
     """Formats a record, tracebacks included, without the secrets in it."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line as it is shown."""
+        """Return the line as it is shown."""
         return redact(super().format(record))
 
 
 def _values(environ: Mapping[str, str]) -> Iterator[str]:
-    """Values of variables whose names say that they are secret, the longest first."""
+    """Yield values of variables whose names say that they are secret, the longest first."""
     found = {value for name, value in environ.items() if _NAMES.search(name) and len(value) >= _SHORTEST}
     yield from sorted(found, key=len, reverse=True)
 
 
 def _texts(values: Any) -> Iterator[tuple[str, str]]:
-    """Every string of a nested value, keys included, with its place; what YAML's anchors share or tie once."""
+    """Yield every string of a nested value, keys included, with its place; what YAML's anchors share, once."""
     seen: set[int] = set()
     waiting: list[tuple[str, Any]] = [("", values)]
     while waiting:
