@@ -162,7 +162,7 @@ def test_a_joined_model_gives_the_logits_of_the_whole_one(tiny_model: Path, tmp_
 
 def test_nothing_is_generated_unless_asked_for(tiny_model: Path, tmp_path: Path, monkeypatch: Any) -> None:
     setup = set_up(invocation(*tiny_flags(tiny_model, tmp_path, "--data.validation", "0.25")), World())
-    monkeypatch.setattr(CachedPrefix, "lent", None)
+    monkeypatch.setattr(CachedPrefix, "offloaded_prefix", None)
     assert sample_answers(setup) == []
 
 
