@@ -13,7 +13,7 @@ from toolkit.config.policy import Decision, Mode, refuse_packing
 from toolkit.data.batches import Batch, collate, lay_out, pack
 from toolkit.data.examples import Example
 from toolkit.models.probe import evaluating
-from toolkit.models.varlen import VARLEN
+from toolkit.models.varlen import VARLEN, register_varlen
 from toolkit.runtime.errors import ModelError
 from toolkit.split.logit_processing import FAILURES
 from toolkit.split.prefix import Prefix
@@ -88,6 +88,8 @@ def set_attention(model: PreTrainedModel, name: str) -> None:
 
     A model whose attention is written into its code stays as it is.
     """
+    if name == VARLEN:
+        register_varlen()
     if name != model.config._attn_implementation:
         model.set_attn_implementation(name)
 

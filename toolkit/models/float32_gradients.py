@@ -176,15 +176,13 @@ def sdpa(
     return _Attention.apply(query, key, value, mask, attend), None  # type: ignore[no-untyped-call]
 
 
-AttentionInterface.register("sdpa", sdpa)
-
-
 def use_float32_gradients(model: PreTrainedModel) -> None:
     """Let the linear and attention layers of ``model`` compute gradients in float32, before it is cut.
 
     The head belongs to the loss, which does the same (``toolkit.split.supervised_loss``). Layers of other classes than
     ``nn.Linear``, such as quantised ones, stay as they are.
     """
+    AttentionInterface.register("sdpa", sdpa)  # other models' attention goes through it unchanged
     head = model.get_output_embeddings()
     for module in model.modules():
         if type(module) is nn.Linear and module is not head:

@@ -98,5 +98,7 @@ def _mask(
     return mask
 
 
-AttentionInterface.register(VARLEN, varlen_attention)
-AttentionMaskInterface.register(VARLEN, _mask)
+def register_varlen() -> None:
+    """Register this attention with transformers under the name ``VARLEN``; it stays registered in this process."""
+    AttentionInterface.register(VARLEN, varlen_attention)
+    AttentionMaskInterface.register(VARLEN, _mask)
