@@ -59,10 +59,10 @@ def measure(engine: str, workload: Path, steps: int, folder: Path) -> Round:
         more = ["--ds", str(folder / "zero0.json")]
     elif engine != "local":
         more = ["--ds", str(ROOT / "ds_configs" / f"{engine}.json")]
-    setup = set_up_run(Workload.read(workload), more, folder)
-    upcoming = batches(setup)
-    seconds = measure_phases(setup, upcoming, WARM_UP + steps)
-    _, kinds = measure_operations(setup, upcoming)
+    trainer = set_up_run(Workload.read(workload), more, folder)
+    upcoming = batches(trainer)
+    seconds = measure_phases(trainer, upcoming, WARM_UP + steps)
+    _, kinds = measure_operations(trainer, upcoming)
     return Round({phase: times[WARM_UP:] for phase, times in seconds.items()}, kinds)
 
 

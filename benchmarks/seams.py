@@ -13,7 +13,7 @@ from torch.profiler import record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.floors import synchronise
-from toolkit.training.setup import Setup
+from toolkit.training.trainer import Trainer
 
 PHASES = (
     "data", "prefix or cache read", "suffix forward", "head and loss forward", "head and loss backward",
@@ -36,16 +36,16 @@ class Seams:
     autograd. On a GPU each mark waits for the device, so the phases do not overlap there as they do in a run.
     """
 
-    def __init__(self, setup: Setup, counter: FlopCounterMode | None = None) -> None:
+    def __init__(self, trainer: Trainer, counter: FlopCounterMode | None = None) -> None:
         """
         Args:
-            setup: a run that is set up.
+            trainer: a run that is set up.
             counter: if given, is read at the start of the suffix and at the end of its backward pass.
         """  # noqa: D205, D212
         self.seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
         self.suffix_flops = 0
-        self._engine, self._device, self._counter = setup.engine, setup.world.device, counter
-        self._blocks = setup.suffix.blocks(0)
+        self._engine, self._device, self._counter = trainer.state.engine, trainer.context.world.device, counter
+        self._blocks = trainer.state.suffix.blocks(0)
         self._undo: list[Callable[[], None]] = []
         self._last = time.perf_counter()
 

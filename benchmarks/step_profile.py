@@ -3,7 +3,7 @@
     python benchmarks/step_profile.py [--steps 12] [--save] [--shape NAME | --data ori_pqal.json --rows 12 ...]
         [any flag of launch/train.py, after --]
 
-It sets a run up as launch/train.py does (toolkit.training.setup.set_up) and takes its training steps
+It sets a run up as launch/train.py does (toolkit.training.context.prepare) and takes its training steps
 (toolkit.training.step.train_step) with clocks on their seams; no line of the step is repeated here. Phases are medians
 over the steps after the first two. Operations are counted by torch's profiler in a few more steps and take a little
 longer there. The floors: the floating point operations of the suffix, forward and backward, at the best rate of the
@@ -35,8 +35,9 @@ from toolkit.commands.cli import set_up_memory  # noqa: E402
 from toolkit.config import flags as recipe  # noqa: E402
 from toolkit.data.batches import Batch, epoch_order, step_batches  # noqa: E402
 from toolkit.runtime import distributed  # noqa: E402
-from toolkit.training.setup import Setup, set_up  # noqa: E402
+from toolkit.training.context import prepare as prepare_run  # noqa: E402
 from toolkit.training.step import train_step  # noqa: E402
+from toolkit.training.trainer import Trainer  # noqa: E402
 
 WARM_UP, PROFILED = 2, 3
 
@@ -52,7 +53,7 @@ class Floors:
     bandwidth: float
 
 
-def set_up_run(workload: Workload, more: Sequence[str], folder: Path) -> Setup:
+def set_up_run(workload: Workload, more: Sequence[str], folder: Path) -> Trainer:
     """The toolkit's set-up of a run on ``workload``, with ``more`` flags of launch/train.py."""
     set_up_memory()
     given = [
@@ -62,36 +63,41 @@ def set_up_run(workload: Workload, more: Sequence[str], folder: Path) -> Setup:
     if "--prefix.cache_dir " in recipe_flags():
         given += ["--prefix.cache_dir", str(folder / "cache")]
     invocation = recipe.parse(recipe.parser(__doc__ or ""), ROOT / "recipes" / "quickstart.yaml", given)
-    return set_up(invocation, distributed.start(engine_needs_group=invocation.deepspeed is not None))
+    world = distributed.start(engine_needs_group=invocation.deepspeed is not None)
+    trainer = Trainer(*prepare_run(invocation, world), folder)
+    trainer.begin(None)
+    return trainer
 
 
-def batches(setup: Setup) -> Iterator[list[Batch]]:
+def batches(trainer: Trainer) -> Iterator[list[Batch]]:
     """The micro batches of step after step, as the loop takes them."""
-    for epoch in range(setup.config.train.epochs):
-        order = epoch_order(setup.plan.rows, setup.config.train.seed, epoch)
-        yield from step_batches(setup.dataset.train, order, setup.plan, setup.pad_id)
+    for epoch in range(trainer.context.config.train.epochs):
+        order = epoch_order(trainer.context.batch_plan.rows, trainer.context.config.train.seed, epoch)
+        yield from step_batches(
+            trainer.context.dataset.train, order, trainer.context.batch_plan, trainer.context.pad_id
+        )
 
 
-def measure_phases(setup: Setup, upcoming: Iterator[list[Batch]], steps: int) -> dict[str, list[float]]:
+def measure_phases(trainer: Trainer, upcoming: Iterator[list[Batch]], steps: int) -> dict[str, list[float]]:
     """Seconds of every phase in each of ``steps`` steps."""
-    with Seams(setup) as seams:
+    with Seams(trainer) as seams:
         for _ in range(steps):
             seams.begin()
             micro = next(upcoming)
             seams.mark("data")
-            train_step(micro, setup.prefix, setup.engine, setup.world)
+            train_step(micro, trainer.state.prefix, trainer.state.engine, trainer.context.world)
             seams.mark("sync and checks")
     return seams.seconds
 
 
-def measure_operations(setup: Setup, upcoming: Iterator[list[Batch]]) -> tuple[list[list[str]], dict[str, float]]:
+def measure_operations(trainer: Trainer, upcoming: Iterator[list[Batch]]) -> tuple[list[list[str]], dict[str, float]]:
     """The costliest operations (name, calls and ms a step), and the parts of the update by kind, in seconds a step."""
-    on_gpu = setup.world.device.type == "cuda"
+    on_gpu = trainer.context.world.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     micro = [next(upcoming) for _ in range(PROFILED)]
-    with Seams(setup), profile(activities=activities, acc_events=True) as profiled:
+    with Seams(trainer), profile(activities=activities, acc_events=True) as profiled:
         for batch in micro:
-            train_step(batch, setup.prefix, setup.engine, setup.world)
+            train_step(batch, trainer.state.prefix, trainer.state.engine, trainer.context.world)
     attribute = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     events = [event for event in profiled.key_averages() if event.key.startswith("aten::")]
     events.sort(key=lambda event: float(getattr(event, attribute)), reverse=True)
@@ -103,16 +109,16 @@ def measure_operations(setup: Setup, upcoming: Iterator[list[Batch]]) -> tuple[l
     return rows, {kind: seconds / PROFILED for kind, seconds in kinds.items()}
 
 
-def measure_floors(setup: Setup, micro: list[Batch], trained: int) -> Floors:
+def measure_floors(trainer: Trainer, micro: list[Batch], trained: int) -> Floors:
     """Count the arithmetic of one step, and measure this machine."""
-    with FlopCounterMode(display=False) as counter, Seams(setup, counter) as seams:
-        train_step(micro, setup.prefix, setup.engine, setup.world)
-    suffix = setup.suffix
+    with FlopCounterMode(display=False) as counter, Seams(trainer, counter) as seams:
+        train_step(micro, trainer.state.prefix, trainer.state.engine, trainer.context.world)
+    suffix = trainer.state.suffix
     head = suffix.model.get_submodule(suffix.anatomy.head)
     supervised, tokens = sum(len(b.targets) for b in micro), sum(b.input_ids.numel() for b in micro)
     linear = [m for m in suffix.model.modules() if isinstance(m, torch.nn.Linear)]
     layers = [(m, supervised if m is head else tokens) for m in linear if m.weight.requires_grad]
-    device = setup.world.device
+    device = trainer.context.world.device
     return Floors(
         seams.suffix_flops, measure_products(layers, device), UPDATE_BYTES * trained, memory_bandwidth(device)
     )
@@ -168,14 +174,16 @@ def main() -> int:
     thread_variables(torch.get_num_threads())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        setup = set_up_run(prepare(folder, given), given.recipe, folder)
-        upcoming = batches(setup)
-        seconds = measure_phases(setup, upcoming, given.steps)
-        operations, kinds = measure_operations(setup, upcoming)
-        trained = sum(p.numel() for p in setup.suffix.model.parameters() if p.requires_grad)
-        floors = measure_floors(setup, next(upcoming), trained)
+        trainer = set_up_run(prepare(folder, given), given.recipe, folder)
+        upcoming = batches(trainer)
+        seconds = measure_phases(trainer, upcoming, given.steps)
+        operations, kinds = measure_operations(trainer, upcoming)
+        trained = sum(p.numel() for p in trainer.state.suffix.model.parameters() if p.requires_grad)
+        floors = measure_floors(trainer, next(upcoming), trained)
     shape = given.shape or "SmolLM2-135M"
-    tokens = sum(len(example.token_ids) for example in setup.dataset.train) / len(setup.dataset.train)
+    tokens = sum(len(example.token_ids) for example in trainer.context.dataset.train) / len(
+        trainer.context.dataset.train
+    )
     above = head_lines(f"; {shape}, {trained / 1e6:.1f} M parameters train, rows of {tokens:.0f} tokens on average")
     text = f"{above}\n{report(seconds, operations, kinds, floors)}"
     print(text)

@@ -53,20 +53,20 @@ def break_something(fault: str) -> None:
     if fault == "import":
         sys.modules["toolkit.data.prefetch"] = None  # type: ignore[assignment]
     elif fault == "forward":
-        before("toolkit.training.run", "train_step", fail("the forward went wrong"), call=3)
+        before("toolkit.training.trainer", "train_step", fail("the forward went wrong"), call=3)
     elif fault == "checkpoint":
         before("toolkit.checkpoint.saver", "_pack", fail("the checkpoint went wrong"))
     elif fault == "kill":
-        before("toolkit.training.run", "train_step", send(signal.SIGKILL), call=3)
+        before("toolkit.training.trainer", "train_step", send(signal.SIGKILL), call=3)
     elif fault == "crash":
-        before("toolkit.training.run", "train_step", crash, call=3)
+        before("toolkit.training.trainer", "train_step", crash, call=3)
     elif fault == "signal in the set-up":
-        before("toolkit.training.setup", "load_for", send(signal.SIGUSR1))
+        before("toolkit.training.context", "load_for", send(signal.SIGUSR1))
     elif fault == "signal to the launcher":
-        before("toolkit.training.run", "train_step", send(signal.SIGUSR1, os.getppid()), call=3)
+        before("toolkit.training.trainer", "train_step", send(signal.SIGUSR1, os.getppid()), call=3)
     elif fault == "signal to the command":
         command = psutil.Process(os.getppid()).ppid()
-        before("toolkit.training.run", "train_step", send(signal.SIGUSR1, command), call=3)
+        before("toolkit.training.trainer", "train_step", send(signal.SIGUSR1, command), call=3)
     else:
         raise AssertionError(fault)
 

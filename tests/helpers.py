@@ -142,6 +142,17 @@ def invocation(*flags: str) -> Any:
     return config_flags.parse(parser, QUICKSTART, list(flags))
 
 
+def set_up(given: Any, world: Any = None) -> Any:
+    """A ``Trainer`` of the parsed command line before its first step."""
+    from toolkit.runtime.distributed import World
+    from toolkit.training.context import prepare
+    from toolkit.training.trainer import Trainer
+
+    trainer = Trainer(*prepare(given, world or World()), Path("unused"))
+    trainer.begin(None)
+    return trainer
+
+
 def train(*flags: str) -> int:
     """Run launch/train.py's work in this process."""
     from toolkit.training.run import run

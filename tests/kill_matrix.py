@@ -37,7 +37,7 @@ from helpers import free_port, invocation, make_tiny_model, masters_of, metrics,
 from toolkit.activation_cache.cached_prefix import CachedPrefix  # noqa: E402
 from toolkit.checkpoint.saver import Saver  # noqa: E402
 from toolkit.runtime import distributed  # noqa: E402
-from toolkit.training import setup  # noqa: E402
+from toolkit.training import context  # noqa: E402
 from toolkit.training.run import train  # noqa: E402
 
 CALLS = ("open", "write", "fsync", "close", "mkdir", "rename", "replace", "unlink", "rmdir", "utime")
@@ -173,7 +173,7 @@ class Range:
             made: list[str] = []
             if not kind.startswith("random"):
                 aim(kind, point, made)
-            setup.planners_of = lambda *_: []  # the plan writes nothing here, and takes most of a short run's time
+            context.planners_of = lambda *_: ()  # the plan writes nothing here, and takes most of a short run's time
             given = invocation(*self.flags(kind, run))
             code = train(given, distributed.start(engine_needs_group=given.deepspeed is not None))
             (run.parent / f"{run.name}-calls{rank}.json").write_text(json.dumps(made))

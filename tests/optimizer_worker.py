@@ -15,6 +15,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from helpers import set_up  # noqa: E402
+
 from toolkit.commands import cli  # noqa: E402
 from toolkit.config import flags  # noqa: E402
 from toolkit.data.batches import epoch_order, step_batches  # noqa: E402
@@ -22,48 +24,50 @@ from toolkit.mask.apply import apply_mask, trainable_parameters  # noqa: E402
 from toolkit.optim.state_fragments import AdamState, gather_states, load_fragments  # noqa: E402
 from toolkit.runtime import distributed  # noqa: E402
 from toolkit.runtime.distributed import World  # noqa: E402
-from toolkit.training.setup import Setup, prepare, set_up  # noqa: E402
-from toolkit.training.setup import begin as begin_phase  # noqa: E402
+from toolkit.training.context import prepare  # noqa: E402
 from toolkit.training.step import train_step  # noqa: E402
+from toolkit.training.trainer import Trainer  # noqa: E402
 
 NAMES = ("adamw_8bit", "adamw_bf16")
 STEPS, SAVED_AFTER = 4, 2
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 
-def begin(given: list[str], world: World, masters: dict[str, torch.Tensor] | None = None) -> Setup:
+def begin(given: list[str], world: World, masters: dict[str, torch.Tensor] | None = None) -> Trainer:
     """A run from its beginning, or from trained tensors that rank 0 has, as a resumed one."""
     invocation = flags.parse(flags.parser(""), ROOT / "recipes" / "quickstart.yaml", given)
     if masters is None:
         return set_up(invocation, world)
-    setup = prepare(invocation, world)
-    (phase,) = setup.schedule.phases
-    assert setup.loaded is not None
-    apply_mask(setup.loaded.model, phase.trained, setup.loaded.anatomy)
+    context, model = prepare(invocation, world)
+    (phase,) = context.schedule.phases
+    apply_mask(model.loaded.model, phase.trained, model.loaded.anatomy)
     masters = world.broadcast_object(masters)
     with torch.no_grad():
-        for name, parameter in trainable_parameters(setup.loaded.model, phase.trained).items():
+        for name, parameter in trainable_parameters(model.loaded.model, phase.trained).items():
             parameter.copy_(masters[name])
-    begin_phase(setup, phase)
-    return setup
+    trainer = Trainer(context, model, Path("unused"))
+    trainer.begin(None)
+    return trainer
 
 
-def steps_of(setup: Setup, first: int, last: int) -> tuple[list[float], list[float | None]]:
+def steps_of(trainer: Trainer, first: int, last: int) -> tuple[list[float], list[float | None]]:
     """Losses and moved shares of steps ``first`` to ``last``."""
-    order = epoch_order(setup.plan.rows, 0, 0)
+    order = epoch_order(trainer.context.batch_plan.rows, 0, 0)
     losses, shares = [], []
-    for index, batches in enumerate(step_batches(setup.dataset.train, order, setup.plan, setup.pad_id)):
+    for index, batches in enumerate(
+        step_batches(trainer.context.dataset.train, order, trainer.context.batch_plan, trainer.context.pad_id)
+    ):
         if first <= index < last:
-            losses.append(train_step(batches, setup.prefix, setup.engine, setup.world).loss)
-            shares.append(setup.engine.moved_share())
+            losses.append(train_step(batches, trainer.state.prefix, trainer.state.engine, trainer.context.world).loss)
+            shares.append(trainer.state.engine.moved_share())
     return losses, shares
 
 
-def stored(setup: Setup) -> dict[str, int]:
+def stored(trainer: Trainer) -> dict[str, int]:
     """Bytes of the optimizer's moments on this rank, and of its masters."""
-    zero = setup.engine._engine.optimizer
+    zero = trainer.state.engine._engine.optimizer
     three = hasattr(zero, "fp32_partitioned_groups_flat")
-    masters = zero.fp32_partitioned_groups_flat if three else [p for p, _ in setup.engine._partitions()]
+    masters = zero.fp32_partitioned_groups_flat if three else [p for p, _ in trainer.state.engine._partitions()]
     moments = [t for own in zero.optimizer.state.values() for key, t in own.items() if key != "step"]
     return {"masters": sum(t.nbytes for t in masters), "moments": sum(t.nbytes for t in moments)}
 
@@ -71,49 +75,49 @@ def stored(setup: Setup) -> dict[str, int]:
 class Kept:
     """A rank's state as a checkpoint of the same layout keeps it."""
 
-    def __init__(self, setup: Setup) -> None:
-        self._step = setup.engine.schedule_step
+    def __init__(self, trainer: Trainer) -> None:
+        self._step = trainer.state.engine.schedule_step
         self._parts = [
             ({kind: t.clone() for kind, t in f.state.read().items()}, f.state.updates,
              {key: t.clone() for key, t in f.state.raw().items()})
-            for f in setup.engine.fragments()
+            for f in trainer.state.engine.fragments()
         ]  # fmt: skip
 
-    def put_into(self, setup: Setup) -> None:
-        for fragment, (values, updates, raw) in zip(setup.engine.fragments(), self._parts, strict=True):
+    def put_into(self, trainer: Trainer) -> None:
+        for fragment, (values, updates, raw) in zip(trainer.state.engine.fragments(), self._parts, strict=True):
             fragment.state.write(values, updates)
             if raw:
                 fragment.state.set_raw(raw)
-        setup.engine.continue_at(self._step)
+        trainer.state.engine.continue_at(self._step)
 
 
-def whole_state(setup: Setup) -> dict[str, AdamState]:
-    engine = setup.engine
-    return gather_states(engine.fragments(), engine.shapes, engine.is_replicated, setup.world)
+def whole_state(trainer: Trainer) -> dict[str, AdamState]:
+    engine = trainer.state.engine
+    return gather_states(engine.fragments(), engine.shapes, engine.is_replicated, trainer.context.world)
 
 
 def one(given: list[str], world: World) -> dict[str, Any]:
     """Train, keep the state in the middle and train on; hand the state over as a phase does; train again from it."""
     whole = begin(given, world)
     before, _ = steps_of(whole, 0, SAVED_AFTER)
-    middle, masters = Kept(whole), whole.engine.masters()
+    middle, masters = Kept(whole), whole.state.engine.masters()
     after, shares = steps_of(whole, SAVED_AFTER, STEPS)
     given_over, bytes_stored = whole_state(whole), stored(whole)
-    assert whole.cost is not None
-    planned = {kind: whole.cost.memory.most[kind] for kind in bytes_stored}
-    whole.engine.release()
+    assert whole.plan is not None
+    planned = {kind: whole.plan.memory.most[kind] for kind in bytes_stored}
+    whole.state.engine.release()
     again = begin(given, world)
-    load_fragments(again.engine.fragments(), again.engine.shapes, given_over, world)
-    again.engine.continue_at(STEPS)
+    load_fragments(again.state.engine.fragments(), again.state.engine.shapes, given_over, world)
+    again.state.engine.continue_at(STEPS)
     taken = whole_state(again)
-    again.engine.release()
+    again.state.engine.release()
     again = begin(given, world, masters)
     middle.put_into(again)
     resumed, _ = steps_of(again, SAVED_AFTER, STEPS)
-    again.engine.release()
+    again.state.engine.release()
     return {
         "losses": before + after, "resumed": resumed, "shares": shares, "stored": bytes_stored, "planned": planned,
-        "apart": {kind: apart(kind, given_over, taken) for kind in KINDS}, "engine": whole.engine.name,
+        "apart": {kind: apart(kind, given_over, taken) for kind in KINDS}, "engine": whole.state.engine.name,
     }  # fmt: skip
 
 

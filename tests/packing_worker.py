@@ -13,29 +13,39 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from helpers import set_up  # noqa: E402
+
 from toolkit.commands import cli  # noqa: E402
 from toolkit.config import flags  # noqa: E402
 from toolkit.data.batches import epoch_order, step_batches  # noqa: E402
 from toolkit.data.prefetch import Prefetcher, on_device  # noqa: E402
 from toolkit.runtime import distributed  # noqa: E402
-from toolkit.training.setup import Setup, set_up  # noqa: E402
 from toolkit.training.step import train_step  # noqa: E402
+from toolkit.training.trainer import Trainer  # noqa: E402
 
 
-def steps(setup: Setup) -> dict[str, Any]:
+def steps(trainer: Trainer) -> dict[str, Any]:
     """Train to the end of the run."""
-    result: dict[str, Any] = {"engine": setup.engine.name, "packed": setup.packed, "losses": []}
+    result: dict[str, Any] = {"engine": trainer.state.engine.name, "packed": trainer.state.packing.on, "losses": []}
     tokens = computed = 0
-    for epoch in range(setup.config.train.epochs):
-        order = epoch_order(setup.plan.rows, setup.config.train.seed, epoch)
-        source = step_batches(setup.dataset.train, order, setup.plan, setup.pad_id, packed=setup.packed)
+    for epoch in range(trainer.context.config.train.epochs):
+        order = epoch_order(trainer.context.batch_plan.rows, trainer.context.config.train.seed, epoch)
+        source = step_batches(
+            trainer.context.dataset.train,
+            order,
+            trainer.context.batch_plan,
+            trainer.context.pad_id,
+            packed=trainer.state.packing.on,
+        )
         with Prefetcher() as ahead:
-            for batches in ahead(on_device(source, setup.world.device)):
-                if len(result["losses"]) == setup.total_steps:
+            for batches in ahead(on_device(source, trainer.context.world.device)):
+                if len(result["losses"]) == trainer.context.total_steps:
                     break
                 tokens += sum(batch.tokens for batch in batches)
                 computed += sum(batch.input_ids.numel() for batch in batches)
-                result["losses"].append(train_step(batches, setup.prefix, setup.engine, setup.world).loss)
+                result["losses"].append(
+                    train_step(batches, trainer.state.prefix, trainer.state.engine, trainer.context.world).loss
+                )
     return {**result, "tokens": tokens, "computed": computed}
 
 

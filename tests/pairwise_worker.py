@@ -78,7 +78,7 @@ def start(world: World, recipe_file: Path, ds: str, end: str = "nothing") -> int
     after_step = BetweenSteps.after_step
 
     def ended(self: BetweenSteps) -> bool:
-        middle = self._progress.step == max(1, self._setup.total_steps // 2)
+        middle = self._progress.step == max(1, self._context.total_steps // 2)
         if middle and end == "a signal" and world.is_main:
             signals.request_stop("a test", tell=False)
         stopping = after_step(self)

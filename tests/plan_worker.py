@@ -13,16 +13,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from helpers import set_up  # noqa: E402
+
 from toolkit.checkpoint.saver import Saver  # noqa: E402
 from toolkit.commands import cli  # noqa: E402
 from toolkit.config import flags  # noqa: E402
 from toolkit.data.batches import epoch_order, step_batches  # noqa: E402
 from toolkit.planning.table import as_dict  # noqa: E402
 from toolkit.runtime import distributed  # noqa: E402
-from toolkit.training.phase_change import content_of  # noqa: E402
+from toolkit.training.phases import content_of  # noqa: E402
 from toolkit.training.progress import Progress  # noqa: E402
-from toolkit.training.setup import Setup, set_up  # noqa: E402
 from toolkit.training.step import train_step  # noqa: E402
+from toolkit.training.trainer import Trainer  # noqa: E402
 
 ENGINES = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 
@@ -32,15 +34,15 @@ def storages(tensors: Any) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def held(setup: Setup) -> dict[str, int]:
+def held(trainer: Trainer) -> dict[str, int]:
     """Bytes by kind, from DeepSpeed's own tensors."""
-    optimizer = setup.engine._engine.optimizer
+    optimizer = trainer.state.engine._engine.optimizer
     state = optimizer.optimizer.state.values()
-    own = [p.ds_tensor if hasattr(p, "ds_tensor") else p for p in setup.suffix.parameters()]
-    whole = [p for p in setup.suffix.parameters() if hasattr(p, "ds_tensor") and p.ds_persist]
+    own = [p.ds_tensor if hasattr(p, "ds_tensor") else p for p in trainer.state.suffix.parameters()]
+    whole = [p for p in trainer.state.suffix.parameters() if hasattr(p, "ds_tensor") and p.ds_persist]
     three = hasattr(optimizer, "fp32_partitioned_groups_flat")
     return {
-        "prefix weights": storages(setup.prefix.skeleton.parameters()),
+        "prefix weights": storages(trainer.state.prefix.skeleton.parameters()),
         "suffix weights": storages(own) + storages(whole),
         "masters": storages(
             optimizer.fp32_partitioned_groups_flat if three else optimizer.single_partition_of_fp32_groups
@@ -49,9 +51,9 @@ def held(setup: Setup) -> dict[str, int]:
     }
 
 
-def one_step(setup: Setup, folder: Path) -> dict[str, Any]:
+def one_step(trainer: Trainer, folder: Path) -> dict[str, Any]:
     """Train one step and save; the plan beside what was counted."""
-    inner = setup.engine._engine.optimizer.optimizer
+    inner = trainer.state.engine._engine.optimizer.optimizer
     step, gradients = inner.step, [0]
 
     def watched(*args: Any, **kwargs: Any) -> Any:
@@ -60,14 +62,18 @@ def one_step(setup: Setup, folder: Path) -> dict[str, Any]:
         return step(*args, **kwargs)
 
     inner.step = watched
-    order = epoch_order(setup.plan.rows, 0, 0)
-    batches = next(iter(step_batches(setup.dataset.train, order, setup.plan, setup.pad_id)))
-    train_step(batches, setup.prefix, setup.engine, setup.world)
-    Saver(folder, setup.world, keep=1).save(content_of(setup, Progress(setup.plan.rows)))
-    assert setup.cost is not None
+    order = epoch_order(trainer.context.batch_plan.rows, 0, 0)
+    batches = next(
+        iter(step_batches(trainer.context.dataset.train, order, trainer.context.batch_plan, trainer.context.pad_id))
+    )
+    train_step(batches, trainer.state.prefix, trainer.state.engine, trainer.context.world)
+    Saver(folder, trainer.context.world, keep=1).save(
+        content_of(trainer.context, trainer.state, Progress(trainer.context.batch_plan.rows))
+    )
+    assert trainer.plan is not None
     return {
-        "plan": as_dict(setup.cost),
-        "held": held(setup),
+        "plan": as_dict(trainer.plan),
+        "held": held(trainer),
         "gradients": gradients[0],
         "written": sum(path.stat().st_size for path in folder.rglob("rank-*.safetensors")),
     }

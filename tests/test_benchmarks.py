@@ -37,7 +37,7 @@ def workload(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Work
 
 
 @pytest.fixture(scope="module")
-def setup(workload: Workload, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def trainer(workload: Workload, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return step_profile.set_up_run(workload, [], tmp_path_factory.mktemp("profile"))
 
 
@@ -45,23 +45,25 @@ def loaded(workload: Workload) -> Any:
     return AutoModelForCausalLM.from_pretrained(workload.model, dtype=torch.bfloat16)
 
 
-def test_the_peers_get_the_toolkits_tokens_order_and_mask(workload: Workload, setup: Any) -> None:
+def test_the_peers_get_the_toolkits_tokens_order_and_mask(workload: Workload, trainer: Any) -> None:
     examples = load_dataset(DataConfig(path=workload.data), load_tokenizer(ModelConfig(name_or_path=workload.model)), 0)
     assert workload.rows == [(list(example.token_ids), example.answer_start) for example in examples.train]
     assert workload.orders == [epoch_order(4, workload.seed, epoch) for epoch in range(3)]
     names = [name for name, _ in loaded(workload).named_parameters()]
-    assert [name for name in names if workload.trains(name, TINY.blocks)] == sorted(setup.mask.names, key=names.index)
+    assert [name for name in names if workload.trains(name, TINY.blocks)] == sorted(
+        trainer.state.mask.names, key=names.index
+    )
     assert Workload.read(Path(workload.model).parent / "workload.json").sequence == workload.sequence
 
 
-def test_the_plain_loop_trains_exactly_the_mask_and_records_every_step(workload: Workload, setup: Any) -> None:
+def test_the_plain_loop_trains_exactly_the_mask_and_records_every_step(workload: Workload, trainer: Any) -> None:
     model = loaded(workload)
     before = {name: tensor.clone() for name, tensor in model.named_parameters()}
     record = plain_loop(model, workload, fp32_masters=True)
     moved = {name for name, tensor in model.named_parameters() if not torch.equal(tensor, before[name])}
-    assert {name for name in moved if name in setup.mask.names} == moved != set()
+    assert {name for name in moved if name in trainer.state.mask.names} == moved != set()
     assert len(record.starts) == len(record.ends) == len(record.losses) == 12
-    assert record.trainable == sum(torch.Size(tensor.shape).numel() for tensor in setup.mask.trainable)
+    assert record.trainable == sum(torch.Size(tensor.shape).numel() for tensor in trainer.state.mask.trainable)
 
 
 def test_hollow_blocks_take_no_room_and_pass_their_input_on(tmp_path: Path) -> None:
@@ -101,23 +103,23 @@ def test_every_contender_gets_a_row_and_the_losses_agree(tiny_model: Path, tmp_p
     assert str(tmp_path) not in result.stdout, "a saved table names no path of the machine"
 
 
-def test_the_profile_accounts_for_the_whole_step_and_leaves_the_engine_as_it_was(setup: Any) -> None:
-    upcoming = step_profile.batches(setup)
-    seconds = step_profile.measure_phases(setup, upcoming, 3)
+def test_the_profile_accounts_for_the_whole_step_and_leaves_the_engine_as_it_was(trainer: Any) -> None:
+    upcoming = step_profile.batches(trainer)
+    seconds = step_profile.measure_phases(trainer, upcoming, 3)
     assert all(len(times) == 3 and min(times) > 0 for times in seconds.values())
-    operations, kinds = step_profile.measure_operations(setup, upcoming)
+    operations, kinds = step_profile.measure_operations(trainer, upcoming)
     assert {row[0] for row in operations} >= {"aten::mm"}
     assert all(kinds[kind] > 0 for kind in ("AdamW", "gradient norm and clip"))
-    floors = step_profile.measure_floors(setup, next(upcoming), trained=1000)
+    floors = step_profile.measure_floors(trainer, next(upcoming), trained=1000)
     text = step_profile.report(seconds, operations, kinds, floors)
     assert all(f"| {phase} " in text for phase in PHASES)
-    assert not {"forward", "backward", "update"} & set(vars(setup.engine))
+    assert not {"forward", "backward", "update"} & set(vars(trainer.state.engine))
 
 
-def test_the_counted_arithmetic_is_that_of_the_suffix(setup: Any) -> None:
-    micro = next(step_profile.batches(setup))
-    with step_profile.FlopCounterMode(display=False) as counter, Seams(setup, counter) as seams:
-        step_profile.train_step(micro, setup.prefix, setup.engine, setup.world)
+def test_the_counted_arithmetic_is_that_of_the_suffix(trainer: Any) -> None:
+    micro = next(step_profile.batches(trainer))
+    with step_profile.FlopCounterMode(display=False) as counter, Seams(trainer, counter) as seams:
+        step_profile.train_step(micro, trainer.state.prefix, trainer.state.engine, trainer.context.world)
     tokens, supervised = micro[0].input_ids.numel(), len(micro[0].targets)
     matrices = sum(torch.Size(size).numel() for size in TINY.block().values() if len(size) == 2)
     forward = 2 * (4 * matrices * tokens + TINY.vocabulary * TINY.hidden * supervised)

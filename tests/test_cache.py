@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT, invocation, make_tokenizer, metrics, tiny_flags, tiny_llama, train
+from helpers import ROOT, invocation, make_tokenizer, metrics, set_up, tiny_flags, tiny_llama, train
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -32,7 +32,6 @@ from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import ConfigError
 from toolkit.runtime.paths import replace_text
 from toolkit.split.prefix import Prefix
-from toolkit.training.setup import set_up
 
 ROWS, EPOCHS, BLOCKS = 20, 3, 6
 
@@ -109,13 +108,13 @@ def test_no_tensor_of_the_prefix_is_alive_while_a_cached_run_trains(
         assert train(*flags(tiny_model, tmp_path / "first", tmp_path / "cache")) == 0
     gc.collect()
     before = {id(o) for o in gc.get_objects() if issubclass(type(o), torch.Tensor)}
-    setup = set_up(invocation(*flags(tiny_model, tmp_path / "run", tmp_path / "cache")), World())
-    assert isinstance(setup.prefix, CachedPrefix)
-    assert setup.prefix.prefix is None
+    trainer = set_up(invocation(*flags(tiny_model, tmp_path / "run", tmp_path / "cache")), World())
+    assert isinstance(trainer.state.prefix, CachedPrefix)
+    assert trainer.state.prefix.prefix is None
     gc.collect()
     new = [o for o in gc.get_objects() if issubclass(type(o), nn.Parameter) and id(o) not in before]
-    suffix = {id(p) for p in setup.suffix.parameters()}
-    masters = {id(p) for p in setup.engine.masters().values()}
+    suffix = {id(p) for p in trainer.state.suffix.parameters()}
+    masters = {id(p) for p in trainer.state.engine.masters().values()}
     others = [tuple(p.shape) for p in new if id(p) not in suffix | masters and p.numel() and not p.is_meta]
     assert others == []
 
@@ -148,16 +147,16 @@ def test_damage_that_appears_during_a_run_brings_the_prefix_back(
     tiny_model: Path, tmp_path: Path, filled: tuple[Path, list[float]], caplog: pytest.LogCaptureFixture
 ) -> None:
     cache, _ = filled
-    setup = set_up(invocation(*flags(tiny_model, tmp_path / "run", cache)), World())
-    assert isinstance(setup.prefix, CachedPrefix)
+    trainer = set_up(invocation(*flags(tiny_model, tmp_path / "run", cache)), World())
+    assert isinstance(trainer.state.prefix, CachedPrefix)
     for path in shards(cache):
         flip(path)
     with caplog.at_level(logging.WARNING, "frostline"):
-        hidden = setup.prefix(collate(setup.dataset.train, setup.pad_id))
-    assert setup.prefix.prefix is not None
+        hidden = trainer.state.prefix(collate(trainer.context.dataset.train, trainer.context.pad_id))
+    assert trainer.state.prefix.prefix is not None
     assert "loading the prefix again" in caplog.text
-    expected = setup.prefix.prefix(collate(setup.dataset.train, setup.pad_id))
-    padding = collate(setup.dataset.train, setup.pad_id).attention_mask
+    expected = trainer.state.prefix.prefix(collate(trainer.context.dataset.train, trainer.context.pad_id))
+    padding = collate(trainer.context.dataset.train, trainer.context.pad_id).attention_mask
     assert padding is not None
     assert (hidden - expected * padding.unsqueeze(-1)).abs().max() < 1e-5
 
@@ -232,8 +231,8 @@ def test_dropout_in_the_prefix_switches_the_cache_off(
     model.save_pretrained(directory)
     make_tokenizer().save_pretrained(directory)
     with caplog.at_level(logging.INFO, "frostline"):
-        setup = set_up(invocation(*flags(directory, tmp_path / "run", tmp_path / "cache")), World())
-    assert not isinstance(setup.prefix, CachedPrefix)
+        trainer = set_up(invocation(*flags(directory, tmp_path / "run", tmp_path / "cache")), World())
+    assert not isinstance(trainer.state.prefix, CachedPrefix)
     assert "activation cache: off (auto: the prefix gives other values each time" in caplog.text
     with pytest.raises(ConfigError, match=r"prefix\.cache is on, but the prefix gives other values"):
         set_up(invocation(*flags(directory, tmp_path / "run", tmp_path / "cache", "--prefix.cache", "on")), World())
@@ -251,8 +250,8 @@ def test_masks_without_a_constant_prefix_have_no_cache(
 ) -> None:
     given = flags(tiny_model, tmp_path / "run", tmp_path / "cache", *more)
     with caplog.at_level(logging.INFO, "frostline"):
-        setup = set_up(invocation(*given), World())
-    assert not isinstance(setup.prefix, CachedPrefix)
+        trainer = set_up(invocation(*given), World())
+    assert not isinstance(trainer.state.prefix, CachedPrefix)
     assert reason in caplog.text
     with pytest.raises(ConfigError, match=r"prefix\.cache is on, but") as raised:
         set_up(invocation(*given, "--prefix.cache", "on"), World())
@@ -335,15 +334,15 @@ class Node(World):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_does_not_see_the_others_disk_fills_its_own(tiny_model: Path, tmp_path: Path, rank: int) -> None:
-    setup = set_up(
+    trainer = set_up(
         invocation(*flags(tiny_model, tmp_path / "run", tmp_path / "cache", "--prefix.cache", "off")), World()
     )
-    assert isinstance(setup.prefix, Prefix)
+    assert isinstance(trainer.state.prefix, Prefix)
     store = ActivationStore(tmp_path, Namespace({"weights": "a"}, 32, torch.float32))
     unneeded = [lambda: pytest.fail("it is there")] * 2
-    cached = CachedPrefix(setup.prefix, *unneeded, store, Node(rank, 0, 2))
-    cached.fill(setup.dataset.train)
-    assert cached.missing(setup.dataset.train) == []
+    cached = CachedPrefix(trainer.state.prefix, *unneeded, store, Node(rank, 0, 2))
+    cached.fill(trainer.context.dataset.train)
+    assert cached.missing(trainer.context.dataset.train) == []
     assert store.statistics.computed == ROWS
 
 

@@ -11,14 +11,14 @@ from helpers import ROOT, clean_environment, free_port, invocation, tiny_flags
 
 from toolkit.runtime.distributed import World
 from toolkit.runtime.paths import sources_hash
-from toolkit.training.consistency import facts, require_same
+from toolkit.training.rank_agreement import facts, require_same
 
 WORKER = """
 import sys
 from toolkit.commands import cli
 from toolkit.runtime import distributed
 from toolkit.config import flags
-from toolkit.training.consistency import facts, require_same
+from toolkit.training.rank_agreement import facts, require_same
 from pathlib import Path
 
 def main():

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
+import pytest
 import torch
-from helpers import tiny_flags, train
+from helpers import metrics, reseal, tiny_flags, train
 
 from toolkit.data.batches import BatchPlan
-from toolkit.training.monitor import Monitor, StepMetrics
-from toolkit.training.summary import MemoryUse, grown_by, highest, resident_bytes
+from toolkit.training.run_record import MemoryUse, highest, resident_bytes
 
 
 def test_a_run_that_max_steps_cuts_short_says_how_much_of_its_epochs_it_does() -> None:
@@ -42,18 +43,47 @@ def test_memory_is_measured() -> None:
     now = MemoryUse.now(torch.device("cpu"), resident_bytes())
     assert now.libraries is not None
     assert 0.05 < now.libraries < 1.1 * now.peak  # the kernel counts both in batches of pages
-    assert grown_by("toolkit.training.summary") < 2**20  # it is imported already
 
 
-def test_a_resume_keeps_the_losses_of_earlier_epochs(tmp_path: Path) -> None:
-    def log(first_step: int, *losses: float) -> list[float]:
-        with Monitor(tmp_path, is_main=True, total_steps=5, first_step=first_step) as monitor:
-            for step, loss in enumerate(losses, start=first_step + 1):
-                monitor.step(StepMetrics(step, step / 2, loss, 1e-5, 1.0, 10, 20, 0.1, 200.0, 100, 1.0))
-            return monitor.epoch_losses()
+def epochs_of(said: list[str]) -> str:
+    """The losses by epoch that the last run logged."""
+    return [line for line in said if line.startswith("mean loss by epoch: ")][-1].removeprefix("mean loss by epoch: ")
 
-    assert log(0, 4.0, 2.0, 1.0) == [3.0, 1.0]
-    assert log(3, 2.0, 0.5) == [3.0, 1.5, 0.5]
+
+@pytest.mark.parametrize("every", [None, 12])
+def test_a_resumed_run_knows_the_losses_of_all_its_epochs(
+    tiny_model: Path, tmp_path: Path, said: list[str], every: int | None
+) -> None:
+    """They are in the checkpoint, also of an epoch that was cut in two: nothing is read back from metrics.jsonl."""
+    run = tmp_path / "run"
+    flags = tiny_flags(tiny_model, run, "--output.keep", 99, "--output.save_every_steps", every or "none")
+    assert train(*flags) == 0
+    losses = metrics(run)
+    whole = ", ".join(f"{sum(losses[start : start + 20]) / 20:.4f}" for start in (0, 20, 40))
+    assert epochs_of(said) == whole
+    (run / "checkpoints" / "latest").write_text(f"step-{3 * (every or 0) or 20:08d}")
+    (run / "metrics.jsonl").unlink()
+    assert train(*flags) == 0
+    assert metrics(run) == losses[-24 if every else -40 :]
+    assert epochs_of(said) == whole
+
+
+def test_what_a_checkpoint_of_an_earlier_version_does_not_know_is_unknown(
+    tiny_model: Path, tmp_path: Path, said: list[str]
+) -> None:
+    run = tmp_path / "run"
+    flags = tiny_flags(tiny_model, run, "--output.keep", 99, "--output.save_every_steps", 30)
+    assert train(*flags) == 0
+    losses, checkpoint = metrics(run), run / "checkpoints" / "step-00000030"
+    state = json.loads((checkpoint / "state.json").read_text())
+    known = ("tokens", "supervised_tokens", "seconds", "epoch_steps", "epoch_loss")
+    state["totals"] = {name: state["totals"][name] for name in known}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    reseal(checkpoint)
+    (run / "checkpoints" / "latest").write_text(checkpoint.name)
+    assert train(*flags) == 0
+    assert f"epoch 2: mean loss {sum(losses[30:40]) / 10:.4f} over 10 steps" in said
+    assert epochs_of(said).startswith("unknown, ")
 
 
 def test_a_run_says_its_length_and_what_its_memory_held(tiny_model: Path, tmp_path: Path, said: list[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import invocation, make_tokenizer, metrics, tiny_flags, train
+from helpers import invocation, make_tokenizer, metrics, set_up, tiny_flags, train
 from test_zoo import make, masked
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
@@ -33,7 +33,7 @@ from toolkit.models.load import fingerprint, load
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import ConfigError, ModelError
 from toolkit.split.suffix import split, split_is_exact
-from toolkit.training.setup import Setup, set_up
+from toolkit.training.trainer import Trainer
 
 
 def smooth_llama() -> LlamaForCausalLM:
@@ -61,16 +61,18 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def ready(model: Path, *flags: str, dtype: str = "bfloat16") -> Setup:
+def ready(model: Path, *flags: str, dtype: str = "bfloat16") -> Trainer:
     base = tiny_flags(
         model, Path("unused"), "--model.dtype", dtype, "--mask.train", "last:2", "head", "--prefix.cache", "off"
     )
     return set_up(invocation(*base, *flags), World())
 
 
-def first_batch(setup: Setup) -> Batch:
-    order = epoch_order(setup.plan.rows, 0, 0)
-    return next(iter(step_batches(setup.dataset.train, order, setup.plan, setup.pad_id)))[0]
+def first_batch(trainer: Trainer) -> Batch:
+    order = epoch_order(trainer.context.batch_plan.rows, 0, 0)
+    return next(
+        iter(step_batches(trainer.context.dataset.train, order, trainer.context.batch_plan, trainer.context.pad_id))
+    )[0]
 
 
 def live() -> int:
@@ -80,9 +82,9 @@ def live() -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def lower_bytes(setup: Setup) -> int:
+def lower_bytes(trainer: Trainer) -> int:
     """Bytes of the ten frozen blocks as they were."""
-    return sum(p.nbytes for p in setup.prefix.skeleton.model.layers[:10].parameters())  # type: ignore[union-attr]
+    return sum(p.nbytes for p in trainer.state.prefix.skeleton.model.layers[:10].parameters())  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
@@ -138,23 +140,23 @@ def test_the_whole_weights_are_gone_once_they_are_quantised(model: Path) -> None
     del plain
     assert live() == before
     for precision, share in (("int8", 0.54), ("nf4", 0.30)):
-        setup = ready(model, "--prefix.precision", precision)
-        assert setup.prefix is not None
-        assert setup.prefix.frozen is not None
-        stored = setup.prefix.frozen.nbytes()["device"]
+        trainer = ready(model, "--prefix.precision", precision)
+        assert trainer.state.prefix is not None
+        assert trainer.state.prefix.frozen is not None
+        stored = trainer.state.prefix.frozen.nbytes()["device"]
         assert stored < share * lower
         assert whole - (live() - before) == pytest.approx(lower - stored, abs=2048), "but for the values of nf4's codes"
-        assert setup.cost is not None
-        assert setup.cost.memory.most["prefix weights"] == stored + 512 * 64 * 2
-        del setup
+        assert trainer.plan is not None
+        assert trainer.plan.memory.most["prefix weights"] == stored + 512 * 64 * 2
+        del trainer
 
 
 class Watch:
     """The most bytes of parameters that the frozen blocks hold at once, looked at within each block."""
 
-    def __init__(self, setup: Setup) -> None:
-        assert setup.prefix is not None
-        self.blocks = list(setup.prefix.skeleton.model.layers[:10])
+    def __init__(self, trainer: Trainer) -> None:
+        assert trainer.state.prefix is not None
+        self.blocks = list(trainer.state.prefix.skeleton.model.layers[:10])
         self.most = 0
         for block in self.blocks:
             block.mlp.register_forward_pre_hook(self._look)
@@ -172,19 +174,19 @@ def test_on_disk_no_weight_is_held_but_a_blocks_own_while_it_computes(model: Pat
     expected = plain.prefix(first_batch(plain))  # type: ignore[misc]
     sha = plain.base.sha256
     del plain
-    setup = ready(model, "--prefix.placement", "disk")
-    assert setup.base.sha256 == sha, "the identity of the base does not depend on where it lies"
-    assert setup.prefix is not None
-    assert setup.prefix.frozen is not None
-    assert setup.prefix.frozen.nbytes() == {"disk": lower + table}
+    trainer = ready(model, "--prefix.placement", "disk")
+    assert trainer.context.base.sha256 == sha, "the identity of the base does not depend on where it lies"
+    assert trainer.state.prefix is not None
+    assert trainer.state.prefix.frozen is not None
+    assert trainer.state.prefix.frozen.nbytes() == {"disk": lower + table}
     held = live() - before - expected.nbytes
     assert whole - held == pytest.approx(lower + table, abs=64)
-    assert setup.cost is not None
-    assert setup.cost.memory.most["prefix weights"] == 0
-    watch = Watch(setup)
-    assert torch.equal(setup.prefix(first_batch(setup)), expected)
+    assert trainer.plan is not None
+    assert trainer.plan.memory.most["prefix weights"] == 0
+    watch = Watch(trainer)
+    assert torch.equal(trainer.state.prefix(first_batch(trainer)), expected)
     assert watch.most == lower // 10
-    assert setup.cost.frozen.lent == 2 * watch.most, "the plan allows for one more that is on its way"
+    assert trainer.plan.frozen.lent == 2 * watch.most, "the plan allows for one more that is on its way"
     kept = {path.name for path in cache.iterdir()} - {"float32-gradients.json"}
     assert not kept, "files without a name vanish with the process"
 
@@ -193,26 +195,26 @@ def test_on_disk_no_weight_is_held_but_a_blocks_own_while_it_computes(model: Pat
 def test_the_place_changes_no_bit(model: Path, precision: str) -> None:
     hidden = []
     for place in ("device", "disk"):
-        setup = ready(model, "--prefix.precision", precision, "--prefix.placement", place)
-        assert setup.prefix is not None
-        setup.prefix.train()
-        hidden.append(setup.prefix(first_batch(setup)))
-        setup.prefix.eval()
-        hidden.append(setup.prefix(first_batch(setup)))
-        assert setup.prefix.frozen is not None
-        assert set(setup.prefix.frozen.nbytes()) == {place}
+        trainer = ready(model, "--prefix.precision", precision, "--prefix.placement", place)
+        assert trainer.state.prefix is not None
+        trainer.state.prefix.train()
+        hidden.append(trainer.state.prefix(first_batch(trainer)))
+        trainer.state.prefix.eval()
+        hidden.append(trainer.state.prefix(first_batch(trainer)))
+        assert trainer.state.prefix.frozen is not None
+        assert set(trainer.state.prefix.frozen.nbytes()) == {place}
     assert all(torch.equal(hidden[0], other) for other in hidden[1:])
 
 
 def test_hidden_states_of_a_row_do_not_depend_on_the_rows_beside_it(model: Path) -> None:
-    setup = ready(model, "--prefix.precision", "int8", "--train.micro_batch_size", "2", dtype="float32")
-    both = first_batch(setup)
+    trainer = ready(model, "--prefix.precision", "int8", "--train.micro_batch_size", "2", dtype="float32")
+    both = first_batch(trainer)
     assert both.attention_mask is not None
     length = int(both.attention_mask[0].sum())
     alone = Batch(both.input_ids[:1, :length], None, both.supervised[:1, :length], both.targets, length)
-    assert setup.prefix is not None
-    together = setup.prefix(both)[:1, :length]
-    assert torch.allclose(together, setup.prefix(alone), atol=1e-5)
+    assert trainer.state.prefix is not None
+    together = trainer.state.prefix(both)[:1, :length]
+    assert torch.allclose(together, trainer.state.prefix(alone), atol=1e-5)
 
 
 def test_training_on_a_quantised_prefix_learns_alike(model: Path, tmp_path: Path) -> None:
@@ -276,18 +278,18 @@ def test_a_shared_table_that_the_head_trains_stays_where_the_head_is(model: Path
         "--prefix.precision",
         "nf4",
     )
-    setup = set_up(invocation(*tiny_flags(model, Path("unused"), "--prefix.cache", "off", *flags)), World())
-    assert setup.prefix is not None
-    table = setup.prefix.skeleton.model.embed_tokens.weight
-    assert table.data_ptr() == setup.suffix.model.lm_head.weight.data_ptr()
+    trainer = set_up(invocation(*tiny_flags(model, Path("unused"), "--prefix.cache", "off", *flags)), World())
+    assert trainer.state.prefix is not None
+    table = trainer.state.prefix.skeleton.model.embed_tokens.weight
+    assert table.data_ptr() == trainer.state.suffix.model.lm_head.weight.data_ptr()
 
 
 def test_the_host_is_the_device_of_a_cpu_run_and_the_log_says_so(model: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "frostline"):
-        setup = ready(model, "--prefix.placement", "cpu")
+        trainer = ready(model, "--prefix.placement", "cpu")
     assert "prefix.placement: cpu changes nothing here" in caplog.text
-    assert setup.prefix is not None
-    assert setup.prefix.frozen is None
+    assert trainer.state.prefix is not None
+    assert trainer.state.prefix.frozen is None
 
 
 @pytest.mark.parametrize("flags", [("--prefix.precision", "nf4"), ("--prefix.placement", "disk")])

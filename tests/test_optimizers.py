@@ -25,7 +25,7 @@ from toolkit.optim.update_monitor import STEPS, UpdateMonitor
 from toolkit.planning.engine_memory import Tensors, engine_spec, standing
 from toolkit.planning.prefix_memory import PrefixMemory
 from toolkit.runtime.errors import ConfigError
-from toolkit.training.cut import refuse_with_schedule
+from toolkit.training.frozen_weights import refuse_with_schedule
 
 NAMES = get_args(OptimName)
 LEAN = ("adamw_8bit", "adamw_bf16")

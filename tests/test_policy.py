@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers import invocation, run_script, tiny_flags
+from helpers import invocation, run_script, set_up, tiny_flags
 
 from toolkit.config.policy import decide_cache, decide_checkpointing, global_batch, refuse_packing
 from toolkit.config.schema import PrefixConfig
@@ -18,7 +18,6 @@ from toolkit.planning.command import plan_run
 from toolkit.planning.table import as_dict
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import ConfigError
-from toolkit.training.setup import set_up
 
 ROWS = 20
 SETTINGS = [

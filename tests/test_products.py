@@ -20,7 +20,7 @@ from toolkit.models.float32_gradients import (
     uses_float32_gradients,
 )
 from toolkit.models.varlen import VARLEN
-from toolkit.training import setup
+from toolkit.training import context
 
 
 def three(function: object, *tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -145,7 +145,7 @@ def test_a_run_with_float32_gradients_learns_the_same_from_the_same_activations(
     model = make_tiny_model(tmp_path / "model", tied=False)
 
     def run(name: str, faster: bool) -> Path:
-        monkeypatch.setattr(setup, "float32_is_faster", lambda dtype, device: faster)
+        monkeypatch.setattr(context, "float32_is_faster", lambda dtype, device: faster)
         flags = tiny_flags(model, tmp_path / name, "--train.epochs", 1, "--prefix.cache", "on")
         assert train(*flags, "--model.dtype", "bfloat16", "--prefix.cache_dir", str(tmp_path / "cache")) == 0
         return tmp_path / name

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from closeness import BFLOAT16_LOSS, rms
-from helpers import ENGLISH, invocation, masters_of, metrics, reseal, tiny_flags, train
+from helpers import ENGLISH, invocation, masters_of, metrics, reseal, set_up, tiny_flags, train
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
@@ -23,9 +24,8 @@ from toolkit.models.load import load
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import CheckpointError
 from toolkit.split.prefix import Prefix
-from toolkit.training.phase_change import advance
-from toolkit.training.setup import Setup, set_up
 from toolkit.training.step import train_step
+from toolkit.training.trainer import Trainer
 
 LR, STEPS = 1e-3, 30
 
@@ -103,7 +103,7 @@ def delta_of(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module", autouse=True)
 def products_that_round_as_a_plain_loops() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("toolkit.training.setup.float32_is_faster", lambda *_: False)
+        patch.setattr("toolkit.training.context.float32_is_faster", lambda *_: False)
         yield
 
 
@@ -190,25 +190,33 @@ def test_a_tensor_that_rested_goes_on_exactly_after_a_restart(tiny_model: Path, 
 
 
 def test_each_phase_holds_what_it_trains_and_nothing_more(tiny_model: Path, tmp_path: Path) -> None:
-    setup = set_up(invocation(*flags(tiny_model, tmp_path, UNFREEZING, "--model.dtype", "bfloat16")), World())
+    trainer = set_up(invocation(*flags(tiny_model, tmp_path, UNFREEZING, "--model.dtype", "bfloat16")), World())
     boundaries, sizes = [], []
-    for phase in setup.schedule.phases:
-        assert setup.active.phase is phase
-        boundaries.append(setup.mask.boundary)
-        sizes.append(sum(p.numel() for p in setup.suffix.parameters() if p.requires_grad))
-        assert sizes[-1] == setup.mask.parameters == sum(t.numel() for t in setup.engine.masters().values())
-        if phase is not setup.schedule.phases[-1]:
-            _one_update(setup)
-            advance(setup, phase.end)
+    for phase in trainer.context.schedule.phases:
+        assert trainer.state.phase is phase
+        boundaries.append(trainer.state.mask.boundary)
+        sizes.append(sum(p.numel() for p in trainer.state.suffix.parameters() if p.requires_grad))
+        assert (
+            sizes[-1]
+            == trainer.state.mask.parameters
+            == sum(t.numel() for t in trainer.state.engine.masters().values())
+        )
+        if phase is not trainer.context.schedule.phases[-1]:
+            _one_update(trainer)
+            ended = weakref.ref(trainer.state.engine)
+            trainer.next_phase()
+            assert ended() is None, "nothing keeps the optimizer of a phase that is over"
     assert boundaries == [6, 4, 2]
     assert sizes == [512 * 32, 512 * 32 + 2 * 9280, 512 * 32 + 4 * 9280]
-    assert setup.loaded is None, "nothing will need the whole model again"
-    assert setup.resting == {}
+    assert trainer._model.is_free, "nothing will need the whole model again"
+    assert trainer.state.resting == {}
 
 
-def _one_update(setup: Setup) -> None:
-    batches = next(iter(step_batches(setup.dataset.train, range(20), setup.plan, setup.pad_id)))
-    train_step(batches, setup.prefix, setup.engine, setup.world)
+def _one_update(trainer: Trainer) -> None:
+    batches = next(
+        iter(step_batches(trainer.context.dataset.train, range(20), trainer.context.batch_plan, trainer.context.pad_id))
+    )
+    train_step(batches, trainer.state.prefix, trainer.state.engine, trainer.context.world)
 
 
 def test_the_run_tells_its_phases(unfrozen: Path) -> None:
@@ -229,12 +237,12 @@ def test_the_run_tells_its_phases(unfrozen: Path) -> None:
 
 
 def test_the_head_is_untied_from_the_start_though_it_trains_later(tiny_model: Path, tmp_path: Path) -> None:
-    setup = set_up(invocation(*flags(tiny_model, tmp_path, BACK_AGAIN), "--prefix.cache", "off"), World())
-    assert setup.mask.tied == "untie"
-    assert "lm_head.weight" not in setup.mask.names
-    assert isinstance(setup.prefix, Prefix)
-    shared = {p.untyped_storage().data_ptr() for p in setup.prefix.parameters()}
-    head = setup.suffix.model.lm_head.weight
+    trainer = set_up(invocation(*flags(tiny_model, tmp_path, BACK_AGAIN), "--prefix.cache", "off"), World())
+    assert trainer.state.mask.tied == "untie"
+    assert "lm_head.weight" not in trainer.state.mask.names
+    assert isinstance(trainer.state.prefix, Prefix)
+    shared = {p.untyped_storage().data_ptr() for p in trainer.state.prefix.parameters()}
+    head = trainer.state.suffix.model.lm_head.weight
     assert head.untyped_storage().data_ptr() not in shared
 
 

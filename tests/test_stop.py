@@ -15,7 +15,7 @@ from toolkit.activation_cache import cached_prefix
 from toolkit.checkpoint import saver
 from toolkit.inference import evaluation
 from toolkit.runtime import signals
-from toolkit.training import setup, validation
+from toolkit.training import context, validation
 
 
 class Ranks:
@@ -58,8 +58,8 @@ def signals_are_default() -> bool:
 def test_a_signal_in_the_set_up_stops_before_anything_is_written(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    signal_before(monkeypatch, setup, "load_tokenizer", 1, number)
-    loads = signal_before(monkeypatch, setup, "load_for", 0)
+    signal_before(monkeypatch, context, "load_tokenizer", 1, number)
+    loads = signal_before(monkeypatch, context, "load_for", 0)
     assert train(*tiny_flags(tiny_model, tmp_path / "run")) == 75
     assert loads() == 0
     assert not (tmp_path / "run").exists()

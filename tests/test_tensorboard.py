@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT, invocation, metrics, run_script, tiny_flags, train
+from helpers import ROOT, invocation, metrics, run_script, set_up, tiny_flags, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as ServedAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
@@ -27,7 +27,6 @@ from toolkit.models.load import load
 from toolkit.runtime.distributed import World
 from toolkit.training import tensorboard_writer
 from toolkit.training.monitor import Monitor, _cell
-from toolkit.training.setup import set_up
 from toolkit.training.validation import sample_answers
 
 SPEC = importlib.util.spec_from_file_location("screenshot", ROOT / "docs" / "screenshot.py")
@@ -143,27 +142,31 @@ def test_the_shown_answers_are_those_of_the_trained_model(run: Path) -> None:
 @pytest.mark.parametrize("mask", [("last:2", "head"), ("head",), ("all",), ("embeddings",)], ids=str)
 def test_a_joined_model_gives_the_logits_of_the_whole_one(tiny_model: Path, tmp_path: Path, mask: tuple[str]) -> None:
     flags = ("--mask.train", *mask, "--data.validation", "0.25", "--prefix.cache_dir", tmp_path / "cache")
-    setup = set_up(invocation(*tiny_flags(tiny_model, tmp_path / "run", *flags)), World())
-    row = setup.dataset.validation[0]
+    trainer = set_up(invocation(*tiny_flags(tiny_model, tmp_path / "run", *flags)), World())
+    row = trainer.context.dataset.validation[0]
     ids = torch.tensor([list(row.token_ids)])
-    released = isinstance(setup.prefix, CachedPrefix)
+    released = isinstance(trainer.state.prefix, CachedPrefix)
     assert released == (mask not in (("all",), ("embeddings",)))
-    prefix = setup.prefix.offloaded_prefix() if isinstance(setup.prefix, CachedPrefix) else setup.prefix
-    with torch.no_grad(), setup.active.whole.joined(prefix) as model:
+    prefix = (
+        trainer.state.prefix.offloaded_prefix()
+        if isinstance(trainer.state.prefix, CachedPrefix)
+        else trainer.state.prefix
+    )
+    with torch.no_grad(), trainer.state.joined.joined(prefix) as model:
         joined = model(ids).logits
         again = model(ids).logits
     whole = load(ModelConfig(name_or_path=str(tiny_model), dtype="float32")).model.eval()
     with torch.no_grad():
         assert torch.equal(joined, whole(ids).logits)
     assert torch.equal(joined, again)
-    if isinstance(setup.prefix, CachedPrefix):
-        assert setup.prefix.prefix is None, "it stays let go"
+    if isinstance(trainer.state.prefix, CachedPrefix):
+        assert trainer.state.prefix.prefix is None, "it stays let go"
 
 
 def test_nothing_is_generated_unless_asked_for(tiny_model: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    setup = set_up(invocation(*tiny_flags(tiny_model, tmp_path, "--data.validation", "0.25")), World())
+    trainer = set_up(invocation(*tiny_flags(tiny_model, tmp_path, "--data.validation", "0.25")), World())
     monkeypatch.setattr(CachedPrefix, "offloaded_prefix", None)
-    assert sample_answers(setup) == []
+    assert sample_answers(trainer.context, trainer.state) == []
 
 
 def test_other_ranks_write_nothing_and_rank_0_never_waits_for_the_disk(tmp_path: Path, monkeypatch: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
-from helpers import ENGLISH, QUICKSTART, invocation, make_tiny_model, masters_of, metrics, tiny_flags, train
+from helpers import ENGLISH, QUICKSTART, invocation, make_tiny_model, masters_of, metrics, set_up, tiny_flags, train
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
@@ -29,7 +29,6 @@ from toolkit.runtime.errors import CheckpointError
 from toolkit.split.prefix import Prefix
 from toolkit.training import cut
 from toolkit.training.monitor import Monitor
-from toolkit.training.setup import set_up
 from toolkit.training.step import train_step
 
 
@@ -110,24 +109,29 @@ def test_frozen_tensors_stay_bit_identical_and_every_trained_master_moves(
     tiny_model: Path, tmp_path: Path, dtype: str
 ) -> None:
     flags = tiny_flags(tiny_model, tmp_path, "--model.dtype", dtype, "--prefix.cache", "off")
-    setup = set_up(invocation(*flags), World())
-    before = setup.engine.masters()
+    trainer = set_up(invocation(*flags), World())
+    before = trainer.state.engine.masters()
     assert before
     before = {name: tensor.clone() for name, tensor in before.items()}
-    order = epoch_order(setup.plan.rows, 42, 0)
-    for micro_batches in step_batches(setup.dataset.train, order, setup.plan, setup.pad_id):
-        train_step(micro_batches, setup.prefix, setup.engine, World())
-    after = setup.engine.masters()
-    assert set(after) == set(setup.mask.names)
+    order = epoch_order(trainer.context.batch_plan.rows, 42, 0)
+    for micro_batches in step_batches(
+        trainer.context.dataset.train, order, trainer.context.batch_plan, trainer.context.pad_id
+    ):
+        train_step(micro_batches, trainer.state.prefix, trainer.state.engine, World())
+    after = trainer.state.engine.masters()
+    assert set(after) == set(trainer.state.mask.names)
     assert all(not torch.equal(before[name], after[name]) for name in after)
     assert all(tensor.dtype == torch.float32 for tensor in after.values())
     original = dict(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=getattr(torch, dtype)).named_parameters())
-    assert isinstance(setup.prefix, Prefix)
-    parts = {**dict(setup.prefix.skeleton.named_parameters()), **dict(setup.suffix.model.named_parameters())}
-    frozen = set(parts) - set(setup.mask.names)
+    assert isinstance(trainer.state.prefix, Prefix)
+    parts = {
+        **dict(trainer.state.prefix.skeleton.named_parameters()),
+        **dict(trainer.state.suffix.model.named_parameters()),
+    }
+    frozen = set(parts) - set(trainer.state.mask.names)
     assert len(frozen) == 20
     assert all(torch.equal(parts[name], original[name]) for name in frozen)
-    for name in setup.mask.names:
+    for name in trainer.state.mask.names:
         assert torch.equal(parts[name], after[name].to(parts[name].dtype))
 
 

@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 import torch
 from faults import plant
-from helpers import ENGLISH, invocation, masters_of, metrics, run_script, tiny_flags, train
+from helpers import ENGLISH, invocation, masters_of, metrics, run_script, set_up, tiny_flags, train
 
 from toolkit.commands.cli import run_command
 from toolkit.data.batches import epoch_order, step_batches
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import DataError, DiskError, FrostlineError, TrainingStoppedError
 from toolkit.training.guard import SpikeDetector
-from toolkit.training.setup import set_up
 from toolkit.training.step import train_step
 
 
@@ -29,7 +28,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, *steps: int, kind: str = "loss") ->
         with plant(engine, kind if next(count) in steps else None):
             return train_step(batches, prefix, engine, world)
 
-    monkeypatch.setattr("toolkit.training.run.train_step", faulty)
+    monkeypatch.setattr("toolkit.training.trainer.train_step", faulty)
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
@@ -47,24 +46,28 @@ def test_a_skipped_step_leaves_weights_moments_and_step_counts_and_moves_the_sch
     tiny_model: Path, tmp_path: Path, dtype: str, kind: str
 ) -> None:
     flags = ("--train.gradient_accumulation_steps", 2, "--model.dtype", dtype, "--prefix.cache", "off")
-    setup = set_up(invocation(*tiny_flags(tiny_model, tmp_path, *flags)), World())
-    order = epoch_order(setup.plan.rows, 42, 0)
+    trainer = set_up(invocation(*tiny_flags(tiny_model, tmp_path, *flags)), World())
+    order = epoch_order(trainer.context.batch_plan.rows, 42, 0)
     rates = []
-    for step, batches in enumerate(step_batches(setup.dataset.train, order, setup.plan, setup.pad_id)):
+    for step, batches in enumerate(
+        step_batches(trainer.context.dataset.train, order, trainer.context.batch_plan, trainer.context.pad_id)
+    ):
         if step == 3:
-            with plant(setup.engine, kind):
-                before = state(setup.engine)
-                outcome = train_step(batches, setup.prefix, setup.engine, World())
+            with plant(trainer.state.engine, kind):
+                before = state(trainer.state.engine)
+                outcome = train_step(batches, trainer.state.prefix, trainer.state.engine, World())
             assert outcome.skipped
-            assert all(torch.equal(a, b) for a, b in zip(before, state(setup.engine), strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(before, state(trainer.state.engine), strict=True))
         else:
-            before = state(setup.engine)
-            outcome = train_step(batches, setup.prefix, setup.engine, World())
+            before = state(trainer.state.engine)
+            outcome = train_step(batches, trainer.state.prefix, trainer.state.engine, World())
             assert not outcome.skipped
-            assert step == 0 or any(not torch.equal(a, b) for a, b in zip(before, state(setup.engine), strict=True))
+            assert step == 0 or any(
+                not torch.equal(a, b) for a, b in zip(before, state(trainer.state.engine), strict=True)
+            )
         rates.append(outcome.learning_rate)
     assert len(set(rates)) == len(rates) == 10, "the rate of each step is its own, also after the skipped one"
-    assert setup.engine._optimizer.by_name[setup.mask.names[0]].step == 9  # type: ignore[attr-defined]
+    assert trainer.state.engine._optimizer.by_name[trainer.state.mask.names[0]].step == 9  # type: ignore[attr-defined]
 
 
 def state(engine: Any) -> list[torch.Tensor]:
@@ -199,10 +202,12 @@ def test_every_zero_stage_skips_as_one_process_does_whichever_rank_is_at_fault(
 def one_process(model: Path, folder: Path) -> Iterator[dict[str, Any]]:
     """The same rows and faults without DeepSpeed."""
     flags = ("--train.epochs", 1, "--train.gradient_accumulation_steps", 2, "--prefix.cache", "off")
-    setup = set_up(invocation(*tiny_flags(model, folder, *flags)), World())
-    order = epoch_order(setup.plan.rows, 42, 0)
-    batches_by_step = step_batches(setup.dataset.train, order, setup.plan, setup.pad_id)
+    trainer = set_up(invocation(*tiny_flags(model, folder, *flags)), World())
+    order = epoch_order(trainer.context.batch_plan.rows, 42, 0)
+    batches_by_step = step_batches(
+        trainer.context.dataset.train, order, trainer.context.batch_plan, trainer.context.pad_id
+    )
     for step, batches in zip(range(6), batches_by_step, strict=False):
-        with plant(setup.engine, {2: "loss", 3: "gradient"}.get(step)):
-            outcome = train_step(batches, setup.prefix, setup.engine, World())
+        with plant(trainer.state.engine, {2: "loss", 3: "gradient"}.get(step)):
+            outcome = train_step(batches, trainer.state.prefix, trainer.state.engine, World())
         yield {"loss": None if outcome.skipped else outcome.loss, "learning_rate": outcome.learning_rate}

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from faults import plant  # noqa: E402
+from helpers import set_up  # noqa: E402
 
 from toolkit.commands import cli  # noqa: E402
 from toolkit.config import flags  # noqa: E402
@@ -25,8 +26,8 @@ from toolkit.runtime import distributed  # noqa: E402
 from toolkit.runtime.distributed import World  # noqa: E402
 from toolkit.training import guard  # noqa: E402
 from toolkit.training.guard import StepGuard  # noqa: E402
-from toolkit.training.setup import Setup, set_up  # noqa: E402
 from toolkit.training.step import train_step  # noqa: E402
+from toolkit.training.trainer import Trainer  # noqa: E402
 
 RUNS = {"zero0": "float32", "zero1": "float32", "zero2": "bfloat16", "zero3": "float32"}
 """Each combination is another class, or another branch, of DeepSpeed's."""
@@ -35,11 +36,11 @@ FAULTS = {2: ("loss", 1), 3: ("gradient", 0)}
 STEPS = 6
 
 
-def snapshot(setup: Setup) -> list[torch.Tensor]:
+def snapshot(trainer: Trainer) -> list[torch.Tensor]:
     """What a skipped step must leave alone on this rank: weights and the optimizer's state, step counts included."""
-    zero: Any = setup.engine
+    zero: Any = trainer.state.engine
     state = getattr(zero._engine.optimizer, "optimizer", zero._engine.optimizer).state
-    held = [p.ds_tensor if hasattr(p, "ds_tensor") else p for p in setup.suffix.parameters()]
+    held = [p.ds_tensor if hasattr(p, "ds_tensor") else p for p in trainer.state.suffix.parameters()]
     for flat in state:
         held += [flat, *(value for value in state[flat].values() if isinstance(value, torch.Tensor))]
     return [tensor.detach().clone() for tensor in held]
@@ -50,22 +51,24 @@ def unchanged(before: list[torch.Tensor], after: list[torch.Tensor], world: Worl
     return world.max(float(not same)) == 0
 
 
-def steps(setup: Setup, world: World) -> list[dict[str, Any]]:
-    order = epoch_order(setup.plan.rows, setup.config.train.seed, 0)
+def steps(trainer: Trainer, world: World) -> list[dict[str, Any]]:
+    order = epoch_order(trainer.context.batch_plan.rows, trainer.context.config.train.seed, 0)
     watch = StepGuard(Path("nowhere"), 3, world)
     done = []
-    batches_by_step = step_batches(setup.dataset.train, order, setup.plan, setup.pad_id)
+    batches_by_step = step_batches(
+        trainer.context.dataset.train, order, trainer.context.batch_plan, trainer.context.pad_id
+    )
     for step, batches in zip(range(STEPS), batches_by_step, strict=False):
-        before = snapshot(setup)
+        before = snapshot(trainer)
         kind, rank = FAULTS.get(step, (None, None))
-        with plant(setup.engine, kind if rank == world.rank else None):
-            outcome = train_step(batches, setup.prefix, setup.engine, world)
+        with plant(trainer.state.engine, kind if rank == world.rank else None):
+            outcome = train_step(batches, trainer.state.prefix, trainer.state.engine, world)
         watch.look(step + 1, outcome, batches)
         done.append(
             {
                 "loss": None if outcome.skipped else outcome.loss,
                 "learning_rate": outcome.learning_rate,
-                "unchanged": unchanged(before, snapshot(setup), world),
+                "unchanged": unchanged(before, snapshot(trainer), world),
                 "rows": [
                     [e.origin for b in rank for e in b]
                     for rank in world.all_gather_object([b.examples for b in batches])
@@ -91,8 +94,8 @@ def main() -> None:
             flags.parser(""), ROOT / "recipes" / "quickstart.yaml", [*rest, "--model.dtype", dtype, "--ds", str(ds)]
         )
         messages.clear()
-        setup = set_up(invocation, world)
-        result[name] = {"steps": steps(setup, world), "said": list(messages)}
+        trainer = set_up(invocation, world)
+        result[name] = {"steps": steps(trainer, world), "said": list(messages)}
     if world.is_main:
         Path(output).write_text(json.dumps(result), encoding="utf-8")
     distributed.stop()

@@ -18,23 +18,29 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from helpers import set_up  # noqa: E402
+
 from toolkit.commands import cli  # noqa: E402
 from toolkit.config import flags  # noqa: E402
 from toolkit.data.batches import epoch_order, step_batches  # noqa: E402
 from toolkit.runtime import distributed  # noqa: E402
-from toolkit.training.setup import Setup, set_up  # noqa: E402
 from toolkit.training.step import train_step  # noqa: E402
+from toolkit.training.trainer import Trainer  # noqa: E402
 
 
-def digests(setup: Setup) -> dict[str, str]:
+def digests(trainer: Trainer) -> dict[str, str]:
     """SHA-256 of every frozen tensor on this rank, partitioned ones gathered."""
     import deepspeed
 
     found = {}
-    parts = [setup.suffix.model] if setup.prefix is None else [setup.prefix.skeleton, setup.suffix.model]
+    parts = (
+        [trainer.state.suffix.model]
+        if trainer.state.prefix is None
+        else [trainer.state.prefix.skeleton, trainer.state.suffix.model]
+    )
     for part in parts:
         for name, parameter in part.named_parameters():
-            if name not in setup.mask.names:
+            if name not in trainer.state.mask.names:
                 with deepspeed.zero.GatheredParameters([parameter]):
                     data = parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
                     found[name] = hashlib.sha256(data.tobytes()).hexdigest()
@@ -46,28 +52,30 @@ def main() -> None:
     output, *rest = [word for word in sys.argv[1:] if word not in local_rank]
     invocation = flags.parse(flags.parser(""), ROOT / "recipes" / "quickstart.yaml", rest)
     world = distributed.start(engine_needs_group=True)
-    setup = set_up(invocation, world)
-    frozen = digests(setup)
-    masters = {name: tensor.clone() for name, tensor in setup.engine.masters().items()}
-    result: dict[str, Any] = {"losses": [], "norms": [], "tokens": [], "engine": setup.engine.name}
+    trainer = set_up(invocation, world)
+    frozen = digests(trainer)
+    masters = {name: tensor.clone() for name, tensor in trainer.state.engine.masters().items()}
+    result: dict[str, Any] = {"losses": [], "norms": [], "tokens": [], "engine": trainer.state.engine.name}
     rows: list[list[int]] = []
-    for epoch in range(setup.config.train.epochs):
-        order = epoch_order(setup.plan.rows, setup.config.train.seed, epoch)
-        for step, batches in enumerate(step_batches(setup.dataset.train, order, setup.plan, setup.pad_id)):
-            rows += [own for own, is_filler in setup.plan.micro_batches(order, step) if not is_filler]
-            outcome = train_step(batches, setup.prefix, setup.engine, world)
+    for epoch in range(trainer.context.config.train.epochs):
+        order = epoch_order(trainer.context.batch_plan.rows, trainer.context.config.train.seed, epoch)
+        for step, batches in enumerate(
+            step_batches(trainer.context.dataset.train, order, trainer.context.batch_plan, trainer.context.pad_id)
+        ):
+            rows += [own for own, is_filler in trainer.context.batch_plan.micro_batches(order, step) if not is_filler]
+            outcome = train_step(batches, trainer.state.prefix, trainer.state.engine, world)
             result["losses"].append(outcome.loss)
             result["norms"].append(outcome.grad_norm)
             result["tokens"].append(outcome.supervised_tokens)
-    after = setup.engine.masters()
+    after = trainer.state.engine.masters()
     every: list[Any] = [None] * world.size
-    dist.all_gather_object(every, (rows, frozen == digests(setup), len(frozen)))
+    dist.all_gather_object(every, (rows, frozen == digests(trainer), len(frozen)))
     if world.is_main:
         result["rows_by_rank"] = [[row for own in rank for row in own] for rank, _, _ in every]
         result["frozen_unchanged"] = [unchanged for _, unchanged, _ in every]
         result["frozen_tensors"] = [count for _, _, count in every]
         result["masters_moved"] = {name: not torch.equal(masters[name], after[name]) for name in after}
-        result["trained_on_device"] = sum(p.numel() for p in setup.suffix.parameters() if p.requires_grad)
+        result["trained_on_device"] = sum(p.numel() for p in trainer.state.suffix.parameters() if p.requires_grad)
         result["port"] = os.environ["MASTER_PORT"]
         torch.save(after, f"{output}.pt")
         Path(output).write_text(json.dumps(result), encoding="utf-8")

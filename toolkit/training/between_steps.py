@@ -1,7 +1,7 @@
 """What is due between two steps, in the order in which nothing can be lost.
 
 First the state is committed; then comes the validation, whose loss becomes a file of that checkpoint; then older
-checkpoints go, for the loss says which one is the best; sample answers come last, and their trouble ends no run.
+checkpoints go, for the loss says which one is the best; sample answers come last, and their failure ends no run.
 """
 
 from __future__ import annotations
@@ -13,108 +13,114 @@ from toolkit.inference.evaluation import perplexity
 from toolkit.runtime import malloc, signals
 from toolkit.runtime.out_of_memory import during
 from toolkit.runtime.signals import StopRequested
+from toolkit.training.context import RunContext
 from toolkit.training.guard import StepGuard
 from toolkit.training.monitor import Monitor
-from toolkit.training.phase_change import content_of
+from toolkit.training.phases import PhaseState, content_of
 from toolkit.training.progress import Progress
-from toolkit.training.setup import Setup
 from toolkit.training.validation import sample_answers, validate, without_dropout
 
 log = logging.getLogger("frostline")
 
 
 class BetweenSteps:
-    """Commits, validates and shows what a run has to between its steps; every rank makes the same calls."""
+    """Commits, validates and shows what a run has to between its steps; every rank makes the same calls.
 
-    def __init__(self, setup: Setup, monitor: Monitor, progress: Progress, saver: Saver, guard: StepGuard) -> None:
-        """
-        Args:
-            setup: of the run.
-            monitor: where it is shown.
-            progress: where the run is; takes validation losses down.
-            saver: of its checkpoints.
-            guard: keeps ruined weights out of them.
-        """  # noqa: D205, D212
-        self._setup, self._monitor, self._progress, self._saver, self._guard = setup, monitor, progress, saver, guard
+    Args:
+        context: of the run.
+        monitor: where it is shown.
+        progress: where the run is; takes validation losses down.
+        saver: of its checkpoints.
+        guard: keeps ruined weights out of them.
+    """
+
+    def __init__(
+        self, context: RunContext, monitor: Monitor, progress: Progress, saver: Saver, guard: StepGuard
+    ) -> None:
+        self._context, self._monitor, self._progress, self._saver, self._guard = (
+            context, monitor, progress, saver, guard,
+        )  # fmt: skip
         self._committed = progress.step or None
-        """The step of the newest checkpoint that this process committed or went on from."""
+        """The step of the newest checkpoint that this process committed or resumed from."""
         self._answers_failed = False
 
-    def make_up(self) -> bool:
-        """Do what a run that is continued stopped before; false if a signal cut it short."""
-        progress, world = self._progress, self._setup.world
-        at_end = progress.step == self._setup.total_steps
+    def catch_up(self, state: PhaseState) -> bool:
+        """Do what a resumed run had left undone when it stopped; return False if a signal cut it short."""
+        progress, world = self._progress, self._context.world
+        at_end = progress.step == self._context.total_steps
         if not progress.step or not self._is_validation_due(epoch_ends=progress.cursor == 0 or at_end):
             return True
         kept, told = world.broadcast_object((self._saver.loss_at(progress.step), self._monitor.loss_at(progress.step)))
         if kept is None and told is None:
-            return self._validate(may_stop=not at_end)
+            return self._validate(state, may_stop=not at_end)
         if kept is None:
             self._saver.record(progress.step, told)
         if told is None:
             self._monitor.evaluation(progress.step, progress.passes, kept, perplexity(kept))
         return True
 
-    def after_step(self) -> bool:
-        """Do what is due after a step; true if a signal asks the run to stop there, with its state committed."""
-        setup, progress, world = self._setup, self._progress, self._setup.world
-        at_end = progress.step == setup.total_steps
+    def after_step(self, state: PhaseState) -> bool:
+        """Do what is due after a step; return True if a signal stops the run before its end, with its state saved."""
+        progress, world = self._progress, self._context.world
+        at_end = progress.step == self._context.total_steps
         epoch_ends = progress.is_epoch_done or at_end
+        if epoch_ends:
+            self._monitor.epoch(progress)
         if progress.is_epoch_done:
-            progress.turn()
+            progress.next_epoch()
         due = self._is_validation_due(epoch_ends)
         is_saved = (
             epoch_ends
             or signals.any_stop_requested(world)
-            or is_due(progress.step, setup.config.output.save_every_steps)
+            or is_due(progress.step, self._context.config.output.save_every_steps)
         )
         if is_saved:
-            self._commit(validation_follows=due)
+            self._commit(state, validation_follows=due)
         if due and (at_end or not signals.any_stop_requested(world)):
-            self._validate(may_stop=not at_end)
+            self._validate(state, may_stop=not at_end)
         stopping = signals.any_stop_requested(world)
         if stopping and not is_saved:
-            self._commit(validation_follows=due)
+            self._commit(state, validation_follows=due)
             if progress.eval_loss is not None:
                 self._saver.record(progress.step, progress.eval_loss)
-        return stopping
+        return stopping and not at_end
 
     def _is_validation_due(self, epoch_ends: bool) -> bool:
-        every = self._setup.config.output.evaluate_every_steps
-        return bool(self._setup.dataset.validation) and (epoch_ends or is_due(self._progress.step, every))
+        every = self._context.config.output.evaluate_every_steps
+        return bool(self._context.dataset.validation) and (epoch_ends or is_due(self._progress.step, every))
 
-    def _commit(self, validation_follows: bool) -> None:
-        with without_dropout(self._setup):
-            self._guard.require_sound(self._progress.step, self._setup.engine.forward, self._setup.prefix)
+    def _commit(self, state: PhaseState, validation_follows: bool) -> None:
+        with without_dropout(state):
+            self._guard.require_sound(self._progress.step, state.engine.forward, state.prefix)
         with during("the checkpoint"):
-            self._saver.save(content_of(self._setup, self._progress), validation_follows)
+            self._saver.save(content_of(self._context, state, self._progress), validation_follows)
         self._committed = self._progress.step
         malloc.release_free_memory()
 
-    def _validate(self, may_stop: bool) -> bool:
-        """Compute the loss, keep it with the checkpoint of this step, and show answers; false if a signal came."""
-        setup, progress = self._setup, self._progress
+    def _validate(self, state: PhaseState, may_stop: bool) -> bool:
+        """Compute the validation loss, save it with this step's checkpoint, show answers; False if a signal came."""
+        progress = self._progress
         self._saver.wait()  # what is committed cannot be lost to a failing validation
-        with without_dropout(setup):
+        with without_dropout(state):
             try:
-                outcome = validate(setup, may_stop)
+                outcome = validate(self._context, state, may_stop)
             except StopRequested:
                 return False
         progress.eval_loss = outcome.loss
         self._monitor.evaluation(progress.step, progress.passes, outcome.loss, outcome.perplexity)
         if self._committed == progress.step:
             self._saver.record(progress.step, outcome.loss)
-        self._show_answers()
+        self._show_answers(state)
         return True
 
-    def _show_answers(self) -> None:
-        """Show what the model answers to held-out questions; what goes wrong there is said once and ends nothing."""
-        world, trouble = self._setup.world, None
-        if self._answers_failed or not self._setup.config.output.sample_answers:
+    def _show_answers(self, state: PhaseState) -> None:
+        """Show what the model answers to held-out questions; a failure is logged once and ends nothing."""
+        world, trouble = self._context.world, None
+        if self._answers_failed or not self._context.config.output.sample_answers:
             return
         try:
-            with without_dropout(self._setup):
-                answers = sample_answers(self._setup, may_stop=True)
+            with without_dropout(state):
+                answers = sample_answers(self._context, state, may_stop=True)
             self._monitor.answers(self._progress.step, answers)
         except StopRequested:  # on every rank
             return
@@ -127,5 +133,5 @@ class BetweenSteps:
 
 
 def is_due(step: int, every: int | None) -> bool:
-    """True after each ``every`` steps; never where that is none."""
+    """Return True after each ``every`` steps; never where that is None."""
     return every is not None and step % every == 0

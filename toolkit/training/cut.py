@@ -1,14 +1,13 @@
-"""Cut the model at the frost line: the frozen weights stored and placed as the recipe asks, what they give cached."""
+"""Cut the model at the frost line: store and offload the frozen weights as the recipe asks, cache their output."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from toolkit.activation_cache.cached_prefix import CachedPrefix, HiddenStates
 from toolkit.activation_cache.namespace import sample_key
@@ -23,93 +22,27 @@ from toolkit.activation_cache.policy import (
     unfit,
 )
 from toolkit.activation_cache.store import ActivationStore
-from toolkit.checkpoint.delta import Base
 from toolkit.config.policy import Decision, refuse_cache
-from toolkit.config.schema import PrefixConfig, RunConfig
+from toolkit.config.schema import PrefixConfig
 from toolkit.data.batches import collate
-from toolkit.data.dataset import Dataset
-from toolkit.data.examples import Example, shortest
+from toolkit.data.examples import shortest
 from toolkit.frozen.weight_offload import FrozenWeights
-from toolkit.inference.open_model import load_base
 from toolkit.mask.apply import apply_mask
-from toolkit.mask.layer_mask import LayerMask, build_mask
+from toolkit.mask.layer_mask import LayerMask
+from toolkit.mask.schedule import Phase
 from toolkit.models.load import LoadedModel, fingerprint
-from toolkit.planning.meta_model import meta_model
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import ConfigError, ModelError
 from toolkit.split.prefix import Prefix
 from toolkit.split.suffix import Suffix, split, split_is_exact
+from toolkit.training.context import RunContext
+from toolkit.training.frozen_weights import effective_prefix, load_for
 
 log = logging.getLogger("frostline")
 
 
-@dataclass(frozen=True)
-class CutJob:
-    """What the cut of one mask serves."""
-
-    config: RunConfig
-    tokenizer: PreTrainedTokenizerBase
-    mask: LayerMask
-    base: Base
-    dataset: Dataset
-    passes: float
-    """Over the training rows while this mask holds."""
-    world: World
-    changes: bool = False
-    """The mask changes during the run: what lies below the line may have trained before, or may train later."""
-
-    @property
-    def examples(self) -> tuple[Example, ...]:
-        """All samples of the run."""
-        return (*self.dataset.train, *self.dataset.validation)
-
-
-def load_for(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
-    """Load the model; with ``prefix.placement: disk``, all but the blocks below the frost line.
-
-    Raises:
-        UsageError: the model or the mask is at fault.
-    """
-    if config.prefix.placement != "disk":
-        return load_base(config.model, tokenizer)
-    anatomy = meta_model(config.model).anatomy  # which blocks are frozen is to be known before any is loaded
-    return load_base(config.model, tokenizer, anatomy, build_mask(config.mask, anatomy).boundary)
-
-
-def refuse_with_schedule(config: RunConfig, device: torch.device) -> None:
-    """Refuse to store frozen weights otherwise where a later phase may train them.
-
-    Raises:
-        ConfigError: ``mask.schedule`` with ``prefix.precision``, with ``prefix.placement``, or with paged moments.
-    """
-    if config.mask.schedule and config.optim.name == "paged_adamw_8bit":
-        raise ConfigError(
-            [
-                "optim.name is paged_adamw_8bit, but mask.schedule exchanges the optimizer, and bitsandbytes never "
-                "frees memory that it paged; write optim.name: adamw_8bit, or leave out the schedule"
-            ],
-            "recipe",
-        )
-    wanted = effective(config.prefix, device)
-    if config.mask.schedule and (wanted.precision, wanted.placement) != ("model", "device"):
-        raise ConfigError(
-            [
-                f"prefix.precision is {wanted.precision} and prefix.placement is {wanted.placement}, but mask.schedule "
-                "moves the frost line, so weights below it are to stay as they are; leave out both keys or the schedule"
-            ],
-            "recipe",
-        )
-
-
-def effective(config: PrefixConfig, device: torch.device) -> PrefixConfig:
-    """What of the recipe's wishes makes a difference where the run computes."""
-    if config.placement == "cpu" and device.type == "cpu":
-        return config.model_copy(update={"placement": "device"})
-    return config
-
-
-def cut(loaded: LoadedModel, job: CutJob) -> tuple[HiddenStates | None, Suffix]:
-    """The two halves of ``loaded`` on their device, the prefix behind its cache where that pays.
+def cut(context: RunContext, loaded: LoadedModel, phase: Phase) -> tuple[HiddenStates | None, Suffix]:
+    """Cut the model at the frost line of ``phase``; return the halves on their device, the prefix cached if that pays.
 
     An architecture that cannot be cut exactly stays whole, in a suffix without a prefix, and the log says so. If the
     cache holds all samples, no block of the prefix runs and none of its weights goes to the device.
@@ -118,126 +51,132 @@ def cut(loaded: LoadedModel, job: CutJob) -> tuple[HiddenStates | None, Suffix]:
         ConfigError: the recipe quantises, places or caches a prefix, and the mask leaves none that allows it.
         ModelError: the recipe quantises or places a prefix, and this architecture cannot be cut, or not quantised.
     """
-    settings = job.config.prefix
+    settings = context.config.prefix
     loaded.model.train()
-    refused = refuse_cache(settings, mask_obstacle(job.mask))
-    store = _open(loaded, job) if refused is None else None
-    if store is not None and (returned := _complete(store, job)) is not None:
+    refused = refuse_cache(settings, mask_obstacle(phase.mask))
+    store = _open(context, loaded, phase) if refused is None else None
+    if store is not None and (returned := _complete(store, context)) is not None:
         log.info("activation cache: all samples are in %s; the prefix is not needed", store.directory)
-        suffix = Suffix(loaded.model, loaded.anatomy, job.mask.boundary, returned)
-        return CachedPrefix(None, *_loaders(loaded, job), store, job.world), _detach_from_file(suffix, job)
-    prefix, suffix = _halve(loaded, job)
+        suffix = Suffix(loaded.model, loaded.anatomy, phase.mask.boundary, returned)
+        return CachedPrefix(None, *_loaders(context, loaded, phase), store, context.world), _detach_from_file(
+            suffix, context.world.device
+        )
+    prefix, suffix = _split(context, loaded, phase)
     if store is not None:
-        cached, refused = _fill(prefix, store, loaded, job)
+        cached, refused = _fill(context, loaded, phase, prefix, store)
         if cached is not None:
-            if not job.changes and cached.release(job.examples):
-                suffix = _detach_from_file(suffix, job)
+            if not context.mask_changes and cached.release(context.examples):
+                suffix = _detach_from_file(suffix, context.world.device)
             return cached, suffix
         store.close()
     log.info("activation cache: %s", refused.reason if refused else "")
     return prefix, suffix
 
 
-def _open(loaded: LoadedModel, job: CutJob) -> ActivationStore:
-    settings, device = job.config.prefix, job.world.device
-    computed_by = prefix_fingerprints(loaded, job.mask.boundary, settings, device) if job.world.is_main else None
-    return open_store(settings, job.world.broadcast_object(computed_by), loaded.model, job.world)
+def _open(context: RunContext, loaded: LoadedModel, phase: Phase) -> ActivationStore:
+    settings, device = context.config.prefix, context.world.device
+    computed_by = prefix_fingerprints(loaded, phase.mask.boundary, settings, device) if context.world.is_main else None
+    return open_store(settings, context.world.broadcast_object(computed_by), loaded.model, context.world)
 
 
-def _complete(store: ActivationStore, job: CutJob) -> list[int | None] | None:
-    """What the blocks return, if every rank finds every sample in the store."""
+def _complete(store: ActivationStore, context: RunContext) -> list[int | None] | None:
+    """Return what the blocks return, if every rank finds every sample in the store; else None."""
     returned = noted_split(store)
-    lacking = returned is None or bool(store.missing([sample_key(example.token_ids) for example in job.examples]))
-    return None if job.world.max(float(lacking)) else returned
+    lacking = returned is None or bool(store.missing([sample_key(example.token_ids) for example in context.examples]))
+    return None if context.world.max(float(lacking)) else returned
 
 
 def _fill(
-    prefix: Prefix | None, store: ActivationStore, loaded: LoadedModel, job: CutJob
+    context: RunContext, loaded: LoadedModel, phase: Phase, prefix: Prefix | None, store: ActivationStore
 ) -> tuple[CachedPrefix | None, Decision | None]:
-    """The prefix behind a cache that all ranks have filled; or none, and why not."""
-    settings, world = job.config.prefix, job.world
-    obstacle = "this architecture cannot be cut" if prefix is None else unfit(prefix, job.examples[0], store, world)
+    """Return the prefix behind a cache that all ranks have filled; or None, and why not."""
+    settings, world = context.config.prefix, context.world
+    obstacle = "this architecture cannot be cut" if prefix is None else unfit(prefix, context.examples[0], store, world)
     if world.max(float(obstacle is not None)) and obstacle is None:
         obstacle = "another rank found that it cannot be"
     if prefix is None or obstacle:
         return None, refuse_cache(settings, obstacle)
-    decision = decide_on_all_ranks(CacheRequest(settings, job.examples, job.passes), store, world)
+    passes = context.batch_plan.passes(phase.end, phase.start)
+    decision = decide_on_all_ranks(CacheRequest(settings, context.examples, passes), store, world)
     if not decision.on:
         return None, decision
     log.info("activation cache: %s; filling it", decision.reason)
-    cached = CachedPrefix(prefix, *_loaders(loaded, job), store, world)
-    cached.fill(job.examples)
+    cached = CachedPrefix(prefix, *_loaders(context, loaded, phase), store, world)
+    cached.fill(context.examples)
     if world.local_rank == 0:  # each node may have a disk of its own
         note_split(store, prefix.returned())
     return cached, None
 
 
-def _loaders(loaded: LoadedModel, job: CutJob) -> tuple[Callable[[], Prefix], Callable[[], Prefix]]:
-    """Two that give the prefix anew: as the recipe keeps it, and to generate with, its weights left in their files.
+def _loaders(
+    context: RunContext, loaded: LoadedModel, phase: Phase
+) -> tuple[Callable[[], Prefix], Callable[[], Prefix]]:
+    """Return two functions that load the prefix again: as the recipe stores it, and offloaded to disk for generation.
 
-    It comes from where the model came from, or from the model where that has changed since.
+    Both read the base model's files, or take the model itself where training has changed it since.
     """
-    model, anatomy = (loaded.model, loaded.anatomy) if job.changes else (None, None)
-    settings = job.config.prefix.model_copy(update={"placement": "disk"})
-    on_disk = replace(job, config=job.config.model_copy(update={"prefix": settings}))
+    model, anatomy = (loaded.model, loaded.anatomy) if context.mask_changes else (None, None)
+    settings = context.config.prefix.model_copy(update={"placement": "disk"})
+    on_disk = replace(context, config=context.config.model_copy(update={"prefix": settings}))
 
-    def again() -> Prefix:
+    def load() -> Prefix:
         if model is not None and anatomy is not None:
-            return Prefix(model, anatomy, job.mask.boundary).to(job.world.device)
-        prefix, _ = _halve(_afresh(job), job)
+            return Prefix(model, anatomy, phase.mask.boundary).to(context.world.device)
+        prefix, _ = _split(context, _load_again(context, phase), phase)
         assert prefix is not None  # it was cut before
         return prefix
 
-    def lent() -> Prefix:
-        if model is not None or not job.mask.boundary:
-            return again()
-        fresh = _afresh(on_disk)
-        frozen = _take_out(fresh, job.mask, settings, job.world)
+    def load_offloaded() -> Prefix:
+        if model is not None or not phase.mask.boundary:
+            return load()
+        fresh = _load_again(on_disk, phase)
+        frozen = _frozen_weights(fresh, phase.mask, settings, context.world)
         assert frozen is not None  # a placement was asked for
-        prefix = Prefix(fresh.model, fresh.anatomy, job.mask.boundary, frozen)
-        _move(prefix, job.world.device)
+        prefix = Prefix(fresh.model, fresh.anatomy, phase.mask.boundary, frozen)
+        _move(prefix, context.world.device)
         with torch.no_grad():
             frozen.place_weights(prefix.skeleton, settings.precision, "disk")
         return prefix
 
-    return again, lent
+    return load, load_offloaded
 
 
-def _afresh(job: CutJob) -> LoadedModel:
-    """The model once more, as the recipe names it, with the job's mask.
+def _load_again(context: RunContext, phase: Phase) -> LoadedModel:
+    """Load the base model again, with the mask of ``phase``.
 
     Raises:
         ModelError: its weights have changed since the run began.
     """
-    fresh = load_for(job.config, job.tokenizer)
-    if fingerprint(fresh.model, fresh.on_disk) != job.base.sha256:
+    fresh = load_for(context.config, context.tokenizer)
+    if fingerprint(fresh.model, fresh.on_disk) != context.base.sha256:
         raise ModelError(
-            f"the weights of {job.config.model.name_or_path} changed while the run read them; "
+            f"the weights of {context.config.model.name_or_path} changed while the run read them; "
             "restore them and start the same command again"
         )
-    apply_mask(fresh.model, job.mask, fresh.anatomy)
+    apply_mask(fresh.model, phase.mask, fresh.anatomy)
     fresh.model.train()
     return fresh
 
 
-def _detach_from_file(suffix: Suffix, job: CutJob) -> Suffix:
-    """The suffix on the device, in memory of its own: on a CPU its tensors would keep the whole checkpoint mapped."""
-    suffix = suffix.to(job.world.device)
-    if job.world.device.type == "cpu":
+def _detach_from_file(suffix: Suffix, device: torch.device) -> Suffix:
+    """Move the suffix to the device, into memory of its own: on a CPU its tensors would keep the whole file mapped."""
+    suffix = suffix.to(device)
+    if device.type == "cpu":
         for tensor in (*suffix.parameters(), *suffix.buffers()):
             tensor.data = tensor.data.clone()
     return suffix
 
 
-def _halve(loaded: LoadedModel, job: CutJob) -> tuple[Prefix | None, Suffix]:
-    """Split at the frost line if that is exact for this architecture; else keep the model whole, and say so."""
-    model, mask, config, world = loaded.model, job.mask, job.config.prefix, job.world
-    frozen = _take_out(loaded, mask, config, world)
+def _split(context: RunContext, loaded: LoadedModel, phase: Phase) -> tuple[Prefix | None, Suffix]:
+    """Split at the frost line if that is exact for this architecture; else keep the model whole, and warn."""
+    model, mask, config, world = loaded.model, phase.mask, context.config.prefix, context.world
+    frozen = _frozen_weights(loaded, mask, config, world)
     _move(model, world.device)
     prefix, suffix = split(model, loaded.anatomy, mask.boundary if mask.has_prefix else None, frozen)
     if prefix is None:
         return None, suffix
-    exact = split_is_exact(model, prefix, suffix, collate([shortest(job.dataset.train)], pad_id=0).to(world.device))
+    row = collate([shortest(context.dataset.train)], pad_id=0).to(world.device)
+    exact = split_is_exact(model, prefix, suffix, row)
     name, effect = type(model).__name__, "does not give the same logits when cut at block"
     if frozen is not None:
         if not exact:
@@ -246,7 +185,7 @@ def _halve(loaded: LoadedModel, job: CutJob) -> tuple[Prefix | None, Suffix]:
                 "leave out prefix.precision and prefix.placement"
             )
         with torch.no_grad():
-            frozen.place_weights(prefix.skeleton, config.precision, effective(config, world.device).placement)
+            frozen.place_weights(prefix.skeleton, config.precision, effective_prefix(config, world.device).placement)
         return prefix, suffix
     if exact:
         return prefix, suffix
@@ -262,13 +201,13 @@ def _halve(loaded: LoadedModel, job: CutJob) -> tuple[Prefix | None, Suffix]:
 
 
 def _move(module: nn.Module, device: torch.device) -> None:
-    """Bring what has content to the device."""
+    """Move every tensor that has content to the device."""
     module._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))  # type: ignore[no-untyped-call]
 
 
-def _take_out(loaded: LoadedModel, mask: LayerMask, config: PrefixConfig, world: World) -> FrozenWeights | None:
-    """The weights below the frost line, if they are to be kept otherwise than as they are on the device."""
-    wanted = effective(config, world.device)
+def _frozen_weights(loaded: LoadedModel, mask: LayerMask, config: PrefixConfig, world: World) -> FrozenWeights | None:
+    """Return the weights below the frost line if they are to be quantised or offloaded; else None."""
+    wanted = effective_prefix(config, world.device)
     if wanted != config:
         log.info("prefix.placement: cpu changes nothing here: the run computes on the CPU, where the weights are")
     if (wanted.precision, wanted.placement) == ("model", "device"):

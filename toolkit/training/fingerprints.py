@@ -1,10 +1,11 @@
-"""What a checkpoint belongs to: fingerprints of all that decides what is learned, and versions for the record."""
+"""Fingerprint what a checkpoint belongs to, and list the versions that wrote it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import platform
+from importlib import metadata
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,7 +13,6 @@ import toolkit
 from toolkit.checkpoint.delta import Base
 from toolkit.data.dataset import Dataset
 from toolkit.mask.schedule import Schedule
-from toolkit.training.consistency import version
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "deepspeed", "numpy", "safetensors", "bitsandbytes")
 
@@ -20,7 +20,7 @@ _LIBRARIES = ("torch", "transformers", "tokenizers", "deepspeed", "numpy", "safe
 def fingerprints(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, base: Base, schedule: Schedule
 ) -> dict[str, str]:
-    """SHA-256 of each of them, by name."""
+    """Return the SHA-256 of rows, tokenizer, chat template, base model and mask schedule, by name."""
     return {
         "data": dataset.fingerprint,
         "tokenizer": tokenizer_digest(tokenizer),
@@ -31,7 +31,7 @@ def fingerprints(
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of a tokenizer's rules, vocabulary and special tokens, without its chat template."""
+    """Return the SHA-256 of a tokenizer's rules, vocabulary and special tokens, without its chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         rules = sorted(tokenizer.get_vocab().items())
@@ -43,7 +43,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of this toolkit, Python and the libraries that compute."""
+    """Return the versions of this toolkit, Python and the libraries that compute."""
     return {
         "frostline": toolkit.__version__,
         "Python": platform.python_version(),
@@ -52,5 +52,13 @@ def versions() -> dict[str, str]:
 
 
 def digest(value: object) -> str:
-    """SHA-256 of a value as JSON."""
+    """Return the SHA-256 of a value as JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def version(name: str) -> str:
+    """Return the version of an installed library, or ``not installed``."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"

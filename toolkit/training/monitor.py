@@ -1,4 +1,4 @@
-"""What a run tells: progress bar, ``metrics.jsonl`` and TensorBoard, on rank 0 only."""
+"""Log a run to the progress bar, ``metrics.jsonl`` and TensorBoard, on rank 0 only."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from PIL.Image import Image
 
 from toolkit.runtime.paths import LineFile, replace_text, writing
 from toolkit.runtime.progress_bar import ProgressBar
+from toolkit.training.progress import Progress
 from toolkit.training.tensorboard_writer import TensorBoardWriter
 
 log = logging.getLogger("frostline")
@@ -132,12 +133,12 @@ class Monitor:
             self._board.image(name, image, step)
 
     def hparams(self, values: Mapping[str, str | float]) -> None:
-        """What runs are compared by in TensorBoard's HParams tab, beside their last losses."""
+        """Show what runs are compared by in TensorBoard's HParams tab, beside their last losses."""
         if self._is_main:
             self._board.hparams(values, _OUTCOMES)
 
     def finish(self) -> None:
-        """The run is done."""
+        """Mark the run as done."""
         if self._is_main:
             self._board.finish()
 
@@ -158,25 +159,14 @@ class Monitor:
             tok_s=f"{metrics.tokens_per_second:.0f}",
         )
 
-    def epoch(self, epoch: int, first_step: int, last_step: int) -> None:
-        """Log the mean of the step losses of an epoch (counted from 1), those before a resume included."""
-        if not self._is_main:
-            return
-        rows = [row for row in map(json.loads, self._file.lines()) if first_step <= row["step"] <= last_step]
-        losses = [row["loss"] for row in rows if row.get("loss") is not None]
-        skipped = sum(row.get("skipped", False) for row in rows)
-        mean = sum(losses) / len(losses) if losses else math.nan
-        self._board.scalar("train/epoch_loss", mean, last_step)
-        but = f", {skipped} skipped" if skipped else ""
-        self.say(f"epoch {epoch}: mean loss {mean:.4f} over {len(losses)} steps{but}")
-
-    def epoch_losses(self) -> list[float]:
-        """On rank 0 the mean loss of each epoch, those before a resume included; nothing on other ranks."""
-        by_epoch: dict[int, list[float]] = {}
-        for row in map(json.loads, self._file.lines() if self._is_main else ()):
-            if row.get("loss") is not None:
-                by_epoch.setdefault(math.ceil(row["epoch"]), []).append(row["loss"])
-        return [sum(losses) / len(losses) for _, losses in sorted(by_epoch.items())]
+    def epoch(self, progress: Progress) -> None:
+        """Log the mean of the step losses of the epoch that ends at ``progress``."""
+        if self._is_main:
+            skipped = int(progress.totals["epoch_skipped"])
+            self._board.scalar("train/epoch_loss", progress.epoch_loss, progress.step)
+            but = f", {skipped} skipped" if skipped else ""
+            steps = int(progress.totals["epoch_finite"])
+            self.say(f"epoch {progress.epoch + 1}: mean loss {progress.epoch_loss:.4f} over {steps} steps{but}")
 
     def evaluation(self, step: int, epoch: float, loss: float, perplexity: float) -> None:
         """Log a validation."""
@@ -197,7 +187,7 @@ class Monitor:
             self._board.text("answers", "\n".join([f"After step {step}:", "", *header, *rows]), step)
 
     def loss_at(self, step: int) -> float | None:
-        """On rank 0 the validation loss that is logged after ``step`` steps, NaN if it was not finite; else none."""
+        """Return on rank 0 the validation loss that is logged after ``step`` steps, NaN if not finite; else None."""
         if not self._is_main:
             return None
         rows = map(json.loads, self._file.lines())
@@ -221,7 +211,7 @@ class Monitor:
 
 
 def _cell(text: str, end: bool = False) -> str:
-    """Text as a cell of a Markdown table: one line of at most ``_CELL`` characters, without marks of Markdown."""
+    """Return text as a cell of a Markdown table: one line of at most ``_CELL`` characters, its marks escaped."""
     text = " ".join(text.split())
     if len(text) > _CELL:
         text = f"… {text[-_CELL:]}" if end else f"{text[:_CELL]} …"
@@ -229,7 +219,7 @@ def _cell(text: str, end: bool = False) -> str:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Highest memory use of this process so far, in GiB."""
+    """Return the highest memory use of this process so far, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024

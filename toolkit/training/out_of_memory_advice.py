@@ -1,4 +1,4 @@
-"""What to change first after memory ran out, from the plan of the run where there is one."""
+"""Advise what to change first after memory ran out, from the plan of the run where there is one."""
 
 from __future__ import annotations
 
@@ -6,28 +6,31 @@ from toolkit.config.schema import RunConfig
 from toolkit.planning.device_fit import first_knob, first_pass_knob
 from toolkit.planning.meta_model import LOOKED_AT_CONTENT
 from toolkit.runtime.errors import OutOfMemoryError, UsageError
-from toolkit.training.setup import Setup, spec_of
+from toolkit.training.trainer import Trainer
 
 
-def advise(error: OutOfMemoryError, setup: Setup | None, config: RunConfig) -> OutOfMemoryError:
-    """``error`` with the first knob to turn.
+def advise(error: OutOfMemoryError, trainer: Trainer | None, config: RunConfig) -> OutOfMemoryError:
+    """Return ``error`` with the setting to change first.
 
     Args:
         error: says what the run was doing.
-        setup: none where the set-up itself failed.
+        trainer: of the run; None if it failed before there was one.
         config: the recipe.
     """
-    return error.with_advice(_planned(error, setup) or _by_rule(error, config))
+    return error.with_advice(_planned(error, trainer) or _by_rule(error, config))
 
 
-def _planned(error: OutOfMemoryError, setup: Setup | None) -> str | None:
-    """What the plan of the current phase proposes; none where there is no plan."""
-    if setup is None or not setup.planners or (error.shape is None and error.phase != "the update"):
+def _planned(error: OutOfMemoryError, trainer: Trainer | None) -> str | None:
+    """Return what the plan of the current phase proposes; None where there is no plan."""
+    if trainer is None or (error.shape is None and error.phase != "the update"):
         return None
-    cost = setup.costs[setup.active.phase.index] if hasattr(setup, "active") else None
-    planner = setup.planners[setup.active.phase.index] if hasattr(setup, "active") else setup.planners[0]
+    context, state = trainer.context, trainer.current
+    planner = state.planner if state else next(iter(context.planners), None)
+    if planner is None:
+        return None
     try:
-        variant = cost.variant if cost is not None else planner.variant(spec_of(setup), recompute=False)
+        plan = state.plan if state else None
+        variant = plan.variant if plan else planner.variant(context.engine_spec, recompute=False)
         if error.phase.startswith("the first pass"):
             return first_pass_knob(planner, variant)
         return first_knob(planner, variant, in_update=error.phase == "the update")
@@ -36,7 +39,7 @@ def _planned(error: OutOfMemoryError, setup: Setup | None) -> str | None:
 
 
 def _by_rule(error: OutOfMemoryError, config: RunConfig) -> str:
-    """What helps most often at that phase."""
+    """Return what helps most often at that phase."""
     if error.shape is None:
         if config.prefix.placement == "device" and not config.mask.schedule:
             return "prefix.placement: disk, which leaves the frozen blocks out of memory"

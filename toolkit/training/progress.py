@@ -1,4 +1,4 @@
-"""How far a run is: in steps, epochs and rows, with what it has added up on the way."""
+"""How far a run is: in steps, epochs and rows, with the sums it keeps on the way."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from toolkit.checkpoint.state import CheckpointState
 from toolkit.data.batches import epoch_order
 from toolkit.training.step import StepResult
 
-_SUMS = ("tokens", "supervised_tokens", "seconds", "epoch_steps", "epoch_loss")
+_EPOCH_SUMS = ("epoch_steps", "epoch_finite", "epoch_loss", "epoch_skipped")
+_SUMS = ("tokens", "supervised_tokens", "seconds", *_EPOCH_SUMS)
 
 
 @dataclass
@@ -27,14 +28,21 @@ class Progress:
     cursor: int = 0
     """Rows of the next epoch that are done, over all ranks, in the order of its permutation."""
     eval_loss: float | None = None
-    """Validation loss after the last step; none where it was not computed."""
+    """Validation loss after the last step; None where it was not computed."""
     totals: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_SUMS, 0.0))
-    """Sums since the run began; those that begin with ``epoch_`` since the epoch began."""
+    """Sums since the run began, those named ``epoch_…`` since the epoch began, and the mean loss of each epoch done.
+    ``epoch_loss`` sums the ``epoch_finite`` losses that were finite; ``epoch_skipped`` counts steps without effect."""
 
     @classmethod
     def of(cls, state: CheckpointState) -> Progress:
-        """The position of a checkpoint."""
+        """Return the position of a checkpoint.
+
+        One that an earlier version wrote in the middle of an epoch does not tell how many losses it summed: the mean
+        loss of that epoch is then taken over the steps to come.
+        """
         totals = {**dict.fromkeys(_SUMS, 0.0), **state.totals}
+        if "epoch_finite" not in state.totals:
+            totals |= dict.fromkeys(_EPOCH_SUMS, 0.0)
         return cls(state.rows, state.step, state.epoch, state.cursor, totals=totals)
 
     @property
@@ -44,26 +52,45 @@ class Progress:
 
     @property
     def is_epoch_done(self) -> bool:
-        """The last step took the epoch's last row; ``turn`` has yet to be called."""
+        """True if the last step took the epoch's last row, and ``next_epoch`` has yet to be called."""
         return self.cursor == self.rows
+
+    @property
+    def epoch_loss(self) -> float:
+        """Mean of the finite step losses of the current epoch; NaN if there is none."""
+        return self.totals["epoch_loss"] / self.totals["epoch_finite"] if self.totals["epoch_finite"] else math.nan
+
+    def epoch_losses(self) -> list[float | None]:
+        """Return the mean loss of each epoch so far, None where it is unknown: before a resume from an old version."""
+        done = [self.totals.get(_mean_loss(epoch)) for epoch in range(self.epoch)]
+        return [*done, self.epoch_loss] if self.totals["epoch_finite"] else done
 
     def add(self, result: StepResult, global_batch: int) -> None:
         """Count a step of at most ``global_batch`` rows."""
         self.step += 1
         self.cursor = min(self.cursor + global_batch, self.rows)
         self.eval_loss = None
-        loss = result.loss if math.isfinite(result.loss) else 0.0
-        for name, value in zip(
-            _SUMS, (result.tokens, result.supervised_tokens, result.seconds, 1.0, loss), strict=True
-        ):
-            self.totals[name] += value
+        is_finite = math.isfinite(result.loss)
+        amounts = (
+            result.tokens, result.supervised_tokens, result.seconds, 1.0, is_finite, result.loss if is_finite else 0.0,
+            result.skipped,
+        )  # fmt: skip
+        for name, amount in zip(_SUMS, amounts, strict=True):
+            self.totals[name] += amount
 
-    def turn(self) -> None:
-        """Go over to the next epoch."""
+    def next_epoch(self) -> None:
+        """Keep the mean loss of the epoch that is done, and go on to the next one."""
+        if self.totals["epoch_finite"]:
+            self.totals[_mean_loss(self.epoch)] = self.epoch_loss
         self.epoch, self.cursor = self.epoch + 1, 0
-        self.totals |= {name: 0.0 for name in _SUMS if name.startswith("epoch_")}
+        self.totals |= dict.fromkeys(_EPOCH_SUMS, 0.0)
+
+
+def _mean_loss(epoch: int) -> str:
+    """Return the name of an epoch's mean loss among the totals; ``epoch`` counts from 0, the name from 1."""
+    return f"mean_loss_{epoch + 1}"
 
 
 def order_digest(rows: int, seed: int, epoch: int) -> str:
-    """SHA-256 of the permutation that an epoch follows."""
+    """Return the SHA-256 of the permutation that an epoch follows."""
     return hashlib.sha256(array("q", epoch_order(rows, seed, epoch)).tobytes()).hexdigest()

@@ -1,25 +1,104 @@
-"""What a run consists of, written into its directory for people and for later runs."""
+"""Record a run: plan and masks in its directory, its peak memory, settings of the recipe without effect."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+import torch
+
+from toolkit.config.schema import RunConfig
+from toolkit.data.dataset import Dataset
+from toolkit.mask.schedule import Schedule
+from toolkit.optim.groups import learns_nothing
+from toolkit.planning.planner import Plan
 from toolkit.planning.table import as_dict
 from toolkit.runtime.paths import replace_text
-from toolkit.training.setup import Setup
+from toolkit.training.monitor import peak_memory_gib
 
 
-def save_set_up(setup: Setup, run: Path) -> None:
-    """Write what the run consists of into its directory."""
-    setup.schedule.phases[-1].trained.save(run / "mask.json")
-    if len(setup.schedule.phases) > 1:
-        replace_text(run / "schedule.json", json.dumps(setup.schedule.as_list(), indent=1))
-    save_plan(setup, run)
-    setup.dataset.save_skipped(run / "skipped_rows.jsonl")
+@dataclass(frozen=True)
+class MemoryUse:
+    """Peak memory of one rank."""
+
+    peak: float
+    """GiB; see ``peak_memory_gib``."""
+    libraries: float | None
+    """GiB of Python and what it had imported, measured before the model was loaded; none on a GPU, where only what
+    torch's allocator gave counts."""
+
+    @classmethod
+    def now(cls, device: torch.device, libraries: int) -> MemoryUse:
+        """Measure this process so far.
+
+        Args:
+            device: it computes on.
+            libraries: bytes of ``MemoryUse.libraries``.
+        """
+        return cls(peak_memory_gib(device), None if device.type == "cuda" else libraries / 2**30)
+
+    def text(self, planned: float | None) -> str:
+        """Describe it for the last line of a run.
+
+        Args:
+            planned: GiB of tensors that the run was planned to have at its peak; none where it could not be planned.
+        """
+        what = "peak memory" if self.libraries is not None else "peak GPU memory"
+        parts = []
+        if self.libraries is not None:
+            parts.append(f"{self.libraries:.2f} Python and libraries before the model")
+        since = self.peak - (self.libraries or 0.0)
+        if planned is None:
+            parts.append(f"{since:.2f} since" if parts else "as torch allocated it; it could not be planned")
+        elif since >= planned:
+            parts += [f"{planned:.2f} tensors as planned", f"{since - planned:.2f} other"]
+        else:
+            parts.append(f"{since:.2f} since, where {planned:.2f} of tensors were planned")
+        return f"{what} {self.peak:.2f} GiB ({', '.join(parts)})"
 
 
-def save_plan(setup: Setup, run: Path) -> None:
-    """Write the plan of the run, if there is one."""
-    if setup.cost is not None:
-        replace_text(run / "plan.json", json.dumps(as_dict(setup.cost), indent=1))
+def highest(uses: Sequence[MemoryUse]) -> MemoryUse:
+    """Return the one with the highest peak."""
+    return max(uses, key=lambda use: use.peak)
+
+
+def resident_bytes() -> int:
+    """Return the memory that this process has now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def save_record(run: Path, schedule: Schedule, dataset: Dataset, plan: Plan | None) -> None:
+    """Write mask, schedule, plan and skipped rows into the run directory."""
+    schedule.phases[-1].trained.save(run / "mask.json")
+    if len(schedule.phases) > 1:
+        replace_text(run / "schedule.json", json.dumps(schedule.as_list(), indent=1))
+    save_plan(run, plan)
+    dataset.save_skipped(run / "skipped_rows.jsonl")
+
+
+def save_plan(run: Path, plan: Plan | None) -> None:
+    """Write the plan of the run, if it can be planned."""
+    if plan is not None:
+        replace_text(run / "plan.json", json.dumps(as_dict(plan), indent=1))
+
+
+def unused_settings(config: RunConfig, total_steps: int, device: torch.device) -> Iterator[str]:
+    """Yield a line for each setting of the recipe that has no effect in this run.
+
+    Args:
+        config: the recipe.
+        total_steps: optimizer steps of the whole run.
+        device: where it computes.
+    """
+    if config.optim.name == "paged_adamw_8bit" and device.type == "cpu":
+        yield "optim.name: paged_adamw_8bit pages nothing here and is adamw_8bit: the run computes on the CPU"
+    if learns_nothing(config.train, total_steps):
+        steps = "one optimizer step" if total_steps == 1 else f"{total_steps} optimizer steps"
+        yield (
+            f"this run has {steps}, and the learning rate is 0 at {'it' if total_steps == 1 else 'each of them'}: the "
+            f"warmup (train.warmup_ratio: {config.train.warmup_ratio:g}) rises from 0, so nothing will be learned. "
+            "Expected more steps (rows, train.epochs, or fewer rows a step), or train.warmup_ratio: 0"
+        )

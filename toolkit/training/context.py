@@ -1,0 +1,250 @@
+"""Prepare a run: read and check data, model, mask and engine, each before the next and more costly one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from toolkit.checkpoint.delta import Base
+from toolkit.checkpoint.state import CheckpointState
+from toolkit.config.flags import Invocation
+from toolkit.config.policy import Decision, decide_checkpointing
+from toolkit.config.schema import RunConfig
+from toolkit.data.batches import BatchPlan
+from toolkit.data.dataset import Dataset
+from toolkit.data.examples import Example
+from toolkit.data.model_limits import check_fit, padding_id
+from toolkit.engine.deepspeed.config import read_ds_config, refuse_what_cannot_move, resolve_ds_config, zero_stage
+from toolkit.mask.schedule import Schedule, build_schedule
+from toolkit.models.float32_gradients import float32_is_faster, use_float32_gradients
+from toolkit.models.load import LoadedModel, fingerprint, load_tokenizer
+from toolkit.models.quirks import log_training_notes
+from toolkit.planning.engine_memory import EngineSpec, engine_spec
+from toolkit.planning.meta_model import meta_model_of
+from toolkit.planning.phase_plans import phase_planners, whole_plan
+from toolkit.planning.planner import Plan, Planner
+from toolkit.planning.workload import workload_of
+from toolkit.runtime import signals
+from toolkit.runtime.distributed import World
+from toolkit.runtime.errors import PlanError
+from toolkit.split.activation_checkpointing import free_bytes
+from toolkit.training.fingerprints import fingerprints
+from toolkit.training.frozen_weights import effective_prefix, load_for, refuse_with_schedule
+from toolkit.training.preflight import check_config
+from toolkit.training.rows import read_rows_of
+from toolkit.training.run_record import resident_bytes, unused_settings
+
+log = logging.getLogger("frostline")
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What a run is, from its first step to its last."""
+
+    config: RunConfig
+    world: World
+    dataset: Dataset
+    batch_plan: BatchPlan
+    total_steps: int
+    schedule: Schedule
+    base: Base
+    """The model that the run starts from."""
+    tokenizer: PreTrainedTokenizerBase
+    pad_id: int
+    """Token that rows are padded with."""
+    stop_ids: list[int]
+    """Tokens that end an answer."""
+    fingerprints: dict[str, str]
+    """SHA-256 of what a checkpoint belongs to, by name."""
+    ds_config: dict[str, Any] | None
+    """Resolved DeepSpeed configuration; None trains with torch alone."""
+    planners: tuple[Planner, ...]
+    """One for each phase; empty for an architecture that cannot be planned."""
+    libraries: int
+    """Resident bytes of Python and its libraries before the model was loaded."""
+    plans: tuple[Plan | None, ...] = ()
+    """Expected plan of each phase, before it is built; None where it cannot be planned."""
+
+    @property
+    def examples(self) -> tuple[Example, ...]:
+        """Training and validation rows."""
+        return (*self.dataset.train, *self.dataset.validation)
+
+    @property
+    def mask_changes(self) -> bool:
+        """True under a schedule: what lies below the frost line may have trained before, or may train later."""
+        return len(self.schedule.phases) > 1
+
+    @property
+    def engine_spec(self) -> EngineSpec:
+        """The engine as a plan describes it."""
+        accumulation, on_cpu = self.config.train.gradient_accumulation_steps, self.world.device.type == "cpu"
+        name = self.config.optim.name
+        return engine_spec(self.ds_config, self.world.size, accumulation, name, host_is_device=on_cpu)
+
+    def whole_plan(self, plans: tuple[Plan | None, ...]) -> Plan | None:
+        """Return the plan of the run from the plans of all its phases; None if one of them cannot be planned."""
+        known = [plan for plan in plans if plan is not None]
+        return whole_plan(known, self.config.mask) if len(known) == len(self.schedule.phases) else None
+
+
+class ModelHandle:
+    """Hold the whole model for the phases to come.
+
+    It is the only reference to the model, so that the last phase can free it before its engine allocates: a variable
+    of a caller would keep the frozen weights in memory.
+
+    Args:
+        loaded: the model, in plain parameters.
+    """
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._loaded: LoadedModel | None = loaded
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The model; not to be kept in a variable that outlives the call."""
+        assert self._loaded is not None, "the last phase has freed the whole model"
+        return self._loaded
+
+    @property
+    def is_free(self) -> bool:
+        """True once the last phase has taken what it needs."""
+        return self._loaded is None
+
+    def free(self) -> None:
+        """Drop the model."""
+        self._loaded = None
+
+
+def prepare(
+    invocation: Invocation, world: World, state: CheckpointState | None = None, run_dir: Path | None = None
+) -> tuple[RunContext, ModelHandle]:
+    """Load and check everything that ``invocation`` names; every rank calls it.
+
+    Args:
+        invocation: the parsed command line.
+        world: this process among the run's.
+        state: of the checkpoint to resume.
+        run_dir: where the rendering of rows is saved; None saves nothing.
+
+    Returns:
+        The run, and the whole model for ``build_phase``.
+
+    Raises:
+        UsageError: the DeepSpeed file, data, model or mask is at fault.
+    """
+    config, train = invocation.config, invocation.config.train
+    ds = read_ds_config(invocation.deepspeed) if invocation.deepspeed else None
+    with world.main_first():  # rank 0 fills the download and conversion caches
+        with suppress(PlanError):  # what the config alone does not tell is found once the model is loaded
+            check_config(invocation, world.size)
+        tokenizer = load_tokenizer(config.model)
+    dataset, stop_ids = read_rows_of(config, tokenizer, world, run_dir)
+    signals.raise_if_stopping(world)
+    plan = BatchPlan.of_recipe(train, len(dataset.train), world.size, world.rank)
+    total_steps = state.steps_in_all(config, world.size) if state else plan.steps(train.epochs, train.max_steps)
+    refuse_with_schedule(config, world.device)
+    for warning in unused_settings(config, total_steps, world.device):
+        log.warning("%s", warning)
+    if ds is not None:
+        import_module("toolkit.engine.deepspeed.engine")  # counts as a library; only runs that use DeepSpeed import it
+    libraries = resident_bytes()
+    loaded = _load(config, tokenizer, dataset, world)
+    signals.raise_if_stopping(world)
+    base = Base(
+        config.model, world.broadcast_object(fingerprint(loaded.model, loaded.on_disk) if world.is_main else None)
+    )
+    schedule = build_schedule(config.mask, loaded.anatomy, plan.steps_per_epoch, total_steps)
+    passes = [plan.passes(phase.end, phase.start) for phase in schedule.phases]
+    context = RunContext(
+        config=config, world=world, dataset=dataset, batch_plan=plan, total_steps=total_steps, schedule=schedule,
+        base=base, tokenizer=tokenizer, pad_id=padding_id(tokenizer, loaded.model), stop_ids=stop_ids,
+        fingerprints=fingerprints(dataset, tokenizer, base, schedule), libraries=libraries,
+        ds_config=_resolve(ds, invocation, loaded, world),
+        planners=planners_of(config, loaded, dataset, world.device, passes),
+    )  # fmt: skip
+    planners: Sequence[Planner | None] = context.planners or [None] * len(schedule.phases)
+    expected = [choose_checkpointing(context, planner)[1] for planner in planners]
+    signals.raise_if_stopping(world)
+    name = "local" if context.ds_config is None else f"zero-{zero_stage(context.ds_config)}"
+    length = plan.text(total_steps, train.epochs)
+    log.info("engine %s, %d rank(s) on %s: %s", name, world.size, world.device.type, length)
+    return replace(context, plans=tuple(expected)), ModelHandle(loaded)
+
+
+def choose_checkpointing(context: RunContext, planner: Planner | None) -> tuple[Decision, Plan | None]:
+    """Decide whether a phase checkpoints its activations, as the recipe asks or memory demands; every rank calls it.
+
+    Args:
+        context: of the run.
+        planner: of the phase; None where the architecture cannot be planned.
+
+    Returns:
+        The decision, and the plan of the phase under it, if it can be planned.
+    """
+    plans: dict[bool, Plan] = {}
+    if planner is not None:
+        try:
+            plans = {on: planner.plan(planner.variant(context.engine_spec, recompute=on)) for on in (False, True)}
+        except PlanError as error:
+            log.warning("%s", error)
+    memory = plans[False].memory if plans else None
+    free = -int(context.world.max(-free_bytes(context.world.device)))  # the tightest rank decides for all
+    decision = decide_checkpointing(
+        context.config.train.gradient_checkpointing, memory.beside_weights if memory else None, free,
+        in_update=memory is not None and memory.moment == "update",
+    )  # fmt: skip
+    return decision, plans.get(decision.on)
+
+
+def _load(config: RunConfig, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, world: World) -> LoadedModel:
+    """Load the model and check that the rows fit it."""
+    log.info("loading %s", config.model.name_or_path)
+    loaded = load_for(config, tokenizer)
+    check_fit((*dataset.train, *dataset.validation), loaded.model)
+    log_training_notes(loaded.model.config)
+    signals.raise_if_stopping(world)
+    if world.broadcast_object(float32_is_faster(loaded.model.dtype, world.device) if world.is_main else None):
+        use_float32_gradients(loaded.model)
+    return loaded
+
+
+def _resolve(
+    ds: dict[str, Any] | None, invocation: Invocation, loaded: LoadedModel, world: World
+) -> dict[str, Any] | None:
+    """Fill in what the DeepSpeed file leaves open; None without one."""
+    if ds is None or invocation.deepspeed is None:
+        return None
+    width = loaded.model.config.get_text_config().hidden_size
+    resolved = resolve_ds_config(ds, invocation.config, world.size, width, invocation.deepspeed)
+    refuse_what_cannot_move(resolved, invocation.config.mask, invocation.deepspeed)
+    return resolved
+
+
+def planners_of(
+    config: RunConfig, loaded: LoadedModel, dataset: Dataset, device: torch.device, passes: Sequence[float]
+) -> tuple[Planner, ...]:
+    """Return the planner of each phase; none, and a warning, where the architecture cannot be planned.
+
+    Args:
+        config: the recipe.
+        loaded: the model, before a mask is applied.
+        dataset: the rows.
+        device: where the run computes.
+        passes: over the training rows, one number a phase.
+    """
+    config = config.model_copy(update={"prefix": effective_prefix(config.prefix, device)})
+    try:
+        return tuple(phase_planners(config, meta_model_of(loaded), workload_of(dataset), passes))
+    except PlanError as error:
+        log.warning("%s", error)
+        return ()
