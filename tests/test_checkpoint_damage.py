@@ -149,7 +149,7 @@ def test_a_manifest_that_was_tampered_with_is_refused(run: Path) -> None:
         (checkpoint / NAME).write_text(good)
     for content in ("[]", "3", "{}", '{"sha256": 1, "files": []}', "[" * 100_000, "\x00"):
         (checkpoint / NAME).write_text(content)
-        with pytest.raises(CheckpointError, match=r"MANIFEST\.json cannot be read"):
+        with pytest.raises(CheckpointError, match=r"MANIFEST\.json (cannot be read|has been changed)"):
             verify(checkpoint)
 
 

@@ -50,23 +50,14 @@ class CachedPrefix:
         store: ActivationStore,
         world: World,
     ) -> None:
-        self._prefix = prefix
+        self.prefix = prefix
+        """None while it is not loaded or has been released."""
         self._load = load
         self._load_offloaded = load_offloaded
         self._offloaded: Prefix | None = None
-        self._store = store
+        self.store = store
         self._world = world
         self._counted = (0, 0)
-
-    @property
-    def prefix(self) -> Prefix | None:
-        """Return the prefix itself; None once it is released."""
-        return self._prefix
-
-    @property
-    def store(self) -> ActivationStore:
-        """Return the store of the hidden states."""
-        return self._store
 
     def train(self, mode: bool = True) -> CachedPrefix:
         """Return itself: only a prefix that gives the same in both modes is cached."""
@@ -79,7 +70,7 @@ class CachedPrefix:
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Return the hidden states [B, T, hidden_size] that enter block b, zeros at padding."""
         keys = [sample_key(example.token_ids) for example in batch.examples]
-        stored = [self._store.read(key) for key in keys]
+        stored = [self.store.read(key) for key in keys]
         missing = [example for example, row in zip(batch.examples, stored, strict=True) if row is None]
         computed = iter(self._compute(missing))
         device = self._world.device
@@ -88,11 +79,11 @@ class CachedPrefix:
 
     def stored_or_random(self, batch: Batch) -> torch.Tensor:
         """Return hidden states like a call, with random numbers for a sample that is not stored."""
-        width, dtype, device = self._store.namespace.width, self._store.namespace.dtype, self._world.device
+        width, dtype, device = self.store.namespace.width, self.store.namespace.dtype, self._world.device
         rows = []
         for example in batch.examples:
             key = sample_key(example.token_ids)
-            row = self._store.read(key)
+            row = self.store.read(key)
             if row is None:
                 generator = torch.Generator().manual_seed(int(key[:15], 16))
                 row = torch.randn(len(example.token_ids), width, generator=generator).to(dtype)
@@ -101,12 +92,12 @@ class CachedPrefix:
 
     def prefetch(self, examples: Sequence[Example]) -> None:
         """Read the hidden states of these samples into memory, in the background."""
-        self._store.prefetch([sample_key(example.token_ids) for example in examples])
+        self.store.prefetch([sample_key(example.token_ids) for example in examples])
 
     def missing(self, examples: Sequence[Example]) -> list[Example]:
         """Return the distinct samples that the store does not hold, longest first."""
         by_key = {sample_key(example.token_ids): example for example in examples}
-        return sorted((by_key[key] for key in self._store.missing(list(by_key))), key=_length, reverse=True)
+        return sorted((by_key[key] for key in self.store.missing(list(by_key))), key=_length, reverse=True)
 
     def fill(self, examples: Sequence[Example]) -> None:
         """Compute what is missing, in large batches, shared among the ranks; every rank calls it.
@@ -123,14 +114,14 @@ class CachedPrefix:
         self._compute_missing(batches[self._world.rank :: self._world.size])
         self._world.barrier()
         signals.raise_if_stopping(self._world)
-        self._store.refresh()
-        if not self._store.statistics.failed:  # what is missing still, another node keeps on a disk of its own
+        self.store.refresh()
+        if not self.store.statistics.failed:  # what is missing still, another node keeps on a disk of its own
             self._compute_missing(batches)
             signals.raise_if_stopping(self._world)
 
     def _compute_missing(self, batches: list[list[Example]]) -> None:
         """Compute the batches of which the store lacks a sample, and store what it lacks."""
-        missing = set(self._store.missing([sample_key(e.token_ids) for batch in batches for e in batch]))
+        missing = set(self.store.missing([sample_key(e.token_ids) for batch in batches for e in batch]))
         incomplete = [batch for batch in batches if any(sample_key(e.token_ids) in missing for e in batch)]
         pending: dict[str, torch.Tensor] = {}
         with ProgressBar("first pass", sum(map(len, incomplete)), "row", brief=True) as bar:
@@ -140,29 +131,29 @@ class CachedPrefix:
                 rows = {sample_key(e.token_ids): row for e, row in zip(batch, self._run(batch), strict=True)}
                 pending |= {key: row.cpu() for key, row in rows.items() if key in missing}
                 if sum(row.nbytes for row in pending.values()) >= _SHARD_BYTES:
-                    self._store.write(pending)
+                    self.store.write(pending)
                     pending = {}
                 bar.advance(len(batch))
             if pending:
-                self._store.write(pending)
+                self.store.write(pending)
 
     def release(self, examples: Sequence[Example]) -> bool:
         """Release the prefix if the store holds all ``examples``; return True if it is gone."""
-        if self._prefix is not None and not self.missing(examples):
-            self._prefix = None
-        return self._prefix is None
+        if self.prefix is not None and not self.missing(examples):
+            self.prefix = None
+        return self.prefix is None
 
     def offloaded_prefix(self) -> Prefix:
         """Return the prefix; once it is released, with a block's weights in memory only while it computes."""
-        if self._prefix is not None:
-            return self._prefix
+        if self.prefix is not None:
+            return self.prefix
         if self._offloaded is None:
             self._offloaded = self._load_offloaded()
         return self._offloaded
 
     def hit_rate(self) -> float | None:
         """Return the cache hit rate of this rank since the last call; None if nothing was requested."""
-        statistics = self._store.statistics
+        statistics = self.store.statistics
         now = statistics.hits, statistics.misses
         hits, misses = (count - before for count, before in zip(now, self._counted, strict=True))
         self._counted = now
@@ -170,24 +161,24 @@ class CachedPrefix:
 
     def close(self) -> str:
         """Close the store; return what it did, as a line for the log."""
-        self._store.close()
-        return self._store.summary()
+        self.store.close()
+        return self.store.summary()
 
     def _compute(self, missing: list[Example]) -> list[torch.Tensor]:
         if not missing:
             return []
         rows = self._run(missing)
-        self._store.write({sample_key(e.token_ids): row.cpu() for e, row in zip(missing, rows, strict=True)})
+        self.store.write({sample_key(e.token_ids): row.cpu() for e, row in zip(missing, rows, strict=True)})
         return rows
 
     def _run(self, examples: list[Example]) -> list[torch.Tensor]:
-        if self._prefix is None:
+        if self.prefix is None:
             log.warning("the activation cache lacks samples that it held; loading the prefix again to compute them")
-            self._prefix = self._load()
+            self.prefix = self._load()
         batch = collate(examples, pad_id=0)
         with during("the first pass, which fills the activation cache", batch.shape):
             batch = batch.to(self._world.device)
-            return rows_of(self._prefix(batch), batch)
+            return rows_of(self.prefix(batch), batch)
 
 
 def prefetch_cached(source: Callable[[], HiddenStates | None], steps: Iterable[list[Batch]]) -> Iterator[list[Batch]]:

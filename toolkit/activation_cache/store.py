@@ -63,11 +63,13 @@ class ActivationStore:
         writer: CacheWriter | None = None,
     ) -> None:
         self.statistics = StoreStatistics()
-        self._directory, self._namespace = root / namespace.sha256, namespace
+        self.namespace = namespace
+        self.directory = root / namespace.sha256
+        """Of this namespace's shards."""
         self._quota = CacheQuota(root, limit_bytes, keep_free_bytes)
         self._lock = threading.Lock()  # of the statistics
         self._reported: set[str] = set()
-        self._index = ShardIndex(self._directory, namespace, self._damaged)
+        self._index = ShardIndex(self.directory, namespace, self._damaged)
         self._prefetcher = BackgroundLoader(self._load)
         self._lease = self._enter(writer or CacheWriter())
         self._index.refresh()
@@ -84,16 +86,6 @@ class ActivationStore:
     def __len__(self) -> int:
         """Return the number of samples stored, as far as this process knows."""
         return len(self._index)
-
-    @property
-    def directory(self) -> Path:
-        """Return the directory of this namespace's shards."""
-        return self._directory
-
-    @property
-    def namespace(self) -> Namespace:
-        """Return what computed the entries."""
-        return self._namespace
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Return the keys that have to be computed, each once, in their order; list the directory anew if any are.
@@ -141,7 +133,7 @@ class ActivationStore:
             ValueError: a key or tensor does not fit the namespace.
         """
         for key, tensor in entries.items():
-            self._namespace.check(key, tensor)
+            self.namespace.check(key, tensor)
         with self._lock:
             self.statistics.computed += len(entries)
         for part in _parts(entries):
@@ -150,7 +142,7 @@ class ActivationStore:
             except (OSError, ShardError) as error:
                 with self._lock:
                     self.statistics.failed += len(part)
-                self._report(f"cannot write to {self._directory}", str(error), "what is not stored is computed again")
+                self._report(f"cannot write to {self.directory}", str(error), "what is not stored is computed again")
 
     def available_bytes(self) -> int:
         """Return the bytes that could be stored now, once all is evicted that no live run uses.
@@ -189,15 +181,15 @@ class ActivationStore:
     def _enter(self, writer: CacheWriter) -> Lease | None:
         """Make the directory and take a lease; return None if that fails: then nothing is written."""
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            lease = Lease(self._directory, writer)
+            self.directory.mkdir(parents=True, exist_ok=True)
+            lease = Lease(self.directory, writer)
         except OSError as error:
-            self._report(f"{self._directory} cannot be claimed", str(error), "it is read but not written")
+            self._report(f"{self.directory} cannot be claimed", str(error), "it is read but not written")
             return None
-        described = self._directory / "namespace.json"
+        described = self.directory / "namespace.json"
         if not described.exists():
             with suppress(OSError):  # it is for people only
-                publish(self._namespace.text.encode(), described, lease.staging())
+                publish(self.namespace.text.encode(), described, lease.staging())
         return lease
 
     def _read_newest(self, key: str) -> torch.Tensor | None:
@@ -205,7 +197,7 @@ class ActivationStore:
         for entry in self._index.entries(key):
             try:
                 if self._verify(entry):
-                    tensor = map_entry(entry, self._namespace)
+                    tensor = map_entry(entry, self.namespace)
                     entry.shard.mark_used()
                     return tensor
             except FileNotFoundError:  # evicted
@@ -249,11 +241,11 @@ class ActivationStore:
         """
         lease = self._lease
         if lease is None:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self._directory))
-        name, content = encode(entries, self._namespace)
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self.directory))
+        name, content = encode(entries, self.namespace)
         with self._quota.room(len(content)) as evicted:
-            publish(content, self._directory / name, lease.staging())
-        self._index.add(self._directory / name)
+            publish(content, self.directory / name, lease.staging())
+        self._index.add(self.directory / name)
         with self._lock:
             self.statistics.evicted += evicted
             self.statistics.stored += len(entries)

@@ -6,12 +6,11 @@ it belongs to, so that it never speaks for another checkpoint of the same step.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from pathlib import Path
 
-from toolkit.checkpoint.manifest import EVALUATION, digest_of, read_digest
+from toolkit.checkpoint.manifest import EVALUATION, read_digest, read_sealed, sealed
 from toolkit.checkpoint.state import read_state
 from toolkit.runtime.errors import CheckpointError
 from toolkit.runtime.hashed_files import as_json
@@ -31,7 +30,7 @@ def write_loss(checkpoint: Path, loss: float) -> None:
     content = {"loss": loss if math.isfinite(loss) else None, "manifest": read_digest(checkpoint)}
     staging = checkpoint.with_name(f".{checkpoint.name}.{EVALUATION}")  # beside it: no part is ever in a checkpoint
     staging.unlink(missing_ok=True)
-    publish(as_json({**content, "sha256": digest_of(content)}).encode(), checkpoint / EVALUATION, staging)
+    publish(as_json(sealed(content)).encode(), checkpoint / EVALUATION, staging)
 
 
 def read_loss(checkpoint: Path) -> float | None:
@@ -41,12 +40,10 @@ def read_loss(checkpoint: Path) -> float | None:
     """
     path = checkpoint / EVALUATION
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text)
-        as_written = text == as_json(content)
-        digest, loss = content.pop("sha256"), content["loss"]
-        if digest != digest_of(content) or not as_written or not isinstance(loss, (float, type(None))):
-            raise ValueError("it does not have the SHA-256 it states")
+        content, _ = read_sealed(path)
+        loss = content["loss"]
+        if not isinstance(loss, (float, type(None))):
+            raise ValueError(f"its loss is {loss!r}")
         if content["manifest"] != read_digest(checkpoint):
             raise ValueError("it belongs to another checkpoint")
     except FileNotFoundError:

@@ -18,6 +18,10 @@ EVALUATION = "evaluation.json"
 FORMAT = 1
 
 
+class SealError(ValueError):
+    """A JSON file does not have the SHA-256 that it states."""
+
+
 def write_manifest(directory: Path, step: int, entries: Mapping[str, FileHash]) -> None:
     """Write the manifest of the files in ``directory``.
 
@@ -25,7 +29,7 @@ def write_manifest(directory: Path, step: int, entries: Mapping[str, FileHash]) 
         OSError: the disk.
     """
     content = {"format": FORMAT, "step": step, "files": {name: asdict(entries[name]) for name in sorted(entries)}}
-    write_json(directory / NAME, {**content, "sha256": digest_of(content)})
+    write_json(directory / NAME, sealed(content))
 
 
 def verify(checkpoint: Path) -> None:
@@ -70,24 +74,37 @@ def read_digest(checkpoint: Path) -> str:
     return _read(checkpoint)[1]
 
 
-def digest_of(content: Mapping[str, Any]) -> str:
-    """Return the SHA-256 that a JSON file states of its content."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``content`` with its SHA-256, for ``read_sealed``."""
+    return {**content, "sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
+
+
+def read_sealed(path: Path) -> tuple[dict[str, Any], str]:
+    """Read a JSON file that states the SHA-256 of its content; return the content and that digest.
+
+    Raises:
+        SealError: it has been changed.
+        OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError: it cannot be read.
+    """
+    text = path.read_text(encoding="utf-8")
+    content: dict[str, Any] = json.loads(text)
+    as_written = text == as_json(content)
+    digest = content.pop("sha256")
+    if digest != sealed(content)["sha256"] or not as_written:
+        raise SealError("it does not have the SHA-256 it states")
+    return content, digest
 
 
 def _read(checkpoint: Path) -> tuple[dict[str, FileHash], str]:
     try:
-        text = (checkpoint / NAME).read_text(encoding="utf-8")
-        content = json.loads(text)
-        as_written = text == as_json(content)
-        digest = content.pop("sha256")
+        content, digest = read_sealed(checkpoint / NAME)
         files = {str(name): FileHash(**entry) for name, entry in content["files"].items()}
     except FileNotFoundError:
         raise damaged(checkpoint, [f"{NAME} is missing; expected a checkpoint of this version"]) from None
+    except SealError as error:
+        raise damaged(checkpoint, [f"{NAME} has been changed: {error}"]) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(checkpoint, [f"{NAME} cannot be read ({type(error).__name__}: {error})"]) from None
-    if digest != digest_of(content) or not as_written:
-        raise damaged(checkpoint, [f"{NAME} has been changed: it does not have the SHA-256 it states"])
     if content.get("format") != FORMAT:
         raise damaged(checkpoint, [f"{NAME} has format {content.get('format')!r}; this version reads {FORMAT}"])
     if checkpoint.name != directory_name(content.get("step")):

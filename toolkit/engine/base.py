@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 
 from toolkit.data.batches import Batch
-from toolkit.optim.state_fragments import Fragment
+from toolkit.optim.state_fragments import MASTER, Fragment, gather_kind
+from toolkit.runtime.distributed import World
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Engine(Protocol):
     """Of the trained tensors, by their names in the whole model."""
     is_replicated: bool
     """Every rank holds all of the optimizer's state; otherwise each holds a part of its own."""
+    world: World
 
     def forward(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:
         """Return the cross entropy summed over the batch's supervised positions, a float32 scalar."""
@@ -63,6 +65,7 @@ class Engine(Protocol):
 
     def masters(self) -> dict[str, torch.Tensor]:
         """Return the trained tensors in float32 by name in the whole model, on rank 0's CPU; elsewhere nothing."""
+        return gather_kind(MASTER, self.fragments(), self.shapes, self.is_replicated, self.world)
 
     @property
     def schedule_step(self) -> int:

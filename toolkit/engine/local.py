@@ -17,7 +17,7 @@ from toolkit.mask.layer_mask import ParameterGroup
 from toolkit.optim.flat_buffers import FlatState, TensorState
 from toolkit.optim.groups import build_scheduler, current_rate, embedding_tables, forward_to, parameter_groups
 from toolkit.optim.master_adamw import MasterAdamW
-from toolkit.optim.state_fragments import KINDS, MASTER, Fragment, FragmentState, gather_kind
+from toolkit.optim.state_fragments import KINDS, Fragment, FragmentState
 from toolkit.optim.update_monitor import UpdateMonitor
 from toolkit.runtime.distributed import World
 from toolkit.split.suffix import Suffix
@@ -52,7 +52,7 @@ class LocalEngine(Engine):
         self._suffix = suffix
         self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self._train = train
-        self._world = world
+        self.world = world
         settings = parameter_groups(parameters, groups, train, optim)
         accumulates = train.gradient_accumulation_steps > 1
         self._optimizer = MasterAdamW(
@@ -96,10 +96,6 @@ class LocalEngine(Engine):
     @override
     def gathered_bytes(self) -> int:
         return 0
-
-    @override
-    def masters(self) -> dict[str, torch.Tensor]:
-        return gather_kind(MASTER, self.fragments(), self.shapes, self.is_replicated, self._world)
 
     @override
     def fragments(self) -> list[Fragment]:

@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 import psutil
+from typing_extensions import override
 
 NAME = ".lock"
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
@@ -110,11 +111,8 @@ class LockHolder:
             return False
 
 
-class RunLock:
+class RunLock(FileLock):
     """The lock of a run directory, whose file names its holder; see ``take``."""
-
-    def __init__(self, lock: FileLock) -> None:
-        self._lock = lock
 
     @classmethod
     def take(cls, directory: Path) -> RunLock | str:
@@ -127,55 +125,50 @@ class RunLock:
             OSError: the directory cannot be written.
         """
         while True:
-            lock = FileLock(directory / NAME)
+            lock = cls(directory / NAME)
             try:
-                if (holder := _claim(lock)) is None:
-                    return cls(lock)
+                if (holder := lock._claim()) is None:
+                    return lock
             except FileNotFoundError:  # its last holder removed the file in this moment
                 holder = None
             except BaseException:
-                lock.release()
+                os.close(lock.descriptor)
                 raise
-            lock.release()
+            os.close(lock.descriptor)
             if holder is not None:
                 return holder
 
-    def release(self, remove: bool = False) -> None:
-        """Release the directory; a second call does nothing.
+    def _claim(self) -> str | None:
+        """Take the lock and write this process into it; or return who holds it.
 
-        Args:
-            remove: also the file, so that nothing of the lock is left.
+        Raises:
+            FileNotFoundError: the file has been removed or replaced.
+            OSError: it cannot be written.
         """
-        if not remove and self._lock.descriptor >= 0:
-            os.ftruncate(self._lock.descriptor, 0)
-        self._lock.release(remove)
+        job = os.environ.get("SLURM_JOB_ID") or None
+        own = LockHolder(socket.gethostname(), os.getpid(), psutil.Process().create_time(), job)
+        try:
+            taken: bool | None = self.acquire()
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            taken = None
+        holder = _read(self.descriptor)
+        if taken is False:
+            return str(holder or "another process")
+        if taken is None and holder is not None and holder.may_run(own):
+            return f"{holder}; if that has ended, remove {self.path}"
+        if not os.path.samestat(os.fstat(self.descriptor), self.path.stat()):
+            raise FileNotFoundError(self.path)
+        os.ftruncate(self.descriptor, 0)
+        os.pwrite(self.descriptor, json.dumps(asdict(own)).encode(), 0)
+        return None
 
-
-def _claim(lock: FileLock) -> str | None:
-    """Take the lock and write this process into it; or return who holds it.
-
-    Raises:
-        FileNotFoundError: the file has been removed or replaced.
-        OSError: it cannot be written.
-    """
-    job = os.environ.get("SLURM_JOB_ID") or None
-    own = LockHolder(socket.gethostname(), os.getpid(), psutil.Process().create_time(), job)
-    try:
-        taken: bool | None = lock.acquire()
-    except OSError as error:
-        if error.errno not in _UNSUPPORTED:
-            raise
-        taken = None
-    holder = _read(lock.descriptor)
-    if taken is False:
-        return str(holder or "another process")
-    if taken is None and holder is not None and holder.may_run(own):
-        return f"{holder}; if that has ended, remove {lock.path}"
-    if not os.path.samestat(os.fstat(lock.descriptor), lock.path.stat()):
-        raise FileNotFoundError(lock.path)
-    os.ftruncate(lock.descriptor, 0)
-    os.pwrite(lock.descriptor, json.dumps(asdict(own)).encode(), 0)
-    return None
+    @override
+    def release(self, remove: bool = False) -> None:
+        if self.descriptor >= 0:
+            os.ftruncate(self.descriptor, 0)
+        super().release(remove)
 
 
 def _read(descriptor: int) -> LockHolder | None:

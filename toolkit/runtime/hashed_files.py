@@ -96,12 +96,9 @@ def _write(path: Path, parts: Iterable[memoryview | bytes]) -> FileHash:
 
 
 def _hash(path: Path) -> FileHash | str:
-    sha, size = hashlib.sha256(), 0
     try:
         with path.open("rb", buffering=0) as file:
-            while chunk := file.read(_CHUNK):
-                sha.update(chunk)
-                size += len(chunk)
+            sha = hashlib.file_digest(file, "sha256")
+            return FileHash(file.tell(), sha.hexdigest())
     except OSError as error:
         return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror or error})"
-    return FileHash(size, sha.hexdigest())

@@ -17,40 +17,15 @@ from toolkit.runtime.redact import find_secret
 
 _KNOWN_KEYS = frozenset(
     [
-        "activation_checkpointing",
-        "aio",
-        "bf16",
-        "checkpoint",
-        "comms_logger",
-        "communication_data_type",
-        "csv_monitor",
-        "data_types",
-        "disable_allgather",
-        "disable_python_gc",
-        "dump_state",
-        "flops_profiler",
-        "fp16",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-        "gradient_predivide_factor",
-        "log_level",
-        "memory_breakdown",
-        "optimizer",
-        "prescale_gradients",
-        "scheduler",
-        "steps_per_print",
-        "tensorboard",
-        "timers",
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "use_node_local_storage",
-        "wall_clock_breakdown",
-        "wandb",
-        "zero_allow_untested_optimizer",
-        "zero_force_ds_cpu_optimizer",
+        "activation_checkpointing", "aio", "bf16", "checkpoint", "comms_logger", "communication_data_type",
+        "csv_monitor", "data_types", "disable_allgather", "disable_python_gc", "dump_state", "flops_profiler",
+        "fp16", "gradient_accumulation_steps", "gradient_clipping", "gradient_predivide_factor", "log_level",
+        "memory_breakdown", "optimizer", "prescale_gradients", "scheduler", "steps_per_print", "tensorboard",
+        "timers", "train_batch_size", "train_micro_batch_size_per_gpu", "use_node_local_storage",
+        "wall_clock_breakdown", "wandb", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
         "zero_optimization",
     ]
-)
+)  # fmt: skip
 """DeepSpeed accepts any other key in silence; those it knows beyond these act on loaders or gradients that are ours."""
 
 

@@ -26,7 +26,7 @@ from toolkit.mask.layer_mask import ParameterGroup
 from toolkit.optim.gradients import Clipping
 from toolkit.optim.groups import build_scheduler, current_rate, embedding_tables, forward_to
 from toolkit.optim.master_adamw import norm_at_once
-from toolkit.optim.state_fragments import KINDS, MASTER, MOMENTS, FlatFragmentState, Fragment, gather_kind
+from toolkit.optim.state_fragments import KINDS, MASTER, MOMENTS, FlatFragmentState, Fragment, FragmentState
 from toolkit.optim.update_monitor import UpdateMonitor, sampled_indices
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import ConfigError
@@ -66,7 +66,7 @@ class ZeroEngine(Engine):
         stage = zero_stage(ds_config)
         self.name, self.is_replicated = f"zero-{stage}", stage == 0
         self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
-        self._world = world
+        self.world = world
         self._train = train
         self._copies = copies
         self._parameters = parameters
@@ -77,12 +77,9 @@ class ZeroEngine(Engine):
         self._scheduler = build_scheduler(optimizer, train, total_steps)
         try:
             self._engine, *_ = deepspeed.initialize(
-                model=suffix,
-                optimizer=optimizer,
-                lr_scheduler=self._scheduler,
-                config=lean or ds_config,
+                model=suffix, optimizer=optimizer, lr_scheduler=self._scheduler, config=lean or ds_config,
                 dist_init_required=False,
-            )
+            )  # fmt: skip
         except (ValidationError, DeepSpeedConfigError) as error:
             raise ConfigError([" ".join(str(error).split())], "DeepSpeed file, as DeepSpeed reads it") from None
         _unlink_shared_memory(world)
@@ -104,7 +101,7 @@ class ZeroEngine(Engine):
         self._swapper.close()
         self._engine.set_gradient_accumulation_boundary(is_last)
         # ZeRO averages over ranks; the shares are to be summed
-        self._engine.backward(loss * self._world.size, scale_wrt_gas=False)
+        self._engine.backward(loss * self.world.size, scale_wrt_gas=False)
 
     @override
     def update(self) -> Update:
@@ -120,12 +117,12 @@ class ZeroEngine(Engine):
         self._update_copies()
         if norm is None:
             found = self._engine.get_global_grad_norm()
-            norm = torch.tensor(float("nan") if found is None else float(found), device=self._world.device)
+            norm = torch.tensor(float("nan") if found is None else float(found), device=self.world.device)
         return Update(norm, self._rate)
 
     @override
     def moved_share(self) -> float | None:
-        moved, meant = self._world.sum(*self._moved.counts())  # each rank sees its own partitions
+        moved, meant = self.world.sum(*self._moved.counts())  # each rank sees its own partitions
         return self._moved.judge(moved, meant, self._rate)
 
     def _sample(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -153,7 +150,7 @@ class ZeroEngine(Engine):
         """
         zero = self._engine.optimizer
         if self._clips:
-            norm = partitioned_norm(zero, self._world)
+            norm = partitioned_norm(zero, self.world)
             clipping = Clipping(norm, self._train.max_grad_norm)
             self._inner.grad_scale, self._inner.found_inf = clipping.divisor, clipping.found_inf  # torch's own names
             return norm
@@ -186,10 +183,6 @@ class ZeroEngine(Engine):
         return gathered_bytes(self._suffix)
 
     @override
-    def masters(self) -> dict[str, torch.Tensor]:
-        return gather_kind(MASTER, self.fragments(), self.shapes, self.is_replicated, self._world)
-
-    @override
     def fragments(self) -> list[Fragment]:
         found: list[Fragment] = []
         inner = self._inner
@@ -204,15 +197,15 @@ class ZeroEngine(Engine):
                 continue
             part = slice(offset, offset + stop - start)
             if flat in self._partition_moments:
-                found.append(Fragment(name, start, stop, self._partition_moments[flat].part(part)))
-                continue
-            if self._swapper.has(flat):
-                found.append(Fragment(name, start, stop, SwappedFragmentState(self._swapper, flat, part)))
-                continue
-            state = self._state_of(flat)
-            kept = {MASTER: flat, **{kind: state[kind] for kind in MOMENTS}}
-            views = {kind: kept[kind].detach().view(-1)[part] for kind in KINDS}
-            found.append(Fragment(name, start, stop, FlatFragmentState(views, state["step"])))
+                own: FragmentState = self._partition_moments[flat].part(part)
+            elif self._swapper.has(flat):
+                own = SwappedFragmentState(self._swapper, flat, part)
+            else:
+                state = self._state_of(flat)
+                kept = {MASTER: flat, **{kind: state[kind] for kind in MOMENTS}}
+                views = {kind: kept[kind].detach().view(-1)[part] for kind in KINDS}
+                own = FlatFragmentState(views, state["step"])
+            found.append(Fragment(name, start, stop, own))
         return found
 
     @property
@@ -240,7 +233,7 @@ class ZeroEngine(Engine):
         zero = self._engine.optimizer
         if hasattr(parameter, "ds_id"):  # ZeRO-3: every tensor in equal parts, the last one padded
             index, offset, size = zero.grad_position[zero.get_param_id(parameter)]
-            start = size * self._world.rank
+            start = size * self.world.rank
             return zero.fp32_partitioned_groups_flat[index], offset, start, min(start + size, parameter.ds_numel)
         if hasattr(parameter, "_hp_mapping"):  # ZeRO-1 and 2: each group flattened, then in equal parts
             mapping = parameter._hp_mapping
