@@ -12,11 +12,13 @@ from helpers import tiny_llama
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from zoo import make
 
 from toolkit.data.batches import Batch, collate
 from toolkit.data.examples import Example
 from toolkit.mask.apply import untie_head
 from toolkit.models.anatomy_detection import detect_anatomy
+from toolkit.runtime.errors import ModelError
 from toolkit.split.activation_checkpointing import checkpoint_blocks
 from toolkit.split.loss_head import Shortcuts
 from toolkit.split.suffix import split
@@ -30,9 +32,11 @@ def capped(logits: torch.Tensor) -> torch.Tensor:
     return torch.tanh(logits / 3) * 3
 
 
-def plain(hidden: Any, weight: Any, bias: Any, targets: Any, post: Any = None, tile_bytes: int = 0) -> torch.Tensor:
+def plain(
+    hidden: Any, weight: Any, bias: Any, targets: Any, processing: Any = None, tile_bytes: int = 0
+) -> torch.Tensor:
     logits = functional.linear(hidden, weight, bias)
-    logits = logits if post is None else post(logits)
+    logits = logits if processing is None else processing(logits)
     return functional.cross_entropy(
         logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum"
     )
@@ -75,9 +79,9 @@ def test_the_error_is_that_of_plain_cross_entropy_in_the_same_precision(
 ) -> None:
     given, targets = inputs(positions, vocabulary, 32)
     for used, scale in ((given, 1 / 53), (given[:2], -0.7)):
-        exact = outcome(plain, used, targets, scale, torch.float64, post=post)
-        usual = outcome(plain, used, targets, scale, dtype, post=post)
-        ours = outcome(linear_cross_entropy, used, targets, scale, dtype, post=post, tile_bytes=tile_bytes)
+        exact = outcome(plain, used, targets, scale, torch.float64, processing=post)
+        usual = outcome(plain, used, targets, scale, dtype, processing=post)
+        ours = outcome(linear_cross_entropy, used, targets, scale, dtype, processing=post, tile_bytes=tile_bytes)
         for place, (own, reference, true) in enumerate(zip(ours, usual, exact, strict=True)):
             error = (reference - true).norm()
             if place == 1 and tile_bytes < 2**27:
@@ -211,6 +215,46 @@ def test_what_looks_at_other_positions_is_not_narrowed(batches: list[Batch]) -> 
         part.forward = lambda states, inner=inner: inner(states + states.mean(dim=1, keepdim=True))
         _, suffix = split(model, detect_anatomy(model), None)
         assert suffix.choose_shortcuts(None, batches[0]) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("opt", Shortcuts(tiled=True)),  # projects between norm and head
+        ("olmo", Shortcuts(True, True, True)),  # has a norm without parameters
+        ("cpmant", Shortcuts()),  # its code after the head does not run alone
+    ],
+)
+def test_the_norm_is_narrowed_only_where_the_head_reads_its_output(name: str, expected: Shortcuts) -> None:
+    model, batch = make(name).eval(), collate([Example((5, 9, 23, 7, 4, 11), 3)], 0)
+    _, suffix = split(model, detect_anatomy(model), None)
+    assert suffix.choose_shortcuts(None, batch) == expected
+    logits = model(input_ids=batch.input_ids, use_cache=False).logits.detach()[batch.supervised]
+    loss = functional.cross_entropy(logits, batch.targets, reduction="sum")
+    assert float(suffix(None, batch).detach()) == pytest.approx(float(loss), rel=1e-5)
+
+
+@pytest.mark.parametrize("boundary", [None, 4, 5, 6])
+def test_only_the_entry_has_a_hook_and_no_forward_is_replaced(boundary: int | None) -> None:
+    model = tiny_llama()
+    _, suffix = split(model, detect_anatomy(model), boundary)
+    hooks = [
+        name for name, m in suffix.named_modules() for _ in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
+    ]
+    entry = {4: "layers.4", 5: "layers.5", 6: "norm"}
+    assert hooks == ([] if boundary is None else [f"model.model.{entry[boundary]}"])
+    assert not any("forward" in vars(module) for module in suffix.modules())
+    assert {name for name, _ in suffix.model.named_parameters()} <= {name for name, _ in model.named_parameters()}
+
+
+def test_a_head_that_reads_other_positions_is_refused(batches: list[Batch]) -> None:
+    model = tiny_llama()
+    norm = model.model.norm
+    inner = norm.forward
+    norm.forward = lambda states: inner(states).transpose(0, 1)
+    _, suffix = split(model, detect_anatomy(model), None)
+    with pytest.raises(ModelError, match=r"cannot be trained: at its head, .* of \(3, 40\) .* found \(40, 3, 32\)"):
+        suffix.choose_shortcuts(None, batches[1])
 
 
 def test_a_head_that_is_more_than_a_product_gives_whole_logits(batches: list[Batch]) -> None:

@@ -75,6 +75,12 @@ def test_each_stage_has_the_step_losses_of_one_process(
         assert torch.allclose(masters[name], expected, atol=2e-5), name
 
 
+def test_steps_leave_no_module_on_deepspeeds_stack(
+    on_two_ranks: tuple[dict[str, Any], dict[str, torch.Tensor]],
+) -> None:
+    assert on_two_ranks[0]["modules_left_on_stack"] == 0
+
+
 def test_a_run_leaves_nothing_in_shared_memory(
     on_two_ranks: tuple[dict[str, Any], dict[str, torch.Tensor]],
 ) -> None:

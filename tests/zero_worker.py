@@ -48,6 +48,8 @@ def digests(trainer: Trainer) -> dict[str, str]:
 
 
 def main() -> None:
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
     local_rank = [word for word in sys.argv[1:] if word.startswith("--local_rank")]
     output, *rest = [word for word in sys.argv[1:] if word not in local_rank]
     invocation = flags.parse(flags.parser(""), ROOT / "recipes" / "quickstart.yaml", rest)
@@ -57,6 +59,7 @@ def main() -> None:
     masters = {name: tensor.clone() for name, tensor in trainer.state.engine.masters().items()}
     result: dict[str, Any] = {"losses": [], "norms": [], "tokens": [], "engine": trainer.state.engine.name}
     rows: list[list[int]] = []
+    stack: list[int] = []
     for epoch in range(trainer.context.config.train.epochs):
         order = epoch_order(trainer.context.batch_plan.rows, trainer.context.config.train.seed, epoch)
         for step, batches in enumerate(
@@ -67,6 +70,8 @@ def main() -> None:
             result["losses"].append(outcome.loss)
             result["norms"].append(outcome.grad_norm)
             result["tokens"].append(outcome.supervised_tokens)
+            stack.append(len(FWD_MODULE_STACK))
+    result["modules_left_on_stack"] = stack[-1] - stack[0]
     after = trainer.state.engine.masters()
     every: list[Any] = [None] * world.size
     dist.all_gather_object(every, (rows, frozen == digests(trainer), len(frozen)))

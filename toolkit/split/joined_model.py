@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from toolkit.models.anatomy import Anatomy
-from toolkit.split.module_tree import Stand, copy_module_tree
+from toolkit.split.module_tree import StandIn, copy_module_tree
 from toolkit.split.prefix import Prefix
 
 
@@ -30,7 +30,7 @@ class JoinedModel:
         """  # noqa: D205, D212
         blocks = [f"{anatomy.blocks}.{index}" for index in range(boundary or 0)]
         self._below = [] if boundary is None else [*anatomy.embeddings, *blocks]
-        stands: dict[nn.Module, nn.Module] = {(old := model.get_submodule(name)): Stand(old) for name in self._below}
+        stands: dict[nn.Module, nn.Module] = {(old := model.get_submodule(name)): StandIn(old) for name in self._below}
         self._frame = copy_module_tree(model, stands)
 
     @contextmanager

@@ -11,25 +11,25 @@ from toolkit.frozen.weight_offload import FrozenWeights
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.probe import probe_blocks
 from toolkit.models.rotary import needs_lengths
-from toolkit.split.module_tree import Absent, Arrival, Arrived, copy_module_tree, entry_module
+from toolkit.split.module_tree import Absent, Arrival, Arrived, copy_module_tree, entry_name
 
 
 class Prefix(nn.Module):
-    """Embeddings and blocks 0 … b-1: token ids to ``hidden[b]``, without gradients."""
+    """Embeddings and blocks 0 … b-1: token ids to ``hidden[b]``, without gradients.
+
+    Args:
+        model: the whole model, its mask already applied.
+        anatomy: its parts.
+        boundary: b, from 0 to the number of blocks; at 0 it is the embeddings alone.
+        frozen: weights that were taken out of ``model`` and are lent to each block; none where it has its own.
+    """
 
     def __init__(
         self, model: PreTrainedModel, anatomy: Anatomy, boundary: int, frozen: FrozenWeights | None = None
     ) -> None:
-        """
-        Args:
-            model: the whole model, its mask already applied.
-            anatomy: its parts.
-            boundary: b, from 0 to the number of blocks; at 0 it is the embeddings alone.
-            frozen: weights that were taken out of ``model`` and are lent to each block; none where it has its own.
-        """  # noqa: D205, D212
         super().__init__()
         blocks = list(model.get_submodule(anatomy.blocks).children())
-        entry = entry_module(model, anatomy, boundary)
+        entry = model.get_submodule(entry_name(anatomy, boundary))
         replaced: dict[nn.Module, nn.Module] = {block: Absent(block) for block in blocks[boundary:]}
         for above in filter(None, (anatomy.norm, anatomy.head)):
             replaced[model.get_submodule(above)] = Absent()
@@ -42,7 +42,7 @@ class Prefix(nn.Module):
             frozen.attach(self.skeleton)
 
     def returned(self) -> list[int | None]:
-        """What each block gives back: the length of its tuple, none where it returns the hidden states alone."""
+        """Return the length of each block's output tuple; none where it returns the hidden states alone."""
         device = self.frozen.device if self.frozen is not None else None
         outputs = dict(probe_blocks(self.skeleton, self._blocks, device))
         return [
@@ -51,7 +51,7 @@ class Prefix(nn.Module):
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Hidden states [B, T, hidden_size] that enter block b (or the final norm, where b is the block count)."""
+        """Return the hidden states [B, T, hidden_size] that enter block b (or the final norm above the last block)."""
         try:
             self.skeleton(input_ids=batch.input_ids, **batch.layout(self._with_lengths), use_cache=False)
         except Arrived as arrived:

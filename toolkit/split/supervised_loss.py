@@ -14,14 +14,14 @@ from toolkit.models.float32_gradients import gradient_of_states, gradient_of_wei
 Forward = Callable[[torch.Tensor | None, Batch], torch.Tensor]
 """``hidden[b]`` (or none) and a batch to the cross entropy summed over its supervised positions, a float32 scalar."""
 
-Post = Callable[[torch.Tensor], torch.Tensor]
-"""What a model does to its head's output, element by element: any [..., V'] to the same shape."""
+LogitFunction = Callable[[torch.Tensor], torch.Tensor]
+"""What a model does to its head's output; applied in tiles, it is elementwise: any [..., V'] to the same shape."""
 
 TILE_BYTES = 2**27
 """Most bytes of logits at once, in the model's precision."""
 BLOCK_BYTES = 2**22
 """Most bytes of float32 scores at once; small enough for a core's cache."""
-POST_BYTES = 2**26
+PROCESSED_BYTES = 2**26
 """The same where something is done to the head's output."""
 
 
@@ -53,11 +53,11 @@ def linear_cross_entropy(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     targets: torch.Tensor,
-    post: Post | None = None,
+    processing: LogitFunction | None = None,
     tile_bytes: int = TILE_BYTES,
     in_float32: bool = False,
 ) -> torch.Tensor:
-    """``cross_entropy(post(hidden @ weight.T + bias).float(), targets, reduction="sum")`` without all of its logits.
+    """``cross_entropy(processing(hidden @ weight.T + bias).float(), targets)``, summed, without all of its logits.
 
     The vocabulary is taken in tiles, so that no more than ``tile_bytes`` of logits exist at once; the softmax's
     normaliser is built up over them. One tile is kept for backward; of several nothing is kept, and backward computes
@@ -69,7 +69,7 @@ def linear_cross_entropy(
         weight: [V, H] of the same dtype.
         bias: [V], or none.
         targets: [S] class indices from 0 to V - 1.
-        post: what is done to the logits before the softmax; none is nothing.
+        processing: what is done to the logits before the softmax; none is nothing.
         tile_bytes: at least one column of logits is computed at a time, however small this is.
         in_float32: products are computed in float32 and rounded once (see ``toolkit.models.float32_gradients``).
 
@@ -78,7 +78,7 @@ def linear_cross_entropy(
     """
     width = tile_width(len(targets), len(weight), hidden.element_size(), tile_bytes)
     loss: torch.Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, post, width, in_float32
+        hidden, weight, bias, targets, processing, width, in_float32
     )
     return loss
 
@@ -95,9 +95,9 @@ def _tiles(vocabulary: int, width: int) -> Iterator[slice]:
         yield slice(start, min(start + width, vocabulary))
 
 
-def _blocks(logits: torch.Tensor, post: Post | None) -> Iterator[slice]:
-    """Rows of a tile that are brought to float32 together; ``post`` runs a model's Python, so not too often."""
-    rows = max(1, (BLOCK_BYTES if post is None else POST_BYTES) // (4 * logits.shape[1]))
+def _blocks(logits: torch.Tensor, processing: LogitFunction | None) -> Iterator[slice]:
+    """Rows of a tile that are brought to float32 together; ``processing`` runs a model's Python, so not too often."""
+    rows = max(1, (BLOCK_BYTES if processing is None else PROCESSED_BYTES) // (4 * logits.shape[1]))
     for start in range(0, len(logits), rows):
         yield slice(start, start + rows)
 
@@ -117,7 +117,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         targets: torch.Tensor,
-        post: Post | None,
+        processing: LogitFunction | None,
         width: int,
         in_float32: bool,
     ) -> torch.Tensor:
@@ -128,14 +128,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         kept = None
         for tile in _tiles(len(weight), width):
             logits = linear(hidden, weight[tile], None if bias is None else bias[tile], in_float32)
-            for rows in _blocks(logits, post):
-                own, chosen = _summarise(logits[rows], _own_targets(targets[rows], tile), post)
+            for rows in _blocks(logits, processing):
+                own, chosen = _summarise(logits[rows], _own_targets(targets[rows], tile), processing)
                 normaliser[rows] = torch.logaddexp(normaliser[rows], own)
                 picked[rows] += chosen
             kept = logits if keep else None
             del logits  # before the next tile is made
         ctx.save_for_backward(hidden, weight, bias, targets, normaliser, kept)
-        ctx.post, ctx.width, ctx.in_float32 = post, width, in_float32
+        ctx.processing, ctx.width, ctx.in_float32 = processing, width, in_float32
         return (normaliser - picked).sum()
 
     @staticmethod
@@ -155,8 +155,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = kept
             if logits is None:
                 logits = linear(hidden, weight[tile], None if bias is None else bias[tile], ctx.in_float32)
-            for rows in _blocks(logits, ctx.post):
-                _differentiate(logits[rows], shift[rows], size, _own_targets(targets[rows], tile), ctx.post)
+            for rows in _blocks(logits, ctx.processing):
+                _differentiate(logits[rows], shift[rows], size, _own_targets(targets[rows], tile), ctx.processing)
             if d_weight is not None:
                 gradient_of_weight(logits, signed, d_weight[tile], ctx.in_float32)
             if d_bias is not None:
@@ -182,11 +182,11 @@ def _own_targets(targets: torch.Tensor, tile: slice) -> tuple[torch.Tensor, torc
 
 
 def _summarise(
-    logits: torch.Tensor, targets: tuple[torch.Tensor, torch.Tensor], post: Post | None
+    logits: torch.Tensor, targets: tuple[torch.Tensor, torch.Tensor], processing: LogitFunction | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each row the logarithm of its summed exponentials, and its target's score (0 if that lies elsewhere)."""
     index, inside = targets
-    scores = _scores(logits if post is None else post(logits))
+    scores = _scores(logits if processing is None else processing(logits))
     return torch.logsumexp(scores, dim=1), scores.gather(1, index).squeeze(1).where(inside, 0.0)
 
 
@@ -195,21 +195,21 @@ def _differentiate(
     shift: torch.Tensor,
     size: torch.Tensor,
     targets: tuple[torch.Tensor, torch.Tensor],
-    post: Post | None,
+    processing: LogitFunction | None,
 ) -> None:
-    """Put into ``logits`` the gradient with respect to them: ``size * (softmax - one_hot)``, through ``post``."""
+    """Put into ``logits`` the gradient with respect to them: ``size * (softmax - one_hot)``, through ``processing``."""
     index, inside = targets
-    if post is None:
+    if processing is None:
         before = after = logits
     else:
         with torch.enable_grad():
             before = logits.detach().clone().requires_grad_()
-            after = post(before)
+            after = processing(before)
     exact = torch.promote_types(after.dtype, torch.float32)
-    scores = after.detach().to(exact, copy=post is not None)  # autograd may have kept what post gave
+    scores = after.detach().to(exact, copy=processing is not None)  # autograd may have kept what processing gave
     scores.sub_(shift.unsqueeze(1)).exp_()
     scores.scatter_(1, index, scores.gather(1, index) - size.where(inside, 0.0).unsqueeze(1))
-    if post is not None:
+    if processing is not None:
         (scores,) = torch.autograd.grad(after, before, scores.to(after.dtype))
     if scores.data_ptr() != logits.data_ptr():
         logits.copy_(scores)

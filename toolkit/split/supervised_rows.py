@@ -1,4 +1,4 @@
-"""Run what is computed position by position on the supervised positions alone, where nothing else is read of it.
+"""Compute on the supervised positions alone what is computed position by position.
 
 Above the last block's attention no position looks at another: its MLP, the final norm and the head give each position
 an output of its own. Only the supervised ones enter the loss.
@@ -6,109 +6,83 @@ an output of its own. Only the supervised ones enter the loss.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from toolkit.data.batches import Batch
 from toolkit.models.anatomy import Anatomy
+from toolkit.split.module_tree import EndOfPass
 
 
-class Rows(NamedTuple):
-    """The supervised positions of a batch."""
+class SupervisedRows(NamedTuple):
+    """The S supervised positions of a batch of B x T."""
 
     numbers: torch.Tensor
     """[S], counted through the whole batch."""
     positions: torch.Size
-    """B × T."""
+    """B x T."""
 
+    @classmethod
+    def of(cls, batch: Batch) -> SupervisedRows:
+        """Return those of ``batch``; their number is known, so nothing waits for the device."""
+        numbers = torch.nonzero_static(batch.supervised.flatten(), size=len(batch.targets))
+        return cls(numbers.squeeze(1), batch.input_ids.shape)
 
-def take_rows(states: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """[B, T, H] to [1, S, H].
+    def take(self, states: torch.Tensor) -> torch.Tensor:
+        """Gather [B, T, H] to [1, S, H].
 
-    Raises:
-        TypeError: the states are of other positions than the batch, or in another order (XLNet's are T × B).
-    """
-    if states.shape[:-1] != rows.positions:
-        raise TypeError(f"expected hidden states of {tuple(rows.positions)} positions, found {tuple(states.shape)}")
-    return states.flatten(0, 1).index_select(0, rows.numbers).unsqueeze(0)
-
-
-class OnSupervisedRows:
-    """Gathers the rows of a module's input and puts its output back among zeros, while it is given rows."""
-
-    def __init__(self, module: nn.Module) -> None:
+        Raises:
+            TypeError: the states are of other positions than the batch, or in another order (XLNet's are T x B).
         """
-        Args:
-            module: maps hidden states [B, T, H] to [B, T, H'] position by position, and is called once a pass.
-        """  # noqa: D205, D212
-        self._rows: Rows | None = None
-        self._shape: torch.Size = torch.Size()
-        module.register_forward_pre_hook(self._gather)
-        module.register_forward_hook(self._scatter)
+        if states.shape[:-1] != self.positions:
+            raise TypeError(f"expected hidden states of {tuple(self.positions)} positions, found {tuple(states.shape)}")
+        return states.flatten(0, 1).index_select(0, self.numbers).unsqueeze(0)
 
-    @contextmanager
-    def on(self, rows: Rows | None) -> Iterator[None]:
-        """Only ``rows`` are computed inside; all of them where there is none."""
-        self._rows = rows
-        try:
-            yield
-        finally:
-            self._rows = None
-
-    def _gather(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self._rows is None:
-            return None
-        self._shape = args[0].shape
-        return (take_rows(args[0], self._rows), *args[1:])
-
-    def _scatter(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> torch.Tensor | None:
-        if self._rows is None:
-            return None
-        flat: torch.Tensor = output.new_zeros(self._shape[0] * self._shape[1], output.shape[-1])
-        return flat.index_copy_(0, self._rows.numbers, output.squeeze(0)).view(*self._shape[:2], -1)
+    def put_back(self, rows: torch.Tensor) -> torch.Tensor:
+        """Scatter [1, S, H] to [B, T, H], with zeros elsewhere."""
+        flat = rows.new_zeros(self.positions.numel(), rows.shape[-1])
+        return flat.index_copy_(0, self.numbers, rows.squeeze(0)).view(*self.positions, -1)
 
 
-class MLPOnSupervisedRows:
-    """The same for the MLP within a block, whose rows travel with the block's arguments.
+class RowsMLP(nn.Module):
+    """Extends the class of the last block's MLP, which maps [B, T, H] to [B, T, H] position by position."""
 
-    Gradient checkpointing runs the block again in backward, when the next batch may have set other rows; it repeats the
-    arguments.
+    rows: SupervisedRows | None = None
+    """The positions to compute; none is all of them."""
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Call the MLP on ``rows`` alone, and give zeros elsewhere."""
+        if self.rows is None:
+            return super().__call__(hidden_states, *args, **kwargs)
+        return self.rows.put_back(super().__call__(self.rows.take(hidden_states), *args, **kwargs))
+
+
+class RowsBlock(EndOfPass):
+    """Extends the class of the last block, whose MLP a call can tell which positions to compute.
+
+    The rows are an argument of ``forward``, because checkpointing calls it again with the same arguments in backward,
+    when the next batch may have run. Between a block's forward and its MLP lies transformers' code, which hands on no
+    argument of ours; so the MLP has them as an attribute for as long as the block computes.
     """
 
-    def __init__(self, block: nn.Module, mlp: nn.Module) -> None:
-        """
-        Args:
-            block: the model's last one; checkpointing is to be laid over it after this.
-            mlp: a module within it.
-        """  # noqa: D205, D212
-        self._rows: Rows | None = None
-        self._mlp = OnSupervisedRows(mlp)
-        self._forward = block.forward
-        block.register_forward_pre_hook(self._pass_on, with_kwargs=True)
-        block.forward = self._run
+    mlp_name: str
+    """Of the child whose class ``RowsMLP`` extends."""
 
-    @contextmanager
-    def on(self, rows: Rows | None) -> Iterator[None]:
-        """Only ``rows`` are computed by passes that begin inside."""
-        self._rows = rows
+    def forward(self, *args: Any, supervised_rows: SupervisedRows | None = None, **kwargs: Any) -> Any:
+        """Call the block; its MLP computes ``supervised_rows``, or all positions where there are none."""
+        mlp: Any = self.get_submodule(self.mlp_name)
+        mlp.rows = supervised_rows
         try:
-            yield
+            return super().forward(*args, **kwargs)
         finally:
-            self._rows = None
-
-    def _pass_on(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        return args, kwargs if self._rows is None else {**kwargs, "supervised_rows": self._rows}
-
-    def _run(self, *args: Any, supervised_rows: Rows | None = None, **kwargs: Any) -> Any:
-        with self._mlp.on(supervised_rows):
-            return self._forward(*args, **kwargs)
+            mlp.rows = None
 
 
-def dense_mlp(block: nn.Module, index: int, anatomy: Anatomy) -> nn.Module | None:
-    """The block's MLP, if it is one child of at least two matrices and no mixture of experts."""
+def dense_mlp(block: nn.Module, anatomy: Anatomy) -> str | None:
+    """Name the MLP in the last ``block``, if it is one child of at least two matrices and no mixture of experts."""
+    index = anatomy.block_count - 1
     prefix = f"{anatomy.blocks}.{index}."
     owners = {
         tensor.name[len(prefix) :].split(".")[0]
@@ -117,7 +91,8 @@ def dense_mlp(block: nn.Module, index: int, anatomy: Anatomy) -> nn.Module | Non
     }
     if len(owners) != 1:
         return None
-    mlp = block.get_submodule(owners.pop())
+    (name,) = owners
+    mlp = block.get_submodule(name)
     shapes = [parameter.ndim for parameter in mlp.parameters()]
     lists = any(isinstance(module, nn.ModuleList) for module in mlp.modules())
-    return mlp if shapes.count(2) >= 2 and max(shapes) == 2 and not lists else None
+    return name if shapes.count(2) >= 2 and max(shapes) == 2 and not lists else None

@@ -19,7 +19,7 @@ from toolkit.data.batches import Batch
 from toolkit.engine.base import Engine, Update
 from toolkit.engine.deepspeed.clipping import partitioned_norm, without_clipping
 from toolkit.engine.deepspeed.config import zero_stage
-from toolkit.engine.deepspeed.gathering import drain_prefetches, gathered, gathered_bytes
+from toolkit.engine.deepspeed.gathering import balanced_module_stack, drain_prefetches, gathered, gathered_bytes
 from toolkit.engine.deepspeed.nvme_state import NvmeSwapper, SwappedFragmentState
 from toolkit.engine.deepspeed.optimizers import PartitionedAdamW, PartitionMoments, build_optimizer
 from toolkit.mask.layer_mask import ParameterGroup
@@ -93,7 +93,8 @@ class ZeroEngine(Engine):
 
     @override
     def forward(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:
-        loss: torch.Tensor = self._engine(hidden, batch)
+        with balanced_module_stack():
+            loss: torch.Tensor = self._engine(hidden, batch)
         return loss
 
     @override

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import nn
@@ -29,3 +30,19 @@ def drain_prefetches(engine: Any) -> None:
     parameter that is in flight.
     """
     engine.empty_partition_cache()
+
+
+@contextmanager
+def balanced_module_stack() -> Iterator[None]:
+    """Drop what a forward pass leaves on ZeRO-3's stack of running modules.
+
+    Each module's pre-forward hook pushes, its post-forward hook pops, and the latter does not run where a pass of the
+    suffix leaves a module by an exception (FWD_MODULE_STACK in parameter_offload.py, DeepSpeed 0.19).
+    """
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    depth = len(FWD_MODULE_STACK)
+    try:
+        yield
+    finally:
+        del FWD_MODULE_STACK[depth:]
