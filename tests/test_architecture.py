@@ -76,6 +76,13 @@ def test_there_are_no_cycles_within_a_package() -> None:
         walk(name, ())
 
 
+def test_importing_a_module_calls_nothing_for_its_effect() -> None:
+    for name, path in modules().items():
+        for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+            called = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call)
+            assert not called, f"{name} runs {ast.unparse(statement)} when it is imported"
+
+
 @pytest.mark.parametrize(
     "module",
     [

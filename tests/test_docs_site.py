@@ -115,6 +115,18 @@ def test_the_python_that_the_pages_show_uses_public_names() -> None:
         assert used <= set(toolkit.__all__), page.name
 
 
+def test_every_name_of_the_package_that_the_docs_use_exists() -> None:
+    for page in [ROOT / "README.md", *(path for path in (ROOT / "docs").glob("*.md") if path.name != "log.md")]:
+        for dotted in re.findall(r"`(toolkit(?:\.\w+)+)`", page.read_text(encoding="utf-8")):
+            parts = dotted.split(".")
+            module = ROOT.joinpath(*parts)
+            if module.is_dir() or module.with_suffix(".py").is_file():
+                continue
+            owner = module.parent.with_suffix(".py") if len(parts) > 2 else module.parent / "__init__.py"
+            assert owner.is_file(), f"{page.name}: {dotted}"
+            assert re.search(rf"\b{parts[-1]}\b", owner.read_text(encoding="utf-8")), f"{page.name}: {dotted}"
+
+
 def test_the_citation_is_of_this_version() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == toolkit.__version__
