@@ -92,8 +92,8 @@ def test_a_model_goes_from_a_recipe_to_an_export(tiny_model: Path, tmp_path: Pat
     root = (logging.getLogger().level, list(logging.getLogger().handlers))
 
     report = toolkit.plan(QUICKSTART, given, world_size=2, gpu_memory="24GiB")
-    assert report.verdict is not None
-    assert report.verdict.fits
+    assert report.fit is not None
+    assert report.fit.fits
     assert report.as_dict()["engine"]["ranks"] == 2
     assert "fits: " in str(report)
 

@@ -156,7 +156,7 @@ def test_any_number_of_supervised_tokens_can_be_planned(tiny_model: Path, length
     })  # fmt: skip
     load = Workload(lengths[0][0], max(supervised for _, supervised in lengths), lengths, "these rows")
     planner = Planner(config, meta_model(config.model), load)
-    for recompute in (False, True):
-        plan = planner.plan(planner.variant(engine_spec(None, 1, 1), recompute))
-        head = plan.compute.passes["suffix forward"].per_supervised
+    for checkpointing in (False, True):
+        plan = planner.plan(planner.variant(engine_spec(None, 1, 1), checkpointing))
+        head = plan.flops.passes["suffix forward"].per_supervised
         assert head >= 2 * 512 * 32, "each supervised position costs a row of the head's product"

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from toolkit.optim.master_adamw import MasterAdamW, norm_at_once
-from toolkit.planning.engine_memory import Tensors, engine_spec, standing
+from toolkit.planning.engine_memory import TensorSizes, engine_memory, engine_spec
 from toolkit.planning.prefix_memory import PrefixMemory
 
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
@@ -207,8 +207,8 @@ def test_a_step_makes_no_copy_of_anything(dtype: torch.dtype) -> None:
 def test_the_plan_says_what_is_held_and_what_a_step_adds(dtype: torch.dtype, accumulates: bool) -> None:
     parameters = made([(256, 64), (64,)], [dtype])
     sizes = tuple(p.numel() for p in parameters.values())
-    tensors = Tensors(shared=0, trained=sizes, frozen=(), width=dtype.itemsize)
-    plan = standing(engine_spec(None, ranks=1, accumulation=1 + accumulates), tensors, PrefixMemory(0, 0, 0))
+    tensors = TensorSizes(shared=0, trained=sizes, frozen=(), width=dtype.itemsize)
+    plan = engine_memory(engine_spec(None, ranks=1, accumulation=1 + accumulates), tensors, PrefixMemory(0, 0, 0))
     with Ops() as made_once:
         optimizer = MasterAdamW(parameters, settings(parameters), 1.0, accumulates)
     assert made_once.bytes == pytest.approx(plan.masters + plan.moments + plan.scratch, abs=256)

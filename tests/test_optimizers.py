@@ -22,7 +22,7 @@ from toolkit.optim.master_adamw import MasterAdamW
 from toolkit.optim.moments import BFloat16, fused_adamw
 from toolkit.optim.rounding import join_halves, split_halves, stochastic_round
 from toolkit.optim.update_monitor import STEPS, UpdateMonitor
-from toolkit.planning.engine_memory import Tensors, engine_spec, standing
+from toolkit.planning.engine_memory import TensorSizes, engine_memory, engine_spec
 from toolkit.planning.prefix_memory import PrefixMemory
 from toolkit.runtime.errors import ConfigError
 from toolkit.training.frozen_weights import refuse_with_schedule
@@ -211,8 +211,8 @@ def test_the_plan_says_what_each_optimizer_holds(name: OptimName, dtype: torch.d
     tables = {id(parameters["t2"])}
     optimizer = MasterAdamW(parameters, settings(parameters), 1.0, name=name, tables=tables)
     sizes = tuple(p.numel() for p in parameters.values())
-    tensors = Tensors(0, sizes, (), dtype.itemsize, tables=(6400,))
-    plan = standing(engine_spec(None, 1, 1, name), tensors, PrefixMemory(0, 0, 0))
+    tensors = TensorSizes(0, sizes, (), dtype.itemsize, tables=(6400,))
+    plan = engine_memory(engine_spec(None, 1, 1, name), tensors, PrefixMemory(0, 0, 0))
     states = optimizer.by_name.values()
     assert plan.moments == sum(t.nbytes for state in states for kind, t in state.raw().items() if kind != "step")
     halves = dtype == BFLOAT16 and name == "adamw_bf16"

@@ -68,8 +68,8 @@ def test_two_ranks_under_zero_have_the_same_losses_packed(tiny_model: Path, tmp_
     assert found["auto"]["computed"] == found["auto"]["tokens"] < found["off"]["computed"]
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_the_plans_peak_is_that_of_all_storages_alive(tiny_model: Path, recompute: bool) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_plans_peak_is_that_of_all_storages_alive(tiny_model: Path, checkpointing: bool) -> None:
     data = DataConfig(path=str(ENGLISH))
     config = RunConfig(
         model=ModelConfig(name_or_path=str(tiny_model), dtype="float32"),
@@ -84,14 +84,14 @@ def test_the_plans_peak_is_that_of_all_storages_alive(tiny_model: Path, recomput
     assert batch.is_packed
     lengths = tuple((len(example.token_ids), batch.supervised_tokens // 3) for example in longest)
     planner = Planner(config, meta_model(config.model), Workload(*lengths[0], lengths, "a test"))
-    planned = planner._rehearse(planner.variant(engine_spec(None, 1, 1), recompute)).peak()
+    planned = planner._trace(planner.variant(engine_spec(None, 1, 1), checkpointing)).peak()
     mask = build_mask(config.mask, loaded.anatomy)
     apply_mask(loaded.model, mask, loaded.anatomy)
     prefix, suffix = split(loaded.model.train(), loaded.anatomy, mask.boundary)
     assert prefix is not None
     assert choose("auto", prefix, suffix, 3, longest).on
     suffix.choose_shortcuts(prefix(batch), batch)
-    if recompute:
+    if checkpointing:
         checkpoint_blocks(suffix.blocks(mask.boundary))
     parts = (loaded.model, prefix, suffix)
     with _LiveBytes([tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]) as live:
@@ -115,10 +115,10 @@ def test_the_plan_counts_packed_rows_without_padding(tiny_model: Path) -> None:
             }
         )
         planner = Planner(config, meta_model(config.model), load)
-        plans[mode] = planner.plan(planner.variant(engine_spec(None, 1, 1), recompute=False))
+        plans[mode] = planner.plan(planner.variant(engine_spec(None, 1, 1), checkpointing=False))
     packed, padded = plans["auto"], plans["off"]
     assert "micro batch of 3 rows packed into one of 115 tokens" in as_text(packed)
     assert [as_dict(plan)["micro_batch"]["packed"] for plan in (packed, padded)] == [True, False]
-    assert packed.compute.of(lengths) == pytest.approx(padded.compute.of(lengths), rel=1e-6)
+    assert packed.flops.of(lengths) == pytest.approx(padded.flops.of(lengths), rel=1e-6)
     share = packed.memory.most["activations"] / padded.memory.most["activations"]
     assert share == pytest.approx(115 / 180, rel=0.1)

@@ -17,7 +17,7 @@ from toolkit.config.schema import MaskConfig, ModelConfig, PrefixConfig, RunConf
 from toolkit.engine.deepspeed.config import read_ds_config, resolve_ds_config
 from toolkit.planning.chart import draw
 from toolkit.planning.command import plan_run
-from toolkit.planning.device_fit import RESERVE, choose_checkpointing, judge
+from toolkit.planning.device_fit import RESERVE, choose_variant, fit_device
 from toolkit.planning.engine_memory import engine_spec, zero_spec
 from toolkit.planning.memory import KINDS
 from toolkit.planning.meta_model import meta_model
@@ -72,11 +72,11 @@ AWAY: Any = {"cache": "off", "precision": "nf4", "placement": "cpu"}
 """A prefix of which nothing is left to move out of the way."""
 
 
-def first_turn(planner: Planner, budget_of: Any, spec: Any = LOCAL) -> str:
-    variant = choose_checkpointing(planner, spec, None)
-    verdict = judge(planner, variant, budget_of(planner, variant))
-    assert not verdict.fits
-    return verdict.turns[0][0] if verdict.turns else ""
+def first_change(planner: Planner, budget_of: Any, spec: Any = LOCAL) -> str:
+    variant = choose_variant(planner, spec, None)
+    fit = fit_device(planner, variant, budget_of(planner, variant))
+    assert not fit.fits
+    return fit.changes[0][0] if fit.changes else ""
 
 
 def just_below(planner: Planner, variant: Any) -> int:
@@ -85,18 +85,18 @@ def just_below(planner: Planner, variant: Any) -> int:
 
 def test_the_first_knob_is_the_one_that_costs_least(tiny_model: Path) -> None:
     off = {"gradient_checkpointing": "off"}
-    assert first_turn(tiny_planner(tiny_model, rows=4, **off), just_below) == "train.gradient_checkpointing: on"
+    assert first_change(tiny_planner(tiny_model, rows=4, **off), just_below) == "train.gradient_checkpointing: on"
     on = {"gradient_checkpointing": "on"}
-    assert first_turn(tiny_planner(tiny_model, rows=4, **on), just_below).startswith("train.micro_batch_size: 1 with")
-    assert first_turn(tiny_planner(tiny_model, **on), just_below) == "prefix.precision: int8"
+    assert first_change(tiny_planner(tiny_model, rows=4, **on), just_below).startswith("train.micro_batch_size: 1 with")
+    assert first_change(tiny_planner(tiny_model, **on), just_below) == "prefix.precision: int8"
     planner = tiny_planner(tiny_model, **on)
     for prefix, turn in (
         ({"cache": "off", "precision": "nf4"}, "prefix.placement: cpu"),
         (AWAY, "--ds ds_configs/zero2_offload.json (slower"),
     ):
         planner.config = planner.config.model_copy(update={"prefix": PrefixConfig(**prefix)})
-        assert first_turn(planner, just_below).startswith(turn)
-    assert first_turn(planner, just_below, OFFLOADED).startswith("data.max_length: 256")
+        assert first_change(planner, just_below).startswith(turn)
+    assert first_change(planner, just_below, OFFLOADED).startswith("data.max_length: 256")
 
 
 def test_state_that_no_shorter_row_makes_room_for_goes_to_more_ranks_then_to_fewer_blocks(tmp_path: Path) -> None:
@@ -108,39 +108,39 @@ def test_state_that_no_shorter_row_makes_room_for_goes_to_more_ranks_then_to_few
     planner = Planner(config, meta_model(config.model), Workload(256, 64, None, "a test"))
 
     def turns(spec: Any, budget: int) -> list[str]:
-        return [text for text, _ in judge(planner, planner.variant(spec, recompute=True), budget).turns]
+        return [text for text, _ in fit_device(planner, planner.variant(spec, checkpointing=True), budget).changes]
 
     assert [turn.split()[1] for turn in turns(LOCAL, 40 * 2**30)] == ["ds_configs/zero2_offload.json"]
     stage_1 = zero_spec(1, 1, False, 4096, "adamw")
     assert turns(stage_1, 40 * 2**30) == ["--ds ds_configs/zero3.json on 2 ranks"]
     assert turns(OFFLOADED, 7 * 2**30) == ["--ds ds_configs/zero3_offload.json on 2 ranks"]
-    wide = planner.variant(zero_spec(3, 8, False, 4096, "adamw", offload=True), recompute=True)
+    wide = planner.variant(zero_spec(3, 8, False, 4096, "adamw", offload=True), checkpointing=True)
     least = planner.memory(wide).peak + RESERVE
-    assert judge(planner, wide, least).turns == ()
-    assert judge(planner, wide, least - 2**30).turns[0][0].startswith("mask.train: last:")
-    hopeless = judge(planner, wide, 2 * 2**30)
+    assert fit_device(planner, wide, least).changes == ()
+    assert fit_device(planner, wide, least - 2**30).changes[0][0].startswith("mask.train: last:")
+    hopeless = fit_device(planner, wide, 2 * 2**30)
     assert not hopeless.helps
 
 
 def test_auto_recomputes_exactly_where_the_budget_asks_for_it(tiny_model: Path) -> None:
     planner = tiny_planner(tiny_model)
-    plain = choose_checkpointing(planner, LOCAL, None)
+    plain = choose_variant(planner, LOCAL, None)
     needed = planner.memory(plain).peak + RESERVE
-    assert not plain.recompute
-    assert not choose_checkpointing(planner, LOCAL, needed).recompute
-    assert choose_checkpointing(planner, LOCAL, needed - 1).recompute
+    assert not plain.checkpointing
+    assert not choose_variant(planner, LOCAL, needed).checkpointing
+    assert choose_variant(planner, LOCAL, needed - 1).checkpointing
 
 
 def test_padded_rows_and_full_masks_can_be_planned(tiny_model: Path) -> None:
     planner = tiny_planner(tiny_model, rows=2)
-    one, two = tiny_planner(tiny_model), planner.variant(LOCAL, recompute=False)
+    one, two = tiny_planner(tiny_model), planner.variant(LOCAL, checkpointing=False)
     activations = planner.memory(two).most["activations"]
-    assert activations > 2 * one.memory(one.variant(LOCAL, recompute=False)).most["activations"]
+    assert activations > 2 * one.memory(one.variant(LOCAL, checkpointing=False)).most["activations"]
     everything = RunConfig(model=planner.config.model, mask=MaskConfig(train=["re:.*"], tied="untie"))
-    whole = Planner(everything, planner.skeleton, Workload(64, 8, None, "a test"))
-    plan = whole.plan(whole.variant(LOCAL, recompute=True))
+    whole = Planner(everything, planner.meta, Workload(64, 8, None, "a test"))
+    plan = whole.plan(whole.variant(LOCAL, checkpointing=True))
     assert plan.memory.most["prefix weights"] == 0
-    assert plan.compute.of([(64, 8)])["prefix forward"] == 0
+    assert plan.flops.of([(64, 8)])["prefix forward"] == 0
 
 
 @pytest.mark.parametrize(("text", "size"), [("24GiB", 24 * 2**30), ("80GB", 80 * 10**9), ("1.5 gib", 3 * 2**29)])
@@ -182,7 +182,7 @@ def test_rows_that_cannot_be_used_are_named_with_the_first(tiny_model: Path, tmp
     assert "row 1 has no column QUESTION; it has question" in load.source
 
 
-def test_a_faulty_mask_is_reported_before_anything_is_rehearsed(tiny_model: Path) -> None:
+def test_a_faulty_mask_is_reported_before_anything_is_traced(tiny_model: Path) -> None:
     with pytest.raises(MaskError, match="a whole number from 1 to 6"):
         plan_run(invocation(*tiny_flags(tiny_model, Path("x"), "--mask.train", "last:7")), 1, None)
 
@@ -226,7 +226,7 @@ def test_without_matplotlib_the_picture_names_the_line_that_installs_it(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planner = tiny_planner(tiny_model)
-    plan = planner.plan(planner.variant(LOCAL, recompute=False))
+    plan = planner.plan(planner.variant(LOCAL, checkpointing=False))
     assert as_dict(plan)["engine"]["name"] == "local"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(PlanError, match=r"pip install -c constraints.txt matplotlib"):
@@ -243,7 +243,7 @@ def test_what_a_deepspeed_file_puts_on_the_host_is_not_counted_as_the_devices(ti
     planner = tiny_planner(tiny_model)
 
     def memory(ds: dict[str, Any], **options: Any) -> Any:
-        return planner.memory(planner.variant(engine_spec(ds, 2, 1, **options), recompute=False))
+        return planner.memory(planner.variant(engine_spec(ds, 2, 1, **options), checkpointing=False))
 
     plain, away = memory(shipped(f"zero{stage}")), memory(shipped(f"zero{stage}_offload"))
     one_memory = memory(shipped(f"zero{stage}_offload"), host_is_device=True)
@@ -260,15 +260,25 @@ def test_what_a_deepspeed_file_puts_on_the_host_is_not_counted_as_the_devices(ti
 def test_state_in_files_leaves_buffers_on_the_host(tiny_model: Path) -> None:
     planner = tiny_planner(tiny_model)
     trained = sum(planner._split(tuple(planner.config.mask.train), False).tensors.trained)
-    memory = planner.memory(planner.variant(engine_spec(shipped("zero3_nvme", 1), 1, 1), recompute=False))
+    memory = planner.memory(planner.variant(engine_spec(shipped("zero3_nvme", 1), 1, 1), checkpointing=False))
     assert memory.files == (4 + 8 + 4) * trained
     assert memory.host["workspace"] == 4 * 4 * trained  # four buffers of the one group, in float32
     assert "masters" not in memory.host
     ds = shipped("zero3_nvme", 1)
     ds["zero_optimization"]["offload_param"] = {"device": "nvme", "buffer_size": 1000}
-    weights = planner.memory(planner.variant(engine_spec(ds, 1, 1), recompute=False))
+    weights = planner.memory(planner.variant(engine_spec(ds, 1, 1), checkpointing=False))
     assert weights.files > memory.files
     assert weights.host["workspace"] == memory.host["workspace"] + 5 * 1000 * 2
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_a_deepspeed_file_leaves_out_is_planned_with_deepspeeds_own_defaults(stage: int) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    given = {"stage": stage, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "nvme"}}
+    filled = DeepSpeedZeroConfig(**given).model_dump(mode="json", by_alias=True)
+    short, full = (engine_spec({"zero_optimization": zero}, 2, 1) for zero in (given, filled))
+    assert short == full
 
 
 def test_a_plan_with_offload_says_what_is_where(tiny_model: Path) -> None:
@@ -284,4 +294,4 @@ def test_state_on_the_host_is_proposed_before_shorter_rows(tmp_path: Path) -> No
         train=TrainConfig(gradient_checkpointing="on"), prefix=PrefixConfig(**AWAY),
     )  # fmt: skip
     planner = Planner(config, meta_model(config.model), Workload(2048, 64, None, "a test"))
-    assert first_turn(planner, just_below).startswith("--ds ds_configs/zero2_offload.json (slower")
+    assert first_change(planner, just_below).startswith("--ds ds_configs/zero2_offload.json (slower")

@@ -60,9 +60,9 @@ def recipe(train: list[str], attention: Any = None, optim: OptimName = "adamw", 
     )
 
 
-def planned(config: RunConfig, bare: MetaModel, recompute: bool) -> Plan:
+def planned(config: RunConfig, bare: MetaModel, checkpointing: bool) -> Plan:
     planner = Planner(config, bare, Workload(TOKENS, SUPERVISED, None, "a test"))
-    return planner.plan(planner.variant(engine_spec(None, 1, 1, config.optim.name), recompute))
+    return planner.plan(planner.variant(engine_spec(None, 1, 1, config.optim.name), checkpointing))
 
 
 def batch() -> Batch:
@@ -91,7 +91,7 @@ def saved_bytes(standing: nn.Module, found: dict[int, int]) -> Iterator[None]:
         yield
 
 
-class Halves:
+class SplitModel:
     """The real model under a mask, split and with the local engine."""
 
     def __init__(self, config: RunConfig) -> None:
@@ -135,8 +135,8 @@ class _UpdateBytes(TorchDispatchMode):
 @pytest.mark.parametrize("train", MASKS, ids=lambda train: "+".join(train))
 def test_each_kind_of_bytes_is_what_training_holds(train: list[str], optim: OptimName) -> None:
     config = recipe(train, optim=optim)
-    plan = planned(config, bundled(), recompute=False).memory.most
-    real = Halves(config)
+    plan = planned(config, bundled(), checkpointing=False).memory.most
+    real = SplitModel(config)
     engine, rows, saved = real.engine(), batch(), {}
     hidden = real.prefix(rows) if real.prefix else None
     with saved_bytes(real.model, saved):
@@ -191,14 +191,14 @@ class _LiveBytes(TorchDispatchMode):
 
 
 @pytest.mark.real_model
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("train", [["last:4", "head"], ["blocks:20", "norm"]], ids=lambda train: "+".join(train))
-def test_the_peak_of_a_micro_batch_is_that_of_all_storages_alive(train: list[str], recompute: bool) -> None:
+def test_the_peak_of_a_micro_batch_is_that_of_all_storages_alive(train: list[str], checkpointing: bool) -> None:
     config = recipe(train)
     planner = Planner(config, bundled(), Workload(TOKENS, SUPERVISED, None, "a test"))
-    plan = planner._rehearse(planner.variant(LOCAL, recompute)).peak()
-    real, rows = Halves(config), batch()
-    if recompute:
+    plan = planner._trace(planner.variant(LOCAL, checkpointing)).peak()
+    real, rows = SplitModel(config), batch()
+    if checkpointing:
         checkpoint_blocks(real.suffix.blocks(real.mask.boundary))
     parts = (real.model, real.prefix, real.suffix)
     with _LiveBytes([tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]) as live:
@@ -209,13 +209,13 @@ def test_the_peak_of_a_micro_batch_is_that_of_all_storages_alive(train: list[str
 
 
 @pytest.mark.real_model
-@pytest.mark.parametrize("recompute", [False, True])
-def test_flops_are_those_that_pytorch_counts(recompute: bool) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_flops_are_those_that_pytorch_counts(checkpointing: bool) -> None:
     """With plain attention, whose products PyTorch's counter sees on every device."""
     config = recipe(["last:4", "head"], attention="eager")
-    plan = planned(config, meta_model(config.model), recompute)
-    real, rows = Halves(config), batch()
-    if recompute:
+    plan = planned(config, meta_model(config.model), checkpointing)
+    real, rows = SplitModel(config), batch()
+    if checkpointing:
         checkpoint_blocks(real.suffix.blocks(real.mask.boundary))
     with FlopCounterMode(display=False) as prefix:
         hidden = real.prefix(rows)
@@ -223,27 +223,27 @@ def test_flops_are_those_that_pytorch_counts(recompute: bool) -> None:
         loss = supervised_loss(real.suffix, hidden, rows, SUPERVISED)
     with FlopCounterMode(display=False) as backward:
         loss.backward()
-    expected = plan.compute.of([(TOKENS, SUPERVISED)])
+    expected = plan.flops.of([(TOKENS, SUPERVISED)])
     assert expected["prefix forward"] == pytest.approx(prefix.get_total_flops(), rel=0.02)
     assert expected["suffix forward"] == pytest.approx(forward.get_total_flops(), rel=0.02)
     assert expected["backward"] + expected["recomputation"] == pytest.approx(backward.get_total_flops(), rel=0.02)
-    assert (expected["recomputation"] > 0) is recompute
+    assert (expected["recomputation"] > 0) is checkpointing
 
 
 @pytest.mark.real_model
-def test_flops_of_other_lengths_follow_from_one_rehearsal() -> None:
+def test_flops_of_other_lengths_follow_from_one_trace() -> None:
     config = recipe(["last:2"])
-    plan = planned(config, bundled(), recompute=True)
+    plan = planned(config, bundled(), checkpointing=True)
     planner = Planner(config, bundled(), Workload(3 * TOKENS, SUPERVISED // 2, None, "a test"))
-    longer = planner.plan(planner.variant(LOCAL, recompute=True))
+    longer = planner.plan(planner.variant(LOCAL, checkpointing=True))
     row = [(3 * TOKENS, SUPERVISED // 2)]
-    assert plan.compute.of(row) == pytest.approx(longer.compute.of(row), rel=1e-6)
+    assert plan.flops.of(row) == pytest.approx(longer.flops.of(row), rel=1e-6)
 
 
 @pytest.mark.real_model
-def test_the_rehearsals_attention_is_gone_afterwards() -> None:
+def test_the_traces_attention_is_gone_afterwards() -> None:
     kernel = nn.functional.scaled_dot_product_attention
-    planned(recipe(["last:2"]), bundled(), recompute=True)
+    planned(recipe(["last:2"]), bundled(), checkpointing=True)
     assert nn.functional.scaled_dot_product_attention is kernel
 
 

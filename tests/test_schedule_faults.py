@@ -16,7 +16,7 @@ from toolkit.mask.schedule import build_schedule
 from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.planning.engine_memory import engine_spec
 from toolkit.planning.meta_model import MetaModel, meta_model
-from toolkit.planning.phase_plans import phase_planners, whole_plan
+from toolkit.planning.phase_plans import combine_plans, phase_planners
 from toolkit.planning.table import as_dict, as_text
 from toolkit.planning.workload import Workload
 from toolkit.runtime.errors import ConfigError, MaskError
@@ -130,8 +130,8 @@ def test_the_plan_is_that_of_the_phase_that_needs_most(bare: MetaModel) -> None:
     freezing = ("--mask.schedule", "{train: [last:4, head], until_step: 4}", "--mask.train", "head")
     config = invocation("--mask.tied", "untie", *freezing).config
     planners = phase_planners(config, bare, Workload(64, 32, None, "a test"), [3, 3])
-    plans = [p.plan(p.variant(engine_spec(None, 1, 1), recompute=False)) for p in planners]
-    whole = whole_plan(plans, config.mask)
+    plans = [p.plan(p.variant(engine_spec(None, 1, 1), checkpointing=False)) for p in planners]
+    whole = combine_plans(plans, config.mask)
     assert plans[0].memory.peak > plans[1].memory.peak
     assert (whole.memory, whole.mask.boundary) == (plans[0].memory, 2)
     assert [phase.is_most for phase in whole.phases] == [True, False]

@@ -39,7 +39,7 @@ _COMPUTE = ("data/batches.py", "models", "split", "frozen", "activation_cache")
 
 @dataclass(frozen=True)
 class CacheRequest:
-    """The samples that a run would cache."""
+    """Hold the samples that a run would cache."""
 
     settings: PrefixConfig
     examples: Sequence[Example]

@@ -23,7 +23,7 @@ from toolkit.commands.cli import describe
 if TYPE_CHECKING:
     from toolkit.config.flags import Invocation
     from toolkit.config.schema import RunConfig
-    from toolkit.planning.device_fit import Verdict
+    from toolkit.planning.device_fit import DeviceFit
     from toolkit.planning.planner import Plan
 
 
@@ -33,19 +33,19 @@ class PlanReport:
 
     plan: Plan
     """Memory by kind, operations and disk."""
-    verdict: Verdict | None
+    fit: DeviceFit | None
     """Whether the run fits; None without ``gpu_memory``."""
 
     def __str__(self) -> str:
         from toolkit.planning.table import as_text
 
-        return as_text(self.plan, self.verdict)
+        return as_text(self.plan, self.fit)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as JSON values; bytes and floating-point operations as whole numbers."""
         from toolkit.planning.table import as_dict
 
-        return as_dict(self.plan, self.verdict)
+        return as_dict(self.plan, self.fit)
 
     def draw(self, path: str | Path) -> None:
         """Draw layers and memory; the ending of ``path`` chooses the format (png, svg, pdf).
@@ -55,7 +55,7 @@ class PlanReport:
         """
         from toolkit.planning.chart import draw
 
-        draw(self.plan, Path(path), self.verdict)
+        draw(self.plan, Path(path), self.fit)
 
 
 def plan(

@@ -1,1 +1,1 @@
-"""What a run is: the recipe's schema, how it is read, and its command-line flags. Imports no torch."""
+"""The recipe: its schema, its reader, its command-line flags, and what is decided from it alone. Imports no torch."""

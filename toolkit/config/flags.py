@@ -19,7 +19,7 @@ from toolkit.runtime.shipped import find_file
 
 @dataclass(frozen=True)
 class Invocation:
-    """A parsed command line."""
+    """Hold a parsed command line."""
 
     config: RunConfig
     recipe: Path
@@ -27,12 +27,12 @@ class Invocation:
     recipe_was_given: bool
     """False when no ``--config`` was passed and the default recipe was taken."""
     deepspeed: Path | None
-    """The DeepSpeed JSON of ``--ds``; none trains with torch alone."""
+    """The DeepSpeed JSON of ``--ds``; None trains with torch alone."""
     arguments: argparse.Namespace
 
     @property
     def resume_override(self) -> bool:
-        """``--resume-override`` was passed to a command that has it."""
+        """Return True if ``--resume-override`` was passed to a command that has it."""
         return bool(getattr(self.arguments, "resume_override", False))
 
 
@@ -99,7 +99,7 @@ def parse(parser: argparse.ArgumentParser, default_recipe: Path, argv: Sequence[
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """An argument parser with this project's habits: no abbreviations, description kept as written."""
+    """Return an argument parser with this project's habits: no abbreviations, description kept as written."""
     return argparse.ArgumentParser(
         description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -127,14 +127,14 @@ def add_opening(parser: argparse.ArgumentParser, dtype_help: str) -> None:
 
 
 def positive(text: str) -> int:
-    """An argparse type: a whole number from 1."""
+    """Parse a whole number from 1; an argparse type."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
     return int(text)
 
 
 def step(text: str) -> int | str:
-    """An argparse type: a checkpoint by its number, or ``latest`` or ``best``."""
+    """Parse a checkpoint's number, ``latest`` or ``best``; an argparse type."""
     if text in ("latest", "best"):
         return text
     if not text.isdecimal() or int(text) < 1:
@@ -143,7 +143,7 @@ def step(text: str) -> int | str:
 
 
 def byte_size(text: str) -> int:
-    """Bytes of a size such as 24GiB, 80GB or 512MiB.
+    """Return the bytes of a size such as 24GiB, 80GB or 512MiB.
 
     Raises:
         ConfigError: not of that form, or zero.
@@ -159,7 +159,7 @@ def byte_size(text: str) -> int:
 
 
 def temperature(text: str) -> float:
-    """An argparse type: a number from 0, where 0 means greedy decoding."""
+    """Parse a number from 0, where 0 means greedy decoding; an argparse type."""
     try:
         value = float(text)
     except ValueError:
@@ -170,7 +170,7 @@ def temperature(text: str) -> float:
 
 
 def _plain(annotation: Any) -> list[Any]:
-    """The alternatives of a union, without ``Annotated`` wrappers."""
+    """Return the alternatives of a union, without ``Annotated`` wrappers."""
     if typing.get_origin(annotation) is typing.Annotated:
         return _plain(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
@@ -191,7 +191,7 @@ def _metavar(annotation: Any) -> str:
 
 
 def _value(path: str, info: Any, text: str | list[str], faults: list[str]) -> Any:
-    """What a flag's text stands for; words that open a list or a mapping are read as YAML, of which JSON is a part."""
+    """Return the value of a flag's text; what opens a list or a mapping is read as YAML, which JSON is too."""
     if isinstance(text, str):
         return None if type(None) in _plain(info.annotation) and text.lower() in ("none", "null") else text
     if len(text) == 1 and text[0].startswith("["):

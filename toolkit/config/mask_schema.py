@@ -41,7 +41,7 @@ class MaskGroup(Section):
 
 
 class MaskPhase(Section):
-    """What trains at first, and until when."""
+    """A mask that holds at first, and until when."""
 
     train: Annotated[list[str | MaskGroup], BeforeValidator(_as_list), Field(min_length=1)]
     """What trains in this phase; as mask.train."""
@@ -57,7 +57,7 @@ class MaskPhase(Section):
 
     @property
     def end(self) -> str:
-        """When it ends, as the recipe says it."""
+        """Return when it ends, in the recipe's words."""
         return f"epoch {self.until_epoch}" if self.until_epoch is not None else f"step {self.until_step}"
 
     @model_validator(mode="after")

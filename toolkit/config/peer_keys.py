@@ -1,4 +1,4 @@
-"""What other trainers call a recipe key: transformers' TrainingArguments, TRL, LLaMA-Factory, Axolotl and torchtune.
+"""Names of recipe keys in other trainers: transformers' TrainingArguments, TRL, LLaMA-Factory, Axolotl and torchtune.
 
 Read by ``toolkit.config.recipe.did_you_mean`` alone: an unknown key is led to ours, and never taken for it.
 """

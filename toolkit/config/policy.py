@@ -17,7 +17,7 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Decision:
-    """A feature switched on or off, and why."""
+    """Hold whether a feature is on, and why."""
 
     on: bool
     reason: str

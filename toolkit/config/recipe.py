@@ -22,7 +22,7 @@ _SHORT.maxlevel = 3
 
 
 def field_paths(section: type[Section] = RunConfig, prefix: str = "") -> dict[str, Any]:
-    """Every leaf key of the recipe as ``section.key``, mapped to its pydantic ``FieldInfo``."""
+    """Return every leaf key of the recipe as ``section.key``, mapped to its pydantic ``FieldInfo``."""
     paths: dict[str, Any] = {}
     for name, info in section.model_fields.items():
         if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
@@ -33,7 +33,7 @@ def field_paths(section: type[Section] = RunConfig, prefix: str = "") -> dict[st
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """What was meant by an unknown key, as the rest of a sentence: the known one, or what there is in its place.
+    """Suggest what was meant by an unknown key, as the rest of a sentence: a known one, or what takes its place.
 
     A key finds its section (``learnin_rate`` suggests ``train.learning_rate``), and so does what other trainers call
     it, see ``toolkit.config.peer_keys``. The leaf decides: many keys share a section, which says little.
@@ -67,7 +67,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The recipe file as plain nested dictionaries.
+    """Read the recipe file into plain nested dictionaries.
 
     Raises:
         ConfigError: the file is missing, not UTF-8, not YAML, or not a mapping.
@@ -92,7 +92,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> Any:
-    """The plain values of a YAML text, of which JSON is a part; no tag constructs anything else.
+    """Return the plain values of a YAML text, of which JSON is a part; no tag constructs anything else.
 
     Raises:
         ValueError: not valid, in one line.
@@ -165,7 +165,7 @@ def _explain(fault: Any) -> str:
 
 
 def _is_explained_otherwise(fault: Any) -> bool:
-    """True for a group of ``mask.train`` read as a selector; what is wrong with the group is a fault of its own."""
+    """Return True for a group of ``mask.train`` read as a selector; the group's fault is reported by itself."""
     return fault["loc"][0] == "mask" and fault["loc"][-1] == "str" and isinstance(fault["input"], dict)
 
 
@@ -175,5 +175,5 @@ def save(config: RunConfig, path: Path) -> None:
 
 
 def dump(config: RunConfig) -> str:
-    """The resolved recipe as YAML text."""
+    """Return the resolved recipe as YAML text."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

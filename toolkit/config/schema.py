@@ -32,12 +32,12 @@ __all__ = [
 
 
 def _switch(value: Any) -> Any:
-    """YAML 1.1 reads a bare on/off as a boolean; accept it as the word it was."""
+    """Return a bare on/off, which YAML 1.1 reads as a boolean, as the word it was."""
     return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
 def _number_if_numeric(value: Any) -> Any:
-    """Flags arrive as strings: "0.1" is a fraction, "held_out.jsonl" a path."""
+    """Return "0.1" as a fraction, "held_out.jsonl" as the path it is: flags arrive as strings."""
     if isinstance(value, str) and re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", value):
         return float(value)
     return value

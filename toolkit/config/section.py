@@ -1,4 +1,4 @@
-"""What every part of the recipe has in common."""
+"""The base class of the recipe's sections."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What a run will cost, from its recipe alone: memory by kind, floating-point operations and disk. No weights are read.
+"""Memory by kind, floating-point operations and disk of a run, from its recipe alone. No weights are read.
 
-One training step is rehearsed on the meta device by the code that trains: tensors without content go through the same
-split, the same blocks, the same loss and autograd, and a ledger notes each allocation, its end, and each product.
+One training step is traced on the meta device by the code that trains: tensors without content go through the same
+split, the same blocks, the same loss and autograd, and a log notes each allocation, its end, and each matrix product.
 """

@@ -1,4 +1,4 @@
-"""A plan as a picture: the layers with the frost line, and memory stacked by kind."""
+"""Draw a plan: the layers with the frost line, and memory stacked by kind."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from toolkit.planning.device_fit import Verdict
+from toolkit.planning.device_fit import DeviceFit
 from toolkit.planning.memory import KINDS
 from toolkit.planning.planner import Plan
 from toolkit.runtime.errors import PlanError
@@ -16,7 +16,7 @@ _FROZEN, _TRAINED, _PARTLY = "#a8c8e8", "#e8743b", "#f0b48c"
 _COLOURS = ("#a8c8e8", "#5b8db8", "#f0b48c", "#e8743b", "#b83a2a", "#7fb069", "#e6c229", "#9a8c98")
 
 
-def draw(plan: Plan, path: Path, verdict: Verdict | None = None) -> None:
+def draw(plan: Plan, path: Path, fit: DeviceFit | None = None) -> None:
     """Write the picture; the ending of ``path`` chooses the format (png, svg, pdf).
 
     Raises:
@@ -32,7 +32,7 @@ def draw(plan: Plan, path: Path, verdict: Verdict | None = None) -> None:
     FigureCanvasAgg(figure)
     layers, bars = figure.subplots(1, 2, width_ratios=(1, 1.4))
     _draw_layers(layers, plan)
-    _draw_bars(bars, plan, verdict)
+    _draw_bars(bars, plan, fit)
     spec = plan.variant.spec
     figure.suptitle(f"{plan.model}: engine {spec.name} on {spec.ranks} rank(s), {spec.optimizer}")
     try:
@@ -42,7 +42,7 @@ def draw(plan: Plan, path: Path, verdict: Verdict | None = None) -> None:
 
 
 def _draw_layers(axes: Any, plan: Plan) -> None:
-    """One box a part from input to head; its colour says whether it trains."""
+    """Draw a box for each part from input to head; its colour says whether it trains."""
     parts = plan.audit
     frost_line = next((index for index, row in enumerate(parts) if row.trained), len(parts))
     for index, row in enumerate(parts):
@@ -55,8 +55,8 @@ def _draw_layers(axes: Any, plan: Plan) -> None:
     axes.set_xlim(0, 1.25)
 
 
-def _draw_bars(axes: Any, plan: Plan, verdict: Verdict | None) -> None:
-    """Memory by kind: at the peak, and what would be needed if each kind were at its most at once."""
+def _draw_bars(axes: Any, plan: Plan, fit: DeviceFit | None) -> None:
+    """Draw memory by kind: at the peak, and as if each kind were at its most at once."""
     names = [f"at the peak\n({plan.memory.moment})", "each kind at most"]
     bars: list[Mapping[str, int]] = [plan.memory.at_peak, plan.memory.most]
     if plan.memory.host:
@@ -67,9 +67,9 @@ def _draw_bars(axes: Any, plan: Plan, verdict: Verdict | None) -> None:
             size = held.get(kind, 0) / 2**30
             axes.bar(position, size, bottom=bottom, color=colour, width=0.6, label=kind if position == 0 else None)
             bottom += size
-    if verdict is not None:
-        axes.axhline(verdict.budget / 2**30, color="black", linestyle="--", linewidth=1)
-        axes.text(len(bars) - 0.55, verdict.budget / 2**30, " GPU", va="center")
+    if fit is not None:
+        axes.axhline(fit.budget / 2**30, color="black", linestyle="--", linewidth=1)
+        axes.text(len(bars) - 0.55, fit.budget / 2**30, " GPU", va="center")
     axes.set_xticks(range(len(bars)), names)
     axes.set_ylabel("GiB a rank")
     axes.spines[["top", "right"]].set_visible(False)

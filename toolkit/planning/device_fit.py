@@ -1,4 +1,4 @@
-"""Does a run fit a GPU, and if not, which knob to turn first."""
+"""Find out whether a run fits a GPU, and if not, which setting to change first."""
 
 from __future__ import annotations
 
@@ -22,89 +22,90 @@ Knob = Iterator[tuple[str, Variant]]
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Whether the plan fits."""
+class DeviceFit:
+    """Hold whether a plan fits a GPU, and what to change if not."""
 
     budget: int
     """Bytes of the GPU."""
     needed: int
     """Bytes of tensors at the peak, and the reserve."""
-    turns: tuple[tuple[str, int], ...]
+    changes: tuple[tuple[str, int], ...]
     """What to change, in this order, and the bytes needed after it; empty if it fits as it is."""
 
     @property
     def fits(self) -> bool:
-        """True if the run fits as the recipe has it."""
+        """Return True if the run fits as the recipe has it."""
         return self.needed <= self.budget
 
     @property
     def helps(self) -> bool:
-        """True if it fits at least after all turns."""
-        return self.fits or (bool(self.turns) and self.turns[-1][1] <= self.budget)
+        """Return True if it fits at least after all changes."""
+        return self.fits or (bool(self.changes) and self.changes[-1][1] <= self.budget)
 
 
-def choose_checkpointing(planner: Planner, spec: EngineSpec, budget: int | None) -> Variant:
+def choose_variant(planner: Planner, spec: EngineSpec, budget: int | None) -> Variant:
     """Return the run with gradient checkpointing as ``decide_checkpointing`` has it for ``budget`` bytes."""
-    plain = planner.variant(spec, recompute=False)
+    plain = planner.variant(spec, checkpointing=False)
     held = planner.memory(plain)
     decision = decide_checkpointing(
         planner.config.train.gradient_checkpointing, held.peak + RESERVE, budget, in_update=held.moment == "update"
     )
-    return replace(plain, recompute=decision.on)
+    return replace(plain, checkpointing=decision.on)
 
 
-def judge(planner: Planner, variant: Variant, budget: int) -> Verdict:
+def fit_device(planner: Planner, variant: Variant, budget: int) -> DeviceFit:
     """Compare the peak with ``budget`` bytes.
 
-    The knobs, in the order in which they cost least: recompute activations, smaller micro batches, the prefix in 8 or 4
-    bits, the prefix on the host, the optimizer's state on the host, shorter rows, ZeRO and more ranks, fewer blocks.
+    The knobs, in the order in which they cost least: activation checkpointing, smaller micro batches, the prefix in 8
+    or 4 bits, the prefix on the host, the optimizer's state on the host, shorter rows, ZeRO and more ranks, fewer
+    blocks.
     One that suffices alone is proposed alone; else they add up in this order, some of them a second time.
     """
     needed = planner.memory(variant).peak + RESERVE
     if needed <= budget:
-        return Verdict(budget, needed, ())
+        return DeviceFit(budget, needed, ())
     for knob in _knobs(planner, variant):
-        for text, turned in knob(variant, planner):
-            after = planner.memory(turned).peak + RESERVE
+        for text, changed in knob(variant, planner):
+            after = planner.memory(changed).peak + RESERVE
             if after <= budget:
-                return Verdict(budget, needed, ((text, after),))
-    turns: list[tuple[str, int]] = []
+                return DeviceFit(budget, needed, ((text, after),))
+    changes: list[tuple[str, int]] = []
     now, before = needed, needed + 1
     while budget < now < before:  # a knob may help, or help again, once another moment is the peak
         before = now
         for knob in _knobs(planner, variant):
             best = None
-            for text, turned in knob(variant, planner):
-                after = planner.memory(turned).peak + RESERVE
+            for text, changed in knob(variant, planner):
+                after = planner.memory(changed).peak + RESERVE
                 if after < 0.99 * (best[1] if best else now):
-                    best = (text, after, turned)
+                    best = (text, after, changed)
                 if after <= budget:
                     break
             if best:
-                turns.append(best[:2])
+                changes.append(best[:2])
                 now, variant = best[1], best[2]
             if now <= budget:
                 break
-    return Verdict(budget, needed, tuple(turns))
+    return DeviceFit(budget, needed, tuple(changes))
 
 
 def first_knob(planner: Planner, variant: Variant, in_update: bool) -> str | None:
-    """What to turn first where memory ran out in the update, or else outside it; none if nothing is left to turn.
+    """Return what to change first where memory ran out in the update, or else outside it; None if nothing is left.
 
     The first knob of ``judge``'s order that lowers the planned peak, or, where the plan sees no gain, the first one.
     """
     needed = planner.memory(variant).peak
     first = None
     for knob in _knobs(planner, variant, in_update):
-        for text, turned in knob(variant, planner):
+        for text, changed in knob(variant, planner):
             first = first or text
-            if planner.memory(turned).peak < 0.99 * needed:
+            if planner.memory(changed).peak < 0.99 * needed:
                 return text
     return first
 
 
 def first_pass_knob(planner: Planner, variant: Variant) -> str | None:
-    """What to turn first where memory ran out in the first pass, before there is an engine; its batches are its own."""
+    """Return what to change first where memory ran out in the first pass, before there is an engine."""
     for knob in (_precision, _placement, _length):
         for text, _ in knob(variant, planner):
             return text
@@ -112,8 +113,8 @@ def first_pass_knob(planner: Planner, variant: Variant) -> str | None:
 
 
 def _checkpointing(variant: Variant, planner: Planner) -> Knob:
-    if not variant.recompute:
-        yield "train.gradient_checkpointing: on", replace(variant, recompute=True)
+    if not variant.checkpointing:
+        yield "train.gradient_checkpointing: on", replace(variant, checkpointing=True)
 
 
 def _micro_batch(variant: Variant, planner: Planner) -> Knob:
@@ -129,12 +130,12 @@ def _micro_batch(variant: Variant, planner: Planner) -> Knob:
 def _precision(variant: Variant, planner: Planner) -> Knob:
     stronger = {"model": ("int8", "nf4"), "int8": ("nf4",), "nf4": ()}
     for precision in stronger[variant.frozen.precision]:
-        turned = replace(variant, frozen=variant.frozen.model_copy(update={"precision": precision}))
+        changed = replace(variant, frozen=variant.frozen.model_copy(update={"precision": precision}))
         try:
-            planner.frozen(turned)
+            planner.frozen(changed)
         except ModelError:  # these blocks hold little that can be quantised
             return
-        yield f"prefix.precision: {precision}", turned
+        yield f"prefix.precision: {precision}", changed
 
 
 def _placement(variant: Variant, planner: Planner) -> Knob:
@@ -159,7 +160,7 @@ def _length(variant: Variant, planner: Planner) -> Knob:
 def _offload(variant: Variant, planner: Planner) -> Knob:
     spec = variant.spec
     if spec.optimizer_at == "device" and spec.stage in (None, 2, 3):
-        stage, width = spec.stage or 2, planner.skeleton.hidden_size
+        stage, width = spec.stage or 2, planner.meta.hidden_size
         offloaded = zero_spec(stage, spec.ranks, spec.accumulates, width, spec.optimizer, offload=True)
         yield (
             f"--ds ds_configs/zero{stage}_offload.json (slower: masters and moments are on the host)",
@@ -169,7 +170,7 @@ def _offload(variant: Variant, planner: Planner) -> Knob:
 
 def _ranks(variant: Variant, planner: Planner) -> Knob:
     spec = variant.spec
-    width = planner.skeleton.hidden_size
+    width = planner.meta.hidden_size
     ranks, offload = spec.ranks if spec.ranks > 1 else 2, spec.optimizer_at != "device"
     while ranks <= max(_MOST_RANKS, spec.ranks):
         for stage in (2, 3):
@@ -198,7 +199,7 @@ def _blocks(variant: Variant, planner: Planner) -> Knob:
 def _knobs(
     planner: Planner, variant: Variant, in_update: bool | None = None
 ) -> list[Callable[[Variant, Planner], Knob]]:
-    """The knobs that can help: where the update is the peak, none that only makes a micro batch smaller."""
+    """Return the knobs that can help: where the update is the peak, none that only makes a micro batch smaller."""
     if in_update is None:
         in_update = planner.memory(variant).moment == "update"
     smaller = [] if in_update else [_checkpointing, _micro_batch]

@@ -1,4 +1,4 @@
-"""What each engine holds on one rank, by kind and place: on the device, on the host, in files."""
+"""Count what each engine holds on one rank, by kind and place: on the device, on the host, in files."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Place = Literal["device", "cpu", "nvme"]
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What decides how an engine stores its state."""
+    """Hold what decides how an engine stores its state."""
 
     stage: int | None
-    """ZeRO stage; none is the engine without DeepSpeed."""
+    """ZeRO stage; None is the engine without DeepSpeed."""
     ranks: int
     accumulates: bool
     """More than one micro batch a step."""
@@ -49,7 +49,7 @@ class EngineSpec:
 
     @property
     def name(self) -> str:
-        """As the training log names it."""
+        """Return the engine's name in the training log."""
         return "local" if self.stage is None else f"zero-{self.stage}"
 
 
@@ -60,7 +60,11 @@ def engine_spec(
     optimizer: OptimName = "adamw",
     host_is_device: bool = False,
 ) -> EngineSpec:
-    """The engine that a resolved DeepSpeed configuration asks for; none asks for torch alone."""
+    """Return the engine that a resolved DeepSpeed configuration asks for; None asks for torch alone.
+
+    The defaults are those of ``deepspeed.runtime.zero.config.DeepSpeedZeroConfig``, which a plan does not import: that
+    takes longer than the plan. A test compares them.
+    """
     if ds is None:
         return EngineSpec(None, ranks, accumulation > 1, optimizer=optimizer)
     zero = ds.get("zero_optimization", {})
@@ -93,17 +97,17 @@ def _place(section: Mapping[str, Any]) -> Place:
 def zero_spec(
     stage: int, ranks: int, accumulates: bool, hidden_size: int, optimizer: OptimName, offload: bool = False
 ) -> EngineSpec:
-    """The engine that ``ds_configs/zeroN.json`` of this repository asks for, or ``zeroN_offload.json``."""
+    """Return the engine that ``ds_configs/zeroN.json`` of this repository asks for, or ``zeroN_offload.json``."""
     spec = EngineSpec(stage, ranks, accumulates, hidden_size**2, 10 * hidden_size, int(1e9), optimizer)
     return replace(spec, optimizer_at="cpu", weights_at="cpu" if stage == 3 else "device") if offload else spec
 
 
 @dataclass(frozen=True)
-class Tensors:
-    """Sizes of the tensors of a split model, in elements."""
+class TensorSizes:
+    """Hold the sizes of the tensors of a split model, in elements."""
 
     shared: int
-    """Storages that both halves hold: a frozen table that is embedding and head."""
+    """Storages that prefix and suffix both hold: a frozen table that is embedding and head."""
     trained: tuple[int, ...]
     """Each trained tensor."""
     frozen: tuple[int, ...]
@@ -115,8 +119,8 @@ class Tensors:
 
 
 @dataclass(frozen=True)
-class Standing:
-    """Bytes that an engine holds on one rank, whatever the micro batch; on the device where no place is said."""
+class EngineMemory:
+    """Hold the bytes that an engine takes on one rank beside a micro batch; of the device where no place is said."""
 
     prefix_weights: int
     suffix_weights: int
@@ -131,15 +135,15 @@ class Standing:
     buffers: int
     """Communication buckets and gathered parameters."""
     scratch: int = 0
-    """What the update works in; held throughout."""
+    """Workspace of the update; held throughout."""
     host: Mapping[str, int] = field(default_factory=dict)
-    """By kind, what is in the host's memory throughout."""
+    """Bytes in the host's memory throughout, by kind."""
     files: int = 0
-    """What is in files."""
+    """Bytes in files."""
 
 
-def standing(spec: EngineSpec, tensors: Tensors, frozen: PrefixMemory) -> Standing:
-    """What ``spec`` holds for ``tensors``, beside the prefix's ``frozen`` ones.
+def engine_memory(spec: EngineSpec, tensors: TensorSizes, frozen: PrefixMemory) -> EngineMemory:
+    """Return what ``spec`` holds for ``tensors``, beside the prefix's ``frozen`` ones.
 
     Follows toolkit.optim.flat_buffers, and of DeepSpeed 0.19 zero/stage_1_and_2.py, zero/stage3.py,
     bf16_optimizer.py and fp16/unfused_optimizer.py, and for files swap_tensor/optimizer_utils.py.
@@ -150,7 +154,7 @@ def standing(spec: EngineSpec, tensors: Tensors, frozen: PrefixMemory) -> Standi
     if spec.stage is None:
         return _local(spec, tensors, frozen, suffix)
     if spec.stage == 0:
-        return Standing(
+        return EngineMemory(
             prefix_weights=frozen.device, suffix_weights=suffix, masters=4 * total if low else 0,
             moments=8 * total, accumulated=0, share=1.0,
             update_gradients=(width + 4) * total if low else width * total,
@@ -160,8 +164,8 @@ def standing(spec: EngineSpec, tensors: Tensors, frozen: PrefixMemory) -> Standi
     return _on_one_memory(held) if spec.host_is_device else held
 
 
-def _on_one_memory(held: Standing) -> Standing:
-    """``held`` where the host's memory is the device's."""
+def _on_one_memory(held: EngineMemory) -> EngineMemory:
+    """Return ``held`` where the host's memory is the device's."""
     host = held.host
     gradients = host.get("gradients", 0)
     return replace(
@@ -176,8 +180,8 @@ def _on_one_memory(held: Standing) -> Standing:
     )
 
 
-def whole_moments(name: OptimName, tensors: Tensors) -> int:
-    """Bytes of the moments of whole tensors."""
+def unpartitioned_moments(name: OptimName, tensors: TensorSizes) -> int:
+    """Return the bytes of the moments of tensors that no engine partitions."""
     tables, size = Counter(tensors.tables), 0
     for elements in tensors.trained:
         size += moment_bytes(name, elements, is_table=tables[elements] > 0)
@@ -185,8 +189,8 @@ def whole_moments(name: OptimName, tensors: Tensors) -> int:
     return size
 
 
-def _divided_moments(name: OptimName, tensors: Tensors, part: Callable[[Sequence[int]], int]) -> int:
-    """Bytes of the moments of a rank's ``part`` of tensors: partitions of tables, of vectors and of matrices."""
+def _partitioned_moments(name: OptimName, tensors: TensorSizes, part: Callable[[Sequence[int]], int]) -> int:
+    """Return the bytes of the moments of a rank's ``part`` of tensors: of tables, of vectors and of matrices."""
     if name in ("adamw", "adamw_bf16"):
         return moment_bytes(name, part(tensors.trained))
     others = list((Counter(tensors.trained) - Counter(tensors.tables)).elements())
@@ -194,8 +198,8 @@ def _divided_moments(name: OptimName, tensors: Tensors, part: Callable[[Sequence
     return moment_bytes(name, part(tensors.tables), is_table=True) + sum(moment_bytes(name, part(k)) for k in kinds)
 
 
-def _local(spec: EngineSpec, tensors: Tensors, frozen: PrefixMemory, suffix: int) -> Standing:
-    """Gradients stay as backward leaves them, unless they are added up in float32 over micro batches or ranks."""
+def _local(spec: EngineSpec, tensors: TensorSizes, frozen: PrefixMemory, suffix: int) -> EngineMemory:
+    """Return what the local engine holds: gradients as backward leaves them, or float32 sums over batches or ranks."""
     width, total = tensors.width, sum(tensors.trained)
     low = width < 4
     if spec.accumulates and not low and spec.ranks == 1:  # autograd adds each tensor's gradient as it comes
@@ -203,22 +207,22 @@ def _local(spec: EngineSpec, tensors: Tensors, frozen: PrefixMemory, suffix: int
     else:
         sums = 4 * total if spec.ranks > 1 or spec.accumulates else 0
         held, share, update = sums if spec.accumulates else 0, 1.0, width * total + sums
-    in_halves = spec.optimizer == "adamw_bf16"
-    scratch = 4 + (4 + 8 + 8 if in_halves else 0)  # gradient; then weights, moments, and random numbers for both
-    return Standing(
+    split_masters = spec.optimizer == "adamw_bf16"
+    scratch = 4 + (4 + 8 + 8 if split_masters else 0)  # gradient; then weights, moments, and random numbers for both
+    return EngineMemory(
         prefix_weights=frozen.device, suffix_weights=suffix,
-        masters=(2 if in_halves else 4) * total if low else 0,
-        moments=whole_moments(spec.optimizer, tensors), accumulated=held, share=share, update_gradients=update,
+        masters=(2 if split_masters else 4) * total if low else 0,
+        moments=unpartitioned_moments(spec.optimizer, tensors), accumulated=held, share=share, update_gradients=update,
         buffers=0, scratch=scratch * min(total, LARGEST_PIECE),
     )  # fmt: skip
 
 
-def _divided_scratch(spec: EngineSpec, part: int) -> int:
-    """What bfloat16 moments are updated in, and random numbers for them."""
+def _partitioned_scratch(spec: EngineSpec, part: int) -> int:
+    """Return the workspace in which bfloat16 moments are updated, with random numbers for them."""
     return (8 + 8) * min(part, LARGEST_PIECE) if spec.optimizer == "adamw_bf16" else 0
 
 
-def _stage_1_or_2(spec: EngineSpec, tensors: Tensors, frozen: PrefixMemory, suffix: int) -> Standing:
+def _stage_1_or_2(spec: EngineSpec, tensors: TensorSizes, frozen: PrefixMemory, suffix: int) -> EngineMemory:
     width, total = tensors.width, sum(tensors.trained)
 
     def parts(sizes: Sequence[int]) -> int:
@@ -226,12 +230,12 @@ def _stage_1_or_2(spec: EngineSpec, tensors: Tensors, frozen: PrefixMemory, suff
 
     part = parts(tensors.trained)
     low = width < 4
-    moments, scratch = _divided_moments(spec.optimizer, tensors, parts), _divided_scratch(spec, part)
+    moments, scratch = _partitioned_moments(spec.optimizer, tensors, parts), _partitioned_scratch(spec, part)
     if spec.optimizer_at != "device":
         # the host takes a float32 gradient, one more sum of float32 micro batches, and weights on their way back
         largest = max(tensors.trained)
         sums = 4 * part if spec.accumulates else 0
-        return Standing(
+        return EngineMemory(
             prefix_weights=frozen.device, suffix_weights=suffix, masters=0, moments=0,
             accumulated=sums if low else 0, share=0.0, update_gradients=sums if low else 0,
             buffers=(spec.bucket + largest) * width,
@@ -246,14 +250,14 @@ def _stage_1_or_2(spec: EngineSpec, tensors: Tensors, frozen: PrefixMemory, suff
         share = 1.0 if spec.stage == 1 else 1 / spec.ranks
         # this rank's gradients, flattened, then in float32: the three are there together
         update = int(share * width * total) + width * part + (4 * part if low else 0)
-    return Standing(
+    return EngineMemory(
         prefix_weights=frozen.device, suffix_weights=suffix, masters=4 * part, moments=moments,
         accumulated=held, share=share, update_gradients=update, buffers=spec.bucket * width, scratch=scratch,
     )  # fmt: skip
 
 
-def _stage_3(spec: EngineSpec, tensors: Tensors, frozen: PrefixMemory) -> Standing:
-    """Every tensor of the suffix is cut in equal parts; the prefix keeps its own copy of a shared table."""
+def _stage_3(spec: EngineSpec, tensors: TensorSizes, frozen: PrefixMemory) -> EngineMemory:
+    """Return what ZeRO-3 holds: each tensor of the suffix in equal parts, and a shared table a second time below."""
     width, low = tensors.width, tensors.width < 4
 
     def parts(sizes: Sequence[int]) -> int:
@@ -264,15 +268,15 @@ def _stage_3(spec: EngineSpec, tensors: Tensors, frozen: PrefixMemory) -> Standi
     whole = sum(size for size in everything if size <= spec.persistent)
     gathered = min(sum(everything) - whole, spec.live)
     summed = 4 if spec.accumulates or not low else width
-    held = Standing(
+    held = EngineMemory(
         prefix_weights=frozen.device + tensors.shared * width, suffix_weights=weights + whole * width,
-        masters=4 * part if low else 0, moments=_divided_moments(spec.optimizer, tensors, parts),
+        masters=4 * part if low else 0, moments=_partitioned_moments(spec.optimizer, tensors, parts),
         accumulated=summed * part, share=0.0,
         update_gradients=(summed + 4) * part, buffers=(spec.bucket + gathered) * width,
-        scratch=_divided_scratch(spec, part),
+        scratch=_partitioned_scratch(spec, part),
     )  # fmt: skip
     if spec.optimizer_at != "device":
-        held = _without_state(held, spec, 4 * part, math.ceil(max(tensors.trained) / spec.ranks))
+        held = _offload_state(held, spec, 4 * part, math.ceil(max(tensors.trained) / spec.ranks))
     if spec.weights_at != "device":
         held = replace(held, suffix_weights=held.suffix_weights - weights)
         if spec.weights_at == "cpu":
@@ -282,8 +286,8 @@ def _stage_3(spec: EngineSpec, tensors: Tensors, frozen: PrefixMemory) -> Standi
     return held
 
 
-def _without_state(held: Standing, spec: EngineSpec, masters: int, largest: int) -> Standing:
-    """ZeRO-3 with masters and moments away from the device: gradients then are on the host, also those in float32."""
+def _offload_state(held: EngineMemory, spec: EngineSpec, masters: int, largest: int) -> EngineMemory:
+    """Move masters and moments of ZeRO-3 away from the device, and gradients with them, also those in float32."""
     off = replace(held, masters=0, moments=0, accumulated=0, update_gradients=0, scratch=0)
     if spec.optimizer_at == "cpu":
         return replace(off, host={"masters": masters, "moments": held.moments,

@@ -1,4 +1,4 @@
-"""The model without its weights: every tensor on the meta device, which knows shapes and holds no bytes."""
+"""Build a model without its weights: every tensor on the meta device, which knows shapes and holds no bytes."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from toolkit.runtime.out_of_memory import is_out_of_memory
 from toolkit.runtime.safetensors_io import FLOATS
 
 LOOKED_AT_CONTENT = (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError)
-"""What a model raises on tensors without content, or cut where it cannot be."""
+"""Errors that a model raises on tensors without content, or cut where it cannot be."""
 
 
 @dataclass(frozen=True)
 class MetaModel:
-    """A model whose tensors hold nothing, and its parts."""
+    """Hold a model whose tensors have no content, and its parts."""
 
     model: PreTrainedModel
     anatomy: Anatomy
@@ -37,18 +37,18 @@ class MetaModel:
 
     @property
     def hidden_size(self) -> int:
-        """Width of the hidden states."""
+        """Return the width of the hidden states."""
         return int(self.model.config.get_text_config().hidden_size)
 
     @property
     def positions(self) -> int | None:
-        """Longest input in tokens, where the config states one."""
+        """Return the longest input in tokens, where the config states one."""
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return int(longest) if longest else None
 
 
 def meta_model(config: ModelConfig) -> MetaModel:
-    """The model that ``config`` names, from its config.json alone; headers of safetensors are checked where they lie.
+    """Build the model that ``config`` names from its config.json alone, and check the headers of its safetensors.
 
     Raises:
         ModelError: no such model, a config that transformers cannot build, or weights of other shapes than it says.
@@ -79,7 +79,7 @@ def meta_model(config: ModelConfig) -> MetaModel:
 
 
 def meta_model_of(loaded: LoadedModel) -> MetaModel:
-    """The skeleton of a model that is loaded; its mask must not be applied yet, because that changes its config.
+    """Build the meta model of one that is loaded, before a mask is applied, which changes its config.
 
     Raises:
         PlanError: its class cannot be built without bytes.
@@ -95,7 +95,7 @@ def meta_model_of(loaded: LoadedModel) -> MetaModel:
 
 
 def is_exaone_source(source: str, config: ModelConfig) -> bool:
-    """True if ``source`` is loaded as the Llama that EXAONE 3.x is.
+    """Return True if ``source`` is loaded as the Llama that EXAONE 3.x is.
 
     Raises:
         ModelError: there is no readable config.
@@ -134,7 +134,7 @@ def _build(source: str, config: ModelConfig, exaone: bool) -> PreTrainedModel:
 
 
 def _check_headers(directory: Path, anatomy: Anatomy, exaone: bool) -> str:
-    """Compare the headers of ``directory``'s safetensors, if there are any, with the skeleton's shapes."""
+    """Compare the headers of ``directory``'s safetensors, if there are any, with the meta model's shapes."""
     files = sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
     if not files:
         return "config.json; no weights were looked at"

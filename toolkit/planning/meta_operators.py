@@ -1,4 +1,4 @@
-"""Operators on meta tensors, each worked out once for each shape."""
+"""Run operators on meta tensors, each worked out once for each shape."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 
-class _Results:
-    """Calls operators on meta tensors, and answers from memory what was asked before.
+class _CachedOperators:
+    """Call operators on meta tensors, and keep each result for the next call with the same shapes.
 
-    Blocks, tiles and rehearsals ask the same over and over, and torch works out shapes in Python: 0.2 ms an operator.
+    Blocks, tiles and traces ask the same over and over, and torch works out shapes in Python: 0.2 ms an operator.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class _Results:
 
 
 def _signature(value: Any) -> Any:
-    """All of an argument that a result on the meta device depends on."""
+    """Return all of an argument that a result on the meta device depends on."""
     if isinstance(value, torch.Tensor):
         return value.device, value.dtype, value.shape, value.stride(), value.storage_offset()
     if isinstance(value, (list, tuple)):
@@ -42,7 +42,7 @@ def _signature(value: Any) -> Any:
 def _repeat(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
 ) -> Callable[[tuple[Any, ...]], Any] | None:
-    """How to give ``out`` again; none for one that shares storage with arguments, or is not a single meta tensor."""
+    """Return a function that gives ``out`` again; None if it shares storage or is no single meta tensor."""
     if not (isinstance(out, torch.Tensor) and out.is_meta):
         return None
     if args and out is args[0]:  # written in place
@@ -54,4 +54,4 @@ def _repeat(
     return lambda _: torch.empty_strided(size, stride, dtype=dtype, device="meta")
 
 
-infer = _Results()
+infer = _CachedOperators()

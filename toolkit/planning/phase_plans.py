@@ -1,4 +1,4 @@
-"""The plan of a run whose mask changes: one plan a phase, and the most demanding of them for the whole."""
+"""Plan a run whose mask changes: one plan a phase, and the most demanding of them for the run."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from toolkit.config.schema import MaskConfig, RunConfig
 from toolkit.mask.layer_mask import MaskedTensor
 from toolkit.mask.schedule import phase_configs, phase_masks
 from toolkit.planning.meta_model import MetaModel
-from toolkit.planning.planner import PhaseCost, Plan, Planner
+from toolkit.planning.planner import PhaseSummary, Plan, Planner
 from toolkit.planning.workload import Workload
 
 _MASTER = 4
 """Bytes of an element of a master."""
 
 
-def phase_planners(config: RunConfig, skeleton: MetaModel, load: Workload, passes: Sequence[float]) -> list[Planner]:
+def phase_planners(config: RunConfig, meta: MetaModel, workload: Workload, passes: Sequence[float]) -> list[Planner]:
     """Return one planner a phase of the mask's schedule; one in all where there is no schedule.
 
     Args:
         config: the recipe.
-        skeleton: the model without weights.
-        load: the rows.
+        meta: the model without weights.
+        workload: the rows.
         passes: over the training rows, one number a phase.
 
     Raises:
         MaskError: the mask of a phase is at fault.
     """
     scheduled = bool(config.mask.schedule)
-    untied = any(mask.tied == "untie" for mask in phase_masks(config.mask, skeleton.anatomy))
+    untied = any(mask.tied == "untie" for mask in phase_masks(config.mask, meta.anatomy))
     return [
-        Planner(config.model_copy(update={"mask": mask}), skeleton, load, own, untied=untied, is_phase=scheduled)
+        Planner(config.model_copy(update={"mask": mask}), meta, workload, own, untied=untied, is_phase=scheduled)
         for mask, own in zip(phase_configs(config.mask), passes, strict=True)
     ]
 
 
-def whole_plan(plans: Sequence[Plan], config: MaskConfig) -> Plan:
-    """The plan of the phase that needs most memory, with a line for each phase and the largest checkpoint.
+def combine_plans(plans: Sequence[Plan], config: MaskConfig) -> Plan:
+    """Return the plan of the phase that needs most memory, with a line for each phase and the largest checkpoint.
 
     Args:
         plans: one a phase.
@@ -48,14 +48,14 @@ def whole_plan(plans: Sequence[Plan], config: MaskConfig) -> Plan:
     index = max(range(len(plans)), key=lambda i: plans[i].memory.peak)
     ends = [phase.end for phase in config.schedule] + ["the end"]
     phases = tuple(
-        PhaseCost(end, plan.mask.boundary, plan.mask.parameters, plan.memory.peak, i == index)
+        PhaseSummary(end, plan.mask.boundary, plan.mask.parameters, plan.memory.peak, i == index)
         for i, (end, plan) in enumerate(zip(ends, plans, strict=True))
     )
     return replace(plans[index], phases=phases, checkpoint=_largest_checkpoint(plans))
 
 
 def _largest_checkpoint(plans: Sequence[Plan]) -> int:
-    """Beside what trains, a checkpoint holds the masters of what trained in earlier phases."""
+    """Return the size of the largest checkpoint, which also holds the masters of what trained in earlier phases."""
     seen: set[MaskedTensor] = set()
     largest = 0
     for plan in plans:

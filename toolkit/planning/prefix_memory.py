@@ -1,4 +1,4 @@
-"""What the prefix's weights take on the device, on the host and on disk, stored and placed as the recipe asks."""
+"""Count the bytes of the prefix's weights on the device, on the host and on disk, stored as the recipe asks."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from toolkit.split.suffix import Suffix
 
 @dataclass(frozen=True)
 class PrefixMemory:
-    """Bytes of the weights that the prefix alone holds."""
+    """Hold the bytes of the weights that the prefix alone has."""
 
     device: int
     """On the device for good."""
-    lent: int
+    streamed: int
     """Beside that while the prefix computes: a block in the model's precision, or two where blocks are streamed."""
-    away: int
+    offloaded: int
     """On the host or on disk."""
 
 
 def frozen_bytes(
     prefix: Prefix | None, suffix: Suffix, anatomy: Anatomy, boundary: int, config: PrefixConfig
 ) -> PrefixMemory:
-    """What a prefix of the meta device would take.
+    """Count the bytes of a prefix of the meta device.
 
     Args:
-        prefix: the lower half, with its own parameters; none where there is none.
+        prefix: the lower half, with its own parameters; None where there is none.
         suffix: the upper half; what it holds too is not counted.
         anatomy: the parts of the model.
         boundary: number of frozen blocks.
@@ -60,13 +60,13 @@ def frozen_bytes(
 
 
 def _own_bytes(module: nn.Module, above: set[int]) -> int:
-    """Bytes of a module's storages, those of ``above`` left out."""
+    """Return the bytes of a module's storages, those of ``above`` left out."""
     storages = {p.untyped_storage()._cdata: p.nbytes for p in module.parameters()}
     return sum(size for storage, size in storages.items() if storage not in above)
 
 
 def _stored(block: nn.Module, whole: int, precision: Literal["model", "int8", "nf4"]) -> int:
-    """Bytes of a block of ``whole`` bytes after quantising."""
+    """Return the bytes of a block of ``whole`` bytes after quantising."""
     if precision == "model":
         return whole
     saved = 0

@@ -27,7 +27,7 @@ Method = Literal["spectrum", "gradient"]
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A ranking of blocks, and the best of them."""
+    """Hold a ranking of blocks, and the best of them."""
 
     method: Method
     scores: tuple[float, ...]
@@ -37,15 +37,15 @@ class Suggestion:
 
     @property
     def ranking(self) -> list[int]:
-        """Blocks from the highest score to the lowest; equal ones from the head down."""
+        """Return the blocks from the highest score to the lowest; equal ones from the head down."""
         return sorted(range(len(self.scores)), key=lambda block: (-self.scores[block], -block))
 
     def mask_block(self) -> str:
-        """A ``mask:`` section for a recipe that trains the chosen blocks."""
+        """Return a ``mask:`` section for a recipe that trains the chosen blocks."""
         return yaml.safe_dump({"mask": {"train": [f"blocks:{_ranges(self.chosen)}"]}}, sort_keys=False)
 
     def table(self) -> str:
-        """The ranking as aligned text, then the recipe's section and where its frost line runs."""
+        """Return the ranking as aligned text, then the recipe's section and where its frost line runs."""
         lines = [f"{'rank':>4}  {'block':>5}  {self.method:>12}"]
         for rank, block in enumerate(self.ranking, start=1):
             mark = "  chosen" if block in self.chosen else ""
@@ -91,7 +91,7 @@ def suggest_for(config: RunConfig, method: Method, budget: float, rows: int) -> 
 
 @torch.no_grad()
 def spectrum_scores(loaded: LoadedModel) -> list[float]:
-    """Signal-to-noise ratio of each block's weights, after Spectrum (Hartford et al., arXiv 2406.06623).
+    """Compute the signal-to-noise ratio of each block's weights, after Spectrum (Hartford et al., arXiv 2406.06623).
 
     The singular values of a matrix above the Marchenko-Pastur edge of its noise count as signal, the rest as noise;
     their ratio is divided by the largest one. Matrices of the same name are scaled to a largest ratio of 1 over the
@@ -114,7 +114,7 @@ def spectrum_scores(loaded: LoadedModel) -> list[float]:
 
 
 def signal_to_noise(weight: torch.Tensor) -> float:
-    """Sum of singular values above the noise edge over the sum below it, divided by the largest singular value.
+    """Divide the sum of singular values above the noise edge by the sum below it and by the largest singular value.
 
     The edge is ``sigma * (1 + sqrt(rows / columns))`` with ``sigma`` the interquartile range of the singular values
     over 1.349, which is the standard deviation of a normal distribution.
@@ -131,7 +131,7 @@ def signal_to_noise(weight: torch.Tensor) -> float:
 
 
 def gradient_scores(loaded: LoadedModel, examples: Sequence[Example]) -> list[float]:
-    """2-norm of the loss's gradient with respect to each block's tensors, averaged over single rows."""
+    """Compute the 2-norm of the loss's gradient with respect to each block's tensors, averaged over single rows."""
     device = World().device
     model = loaded.model.to(device).eval()
     blocks = {t.name: t.block for t in loaded.anatomy.tensors if t.block is not None}
@@ -157,7 +157,7 @@ def gradient_scores(loaded: LoadedModel, examples: Sequence[Example]) -> list[fl
 
 
 def _ranges(blocks: Sequence[int]) -> str:
-    """Blocks as a selector's list: ``3,10-13``."""
+    """Write blocks as a selector's list: ``3,10-13``."""
     runs: list[list[int]] = []
     for block in blocks:
         if runs and block == runs[-1][-1] + 1:

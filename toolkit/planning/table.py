@@ -1,11 +1,11 @@
-"""A plan as an aligned table and as JSON."""
+"""Write a plan as an aligned table and as JSON."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from toolkit.config.policy import global_batch
-from toolkit.planning.device_fit import RESERVE, Verdict
+from toolkit.planning.device_fit import RESERVE, DeviceFit
 from toolkit.planning.flops import PASSES
 from toolkit.planning.memory import KINDS, Memory
 from toolkit.planning.planner import Plan, packed_lengths
@@ -13,34 +13,34 @@ from toolkit.planning.planner import Plan, packed_lengths
 _GIB = 2**30
 
 
-def as_text(plan: Plan, verdict: Verdict | None = None) -> str:
-    """The audit table, memory, compute, disk, and whether it fits."""
+def as_text(plan: Plan, fit: DeviceFit | None = None) -> str:
+    """Return the audit table, memory, operations, disk, and whether the run fits, as text."""
     parts = [f"{plan.model} ({plan.source})", plan.audit_text, _memory_text(plan), _compute_text(plan), _disk(plan)]
     if not plan.is_cut:
         parts.insert(2, "this architecture is not cut: the frozen blocks run inside the suffix")
     if plan.phases:
         parts.insert(1, _phases_text(plan))
-    if verdict is not None:
-        parts.append(verdict_text(verdict))
+    if fit is not None:
+        parts.append(fit_text(fit))
     return "\n\n".join(parts)
 
 
-def verdict_text(verdict: Verdict) -> str:
-    """Whether it fits, and what to turn if not."""
-    needed, budget = _gib(verdict.needed), _gib(verdict.budget)
+def fit_text(fit: DeviceFit) -> str:
+    """Say whether the run fits, and what to change if not."""
+    needed, budget = _gib(fit.needed), _gib(fit.budget)
     reserve = f"with {_gib(RESERVE)} set aside for the CUDA context and the allocator"
-    if verdict.fits:
+    if fit.fits:
         return f"fits: {needed} of {budget}, {reserve}"
     lines = [f"does not fit: {needed} of {budget}, {reserve}"]
-    for number, (text, after) in enumerate(verdict.turns):
+    for number, (text, after) in enumerate(fit.changes):
         lines.append(f"{'first' if number == 0 else 'then'}: {text} -> {_gib(after)}")
-    if not verdict.helps:
+    if not fit.helps:
         lines.append("that is still too much: train fewer tensors, use a smaller model, or a GPU with more memory")
     return "\n".join(lines)
 
 
-def as_dict(plan: Plan, verdict: Verdict | None = None) -> dict[str, Any]:
-    """The plan as JSON values; bytes and floating-point operations as whole numbers."""
+def as_dict(plan: Plan, fit: DeviceFit | None = None) -> dict[str, Any]:
+    """Return the plan as JSON values; bytes and floating-point operations as whole numbers."""
     variant, rows = plan.variant, _epoch(plan)
     values: dict[str, Any] = {
         "model": plan.model,
@@ -55,29 +55,29 @@ def as_dict(plan: Plan, verdict: Verdict | None = None) -> dict[str, Any]:
             "name": variant.spec.name,
             "ranks": variant.spec.ranks,
             "optimizer": variant.spec.optimizer,
-            "gradient_checkpointing": variant.recompute,
+            "gradient_checkpointing": variant.checkpointing,
         },
         "micro_batch": {
             "rows": variant.rows,
-            "packed": bool(packed_lengths(variant, plan.load)),
+            "packed": bool(packed_lengths(variant, plan.workload)),
             "tokens": variant.tokens,
             "supervised": variant.supervised,
             "accumulation": variant.accumulation,
             "global_batch": _step_rows(plan),
-            "source": plan.load.source,
+            "source": plan.workload.source,
         },
         "prefix": {
             "precision": variant.frozen.precision,
             "placement": variant.frozen.placement,
-            "away_from_the_device": plan.frozen.away,
+            "away_from_the_device": plan.frozen.offloaded,
             "cached": variant.cached,
         },
         "memory": _memory_values(plan.memory),
         "flops": {
             "per_token": {name: round(value) for name, value in _per_token(plan).items()},
             "per_step": round(sum(_step_passes(plan).values())),
-            "first_epoch": round(sum(plan.compute.of(rows).values())) if rows else None,
-            "later_epoch": round(sum(_training(plan, plan.compute.of(rows)).values())) if rows else None,
+            "first_epoch": round(sum(plan.flops.of(rows).values())) if rows else None,
+            "later_epoch": round(sum(_training(plan, plan.flops.of(rows)).values())) if rows else None,
         },
         "disk": {
             "checkpoint": plan.checkpoint,
@@ -91,8 +91,8 @@ def as_dict(plan: Plan, verdict: Verdict | None = None) -> dict[str, Any]:
             {"end": phase.end, "boundary": phase.boundary, "trained": phase.trained, "peak": phase.peak}
             for phase in plan.phases
         ]
-    if verdict is not None:
-        values["fit"] = _fit(verdict)
+    if fit is not None:
+        values["fit"] = _fit_values(fit)
     return values
 
 
@@ -126,24 +126,24 @@ def _phases_text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _fit(verdict: Verdict) -> dict[str, Any]:
+def _fit_values(fit: DeviceFit) -> dict[str, Any]:
     return {
-        "gpu_memory": verdict.budget,
-        "needed": verdict.needed,
-        "fits": verdict.fits,
-        "turns": [{"change": text, "needed": after} for text, after in verdict.turns],
+        "gpu_memory": fit.budget,
+        "needed": fit.needed,
+        "fits": fit.fits,
+        "turns": [{"change": text, "needed": after} for text, after in fit.changes],
     }
 
 
 def _memory_text(plan: Plan) -> str:
     variant, spec, memory = plan.variant, plan.variant.spec, plan.memory
-    switch = "on" if variant.recompute else "off"
+    switch = "on" if variant.checkpointing else "off"
     engine = f"engine {spec.name}, {spec.ranks} rank(s), {spec.optimizer}"
     away = f"{'on the host':>14}" if memory.host else ""
     lines = [
         f"memory of each rank: {engine}, gradient checkpointing {switch}",
         f"micro batch {_micro_batch(plan)}, {variant.supervised:,} of a row supervised",
-        f"({plan.load.source})",
+        f"({plan.workload.source})",
         f"{'kind':<16}{'at most':>14}{'at the peak':>14}{away}",
     ]
     for kind in KINDS:
@@ -157,8 +157,8 @@ def _memory_text(plan: Plan) -> str:
     if (frozen.precision, frozen.placement) != ("model", "device"):
         place = {
             "device": "",
-            "cpu": f", {_gib(plan.frozen.away)} on the host",
-            "disk": f", {_gib(plan.frozen.away)} on disk",
+            "cpu": f", {_gib(plan.frozen.offloaded)} on the host",
+            "disk": f", {_gib(plan.frozen.offloaded)} on disk",
         }
         lines.append(f"prefix kept in {frozen.precision} precision{place[frozen.placement]}")
     if variant.cached:
@@ -168,20 +168,20 @@ def _memory_text(plan: Plan) -> str:
 
 
 def _micro_batch(plan: Plan) -> str:
-    if lengths := packed_lengths(plan.variant, plan.load):
+    if lengths := packed_lengths(plan.variant, plan.workload):
         return f"of {len(lengths)} rows packed into one of {sum(lengths):,} tokens"
     return f"{plan.variant.rows} x {plan.variant.tokens:,} tokens"
 
 
 def _compute_text(plan: Plan) -> str:
-    """The first epoch contains the first pass, where the prefix is cached; later ones read."""
+    """Return the table of operations; the first epoch contains the first pass, where the prefix is cached."""
     columns = ("a token", "a step", "first epoch", "later epochs")
     lines = [f"{'compute':<16}" + "".join(f"{column:>14}" for column in columns)]
-    first = plan.compute.of(_epoch(plan)) if _epoch(plan) else None
+    first = plan.flops.of(_epoch(plan)) if _epoch(plan) else None
     table = [_per_token(plan), _step_passes(plan), first, _training(plan, first) if first else None]
     for name in PASSES:
-        lines.append(f"{name:<16}" + "".join(f"{_flop(cost[name]) if cost else '-':>14}" for cost in table))
-    totals = "".join(f"{_flop(sum(cost.values())) if cost else '-':>14}" for cost in table)
+        lines.append(f"{name:<16}" + "".join(f"{_flop(flops[name]) if flops else '-':>14}" for flops in table))
+    totals = "".join(f"{_flop(sum(flops.values())) if flops else '-':>14}" for flops in table)
     return "\n".join([*lines, f"{'total':<16}{totals}"])
 
 
@@ -196,7 +196,7 @@ def _disk(plan: Plan) -> str:
 
 
 def _cache_bytes(plan: Plan) -> int | None:
-    """Bytes of all cached training rows, where they are known."""
+    """Return the bytes of all cached training rows; None where they are not known."""
     rows = _epoch(plan)
     return plan.token_bytes * sum(tokens for tokens, _ in rows) if rows else None
 
@@ -206,29 +206,29 @@ def _most_on_disk(plan: Plan) -> int:
 
 
 def _epoch(plan: Plan) -> list[tuple[int, int]]:
-    """The rows of an epoch as far as they are known."""
-    return list(plan.load.lengths or ())
+    """Return the rows of an epoch as far as they are known."""
+    return list(plan.workload.lengths or ())
 
 
 def _mean_row(plan: Plan) -> dict[str, float]:
     rows = _epoch(plan) or [(plan.variant.tokens, plan.variant.supervised)]
-    return {name: value / len(rows) for name, value in plan.compute.of(rows).items()}
+    return {name: value / len(rows) for name, value in plan.flops.of(rows).items()}
 
 
 def _per_token(plan: Plan) -> dict[str, float]:
     rows = _epoch(plan) or [(plan.variant.tokens, plan.variant.supervised)]
     tokens = sum(length for length, _ in rows)
-    return {name: value / tokens for name, value in plan.compute.of(rows).items()}
+    return {name: value / tokens for name, value in plan.flops.of(rows).items()}
 
 
 def _step_rows(plan: Plan) -> int:
-    """Rows of one optimizer step over all ranks."""
+    """Return the rows of one optimizer step over all ranks."""
     return global_batch(plan.variant.rows, plan.variant.accumulation, plan.variant.spec.ranks)
 
 
-def _training(plan: Plan, cost: dict[str, float]) -> dict[str, float]:
-    """What a pass over rows costs once their hidden states are there."""
-    return cost | {"prefix forward": 0.0} if plan.variant.cached else cost
+def _training(plan: Plan, flops: dict[str, float]) -> dict[str, float]:
+    """Return the operations of a pass over rows once their hidden states are there."""
+    return flops | {"prefix forward": 0.0} if plan.variant.cached else flops
 
 
 def _step_passes(plan: Plan) -> dict[str, float]:

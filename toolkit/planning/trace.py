@@ -1,4 +1,4 @@
-"""Rehearse one micro batch on the meta device, and keep a ledger of every allocation and every product."""
+"""Trace one micro batch on the meta device: log every allocation, and count every product."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from toolkit.split.prefix import Prefix
 from toolkit.split.suffix import Suffix
 from toolkit.split.supervised_loss import supervised_loss, tile_width
 
-Phase = Literal["prefix", "forward", "backward"]
+Pass = Literal["prefix", "forward", "backward"]
 Product = Literal["matrices", "attention"]
 Kind = Literal["gradients", "activations", "logits", "workspace"]
 _KINDS: tuple[Kind, ...] = ("gradients", "activations", "logits", "workspace")
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A micro batch as far as its cost goes."""
+class BatchShape:
+    """Hold the sizes of a micro batch that its cost depends on."""
 
     rows: int
     tokens: int
@@ -44,13 +44,13 @@ class Shape:
 
     @property
     def pairs(self) -> int:
-        """Pairs of tokens of one sample, or of one padded row: what attention's cost grows with."""
+        """Return the pairs of tokens of one sample, or of one padded row: attention's cost grows with them."""
         return sum(length**2 for length in self.packed) or self.rows * self.tokens**2
 
 
 @dataclass
-class Record:
-    """One allocation: alive from event ``birth`` to event ``death``, counted in allocations and releases."""
+class Allocation:
+    """Hold one allocation: alive from event ``birth`` to event ``death``, counted in allocations and releases."""
 
     birth: int
     bytes: int
@@ -60,11 +60,11 @@ class Record:
 
 @dataclass(frozen=True)
 class Trace:
-    """What one micro batch of a shape allocates and computes on one rank, in step with what training does."""
+    """Hold what one micro batch of a shape allocates and computes on one rank."""
 
-    shape: Shape
-    records: tuple[Record, ...] = field(repr=False)
-    flops: dict[tuple[Phase, Product], int]
+    shape: BatchShape
+    records: tuple[Allocation, ...] = field(repr=False)
+    flops: dict[tuple[Pass, Product], int]
     """Floating-point operations as torch.utils.flop_counter counts them: 2 a multiply-add."""
     end_of_forward: int
     """The event at which forward and loss were done."""
@@ -72,22 +72,22 @@ class Trace:
     """The most bytes at once before the suffix begins."""
 
     @cached_property
-    def _events(self) -> list[tuple[Record, int]]:
-        """Allocations (1) and releases (-1) in order."""
+    def _events(self) -> list[tuple[Allocation, int]]:
+        """Return allocations (1) and releases (-1) in order."""
         events = [(r.birth, r, 1) for r in self.records]
         events += [(r.death, r, -1) for r in self.records if r.death is not None]
         return [(record, sign) for _, record, sign in sorted(events, key=lambda event: event[0])]
 
     def kept(self, kind: Kind) -> int:
-        """Bytes of ``kind`` that are alive between forward and backward."""
+        """Return the bytes of ``kind`` that are alive between forward and backward."""
         return sum(r.bytes for r in self.records if r.kind == kind and _alive(r, self.end_of_forward))
 
     def most(self, kind: Kind) -> int:
-        """The most bytes of ``kind`` that are alive at once."""
+        """Return the most bytes of ``kind`` that are alive at once."""
         return self.peak({other: float(other == kind) for other in _KINDS})[kind]
 
     def peak(self, weights: dict[Kind, float] | None = None) -> dict[Kind, int]:
-        """Bytes by kind at the moment when their sum is largest.
+        """Return the bytes by kind at the moment when their sum is largest.
 
         Args:
             weights: how much a byte of each kind counts; an engine that partitions gradients keeps a share of them.
@@ -105,13 +105,13 @@ class Trace:
 
 
 def trace(
-    prefix: Prefix | None, suffix: Suffix, trained: Iterable[nn.Parameter], shape: Shape, vocabulary: int
+    prefix: Prefix | None, suffix: Suffix, trained: Iterable[nn.Parameter], shape: BatchShape, vocabulary: int
 ) -> Trace:
-    """Forward, loss and backward of one micro batch, on meta tensors.
+    """Run forward, loss and backward of one micro batch on meta tensors.
 
     Args:
-        prefix: of a model on the meta device; none where there is none.
-        suffix: its upper half; checkpointed or not, as ``recompute_blocks`` left it.
+        prefix: of a model on the meta device; None where there is none.
+        suffix: of the same model, its blocks checkpointed or not.
         trained: the parameters that get gradients.
         shape: rows of equal length; more than one row are taken as padded, as rows of different length are, unless
             they are packed.
@@ -125,24 +125,24 @@ def trace(
     parts = [part for part in (prefix, suffix) if part is not None]
     element_size = next(suffix.parameters()).element_size()
     standing = (t for part in parts for t in (*part.parameters(), *part.buffers()))
-    ledger = _Ledger(shape, vocabulary, element_size, standing)
-    with ledger, _fused_attention(ledger):
-        ledger.phase = "prefix"
+    log = _AllocationLog(shape, vocabulary, element_size, standing)
+    with log, _fused_attention(log):
+        log.phase = "prefix"
         hidden = prefix(batch) if prefix is not None else None
-        most_in_prefix = ledger.most
-        ledger.phase = "forward"
+        most_in_prefix = log.most
+        log.phase = "forward"
         loss = supervised_loss(suffix, hidden, batch, 1.0)
-        end_of_forward = ledger.mark_activations()
-        ledger.phase = "backward"
+        end_of_forward = log.mark_activations()
+        log.phase = "backward"
         loss.backward()  # type: ignore[no-untyped-call]
         for parameter in trained:
             if parameter.grad is not None:
-                ledger.mark(parameter.grad, "gradients")
+                log.mark(parameter.grad, "gradients")
                 parameter.grad = None
-    return Trace(shape, tuple(ledger.records), dict(ledger.flops), end_of_forward, most_in_prefix)
+    return Trace(shape, tuple(log.records), dict(log.flops), end_of_forward, most_in_prefix)
 
 
-def _batch(shape: Shape) -> Batch:
+def _batch(shape: BatchShape) -> Batch:
     size = (shape.rows, shape.tokens)
     ids = torch.zeros(size, dtype=torch.long, device="meta")
     return Batch(
@@ -157,30 +157,30 @@ def _batch(shape: Shape) -> Batch:
     )
 
 
-def _alive(record: Record, event: int) -> bool:
+def _alive(record: Allocation, event: int) -> bool:
     return record.birth <= event and (record.death is None or record.death > event)
 
 
-class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes when each storage is allocated and released, and counts products by phase."""
+class _AllocationLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Note when each storage is allocated and released, and count products by pass.
 
-    def __init__(self, shape: Shape, vocabulary: int, element_size: int, standing: Iterable[torch.Tensor]) -> None:
-        """
-        Args:
-            shape: of the micro batch.
-            vocabulary: columns of the logits.
-            element_size: bytes of one logit in the model's precision.
-            standing: parameters and buffers, which are there before and after.
-        """  # noqa: D205, D212
+    Args:
+        shape: of the micro batch.
+        vocabulary: columns of the logits.
+        element_size: bytes of one logit in the model's precision.
+        standing: parameters and buffers, which are there before and after.
+    """
+
+    def __init__(self, shape: BatchShape, vocabulary: int, element_size: int, standing: Iterable[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.phase: Phase = "prefix"
-        self.records: list[Record] = []
-        self.flops: Counter[tuple[Phase, Product]] = Counter()
+        self.phase: Pass = "prefix"
+        self.records: list[Allocation] = []
+        self.flops: Counter[tuple[Pass, Product]] = Counter()
         self._shape = shape
         width = tile_width(shape.supervised, vocabulary, element_size)
         self._widths = {vocabulary, width, vocabulary % width}
         self._standing = {tensor.untyped_storage()._cdata for tensor in standing}
-        self._live: dict[int, Record] = {}
+        self._live: dict[int, Allocation] = {}
         self._event = 0
         self._now = 0
         self.most = 0
@@ -204,12 +204,12 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def mark(self, tensor: torch.Tensor, kind: Kind) -> None:
-        """Say what the storage of ``tensor`` is."""
+        """Set the kind of ``tensor``'s storage."""
         if record := self._live.get(tensor.untyped_storage()._cdata):
             record.kind = kind
 
     def mark_activations(self) -> int:
-        """What is alive now and is no logits is kept for backward; returns the event."""
+        """Mark what is alive now and is no logits as kept for backward; return the event."""
         for record in self._live.values():
             if record.kind == "workspace":
                 record.kind = "activations"
@@ -225,7 +225,7 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key in self._live or key in self._standing:
             return
         self._event += 1
-        record = Record(self._event, storage.nbytes())
+        record = Allocation(self._event, storage.nbytes())
         if tensor.dim() > 1 and tensor.shape[-1] in self._widths:
             record.kind = "logits"
         self.records.append(record)
@@ -241,50 +241,50 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._now -= record.bytes
 
     def _product(self, args: tuple[Any, ...], out: Any) -> Product:
-        """Attention's products grow with the square of the length; those not fused are batches of T x T matrices."""
+        """Return whose product it is; attention that is not fused multiplies batches of T x T matrices."""
         square = (self._shape.tokens, self._shape.tokens)
         batched = [t for t in (*args, out) if isinstance(t, torch.Tensor) and t.dim() == 3]
         return "attention" if any(tuple(t.shape[-2:]) == square for t in batched) else "matrices"
 
 
 @contextmanager
-def _fused_attention(ledger: _Ledger) -> Iterator[None]:
-    """Put ``_Attention`` in the place of scaled_dot_product_attention, which on meta would write out T x T scores.
+def _fused_attention(log: _AllocationLog) -> Iterator[None]:
+    """Put ``_MetaAttention`` in the place of scaled_dot_product_attention, which on meta would write out T x T scores.
 
     A function mode would not do: autograd's backward leaves it, and recomputation runs there.
     """
     kernel = functional.scaled_dot_product_attention
 
-    def stand_in(query: Any, key: Any, value: Any, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def fused(query: Any, key: Any, value: Any, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         if attn_mask is not None and attn_mask.dtype != query.dtype:  # a boolean mask becomes a bias
             attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)
-        return _Attention.apply(query, key, value, attn_mask, ledger)  # type: ignore[no-untyped-call]
+        return _MetaAttention.apply(query, key, value, attn_mask, log)  # type: ignore[no-untyped-call]
 
-    functional.scaled_dot_product_attention = stand_in
+    functional.scaled_dot_product_attention = fused
     try:
         yield
     finally:
         functional.scaled_dot_product_attention = kernel
 
 
-class _Attention(torch.autograd.Function):
-    """Allocates and counts as the fused kernels do (Dao et al., arXiv 2205.14135): no scores, T logarithms a head.
+class _MetaAttention(torch.autograd.Function):
+    """Allocate and count as the fused kernels do (Dao et al., arXiv 2205.14135): no scores, T logarithms a head.
 
     Backward computes the scores again: five products for the two of forward.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Any, key: Any, value: Any, bias: Any, ledger: _Ledger) -> torch.Tensor:
+    def forward(ctx: Any, query: Any, key: Any, value: Any, bias: Any, log: _AllocationLog) -> torch.Tensor:
         batch, heads, length, size = query.shape
         out: torch.Tensor = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
         logarithms = query.new_empty(batch, heads, length, dtype=torch.float32)
         ctx.save_for_backward(query, key, value, bias, out, logarithms)
-        ctx.pairs, ctx.ledger = batch * heads * length * key.shape[-2], ledger
-        ledger.count_attention(2 * ctx.pairs * (size + value.shape[-1]))
+        ctx.pairs, ctx.log = batch * heads * length * key.shape[-2], log
+        log.count_attention(2 * ctx.pairs * (size + value.shape[-1]))
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         query, key, value, *_ = ctx.saved_tensors
-        ctx.ledger.count_attention(2 * ctx.pairs * (3 * query.shape[-1] + 2 * value.shape[-1]))
+        ctx.log.count_attention(2 * ctx.pairs * (3 * query.shape[-1] + 2 * value.shape[-1]))
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None, None

@@ -1,4 +1,4 @@
-"""The two halves of a model without weights, under a mask, ready to be rehearsed."""
+"""Split a model without weights under a mask, and trace it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from toolkit.mask.layer_mask import LayerMask
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.varlen import VARLEN
 from toolkit.optim.groups import embedding_tables
-from toolkit.planning.engine_memory import Tensors
+from toolkit.planning.engine_memory import TensorSizes
 from toolkit.planning.meta_model import MetaModel
-from toolkit.planning.trace import Shape, Trace, trace
+from toolkit.planning.trace import BatchShape, Trace, trace
 from toolkit.split.activation_checkpointing import checkpoint_blocks
 from toolkit.split.loss_head import Shortcuts
 from toolkit.split.prefix import Prefix
@@ -27,39 +27,42 @@ from toolkit.split.suffix import Suffix, split
 
 @dataclass(frozen=True)
 class MetaSplit:
-    """A model cut at its frost line; it has no weights."""
+    """Hold a model without weights, cut at its frost line."""
 
     model: PreTrainedModel
-    """A copy of the skeleton with the mask applied."""
+    """A copy of the meta model with the mask applied."""
     anatomy: Anatomy
     mask: LayerMask
     boundary: int | None
-    """Where it is cut; none is not at all."""
+    """Where it is cut; None is not at all."""
     prefix: Prefix | None
     suffix: Suffix
     trained: dict[str, nn.Parameter]
-    tensors: Tensors
+    tensors: TensorSizes
 
     @property
     def head(self) -> torch.Tensor:
-        """The head's matrix [vocabulary, hidden_size]."""
+        """Return the head's matrix [vocabulary, hidden_size]."""
         matrix: torch.Tensor = self.model.get_output_embeddings().weight
         return matrix
 
     @cached_property
-    def recomputing(self) -> Suffix:
-        """The suffix again, with the blocks from the frost line up checkpointed."""
+    def checkpointed(self) -> Suffix:
+        """Return the suffix again, with the blocks from the frost line up checkpointed."""
         _, suffix = split(self.model, self.anatomy, self.boundary)
         suffix.take(self.suffix.shortcuts)
         checkpoint_blocks(suffix.blocks(self.mask.boundary))
         return suffix
 
+    def trace(self, shape: BatchShape, checkpointing: bool) -> Trace:
+        """Trace a micro batch of ``shape``, with activation checkpointing or without."""
+        suffix = self.checkpointed if checkpointing else self.suffix
+        return trace(self.prefix, suffix, self.trained.values(), shape, self.head.shape[0])
 
-def meta_split(
-    skeleton: MetaModel, mask: LayerMask, boundary: int | None, packed: bool, shortcuts: Shortcuts
-) -> MetaSplit:
-    """The skeleton under ``mask``, cut below block ``boundary`` (none: not at all), as a run would set it up."""
-    model, anatomy = copy.deepcopy(skeleton.model), skeleton.anatomy  # each mask has parameters of its own
+
+def meta_split(meta: MetaModel, mask: LayerMask, boundary: int | None, packed: bool, shortcuts: Shortcuts) -> MetaSplit:
+    """Lay ``mask`` on the meta model and cut it below block ``boundary`` (None: not at all), as a run does."""
+    model, anatomy = copy.deepcopy(meta.model), meta.anatomy  # each mask has parameters of its own
     if packed and model.config._attn_implementation == "sdpa":
         set_attention(model, VARLEN)
     apply_mask(model, mask, anatomy)
@@ -72,22 +75,16 @@ def meta_split(
     return MetaSplit(model, anatomy, mask, boundary, prefix, suffix, trained, _sizes(prefix, suffix, trained))
 
 
-def _sizes(prefix: Prefix | None, suffix: Suffix, trained: dict[str, nn.Parameter]) -> Tensors:
+def _sizes(prefix: Prefix | None, suffix: Suffix, trained: dict[str, nn.Parameter]) -> TensorSizes:
     def storages(module: nn.Module | None) -> dict[int, int]:
         parameters = module.parameters() if module is not None else ()
         return {p.untyped_storage()._cdata: p.numel() for p in parameters}
 
     below, above = storages(prefix), storages(suffix)
-    return Tensors(
+    return TensorSizes(
         shared=sum(size for storage, size in below.items() if storage in above),
         trained=tuple(parameter.numel() for parameter in trained.values()),
         frozen=tuple(p.numel() for p in suffix.parameters() if not p.requires_grad),
         width=next(suffix.parameters()).element_size(),
         tables=tuple(p.numel() for p in trained.values() if id(p) in embedding_tables(suffix.model)),
     )
-
-
-def trace_split(halves: MetaSplit, shape: Shape, recompute: bool) -> Trace:
-    """Rehearse a micro batch of ``shape`` on the halves, with gradient checkpointing or without."""
-    suffix = halves.recomputing if recompute else halves.suffix
-    return trace(halves.prefix, suffix, halves.trained.values(), shape, halves.head.shape[0])

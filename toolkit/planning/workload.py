@@ -1,4 +1,4 @@
-"""The rows a plan reckons with: those of the data where they are at hand, else the longest the recipe allows."""
+"""Read the row lengths for a plan: those of the data where it is here, else the longest that the recipe allows."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _QUICK_BYTES = 4 * 2**20
 
 @dataclass(frozen=True)
 class Workload:
-    """How long rows are."""
+    """Hold how long the rows are."""
 
     tokens: int
     """Of the longest row."""
     supervised: int
     """Most supervised tokens of a row."""
     lengths: tuple[tuple[int, int], ...] | None
-    """(tokens, supervised tokens) of each training row; none where the data was not read."""
+    """(tokens, supervised tokens) of each training row; None where the data was not read."""
     source: str
     """Where this is from, as a phrase."""
     distinct: tuple[int, ...] | None = None
@@ -45,7 +45,7 @@ def workload_of(dataset: Dataset) -> Workload:
 
 
 def read_workload(config: RunConfig, positions: int | None) -> Workload:
-    """The rows of ``config``'s data if file and tokenizer are on this machine and small, else a bound.
+    """Return the rows of ``config``'s data if file and tokenizer are on this machine and small, else a bound.
 
     The bound is ``data.max_length`` tokens, all of them supervised.
 

@@ -1,4 +1,4 @@
-"""The cluster's own words: partitions from sinfo, jobs from squeue, and sbatch."""
+"""Ask the cluster: partitions from sinfo, jobs from squeue, and sbatch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from toolkit.slurm.request import JobRequest, seconds
 
 @dataclass(frozen=True)
 class Nodes:
-    """Nodes of one kind in a partition."""
+    """Hold nodes of one kind in a partition."""
 
     count: int
     gpus: int
@@ -24,7 +24,7 @@ class Nodes:
 
 @dataclass(frozen=True)
 class Partition:
-    """A part of the cluster that jobs queue for."""
+    """Hold a part of the cluster that jobs queue for."""
 
     name: str
     is_default: bool
@@ -33,17 +33,17 @@ class Partition:
     kinds: tuple[Nodes, ...]
 
     def able(self, gpus: int, cpus: int) -> int:
-        """How many nodes have that many GPUs and CPUs."""
+        """Count the nodes that have so many GPUs and CPUs."""
         return sum(kind.count for kind in self.kinds if kind.gpus >= gpus and kind.cpus >= cpus)
 
     def describe(self) -> str:
-        """Nodes by kind, in words."""
+        """Describe the nodes by kind."""
         kinds = (f"{kind.count} x ({kind.cpus} CPUs, {kind.gpus} GPUs)" for kind in self.kinds)
         return f"{self.name}: {', '.join(kinds)}, time limit {self.limit}"
 
 
 def partitions() -> list[Partition]:
-    """The partitions this user sees.
+    """Return the partitions that this user sees.
 
     Raises:
         SlurmError: this machine is no login node, or sinfo cannot reach the cluster.
@@ -76,7 +76,7 @@ def check(request: JobRequest, known: list[Partition]) -> None:
 
 
 def active(job: str) -> str | None:
-    """The state of a job (``PENDING``, ``RUNNING`` …) while it is in the queue, else none.
+    """Return the state of a job (``PENDING``, ``RUNNING`` …) while it is in the queue, else None.
 
     Raises:
         SlurmError: squeue cannot reach the cluster.
@@ -93,7 +93,7 @@ def active(job: str) -> str | None:
 
 
 def sbatch(script: Path) -> str:
-    """Hand ``script`` to sbatch; the job's number.
+    """Hand ``script`` to sbatch and return the job's number.
 
     Raises:
         SlurmError: sbatch refuses it; with sbatch's own words.
@@ -124,7 +124,7 @@ def _faults(request: JobRequest, known: list[Partition]) -> Iterator[str]:
 
 
 def _gpus(gres: str) -> int:
-    """GPUs in generic resources such as ``gpu:a100:8(S:0-1),nic:2``."""
+    """Count the GPUs in generic resources such as ``gpu:a100:8(S:0-1),nic:2``."""
     return sum(int(count) for count in re.findall(r"\bgpu:(?:[^:,()]+:)?(\d+)", gres))
 
 

@@ -1,4 +1,4 @@
-"""What a job asks of the cluster: the flags of ``launch/submit.py``, checked together."""
+"""Read what a job asks of the cluster: the flags of ``launch/submit.py``, checked together."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OWNED = (
 
 @dataclass(frozen=True)
 class JobRequest:
-    """Nodes, ranks and time of one job, or of each task of an array."""
+    """Hold nodes, ranks and time of one job, or of each task of an array."""
 
     nodes: int
     ranks_per_node: int
@@ -47,16 +47,16 @@ class JobRequest:
 
     @property
     def ranks(self) -> int:
-        """World size."""
+        """Return the world size."""
         return self.nodes * self.ranks_per_node
 
     @property
     def time_seconds(self) -> int | None:
-        """``time`` in seconds."""
+        """Return ``time`` in seconds."""
         return None if self.time is None else seconds(self.time)
 
     def summary(self) -> str:
-        """Nodes and ranks in words."""
+        """Describe nodes and ranks."""
         what = "GPU" if self.gpus_per_node else "CPU rank"
         return f"{self.nodes} node(s) x {self.ranks_per_node} {what}(s)"
 
@@ -90,7 +90,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def read_request(given: argparse.Namespace) -> JobRequest:
-    """The request that parsed flags make.
+    """Build the request that parsed flags make.
 
     Raises:
         ConfigError: flags that contradict each other or make no sense, all of them together.
@@ -115,7 +115,7 @@ def read_request(given: argparse.Namespace) -> JobRequest:
 
 
 def seconds(time: str) -> int | None:
-    """Seconds of a SLURM time; none where it is malformed.
+    """Return the seconds of a SLURM time; None where it is malformed.
 
     The forms are minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes and
     days-hours:minutes:seconds.

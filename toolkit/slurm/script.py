@@ -1,4 +1,4 @@
-"""The sbatch script of a job: plain bash that a person can read, change and submit again."""
+"""Render the sbatch script of a job: plain bash that a person can read, change and submit again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CARRIED = ("FROSTLINE_CACHE", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE")
 
 @dataclass(frozen=True)
 class BatchJob:
-    """What a script needs beside the request."""
+    """Hold what a script needs: the request, the runs, and where they start."""
 
     request: JobRequest
     runs: tuple[Path, ...]
@@ -40,23 +40,23 @@ class BatchJob:
 
     @property
     def is_array(self) -> bool:
-        """True for a sweep."""
+        """Return True for a sweep."""
         return len(self.runs) > 1
 
     @property
     def path(self) -> Path:
-        """Where the script is saved."""
+        """Return where the script is saved."""
         return self.runs[0] / FOLDER / SCRIPT
 
 
 def log_of(job: BatchJob, number: str, index: int) -> Path:
-    """The log of run ``index`` once SLURM has given the job its number."""
+    """Return the log of run ``index`` once SLURM has given the job its number."""
     name = f"{number}_{index}" if job.is_array else number
     return job.runs[index] / FOLDER / f"job-{name}.log"
 
 
 def render(job: BatchJob) -> str:
-    """The script's text.
+    """Render the script's text.
 
     One srun task is one rank. ``--signal`` without ``B:`` reaches every rank, which is what the training listens
     to; exit code 75 says that they committed a checkpoint, and the job goes back into the queue under its number.

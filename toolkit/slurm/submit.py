@@ -13,7 +13,7 @@ _NUMBER = "job-id"
 
 
 def held_by(run: Path) -> str | None:
-    """The job in the queue that a run directory belongs to, in words; none where there is none.
+    """Describe the job in the queue that a run directory belongs to; None where there is none.
 
     Raises:
         SlurmError: squeue cannot reach the cluster.
@@ -27,7 +27,7 @@ def held_by(run: Path) -> str | None:
 
 
 def submit(job: BatchJob) -> str:
-    """Write script and DeepSpeed file into the run directories and hand the script to sbatch; the job's number.
+    """Write script and DeepSpeed file into the run directories and hand the script to sbatch.
 
     The job reads the copy of the DeepSpeed file, whatever becomes of the original while it waits. The run directories
     exist and hold their ``config.yaml``.
@@ -47,7 +47,7 @@ def submit(job: BatchJob) -> str:
 
 
 def how_to_watch(job: BatchJob, number: str) -> str:
-    """What a person wants to type next."""
+    """Return the commands that watch, save and stop the job."""
     lines = [f"submitted job {number}: {job.request.summary()}, script {job.path}"]
     for index, run in enumerate(job.runs):
         lines += [f"run     {run}", f"log     tail -F {log_of(job, number, index)}"]

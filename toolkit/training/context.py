@@ -29,7 +29,7 @@ from toolkit.models.load import LoadedModel, fingerprint, load_tokenizer
 from toolkit.models.quirks import log_training_notes
 from toolkit.planning.engine_memory import EngineSpec, engine_spec
 from toolkit.planning.meta_model import meta_model_of
-from toolkit.planning.phase_plans import phase_planners, whole_plan
+from toolkit.planning.phase_plans import combine_plans, phase_planners
 from toolkit.planning.planner import Plan, Planner
 from toolkit.planning.workload import workload_of
 from toolkit.runtime import signals
@@ -90,10 +90,10 @@ class RunContext:
         name = self.config.optim.name
         return engine_spec(self.ds_config, self.world.size, accumulation, name, host_is_device=on_cpu)
 
-    def whole_plan(self, plans: tuple[Plan | None, ...]) -> Plan | None:
+    def combined_plan(self, plans: tuple[Plan | None, ...]) -> Plan | None:
         """Return the plan of the run from the plans of all its phases; None if one of them cannot be planned."""
         known = [plan for plan in plans if plan is not None]
-        return whole_plan(known, self.config.mask) if len(known) == len(self.schedule.phases) else None
+        return combine_plans(known, self.config.mask) if len(known) == len(self.schedule.phases) else None
 
 
 class ModelHandle:
@@ -194,7 +194,7 @@ def choose_checkpointing(context: RunContext, planner: Planner | None) -> tuple[
     plans: dict[bool, Plan] = {}
     if planner is not None:
         try:
-            plans = {on: planner.plan(planner.variant(context.engine_spec, recompute=on)) for on in (False, True)}
+            plans = {on: planner.plan(planner.variant(context.engine_spec, checkpointing=on)) for on in (False, True)}
         except PlanError as error:
             log.warning("%s", error)
     memory = plans[False].memory if plans else None

@@ -30,7 +30,7 @@ def _planned(error: OutOfMemoryError, trainer: Trainer | None) -> str | None:
         return None
     try:
         plan = state.plan if state else None
-        variant = plan.variant if plan else planner.variant(context.engine_spec, recompute=False)
+        variant = plan.variant if plan else planner.variant(context.engine_spec, checkpointing=False)
         if error.phase.startswith("the first pass"):
             return first_pass_knob(planner, variant)
         return first_knob(planner, variant, in_update=error.phase == "the update")

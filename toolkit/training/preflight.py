@@ -1,4 +1,4 @@
-"""What a training run would refuse, found before it starts: without weights, without ranks, in seconds."""
+"""Check before it starts what a training run would refuse: without weights, without ranks, in seconds."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Trainer:
     @property
     def plan(self) -> Plan | None:
         """What the run is planned to need; None for an architecture that cannot be planned."""
-        return self.context.whole_plan(self.state.plans)
+        return self.context.combined_plan(self.state.plans)
 
     @property
     def planned_gib(self) -> float | None:
