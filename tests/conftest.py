@@ -73,6 +73,17 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield root
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_wait_for_the_disk() -> Iterator[None]:
+    """This process does not wait until its files are on the disk, which no test can see from within it.
+
+    A tiny run would wait 40 times. Tests of lost or killed writers start processes of their own, which do wait.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def own_ranks() -> Iterator[None]:
     """A test that joins a process group leaves no rank behind for what later tests start."""
