@@ -182,7 +182,7 @@ def test_from_the_stored_state_it_goes_on_to_the_bit(name: OptimName) -> None:
     kept = {key: own.master.detach().clone() for key, own in optimizer.by_name.items()}
     again, resumed = fresh()
     for key, own in resumed.by_name.items():
-        own.put(kept[key])
+        own.write({"master": kept[key]})
         own.set_raw(stored[key])
     resumed.write_back()
     for pair in ((parameters, optimizer), (again, resumed)):
@@ -197,7 +197,7 @@ def test_float32_values_can_be_put_in_and_read(name: OptimName, error: float) ->
     optimizer = MasterAdamW(parameters, settings(parameters), 1.0, piece=1024, name=name)
     for state in optimizer.by_name.values():
         values = [torch.randn(state.master.shape) * 1e-3 for _ in range(3)]
-        state.put(values[0], values[1], values[2].square(), step=7)
+        state.write({"master": values[0], "exp_avg": values[1], "exp_avg_sq": values[2].square()}, step=7)
         assert torch.equal(state.master, values[0])
         assert state.step == 7
         assert (state.exp_avg - values[1]).norm() <= error * values[1].norm()
@@ -269,7 +269,7 @@ def test_the_monitor_and_the_log_show_a_run_whose_updates_are_lost(
         step(self)
         for own in self._states:
             for state, parameter in zip(own.states, own.parameters, strict=True):
-                state.put(parameter.detach().float())
+                state.write({"master": parameter.detach().float()})
 
     monkeypatch.setattr(MasterAdamW, "step", without_masters)
     monkeypatch.setattr(logging.getLogger("frostline"), "propagate", True)

@@ -136,7 +136,7 @@ class _WholeTensor(FragmentState):
         return {kind: getattr(self.own, kind).detach().reshape(-1) for kind in KINDS}
 
     def write(self, tensors: Mapping[str, torch.Tensor], updates: int) -> None:
-        self.own.put(**{kind: values.view(self.shape) for kind, values in tensors.items()}, step=updates)
+        self.own.write({kind: values.view(self.shape) for kind, values in tensors.items()}, updates)
 
     def raw(self) -> dict[str, torch.Tensor]:
         return {} if isinstance(self.own, FlatState) else self.own.raw()

@@ -34,14 +34,8 @@ class TensorState(Protocol):
     def step(self) -> torch.Tensor:
         """Return the number of updates done: a float32 scalar."""
 
-    def put(
-        self,
-        master: torch.Tensor | None = None,
-        exp_avg: torch.Tensor | None = None,
-        exp_avg_sq: torch.Tensor | None = None,
-        step: float | None = None,
-    ) -> None:
-        """Set float32 values, rounded to how they are stored; what is None stays as it is.
+    def write(self, values: Mapping[str, torch.Tensor], step: float | None = None) -> None:
+        """Set some of master, exp_avg and exp_avg_sq, given in float32 and rounded to how they are stored.
 
         The parameter follows with the optimizer's ``write_back``.
         """
@@ -68,20 +62,10 @@ class FlatState:
     """Updates done: a float32 scalar that all tensors of a parameter group share."""
 
     @torch.no_grad()
-    def put(
-        self,
-        master: torch.Tensor | None = None,
-        exp_avg: torch.Tensor | None = None,
-        exp_avg_sq: torch.Tensor | None = None,
-        step: float | None = None,
-    ) -> None:
-        """Set what is given; see ``TensorState.put``."""
-        if master is not None:
-            self.master.copy_(master)
-        if exp_avg is not None:
-            self.exp_avg.copy_(exp_avg)
-        if exp_avg_sq is not None:
-            self.exp_avg_sq.copy_(exp_avg_sq)
+    def write(self, values: Mapping[str, torch.Tensor], step: float | None = None) -> None:
+        """Set what is given."""
+        for kind, value in values.items():
+            getattr(self, kind).copy_(value)
         if step is not None:
             self.step.fill_(step)
 

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from toolkit.optim.flat_buffers import OptimizerState
 from toolkit.optim.gradients import Clipping, GradientSlice
-from toolkit.optim.moments import MomentFormat
+from toolkit.optim.moments import MOMENTS, MomentFormat
 from toolkit.optim.rounding import join_halves, split_halves
 from toolkit.optim.update_monitor import sampled_indices
 
@@ -94,26 +94,18 @@ class LowBitState(OptimizerState):
         return torch.tensor(float(self._step))
 
     @torch.no_grad()
-    def put(
-        self,
-        master: torch.Tensor | None = None,
-        exp_avg: torch.Tensor | None = None,
-        exp_avg_sq: torch.Tensor | None = None,
-        step: float | None = None,
-    ) -> None:
-        """Set what is given; a moment that is None while the other is given is requantised."""
-        if master is not None:
-            flat = master.detach().to(self.device, torch.float32, copy=True).flatten()
+    def write(self, values: Mapping[str, torch.Tensor], step: float | None = None) -> None:
+        """Set what is given; a moment that is not given while the other is, is requantised."""
+        if "master" in values:
+            flat = values["master"].detach().to(self.device, torch.float32, copy=True).flatten()
             if self._exact is not None:
                 self._exact.copy_(flat)
             else:
                 assert self._rest is not None
                 split_halves(flat, self._weight, self._rest)
-        if exp_avg is not None or exp_avg_sq is not None:
-            first, second = self._format.read(self._moments)
-            first = first if exp_avg is None else exp_avg.flatten()
-            second = second if exp_avg_sq is None else exp_avg_sq.flatten()
-            self._format.write(self._moments, first, second)
+        if values.keys() & set(MOMENTS):
+            stored = dict(zip(MOMENTS, self._format.read(self._moments), strict=True))
+            self._format.write(self._moments, *(values.get(kind, stored[kind]).flatten() for kind in MOMENTS))
         if step is not None:
             self._step = int(step)
 
