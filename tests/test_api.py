@@ -70,6 +70,7 @@ def test_importing_the_package_loads_nothing_heavy_and_changes_no_library() -> N
     assert in_new_process(code) == [[], []]
 
 
+@pytest.mark.slow
 def test_importing_every_module_leaves_transformers_as_it_was() -> None:
     code = """
 import inspect, pkgutil, importlib, transformers, transformers.masking_utils, transformers.modeling_utils
