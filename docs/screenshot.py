@@ -34,13 +34,13 @@ _PATIENCE_SECONDS, _DRAWING_SECONDS = 120.0, 15.0
 
 
 def browser() -> str | None:
-    """The program, if one is installed."""
+    """Return the path of an installed browser; None without one."""
     return next((path for name in BROWSERS if (path := shutil.which(name))), None)
 
 
 @contextlib.contextmanager
 def serving(log_directory: Path, seconds: float = 120.0) -> Iterator[str]:
-    """TensorBoard's address while it serves a directory.
+    """Serve a directory with TensorBoard, and yield its address.
 
     Raises:
         RuntimeError: it did not come up in time.
@@ -67,15 +67,14 @@ class Browser:
     """A headless browser with one page, steered through its debugging pipe (Chrome DevTools Protocol).
 
     The page runs in real time: with a virtual clock TensorBoard's curves, which a thread draws, come too late.
+
+    Args:
+        program: chromium or chrome.
+        profile: an empty directory.
+        size: of the window, in pixels.
     """
 
     def __init__(self, program: str, profile: Path, size: tuple[int, int]) -> None:
-        """
-        Args:
-            program: chromium or chrome.
-            profile: an empty directory.
-            size: of the window, in pixels.
-        """  # noqa: D205, D212
         reads, self._out = os.pipe()
         self._in, writes = os.pipe()
 
@@ -99,7 +98,7 @@ class Browser:
         self._session = {"sessionId": attached["sessionId"]}
 
     def call(self, method: str, **values: Any) -> dict[str, Any]:
-        """What the browser answers."""
+        """Send a command and return the browser's answer."""
         self._count += 1
         message = {"id": self._count, "method": method, "params": values, **self._session}
         os.write(self._out, json.dumps(message).encode() + b"\0")
@@ -118,12 +117,12 @@ class Browser:
                 return found
 
     def html(self) -> str:
-        """The page as it stands."""
+        """Return the page's HTML as it stands."""
         look = "document.documentElement ? document.documentElement.outerHTML : ''"
         return str(self.call("Runtime.evaluate", expression=look)["result"]["value"])
 
     def close(self) -> None:
-        """End it."""
+        """End the browser."""
         self._process.terminate()
         self._process.wait()
         os.close(self._out)
@@ -169,14 +168,14 @@ def open_page(
 
 
 def tags(address: str) -> dict[str, list[str]]:
-    """The curves of each run that TensorBoard serves."""
+    """Return the names of the curves of each run that TensorBoard serves."""
     with urllib.request.urlopen(f"{address}data/plugin/scalars/tags") as answer:
         found: dict[str, dict[str, object]] = json.load(answer)
     return {run: sorted(curves) for run, curves in found.items()}
 
 
 def shown(page: str) -> set[str]:
-    """The names of the cards on the page."""
+    """Return the names of the cards on a page."""
     return set(re.findall(r'title="((?:eval|train)/\w+)"', page))
 
 
