@@ -1,4 +1,4 @@
-"""Which runs use an activation cache, and what is evicted when it is full: the least recently used shards first.
+"""Track the runs that use an activation cache, and evict the least recently used shards when it is full.
 
 A run holds a lease in its namespace's directory: a locked file, one a node, so that a dead run is known without a
 time-out. The staging files of its processes are named after it. Eviction runs under one lock for the whole root.

@@ -102,7 +102,7 @@ def prune(run: Path, current: Path, keep: int) -> None:
 
     After a commit, once the validation that was due with it is known.
 
-    Checkpoints of later steps than ``current`` are of a run that was gone on from before them; they go too.
+    Checkpoints of later steps than ``current`` are of a run that was resumed from before them; they are removed too.
     """
     present = checkpoints_of(run)
     valid = [path for path in present if path.name <= current.name]

@@ -26,7 +26,7 @@ class Base:
     """The base model of a delta."""
 
     config: ModelConfig
-    """How it was loaded."""
+    """Settings it was loaded with."""
     sha256: str
     """Of its weights as loaded, before untying and training (``toolkit.models.load.fingerprint``)."""
 

@@ -26,9 +26,9 @@ class ShardSlice:
     start: int
     stop: int
     updates: int
-    """That the moments have had."""
+    """Updates that the moments have had."""
     raw: tuple[str, ...] = ()
-    """What the optimizer stores where that is not float32; see ``FragmentState.raw``."""
+    """Keys of what the optimizer stores where that is not float32; see ``FragmentState.raw``."""
 
 
 def shard_name(rank: int, ranks: int, suffix: str) -> str:

@@ -25,7 +25,7 @@ log = logging.getLogger("frostline")
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Where a run writes, and the checkpoint it continues from."""
+    """The directory that a run writes to, and the checkpoint it continues from."""
 
     path: Path
     checkpoint: Path | None

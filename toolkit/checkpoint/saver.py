@@ -156,7 +156,7 @@ class Saver:
         write_manifest(staging, pending.step, entries)
         for directory in (*(path for path in staging.iterdir() if path.is_dir()), staging):
             sync_directory(directory)
-        if final.exists():  # of this step, by a run that was gone on from before it
+        if final.exists():  # of this step, by a run that was resumed from before it
             final.rename(final.with_name(f".{final.name}.replaced"))
         staging.rename(final)
         sync_directory(final.parent)

@@ -31,7 +31,7 @@ from may change because their fingerprints may not."""
 
 
 class CheckpointState(BaseModel):
-    """Where a checkpoint is in its run, what it belongs to, and what wrote it."""
+    """Position of a checkpoint in its run, what it belongs to, and what wrote it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 

@@ -1,1 +1,1 @@
-"""What drives one optimizer step: torch alone, or DeepSpeed ZeRO, behind one small interface."""
+"""Engines that execute an optimizer step: torch alone, or DeepSpeed ZeRO, behind one small interface."""

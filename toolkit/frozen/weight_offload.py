@@ -88,28 +88,28 @@ class FrozenWeights:
         for full in self._stored:
             to_meta(model, full)
 
-    def attach(self, skeleton: nn.Module) -> None:
-        """Have the units of ``skeleton``, the prefix's copy of the model, load their weights from here."""
+    def attach(self, copy: nn.Module) -> None:
+        """Have the units of ``copy``, the prefix's own copy of the model, load their weights from here."""
         for unit, following in zip(self.units, [*self.units[1:], None], strict=True):
-            module = skeleton.get_submodule(unit.module)
+            module = copy.get_submodule(unit.module)
             for owner in module.modules():
                 for name, buffer in owner.named_buffers(recurse=False):
                     owner._buffers[name] = buffer.to(unit.device)
             add_hook_to_module(module, _LoadHook(self, unit, following))
 
-    def place_weights(self, skeleton: nn.Module, precision: Literal["model"] | Precision, placement: Placement) -> None:
+    def place_weights(self, copy: nn.Module, precision: Literal["model"] | Precision, placement: Placement) -> None:
         """Quantise all weights and move them to where they are kept from now on, one unit at a time.
 
         Raises:
             ModelError: too little of the blocks can be quantised, or the disk.
         """
         if precision != "model":
-            blocks = [skeleton.get_submodule(unit.module) for unit in self.units if unit.is_block]
+            blocks = [copy.get_submodule(unit.module) for unit in self.units if unit.is_block]
             log.info("%s", check_quantisable(blocks, precision))
         for unit in self.units:
             quantized: dict[str, QuantizedWeight] = {}
             if precision != "model" and unit.is_block:
-                quantized = quantisable(skeleton.get_submodule(unit.module), precision)
+                quantized = quantisable(copy.get_submodule(unit.module), precision)
             place = unit.device if placement == "device" else _HOST
             for name in unit.names:
                 self._store(f"{unit.module}.{name}", quantized.get(name), unit.device, place)

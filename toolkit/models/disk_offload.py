@@ -29,7 +29,7 @@ class OnDisk:
     name: str
     """In the file."""
     dtype: torch.dtype
-    """What it is read as."""
+    """Precision it is read in."""
 
     def read(self) -> torch.Tensor:
         """Return the tensor; a view of the file if that has the same precision."""

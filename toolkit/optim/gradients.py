@@ -20,7 +20,7 @@ class GradientSlice:
     stop: int
     """In elements of all tensors together."""
     members: tuple[tuple[int, slice | None], ...]
-    """Which tensors, and which of a tensor's elements; none is all."""
+    """Index of each tensor, and the slice of its elements; None is all of them."""
     scratch: torch.Tensor
     """Float32 [stop - start]."""
     upcast: list[torch.Tensor]
@@ -143,7 +143,7 @@ class Clipping:
         self.found_inf = (~norm.isfinite()).float()
         """1 where the norm is NaN or infinite, else 0: a scalar on the device."""
         self.divisor = ((norm + 1e-6) / max_norm).clamp(min=1) if max_norm else None
-        """What the gradient is divided by, a scalar on the device; none divides by nothing."""
+        """Divisor of the gradient, a scalar on the device; None does not divide."""
 
     @cached_property
     def factor(self) -> float | None:

@@ -91,7 +91,7 @@ class AdamState:
     exp_avg: torch.Tensor | None = None
     exp_avg_sq: torch.Tensor | None = None
     updates: int = 0
-    """That the moments have had."""
+    """Updates that the moments have had."""
 
 
 def gather_states(

@@ -2,7 +2,7 @@
 
 Generation needs both halves with their key-value caches, which transformers manages for whole models only. Nothing is
 copied: the parameters above the frost line are those that train, and the blocks below it are the prefix's own, for as
-long as they are lent.
+long as they are loaded.
 """
 
 from __future__ import annotations

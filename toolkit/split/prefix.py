@@ -21,7 +21,7 @@ class Prefix(nn.Module):
         model: the whole model, its mask already applied.
         anatomy: its parts.
         boundary: b, from 0 to the number of blocks; at 0 it is the embeddings alone.
-        frozen: weights that were taken out of ``model`` and are lent to each block; none where it has its own.
+        frozen: weights that were taken out of ``model`` and are loaded for each block; none where it has its own.
     """
 
     def __init__(
