@@ -119,7 +119,7 @@ def aim(kind: str, point: float, made: list[str]) -> None:
         if content.state.step == VICTIM:
             fire.enter_context(under_fire(point, made))
         save(self, content, validation_follows)
-        if not self._in_background and kind != "validation":
+        if self._executor is None and kind != "validation":
             fire.close()
 
     def recorded(self: Saver, step: int, loss: float) -> None:
@@ -127,7 +127,7 @@ def aim(kind: str, point: float, made: list[str]) -> None:
         fire.close()  # the loss is written and older checkpoints have gone
 
     def published(self: Saver) -> None:
-        late = self._in_background and self._writing is not None and self._writing.step == VICTIM
+        late = self._executor is not None and self._pending is not None and self._pending.step == VICTIM
         publish(self)
         if late:  # until here, so that the thread's calls are counted however fast it is
             fire.close()
