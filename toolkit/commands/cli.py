@@ -32,7 +32,7 @@ _LAST_CHARACTERS = 300
 
 
 def run_command(command: Callable[[], int]) -> int:
-    """Run ``command`` and return its exit code: 0, 75, or 1 for a failure, or 2 for bad usage, config or data.
+    """Run a command and return its exit code: that of the command, 1 for a failure, 2 for bad usage, 130 for Ctrl-C.
 
     A usage error prints its message alone; anything unforeseen prints its traceback. What fails because another rank
     has gone prints one line, and takes that rank's code over.
@@ -62,7 +62,7 @@ def set_up_memory() -> None:
 
 
 def describe(parser: argparse.ArgumentParser, program: str | None) -> argparse.ArgumentParser:
-    """Write the help of a verb for the ``frostline`` command, where there is no ``launch`` folder.
+    """Adapt the help of a verb to the ``frostline`` command, and return its parser.
 
     Args:
         parser: of the verb; its description names the launch scripts.
@@ -98,7 +98,7 @@ def _failed(error: Exception, rank: int) -> int:
 
 
 def _note_for_torchrun(error: Exception, last: str) -> None:
-    """Leave the error where torchrun looks for it, to show it as the root cause in its own summary."""
+    """Write the error to the file that torchrun reads the root cause from, for its own summary."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
         trace = redact("".join(traceback.format_exception(error)))

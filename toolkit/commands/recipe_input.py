@@ -1,4 +1,4 @@
-"""Turn what a caller of ``toolkit.train`` or ``toolkit.plan`` passes into the invocation that a command line makes."""
+"""Turn the arguments of ``toolkit.train`` and ``toolkit.plan`` into an ``Invocation``, as a command line gives one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read_input(
     ds: str | Path | None,
     resume_override: bool = False,
 ) -> Invocation:
-    """Build and validate a config from a recipe and what is laid over it.
+    """Build and validate the config of a recipe with overrides.
 
     Args:
         recipe: a file, nested values, or a config. Defaults to the quickstart recipe.

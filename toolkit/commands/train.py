@@ -77,7 +77,7 @@ def train(
 
 @contextmanager
 def _restored_environment() -> Iterator[None]:
-    """Take back what joining a process group sets in the environment, which child processes would inherit."""
+    """Restore the launcher's variables, which joining a process group sets and child processes would inherit."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     before = {name: os.environ[name] for name in names if name in os.environ}
     try:

@@ -35,7 +35,7 @@ def export_model(
     trust_remote_code: bool = False,
     rounding: Rounding = "nearest",
 ) -> None:
-    """Write the whole trained model with tokenizer, chat template and model card, in the form its base came in.
+    """Write the whole trained model with tokenizer, chat template and model card, in its base model's format.
 
     Trained tensors come from the float32 masters; a head that was untied is saved as its own tensor, with
     ``tie_word_embeddings: false``.

@@ -35,7 +35,7 @@ _SHOWN = 5
 
 
 def require_packages(root: Path) -> None:
-    """End the process with exit code 2, and a word on which command to run, unless all packages are installed.
+    """End the process with exit code 2, and name the command to run, unless all packages are installed.
 
     A package that is there and cannot be imported keeps its traceback.
 
