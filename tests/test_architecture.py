@@ -79,6 +79,14 @@ def test_there_are_no_cycles_within_a_package() -> None:
         walk(name, ())
 
 
+def test_no_two_modules_have_a_class_of_the_same_name() -> None:
+    found: dict[str, str] = {}
+    for module, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                assert found.setdefault(node.name, module) == module, f"{node.name} in {found[node.name]} and {module}"
+
+
 def test_importing_a_module_calls_nothing_for_its_effect() -> None:
     for name, path in modules().items():
         for statement in ast.parse(path.read_text(encoding="utf-8")).body:

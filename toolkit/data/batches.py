@@ -58,7 +58,7 @@ class Batch:
         return f"{packed}{rows} {'row' if rows == 1 else 'rows'} x {tokens} tokens"
 
     def layout(self, with_lengths: bool = False) -> dict[str, Any]:
-        """What a transformers model is told of the batch beside the token ids, as arguments of its forward pass.
+        """Return the arguments of a transformers model's forward pass beside the token ids.
 
         Of a packed row it is told where samples begin in every form that some part of it reads: positions (rotary or
         learned, masks), flash attention's cumulative lengths, a recurrence's sample numbers, and ``sample_lengths`` for
@@ -88,11 +88,11 @@ class Batch:
         return 0 if self.is_filler else len(self.targets)
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on ``device``."""
+        """Return the batch on ``device``."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """The batch in page-locked memory, from which ``to`` copies to a GPU without waiting."""
+        """Return the batch in page-locked memory, from which ``to`` copies to a GPU without waiting."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
@@ -103,7 +103,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How rows are dealt to steps, micro batches and ranks."""
+    """Deals rows to steps, micro batches and ranks."""
 
     rows: int
     micro_batch_size: int
@@ -127,7 +127,7 @@ class BatchPlan:
         return math.ceil(self.rows / self.global_batch)
 
     def steps(self, epochs: int, most: int | None) -> int:
-        """Optimizer steps of a run of ``epochs`` passes, at most ``most``."""
+        """Return the optimizer steps of a run of ``epochs`` passes, at most ``most``."""
         return min(self.steps_per_epoch * epochs, most or self.steps_per_epoch * epochs)
 
     def passes(self, end: int, start: int = 0) -> float:
@@ -149,7 +149,7 @@ class BatchPlan:
         )
 
     def micro_batches(self, order: Sequence[int], step: int) -> list[tuple[list[int], bool]]:
-        """This rank's rows of one step: a list of (row indices, is filler) per micro batch.
+        """Return this rank's rows of one step, as (row indices, is filler) for each micro batch.
 
         Every rank gets the same number of micro batches, because collectives must match; a rank that a short last
         step leaves without rows gets a filler.
@@ -165,7 +165,7 @@ class BatchPlan:
 
 
 def epoch_order(rows: int, seed: int, epoch: int) -> list[int]:
-    """The permutation of row indices that epoch ``epoch`` (from 0) follows; the same on every rank."""
+    """Return the permutation of row indices for epoch ``epoch``, counted from 0; the same on every rank."""
     generator = torch.Generator().manual_seed(seed + 1_000_003 * epoch)
     return torch.randperm(rows, generator=generator).tolist()
 
@@ -220,7 +220,7 @@ def pack(examples: Sequence[Example], is_filler: bool = False) -> Batch:
 
 
 def rows_of(hidden: torch.Tensor, batch: Batch) -> list[torch.Tensor]:
-    """Each sample's own part of something laid out like the batch.
+    """Split a tensor that is laid out like the batch into each sample's own part.
 
     Args:
         hidden: [B, T, H], or [1, T, H] of a packed batch.
@@ -235,7 +235,10 @@ def rows_of(hidden: torch.Tensor, batch: Batch) -> list[torch.Tensor]:
 
 
 def lay_out(rows: Sequence[torch.Tensor], batch: Batch) -> torch.Tensor:
-    """The inverse of ``rows_of``: B samples [T_i, H] to [B, T, H], padding zero, or to a packed batch's [1, T, H]."""
+    """Lay B samples [T_i, H] out as [B, T, H] with zeros as padding, or as a packed batch's [1, T, H].
+
+    The inverse of ``rows_of``.
+    """
     if batch.is_packed:
         return torch.cat(list(rows))[None]
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
@@ -249,7 +252,7 @@ def step_batches(
     first_step: int = 0,
     packed: bool = False,
 ) -> Iterator[list[Batch]]:
-    """This rank's micro batches, one list per optimizer step, from ``first_step`` to the end of the epoch.
+    """Yield this rank's micro batches, one list per optimizer step, from ``first_step`` to the end of the epoch.
 
     Args:
         examples: all rows.

@@ -16,7 +16,7 @@ _NAME = "rendering.json"
 
 @dataclass(frozen=True)
 class Rendering:
-    """What later commands have to know to write a run's conversations as it did."""
+    """The settings that later commands need to render a run's conversations as it did."""
 
     now: datetime | None = None
     """What templates that print a date are told; none is the moment they ask."""
@@ -36,7 +36,7 @@ class Rendering:
 
 
 def read_rendering(folder: Path) -> Rendering:
-    """The rendering of a run directory; the plain one where nothing is kept or it cannot be read.
+    """Read the rendering of a run directory; return the default one where none is kept or it cannot be read.
 
     Rows that are then written otherwise have another fingerprint than the run's, which refuses them.
     """
@@ -49,11 +49,11 @@ def read_rendering(folder: Path) -> Rendering:
 
 
 def prints_date(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """True if the chat template asks what day it is."""
+    """Return whether the chat template asks for the date."""
     return "strftime_now" in str(tokenizer.chat_template or "")
 
 
 def date_parts(now: datetime) -> dict[str, str]:
-    """What each directive of ``strftime`` gives at ``now``, so that a template can put a date together."""
+    """Return the output of each ``strftime`` directive at ``now``, so that a template can compose a date."""
     directives = [*(f"-{letter}" for letter in "dmyHIMSj"), *"aAbBcCdDeFGHIjklmMpRSTuUVwWxXyYzZ%"]
     return {f"%{directive}": now.strftime(f"%{directive}") for directive in directives}

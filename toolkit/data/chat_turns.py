@@ -47,23 +47,23 @@ class Conversation:
 
 
 def is_thought(mark: str) -> bool:
-    """True for the mark that opens or closes a thought."""
+    """Return whether ``mark`` opens or closes a thought."""
     return bool(_OPENS.fullmatch(mark) or _CLOSES.fullmatch(mark))
 
 
 class Turns:
-    """What a tokenizer's chat template puts around a question and an answer; plain text where it has none."""
+    """Renders a question and its answer by a tokenizer's chat template, or as plain text where it has none.
+
+    Args:
+        tokenizer: with its template.
+        rendering: the date to print, and if answers are to begin with a thought.
+
+    Raises:
+        DataError: the template cannot render a user turn, alters the prompt once an answer follows, or alters the
+            answer.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> None:
-        """
-        Args:
-            tokenizer: with its template.
-            rendering: the date to print, and if answers are to begin with a thought.
-
-        Raises:
-            DataError: the template cannot render a user turn, alters the prompt once an answer follows, or alters the
-                answer.
-        """  # noqa: D205, D212
         self._tokenizer, self._rendering = tokenizer, rendering
         self._template = str(tokenizer.chat_template or "")
         self.opened, self.lead, self.closing = "", "", str(tokenizer.eos_token or "")
@@ -73,13 +73,13 @@ class Turns:
             self._find_form()
 
     def prompt(self, question: str) -> str:
-        """The text that an answer to ``question`` is generated from."""
+        """Return the text that an answer to ``question`` is generated from."""
         if not self._template:
             return f"{question}\n\n"
         return self._opening(question) + ("" if self._rendering.reasons else self.lead)
 
     def conversation(self, question: str, answer: str) -> Conversation:
-        """``question`` and ``answer`` as the template has them.
+        """Render ``question`` and ``answer`` as the template has them.
 
         Raises:
             RowFaultError: the template alters the answer, which is no thought that it leaves out or lays out anew.
@@ -106,7 +106,7 @@ class Turns:
         return Conversation(opening, answer + self.closing, reasons=True)  # the template would leave the thought out
 
     def next_turn(self) -> str:
-        """What follows an answer where another question does; empty where the template does not say."""
+        """Return what follows an answer where another question does; empty where the template does not say."""
         if not self._template:
             return ""
         turns = [self._turn("user", "question"), self._turn("assistant", _YES), self._turn("user", "question")]
@@ -160,7 +160,7 @@ class Turns:
         self._divide(opening)
 
     def _divide(self, opening: str) -> None:
-        """What stands between the generation prompt and an answer: marks go to the prompt, blanks to the answer."""
+        """Divide what stands between the generation prompt and an answer: marks to the prompt, blanks to the answer."""
         between = self._between
         self.lead = between.rstrip(" ") if between.strip() else ""
         if between.strip() and "enable_thinking" in self._template:  # its own prompt for answers without a thought
@@ -170,7 +170,7 @@ class Turns:
         self._before_answer = between[len(self.lead) :]
 
     def _unopened(self, opening: str) -> str:
-        """The generation prompt without the thought that it opens."""
+        """Return the generation prompt without the thought that it opens."""
         opens = _OPENS.search(opening)
         return opening[: opens.start()] if opens else opening
 

@@ -36,14 +36,14 @@ class SkippedRow:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a run learns from and what it is validated on."""
+    """The rows that a run is trained and validated on."""
 
     train: tuple[Example, ...]
     validation: tuple[Example, ...]
     skipped: tuple[SkippedRow, ...]
 
     def summary(self) -> str:
-        """One line for the log."""
+        """Describe the data set in one line for the log."""
         tokens = sum(len(example.token_ids) for example in self.train)
         supervised = sum(example.supervised_tokens for example in self.train)
         shortened = sum(example.shortened for example in (*self.train, *self.validation))
@@ -125,7 +125,7 @@ def _control_tokens(examples: Sequence[Example]) -> Iterator[str]:
 
 
 def encode_rows(rows: list[Row], encoder: Encoder, config: DataConfig) -> tuple[list[Example], list[SkippedRow]]:
-    """Examples of the good rows, and the bad ones.
+    """Encode the good rows; return the bad ones beside them.
 
     Raises:
         DataError: there are bad rows and ``config.on_bad_row`` is ``error``, or no good row is left.
@@ -164,7 +164,7 @@ def _hold_out(examples: list[Example], fraction: float, seed: int) -> tuple[list
 
 
 def _overlap(train: Sequence[Example], validation: Sequence[Example]) -> str | None:
-    """How many validation rows are, token by token, training rows as well, with the first; none if there are none."""
+    """Describe how many validation rows are training rows too, token by token; none if there are none."""
     seen = {(example.token_ids, example.answer_start): example.origin for example in train}
     both = [example for example in validation if (example.token_ids, example.answer_start) in seen]
     if not both:

@@ -32,7 +32,7 @@ class Example:
 
     @property
     def supervised_tokens(self) -> int:
-        """How many tokens the loss is taken over."""
+        """Number of tokens that the loss is taken over."""
         return len(self.token_ids) - self.answer_start
 
 
@@ -46,6 +46,16 @@ class Encoder:
 
     The ids of the prompt are those that generation starts from, so the supervised span is exact: it begins where the
     answer does and ends with the token that ends an answer. See docs/data.md.
+
+    Args:
+        tokenizer: needs an end-of-text token.
+        max_length: longest example in tokens.
+        ends: the tokens that end a text by the model's own account (``toolkit.models.end_tokens``).
+        rendering: what the run keeps of how its rows are written.
+
+    Raises:
+        DataError: the chat template cannot render a user turn, or alters the prompt once an answer follows; or
+            neither it nor the model says what ends an answer.
     """
 
     def __init__(
@@ -55,17 +65,6 @@ class Encoder:
         ends: Sequence[int] = (),
         rendering: Rendering = Rendering(),  # noqa: B008 (frozen)
     ) -> None:
-        """
-        Args:
-            tokenizer: needs an end-of-text token.
-            max_length: longest example in tokens.
-            ends: the tokens that end a text by the model's own account (``toolkit.models.end_tokens``).
-            rendering: what the run keeps of how its rows are written.
-
-        Raises:
-            DataError: the chat template cannot render a user turn, or alters the prompt once an answer follows; or
-                neither it nor the model says what ends an answer.
-        """  # noqa: D205, D212
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.rendering = rendering
@@ -78,7 +77,7 @@ class Encoder:
         self._appended = () if self._marks else (self._choose_end(),)
 
     def prompt_ids(self, sample: Sample) -> tuple[int, ...]:
-        """Token ids up to where the answer begins, shortened like an example's.
+        """Encode the prompt up to where the answer begins, shortened like an example's.
 
         Raises:
             RowFaultError: the question alone exceeds ``max_length``.
@@ -86,19 +85,19 @@ class Encoder:
         return self._fit(sample, self._encode_prompt).token_ids
 
     def stop_ids(self) -> list[int]:
-        """Tokens that end an answer: what closes a turn, the end of the text, and the model's own ends."""
+        """Return the tokens that end an answer: what closes a turn, the end of the text, and the model's own ends."""
         eos = self.tokenizer.eos_token_id
         return sorted({*self._marks, *self._appended, *self._ends, *([] if eos is None else [int(eos)])})
 
     def without_closing(self, answer: str) -> str:
-        """``answer`` as generated, without words that close one in the template (``###``): they are learned with it."""
+        """Strip from a generated answer the words that close one in the template (``###``) and are learned with it."""
         ids, stops = self._pieces.ids(self.turns.closing), set(self.stop_ids())
         at = next((n for n, token in enumerate(ids) if token in stops), len(ids))
         words = str(self.tokenizer.decode(list(ids[: at + 1]), skip_special_tokens=True)).strip()
         return answer.removesuffix(words).rstrip() if words else answer
 
     def encode(self, sample: Sample) -> Example:
-        """The example of a sample that has an answer.
+        """Encode a sample that has an answer.
 
         Raises:
             RowFaultError: question and answer alone exceed ``max_length``, the answer has no tokens, or the chat
@@ -108,7 +107,7 @@ class Encoder:
 
     @property
     def begun(self) -> str:
-        """What of an answer stands in the prompt already: the opening mark of a thought that the run's answers have."""
+        """Beginning of an answer that the prompt holds already: the opening mark of a thought."""
         return self.turns.opened if self.rendering.reasons else ""
 
     def notes(self) -> list[str]:
@@ -176,11 +175,11 @@ class Encoder:
         return Example(prompt + answer_ids, len(prompt), reasons=said.reasons, control_token=control)
 
     def _is_mark(self, token: int) -> bool:
-        """A token of its own meaning, not a piece of a word."""
+        """Return whether the token has a meaning of its own and is no piece of a word."""
         return self._pieces.is_mark(token) or token in self._ends or token == self.tokenizer.eos_token_id
 
     def _choose_end(self) -> int:
-        """The end to append where the template closes an answer with no mark.
+        """Choose the end to append where the template closes an answer with no mark.
 
         That one of the model's ends with which the template begins the next turn; else the tokenizer's end of text if
         the model lists it, else the first that it lists.
@@ -202,7 +201,7 @@ class Encoder:
 
 
 def _first_tokens(tokenizer: PreTrainedTokenizerBase, contexts: tuple[str, ...], count: int) -> tuple[str, ...]:
-    """The contexts up to ``count`` tokens, cut at a character, not inside one."""
+    """Cut the contexts to ``count`` tokens, at a character, not inside one."""
     kept: list[str] = []
     for context in contexts:
         ids = tokenizer(context, add_special_tokens=False, verbose=False).input_ids

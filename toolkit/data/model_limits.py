@@ -63,7 +63,7 @@ def position_limit(model: PreTrainedModel) -> int | None:
 
 
 def room_for_answer(prompt: Sequence[int], model: PreTrainedModel, most: int) -> int:
-    """How many tokens may follow ``prompt``: ``most``, or what the model's positions leave.
+    """Return how many tokens may follow ``prompt``: ``most``, or what the model's positions leave.
 
     Raises:
         DataError: they leave none.
@@ -80,7 +80,7 @@ def room_for_answer(prompt: Sequence[int], model: PreTrainedModel, most: int) ->
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
-    """What rows are padded with: the tokenizer's padding token, or 0 where the model has no embedding of that.
+    """Return the padding token's id, or 0 where the model has no embedding of it.
 
     Padding is masked, so only that the id exists matters.
     """
@@ -89,5 +89,5 @@ def padding_id(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> in
 
 
 def _embedded(model: PreTrainedModel) -> int:
-    """Rows of the embedding table."""
+    """Return the number of rows of the embedding table."""
     return int(model.get_input_embeddings().weight.shape[0])

@@ -34,7 +34,7 @@ class Row:
 
 
 def read_rows(path: str, split: str | None = None, key: str = "data.split", usual: str = "train") -> list[Row]:
-    """All rows of a ``.json``, ``.jsonl``, ``.csv`` or ``.parquet`` file, or of a Hub data set (``org/name``).
+    """Read all rows of a ``.json``, ``.jsonl``, ``.csv`` or ``.parquet`` file, or of a Hub data set (``org/name``).
 
     A ``.json`` file holds a list of rows, or an object of rows by key as PubMedQA is published (keyed by PMID).
 
@@ -72,12 +72,12 @@ def read_rows(path: str, split: str | None = None, key: str = "data.split", usua
 
 
 def is_hub_dataset(path: str) -> bool:
-    """Whether ``path`` names a data set on the Hub (``org/name``) rather than a file."""
+    """Return whether ``path`` names a data set on the Hub (``org/name``) rather than a file."""
     return hub.is_hub_id(path) and Path(path).suffix.lower() not in _READERS
 
 
 def _text(file: Path) -> str:
-    """The file as text; bytes that are not UTF-8 become lone surrogates, to be found row by row."""
+    """Read the file as text; bytes that are not UTF-8 become lone surrogates, to be found row by row."""
     content = file.read_bytes()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and b"\0" in content:
         raise DataError(f"{file}: is UTF-16 text (Excel's 'Unicode Text'); save the file as UTF-8")
@@ -89,7 +89,7 @@ def _not_utf8(values: Any) -> bool:
 
 
 def _all_text(values: Any) -> str:
-    """All strings of a JSON-like value, joined."""
+    """Join all strings of a JSON-like value."""
     if isinstance(values, str):
         return values
     if isinstance(values, dict):
@@ -210,7 +210,7 @@ def _hub(name: str, split: str | None, key: str, usual: str) -> Iterator[Row]:
 
 
 def _choose_split(name: str, there: list[str], split: str | None, key: str, usual: str) -> str:
-    """The split to read of a Hub data set; what was not asked for is said.
+    """Choose the split of a Hub data set to read, and log it where it was not asked for.
 
     Raises:
         DataError: there is no such split, or none was asked for and it is not plain which; names those there are.

@@ -18,19 +18,19 @@ _ANCHORS = ("\n", ":")
 
 
 class Pieces:
-    """What a tokenizer makes of the text of conversations."""
+    """Tokenises the text of conversations.
+
+    Args:
+        tokenizer: fast or slow.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """
-        Args:
-            tokenizer: fast or slow.
-        """  # noqa: D205, D212
         self._tokenizer = tokenizer
         self._leading = self._find_leading()
 
     @cached_property
     def _control(self) -> re.Pattern[str] | None:
-        """Any text that the tokenizer would read as a control token; thoughts may stand in an answer."""
+        """Pattern of the texts that the tokenizer would read as control tokens; thoughts may stand in an answer."""
         template = str(self._tokenizer.chat_template or "")
         added = self._tokenizer.added_tokens_decoder.values()
         marks = {token.content for token in added if token.special or token.content in template}
@@ -43,17 +43,17 @@ class Pieces:
         return frozenset({*self._tokenizer.all_special_ids, *self._tokenizer.added_tokens_decoder})
 
     def is_mark(self, token: int) -> bool:
-        """True for a special or added token; some tokenizers add blanks and bytes so, which are pieces of texts."""
+        """Return whether a token is special or added; some tokenizers add blanks and bytes so, which are text."""
         return token in self._added and bool(self._text((token,)).strip())
 
     def is_word(self, token: int) -> bool:
-        """True for a piece of a word, as far as the tokenizer says which tokens are not."""
+        """Return whether a token is a piece of a word, as far as the tokenizer tells."""
         if not self._tokenizer.is_fast or token in self._added:
             return False
         return not re.fullmatch(r"\s*[<\[].+[>\]]\s*", self._text((token,)))
 
     def as_text(self, *texts: str) -> tuple[list[str], str]:
-        """``texts`` so marked that ``ids`` finds no control token in them, and the first that stands there, if any.
+        """Mark ``texts`` so that ``ids`` finds no control token in them; return the first that stands there, if any.
 
         Raises:
             RowFaultError: a text holds the mark itself.
@@ -66,7 +66,7 @@ class Pieces:
         return [self._divided(text) for text in texts], found[0]
 
     def ids(self, text: str) -> tuple[int, ...]:
-        """Token ids of ``text``, without any that the tokenizer would add."""
+        """Encode ``text`` without the tokens that the tokenizer would add."""
         first, *rest = text.split(_CUT)
         ids = self._plain(first)
         for piece in rest:
@@ -74,15 +74,15 @@ class Pieces:
         return ids
 
     def beginning(self, text: str) -> tuple[int, ...]:
-        """Ids of a text that begins a sample: after the tokens that the tokenizer begins one with, if it does."""
+        """Encode a text that begins a sample, after the tokens that the tokenizer begins one with, if it does."""
         return self.put_before(text) + self.ids(text)
 
     def put_before(self, text: str) -> tuple[int, ...]:
-        """The tokens that the tokenizer begins a text with, unless ``text`` has them: most templates write the BOS."""
+        """Return the tokens that begin a text by the tokenizer, unless ``text`` has them; templates write the BOS."""
         return () if self.ids(text)[: len(self._leading)] == self._leading else self._leading
 
     def following(self, before: str, text: str) -> tuple[int, ...]:
-        """Ids of ``text`` as they follow ``before`` where both are tokenised once, as one text.
+        """Encode ``text`` as it follows ``before`` where both are tokenised at once, as one text.
 
         They are cut where ``before`` ends. A token that lies on both sides is taken apart: ``before`` keeps the ids
         that it has alone, which generation starts from, and the rest is tokenised as a continuation.
@@ -98,7 +98,7 @@ class Pieces:
         return tuple(token for piece in text.split(_CUT) for token in self._continued(piece))
 
     def _since_last_mark(self, text: str) -> str:
-        """The end of a text from its last control token on; tokenizers read what follows one by itself."""
+        """Return the end of a text from its last control token on; tokenizers read what follows one by itself."""
         marks = list(self._control.finditer(text)) if self._control else []
         return text[marks[-1].start() :] if marks else text
 
@@ -111,7 +111,7 @@ class Pieces:
         return self._continued(both[len(before) : shared]) + tuple(token for token, _ in spans[at:])
 
     def _continued(self, text: str) -> tuple[int, ...]:
-        """Ids of a text that follows another, so that no space is put before it."""
+        """Encode a text that follows another, so that no space is put before it."""
         for anchor in _ANCHORS:
             lead, both = self._plain(anchor), self._plain(anchor + text)
             if both[: len(lead)] == lead:
@@ -125,14 +125,14 @@ class Pieces:
         return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
     def _divided(self, text: str) -> str:
-        """``text`` with a cut in each control token's text."""
+        """Cut each control token's text in ``text``."""
         assert self._control is not None
         while self._control.search(text):  # what is left of one may hold another
             text = self._control.sub(lambda found: f"{found[0][0]}{_CUT}{found[0][1:]}", text)
         return text
 
     def _find_leading(self) -> tuple[int, ...]:
-        """What the tokenizer puts before a text (BOS), be it the token that also ends one."""
+        """Find the tokens that the tokenizer puts before a text (BOS), be it the one that also ends one."""
         alone, text = self._plain("a"), tuple(self._tokenizer("a", verbose=False).input_ids)
         for start in range(len(text) - len(alone) + 1):
             if text[start : start + len(alone)] == alone:

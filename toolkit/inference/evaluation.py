@@ -50,13 +50,13 @@ class Evaluation:
 
 
 def perplexity(loss: float) -> float:
-    """``exp(loss)``, infinite where that overflows."""
+    """Return ``exp(loss)``, infinite where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 @dataclass(frozen=True)
 class SourceEvaluation(Evaluation):
-    """The outcome of what a user points at, and on what."""
+    """The outcome for a model directory, run or delta, and the rows it is of."""
 
     step: int | None
     """Of the checkpoint; none where the source is not a run."""
@@ -78,7 +78,7 @@ def evaluate(
     packed: bool = False,
     may_stop: bool = False,
 ) -> Evaluation:
-    """Loss over ``examples``, shared among the ranks; every rank calls it and gets the same answer.
+    """Compute the loss over ``examples``, shared among the ranks; every rank calls it and gets the same answer.
 
     The caller turns dropout off, and sees to it that the model takes packed rows if they are ``packed``.
 
@@ -111,7 +111,7 @@ def evaluate_source(
     trust_remote_code: bool = False,
     dtype: Dtype | None = None,
 ) -> SourceEvaluation:
-    """Loss of the model behind ``source`` in this one process.
+    """Compute the loss of the model behind ``source`` in this one process.
 
     Args:
         source: as ``toolkit.inference.open_model.open_model`` takes it.
@@ -155,7 +155,7 @@ def evaluate_source(
 
 
 def _describe_rows(rows: int, path: str | None, split: str | None, opened: OpenedModel) -> tuple[str, bool | None]:
-    """The rows in words, and whether the run held them out; none where that is not known."""
+    """Describe the rows, and return whether the run held them out; none where that is not known."""
     config, run = opened.config.data, opened.run
     if path is None:
         if isinstance(config.validation, float):
@@ -176,7 +176,7 @@ def _place(path: str) -> str:
 
 
 def _require_same_rows(dataset: Dataset, opened: OpenedModel) -> None:
-    """Another split of changed rows could count rows that were trained on as held out."""
+    """Raise DataError if the run's rows have changed: another split could count trained rows as held out."""
     assert opened.choice is not None
     if read_state(opened.choice.checkpoint).fingerprints["data"] != dataset.fingerprint:
         raise DataError(

@@ -27,7 +27,7 @@ def answers(
     temperature: float = 0.0,
     rendering: Rendering = Rendering(),  # noqa: B008 (frozen)
 ) -> Iterator[str]:
-    """The model's answer to each sample, from the same prompt that training used.
+    """Generate the model's answer to each sample, from the same prompt that training used.
 
     Args:
         loaded: the model, on the device it is to run on.
@@ -68,7 +68,7 @@ def complete(
     temperature: float = 0.0,
     stop: Callable[[], bool] | None = None,
 ) -> str:
-    """What the model writes after ``prompt``.
+    """Generate what the model writes after ``prompt``.
 
     Args:
         model: without dropout.

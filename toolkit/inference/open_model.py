@@ -45,7 +45,7 @@ class OpenedModel:
 
     @property
     def encoder(self) -> Encoder:
-        """What turns rows into this model's tokens, and says which of them end an answer."""
+        """The encoder of rows into this model's tokens, which knows those that end an answer."""
         return Encoder(self.loaded.tokenizer, self.config.data.max_length, self.loaded.ends, self.rendering)
 
 
@@ -93,7 +93,7 @@ def open_model(
 
 
 def read_run(run: Path, step: Step | None = None) -> tuple[ChosenCheckpoint, Delta]:
-    """The checkpoint that is taken of a run, which the log names, and its trained tensors; every byte is verified.
+    """Read a run's checkpoint, which the log names, and its trained tensors; every byte is verified.
 
     Args:
         run: the run directory.
@@ -108,7 +108,7 @@ def read_run(run: Path, step: Step | None = None) -> tuple[ChosenCheckpoint, Del
 
 
 def read_trained(path: Path) -> Delta:
-    """The trained tensors in a run, checkpoint or delta; of the first two every byte is verified.
+    """Read the trained tensors in a run, checkpoint or delta; of the first two every byte is verified.
 
     Args:
         path: of it; the latest checkpoint of a run.
@@ -132,7 +132,7 @@ def read_trained(path: Path) -> Delta:
 def load_delta(
     delta: Delta, base: str | None = None, trust_remote_code: bool = False, dtype: Dtype | None = None
 ) -> LoadedModel:
-    """The base model with the delta's tensors in place.
+    """Load the base model with the delta's tensors in place.
 
     Args:
         delta: what was trained.
@@ -161,7 +161,7 @@ def load_base(
     anatomy: Anatomy | None = None,
     blocks_on_disk: int = 0,
 ) -> LoadedModel:
-    """The model that ``config`` names, with the tensors of ``config.delta`` in place.
+    """Load the model that ``config`` names, with the tensors of ``config.delta`` in place.
 
     Args:
         config: the recipe's model section.
@@ -203,7 +203,7 @@ def _lay_on(loaded: LoadedModel, delta: Delta, config: ModelConfig, dtype: Dtype
 
 
 def _cast(model: PreTrainedModel, dtype: Dtype) -> None:
-    """Weights alone: buffers, such as rotary frequencies, and weights with a precision of their own keep it."""
+    """Cast weights; buffers, such as rotary frequencies, and weights with a precision of their own keep it."""
     own = model.dtype
     for parameter in model.parameters():
         if parameter.dtype == own:

@@ -54,6 +54,6 @@ def put_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def trainable_parameters(model: nn.Module, mask: LayerMask) -> dict[str, nn.Parameter]:
-    """The mask's tensors in the mask's order: name to parameter of ``model`` or of a suffix cut from it."""
+    """Return the mask's tensors in its order, by name, as parameters of ``model`` or of a suffix cut from it."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return {name: parameters[name] for name in mask.names}

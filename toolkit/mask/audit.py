@@ -23,14 +23,14 @@ class AuditRow:
 
     @property
     def state(self) -> str:
-        """trained, frozen, or the share that trains."""
+        """Trained, frozen, or the share that trains."""
         if self.trained == 0:
             return "frozen"
         return "trained" if self.trained == self.parameters else f"{self.trained / self.parameters:.1%} trained"
 
 
 def audit(mask: LayerMask, anatomy: Anatomy) -> list[AuditRow]:
-    """The rows of the table from input to head; a tied tensor is counted once, where it is named first."""
+    """List the rows of the table from input to head; a tied tensor is counted once, where it is named first."""
     names = set(mask.names)
     tied = anatomy.tied_head
     rows = []
@@ -43,7 +43,7 @@ def audit(mask: LayerMask, anatomy: Anatomy) -> list[AuditRow]:
 
 
 def audit_table(mask: LayerMask, anatomy: Anatomy) -> str:
-    """The audit as aligned text with the frost line drawn in."""
+    """Format the audit as aligned text with the frost line drawn in."""
     rows = audit(mask, anatomy)
     total = _total(rows)
     lines = [f"{'part':<14}{'tensors':>8}{'parameters':>16}  state"]
@@ -60,7 +60,7 @@ def audit_table(mask: LayerMask, anatomy: Anatomy) -> str:
 
 
 def audit_markdown(mask: LayerMask, anatomy: Anatomy) -> str:
-    """The audit as a Markdown table, for TensorBoard and the model card."""
+    """Format the audit as a Markdown table, for TensorBoard and the model card."""
     rows = audit(mask, anatomy)
     lines = ["| part | tensors | parameters | state | note |", "|---|---:|---:|---|---|"]
     lines += [

@@ -15,7 +15,7 @@ _FROST, _MARGIN = 26, 16
 
 
 def draw_mask(rows: Sequence[AuditRow]) -> Image.Image:
-    """The rows of ``toolkit.mask.audit.audit`` as boxes, the head on top; many blocks make a higher box."""
+    """Draw the rows of ``toolkit.mask.audit.audit`` as boxes, the head on top; many blocks make a higher box."""
     heights = [_height(row) for row in rows]
     total = sum(heights) + _GAP * len(rows) + _FROST + 2 * _MARGIN
     image = Image.new("RGB", (_WIDTH, total), "white")
@@ -38,7 +38,7 @@ def draw_mask(rows: Sequence[AuditRow]) -> Image.Image:
 
 
 def _height(row: AuditRow) -> int:
-    """Pixels of a box; neighbouring blocks share one."""
+    """Return the pixels of a box; neighbouring blocks share one."""
     first, _, last = row.part.removeprefix("blocks ").partition("–")
     blocks = int(last) - int(first) + 1 if last else 1
     return _UNIT + _BLOCK * min(blocks - 1, _MOST_BLOCKS)

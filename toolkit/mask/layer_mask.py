@@ -44,7 +44,7 @@ _Selected = tuple[frozenset[str], float | None, float | None]
 
 @dataclass(frozen=True)
 class LayerMask:
-    """Exactly which tensors train.
+    """The tensors that train, exactly.
 
     ``boundary`` b is the frost line: blocks 0 … b-1 and the embeddings are frozen, b is the lowest block with a
     trainable tensor. It equals ``block_count`` when only the norm or the head trains, and 0 when anything before the
@@ -72,7 +72,7 @@ class LayerMask:
 
     @property
     def has_prefix(self) -> bool:
-        """Whether there is anything that runs without gradients before the first block with one."""
+        """True if anything runs without gradients before the first block with one."""
         return self.boundary > 0 or self.tied == "head_only"
 
     def save(self, path: Path) -> None:
@@ -81,7 +81,7 @@ class LayerMask:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> LayerMask:
-        """The mask that ``dataclasses.asdict`` took apart."""
+        """Restore a mask from its ``dataclasses.asdict``."""
         trainable = tuple(
             MaskedTensor(tensor["name"], tuple(tensor["shape"]), tensor["dtype"]) for tensor in values["trainable"]
         )
@@ -162,7 +162,7 @@ def _tied(selected: frozenset[str], policy: str, anatomy: Anatomy) -> Tied:
 
 
 def _refuse_half_a_tie(selected: frozenset[str], anatomy: Anatomy) -> None:
-    """A tensor that several blocks share trains in all of them or in none."""
+    """Raise MaskError if a tensor that several blocks share would train in some of them only."""
     for alias in anatomy.tensors:
         if alias.alias_of is None or alias is anatomy.tied_head or alias.part == "other":
             continue
@@ -176,7 +176,7 @@ def _refuse_half_a_tie(selected: frozenset[str], anatomy: Anatomy) -> None:
 
 
 def _canonical(selected: frozenset[str], tied: Tied, anatomy: Anatomy) -> set[str]:
-    """Selected names with aliases replaced by the tensor they share, unless the head is untied."""
+    """Replace aliases among the selected names by the tensor they share, unless the head is untied."""
     head = anatomy.tied_head
     names = set()
     for name in selected:

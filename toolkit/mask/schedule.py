@@ -52,33 +52,33 @@ class Schedule:
     phases: tuple[Phase, ...]
 
     def at(self, step: int) -> Phase:
-        """The phase of the step that follows ``step`` done ones; after the end the last phase."""
+        """Return the phase of the step that follows ``step`` done ones; after the end the last phase."""
         return next((phase for phase in self.phases if step < phase.end), self.phases[-1])
 
     @property
     def sha256(self) -> str:
-        """Of every phase's start, tensors and groups: two runs of the same schedule have the same."""
+        """SHA-256 of every phase's start, tensors and groups; two runs of the same schedule have the same."""
         content = [(phase.start, asdict(phase.mask)) for phase in self.phases]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def as_list(self) -> list[dict[str, object]]:
-        """The phases as JSON values: when they begin and end, and their masks."""
+        """Return the phases as JSON values: when they begin and end, and their masks."""
         return [{"first_step": phase.start + 1, "last_step": phase.end, **asdict(phase.mask)} for phase in self.phases]
 
 
 def phase_name(config: MaskConfig, index: int) -> str:
-    """Where the recipe defines the phase ``index``, counted from 0."""
+    """Return the recipe key that defines phase ``index``, counted from 0."""
     return f"mask.schedule.{index}" if index < len(config.schedule) else "mask.train"
 
 
 def phase_configs(config: MaskConfig) -> list[MaskConfig]:
-    """One mask section a phase, none of them with a schedule; the last is that of mask.train."""
+    """Return one mask section a phase, none of them with a schedule; the last is that of mask.train."""
     masks = [(phase.train, phase.freeze) for phase in config.schedule] + [(config.train, config.freeze)]
     return [config.model_copy(update={"train": t, "freeze": f, "schedule": []}) for t, f in masks]
 
 
 def phase_masks(config: MaskConfig, anatomy: Anatomy) -> list[LayerMask]:
-    """The mask of each phase. A head that any phase trains untied is untied in all of them, from the start.
+    """Build the mask of each phase. A head that any phase trains untied is untied in all of them, from the start.
 
     Raises:
         MaskError: a selector of a phase is at fault, a phase is empty or conflicts with tied weights (see
@@ -129,7 +129,7 @@ def build_schedule(config: MaskConfig, anatomy: Anatomy, steps_per_epoch: int, t
 
 
 def phase_ends(config: MaskConfig, steps_per_epoch: int, total_steps: int) -> list[int]:
-    """Steps done at the end of each phase; the last ends with the run.
+    """Return the steps done at the end of each phase; the last ends with the run.
 
     Raises:
         ConfigError: phases that do not end one after the other, and before the run does.
@@ -157,7 +157,7 @@ def phase_ends(config: MaskConfig, steps_per_epoch: int, total_steps: int) -> li
 
 
 def _union(masks: Sequence[LayerMask], anatomy: Anatomy) -> LayerMask:
-    """The mask of all that any of ``masks`` trains, as one group."""
+    """Build the mask of all that any of ``masks`` trains, as one group."""
     by_name = {tensor.name: tensor for mask in masks for tensor in mask.trainable}
     trainable = tuple(by_name[tensor.name] for tensor in anatomy.tensors if tensor.name in by_name)
     tied = next((mask.tied for mask in masks if mask.tied != "no"), masks[0].tied)

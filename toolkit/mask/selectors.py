@@ -36,7 +36,7 @@ FORMS = (
 
 
 def resolve(selectors: Sequence[str], anatomy: Anatomy) -> frozenset[str]:
-    """The union of what the selectors name, as tensor names of the model (aliases of tied tensors included).
+    """Resolve selectors to the union of the tensor names that they select (aliases of tied tensors included).
 
     Raises:
         MaskError: a selector is malformed, out of range, or matches nothing; names close candidates.
@@ -176,7 +176,7 @@ def _matching(matches: Callable[[str], bool], selector: str, argument: str, anat
 
 
 def _contains(argument: str, selector: str, anatomy: Anatomy) -> set[str]:
-    """The substring test of many training scripts, without its two traps."""
+    """Test for a substring as many training scripts do, without the two traps of that."""
     names = {name for name in anatomy.by_name if argument and argument in name}
     if not names:
         meant = _same_meaning(argument, anatomy)
@@ -197,7 +197,7 @@ def _contains(argument: str, selector: str, anatomy: Anatomy) -> set[str]:
 
 
 def _same_meaning(text: str, anatomy: Anatomy) -> str | None:
-    """The selector for what a substring of another model's names stands for (``layers.28``, ``lm_head``)."""
+    """Return the selector for what a substring of another model's names means (``layers.28``, ``lm_head``)."""
     if block := re.search(r"(?:layers?|blocks?|h)\.([0-9]+)\b", text):
         return f"blocks:{block[1]}" if int(block[1]) < anatomy.block_count else f"last:1 (there is no block {block[1]})"
     for word, part in (

@@ -27,7 +27,7 @@ class TensorInfo:
 
     @property
     def can_train(self) -> bool:
-        """Whether it has a gradient: an integer table (which expert a token goes to) has none."""
+        """True if it has a gradient; an integer table (which expert a token goes to) has none."""
         return "float" in self.dtype
 
     @property

@@ -59,7 +59,7 @@ def detect_anatomy(model: PreTrainedModel) -> Anatomy:
 
 
 def _find_blocks(model: nn.Module) -> nn.ModuleList | None:
-    """The outermost module list with most parameters (experts of a mixture are lists inside a block)."""
+    """Return the outermost module list with most parameters (experts of a mixture are lists inside a block)."""
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     outermost = [
         module
@@ -70,7 +70,7 @@ def _find_blocks(model: nn.Module) -> nn.ModuleList | None:
 
 
 def _find_norm(model: nn.Module, blocks: str, head: nn.Module) -> nn.Module | None:
-    """The module beside the blocks that follows the last of them and holds vectors only.
+    """Find the module beside the blocks that follows the last of them and holds vectors only.
 
     One that is registered after the blocks and alone of its kind is taken at its word. Where there are several (one may
     be for the embeddings), or one before the blocks (OPT), a pass over two tokens decides. A norm without parameters is
@@ -96,7 +96,7 @@ def _holds_vectors(module: nn.Module) -> bool:
 
 
 def _describe_tensors(model: nn.Module, blocks: str, parts: list[tuple[str, Part]]) -> tuple[TensorInfo, ...]:
-    """Every parameter name; a tensor's own name is the first one in the embeddings, else the blocks, and so on."""
+    """Describe every parameter; a tensor's own name is the first one in the embeddings, else the blocks, and so on."""
     named = list(model.named_parameters(remove_duplicate=False))
     part_of: dict[str, Part] = {
         name: next((part for module, part in parts if name.startswith(f"{module}.")), "other") for name, _ in named
@@ -121,7 +121,7 @@ def _describe_tensors(model: nn.Module, blocks: str, parts: list[tuple[str, Part
 
 
 def _component(model: nn.Module, blocks: str, block: int, name: str) -> Component | None:
-    """The part of its block that a tensor is in: in a module without matrices a norm, else by what the block calls it.
+    """Return the part of its block that a tensor is in: a norm in a module without matrices, else by its name.
 
     A norm within the attention, as of queries and keys, is one of the norms.
     """

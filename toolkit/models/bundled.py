@@ -23,14 +23,14 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def cache_root() -> Path:
-    """Where converted models are kept: $FROSTLINE_CACHE, else $XDG_CACHE_HOME/frostline, else ~/.cache/frostline."""
+    """Return the cache directory: $FROSTLINE_CACHE, else $XDG_CACHE_HOME/frostline, else ~/.cache/frostline."""
     if given := os.environ.get("FROSTLINE_CACHE"):
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frostline"
 
 
 def bundled_directory(name: str) -> Path:
-    """The model directory of a bundled name; the first call converts it (about 20 s), later ones find it.
+    """Return the model directory of a bundled name; the first call converts it (about 20 s), later ones find it.
 
     Safe to call from many processes at once.
 

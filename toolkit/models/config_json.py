@@ -21,7 +21,7 @@ types that have names of their own for them."""
 
 
 def config_to_write(config: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
-    """The source's config.json as an export has it.
+    """Return the source's config.json as an export has it.
 
     ``tie_word_embeddings`` and the precision are those of the weights. Rotary settings are in both forms:
     ``rope_parameters`` (transformers 5) and ``rope_theta``, ``rope_scaling`` and their kin (transformers 4, vLLM,
@@ -60,13 +60,13 @@ def config_to_write(config: dict[str, Any], model: PreTrainedModel) -> dict[str,
 
 
 def is_tied(model: PreTrainedModel) -> bool:
-    """Whether the head and the input embeddings are one tensor."""
+    """Return whether the head and the input embeddings are one tensor."""
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     return getattr(head, "weight", None) is getattr(table, "weight", head)
 
 
 def _read_again(text: PretrainedConfig, older: dict[str, Any]) -> object:
-    """What transformers 5 makes of the older keys; some types take ``rope_scaling`` for all kinds of layers at once."""
+    """Return what transformers 5 makes of the older keys; some types take one ``rope_scaling`` for all layers."""
     try:
         read = type(text).from_dict(copy.deepcopy(text.to_dict() | older)).to_dict()["rope_parameters"]
         return {key: value for key, value in read.items() if key != "type"}  # Phi-3's old word for rope_type
@@ -75,7 +75,7 @@ def _read_again(text: PretrainedConfig, older: dict[str, Any]) -> object:
 
 
 def _rotary_keys_of_transformers_4(model_type: str, rotary: dict[str, Any]) -> dict[str, Any]:
-    """The same settings under the older keys; layers of other types than full and sliding have none there."""
+    """Return the settings under the older keys; layers of other types than full and sliding have none there."""
     nested = {key: value for key, value in rotary.items() if isinstance(value, dict)}
     if not nested:
         return _flat(model_type, rotary)

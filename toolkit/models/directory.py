@@ -30,7 +30,7 @@ def check_directory(directory: Path, needs_weights: bool) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model directory.
+    """Read the object in a JSON file of a model directory.
 
     Raises:
         ModelError: unreadable, not JSON in UTF-8, or no object.
@@ -68,7 +68,7 @@ def _faults(directory: Path, needs_weights: bool) -> Iterator[str]:
 
 
 def _outside(index: dict[str, Any]) -> list[object]:
-    """Files of an index that are not plain names of safetensors files."""
+    """Return the files of an index that are not plain names of safetensors files."""
     files = index.get("weight_map")
     if not isinstance(files, dict):
         return ["no weight_map"]

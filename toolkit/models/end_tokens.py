@@ -11,7 +11,7 @@ from transformers.utils.hub import cached_file
 
 
 def model_ends(source: str, revision: str | None = None) -> tuple[int, ...]:
-    """Token ids that the source's generation_config.json and config.json name as ``eos_token_id``, in that order.
+    """Return the ``eos_token_id`` of the source's generation_config.json and config.json, in that order.
 
     No weights are read. A file that is missing or unreadable names none; loading the model says what is wrong with it.
 
@@ -29,7 +29,7 @@ def model_ends(source: str, revision: str | None = None) -> tuple[int, ...]:
 
 
 def _levels(values: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """A config, and the text model's within it."""
+    """Yield a config, and the text model's within it."""
     yield values
     text = values.get("text_config")
     if isinstance(text, Mapping):

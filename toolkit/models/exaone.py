@@ -37,7 +37,7 @@ _MODULES = {
 
 
 def _patterns(names: dict[str, str]) -> dict[str, str]:
-    """Regular expressions and their replacements, with one group at most: key_mapping drops what has two."""
+    """Return regular expressions and their replacements, with one group at most: key_mapping drops what has two."""
     return {
         "^" + re.escape(f"{old}.").replace(re.escape("{}"), r"(\d+)"): f"{new}.".replace("{}", r"\1")
         for old, new in names.items()
@@ -63,7 +63,7 @@ _DEFAULTS = {"tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 2}
 
 
 def llama_name(name: str) -> str:
-    """The name that a tensor of an EXAONE 3.x checkpoint has in the equivalent Llama."""
+    """Return the name that a tensor of an EXAONE 3.x checkpoint has in the equivalent Llama."""
     for pattern, replacement in _TO_LLAMA.items():
         renamed, found = re.subn(pattern, replacement, name)
         if found:
@@ -72,7 +72,7 @@ def llama_name(name: str) -> str:
 
 
 def is_exaone(source: str, revision: str | None) -> bool:
-    """True for a checkpoint whose config says ``model_type: exaone`` (3.0, 3.5 and Deep; EXAONE 4 is in transformers).
+    """Return whether a config says ``model_type: exaone`` (3.0, 3.5 and Deep; EXAONE 4 is in transformers).
 
     Raises:
         OSError: the config cannot be found.
@@ -82,7 +82,7 @@ def is_exaone(source: str, revision: str | None) -> bool:
 
 
 def read_exaone_config(source: str, revision: str | None) -> LlamaConfig:
-    """The Llama configuration that computes what an EXAONE 3.x configuration describes.
+    """Return the Llama configuration that computes what an EXAONE 3.x configuration describes.
 
     Raises:
         OSError: the config cannot be found.
@@ -105,7 +105,7 @@ def read_exaone_config(source: str, revision: str | None) -> LlamaConfig:
 
 @dataclass(frozen=True)
 class ExaoneFormat:
-    """EXAONE 3.x on disk: read as the equivalent Llama, written back under its own names with its own config.
+    """Reads EXAONE 3.x as the equivalent Llama, and writes it back under its own names with its own config.
 
     What is written is what EXAONE's own code and other loaders of EXAONE 3.x read. That code is copied, never run.
     """
@@ -115,11 +115,11 @@ class ExaoneFormat:
 
     @property
     def files(self) -> SourceFiles:
-        """What lies beside the weights."""
+        """The files beside the weights."""
         return SourceFiles(self.source, self.revision)
 
     def read(self, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """The equivalent ``LlamaForCausalLM`` and transformers' loading information.
+        """Read the equivalent ``LlamaForCausalLM``; return it and transformers' loading information.
 
         Raises:
             OSError: the checkpoint cannot be found.
@@ -136,7 +136,7 @@ class ExaoneFormat:
         return model, info
 
     def tokenizer_options(self) -> dict[str, Any]:
-        """Revision, and the Llama config: without one, transformers would ask for the remote code's.
+        """Return revision and Llama config: without one, transformers would ask for the remote code's.
 
         Raises:
             OSError: the config cannot be found.
@@ -146,7 +146,7 @@ class ExaoneFormat:
         return {"revision": self.revision, "config": config, "trust_remote_code": False}
 
     def targets(self, model: PreTrainedModel, stored: StoredTensors) -> dict[str, str]:
-        """The Llama's names."""
+        """Map stored names to the Llama's."""
         return {name: llama_name(name) for name in stored.entries}
 
     def write(

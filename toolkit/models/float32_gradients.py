@@ -43,7 +43,7 @@ class Float32Linear(nn.Linear):
     """``nn.Linear`` of low-precision weights that computes its gradients in float32 and rounds them."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name for it
-        """[…, in_features] to […, out_features] in the input's dtype."""
+        """Return […, in_features] times the weight, […, out_features] in the input's dtype."""
         rows = input.numel() // max(1, input.shape[-1])
         if rows < FEWEST_ROWS or input.dtype != self.weight.dtype:
             return super().forward(input)
@@ -54,7 +54,7 @@ class Float32Linear(nn.Linear):
 
 
 def _filled_up(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Torch's own product, of a multiple of ``FEWEST_ROWS`` rows.
+    """Compute torch's own product, on a multiple of ``FEWEST_ROWS`` rows.
 
     oneDNN keeps 0.3 MiB for each number of rows that a layer of a few hundred columns meets (torch 2.13).
     """
@@ -64,7 +64,7 @@ def _filled_up(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
 
 
 class _Linear(torch.autograd.Function):
-    """``linear(states, weight, bias)``."""
+    """Computes ``linear(states, weight, bias)``."""
 
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -91,8 +91,8 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None
 """Query, key, value and a mask to the attended values."""
 
 
-class _Attention(torch.autograd.Function):
-    """``attend(query, key, value, mask)``; backward runs it once more in float32, and through that.
+class _Float32Attention(torch.autograd.Function):
+    """Computes ``attend(query, key, value, mask)``; backward runs it once more in float32, and through that.
 
     Torch's bfloat16 kernel takes longer for its backward pass alone, and keeps 9 MiB for each length of rows that it
     meets (torch 2.13).
@@ -120,7 +120,7 @@ class _Attention(torch.autograd.Function):
 def linear(
     states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, in_float32: bool = False
 ) -> torch.Tensor:
-    """``states @ weight.T + bias``, [S, H] and [V, H] to [S, V] in their dtype."""
+    """Return ``states @ weight.T + bias``, [S, H] and [V, H] to [S, V] in their dtype."""
     if not in_float32:
         return nn.functional.linear(states, weight, bias)
     exact, output = states.float(), states.new_empty(len(states), len(weight))
@@ -131,7 +131,7 @@ def linear(
 
 
 def gradient_of_states(gradient: torch.Tensor, weight: torch.Tensor, in_float32: bool = False) -> torch.Tensor:
-    """``gradient @ weight``, [S, V] and [V, H] to [S, H]; float32 if it is computed in that."""
+    """Return ``gradient @ weight``, [S, V] and [V, H] to [S, H]; float32 if it is computed in that."""
     if not in_float32:
         return gradient @ weight
     first, *others = _parts(weight)
@@ -154,7 +154,7 @@ def gradient_of_weight(
 
 
 def _parts(weight: torch.Tensor) -> Iterator[slice]:
-    """Rows of ``weight`` that are brought to float32 together."""
+    """Yield slices of rows of ``weight`` to convert to float32 together."""
     rows = max(1, _PART // weight.shape[1])
     for start in range(0, len(weight), rows):
         yield slice(start, start + rows)
@@ -163,7 +163,7 @@ def _parts(weight: torch.Tensor) -> Iterator[slice]:
 def sdpa(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' ``sdpa``; of the layers that ``use_float32_gradients`` marked, the gradient is float32."""
+    """Run transformers' ``sdpa``, with float32 gradients in the layers that ``use_float32_gradients`` marked."""
 
     def attend(*states: torch.Tensor | None) -> torch.Tensor:
         output: torch.Tensor = sdpa_attention_forward(module, *states, *args[1:], **kwargs)[0]
@@ -173,7 +173,7 @@ def sdpa(
     is_random = kwargs.get("dropout") or 0.0
     if not getattr(module, _MARK, False) or query.dtype != torch.bfloat16 or is_random or not torch.is_grad_enabled():
         return attend(query, key, value, mask), None
-    return _Attention.apply(query, key, value, mask, attend), None  # type: ignore[no-untyped-call]
+    return _Float32Attention.apply(query, key, value, mask, attend), None  # type: ignore[no-untyped-call]
 
 
 def use_float32_gradients(model: PreTrainedModel) -> None:
@@ -193,12 +193,12 @@ def use_float32_gradients(model: PreTrainedModel) -> None:
 
 
 def uses_float32_gradients(model: nn.Module) -> bool:
-    """Whether ``use_float32_gradients`` was called for ``model``."""
+    """Return whether ``use_float32_gradients`` was called for ``model``."""
     return any(type(module) is Float32Linear for module in model.modules())
 
 
 def float32_is_faster(dtype: torch.dtype, device: torch.device) -> bool:
-    """For products on this machine; measured once, and kept beside the converted models.
+    """Return whether float32 products are faster on this machine; measured once, kept beside the converted models.
 
     It has to stay the same from run to run, because it moves the last bit of gradients.
     """
@@ -228,7 +228,7 @@ def machine() -> str:
 
 
 def _processor() -> str:
-    """The processor's name and whether it has tile units; the kernel's word where there is one."""
+    """Return the processor's name and whether it has tile units, from the kernel where it tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -240,7 +240,7 @@ def _processor() -> str:
 
 
 def _gain() -> float:
-    """How many times faster a product is in float32, conversions included: the best of a few goes each, in turns.
+    """Measure how many times faster a product is in float32, conversions included: the best of a few, in turns.
 
     On one thread, by its own clock, so that other processes do not count.
     """

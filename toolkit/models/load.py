@@ -105,7 +105,7 @@ def load(
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer with the one chat template that is used.
+    """Load the model's tokenizer with the one chat template that is used.
 
     Its padding token falls back to the end-of-text token; where it has no template, that in chat_template.json is
     taken, which transformers gives to processors alone.
@@ -156,7 +156,7 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase, source: str, config: Mode
 
 
 def stored_dtype(name: str) -> Dtype:
-    """The precision in which the model of that name is stored, as its config.json says; bfloat16 where it is silent.
+    """Return the precision that the model is stored in by its config.json; bfloat16 where that is silent.
 
     Raises:
         ModelError: as ``resolve_source``.
@@ -174,7 +174,7 @@ def stored_dtype(name: str) -> Dtype:
 
 
 def resolve_source(name: str, needs_weights: bool = True) -> str:
-    """A directory or Hub id that transformers understands.
+    """Return a directory or Hub id that transformers understands.
 
     Args:
         name: as the recipe has it.
@@ -200,12 +200,12 @@ def resolve_source(name: str, needs_weights: bool = True) -> str:
 
 
 def hub_says(source: str, error: BaseException) -> str | None:
-    """What to do about ``error`` where the Hub or the network, not the model, is what failed."""
+    """Return what to do about ``error`` where the Hub or the network failed, not the model."""
     return None if is_directory(source) else hub.explain(error, source)
 
 
 def fingerprint(model: nn.Module, on_disk: Mapping[str, OnDisk] | None = None) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every parameter, tied ones once; the identity of a base model.
+    """Hash name, dtype, shape and bytes of every parameter, tied ones once (SHA-256); identifies a base model.
 
     Args:
         model: with all its weights in their original precision, but for
@@ -215,7 +215,7 @@ def fingerprint(model: nn.Module, on_disk: Mapping[str, OnDisk] | None = None) -
 
 
 def fingerprint_of(tensors: Mapping[str, torch.Tensor], on_disk: Mapping[str, OnDisk] | None = None) -> str:
-    """SHA-256 over name, dtype, shape and bytes of ``tensors`` in the order of their names; see ``fingerprint``."""
+    """Hash name, dtype, shape and bytes of ``tensors`` in the order of their names; see ``fingerprint``."""
     elsewhere = on_disk or {}
 
     def digest(item: tuple[str, torch.Tensor]) -> bytes:

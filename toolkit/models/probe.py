@@ -14,7 +14,7 @@ from toolkit.runtime.errors import ModelError
 
 @contextlib.contextmanager
 def evaluating(*parts: nn.Module) -> Iterator[None]:
-    """Without dropout and gradients inside; every module is in its own mode again afterwards.
+    """Turn dropout and gradients off inside; every module is in its own mode again afterwards.
 
     Raises:
         ModelError: a weight was changed inside (RWKV scales its own for evaluation, and back when it next trains).
@@ -40,7 +40,7 @@ def evaluating(*parts: nn.Module) -> Iterator[None]:
 def probe_blocks(
     model: nn.Module, watched: Iterable[nn.Module], device: torch.device | None = None
 ) -> list[tuple[nn.Module, Any]]:
-    """The ``watched`` modules in the order in which a pass over two tokens leaves them, each with its output.
+    """Return the ``watched`` modules in the order in which a pass over two tokens leaves them, with their outputs.
 
     Whatever exception ends the pass, what was seen before it counts; the caller decides if that is enough.
 

@@ -34,7 +34,7 @@ def log_training_notes(config: PretrainedConfig) -> None:
 
 
 def training_notes(config: PretrainedConfig) -> Iterator[str]:
-    """What this model's own training would have done and ours does not, a line each for the log."""
+    """Yield a line for the log for each thing that this model's own training would do and ours does not."""
     values = dict(_numbers(config.to_dict()))
     for name in ("layerdrop", "decoder_layerdrop"):
         if rate := values.get(name):
@@ -59,7 +59,7 @@ def _is_router_loss(key: str) -> bool:
 
 
 def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Numbers and switches of a config and of the configs in it."""
+    """Yield the numbers and switches of a config and of the configs in it."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _numbers(value)

@@ -27,15 +27,15 @@ def make_rotary_per_sample(model: nn.Module) -> None:
 
 
 def needs_lengths(model: nn.Module) -> bool:
-    """True if a padded batch has to tell ``model`` where its samples end by their positions."""
+    """Return whether a padded batch has to tell ``model`` by positions where its samples end."""
     return any(isinstance(module, _PerSample) for module in model.modules())
 
 
 class _PerSample(nn.Module):
-    """What is put before a rotary module's own class."""
+    """Extends the class of a rotary module."""
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the module's own, with each sample's frequencies.
+        """Compute what the module's own forward does, with each sample's frequencies.
 
         Args:
             x: anything of the dtype and on the device of the result.
@@ -72,14 +72,14 @@ def _changes_with_length(module: nn.Module) -> bool:
 
 
 def _samples(positions: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The samples of a row [1, T], each [1, T_i]."""
+    """Yield the samples of a row [1, T], each [1, T_i]."""
     starts = [0, *(positions[0, 1:] == 0).nonzero()[:, 0].add(1).tolist(), positions.shape[1]]
     for start, end in pairwise(starts):
         yield positions[:, start:end]
 
 
 def _joined(parts: list[Any], dim: int) -> Any:
-    """Cosines and sines, or one tensor of both, of all parts."""
+    """Concatenate the parts' cosines and sines, or their one tensor of both."""
     if len(parts) == 1:
         return parts[0]
     if isinstance(parts[0], torch.Tensor):

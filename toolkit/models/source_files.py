@@ -37,13 +37,13 @@ _ONLY_IN_TRANSFORMERS_5 = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """What a directory or Hub repository holds beside the weights."""
+    """The files of a directory or Hub repository beside the weights."""
 
     source: str
     revision: str | None
 
     def find(self, name: str) -> Path | None:
-        """A file of the source, which is downloaded if need be; none if the source has no such file."""
+        """Find a file of the source and download it if need be; none if the source has no such file."""
         try:
             path = cached_file(self.source, name, revision=self.revision)
         except OSError:
@@ -51,7 +51,7 @@ class SourceFiles:
         return Path(path) if path else None
 
     def json(self, name: str) -> dict[str, Any]:
-        """The object in a JSON file; empty if the source has no such file.
+        """Read the object in a JSON file; empty if the source has no such file.
 
         Raises:
             OSError, ValueError: it cannot be read.
@@ -61,7 +61,7 @@ class SourceFiles:
         return values
 
     def config(self) -> dict[str, Any]:
-        """The object in config.json.
+        """Read the object in config.json.
 
         Raises:
             OSError: there is none any more.
@@ -121,7 +121,7 @@ class SourceFiles:
             write_model_json(directory / name, values)
 
     def chat_template_json(self) -> str | dict[str, str] | None:
-        """The templates in chat_template.json, which processors read and tokenizers do not; none if there are none.
+        """Read the templates in chat_template.json, which tokenizers do not read; none if there are none.
 
         Raises:
             ValueError: the file holds something else.
@@ -205,7 +205,7 @@ def _as_list(value: object) -> list[int]:
 
 
 def _auto_modules(config: dict[str, Any]) -> Iterator[str]:
-    """Modules beside the config that its auto_map names; those of another repository ("org/name--…") stay there."""
+    """Return the modules beside the config that its auto_map names, not those of another repository ("org/name--…")."""
     for value in (config.get("auto_map") or {}).values():
         for reference in value if isinstance(value, list) else [value]:
             if reference and "--" not in reference:

@@ -30,10 +30,10 @@ class StorageFormat(Protocol):
 
     @property
     def files(self) -> SourceFiles:
-        """What lies beside the weights."""
+        """The files beside the weights."""
 
     def read(self, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """The model and transformers' loading information.
+        """Read the model; return it and transformers' loading information.
 
         Args:
             options: for ``from_pretrained``, ``output_loading_info`` among them.
@@ -44,7 +44,7 @@ class StorageFormat(Protocol):
         """
 
     def tokenizer_options(self) -> dict[str, Any]:
-        """What ``AutoTokenizer.from_pretrained`` needs beside the source.
+        """Return what ``AutoTokenizer.from_pretrained`` needs beside the source.
 
         Raises:
             OSError: the checkpoint cannot be found.
@@ -52,7 +52,7 @@ class StorageFormat(Protocol):
         """
 
     def targets(self, model: PreTrainedModel, stored: StoredTensors) -> dict[str, str]:
-        """Each stored name to the one in the model's state that the tensor goes to, or would if the model had it."""
+        """Map each stored name to the one that its tensor has, or would have, in the model's state."""
 
     def write(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, ends: Collection[int] = ()
@@ -109,7 +109,7 @@ def drop_quantisation(config: PretrainedConfig, stored: StoredTensors, source: s
 
 @dataclass(frozen=True)
 class TransformersFormat:
-    """What transformers itself loads and saves."""
+    """Reads and writes what transformers itself loads and saves."""
 
     source: str
     revision: str | None
@@ -117,11 +117,11 @@ class TransformersFormat:
 
     @property
     def files(self) -> SourceFiles:
-        """What lies beside the weights."""
+        """The files beside the weights."""
         return SourceFiles(self.source, self.revision)
 
     def read(self, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """As ``AutoModelForCausalLM`` reads it.
+        """Read the model as ``AutoModelForCausalLM`` does.
 
         Raises:
             OSError: the checkpoint cannot be found.
@@ -135,11 +135,11 @@ class TransformersFormat:
         return model, info
 
     def tokenizer_options(self) -> dict[str, Any]:
-        """Revision, and whether the source's own code may run."""
+        """Return the revision, and whether the source's own code may run."""
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
     def targets(self, model: PreTrainedModel, stored: StoredTensors) -> dict[str, str]:
-        """As transformers renames them on the way in."""
+        """Map stored names as transformers renames them on the way in."""
         state = model.state_dict()
         conversions = getattr(model, "_weight_conversions", None) or []
         converters = [each for each in conversions if isinstance(each, WeightConverter)]

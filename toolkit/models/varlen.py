@@ -30,7 +30,7 @@ def varlen_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each sample of a packed row; transformers' ``sdpa`` for everything else.
+    """Compute causal attention inside each sample of a packed row, and transformers' ``sdpa`` for everything else.
 
     Args:
         module: the attention layer; says how many query heads share a key.
@@ -64,7 +64,7 @@ def varlen_attention(
 
 
 def _window(length: int, size: int | None, device: torch.device) -> torch.Tensor | None:
-    """A causal band [1, 1, T, T] where a sample outgrows the window; else none, which is plain causal attention."""
+    """Return a causal band [1, 1, T, T] where a sample outgrows the window; else none, plain causal attention."""
     if size is None or length <= size:
         return None
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
@@ -80,7 +80,7 @@ def _mask(
     use_vmap: bool = False,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """Transformers' mask for ``sdpa``, but none where all there is to mask is samples that share a row.
+    """Return transformers' mask for ``sdpa``, but none where all there is to mask is samples that share a row.
 
     transformers finds packed rows by their positions, and only where there is neither padding nor a cache; it then
     forbids the causal fast path. A model that forbids it for a pattern of its own gives that as a function to map.

@@ -19,15 +19,15 @@ from toolkit.split.prefix import Prefix
 
 
 class JoinedModel:
-    """A frame of the whole model around the suffix's parameters. It is no module, so that no engine looks into it."""
+    """Joins prefix and suffix to a whole model. It is no module, so that no engine looks into it.
+
+    Args:
+        model: the whole model, its mask already applied, before an engine has its parameters.
+        anatomy: its parts.
+        boundary: b, where it is cut; none where it is kept whole.
+    """
 
     def __init__(self, model: PreTrainedModel, anatomy: Anatomy, boundary: int | None) -> None:
-        """
-        Args:
-            model: the whole model, its mask already applied, before an engine has its parameters.
-            anatomy: its parts.
-            boundary: b, where it is cut; none where it is kept whole.
-        """  # noqa: D205, D212
         blocks = [f"{anatomy.blocks}.{index}" for index in range(boundary or 0)]
         self._below = [] if boundary is None else [*anatomy.embeddings, *blocks]
         stands: dict[nn.Module, nn.Module] = {(old := model.get_submodule(name)): StandIn(old) for name in self._below}
@@ -35,7 +35,7 @@ class JoinedModel:
 
     @contextmanager
     def joined(self, prefix: Prefix | None) -> Iterator[PreTrainedModel]:
-        """The whole model without dropout; it needs its prefix if it was cut."""
+        """Provide the whole model without dropout; it needs its prefix if it was cut."""
         frame = self._frame
         stands = {name: frame.get_submodule(name) for name in self._below}
         training = prefix.training if prefix is not None else False

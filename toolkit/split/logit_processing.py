@@ -21,7 +21,7 @@ FAILURES = (AttributeError, KeyError, IndexError, TypeError, ValueError, Runtime
 
 @dataclass(frozen=True)
 class LogitProcessing:
-    """What lies between a model's head and its logits."""
+    """The model's own computation between its head and its logits."""
 
     function: LogitFunction | None
     """[rows, V'] of the head's output to the logits; none where the model changes nothing."""

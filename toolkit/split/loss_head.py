@@ -13,7 +13,7 @@ from toolkit.split.supervised_loss import LogitFunction, linear_cross_entropy
 
 @dataclass(frozen=True)
 class Shortcuts:
-    """What is saved at the top of the suffix, beside a head that sees supervised positions alone."""
+    """Short cuts at the top of the suffix, beside a head that sees supervised positions alone."""
 
     tiled: bool = False
     """Head and cross entropy are one step over tiles of the vocabulary, instead of logits and their loss."""

@@ -279,7 +279,7 @@ def _supervised(states: torch.Tensor, rows: SupervisedRows) -> torch.Tensor:
 
 
 def split_is_exact(model: PreTrainedModel, prefix: Prefix, suffix: Suffix, batch: Batch) -> bool:
-    """True if the split model gives the whole model's logits on ``batch`` as exactly as the whole model repeats them.
+    """Return whether the split model gives the whole model's logits on ``batch`` as exactly as that repeats them.
 
     Some architectures read the token ids, or the first block's output, again above the line; they cannot be cut.
     """

@@ -26,7 +26,7 @@ PROCESSED_BYTES = 2**26
 
 
 def supervised_loss(forward: Forward, hidden: torch.Tensor | None, batch: Batch, global_tokens: float) -> torch.Tensor:
-    """This micro batch's share of the global mean: ``sum(cross_entropy(logits, targets)) / global_tokens``.
+    """Compute this micro batch's share of the global mean, ``sum(cross_entropy(logits, targets)) / global_tokens``.
 
     Shares add up, over micro batches and ranks, to the mean over all supervised tokens of the global batch; a mean of
     means would weigh short answers higher. The softmax is computed in float32.
@@ -44,7 +44,7 @@ def supervised_loss(forward: Forward, hidden: torch.Tensor | None, batch: Batch,
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross entropy summed over S positions, with a softmax in float32 of logits [S, V] and targets [S]."""
+    """Sum the cross entropy over S positions, with a softmax in float32 of logits [S, V] and targets [S]."""
     return torch.nn.functional.cross_entropy(_scores(logits), targets, reduction="sum")
 
 
@@ -57,7 +57,7 @@ def linear_cross_entropy(
     tile_bytes: int = TILE_BYTES,
     in_float32: bool = False,
 ) -> torch.Tensor:
-    """``cross_entropy(processing(hidden @ weight.T + bias).float(), targets)``, summed, without all of its logits.
+    """Sum ``cross_entropy(processing(hidden @ weight.T + bias).float(), targets)`` without all of its logits.
 
     The vocabulary is taken in tiles, so that no more than ``tile_bytes`` of logits exist at once; the softmax's
     normaliser is built up over them. One tile is kept for backward; of several nothing is kept, and backward computes
@@ -84,7 +84,7 @@ def linear_cross_entropy(
 
 
 def tile_width(positions: int, vocabulary: int, element_size: int, tile_bytes: int = TILE_BYTES) -> int:
-    """Columns of a tile: as many as fit, in tiles of about the same width."""
+    """Return the columns of a tile: as many as fit, in tiles of about the same width."""
     most = max(1, tile_bytes // (max(1, positions) * element_size))
     tiles = -(-vocabulary // most)
     return -(-vocabulary // tiles)
@@ -96,19 +96,19 @@ def _tiles(vocabulary: int, width: int) -> Iterator[slice]:
 
 
 def _blocks(logits: torch.Tensor, processing: LogitFunction | None) -> Iterator[slice]:
-    """Rows of a tile that are brought to float32 together; ``processing`` runs a model's Python, so not too often."""
+    """Yield rows of a tile to convert to float32 together; ``processing`` runs a model's Python, so not too few."""
     rows = max(1, (BLOCK_BYTES if processing is None else PROCESSED_BYTES) // (4 * logits.shape[1]))
     for start in range(0, len(logits), rows):
         yield slice(start, start + rows)
 
 
 def _scores(logits: torch.Tensor) -> torch.Tensor:
-    """In the precision of the softmax."""
+    """Convert logits to the precision of the softmax."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """See ``linear_cross_entropy``; Cut Cross-Entropy (arXiv 2411.09009) does the same within one GPU kernel."""
+    """Computes ``linear_cross_entropy``; Cut Cross-Entropy (arXiv 2411.09009) does the same in one GPU kernel."""
 
     @staticmethod
     def forward(
@@ -175,7 +175,7 @@ def _added(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
 
 
 def _own_targets(targets: torch.Tensor, tile: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row's target as a column [rows, 1] of the tile (any column for one that lies elsewhere), and if it does."""
+    """Return each row's target as a column [rows, 1] of the tile (any if it lies elsewhere), and if it is there."""
     local = targets - tile.start
     inside = (local >= 0) & (local < tile.stop - tile.start)
     return local.clamp(0, tile.stop - tile.start - 1).unsqueeze(1), inside
@@ -184,7 +184,7 @@ def _own_targets(targets: torch.Tensor, tile: slice) -> tuple[torch.Tensor, torc
 def _summarise(
     logits: torch.Tensor, targets: tuple[torch.Tensor, torch.Tensor], processing: LogitFunction | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each row the logarithm of its summed exponentials, and its target's score (0 if that lies elsewhere)."""
+    """Return each row's logarithm of summed exponentials and its target's score (0 if that lies elsewhere)."""
     index, inside = targets
     scores = _scores(logits if processing is None else processing(logits))
     return torch.logsumexp(scores, dim=1), scores.gather(1, index).squeeze(1).where(inside, 0.0)

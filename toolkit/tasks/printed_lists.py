@@ -46,7 +46,7 @@ class WrittenListError(Exception):
 
 @dataclass(eq=False)
 class _StopReading(Exception):
-    """Where and why reading stops."""
+    """Stops reading; says where and why."""
 
     reason: str
     is_cut_off: bool = False
@@ -90,7 +90,7 @@ def read_written(text: str) -> Any:
 
 
 def _is_prose(text: str, stop: _StopReading, texts: int) -> bool:
-    """True for a text that only begins like a list: ``["Aspirin" was given] and …``."""
+    """Return whether a text only begins like a list: ``["Aspirin" was given] and …``."""
     if text.lstrip().startswith("<"):
         return False
     has_closing = any(mark in text for mark in "])}")
@@ -113,7 +113,7 @@ class _Reader:
     _at: int = 0
 
     def read(self) -> tuple[Any, str]:
-        """The value, and what stands behind it."""
+        """Return the value, and what stands behind it."""
         depth, behind = 0, ""
         for kind, token, after_blank, end in _tokens(self.text):
             self._tokens.append((kind, token, after_blank))
@@ -156,7 +156,7 @@ class _Reader:
         raise _StopReading(f"has {token[:20]!r} where a text is expected", is_word=kind == "name" and after_blank)
 
     def _sequence(self, opening: str, depth: int) -> Any:
-        """A list or tuple; its texts are all separated by commas, or all by blanks as numpy does it."""
+        """Read a list or tuple; its texts are all separated by commas, or all by blanks as numpy does it."""
         items: list[Any] = []
         commas = blanks = 0
         while self._peek()[1] != _CLOSES[opening]:
@@ -199,7 +199,7 @@ class _Reader:
         return found
 
     def _call(self, name: str, depth: int) -> Any:
-        """``array([...], dtype=object)`` and the like."""
+        """Read ``array([...], dtype=object)`` and the like."""
         if name.rpartition(".")[2] not in _WRAPPERS:
             raise _StopReading(f"is printed as {name}(…)")
         self._next()
@@ -213,7 +213,7 @@ class _Reader:
 
 
 def _tokens(text: str) -> Iterator[tuple[str, str, bool, int]]:
-    """Kind, token, whether a blank stands before it, and where it ends."""
+    """Yield each token's kind, its text, whether a blank stands before it, and where it ends."""
     at = 0
     while at < len(text):
         after_blank = text[at].isspace()
@@ -236,7 +236,7 @@ def _behind(token: str) -> str:
 
 
 def _unescape(token: str) -> str:
-    """The text behind a printed one, quotes and prefix included."""
+    """Return the text that a printed one stands for, quotes and prefix included."""
     if token[0] in "uU":
         token = token[1:]
     if token[0] not in "'\"":

@@ -30,12 +30,12 @@ class Sample:
     """None when the model is to give it."""
 
     def prompt(self) -> str:
-        """What the user says: the contexts, a blank line, the question."""
+        """The user's text: the contexts, a blank line, the question."""
         return "\n\n".join([*self.contexts, self.question])
 
 
 def pubmedqa(values: Any, with_answer: bool = True) -> Sample:
-    """A row in PubMedQA's columns (Jin et al. 2019, arXiv 1909.06146): QUESTION, CONTEXTS, LONG_ANSWER.
+    """Read a row in PubMedQA's columns (Jin et al. 2019, arXiv 1909.06146): QUESTION, CONTEXTS, LONG_ANSWER.
 
     CONTEXTS is a list of strings, one string, or an object with that list as ``contexts``; a string into which a list
     or object was printed, as tables have it, is read as that (``toolkit.tasks.printed_lists``).
@@ -90,7 +90,7 @@ def _contexts(value: Any) -> tuple[str, ...]:
 
 
 def _from_text(text: str) -> Any:
-    """What a table's field stands for: a list that was printed into it, nothing, or the text itself."""
+    """Return what a table's field stands for: a list that was printed into it, nothing, or the text itself."""
     if text.strip().lower() in _NOTHING:
         return ()
     try:
