@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from toolkit.planning.planner import Planner
 from toolkit.planning.table import as_dict, as_text
 from toolkit.planning.workload import Workload, read_workload
 from toolkit.runtime.errors import ConfigError, MaskError, ModelError, PlanError
+from toolkit.split.loss_head import Shortcuts
 
 LOCAL = engine_spec(None, 1, 1)
 OFFLOADED = zero_spec(2, 1, False, 32, "adamw", offload=True)
@@ -141,6 +143,18 @@ def test_padded_rows_and_full_masks_can_be_planned(tiny_model: Path) -> None:
     plan = whole.plan(whole.variant(LOCAL, checkpointing=True))
     assert plan.memory.most["prefix weights"] == 0
     assert plan.flops.of([(64, 8)])["prefix forward"] == 0
+
+
+def test_what_the_run_found_takes_the_place_of_what_was_planned_before(tiny_model: Path) -> None:
+    planner = tiny_planner(tiny_model)
+
+    def plan(planner: Planner) -> Any:
+        return planner.plan(planner.variant(LOCAL, checkpointing=False))
+
+    before = plan(planner)
+    uncut, plain = plan(replace(planner, cut=False)), plan(replace(planner, shortcuts=Shortcuts()))
+    assert (before.is_cut, uncut.is_cut) == (True, False)
+    assert plain.memory.most["logits"] > before.memory.most["logits"]
 
 
 @pytest.mark.parametrize(("text", "size"), [("24GiB", 24 * 2**30), ("80GB", 80 * 10**9), ("1.5 gib", 3 * 2**29)])

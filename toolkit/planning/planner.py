@@ -111,8 +111,7 @@ class Planner:
     """The head is untied though this mask may not ask for it: another phase does."""
     is_phase: bool = False
     """This is one phase of several."""
-    _splits: dict[str, MetaSplit] = field(default_factory=dict)
-    _traces: dict[tuple[Any, ...], Trace] = field(default_factory=dict)
+    _splits: dict[tuple[Any, ...], MetaSplit] = field(default_factory=dict)
 
     def variant(self, spec: EngineSpec, checkpointing: bool) -> Variant:
         """Return the run as the recipe has it.
@@ -200,14 +199,15 @@ class Planner:
         self._trace(plain)  # finds out whether the architecture can be cut; the run itself tries, and may refuse
         return self._split(plain.selectors, plain.packed).prefix is not None and not has_dropout(self.meta.model)
 
-    def _split(self, selectors: tuple[str | MaskGroup, ...], packed: bool) -> MetaSplit:
-        key = repr((selectors, packed))
-        if key not in self._splits:
-            mask = build_mask(self.config.mask.model_copy(update={"train": list(selectors)}), self.meta.anatomy)
-            if self.untied:
-                mask = replace(mask, tied="untie")
-            boundary = mask.boundary if self.cut and mask.has_prefix else None
-            self._splits[key] = meta_split(self.meta, mask, boundary, packed, self.shortcuts)
+    def _split(self, selectors: tuple[str | MaskGroup, ...], packed: bool, whole: bool = False) -> MetaSplit:
+        """Return the model under the mask of ``selectors``; ``whole`` gives up cutting it, from now on."""
+        mask = build_mask(self.config.mask.model_copy(update={"train": list(selectors)}), self.meta.anatomy)
+        if self.untied:
+            mask = replace(mask, tied="untie")
+        boundary = mask.boundary if self.cut and mask.has_prefix else None
+        key = (repr(selectors), packed, boundary, self.shortcuts)
+        if whole or key not in self._splits:
+            self._splits[key] = meta_split(self.meta, mask, None if whole else boundary, packed, self.shortcuts)
         return self._splits[key]
 
     def _trace_twice(self, variant: Variant) -> list[Trace]:
@@ -220,22 +220,18 @@ class Planner:
         """Trace a micro batch of ``variant``, with ``supervised`` positions in all where that is given."""
         shape = _shape(variant, self.workload)
         shape = shape if supervised is None else replace(shape, supervised=supervised)
-        key = (repr(variant.selectors), variant.checkpointing, variant.packed, shape)
-        if key not in self._traces:
-            split = self._split(variant.selectors, variant.packed)
-            try:
-                self._traces[key] = split.trace(shape, variant.checkpointing)
-            except LOOKED_AT_CONTENT as error:
-                if split.prefix is None:
-                    reason = " ".join(str(error).split())[:200]
-                    raise PlanError(
-                        f"{type(self.meta.model).__name__} cannot be planned: it looks at the content of tensors, "
-                        f"and a plan has none ({reason}). Train a few steps and read peak_memory_gib instead"
-                    ) from None
-                uncut = meta_split(self.meta, split.mask, None, variant.packed, self.shortcuts)
-                self._splits[repr((variant.selectors, variant.packed))] = uncut
-                return self._trace(variant, supervised)
-        return self._traces[key]
+        split = self._split(variant.selectors, variant.packed)
+        try:
+            return split.trace(shape, variant.checkpointing)
+        except LOOKED_AT_CONTENT as error:
+            if split.prefix is None:
+                reason = " ".join(str(error).split())[:200]
+                raise PlanError(
+                    f"{type(self.meta.model).__name__} cannot be planned: it looks at the content of tensors, "
+                    f"and a plan has none ({reason}). Train a few steps and read peak_memory_gib instead"
+                ) from None
+        self._split(variant.selectors, variant.packed, whole=True)
+        return self._trace(variant, supervised)
 
 
 def packed_lengths(variant: Variant, workload: Workload) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -39,6 +39,7 @@ class MetaSplit:
     suffix: Suffix
     trained: dict[str, nn.Parameter]
     tensors: TensorSizes
+    _traces: dict[tuple[BatchShape, bool], Trace] = field(default_factory=dict)
 
     @property
     def head(self) -> torch.Tensor:
@@ -55,9 +56,12 @@ class MetaSplit:
         return suffix
 
     def trace(self, shape: BatchShape, checkpointing: bool) -> Trace:
-        """Trace a micro batch of ``shape``, with activation checkpointing or without."""
-        suffix = self.checkpointed if checkpointing else self.suffix
-        return trace(self.prefix, suffix, self.trained.values(), shape, self.head.shape[0])
+        """Trace a micro batch of ``shape``, with activation checkpointing or without; once for each."""
+        key = (shape, checkpointing)
+        if key not in self._traces:
+            suffix = self.checkpointed if checkpointing else self.suffix
+            self._traces[key] = trace(self.prefix, suffix, self.trained.values(), shape, self.head.shape[0])
+        return self._traces[key]
 
 
 def meta_split(meta: MetaModel, mask: LayerMask, boundary: int | None, packed: bool, shortcuts: Shortcuts) -> MetaSplit:
