@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,18 @@ SLOW_FIXTURES = {"frostline", "store_worker"}
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Starting ranks is slow. The slow files come first, so that the last ones keep all processes busy."""
+    """Mark as slow what starts ranks or uses a slow fixture, and put first what takes long.
+
+    A file's tests stay in one process: short files at the end keep all processes busy until then. Files with slow tests
+    take longest, then those with many tests.
+    """
     for item in items:
         starts_ranks = item.get_closest_marker("distributed") and not item.get_closest_marker("first_tier")
         if starts_ranks or SLOW_FIXTURES.intersection(item.fixturenames):  # type: ignore[attr-defined]
             item.add_marker(pytest.mark.slow)
     slow_files = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow_files)
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: 0 if item.path in slow_files else 1 / tests[item.path])
 
 
 @pytest.hookimpl(tryfirst=True)
