@@ -15,8 +15,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from toolkit.commands.cli import run_command
-from toolkit.runtime import failure_broadcast, signals
+from toolkit.runtime import signals
 from toolkit.runtime.errors import DataError
+from toolkit.runtime.failure_broadcast import connect_ranks
 
 rank, size, folder, deed = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
 os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(size)
@@ -40,25 +41,37 @@ def arrive() -> None:
         time.sleep(0.01)
 
 
+def act() -> None:
+    """Do what the test says."""
+    if deed == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if deed == "fail":
+        raise ValueError("the true error")
+    if deed == "usage":
+        raise DataError("row 7 is bad")
+    if deed == "signal":
+        os.kill(os.getpid(), signal.SIGUSR1)
+    if deed in ("signal", "until asked"):
+        while not signals.stop_requested():
+            time.sleep(0.01)
+        print(signals.reason())
+    elif deed == "wait":
+        threading.Event().wait(60)
+
+
 def main() -> int:
     with signals.listening():
-        assert failure_broadcast.join(rank, size, "127.0.0.1", share) is None
+        failures, trouble = connect_ranks(rank, size, "127.0.0.1", share)
+        assert trouble is None
         arrive()
-        if deed == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if deed == "fail":
-            raise ValueError("the true error")
-        if deed == "usage":
-            raise DataError("row 7 is bad")
-        if deed == "signal":
-            os.kill(os.getpid(), signal.SIGUSR1)
-        if deed in ("signal", "until asked"):
-            while not signals.stop_requested():
-                time.sleep(0.01)
-            print(signals.reason())
-        elif deed == "wait":
-            threading.Event().wait(60)
-        failure_broadcast.part()
+        try:
+            act()
+        except Exception as error:
+            if failures is not None:
+                failures.attach(error)
+            raise
+        if failures is not None:
+            failures.leave()
         (folder / f"parted-{rank}").touch()
         while len(list(folder.glob("parted-*"))) < size:
             time.sleep(0.01)

@@ -15,12 +15,8 @@ from toolkit.activation_cache import cached_prefix
 from toolkit.checkpoint import saver
 from toolkit.inference import evaluation
 from toolkit.runtime import signals
+from toolkit.runtime.distributed import World
 from toolkit.training import context, validation
-
-
-class Ranks:
-    def max(self, value: float) -> float:
-        return value
 
 
 def signal_before(
@@ -120,12 +116,12 @@ def evaluations(run: Path) -> list[bool]:
 
 def test_a_signal_is_noted_from_the_start_and_forgotten_at_the_end() -> None:
     with signals.listening({}):
-        assert not signals.any_stop_requested(Ranks())
+        assert not World().any_stop_requested()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.any_stop_requested(Ranks())
+        assert World().any_stop_requested()
         assert signals.reason() == "SIGTERM"
         with signals.listening({}), pytest.raises(signals.StopRequested):
-            signals.raise_if_stopping(Ranks())
+            World().raise_if_stopping()
     assert signals_are_default()
     with signals.listening({}):
         assert not signals.stop_requested()

@@ -113,11 +113,11 @@ class CachedPrefix:
         batches = list(_batches(sorted(distinct.values(), key=_length, reverse=True), tokens))
         self._compute_missing(batches[self._world.rank :: self._world.size])
         self._world.barrier()
-        signals.raise_if_stopping(self._world)
+        self._world.raise_if_stopping()
         self.store.refresh()
         if not self.store.statistics.failed:  # what is missing still, another node keeps on a disk of its own
             self._compute_missing(batches)
-            signals.raise_if_stopping(self._world)
+            self._world.raise_if_stopping()
 
     def _compute_missing(self, batches: list[list[Example]]) -> None:
         """Compute the batches of which the store lacks a sample, and store what it lacks."""

@@ -78,14 +78,16 @@ def describe(parser: argparse.ArgumentParser, program: str | None) -> argparse.A
 
 def _failed(error: Exception, rank: int) -> int:
     """Report an error here and to the other ranks, and return the exit code."""
-    if (gone := failure_broadcast.cause(error)) is not None:
+    failures = failure_broadcast.broadcast_of(error)
+    if failures is not None and (gone := failures.cause(error)) is not None:
         failure_broadcast.say(rank, gone)
         return gone.code
     last = redact(" ".join(f"{type(error).__name__}: {error}".split()))[:_LAST_CHARACTERS]
     code = error.exit_code if isinstance(error, FrostlineError) else 1
     if isinstance(error, FrostlineError) and error.on_every_rank and rank:
-        heard = failure_broadcast.news(_GRACE_SECONDS if failure_broadcast.connected() else _ALONE_GRACE_SECONDS)
-        if heard is not None and heard.last.endswith(last):
+        if failures is None:
+            time.sleep(_ALONE_GRACE_SECONDS)
+        elif (heard := failures.news(_GRACE_SECONDS)) is not None and heard.last.endswith(last):
             return code  # all ranks found the same
     if isinstance(error, FrostlineError):
         _print_error(error, rank)
@@ -93,7 +95,8 @@ def _failed(error: Exception, rank: int) -> int:
         print(f"[rank {rank}] unforeseen error", file=sys.stderr)
         print(redact("".join(traceback.format_exception(error))), file=sys.stderr, end="", flush=True)
     _note_for_torchrun(error, last)
-    failure_broadcast.report(rank, last, code)
+    if failures is not None:
+        failures.report(last, code)
     return code
 
 

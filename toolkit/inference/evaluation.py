@@ -23,7 +23,6 @@ from toolkit.data.prefetch import Prefetcher, on_device
 from toolkit.data.sources import read_rows
 from toolkit.inference.open_model import OpenedModel, open_model
 from toolkit.models.load import Dtype
-from toolkit.runtime import signals
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import DataError
 from toolkit.runtime.out_of_memory import during
@@ -92,7 +91,7 @@ def evaluate(
     with Prefetcher() as ahead, ProgressBar("evaluating", len(examples), "row", brief=True) as bar:
         for batch in chain.from_iterable(ahead(on_device(steps, world.device))):
             if may_stop:
-                signals.raise_if_stopping(world)
+                world.raise_if_stopping()
             with during("the evaluation", batch.shape):
                 hidden = prefix(batch) if prefix else None
                 share += supervised_loss(forward, hidden, batch, tokens)

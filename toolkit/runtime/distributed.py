@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from toolkit.runtime import signals
 from toolkit.runtime.errors import UsageError
+from toolkit.runtime.failure_broadcast import FailureBroadcast, connect_ranks
+
+log = logging.getLogger("frostline")
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all processes of the run."""
+    """This process among all processes of the run, and what they do together."""
 
     rank: int = 0
     local_rank: int = 0
     size: int = 1
+    failures: FailureBroadcast | None = field(default=None, compare=False, repr=False)
+    """Tells the other ranks how this one ends, and hears of them; None for a single one."""
 
     @property
     def is_main(self) -> bool:
@@ -39,7 +46,7 @@ class World:
         return torch.device("cpu")
 
     def sum(self, *values: float) -> list[float]:
-        """Each value summed over all ranks (float64, one collective)."""
+        """Sum each value over all ranks (float64, one collective)."""
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -47,7 +54,7 @@ class World:
         return [float(value) for value in total.tolist()]
 
     def max(self, value: float) -> float:
-        """The largest value of any rank."""
+        """Return the largest value of any rank."""
         if self.size == 1:
             return value
         largest = torch.tensor(value, dtype=torch.float64, device=self.device)
@@ -60,7 +67,7 @@ class World:
             dist.barrier()
 
     def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's value (any picklable object), on every rank."""
+        """Return rank 0's value (any picklable object) on every rank."""
         if self.size == 1:
             return value
         box = [value if self.is_main else None]
@@ -68,7 +75,7 @@ class World:
         return box[0]
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Every rank's value (any picklable object) by rank, on every rank."""
+        """Return every rank's value (any picklable object) by rank, on every rank."""
         if self.size == 1:
             return [value]
         every: list[Any] = [None] * self.size
@@ -76,7 +83,7 @@ class World:
         return every
 
     def broadcast_tensor(self, tensor: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
-        """Rank 0's tensor in float32 on the device of every rank.
+        """Return rank 0's tensor in float32 on the device of every rank.
 
         Args:
             tensor: on rank 0; the others' are not looked at.
@@ -88,6 +95,15 @@ class World:
         if self.size > 1:
             dist.broadcast(full, src=0)
         return full
+
+    def any_stop_requested(self) -> bool:
+        """Return True on every rank if a signal asked any rank to stop; a collective."""
+        return self.max(float(signals.stop_requested())) > 0
+
+    def raise_if_stopping(self) -> None:
+        """Raise ``StopRequested`` on every rank if a signal asked any rank to stop; a collective."""
+        if self.any_stop_requested():
+            raise signals.StopRequested
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
@@ -102,7 +118,7 @@ class World:
 
 
 def read_world(environ: Mapping[str, str] = os.environ) -> World:
-    """The world as the launcher describes it.
+    """Read the world as the launcher describes it.
 
     deepspeed, torchrun and accelerate set RANK, WORLD_SIZE and LOCAL_RANK. Under srun the SLURM step's variables
     serve. Outside a launcher the world is one process, also inside an sbatch script: there SLURM_NTASKS speaks of
@@ -135,6 +151,36 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
             "for each task: unset RANK, WORLD_SIZE and LOCAL_RANK before srun, which then gives every task its rank"
         )
     return World(rank, local_rank, size)
+
+
+@contextlib.contextmanager
+def joined_ranks(engine_needs_group: bool = False) -> Iterator[World]:
+    """Join all ranks while entered: the process group, and the connections over which failures are broadcast.
+
+    An error that ends the block carries the connections (``failure_broadcast.broadcast_of``) and leaves the process
+    group as it is: ranks that still wait in a collective would hold it up.
+
+    Args:
+        engine_needs_group: as ``start`` takes it.
+
+    Raises:
+        UsageError: as ``start``.
+    """
+    world = start(engine_needs_group)
+    address = os.environ.get("MASTER_ADDR", "")
+    failures, trouble = connect_ranks(world.rank, world.size, address, world.broadcast_object)
+    if trouble:
+        log.error("%s; if another rank fails, this one hears of it from its launcher only", trouble)
+    try:
+        yield replace(world, failures=failures)
+        world.barrier()
+    except Exception as error:
+        if failures is not None:
+            failures.attach(error)
+        raise
+    if failures is not None:
+        failures.leave()
+    stop()
 
 
 def start(engine_needs_group: bool = False) -> World:
@@ -176,7 +222,7 @@ def stop() -> None:
 
 
 def _master_address() -> str:
-    """The first node of the SLURM step, under the address that SLURM reaches it by; its name need not resolve."""
+    """Return the first node of the SLURM step, under the address SLURM reaches it by; its name need not resolve."""
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
     if not nodes:
         return "127.0.0.1"
@@ -197,7 +243,7 @@ def _scontrol(*words: str) -> str:
 
 
 def _master_port(world: World) -> int:
-    """A port all ranks agree on: derived from the SLURM job and step, else any free one (a single process).
+    """Return a port that all ranks agree on: derived from the SLURM job and step, else any free one (a single process).
 
     It lies below the ports that Linux hands out for outgoing connections, which start at 32768.
     """

@@ -26,11 +26,13 @@ from toolkit.runtime import signals
 _CONNECT_SECONDS = 20.0
 _NEWS_SECONDS = 5.0
 """How long a rank whose collective failed waits to hear of another rank's end."""
+_ATTRIBUTE = "frostline_failure_broadcast"
+"""Of an error that ended a run."""
 
 
 @dataclass(frozen=True)
 class News:
-    """A rank has gone before its work was done."""
+    """The end of a rank before its work was done."""
 
     rank: int
     last: str
@@ -39,12 +41,12 @@ class News:
     """Its exit code, which all take over; 1 for one that was killed."""
 
     def __str__(self) -> str:
-        """One line for the log."""
+        """Return one line for the log."""
         return f"rank {self.rank} {self.last}"
 
 
 class FailureBroadcast:
-    """The connections of this rank, and the thread that listens to them."""
+    """Hold the connections of this rank, and the thread that listens to them."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
@@ -95,24 +97,36 @@ class FailureBroadcast:
         """Tell the others that this rank was asked to stop."""
         self.tell({"stop": f"{why} (rank {self._rank})"})
 
-    def part(self) -> None:
-        """This rank is done, and its going no news."""
+    def leave(self) -> None:
+        """Tell the others that this rank is done, so that its end is no failure."""
         with self._lock:
             self._over = True
             self.tell({"done": self._rank})
 
-    def fail(self) -> None:
-        """This rank begins to report an error of its own: from now on nothing else ends it."""
-        with self._lock:
-            self._failing = True
+    def attach(self, error: BaseException) -> None:
+        """Note these connections on an error that ends the run, for whoever reports it (``broadcast_of``)."""
+        setattr(error, _ATTRIBUTE, self)
 
     def news(self, seconds: float) -> News | None:
-        """The end of another rank, if it is heard of within ``seconds``."""
+        """Return the end of another rank, if it is heard of within ``seconds``."""
         self._heard.wait(seconds)
         return self._news
 
+    def cause(self, error: BaseException) -> News | None:
+        """Return the end of another rank that made a collective fail with ``error``; None if the error is our own.
+
+        From now on nothing else ends this rank: it is about to report an error.
+        """
+        with self._lock:
+            self._failing = True
+        return self.news(_NEWS_SECONDS) if _is_communication(error) else None
+
+    def report(self, last: str, code: int) -> None:
+        """Tell the others the last error of this rank, which is in its log by now."""
+        self.tell({"failed": self._rank, "last": f"failed: {last}", "code": code})
+
     def _start(self) -> None:
-        threading.Thread(target=self._listen, name="frostline-peers", daemon=True).start()
+        threading.Thread(target=self._listen, name="frostline-failures", daemon=True).start()
 
     def _add(self, connection: socket.socket, rank: int, where: str) -> None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a node that lost its power closes nothing
@@ -193,10 +207,9 @@ class FailureBroadcast:
             connection.sendall(json.dumps(message).encode() + b"\n")
 
 
-_peers: FailureBroadcast | None = None
-
-
-def join(rank: int, size: int, address: str, share: Callable[[Any], Any]) -> str | None:
+def connect_ranks(
+    rank: int, size: int, address: str, share: Callable[[Any], Any]
+) -> tuple[FailureBroadcast | None, str | None]:
     """Connect all ranks; every rank calls it.
 
     Args:
@@ -206,66 +219,36 @@ def join(rank: int, size: int, address: str, share: Callable[[Any], Any]) -> str
         share: gives every rank what rank 0 passes it.
 
     Returns:
-        Why this rank is not connected, if so: whether others have gone, it then learns from its launcher only.
+        The connections, None for a single rank; and why this rank is not connected, if so: whether others have gone,
+        it then learns from its launcher only.
     """
-    global _peers
     if size == 1:
         signals.ranks_connected()
-        return None
-    peers, trouble = FailureBroadcast(rank), None
-    port, token = share(peers.listen() if rank == 0 else None)
+        return None, None
+    failures, trouble = FailureBroadcast(rank), None
+    port, token = share(failures.listen() if rank == 0 else None)
     if rank:
         try:
-            peers.connect(address, port, token)
+            failures.connect(address, port, token)
         except OSError as error:
             trouble = f"rank {rank} cannot reach rank 0 at {address}, port {port} ({error})"
-    _peers = peers
-    signals.ranks_connected(peers.stop)
-    return trouble
+    signals.ranks_connected(failures.stop)
+    return failures, trouble
 
 
-def part() -> None:
-    """This rank has done its work; every rank calls it before it leaves."""
-    global _peers
-    if _peers is not None:
-        _peers.part()
-        _peers = None
-
-
-def cause(error: BaseException) -> News | None:
-    """The end of another rank that made a collective of this one fail with ``error``; none if the error is its own."""
-    if _peers is None:
-        return None
-    _peers.fail()
-    return _peers.news(_NEWS_SECONDS) if _is_communication(error) else None
-
-
-def connected() -> bool:
-    """True between ``join`` and ``part`` of several ranks."""
-    return _peers is not None
-
-
-def news(seconds: float) -> News | None:
-    """The end of another rank, if it is heard of within ``seconds``."""
-    if _peers is None:
-        threading.Event().wait(seconds)
-        return None
-    return _peers.news(seconds)
-
-
-def report(rank: int, last: str, code: int) -> None:
-    """Tell the others the last error of this rank, which is in its log by now."""
-    if _peers is not None:
-        _peers.tell({"failed": rank, "last": f"failed: {last}", "code": code})
+def broadcast_of(error: BaseException) -> FailureBroadcast | None:
+    """Return the connections of the ranks that ``error`` ended, as ``FailureBroadcast.attach`` noted them on it."""
+    failures = getattr(error, _ATTRIBUTE, None)
+    return failures if isinstance(failures, FailureBroadcast) else None
 
 
 def say(rank: int, heard: News) -> None:
-    """The one line of a rank that leaves because another one has gone."""
+    """Print the one line of a rank that ends because another one has gone."""
     print(f"[rank {rank}] stopped, because {heard}", file=sys.stderr, flush=True)
 
 
 def _is_communication(error: BaseException | None) -> bool:
-    """True if a collective raised it, or what it was raised from."""
+    """Return True if a collective raised it, or what it was raised from."""
     while error is not None:
         trace: TracebackType | None = error.__traceback__
         while trace is not None:

@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from select import select
 from types import FrameType
-from typing import Protocol
 
 import psutil
 
@@ -40,16 +39,12 @@ class StopRequested(Exception):
     """Unwinds a run that was asked to stop; every rank raises it at the same place."""
 
 
-class Ranks(Protocol):
-    """What agreeing takes; ``toolkit.runtime.distributed.World`` is one."""
-
-    def max(self, value: float) -> float:
-        """The largest value of any rank."""
-
-
 @dataclass
 class _State:
-    """Of the process, as its signal handlers are."""
+    """What was noted of signals: process-wide, for the handler gets nothing but the number of the signal.
+
+    ``World`` asks it, and joins the answers of all ranks.
+    """
 
     listening: bool = False
     reason: str | None = None
@@ -95,24 +90,13 @@ def listening(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
 
 
 def stop_requested() -> bool:
-    """True if this process was asked to stop, or has heard that another rank was; ranks may differ for a moment."""
+    """Return True if this process was asked to stop, or heard that another rank was; ranks may differ for a moment."""
     return _state.reason is not None
 
 
 def reason() -> str:
-    """Why it stops, as a phrase for the log."""
+    """Return why it stops, as a phrase for the log."""
     return _state.reason or "a signal to another rank"
-
-
-def any_stop_requested(ranks: Ranks) -> bool:
-    """True on every rank if any rank was asked to stop; a collective."""
-    return ranks.max(float(stop_requested())) > 0
-
-
-def raise_if_stopping(ranks: Ranks) -> None:
-    """Raise ``StopRequested`` on every rank if any was asked to stop; a collective."""
-    if any_stop_requested(ranks):
-        raise StopRequested
 
 
 def request_stop(why: str, tell: bool = True) -> None:
@@ -129,7 +113,7 @@ def request_stop(why: str, tell: bool = True) -> None:
 
 
 def ranks_connected(relay: Callable[[str], None] | None = None) -> None:
-    """The ranks have found one another.
+    """Note that the ranks have found one another.
 
     Args:
         relay: passes a reason to stop on to the other ranks; called from a thread.
@@ -142,7 +126,7 @@ def ranks_connected(relay: Callable[[str], None] | None = None) -> None:
 
 
 def _noted(number: int, frame: FrameType | None) -> None:
-    """The signal handler: only a note, for it interrupts whatever the main thread is at."""
+    """Handle a signal: only note it, for it interrupts whatever the main thread is at."""
     if _state.reason is None:
         _state.reason, _state.noted_at = signal.Signals(number).name, time.monotonic()
     _state.by_term |= number == signal.SIGTERM
@@ -163,19 +147,19 @@ def _watch(reading: int, launchers: tuple[int, ...], over: threading.Event) -> N
 
 
 def _leave_alone() -> None:
-    """Nothing is begun, and the other ranks do not come: they may be gone, which is what SIGTERM then speaks of."""
+    """End the process: nothing is begun, and the other ranks do not come; SIGTERM may mean that they are gone."""
     print(f"stopped by {reason()} before all ranks were there", file=sys.stderr, flush=True)
     os._exit(128 + signal.SIGTERM if _state.by_term else STOPPED)
 
 
 def _ranks(environ: Mapping[str, str]) -> int:
-    """The size of the world, as far as the environment tells; ``toolkit.runtime.distributed`` checks it."""
+    """Return the size of the world, as far as the environment tells; ``toolkit.runtime.distributed`` checks it."""
     text = environ.get("WORLD_SIZE") or environ.get("SLURM_STEP_NUM_TASKS") or "1"
     return int(text) if text.isdigit() else 1
 
 
 def _launchers(environ: Mapping[str, str]) -> tuple[int, ...]:
-    """The processes that this rank must not outlive, from its parent up.
+    """Return the processes that this rank must not outlive, from its parent up.
 
     torchrun and accelerate are the parent. deepspeed has a parent on each node, whose own parent is the command, or the
     shell that ssh began. Any other parent may go: a shell, say, of a run that was started with nohup.
@@ -188,7 +172,7 @@ def _launchers(environ: Mapping[str, str]) -> tuple[int, ...]:
 
 
 def _launchers_now(known: tuple[int, ...]) -> tuple[int, ...]:
-    """The processes that now stand where ``known`` stood."""
+    """Return the processes that now stand where ``known`` stood."""
     parent = os.getppid()
     if len(known) == 1:
         return (parent,)

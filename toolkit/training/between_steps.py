@@ -10,7 +10,7 @@ import logging
 
 from toolkit.checkpoint.saver import Saver
 from toolkit.inference.evaluation import perplexity
-from toolkit.runtime import malloc, signals
+from toolkit.runtime import malloc
 from toolkit.runtime.out_of_memory import during
 from toolkit.runtime.signals import StopRequested
 from toolkit.training.context import RunContext
@@ -71,14 +71,14 @@ class BetweenSteps:
         due = self._is_validation_due(epoch_ends)
         is_saved = (
             epoch_ends
-            or signals.any_stop_requested(world)
+            or world.any_stop_requested()
             or is_due(progress.step, self._context.config.output.save_every_steps)
         )
         if is_saved:
             self._commit(state, validation_follows=due)
-        if due and (at_end or not signals.any_stop_requested(world)):
+        if due and (at_end or not world.any_stop_requested()):
             self._validate(state, may_stop=not at_end)
-        stopping = signals.any_stop_requested(world)
+        stopping = world.any_stop_requested()
         if stopping and not is_saved:
             self._commit(state, validation_follows=due)
             if progress.eval_loss is not None:

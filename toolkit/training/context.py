@@ -32,7 +32,6 @@ from toolkit.planning.meta_model import meta_model_of
 from toolkit.planning.phase_plans import combine_plans, phase_planners
 from toolkit.planning.planner import Plan, Planner
 from toolkit.planning.workload import workload_of
-from toolkit.runtime import signals
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import PlanError
 from toolkit.split.activation_checkpointing import free_bytes
@@ -149,7 +148,7 @@ def prepare(
             check_config(invocation, world.size)
         tokenizer = load_tokenizer(config.model)
     dataset, stop_ids = read_rows_of(config, tokenizer, world, run_dir)
-    signals.raise_if_stopping(world)
+    world.raise_if_stopping()
     plan = BatchPlan.of_recipe(train, len(dataset.train), world.size, world.rank)
     total_steps = state.steps_in_all(config, world.size) if state else plan.steps(train.epochs, train.max_steps)
     refuse_with_schedule(config, world.device)
@@ -159,7 +158,7 @@ def prepare(
         import_module("toolkit.engine.deepspeed.engine")  # counts as a library; only runs that use DeepSpeed import it
     libraries = resident_bytes()
     loaded = _load(config, tokenizer, dataset, world)
-    signals.raise_if_stopping(world)
+    world.raise_if_stopping()
     base = Base(
         config.model, world.broadcast_object(fingerprint(loaded.model, loaded.on_disk) if world.is_main else None)
     )
@@ -174,7 +173,7 @@ def prepare(
     )  # fmt: skip
     planners: Sequence[Planner | None] = context.planners or [None] * len(schedule.phases)
     expected = [choose_checkpointing(context, planner)[1] for planner in planners]
-    signals.raise_if_stopping(world)
+    world.raise_if_stopping()
     name = "local" if context.ds_config is None else f"zero-{zero_stage(context.ds_config)}"
     length = plan.text(total_steps, train.epochs)
     log.info("engine %s, %d rank(s) on %s: %s", name, world.size, world.device.type, length)
@@ -212,7 +211,7 @@ def _load(config: RunConfig, tokenizer: PreTrainedTokenizerBase, dataset: Datase
     loaded = load_for(config, tokenizer)
     check_fit((*dataset.train, *dataset.validation), loaded.model)
     log_training_notes(loaded.model.config)
-    signals.raise_if_stopping(world)
+    world.raise_if_stopping()
     if world.broadcast_object(float32_is_faster(loaded.model.dtype, world.device) if world.is_main else None):
         use_float32_gradients(loaded.model)
     return loaded

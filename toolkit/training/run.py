@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +13,8 @@ from toolkit.checkpoint.saver import Saver
 from toolkit.config.flags import Invocation
 from toolkit.config.recipe import dump
 from toolkit.engine.deepspeed import nvme_files
-from toolkit.runtime import distributed, failure_broadcast, signals
-from toolkit.runtime.distributed import World
+from toolkit.runtime import signals
+from toolkit.runtime.distributed import World, joined_ranks
 from toolkit.runtime.errors import OutOfMemoryError
 from toolkit.runtime.out_of_memory import during
 from toolkit.runtime.paths import writing
@@ -46,25 +45,16 @@ def run(invocation: Invocation, on_directory: Callable[[Path], None] | None = No
         UsageError: recipe, data, model, mask or run directory is at fault.
         FrostlineError: training cannot go on.
     """
-    with signals.listening():
-        world = distributed.start(engine_needs_group=invocation.deepspeed is not None)
-        if trouble := failure_broadcast.join(
-            world.rank, world.size, os.environ.get("MASTER_ADDR", ""), world.broadcast_object
-        ):
-            log.error("%s; if another rank fails, this one hears of it from its launcher only", trouble)
+    with signals.listening(), joined_ranks(engine_needs_group=invocation.deepspeed is not None) as world:
         require_same(world, facts(invocation))
         if not invocation.recipe_was_given:
             log.info("no --config given: using %s", invocation.recipe)
         log.info("recipe %s, engine %s", invocation.recipe, invocation.deepspeed or "torch (no --ds)")
         try:
-            code = train(invocation, world, on_directory)
+            return train(invocation, world, on_directory)
         except StopRequested:
             log.info("stopped by a signal before the first step (%s); start the same command again", signals.reason())
-            code = STOPPED
-        world.barrier()
-        failure_broadcast.part()
-        distributed.stop()  # not after an error: ranks that still wait in a collective would hold it up
-        return code
+            return STOPPED
 
 
 def train(invocation: Invocation, world: World, on_directory: Callable[[Path], None] | None = None) -> int:

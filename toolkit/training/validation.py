@@ -69,7 +69,7 @@ def sample_answers(context: RunContext, state: PhaseState, may_stop: bool = Fals
     with state.engine.gathered():
         every = _together(world, lambda: _own_answers(context, state, rows[world.rank :: world.size], may_stop))
     if may_stop:
-        signals.raise_if_stopping(world)
+        world.raise_if_stopping()
     texts: dict[int, str] = {}
     for rank, given in enumerate(every):
         texts |= {rank + world.size * index: text for index, text in enumerate(given)}
