@@ -238,3 +238,19 @@ def test_a_state_with_a_value_of_another_kind_is_refused(run: Path, field: str) 
     edit_state(run / "checkpoints" / "step-00000006", **{field: "x"})
     with pytest.raises(CheckpointError, match=rf"state\.json cannot be read \({field}"):
         Checkpoint(run / "checkpoints" / "step-00000006")
+
+
+def test_a_state_of_a_newer_version_is_refused_by_name(run: Path) -> None:
+    edit_state(run / "checkpoints" / "step-00000006", tide="high", versions={"frostline": "9.1"})
+    with pytest.raises(CheckpointError, match=r"newer version of frostline \(9\.1, this is .*has tide, which"):
+        Checkpoint(run / "checkpoints" / "step-00000006")
+
+
+@pytest.mark.parametrize(("key", "default"), [("phase", 0), ("totals", {}), ("versions", {})])
+def test_a_state_of_an_earlier_version_may_lack_what_has_a_default(run: Path, key: str, default: object) -> None:
+    checkpoint = run / "checkpoints" / "step-00000006"
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state[key]
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    reseal(checkpoint)
+    assert getattr(Checkpoint(checkpoint).state, key) == default

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+import toolkit
 from toolkit.checkpoint.manifest import damaged
 from toolkit.config.policy import global_batch
 from toolkit.config.schema import RunConfig
+from toolkit.runtime.errors import CheckpointError
 
 NAME = "state.json"
 
@@ -31,7 +33,10 @@ from may change because their fingerprints may not."""
 
 
 class CheckpointState(BaseModel):
-    """Position of a checkpoint in its run, what it belongs to, and what wrote it."""
+    """Position of a checkpoint in its run, what it belongs to, and what wrote it.
+
+    A key that is added gets a default, which checkpoints of earlier versions take.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -49,7 +54,7 @@ class CheckpointState(BaseModel):
     """SHA-256 of the permutation of the next epoch."""
     global_batch: int = Field(ge=1)
     """Rows of one optimizer step over all ranks."""
-    phase: int = Field(ge=0)
+    phase: int = Field(0, ge=0)
     """Of the mask's schedule, from 0; that of the last step."""
     schedule_step: int = Field(ge=0)
     """Steps that the learning-rate schedule has done."""
@@ -57,11 +62,11 @@ class CheckpointState(BaseModel):
     ranks: int = Field(ge=1)
     eval_loss: float | None = None
     """Validation loss after this very step, where no ``evaluation.json`` has it: in checkpoints of older versions."""
-    totals: dict[str, float]
-    """Sums since the run began (tokens, seconds …), and of the epoch that is under way."""
+    totals: dict[str, float] = Field(default_factory=dict)
+    """Sums since the run began (tokens, seconds …) and of the epoch that is under way; mean loss of each epoch done."""
     fingerprints: dict[str, str]
     """SHA-256 of data, tokenizer, chat template, base model and the mask's schedule."""
-    versions: dict[str, str]
+    versions: dict[str, str] = Field(default_factory=dict)
     """Of Python and the libraries."""
     recipe: dict[str, Any]
 
@@ -80,19 +85,32 @@ class CheckpointState(BaseModel):
 
 
 def read_state(checkpoint: Path) -> CheckpointState:
-    """Read the state of a checkpoint.
+    """Read the state of a checkpoint, also of an earlier version.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        CheckpointError: it is missing or damaged, or a newer version wrote what this one does not know.
     """
     try:
-        return CheckpointState.model_validate(json.loads((checkpoint / NAME).read_text(encoding="utf-8")))
+        content = json.loads((checkpoint / NAME).read_text(encoding="utf-8"))
+        if isinstance(content, dict) and (unknown := content.keys() - CheckpointState.model_fields):
+            raise _newer(checkpoint, sorted(unknown), content.get("versions"))
+        return CheckpointState.model_validate(content)
     except ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(map(str, fault["loc"]))
         raise damaged(checkpoint, [f"{NAME} cannot be read ({where}: {fault['msg']})"]) from None
     except (OSError, ValueError, RecursionError) as error:
         raise damaged(checkpoint, [f"{NAME} cannot be read ({error})"]) from None
+
+
+def _newer(checkpoint: Path, unknown: Sequence[str], versions: object) -> CheckpointError:
+    """Return the error for keys that this version does not know, and may not ignore."""
+    wrote = versions.get("frostline") if isinstance(versions, dict) else None
+    return CheckpointError(
+        f"checkpoint {checkpoint} is of a newer version of frostline ({wrote or 'unknown'}, this is "
+        f"{toolkit.__version__}): its {NAME} has {', '.join(unknown)}, which this version does not know. "
+        "Go on with a version that does"
+    )
 
 
 def recipe_differences(state: CheckpointState, config: RunConfig, ranks: int) -> tuple[list[str], list[str]]:
