@@ -1,4 +1,4 @@
-"""Rank and world from any launcher, the process group, and the few collectives the run needs."""
+"""Read rank and world from any launcher, join the process group, and offer the collectives that a run needs."""
 
 from __future__ import annotations
 

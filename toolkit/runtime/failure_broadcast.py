@@ -1,4 +1,4 @@
-"""Every rank hears at once when another one fails, is killed, or was asked to stop.
+"""Broadcast failures: every rank hears at once when another one fails, is killed, or was asked to stop.
 
 A rank that waits for another one in a collective does not learn that it has gone: NCCL waits for half an hour, gloo
 reports a closed connection and hides the true error under its own. So each rank keeps one TCP connection to rank 0.
@@ -62,7 +62,7 @@ class FailureBroadcast:
         self._heard = threading.Event()
 
     def listen(self) -> tuple[int, str]:
-        """Rank 0: open a port.
+        """Open a port, on rank 0.
 
         Returns:
             The port, and a password, so that nobody else can end the run.
@@ -75,7 +75,7 @@ class FailureBroadcast:
         return int(server.getsockname()[1]), self._token
 
     def connect(self, address: str, port: int, token: str) -> None:
-        """Any other rank: connect to rank 0.
+        """Connect to rank 0, from any other rank.
 
         Raises:
             OSError: it cannot be reached.

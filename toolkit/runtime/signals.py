@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1: noted from the first moment on, acted on where all ranks can stop together.
+"""Note SIGTERM and SIGUSR1 from the first moment on, to stop where all ranks can stop together.
 
 A signal is only noted. The run asks at places that every rank reaches, so that all stop after the same step. A thread
 watches beside the main one, which may sit in a collective for long: it passes the signal on to the other ranks, leaves
@@ -36,7 +36,7 @@ import sends the same signal, and waits half a minute before it kills."""
 
 
 class StopRequested(Exception):
-    """Unwinds a run that was asked to stop; every rank raises it at the same place."""
+    """End a run that was asked to stop; every rank raises it at the same place."""
 
 
 @dataclass
@@ -90,7 +90,7 @@ def listening(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
 
 
 def stop_requested() -> bool:
-    """Return True if this process was asked to stop, or heard that another rank was; ranks may differ for a moment."""
+    """Return True if this process was asked to stop or heard that another was; ranks may differ for a moment."""
     return _state.reason is not None
 
 
@@ -100,7 +100,7 @@ def reason() -> str:
 
 
 def request_stop(why: str, tell: bool = True) -> None:
-    """Take ``why`` for a signal.
+    """Request a stop as a signal does.
 
     Args:
         why: as a phrase for the log.

@@ -1,1 +1,1 @@
-"""A training run: set-up, the step, the loop."""
+"""Train a run: ``RunContext``, ``build_phase`` → ``PhaseState``, ``Trainer``, the step."""

@@ -1,4 +1,4 @@
-"""What is due between two steps, in the order in which nothing can be lost.
+"""Do what is due between two steps, in the order in which nothing can be lost.
 
 First the state is committed; then comes the validation, whose loss becomes a file of that checkpoint; then older
 checkpoints go, for the loss says which one is the best; sample answers come last, and their failure ends no run.
@@ -24,7 +24,7 @@ log = logging.getLogger("frostline")
 
 
 class BetweenSteps:
-    """Commits, validates and shows what a run has to between its steps; every rank makes the same calls.
+    """Commit, validate and show what a run has to between its steps; every rank makes the same calls.
 
     Args:
         context: of the run.

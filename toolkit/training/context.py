@@ -46,7 +46,7 @@ log = logging.getLogger("frostline")
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a run is, from its first step to its last."""
+    """Everything that stays the same from the first step of a run to its last."""
 
     config: RunConfig
     world: World
@@ -110,7 +110,7 @@ class ModelHandle:
 
     @property
     def loaded(self) -> LoadedModel:
-        """The model; not to be kept in a variable that outlives the call."""
+        """The model; keep it in no variable that outlives the call."""
         assert self._loaded is not None, "the last phase has freed the whole model"
         return self._loaded
 

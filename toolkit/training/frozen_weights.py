@@ -1,4 +1,4 @@
-"""How the recipe stores the weights below the frost line: what that changes when the model is loaded."""
+"""Load the model as the recipe stores the weights below the frost line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run does about bad steps: it names their rows, saves no ruined weights, and stops after too many in a row."""
+"""Guard a run against bad steps: name their rows, save no ruined weights, stop after too many in a row."""
 
 from __future__ import annotations
 
@@ -27,25 +27,24 @@ _SHOWN = 16
 
 
 class SpikeDetector:
-    """Tells losses that lie far above those before them.
+    """Detect losses that lie far above those before them.
 
     A loss is a spike if it exceeds ``median + threshold * max(1.4826 * MAD, 0.05 * median)`` of the last ``window``
     finite losses, where MAD is the median distance from their median; 1.4826 MAD is the standard deviation of normal
     noise (Rousseeuw and Croux 1993, doi 10.1080/01621459.1993.10476408). Both medians ignore the spikes themselves.
+
+    Args:
+        window: losses that are remembered.
+        least: losses before the first verdict.
+        threshold: in robust standard deviations.
     """
 
     def __init__(self, window: int = 64, least: int = 16, threshold: float = 6.0) -> None:
-        """
-        Args:
-            window: losses that are remembered.
-            least: losses before the first verdict.
-            threshold: in robust standard deviations.
-        """  # noqa: D205, D212
         self._losses: deque[float] = deque(maxlen=window)
         self._least, self._threshold = least, threshold
 
     def spiked(self, loss: float) -> float | None:
-        """The typical loss if ``loss`` is a spike above it, else none; remembers ``loss``."""
+        """Return the typical loss if ``loss`` is a spike above it, else None; remember ``loss``."""
         usual = None
         if len(self._losses) >= self._least:
             middle = median(self._losses)
@@ -57,22 +56,22 @@ class SpikeDetector:
 
 
 class StepGuard:
-    """Watches the steps of a run. Every rank calls each method at the same step."""
+    """Watch the steps of a run. Every rank calls each method at the same step.
+
+    Args:
+        run: the run directory; its last checkpoint is named when the run has to stop.
+        most_skipped: steps skipped in a row that end the run.
+        world: whose rows are named.
+    """
 
     def __init__(self, run: Path, most_skipped: int, world: World) -> None:
-        """
-        Args:
-            run: the run directory; its last checkpoint is named when the run has to stop.
-            most_skipped: steps skipped in a row that end the run.
-            world: whose rows are named.
-        """  # noqa: D205, D212
         self._run, self._most, self._world = run, most_skipped, world
         self._in_a_row = 0
         self._spikes = SpikeDetector()
         self._learned: Batch | None = None
 
     def look(self, step: int, result: StepResult, micro_batches: Sequence[Batch]) -> None:
-        """Judge the step that made ``step`` steps, and say what is wrong with it.
+        """Check the step after which ``step`` are done: warn of a spike, count a skipped one.
 
         Raises:
             TrainingStoppedError: too many steps in a row were skipped.
@@ -99,7 +98,7 @@ class StepGuard:
 
     @torch.no_grad()
     def require_sound(self, step: int, forward: Forward, prefix: HiddenStates | None) -> None:
-        """Before a checkpoint: the weights must still give a finite loss on rows that they last learned from.
+        """Require that the weights still give a finite loss on rows they last learned from, before they are saved.
 
         The caller turns dropout off.
 
@@ -133,7 +132,7 @@ class StepGuard:
         return [example.origin or "a row without a name" for example in batch.examples]
 
     def _describe(self, own: list[tuple[list[str], float]]) -> str:
-        """All ranks' rows in words; rows whose own loss is not finite come first."""
+        """Describe all ranks' rows; those whose own loss is not finite come first."""
         ranks = []
         for rank, micro_batches in enumerate(self._world.all_gather_object(own)):
             names: list[str] = []

@@ -52,10 +52,10 @@ class StepMetrics:
     skipped: bool = False
     """Loss or gradient norm was not finite (null here), so the step changed nothing."""
     moved_share: float | None = None
-    """Of the sampled trained weights that were meant to move, the share that the update changed: 256 a tensor, or of
+    """Share of the sampled trained weights that were meant to move and that the update changed: 256 a tensor, or of
     each rank's partitions, in float32 masters or their equal (``toolkit.optim.update_monitor``). None at rate 0."""
     cache_hit_share: float | None = None
-    """Of the samples that rank 0 asked the activation cache for since the step before, the share that it held; none
+    """Cache hit rate of rank 0 since the step before: samples that the activation cache held, of those requested; None
     where nothing is cached."""
 
 
@@ -80,7 +80,7 @@ _CELL = 400
 
 @dataclass(frozen=True)
 class Answer:
-    """A held-out question, what the data answers, and what the model does."""
+    """A held-out question, its reference answer, and the answer of the model."""
 
     prompt: str
     reference: str
@@ -88,16 +88,16 @@ class Answer:
 
 
 class Monitor:
-    """Logs a run; a context manager. On other ranks than 0 it does nothing."""
+    """Log a run; a context manager. On other ranks than 0 it does nothing.
+
+    Args:
+        run: the run directory.
+        is_main: true on rank 0.
+        total_steps: for the progress bar.
+        first_step: steps done before a resume; later rows of an interrupted run are dropped.
+    """
 
     def __init__(self, run: Path, is_main: bool, total_steps: int, first_step: int = 0) -> None:
-        """
-        Args:
-            run: the run directory.
-            is_main: true on rank 0.
-            total_steps: for the progress bar.
-            first_step: steps done before a resume; later rows of an interrupted run are dropped.
-        """  # noqa: D205, D212
         self._is_main = is_main
         self.planned_gib: float | None = None
         """The peak that the run was planned to have, of tensors alone; shown beside the measured one."""

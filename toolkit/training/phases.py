@@ -47,7 +47,7 @@ log = logging.getLogger("frostline")
 
 @dataclass(frozen=True)
 class PhaseState:
-    """What the current phase of the mask's schedule runs on."""
+    """The halves, the engine and the decisions of the current phase of the mask's schedule."""
 
     phase: Phase
     prefix: HiddenStates | None
@@ -82,7 +82,7 @@ class PhaseState:
 
 @dataclass(frozen=True)
 class Handover:
-    """What a phase leaves for the next one."""
+    """The training state that a phase leaves for the next one."""
 
     packing: Decision
     plans: tuple[Plan | None, ...]

@@ -1,4 +1,4 @@
-"""How far a run is: in steps, epochs and rows, with the sums it keeps on the way."""
+"""Count how far a run is in steps, epochs and rows, and sum losses and tokens on the way."""
 
 from __future__ import annotations
 

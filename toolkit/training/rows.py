@@ -1,4 +1,4 @@
-"""The rows of a run, written as they were when it began."""
+"""Read the rows of a run, rendered as they were when it began."""
 
 from __future__ import annotations
 

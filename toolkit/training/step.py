@@ -1,4 +1,4 @@
-"""The training step: the same lines for one process and for a cluster."""
+"""Take one training step: the same lines for one process and for a cluster."""
 
 from __future__ import annotations
 
@@ -19,25 +19,31 @@ from toolkit.split.supervised_loss import supervised_loss
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did, over all ranks."""
+    """The result of one optimizer step over all ranks."""
 
     loss: float
+    """Mean cross entropy over the supervised tokens of the global batch."""
     learning_rate: float
+    """The rate this step used."""
     grad_norm: float
+    """Global gradient 2-norm before clipping."""
     supervised_tokens: int
+    """Tokens the loss was taken over."""
     tokens: int
+    """Tokens read, without padding."""
     seconds: float
+    """Wall-clock time on this rank."""
     shares: tuple[float, ...] = ()
-    """Of each of this rank's micro batches in the loss."""
+    """What each of this rank's micro batches adds to the loss."""
 
     @property
     def skipped(self) -> bool:
-        """Loss or gradient was not finite on some rank, so no rank's weights, moments or step counts changed."""
+        """True if loss or gradient was not finite on some rank: no rank's weights, moments or step counts changed."""
         return not (math.isfinite(self.loss) and math.isfinite(self.grad_norm))
 
 
 def train_step(micro_batches: Sequence[Batch], prefix: HiddenStates | None, engine: Engine, world: World) -> StepResult:
-    """One optimizer step on this rank's micro batches; ``StepResult.skipped`` tells if it changed nothing.
+    """Take one optimizer step on this rank's micro batches; ``StepResult.skipped`` tells if it changed nothing.
 
     Raises:
         OutOfMemoryError: with the phase and the shape of the micro batch.

@@ -1,4 +1,4 @@
-"""TensorBoard's event file, which may fail without harm to the training it shows."""
+"""Write TensorBoard's event file, which may fail without harm to the training it shows."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ _hparams: Callable[[dict[str, Any], dict[str, float]], Sequence[Any]] = summary.
 
 
 class TensorBoardWriter:
-    """Writes curves, texts and pictures until the disk refuses; then it says so once and writes no more.
+    """Write curves, texts and pictures until the disk refuses; then warn once and write no more.
 
     All writes go through a queue to a thread of their own; nothing waits for the disk.
+
+    Args:
+        directory: of the event file.
+        first_step: what an earlier run wrote from this step on is hidden.
     """
 
     def __init__(self, directory: Path, first_step: int) -> None:
-        """
-        Args:
-            directory: of the event file.
-            first_step: what an earlier run wrote from this step on is hidden.
-        """  # noqa: D205, D212
         self._directory = directory
         self._writer: SummaryWriter | None = None
         self._hook = threading.excepthook
@@ -55,7 +54,7 @@ class TensorBoardWriter:
             self._attempt(lambda: writer.add_image(name, np.asarray(image), step, dataformats="HWC"))
 
     def hparams(self, values: Mapping[str, str | float], outcomes: Sequence[str]) -> None:
-        """Say what the run is compared by in the HParams tab.
+        """Show what the run is compared by in the HParams tab.
 
         ``SummaryWriter.add_hparams`` would open a run beside this one, with a point for every outcome; these are the
         same records in the run itself, whose own curves are the outcomes.

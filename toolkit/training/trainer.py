@@ -1,4 +1,4 @@
-"""The loop around the training step."""
+"""Run the loop around the training step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = logging.getLogger("frostline")
 
 
 class Trainer:
-    """Trains a run from where it stands to its end.
+    """Train a run from its current position to its end.
 
     Args:
         context: of the run.
