@@ -148,7 +148,7 @@ def test_what_all_ranks_raise_is_printed_once_and_what_one_rank_raises_at_once(
         raise error("no")
 
     waited: list[float] = []
-    monkeypatch.setattr("toolkit.commands.cli.failure_broadcast.news", waited.append)
+    monkeypatch.setattr("toolkit.commands.cli.time.sleep", waited.append)
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         assert run_command(fails) == error.exit_code
