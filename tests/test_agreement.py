@@ -89,7 +89,7 @@ def test_the_same_rows_cost_one_comparison() -> None:
     kept: list[Any] = []
 
     class Keep(World):
-        def share(self, value: Any) -> Any:
+        def broadcast_object(self, value: Any) -> Any:
             kept.append(value)
             return value
 
