@@ -42,7 +42,7 @@ def held(trainer: Trainer) -> dict[str, int]:
     whole = [p for p in trainer.state.suffix.parameters() if hasattr(p, "ds_tensor") and p.ds_persist]
     three = hasattr(optimizer, "fp32_partitioned_groups_flat")
     return {
-        "prefix weights": storages(trainer.state.prefix.skeleton.parameters()),
+        "prefix weights": storages(trainer.state.prefix.model.parameters()),
         "suffix weights": storages(own) + storages(whole),
         "masters": storages(
             optimizer.fp32_partitioned_groups_flat if three else optimizer.single_partition_of_fp32_groups

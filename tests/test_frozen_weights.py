@@ -84,7 +84,7 @@ def live() -> int:
 
 def lower_bytes(trainer: Trainer) -> int:
     """Bytes of the ten frozen blocks as they were."""
-    return sum(p.nbytes for p in trainer.state.prefix.skeleton.model.layers[:10].parameters())  # type: ignore[union-attr]
+    return sum(p.nbytes for p in trainer.state.prefix.model.model.layers[:10].parameters())  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
@@ -156,7 +156,7 @@ class Watch:
 
     def __init__(self, trainer: Trainer) -> None:
         assert trainer.state.prefix is not None
-        self.blocks = list(trainer.state.prefix.skeleton.model.layers[:10])
+        self.blocks = list(trainer.state.prefix.model.model.layers[:10])
         self.most = 0
         for block in self.blocks:
             block.mlp.register_forward_pre_hook(self._look)
@@ -263,7 +263,7 @@ def test_any_architecture_borrows_its_lower_weights_unchanged(name: str) -> None
     assert lent is not None
     assert split_is_exact(model, lent, suffix, batch)
     assert torch.equal(lent.eval()(batch), expected)
-    frozen.place_weights(lent.skeleton, "nf4", "disk")
+    frozen.place_weights(lent.model, "nf4", "disk")
     assert 0 < ((lent(batch) - expected).norm() / expected.norm()).item() < 0.7
 
 
@@ -280,7 +280,7 @@ def test_a_shared_table_that_the_head_trains_stays_where_the_head_is(model: Path
     )
     trainer = set_up(invocation(*tiny_flags(model, Path("unused"), "--prefix.cache", "off", *flags)), World())
     assert trainer.state.prefix is not None
-    table = trainer.state.prefix.skeleton.model.embed_tokens.weight
+    table = trainer.state.prefix.model.model.embed_tokens.weight
     assert table.data_ptr() == trainer.state.suffix.model.lm_head.weight.data_ptr()
 
 

@@ -93,7 +93,7 @@ def test_the_suffix_holds_no_tensor_below_the_frost_line_and_the_prefix_none_abo
     assert {name.removeprefix("model.") for name, _ in suffix.named_parameters()} == {
         name for name, _ in model.named_parameters() if name not in below
     }
-    assert {name.removeprefix("skeleton.") for name, _ in prefix.named_parameters()} == below
+    assert {name.removeprefix("model.") for name, _ in prefix.named_parameters()} == below
     assert mask.boundary == 2
 
 
@@ -120,7 +120,7 @@ def reached(suffix: Suffix, prefix: Prefix | None) -> tuple[set[int], dict[int, 
                 lambda *_, index=index: computed.update({index: computed.get(index, 0) + 1})
             )
     if prefix is not None:
-        for index, block in enumerate(prefix.skeleton.model.layers):
+        for index, block in enumerate(prefix.model.model.layers):
             watch(block, -1 - index)
     return entered, computed
 

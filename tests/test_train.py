@@ -125,7 +125,7 @@ def test_frozen_tensors_stay_bit_identical_and_every_trained_master_moves(
     original = dict(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=getattr(torch, dtype)).named_parameters())
     assert isinstance(trainer.state.prefix, Prefix)
     parts = {
-        **dict(trainer.state.prefix.skeleton.named_parameters()),
+        **dict(trainer.state.prefix.model.named_parameters()),
         **dict(trainer.state.suffix.model.named_parameters()),
     }
     frozen = set(parts) - set(trainer.state.mask.names)

@@ -36,7 +36,7 @@ def digests(trainer: Trainer) -> dict[str, str]:
     parts = (
         [trainer.state.suffix.model]
         if trainer.state.prefix is None
-        else [trainer.state.prefix.skeleton, trainer.state.suffix.model]
+        else [trainer.state.prefix.model, trainer.state.suffix.model]
     )
     for part in parts:
         for name, parameter in part.named_parameters():

@@ -44,17 +44,17 @@ def frozen_bytes(
     if prefix is None:
         return PrefixMemory(0, 0, 0)
     above = {p.untyped_storage()._cdata for p in suffix.parameters()}
-    own = _own_bytes(prefix.skeleton, above)
+    own = _own_bytes(prefix.model, above)
     if (config.precision, config.placement) == ("model", "device") or boundary == 0:
         return PrefixMemory(own, 0, 0)
-    blocks = [prefix.skeleton.get_submodule(f"{anatomy.blocks}.{index}") for index in range(boundary)]
+    blocks = [prefix.model.get_submodule(f"{anatomy.blocks}.{index}") for index in range(boundary)]
     if config.precision != "model":
         check_quantisable(blocks, config.precision)
     whole = [_own_bytes(block, above) for block in blocks]
     stored = [_stored(block, size, config.precision) for block, size in zip(blocks, whole, strict=True)]
     if config.placement == "device":
         return PrefixMemory(own - sum(whole) + sum(stored), max(whole), 0)
-    tables = sum(_own_bytes(prefix.skeleton.get_submodule(name), above) for name in anatomy.embeddings)
+    tables = sum(_own_bytes(prefix.model.get_submodule(name), above) for name in anatomy.embeddings)
     arriving = [left + right for left, right in zip(whole, [*stored[1:], 0], strict=True)]
     return PrefixMemory(own - sum(whole) - tables, max(arriving), sum(stored) + tables)
 

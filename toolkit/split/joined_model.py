@@ -42,7 +42,7 @@ class JoinedModel:
         try:
             for name in stands:
                 assert prefix is not None
-                frame.set_submodule(name, prefix.skeleton.get_submodule(name))
+                frame.set_submodule(name, prefix.model.get_submodule(name))
             device = next(p.device for p in self._frame.parameters() if not p.is_meta)
             for module in frame.modules():
                 for name, buffer in module.named_buffers(recurse=False):

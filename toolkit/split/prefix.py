@@ -34,17 +34,17 @@ class Prefix(nn.Module):
         for above in filter(None, (anatomy.norm, anatomy.head)):
             replaced[model.get_submodule(above)] = Absent()
         replaced[entry] = Arrival(entry)
-        self.skeleton = copy_module_tree(model, replaced, own_parameters=True)
-        self._blocks = list(self.skeleton.get_submodule(anatomy.blocks).children())[:boundary]
+        self.model = copy_module_tree(model, replaced, own_parameters=True)
+        self._blocks = list(self.model.get_submodule(anatomy.blocks).children())[:boundary]
         self._with_lengths = needs_lengths(model)
         self.frozen = frozen
         if frozen is not None:
-            frozen.attach(self.skeleton)
+            frozen.attach(self.model)
 
     def returned(self) -> list[int | None]:
         """Return the length of each block's output tuple; none where it returns the hidden states alone."""
         device = self.frozen.device if self.frozen is not None else None
-        outputs = dict(probe_blocks(self.skeleton, self._blocks, device))
+        outputs = dict(probe_blocks(self.model, self._blocks, device))
         return [
             len(outputs[block]) if isinstance(outputs.get(block), (tuple, list)) else None for block in self._blocks
         ]
@@ -53,7 +53,7 @@ class Prefix(nn.Module):
     def forward(self, batch: Batch) -> torch.Tensor:
         """Return the hidden states [B, T, hidden_size] that enter block b (or the final norm above the last block)."""
         try:
-            self.skeleton(input_ids=batch.input_ids, **batch.layout(self._with_lengths), use_cache=False)
+            self.model(input_ids=batch.input_ids, **batch.layout(self._with_lengths), use_cache=False)
         except Arrived as arrived:
             return arrived.hidden
         raise RuntimeError("the prefix never reached the frost line")

@@ -285,7 +285,7 @@ def split_is_exact(model: PreTrainedModel, prefix: Prefix, suffix: Suffix, batch
     """
     uncut = Suffix(model, suffix.anatomy, None)  # gives its head the same positions: other shapes may round otherwise
     for unit in prefix.frozen.units if prefix.frozen is not None else ():  # the whole model borrows the same weights
-        uncut.model.set_submodule(unit.module, prefix.skeleton.get_submodule(unit.module))
+        uncut.model.set_submodule(unit.module, prefix.model.get_submodule(unit.module))
     with evaluating(model, prefix, suffix, uncut):
         try:
             whole, again = (uncut.logits(None, batch).float() for _ in range(2))

@@ -135,7 +135,7 @@ def _loaders(
         prefix = Prefix(fresh.model, fresh.anatomy, phase.mask.boundary, frozen)
         _move(prefix, context.world.device)
         with torch.no_grad():
-            frozen.place_weights(prefix.skeleton, settings.precision, "disk")
+            frozen.place_weights(prefix.model, settings.precision, "disk")
         return prefix
 
     return load, load_offloaded
@@ -185,7 +185,7 @@ def _split(context: RunContext, loaded: LoadedModel, phase: Phase) -> tuple[Pref
                 "leave out prefix.precision and prefix.placement"
             )
         with torch.no_grad():
-            frozen.place_weights(prefix.skeleton, config.precision, effective_prefix(config, world.device).placement)
+            frozen.place_weights(prefix.model, config.precision, effective_prefix(config, world.device).placement)
         return prefix, suffix
     if exact:
         return prefix, suffix

@@ -245,7 +245,7 @@ def _build_engine(context: RunContext, phase: Phase, parts: _Parts) -> Engine:
     from toolkit.engine.deepspeed.engine import ZeroEngine  # DeepSpeed is imported only by runs that use it
 
     make_room(context.ds_config, context.world, parts.plan.memory.files if parts.plan else 0)
-    below = prefix.skeleton.named_parameters() if isinstance(prefix, Prefix) else ()
+    below = prefix.model.named_parameters() if isinstance(prefix, Prefix) else ()
     copies = {name: parameter for name, parameter in below if name in parameters}
     return ZeroEngine(*shared, copies, context.ds_config)
 
