@@ -200,8 +200,8 @@ def test_sinfo_tells_the_partitions(slurm: Cluster) -> None:
 
 def test_ranks_of_a_bare_srun_find_each_other(slurm: Cluster) -> None:
     code = (
-        "from toolkit import cli, distributed; world = distributed.start(); "
-        "print(world.rank, world.local_rank, world.size, int(world.sum(1)[0])); cli.leave(0)"
+        "from toolkit.commands.cli import leave; from toolkit.runtime import distributed; world = distributed.start(); "
+        "print(world.rank, world.local_rank, world.size, int(world.sum(1)[0])); leave(0)"
     )
     printed = slurm.call("srun", "--nodes=2", "--ntasks-per-node=1", f"--chdir={ROOT}", sys.executable, "-c", code)
     assert sorted(printed.splitlines()) == ["0 0 2 2", "1 0 2 2"]

@@ -42,7 +42,7 @@ def choose_packing(
     Args:
         mode: of the recipe; ``auto`` packs where that is exact and attention runs sample by sample.
         micro_batch_size: rows that are computed together.
-        prefix: of the model; none where it is not cut.
+        prefix: of the model; None where it is not cut.
         suffix: of the model.
         examples: all rows of the run; some of them are tried.
         device: where the halves are.

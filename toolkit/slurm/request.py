@@ -35,7 +35,7 @@ class JobRequest:
     """None takes the cluster's default."""
     account: str | None
     time: str | None
-    """As SLURM writes it; none takes the partition's."""
+    """As SLURM writes it; None takes the partition's."""
     signal_before: int
     """Seconds between the signal that asks for a checkpoint and the time limit."""
     environment: Path | None

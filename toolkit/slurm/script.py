@@ -30,9 +30,9 @@ class BatchJob:
     runs: tuple[Path, ...]
     """Run directories, absolute; more than one make an array."""
     ds: Path | None
-    """DeepSpeed file, of which each run gets a copy; none trains with torch alone."""
+    """DeepSpeed file, of which each run gets a copy; None trains with torch alone."""
     train: Path | None
-    """``launch/train.py`` of the checkout; none runs the installed package as a module."""
+    """``launch/train.py`` of the checkout; None runs the installed package as a module."""
     directory: Path
     """Where the job runs; relative paths of the recipe start there."""
     environ: Mapping[str, str]
