@@ -11,7 +11,6 @@ import json
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -69,7 +68,6 @@ def live(rows: list[tuple[int, Row]], folder: Path) -> dict[int, str | None]:
 
 def try_rows(rows: list[Row], chosen_by: str, folder: Path, summarise: Callable[[str], None]) -> None:
     """Live rows, print the table, and fail with what was wrong."""
-    began = time.monotonic()
     outcomes = live(list(enumerate(rows)), folder)
     wrong = [f"{rows[number]}\n{what}" for number, what in sorted(outcomes.items()) if what is not None]
     covered = set().union(*(pairs_of(row) for number, row in enumerate(rows) if outcomes[number] is None))
@@ -77,7 +75,7 @@ def try_rows(rows: list[Row], chosen_by: str, folder: Path, summarise: Callable[
     summarise(
         f"pairwise, PAIRWISE_SEED={chosen_by!r}: {len(TABLE)} factors ({len(VALUES)} recipe keys), "
         f"{sum(map(len, TABLE.values()))} values, {len(covered & owed)} of {len(owed)} pairs covered, "
-        f"{len(REFUSALS)} refused by name, {len(rows)} runs, {(time.monotonic() - began) / 60:.1f} minutes"
+        f"{len(REFUSALS)} refused by name, {len(rows)} runs"
     )
     assert not wrong, "\n\n".join(wrong)
 
