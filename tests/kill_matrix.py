@@ -38,7 +38,7 @@ from toolkit.activation_cache.cached_prefix import CachedPrefix  # noqa: E402
 from toolkit.checkpoint.saver import Saver  # noqa: E402
 from toolkit.runtime import distributed  # noqa: E402
 from toolkit.training import context  # noqa: E402
-from toolkit.training.run import train  # noqa: E402
+from toolkit.training.run import train_in_group  # noqa: E402
 
 CALLS = ("open", "write", "fsync", "close", "mkdir", "rename", "replace", "unlink", "rmdir", "utime")
 """What changes a disk. A write is left half done."""
@@ -175,7 +175,7 @@ class Range:
                 aim(kind, point, made)
             context.planners_of = lambda *_: ()  # the plan writes nothing here, and takes most of a short run's time
             given = invocation(*self.flags(kind, run))
-            code = train(given, distributed.start(engine_needs_group=given.deepspeed is not None))
+            code = train_in_group(given, distributed.start(engine_needs_group=given.deepspeed is not None))
             (run.parent / f"{run.name}-calls{rank}.json").write_text(json.dumps(made))
             distributed.stop()
         except BaseException as error:

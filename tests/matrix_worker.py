@@ -20,7 +20,7 @@ from closeness import FAULTS, planted  # noqa: E402
 from toolkit.commands import cli  # noqa: E402
 from toolkit.config import flags  # noqa: E402
 from toolkit.runtime import distributed  # noqa: E402
-from toolkit.training.run import train  # noqa: E402
+from toolkit.training.run import train_in_group  # noqa: E402
 
 ENGINES = ("local", "zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 PRECISIONS = ("float32", "bfloat16")
@@ -69,7 +69,7 @@ def main() -> None:
             "--train.gradient_accumulation_steps", str(accumulation),
             "--train.micro_batch_size", str(GLOBAL_BATCH // accumulation // world.size),
         ]  # fmt: skip
-        code = train(flags.parse(flags.parser(""), ROOT / "recipes" / "quickstart.yaml", given), world)
+        code = train_in_group(flags.parse(flags.parser(""), ROOT / "recipes" / "quickstart.yaml", given), world)
         assert code == 0, code
 
     for cell in cells(world.size):

@@ -19,7 +19,7 @@ from toolkit.commands import cli  # noqa: E402
 from toolkit.config import flags  # noqa: E402
 from toolkit.engine.deepspeed import nvme_files  # noqa: E402
 from toolkit.runtime import distributed  # noqa: E402
-from toolkit.training.run import train  # noqa: E402
+from toolkit.training.run import train_in_group  # noqa: E402
 
 PHASES = ("--mask.schedule", "{train: head, until_step: 3}")
 RUNS: dict[str, tuple[str | None, tuple[str, ...]]] = {
@@ -69,7 +69,7 @@ def main() -> None:
             point_to(folder / name, 2)
         world.barrier()
         words = [*rest, *own, "--output.dir", str(folder / name), "--ds", str(ds_file(folder, name))]
-        codes[name] = train(flags.parse(flags.parser(""), ROOT / "recipes" / "quickstart.yaml", words), world)
+        codes[name] = train_in_group(flags.parse(flags.parser(""), ROOT / "recipes" / "quickstart.yaml", words), world)
     if world.is_main:
         (folder / "result.json").write_text(json.dumps({"codes": codes, "in files": in_files}), encoding="utf-8")
     world.barrier()

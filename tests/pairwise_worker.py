@@ -37,7 +37,7 @@ from toolkit.runtime import distributed, signals  # noqa: E402
 from toolkit.runtime.distributed import World  # noqa: E402
 from toolkit.runtime.errors import UsageError  # noqa: E402
 from toolkit.training.between_steps import BetweenSteps  # noqa: E402
-from toolkit.training.run import train  # noqa: E402
+from toolkit.training.run import train_in_group  # noqa: E402
 
 
 class Killed(BaseException):
@@ -89,7 +89,7 @@ def start(world: World, recipe_file: Path, ds: str, end: str = "nothing") -> int
     BetweenSteps.after_step = ended  # type: ignore[method-assign]
     try:
         with signals.listening({}):
-            return train(flags.parse(flags.parser(""), recipe_file, given), world)
+            return train_in_group(flags.parse(flags.parser(""), recipe_file, given), world)
     except Killed:
         return -9
     finally:

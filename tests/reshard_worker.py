@@ -21,7 +21,7 @@ from toolkit.config import flags  # noqa: E402
 from toolkit.runtime import distributed  # noqa: E402
 from toolkit.runtime.distributed import World  # noqa: E402
 from toolkit.runtime.errors import CheckpointError  # noqa: E402
-from toolkit.training.run import train  # noqa: E402
+from toolkit.training.run import train_in_group  # noqa: E402
 
 CHANGES = {
     "zero1": ("local", 2, {"stage": 1}),
@@ -55,7 +55,7 @@ def go_on(folder: Path, name: str, rest: list[str], world: World) -> int:
         shutil.copytree(folder / source, folder / name)
         point_to(folder / name, step)
     world.barrier()
-    return train(command(folder, name, zero, rest), world)
+    return train_in_group(command(folder, name, zero, rest), world)
 
 
 def trap(folder: Path, name: str, rest: list[str], world: World) -> str:
@@ -67,7 +67,7 @@ def trap(folder: Path, name: str, rest: list[str], world: World) -> str:
         edit_state(checkpoint, recipe=recipe)
     world.barrier()
     try:
-        train(command(folder, name, CHANGES[name][2], [*rest, *OTHER]), world)
+        train_in_group(command(folder, name, CHANGES[name][2], [*rest, *OTHER]), world)
     except CheckpointError as error:
         return str(error)
     return "went on"

@@ -23,7 +23,7 @@ from toolkit.config import flags  # noqa: E402
 from toolkit.engine.deepspeed.engine import ZeroEngine  # noqa: E402
 from toolkit.runtime import distributed  # noqa: E402
 from toolkit.runtime.distributed import World  # noqa: E402
-from toolkit.training.run import train  # noqa: E402
+from toolkit.training.run import train_in_group  # noqa: E402
 
 RUNS = {
     "zero1": (1, "bfloat16", 2),
@@ -77,7 +77,7 @@ def one(name: str, folder: Path, rest: list[str], world: World) -> dict[str, Any
     watch = Watch()
 
     def go() -> int:
-        return train(flags.parse(flags.parser(""), ROOT / "recipes" / "quickstart.yaml", given), world)
+        return train_in_group(flags.parse(flags.parser(""), ROOT / "recipes" / "quickstart.yaml", given), world)
 
     codes = [go()]
     watch.stop()

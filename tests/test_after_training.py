@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from toolkit.checkpoint.delta import read_delta
-from toolkit.exporting.export import export_delta, export_model
+from toolkit.exporting.run_export import export_delta, export_model
 from toolkit.inference.evaluation import evaluate_source
 from toolkit.inference.generation import answers
 from toolkit.inference.open_model import load_delta, open_model

@@ -102,7 +102,7 @@ def test_importing_a_module_calls_nothing_for_its_effect() -> None:
         "toolkit.mask.layer_mask",
         "toolkit.engine.deepspeed.config",
         "toolkit.commands.cli",
-        "toolkit.slurm.submit",
+        "toolkit.slurm.submission",
     ],
 )
 def test_light_modules_import_no_torch(module: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from helpers import ENGLISH, masters_of, metrics, run_script, tiny_flags, train
 
 from toolkit.checkpoint.choice import choose_checkpoint
-from toolkit.exporting.export import export_delta, export_model
+from toolkit.exporting.run_export import export_delta, export_model
 from toolkit.inference.evaluation import evaluate_source
 from toolkit.inference.open_model import open_model, read_trained
 from toolkit.runtime.errors import CheckpointError, UsageError

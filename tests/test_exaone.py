@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from toolkit.checkpoint.delta import read_delta
 from toolkit.config.schema import DataConfig, ModelConfig
 from toolkit.data.dataset import load_dataset
-from toolkit.exporting.export import export_delta, export_model
+from toolkit.exporting.run_export import export_delta, export_model
 from toolkit.inference.evaluation import evaluate_source
 from toolkit.inference.open_model import load_delta, open_model
 from toolkit.models import weight_files

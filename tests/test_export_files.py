@@ -18,7 +18,7 @@ from zoo import make
 
 from toolkit.checkpoint.delta import Base, Delta, save_delta
 from toolkit.config.schema import MaskConfig, ModelConfig
-from toolkit.exporting.export import export_model
+from toolkit.exporting.run_export import export_model
 from toolkit.mask.apply import apply_mask
 from toolkit.mask.layer_mask import build_mask
 from toolkit.models import weight_files

@@ -8,7 +8,7 @@ import pytest
 from helpers import tiny_flags, train
 from test_bad_input import run_main
 
-from toolkit.exporting.export import export_delta, export_model
+from toolkit.exporting.run_export import export_delta, export_model
 from toolkit.runtime.errors import DiskError, UsageError
 
 

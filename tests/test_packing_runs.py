@@ -13,7 +13,7 @@ from test_plan_reality import _LiveBytes
 from toolkit.config.schema import DataConfig, MaskConfig, ModelConfig, RunConfig, TrainConfig
 from toolkit.data.batches import pack
 from toolkit.data.dataset import load_dataset
-from toolkit.inference.evaluation import evaluate
+from toolkit.inference.evaluation import evaluate_rows
 from toolkit.mask.apply import apply_mask
 from toolkit.mask.layer_mask import build_mask
 from toolkit.models.anatomy_detection import detect_anatomy
@@ -33,7 +33,7 @@ def test_evaluation_gives_the_same_loss_packed() -> None:
     model = tiny_llama().eval()
     prefix, suffix = split(model, detect_anatomy(model), 2)
     assert choose("auto", prefix, suffix).on
-    losses = [evaluate(suffix, prefix, ROWS, 3, 0, World(), packed).loss for packed in (True, False)]
+    losses = [evaluate_rows(suffix, prefix, ROWS, 3, 0, World(), packed).loss for packed in (True, False)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 

@@ -240,8 +240,8 @@ def test_the_best_checkpoint_stays_beside_the_newest(
 ) -> None:
     run = tmp_path / "run"
     losses = iter((3.0, 2.0, 2.5))
-    evaluate = validation.evaluate
-    monkeypatch.setattr(validation, "evaluate", lambda *given: replace(evaluate(*given), loss=next(losses)))
+    evaluate = validation.evaluate_rows
+    monkeypatch.setattr(validation, "evaluate_rows", lambda *given: replace(evaluate(*given), loss=next(losses)))
     often = ("--data.validation", 0.25, "--output.evaluate_every_steps", 2, "--output.keep", 1)
     assert train(*flags(tiny_model, run, *often)) == 0
     assert (run / "checkpoints" / "best").read_text() == "step-00000004"

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from toolkit.config.schema import DataConfig, ModelConfig
 from toolkit.data.batches import epoch_order, step_batches
 from toolkit.data.dataset import load_dataset
-from toolkit.exporting.export import export_model
+from toolkit.exporting.run_export import export_model
 from toolkit.inference.evaluation import evaluate_source
 from toolkit.models.load import load
 from toolkit.runtime.distributed import World

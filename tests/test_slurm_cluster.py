@@ -19,7 +19,7 @@ from slurm_cluster import Cluster, cluster, missing
 from launch import submit as submit_script
 from toolkit.runtime.errors import SlurmError
 from toolkit.slurm.cluster import partitions, sbatch
-from toolkit.slurm.submit import held_by
+from toolkit.slurm.submission import held_by
 
 pytestmark = pytest.mark.distributed
 

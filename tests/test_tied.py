@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from toolkit.config.schema import DataConfig, ModelConfig
 from toolkit.data.batches import epoch_order
 from toolkit.data.dataset import load_dataset
-from toolkit.exporting.export import export_model
+from toolkit.exporting.run_export import export_model
 from toolkit.models.load import load
 from toolkit.training import cut
 

@@ -16,7 +16,7 @@ from toolkit.runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from toolkit.checkpoint.choice import Step
-    from toolkit.exporting.export import Rounding
+    from toolkit.exporting.run_export import Rounding
     from toolkit.models.load import Dtype
 
 _ROUNDED_DELTA = "--rounding goes with a whole model; a delta holds the float32 masters"
@@ -53,7 +53,7 @@ def export(
     """
     if delta and rounding:
         raise UsageError(_ROUNDED_DELTA)
-    from toolkit.exporting.export import export_delta, export_model
+    from toolkit.exporting.run_export import export_delta, export_model
 
     run = Path(run)
     target = Path(output) if output is not None else run / ("export-delta" if delta else "export")

@@ -39,7 +39,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     """
     invocations = _parse(words, program)
     given = invocations[0].arguments
-    from toolkit.slurm import submit
+    from toolkit.slurm import submission
     from toolkit.slurm.request import read_request
     from toolkit.slurm.script import BatchJob, render
 
@@ -54,7 +54,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         for invocation in invocations:
             preflight(invocation, request.ranks)
             claimed = claim(
-                invocation.config, invocation.recipe, World(), submit.held_by, not given.dry_run, request.ranks
+                invocation.config, invocation.recipe, World(), submission.held_by, not given.dry_run, request.ranks
             )
             runs.append(claims.enter_context(claimed))
         if finished := [str(run.path) for run in runs if run.finished]:
@@ -75,8 +75,8 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         for invocation, run in zip(invocations, runs, strict=True):
             resumable = invocation.config.output.model_copy(update={"resume": "auto"})  # the job may start many times
             write_config(run.path, invocation.config.model_copy(update={"output": resumable}))
-        number = submit.submit(job)
-    print(submit.how_to_watch(job, number))
+        number = submission.submit(job)
+    print(submission.how_to_watch(job, number))
     return 0
 
 

@@ -67,7 +67,7 @@ class SourceEvaluation(Evaluation):
 
 
 @torch.no_grad()
-def evaluate(
+def evaluate_rows(
     forward: Forward,
     prefix: HiddenStates | None,
     examples: Sequence[Example],
@@ -148,7 +148,7 @@ def evaluate_source(
     suffix.choose_shortcuts(None, collate([shortest(examples)], pad_id).to(world.device))
     packing = choose_packing(config.packing, batch_size, None, suffix, examples, world.device)
     log.info("packing: %s", packing.reason)
-    outcome = evaluate(suffix, None, examples, batch_size, pad_id, world, packing.on)
+    outcome = evaluate_rows(suffix, None, examples, batch_size, pad_id, world, packing.on)
     step_taken = opened.choice.step if opened.choice else None
     return SourceEvaluation(outcome.loss, outcome.supervised_tokens, step_taken, len(examples), data, held_out)
 

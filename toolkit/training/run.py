@@ -51,13 +51,13 @@ def run(invocation: Invocation, on_directory: Callable[[Path], None] | None = No
             log.info("no --config given: using %s", invocation.recipe)
         log.info("recipe %s, engine %s", invocation.recipe, invocation.deepspeed or "torch (no --ds)")
         try:
-            return train(invocation, world, on_directory)
+            return train_in_group(invocation, world, on_directory)
         except StopRequested:
             log.info("stopped by a signal before the first step (%s); start the same command again", signals.reason())
             return STOPPED
 
 
-def train(invocation: Invocation, world: World, on_directory: Callable[[Path], None] | None = None) -> int:
+def train_in_group(invocation: Invocation, world: World, on_directory: Callable[[Path], None] | None = None) -> int:
     """Train as ``run`` does, in a process group that is up and stays up."""
     trainer = None
     try:

@@ -10,7 +10,7 @@ import torch
 
 from toolkit.activation_cache.cached_prefix import CachedPrefix
 from toolkit.data.examples import Example
-from toolkit.inference.evaluation import Evaluation, evaluate
+from toolkit.inference.evaluation import Evaluation, evaluate_rows
 from toolkit.inference.generation import complete
 from toolkit.runtime import signals
 from toolkit.runtime.distributed import World
@@ -31,7 +31,7 @@ def validate(context: RunContext, state: PhaseState, may_stop: bool) -> Evaluati
     Raises:
         StopRequested: a signal came, and it ``may_stop``; on every rank.
     """
-    return evaluate(
+    return evaluate_rows(
         state.engine.forward, state.prefix, context.dataset.validation, context.batch_plan.micro_batch_size,
         context.pad_id, context.world, state.packing.on, may_stop,
     )  # fmt: skip
