@@ -38,8 +38,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Hold tests that are not marked back from starting ranks, whichever fixture would."""
-    helpers.may_start_ranks = item.get_closest_marker("distributed") is not None
+    """Keep a test that is neither slow nor of the first tier from starting ranks, whichever fixture would."""
+    helpers.may_start_ranks = any(item.get_closest_marker(name) for name in ("slow", "first_tier"))
 
 
 SUMMARY = "summary"

@@ -90,7 +90,7 @@ def free_port() -> int:
 
 
 may_start_ranks = True
-"""False while a test runs that is not marked as starting ranks; conftest.py sets it."""
+"""False while a fast test runs; conftest.py sets it."""
 
 
 def run_script(
@@ -102,7 +102,7 @@ def run_script(
 ) -> subprocess.CompletedProcess[str]:
     """Run a script of this repository in a new process, with ``environ`` over a clean environment."""
     if launcher[0] in _PORT_FLAGS:
-        assert may_start_ranks, f"a test that starts {launcher[0]} is marked as distributed"
+        assert may_start_ranks, f"a test that starts {launcher[0]} is marked as distributed, which makes it slow"
         launcher = (*launcher, _PORT_FLAGS[launcher[0]], str(free_port()))
     command = [*launcher, str(ROOT / script), *map(str, flags)]
     env = {**clean_environment(), **(environ or {})}

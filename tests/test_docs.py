@@ -107,6 +107,11 @@ def test_the_two_tiers_run_every_test_once_and_ci_runs_both() -> None:
     assert re.findall(r"^make .*", ci, flags=re.M) == ["make docs", "make test", "make test-slow", "make check"]
 
 
+def test_a_test_of_the_fast_tier_cannot_start_ranks() -> None:
+    with pytest.raises(AssertionError, match="a test that starts torchrun is marked as distributed"):
+        run_script("launch/train.py", launcher=("torchrun",))
+
+
 def test_the_changelog_knows_this_version() -> None:
     assert f"## {toolkit.__version__} " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
