@@ -171,8 +171,8 @@ def test_on_disk_no_weight_is_held_but_a_blocks_own_while_it_computes(model: Pat
     before = live()
     plain = ready(model)
     whole, lower, table = live() - before, lower_bytes(plain), 512 * 64 * 2
-    expected = plain.prefix(first_batch(plain))  # type: ignore[misc]
-    sha = plain.base.sha256
+    expected = plain.state.prefix(first_batch(plain))  # type: ignore[misc]
+    sha = plain.context.base.sha256
     del plain
     trainer = ready(model, "--prefix.placement", "disk")
     assert trainer.context.base.sha256 == sha, "the identity of the base does not depend on where it lies"
