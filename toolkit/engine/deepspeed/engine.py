@@ -68,8 +68,7 @@ class ZeroEngine(Engine):
         self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self.world = world
         self._train = train
-        self._copies = copies
-        self._parameters = parameters
+        self._copies, self._parameters = copies, parameters
         self._suffix = suffix
         optimizer = build_optimizer(parameters, groups, train, optim, embedding_tables(suffix.model))
         lean = without_clipping(ds_config)
