@@ -82,7 +82,7 @@ def test_a_signal_in_the_first_pass_keeps_what_was_computed(
     [
         (evaluation, "supervised_loss", 3, 3, []),
         (saver, "_pack", 1, 3, []),
-        (validation, "evaluate", 2, 6, [3, 6]),
+        (validation, "evaluate_rows", 2, 6, [3, 6]),
     ],
     ids=["the first validation", "the first checkpoint", "the last validation"],
 )
