@@ -13,8 +13,8 @@ from toolkit.runtime.environment import require_packages
 
 require_packages(ROOT)
 
-from toolkit.commands.cli import leave, run_command
+from toolkit.commands.cli import exit_process, run_command
 from toolkit.commands.generate import main
 
 if __name__ == "__main__":
-    leave(run_command(main))
+    exit_process(run_command(main))

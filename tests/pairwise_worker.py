@@ -80,7 +80,7 @@ def start(world: World, recipe_file: Path, ds: str, end: str = "nothing") -> int
     def ended(self: BetweenSteps) -> bool:
         middle = self._progress.step == max(1, self._context.total_steps // 2)
         if middle and end == "a signal" and world.is_main:
-            signals.request_stop("a test", tell=False)
+            signals.request_stop("a test", broadcast=False)
         stopping = after_step(self)
         if middle and end == "a kill":
             raise Killed

@@ -54,7 +54,7 @@ def act() -> None:
     if deed in ("signal", "until asked"):
         while not signals.stop_requested():
             time.sleep(0.01)
-        print(signals.reason())
+        print(signals.stop_reason())
     elif deed == "wait":
         threading.Event().wait(60)
 
@@ -71,7 +71,7 @@ def main() -> int:
                 failures.attach(error)
             raise
         if failures is not None:
-            failures.leave()
+            failures.report_done()
         (folder / f"parted-{rank}").touch()
         while len(list(folder.glob("parted-*"))) < size:
             time.sleep(0.01)

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from helpers import QUICKSTART, ROOT, invocation, run_here, run_script
 
-from toolkit.config.peer_keys import OTHERWISE, SAME
+from toolkit.config.peer_keys import ALTERNATIVES, EQUIVALENT_KEYS
 from toolkit.config.recipe import build, did_you_mean, dump, field_paths, read_recipe
 from toolkit.config.schema import MaskGroup, RunConfig
 from toolkit.runtime.errors import ConfigError
@@ -106,11 +106,13 @@ def test_flags_and_recipes_know_what_others_call_a_key(tmp_path: Path) -> None:
 
 def test_every_key_that_other_names_lead_to_exists() -> None:
     sections = "|".join(RunConfig.model_fields)
-    named = {key for text in OTHERWISE.values() for key in re.findall(rf"(?<![\w-])(?:{sections})\.[a-z_]+", text)}
+    named = {key for text in ALTERNATIVES.values() for key in re.findall(rf"(?<![\w-])(?:{sections})\.[a-z_]+", text)}
     assert len(named) > 15
-    assert {*SAME.values(), *named} <= set(field_paths())
-    assert not set(SAME) & set(OTHERWISE)
-    pages = {page for text in OTHERWISE.values() for page in re.findall(r"\b(?:docs|ds_configs|launch)/[\w.-]+", text)}
+    assert {*EQUIVALENT_KEYS.values(), *named} <= set(field_paths())
+    assert not set(EQUIVALENT_KEYS) & set(ALTERNATIVES)
+    pages = {
+        page for text in ALTERNATIVES.values() for page in re.findall(r"\b(?:docs|ds_configs|launch)/[\w.-]+", text)
+    }
     assert all((ROOT / page).is_file() for page in pages)
 
 

@@ -12,7 +12,7 @@ from faults import largest_file
 from helpers import metrics, tiny_flags, train
 
 from toolkit.runtime.errors import CheckpointError, DiskError
-from toolkit.runtime.paths import LineFile, replace_text, writing
+from toolkit.runtime.paths import LineFile, explain_refused_write, replace_text
 from toolkit.training.tensorboard_writer import TensorBoardWriter
 
 
@@ -46,7 +46,7 @@ def test_a_file_that_is_replaced_keeps_its_content_when_the_disk_is_full(tmp_pat
     path = tmp_path / "config.yaml"
     replace_text(path, "old")
     refused = pytest.raises(DiskError, match=r"cannot be written \(File too large\); \d+ MiB free there")
-    with largest_file(2), refused, writing(tmp_path):
+    with largest_file(2), refused, explain_refused_write(tmp_path):
         replace_text(path, "longer than two bytes")
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["config.yaml"]

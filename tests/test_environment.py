@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-from toolkit.runtime.environment import PACKAGES, missing, remedy
+from toolkit.runtime.environment import PACKAGES, describe_missing, installation_advice
 
 SCRIPTS = sorted((ROOT / "launch").glob("*.py"))
 
@@ -50,16 +50,21 @@ def test_the_packages_that_are_looked_for_are_those_that_the_package_requires() 
 
 
 def test_an_older_python_is_named() -> None:
-    assert "(Python 3.9.18) is too old: expected Python 3.11 or newer" in missing((3, 9, 18))
-    assert missing(sys.version_info[:3]) == ""
+    assert "(Python 3.9.18) is too old: expected Python 3.11 or newer" in describe_missing((3, 9, 18))
+    assert describe_missing(sys.version_info[:3]) == ""
 
 
 def test_the_remedy_is_the_environment_that_is_there(tmp_path: Path) -> None:
     (tmp_path / "Makefile").touch()
-    assert remedy(tmp_path, Path("/usr"), tmp_path).startswith("run `make train`")
+    assert installation_advice(tmp_path, Path("/usr"), tmp_path).startswith("run `make train`")
     activate = tmp_path / ".venv" / "bin" / "activate"
     activate.parent.mkdir(parents=True)
     activate.touch()
-    assert remedy(tmp_path, Path("/usr"), tmp_path) == "run `. .venv/bin/activate`, then the same command again"
-    assert str(activate) in remedy(tmp_path, Path("/usr"), tmp_path / "elsewhere")
-    assert remedy(tmp_path, tmp_path / ".venv", tmp_path).startswith("run `make train`")  # entered, and incomplete
+    assert (
+        installation_advice(tmp_path, Path("/usr"), tmp_path)
+        == "run `. .venv/bin/activate`, then the same command again"
+    )
+    assert str(activate) in installation_advice(tmp_path, Path("/usr"), tmp_path / "elsewhere")
+    assert installation_advice(tmp_path, tmp_path / ".venv", tmp_path).startswith(
+        "run `make train`"
+    )  # entered, and incomplete

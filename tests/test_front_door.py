@@ -15,7 +15,7 @@ from helpers import ROOT, clean_environment, run_script
 
 import toolkit
 from toolkit.commands.frostline import VERBS
-from toolkit.runtime.environment import remedy
+from toolkit.runtime.environment import installation_advice
 from toolkit.runtime.shipped import PACKAGE, QUICKSTART, find_file, shipped_file
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -102,7 +102,7 @@ def test_every_verb_works_in_an_empty_folder(frostline: Command, tiny_model: Pat
 
 
 def test_what_an_installation_lacks_is_asked_of_pip(tmp_path: Path) -> None:
-    assert remedy(tmp_path / "site-packages", Path("/usr"), tmp_path) == (
+    assert installation_advice(tmp_path / "site-packages", Path("/usr"), tmp_path) == (
         "run `python -m pip check`, then install what it names"
     )
 

@@ -56,7 +56,7 @@ def hub(stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     }
     with stub_hub(repositories) as served:
         ask(monkeypatch, served.url, tmp_path / "hf")
-        monkeypatch.setattr(hub_module, "PAUSE", 0.0)
+        monkeypatch.setattr(hub_module, "PAUSE_SECONDS", 0.0)
         yield served
     hub_module.forget_hosts()
 
@@ -202,7 +202,7 @@ def test_a_hub_that_hangs_is_asked_twice_and_no_more(
     hub: StubHub, what: str, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
     hub.hangs_on = ""
-    monkeypatch.setattr(hub_module, "SECONDS", 0.1)
+    monkeypatch.setattr(hub_module, "TIMEOUT_SECONDS", 0.1)
     with pytest.raises((ModelError, DataError), match=r"does not answer .*, 2 times"):
         load_tokenizer(ModelConfig(name_or_path=MODEL)) if what == "model" else read_rows(DATA)
     assert len(hub.requests) == hub_module.ATTEMPTS
@@ -213,7 +213,7 @@ def test_a_download_that_stalls_is_resumed_once_and_then_given_up(
     hub: StubHub, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
     hub.stalls_on = "tokenizer.json"
-    monkeypatch.setattr(hub_module, "SECONDS", 0.1)
+    monkeypatch.setattr(hub_module, "TIMEOUT_SECONDS", 0.1)
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
     with pytest.raises(ModelError, match="stopped in the middle of a file"):
         load_tokenizer(ModelConfig(name_or_path=MODEL))
@@ -229,7 +229,7 @@ def test_a_broken_hub_is_asked_twice(hub: StubHub) -> None:
 
 
 def test_all_attempts_and_the_pause_between_them_take_less_than_ten_seconds() -> None:
-    assert hub_module.ATTEMPTS * hub_module.SECONDS + (hub_module.ATTEMPTS - 1) * hub_module.PAUSE < 10
+    assert hub_module.ATTEMPTS * hub_module.TIMEOUT_SECONDS + (hub_module.ATTEMPTS - 1) * hub_module.PAUSE_SECONDS < 10
 
 
 def test_no_request_waits_longer_unless_the_user_says_so(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +241,7 @@ def test_no_request_waits_longer_unless_the_user_says_so(hub: StubHub, monkeypat
     monkeypatch.setattr(client, "event_hooks", {"request": [lambda r: seen.append(r.extensions["timeout"])]})
     client.get(f"{hub.url}/api/models/{MODEL}", timeout=100.0)
     client.get(f"{hub.url}/api/models/{MODEL}")
-    assert [set(limits.values()) for limits in seen] == [{hub_module.SECONDS}] * 2
+    assert [set(limits.values()) for limits in seen] == [{hub_module.TIMEOUT_SECONDS}] * 2
     monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "100")
     client.get(f"{hub.url}/api/models/{MODEL}", timeout=100.0)
     assert set(seen[-1].values()) == {100.0}

@@ -15,7 +15,7 @@ from toolkit.config import flags as config_flags
 from toolkit.config.schema import OutputConfig, RunConfig
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import CheckpointError, ConfigError, UsageError
-from toolkit.slurm.cluster import Nodes, Partition, check
+from toolkit.slurm.cluster import NodeKind, Partition, check
 from toolkit.slurm.request import JobRequest, add_flags, read_request, seconds
 from toolkit.slurm.script import BatchJob, render
 from toolkit.training.preflight import preflight
@@ -73,8 +73,8 @@ def test_all_faults_of_a_request_are_told_at_once() -> None:
 
 
 CLUSTER = [
-    Partition("cpu", True, "infinite", (Nodes(10, 0, 64),)),
-    Partition("gpu", False, "1-00:00:00", (Nodes(3, 4, 32), Nodes(1, 8, 64))),
+    Partition("cpu", True, "infinite", (NodeKind(10, 0, 64),)),
+    Partition("gpu", False, "1-00:00:00", (NodeKind(3, 4, 32), NodeKind(1, 8, 64))),
 ]
 
 

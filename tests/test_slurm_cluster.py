@@ -19,7 +19,7 @@ from slurm_cluster import Cluster, cluster, missing
 from launch import submit as submit_script
 from toolkit.runtime.errors import SlurmError
 from toolkit.slurm.cluster import partitions, sbatch
-from toolkit.slurm.submission import held_by
+from toolkit.slurm.submission import queued_job
 
 pytestmark = pytest.mark.distributed
 
@@ -118,7 +118,7 @@ def jobs(slurm: Cluster, tiny_model: Path, tmp_path_factory: pytest.TempPathFact
     # only now: it would be over by the time that it is to be held
     numbers["lost"] = submit(*flags("lost", "--partition", "spare", "--output.save_every_steps", "5"))
     hold(slurm, numbers["lost"], base / "lost", 7)
-    holder = held_by(base / "signalled")
+    holder = queued_job(base / "signalled")
     slurm.kill_node("n4")
 
     recipes = []
@@ -187,21 +187,22 @@ def test_an_array_trains_every_recipe_in_a_directory_of_its_own(jobs: Jobs) -> N
 
 def test_a_directory_belongs_to_its_job_while_it_is_in_the_queue(jobs: Jobs) -> None:
     assert jobs.holder == f"SLURM job {jobs.numbers['signalled']} (RUNNING)"
-    assert held_by(jobs.signalled) is None
+    assert queued_job(jobs.signalled) is None
 
 
 def test_sinfo_tells_the_partitions(slurm: Cluster) -> None:
     found = {partition.name: partition for partition in partitions()}
     assert set(found) == {"main", "spare"}
     assert (found["main"].is_default, found["spare"].is_default) == (True, False)
-    assert (found["main"].able(gpus=2, cpus=16), found["main"].able(gpus=3, cpus=1)) == (2, 0)
+    assert (found["main"].count_nodes(gpus=2, cpus=16), found["main"].count_nodes(gpus=3, cpus=1)) == (2, 0)
     assert (found["main"].limit, found["spare"].limit) == ("1:00:00", "10:00")
 
 
 def test_ranks_of_a_bare_srun_find_each_other(slurm: Cluster) -> None:
     code = (
-        "from toolkit.commands.cli import leave; from toolkit.runtime import distributed; world = distributed.start(); "
-        "print(world.rank, world.local_rank, world.size, int(world.sum(1)[0])); leave(0)"
+        "from toolkit.commands.cli import exit_process; from toolkit.runtime import distributed; "
+        "world = distributed.start(); "
+        "print(world.rank, world.local_rank, world.size, int(world.sum(1)[0])); exit_process(0)"
     )
     printed = slurm.call("srun", "--nodes=2", "--ntasks-per-node=1", f"--chdir={ROOT}", sys.executable, "-c", code)
     assert sorted(printed.splitlines()) == ["0 0 2 2", "1 0 2 2"]

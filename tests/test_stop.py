@@ -119,7 +119,7 @@ def test_a_signal_is_noted_from_the_start_and_forgotten_at_the_end() -> None:
         assert not World().any_stop_requested()
         os.kill(os.getpid(), signal.SIGTERM)
         assert World().any_stop_requested()
-        assert signals.reason() == "SIGTERM"
+        assert signals.stop_reason() == "SIGTERM"
         with signals.listening({}), pytest.raises(signals.StopRequested):
             World().raise_if_stopping()
     assert signals_are_default()

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolkit.data.sources import read_rows
-from toolkit.tasks.printed_lists import WrittenListError, read_written
+from toolkit.tasks.printed_lists import PrintedListError, parse_printed_list
 from toolkit.tasks.pubmedqa import RowFaultError, pubmedqa
 
 
@@ -47,7 +47,7 @@ def test_what_was_printed_is_read_back_exactly(texts: list[str], form: str) -> N
     table = io.StringIO(newline="")
     csv.writer(table).writerow([FORMS[form](texts)])
     ((field,),) = csv.reader(io.StringIO(table.getvalue(), newline=""), strict=True)
-    found = read_written(field)
+    found = parse_printed_list(field)
     assert (found["contexts"] if isinstance(found, dict) else found) == texts
 
 
@@ -59,8 +59,8 @@ def test_a_list_that_was_cut_off_is_never_a_shorter_one(texts: list[str], cut: i
     whole = FORMS[form](texts)
     shorter = whole[: 1 + cut % (len(whole) - 1)]
     try:
-        found = read_written(shorter)
-    except WrittenListError:
+        found = parse_printed_list(shorter)
+    except PrintedListError:
         return
     assert found == shorter
 
@@ -82,7 +82,7 @@ def test_a_list_that_was_cut_off_is_never_a_shorter_one(texts: list[str], cut: i
     ],
 )
 def test_prose_that_begins_like_a_list_stays_text(text: str) -> None:
-    assert read_written(text) == text
+    assert parse_printed_list(text) == text
 
 
 @pytest.mark.parametrize(
@@ -112,8 +112,8 @@ def test_prose_that_begins_like_a_list_stays_text(text: str) -> None:
     ],
 )
 def test_a_list_that_cannot_be_read_back_is_a_bad_row_with_the_reason(text: str, reason: str) -> None:
-    with pytest.raises(WrittenListError, match=reason):
-        read_written(text)
+    with pytest.raises(PrintedListError, match=reason):
+        parse_printed_list(text)
     with pytest.raises(RowFaultError, match=r"a printed list that .*; save the rows as JSON lines or Parquet"):
         pubmedqa({"QUESTION": "q", "CONTEXTS": text, "LONG_ANSWER": "a"})
 

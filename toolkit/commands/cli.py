@@ -1,4 +1,4 @@
-"""Run a command: quiet the libraries, log on rank 0, and turn errors into exit codes."""
+"""Run a command: configure logging, keep libraries quiet, and turn errors into exit codes."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from toolkit.runtime.progress_bar import LogHandler
 from toolkit.runtime.redact import RedactingFormatter, redact
 
 _GRACE_SECONDS, _ALONE_GRACE_SECONDS = 2.0, 10.0
-"""How long other ranks hold back an error of all ranks, which rank 0 most likely prints: it then tells them, or, where
-the ranks have not met yet, its launcher ends them."""
+"""How long ranks above 0 hold back an error that all ranks raise, so that rank 0 alone prints it. Rank 0 then sends it
+to them or, before the ranks are connected, the launcher ends them."""
 
-_LAST_CHARACTERS = 300
-"""Of an error, as other ranks quote it."""
+_QUOTED_CHARACTERS = 300
+"""Longest error text that is sent to other ranks."""
 
 
 def run_command(command: Callable[[], int]) -> int:
     """Run a command and return its exit code: that of the command, 1 for a failure, 2 for bad usage, 130 for Ctrl-C.
 
-    A usage error prints its message alone; anything unforeseen prints its traceback. What fails because another rank
-    has gone prints one line, and takes that rank's code over.
+    A ``FrostlineError`` prints its message alone, any other exception its traceback. A failure caused by another rank
+    prints one line and returns that rank's exit code.
     """
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) or 0)
-    _quiet(rank)
+    _configure_logging(rank)
     set_up_memory()
     try:
         return command()
@@ -46,14 +46,14 @@ def run_command(command: Callable[[], int]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        return _failed(error, rank)
+        return _report_error(error, rank)
 
 
 def set_up_memory() -> None:
-    """Configure how the C library and those below torch handle memory on a CPU; they read it when they first work.
+    """Configure CPU memory of glibc, torch, oneDNN and MKL; call it before their first use, when they read it.
 
-    torch asks the kernel for 2 MiB pages for large tensors: a sixth of the page faults, and less memory resident
-    (torch >= 2.2). oneDNN and MKL keep code and buffers for each shape they meet, 0.3 GiB for rows of many lengths.
+    With transparent huge pages (torch >= 2.2) large tensors take 2 MiB pages: a sixth of the page faults, and less
+    resident memory. oneDNN and MKL cache code and buffers for each shape, 0.3 GiB for rows of many lengths.
     """
     malloc.keep_freed_memory()
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -61,12 +61,12 @@ def set_up_memory() -> None:
     os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")
 
 
-def describe(parser: argparse.ArgumentParser, program: str | None) -> argparse.ArgumentParser:
+def adapt_help(parser: argparse.ArgumentParser, program: str | None) -> argparse.ArgumentParser:
     """Adapt the help of a verb to the ``frostline`` command, and return its parser.
 
     Args:
-        parser: of the verb; its description names the launch scripts.
-        program: such as ``frostline train``; None leaves the parser as it is.
+        parser: parser of the verb, whose description names launch scripts.
+        program: program name, such as ``frostline train``; None leaves the parser unchanged.
     """
     if program is not None:
         parser.prog, text = program, parser.description or ""
@@ -76,50 +76,54 @@ def describe(parser: argparse.ArgumentParser, program: str | None) -> argparse.A
     return parser
 
 
-def _failed(error: Exception, rank: int) -> int:
-    """Report an error here and to the other ranks, and return the exit code."""
+def _report_error(error: Exception, rank: int) -> int:
+    """Print an error, send it to the other ranks, and return the exit code."""
     failures = failure_broadcast.broadcast_of(error)
-    if failures is not None and (gone := failures.cause(error)) is not None:
-        failure_broadcast.say(rank, gone)
-        return gone.code
-    last = redact(" ".join(f"{type(error).__name__}: {error}".split()))[:_LAST_CHARACTERS]
+    if failures is not None and (failure := failures.cause(error)) is not None:
+        failure_broadcast.print_failure(rank, failure)
+        return failure.code
+    last_error = redact(" ".join(f"{type(error).__name__}: {error}".split()))[:_QUOTED_CHARACTERS]
     code = error.exit_code if isinstance(error, FrostlineError) else 1
     if isinstance(error, FrostlineError) and error.on_every_rank and rank:
         if failures is None:
             time.sleep(_ALONE_GRACE_SECONDS)
-        elif (heard := failures.news(_GRACE_SECONDS)) is not None and heard.last.endswith(last):
-            return code  # all ranks found the same
+        elif (failure := failures.wait_for_failure(_GRACE_SECONDS)) is not None and failure.last_error.endswith(
+            last_error
+        ):
+            return code  # the same error, which the other rank has printed
     if isinstance(error, FrostlineError):
         _print_error(error, rank)
     else:
         print(f"[rank {rank}] unforeseen error", file=sys.stderr)
         print(redact("".join(traceback.format_exception(error))), file=sys.stderr, end="", flush=True)
-    _note_for_torchrun(error, last)
+    _write_torchrun_error_file(error, last_error)
     if failures is not None:
-        failures.report(last, code)
+        failures.report_failure(last_error, code)
     return code
 
 
-def _note_for_torchrun(error: Exception, last: str) -> None:
-    """Write the error to the file that torchrun reads the root cause from, for its own summary."""
+def _write_torchrun_error_file(error: Exception, last_error: str) -> None:
+    """Write the error to the file from which torchrun prints the root cause; does nothing under other launchers."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
         trace = redact("".join(traceback.format_exception(error)))
         extra = {"py_callstack": trace, "timestamp": str(int(time.time()))}
         with contextlib.suppress(OSError):
-            Path(file).write_text(json.dumps({"message": {"message": last, "extraInfo": extra}}), encoding="utf-8")
+            Path(file).write_text(
+                json.dumps({"message": {"message": last_error, "extraInfo": extra}}), encoding="utf-8"
+            )
 
 
-def leave(code: int, at_once: bool = False) -> NoReturn:
-    """End the process with ``code``.
+def exit_process(code: int, at_once: bool = False) -> NoReturn:
+    """End the process with an exit code.
 
-    A process that was one of several ends at once, without Python's teardown: gloo's threads belong to groups that
-    DeepSpeed keeps in globals, and one that still runs then aborts the process (pytorch issue 190489). Everything of
-    a run is on disk by now. Can go when torch joins those threads at exit.
+    A rank of several skips Python's teardown: DeepSpeed keeps process groups in globals, and a gloo thread of theirs
+    that still runs during teardown aborts the process (pytorch issue 190489). All files of a run are written by now.
+    Can go when torch joins those threads at exit.
 
     Args:
-        code: its exit code.
-        at_once: do so in any case; the teardown takes most of a second once torch and transformers are loaded.
+        code: exit code.
+        at_once: skip the teardown in any case; it takes most of a second once torch and transformers are loaded.
     """
     if at_once or "RANK" in os.environ:
         logging.shutdown()
@@ -130,21 +134,24 @@ def leave(code: int, at_once: bool = False) -> NoReturn:
 
 
 def _print_error(error: FrostlineError, rank: int) -> None:
+    """Print the message of an error without secrets."""
     where = f" [rank {rank}]" if rank else ""
     print(f"error{where}: {redact(str(error))}", file=sys.stderr, flush=True)
 
 
-def _quiet(rank: int) -> None:
-    with contextlib.suppress(io.UnsupportedOperation):  # stderr may be no file, as in a notebook
-        faulthandler.enable()  # a crash in native code prints where Python was
+def _configure_logging(rank: int) -> None:
+    """Let rank 0 log to stderr without secrets, and other libraries report errors only.
+
+    Their variables must be set before the libraries are imported.
+    """
+    with contextlib.suppress(io.UnsupportedOperation):  # stderr may have no file descriptor, as in a notebook
+        faulthandler.enable()  # a crash in native code prints the Python stack
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if rank or not sys.stderr.isatty():  # a log that goes into a file would hold fragments of their bars
+    if rank or not sys.stderr.isatty():  # in a file, progress bars leave fragments
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault(
-        "HF_HUB_VERBOSITY", "error"
-    )  # toolkit.runtime.hub says what is tried again, or taken from the cache
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # toolkit.runtime.hub logs retries and the use of the cache
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     logging.basicConfig(level=logging.WARNING)

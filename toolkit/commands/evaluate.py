@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolkit.commands.cli import describe
+from toolkit.commands.cli import adapt_help
 
 if TYPE_CHECKING:
     from toolkit.checkpoint.choice import Step
@@ -34,20 +34,20 @@ def evaluate(
     trust_remote_code: bool = False,
     dtype: Dtype | None = None,
 ) -> SourceEvaluation:
-    """Return the loss of a model, the mean cross entropy over all supervised tokens of the rows.
+    """Compute the loss of a model: the mean cross entropy over all supervised tokens of the rows.
 
     Args:
         source: run directory, checkpoint, export, delta, model directory, Hub id or bundled name.
-        data: file or Hub data set, of which every row is used. Defaults to the rows that the run held out.
+        data: file or Hub data set; all its rows are used. Defaults to the rows that the run held out.
         split: split of a Hub data set. Defaults to its only one, or train.
         batch_size: rows computed at once.
         step: checkpoint of a run, by its number or as ``latest`` or ``best``. Defaults to the latest.
-        base: where the base model of a run or delta is, if it moved.
+        base: new path of the base model of a run or delta, if it moved.
         trust_remote_code: run code that ships with the base model, if ``source`` was trained with it.
-        dtype: precision to compute in. Defaults to the run's, or that in which a model is stored.
+        dtype: precision of the computation. Defaults to the run's, or to that in which a model is stored.
 
     Raises:
-        DataError: no rows are named and ``source`` held none out, or rows are bad.
+        DataError: no ``data`` is given and ``source`` held no rows out, or rows are invalid.
         UsageError: ``source`` cannot be opened.
     """
     from toolkit.inference.evaluation import evaluate_source
@@ -68,20 +68,22 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     """Parse the command line, then evaluate.
 
     Args:
-        words: arguments of the command line. Defaults to those of the process.
-        program: name to show in the help. Defaults to the script's.
+        words: command-line arguments. Defaults to those of the process.
+        program: program name in the help, such as ``frostline train``. Defaults to the name of the launch script.
 
     Returns:
         The exit code, 0.
     """
     from toolkit.config import flags
 
-    parser = describe(flags.parser(__doc__ or ""), program)
+    parser = adapt_help(flags.parser(__doc__ or ""), program)
     parser.add_argument("source", help="run directory, export, delta, model directory or Hub id")
     parser.add_argument("--data.path", dest="data", help="rows to evaluate on; default: what the run held out")
     parser.add_argument("--data.split", dest="split", help="split of a Hub data set; default: its only one, or train")
-    parser.add_argument("--batch-size", type=flags.positive, default=1, help="rows computed at once; default: 1")
-    flags.add_opening(parser, "precision to compute in; default: the run's, or that in which a model is stored")
+    parser.add_argument("--batch-size", type=flags.positive_int, default=1, help="rows computed at once; default: 1")
+    flags.add_open_model_flags(
+        parser, "precision to compute in; default: the run's, or that in which a model is stored"
+    )
     given = parser.parse_args(words)
     if given.split and not given.data:
         parser.error("--data.split goes with --data.path; the rows that a run held out are those of its recipe")

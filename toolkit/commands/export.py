@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolkit.commands.cli import describe
+from toolkit.commands.cli import adapt_help
 from toolkit.runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from toolkit.exporting.run_export import Rounding
     from toolkit.models.load import Dtype
 
-_ROUNDED_DELTA = "--rounding goes with a whole model; a delta holds the float32 masters"
+_ROUNDED_DELTA_FAULT = "--rounding goes with a whole model; a delta holds the float32 masters"
 
 
 def export(
@@ -33,26 +33,26 @@ def export(
     base: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> Path:
-    """Write a trained model that ``from_pretrained`` loads, or its trained tensors alone, and return the directory.
+    """Write a trained model that ``from_pretrained`` loads, or its trained tensors alone; return the directory.
 
     Args:
         run: run directory.
-        output: directory that is empty or does not exist. Defaults to ``export`` or ``export-delta`` in ``run``.
+        output: target directory, empty or not existing. Defaults to ``export`` or ``export-delta`` in ``run``.
         delta: write the trained tensors alone.
         dtype: precision of the weights. Defaults to the run's for a model, to float32 for a delta.
-        rounding: of a model's float32 masters to bfloat16. ``nearest``, the default, gives the weights that
-            trained; ``stochastic`` keeps on average what the masters learned beyond them (docs/fp32-masters.md).
+        rounding: how a model's fp32 masters are rounded to bfloat16. ``nearest``, the default, gives the weights of
+            the training; ``stochastic`` preserves the masters on average (docs/fp32-masters.md).
         step: checkpoint of the run, by its number or as ``latest`` or ``best``. Defaults to the latest.
-        base: where the base model is, if it moved.
+        base: new path of the base model, if it moved.
         trust_remote_code: run code that ships with the base model, if the run was trained with it.
 
     Raises:
-        CheckpointError: ``run`` is no run, ``output`` is in use, or the base model changed.
+        CheckpointError: ``run`` is not a run directory, ``output`` is not empty, or the base model changed.
         DiskError: ``output`` cannot be written.
-        UsageError: ``rounding`` does not fit the rest.
+        UsageError: ``rounding`` is given for a delta, or is ``stochastic`` for weights that are not bfloat16.
     """
     if delta and rounding:
-        raise UsageError(_ROUNDED_DELTA)
+        raise UsageError(_ROUNDED_DELTA_FAULT)
     from toolkit.exporting.run_export import export_delta, export_model
 
     run = Path(run)
@@ -69,19 +69,19 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     """Parse the command line, then export.
 
     Args:
-        words: arguments of the command line. Defaults to those of the process.
-        program: name to show in the help. Defaults to the script's.
+        words: command-line arguments. Defaults to those of the process.
+        program: program name in the help, such as ``frostline train``. Defaults to the name of the launch script.
 
     Returns:
         The exit code, 0.
     """
     from toolkit.config import flags
 
-    parser = describe(flags.parser(__doc__ or ""), program)
+    parser = adapt_help(flags.parser(__doc__ or ""), program)
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("--output", type=Path, help="target directory; default: RUN/export, or RUN/export-delta")
     parser.add_argument("--delta", action="store_true", help="write the trained tensors alone")
-    flags.add_opening(parser, "precision of the weights; default: the run's for a model, float32 for a delta")
+    flags.add_open_model_flags(parser, "precision of the weights; default: the run's for a model, float32 for a delta")
     parser.add_argument(
         "--rounding",
         choices=("nearest", "stochastic"),
@@ -90,6 +90,6 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     )
     given = parser.parse_args(words)
     if given.delta and given.rounding:
-        parser.error(_ROUNDED_DELTA)
+        parser.error(_ROUNDED_DELTA_FAULT)
     print(export(**vars(given)))
     return 0

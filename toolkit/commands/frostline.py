@@ -1,4 +1,4 @@
-"""The ``frostline`` command, which ``pip install`` puts on the path: ``frostline VERB …``."""
+"""The ``frostline`` command, which ``pip install`` creates: ``frostline VERB …``."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ VERBS = {
     "export": "write a model directory for transformers, or a delta",
     "submit": "train as a SLURM job",
 }
-"""What each module of this package does."""
+"""Help text by verb; the module of the same name in this package runs it."""
 
 
 def main() -> NoReturn:
-    """Run the verb that the process's arguments name, and end the process with its exit code."""
+    """Run the verb of the command line and end the process with its exit code."""
     require_packages(Path(toolkit.__file__).parent.parent)
-    from toolkit.commands.cli import leave, run_command
+    from toolkit.commands.cli import exit_process, run_command
 
     verb, *words = sys.argv[1:] or ["--help"]
     if verb not in VERBS:
-        _parser().parse_args([verb])  # --help, --version, or an error
+        _build_parser().parse_args([verb])  # exits: --help, --version, or an error
     command = import_module(f"toolkit.commands.{verb}").main
-    leave(run_command(lambda: command(words, f"frostline {verb}")), at_once=verb == "plan")
+    exit_process(run_command(lambda: command(words, f"frostline {verb}")), at_once=verb == "plan")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _build_parser() -> argparse.ArgumentParser:
+    """Return a parser of the verbs alone, for ``--help``, ``--version`` and unknown verbs."""
     parser = argparse.ArgumentParser(
         prog="frostline", description="Partial fine-tuning of causal language models.",
         epilog="frostline VERB --help lists the options of a verb.",

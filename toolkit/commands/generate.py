@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.commands.cli import describe
+from toolkit.commands.cli import adapt_help
 
 if TYPE_CHECKING:
     from toolkit.checkpoint.choice import Step
@@ -40,17 +40,17 @@ def generate(
 
     Args:
         source: run directory, checkpoint, export, delta, model directory, Hub id or bundled name.
-        questions: rows in the task's columns, as in ``{"QUESTION": …, "CONTEXTS": […]}``; text alone is a question
+        questions: rows with the task's columns, as in ``{"QUESTION": …, "CONTEXTS": […]}``; a string is a question
             without contexts.
         max_new_tokens: longest answer in tokens.
-        temperature: 0 takes the most likely token each time and is repeatable; above 0 samples.
+        temperature: sampling temperature; 0 decodes greedily, which is repeatable.
         step: checkpoint of a run, by its number or as ``latest`` or ``best``. Defaults to the latest.
-        base: where the base model of a run or delta is, if it moved.
+        base: new path of the base model of a run or delta, if it moved.
         trust_remote_code: run code that ships with the base model, if ``source`` was trained with it.
-        dtype: precision to compute in. Defaults to the run's, or that in which a model is stored.
+        dtype: precision of the computation. Defaults to the run's, or to that in which a model is stored.
 
     Raises:
-        DataError: a question is empty or longer than the model can read; names each row.
+        DataError: questions are empty or longer than the model's context; the message names each row.
         UsageError: ``source`` cannot be opened.
     """
     from toolkit.data.questions import questions_of
@@ -62,10 +62,13 @@ def generate(
     values = [{QUESTION: one, CONTEXTS: []} if isinstance(one, str) else one for one in given]
     samples = questions_of(Row(f"question {number}", value) for number, value in enumerate(values, start=1))
     opened = open_model(str(source), step, None if base is None else str(base), trust_remote_code, dtype)
-    return list(_answers(opened, samples, max_new_tokens, temperature))
+    return list(_generate_answers(opened, samples, max_new_tokens, temperature))
 
 
-def _answers(opened: OpenedModel, samples: Iterable[Sample], max_new_tokens: int, temperature: float) -> Iterator[str]:
+def _generate_answers(
+    opened: OpenedModel, samples: Iterable[Sample], max_new_tokens: int, temperature: float
+) -> Iterator[str]:
+    """Move the model to the GPU, if there is one, and generate an answer for each sample."""
     from toolkit.inference.generation import answers
     from toolkit.runtime.distributed import World
 
@@ -78,8 +81,8 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     """Parse the command line, then answer.
 
     Args:
-        words: arguments of the command line. Defaults to those of the process.
-        program: name to show in the help. Defaults to the script's.
+        words: command-line arguments. Defaults to those of the process.
+        program: program name in the help, such as ``frostline train``. Defaults to the name of the launch script.
 
     Returns:
         The exit code, 0.
@@ -98,7 +101,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         else [from_prompt(given.question, given.context)]
     )
     opened = open_model(given.source, given.step, given.base, given.trust_remote_code, given.dtype)
-    answers = _answers(opened, samples, given.max_new_tokens, given.temperature)
+    answers = _generate_answers(opened, samples, given.max_new_tokens, given.temperature)
     out = given.output.open("w", encoding="utf-8") if given.output else None
     shown = track(samples, "answering", "question") if out or not sys.stdout.isatty() else samples
     for sample, answer in zip(shown, answers, strict=True):
@@ -117,24 +120,27 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
 
 
 def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespace:
+    """Parse the command line, and end the process if flags contradict each other."""
     from toolkit.config import flags
 
-    parser = describe(flags.parser(__doc__ or ""), program)
+    parser = adapt_help(flags.parser(__doc__ or ""), program)
     parser.add_argument("source", help="run directory, export, delta, model directory or Hub id")
-    asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--question", help="one question")
-    asked.add_argument("--input", help="file or Hub data set of questions")
+    questions = parser.add_mutually_exclusive_group(required=True)
+    questions.add_argument("--question", help="one question")
+    questions.add_argument("--input", help="file or Hub data set of questions")
     parser.add_argument("--context", action="append", default=[], help="context of --question; may be repeated")
     parser.add_argument("--output", type=Path, help="JSON lines file for the answers; default: print them")
     parser.add_argument("--split", help="split of a Hub data set; default: its only one, or train")
-    parser.add_argument("--limit", type=flags.positive, help="answer the first so many questions only")
+    parser.add_argument("--limit", type=flags.positive_int, help="answer the first so many questions only")
     parser.add_argument(
-        "--max-new-tokens", type=flags.positive, default=256, help="longest answer in tokens; default: 256"
+        "--max-new-tokens", type=flags.positive_int, default=256, help="longest answer in tokens; default: 256"
     )
     parser.add_argument(
         "--temperature", type=flags.temperature, default=0.0, help="0 is greedy and repeatable; default: 0"
     )
-    flags.add_opening(parser, "precision to compute in; default: the run's, or that in which a model is stored")
+    flags.add_open_model_flags(
+        parser, "precision to compute in; default: the run's, or that in which a model is stored"
+    )
     given = parser.parse_args(words)
     if given.context and given.input:
         parser.error("--context goes with --question; the rows of --input have contexts of their own")

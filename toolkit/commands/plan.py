@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.commands.cli import describe
+from toolkit.commands.cli import adapt_help
 
 if TYPE_CHECKING:
     from toolkit.config.flags import Invocation
@@ -29,26 +29,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """The outcome of ``toolkit.plan``; ``print`` shows the table of ``launch/plan.py``."""
+    """The result of ``toolkit.plan``; printing it shows the table of ``launch/plan.py``."""
 
     plan: Plan
-    """Memory by kind, operations and disk."""
+    """Memory by kind, floating-point operations and disk space."""
     fit: DeviceFit | None
     """Whether the run fits; None without ``gpu_memory``."""
 
     def __str__(self) -> str:
+        """Return the table that ``launch/plan.py`` prints."""
         from toolkit.planning.table import as_text
 
         return as_text(self.plan, self.fit)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the plan as JSON values; bytes and floating-point operations as whole numbers."""
+        """Return the plan as JSON values, with bytes and floating-point operations as integers."""
         from toolkit.planning.table import as_dict
 
         return as_dict(self.plan, self.fit)
 
     def draw(self, path: str | Path) -> None:
-        """Draw layers and memory; the ending of ``path`` chooses the format (png, svg, pdf).
+        """Draw layers and memory; the suffix of ``path`` sets the format (png, svg, pdf).
 
         Raises:
             PlanError: matplotlib is not installed, or the file cannot be written.
@@ -66,17 +67,17 @@ def plan(
     world_size: int = 1,
     gpu_memory: int | str | None = None,
 ) -> PlanReport:
-    """Return what a run will cost on one rank, and in all; no weight is loaded.
+    """Plan the memory, compute and disk space of a run, per rank and in total; no weight is loaded.
 
     Args:
         recipe: YAML file, nested values, or a ``RunConfig``. Defaults to the quickstart recipe.
-        overrides: value by dotted key, laid over the recipe, as in ``{"train.epochs": 1}``.
+        overrides: values by dotted key that override the recipe, as in ``{"train.epochs": 1}``.
         ds: DeepSpeed JSON, as in ``ds_configs/``. Without it torch alone trains.
-        world_size: ranks, one GPU each.
-        gpu_memory: of one GPU, in bytes or as ``"24GiB"``, to say whether the run fits.
+        world_size: number of ranks, one GPU each.
+        gpu_memory: memory of one GPU, in bytes or as ``"24GiB"``; if given, the report says whether the run fits.
 
     Raises:
-        UsageError: recipe, DeepSpeed file, model or mask is at fault.
+        UsageError: the recipe, DeepSpeed file, model or mask is invalid.
     """
     from toolkit.commands.recipe_input import read_input
 
@@ -84,20 +85,21 @@ def plan(
 
 
 def _plan(invocation: Invocation, ranks: int, gpu_memory: int | str | None) -> PlanReport:
+    """Plan a parsed invocation, see ``plan``."""
     from toolkit.config.flags import byte_size
 
-    budget = byte_size(gpu_memory) if isinstance(gpu_memory, str) else gpu_memory
-    from toolkit.planning.command import plan_run  # imports torch, which --help and a faulty flag need not wait for
+    gpu_bytes = byte_size(gpu_memory) if isinstance(gpu_memory, str) else gpu_memory
+    from toolkit.planning.command import plan_run  # imports torch, which an invalid flag need not wait for
 
-    return PlanReport(*plan_run(invocation, ranks, budget))
+    return PlanReport(*plan_run(invocation, ranks, gpu_bytes))
 
 
 def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     """Parse the command line, then plan.
 
     Args:
-        words: arguments of the command line. Defaults to those of the process.
-        program: name to show in the help. Defaults to the script's.
+        words: command-line arguments. Defaults to those of the process.
+        program: program name in the help, such as ``frostline train``. Defaults to the name of the launch script.
 
     Returns:
         The exit code, 0.
@@ -105,14 +107,14 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     from toolkit.config import flags
     from toolkit.runtime.shipped import QUICKSTART, shipped_file
 
-    parser = describe(flags.parser(__doc__ or ""), program)
-    parser.add_argument("--world-size", type=flags.positive, default=1, help="ranks, one GPU each; default: 1")
+    parser = adapt_help(flags.parser(__doc__ or ""), program)
+    parser.add_argument("--world-size", type=flags.positive_int, default=1, help="ranks, one GPU each; default: 1")
     parser.add_argument("--gpu-memory", metavar="SIZE", help="memory of one GPU, such as 24GiB: say whether it fits")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     parser.add_argument("--png", type=Path, metavar="FILE", help="also draw layers and memory (needs matplotlib)")
     parser.add_argument("--suggest", choices=("spectrum", "gradient"), help="rank the blocks instead, and print a mask")
     parser.add_argument("--budget", type=float, default=0.25, help="share of blocks to suggest; default: 0.25")
-    parser.add_argument("--rows", type=flags.positive, default=8, help="rows that gradient looks at; default: 8")
+    parser.add_argument("--rows", type=flags.positive_int, default=8, help="rows that gradient looks at; default: 8")
     invocation = flags.parse(parser, shipped_file(QUICKSTART), words)
     given = invocation.arguments
     if given.suggest:
@@ -120,7 +122,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
 
         print(suggest_for(invocation.config, given.suggest, given.budget, given.rows).table())
         return 0
-    gc.disable()  # a fifth of this short process would go into looking over the modules it imports
+    gc.disable()  # garbage collection during imports takes a fifth of this short process
     report = _plan(invocation, given.world_size, given.gpu_memory)
     if given.png is not None:
         report.draw(given.png)

@@ -1,4 +1,4 @@
-"""Turn the arguments of ``toolkit.train`` and ``toolkit.plan`` into an ``Invocation``, as a command line gives one."""
+"""Turn the arguments of ``toolkit.train`` and ``toolkit.plan`` into the ``Invocation`` that a command line gives."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from toolkit.config.schema import RunConfig
 from toolkit.runtime.errors import ConfigError
 from toolkit.runtime.shipped import QUICKSTART, find_file, shipped_file
 
-_UNNAMED = Path("run")
-"""Stands for the recipe file where there is none: such a run is written to ``runs/run`` unless it has an output.dir."""
+_UNNAMED_RECIPE = Path("run")
+"""Recipe path of a run that was given values instead of a file; without output.dir it is written to ``runs/run``."""
 
 
 def read_input(
@@ -26,26 +26,26 @@ def read_input(
     """Build and validate the config of a recipe with overrides.
 
     Args:
-        recipe: a file, nested values, or a config. Defaults to the quickstart recipe.
-        overrides: value by dotted key, as in ``{"train.epochs": 1}``.
+        recipe: YAML file, nested values, or a ``RunConfig``. Defaults to the quickstart recipe.
+        overrides: values by dotted key that override the recipe, as in ``{"train.epochs": 1}``.
         ds: DeepSpeed JSON. Without it torch alone trains.
-        resume_override: go on with a run although harmless keys differ.
+        resume_override: continue a run although harmless keys (learning rate, epochs …) differ.
 
     Raises:
-        ConfigError: unknown keys and bad values, all in one message; or the file cannot be read.
+        ConfigError: the file cannot be read, or keys or values are invalid; one message lists all faults.
     """
     values: Mapping[str, Any]
     if isinstance(recipe, RunConfig):
-        values, path = recipe.model_dump(), _UNNAMED
+        values, path = recipe.model_dump(), _UNNAMED_RECIPE
     elif isinstance(recipe, Mapping):
-        values, path = _plain(recipe), _UNNAMED
+        values, path = _paths_as_text(recipe), _UNNAMED_RECIPE
     else:
         path = shipped_file(QUICKSTART) if recipe is None else find_file(recipe)
         values = read_recipe(path)
-    flat = _plain(overrides or {})
+    flat = _paths_as_text(overrides or {})
     if malformed := [f"{key}: expected section.key, as in train.epochs" for key in flat if key.count(".") != 1]:
         raise ConfigError(malformed, "overrides")
-    source = ("recipe" if path is _UNNAMED else f"recipe {path}") + (" and overrides" if flat else "")
+    source = ("recipe" if path is _UNNAMED_RECIPE else f"recipe {path}") + (" and overrides" if flat else "")
     return Invocation(
         config=build(merge(values, flat), source),
         recipe=path,
@@ -55,10 +55,10 @@ def read_input(
     )
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``values`` with paths as text, which is what the recipe's fields hold."""
-    plain = {}
+def _paths_as_text(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested values with every ``Path`` as a string, the type of the recipe's fields."""
+    converted = {}
     for key, value in values.items():
-        value = _plain(value) if isinstance(value, Mapping) else value
-        plain[key] = str(value) if isinstance(value, PurePath) else value
-    return plain
+        value = _paths_as_text(value) if isinstance(value, Mapping) else value
+        converted[key] = str(value) if isinstance(value, PurePath) else value
+    return converted

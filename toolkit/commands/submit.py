@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolkit.commands.cli import describe
+from toolkit.commands.cli import adapt_help
 from toolkit.runtime.errors import CheckpointError, ConfigError, SlurmError
 from toolkit.runtime.shipped import QUICKSTART, launch_script, shipped_file
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 
 def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
-    """Parse the command line, then check, write and submit.
+    """Parse the command line, then check the job, write its files and submit it.
 
     Args:
-        words: arguments of the command line. Defaults to those of the process.
-        program: name to show in the help. Defaults to the script's.
+        words: command-line arguments. Defaults to those of the process.
+        program: program name in the help, such as ``frostline train``. Defaults to the name of the launch script.
 
     Returns:
         The exit code, 0.
@@ -46,7 +46,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     request = read_request(given)
     _check_cluster(request, given.dry_run)
     from toolkit.checkpoint.run_directory import claim, write_config
-    from toolkit.runtime.distributed import World  # these import torch, which --help and faulty flags need not wait for
+    from toolkit.runtime.distributed import World  # these import torch, which invalid flags need not wait for
     from toolkit.training.preflight import preflight
 
     with contextlib.ExitStack() as claims:
@@ -54,7 +54,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         for invocation in invocations:
             preflight(invocation, request.ranks)
             claimed = claim(
-                invocation.config, invocation.recipe, World(), submission.held_by, not given.dry_run, request.ranks
+                invocation.config, invocation.recipe, World(), submission.queued_job, not given.dry_run, request.ranks
             )
             runs.append(claims.enter_context(claimed))
         if finished := [str(run.path) for run in runs if run.finished]:
@@ -73,20 +73,22 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
             print(render(job), end="")
             return 0
         for invocation, run in zip(invocations, runs, strict=True):
-            resumable = invocation.config.output.model_copy(update={"resume": "auto"})  # the job may start many times
+            resumable = invocation.config.output.model_copy(
+                update={"resume": "auto"}
+            )  # a requeued job starts several times
             write_config(run.path, invocation.config.model_copy(update={"output": resumable}))
-        number = submission.submit(job)
-    print(submission.how_to_watch(job, number))
+        job_id = submission.submit(job)
+    print(submission.how_to_watch(job, job_id))
     return 0
 
 
 def _parse(words: Sequence[str] | None, program: str | None) -> list[Invocation]:
-    """Return one invocation, or one for each recipe of ``--array``."""
+    """Parse the command line into one invocation, or one per recipe of ``--array``."""
     from toolkit.config import flags
     from toolkit.slurm.request import add_flags
 
     def parse(recipe: Path) -> Invocation:
-        parser = describe(flags.parser(__doc__ or ""), program)
+        parser = adapt_help(flags.parser(__doc__ or ""), program)
         add_flags(parser)
         return flags.parse(parser, recipe, words)
 
@@ -97,12 +99,12 @@ def _parse(words: Sequence[str] | None, program: str | None) -> list[Invocation]
     if first.recipe_was_given:
         raise ConfigError([f"--config {first.recipe} and --array: --array names all recipes"], "command line")
     invocations = [parse(recipe) for recipe in recipes]
-    owners = Counter(invocation.config.output.dir or invocation.recipe.stem for invocation in invocations)
-    if shared := [owner for owner, count in owners.items() if count > 1]:
+    directories = Counter(invocation.config.output.dir or invocation.recipe.stem for invocation in invocations)
+    if shared := [name for name, count in directories.items() if count > 1]:
         raise ConfigError(
             [
-                f"{owner}: several runs of --array would be written there; set output.dir in each recipe, not by a flag"
-                for owner in shared
+                f"{name}: several runs of --array would be written there; set output.dir in each recipe, not by a flag"
+                for name in shared
             ],
             "command line",
         )
@@ -110,7 +112,7 @@ def _parse(words: Sequence[str] | None, program: str | None) -> list[Invocation]
 
 
 def _check_cluster(request: JobRequest, dry_run: bool) -> None:
-    """Compare the request with the cluster; a dry run may do without one, and says so."""
+    """Refuse a request that the cluster cannot serve; a dry run without a cluster prints that it was not checked."""
     from toolkit.slurm import cluster
 
     try:

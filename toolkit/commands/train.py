@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.commands.cli import describe, leave, run_command
+from toolkit.commands.cli import adapt_help, exit_process, run_command
 from toolkit.runtime.errors import TrainingStoppedError, UsageError
 from toolkit.runtime.signals import STOPPED, listening
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The outcome of ``toolkit.train``."""
+    """The result of ``toolkit.train``."""
 
     run: Path
     """Run directory, which ``toolkit.evaluate``, ``generate`` and ``export`` take."""
     stopped: bool
-    """A signal stopped the run after a committed checkpoint; the same call goes on from there."""
+    """True if a signal stopped the run after a committed checkpoint; the same call continues from it."""
 
 
 def train(
@@ -43,19 +43,19 @@ def train(
     ds: str | Path | None = None,
     resume_override: bool = False,
 ) -> TrainResult:
-    """Train a run to its end, or go on with an interrupted one; under a launcher every rank calls it.
+    """Train a run to its end, or continue an interrupted one; under a launcher every rank calls it.
 
-    While it runs, SIGTERM and SIGUSR1 ask it to stop after a committed checkpoint; the former handlers are put back
-    afterwards. It logs to the logger ``frostline`` and configures no logging.
+    Meanwhile SIGTERM and SIGUSR1 stop it after it has committed a checkpoint; the former signal handlers are restored
+    afterwards. It logs to the logger ``frostline`` and does not configure logging.
 
     Args:
         recipe: YAML file, nested values, or a ``RunConfig``. Defaults to the quickstart recipe.
-        overrides: value by dotted key, laid over the recipe, as in ``{"train.epochs": 1}``.
+        overrides: values by dotted key that override the recipe, as in ``{"train.epochs": 1}``.
         ds: DeepSpeed JSON, as in ``ds_configs/``. Without it torch alone trains.
-        resume_override: go on with a run although harmless keys (learning rate, epochs …) differ.
+        resume_override: continue a run although harmless keys (learning rate, epochs …) differ.
 
     Raises:
-        UsageError: recipe, data, model, mask or run directory is at fault, or this is not the main thread.
+        UsageError: the recipe, data, model, mask or run directory is invalid, or this is not the main thread.
         FrostlineError: training cannot go on.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -77,7 +77,7 @@ def train(
 
 @contextmanager
 def _restored_environment() -> Iterator[None]:
-    """Restore the launcher's variables, which joining a process group sets and child processes would inherit."""
+    """Restore the launcher's variables, which joining the process group sets and child processes would inherit."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     before = {name: os.environ[name] for name in names if name in os.environ}
     try:
@@ -92,17 +92,17 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     """Parse the command line, then train.
 
     Args:
-        words: arguments of the command line. Defaults to those of the process.
-        program: name to show in the help. Defaults to the script's.
+        words: command-line arguments. Defaults to those of the process.
+        program: program name in the help, such as ``frostline train``. Defaults to the name of the launch script.
 
     Returns:
         The exit code, 0 or 75.
     """
-    with listening():  # first of all: whatever takes long can be stopped
+    with listening():  # before the slow imports, so that they can be stopped too
         from toolkit.config import flags
         from toolkit.runtime.shipped import QUICKSTART, shipped_file
 
-        parser = describe(flags.parser(__doc__ or ""), program)
+        parser = adapt_help(flags.parser(__doc__ or ""), program)
         flags.add_resume_override(parser)
         invocation = flags.parse(parser, shipped_file(QUICKSTART), words)
         from toolkit.training.run import run  # imports torch, which --help and a faulty recipe need not wait for
@@ -111,4 +111,4 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
 
 
 if __name__ == "__main__":  # python -m toolkit.commands.train, for launchers where there is no checkout
-    leave(run_command(main))
+    exit_process(run_command(main))

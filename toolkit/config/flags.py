@@ -19,20 +19,21 @@ from toolkit.runtime.shipped import find_file
 
 @dataclass(frozen=True)
 class Invocation:
-    """Hold a parsed command line."""
+    """A parsed command line: the validated recipe with its flags, and the files that it came from."""
 
     config: RunConfig
     recipe: Path
     """The recipe file that was read."""
     recipe_was_given: bool
-    """False when no ``--config`` was passed and the default recipe was taken."""
+    """False if ``--config`` was left out, so that the default recipe is used."""
     deepspeed: Path | None
-    """The DeepSpeed JSON of ``--ds``; None trains with torch alone."""
+    """DeepSpeed JSON of ``--ds``; None trains with torch alone."""
     arguments: argparse.Namespace
+    """All parsed arguments, with those that only one command has."""
 
     @property
     def resume_override(self) -> bool:
-        """Return True if ``--resume-override`` was passed to a command that has it."""
+        """True if ``--resume-override`` was passed; False for commands without that flag."""
         return bool(getattr(self.arguments, "resume_override", False))
 
 
@@ -55,10 +56,15 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(parser: argparse.ArgumentParser, default_recipe: Path, argv: Sequence[str] | None = None) -> Invocation:
-    """Parse a training command line: ``--config``, ``--ds``, ``--local_rank`` and every recipe key.
+    """Parse a command line with ``--config``, ``--ds``, ``--local_rank`` and a flag for every recipe key.
+
+    Args:
+        parser: parser with the command's own flags; the others are added here.
+        default_recipe: recipe to use without ``--config``.
+        argv: command-line arguments. Defaults to those of the process.
 
     Raises:
-        ConfigError: unknown flags, unknown keys and bad values, all in one message.
+        ConfigError: unknown flags, unknown keys and invalid values, all in one message.
     """
     parser.usage = "%(prog)s [--config FILE] [--ds FILE] [--section.key VALUE ...] [more options, below]"
     parser.add_argument(
@@ -86,7 +92,11 @@ def parse(parser: argparse.ArgumentParser, default_recipe: Path, argv: Sequence[
         if not word.startswith("-") and (not before.startswith("-") or "=" in before)
     ]
     recipe = find_file(arguments.config or default_recipe)
-    flags = {path: _value(path, known[path], text, faults) for path, text in vars(arguments).items() if path in known}
+    flags = {
+        path: _parse_flag_value(path, known[path], text, faults)
+        for path, text in vars(arguments).items()
+        if path in known
+    }
     source = f"recipe {recipe}" + (" and flags" if flags or unknown else "")
     config = build(merge(read_recipe(recipe), flags), source, faults)
     return Invocation(
@@ -99,22 +109,22 @@ def parse(parser: argparse.ArgumentParser, default_recipe: Path, argv: Sequence[
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """Return an argument parser with this project's habits: no abbreviations, description kept as written."""
+    """Create an argument parser that accepts no abbreviated flags and prints the description as written."""
     return argparse.ArgumentParser(
         description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
 def add_resume_override(parser: argparse.ArgumentParser) -> None:
-    """Add ``--resume-override``."""
+    """Add ``--resume-override``, which ``Invocation.resume_override`` reads."""
     parser.add_argument(
         "--resume-override", action="store_true",
         help="go on with a run although harmless keys (learning rate, epochs, optimizer …) differ, and say which",
     )  # fmt: skip
 
 
-def add_opening(parser: argparse.ArgumentParser, dtype_help: str) -> None:
-    """Add the flags that say how a trained model is opened, see ``toolkit.inference.open_model.open_model``."""
+def add_open_model_flags(parser: argparse.ArgumentParser, dtype_help: str) -> None:
+    """Add ``--dtype``, ``--step``, ``--base`` and ``--trust-remote-code``, the arguments of ``open_model``."""
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help=dtype_help)
     parser.add_argument(
         "--step", type=step, metavar="{N,latest,best}", default=None,
@@ -126,15 +136,15 @@ def add_opening(parser: argparse.ArgumentParser, dtype_help: str) -> None:
     )
 
 
-def positive(text: str) -> int:
-    """Parse a whole number from 1; an argparse type."""
+def positive_int(text: str) -> int:
+    """Parse an integer of at least 1; for ``add_argument(type=…)``."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
     return int(text)
 
 
 def step(text: str) -> int | str:
-    """Parse a checkpoint's number, ``latest`` or ``best``; an argparse type."""
+    """Parse a checkpoint's step, ``latest`` or ``best``; for ``add_argument(type=…)``."""
     if text in ("latest", "best"):
         return text
     if not text.isdecimal() or int(text) < 1:
@@ -143,10 +153,10 @@ def step(text: str) -> int | str:
 
 
 def byte_size(text: str) -> int:
-    """Return the bytes of a size such as 24GiB, 80GB or 512MiB.
+    """Return the bytes of the size given as ``--gpu-memory``, such as 24GiB, 80GB or 512MiB.
 
     Raises:
-        ConfigError: not of that form, or zero.
+        ConfigError: the text is not a size, or the size is zero.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?\s*", text, flags=re.IGNORECASE)
     size = 0
@@ -159,7 +169,7 @@ def byte_size(text: str) -> int:
 
 
 def temperature(text: str) -> float:
-    """Parse a number from 0, where 0 means greedy decoding; an argparse type."""
+    """Parse a sampling temperature of at least 0; for ``add_argument(type=…)``."""
     try:
         value = float(text)
     except ValueError:
@@ -169,37 +179,47 @@ def temperature(text: str) -> float:
     return value
 
 
-def _plain(annotation: Any) -> list[Any]:
-    """Return the alternatives of a union, without ``Annotated`` wrappers."""
+def _union_members(annotation: Any) -> list[Any]:
+    """Return the members of a union type, or the type itself, without ``Annotated``."""
     if typing.get_origin(annotation) is typing.Annotated:
-        return _plain(typing.get_args(annotation)[0])
+        return _union_members(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return [plain for part in typing.get_args(annotation) for plain in _plain(part)]
+        return [member for part in typing.get_args(annotation) for member in _union_members(part)]
     return [annotation]
 
 
 def _takes_many(annotation: Any) -> bool:
-    return any(typing.get_origin(part) in (list, tuple) for part in _plain(annotation))
+    """Return True if a recipe key holds a list or tuple, so that its flag takes several words."""
+    return any(typing.get_origin(part) in (list, tuple) for part in _union_members(annotation))
 
 
 def _metavar(annotation: Any) -> str:
-    for part in _plain(annotation):
+    """Return how the help shows the value of a flag: the allowed words, or the names of its types."""
+    for part in _union_members(annotation):
         if typing.get_origin(part) is typing.Literal:
             return "{" + ",".join(map(str, typing.get_args(part))) + "}"
-    names = [part.__name__ for part in _plain(annotation) if part is not type(None) and isinstance(part, type)]
+    names = [part.__name__ for part in _union_members(annotation) if part is not type(None) and isinstance(part, type)]
     return "|".join(names).upper() or "VALUE"
 
 
-def _value(path: str, info: Any, text: str | list[str], faults: list[str]) -> Any:
-    """Return the value of a flag's text; what opens a list or a mapping is read as YAML, which JSON is too."""
+def _parse_flag_value(path: str, info: Any, text: str | list[str], faults: list[str]) -> Any:
+    """Return the value of a flag; for a key that takes a list, text in ``[…]`` or ``{…}`` is read as YAML.
+
+    Args:
+        path: recipe key of the flag.
+        info: pydantic ``FieldInfo`` of the key.
+        text: text of the flag, or its words if it takes several.
+        faults: list that invalid YAML is appended to.
+    """
     if isinstance(text, str):
-        return None if type(None) in _plain(info.annotation) and text.lower() in ("none", "null") else text
+        return None if type(None) in _union_members(info.annotation) and text.lower() in ("none", "null") else text
     if len(text) == 1 and text[0].startswith("["):
-        return _yaml(path, text[0], faults)
-    return [_yaml(path, word, faults) if word.startswith("{") else word for word in text]
+        return _parse_flag_yaml(path, text[0], faults)
+    return [_parse_flag_yaml(path, word, faults) if word.startswith("{") else word for word in text]
 
 
-def _yaml(path: str, text: str, faults: list[str]) -> Any:
+def _parse_flag_yaml(path: str, text: str, faults: list[str]) -> Any:
+    """Parse YAML; if it is invalid append a fault and return the text."""
     try:
         return parse_yaml(text)
     except ValueError as error:

@@ -9,7 +9,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from toolkit.config.section import Section
 
 
-def _as_phases(value: Any) -> Any:
+def _as_phase_list(value: Any) -> Any:
+    """Wrap a single phase in a list, and reject items that are not mappings."""
     value = [value] if isinstance(value, dict) else value
     if isinstance(value, list) and (other := [item for item in value if not isinstance(item, (dict, MaskPhase))]):
         raise ValueError(
@@ -19,7 +20,8 @@ def _as_phases(value: Any) -> Any:
     return value
 
 
-def _as_list(value: Any) -> Any:
+def _as_selector_list(value: Any) -> Any:
+    """Wrap a single selector or group in a list, and reject numbers, which come from an unquoted comma."""
     value = [value] if isinstance(value, (str, dict)) else value
     allowed = (str, dict, MaskGroup)
     if isinstance(value, list) and (other := [item for item in value if not isinstance(item, allowed)]):
@@ -30,7 +32,7 @@ def _as_list(value: Any) -> Any:
 class MaskGroup(Section):
     """Selectors with settings of their own."""
 
-    select: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
+    select: Annotated[list[str], BeforeValidator(_as_selector_list), Field(min_length=1)]
     """Selectors of the group's tensors."""
 
     learning_rate: Annotated[float, Field(gt=0)] | None = None
@@ -43,10 +45,10 @@ class MaskGroup(Section):
 class MaskPhase(Section):
     """A mask that holds at first, and until when."""
 
-    train: Annotated[list[str | MaskGroup], BeforeValidator(_as_list), Field(min_length=1)]
+    train: Annotated[list[str | MaskGroup], BeforeValidator(_as_selector_list), Field(min_length=1)]
     """What trains in this phase; as mask.train."""
 
-    freeze: Annotated[list[str], BeforeValidator(_as_list)] = []
+    freeze: Annotated[list[str], BeforeValidator(_as_selector_list)] = []
     """Selectors of what stays frozen in this phase though train selects it."""
 
     until_epoch: Annotated[int, Field(ge=1)] | None = None
@@ -57,11 +59,12 @@ class MaskPhase(Section):
 
     @property
     def end(self) -> str:
-        """Return when it ends, in the recipe's words."""
+        """End of the phase, as ``epoch N`` or ``step N``."""
         return f"epoch {self.until_epoch}" if self.until_epoch is not None else f"step {self.until_step}"
 
     @model_validator(mode="after")
-    def _one_end(self) -> MaskPhase:
+    def _has_one_end(self) -> MaskPhase:
+        """Require exactly one of until_epoch and until_step."""
         if self.until_epoch is None and self.until_step is None:
             raise ValueError("it has neither until_epoch nor until_step; say when the phase ends with one of them")
         if self.until_epoch is not None and self.until_step is not None:
@@ -74,13 +77,16 @@ class MaskPhase(Section):
 class MaskConfig(Section):
     """Which tensors train; everything else is frozen."""
 
-    train: Annotated[list[str | MaskGroup], BeforeValidator(_as_list), Field(min_length=1)] = ["last:4", "head"]
+    train: Annotated[list[str | MaskGroup], BeforeValidator(_as_selector_list), Field(min_length=1)] = [
+        "last:4",
+        "head",
+    ]
     """What trains: selectors such as last:N, blocks:LIST, head, glob:PATTERN (docs/layer-mask.md), or groups."""
 
-    freeze: Annotated[list[str], BeforeValidator(_as_list)] = []
+    freeze: Annotated[list[str], BeforeValidator(_as_selector_list)] = []
     """Selectors of what stays frozen though mask.train selects it."""
 
-    schedule: Annotated[list[MaskPhase], BeforeValidator(_as_phases)] = []
+    schedule: Annotated[list[MaskPhase], BeforeValidator(_as_phase_list)] = []
     """Phases before the one of mask.train and mask.freeze (docs/schedule.md), each a mapping of train, freeze and
     until_epoch or until_step; none trains one mask throughout."""
 
@@ -89,7 +95,11 @@ class MaskConfig(Section):
     one tensor, head_only trains it through the head alone."""
 
     @model_validator(mode="after")
-    def _in_order(self) -> MaskConfig:
+    def _ends_in_order(self) -> MaskConfig:
+        """Require neighbouring phases with ends in the same unit to end one after the other.
+
+        Ends in different units are compared by ``toolkit.mask.schedule.phase_ends``, which knows the steps of an epoch.
+        """
         for index, (before, phase) in enumerate(zip(self.schedule, self.schedule[1:], strict=False), start=1):
             for unit in ("until_epoch", "until_step"):
                 first, second = getattr(before, unit), getattr(phase, unit)

@@ -1,13 +1,13 @@
 """Names of recipe keys in other trainers: transformers' TrainingArguments, TRL, LLaMA-Factory, Axolotl and torchtune.
 
-Read by ``toolkit.config.recipe.did_you_mean`` alone: an unknown key is led to ours, and never taken for it.
+Used by ``toolkit.config.recipe.did_you_mean`` alone: the error for such a key names ours; its value is never used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-SAME: Mapping[str, str] = {
+EQUIVALENT_KEYS: Mapping[str, str] = {
     # model
     "model": "model.name_or_path",
     "model_name": "model.name_or_path",
@@ -193,5 +193,5 @@ _BY_ANSWER: Mapping[str, tuple[str, ...]] = {
     _LAUNCHER: ("num_gpus", "nproc_per_node", "world_size", "num_processes", "ddp_timeout", "ddp_backend"),
 }  # fmt: skip
 
-OTHERWISE: Mapping[str, str] = {name: answer for answer, names in _BY_ANSWER.items() for name in names}
-"""What there is in the place of a key that has no equal here, as a clause for the message."""
+ALTERNATIVES: Mapping[str, str] = {name: answer for answer, names in _BY_ANSWER.items() for name in names}
+"""For a key without an equivalent, what to use instead, as a clause of the error message."""

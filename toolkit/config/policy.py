@@ -1,4 +1,4 @@
-"""Decisions that a plan and a run both take, so that both take the same. Imports no torch."""
+"""Decisions that planning and training share, so that a plan predicts what the run does. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from toolkit.config.schema import PrefixConfig
 from toolkit.runtime.errors import ConfigError
 
 Mode = Literal["auto", "on", "off"]
-"""How a recipe asks for something that is switched on or off."""
+"""Value of a recipe key that switches a feature."""
 
 _GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Hold whether a feature is on, and why."""
+    """Whether a feature is on, and why."""
 
     on: bool
     reason: str
@@ -30,11 +30,11 @@ def global_batch(micro_batch_size: int, accumulation: int, ranks: int) -> int:
 
 
 def refuse_cache(settings: PrefixConfig, obstacle: str | None) -> Decision | None:
-    """Return the decision not to cache; None if neither the recipe nor an obstacle stands against it.
+    """Decide against a cache if the recipe or an obstacle rules it out; None if neither does.
 
     Args:
         settings: the recipe's prefix section.
-        obstacle: what makes a cache impossible, if anything does.
+        obstacle: reason why a cache is impossible; None if it is possible.
 
     Raises:
         ConfigError: ``prefix.cache`` is ``on`` and there is an obstacle.
@@ -53,12 +53,12 @@ def decide_cache(settings: PrefixConfig, obstacle: str | None, passes: float, is
 
     Args:
         settings: the recipe's prefix section.
-        obstacle: what makes a cache impossible, if anything does.
-        passes: over the training rows while the mask holds; 0.5 is half an epoch.
-        is_complete: the cache holds every sample already, so that a single pass reads from it.
+        obstacle: reason why a cache is impossible; None if it is possible.
+        passes: passes over the training rows under one mask; 0.5 is half an epoch.
+        is_complete: whether the cache holds every sample already, so that even a single pass benefits.
 
     Raises:
-        ConfigError: as ``refuse_cache``.
+        ConfigError: see ``refuse_cache``.
     """
     if refused := refuse_cache(settings, obstacle):
         return refused
@@ -70,12 +70,12 @@ def decide_cache(settings: PrefixConfig, obstacle: str | None, passes: float, is
 
 
 def refuse_packing(mode: Mode, micro_batch_size: int, lengths: Collection[int] | None) -> Decision | None:
-    """Return the decision not to pack micro batches; None if it depends on the model alone.
+    """Decide against packing if it is off or has no effect; None if it depends on the model.
 
     Args:
         mode: the recipe's ``data.packing``.
-        micro_batch_size: rows that are computed together.
-        lengths: tokens of each row of the run; None where they are not known.
+        micro_batch_size: rows of a micro batch.
+        lengths: tokens of each row of the run; None if they are not known.
     """
     if mode == "off":
         return Decision(False, "off, as the recipe says")
@@ -87,14 +87,13 @@ def refuse_packing(mode: Mode, micro_batch_size: int, lengths: Collection[int] |
 
 
 def decide_checkpointing(mode: Mode, needed: int | None, free: int | None, in_update: bool = False) -> Decision:
-    """Decide whether the trained blocks' activations are recomputed in backward.
+    """Decide on activation checkpointing: whether the trained blocks are recomputed in backward.
 
     Args:
-        mode: the recipe's ``train.gradient_checkpointing``; ``auto`` recomputes where the run would not fit otherwise.
-        needed: bytes without recomputation; None for an architecture that cannot be planned, where ``auto`` takes the
-            way that needs less.
-        free: bytes that there are for it; None where that is not known, and ``auto`` then keeps the activations.
-        in_update: the optimizer's update needs most, which recomputation does not change.
+        mode: the recipe's ``train.gradient_checkpointing``; ``auto`` recomputes if the run would not fit otherwise.
+        needed: bytes without checkpointing; None for an architecture that cannot be planned, where ``auto`` recomputes.
+        free: bytes available; None if that is not known, where ``auto`` keeps the activations.
+        in_update: whether memory peaks in the optimizer's update, which checkpointing does not reduce.
     """
     if mode != "auto":
         return Decision(mode == "on", f"{mode}, as the recipe says")

@@ -1,4 +1,4 @@
-"""Read a recipe, lay the flags over it, and report every fault at once."""
+"""Read a recipe, override it by flags, and report every fault at once."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from toolkit.config.schema import MaskGroup, MaskPhase, RunConfig, Section
 from toolkit.runtime.errors import ConfigError
 from toolkit.runtime.redact import find_secret
 
-_SHORT = reprlib.Repr()  # anchors in YAML can make a small file an endless value
-_SHORT.maxstring = _SHORT.maxother = 120
-_SHORT.maxlevel = 3
+_SHORT_REPR = reprlib.Repr()  # nested YAML anchors can expand a small file to an enormous value
+_SHORT_REPR.maxstring = _SHORT_REPR.maxother = 120
+_SHORT_REPR.maxlevel = 3
 
 
 def field_paths(section: type[Section] = RunConfig, prefix: str = "") -> dict[str, Any]:
@@ -33,41 +33,42 @@ def field_paths(section: type[Section] = RunConfig, prefix: str = "") -> dict[st
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Suggest what was meant by an unknown key, as the rest of a sentence: a known one, or what takes its place.
+    """Suggest a known key for an unknown one, or what to use instead; an empty string if nothing is similar.
 
-    A key finds its section (``learnin_rate`` suggests ``train.learning_rate``), and so does what other trainers call
-    it, see ``toolkit.config.peer_keys``. The leaf decides: many keys share a section, which says little.
+    The suggestion is a parenthesis that ends the error message. Misspellings are found by the last part of the key,
+    with or without its section (``learnin_rate`` suggests ``train.learning_rate``), and so are the names of other
+    trainers (``toolkit.config.peer_keys``).
 
     Args:
-        name: the unknown key, or a flag without its dashes.
-        known: keys that would be right there.
+        name: unknown key, or flag without its dashes.
+        known: valid keys.
     """
     name = name.lower().replace("-", "_")
     section, _, leaf = name.rpartition(".")
     paths = {path.rsplit(".", 1)[-1]: path for path in known}
 
-    def told(key: str) -> str:
+    def suggestion(key: str) -> str:
         return f" (did you mean {key}?)"
 
     if leaf in paths:
-        return told(paths[leaf])
-    if leaf in peer_keys.SAME:
-        ours = peer_keys.SAME[leaf]
-        return told(paths.get(ours.rsplit(".", 1)[-1], ours))
+        return suggestion(paths[leaf])
+    if leaf in peer_keys.EQUIVALENT_KEYS:
+        ours = peer_keys.EQUIVALENT_KEYS[leaf]
+        return suggestion(paths.get(ours.rsplit(".", 1)[-1], ours))
     for word in (leaf, section):
-        if word in peer_keys.OTHERWISE:
-            return f" ({peer_keys.OTHERWISE[word]})"
+        if word in peer_keys.ALTERNATIVES:
+            return f" ({peer_keys.ALTERNATIVES[word]})"
     if not section and (near := difflib.get_close_matches(name, RunConfig.model_fields, n=1)):
-        return told(near[0])
+        return suggestion(near[0])
     if near := difflib.get_close_matches(leaf, paths, n=3):
-        return told(next((paths[one] for one in near if paths[one].startswith(f"{section}.")), paths[near[0]]))
-    if near := difflib.get_close_matches(leaf, peer_keys.SAME, n=1, cutoff=0.8):
-        return told(peer_keys.SAME[near[0]])
+        return suggestion(next((paths[one] for one in near if paths[one].startswith(f"{section}.")), paths[near[0]]))
+    if near := difflib.get_close_matches(leaf, peer_keys.EQUIVALENT_KEYS, n=1, cutoff=0.8):
+        return suggestion(peer_keys.EQUIVALENT_KEYS[near[0]])
     return ""
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """Read the recipe file into plain nested dictionaries.
+    """Read a recipe file into nested dictionaries, without validation.
 
     Raises:
         ConfigError: the file is missing, not UTF-8, not YAML, or not a mapping.
@@ -107,13 +108,13 @@ def parse_yaml(text: str) -> Any:
 
 
 def merge(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay dotted flags (``{"train.epochs": "5"}``) over a nested recipe; flags win."""
+    """Return a nested recipe overridden by dotted flags, as in ``{"train.epochs": "5"}``."""
     merged = {key: dict(value) if isinstance(value, Mapping) else value for key, value in recipe.items()}
     for dotted, value in flags.items():
         section, key = dotted.split(".")
         if not isinstance(merged.get(section), dict):
             if merged.get(section) is not None:
-                continue  # a recipe fault, and build() will report it
+                continue  # the section is not a mapping, which build() reports
             merged[section] = {}
         merged[section][key] = value
     return {key: value for key, value in merged.items() if value is not None}
@@ -123,12 +124,12 @@ def build(values: Mapping[str, Any], source: str, faults: Iterable[str] = ()) ->
     """Validate nested values into a ``RunConfig``.
 
     Args:
-        values: nested dictionaries as ``merge`` returns them.
-        source: where they came from, for the message.
-        faults: faults found earlier (unknown flags), reported together with the new ones.
+        values: nested dictionaries, as ``merge`` returns them.
+        source: origin of the values, for the message.
+        faults: faults found earlier, such as unknown flags, to report with the new ones.
 
     Raises:
-        ConfigError: any fault; the message lists all of them with value, expectation and remedy.
+        ConfigError: there are faults; the message lists them all with value, expectation and remedy.
     """
     found = list(faults)
     found += [
@@ -139,33 +140,34 @@ def build(values: Mapping[str, Any], source: str, faults: Iterable[str] = ()) ->
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        found += [_explain(fault) for fault in error.errors() if not _is_explained_otherwise(fault)]
+        found += [_describe_fault(fault) for fault in error.errors() if not _is_duplicate(fault)]
     if found or config is None:
         raise ConfigError(list(dict.fromkeys(found)), source)
     return config
 
 
-def _explain(fault: Any) -> str:
-    branches = ("function-", "float", "str", "constrained", MaskGroup.__name__)
-    parts = [str(part) for part in fault["loc"] if not str(part).startswith(branches)]
+def _describe_fault(fault: Any) -> str:
+    """Turn a pydantic error (an item of ``ValidationError.errors()``) into one line of the message."""
+    union_branches = ("function-", "float", "str", "constrained", MaskGroup.__name__)
+    parts = [str(part) for part in fault["loc"] if not str(part).startswith(union_branches)]
     where = ".".join(parts)
     if fault["type"] == "extra_forbidden":
         known = list(field_paths())
-        for section in (MaskPhase, MaskGroup):  # of which a recipe may hold several
+        for section in (MaskPhase, MaskGroup):  # a recipe may hold several, so their keys are not in field_paths()
             if section.__name__ in fault["loc"] or (section is MaskPhase and parts[:2] == ["mask", "schedule"]):
                 known = [".".join([*parts[:-1], key]) for key in section.model_fields]
         return f"{where}: unknown key{did_you_mean(where, known)}"
     if fault["type"] == "model_type" and where in RunConfig.model_fields:
         first = next(path for path in field_paths() if path.startswith(f"{where}."))
-        return f"{where} is {_SHORT.repr(fault['input'])}; expected keys under it, such as {first}"
+        return f"{where} is {_SHORT_REPR.repr(fault['input'])}; expected keys under it, such as {first}"
     message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if fault["type"] == "value_error":
         return f"{where}: {message}"
-    return f"{where} is {_SHORT.repr(fault['input'])}; expected {message}"
+    return f"{where} is {_SHORT_REPR.repr(fault['input'])}; expected {message}"
 
 
-def _is_explained_otherwise(fault: Any) -> bool:
-    """Return True for a group of ``mask.train`` read as a selector; the group's fault is reported by itself."""
+def _is_duplicate(fault: Any) -> bool:
+    """Return True for the error of a ``mask.train`` group read as a string; the error as a group is reported too."""
     return fault["loc"][0] == "mask" and fault["loc"][-1] == "str" and isinstance(fault["input"], dict)
 
 

@@ -32,12 +32,12 @@ __all__ = [
 
 
 def _switch(value: Any) -> Any:
-    """Return a bare on/off, which YAML 1.1 reads as a boolean, as the word it was."""
+    """Turn the boolean that YAML 1.1 makes of an unquoted on or off back into the word."""
     return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
 def _number_if_numeric(value: Any) -> Any:
-    """Return "0.1" as a fraction, "held_out.jsonl" as the path it is: flags arrive as strings."""
+    """Turn a numeric string such as "0.1" into a float, because flags arrive as strings; keep paths."""
     if isinstance(value, str) and re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", value):
         return float(value)
     return value
@@ -66,7 +66,8 @@ class ModelConfig(Section):
     """Run Python code that ships with the model. Off unless you have read that code."""
 
     @model_validator(mode="after")
-    def _pinned(self) -> ModelConfig:
+    def _requires_pinned_revision(self) -> ModelConfig:
+        """Require a full commit hash where code of a Hub model is run."""
         on_hub = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", self.name_or_path) and not is_directory(self.name_or_path)
         if self.trust_remote_code and on_hub and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
             raise ValueError(
@@ -105,7 +106,8 @@ class DataConfig(Section):
     cost of padding. auto does so where the model keeps them apart, on stops where it does not, off pads."""
 
     @model_validator(mode="after")
-    def _fraction(self) -> DataConfig:
+    def _checks_validation(self) -> DataConfig:
+        """Check the held-out fraction, and that validation_split belongs to a data set."""
         if isinstance(self.validation, float) and not 0 < self.validation < 1:
             raise ValueError(f"validation is {self.validation}; as a fraction it lies between 0 and 1")
         if self.validation_split is not None and not isinstance(self.validation, str):

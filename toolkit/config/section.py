@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """A part of the recipe: immutable, refuses unknown keys, takes help from docstrings."""
+    """Base of recipe sections: immutable, rejects unknown keys, takes each field's help from its docstring."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False

@@ -35,24 +35,24 @@ def export_model(
     trust_remote_code: bool = False,
     rounding: Rounding = "nearest",
 ) -> None:
-    """Write the whole trained model with tokenizer, chat template and model card, in its base model's format.
+    """Write the whole trained model with tokenizer, chat template and model card, in the base model's format.
 
-    Trained tensors come from the float32 masters; a head that was untied is saved as its own tensor, with
+    Trained tensors come from the fp32 masters; an untied head is saved as its own tensor, with
     ``tie_word_embeddings: false``.
 
     Args:
         run: the run directory.
-        target: a directory that is empty or does not exist.
+        target: target directory, empty or not existing.
         dtype: precision of the saved weights; None keeps the run's.
-        step: the checkpoint, by its number or as ``latest`` or ``best``; None takes the latest.
-        base: where the base model is, if it moved.
+        step: checkpoint, by its number or as ``latest`` or ``best``; None takes the latest.
+        base: new path of the base model, if it moved.
         trust_remote_code: run code that ships with the base model, if ``run`` was trained with it.
-        rounding: of the masters to bfloat16. ``nearest`` gives the weights that trained; ``stochastic`` the upper or
-            lower neighbour, by odds that make it right on average, so that small changes survive in some of the
-            weights (docs/fp32-masters.md). The odds are drawn from a fixed seed.
+        rounding: how masters are rounded to bfloat16. ``nearest`` gives the weights of the training. ``stochastic``
+            rounds up or down with probabilities that preserve the value on average, so that small updates survive in
+            some of the weights (docs/fp32-masters.md); its seed is fixed.
 
     Raises:
-        CheckpointError: ``run`` is no run, ``target`` is in use, or the base model changed.
+        CheckpointError: ``run`` is not a run directory, ``target`` is not empty, or the base model changed.
         DiskError: ``target`` cannot be written.
         UsageError: ``rounding`` is ``stochastic`` and the weights are not bfloat16.
     """
@@ -67,34 +67,39 @@ def export_model(
     opened.loaded.model.config.use_cache = True
     ends = opened.encoder.stop_ids()
     audit = audit_markdown(delta.mask, opened.loaded.anatomy)
-    with _staged(target) as staging:
+    with _staging_directory(target) as staging:
         comparison = opened.loaded.save(staging, ends)
         card = _model_card(choice, delta, audit, dump(opened.config), comparison)
         (staging / "README.md").write_text(card, encoding="utf-8")
 
 
 def export_delta(run: Path, target: Path, dtype: Dtype = "float32", step: Step | None = None) -> None:
-    """Write the trained tensors alone, with the mask and the identity of the base model.
+    """Write the trained tensors alone, with the mask, and name and hash of the base model.
 
     Args:
         run: the run directory.
-        target: a directory that is empty or does not exist.
+        target: target directory, empty or not existing.
         dtype: precision of the saved tensors; float32 keeps the masters.
-        step: the checkpoint, by its number or as ``latest`` or ``best``; None takes the latest.
+        step: checkpoint, by its number or as ``latest`` or ``best``; None takes the latest.
 
     Raises:
-        CheckpointError: ``run`` is no run, or ``target`` is in use.
+        CheckpointError: ``run`` is not a run directory, or ``target`` is not empty.
         DiskError: ``target`` cannot be written.
     """
     _require_run(run)
     _require_empty(target)
     _, delta = read_run(run, step)
     tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in delta.tensors.items()}
-    with _staged(target) as staging:
+    with _staging_directory(target) as staging:
         save_delta(Delta(tensors, delta.mask, delta.base), staging)
 
 
 def _round_stochastically(model: PreTrainedModel, delta: Delta) -> None:
+    """Overwrite the model's bfloat16 weights with the stochastically rounded masters of ``delta``.
+
+    Raises:
+        UsageError: the model is not bfloat16.
+    """
     if model.dtype != torch.bfloat16:
         raise UsageError(
             f"--rounding stochastic rounds to bfloat16, and this export is {str(model.dtype).removeprefix('torch.')}; "
@@ -108,22 +113,26 @@ def _round_stochastically(model: PreTrainedModel, delta: Delta) -> None:
 
 
 def _require_run(run: Path) -> None:
+    """Raise CheckpointError if ``run`` is not a run directory."""
     if not (run / "config.yaml").is_file():
         raise CheckpointError(f"{run} is not a run directory (no config.yaml); expected one such as runs/quickstart")
 
 
 def _require_empty(target: Path) -> None:
+    """Create the parent of ``target``; raise CheckpointError if ``target`` exists and is not empty."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists and is not empty; choose another --output, or remove it")
     make_parent(target)
 
 
 @contextmanager
-def _staged(target: Path) -> Iterator[Path]:
-    """Yield a directory beside ``target`` that takes its name once the body has filled it; no part of one stays.
+def _staging_directory(target: Path) -> Iterator[Path]:
+    """Yield a staging path, which is renamed to ``target`` after the body and removed if the body fails.
+
+    The body creates the directory.
 
     Raises:
-        DiskError: it cannot be written.
+        DiskError: the files cannot be written.
     """
     staging = target.with_name(f".{target.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)
@@ -139,6 +148,15 @@ def _staged(target: Path) -> Iterator[Path]:
 
 
 def _model_card(choice: ChosenCheckpoint, delta: Delta, audit: str, recipe: str, weights: Comparison) -> str:
+    """Return the README.md of an exported model.
+
+    Args:
+        choice: exported checkpoint.
+        delta: its trained tensors and base model.
+        audit: audit of the mask, as Markdown.
+        recipe: recipe of the run, as YAML.
+        weights: comparison of the written files with the base model's.
+    """
     base = delta.base.config
     untied = (
         "\n\nThe head is its own tensor here; in the base model it is tied to the embeddings."
@@ -156,7 +174,7 @@ tags: [frostline, partial-fine-tuning]
 Fine-tuned with Frostline from {base.name_or_path} (revision {base.revision or "unpinned"}, SHA-256 of its weights as
 {base.dtype} {delta.base.sha256}): only the tensors marked as trained below were updated.{untied}
 
-{_compared(weights)}
+{_comparison_text(weights)}
 
 {audit}
 
@@ -171,9 +189,9 @@ The licence and the intended use are those of the base model. The answers of a l
 """
 
 
-def _compared(weights: Comparison) -> str:
+def _comparison_text(weights: Comparison) -> str:
     """Describe how the written files compare with the base model's, tensor by tensor."""
-    found = [
+    counts = [
         (weights.identical, "bit-identical to the base model's"),
         (weights.same_values, "of the same values in another precision"),
         (weights.rounded, "the base model's values rounded, and otherwise unchanged"),
@@ -181,5 +199,5 @@ def _compared(weights: Comparison) -> str:
         (len(weights.added), f"not in the base model ({listed(weights.added, 4)})"),
         (len(weights.carried), f"not used by the model and copied as they are ({listed(weights.carried, 4)})"),
     ]
-    lines = [f"- {count:,} {what}" for count, what in found if count]
+    lines = [f"- {count:,} {what}" for count, what in counts if count]
     return "\n".join(["Of the tensors in these files, compared with the base model's files one by one:", "", *lines])

@@ -1,4 +1,4 @@
-"""Validation loss: the token mean of the cross entropy over held-out rows."""
+"""Validation loss: the mean cross entropy over the supervised tokens of held-out rows."""
 
 from __future__ import annotations
 
@@ -36,34 +36,36 @@ log = logging.getLogger("frostline")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The outcome on a set of rows."""
+    """Validation loss over a set of rows."""
 
     loss: float
     """Mean cross entropy over all supervised tokens."""
     supervised_tokens: int
+    """Number of those tokens."""
 
     @property
     def perplexity(self) -> float:
-        """As ``perplexity`` of the loss."""
+        """Perplexity, ``exp(loss)``."""
         return perplexity(self.loss)
 
 
 def perplexity(loss: float) -> float:
-    """Return ``exp(loss)``, infinite where that overflows."""
+    """Return ``exp(loss)``, or infinity if that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 @dataclass(frozen=True)
 class SourceEvaluation(Evaluation):
-    """The outcome for a model directory, run or delta, and the rows it is of."""
+    """Validation loss of a run, delta or model, and the rows that it was computed on."""
 
     step: int | None
-    """Of the checkpoint; none where the source is not a run."""
+    """Step of the checkpoint; None if the source is not a run."""
     rows: int
+    """Number of rows."""
     data: str
-    """Where the rows come from."""
+    """Origin of the rows, as a phrase."""
     held_out: bool | None
-    """False if the run trained on rows of that file; none where that is not known."""
+    """Whether the run held these rows out; False if it trained on rows of their file, None if that is not known."""
 
 
 @torch.no_grad()
@@ -77,16 +79,26 @@ def evaluate_rows(
     packed: bool = False,
     may_stop: bool = False,
 ) -> Evaluation:
-    """Compute the loss over ``examples``, shared among the ranks; every rank calls it and gets the same answer.
+    """Compute the validation loss; a collective that returns the same value on every rank.
 
-    The caller turns dropout off, and sees to it that the model takes packed rows if they are ``packed``.
+    The caller must put the model into eval mode.
+
+    Args:
+        forward: function that runs the suffix and returns the summed cross entropy of a batch.
+        prefix: function that returns the hidden states of a batch; None if ``forward`` runs the whole model.
+        examples: all rows, which are divided among the ranks.
+        micro_batch_size: rows that a rank computes at once.
+        pad_id: token id of padding.
+        world: this rank's place among the ranks.
+        packed: lay the rows of a micro batch end to end; the model must keep them apart.
+        may_stop: whether a signal may end the evaluation between two batches.
 
     Raises:
-        StopRequested: a signal came, and it ``may_stop`` between two batches; on every rank.
+        StopRequested: a signal came and ``may_stop`` is set; raised on every rank.
     """
     tokens = sum(example.supervised_tokens for example in examples)
     plan = BatchPlan(len(examples), micro_batch_size, rank=world.rank, ranks=world.size)
-    share = torch.zeros((), device=world.device)
+    local_loss = torch.zeros((), device=world.device)  # this rank's part of the global mean
     steps = step_batches(examples, range(len(examples)), plan, pad_id, packed=packed)
     with Prefetcher() as ahead, ProgressBar("evaluating", len(examples), "row", brief=True) as bar:
         for batch in chain.from_iterable(ahead(on_device(steps, world.device))):
@@ -94,9 +106,9 @@ def evaluate_rows(
                 world.raise_if_stopping()
             with during("the evaluation", batch.shape):
                 hidden = prefix(batch) if prefix else None
-                share += supervised_loss(forward, hidden, batch, tokens)
+                local_loss += supervised_loss(forward, hidden, batch, tokens)
             bar.advance(plan.global_batch)
-    (loss,) = world.sum(float(share))
+    (loss,) = world.sum(float(local_loss))
     return Evaluation(loss, tokens)
 
 
@@ -113,20 +125,20 @@ def evaluate_source(
     """Compute the loss of the model behind ``source`` in this one process.
 
     Args:
-        source: as ``toolkit.inference.open_model.open_model`` takes it.
-        path: rows to evaluate on, all of them; none takes what the run of ``source`` held out.
-        split: of a Hub data set; none takes its only one, or train.
+        source: run directory, checkpoint, delta, model directory, Hub id or bundled name.
+        path: file or Hub data set, of which every row is used; None takes the rows that the run held out.
+        split: split of a Hub data set; None takes its only one, or train.
         batch_size: rows computed at once.
-        step: of a run, the checkpoint, by its number or as ``latest`` or ``best``; none takes the latest.
-        base: where the base model is, if it moved.
+        step: checkpoint of a run, by its number or as ``latest`` or ``best``; None takes the latest.
+        base: new path of the base model, if it moved.
         trust_remote_code: run code that ships with the base model, if ``source`` was trained with it.
-        dtype: precision to compute in; none as in ``open_model``.
+        dtype: precision of the computation; None takes the default of ``open_model``.
 
     Raises:
-        DataError: no rows are named and ``source`` held none out, or rows are bad.
+        DataError: ``path`` is None and ``source`` held no rows out, or rows are invalid.
         UsageError: ``source`` cannot be opened.
     """
-    rows = None if path is None else read_rows(path, split)  # before a model loads
+    rows = None if path is None else read_rows(path, split)  # before the model loads, so that a bad file fails at once
     opened = open_model(source, step, base, trust_remote_code, dtype)
     config = opened.config.data
     if path is not None:
@@ -136,7 +148,7 @@ def evaluate_source(
     loaded, seed = opened.loaded, opened.config.train.seed
     dataset = load_dataset(config, loaded.tokenizer, seed, rows, loaded.ends, opened.rendering)
     if path is None and opened.run is not None:
-        _require_same_rows(dataset, opened)
+        _require_unchanged_rows(dataset, opened)
     examples = dataset.train if path is not None else dataset.validation
     data, held_out = _describe_rows(len(examples), path, split, opened)
     log.info("evaluating on %s", data)
@@ -148,13 +160,20 @@ def evaluate_source(
     suffix.choose_shortcuts(None, collate([shortest(examples)], pad_id).to(world.device))
     packing = choose_packing(config.packing, batch_size, None, suffix, examples, world.device)
     log.info("packing: %s", packing.reason)
-    outcome = evaluate_rows(suffix, None, examples, batch_size, pad_id, world, packing.on)
+    evaluation = evaluate_rows(suffix, None, examples, batch_size, pad_id, world, packing.on)
     step_taken = opened.choice.step if opened.choice else None
-    return SourceEvaluation(outcome.loss, outcome.supervised_tokens, step_taken, len(examples), data, held_out)
+    return SourceEvaluation(evaluation.loss, evaluation.supervised_tokens, step_taken, len(examples), data, held_out)
 
 
 def _describe_rows(rows: int, path: str | None, split: str | None, opened: OpenedModel) -> tuple[str, bool | None]:
-    """Describe the rows, and return whether the run held them out; none where that is not known."""
+    """Return a phrase for the rows, and whether the run held them out (None if that is not known).
+
+    Args:
+        rows: number of rows.
+        path: file or Hub data set that was given; None for the rows that the run held out.
+        split: split of ``path``.
+        opened: model and the recipe of its run.
+    """
     config, run = opened.config.data, opened.run
     if path is None:
         if isinstance(config.validation, float):
@@ -163,19 +182,20 @@ def _describe_rows(rows: int, path: str | None, split: str | None, opened: Opene
     text = f"all {rows} rows of {path}" + (f", split {split}" if split else "")
     if run is None:
         return text, None
-    if _place(path) == _place(config.path) and split in (None, config.split):
+    if _resolve_if_file(path) == _resolve_if_file(config.path) and split in (None, config.split):
         return f"{text}: {run} trained on rows of it", False
-    if isinstance(config.validation, str) and _place(path) == _place(config.validation):
+    if isinstance(config.validation, str) and _resolve_if_file(path) == _resolve_if_file(config.validation):
         return f"{text}, which {run} held out (data.validation)", True
     return f"{text}; whether {run} trained on some of them is not known", None
 
 
-def _place(path: str) -> str:
+def _resolve_if_file(path: str) -> str:
+    """Return the absolute path of a file, so that two spellings compare equal; a Hub id as it is."""
     return str(Path(path).resolve()) if is_file(path) else path
 
 
-def _require_same_rows(dataset: Dataset, opened: OpenedModel) -> None:
-    """Raise DataError if the run's rows have changed: another split could count trained rows as held out."""
+def _require_unchanged_rows(dataset: Dataset, opened: OpenedModel) -> None:
+    """Raise DataError if the run's rows changed since: splitting them anew could hold out rows that it trained on."""
     assert opened.choice is not None
     if read_state(opened.choice.checkpoint).fingerprints["data"] != dataset.fingerprint:
         raise DataError(

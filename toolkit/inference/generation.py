@@ -30,15 +30,15 @@ def answers(
     """Generate the model's answer to each sample, from the same prompt that training used.
 
     Args:
-        loaded: the model, on the device it is to run on.
+        loaded: model with its tokenizer, on the device to run on.
         samples: questions with their contexts.
         max_length: longest prompt in tokens; context beyond it is cut.
         max_new_tokens: longest answer in tokens.
-        temperature: 0 takes the most likely token each time; above 0 samples.
-        rendering: how the run behind the model writes its conversations.
+        temperature: sampling temperature; 0 decodes greedily.
+        rendering: chat format of the run that trained the model.
 
     Raises:
-        DataError: a question alone is longer than ``max_length``, or a prompt than the model's positions.
+        DataError: a question alone exceeds ``max_length``, or a prompt the model's positions.
         ModelError: the tokenizer belongs to another model.
     """
     encoder, cut_short = Encoder(loaded.tokenizer, max_length, loaded.ends, rendering), False
@@ -53,8 +53,8 @@ def answers(
         if room < max_new_tokens and not cut_short:
             cut_short = True
             log.info("answers end where the model's %d positions do", len(prompt) + room)
-        ends = encoder.stop_ids()
-        answer = complete(loaded.model.eval(), loaded.tokenizer, prompt, ends, max_new_tokens, temperature)
+        stop_ids = encoder.stop_ids()
+        answer = complete(loaded.model.eval(), loaded.tokenizer, prompt, stop_ids, max_new_tokens, temperature)
         yield encoder.begun + encoder.without_closing(answer)
 
 
@@ -68,21 +68,23 @@ def complete(
     temperature: float = 0.0,
     stop: Callable[[], bool] | None = None,
 ) -> str:
-    """Generate what the model writes after ``prompt``.
+    """Generate the model's continuation of ``prompt`` and decode it.
 
     Args:
-        model: without dropout.
-        tokenizer: its own.
-        prompt: token ids.
-        stop_ids: tokens that end the answer.
+        model: model in eval mode.
+        tokenizer: tokenizer of the model.
+        prompt: token ids of the prompt.
+        stop_ids: token ids that end the answer.
         max_new_tokens: longest answer in tokens.
-        temperature: 0 takes the most likely token each time; above 0 samples.
-        stop: asked after every token; true ends the answer there.
+        temperature: sampling temperature; 0 decodes greedily.
+        stop: function called after every token; if it returns True the answer ends there.
     """
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     if stop is not None:
-        ask = stop
-        sampling["stopping_criteria"] = [lambda ids, scores: ids.new_full(ids.shape[:1], ask(), dtype=torch.bool)]
+        is_stopped = stop  # a name that mypy knows is not None within the lambda
+        sampling["stopping_criteria"] = [
+            lambda ids, scores: ids.new_full(ids.shape[:1], is_stopped(), dtype=torch.bool)
+        ]
     ids = torch.tensor([list(prompt)], device=model.device)
     output = model.generate(
         input_ids=ids,
@@ -93,4 +95,5 @@ def complete(
         use_cache=True,
         **sampling,
     )
-    return str(tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True)).rstrip("\ufffd").strip()
+    text = str(tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True))
+    return text.rstrip("\ufffd").strip()  # U+FFFD: a character whose last bytes the length limit cut off

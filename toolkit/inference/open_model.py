@@ -1,4 +1,4 @@
-"""Open what a user points at after training: a run, a checkpoint, a delta, or a model."""
+"""Load a trained model from a run, a checkpoint, a delta or a model directory."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ log = logging.getLogger("frostline")
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model ready to answer, and the recipe of its run where it comes from one."""
+    """A loaded model, and the run, checkpoint and recipe that it comes from."""
 
     loaded: LoadedModel
     config: RunConfig
-    """The run's recipe; the defaults where the source is not a run."""
+    """Recipe of the run; the defaults if the source is not a run."""
     run: Path | None
-    """The run directory, where the source is one."""
+    """Run directory; None if the source is not a run."""
     choice: ChosenCheckpoint | None
-    """The checkpoint of the run, where the source is one."""
+    """Checkpoint of the run; None if the source is not a run."""
     delta: Delta | None
-    """What was trained, where the source is not a whole model."""
+    """Trained tensors; None if the source is a whole model."""
     rendering: Rendering = Rendering()  # noqa: RUF009 (frozen)
-    """How the run writes its conversations; the plain way where the source is not a run."""
+    """Chat format of the run; the default if the source is not a run."""
 
     @property
     def encoder(self) -> Encoder:
-        """The encoder of rows into this model's tokens, which knows those that end an answer."""
+        """A new encoder of rows into this model's tokens, which also knows the tokens that end an answer."""
         return Encoder(self.loaded.tokenizer, self.config.data.max_length, self.loaded.ends, self.rendering)
 
 
@@ -59,17 +59,17 @@ def open_model(
     """Load the model behind ``source``.
 
     Args:
-        source: a run directory, a checkpoint, a delta, a model directory, a Hub id, or a bundled name.
-        step: of a run, the checkpoint to take, by its number or as ``latest`` or ``best``; none takes the latest.
-        base: where the base model of a run or delta is, if it moved.
+        source: run directory, checkpoint, delta, model directory, Hub id, or bundled name.
+        step: checkpoint of a run, by its number or as ``latest`` or ``best``; None takes the latest.
+        base: new path of the base model of a run or delta, if it moved.
         trust_remote_code: run code that ships with the base model, if the run or delta was trained with it.
-        dtype: the model's precision, to which masters are rounded; none takes the base's as it was trained, or that in
-            which a model is stored.
+        dtype: precision of the model, to which masters are rounded; None takes that of the training, or that in which a
+            model is stored.
 
     Raises:
         CheckpointError: the run has no such checkpoint, it is damaged, or the base model changed.
-        UsageError: a step is named of what is not a run.
-        ModelError: a model cannot be loaded.
+        UsageError: ``step`` is given and ``source`` is not a run.
+        ModelError: the model cannot be loaded.
     """
     path = Path(source)
     if _is_run(path):
@@ -82,22 +82,24 @@ def open_model(
     if _is_checkpoint(path) or is_delta(path):
         delta = read_trained(path)
         loaded = load_delta(delta, base, trust_remote_code, dtype)
-        rendering = read_rendering(path.parent.parent)  # of a run, if so
+        rendering = read_rendering(
+            path.parent.parent
+        )  # a checkpoint is RUN/checkpoints/step-N; outside a run this is the default
         return OpenedModel(loaded, RunConfig(), None, None, delta, rendering)
     _refuse_inside_run(path)
     dtype = dtype or stored_dtype(source)
     model = ModelConfig(name_or_path=source, dtype="bfloat16" if dtype == "bfloat16" else "float32")
     loaded = load_base(model)
-    _cast(loaded.model, dtype)
+    _cast_weights(loaded.model, dtype)
     return OpenedModel(loaded, RunConfig(model=model), None, None, None)
 
 
 def read_run(run: Path, step: Step | None = None) -> tuple[ChosenCheckpoint, Delta]:
-    """Read a run's checkpoint, which the log names, and its trained tensors; every byte is verified.
+    """Choose a checkpoint of a run, log which, and read its trained tensors; all its files are verified.
 
     Args:
-        run: the run directory.
-        step: the checkpoint to take, by its number or as ``latest`` or ``best``; none takes the latest.
+        run: run directory.
+        step: checkpoint, by its number or as ``latest`` or ``best``; None takes the latest.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
@@ -108,13 +110,13 @@ def read_run(run: Path, step: Step | None = None) -> tuple[ChosenCheckpoint, Del
 
 
 def read_trained(path: Path) -> Delta:
-    """Read the trained tensors in a run, checkpoint or delta; of the first two every byte is verified.
+    """Read the trained tensors of a run, checkpoint or delta; the files of a run or checkpoint are verified.
 
     Args:
-        path: of it; the latest checkpoint of a run.
+        path: run directory, of which the latest checkpoint is taken, checkpoint, or delta.
 
     Raises:
-        CheckpointError: it is none of them, there is no such checkpoint, or it is damaged.
+        CheckpointError: ``path`` is none of these, a run has no checkpoint, or the checkpoint is damaged.
     """
     if _is_checkpoint(path):
         manifest.verify(path)
@@ -135,14 +137,14 @@ def load_delta(
     """Load the base model with the delta's tensors in place.
 
     Args:
-        delta: what was trained.
-        base: where the base model is, if no longer where it was trained from.
-        trust_remote_code: run the code that ships with the base model, if the delta was trained with it.
-        dtype: precision of the whole; none keeps the base's.
+        delta: trained tensors.
+        base: new path of the base model, if it moved.
+        trust_remote_code: run code that ships with the base model, if the delta was trained with it.
+        dtype: precision of the whole model; None keeps the base's.
 
     Raises:
-        CheckpointError: the base model's weights are not those the delta was trained on.
-        ModelError: the base model cannot be loaded, or only with code of its own.
+        CheckpointError: the base model's weights are not those that the delta was trained on.
+        ModelError: the base model cannot be loaded, or needs its own code without ``trust_remote_code``.
     """
     config = delta.base.config.model_copy(update={"name_or_path": base} if base else {})
     if config.trust_remote_code and not trust_remote_code:
@@ -151,7 +153,7 @@ def load_delta(
             "whoever wrote them chose that; if you have read that code, pass --trust-remote-code"
         )
     loaded = load_base(config)
-    _lay_on(loaded, delta, config, dtype)
+    _apply_delta(loaded, delta, config, dtype)
     return loaded
 
 
@@ -165,25 +167,30 @@ def load_base(
 
     Args:
         config: the recipe's model section.
-        tokenizer: if it is loaded already.
-        anatomy: the model's parts, if they are known already.
-        blocks_on_disk: that many blocks from the first on are not loaded; needs ``anatomy``.
+        tokenizer: tokenizer of the model; None loads it.
+        anatomy: parts of the model; None detects them.
+        blocks_on_disk: number of blocks, from the first on, that are not loaded; needs ``anatomy``.
 
     Raises:
-        CheckpointError: the delta cannot be read, trained other weights, or a block that is not loaded.
+        CheckpointError: the delta cannot be read, was trained on other weights, or holds a block that is not loaded.
         ModelError: the model cannot be loaded.
     """
     if config.delta is None:
         return load(config, tokenizer, anatomy, blocks_on_disk)
     delta = read_trained(Path(config.delta))
-    below = config.model_copy(update={"delta": delta.base.config.delta})  # which may itself begin with a delta
-    loaded = load_base(below, tokenizer, anatomy, blocks_on_disk)
-    _lay_on(loaded, delta, config)
-    return replace(loaded, anatomy=detect_anatomy(loaded.model))  # its head may have a tensor of its own now
+    base_config = config.model_copy(update={"delta": delta.base.config.delta})  # which may itself be a delta
+    loaded = load_base(base_config, tokenizer, anatomy, blocks_on_disk)
+    _apply_delta(loaded, delta, config)
+    return replace(loaded, anatomy=detect_anatomy(loaded.model))  # the delta may have untied its head
 
 
 @torch.no_grad()
-def _lay_on(loaded: LoadedModel, delta: Delta, config: ModelConfig, dtype: Dtype | None = None) -> None:
+def _apply_delta(loaded: LoadedModel, delta: Delta, config: ModelConfig, dtype: Dtype | None = None) -> None:
+    """Copy the delta's tensors into its base model, untying the head if the mask does.
+
+    Raises:
+        CheckpointError: the model has other weights than the delta's base, or a tensor of the delta is not loaded.
+    """
     if fingerprint(loaded.model, loaded.on_disk) != delta.base.sha256:
         raise CheckpointError(
             f"these tensors were trained on other weights than {config.name_or_path} holds now as "
@@ -195,26 +202,26 @@ def _lay_on(loaded: LoadedModel, delta: Delta, config: ModelConfig, dtype: Dtype
             "prefix.placement, or export the trained model and start from that"
         )
     if dtype is not None:
-        _cast(loaded.model, dtype)
+        _cast_weights(loaded.model, dtype)
     apply_mask(loaded.model, delta.mask, loaded.anatomy)
     parameters = trainable_parameters(loaded.model, delta.mask)
     for name, tensor in delta.tensors.items():
         parameters[name].copy_(tensor)
 
 
-def _cast(model: PreTrainedModel, dtype: Dtype) -> None:
-    """Cast weights; buffers, such as rotary frequencies, and weights with a precision of their own keep it."""
-    own = model.dtype
+def _cast_weights(model: PreTrainedModel, dtype: Dtype) -> None:
+    """Cast the weights that have the model's dtype; buffers (rotary frequencies) and weights kept in float32 stay."""
+    stored_as = model.dtype
     for parameter in model.parameters():
-        if parameter.dtype == own:
+        if parameter.dtype == stored_as:
             parameter.data = parameter.data.to(getattr(torch, dtype))
 
 
 def _refuse_inside_run(path: Path) -> None:
-    """Name the run where what is meant is one of its checkpoints: ``RUN/checkpoints/best`` is a file.
+    """Refuse a path such as ``RUN/checkpoints/best``, which is a file, and say how to choose a checkpoint.
 
     Raises:
-        CheckpointError: it is.
+        CheckpointError: the path lies in the checkpoints folder of a run.
     """
     run = path.parent.parent
     if path.parent.name == "checkpoints" and _is_run(run):

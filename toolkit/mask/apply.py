@@ -1,4 +1,4 @@
-"""Lay a mask onto a model: untie the head if asked, and let exactly the mask's tensors require gradients."""
+"""Apply a mask to a model: untie the head if the mask does, and set ``requires_grad``."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from toolkit.models.anatomy import Anatomy
 
 
 def untie_head(model: PreTrainedModel, anatomy: Anatomy) -> None:
-    """Give the head its own copy of the tensor it shares with the embeddings, and say so in the model's config.
+    """Give the head its own copy of the tensor that it shares with the embeddings, and update the model's config.
 
-    A head that has its own copy already is left as it is.
+    Does nothing if the head has its own tensor already.
     """
     head, tied = model.get_submodule(anatomy.head), anatomy.tied_head
     if tied is None or head.weight is not model.get_parameter(tied.alias_of or ""):
@@ -24,13 +24,13 @@ def untie_head(model: PreTrainedModel, anatomy: Anatomy) -> None:
     model.config.tie_word_embeddings = False
     text_config = model.config.get_text_config()
     text_config.tie_word_embeddings = False
-    # transformers keeps the tie in two more places and would restore it when saving or moving the model
+    # transformers records the tie in two more attributes, from which save_pretrained() and to() would restore it
     model.all_tied_weights_keys = {}
     model._tied_weights_keys = None
 
 
 def apply_mask(model: PreTrainedModel, mask: LayerMask, anatomy: Anatomy) -> None:
-    """Freeze everything but the mask's tensors; after this ``requires_grad`` and the mask agree exactly."""
+    """Set ``requires_grad`` on exactly the mask's tensors, after untying the head if the mask does."""
     if mask.tied == "untie":
         untie_head(model, anatomy)
     model.requires_grad_(False)
@@ -38,12 +38,12 @@ def apply_mask(model: PreTrainedModel, mask: LayerMask, anatomy: Anatomy) -> Non
         parameter.requires_grad_(True)
 
 
-def put_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Give a model new frozen parameters on ``tensors``; one that has several names is replaced under all of them.
+def replace_parameters(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Replace parameters by new frozen ones; a tied parameter is replaced under all of its names.
 
     Args:
-        model: its modules stay, the named parameters become other objects.
-        tensors: by the names of the parameters they replace.
+        model: module whose parameters are replaced in place.
+        tensors: data of the new parameters, by parameter name.
     """
     old = dict(model.named_parameters(remove_duplicate=False))
     new = {id(old[name]): nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
@@ -54,6 +54,6 @@ def put_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def trainable_parameters(model: nn.Module, mask: LayerMask) -> dict[str, nn.Parameter]:
-    """Return the mask's tensors in its order, by name, as parameters of ``model`` or of a suffix cut from it."""
+    """Return the mask's parameters by name, in the mask's order; ``model`` may also be a suffix of it."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return {name: parameters[name] for name in mask.names}

@@ -1,4 +1,4 @@
-"""The audit table: what trains, what is frozen, and where the frost line runs."""
+"""The audit table: what trains, what is frozen, and where the frost line is."""
 
 from __future__ import annotations
 
@@ -12,46 +12,48 @@ from toolkit.models.anatomy import Anatomy, TensorInfo
 
 @dataclass(frozen=True)
 class AuditRow:
-    """One part of the model; neighbouring blocks in the same state share a row."""
+    """A row of the audit table: one part of the model, or neighbouring blocks in the same state."""
 
     part: str
     tensors: int
+    """Number of tensors."""
     parameters: int
+    """Number of scalar parameters."""
     trained: int
     """How many of the parameters train."""
     note: str = ""
 
     @property
     def state(self) -> str:
-        """Trained, frozen, or the share that trains."""
+        """``trained``, ``frozen``, or the share of parameters that trains."""
         if self.trained == 0:
             return "frozen"
         return "trained" if self.trained == self.parameters else f"{self.trained / self.parameters:.1%} trained"
 
 
 def audit(mask: LayerMask, anatomy: Anatomy) -> list[AuditRow]:
-    """List the rows of the table from input to head; a tied tensor is counted once, where it is named first."""
+    """Return the rows of the table from input to head; a tied tensor is counted once, in its first part."""
     names = set(mask.names)
     tied = anatomy.tied_head
     rows = []
-    for part, tensors in _parts(anatomy):
-        own = [t for t in tensors if t.alias_of is None or (mask.tied == "untie" and t == tied)]
+    for part, tensors in _tensors_by_part(anatomy):
+        counted = [t for t in tensors if t.alias_of is None or (mask.tied == "untie" and t == tied)]
         note = _tied_note(mask, tied) if tied is not None and tied in tensors else ""
-        trained = sum(t.parameters for t in own if t.name in names)
-        rows.append(AuditRow(part, len(own), sum(t.parameters for t in own), trained, note))
+        trained = sum(t.parameters for t in counted if t.name in names)
+        rows.append(AuditRow(part, len(counted), sum(t.parameters for t in counted), trained, note))
     return list(_merge_blocks(rows))
 
 
 def audit_table(mask: LayerMask, anatomy: Anatomy) -> str:
-    """Format the audit as aligned text with the frost line drawn in."""
+    """Format the audit as an aligned text table with a line at the frost line."""
     rows = audit(mask, anatomy)
-    total = _total(rows)
+    total = _total_row(rows)
     lines = [f"{'part':<14}{'tensors':>8}{'parameters':>16}  state"]
-    drawn = False
+    is_line_drawn = False
     for row in rows:
-        if row.trained and not drawn:
-            lines.append(f"── frost line: {_frost_line(mask)} ".ljust(56, "─"))
-            drawn = True
+        if row.trained and not is_line_drawn:
+            lines.append(f"── frost line: {_describe_frost_line(mask)} ".ljust(56, "─"))
+            is_line_drawn = True
         note = f"  ({row.note})" if row.note else ""
         lines.append(f"{row.part:<14}{row.tensors:>8}{row.parameters:>16,}  {row.state}{note}")
     share = f"{total.trained:,} trained ({total.trained / total.parameters:.1%})"
@@ -65,12 +67,13 @@ def audit_markdown(mask: LayerMask, anatomy: Anatomy) -> str:
     lines = ["| part | tensors | parameters | state | note |", "|---|---:|---:|---|---|"]
     lines += [
         f"| {row.part} | {row.tensors} | {row.parameters:,} | {row.state} | {row.note} |"
-        for row in (*rows, _total(rows))
+        for row in (*rows, _total_row(rows))
     ]
-    return "\n".join([*lines, "", f"Frost line: {_frost_line(mask)}"])
+    return "\n".join([*lines, "", f"Frost line: {_describe_frost_line(mask)}"])
 
 
 def _tied_note(mask: LayerMask, tied: TensorInfo) -> str:
+    """Say in the head's row how training treats its tied tensor."""
     notes = {
         "untie": "own copy, untied from the embeddings",
         "both": f"one with {tied.alias_of}: no frozen prefix, no gradient ends early",
@@ -80,7 +83,8 @@ def _tied_note(mask: LayerMask, tied: TensorInfo) -> str:
     return notes[mask.tied]
 
 
-def _total(rows: list[AuditRow]) -> AuditRow:
+def _total_row(rows: list[AuditRow]) -> AuditRow:
+    """Sum all rows."""
     return AuditRow(
         "total",
         sum(row.tensors for row in rows),
@@ -89,13 +93,15 @@ def _total(rows: list[AuditRow]) -> AuditRow:
     )
 
 
-def _frost_line(mask: LayerMask) -> str:
+def _describe_frost_line(mask: LayerMask) -> str:
+    """Return the place of the frost line as a phrase."""
     if mask.boundary == mask.block_count:
         return f"above all {mask.block_count} blocks"
     return f"block {mask.boundary} of {mask.block_count}" if mask.boundary else "below everything, no frozen prefix"
 
 
-def _parts(anatomy: Anatomy) -> Iterator[tuple[str, list[TensorInfo]]]:
+def _tensors_by_part(anatomy: Anatomy) -> Iterator[tuple[str, list[TensorInfo]]]:
+    """Yield each part of the model with its tensors, from input to head."""
     for part in ("embeddings", "other"):
         if tensors := [t for t in anatomy.tensors if t.part == part]:
             yield part, tensors
@@ -107,6 +113,8 @@ def _parts(anatomy: Anatomy) -> Iterator[tuple[str, list[TensorInfo]]]:
 
 
 def _merge_blocks(rows: list[AuditRow]) -> Iterator[AuditRow]:
+    """Merge neighbouring blocks in the same state into one row."""
+
     def key(row: AuditRow) -> tuple[object, ...]:
         return ("block", row.state) if row.part.startswith("block ") else (row.part,)
 

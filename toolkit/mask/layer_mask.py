@@ -1,4 +1,4 @@
-"""From selectors to a layer mask, and the mask laid onto a model."""
+"""The layer mask: which tensors train, resolved from the recipe's selectors. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from toolkit.runtime.paths import replace_text
 
 @dataclass(frozen=True)
 class MaskedTensor:
-    """A trainable tensor: what a checkpoint must match, name by name and in this order."""
+    """A trainable tensor; a checkpoint must have the same ones, in the same order."""
 
     name: str
     shape: tuple[int, ...]
@@ -31,7 +31,7 @@ class MaskedTensor:
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Tensors that share a learning rate and a weight decay; none takes the recipe's."""
+    """Tensors that share a learning rate and a weight decay; None takes the recipe's."""
 
     names: tuple[str, ...]
     learning_rate: float | None = None
@@ -39,12 +39,13 @@ class ParameterGroup:
 
 
 Tied = Literal["no", "untie", "both", "head_only"]
-_Selected = tuple[frozenset[str], float | None, float | None]
+_Selection = tuple[frozenset[str], float | None, float | None]
+"""Names of a group's tensors, learning rate and weight decay."""
 
 
 @dataclass(frozen=True)
 class LayerMask:
-    """The tensors that train, exactly.
+    """The exact set of tensors that train.
 
     ``boundary`` b is the frost line: blocks 0 … b-1 and the embeddings are frozen, b is the lowest block with a
     trainable tensor. It equals ``block_count`` when only the norm or the head trains, and 0 when anything before the
@@ -55,10 +56,10 @@ class LayerMask:
     boundary: int
     block_count: int
     tied: Tied
-    """What training does about a head that shares the embeddings' tensor: ``untie`` gives it a copy first, ``both``
-    trains the tensor as one, ``head_only`` through the head alone; ``no`` where no shared tensor is selected."""
+    """How training treats a head that shares the embeddings' tensor: ``untie`` copies it first, ``both`` trains the
+    shared tensor, ``head_only`` trains it through the head alone; ``no`` if the mask does not select it."""
     groups: tuple[ParameterGroup, ...]
-    """Disjoint groups that hold all trainable tensors."""
+    """Disjoint groups that together hold all trainable tensors."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -72,7 +73,7 @@ class LayerMask:
 
     @property
     def has_prefix(self) -> bool:
-        """True if anything runs without gradients before the first block with one."""
+        """True if part of the model runs before the first trained block, without gradients."""
         return self.boundary > 0 or self.tied == "head_only"
 
     def save(self, path: Path) -> None:
@@ -90,41 +91,45 @@ class LayerMask:
 
 
 def build_mask(config: MaskConfig, anatomy: Anatomy) -> LayerMask:
-    """Resolve ``config`` on a model's parts: the union of ``train``, without ``freeze`` and integer tables.
+    """Resolve the recipe's mask section: the union of ``train``, minus ``freeze`` and integer tensors.
+
+    Args:
+        config: the recipe's mask section.
+        anatomy: parts and tensors of the model.
 
     Raises:
-        MaskError: a selector is at fault (see ``selectors.resolve``), nothing is left to train, a tensor is in two
-            groups, or a selected tensor is also in a part that is not selected, and ``config.tied`` does not say
-            what is meant.
+        MaskError: a selector is invalid (see ``selectors.resolve``), nothing is left to train, a tensor is in two
+            groups, or a selected tensor is shared with an unselected part and ``config.tied`` is ``error``.
     """
     frozen = resolve(config.freeze, anatomy) | {tensor.name for tensor in anatomy.tensors if not tensor.can_train}
-    plain = resolve([item for item in config.train if isinstance(item, str)], anatomy)
-    selected: list[_Selected] = [(plain, None, None)] if plain else []
+    ungrouped = resolve([item for item in config.train if isinstance(item, str)], anatomy)
+    selected: list[_Selection] = [(ungrouped, None, None)] if ungrouped else []
     selected += [
         (resolve(item.select, anatomy), item.learning_rate, item.weight_decay)
         for item in config.train
         if isinstance(item, MaskGroup)
     ]
-    every = frozenset(name for names, _, _ in selected for name in names) - frozen
-    if not every:
+    all_names = frozenset(name for names, _, _ in selected for name in names) - frozen
+    if not all_names:
         raise MaskError(
             "the mask leaves nothing to train: mask.freeze takes away all that mask.train selects, or it is integer "
             "tables, which have no gradient"
         )
-    tied = _tied(every, config.tied, anatomy)
-    _refuse_half_a_tie(every, anatomy)
+    tied = _tied_treatment(all_names, config.tied, anatomy)
+    _refuse_partly_selected_ties(all_names, anatomy)
     groups = []
     for names, learning_rate, weight_decay in selected:
-        own = _canonical(names - frozen, tied, anatomy)
-        groups.append(ParameterGroup(_in_order(own, anatomy), learning_rate, weight_decay))
+        group_names = _resolve_aliases(names - frozen, tied, anatomy)
+        groups.append(ParameterGroup(_in_model_order(group_names, anatomy), learning_rate, weight_decay))
     _refuse_overlap(groups)
     trained = {name for group in groups for name in group.names}
     trainable = tuple(MaskedTensor(t.name, t.shape, t.dtype) for t in anatomy.tensors if t.name in trained)
-    boundary = _boundary(trained, tied, anatomy)
+    boundary = _lowest_trained_block(trained, tied, anatomy)
     return LayerMask(trainable, boundary, anatomy.block_count, tied, tuple(g for g in groups if g.names))
 
 
 def _refuse_overlap(groups: list[ParameterGroup]) -> None:
+    """Raise MaskError if a tensor is in two groups."""
     for index, group in enumerate(groups):
         for other in groups[:index]:
             if both := sorted(set(group.names) & set(other.names)):
@@ -134,7 +139,12 @@ def _refuse_overlap(groups: list[ParameterGroup]) -> None:
                 )
 
 
-def _tied(selected: frozenset[str], policy: str, anatomy: Anatomy) -> Tied:
+def _tied_treatment(selected: frozenset[str], policy: str, anatomy: Anatomy) -> Tied:
+    """Return ``LayerMask.tied`` for the selected names and the recipe's ``mask.tied``.
+
+    Raises:
+        MaskError: a tied head is selected and the policy is ``error`` or cannot be followed.
+    """
     tied = anatomy.tied_head
     if tied is None or not selected & {tied.name, tied.alias_of}:
         return "no"
@@ -161,8 +171,8 @@ def _tied(selected: frozenset[str], policy: str, anatomy: Anatomy) -> Tied:
     )
 
 
-def _refuse_half_a_tie(selected: frozenset[str], anatomy: Anatomy) -> None:
-    """Raise MaskError if a tensor that several blocks share would train in some of them only."""
+def _refuse_partly_selected_ties(selected: frozenset[str], anatomy: Anatomy) -> None:
+    """Raise MaskError if only one of two parts that share a tensor is selected; a tied head has its own policy."""
     for alias in anatomy.tensors:
         if alias.alias_of is None or alias is anatomy.tied_head or alias.part == "other":
             continue
@@ -175,22 +185,24 @@ def _refuse_half_a_tie(selected: frozenset[str], anatomy: Anatomy) -> None:
             )
 
 
-def _canonical(selected: frozenset[str], tied: Tied, anatomy: Anatomy) -> set[str]:
-    """Replace aliases among the selected names by the tensor they share, unless the head is untied."""
+def _resolve_aliases(selected: frozenset[str], tied: Tied, anatomy: Anatomy) -> set[str]:
+    """Replace each alias by the name of the tensor that it shares, except for a head that is untied."""
     head = anatomy.tied_head
     names = set()
     for name in selected:
         alias = anatomy.by_name[name].alias_of
-        own = alias is None or (tied == "untie" and head is not None and name == head.name)
-        names.add(name if own or alias is None else alias)
+        is_untied_head = tied == "untie" and head is not None and name == head.name
+        names.add(name if alias is None or is_untied_head else alias)
     return names
 
 
-def _in_order(names: set[str], anatomy: Anatomy) -> tuple[str, ...]:
+def _in_model_order(names: set[str], anatomy: Anatomy) -> tuple[str, ...]:
+    """Sort names in the order of the model's tensors."""
     return tuple(tensor.name for tensor in anatomy.tensors if tensor.name in names)
 
 
-def _boundary(names: set[str], tied: Tied, anatomy: Anatomy) -> int:
+def _lowest_trained_block(names: set[str], tied: Tied, anatomy: Anatomy) -> int:
+    """Return the boundary of the trained tensors ``names``, see ``LayerMask``."""
     head = anatomy.tied_head
     if tied == "head_only" and head is not None:  # no gradient goes through the embeddings
         names = names - {head.alias_of or ""}

@@ -1,4 +1,4 @@
-"""Masks that follow one another in a run: what trains from which step to which. Imports no torch.
+"""The mask schedule: the phases of a run, each with its own mask and steps. Imports no torch.
 
 Gradual unfreezing (ULMFiT, Howard and Ruder, arXiv 1801.06146) lets the mask grow, progressive freezing (AutoFreeze,
 Liu et al., arXiv 2102.01386) lets it shrink.
@@ -19,24 +19,25 @@ from toolkit.runtime.errors import ConfigError, MaskError
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a run in which one mask holds."""
+    """A part of a run during which one mask applies."""
 
     index: int
+    """Position among the phases, from 0."""
     mask: LayerMask
     start: int
-    """Optimizer steps done when it begins."""
+    """Optimizer steps done when the phase begins."""
     end: int
-    """Optimizer steps done when it ends."""
+    """Optimizer steps done when the phase ends."""
     entered: Mapping[str, int]
-    """For each trained tensor, the steps that were done when it last began to train."""
+    """Optimizer steps done when each trained tensor last began to train, by tensor name."""
     trained: LayerMask
-    """All that trained up to and in this phase: the mask of a checkpoint's delta."""
+    """All tensors that trained in this phase or an earlier one: the mask of a checkpoint's delta."""
 
     @property
     def groups(self) -> tuple[ParameterGroup, ...]:
         """The mask's groups, each split by when its tensors began to train.
 
-        AdamW corrects the bias of its moments by the number of updates, and DeepSpeed keeps one such number a group.
+        AdamW's bias correction needs the number of updates of a tensor, and DeepSpeed keeps one such number per group.
         """
         split = []
         for group in self.mask.groups:
@@ -52,50 +53,49 @@ class Schedule:
     phases: tuple[Phase, ...]
 
     def at(self, step: int) -> Phase:
-        """Return the phase of the step that follows ``step`` done ones; after the end the last phase."""
+        """Return the phase of the next step once ``step`` steps are done; after the end, the last phase."""
         return next((phase for phase in self.phases if step < phase.end), self.phases[-1])
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of every phase's start, tensors and groups; two runs of the same schedule have the same."""
+        """SHA-256 of every phase's start and mask; equal for runs with the same schedule."""
         content = [(phase.start, asdict(phase.mask)) for phase in self.phases]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def as_list(self) -> list[dict[str, object]]:
-        """Return the phases as JSON values: when they begin and end, and their masks."""
+        """Return the phases as JSON values: first and last step, counted from 1, and the mask."""
         return [{"first_step": phase.start + 1, "last_step": phase.end, **asdict(phase.mask)} for phase in self.phases]
 
 
-def phase_name(config: MaskConfig, index: int) -> str:
-    """Return the recipe key that defines phase ``index``, counted from 0."""
+def phase_key(config: MaskConfig, index: int) -> str:
+    """Return the recipe key that defines phase ``index``, counted from 0, for messages."""
     return f"mask.schedule.{index}" if index < len(config.schedule) else "mask.train"
 
 
 def phase_configs(config: MaskConfig) -> list[MaskConfig]:
-    """Return one mask section a phase, none of them with a schedule; the last is that of mask.train."""
+    """Return a mask section without a schedule for each phase; the last is that of mask.train."""
     masks = [(phase.train, phase.freeze) for phase in config.schedule] + [(config.train, config.freeze)]
-    return [config.model_copy(update={"train": t, "freeze": f, "schedule": []}) for t, f in masks]
+    return [config.model_copy(update={"train": train, "freeze": freeze, "schedule": []}) for train, freeze in masks]
 
 
 def phase_masks(config: MaskConfig, anatomy: Anatomy) -> list[LayerMask]:
-    """Build the mask of each phase. A head that any phase trains untied is untied in all of them, from the start.
+    """Build the mask of each phase; a head that is untied in any phase is untied from the start of the run.
 
     Raises:
-        MaskError: a selector of a phase is at fault, a phase is empty or conflicts with tied weights (see
-            ``build_mask``), or trains just what the phase before it does.
+        MaskError: the mask of a phase is invalid (see ``build_mask``), or equals that of the phase before it.
     """
     masks: list[LayerMask] = []
     for index, section in enumerate(phase_configs(config)):
-        where = phase_name(config, index)
+        key = phase_key(config, index)
         try:
             masks.append(build_mask(section, anatomy))
         except MaskError as error:
             if not config.schedule:
                 raise
-            raise MaskError(f"{where}: {error}") from None
+            raise MaskError(f"{key}: {error}") from None
         if index and masks[-1] == masks[-2]:
             raise MaskError(
-                f"{where} trains the same tensors with the same settings as {phase_name(config, index - 1)} before it; "
+                f"{key} trains the same tensors with the same settings as {phase_key(config, index - 1)} before it; "
                 "expected a phase that changes something: drop one of the two"
             )
     if any(mask.tied == "untie" for mask in masks):
@@ -104,41 +104,42 @@ def phase_masks(config: MaskConfig, anatomy: Anatomy) -> list[LayerMask]:
 
 
 def build_schedule(config: MaskConfig, anatomy: Anatomy, steps_per_epoch: int, total_steps: int) -> Schedule:
-    """Resolve the phases of ``config`` on a model's parts and a run's steps.
+    """Build the schedule of a run from its mask section.
 
     Args:
         config: the recipe's mask section.
-        anatomy: of the model, before anything is untied.
+        anatomy: parts and tensors of the model, before any head is untied.
         steps_per_epoch: optimizer steps of one pass over the rows.
-        total_steps: of the whole run.
+        total_steps: optimizer steps of the whole run.
 
     Raises:
-        ConfigError: phases that do not end one after the other, and before the run does.
-        MaskError: the mask of a phase is at fault (see ``phase_masks``).
+        ConfigError: phases do not end one after the other, or not before the run does.
+        MaskError: the mask of a phase is invalid (see ``phase_masks``).
     """
     ends = phase_ends(config, steps_per_epoch, total_steps)
     phases: list[Phase] = []
     entered: dict[str, int] = {}
     start = 0
     for index, (mask, end) in enumerate(zip(phase_masks(config, anatomy), ends, strict=True)):
+        # a tensor that pauses for a phase drops out of the dict, and counts as new when it trains again
         entered = {name: entered.get(name, start) for name in mask.names}
-        trained = _union([phases[-1].trained, mask], anatomy) if phases else mask
+        trained = _union_of_masks([phases[-1].trained, mask], anatomy) if phases else mask
         phases.append(Phase(index, mask, start, end, entered, trained))
         start = end
     return Schedule(tuple(phases))
 
 
 def phase_ends(config: MaskConfig, steps_per_epoch: int, total_steps: int) -> list[int]:
-    """Return the steps done at the end of each phase; the last ends with the run.
+    """Return the optimizer steps done at the end of each phase; the last phase ends with the run.
 
     Raises:
-        ConfigError: phases that do not end one after the other, and before the run does.
+        ConfigError: phases do not end one after the other, or not before the run does.
     """
     faults: list[str] = []
     ends: list[int] = []
     for index, phase in enumerate(config.schedule):
         end = phase.until_step if phase.until_epoch is None else phase.until_epoch * steps_per_epoch
-        assert end is not None  # the schema sees to one of the two
+        assert end is not None  # the schema requires one of the two
         if ends and end <= ends[-1]:
             faults.append(
                 f"mask.schedule.{index} ends with {phase.end}, which is step {end} ({steps_per_epoch} steps an "
@@ -156,8 +157,8 @@ def phase_ends(config: MaskConfig, steps_per_epoch: int, total_steps: int) -> li
     return [*ends, total_steps]
 
 
-def _union(masks: Sequence[LayerMask], anatomy: Anatomy) -> LayerMask:
-    """Build the mask of all that any of ``masks`` trains, as one group."""
+def _union_of_masks(masks: Sequence[LayerMask], anatomy: Anatomy) -> LayerMask:
+    """Return a mask of all tensors that any of ``masks`` trains, in one group."""
     by_name = {tensor.name: tensor for mask in masks for tensor in mask.trainable}
     trainable = tuple(by_name[tensor.name] for tensor in anatomy.tensors if tensor.name in by_name)
     tied = next((mask.tied for mask in masks if mask.tied != "no"), masks[0].tied)

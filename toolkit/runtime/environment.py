@@ -1,4 +1,4 @@
-"""Check that this Python has what Frostline needs, with the standard library alone, on older Pythons too."""
+"""Check that the packages Frostline needs are installed; uses the standard library alone and runs on older Pythons."""
 
 from __future__ import annotations
 
@@ -28,54 +28,55 @@ PACKAGES = {
     "typing_extensions": "typing_extensions",
     "xxhash": "xxhash",
 }
-"""Module by name of the package, as ``setup.cfg`` requires them."""
+"""Module to import, by the name of the package that ``setup.cfg`` requires."""
 
 OLDEST_PYTHON = (3, 11)
-_SHOWN = 5
+_PACKAGES_SHOWN = 5
+"""Most missing packages that the message names."""
 
 
 def require_packages(root: Path) -> None:
-    """End the process with exit code 2, and name the command to run, unless all packages are installed.
+    """Exit with code 2 and say how to install Frostline, unless every required package is found.
 
-    A package that is there and cannot be imported keeps its traceback.
+    Packages are only looked up. One that is installed but broken fails later, where it is imported, with its traceback.
 
     Args:
-        root: of this checkout.
+        root: Root of the repository checkout, or the directory that holds the installed package.
     """
-    trouble = missing(tuple(sys.version_info[:3]))
-    if not trouble:
+    problem = describe_missing(tuple(sys.version_info[:3]))
+    if not problem:
         return
-    if os.environ.get("RANK", "0") == "0":  # one of several ranks is enough
-        print(f"error: {trouble}; {remedy(root, Path(sys.prefix), Path.cwd())}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # one message, not one per rank
+        print(f"error: {problem}; {installation_advice(root, Path(sys.prefix), Path.cwd())}", file=sys.stderr)
     sys.exit(2)
 
 
-def missing(version: tuple[int, ...]) -> str:
-    """Return what this Python lacks, or an empty string.
+def describe_missing(version: tuple[int, ...]) -> str:
+    """Say that this Python is too old or which packages it lacks; an empty string if neither.
 
     Args:
-        version: of Python.
+        version: Python version, such as ``(3, 11, 4)``.
     """
-    running = f"{sys.executable} (Python {'.'.join(map(str, version))})"
+    interpreter = f"{sys.executable} (Python {'.'.join(map(str, version))})"
     if version < OLDEST_PYTHON:
-        return f"{running} is too old: expected Python {'.'.join(map(str, OLDEST_PYTHON))} or newer"
+        return f"{interpreter} is too old: expected Python {'.'.join(map(str, OLDEST_PYTHON))} or newer"
     absent = sorted(package for package, module in PACKAGES.items() if importlib.util.find_spec(module) is None)
     if not absent:
         return ""
-    more = f" and {len(absent) - _SHOWN} more packages" if len(absent) > _SHOWN else ""
-    return f"{running} lacks {', '.join(absent[:_SHOWN])}{more}"
+    more = f" and {len(absent) - _PACKAGES_SHOWN} more packages" if len(absent) > _PACKAGES_SHOWN else ""
+    return f"{interpreter} lacks {', '.join(absent[:_PACKAGES_SHOWN])}{more}"
 
 
-def remedy(root: Path, prefix: Path, here: Path) -> str:
-    """Return the command that helps.
+def installation_advice(root: Path, prefix: Path, here: Path) -> str:
+    """Return which command to run so that the required packages are found.
 
     Args:
-        root: of the checkout; where it is none, Frostline was installed by pip.
-        prefix: of the environment that runs.
-        here: the working directory.
+        root: Root of the repository checkout; a directory without a Makefile means that pip installed Frostline.
+        prefix: ``sys.prefix`` of the running interpreter.
+        here: Working directory.
     """
     if not (root / "Makefile").is_file():
-        return "run `python -m pip check`, then install what it names"  # an installation
+        return "run `python -m pip check`, then install what it names"  # installed by pip
     environment = root / ".venv"
     activate = environment / "bin" / "activate"
     if activate.is_file() and environment.resolve() != prefix.resolve():

@@ -8,18 +8,18 @@ from toolkit.runtime.shipped import command_line
 
 
 class FrostlineError(Exception):
-    """Base of every error this project raises on purpose; exit code 1.
+    """Base of all errors that Frostline raises on purpose; exit code 1.
 
-    The message always says what was found, what was expected and what to do.
+    The message says what was found, what was expected and what to do.
     """
 
     exit_code = 1
     on_every_rank = False
-    """All ranks raise it alike, so that one of them is enough to print it."""
+    """True if every rank raises the same error, so that only one of them prints it."""
 
 
 class TrainingStoppedError(FrostlineError):
-    """Training cannot go on; what was committed before is kept. Every rank raises it at the same step."""
+    """Training cannot go on; committed checkpoints are kept. Every rank raises it at the same step."""
 
     on_every_rank = True
 
@@ -30,10 +30,10 @@ class OutOfMemoryError(FrostlineError):
     def __init__(self, phase: str, shape: str | None, detail: str, advice: str | None = None) -> None:
         """
         Args:
-            phase: what the run was doing, as a phrase.
-            shape: of the micro batch, where there was one.
-            detail: the allocator's own words.
-            advice: what to change first.
+            phase: activity of the run, as a phrase such as "the forward pass".
+            shape: rows x tokens of the micro batch; None outside a step.
+            detail: message of the allocator.
+            advice: setting to change first; None refers to the memory plan.
         """  # noqa: D205, D212
         self.phase, self.shape, self.detail = phase, shape, detail
         batch = f", on a micro batch of {shape}" if shape else ""
@@ -41,16 +41,16 @@ class OutOfMemoryError(FrostlineError):
         super().__init__(f"out of memory during {phase}{batch} ({detail}); committed checkpoints are kept. {remedy}")
 
     def with_advice(self, advice: str) -> OutOfMemoryError:
-        """The same error with what to change first."""
+        """Return a copy of this error that also says what to change first."""
         return OutOfMemoryError(self.phase, self.shape, self.detail, advice)
 
 
 class DiskError(FrostlineError):
-    """A file of the run cannot be written: the disk is full, over quota or gone."""
+    """A file of the run cannot be written: the disk is full, over quota or unmounted."""
 
 
 class UsageError(FrostlineError):
-    """The user's input is at fault: a recipe, a flag, a mask, a model name or data; exit code 2."""
+    """The user's input is invalid: a recipe, flag, mask, model name or data; exit code 2."""
 
     exit_code = 2
     on_every_rank = True

@@ -1,9 +1,9 @@
-"""Broadcast failures: every rank hears at once when another one fails, is killed, or was asked to stop.
+"""Broadcast failures: every rank learns at once when another one fails, is killed, or is asked to stop.
 
-A rank that waits for another one in a collective does not learn that it has gone: NCCL waits for half an hour, gloo
-reports a closed connection and hides the true error under its own. So each rank keeps one TCP connection to rank 0.
-A rank that fails says its last error there before it leaves; the kernel closes the connection of one that is killed.
-Rank 0 passes the news on, and all others leave with the same exit code and one line in the log.
+A rank that waits in a collective does not notice that another rank has ended: NCCL waits for half an hour, and gloo
+reports a closed connection, which hides the original error. So each rank keeps one TCP connection to rank 0. A rank
+that fails sends its error there before it exits; the kernel closes the connection of one that is killed. Rank 0
+forwards the failure, and all others exit with the same exit code and one line in the log.
 """
 
 from __future__ import annotations
@@ -24,231 +24,251 @@ from typing import Any
 from toolkit.runtime import signals
 
 _CONNECT_SECONDS = 20.0
-_NEWS_SECONDS = 5.0
-"""How long a rank whose collective failed waits to hear of another rank's end."""
-_ATTRIBUTE = "frostline_failure_broadcast"
-"""Of an error that ended a run."""
+_FAILURE_WAIT_SECONDS = 5.0
+"""How long a rank whose collective failed waits for the message that another rank has ended."""
+_ERROR_ATTRIBUTE = "frostline_failure_broadcast"
+"""Attribute under which an exception carries its run's ``FailureBroadcast``."""
 
 
 @dataclass(frozen=True)
-class News:
-    """The end of a rank before its work was done."""
+class RankFailure:
+    """A rank that ended before its work was done."""
 
     rank: int
-    last: str
-    """Its last error in one line."""
+    last_error: str
+    """Its error in one line, or how it ended."""
     code: int
-    """Its exit code, which all take over; 1 for one that was killed."""
+    """Its exit code, with which all other ranks exit too; 1 if it was killed."""
 
     def __str__(self) -> str:
         """Return one line for the log."""
-        return f"rank {self.rank} {self.last}"
+        return f"rank {self.rank} {self.last_error}"
 
 
 class FailureBroadcast:
-    """Hold the connections of this rank, and the thread that listens to them."""
+    """Connections of this rank to the others, and the thread that listens on them.
+
+    Rank 0 is connected to every rank and forwards messages; any other rank is connected to rank 0 alone.
+    """
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._token = ""
-        self._open: dict[socket.socket, tuple[int, str]] = {}
-        """To each rank, and where it runs."""
-        self._unread: dict[socket.socket, bytes] = {}
-        self._done: set[int] = set()
+        self._peers: dict[socket.socket, tuple[int, str]] = {}
+        """Rank at the other end and its host name; rank -1 until it has sent the token."""
+        self._partial_lines: dict[socket.socket, bytes] = {}
+        """What was received after the last newline."""
+        self._finished_ranks: set[int] = set()
         self._selector = selectors.DefaultSelector()
         self._lock = threading.RLock()
-        self._failing = self._over = False
-        self._news: News | None = None
-        self._heard = threading.Event()
+        self._is_failing = self._has_left = False  # either way this rank ends by itself, whatever it hears
+        self._failure: RankFailure | None = None
+        self._failure_heard = threading.Event()
 
     def listen(self) -> tuple[int, str]:
-        """Open a port, on rank 0.
+        """Listen on a free port; called on rank 0.
 
         Returns:
-            The port, and a password, so that nobody else can end the run.
+            The port, and a random token that the other ranks must send, so that no other process can end the run.
         """
         family = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
         server = socket.create_server(("", 0), backlog=1024, **family)  # type: ignore[arg-type]
         self._token = secrets.token_hex(16)
         self._selector.register(server, selectors.EVENT_READ)
-        self._start()
+        self._start_listener()
         return int(server.getsockname()[1]), self._token
 
     def connect(self, address: str, port: int, token: str) -> None:
-        """Connect to rank 0, from any other rank.
+        """Connect to rank 0; called on every other rank.
 
         Raises:
-            OSError: it cannot be reached.
+            OSError: rank 0 cannot be reached.
         """
         connection = socket.create_connection((address, port), timeout=_CONNECT_SECONDS)
         connection.settimeout(None)
-        self._add(connection, 0, address)
+        self._add_peer(connection, 0, address)
         self._send(connection, {"rank": self._rank, "where": socket.gethostname(), "token": token})
-        self._start()
+        self._start_listener()
 
-    def tell(self, message: dict[str, Any], but: socket.socket | None = None) -> None:
+    def send_to_all(self, message: dict[str, Any], exclude: socket.socket | None = None) -> None:
         """Send ``message`` to every rank that this one is connected to, except ``but``."""
         with self._lock:
-            for connection in list(self._open):
-                if connection is not but:
+            for connection in list(self._peers):
+                if connection is not exclude:
                     self._send(connection, message)
 
-    def stop(self, why: str) -> None:
-        """Tell the others that this rank was asked to stop."""
-        self.tell({"stop": f"{why} (rank {self._rank})"})
+    def report_stop(self, why: str) -> None:
+        """Tell the other ranks that this one was asked to stop."""
+        self.send_to_all({"stop": f"{why} (rank {self._rank})"})
 
-    def leave(self) -> None:
-        """Tell the others that this rank is done, so that its end is no failure."""
+    def report_done(self) -> None:
+        """Tell the other ranks that this one is done, so that its closed connection does not count as a failure."""
         with self._lock:
-            self._over = True
-            self.tell({"done": self._rank})
+            self._has_left = True
+            self.send_to_all({"done": self._rank})
 
     def attach(self, error: BaseException) -> None:
-        """Note these connections on an error that ends the run, for whoever reports it (``broadcast_of``)."""
-        setattr(error, _ATTRIBUTE, self)
+        """Attach these connections to an error that ends the run; ``run_command`` reads them with ``broadcast_of``."""
+        setattr(error, _ERROR_ATTRIBUTE, self)
 
-    def news(self, seconds: float) -> News | None:
-        """Return the end of another rank, if it is heard of within ``seconds``."""
-        self._heard.wait(seconds)
-        return self._news
+    def wait_for_failure(self, seconds: float) -> RankFailure | None:
+        """Wait up to ``seconds`` for the failure of another rank; None if there was none."""
+        self._failure_heard.wait(seconds)
+        return self._failure
 
-    def cause(self, error: BaseException) -> News | None:
-        """Return the end of another rank that made a collective fail with ``error``; None if the error is our own.
+    def cause(self, error: BaseException) -> RankFailure | None:
+        """Return the failure of another rank that made a collective raise ``error``; None if this rank itself failed.
 
-        From now on nothing else ends this rank: it is about to report an error.
+        From now on a message of another rank no longer ends this process, which is about to report its error.
         """
         with self._lock:
-            self._failing = True
-        return self.news(_NEWS_SECONDS) if _is_communication(error) else None
+            self._is_failing = True
+        return self.wait_for_failure(_FAILURE_WAIT_SECONDS) if _is_communication_error(error) else None
 
-    def report(self, last: str, code: int) -> None:
-        """Tell the others the last error of this rank, which is in its log by now."""
-        self.tell({"failed": self._rank, "last": f"failed: {last}", "code": code})
+    def report_failure(self, last_error: str, code: int) -> None:
+        """Send this rank's error and exit code to the other ranks, which then exit; the error is logged already."""
+        self.send_to_all({"failed": self._rank, "last": f"failed: {last_error}", "code": code})
 
-    def _start(self) -> None:
+    def _start_listener(self) -> None:
         threading.Thread(target=self._listen, name="frostline-failures", daemon=True).start()
 
-    def _add(self, connection: socket.socket, rank: int, where: str) -> None:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a node that lost its power closes nothing
+    def _add_peer(self, connection: socket.socket, rank: int, where: str) -> None:
+        """Register a connection with the listener, with TCP keepalive.
+
+        A node that loses power closes no connection, so only keepalive finds out, after about 50 s.
+        """
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 6)):
             if hasattr(socket, option):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         with self._lock:
-            self._open[connection] = rank, where
-        self._unread[connection] = b""
+            self._peers[connection] = rank, where
+        self._partial_lines[connection] = b""
         self._selector.register(connection, selectors.EVENT_READ)
 
     def _listen(self) -> None:
+        """Accept connections and handle what arrives, for ever; the body of the daemon thread."""
         while True:
             for key, _ in self._selector.select():
                 connection = key.fileobj
                 assert isinstance(connection, socket.socket)
-                if connection in self._open:
+                if connection in self._peers:
                     self._receive(connection)
                 else:
                     accepted, (where, *_) = connection.accept()
-                    self._add(accepted, -1, str(where))
+                    self._add_peer(accepted, -1, str(where))
 
     def _receive(self, connection: socket.socket) -> None:
+        """Handle the complete lines that a connection has sent; drop the connection if it is closed or invalid."""
         try:
             received = connection.recv(65536)
         except OSError:
             received = b""
-        *lines, rest = (self._unread[connection] + received).split(b"\n")
-        self._unread[connection] = rest
+        *lines, rest = (self._partial_lines[connection] + received).split(b"\n")
+        self._partial_lines[connection] = rest
         for line in lines:
             try:
                 message = json.loads(line)
-                self._take(connection, dict(message))
-            except (ValueError, TypeError):  # no rank of this run
+                self._handle_message(connection, dict(message))
+            except (ValueError, TypeError):  # not a rank of this run
                 received = b""
         if not received:
             self._selector.unregister(connection)
             with self._lock:
-                rank, where = self._open.pop(connection)
+                rank, where = self._peers.pop(connection)
             connection.close()
-            if rank >= 0 and rank not in self._done:
-                self._lost(News(rank, f"({where}) ended without a last word: it was killed or crashed", 1), connection)
+            if rank >= 0 and rank not in self._finished_ranks:
+                self._end_with_peer(
+                    RankFailure(rank, f"({where}) ended without a last word: it was killed or crashed", 1), connection
+                )
 
-    def _take(self, connection: socket.socket, message: dict[str, Any]) -> None:
-        rank, _ = self._open[connection]
+    def _handle_message(self, connection: socket.socket, message: dict[str, Any]) -> None:
+        """Handle one message: the token of a new rank, a stop request, a rank that is done, or a failure.
+
+        Raises:
+            ValueError: the first message of a connection lacks this run's token.
+        """
+        rank, _ = self._peers[connection]
         if rank < 0:
             if message.get("token") != self._token:
                 raise ValueError("not one of this run's ranks")
             with self._lock:
-                self._open[connection] = int(message["rank"]), str(message["where"])
+                self._peers[connection] = int(message["rank"]), str(message["where"])
         elif "stop" in message:
-            signals.request_stop(str(message["stop"]), tell=False)
-            self._pass_on(message, connection)
+            signals.request_stop(str(message["stop"]), broadcast=False)
+            self._forward(message, connection)
         elif "done" in message:
-            self._done.add(rank)
+            self._finished_ranks.add(rank)
         elif "failed" in message:
-            self._done.add(rank)
-            self._lost(News(int(message["failed"]), str(message["last"]), int(message["code"])), connection)
+            self._finished_ranks.add(rank)
+            self._end_with_peer(
+                RankFailure(int(message["failed"]), str(message["last"]), int(message["code"])), connection
+            )
 
-    def _pass_on(self, message: dict[str, Any], source: socket.socket) -> None:
+    def _forward(self, message: dict[str, Any], source: socket.socket) -> None:
+        """Send another rank's message to all but its sender, if this is rank 0."""
         if self._rank == 0:
-            self.tell(message, but=source)
+            self.send_to_all(message, exclude=source)
 
-    def _lost(self, news: News, source: socket.socket) -> None:
-        """Leave with the rank that has gone, unless this one is about to say why it goes itself."""
-        self._pass_on({"failed": news.rank, "last": news.last, "code": news.code}, source)
+    def _end_with_peer(self, failure: RankFailure, source: socket.socket) -> None:
+        """Exit because another rank has ended, unless this rank is done or is reporting an error of its own."""
+        self._forward({"failed": failure.rank, "last": failure.last_error, "code": failure.code}, source)
         with self._lock:
-            if self._news is None:
-                self._news = news
-            self._heard.set()
-            if not self._failing and not self._over:
-                say(self._rank, news)
+            if self._failure is None:
+                self._failure = failure
+            self._failure_heard.set()
+            if not self._is_failing and not self._has_left:
+                print_failure(self._rank, failure)
                 sys.stdout.flush()
-                os._exit(news.code)
+                os._exit(failure.code)
 
     def _send(self, connection: socket.socket, message: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # it has gone, which the listening thread sees
+        with contextlib.suppress(OSError):  # closed at the other end, which the listening thread notices
             connection.sendall(json.dumps(message).encode() + b"\n")
 
 
 def connect_ranks(
-    rank: int, size: int, address: str, share: Callable[[Any], Any]
+    rank: int, size: int, address: str, broadcast_object: Callable[[Any], Any]
 ) -> tuple[FailureBroadcast | None, str | None]:
-    """Connect all ranks; every rank calls it.
+    """Connect every rank to rank 0; a collective.
 
     Args:
-        rank: this one.
-        size: how many there are.
-        address: under which all reach rank 0's node.
-        share: gives every rank what rank 0 passes it.
+        rank: this process's rank.
+        size: number of ranks.
+        address: address under which the other ranks reach rank 0's node.
+        broadcast_object: function that returns rank 0's argument on every rank.
 
     Returns:
-        The connections, None for a single rank; and why this rank is not connected, if so: whether others have gone,
-        it then learns from its launcher only.
+        The connections, None for a single rank; and why this rank could not connect, None if it did. A rank without
+        a connection learns of failures from its launcher only.
     """
     if size == 1:
         signals.ranks_connected()
         return None, None
-    failures, trouble = FailureBroadcast(rank), None
-    port, token = share(failures.listen() if rank == 0 else None)
+    failures, connect_error = FailureBroadcast(rank), None
+    port, token = broadcast_object(failures.listen() if rank == 0 else None)
     if rank:
         try:
             failures.connect(address, port, token)
         except OSError as error:
-            trouble = f"rank {rank} cannot reach rank 0 at {address}, port {port} ({error})"
-    signals.ranks_connected(failures.stop)
-    return failures, trouble
+            connect_error = f"rank {rank} cannot reach rank 0 at {address}, port {port} ({error})"
+    signals.ranks_connected(failures.report_stop)
+    return failures, connect_error
 
 
 def broadcast_of(error: BaseException) -> FailureBroadcast | None:
-    """Return the connections of the ranks that ``error`` ended, as ``FailureBroadcast.attach`` noted them on it."""
-    failures = getattr(error, _ATTRIBUTE, None)
+    """Return the connections that ``FailureBroadcast.attach`` put on ``error``; None if it carries none."""
+    failures = getattr(error, _ERROR_ATTRIBUTE, None)
     return failures if isinstance(failures, FailureBroadcast) else None
 
 
-def say(rank: int, heard: News) -> None:
-    """Print the one line of a rank that ends because another one has gone."""
-    print(f"[rank {rank}] stopped, because {heard}", file=sys.stderr, flush=True)
+def print_failure(rank: int, failure: RankFailure) -> None:
+    """Print the line with which a rank ends because another one has failed."""
+    print(f"[rank {rank}] stopped, because {failure}", file=sys.stderr, flush=True)
 
 
-def _is_communication(error: BaseException | None) -> bool:
-    """Return True if a collective raised it, or what it was raised from."""
+def _is_communication_error(error: BaseException | None) -> bool:
+    """Return True if a collective raised ``error`` or any error that it was raised from."""
     while error is not None:
         trace: TracebackType | None = error.__traceback__
         while trace is not None:

@@ -1,4 +1,4 @@
-"""File locks that end with their process: of a run directory, of an activation cache, of the cache's live runs."""
+"""File locks that the kernel releases when their process ends; used for run directories and activation caches."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ import psutil
 from typing_extensions import override
 
 NAME = ".lock"
-_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
+_NO_LOCK_ERRORS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
+"""Errors of ``flock`` on a file system without locks."""
 
 
 class FileLock:
-    """An exclusive ``flock``: the kernel drops it when the process ends, however that ends.
+    """An exclusive ``flock``, which the kernel releases when the process ends for any reason.
 
-    Not filelock's: where a file system has no locks, that falls back to a file which a killed process never removes,
-    and it cannot ask whether a lock is held without waiting for it or taking it.
+    Not filelock's: on a file system without locks, that falls back to a lock file which a killed process leaves
+    behind, and it cannot test whether a lock is held without acquiring it.
 
     Args:
-        path: the file; made if it is not there.
-        flags: more of ``os.open``'s, such as ``os.O_EXCL``.
+        path: lock file; created if it does not exist.
+        flags: further flags of ``os.open``, such as ``os.O_EXCL``.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file cannot be opened for writing.
     """
 
     def __init__(self, path: Path, flags: int = 0) -> None:
@@ -38,10 +39,10 @@ class FileLock:
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
 
     def acquire(self, wait: bool = False) -> bool:
-        """Take the lock; return False if another process holds it.
+        """Acquire the lock; return False if another process holds it.
 
         Args:
-            wait: until it is free.
+            wait: block until the lock is free.
 
         Raises:
             OSError: the file system has no locks.
@@ -56,7 +57,7 @@ class FileLock:
         """Release the lock and close the file; a second call does nothing.
 
         Args:
-            remove: the file too.
+            remove: delete the file as well.
         """
         if self.descriptor < 0:
             return
@@ -87,24 +88,28 @@ def is_locked(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class LockHolder:
-    """The process that writes to a run directory."""
+    """The process that holds the lock of a run directory."""
 
     host: str
     pid: int
     started: float
-    """When the process began, in seconds since the epoch: a pid alone may be another process by now."""
+    """Start time of the process in seconds since the epoch, because a pid is reused."""
     job: str | None
-    """SLURM's job number."""
+    """SLURM job id; None outside a job."""
 
     def __str__(self) -> str:
         job = f" (SLURM job {self.job})" if self.job else ""
         since = datetime.fromtimestamp(self.started).isoformat(" ", "seconds")
         return f"process {self.pid} on {self.host}{job}, which began {since}"
 
-    def may_run(self, own: LockHolder) -> bool:
-        """Return False if it has certainly ended."""
-        if self.host != own.host:
-            return self.job is None or self.job != own.job  # a job that SLURM starts again has left its old nodes
+    def may_run(self, this_process: LockHolder) -> bool:
+        """Return False if this holder has certainly ended.
+
+        Args:
+            this_process: the process that asks.
+        """
+        if self.host != this_process.host:
+            return self.job is None or self.job != this_process.job  # a requeued job has left its former nodes
         try:
             return abs(psutil.Process(self.pid).create_time() - self.started) < 1
         except psutil.Error:
@@ -112,14 +117,17 @@ class LockHolder:
 
 
 class RunLock(FileLock):
-    """The lock of a run directory, whose file names its holder; see ``take``."""
+    """The lock of a run directory; its file holds a ``LockHolder`` as JSON."""
 
     @classmethod
     def take(cls, directory: Path) -> RunLock | str:
-        """Lock an existing directory until ``release`` or the process's end; return who holds it, if somebody does.
+        """Lock an existing directory until ``release`` or the end of the process.
 
-        A file system without flock is served by the file's text alone: a holder that has certainly ended is passed
-        over, any other keeps the lock.
+        On a file system without flock the holder written in the file decides: one that has certainly ended is
+        replaced, any other keeps the lock.
+
+        Returns:
+            The lock, or a description of its holder if another process has it.
 
         Raises:
             OSError: the directory cannot be written.
@@ -127,9 +135,9 @@ class RunLock(FileLock):
         while True:
             lock = cls(directory / NAME)
             try:
-                if (holder := lock._claim()) is None:
+                if (holder := lock._acquire_or_holder()) is None:
                     return lock
-            except FileNotFoundError:  # its last holder removed the file in this moment
+            except FileNotFoundError:  # the previous holder removed the file between open and acquire; open it again
                 holder = None
             except BaseException:
                 os.close(lock.descriptor)
@@ -138,40 +146,42 @@ class RunLock(FileLock):
             if holder is not None:
                 return holder
 
-    def _claim(self) -> str | None:
-        """Take the lock and write this process into it; or return who holds it.
+    def _acquire_or_holder(self) -> str | None:
+        """Acquire the lock and write this process into its file; return None, or a description of the holder.
 
         Raises:
-            FileNotFoundError: the file has been removed or replaced.
-            OSError: it cannot be written.
+            FileNotFoundError: the file was removed or replaced since it was opened.
+            OSError: the file cannot be written.
         """
         job = os.environ.get("SLURM_JOB_ID") or None
-        own = LockHolder(socket.gethostname(), os.getpid(), psutil.Process().create_time(), job)
+        this_process = LockHolder(socket.gethostname(), os.getpid(), psutil.Process().create_time(), job)
         try:
-            taken: bool | None = self.acquire()
+            acquired: bool | None = self.acquire()
         except OSError as error:
-            if error.errno not in _UNSUPPORTED:
+            if error.errno not in _NO_LOCK_ERRORS:
                 raise
-            taken = None
-        holder = _read(self.descriptor)
-        if taken is False:
+            acquired = None  # unknown: this file system has no locks
+        holder = _read_holder(self.descriptor)
+        if acquired is False:
             return str(holder or "another process")
-        if taken is None and holder is not None and holder.may_run(own):
+        if acquired is None and holder is not None and holder.may_run(this_process):
             return f"{holder}; if that has ended, remove {self.path}"
         if not os.path.samestat(os.fstat(self.descriptor), self.path.stat()):
             raise FileNotFoundError(self.path)
         os.ftruncate(self.descriptor, 0)
-        os.pwrite(self.descriptor, json.dumps(asdict(own)).encode(), 0)
+        os.pwrite(self.descriptor, json.dumps(asdict(this_process)).encode(), 0)
         return None
 
     @override
     def release(self, remove: bool = False) -> None:
+        """Release the lock and erase the holder from its file."""
         if self.descriptor >= 0:
             os.ftruncate(self.descriptor, 0)
         super().release(remove)
 
 
-def _read(descriptor: int) -> LockHolder | None:
+def _read_holder(descriptor: int) -> LockHolder | None:
+    """Read the holder from a lock file; None if the file is empty or malformed."""
     try:
         return LockHolder(**json.loads(os.pread(descriptor, 4096, 0)))
     except (ValueError, TypeError):

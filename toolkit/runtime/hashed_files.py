@@ -1,4 +1,4 @@
-"""Write the files of a checkpoint: hashed in the same pass, and forced to disk."""
+"""Write the files of a checkpoint: hashed while they are written, then fsynced."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from toolkit.runtime.errors import DiskError
 from toolkit.runtime.safetensors_io import serialize
 
 _CHUNK = 2**24
+"""Bytes that are hashed and written at once."""
 
 
 @dataclass(frozen=True)
 class FileHash:
-    """Size and hash that a file must have."""
+    """Size and SHA-256 of a file, as the manifest of a checkpoint records them."""
 
     size: int
     """Bytes."""
@@ -30,63 +31,67 @@ class FileHash:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> FileHash:
-    """Write a safetensors file; one tensor at a time leaves its device, and none is copied on a CPU.
+    """Write a safetensors file; tensors are copied to the CPU one at a time, CPU tensors not at all.
 
     Raises:
-        OSError: the disk.
+        OSError: the file cannot be written.
     """
-    return _write(path, serialize(tensors, metadata))
+    return _write_hashed(path, serialize(tensors, metadata))
 
 
 def write_json(path: Path, value: object) -> FileHash:
     """Write ``value`` as JSON.
 
     Raises:
-        OSError: the disk.
+        OSError: the file cannot be written.
     """
-    return _write(path, [as_json(value).encode()])
+    return _write_hashed(path, [as_json(value).encode()])
 
 
 def as_json(value: object) -> str:
-    """Return the text that ``write_json`` writes."""
+    """Return ``value`` as the JSON text that ``write_json`` writes."""
     return json.dumps(value, indent=1)
 
 
 def hash_files(directory: Path, names: list[str]) -> dict[str, FileHash | str]:
-    """Return size and SHA-256 of files, several at a time; for those that cannot be read, what is wrong."""
+    """Hash files in parallel; a file that cannot be read maps to a description of the fault, as ``is missing``."""
     with ThreadPoolExecutor() as pool:
-        return dict(zip(names, pool.map(lambda name: _hash(directory / name), names), strict=True))
+        return dict(zip(names, pool.map(lambda name: _hash_file(directory / name), names), strict=True))
 
 
 @contextmanager
 def explain_disk_errors(what: str) -> Iterator[None]:
-    """Turn an error of the disk into one clear message.
+    """Turn an OSError of the body into a DiskError that says how to go on.
+
+    Args:
+        what: what is being written, as the subject of the message.
 
     Raises:
-        DiskError: instead of any OSError of the body.
+        DiskError: the body raised an OSError.
     """
     try:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "free space or lower output.keep" if full else "look after the disk"
+        advice = "free space or lower output.keep" if full else "look after the disk"
         raise DiskError(
-            f"{what} could not be written ({error.strerror or error}). The checkpoints before it are intact: {remedy}, "
+            f"{what} could not be written ({error.strerror or error}). The checkpoints before it are intact: {advice}, "
             "then start the same command again to go on from the latest"
         ) from None
 
 
-def _write(path: Path, parts: Iterable[memoryview | bytes]) -> FileHash:
+def _write_hashed(path: Path, parts: Iterable[memoryview | bytes]) -> FileHash:
+    """Write and fsync a file; each chunk is hashed in a second thread while it is written."""
     sha, size = hashlib.sha256(), 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
-        with ThreadPoolExecutor(1) as other:  # a chunk is hashed while it is written
+        with ThreadPoolExecutor(1) as hasher:
             for part in parts:
                 for start in range(0, len(part), _CHUNK):
                     chunk = memoryview(part)[start : start + _CHUNK]
-                    hashed = other.submit(sha.update, chunk)
+                    hashed = hasher.submit(sha.update, chunk)
                     size += len(chunk)
-                    while chunk:
+                    while chunk:  # os.write may write only a part
                         chunk = chunk[os.write(descriptor, chunk) :]
                     hashed.result()
         os.fsync(descriptor)
@@ -95,7 +100,8 @@ def _write(path: Path, parts: Iterable[memoryview | bytes]) -> FileHash:
     return FileHash(size, sha.hexdigest())
 
 
-def _hash(path: Path) -> FileHash | str:
+def _hash_file(path: Path) -> FileHash | str:
+    """Hash a file, or describe why it cannot be read."""
     try:
         with path.open("rb", buffering=0) as file:
             sha = hashlib.file_digest(file, "sha256")

@@ -1,8 +1,8 @@
 """Limit how long and how often the model hub is asked, by whatever library asks, and explain its refusals.
 
-transformers and datasets ask through ``huggingface_hub``, whose patience with a dead network is minutes. Here a request
-waits ``SECONDS`` for the next byte, is made ``ATTEMPTS`` times, and a host that then still gives nothing is not asked
-again in this process: the libraries go on as they do offline, with what the local cache holds.
+transformers and datasets use ``huggingface_hub``, which retries for minutes when the network is down. Here a request
+waits ``TIMEOUT_SECONDS`` for the next byte and is made ``ATTEMPTS`` times. A host that still does not answer is not
+asked again in this process: the libraries go on as they do offline, with what the local cache holds.
 """
 
 from __future__ import annotations
@@ -22,32 +22,34 @@ from toolkit.runtime.paths import is_directory, is_file
 
 log = logging.getLogger("frostline")
 
-SECONDS = 4.0
+TIMEOUT_SECONDS = 4.0
 """Longest wait for a connection, and for each next byte, unless HF_HUB_DOWNLOAD_TIMEOUT says otherwise."""
 ATTEMPTS = 2
-PAUSE = 1.0
+"""How often a request is made in all."""
+PAUSE_SECONDS = 1.0
 """Seconds between two attempts."""
 
-_BROKEN = (500, 502, 503, 504)
+_RETRIED_STATUSES = (500, 502, 503, 504)
+"""HTTP statuses of a server error, after which a request is made again."""
 
 
 @dataclass
 class _Hosts:
-    """The hosts that this process has asked, and how they answered."""
+    """What this process knows of the hosts it has asked."""
 
     down: dict[str, str] = field(default_factory=dict)
-    """Those that are not asked any more, and what they did."""
+    """Hosts that are no longer asked, and the fault of each as a sentence."""
     refusals: dict[str, int] = field(default_factory=dict)
-    """The last status from 400 on that a host answered with."""
+    """Last HTTP status of 400 or above, by host."""
     stalls: dict[str, int] = field(default_factory=dict)
-    """Downloads that stopped in the middle, since the last byte."""
+    """Downloads in a row that broke off without a further byte, by host."""
 
-    def note(self, host: str, found: str, attempt: int) -> None:
-        """Say that an attempt failed, and give the host up after the last."""
+    def note_failure(self, host: str, fault: str, attempt: int) -> None:
+        """Log a failed attempt; after the last one mark the host as down."""
         if attempt < ATTEMPTS:
-            log.warning("%s %s; trying once more", host, found)
+            log.warning("%s %s; trying once more", host, fault)
         elif host not in self.down:
-            self.down[host] = f"{host} {found}, {ATTEMPTS} times"
+            self.down[host] = f"{host} {fault}, {ATTEMPTS} times"
             log.warning("%s: going on with what the local cache holds", self.down[host])
 
 
@@ -55,13 +57,13 @@ _HOSTS = _Hosts()
 
 
 def is_hub_id(name: str, may_be_bare: bool = False) -> bool:
-    """Return True if ``name`` is to be looked up on the Hub: it has the form ``org/name``, and nothing here goes by it.
+    """Return True if ``name`` is to be looked up on the Hub: it has the form ``org/name`` and no local file matches.
 
-    A name whose first part is a directory here is a path, mistyped if there is nothing at its end.
+    A name whose first part is a local directory counts as a path, mistyped if nothing exists there.
 
     Args:
-        name: as a recipe or flag has it.
-        may_be_bare: a name without its organisation will do, as of old models.
+        name: value of a recipe key or flag.
+        may_be_bare: also accept a name without an organisation, such as ``gpt2``.
     """
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+" + ("|[A-Za-z0-9][\\w.-]*" if may_be_bare else ""), name, re.A):
         return False
@@ -72,31 +74,31 @@ def is_hub_id(name: str, may_be_bare: bool = False) -> bool:
 
 @cache
 def set_limits() -> None:
-    """Give ``huggingface_hub`` this module's patience; to be called before anything asks the Hub."""
+    """Make ``huggingface_hub`` use this module's timeouts and retries; call it before the first request."""
     from huggingface_hub import set_client_factory
 
-    set_client_factory(_client)
+    set_client_factory(_client_with_limits)
 
 
 def forget_hosts() -> None:
-    """Ask hosts again that did not answer."""
+    """Forget all faults, so that hosts marked as down are asked again."""
     _HOSTS.down.clear()
     _HOSTS.refusals.clear()
     _HOSTS.stalls.clear()
 
 
 def explain(error: BaseException, name: str, kind: str = "model") -> str | None:
-    """Return what the user can do about ``error`` where it is the Hub's or the network's; else None.
+    """Return a message that says what to do about an error of the Hub or the network; None for any other error.
 
     Args:
-        error: what a library raised.
-        name: the Hub id that was asked for.
+        error: exception that a library raised.
+        name: requested Hub id.
         kind: ``model`` or ``data set``.
     """
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'data set' else ''}{name}"
-    chain = list(_chain(error))
+    chain = list(_error_chain(error))
     statuses = {e.response.status_code for e in chain if isinstance(e, errors.HfHubHTTPError)}
     text = " ".join(str(e) for e in chain)
     if any(isinstance(e, errors.GatedRepoError) for e in chain) or "is a gated dataset" in text:
@@ -106,7 +108,7 @@ def explain(error: BaseException, name: str, kind: str = "model") -> str | None:
     if any(isinstance(e, errors.RevisionNotFoundError) for e in chain):
         return f"the {kind} {name} has not the revision that is asked for; expected a branch, tag or commit of {page}"
     unreached = any(isinstance(e, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)) for e in chain)
-    unreached = unreached or "Couldn't reach" in text or "LocalEntryNotFoundError" in text  # datasets keeps no chain
+    unreached = unreached or "Couldn't reach" in text or "LocalEntryNotFoundError" in text  # datasets drops the causes
     status = _HOSTS.refusals.get(constants.ENDPOINT) if unreached and not _HOSTS.down else None
     unknown = any(isinstance(e, errors.RepositoryNotFoundError) for e in chain) or "doesn't exist on the Hub" in text
     if unknown or status == 404:
@@ -129,8 +131,8 @@ def explain(error: BaseException, name: str, kind: str = "model") -> str | None:
     return None
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error, and those that led to it."""
+def _error_chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and all its causes and contexts."""
     waiting, seen = [error], set()
     while waiting:
         current = waiting.pop()
@@ -140,26 +142,27 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
             waiting += [other for other in (current.__cause__, current.__context__) if other is not None]
 
 
-def _client() -> Any:
-    """Return ``huggingface_hub``'s own client, whose requests go through ``_send``."""
+def _client_with_limits() -> Any:
+    """Return the default client of ``huggingface_hub`` with ``_send_with_limits`` as its ``send``."""
     from huggingface_hub.utils._http import default_client_factory
 
     client: Any = default_client_factory()
-    client.send = partial(_send, client.send, import_module(type(client).__module__.partition(".")[0]))
+    client.send = partial(_send_with_limits, client.send, import_module(type(client).__module__.partition(".")[0]))
     return client
 
 
-def _send(send: Callable[..., Any], http: Any, request: Any, **options: Any) -> Any:
-    """Send ``request``, with the limits of this module.
+def _send_with_limits(send: Callable[..., Any], http: Any, request: Any, **options: Any) -> Any:
+    """Send ``request`` with this module's timeouts and retries.
 
     Args:
-        send: of the client.
-        http: the module that the client is of, httpx or a later one.
-        request: its host is what is given up on.
-        options: for ``send``.
+        send: original ``send`` method of the client.
+        http: module that defines the client: httpx, or what replaces it in later versions.
+        request: request to send.
+        options: keyword arguments of ``send``.
 
     Raises:
-        OfflineModeIsEnabled: the host gives nothing; libraries then look into their cache, and do not try again.
+        OfflineModeIsEnabled: the host is down. The libraries take this error as a sign to use their cache, and do not
+            retry.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import OfflineModeIsEnabled
@@ -167,9 +170,9 @@ def _send(send: Callable[..., Any], http: Any, request: Any, **options: Any) -> 
     host = str(request.url.copy_with(path="/", query=None, fragment=None)).rstrip("/")
     if not any(name in os.environ for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT")):
         limits = request.extensions.get("timeout") or dict.fromkeys(("connect", "read", "write", "pool"))
-        shorter = {key: min(value or SECONDS, SECONDS) for key, value in limits.items()}
+        shorter = {key: min(value or TIMEOUT_SECONDS, TIMEOUT_SECONDS) for key, value in limits.items()}
         request.extensions = {**request.extensions, "timeout": shorter}
-    # Other hosts that are not downloaded from serve what the libraries do without, such as a count of downloads.
+    # What is not a download and goes to another host is dispensable, such as a count of downloads: one attempt.
     attempts = ATTEMPTS if options.get("stream") or host == constants.ENDPOINT else 1
     for attempt in range(1, attempts + 1):
         if host in _HOSTS.down:
@@ -177,28 +180,35 @@ def _send(send: Callable[..., Any], http: Any, request: Any, **options: Any) -> 
         try:
             response = send(request, **options)
         except (http.TimeoutException, http.NetworkError, http.RemoteProtocolError) as error:
-            found = f"does not answer ({type(error).__name__}: {str(error) or f'nothing in {SECONDS:g} s'})"
+            fault = f"does not answer ({type(error).__name__}: {str(error) or f'nothing in {TIMEOUT_SECONDS:g} s'})"
         else:
             if response.status_code >= 400:
                 _HOSTS.refusals[host] = response.status_code
             if response.status_code == 429:
                 log.warning("%s answers 429, too many requests; it is asked again when it allows that", host)
-            if response.status_code not in _BROKEN:
+            if response.status_code not in _RETRIED_STATUSES:
                 if options.get("stream"):
-                    response.iter_bytes = partial(_watch, response.iter_bytes, http, host)
+                    response.iter_bytes = partial(_read_with_limits, response.iter_bytes, http, host)
                 return response
             response.close()
-            found = f"answers {response.status_code}"
+            fault = f"answers {response.status_code}"
         if attempts == 1:
-            raise OfflineModeIsEnabled(f"{host} {found}")
-        _HOSTS.note(host, found, attempt)
+            raise OfflineModeIsEnabled(f"{host} {fault}")
+        _HOSTS.note_failure(host, fault, attempt)
         if attempt < attempts:
-            time.sleep(PAUSE)
+            time.sleep(PAUSE_SECONDS)
     raise OfflineModeIsEnabled(_HOSTS.down[host])
 
 
-def _watch(read: Callable[..., Iterator[bytes]], http: Any, host: str, *args: Any, **options: Any) -> Iterator[bytes]:
-    """Yield the bytes of a download; one that stalls twice without a byte in between is given up."""
+def _read_with_limits(
+    read: Callable[..., Iterator[bytes]], http: Any, host: str, *args: Any, **options: Any
+) -> Iterator[bytes]:
+    """Yield the bytes of a download; after two stalls without a byte in between its host is marked as down.
+
+    Raises:
+        OfflineModeIsEnabled: the host is down.
+        ReadTimeout: the download stalled; ``huggingface_hub`` then resumes it.
+    """
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     try:
@@ -207,7 +217,7 @@ def _watch(read: Callable[..., Iterator[bytes]], http: Any, host: str, *args: An
             yield chunk
     except (http.TimeoutException, http.NetworkError, http.RemoteProtocolError) as error:
         _HOSTS.stalls[host] = _HOSTS.stalls.get(host, 0) + 1
-        _HOSTS.note(host, f"stopped in the middle of a file ({type(error).__name__})", _HOSTS.stalls[host])
+        _HOSTS.note_failure(host, f"stopped in the middle of a file ({type(error).__name__})", _HOSTS.stalls[host])
         if host in _HOSTS.down:
             raise OfflineModeIsEnabled(_HOSTS.down[host]) from None
-        raise http.ReadTimeout(str(error)) from None  # which ``huggingface_hub`` goes on from where it stopped
+        raise http.ReadTimeout(str(error)) from None  # huggingface_hub resumes after this error

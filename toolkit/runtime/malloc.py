@@ -1,18 +1,18 @@
-"""Tell the C library how to keep memory between one tensor on a CPU and the next."""
+"""Configure when glibc returns freed CPU memory to the kernel."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # parameters of mallopt, from malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Keep freed blocks for the next ones, also large ones; does nothing where the C library is not glibc.
+    """Keep freed blocks of any size for reuse; does nothing if the C library is not glibc.
 
-    glibc gives a block of more than 32 MiB back at once, and the next is new memory, page fault by page fault. The
-    gradient of a head and ZeRO's float32 copies are such blocks, in every step.
+    By default glibc unmaps a freed block of more than 32 MiB at once, and the next one costs a page fault per page. The
+    gradient of the head and ZeRO's fp32 copies are such blocks, in every step.
     """
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
@@ -21,9 +21,10 @@ def keep_freed_memory() -> None:
 
 
 def release_free_memory() -> None:
-    """Return freed memory to the kernel; does nothing where the C library is not glibc.
+    """Return freed memory to the kernel; does nothing if the C library is not glibc.
 
-    glibc keeps what lies between blocks that are in use: 100 MiB after a model of 135M parameters was loaded and cut.
+    glibc keeps freed memory that lies between blocks in use: 100 MiB after a model of 135M parameters
+    was loaded and its frozen prefix dropped.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""Turn a failed allocation into one clear error that says what the run was doing, whichever allocator failed."""
+"""Turn a failed allocation of any allocator into one error that says what the run was doing."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from contextlib import contextmanager
 
 from toolkit.runtime.errors import OutOfMemoryError
 
-_SAID = re.compile(
+_OUT_OF_MEMORY_TEXT = re.compile(
     r"out of memory|can't allocate memory|cannot allocate memory|unable to allocate|CUBLAS_STATUS_ALLOC_FAILED",
     re.IGNORECASE,
 )
-"""What CUDA, the CPU allocator (a plain RuntimeError in torch 2.13), the system, NumPy and cuBLAS say."""
+"""Matches the messages of CUDA, torch's CPU allocator (a plain RuntimeError in 2.13), the system, NumPy and cuBLAS."""
 
 
 @contextmanager
 def during(phase: str, shape: str | None = None) -> Iterator[None]:
-    """Turn a failed allocation of the body into ``OutOfMemoryError``; the innermost of several has the word.
+    """Turn a failed allocation of the body into ``OutOfMemoryError``; of nested blocks the innermost names the phase.
 
     Args:
-        phase: what the body does, as a phrase.
-        shape: rows x tokens of the micro batch, where there is one.
+        phase: activity of the body, as a phrase such as "the forward pass".
+        shape: rows x tokens of the micro batch; None outside a step.
 
     Raises:
         OutOfMemoryError: an allocation failed.
@@ -36,15 +36,17 @@ def during(phase: str, shape: str | None = None) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return True if ``error`` says that an allocation failed, of the device (torch's) or of the host."""
+    """Return True if ``error`` reports a failed allocation, on the device or the host."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_SAID.search(str(error))))
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY_TEXT.search(str(error)))
+    )
 
 
 def _first_sentence(error: BaseException) -> str:
-    """Return the allocator's own words without its advice and stack."""
+    """Return the first sentence of the allocator's message, without its advice and C++ stack."""
     text = " ".join(str(error).split()) or type(error).__name__
-    said = re.search(r"DefaultCPUAllocator: .*?bytes|.*?\. (?=GPU|Of the|See|If)", text)
-    text = said[0].strip() if said else text
+    sentence = re.search(r"DefaultCPUAllocator: .*?bytes|.*?\. (?=GPU|Of the|See|If)", text)
+    text = sentence[0].strip() if sentence else text
     return text if len(text) <= 200 else f"{text[:200]}…"

@@ -1,4 +1,4 @@
-"""Small file helpers: atomic replacement, and lines that outlast a full disk."""
+"""File helpers: atomic replacement, line files that survive a full disk, and path checks that never raise."""
 
 from __future__ import annotations
 
@@ -18,28 +18,30 @@ log = logging.getLogger("frostline")
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` as ``publish`` does. Any number of processes may do so at once; the last one stays."""
+    """Write ``text`` to ``path`` atomically, see ``publish``; of several processes at once the last one wins."""
     publish(text.encode(), path, path.with_name(f".{path.name}.{uuid.uuid4().hex}.staging"))
 
 
 def publish(content: bytes, final: Path, staging: Path) -> None:
-    """Write a file so that a reader, also after a power cut, sees the old content or the new, never a part.
+    """Write a file atomically and durably: a reader sees the old content or the new, also after a power cut.
 
     Args:
-        content: the whole file.
-        final: replaced if it is there.
-        staging: a name on the same file system that nobody else uses; gone afterwards unless the process was killed.
+        content: whole content of the file.
+        final: path of the file; replaced if it exists.
+        staging: unused path on the same file system, for the temporary file; left over only if the process is killed.
 
     Raises:
-        OSError: full, read-only, a quota …
+        OSError: the file cannot be written, as on a full or read-only disk.
     """
     descriptor = os.open(staging, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
         try:
-            left = memoryview(content)
-            while left:
-                left = left[os.write(descriptor, left) :]
-            now = time.time_ns()  # the file system's own clock ticks too slowly to order what follows closely
+            unwritten = memoryview(content)
+            while unwritten:
+                unwritten = unwritten[os.write(descriptor, unwritten) :]
+            now = (
+                time.time_ns()
+            )  # the kernel's own timestamps are too coarse to order files written in quick succession
             os.utime(descriptor, ns=(now, now))
             os.fsync(descriptor)
         finally:
@@ -52,7 +54,7 @@ def publish(content: bytes, final: Path, staging: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Force the names in ``directory`` to disk."""
+    """Fsync a directory, so that renamed and new files in it survive a power cut."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -61,7 +63,12 @@ def sync_directory(directory: Path) -> None:
 
 
 def sources_hash(root: Path, *parts: str) -> str:
-    """Return the SHA-256, to 12 digits, of Python files, names included: all of ``root``, or these parts of it."""
+    """Return 12 hex digits of the SHA-256 over names and contents of Python files.
+
+    Args:
+        root: directory to search.
+        parts: files or directories below ``root``; none given takes all of it.
+    """
     sha = hashlib.sha256()
     for part in parts or (".",):
         for path in sorted([root / part] if part.endswith(".py") else (root / part).rglob("*.py")):
@@ -70,10 +77,10 @@ def sources_hash(root: Path, *parts: str) -> str:
 
 
 def make_parent(output: Path) -> None:
-    """Make the directory of ``output`` before any work is done for it.
+    """Create the parent directory of an output path, before any work is done for it.
 
     Raises:
-        UsageError: it cannot be made.
+        UsageError: the directory cannot be created.
     """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -82,95 +89,97 @@ def make_parent(output: Path) -> None:
 
 
 @contextmanager
-def usual_mode(path: Path) -> Iterator[None]:
-    """Let others read the file that the body writes at ``path``, as far as the umask does."""
-    path.touch()
+def umask_permissions(path: Path) -> Iterator[None]:
+    """Give the file that the body writes at ``path`` the permissions of the umask, whatever those of its writer are."""
+    path.touch()  # created here, so its mode is what the umask gives
     mode = path.stat().st_mode
     yield
     path.chmod(mode)
 
 
 @contextmanager
-def writing(place: Path) -> Iterator[None]:
-    """Turn a refused write of the body into one clear error.
+def explain_refused_write(place: Path) -> Iterator[None]:
+    """Turn an OSError of the body into a DiskError with the path and the free space there.
+
+    Args:
+        place: path to name if the error names none.
 
     Raises:
-        DiskError: the disk is full, over quota or gone; names ``place``.
+        DiskError: the body raised an OSError.
     """
     try:
         yield
     except OSError as error:
         raise DiskError(
-            f"{error.filename or place} cannot be written ({error.strerror or error}); {_free(place)} free there. "
-            "Committed checkpoints are kept: make room, then start the same command again"
+            f"{error.filename or place} cannot be written ({error.strerror or error}); {_free_space(place)} free "
+            "there. Committed checkpoints are kept: make room, then start the same command again"
         ) from None
 
 
 class LineFile:
-    """Appends lines to a text file; while the disk refuses them they wait in memory and are written later.
+    """A text file that lines are appended to; lines that cannot be written are kept in memory and retried.
 
-    A line is in the file whole or not at all. Nothing here raises for the disk's sake: what is logged is worth less
-    than the training it tells of.
+    A line is in the file whole or not at all. A full disk raises nothing here: logs must not end the training.
 
     Args:
-        path: of the file; made if it is not there.
+        path: text file; created if it does not exist.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._waiting: list[str] = []
+        self._pending: list[str] = []
         self._warned = False
 
     def write(self, line: str) -> None:
-        """Append a line, after those that wait."""
-        self._waiting.append(line)
+        """Append a line, after the pending ones."""
+        self._pending.append(line)
         self.flush()
 
     def flush(self) -> bool:
-        """Try to write what waits; return True if nothing does any more."""
-        if not self._waiting:
+        """Try to write the pending lines; return True if none is left."""
+        if not self._pending:
             return True
         try:
-            self._append("".join(f"{line}\n" for line in self._waiting).encode())
+            self._append("".join(f"{line}\n" for line in self._pending).encode())
         except OSError as error:
             if not self._warned:
                 log.warning("%s cannot be written (%s); training goes on, and what is missing is written once "
                             "there is room", self._path, error.strerror)  # fmt: skip
             self._warned = True
             return False
-        self._waiting.clear()
+        self._pending.clear()
         self._warned = False
         return True
 
     def lines(self) -> list[str]:
-        """Return all lines: those in the file, then those that wait."""
+        """Return all lines: those in the file, then the pending ones."""
         written = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
-        return [*written, *self._waiting]
+        return [*written, *self._pending]
 
     def close(self) -> None:
-        """Try once more, and say what is lost."""
+        """Try to write the pending lines a last time, and warn if they are lost."""
         if not self.flush():
-            log.warning("%s lacks its last %d lines: the disk refused them", self._path, len(self._waiting))
+            log.warning("%s lacks its last %d lines: the disk refused them", self._path, len(self._pending))
 
     def _append(self, content: bytes) -> None:
-        """Append bytes to the file, or leave it as it was.
+        """Append bytes to the file, all or none.
 
         Raises:
-            OSError: the disk refuses.
+            OSError: they cannot be written.
         """
         with self._path.open("ab", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
-            left = memoryview(content)
+            unwritten = memoryview(content)
             try:
-                while left:
-                    left = left[file.write(left) :]
+                while unwritten:
+                    unwritten = unwritten[file.write(unwritten) :]
             except OSError:
-                file.truncate(size)  # no part of a line stays
+                file.truncate(size)  # drop a part of a line
                 raise
 
 
-def _free(place: Path) -> str:
-    """Free space where ``place`` is, or would be, in words."""
+def _free_space(place: Path) -> str:
+    """Return the free space of the disk at ``place``, which need not exist, as text."""
     for folder in (place, *place.parents):
         if folder.exists():
             return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB"
@@ -178,7 +187,7 @@ def _free(place: Path) -> str:
 
 
 def is_file(path: str | Path) -> bool:
-    """Return True if ``path`` is a file; False where it cannot even be one (too long, a NUL in it, no permission)."""
+    """Return True if ``path`` is a file; False also for an invalid or unreadable path (too long, a NUL in it)."""
     try:
         return Path(path).is_file()
     except (OSError, ValueError):
@@ -186,7 +195,7 @@ def is_file(path: str | Path) -> bool:
 
 
 def is_directory(path: str | Path) -> bool:
-    """Return True if ``path`` is a directory; False where it cannot even be one."""
+    """Return True if ``path`` is a directory; False also for an invalid or unreadable path."""
     try:
         return Path(path).is_dir()
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""How far a piece of work is: a bar on a terminal, and lines where the log goes into a file."""
+"""Show progress: a bar on a terminal, and log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ log = logging.getLogger("frostline")
 
 _TENTHS = 10
 _SILENT_SECONDS, _BRIEF_SILENT_SECONDS, _LONGEST_SILENCE = 60.0, 10.0, 600.0
-"""A log is silent so long at first, for work that takes long and for work that mostly takes a moment; then for a tenth
-of the time that has passed, up to the last."""
+"""Longest time between two lines at first, for long and for brief work. It grows to a tenth of the elapsed time, at
+most the last value."""
 
 Item = TypeVar("Item")
 
 
 class ProgressBar:
-    """Shows how much of a piece of work is done, on the rank whose log shows information; a context manager.
+    """Progress of a piece of work, shown on the rank that logs at level INFO; a context manager.
 
-    On a terminal this is a bar. Elsewhere it is a line with each tenth of the work, and others where that takes long.
+    On a terminal this is a bar. Elsewhere it is a log line at each tenth of the work, and more if a tenth takes long.
     """
 
     def __init__(
@@ -38,17 +38,17 @@ class ProgressBar:
     ) -> None:
         """
         Args:
-            what: the work, in a word or two.
-            total: how many units there are.
-            unit: one of them, in the singular.
-            done: how many were done before.
-            brief: it mostly takes a moment: there is no line but after 10 s of silence, and no bar in the first second.
-            clock: seconds that have passed.
+            what: name of the work, in a word or two.
+            total: number of units.
+            unit: name of one unit, in the singular.
+            done: units done before, as in a resumed run.
+            brief: whether the work mostly takes a moment: then a line appears only after 10 s, a bar after 1 s.
+            clock: function that returns the time in seconds.
         """  # noqa: D205, D212
         self._what, self._total, self._unit = what, total, unit
-        self._first = self._done = done
+        self._done_at_start = self._done = done
         self._brief, self._clock = brief, clock
-        self._began = self._said = clock()
+        self._started_at = self._logged_at = clock()
         shown = total > done and log.isEnabledFor(logging.INFO)
         self._bar: tqdm[NoReturn] | None = None
         if shown and sys.stderr.isatty():
@@ -67,44 +67,46 @@ class ProgressBar:
         self.close()
 
     def close(self) -> None:
-        """The work is over."""
+        """Remove or finish the bar."""
         if self._bar is not None:
             self._bar.close()
 
     def advance(self, by: int = 1, **values: str) -> None:
-        """So much more is done.
+        """Count units as done, and show the progress if a line is due.
 
         Args:
-            by: units; what goes beyond the total does not count.
-            **values: what is shown beside it, by name.
+            by: number of units; those beyond the total are ignored.
+            **values: further values to show, by name.
         """
         before, self._done = self._done, min(self._done + by, self._total)
         if self._bar is not None:
             if values:
                 self._bar.set_postfix(values, refresh=False)
             self._bar.update(self._done - before)
-        elif self._writes_lines and self._is_due(before):
-            self._said = self._clock()
-            log.info("%s", ", ".join([self._line(), *(f"{name} {value}" for name, value in values.items())]))
+        elif self._writes_lines and self._is_line_due(before):
+            self._logged_at = self._clock()
+            log.info("%s", ", ".join([self._progress_text(), *(f"{name} {value}" for name, value in values.items())]))
 
-    def _is_due(self, before: int) -> bool:
+    def _is_line_due(self, before: int) -> bool:
+        """Return True if the log was silent for long, or a tenth of the work was completed since ``before`` units."""
         now = self._clock()
         at_first = _BRIEF_SILENT_SECONDS if self._brief else _SILENT_SECONDS
-        is_long = now - self._said >= min(max(at_first, (now - self._began) / _TENTHS), _LONGEST_SILENCE)
+        is_long = now - self._logged_at >= min(max(at_first, (now - self._started_at) / _TENTHS), _LONGEST_SILENCE)
         if self._brief:
             return is_long and self._done < self._total
         return is_long or self._done * _TENTHS // self._total > before * _TENTHS // self._total
 
-    def _line(self) -> str:
-        line = f"{self._what}: {self._done:,} of {self._total:,} {self._unit}s"
+    def _progress_text(self) -> str:
+        """Return how much is done, and an estimate of the time left."""
+        text = f"{self._what}: {self._done:,} of {self._total:,} {self._unit}s"
         if self._done < self._total:
-            a_unit = (self._clock() - self._began) / (self._done - self._first)
-            line += f", about {_duration(a_unit * (self._total - self._done))} left"
-        return line
+            seconds_per_unit = (self._clock() - self._started_at) / (self._done - self._done_at_start)
+            text += f", about {_duration(seconds_per_unit * (self._total - self._done))} left"
+        return text
 
 
 def track(items: Sequence[Item], what: str, unit: str) -> Iterator[Item]:
-    """``items`` as they are, with a brief progress bar meanwhile."""
+    """Yield ``items`` and show a progress bar for brief work meanwhile."""
     with ProgressBar(what, len(items), unit, brief=True) as bar:
         for item in items:
             yield item
@@ -112,19 +114,21 @@ def track(items: Sequence[Item], what: str, unit: str) -> Iterator[Item]:
 
 
 class LogHandler(logging.Handler):
-    """Writes the log above the bars of a terminal, not into them."""
+    """Log handler that writes above the progress bars of a terminal instead of through them."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one record; one that cannot be written is reported as by every other handler."""
+        """Write one record; a failure is reported by ``handleError``, as in other handlers."""
         try:
-            tqdm.write(f"{self.format(record)}\n", file=sys.stderr, end="")  # at once: ranks share the stream
+            tqdm.write(
+                f"{self.format(record)}\n", file=sys.stderr, end=""
+            )  # text and newline in one write: ranks share the stream
             sys.stderr.flush()
         except Exception:
             self.handleError(record)
 
 
 def _duration(seconds: float) -> str:
-    """A time as people say it."""
+    """Format seconds in a readable unit: s, min or h."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"

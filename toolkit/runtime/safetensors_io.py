@@ -1,7 +1,7 @@
 """Read and write safetensors files: 8 bytes of header length, a JSON header, then the tensors' bytes.
 
-The format is that of the safetensors library. Written here because checkpoints are hashed while they are written,
-cached activations are verified before they are mapped, and offloaded weights are read ahead and dropped page by page.
+The format is that of the safetensors library, which cannot do what is needed here: hash checkpoints while they are
+written, verify cached activations before they are mapped, and read ahead and drop offloaded weights page by page.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2": torch.float8_e5m2,
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "C64": torch.complex64,
 }  # fmt: skip
-"""The element types of the format by their names in it."""
+"""Torch dtype by its name in a safetensors header."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_point and dtype.itemsize > 1}
-"""Those of plain weights: floating point in 16 bits or more."""
+"""Dtypes of unquantised weights: floating point with 16 bits or more."""
 _LONGEST_HEADER = 100_000_000  # bytes; what the safetensors library accepts
 
 
@@ -34,8 +34,8 @@ def read_header(file: BinaryIO) -> bytes:
     """Return the length field and the header of an open safetensors file.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is shorter than its header.
+        OSError: the file cannot be read.
+        ValueError: the file is shorter than its header.
     """
     prefix = file.read(8)
     length = int.from_bytes(prefix, "little")
@@ -46,13 +46,16 @@ def read_header(file: BinaryIO) -> bytes:
 
 
 def parse_header(header: bytes) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Return name → dtype, shape and data_offsets of each tensor, and the metadata.
+    """Parse and check a header.
 
     Args:
-        header: as ``read_header`` returns it; offsets count from its end.
+        header: bytes that ``read_header`` returned.
+
+    Returns:
+        dtype, shape and data_offsets by tensor name, with offsets from the end of the header; and the metadata.
 
     Raises:
-        ValueError: it is not a header of the format.
+        ValueError: the bytes are not a safetensors header.
     """
     try:
         entries: dict[str, dict[str, Any]] = json.loads(header[8:])
@@ -70,20 +73,20 @@ def parse_header(header: bytes) -> tuple[dict[str, dict[str, Any]], dict[str, st
 
 
 class SafetensorsFile:
-    """A safetensors file mapped into memory: a page is read from disk when it is used.
+    """A memory-mapped safetensors file: a page is read from disk when it is first used.
 
     Args:
-        path: may be unlinked once this returns; the mapping keeps the data.
-        writable: let tensors be written to, which changes this process's pages only. A system that accounts memory
-            strictly (vm.overcommit_memory = 2) then counts the whole file.
+        path: safetensors file; it may be unlinked afterwards, because the mapping keeps the data.
+        writable: map copy-on-write, so that writes to tensors change this process's pages only. Under strict
+            overcommit (vm.overcommit_memory = 2) the whole file then counts as memory.
 
     Attributes:
         entries: name → dtype, shape and data_offsets.
-        metadata: the header's.
+        metadata: metadata of the header.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not of the format.
+        ValueError: the file is not a safetensors file.
     """
 
     def __init__(self, path: Path, writable: bool = False) -> None:
@@ -94,17 +97,17 @@ class SafetensorsFile:
         self._start = len(header)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Return a view of the mapped file.
+        """Return a tensor as a view of the mapped file.
 
         Raises:
-            KeyError: there is no such tensor, or its dtype is not one of ``DTYPES``.
-            ValueError: the file ends before it.
+            KeyError: there is no such tensor, or its dtype is not in ``DTYPES``.
+            ValueError: the file ends before the end of the tensor.
         """
         entry = self.entries[name]
         return view_mapped(self._map, self._start + entry["data_offsets"][0], DTYPES[entry["dtype"]], entry["shape"])
 
     def advise(self, names: Iterable[str], needed: bool) -> None:
-        """Tell the kernel to read tensors ahead, or that this process no longer needs their pages."""
+        """Advise the kernel to read tensors ahead (``needed``), or to drop their pages from this process."""
         for begin, end in sorted(self.entries[name]["data_offsets"] for name in names):
             first = (self._start + begin) // mmap.PAGESIZE * mmap.PAGESIZE
             if length := self._start + end - first:
@@ -112,10 +115,10 @@ class SafetensorsFile:
 
 
 def view_mapped(pages: mmap.mmap, offset: int, dtype: torch.dtype, shape: Iterable[int]) -> torch.Tensor:
-    """Return a tensor over mapped bytes; the mapping lives as long as the tensor.
+    """Return a tensor that views mapped bytes and keeps the mapping alive.
 
     Raises:
-        ValueError: the mapping ends before it.
+        ValueError: the mapping ends before the end of the tensor.
     """
     shape = list(shape)
     count = math.prod(shape)
@@ -124,16 +127,22 @@ def view_mapped(pages: mmap.mmap, offset: int, dtype: torch.dtype, shape: Iterab
     if offset + count * dtype.itemsize > len(pages):
         raise ValueError("the file ends before its last tensor")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given buffer is not writable")  # nobody writes to frozen weights
+        warnings.filterwarnings("ignore", "The given buffer is not writable")  # frozen weights are never written to
         return torch.frombuffer(pages, dtype=dtype, count=count, offset=offset).view(shape)
 
 
 def map_range(path: Path, start: int, dtype: torch.dtype, shape: Iterable[int]) -> torch.Tensor:
-    """Map a tensor whose place in a file is known; writing to it changes this process's pages only.
+    """Map one tensor of a file, copy-on-write.
+
+    Args:
+        path: file that holds the tensor's bytes.
+        start: byte offset of the tensor in the file.
+        dtype: dtype of the tensor.
+        shape: shape of the tensor.
 
     Raises:
-        OSError: the file is gone or cannot be mapped.
-        ValueError: it ends before the tensor does.
+        OSError: the file does not exist or cannot be mapped.
+        ValueError: the file ends before the end of the tensor.
     """
     shape = list(shape)
     if not math.prod(shape):
@@ -146,41 +155,42 @@ def map_range(path: Path, start: int, dtype: torch.dtype, shape: Iterable[int]) 
 
 
 def file_size(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> int:
-    """Return the bytes of the file that ``serialize`` gives."""
-    return len(_header(tensors, metadata)) + sum(tensor.nbytes for tensor in tensors.values())
+    """Return the size in bytes of the file that ``serialize`` yields."""
+    return len(_build_header(tensors, metadata)) + sum(tensor.nbytes for tensor in tensors.values())
 
 
 def serialize(
     tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> Iterator[memoryview | bytes]:
-    """Yield the bytes of a file; one tensor at a time leaves its device, and none is copied on a CPU."""
-    yield _header(tensors, metadata)
-    for name in _order(tensors):
+    """Yield the bytes of a safetensors file; tensors are copied to the CPU one at a time, CPU tensors not at all."""
+    yield _build_header(tensors, metadata)
+    for name in _file_order(tensors):
         yield tensors[name].detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
 def write_safetensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a file that others may read as far as the umask lets them.
+    """Write a safetensors file with the permissions of the umask.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: the file cannot be written.
     """
     with path.open("wb") as file:
         for part in serialize(tensors, metadata):
             file.write(part)
 
 
-def _order(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Return names in the order of the file: the widest elements first, so that all are aligned."""
+def _file_order(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return tensor names in file order: widest dtype first, so that every tensor is aligned."""
     return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
 
 
-def _header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None) -> bytes:
+def _build_header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None) -> bytes:
+    """Return the length field and the JSON header, padded to a multiple of 8 bytes."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
-    for name in _order(tensors):
+    for name in _file_order(tensors):
         tensor = tensors[name]
         end = offset + tensor.nbytes
         header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}

@@ -1,9 +1,9 @@
-"""Note SIGTERM and SIGUSR1 from the first moment on, to stop where all ranks can stop together.
+"""Record SIGTERM and SIGUSR1 from the start, to stop where all ranks can stop together.
 
-A signal is only noted. The run asks at places that every rank reaches, so that all stop after the same step. A thread
-watches beside the main one, which may sit in a collective for long: it passes the signal on to the other ranks, leaves
-where no other rank can be waited for, and takes the death of the launcher for a signal: a rank without a launcher
-would compute on, unseen.
+The handler only records a signal. The run checks for it at points that every rank reaches, so that all stop after the
+same step. A watcher thread runs beside the main one, which may wait in a collective for long: it forwards the signal to
+the other ranks, exits if they never connect, and treats the death of the launcher as a signal, because a rank without
+a launcher would go on unnoticed.
 """
 
 from __future__ import annotations
@@ -22,38 +22,39 @@ from types import FrameType
 import psutil
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What asks for a stop."""
+"""Signals that request a stop."""
 
 STOPPED = 75
 """Exit code of a run that a signal stopped (EX_TEMPFAIL: start it again to go on)."""
 
-_LOOK_SECONDS = 0.5
-"""How often the launcher is looked for."""
+_POLL_SECONDS = 0.5
+"""How often the watcher checks that the launcher is alive."""
 
 _ALONE_SECONDS = 5.0
-"""After a signal, how long a rank waits to meet the others. A launcher that ends the job for a rank that failed at
-import sends the same signal, and waits half a minute before it kills."""
+"""After a signal, how long a rank waits for the others to connect. A launcher that ends the job because a rank failed
+at import sends the same signal, and kills half a minute later."""
 
 
 class StopRequested(Exception):
-    """End a run that was asked to stop; every rank raises it at the same place."""
+    """Ends a run that was asked to stop; every rank raises it at the same point."""
 
 
 @dataclass
 class _State:
-    """What was noted of signals: process-wide, for the handler gets nothing but the number of the signal.
+    """What was recorded of signals; global, because a signal handler receives only the signal's number.
 
-    ``World`` asks it, and joins the answers of all ranks.
+    ``World.any_stop_requested`` combines it over all ranks.
     """
 
     listening: bool = False
     reason: str | None = None
     noted_at: float = 0.0
-    by_term: bool = False
-    """The signal was SIGTERM."""
-    met: bool = False
-    """The other ranks are there, or there are none."""
+    is_sigterm: bool = False
+    """Whether SIGTERM was among the signals."""
+    ranks_are_connected: bool = False
+    """True also for a single rank."""
     relays: list[Callable[[str], None]] = field(default_factory=list)
+    """Functions that send a reason to stop to the other ranks."""
 
 
 _state = _State()
@@ -61,26 +62,28 @@ _state = _State()
 
 @contextmanager
 def listening(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
-    """Note SIGTERM and SIGUSR1 instead of ending, in the body; entered again inside it does nothing."""
+    """Record SIGTERM and SIGUSR1 in the body instead of dying from them; nested use does nothing."""
     global _state
     if _state.listening:
         yield
         return
-    _state = _State(listening=True, met=_ranks(environ) == 1)
+    _state = _State(listening=True, ranks_are_connected=_world_size(environ) == 1)
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    before = {number: signal.signal(number, _noted) for number in SIGNALS}
-    wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    over = threading.Event()
+    former_handlers = {number: signal.signal(number, _handle_signal) for number in SIGNALS}
+    former_wakeup_fd = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    is_over = threading.Event()
     launchers = _launchers(environ)
-    watcher = threading.Thread(target=_watch, args=(reading, launchers, over), name="frostline-stop", daemon=True)
+    watcher = threading.Thread(
+        target=_watch_for_stop, args=(reading, launchers, is_over), name="frostline-stop", daemon=True
+    )
     watcher.start()
     try:
         yield
     finally:
-        over.set()
-        signal.set_wakeup_fd(wakeup)
-        for number, handler in before.items():
+        is_over.set()
+        signal.set_wakeup_fd(former_wakeup_fd)
+        for number, handler in former_handlers.items():
             signal.signal(number, handler)
         os.write(writing, b"\0")
         watcher.join()
@@ -90,91 +93,99 @@ def listening(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
 
 
 def stop_requested() -> bool:
-    """Return True if this process was asked to stop or heard that another was; ranks may differ for a moment."""
+    """Return True if this rank, or one that told it so, was asked to stop; ranks may differ for a moment."""
     return _state.reason is not None
 
 
-def reason() -> str:
-    """Return why it stops, as a phrase for the log."""
+def stop_reason() -> str:
+    """Return why the run stops, as a phrase for the log."""
     return _state.reason or "a signal to another rank"
 
 
-def request_stop(why: str, tell: bool = True) -> None:
+def request_stop(why: str, broadcast: bool = True) -> None:
     """Request a stop as a signal does.
 
     Args:
-        why: as a phrase for the log.
-        tell: pass it on to the other ranks.
+        why: reason, as a phrase for the log.
+        broadcast: whether to send the request to the other ranks.
     """
     if _state.reason is None:
         _state.reason, _state.noted_at = why, time.monotonic()
-    for relay in _state.relays if tell else ():
+    for relay in _state.relays if broadcast else ():
         relay(why)
 
 
 def ranks_connected(relay: Callable[[str], None] | None = None) -> None:
-    """Note that the ranks have found one another.
+    """Record that all ranks are connected, so that this one stops together with them.
 
     Args:
-        relay: passes a reason to stop on to the other ranks; called from a thread.
+        relay: function that sends a reason to stop to the other ranks, called in the watcher thread.
     """
-    _state.met = True
+    _state.ranks_are_connected = True
     if relay is not None:
         _state.relays.append(relay)
         if _state.reason is not None:
             relay(_state.reason)
 
 
-def _noted(number: int, frame: FrameType | None) -> None:
-    """Handle a signal: only note it, for it interrupts whatever the main thread is at."""
+def _handle_signal(number: int, frame: FrameType | None) -> None:
+    """Record a signal and do nothing else, because the handler interrupts arbitrary code of the main thread."""
     if _state.reason is None:
         _state.reason, _state.noted_at = signal.Signals(number).name, time.monotonic()
-    _state.by_term |= number == signal.SIGTERM
+    _state.is_sigterm |= number == signal.SIGTERM
 
 
-def _watch(reading: int, launchers: tuple[int, ...], over: threading.Event) -> None:
-    while not over.is_set():
-        ready, _, _ = select([reading], [], [], _LOOK_SECONDS)
+def _watch_for_stop(reading: int, launchers: tuple[int, ...], is_over: threading.Event) -> None:
+    """Forward signals and watch the launchers; the body of the watcher thread.
+
+    Args:
+        reading: pipe to which Python writes the number of each signal at once (``signal.set_wakeup_fd``).
+        launchers: processes that this rank must not outlive.
+        is_over: set when the thread is to end.
+    """
+    while not is_over.is_set():
+        ready, _, _ = select([reading], [], [], _POLL_SECONDS)
         for number in os.read(reading, 64) if ready else b"":
-            if number in SIGNALS:  # the handler itself may have to wait until a collective of the main thread is over
-                _state.by_term |= number == signal.SIGTERM
+            if number in SIGNALS:  # the Python handler runs only once a collective of the main thread returns
+                _state.is_sigterm |= number == signal.SIGTERM
                 request_stop(signal.Signals(number).name)
-        if launchers and _launchers_now(launchers) != launchers:
+        if launchers and _current_launchers(launchers) != launchers:
             launchers = ()
             request_stop("the launcher has ended")
-        if _state.reason and not _state.met and time.monotonic() > _state.noted_at + _ALONE_SECONDS:
-            _leave_alone()
+        if _state.reason and not _state.ranks_are_connected and time.monotonic() > _state.noted_at + _ALONE_SECONDS:
+            _exit_before_connected()
 
 
-def _leave_alone() -> None:
-    """End the process: nothing is begun, and the other ranks do not come; SIGTERM may mean that they are gone."""
-    print(f"stopped by {reason()} before all ranks were there", file=sys.stderr, flush=True)
-    os._exit(128 + signal.SIGTERM if _state.by_term else STOPPED)
+def _exit_before_connected() -> None:
+    """Exit before training: the other ranks did not connect, perhaps because the launcher ended them with SIGTERM."""
+    print(f"stopped by {stop_reason()} before all ranks were there", file=sys.stderr, flush=True)
+    os._exit(128 + signal.SIGTERM if _state.is_sigterm else STOPPED)
 
 
-def _ranks(environ: Mapping[str, str]) -> int:
-    """Return the size of the world, as far as the environment tells; ``toolkit.runtime.distributed`` checks it."""
+def _world_size(environ: Mapping[str, str]) -> int:
+    """Return the world size of the environment, 1 if it is invalid; ``toolkit.runtime.distributed`` reports that."""
     text = environ.get("WORLD_SIZE") or environ.get("SLURM_STEP_NUM_TASKS") or "1"
     return int(text) if text.isdigit() else 1
 
 
 def _launchers(environ: Mapping[str, str]) -> tuple[int, ...]:
-    """Return the processes that this rank must not outlive, from its parent up.
+    """Return the pids of the launcher processes that this rank must not outlive, from its parent up.
 
-    torchrun and accelerate are the parent. deepspeed has a parent on each node, whose own parent is the command, or the
-    shell that ssh began. Any other parent may go: a shell, say, of a run that was started with nohup.
+    torchrun and accelerate are the parent. deepspeed has a launcher process on each node as the parent, whose own
+    parent is the command or the shell that ssh started. Any other parent may end before the run, such as the shell of
+    a run that was started with nohup.
     """
     if "TORCHELASTIC_RUN_ID" in environ:
         return (os.getppid(),)
     if "CROSS_RANK" in environ:
-        return _launchers_now((0, 0))
+        return _current_launchers((0, 0))
     return ()
 
 
-def _launchers_now(known: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the processes that now stand where ``known`` stood."""
+def _current_launchers(before: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the pids of the same ancestors now; they differ from ``before`` once a launcher has died."""
     parent = os.getppid()
-    if len(known) == 1:
+    if len(before) == 1:
         return (parent,)
     try:
         return (parent, psutil.Process(parent).ppid())

@@ -1,4 +1,4 @@
-"""Ask the cluster: partitions from sinfo, jobs from squeue, and sbatch."""
+"""Call SLURM's tools: sinfo for partitions, squeue for jobs, sbatch to submit."""
 
 from __future__ import annotations
 
@@ -14,69 +14,71 @@ from toolkit.slurm.request import JobRequest, seconds
 
 
 @dataclass(frozen=True)
-class Nodes:
-    """Hold nodes of one kind in a partition."""
+class NodeKind:
+    """Nodes of a partition with the same number of GPUs and CPUs."""
 
     count: int
     gpus: int
+    """GPUs of each node."""
     cpus: int
+    """CPUs of each node."""
 
 
 @dataclass(frozen=True)
 class Partition:
-    """Hold a part of the cluster that jobs queue for."""
+    """A partition of the cluster, as sinfo describes it."""
 
     name: str
     is_default: bool
     limit: str
-    """Longest time of a job as SLURM writes it; ``infinite`` where there is none."""
-    kinds: tuple[Nodes, ...]
+    """Time limit of a job in SLURM's notation, such as ``1-00:00:00`` or ``infinite``."""
+    kinds: tuple[NodeKind, ...]
 
-    def able(self, gpus: int, cpus: int) -> int:
-        """Count the nodes that have so many GPUs and CPUs."""
+    def count_nodes(self, gpus: int, cpus: int) -> int:
+        """Count the nodes with at least ``gpus`` GPUs and ``cpus`` CPUs."""
         return sum(kind.count for kind in self.kinds if kind.gpus >= gpus and kind.cpus >= cpus)
 
     def describe(self) -> str:
-        """Describe the nodes by kind."""
+        """Describe the partition's nodes and time limit in one line."""
         kinds = (f"{kind.count} x ({kind.cpus} CPUs, {kind.gpus} GPUs)" for kind in self.kinds)
         return f"{self.name}: {', '.join(kinds)}, time limit {self.limit}"
 
 
 def partitions() -> list[Partition]:
-    """Return the partitions that this user sees.
+    """Return the partitions that sinfo shows to this user.
 
     Raises:
-        SlurmError: this machine is no login node, or sinfo cannot reach the cluster.
+        SlurmError: this machine has no SLURM, or sinfo cannot reach the cluster.
     """
     if shutil.which("sbatch") is None:
         raise SlurmError(
             "there is no sbatch on this machine; run this on a login node of the cluster, or look at the script "
             "with --dry-run"
         )
-    lines = _run("sinfo", "--noheader", "--exact", "--format=%P|%D|%l|%G|%c").splitlines()
+    lines = _run_slurm_tool("sinfo", "--noheader", "--exact", "--format=%P|%D|%l|%G|%c").splitlines()
     found: dict[str, Partition] = {}
     for line in lines:
         label, count, limit, gres, cpus = line.strip().split("|")
         name = label.removesuffix("*")
-        # a job never gets the cores beyond those that sinfo's "16+" promises
-        kind = Nodes(int(count), _gpus(gres), int(cpus.rstrip("+")))
+        # "16+" stands for nodes with 16 CPUs or more; 16 is what each of them has
+        kind = NodeKind(int(count), _gpu_count(gres), int(cpus.rstrip("+")))
         before = found[name].kinds if name in found else ()
         found[name] = Partition(name, label.endswith("*"), limit, (*before, kind))
     return list(found.values())
 
 
 def check(request: JobRequest, known: list[Partition]) -> None:
-    """Refuse a request that the cluster would reject, or leave in the queue for ever.
+    """Refuse a request that the cluster would reject or never start.
 
     Raises:
-        ConfigError: all faults together, with what the partition has.
+        ConfigError: lists all faults, with what the partition offers.
     """
-    if faults := list(_faults(request, known)):
+    if faults := list(_cluster_faults(request, known)):
         raise ConfigError(faults, "request, as sinfo describes the cluster")
 
 
-def active(job: str) -> str | None:
-    """Return the state of a job (``PENDING``, ``RUNNING`` …) while it is in the queue, else None.
+def job_state(job: str) -> str | None:
+    """Return the state of a job (``PENDING``, ``RUNNING`` …) as squeue shows it; None once the job is finished.
 
     Raises:
         SlurmError: squeue cannot reach the cluster.
@@ -84,7 +86,7 @@ def active(job: str) -> str | None:
     if shutil.which("squeue") is None:
         return None
     try:
-        states = _run("squeue", "--noheader", f"--jobs={job}", "--format=%T").split()
+        states = _run_slurm_tool("squeue", "--noheader", f"--jobs={job}", "--format=%T").split()
     except SlurmError as error:
         if "Invalid job id" in str(error):  # squeue forgets a finished job after a few minutes
             return None
@@ -93,15 +95,16 @@ def active(job: str) -> str | None:
 
 
 def sbatch(script: Path) -> str:
-    """Hand ``script`` to sbatch and return the job's number.
+    """Submit ``script`` with sbatch and return the job id.
 
     Raises:
-        SlurmError: sbatch refuses it; with sbatch's own words.
+        SlurmError: sbatch refuses the script; the message quotes its output.
     """
-    return _run("sbatch", "--parsable", str(script)).strip().split(";")[0]
+    return _run_slurm_tool("sbatch", "--parsable", str(script)).strip().split(";")[0]
 
 
-def _faults(request: JobRequest, known: list[Partition]) -> Iterator[str]:
+def _cluster_faults(request: JobRequest, known: list[Partition]) -> Iterator[str]:
+    """Yield a message for each way in which the request does not fit its partition."""
     names = "; ".join(partition.describe() for partition in known) or "none"
     if request.partition is None:
         partition = next((partition for partition in known if partition.is_default), None)
@@ -114,26 +117,27 @@ def _faults(request: JobRequest, known: list[Partition]) -> Iterator[str]:
             yield f"--partition is {request.partition}, which this cluster does not have; it has {names}"
             return
     gpus, cpus = request.gpus_per_node or 0, request.ranks_per_node * (request.cpus_per_task or 1)
-    able = partition.able(gpus, cpus)
-    if request.nodes > able:
+    suitable = partition.count_nodes(gpus, cpus)
+    if request.nodes > suitable:
         each = f"{cpus} CPUs and {gpus} GPUs each" if gpus else f"{cpus} CPUs each"
-        yield f"--nodes is {request.nodes} with {each}; {able} node(s) can give that ({partition.describe()})"
-    limit, asked = seconds(partition.limit), request.time_seconds
-    if limit is not None and asked is not None and asked > limit:
+        yield f"--nodes is {request.nodes} with {each}; {suitable} node(s) can give that ({partition.describe()})"
+    limit, requested = seconds(partition.limit), request.time_seconds
+    if limit is not None and requested is not None and requested > limit:
         yield f"--time is {request.time}; partition {partition.name} allows {partition.limit} at most"
 
 
-def _gpus(gres: str) -> int:
-    """Count the GPUs in generic resources such as ``gpu:a100:8(S:0-1),nic:2``."""
+def _gpu_count(gres: str) -> int:
+    """Return the number of GPUs in SLURM's generic resources, such as ``gpu:a100:8(S:0-1),nic:2``."""
     return sum(int(count) for count in re.findall(r"\bgpu:(?:[^:,()]+:)?(\d+)", gres))
 
 
-def _run(*command: str) -> str:
+def _run_slurm_tool(*command: str) -> str:
+    """Run a command and return its output; SlurmError with the output if it fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        completed = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
         raise SlurmError(f"{command[0]} cannot be run here: {error}") from None
-    if done.returncode:
-        said = done.stderr.strip() or done.stdout.strip() or "nothing"
-        raise SlurmError(f"{command[0]} failed with exit code {done.returncode} and said:\n{said}")
-    return done.stdout
+    if completed.returncode:
+        output = completed.stderr.strip() or completed.stdout.strip() or "nothing"
+        raise SlurmError(f"{command[0]} failed with exit code {completed.returncode} and said:\n{output}")
+    return completed.stdout

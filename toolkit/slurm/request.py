@@ -1,4 +1,4 @@
-"""Read what a job asks of the cluster: the flags of ``launch/submit.py``, checked together."""
+"""The job flags of ``launch/submit.py``: parse them and check them together."""
 
 from __future__ import annotations
 
@@ -8,72 +8,78 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolkit.config.flags import positive
+from toolkit.config.flags import positive_int
 from toolkit.runtime.errors import ConfigError
 from toolkit.runtime.redact import find_secret
 
-_WARNING_SLACK = 60
+_EARLY_SIGNAL_SECONDS = 60
 """SLURM may send the signal before the limit this many seconds early (man sbatch, ``--signal``)."""
 
-_OWNED = (
+_RESERVED_OPTIONS = (
     "--array", "--chdir", "--cpus-per-task", "--gpus", "--gpus-per-node", "--job-name", "--nodes", "--no-requeue",
     "--ntasks", "--ntasks-per-node", "--open-mode", "--output", "--requeue", "--signal", "--time", "--partition",
     "--account", "--export",
 )  # fmt: skip
+"""Options of sbatch that the script sets itself, so that ``--sbatch`` may not repeat them."""
 
 
 @dataclass(frozen=True)
 class JobRequest:
-    """Hold nodes, ranks and time of one job, or of each task of an array."""
+    """Resources that one job, or each task of an array, requests from the cluster."""
 
     nodes: int
     ranks_per_node: int
+    """Equals ``gpus_per_node`` if that is given."""
     gpus_per_node: int | None
-    """None trains on the CPUs."""
+    """None trains on CPUs."""
     cpus_per_task: int | None
+    """CPU cores of each rank; None takes the cluster's default."""
     partition: str | None
     """None takes the cluster's default."""
     account: str | None
+    """Account to charge; None takes the user's default."""
     time: str | None
-    """As SLURM writes it; None takes the partition's."""
+    """Time limit in SLURM's notation; None takes the partition's."""
     signal_before: int
     """Seconds between the signal that asks for a checkpoint and the time limit."""
-    environment: Path | None
-    """A virtual environment, or a shell file, that the job sources first."""
+    sourced_environment: Path | None
+    """Virtual environment or shell file that the job sources first."""
     container: str | None
-    """What stands between srun and python."""
+    """Command to put between srun and python."""
     options: tuple[str, ...]
-    """Further options of sbatch, as given."""
+    """Further options of sbatch, verbatim."""
 
     @property
     def ranks(self) -> int:
-        """Return the world size."""
+        """World size."""
         return self.nodes * self.ranks_per_node
 
     @property
     def time_seconds(self) -> int | None:
-        """Return ``time`` in seconds."""
+        """Time limit in seconds; None if there is none or it is malformed."""
         return None if self.time is None else seconds(self.time)
 
     def summary(self) -> str:
-        """Describe nodes and ranks."""
-        what = "GPU" if self.gpus_per_node else "CPU rank"
-        return f"{self.nodes} node(s) x {self.ranks_per_node} {what}(s)"
+        """Describe nodes and ranks, as ``2 node(s) x 8 GPU(s)``."""
+        rank_kind = "GPU" if self.gpus_per_node else "CPU rank"
+        return f"{self.nodes} node(s) x {self.ranks_per_node} {rank_kind}(s)"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of a job; those of the recipe come beside them."""
+    """Add the flags that describe a job, beside those of the recipe."""
     job = parser.add_argument_group("job", "What the job asks of the cluster.")
-    job.add_argument("--nodes", type=positive, default=1, help="nodes; default: 1")
-    job.add_argument("--gpus-per-node", type=positive, help="GPUs of each node, one rank a GPU; without it CPUs train")
-    job.add_argument("--gpus", type=positive, help="GPUs of all nodes together, in place of --gpus-per-node")
-    job.add_argument("--ranks-per-node", type=positive, help="ranks of each node on CPUs; default: 1")
-    job.add_argument("--cpus-per-task", type=positive, help="CPU cores of each rank; default: the cluster's")
+    job.add_argument("--nodes", type=positive_int, default=1, help="nodes; default: 1")
+    job.add_argument(
+        "--gpus-per-node", type=positive_int, help="GPUs of each node, one rank a GPU; without it CPUs train"
+    )
+    job.add_argument("--gpus", type=positive_int, help="GPUs of all nodes together, in place of --gpus-per-node")
+    job.add_argument("--ranks-per-node", type=positive_int, help="ranks of each node on CPUs; default: 1")
+    job.add_argument("--cpus-per-task", type=positive_int, help="CPU cores of each rank; default: the cluster's")
     job.add_argument("--partition", metavar="NAME", help="partition; default: the cluster's")
     job.add_argument("--account", metavar="NAME", help="account that is charged")
     job.add_argument("--time", help="time limit, as 30 (minutes), 04:00:00 or 1-12; default: the partition's")
     job.add_argument(
-        "--signal-before", type=positive, default=120, metavar="SECONDS",
+        "--signal-before", type=positive_int, default=120, metavar="SECONDS",
         help="signal the ranks this long before the limit: they commit a checkpoint and the job queues again; it "
         "must cover one step and one checkpoint; default: 120",
     )  # fmt: skip
@@ -90,10 +96,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def read_request(given: argparse.Namespace) -> JobRequest:
-    """Build the request that parsed flags make.
+    """Build a request from parsed flags.
 
     Raises:
-        ConfigError: flags that contradict each other or make no sense, all of them together.
+        ConfigError: flags are invalid or contradict each other; the message lists all faults.
     """
     faults = [*_gpu_faults(given), *_time_faults(given), *_path_faults(given), *_option_faults(given)]
     if faults:
@@ -108,14 +114,14 @@ def read_request(given: argparse.Namespace) -> JobRequest:
         account=given.account,
         time=given.time,
         signal_before=given.signal_before,
-        environment=Path(given.environment).resolve() if given.environment else None,
+        sourced_environment=Path(given.environment).resolve() if given.environment else None,
         container=given.container,
         options=tuple(given.sbatch),
     )
 
 
 def seconds(time: str) -> int | None:
-    """Return the seconds of a SLURM time; None where it is malformed.
+    """Return a SLURM time in seconds; None if it is malformed.
 
     The forms are minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes and
     days-hours:minutes:seconds.
@@ -126,15 +132,16 @@ def seconds(time: str) -> int | None:
     days, *parts = match.groups()
     numbers = [int(part) for part in parts if part is not None]
     if days is not None:
-        hours, minutes, rest = (*numbers, 0, 0)[:3]
+        hours, minutes, remaining_seconds = (*numbers, 0, 0)[:3]
     elif len(numbers) == 3:
-        hours, minutes, rest = numbers
+        hours, minutes, remaining_seconds = numbers
     else:
-        hours, (minutes, rest) = 0, (*numbers, 0)[:2]
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + rest
+        hours, (minutes, remaining_seconds) = 0, (*numbers, 0)[:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + remaining_seconds
 
 
 def _gpu_faults(given: argparse.Namespace) -> Iterator[str]:
+    """Yield faults of ``--gpus``, ``--gpus-per-node`` and ``--ranks-per-node``."""
     if given.gpus and given.gpus_per_node:
         yield f"--gpus {given.gpus} and --gpus-per-node {given.gpus_per_node}: give one of them"
         return
@@ -153,20 +160,22 @@ def _gpu_faults(given: argparse.Namespace) -> Iterator[str]:
 
 
 def _time_faults(given: argparse.Namespace) -> Iterator[str]:
+    """Yield faults of ``--time`` and ``--signal-before``."""
     if given.time is None:
         return
     limit = seconds(given.time)
     if not limit:
         yield f"--time is {given.time!r}; expected minutes (30), hours:minutes:seconds (04:00:00) or days-hours (1-12)"
-    elif limit <= given.signal_before + _WARNING_SLACK:
+    elif limit <= given.signal_before + _EARLY_SIGNAL_SECONDS:
         yield (
             f"--signal-before is {given.signal_before} s and --time {given.time} is {limit} s; SLURM may signal "
-            f"{_WARNING_SLACK} s early, so the job would stop as soon as it starts: give it more than "
-            f"{given.signal_before + _WARNING_SLACK} s, or signal later"
+            f"{_EARLY_SIGNAL_SECONDS} s early, so the job would stop as soon as it starts: give it more than "
+            f"{given.signal_before + _EARLY_SIGNAL_SECONDS} s, or signal later"
         )
 
 
 def _path_faults(given: argparse.Namespace) -> Iterator[str]:
+    """Yield faults of ``--environment``."""
     if given.environment:
         path = Path(given.environment)
         if not path.is_file() and not (path / "bin" / "activate").is_file():
@@ -174,8 +183,9 @@ def _path_faults(given: argparse.Namespace) -> Iterator[str]:
 
 
 def _option_faults(given: argparse.Namespace) -> Iterator[str]:
-    spoken = {"--sbatch": given.sbatch, "--container": given.container or "", "--account": given.account or ""}
-    for flag in find_secret(spoken):
+    """Yield faults of ``--sbatch``, and secrets in flags that the script would show."""
+    flags = {"--sbatch": given.sbatch, "--container": given.container or "", "--account": given.account or ""}
+    for flag in find_secret(flags):
         yield (
             f"{flag} holds a password or token, which the job's script would show; set it in the environment "
             "instead, which the job inherits"
@@ -184,5 +194,5 @@ def _option_faults(given: argparse.Namespace) -> Iterator[str]:
         name = option.split("=")[0].split()[0] if option.strip() else option
         if not name.startswith("--"):
             yield f"--sbatch is {option!r}; expected a long option, as in --sbatch=--qos=high"
-        elif name in _OWNED:
+        elif name in _RESERVED_OPTIONS:
             yield f"--sbatch={option}: {name} is written by submit.py itself; use its own flags"

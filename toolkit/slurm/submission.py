@@ -1,4 +1,4 @@
-"""Save a job beside its runs, submit it, and say how to watch it."""
+"""Write a job's files into its run directories, submit it, and describe how to watch it."""
 
 from __future__ import annotations
 
@@ -7,54 +7,55 @@ from pathlib import Path
 
 from toolkit.runtime.paths import replace_text
 from toolkit.slurm import cluster
-from toolkit.slurm.script import DEEPSPEED, FOLDER, BatchJob, log_of, render
+from toolkit.slurm.script import DEEPSPEED_NAME, JOB_FOLDER, BatchJob, log_path, render
 
-_NUMBER = "job-id"
+_JOB_ID_NAME = "job-id"
+"""File in ``JOB_FOLDER`` that holds the id of the run's last job."""
 
 
-def held_by(run: Path) -> str | None:
-    """Describe the job in the queue that a run directory belongs to; None where there is none.
+def queued_job(run: Path) -> str | None:
+    """Describe the queued or running job of a run directory; None if it has none.
 
     Raises:
         SlurmError: squeue cannot reach the cluster.
     """
-    record = run / FOLDER / _NUMBER
+    record = run / JOB_FOLDER / _JOB_ID_NAME
     if not record.is_file():
         return None
-    number = record.read_text(encoding="utf-8").strip()
-    state = cluster.active(number)
-    return f"SLURM job {number} ({state})" if state else None
+    job_id = record.read_text(encoding="utf-8").strip()
+    state = cluster.job_state(job_id)
+    return f"SLURM job {job_id} ({state})" if state else None
 
 
 def submit(job: BatchJob) -> str:
-    """Write script and DeepSpeed file into the run directories and hand the script to sbatch.
+    """Write script and DeepSpeed file into the run directories, submit the script, and return the job id.
 
-    The job reads the copy of the DeepSpeed file, whatever becomes of the original while it waits. The run directories
-    exist and hold their ``config.yaml``.
+    The job reads the copy of the DeepSpeed file, so the original may change while it is queued. The run directories
+    must exist and hold their ``config.yaml``.
 
     Raises:
-        SlurmError: sbatch refuses the job; with sbatch's own words.
+        SlurmError: sbatch refuses the job; the message quotes its output.
     """
     for run in job.runs:
-        (run / FOLDER).mkdir(exist_ok=True)
-        if job.ds is not None:
-            shutil.copyfile(job.ds, run / FOLDER / DEEPSPEED)
-    replace_text(job.path, render(job))
-    number = cluster.sbatch(job.path)
+        (run / JOB_FOLDER).mkdir(exist_ok=True)
+        if job.deepspeed_config is not None:
+            shutil.copyfile(job.deepspeed_config, run / JOB_FOLDER / DEEPSPEED_NAME)
+    replace_text(job.script_path, render(job))
+    job_id = cluster.sbatch(job.script_path)
     for index, run in enumerate(job.runs):
-        replace_text(run / FOLDER / _NUMBER, f"{number}_{index}" if job.is_array else number)
-    return number
+        replace_text(run / JOB_FOLDER / _JOB_ID_NAME, f"{job_id}_{index}" if job.is_array else job_id)
+    return job_id
 
 
-def how_to_watch(job: BatchJob, number: str) -> str:
-    """Return the commands that watch, save and stop the job."""
-    lines = [f"submitted job {number}: {job.request.summary()}, script {job.path}"]
+def how_to_watch(job: BatchJob, job_id: str) -> str:
+    """Return the message after submission: the commands that watch, checkpoint and stop the job."""
+    lines = [f"submitted job {job_id}: {job.request.summary()}, script {job.script_path}"]
     for index, run in enumerate(job.runs):
-        lines += [f"run     {run}", f"log     tail -F {log_of(job, number, index)}"]
+        lines += [f"run     {run}", f"log     tail -F {log_path(job, job_id, index)}"]
     lines += [
-        f"queue   squeue --job {number}",
+        f"queue   squeue --job {job_id}",
         f"curves  tensorboard --logdir {job.runs[0].parent}",
-        f"save    scancel --signal=USR1 {number}    (checkpoint now, and queue again)",
-        f"stop    scancel {number}",
+        f"save    scancel --signal=USR1 {job_id}    (checkpoint now, and queue again)",
+        f"stop    scancel {job_id}",
     ]
     return "\n".join(lines)

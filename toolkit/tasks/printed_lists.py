@@ -1,8 +1,8 @@
-"""Lists that a table holds as text, the way Python, numpy, pandas or JSON print them: read exactly, or refused.
+"""Parse lists that Python, numpy, pandas or JSON printed into a text field: exactly, or not at all.
 
-A CSV file has no lists, so whoever saves one prints them: ``['a', 'b']`` (Python), ``['a' 'b']`` (numpy, and so
+A CSV file has no lists, so they are saved as text: ``['a', 'b']`` (Python), ``['a' 'b']`` (numpy, and so
 pandas and ``Dataset.to_csv``), ``array(['a', 'b'], dtype=object)``, ``["a", "b"]`` (JSON), ``{'contexts': [...]}``.
-Nothing is evaluated. Python would join ``'a' 'b'`` into one text; here two texts stay two.
+Nothing is evaluated. Python would join ``'a' 'b'`` into one text; here they remain two.
 """
 
 from __future__ import annotations
@@ -13,53 +13,57 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-_OPENS = re.compile(
+_LIST_START = re.compile(
     r"""\s*(?:<[\w.]+[:>]\s*)?(?:[A-Za-z_][\w.]*\(\s*|[\[({]\s*)*?[\[({]\s*
     (?:[bBuU]?['"] | (?:None|nan|NaN|True|False|\.\.\.)[\s,\])}] | (?:array|list|tuple|np\.\w+)\( | [\])}])""",
     re.X,
 )
-"""How a printed list or mapping begins; a text that begins otherwise is none."""
+"""Start of a printed list or mapping; a text that starts otherwise is ordinary text."""
 
-_SERIES = re.compile(r"\A\s*0 {2,}\S[\s\S]*\n(?:Name: .*, )?dtype: \w+\s*\Z")
-"""How pandas prints a column."""
+_PANDAS_SERIES = re.compile(r"\A\s*0 {2,}\S[\s\S]*\n(?:Name: .*, )?dtype: \w+\s*\Z")
+"""A whole column as pandas prints it."""
 
-_TOKEN = re.compile(
+_TOKEN_PATTERN = re.compile(
     r"""(?P<text>[A-Za-z]?(?:'(?:[^'\\]|\\.)*' | "(?:[^"\\]|\\.)*"))
     | (?P<name>[A-Za-z_][\w.]*) | (?P<gap>\.\.\.) | (?P<number>[-+]?\d[\w.+-]*) | (?P<mark>[\[\](){},:=])""",
     re.X | re.S,
 )
 _ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))", re.S)
-_PLAIN_ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\", "'": "'", '"': '"'}
-"""All that ``repr`` writes beside numbers: ``\\a`` and the like come from a text that was not escaped."""
+_ESCAPED_CHARACTERS = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\", "'": "'", '"': '"'}
+"""The escapes that ``repr`` writes, besides numeric ones; any other shows that the text was not escaped."""
 
-_WRAPPERS = ("array", "list", "tuple", "str_")
-_WORDS = {"None": None, "null": None, "True": True, "False": False, "nan": float("nan"), "NaN": float("nan")}
-_CLOSES = {"[": "]", "(": ")", "{": "}"}
-_EXCEL_LIMIT = 32_000
-"""Characters of a cell, of which Excel keeps 32,767."""
-_DEEPEST = 8
+_LIST_CALLS = ("array", "list", "tuple", "str_")
+"""Constructors that are printed around a list or text, as in ``array([...])`` and ``np.str_('a')``."""
+_CONSTANTS = {"None": None, "null": None, "True": True, "False": False, "nan": float("nan"), "NaN": float("nan")}
+_CLOSING_BRACKETS = {"[": "]", "(": ")", "{": "}"}
+_TRUNCATED_CELL_LENGTH = 32_000
+"""A text this long may have been cut off by Excel, which keeps 32,767 characters of a cell."""
+_MAX_DEPTH = 8
+"""Deepest nesting of lists that is parsed."""
 
 
-class WrittenListError(Exception):
-    """A printed list that cannot be read back exactly; the message completes 'a list that …'."""
+class PrintedListError(Exception):
+    """A printed list cannot be parsed exactly; the message is a predicate, as 'a printed list that … was cut off'."""
 
 
 @dataclass(eq=False)
-class _StopReading(Exception):
-    """Stops reading; says where and why."""
+class _ParseError(Exception):
+    """The tokens are not a printed value."""
 
     reason: str
     is_cut_off: bool = False
-    """The text ended too early."""
+    """The text ends before the value does."""
     is_word: bool = False
-    """A word followed on a blank, as in prose."""
+    """The unexpected token is a word after a blank, as in prose."""
 
 
-def read_written(text: str) -> Any:
-    """Return the list or dict that ``text`` prints, once or twice over, or ``text`` itself where it prints none.
+def parse_printed_list(text: str) -> Any:
+    """Return the list or dict that ``text`` is the printed form of, or ``text`` itself if it is ordinary text.
+
+    A list that was printed, and then printed again as a JSON string, is parsed too.
 
     Raises:
-        WrittenListError: it prints one, but not so that every text in it is known.
+        PrintedListError: the text is a printed list, but its items cannot be recovered exactly.
     """
     if text.lstrip()[:1] in ("[", "{", '"'):
         try:
@@ -69,186 +73,198 @@ def read_written(text: str) -> Any:
         else:
             if isinstance(found, (list, dict)):
                 return found
-            if isinstance(found, str) and not isinstance(again := read_written(found), str):
+            if isinstance(found, str) and not isinstance(again := parse_printed_list(found), str):
                 return again
-    if _SERIES.search(text):
-        raise WrittenListError("is a printed pandas Series, which shortens long texts")
-    if not _OPENS.match(text):
+    if _PANDAS_SERIES.search(text):
+        raise PrintedListError("is a printed pandas Series, which shortens long texts")
+    if not _LIST_START.match(text):
         return text
-    reader = _Reader(text)
+    parser = _PrintedValueParser(text)
     try:
-        value, rest = reader.read()
-    except _StopReading as stop:
-        if _is_prose(text, stop, reader.texts):
+        value, trailing = parser.parse()
+    except _ParseError as error:
+        if _is_prose(text, error, parser.texts):
             return text
-        raise WrittenListError(stop.reason) from None
-    if rest:
-        if reader.texts < 2 and rest[0] not in ",;|[":
+        raise PrintedListError(error.reason) from None
+    if trailing:
+        if parser.texts < 2 and trailing[0] not in ",;|[":  # prose that begins with a bracket, as in "[1] showed …"
             return text
-        raise WrittenListError(f"is followed by {rest[:20]!r}")
+        raise PrintedListError(f"is followed by {trailing[:20]!r}")
     return text if isinstance(value, str) else value
 
 
-def _is_prose(text: str, stop: _StopReading, texts: int) -> bool:
-    """Return whether a text only begins like a list: ``["Aspirin" was given] and …``."""
+def _is_prose(text: str, error: _ParseError, texts: int) -> bool:
+    """Return True if a text that failed to parse is prose that begins like a list: ``["Aspirin" was given] and …``.
+
+    Args:
+        text: whole text.
+        error: why it could not be parsed.
+        texts: quoted texts that were parsed before the error.
+    """
     if text.lstrip().startswith("<"):
         return False
     has_closing = any(mark in text for mark in "])}")
-    if stop.is_cut_off:
-        return texts == 0 and has_closing and len(text) < _EXCEL_LIMIT
+    if error.is_cut_off:
+        return texts == 0 and has_closing and len(text) < _TRUNCATED_CELL_LENGTH
     is_separated = re.search(r"""['"]\s*,""", text) is not None
     if re.search(r"""(?:['"]|dtype=\S+)\s*,?\s*[\])}]+\s*$""", text):
-        return stop.is_word and not is_separated
+        return error.is_word and not is_separated
     return not (is_separated and (text.rstrip()[-1:] in "])}" or not has_closing))
 
 
 @dataclass
-class _Reader:
-    """A recursive-descent reader of one printed value."""
+class _PrintedValueParser:
+    """A recursive-descent parser of one printed value."""
 
     text: str
     texts: int = 0
-    """Whole texts read so far."""
+    """Quoted texts parsed so far."""
     _tokens: list[tuple[str, str, bool]] = field(default_factory=list)
-    _at: int = 0
+    """Kind, text, and whether a blank stands before it, of each token."""
+    _position: int = 0
 
-    def read(self) -> tuple[Any, str]:
-        """Return the value, and what stands behind it."""
-        depth, behind = 0, ""
-        for kind, token, after_blank, end in _tokens(self.text):
+    def parse(self) -> tuple[Any, str]:
+        """Return the value, and the text after it."""
+        depth, trailing = 0, ""
+        for kind, token, after_blank, end in _tokenize(self.text):
             self._tokens.append((kind, token, after_blank))
             if kind == "mark":
-                depth += (token in _CLOSES) - (token in _CLOSES.values())
+                depth += (token in _CLOSING_BRACKETS) - (token in _CLOSING_BRACKETS.values())
                 if depth == 0:
-                    behind = self.text[end:].strip()
+                    trailing = self.text[end:].strip()
                     break
-        return self._value(0), behind
+        return self._parse_value(0), trailing
 
     def _peek(self) -> tuple[str, str, bool]:
-        if self._at == len(self._tokens):
-            raise _StopReading("ends before it is closed: it was cut off", is_cut_off=True)
-        return self._tokens[self._at]
+        """Return the next token without consuming it; _ParseError at the end of the text."""
+        if self._position == len(self._tokens):
+            raise _ParseError("ends before it is closed: it was cut off", is_cut_off=True)
+        return self._tokens[self._position]
 
     def _next(self) -> tuple[str, str, bool]:
+        """Consume and return the next token."""
         token = self._peek()
-        self._at += 1
+        self._position += 1
         return token
 
-    def _value(self, depth: int) -> Any:
+    def _parse_value(self, depth: int) -> Any:
+        """Parse a text, number, constant, list, mapping or call, ``depth`` levels deep."""
         kind, token, after_blank = self._next()
-        if depth > _DEEPEST:
-            raise _StopReading(f"is nested more than {_DEEPEST} times")
+        if depth > _MAX_DEPTH:
+            raise _ParseError(f"is nested more than {_MAX_DEPTH} times")
         if kind == "text":
             self.texts += 1
             return _unescape(token)
         if kind == "mark" and token in ("[", "("):
-            return self._sequence(token, depth)
+            return self._parse_sequence(token, depth)
         if kind == "mark" and token == "{":
-            return self._mapping(depth)
+            return self._parse_mapping(depth)
         if kind == "gap":
-            raise _StopReading("was shortened with … when it was printed, so texts of it are lost")
+            raise _ParseError("was shortened with … when it was printed, so texts of it are lost")
         if kind == "number":
-            return float("nan")  # a kind that is no text; which number does not matter
+            return float("nan")  # any value that is not text; which number does not matter
         if kind == "name" and self._peek()[1] == "(":
-            return self._call(token, depth)
-        if kind == "name" and token.rpartition(".")[2] in _WORDS:
-            return _WORDS[token.rpartition(".")[2]]
-        raise _StopReading(f"has {token[:20]!r} where a text is expected", is_word=kind == "name" and after_blank)
+            return self._parse_call(token, depth)
+        if kind == "name" and token.rpartition(".")[2] in _CONSTANTS:
+            return _CONSTANTS[token.rpartition(".")[2]]
+        raise _ParseError(f"has {token[:20]!r} where a text is expected", is_word=kind == "name" and after_blank)
 
-    def _sequence(self, opening: str, depth: int) -> Any:
-        """Read a list or tuple; its texts are all separated by commas, or all by blanks as numpy does it."""
+    def _parse_sequence(self, opening: str, depth: int) -> Any:
+        """Parse a list or tuple, whose items are separated all by commas, or all by blanks as numpy prints them."""
         items: list[Any] = []
         commas = blanks = 0
-        while self._peek()[1] != _CLOSES[opening]:
+        while self._peek()[1] != _CLOSING_BRACKETS[opening]:
             if items:
                 kind, token, after_blank = self._peek()
                 if token == ",":
                     self._next()
                     commas += 1
-                    if self._peek()[1] == _CLOSES[opening]:
+                    if self._peek()[1] == _CLOSING_BRACKETS[opening]:
                         break
                 elif not after_blank:
-                    raise _StopReading(_behind(token))
+                    raise _ParseError(_unseparated(token))
                 else:
                     blanks += kind in ("text", "mark", "gap")
-            items.append(self._value(depth + 1))
+            items.append(self._parse_value(depth + 1))
         self._next()
         if commas and blanks:
-            raise _StopReading("separates some texts by commas and others by blanks")
+            raise _ParseError("separates some texts by commas and others by blanks")
         if opening == "(" and not commas:
             if len(items) > 1:
-                raise _StopReading("has texts side by side in round brackets, which is one text to Python")
+                raise _ParseError("has texts side by side in round brackets, which is one text to Python")
             return items[0] if items else []
         return items
 
-    def _mapping(self, depth: int) -> dict[str, Any]:
+    def _parse_mapping(self, depth: int) -> dict[str, Any]:
+        """Parse a dict with text keys, after its opening brace."""
         found: dict[str, Any] = {}
         while self._peek()[1] != "}":
-            key = self._value(depth + 1)
+            key = self._parse_value(depth + 1)
             kind, token, after_blank = self._next()
             if token in (",", "}"):
-                raise _StopReading("is a set, whose order is unknown")
+                raise _ParseError("is a set, whose order is unknown")
             if token != ":" or not isinstance(key, str):
-                raise _StopReading(f"has {token[:20]!r} after a key", is_word=kind == "name" and after_blank)
-            found[key] = self._value(depth + 1)
+                raise _ParseError(f"has {token[:20]!r} after a key", is_word=kind == "name" and after_blank)
+            found[key] = self._parse_value(depth + 1)
             if self._peek()[1] == ",":
                 self._next()
             elif self._peek()[1] != "}":
-                raise _StopReading(_behind(self._peek()[1]))
+                raise _ParseError(_unseparated(self._peek()[1]))
         self._next()
         return found
 
-    def _call(self, name: str, depth: int) -> Any:
-        """Read ``array([...], dtype=object)`` and the like."""
-        if name.rpartition(".")[2] not in _WRAPPERS:
-            raise _StopReading(f"is printed as {name}(…)")
+    def _parse_call(self, name: str, depth: int) -> Any:
+        """Parse a call such as ``array([...], dtype=object)``, and ignore its keyword arguments."""
+        if name.rpartition(".")[2] not in _LIST_CALLS:
+            raise _ParseError(f"is printed as {name}(…)")
         self._next()
-        value = self._value(depth + 1)
+        value = self._parse_value(depth + 1)
         while self._peek()[1] != ")":
             for expected in (",", None, "=", None):
                 if self._next()[1] != expected and expected is not None:
-                    raise _StopReading(f"does not end {name}(…) as numpy does")
+                    raise _ParseError(f"does not end {name}(…) as numpy does")
         self._next()
         return value
 
 
-def _tokens(text: str) -> Iterator[tuple[str, str, bool, int]]:
-    """Yield each token's kind, its text, whether a blank stands before it, and where it ends."""
-    at = 0
-    while at < len(text):
-        after_blank = text[at].isspace()
-        while at < len(text) and text[at].isspace():
-            at += 1
-        if at == len(text):
+def _tokenize(text: str) -> Iterator[tuple[str, str, bool, int]]:
+    """Yield the kind of each token, its text, whether a blank stands before it, and its end position."""
+    position = 0
+    while position < len(text):
+        after_blank = text[position].isspace()
+        while position < len(text) and text[position].isspace():
+            position += 1
+        if position == len(text):
             return
-        match = _TOKEN.match(text, at)
+        match = _TOKEN_PATTERN.match(text, position)
         if match is None:
-            if text[at] in "'\"":
+            if text[position] in "'\"":
                 return  # a text without its closing quote: cut off
-            yield "other", text[at : at + 20], after_blank, len(text)
+            yield "other", text[position : position + 20], after_blank, len(text)
             return
-        at = match.end()
-        yield str(match.lastgroup), match[0], after_blank, at
+        position = match.end()
+        yield str(match.lastgroup), match[0], after_blank, position
 
 
-def _behind(token: str) -> str:
+def _unseparated(token: str) -> str:
+    """Return the message for a token that follows a text without a separator."""
     return f"has {token[:20]!r} right behind a text; expected a comma or a blank, and quotes in a text escaped"
 
 
 def _unescape(token: str) -> str:
-    """Return the text that a printed one stands for, quotes and prefix included."""
+    """Return the text of a string literal, given with its quotes and prefix."""
     if token[0] in "uU":
         token = token[1:]
     if token[0] not in "'\"":
         kind = "bytes" if token[0] in "bB" else f"a text with the prefix {token[0]}"
-        raise _StopReading(f"holds {kind} in place of text")
+        raise _ParseError(f"holds {kind} in place of text")
 
-    def plain(match: re.Match[str]) -> str:
+    def unescaped(match: re.Match[str]) -> str:
         number = match[1] or match[2] or match[3]
         if number and int(number, 16) <= 0x10FFFF:
             return chr(int(number, 16))
-        if match[4] not in _PLAIN_ESCAPES:
-            raise _StopReading(f"has {match[0]!r} in a text, which no list is printed with: it is not escaped")
-        return _PLAIN_ESCAPES[match[4]]
+        if match[4] not in _ESCAPED_CHARACTERS:
+            raise _ParseError(f"has {match[0]!r} in a text, which no list is printed with: it is not escaped")
+        return _ESCAPED_CHARACTERS[match[4]]
 
-    return _ESCAPE.sub(plain, token[1:-1])
+    return _ESCAPE.sub(unescaped, token[1:-1])

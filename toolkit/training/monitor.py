@@ -16,7 +16,7 @@ from types import TracebackType
 import torch
 from PIL.Image import Image
 
-from toolkit.runtime.paths import LineFile, replace_text, writing
+from toolkit.runtime.paths import LineFile, explain_refused_write, replace_text
 from toolkit.runtime.progress_bar import ProgressBar
 from toolkit.training.progress import Progress
 from toolkit.training.tensorboard_writer import TensorBoardWriter
@@ -104,7 +104,7 @@ class Monitor:
         if not is_main:
             return
         self._metrics_path = run / "metrics.jsonl"
-        with writing(run):
+        with explain_refused_write(run):
             self._drop_rows_after(first_step)
         self._file = LineFile(self._metrics_path)
         self._board = TensorBoardWriter(run / "tensorboard", first_step + 1 if first_step else 0)

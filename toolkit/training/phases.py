@@ -26,7 +26,7 @@ from toolkit.data.examples import shortest
 from toolkit.engine.base import Engine
 from toolkit.engine.deepspeed.nvme_files import make_room
 from toolkit.engine.local import LocalEngine
-from toolkit.mask.apply import apply_mask, put_tensors, trainable_parameters
+from toolkit.mask.apply import apply_mask, replace_parameters, trainable_parameters
 from toolkit.mask.audit import AuditRow, audit, audit_markdown, audit_table
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.mask.schedule import Phase
@@ -143,7 +143,7 @@ def end_phase(context: RunContext, model: ModelHandle, state: PhaseState) -> Han
     schedule_step = engine.schedule_step
     if isinstance(state.prefix, CachedPrefix):
         log.info("%s", state.prefix.close())
-    put_tensors(model.loaded.model, engine.release())
+    replace_parameters(model.loaded.model, engine.release())
     masters = {**state.resting, **{name: own.master for name, own in states.items()}}
     return Handover(state.packing, state.plans, masters, states, schedule_step)
 

@@ -16,7 +16,7 @@ from toolkit.data.examples import Encoder
 from toolkit.models.end_tokens import model_ends
 from toolkit.models.load import resolve_source
 from toolkit.runtime.distributed import World
-from toolkit.runtime.paths import writing
+from toolkit.runtime.paths import explain_refused_write
 from toolkit.training.rank_agreement import require_same_rows
 
 log = logging.getLogger("frostline")
@@ -55,6 +55,6 @@ def read_rows_of(
     log.info("data: %s", dataset.summary())
     rendering = replace(rendering, reasons=any(example.reasons for example in dataset.train))
     if run_dir is not None and world.is_main:
-        with writing(run_dir):
+        with explain_refused_write(run_dir):
             rendering.save(run_dir)
     return dataset, Encoder(tokenizer, config.data.max_length, ends, rendering).stop_ids()

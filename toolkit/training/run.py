@@ -17,7 +17,7 @@ from toolkit.runtime import signals
 from toolkit.runtime.distributed import World, joined_ranks
 from toolkit.runtime.errors import OutOfMemoryError
 from toolkit.runtime.out_of_memory import during
-from toolkit.runtime.paths import writing
+from toolkit.runtime.paths import explain_refused_write
 from toolkit.runtime.shipped import command_line
 from toolkit.runtime.signals import STOPPED, StopRequested
 from toolkit.training.context import prepare
@@ -53,7 +53,9 @@ def run(invocation: Invocation, on_directory: Callable[[Path], None] | None = No
         try:
             return train_in_group(invocation, world, on_directory)
         except StopRequested:
-            log.info("stopped by a signal before the first step (%s); start the same command again", signals.reason())
+            log.info(
+                "stopped by a signal before the first step (%s); start the same command again", signals.stop_reason()
+            )
             return STOPPED
 
 
@@ -93,7 +95,7 @@ def _train(trainer: Trainer, directory: RunDirectory) -> int:
     if directory.checkpoint:
         log.info("continuing %s after step %d of %d", run_dir, first_step, context.total_steps)
     if world.is_main:
-        with writing(run_dir):
+        with explain_refused_write(run_dir):
             write_config(run_dir, context.config)
             save_record(run_dir, context.schedule, context.dataset, trainer.plan)
     log.info("writing to %s (watch: tensorboard --logdir %s)", run_dir, run_dir.parent)
@@ -108,7 +110,7 @@ def _train(trainer: Trainer, directory: RunDirectory) -> int:
             trainer.show_phase(monitor)
         monitor.planned_gib = trainer.planned_gib
         if not trainer.run(monitor, saver):
-            step, why = trainer.progress.step, signals.reason()
+            step, why = trainer.progress.step, signals.stop_reason()
             log.info("stopped by a signal after step %d (%s); start the same command again to go on", step, why)
             return STOPPED
         monitor.finish()
