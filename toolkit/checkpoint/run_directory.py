@@ -16,7 +16,7 @@ from toolkit.config.recipe import dump
 from toolkit.config.schema import RunConfig
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import CheckpointError
-from toolkit.runtime.file_lock import NAME as LOCK
+from toolkit.runtime.file_lock import LOCK_FILE_NAME as LOCK
 from toolkit.runtime.file_lock import RunLock
 from toolkit.runtime.paths import replace_text
 

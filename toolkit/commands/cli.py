@@ -23,7 +23,7 @@ from toolkit.runtime.errors import FrostlineError
 from toolkit.runtime.progress_bar import LogHandler
 from toolkit.runtime.redact import RedactingFormatter, redact
 
-_GRACE_SECONDS, _ALONE_GRACE_SECONDS = 2.0, 10.0
+_CONNECTED_GRACE_SECONDS, _UNCONNECTED_GRACE_SECONDS = 2.0, 10.0
 """How long ranks above 0 hold back an error that all ranks raise, so that rank 0 alone prints it. Rank 0 then sends it
 to them or, before the ranks are connected, the launcher ends them."""
 
@@ -86,11 +86,11 @@ def _report_error(error: Exception, rank: int) -> int:
     code = error.exit_code if isinstance(error, FrostlineError) else 1
     if isinstance(error, FrostlineError) and error.on_every_rank and rank:
         if failures is None:
-            time.sleep(_ALONE_GRACE_SECONDS)
-        elif (failure := failures.wait_for_failure(_GRACE_SECONDS)) is not None and failure.last_error.endswith(
-            last_error
-        ):
-            return code  # the same error, which the other rank has printed
+            time.sleep(_UNCONNECTED_GRACE_SECONDS)
+        else:
+            failure = failures.wait_for_failure(_CONNECTED_GRACE_SECONDS)
+            if failure is not None and failure.last_error.endswith(last_error):
+                return code  # the same error, which the other rank has printed
     if isinstance(error, FrostlineError):
         _print_error(error, rank)
     else:

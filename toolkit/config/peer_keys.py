@@ -125,7 +125,7 @@ _FSDP = "torch's FSDP is not in this version; DeepSpeed shards: --ds ds_configs/
 _DEVICE = "the GPU is taken where there is one; CUDA_VISIBLE_DEVICES= hides it"
 _LAUNCHER = "that is for the launcher to say: deepspeed, torchrun, accelerate launch or srun (docs/launchers.md)"
 
-_BY_ANSWER: Mapping[str, tuple[str, ...]] = {
+_KEYS_BY_ANSWER: Mapping[str, tuple[str, ...]] = {
     _NO_ADAPTERS: (
         "adapter", "finetuning_type", "lora", "lora_r", "lora_rank", "lora_alpha", "lora_dropout", "lora_target",
         "lora_target_modules", "lora_target_linear", "lora_modules_to_save", "lora_attn_modules", "lora_model_dir",
@@ -193,5 +193,5 @@ _BY_ANSWER: Mapping[str, tuple[str, ...]] = {
     _LAUNCHER: ("num_gpus", "nproc_per_node", "world_size", "num_processes", "ddp_timeout", "ddp_backend"),
 }  # fmt: skip
 
-ALTERNATIVES: Mapping[str, str] = {name: answer for answer, names in _BY_ANSWER.items() for name in names}
+ALTERNATIVES: Mapping[str, str] = {name: answer for answer, names in _KEYS_BY_ANSWER.items() for name in names}
 """For a key without an equivalent, what to use instead, as a clause of the error message."""

@@ -35,7 +35,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """True on rank 0, which alone logs and writes files."""
+        """True on rank 0, which logs progress and writes what a run has one file of."""
         return self.rank == 0
 
     @property
@@ -157,8 +157,9 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
 def joined_ranks(engine_needs_group: bool = False) -> Iterator[World]:
     """Join all ranks while entered: the process group, and the connections over which failures are broadcast.
 
-    An error in the body keeps the connections attached (``failure_broadcast.broadcast_of``), for ``run_command`` to
-    report it over. The process group is then not destroyed: that would block while other ranks wait in a collective.
+    The connections are attached to an error in the body (``failure_broadcast.broadcast_of``), so that ``run_command``
+    can send it to the other ranks. The process group is then not destroyed: that would block while other ranks wait in
+    a collective.
 
     Args:
         engine_needs_group: join a process group even for a single rank, as DeepSpeed requires.

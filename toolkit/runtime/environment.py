@@ -41,7 +41,7 @@ def require_packages(root: Path) -> None:
     Packages are only looked up. One that is installed but broken fails later, where it is imported, with its traceback.
 
     Args:
-        root: Root of the repository checkout, or the directory that holds the installed package.
+        root: root of the repository checkout, or the directory that holds the installed package.
     """
     problem = describe_missing(tuple(sys.version_info[:3]))
     if not problem:
@@ -71,9 +71,9 @@ def installation_advice(root: Path, prefix: Path, here: Path) -> str:
     """Return which command to run so that the required packages are found.
 
     Args:
-        root: Root of the repository checkout; a directory without a Makefile means that pip installed Frostline.
+        root: root of the repository checkout; a directory without a Makefile means that pip installed Frostline.
         prefix: ``sys.prefix`` of the running interpreter.
-        here: Working directory.
+        here: working directory.
     """
     if not (root / "Makefile").is_file():
         return "run `python -m pip check`, then install what it names"  # installed by pip

@@ -91,7 +91,7 @@ class FailureBroadcast:
         self._start_listener()
 
     def send_to_all(self, message: dict[str, Any], exclude: socket.socket | None = None) -> None:
-        """Send ``message`` to every rank that this one is connected to, except ``but``."""
+        """Send ``message`` to every rank that this one is connected to, except through ``exclude``."""
         with self._lock:
             for connection in list(self._peers):
                 if connection is not exclude:
@@ -130,6 +130,7 @@ class FailureBroadcast:
         self.send_to_all({"failed": self._rank, "last": f"failed: {last_error}", "code": code})
 
     def _start_listener(self) -> None:
+        """Start the daemon thread that runs ``_listen``."""
         threading.Thread(target=self._listen, name="frostline-failures", daemon=True).start()
 
     def _add_peer(self, connection: socket.socket, rank: int, where: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 from typing_extensions import override
 
-NAME = ".lock"
+LOCK_FILE_NAME = ".lock"
 _NO_LOCK_ERRORS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 """Errors of ``flock`` on a file system without locks."""
 
@@ -133,7 +133,7 @@ class RunLock(FileLock):
             OSError: the directory cannot be written.
         """
         while True:
-            lock = cls(directory / NAME)
+            lock = cls(directory / LOCK_FILE_NAME)
             try:
                 if (holder := lock._acquire_or_holder()) is None:
                     return lock

@@ -67,7 +67,7 @@ def sources_hash(root: Path, *parts: str) -> str:
 
     Args:
         root: directory to search.
-        parts: files or directories below ``root``; none given takes all of it.
+        parts: files or directories below ``root``; without any, all of ``root`` is hashed.
     """
     sha = hashlib.sha256()
     for part in parts or (".",):

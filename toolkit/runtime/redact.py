@@ -13,7 +13,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-MASK = "***"
+REDACTED = "***"
+"""Replacement of a secret."""
 
 _SECRET_PATTERNS = (
     re.compile(r"(?P<keep>\b[a-zA-Z][\w+.-]*://)[^\s/@'\"]+(?=@)"),  # https://user:token@host
@@ -32,9 +33,9 @@ _SHORTEST_SECRET = 8
 def redact(text: str, environ: Mapping[str, str] = os.environ) -> str:
     """Return ``text`` with every secret in it replaced by ``***``."""
     for value in _secret_values(environ):
-        text = text.replace(value, MASK)
+        text = text.replace(value, REDACTED)
     for pattern in _SECRET_PATTERNS:
-        text = pattern.sub(lambda match: f"{match.groupdict().get('keep') or ''}{MASK}", text)
+        text = pattern.sub(lambda match: f"{match.groupdict().get('keep') or ''}{REDACTED}", text)
     return text
 
 

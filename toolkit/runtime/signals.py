@@ -30,7 +30,7 @@ STOPPED = 75
 _POLL_SECONDS = 0.5
 """How often the watcher checks that the launcher is alive."""
 
-_ALONE_SECONDS = 5.0
+_CONNECT_GRACE_SECONDS = 5.0
 """After a signal, how long a rank waits for the others to connect. A launcher that ends the job because a rank failed
 at import sends the same signal, and kills half a minute later."""
 
@@ -152,7 +152,11 @@ def _watch_for_stop(reading: int, launchers: tuple[int, ...], is_over: threading
         if launchers and _current_launchers(launchers) != launchers:
             launchers = ()
             request_stop("the launcher has ended")
-        if _state.reason and not _state.ranks_are_connected and time.monotonic() > _state.noted_at + _ALONE_SECONDS:
+        if (
+            _state.reason
+            and not _state.ranks_are_connected
+            and time.monotonic() > _state.noted_at + _CONNECT_GRACE_SECONDS
+        ):
             _exit_before_connected()
 
 

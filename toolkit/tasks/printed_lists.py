@@ -87,7 +87,7 @@ def parse_printed_list(text: str) -> Any:
             return text
         raise PrintedListError(error.reason) from None
     if trailing:
-        if parser.texts < 2 and trailing[0] not in ",;|[":  # prose that begins with a bracket, as in "[1] showed …"
+        if parser.texts < 2 and trailing[0] not in ",;|[":  # prose that begins with a quotation in brackets
             return text
         raise PrintedListError(f"is followed by {trailing[:20]!r}")
     return text if isinstance(value, str) else value
