@@ -16,7 +16,7 @@ from toolkit.config.schema import OutputConfig, RunConfig
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import CheckpointError, ConfigError, UsageError
 from toolkit.slurm.cluster import NodeKind, Partition, check
-from toolkit.slurm.request import JobRequest, add_flags, read_request, seconds
+from toolkit.slurm.request import JobRequest, add_flags, read_request, time_in_seconds
 from toolkit.slurm.script import BatchJob, render
 from toolkit.training.preflight import preflight
 
@@ -41,7 +41,7 @@ def script(*words: str, runs: tuple[Path, ...] = (Path("/data/runs/x"),), **envi
     ],
 )  # fmt: skip
 def test_times_are_read_as_slurm_reads_them(text: str, expected: int | None) -> None:
-    assert seconds(text) == expected
+    assert time_in_seconds(text) == expected
 
 
 @pytest.mark.parametrize(

@@ -82,9 +82,8 @@ def open_model(
     if _is_checkpoint(path) or is_delta(path):
         delta = read_trained(path)
         loaded = load_delta(delta, base, trust_remote_code, dtype)
-        rendering = read_rendering(
-            path.parent.parent
-        )  # a checkpoint is RUN/checkpoints/step-N; outside a run this is the default
+        # a checkpoint is RUN/checkpoints/step-N; a delta outside a run gets the default format
+        rendering = read_rendering(path.parent.parent)
         return OpenedModel(loaded, RunConfig(), None, None, delta, rendering)
     _refuse_inside_run(path)
     dtype = dtype or stored_dtype(source)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from toolkit.runtime.errors import ConfigError, SlurmError
-from toolkit.slurm.request import JobRequest, seconds
+from toolkit.slurm.request import JobRequest, time_in_seconds
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _cluster_faults(request: JobRequest, known: list[Partition]) -> Iterator[str
     if request.nodes > suitable:
         each = f"{cpus} CPUs and {gpus} GPUs each" if gpus else f"{cpus} CPUs each"
         yield f"--nodes is {request.nodes} with {each}; {suitable} node(s) can give that ({partition.describe()})"
-    limit, requested = seconds(partition.limit), request.time_seconds
+    limit, requested = time_in_seconds(partition.limit), request.time_seconds
     if limit is not None and requested is not None and requested > limit:
         yield f"--time is {request.time}; partition {partition.name} allows {partition.limit} at most"
 

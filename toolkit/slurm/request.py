@@ -57,7 +57,7 @@ class JobRequest:
     @property
     def time_seconds(self) -> int | None:
         """Time limit in seconds; None if there is none or it is malformed."""
-        return None if self.time is None else seconds(self.time)
+        return None if self.time is None else time_in_seconds(self.time)
 
     def summary(self) -> str:
         """Describe nodes and ranks, as ``2 node(s) x 8 GPU(s)``."""
@@ -120,7 +120,7 @@ def read_request(given: argparse.Namespace) -> JobRequest:
     )
 
 
-def seconds(time: str) -> int | None:
+def time_in_seconds(time: str) -> int | None:
     """Return a SLURM time in seconds; None if it is malformed.
 
     The forms are minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes and
@@ -163,7 +163,7 @@ def _time_faults(given: argparse.Namespace) -> Iterator[str]:
     """Yield faults of ``--time`` and ``--signal-before``."""
     if given.time is None:
         return
-    limit = seconds(given.time)
+    limit = time_in_seconds(given.time)
     if not limit:
         yield f"--time is {given.time!r}; expected minutes (30), hours:minutes:seconds (04:00:00) or days-hours (1-12)"
     elif limit <= given.signal_before + _EARLY_SIGNAL_SECONDS:
