@@ -23,9 +23,10 @@ class BackgroundLoader:
 
     def request(self, keys: Iterable[str]) -> None:
         """Queue keys in the order of their use. Those beyond the bound are left to whoever needs them."""
-        self._pending = [future for future in self._pending if not (future.done() or future.running())]
+        self._pending = [future for future in self._pending if not future.done()]
+        waiting = sum(not future.running() for future in self._pending)
         with suppress(RuntimeError):  # stopped
-            for key in islice(keys, self._bound - len(self._pending)):
+            for key in islice(keys, self._bound - waiting):
                 self._pending.append(self._executor.submit(self._load, key))
 
     def wait(self) -> None:
