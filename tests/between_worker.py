@@ -51,7 +51,7 @@ def main() -> None:
     scenario, *rest = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     {"stop-at-2": stop_at_2, "answers-fail": answers_fail}[scenario]()
     parser = flags.parser("")
-    cli.leave(cli.run_command(lambda: run(flags.parse(parser, ROOT / "recipes" / "quickstart.yaml", rest))))
+    cli.exit_process(cli.run_command(lambda: run(flags.parse(parser, ROOT / "recipes" / "quickstart.yaml", rest))))
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def main() -> None:
                 run(engine, precision, 2, fault)
     world.barrier()
     distributed.stop()
-    cli.leave(0)
+    cli.exit_process(0)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def main() -> None:
         (folder / "result.json").write_text(json.dumps({"codes": codes, "in files": in_files}), encoding="utf-8")
     world.barrier()
     distributed.stop()
-    cli.leave(0)
+    cli.exit_process(0)
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def main() -> None:
         Path(output).write_text(json.dumps(results), encoding="utf-8")
     world.barrier()
     distributed.stop()
-    cli.leave(0)
+    cli.exit_process(0)
 
 
 if __name__ == "__main__":

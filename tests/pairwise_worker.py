@@ -186,7 +186,7 @@ def main() -> None:
                 said = re.sub(r"\x1b\[[0-9;]*m", "", all_wrong[0]) if all_wrong else None
                 out.write(json.dumps({"row": number, "wrong": said}) + "\n")
         world.barrier()
-    cli.leave(0)
+    cli.exit_process(0)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def main() -> None:
         (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
     world.barrier()
     distributed.stop()
-    cli.leave(0)
+    cli.exit_process(0)
 
 
 if __name__ == "__main__":

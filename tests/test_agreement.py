@@ -25,7 +25,7 @@ from helpers import invocation
 from toolkit.commands import cli
 from toolkit.training.run import run
 cli._GRACE_SECONDS = 0.0
-cli.leave(cli.run_command(lambda: run(invocation(*sys.argv[2:]))))
+cli.exit_process(cli.run_command(lambda: run(invocation(*sys.argv[2:]))))
 """
 
 LINES = ENGLISH.read_text(encoding="utf-8").splitlines()

@@ -27,7 +27,7 @@ def main():
     return 0
 
 cli._GRACE_SECONDS = 0.0
-cli.leave(cli.run_command(main))
+cli.exit_process(cli.run_command(main))
 """
 
 

@@ -65,7 +65,26 @@ def test_stopping_forgets_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_asked_starts_no_thread() -> None:
+    before = threading.enumerate()
     ahead = BackgroundLoader(lambda key: None)
     ahead.request([])
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("frostline-loader")]
+    assert set(threading.enumerate()) <= set(before)
+    ahead.stop()
+
+
+def test_waiting_covers_the_key_under_way() -> None:
+    gate, started, fetched = threading.Event(), threading.Event(), []
+
+    def fetch(key: str) -> None:
+        started.set()
+        gate.wait()
+        fetched.append(key)
+
+    ahead = BackgroundLoader(fetch)
+    ahead.request("a")
+    started.wait()
+    ahead.request([])
+    threading.Timer(0.05, gate.set).start()
+    ahead.wait()
+    assert fetched == ["a"]
     ahead.stop()

@@ -99,7 +99,7 @@ def main() -> None:
     if world.is_main:
         Path(output).write_text(json.dumps(result), encoding="utf-8")
     distributed.stop()
-    cli.leave(0)
+    cli.exit_process(0)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def main() -> None:
         torch.save(after, f"{output}.pt")
         Path(output).write_text(json.dumps(result), encoding="utf-8")
     distributed.stop()
-    cli.leave(0)
+    cli.exit_process(0)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,10 @@ class BackgroundLoader:
 
     def request(self, keys: Iterable[str]) -> None:
         """Queue keys in the order of their use; those beyond the bound are dropped, and their users load them."""
-        self._pending = [future for future in self._pending if not (future.done() or future.running())]
+        self._pending = [future for future in self._pending if not future.done()]
+        waiting = sum(not future.running() for future in self._pending)
         with suppress(RuntimeError):  # submit() after stop()
-            for key in islice(keys, self._bound - len(self._pending)):
+            for key in islice(keys, self._bound - waiting):
                 self._pending.append(self._executor.submit(self._load, key))
 
     def wait(self) -> None:
