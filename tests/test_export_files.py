@@ -22,7 +22,7 @@ from toolkit.exporting.run_export import export_model
 from toolkit.mask.apply import apply_mask
 from toolkit.mask.layer_mask import build_mask
 from toolkit.models import weight_files
-from toolkit.models.bundled import NAME, bundled_directory
+from toolkit.models.bundled import BUNDLED_NAME, bundled_directory
 from toolkit.models.config_json import config_to_write
 from toolkit.models.load import LoadedModel, load
 
@@ -120,7 +120,7 @@ def test_weights_may_be_read_by_whoever_may_read_the_files_beside_them(base: Pat
 @pytest.mark.slow
 def test_a_converted_bundled_model_may_be_read_by_others_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FROSTLINE_CACHE", str(tmp_path / "cache"))
-    directory = bundled_directory(NAME)
+    directory = bundled_directory(BUNDLED_NAME)
     assert directory.stat().st_mode == directory.parent.stat().st_mode
     assert len({path.stat().st_mode for path in directory.iterdir()}) == 1
 

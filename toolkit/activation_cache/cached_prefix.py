@@ -25,21 +25,21 @@ from toolkit.split.prefix import Prefix
 log = logging.getLogger("frostline")
 
 FILL_TOKENS, CPU_FILL_TOKENS = 4096, 512
-"""Tokens, with padding, of a batch of the first pass; large enough for efficient products of matrices."""
+"""Tokens, padding included, of a batch that fills the cache, on a GPU and on a CPU; enough for efficient products."""
 
 _SHARD_BYTES = 64 * 2**20
-"""Hidden states that are collected before a shard is written."""
+"""Bytes of hidden states that are collected before they are written."""
 
 
 class CachedPrefix:
-    """Gives what ``Prefix`` gives, and runs it only for samples that the store does not hold.
+    """Returns the hidden states that ``Prefix`` does, and runs it only for samples that the store lacks.
 
     Args:
-        prefix: none where it was not loaded, because the store holds all samples.
-        load: loads the prefix again when a sample has to be computed after all.
-        load_offloaded: loads it for generation, with its weights left in their files.
-        store: of this prefix's activations.
-        world: where hidden states go, and who shares the first pass.
+        prefix: the prefix; None if it was not loaded because the store holds all samples.
+        load: function that loads the prefix, if a sample has to be computed after all.
+        load_offloaded: function that loads it for generation, with its weights left in their files.
+        store: store of this prefix's hidden states.
+        world: all ranks, which share the filling of the cache; hidden states go to its device.
     """
 
     def __init__(
@@ -51,20 +51,20 @@ class CachedPrefix:
         world: World,
     ) -> None:
         self.prefix = prefix
-        """None while it is not loaded or has been released."""
+        """The prefix; None if it is not loaded or has been released."""
         self._load = load
         self._load_offloaded = load_offloaded
         self._offloaded: Prefix | None = None
         self.store = store
         self._world = world
-        self._counted = (0, 0)
+        self._reported_counts = (0, 0)
 
     def train(self, mode: bool = True) -> CachedPrefix:
-        """Return itself: only a prefix that gives the same in both modes is cached."""
+        """Do nothing, as ``nn.Module.train`` would: only a prefix without dropout is cached. Return self."""
         return self
 
     def eval(self) -> CachedPrefix:
-        """Return itself, as ``train`` does."""
+        """Do nothing, for the reason that ``train`` gives. Return self."""
         return self
 
     def __call__(self, batch: Batch) -> torch.Tensor:
@@ -72,13 +72,16 @@ class CachedPrefix:
         keys = [sample_key(example.token_ids) for example in batch.examples]
         stored = [self.store.read(key) for key in keys]
         missing = [example for example, row in zip(batch.examples, stored, strict=True) if row is None]
-        computed = iter(self._compute(missing))
+        computed = iter(self._compute_and_store(missing))
         device = self._world.device
         rows = [next(computed) if row is None else row.to(device, non_blocking=True) for row in stored]
         return lay_out(rows, batch)
 
     def stored_or_random(self, batch: Batch) -> torch.Tensor:
-        """Return hidden states like a call, with random numbers for a sample that is not stored."""
+        """Return hidden states as a call does, but random ones for samples that are not stored; the prefix never runs.
+
+        For trials that need plausible hidden states, whatever their values; those of a sample are the same each time.
+        """
         width, dtype, device = self.store.namespace.width, self.store.namespace.dtype, self._world.device
         rows = []
         for example in batch.examples:
@@ -91,44 +94,44 @@ class CachedPrefix:
         return lay_out(rows, batch)
 
     def prefetch(self, examples: Sequence[Example]) -> None:
-        """Read the hidden states of these samples into memory, in the background."""
+        """Read the hidden states of these samples into memory in the background."""
         self.store.prefetch([sample_key(example.token_ids) for example in examples])
 
     def missing(self, examples: Sequence[Example]) -> list[Example]:
-        """Return the distinct samples that the store does not hold, longest first."""
+        """Return the distinct samples that the store lacks, longest first."""
         by_key = {sample_key(example.token_ids): example for example in examples}
         return sorted((by_key[key] for key in self.store.missing(list(by_key))), key=_length, reverse=True)
 
     def fill(self, examples: Sequence[Example]) -> None:
-        """Compute what is missing, in large batches, shared among the ranks; every rank calls it.
+        """Compute and store what the store lacks, in large batches, shared among the ranks; every rank calls it.
 
-        Which samples share a batch follows from all of them, not from what is missing or from the number of ranks: a
-        pass that was cut short and begun again stores the same bits.
+        Batches are made of all samples, not of the missing ones, and do not depend on the number of ranks: a run that
+        was interrupted and started again stores the same bits.
 
         Raises:
             StopRequested: a signal came; what was computed is stored, and the next run goes on from there.
         """
         distinct = {sample_key(example.token_ids): example for example in examples}
         tokens = CPU_FILL_TOKENS if self._world.device.type == "cpu" else FILL_TOKENS
-        batches = list(_batches(sorted(distinct.values(), key=_length, reverse=True), tokens))
+        batches = list(_batches_by_length(sorted(distinct.values(), key=_length, reverse=True), tokens))
         self._compute_missing(batches[self._world.rank :: self._world.size])
         self._world.barrier()
         self._world.raise_if_stopping()
         self.store.refresh()
-        if not self.store.statistics.failed:  # what is missing still, another node keeps on a disk of its own
+        if not self.store.statistics.failed:  # another node may have stored what is still missing on a disk of its own
             self._compute_missing(batches)
             self._world.raise_if_stopping()
 
     def _compute_missing(self, batches: list[list[Example]]) -> None:
-        """Compute the batches of which the store lacks a sample, and store what it lacks."""
+        """Run the prefix on those batches of which the store lacks a sample, and store the missing samples."""
         missing = set(self.store.missing([sample_key(e.token_ids) for batch in batches for e in batch]))
         incomplete = [batch for batch in batches if any(sample_key(e.token_ids) in missing for e in batch)]
         pending: dict[str, torch.Tensor] = {}
         with ProgressBar("first pass", sum(map(len, incomplete)), "row", brief=True) as bar:
             for batch in incomplete:
-                if signals.stop_requested():  # every rank hears of it; what they do next, they agree upon
+                if signals.stop_requested():  # this rank's signal; ``fill`` then agrees on it with all ranks
                     break
-                rows = {sample_key(e.token_ids): row for e, row in zip(batch, self._run(batch), strict=True)}
+                rows = {sample_key(e.token_ids): row for e, row in zip(batch, self._run_prefix(batch), strict=True)}
                 pending |= {key: row.cpu() for key, row in rows.items() if key in missing}
                 if sum(row.nbytes for row in pending.values()) >= _SHARD_BYTES:
                     self.store.write(pending)
@@ -138,13 +141,13 @@ class CachedPrefix:
                 self.store.write(pending)
 
     def release(self, examples: Sequence[Example]) -> bool:
-        """Release the prefix if the store holds all ``examples``; return True if it is gone."""
+        """Release the prefix if the store holds all ``examples``; return True if it is not loaded any more."""
         if self.prefix is not None and not self.missing(examples):
             self.prefix = None
         return self.prefix is None
 
     def offloaded_prefix(self) -> Prefix:
-        """Return the prefix; once it is released, with a block's weights in memory only while it computes."""
+        """Return the prefix for generation; once released, one that loads a block's weights only while it computes."""
         if self.prefix is not None:
             return self.prefix
         if self._offloaded is None:
@@ -155,8 +158,8 @@ class CachedPrefix:
         """Return the cache hit rate of this rank since the last call; None if nothing was requested."""
         statistics = self.store.statistics
         now = statistics.hits, statistics.misses
-        hits, misses = (count - before for count, before in zip(now, self._counted, strict=True))
-        self._counted = now
+        hits, misses = (count - before for count, before in zip(now, self._reported_counts, strict=True))
+        self._reported_counts = now
         return hits / (hits + misses) if hits + misses else None
 
     def close(self) -> str:
@@ -164,14 +167,16 @@ class CachedPrefix:
         self.store.close()
         return self.store.summary()
 
-    def _compute(self, missing: list[Example]) -> list[torch.Tensor]:
+    def _compute_and_store(self, missing: list[Example]) -> list[torch.Tensor]:
+        """Run the prefix on samples that the store lacks, and store their hidden states."""
         if not missing:
             return []
-        rows = self._run(missing)
+        rows = self._run_prefix(missing)
         self.store.write({sample_key(e.token_ids): row.cpu() for e, row in zip(missing, rows, strict=True)})
         return rows
 
-    def _run(self, examples: list[Example]) -> list[torch.Tensor]:
+    def _run_prefix(self, examples: list[Example]) -> list[torch.Tensor]:
+        """Run the prefix on one batch, loaded again if it was released; return each sample's [T, hidden_size]."""
         if self.prefix is None:
             log.warning("the activation cache lacks samples that it held; loading the prefix again to compute them")
             self.prefix = self._load()
@@ -182,21 +187,21 @@ class CachedPrefix:
 
 
 def prefetch_cached(source: Callable[[], HiddenStates | None], steps: Iterable[list[Batch]]) -> Iterator[list[Batch]]:
-    """Yield ``steps`` as they are; the hidden states of each step are prefetched when it is made.
+    """Yield ``steps`` unchanged, and prefetch each step's hidden states from the cache as it passes.
 
     Args:
-        source: what gives hidden states now; it may change on the way.
+        source: function that returns the current prefix, which can change during an epoch; None without a prefix.
         steps: micro batches of each step.
     """
     for micro_batches in steps:
-        now = source()
-        if isinstance(now, CachedPrefix):
-            now.prefetch([example for batch in micro_batches for example in batch.examples])
+        prefix = source()
+        if isinstance(prefix, CachedPrefix):
+            prefix.prefetch([example for batch in micro_batches for example in batch.examples])
         yield micro_batches
 
 
-def _batches(longest_first: list[Example], tokens: int) -> Iterator[list[Example]]:
-    """Yield neighbours of nearly one length, up to ``tokens`` together."""
+def _batches_by_length(longest_first: list[Example], tokens: int) -> Iterator[list[Example]]:
+    """Yield batches of neighbours, which have similar lengths, of up to ``tokens`` tokens with padding."""
     start = 0
     while start < len(longest_first):
         rows = max(1, tokens // _length(longest_first[start]))
@@ -209,4 +214,4 @@ def _length(example: Example) -> int:
 
 
 HiddenStates = Prefix | CachedPrefix
-"""What gives ``hidden[b]`` of a batch."""
+"""Either prefix: maps a batch to its ``hidden[b]``."""

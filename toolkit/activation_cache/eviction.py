@@ -35,11 +35,11 @@ class CacheWriter:
     """A process that writes to a cache; by default the only one of its run."""
 
     lease: str = field(default_factory=lambda: secrets.token_hex(8))
-    """Names the lease of its node: 16 hexadecimal digits."""
+    """Name of its node's lease: 16 hexadecimal digits."""
     local_rank: int = 0
-    """Tells the processes of a lease apart."""
+    """Local rank, which tells the processes that share a lease apart."""
     holds_lease: bool = True
-    """It locks the lease, for all of its node."""
+    """True if this process locks the lease, for all processes of its node."""
 
 
 def cache_writer(world: World) -> CacheWriter:
@@ -47,19 +47,19 @@ def cache_writer(world: World) -> CacheWriter:
 
     A lease for each rank would have every rank try the lock of every other: 131,000 of them at 512 ranks.
     """
-    host, own = socket.gethostname(), secrets.token_hex(8)
-    before = world.all_gather_object((host, world.local_rank, own))[: world.rank + 1]
-    firsts = [lease for place, local_rank, lease in before if place == host and local_rank == 0]
-    lease = firsts[-1] if firsts else own
-    return CacheWriter(lease, world.local_rank, lease == own)
+    host, own_lease = socket.gethostname(), secrets.token_hex(8)
+    up_to_this_rank = world.all_gather_object((host, world.local_rank, own_lease))[: world.rank + 1]
+    node_leases = [lease for node, local_rank, lease in up_to_this_rank if node == host and local_rank == 0]
+    lease = node_leases[-1] if node_leases else own_lease
+    return CacheWriter(lease, world.local_rank, lease == own_lease)
 
 
 class Lease:
     """Marks a namespace as used by a live run; the file's modification time is when the run began.
 
     Args:
-        directory: the namespace's.
-        writer: this process. The one that holds the lease also removes what dead runs left there.
+        directory: directory of the namespace.
+        writer: this process. One that holds the lease also removes the files that dead runs left.
 
     Raises:
         OSError: the directory is read-only, or its file system has no locks.
@@ -70,7 +70,7 @@ class Lease:
         self._lock: FileLock | None = None
         if not writer.holds_lease:
             return
-        with locked(directory.parent):  # else another's sweep could take the lease for a dead run's before it is locked
+        with locked(directory.parent):  # else another process could sweep the new lease away before it is locked
             sweep(directory)
             self._lock = FileLock(directory / f".{writer.lease}.lease", os.O_EXCL)
             try:
@@ -82,7 +82,7 @@ class Lease:
                 raise
 
     def staging(self) -> Path:
-        """Return a name for a file that is being written; no other writer has it."""
+        """Return a path for a file that is being written, which no other writer uses."""
         return self._directory / f".{self._writer.lease}-{next(self._count)}.partial"
 
     def release(self) -> None:
@@ -93,10 +93,10 @@ class Lease:
 
 @contextmanager
 def locked(root: Path) -> Iterator[None]:
-    """Hold the lock of the whole root; waits for whoever has it.
+    """Hold the lock of the cache's root directory; wait for it if need be.
 
     Raises:
-        OSError: read-only, or no locks there.
+        OSError: the directory is read-only, or its file system has no locks.
     """
     lock = FileLock(root / ".lock")
     try:
@@ -107,19 +107,19 @@ def locked(root: Path) -> Iterator[None]:
 
 
 def sweep(directory: Path) -> int | None:
-    """Remove what killed runs left in a namespace: their leases and the files they were writing.
+    """Remove the leases and staging files that killed runs left in a namespace.
 
     Returns:
-        When the oldest live run began, in nanoseconds; None without a live run.
+        Start of the oldest live run, in nanoseconds since the epoch; None if no run is alive.
     """
     starts: dict[str, int] = {}
-    for path, match in _matching(directory, _LEASE_NAME):
-        with suppress(FileNotFoundError):  # released meanwhile: that takes no lock
+    for path, match in _files_matching(directory, _LEASE_NAME):
+        with suppress(FileNotFoundError):  # a lease can be released meanwhile, which takes no lock
             if is_locked(path):
                 starts[match[1]] = path.stat().st_mtime_ns
             else:
                 path.unlink()
-    for path, match in _matching(directory, _STAGING_NAME):
+    for path, match in _files_matching(directory, _STAGING_NAME):
         if match[1] not in starts:
             path.unlink(missing_ok=True)
     return min(starts.values(), default=None)
@@ -134,8 +134,8 @@ class CacheQuota:
 
     Args:
         root: the directory of all namespaces.
-        limit: bytes that all shards may take; None sets no limit and evicts nothing.
-        keep_free: bytes of the disk that stay free.
+        limit: most bytes of all shards; None sets no limit and evicts nothing.
+        keep_free: bytes of the disk to leave free.
     """
 
     def __init__(self, root: Path, limit: int | None, keep_free: int) -> None:
@@ -144,10 +144,10 @@ class CacheQuota:
 
     @contextmanager
     def room(self, incoming: int) -> Iterator[int]:
-        """Make room for ``incoming`` bytes, and see that they fit while the block runs.
+        """Evict shards so that ``incoming`` bytes fit; the caller writes them within the block.
 
-        Under a limit the root stays locked, so that the limit holds exactly. Where evicting all that no live run needs
-        leaves too little, nothing is evicted.
+        Under a limit the root stays locked meanwhile, so that the limit holds exactly. If evicting every shard that no
+        live run needs would not suffice, nothing is evicted.
 
         Yields:
             Number of shards evicted.
@@ -155,20 +155,22 @@ class CacheQuota:
         Raises:
             OSError: they do not fit, or the root cannot be locked.
         """
-        free = self._free()
+        free = self._free_bytes()
         if self._limit is None:
             if incoming > free:
-                raise self._no_room(incoming, free, "no limit")
+                raise self._no_space_error(incoming, free, "no limit")
             yield 0
             return
         with locked(self._root):
-            chosen, lacking = self._choose(max(self._update() + incoming - self._limit, incoming - free))
+            chosen, lacking = self._choose_evictions(
+                max(self._refresh_shards() + incoming - self._limit, incoming - free)
+            )
             if lacking > 0:
-                raise self._no_room(incoming, free, f"a limit of {mebibytes(self._limit)}")
+                raise self._no_space_error(incoming, free, f"a limit of {mebibytes(self._limit)}")
             yield self._evict(chosen)
 
     def trim(self) -> int:
-        """Evict as far as needed, and as far as live runs let, to keep to the limit; return the number of shards.
+        """Evict shards until the limit holds or live runs need all that are left; return the number evicted.
 
         Raises:
             OSError: the root cannot be locked.
@@ -176,7 +178,7 @@ class CacheQuota:
         if self._limit is None:
             return 0
         with locked(self._root):
-            chosen, _ = self._choose(self._update() - self._limit)
+            chosen, _ = self._choose_evictions(self._refresh_shards() - self._limit)
             return self._evict(chosen)
 
     def available_bytes(self) -> int:
@@ -185,28 +187,34 @@ class CacheQuota:
         Raises:
             OSError: the root cannot be locked.
         """
-        free = self._free()
+        free = self._free_bytes()
         if self._limit is not None:
             with locked(self._root):
-                total = self._update()
-                _, needed = self._choose(total)
+                total = self._refresh_shards()
+                _, needed = self._choose_evictions(total)
             free = min(self._limit, total + free) - needed
         return max(free, 0)
 
-    def _free(self) -> int:
+    def _free_bytes(self) -> int:
+        """Return the free bytes of the disk, less those to leave free."""
         return shutil.disk_usage(self._root).free - self._keep_free
 
-    def _update(self) -> int:
-        """Look at the shards that are new, forget those that are gone, and return the bytes of all."""
+    def _refresh_shards(self) -> int:
+        """List the shards, call ``stat`` on the new ones only, and return the bytes of all."""
         known, self._shards = self._shards, {}
         for directory in _namespaces(self._root):
-            for path, _ in _matching(directory, SHARD_NAME):
+            for path, _ in _files_matching(directory, SHARD_NAME):
                 with suppress(FileNotFoundError):
                     self._shards[path] = known.get(path) or path.stat()
         return sum(stat.st_size for stat in self._shards.values())
 
-    def _choose(self, excess: int) -> tuple[list[Path], int]:
-        """Return the least recently used shards of ``excess`` bytes that no live run needs, and the bytes they lack."""
+    def _choose_evictions(self, excess: int) -> tuple[list[Path], int]:
+        """Choose the least recently used shards to evict, of those that no live run needs.
+
+        Returns:
+            The shards, of ``excess`` bytes or more if there are enough, and the bytes still lacking (0 or less if there
+            are).
+        """
         chosen: list[Path] = []
         if excess <= 0:
             return chosen, excess
@@ -228,20 +236,24 @@ class CacheQuota:
         return chosen, excess
 
     def _evict(self, chosen: list[Path]) -> int:
+        """Delete shards and return their number."""
         for path in chosen:
             path.unlink(missing_ok=True)
         return len(chosen)
 
-    def _no_room(self, incoming: int, free: int, limit: str) -> OSError:
+    def _no_space_error(self, incoming: int, free: int, limit: str) -> OSError:
+        """Return the error for bytes that do not fit."""
         found = f"{mebibytes(incoming)} do not fit under {limit} beside what live runs use"
         disk = f"{mebibytes(max(free, 0))} of disk beside the {mebibytes(self._keep_free)} that stay free"
         return OSError(errno.ENOSPC, f"{found}, with {disk}", str(self._root))
 
 
 def _namespaces(root: Path) -> list[Path]:
+    """Return the directories of all namespaces under the root."""
     return [path for path in root.iterdir() if NAMESPACE_NAME.fullmatch(path.name)]
 
 
-def _matching(directory: Path, name: re.Pattern[str]) -> list[tuple[Path, re.Match[str]]]:
+def _files_matching(directory: Path, name: re.Pattern[str]) -> list[tuple[Path, re.Match[str]]]:
+    """Return the files of a directory whose whole name matches a pattern, with the matches."""
     with os.scandir(directory) as listing:
         return [(Path(entry.path), match) for entry in listing if (match := name.fullmatch(entry.name))]

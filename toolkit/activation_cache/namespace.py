@@ -13,22 +13,22 @@ import numpy as np
 import torch
 
 FORMAT = "frostline-activations-1"
-"""Names the layout of a shard; another layout gets another name and therefore other directories."""
+"""Version of the shard layout; it is hashed into the namespace, so another version uses other directories."""
 NAMESPACE_NAME = re.compile(r"[0-9a-f]{64}")
-"""What a namespace's directory name looks like."""
+"""Pattern of a namespace's directory name."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""What can be stored."""
+"""Dtypes that can be stored."""
 _KEY = re.compile(r"[0-9a-f]{64}")
 _ENTRY_OVERHEAD = 512
-"""Bytes beside the data, at most, for an entry that has a shard to itself."""
+"""Most bytes of an entry beside its data, those of a shard with a single entry."""
 
 
 @dataclass(frozen=True)
 class Namespace:
-    """The computation that gave the activations; two runs share entries exactly where all of it agrees."""
+    """The computation that activations come from; runs share stored ones if and only if all of it is the same."""
 
     identity: Mapping[str, str]
-    """Whatever changes a value: hash of the prefix weights, boundary, attention implementation, versions, device …"""
+    """All that a value depends on: hash of the weights, boundary, attention implementation, versions, device …"""
     width: int
     """H, the size of one hidden state."""
     dtype: torch.dtype
@@ -43,19 +43,19 @@ class Namespace:
     @cached_property
     def text(self) -> str:
         """Return the identity as JSON with sorted keys, for people and for the hash."""
-        own = {"width": self.width, "dtype": str(self.dtype).removeprefix("torch.")}
-        return json.dumps({"format": FORMAT, **own, "identity": dict(self.identity)}, indent=1, sort_keys=True)
+        tensor_form = {"width": self.width, "dtype": str(self.dtype).removeprefix("torch.")}
+        return json.dumps({"format": FORMAT, **tensor_form, "identity": dict(self.identity)}, indent=1, sort_keys=True)
 
     @cached_property
     def sha256(self) -> str:
-        """Return the SHA-256 of ``text``: the name of the directory."""
+        """Return the SHA-256 of ``text``: the name of the namespace's directory."""
         return sha256(self.text.encode()).hexdigest()
 
     def check(self, key: str, tensor: torch.Tensor) -> None:
-        """Refuse what does not belong here.
+        """Refuse a key or tensor that does not fit the namespace.
 
         Raises:
-            ValueError: the key is no SHA-256, or the tensor is not [T, width] with T > 0, or of another dtype.
+            ValueError: the key is no SHA-256, or the tensor is not [T, width] with T > 0, or has another dtype.
         """
         if not _KEY.fullmatch(key):
             raise ValueError(f"key {key!r} of an activation; expected 64 hexadecimal digits from sample_key")
@@ -72,5 +72,5 @@ def sample_key(token_ids: Sequence[int] | torch.Tensor) -> str:
 
 
 def bytes_of(tokens: int, samples: int, width: int, dtype: torch.dtype) -> int:
-    """Return the bytes on disk, at most, of ``samples`` entries with ``tokens`` tokens in all."""
+    """Return the most bytes that ``samples`` entries, with ``tokens`` tokens in all, take on disk."""
     return tokens * width * dtype.itemsize + samples * _ENTRY_OVERHEAD

@@ -15,15 +15,15 @@ from toolkit.data.examples import Example
 from toolkit.models.probe import evaluating
 from toolkit.models.varlen import VARLEN, register_varlen
 from toolkit.runtime.errors import ModelError
-from toolkit.split.logit_processing import FAILURES
+from toolkit.split.logit_processing import MODEL_CODE_ERRORS
 from toolkit.split.prefix import Prefix
 from toolkit.split.suffix import Suffix
 
-_WATCHED = 8
-"""Positions at each end of a sample whose logits are compared: what crosses samples shows first at their beginnings."""
+_COMPARED_POSITIONS = 8
+"""Positions at each end of a sample whose logits are compared; leakage shows first at a sample's beginning."""
 
-_SLACK = 4.0
-"""How many times the rounding that was seen still counts as rounding."""
+_ROUNDING_FACTOR = 4.0
+"""Factor on the rounding that was observed, up to which a difference still counts as rounding."""
 
 
 def choose_packing(
@@ -34,57 +34,57 @@ def choose_packing(
     examples: Sequence[Example],
     device: torch.device,
 ) -> Decision:
-    """Decide by the recipe and by what the model does with packed rows.
+    """Decide whether to pack, by the recipe and by trying the model on packed rows.
 
-    Where it is decided for and the model's attention is ``sdpa``, the halves run ``toolkit.models.varlen`` from here
-    on, which is ``sdpa`` for everything but packed rows.
+    If the answer is yes and the model's attention is ``sdpa``, prefix and suffix are set to ``toolkit.models.varlen``,
+    which is ``sdpa`` for everything but packed rows.
 
     Args:
-        mode: of the recipe; ``auto`` packs where that is exact and attention runs sample by sample.
-        micro_batch_size: rows that are computed together.
-        prefix: of the model; None where it is not cut.
-        suffix: of the model.
-        examples: all rows of the run; some of them are tried.
-        device: where the halves are.
+        mode: ``data.packing``; ``auto`` packs if that is exact and attention runs sample by sample.
+        micro_batch_size: rows of a micro batch.
+        prefix: prefix of the model; None if it is not cut.
+        suffix: suffix of the model.
+        examples: all rows of the run, a few of which are tried.
+        device: device of prefix and suffix.
 
     Raises:
         ModelError: ``mode`` is ``on``, and the model does not keep packed samples apart.
     """
-    if refused := refuse_packing(mode, micro_batch_size, {len(example.token_ids) for example in examples}):
-        return refused
-    given, fault = suffix.model.config._attn_implementation, None
-    trial = _Trial(prefix, suffix, device, given)
+    if refusal := refuse_packing(mode, micro_batch_size, {len(example.token_ids) for example in examples}):
+        return refusal
+    original, fault = suffix.model.config._attn_implementation, None
+    trial = _PackingTrial(prefix, suffix, device, original)
     with evaluating(*(part for part in (prefix, suffix) if isinstance(part, (Prefix, Suffix)))):
-        for attention in packing_attentions(mode, given):
+        for attention in packing_attentions(mode, original):
             set_attention(suffix.model, attention)
             if suffix.model.config._attn_implementation != attention:
-                continue  # this model's attention cannot be exchanged
+                continue  # this model's attention cannot be replaced
             fault = trial.fault(examples, micro_batch_size)
             if fault is None:
                 return Decision(True, f"on ({'auto: ' if mode == 'auto' else ''}exact on rows of this data)")
-    set_attention(suffix.model, given)
-    fault = fault or f"{given} attention would compute each token of a packed row with each, other samples' too"
+    set_attention(suffix.model, original)
+    fault = fault or f"{original} attention would compute each token of a packed row with each, other samples' too"
     if mode == "on":
         raise ModelError(
-            f"data.packing is on, but {type(suffix.model).__name__} with {given} attention does not keep packed "
+            f"data.packing is on, but {type(suffix.model).__name__} with {original} attention does not keep packed "
             f"samples apart: {fault}. Set data.packing to off, or to auto, which packs where that is exact"
         )
     return Decision(False, f"off (auto: {fault})")
 
 
-def packing_attentions(mode: Mode, given: str) -> list[str]:
+def packing_attentions(mode: Mode, original: str) -> list[str]:
     """Return the attention implementations that may keep packed samples apart, in the order in which they are tried.
 
     Args:
-        mode: of the recipe; ``on`` also takes one that computes all pairs of a packed row under a mask.
-        given: the implementation that the model came with.
+        mode: ``data.packing``; ``on`` also allows one that computes all pairs of a packed row under a mask.
+        original: attention implementation that the model was loaded with.
     """
-    apart = {"sdpa": [VARLEN], "flash_attention_2": [given]}.get(given, [])
-    return apart if mode == "auto" else [*apart, given]
+    sample_by_sample = {"sdpa": [VARLEN], "flash_attention_2": [original]}.get(original, [])
+    return sample_by_sample if mode == "auto" else [*sample_by_sample, original]
 
 
 def set_attention(model: PreTrainedModel, name: str) -> None:
-    """Let ``model``, and every copy of it that shares its config, compute attention with implementation ``name``.
+    """Set the attention implementation of ``model``, and of every copy of it, as copies share its config.
 
     A model whose attention is written into its code stays as it is.
     """
@@ -95,82 +95,89 @@ def set_attention(model: PreTrainedModel, name: str) -> None:
 
 
 @dataclass(frozen=True)
-class _Trial:
-    """Test packed rows in two ways under the attention that is set.
+class _PackingTrial:
+    """Tests packed rows in two ways, under the attention that is set now.
 
-    *Crossing*: two short rows are packed, then the tokens of the first are changed. The second row's logits must stay
+    *Leak*: two short rows are packed, then the tokens of the first are changed. The second row's logits must stay
     as they are, bit for bit: they are computed from the same numbers in the same layout. (A mixture's experts get their
     tokens in groups, and groups of another size round otherwise. That much is allowed where changing the *second* row
     moves the first one's logits too, which causality forbids.)
 
-    *Value*: the longest rows packed with the shortest one must give the logits that each of them gives alone under the
-    attention that the model came with, within a few times of what padding moves. This costs about as much as a
-    training step.
+    *Values*: the longest rows packed with the shortest one must give the logits that each of them gives alone under the
+    attention that the model came with, within a few times of the differences that padding makes. This costs
+    about as much as a training step.
     """
 
     prefix: HiddenStates | None
     suffix: Suffix
     device: torch.device
-    given: str
-    """The attention that the model came with."""
+    original_attention: str
+    """Attention implementation that the model was loaded with."""
 
     def fault(self, examples: Sequence[Example], micro_batch_size: int) -> str | None:
-        """Return what is wrong, as a phrase; None where packing is exact. There are rows of at least two lengths."""
+        """Return what is wrong with packed rows, as a phrase; None if packing is exact.
+
+        There must be rows of at least two lengths: rows of one length are not packed.
+        """
         by_length = {len(example.token_ids): example for example in examples}
         shortest, second, *_ = (by_length[length] for length in sorted(by_length))
         longest = sorted(examples, key=lambda example: -len(example.token_ids))[:micro_batch_size]
         longest[-1] = shortest  # some models compute long rows otherwise, and rows of one length would not be packed
         try:
-            return self.crossing(second, shortest) or self.other_values(longest)
-        except FAILURES as error:
+            return self.leak(second, shortest) or self.value_fault(longest)
+        except MODEL_CODE_ERRORS as error:
             return f"its code refuses packed rows ({' '.join(str(error).split())[:200]})"
 
-    def crossing(self, first: Example, second: Example) -> str | None:
-        """Return a message if tokens of one sample reach the next one in its row."""
+    def leak(self, first: Example, second: Example) -> str | None:
+        """Return a phrase if tokens of one sample change the logits of the next one in its row; None if not."""
         before = self.logits(pack((first, second)))
-        moved = _apart(before[1], self.logits(pack((_turned(first, 1), second)))[1])
-        if moved == 0:
+        forward = _max_difference(before[1], self.logits(pack((_permuted(first, 1), second)))[1])
+        if forward == 0:
             return None
-        pairs = [self._moved(first, second), self._moved(second, first)]  # more trials: the least sample of rounding
-        rounding, moved = (max(figures) for figures in zip(*pairs, strict=True))
-        if moved <= _SLACK * rounding and rounding <= self._most_rounding(before):
+        # more trials, in both orders, to see how large the rounding can be
+        shifts = [self._logit_shifts(first, second), self._logit_shifts(second, first)]
+        rounding, forward = (max(values) for values in zip(*shifts, strict=True))
+        if forward <= _ROUNDING_FACTOR * rounding and rounding <= self._rounding_limit(before):
             return None
-        return f"the tokens of one sample change the logits of the next one in its row, by up to {moved:.2g}"
+        return f"the tokens of one sample change the logits of the next one in its row, by up to {forward:.2g}"
 
-    def _moved(self, first: Example, second: Example) -> tuple[float, float]:
-        """Return how far other tokens of the second row move the first one's logits, and the other way round."""
+    def _logit_shifts(self, first: Example, second: Example) -> tuple[float, float]:
+        """Return how far changed tokens in one row of a pair move the other row's logits: backward, and forward.
+
+        Backward, from the second row to the first, is rounding: causal attention forbids any other influence.
+        """
         before = self.logits(pack((first, second)))
         backward = forward = 0.0
         for turn in (1, 2, 3):
-            backward = max(backward, _apart(before[0], self.logits(pack((first, _turned(second, turn))))[0]))
-            forward = max(forward, _apart(before[1], self.logits(pack((_turned(first, turn), second)))[1]))
+            backward = max(backward, _max_difference(before[0], self.logits(pack((first, _permuted(second, turn))))[0]))
+            forward = max(forward, _max_difference(before[1], self.logits(pack((_permuted(first, turn), second)))[1]))
         return backward, forward
 
-    def other_values(self, rows: Sequence[Example]) -> str | None:
-        """Return a message if rows give other logits packed than alone."""
+    def value_fault(self, rows: Sequence[Example]) -> str | None:
+        """Return a phrase if rows give other logits packed than alone, beyond rounding; None if not."""
         packed = self.logits(pack(rows))
         tried = self.suffix.model.config._attn_implementation
-        set_attention(self.suffix.model, self.given)
+        set_attention(self.suffix.model, self.original_attention)
         alone = [self.logits(collate([row], pad_id=0))[0] for row in rows]
         padded = self.logits(collate(rows, pad_id=0))
         set_attention(self.suffix.model, tried)
-        by_padding, by_packing = max(map(_apart, alone, padded)), max(map(_apart, alone, packed))
-        last_digit = torch.finfo(self.suffix.model.dtype).eps * _largest(alone)
-        allowed = min(_SLACK * max(by_padding, last_digit), self._most_rounding(alone))
+        by_padding, by_packing = max(map(_max_difference, alone, padded)), max(map(_max_difference, alone, packed))
+        last_digit = torch.finfo(self.suffix.model.dtype).eps * _max_magnitude(alone)
+        allowed = min(_ROUNDING_FACTOR * max(by_padding, last_digit), self._rounding_limit(alone))
         if by_packing <= allowed:
             return None
         return f"rows give other logits packed than alone, by up to {by_packing:.2g}; rounding explains {allowed:.2g}"
 
-    def _most_rounding(self, logits: Sequence[torch.Tensor]) -> float:
-        """Return half of the digits: what is more than that is no rounding, whatever caused it."""
-        return float(torch.finfo(self.suffix.model.dtype).eps ** 0.5 * _largest(logits))
+    def _rounding_limit(self, logits: Sequence[torch.Tensor]) -> float:
+        """Return the largest difference to accept in any case: half of the dtype's digits."""
+        return float(torch.finfo(self.suffix.model.dtype).eps ** 0.5 * _max_magnitude(logits))
 
     def logits(self, batch: Batch) -> list[torch.Tensor]:
-        """Compute the logits of each sample at its first and last positions, in float32."""
+        """Compute each sample's logits at its first and last ``_COMPARED_POSITIONS``, in float32."""
         watched = []
         for length in batch.lengths:
             rows = torch.zeros(length, 1)
-            rows[:_WATCHED] = rows[-_WATCHED:] = 1
+            rows[:_COMPARED_POSITIONS] = rows[-_COMPARED_POSITIONS:] = 1
             watched.append(rows)
         where = lay_out(watched, batch).squeeze(-1).bool()
         batch = replace(batch, supervised=where, targets=batch.input_ids[where]).to(self.device)
@@ -178,21 +185,27 @@ class _Trial:
         return list(torch.split(logits, [int(rows.sum()) for rows in watched]))
 
     def hidden(self, batch: Batch) -> torch.Tensor | None:
-        """Return what enters the suffix; a cache keeps it sample by sample, so that only the suffix is tested."""
+        """Compute what enters the suffix; None without a prefix.
+
+        A cached prefix computes and stores sample by sample, unpacked, so only the suffix has to be tested: random
+        hidden states will do where none are stored.
+        """
         if self.prefix is None:
             return None
         return self.prefix.stored_or_random(batch) if isinstance(self.prefix, CachedPrefix) else self.prefix(batch)
 
 
-def _turned(example: Example, turn: int) -> Example:
-    """Return the same tokens in another order: reversed, and rotated by ``turn``."""
+def _permuted(example: Example, turn: int) -> Example:
+    """Return the example with its tokens in another order: reversed, and rotated by ``turn``."""
     turned = example.token_ids[::-1]
     return replace(example, token_ids=turned[turn:] + turned[:turn])
 
 
-def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
+def _max_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return the largest difference of two tensors."""
     return float((a - b).abs().max())
 
 
-def _largest(logits: Sequence[torch.Tensor]) -> float:
+def _max_magnitude(logits: Sequence[torch.Tensor]) -> float:
+    """Return the largest magnitude of the logits."""
     return max(float(some.abs().max()) for some in logits)

@@ -31,25 +31,26 @@ from toolkit.runtime.errors import ConfigError
 from toolkit.runtime.paths import replace_text, sources_hash
 from toolkit.split.prefix import Prefix
 
-_NOTE = "split.json"
+_SPLIT_NOTE = "split.json"
+"""File of a namespace that says the split was found exact; see ``save_split_note``."""
 
-_COMPUTE = ("data/batches.py", "models", "split", "frozen", "activation_cache")
-"""Sources of this package that have a say in what a prefix computes."""
+_PREFIX_SOURCES = ("data/batches.py", "models", "split", "frozen", "activation_cache")
+"""Source files and folders of this package that determine what a prefix computes; part of the fingerprints."""
 
 
 @dataclass(frozen=True)
 class CacheRequest:
-    """Hold the samples that a run would cache."""
+    """The samples that a run would cache, and how often it would read them."""
 
     settings: PrefixConfig
     examples: Sequence[Example]
-    """Of training and validation."""
+    """Samples of training and validation."""
     passes: float
-    """Over the training rows while the mask holds; see ``BatchPlan.passes``."""
+    """Epochs over the training rows while the mask stays the same; see ``BatchPlan.passes``."""
 
 
 def mask_obstacle(mask: LayerMask) -> str | None:
-    """Return why this mask's prefix is no function of the data alone; None if it is."""
+    """Return why the prefix under this mask is no function of the data alone; None if it is one."""
     if not mask.has_prefix:
         return "nothing below the trained tensors is frozen"
     if mask.tied == "head_only":
@@ -66,7 +67,10 @@ def limit_obstacle(settings: PrefixConfig, size: int) -> str | None:
 
 
 def has_dropout(model: nn.Module) -> bool:
-    """Return True if a module has a dropout of its own: a guess for plans, which run nothing (see ``unfit``)."""
+    """Return True if a module has a dropout rate above 0.
+
+    Only a guess, for plans, which run nothing; a run tries it instead (``uncacheable_reason``).
+    """
     rates = [value for module in model.modules() for name, value in vars(module).items() if "dropout" in name]
     rates += [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
@@ -78,21 +82,23 @@ def prefix_fingerprints(
     """Return everything that ``hidden[b]`` of a sample depends on beside its token ids, by name.
 
     Args:
-        loaded: with its weights as they are when the prefix runs.
+        loaded: the model, with the weights that the prefix runs with.
         boundary: b.
-        settings: of the prefix.
-        device: where it runs.
+        settings: the recipe's prefix section.
+        device: device that the prefix runs on.
     """
     model, anatomy = loaded.model, loaded.anatomy
-    above = {f"{anatomy.blocks}.{index}." for index in range(boundary, anatomy.block_count)}
-    above |= {f"{module}." for module in (anatomy.norm, anatomy.head) if module}
-    below = {
-        name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if not name.startswith(tuple(above))
+    above_boundary = {f"{anatomy.blocks}.{index}." for index in range(boundary, anatomy.block_count)}
+    above_boundary |= {f"{module}." for module in (anatomy.norm, anatomy.head) if module}
+    below_boundary = {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if not name.startswith(tuple(above_boundary))
     }
     config = model.config.to_dict()
     for key in ("_name_or_path", "tie_word_embeddings", "use_cache"):  # they do not change what the prefix computes
         config.pop(key, None)
-    sources = sources_hash(Path(toolkit.__file__).parent, *_COMPUTE)
+    sources = sources_hash(Path(toolkit.__file__).parent, *_PREFIX_SOURCES)
     versions = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -101,7 +107,7 @@ def prefix_fingerprints(
     if settings.precision != "model":
         versions["bitsandbytes"] = metadata.version("bitsandbytes")
     return {
-        "weights": fingerprint_of(below, loaded.on_disk),
+        "weights": fingerprint_of(below_boundary, loaded.on_disk),
         "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
         "architecture": type(model).__name__,
         "boundary": str(boundary),
@@ -115,12 +121,12 @@ def prefix_fingerprints(
 def open_store(
     settings: PrefixConfig, computed_by: Mapping[str, str], model: PreTrainedModel, world: World
 ) -> ActivationStore:
-    """Open the store of hidden states of ``model``'s width and precision; every rank calls it.
+    """Open the store of this prefix's hidden states; every rank calls it.
 
     Args:
         settings: the recipe's prefix section.
-        computed_by: as ``prefix_fingerprints`` returns it.
-        model: whose prefix it is.
+        computed_by: the prefix's fingerprints, as ``prefix_fingerprints`` returns them.
+        model: the model, whose config gives width and dtype of hidden states.
         world: all ranks.
     """
     limit = settings.cache_limit_gib
@@ -130,51 +136,52 @@ def open_store(
 
 
 def cache_path(settings: PrefixConfig) -> Path:
-    """Return where hidden states are kept: ``prefix.cache_dir``, else ``activations`` beside the converted models."""
+    """Return the root directory of the cache: ``prefix.cache_dir``, else ``activations`` in the cache directory."""
     return Path(settings.cache_dir) if settings.cache_dir else cache_root() / "activations"
 
 
-def note_split(store: ActivationStore, returned: Sequence[int | None]) -> None:
-    """Save beside the activations that the cut was found exact and repeatable, and what the blocks returned.
+def save_split_note(store: ActivationStore, tuple_lengths: Sequence[int | None]) -> None:
+    """Save, beside the activations, that the split was found exact and the prefix deterministic.
 
-    Where that cannot be written, the next run finds out anew.
+    ``tuple_lengths`` is what ``Prefix.block_tuple_lengths`` found. With the note, a later run whose samples are all
+    stored need not load the prefix. If it cannot be written, that run repeats the checks.
     """
     with suppress(OSError):
-        replace_text(store.directory / _NOTE, json.dumps({"returned": list(returned)}))
+        replace_text(store.directory / _SPLIT_NOTE, json.dumps({"returned": list(tuple_lengths)}))
 
 
-def noted_split(store: ActivationStore) -> list[int | None] | None:
-    """Read what ``note_split`` saved; None where nothing can be read."""
+def read_split_note(store: ActivationStore) -> list[int | None] | None:
+    """Return the tuple lengths that ``save_split_note`` saved; None if there is no readable note."""
     try:
-        returned = json.loads((store.directory / _NOTE).read_text(encoding="utf-8"))["returned"]
+        tuple_lengths = json.loads((store.directory / _SPLIT_NOTE).read_text(encoding="utf-8"))["returned"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return returned if isinstance(returned, list) else None
+    return tuple_lengths if isinstance(tuple_lengths, list) else None
 
 
-def unfit(prefix: Prefix, example: Example, store: ActivationStore, world: World) -> str | None:
-    """Return why this prefix's hidden states cannot be stored, or stored ones not be used; None if they can."""
+def uncacheable_reason(prefix: Prefix, example: Example, store: ActivationStore, world: World) -> str | None:
+    """Return why this prefix's hidden states cannot be cached; None if they can. Tries it on one example."""
     batch = collate([example], pad_id=0).to(world.device)
-    state = torch.get_rng_state()
+    rng_state = torch.get_rng_state()
     prefix.train()
-    training = [prefix(batch) for _ in range(2)]
+    in_training = [prefix(batch) for _ in range(2)]
     prefix.eval()
-    evaluating = prefix(batch)
+    in_evaluation = prefix(batch)
     prefix.train()
-    torch.set_rng_state(state)
-    if not all(torch.equal(hidden, evaluating) for hidden in training):
+    torch.set_rng_state(rng_state)
+    if not all(torch.equal(hidden, in_evaluation) for hidden in in_training):
         return "the prefix gives other values each time (dropout or router noise)"
-    form = (evaluating.shape[-1], evaluating.dtype)
-    if form != (store.namespace.width, store.namespace.dtype):
-        return f"the prefix gives {form[0]} values of {form[1]} a token, which its config does not say"
+    found = (in_evaluation.shape[-1], in_evaluation.dtype)
+    if found != (store.namespace.width, store.namespace.dtype):
+        return f"the prefix gives {found[0]} values of {found[1]} a token, which its config does not say"
     return None
 
 
 def decide_on_all_ranks(request: CacheRequest, store: ActivationStore, world: World) -> Decision:
-    """Call ``decide`` on rank 0, for all, so that all ranks fill the cache or none.
+    """Call ``decide`` on rank 0 and broadcast the decision, so that all ranks fill the cache or none does.
 
     Raises:
-        ConfigError: as ``decide``.
+        ConfigError: as ``decide``, on every rank.
     """
     decision: Decision | ConfigError | None = None
     if world.is_main:
@@ -190,11 +197,11 @@ def decide_on_all_ranks(request: CacheRequest, store: ActivationStore, world: Wo
 
 
 def decide(request: CacheRequest, store: ActivationStore) -> Decision:
-    """Decide whether caching pays and fits; ``toolkit.config.policy.decide_cache`` with what the store holds.
+    """Decide whether caching pays and fits, by ``toolkit.config.policy.decide_cache`` and what the store holds.
 
     Args:
-        request: what is to be cached.
-        store: what is there already.
+        request: samples to cache.
+        store: store that they go to, which may hold some already.
 
     Raises:
         ConfigError: ``prefix.cache`` is ``on`` and the samples exceed the limit or the disk.
@@ -215,5 +222,5 @@ def decide(request: CacheRequest, store: ActivationStore) -> Decision:
 
 
 def format_size(count: float) -> str:
-    """Return a number of bytes as people read it."""
+    """Format a number of bytes in GiB or MiB."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"

@@ -22,7 +22,7 @@ from toolkit.activation_cache.namespace import FORMAT, Namespace
 from toolkit.runtime.safetensors_io import DTYPE_NAMES, map_range, parse_header, read_header, serialize
 
 SHARD_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
-"""What a shard's file name looks like."""
+"""Pattern of a shard's file name."""
 _CHUNK = 1 << 17  # stays in the processor's cache between read and checksum
 
 
@@ -36,17 +36,17 @@ class ForeignShardError(ShardError):
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """Tells a file from an edited or replaced one; the time of use is no part of it."""
+    """What changes when a file is edited or replaced, but not when it is read."""
 
     inode: int
     size: int
-    """Bytes."""
+    """Size in bytes."""
     modified: int
-    """Nanoseconds."""
+    """Modification time in nanoseconds."""
 
     @classmethod
     def of(cls, stat: os.stat_result) -> FileIdentity:
-        """Return the identity that ``stat`` shows."""
+        """Return the identity of the file that ``stat`` describes."""
         return cls(stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
@@ -57,15 +57,15 @@ class ShardEntry:
     shard: Shard
     key: str
     tokens: int
-    """T."""
+    """T, the number of tokens."""
     start: int
     """Offset of its bytes in the file."""
     size: int
-    """Bytes."""
+    """Number of its bytes."""
     checksum: str
     """XXH3, 128 bits, of its bytes."""
     verified: bool = False
-    """True once this process has found the bytes to give the checksum."""
+    """True once this process has compared the bytes with the checksum."""
 
 
 @dataclass(eq=False)
@@ -76,10 +76,12 @@ class Shard:
     file: FileIdentity
     entries: dict[str, ShardEntry] = field(default_factory=dict)
     used: bool = False
-    """True once this process has marked its use on disk."""
+    """True once this process has set the file's access time; see ``mark_used``."""
 
     def mark_used(self) -> bool:
-        """Set the file's access time to now, once: eviction goes by it. Implicit updates of it do no harm.
+        """Set the file's access time to now, by which eviction goes; once per process.
+
+        The file system may update it on reads too, which does no harm.
 
         Returns:
             False if the file is gone.
@@ -98,17 +100,17 @@ class Shard:
         """Return True if the file is still the one whose header was read.
 
         Raises:
-            OSError: it is gone.
+            OSError: the file is gone.
         """
         return FileIdentity.of(self.path.stat()) == self.file
 
 
 def encode(entries: Mapping[str, torch.Tensor], namespace: Namespace) -> tuple[str, bytes]:
-    """Return a shard's name and content.
+    """Encode entries as a shard; return its file name and content.
 
     Args:
         entries: key to [T, width] in the namespace's dtype, on any device; must not overlap in memory.
-        namespace: is bound into the header.
+        namespace: namespace of the entries, which the header records.
     """
     rows = {key: entries[key].detach().cpu().contiguous() for key in sorted(entries)}
     checksums = [xxh3_128_hexdigest(row.view(torch.uint8).numpy().data) for row in rows.values()]
@@ -117,11 +119,11 @@ def encode(entries: Mapping[str, torch.Tensor], namespace: Namespace) -> tuple[s
 
 
 def read_shard_header(path: Path, namespace: Namespace) -> Shard:
-    """Index a shard without reading its data.
+    """Read the header of a shard; return its entries, without their data.
 
     Raises:
-        ForeignShardError: of another namespace.
-        ShardError: truncated or changed.
+        ForeignShardError: it belongs to another namespace.
+        ShardError: it is truncated or changed.
         OSError: it cannot be read.
     """
     with path.open("rb") as file:
@@ -137,35 +139,39 @@ def read_shard_header(path: Path, namespace: Namespace) -> Shard:
         form, owner, *checksums = metadata["frostline"].split()
         if (form, owner) != (FORMAT, namespace.sha256):
             raise ForeignShardError("it belongs to another namespace")
-        return _index(Shard(path, found), described, checksums, len(header), namespace)
+        return _add_entries(Shard(path, found), described, checksums, len(header), namespace)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ShardError(f"its header is not one of {FORMAT}: {error!r}") from None
 
 
-def _index(
-    shard: Shard, described: dict[str, dict[str, Any]], checksums: list[str], data: int, namespace: Namespace
+def _add_entries(
+    shard: Shard, described: dict[str, dict[str, Any]], checksums: list[str], data_start: int, namespace: Namespace
 ) -> Shard:
-    """Fill in the entries; ``data`` is where they begin in the file."""
+    """Add the entries that a header describes to ``shard``; ``data_start`` is their offset in the file.
+
+    Raises:
+        ValueError: an entry does not fit the namespace, or the file's size does not fit the entries.
+    """
     for key, checksum in zip(sorted(described), checksums, strict=True):
         tokens, width = described[key]["shape"]
         start, end = described[key]["data_offsets"]
         size = tokens * width * namespace.dtype.itemsize
         if described[key]["dtype"] != DTYPE_NAMES[namespace.dtype] or width != namespace.width or end - start != size:
             raise ValueError(f"entry {key} has dtype, shape or size of its own")
-        shard.entries[key] = ShardEntry(shard, key, tokens, data + start, size, checksum)
-    expected = data + sum(entry.size for entry in shard.entries.values())
+        shard.entries[key] = ShardEntry(shard, key, tokens, data_start + start, size, checksum)
+    expected = data_start + sum(entry.size for entry in shard.entries.values())
     if shard.file.size != expected:
         raise ValueError(f"{shard.file.size} bytes long, expected {expected}")
     return shard
 
 
-def gives_checksum(entry: ShardEntry) -> bool:
-    """Read the entry's bytes from disk and compare their checksum; they stay in the page cache.
+def matches_checksum(entry: ShardEntry) -> bool:
+    """Read the entry's bytes and compare them with its checksum; they stay in the page cache.
 
-    By read, not through a map: a failing disk is then an OSError and not a fatal signal.
+    They are read, not mapped: a failing disk then raises OSError instead of killing the process with SIGBUS.
 
     Raises:
-        OSError: they cannot be read.
+        OSError: the bytes cannot be read.
     """
     checksum = xxh3_128()
     left = entry.size
@@ -179,7 +185,7 @@ def gives_checksum(entry: ShardEntry) -> bool:
 
 
 def prefetch_pages(entry: ShardEntry) -> None:
-    """Have the kernel read the entry's bytes into the page cache, without waiting for it.
+    """Ask the kernel to read the entry's bytes into the page cache; return without waiting.
 
     Raises:
         OSError: the file is gone.
@@ -190,7 +196,7 @@ def prefetch_pages(entry: ShardEntry) -> None:
 
 
 def map_entry(entry: ShardEntry, namespace: Namespace) -> torch.Tensor:
-    """Return the entry as [T, width], without a copy: pages of the file, unmapped with the tensor.
+    """Map the entry as [T, width], without a copy; the file is unmapped when the tensor is freed.
 
     Raises:
         OSError: the file is gone.
@@ -200,5 +206,5 @@ def map_entry(entry: ShardEntry, namespace: Namespace) -> torch.Tensor:
 
 
 def _name_of(header: bytes | memoryview) -> str:
-    """Return the file name of a shard with this header, its 8 bytes of length included."""
+    """Return the file name of a shard whose header is this, with the 8 bytes of its length."""
     return f"{xxh3_128_hexdigest(header)}.safetensors"

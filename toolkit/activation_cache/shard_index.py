@@ -20,16 +20,16 @@ from toolkit.activation_cache.shard import (
     read_shard_header,
 )
 
-_RACY = 10**9  # nanoseconds within which a directory can change again without a new modification time
+_MTIME_RESOLUTION = 10**9  # nanoseconds within which a directory can change twice under one modification time
 
 
 class ShardIndex:
-    """Maps a key to its entries, the newest first. Many threads may use it at once.
+    """Maps a key to its entries, the newest first. Thread-safe.
 
     Args:
-        directory: of the namespace; need not be there.
-        namespace: whose shards count.
-        report: told of each damaged entry or shard: its name, and what is wrong.
+        directory: directory of the namespace, which need not exist.
+        namespace: namespace; shards of any other are not used.
+        report: function called for each damaged entry or shard, with its name and what is wrong.
     """
 
     def __init__(self, directory: Path, namespace: Namespace, report: Callable[[str, str], None]) -> None:
@@ -37,7 +37,7 @@ class ShardIndex:
         self._lock = threading.RLock()
         self._entries: dict[str, list[ShardEntry]] = {}
         self._shards: dict[str, Shard] = {}
-        self._bad: dict[str, FileIdentity] = {}
+        self._unreadable: dict[str, FileIdentity] = {}
         self._closed = False
         self._listed: tuple[int, int] | None = None  # the directory's modification time, and when it was listed
 
@@ -54,8 +54,8 @@ class ShardIndex:
         with self._lock:
             return tuple(self._entries.get(key, ()))
 
-    def absent(self, keys: Iterable[str]) -> list[str]:
-        """Return those of ``keys`` without an entry; mark the shards of the others as used."""
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Return those of ``keys`` that have no entry; mark the shards of the others as used."""
         keys = list(keys)
         with self._lock:
             found = [self._entries[key][0].shard for key in keys if key in self._entries]
@@ -65,7 +65,7 @@ class ShardIndex:
             return [key for key in keys if key not in self._entries]
 
     def add(self, path: Path) -> None:
-        """Read the header of a shard and take its entries for the newest.
+        """Read the header of a shard and put its entries first, as the newest.
 
         Raises:
             ShardError: it is damaged.
@@ -74,62 +74,68 @@ class ShardIndex:
         shard = read_shard_header(path, self._namespace)
         with self._lock:
             if path.name in self._shards:  # written anew
-                self._forget(self._shards[path.name])
+                self._drop_shard(self._shards[path.name])
             self._shards[path.name] = shard
             for key, entry in shard.entries.items():
                 self._entries.setdefault(key, []).insert(0, entry)
 
     def forget(self, shard: Shard) -> None:
-        """Drop a shard that is gone or was replaced; the next miss looks at the directory again."""
+        """Drop a shard that is gone or was replaced, and list the directory anew on the next miss."""
         with self._lock:
-            self._forget(shard)
+            self._drop_shard(shard)
             self._listed = None
 
     def drop(self, entry: ShardEntry, fault: str) -> None:
-        """Drop and report an entry that cannot be used; a second call does nothing."""
+        """Drop an entry that cannot be used, and report it; a second call does nothing."""
         with self._lock:
             if entry in self._entries.get(entry.key, ()):
-                self._remove(entry)
+                self._drop_entry(entry)
                 self._report(f"entry {entry.key} of {entry.shard.path}", fault)
 
     def clear(self) -> None:
-        """Forget everything, and find nothing any more."""
+        """Drop everything, and stay empty from now on."""
         with self._lock:
             self._entries.clear()
             self._shards.clear()
             self._closed = True
 
-    def is_old(self) -> bool:
-        """Return True if the directory may hold what was not seen: its time has changed, or is too young to tell."""
+    def may_be_stale(self) -> bool:
+        """Return True if the directory may have changed since it was listed.
+
+        Its modification time is another, or so close to the listing that a later change may have left it the same.
+        """
         with self._lock:
             if self._closed or self._listed is None:
                 return not self._closed
             modified, listed = self._listed
         try:
-            return self._directory.stat().st_mtime_ns != modified or listed - modified < _RACY
+            return self._directory.stat().st_mtime_ns != modified or listed - modified < _MTIME_RESOLUTION
         except OSError:
             return False
 
     def refresh(self) -> None:
-        """List the directory, drop the shards that are gone and read the headers of those that are new."""
+        """List the directory, drop the shards that are gone and read the headers of new ones."""
         with self._lock:
             if self._closed:
                 return
             listed = time.time_ns()
             try:
                 modified = self._directory.stat().st_mtime_ns
-                found = self._listing()
+                found = self._list_shards()
             except OSError:
                 modified, found = listed, {}
             for name, shard in list(self._shards.items()):
                 if found.get(name) != shard.file:
-                    self._forget(shard)
-            unseen = [name for name, file in found.items() if file != self._bad.get(name) and name not in self._shards]
+                    self._drop_shard(shard)
+            unseen = [
+                name for name, file in found.items() if file != self._unreadable.get(name) and name not in self._shards
+            ]
             for name in sorted(unseen, key=lambda name: found[name].modified):
-                self._load(name, found[name])
+                self._read_header(name, found[name])
             self._listed = (modified, listed)
 
-    def _listing(self) -> dict[str, FileIdentity]:
+    def _list_shards(self) -> dict[str, FileIdentity]:
+        """Return name and identity of each shard in the directory."""
         found = {}
         with os.scandir(self._directory) as listing:
             for file in listing:
@@ -138,7 +144,8 @@ class ShardIndex:
                         found[file.name] = FileIdentity.of(file.stat())
         return found
 
-    def _load(self, name: str, file: FileIdentity) -> None:
+    def _read_header(self, name: str, file: FileIdentity) -> None:
+        """Add a shard; report one that cannot be read, and delete one that is damaged."""
         path = self._directory / name
         try:
             self.add(path)
@@ -146,20 +153,22 @@ class ShardIndex:
             return  # evicted meanwhile
         except (OSError, ShardError) as error:
             self._report(str(path), str(error))
-            self._bad[name] = file
+            self._unreadable[name] = file
             if isinstance(error, ShardError) and not isinstance(error, ForeignShardError):
                 with suppress(OSError):
                     path.unlink()  # nothing can ever be read from it
-                    del self._bad[name]
+                    del self._unreadable[name]
 
-    def _forget(self, shard: Shard) -> None:
+    def _drop_shard(self, shard: Shard) -> None:
+        """Drop a shard and its entries."""
         if self._shards.get(shard.path.name) is shard:
             del self._shards[shard.path.name]
             for entry in shard.entries.values():
                 if entry in self._entries.get(entry.key, ()):
-                    self._remove(entry)
+                    self._drop_entry(entry)
 
-    def _remove(self, entry: ShardEntry) -> None:
+    def _drop_entry(self, entry: ShardEntry) -> None:
+        """Drop an entry."""
         self._entries[entry.key].remove(entry)
         if not self._entries[entry.key]:
             del self._entries[entry.key]

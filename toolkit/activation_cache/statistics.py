@@ -7,26 +7,26 @@ from dataclasses import dataclass
 
 @dataclass
 class StoreStatistics:
-    """Counts of one process since its store was opened."""
+    """Counts of one process since it opened its store."""
 
     hits: int = 0
     """Entries read."""
     misses: int = 0
-    """Reads that found nothing."""
+    """Reads that found no entry."""
     computed: int = 0
-    """Entries handed in to be stored."""
+    """Entries passed to ``write``."""
     stored: int = 0
-    """Of those, the ones that are on disk."""
+    """Entries of those that were written."""
     failed: int = 0
-    """Of those, the ones that are not: no room, or the disk refused."""
+    """Entries of those that were not: there was no room, or the disk refused."""
     damaged: int = 0
-    """Entries, or whole shards, that were not what had been stored, or belonged elsewhere."""
+    """Entries or whole shards that were changed, unreadable, or of another namespace."""
     evicted: int = 0
-    """Shards removed to keep to the limit."""
+    """Shards evicted to keep to the limit."""
     read_bytes: int = 0
-    """Of the entries read."""
+    """Bytes of the entries read."""
     written_bytes: int = 0
-    """Of the shards written, headers included."""
+    """Bytes of the shards written, headers included."""
 
     def __str__(self) -> str:
         """Return one line for the log."""
@@ -38,5 +38,5 @@ class StoreStatistics:
 
 
 def mebibytes(count: int) -> str:
-    """Return bytes as text."""
+    """Format a number of bytes in MiB."""
     return f"{count / 2**20:.1f} MiB"

@@ -1,12 +1,12 @@
 """Store activations on disk, one entry a sample, found by what computed them and by the sample's token ids.
 
     ROOT/<namespace>/<header checksum>.safetensors     see ``toolkit.activation_cache.shard``
-    ROOT/<namespace>/namespace.json                    what the hash stands for, for people
+    ROOT/<namespace>/namespace.json                    the text that the namespace's hash is of, for people
     ROOT/<namespace>/.<run>.lease, .<run>-N.partial    see ``toolkit.activation_cache.eviction``
     ROOT/.lock
 
-Whatever happens to the files, a read gives what was stored or nothing. Trouble with the disk is counted and logged,
-and never raised: the caller computes instead.
+Whatever happens to the files, a read returns what was stored or None. Disk errors are counted and logged, never raised:
+the caller computes the activations instead.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from toolkit.activation_cache.shard import (
     ShardEntry,
     ShardError,
     encode,
-    gives_checksum,
     map_entry,
+    matches_checksum,
     prefetch_pages,
 )
 from toolkit.activation_cache.shard_index import ShardIndex
@@ -46,12 +46,12 @@ class ActivationStore:
     """A store of the activations of one namespace. Any number of processes and threads may use one root at once.
 
     Args:
-        root: the directory of all namespaces; made if it is not there.
-        namespace: what computes the activations.
-        limit_bytes: what all shards under the root may take; a write beyond it evicts the least recently used ones.
+        root: directory of all namespaces, which is created.
+        namespace: computation that the activations come from.
+        limit_bytes: most bytes of all shards under the root; a write beyond it evicts the least recently used ones.
             None sets no limit and evicts nothing.
-        keep_free_bytes: what a write leaves free on the disk, for checkpoints.
-        writer: this process among those of its run; None is a run of one process.
+        keep_free_bytes: bytes of the disk that a write leaves free, for checkpoints.
+        writer: this process among those of its run; None if it is the only one.
     """
 
     def __init__(
@@ -65,13 +65,13 @@ class ActivationStore:
         self.statistics = StoreStatistics()
         self.namespace = namespace
         self.directory = root / namespace.sha256
-        """Of this namespace's shards."""
+        """Directory of this namespace's shards."""
         self._quota = CacheQuota(root, limit_bytes, keep_free_bytes)
         self._lock = threading.Lock()  # of the statistics
         self._reported: set[str] = set()
-        self._index = ShardIndex(self.directory, namespace, self._damaged)
-        self._prefetcher = BackgroundLoader(self._load)
-        self._lease = self._enter(writer or CacheWriter())
+        self._index = ShardIndex(self.directory, namespace, self._count_damage)
+        self._prefetcher = BackgroundLoader(self._prefetch_entry)
+        self._lease = self._take_lease(writer or CacheWriter())
         self._index.refresh()
 
     def __enter__(self) -> ActivationStore:
@@ -88,15 +88,15 @@ class ActivationStore:
         return len(self._index)
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """Return the keys that have to be computed, each once, in their order; list the directory anew if any are.
+        """Return those of ``keys`` that are not stored, each once, in order; list the directory anew if there are any.
 
-        Entries that are present count as used from now on, so that no other run evicts them while this one lives.
+        Those that are stored are marked as used, so that no other run evicts them while this one is alive.
         """
         wanted = list(dict.fromkeys(keys))
-        absent = self._index.absent(wanted)
+        absent = self._index.missing(wanted)
         if absent:
             self._index.refresh()
-            absent = self._index.absent(wanted)
+            absent = self._index.missing(wanted)
         return absent
 
     def read(self, key: str) -> torch.Tensor | None:
@@ -106,7 +106,7 @@ class ActivationStore:
         are compared with their checksum on the first read in this process, and again once the file has changed.
         """
         tensor = self._read_newest(key)
-        if tensor is None and self._index.is_old():
+        if tensor is None and self._index.may_be_stale():
             self._index.refresh()
             tensor = self._read_newest(key)
         with self._lock:
@@ -118,11 +118,11 @@ class ActivationStore:
         return tensor
 
     def prefetch(self, keys: Iterable[str]) -> None:
-        """Read entries into memory and verify them in the background; ``keys`` in the order of their use."""
+        """Read entries into memory and verify them in the background, in the order of ``keys``."""
         self._prefetcher.request(keys)
 
     def write(self, entries: Mapping[str, torch.Tensor]) -> None:
-        """Store computed activations: in one shard, or several where they are many or large.
+        """Store computed activations, in one shard or more.
 
         Entries that cannot be stored (full disk, limit, quota, read-only …) are counted and logged.
 
@@ -136,18 +136,18 @@ class ActivationStore:
             self.namespace.check(key, tensor)
         with self._lock:
             self.statistics.computed += len(entries)
-        for part in _parts(entries):
+        for shard_entries in _divide_into_shards(entries):
             try:
-                self._write_shard(part)
+                self._write_shard(shard_entries)
             except (OSError, ShardError) as error:
                 with self._lock:
-                    self.statistics.failed += len(part)
+                    self.statistics.failed += len(shard_entries)
                 self._report(f"cannot write to {self.directory}", str(error), "what is not stored is computed again")
 
     def available_bytes(self) -> int:
-        """Return the bytes that could be stored now, once all is evicted that no live run uses.
+        """Return the bytes that could be stored if all that no live run uses were evicted; 0 if nothing can be written.
 
-        Shards take a little more than their data, see ``bytes_of``. 0 where nothing can be written.
+        Shards take a little more than their data, see ``bytes_of``.
         """
         if self._lease is None:
             return 0
@@ -157,7 +157,7 @@ class ActivationStore:
             return 0
 
     def refresh(self) -> None:
-        """Find what other processes have stored or evicted; ``missing`` and ``read`` do so where they find nothing."""
+        """Find what other processes have stored or evicted; ``missing`` and ``read`` do so themselves on a miss."""
         self._index.refresh()
 
     def summary(self) -> str:
@@ -165,9 +165,9 @@ class ActivationStore:
         return f"activation cache: {self.statistics}"
 
     def close(self) -> None:
-        """Stop prefetching, release the namespace and keep to the limit; a second call does nothing.
+        """Stop prefetching, release the lease and evict what exceeds the limit; a second call does nothing.
 
-        A closed store reads and writes nothing. Tensors that were read stay as they are.
+        A closed store reads and writes nothing. Tensors that were read stay valid.
         """
         self._prefetcher.stop()
         self._index.clear()
@@ -178,8 +178,8 @@ class ActivationStore:
         with suppress(OSError):  # the limit may be lower than that of the runs before
             self.statistics.evicted += self._quota.trim()
 
-    def _enter(self, writer: CacheWriter) -> Lease | None:
-        """Make the directory and take a lease; return None if that fails: then nothing is written."""
+    def _take_lease(self, writer: CacheWriter) -> Lease | None:
+        """Create the directory and take a lease; None if that fails, after which the store does not write."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             lease = Lease(self.directory, writer)
@@ -193,7 +193,7 @@ class ActivationStore:
         return lease
 
     def _read_newest(self, key: str) -> torch.Tensor | None:
-        """Return the newest entry of a key whose bytes are right."""
+        """Return the newest entry of a key that passes verification; None if there is none."""
         for entry in self._index.entries(key):
             try:
                 if self._verify(entry):
@@ -207,7 +207,7 @@ class ActivationStore:
         return None
 
     def _verify(self, entry: ShardEntry) -> bool:
-        """Return True if the entry's bytes are those that were stored; else drop it from the index.
+        """Return True if the entry's bytes match its checksum; else drop it from the index.
 
         Raises:
             OSError: the file is gone or cannot be read.
@@ -216,16 +216,16 @@ class ActivationStore:
             self._index.forget(entry.shard)
             return False
         if not entry.verified:
-            if not gives_checksum(entry):
+            if not matches_checksum(entry):
                 self._index.drop(entry, "its bytes do not give their checksum")
                 return False
             entry.verified = True
         return True
 
-    def _load(self, key: str) -> None:
-        """Prefetch one key."""
+    def _prefetch_entry(self, key: str) -> None:
+        """Read one key's entry into memory, verified; the prefetcher's thread calls this."""
         for entry in self._index.entries(key):
-            with suppress(OSError):  # the reader will see it too
+            with suppress(OSError):  # a later read reports it
                 if entry.verified:
                     prefetch_pages(entry)
                     return
@@ -233,11 +233,11 @@ class ActivationStore:
                     return
 
     def _write_shard(self, entries: Mapping[str, torch.Tensor]) -> None:
-        """Store entries in one shard.
+        """Write entries as one shard.
 
         Raises:
-            OSError: it does not fit, or the disk refuses.
-            ShardError: it was damaged at once.
+            OSError: it does not fit, the disk refuses, or there is no lease.
+            ShardError: the file that was just written is damaged.
         """
         lease = self._lease
         if lease is None:
@@ -251,29 +251,30 @@ class ActivationStore:
             self.statistics.stored += len(entries)
             self.statistics.written_bytes += len(content)
 
-    def _damaged(self, what: str, fault: str) -> None:
+    def _count_damage(self, what: str, fault: str) -> None:
+        """Count and report a damaged entry or shard; the index calls this."""
         with self._lock:
             self.statistics.damaged += 1
         self._report(f"{what} is not used", fault, "what is damaged is computed anew")
 
-    def _report(self, trouble: str, reason: str, consequence: str) -> None:
-        """Warn of the first trouble with a consequence; the statistics count the others."""
+    def _report(self, event: str, reason: str, consequence: str) -> None:
+        """Log the first event with each ``consequence``; later ones are only counted, in the statistics."""
         with self._lock:
-            new = consequence not in self._reported
+            is_first = consequence not in self._reported
             self._reported.add(consequence)
-        if new:
-            log.warning("activation cache: %s (%s); %s. The summary counts such cases", trouble, reason, consequence)
+        if is_first:
+            log.warning("activation cache: %s (%s); %s. The summary counts such cases", event, reason, consequence)
 
 
-def _parts(entries: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-    """Cut ``entries`` into shards."""
-    part: dict[str, torch.Tensor] = {}
+def _divide_into_shards(entries: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """Divide ``entries`` into shards of at most ``_SHARD_ENTRIES`` entries and ``_SHARD_BYTES`` bytes."""
+    shard: dict[str, torch.Tensor] = {}
     size = 0
     for key, tensor in entries.items():
-        if part and (len(part) == _SHARD_ENTRIES or size + tensor.nbytes > _SHARD_BYTES):
-            yield part
-            part, size = {}, 0
-        part[key] = tensor
+        if shard and (len(shard) == _SHARD_ENTRIES or size + tensor.nbytes > _SHARD_BYTES):
+            yield shard
+            shard, size = {}, 0
+        shard[key] = tensor
         size += tensor.nbytes
-    if part:
-        yield part
+    if shard:
+        yield shard

@@ -24,48 +24,48 @@ class Batch:
     input_ids: torch.Tensor
     """[B, T] token ids."""
     attention_mask: torch.Tensor | None
-    """[B, T], 1 on tokens and 0 on padding; none where nothing is padded, which lets attention take its fast path."""
+    """[B, T], 1 on tokens and 0 on padding; None if nothing is padded, which lets attention take its fast path."""
     supervised: torch.Tensor
     """[B, T] bool: positions whose next token is supervised."""
     targets: torch.Tensor
-    """[S] those next tokens, in the order of ``supervised``."""
+    """[S] the next tokens at these positions, in the order of ``supervised``."""
     tokens: int
-    """Tokens without padding."""
+    """Number of tokens without padding."""
     is_filler: bool = False
-    """Takes part in every collective but counts for nothing: this rank had no row left in a short last step."""
+    """True if this rank has no row left in a short last step: the batch joins in collectives, and its loss is 0."""
     examples: tuple[Example, ...] = ()
     """The B samples in order, as rows or one after the other in the packed row."""
     position_ids: torch.Tensor | None = None
-    """[1, T], each token's position in its own sample, where several are packed into one row; else none."""
+    """[1, T], each token's position in its own sample, if several are packed into one row; else None."""
     boundaries: torch.Tensor | None = None
-    """[B + 1] int32, where each sample of a packed row begins, and the end of the row; else none."""
+    """[B + 1] int32, where each sample of a packed row begins, and the row's end; None without packing."""
 
     @property
     def is_packed(self) -> bool:
-        """True if several samples share one row."""
+        """Return True if several samples share one row."""
         return self.position_ids is not None
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of each sample."""
+        """Return the number of tokens of each sample."""
         return tuple(len(example.token_ids) for example in self.examples)
 
     @property
     def shape(self) -> str:
-        """Rows x tokens in words, for messages."""
+        """Describe rows x tokens, for messages."""
         rows, tokens = self.input_ids.shape
         packed = f"{len(self.examples)} rows packed into " if self.is_packed else ""
         return f"{packed}{rows} {'row' if rows == 1 else 'rows'} x {tokens} tokens"
 
-    def layout(self, with_lengths: bool = False) -> dict[str, Any]:
-        """Return the arguments of a transformers model's forward pass beside the token ids.
+    def forward_inputs(self, with_lengths: bool = False) -> dict[str, Any]:
+        """Return the arguments, beside the token ids, of a transformers model's forward pass on this batch.
 
-        Of a packed row it is told where samples begin in every form that some part of it reads: positions (rotary or
-        learned, masks), flash attention's cumulative lengths, a recurrence's sample numbers, and ``sample_lengths`` for
+        For a packed row they say where samples begin in each form that some layer reads: positions (rotary or learned,
+        masks), flash attention's cumulative lengths, a recurrence's sample numbers, and ``sample_lengths`` for
         ``toolkit.models.varlen``.
 
         Args:
-            with_lengths: tell of a padded batch, too, how long each row is: padding repeats its row's last position.
+            with_lengths: True gives position ids for a padded batch too; padding repeats the last position of its row.
         """
         if self.position_ids is None:
             if with_lengths and self.attention_mask is not None:
@@ -84,18 +84,19 @@ class Batch:
 
     @property
     def supervised_tokens(self) -> int:
-        """Number of tokens that count in the loss."""
+        """Return the number of tokens that count in the loss."""
         return 0 if self.is_filler else len(self.targets)
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on ``device``."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory, from which ``to`` copies to a GPU without waiting."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        return self._map_tensors(lambda tensor: tensor.pin_memory())
 
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+    def _map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """Return the batch with ``change`` applied to each of its tensors."""
         held = {field.name: getattr(self, field.name) for field in fields(self)}
         changed: dict[str, Any] = {name: change(t) for name, t in held.items() if isinstance(t, torch.Tensor)}
         return replace(self, **changed)
@@ -103,7 +104,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Deals rows to steps, micro batches and ranks."""
+    """Deals rows to optimizer steps, micro batches and ranks."""
 
     rows: int
     micro_batch_size: int
@@ -113,38 +114,39 @@ class BatchPlan:
 
     @classmethod
     def of_recipe(cls, train: TrainConfig, rows: int, ranks: int, rank: int = 0) -> BatchPlan:
-        """Return the plan of a run of ``rows`` training rows on ``ranks`` ranks."""
+        """Make the plan of a run with ``rows`` training rows on ``ranks`` ranks."""
         return cls(rows, train.micro_batch_size, train.gradient_accumulation_steps, rank, ranks)
 
     @property
     def global_batch(self) -> int:
-        """Rows of one optimizer step over all ranks."""
+        """Return the rows of one optimizer step over all ranks."""
         return global_batch(self.micro_batch_size, self.accumulation, self.ranks)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of one pass; the last may be short, no row is dropped or repeated."""
+        """Return the optimizer steps of one epoch; the last may be short, no row is dropped or repeated."""
         return math.ceil(self.rows / self.global_batch)
 
     def steps(self, epochs: int, most: int | None) -> int:
-        """Return the optimizer steps of a run of ``epochs`` passes, at most ``most``."""
+        """Return the optimizer steps of a run of ``epochs`` epochs, at most ``most``; None sets no limit."""
         return min(self.steps_per_epoch * epochs, most or self.steps_per_epoch * epochs)
 
     def passes(self, end: int, start: int = 0) -> float:
-        """Return how often the steps after ``start`` up to ``end`` go over the rows; 0.5 is half an epoch."""
+        """Return how many epochs the steps after ``start`` up to ``end`` make up; 0.5 is half an epoch."""
         return (self._rows_before(end) - self._rows_before(start)) / self.rows
 
     def _rows_before(self, step: int) -> int:
-        epochs, rest = divmod(step, self.steps_per_epoch)
-        return epochs * self.rows + rest * self.global_batch
+        """Return the rows that the first ``step`` optimizer steps take, over all epochs."""
+        epochs, steps_in_epoch = divmod(step, self.steps_per_epoch)
+        return epochs * self.rows + steps_in_epoch * self.global_batch
 
     def text(self, steps: int, epochs: int) -> str:
-        """Describe a run of ``steps`` whose recipe has ``epochs`` of these rows."""
+        """Describe a run of ``steps`` steps, whose recipe asks for ``epochs`` epochs, for the log."""
         passes = f"{self.passes(steps):.2g}"
-        cut = steps < self.steps(epochs, None)
+        stops_early = steps < self.steps(epochs, None)
         return (
-            f"{steps} steps{' (train.max_steps)' if cut else ''} of {self.global_batch} row(s), "
-            f"{f'{passes} of ' if cut else ''}{epochs} epoch(s) "
+            f"{steps} steps{' (train.max_steps)' if stops_early else ''} of {self.global_batch} row(s), "
+            f"{f'{passes} of ' if stops_early else ''}{epochs} epoch(s) "
             f"(micro batch {self.micro_batch_size} x accumulation {self.accumulation} x ranks {self.ranks})"
         )
 
@@ -155,12 +157,12 @@ class BatchPlan:
         step leaves without rows gets a filler.
         """
         rows = order[step * self.global_batch : (step + 1) * self.global_batch]
-        width = self.micro_batch_size * self.ranks
+        rows_across_ranks = self.micro_batch_size * self.ranks
         micro = []
-        for start in range(0, len(rows), width):
-            across_ranks = rows[start : start + width]
-            own = list(across_ranks[self.rank :: self.ranks])
-            micro.append((own, False) if own else ([across_ranks[0]], True))
+        for start in range(0, len(rows), rows_across_ranks):
+            across_ranks = rows[start : start + rows_across_ranks]
+            rank_rows = list(across_ranks[self.rank :: self.ranks])
+            micro.append((rank_rows, False) if rank_rows else ([across_ranks[0]], True))
         return micro
 
 
@@ -171,7 +173,7 @@ def epoch_order(rows: int, seed: int, epoch: int) -> list[int]:
 
 
 def collate(examples: Sequence[Example], pad_id: int, is_filler: bool = False) -> Batch:
-    """Pad examples to the longest and mark the supervised positions."""
+    """Pad examples on the right to the longest, and mark the supervised positions."""
     longest = max(len(example.token_ids) for example in examples)
     input_ids = torch.full((len(examples), longest), pad_id)
     attention = torch.zeros(len(examples), longest, dtype=torch.long)
@@ -193,9 +195,9 @@ def collate(examples: Sequence[Example], pad_id: int, is_filler: bool = False) -
 
 
 def pack(examples: Sequence[Example], is_filler: bool = False) -> Batch:
-    """Lay examples one after the other into a single row without padding; the same loss as ``collate``'s rows.
+    """Lay examples one after the other into a single row without padding; the loss is that of ``collate``'s rows.
 
-    One example, or several of one length, need no padding and stay rows.
+    Examples of one length need no padding: they stay rows, as ``collate`` lays them out.
     """
     if len({len(example.token_ids) for example in examples}) == 1:
         return collate(examples, pad_id=0, is_filler=is_filler)
@@ -220,11 +222,11 @@ def pack(examples: Sequence[Example], is_filler: bool = False) -> Batch:
 
 
 def rows_of(hidden: torch.Tensor, batch: Batch) -> list[torch.Tensor]:
-    """Split a tensor that is laid out like the batch into each sample's own part.
+    """Split a tensor with a batch's forward_inputs into its samples; the inverse of ``lay_out``.
 
     Args:
         hidden: [B, T, H], or [1, T, H] of a packed batch.
-        batch: whose layout it has.
+        batch: the batch whose layout ``hidden`` has.
 
     Returns:
         B views [T_i, H] in the order of ``batch.examples``, without padding.
@@ -256,15 +258,15 @@ def step_batches(
 
     Args:
         examples: all rows.
-        order: their indices in the order of the epoch.
-        plan: deals them out; which rows share a micro batch does not depend on ``packed``.
+        order: permutation of row indices for this epoch, as ``epoch_order`` returns it.
+        plan: assignment of rows to micro batches, which does not depend on ``packed``.
         pad_id: token id of padding.
-        first_step: where to begin.
-        packed: lay each micro batch out as ``pack`` does, not as ``collate`` does.
+        first_step: step of the epoch to begin at, counted from 0.
+        packed: True lays each micro batch out as ``pack`` does, False as ``collate`` does.
     """
     for step in range(first_step, plan.steps_per_epoch):
         micro_batches = []
         for rows, is_filler in plan.micro_batches(order, step):
-            chosen = [examples[index] for index in rows]
-            micro_batches.append(pack(chosen, is_filler) if packed else collate(chosen, pad_id, is_filler))
+            row_examples = [examples[index] for index in rows]
+            micro_batches.append(pack(row_examples, is_filler) if packed else collate(row_examples, pad_id, is_filler))
         yield micro_batches

@@ -1,4 +1,4 @@
-"""What a run keeps of how its conversations are written, in a file of its directory."""
+"""The settings that a run's conversations were rendered with, saved in its run directory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from toolkit.runtime.paths import replace_text
 
-_NAME = "rendering.json"
+_FILE_NAME = "rendering.json"
 
 
 @dataclass(frozen=True)
@@ -19,37 +19,37 @@ class Rendering:
     """The settings that later commands need to render a run's conversations as it did."""
 
     now: datetime | None = None
-    """What templates that print a date are told; none is the moment they ask."""
+    """Date for templates that print one; None is the moment at which they are rendered."""
     reasons: bool = False
-    """Answers of the run begin with a thought of their own, so generation does not begin behind an empty one."""
+    """True if the run's answers begin with a thought, so the prompt must not end with an empty one."""
 
     def save(self, folder: Path) -> None:
-        """Write it into a run directory, if it says anything.
+        """Write the settings into a run directory, unless they are the defaults.
 
         Raises:
-            OSError: the disk.
+            OSError: the disk is full or refuses.
         """
         if self == Rendering():
             return
         now = None if self.now is None else self.now.isoformat(timespec="seconds")
-        replace_text(folder / _NAME, json.dumps({"now": now, "reasons": self.reasons}) + "\n")
+        replace_text(folder / _FILE_NAME, json.dumps({"now": now, "reasons": self.reasons}) + "\n")
 
 
 def read_rendering(folder: Path) -> Rendering:
-    """Read the rendering of a run directory; return the default one where none is kept or it cannot be read.
+    """Read the rendering of a run directory; return the default if there is none or it cannot be read.
 
-    Rows that are then written otherwise have another fingerprint than the run's, which refuses them.
+    No error is needed: rows rendered with other settings have another fingerprint, and the run refuses them.
     """
     try:
-        kept = json.loads((folder / _NAME).read_text(encoding="utf-8"))
-        now = kept["now"]
-        return Rendering(None if now is None else datetime.fromisoformat(now), bool(kept["reasons"]))
+        saved = json.loads((folder / _FILE_NAME).read_text(encoding="utf-8"))
+        now = saved["now"]
+        return Rendering(None if now is None else datetime.fromisoformat(now), bool(saved["reasons"]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return Rendering()
 
 
 def prints_date(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether the chat template asks for the date."""
+    """Return whether the chat template prints the current date."""
     return "strftime_now" in str(tokenizer.chat_template or "")
 
 

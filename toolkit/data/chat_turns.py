@@ -1,4 +1,4 @@
-"""A question and its answer as the turns of a chat template: where the answer begins, and what ends it."""
+"""Render question and answer by the chat template, and find where the answer begins and what ends it."""
 
 from __future__ import annotations
 
@@ -16,47 +16,47 @@ from toolkit.runtime.errors import DataError
 from toolkit.tasks.pubmedqa import RowFaultError
 
 _MOST_SECONDS = 10.0
-"""For one conversation; templates take a millisecond."""
+"""Time limit for rendering one conversation; templates take a millisecond."""
 
-_DATED = (
+_DATE_MACRO = (
     "{% macro strftime_now(format) %}{% set own = namespace(text=format) %}{% for key, value in own_date.items() %}"
     "{% set own.text = own.text | replace(key, value) %}{% endfor %}{{ own.text }}{% endmacro %}{{ '' }}"
 )
-"""Put before a template that prints a date. transformers hands templates data, not functions, and its own is today's;
-what it ends with keeps the template's first line break."""
+"""Macro that is put before a template that prints a date, to print ours: transformers takes data for templates but no
+functions, and its own ``strftime_now`` prints today's. The final ``{{ '' }}`` keeps the template's first line break."""
 
 _YES, _NO = "yes", "no"
-"""Answers whose first and last characters differ, so that what surrounds both is the template's."""
+"""Trial answers. Their first and last characters differ, so whatever text surrounds both is the template's."""
 
-_THOUGHT = r"(?:\w+:)?(?:think\w*|thought\w*|reason\w*)"
-_OPENS = re.compile(rf"\s*(?P<left>[<\[◁])(?P<name>{_THOUGHT})(?P<right>[>\]▷])\s*$", re.IGNORECASE)
-_CLOSES = re.compile(rf"[<\[◁]/{_THOUGHT}[>\]▷]", re.IGNORECASE)
-_EMPTY = re.compile(rf"\s*[<\[◁]{_THOUGHT}[>\]▷]\s*[<\[◁]/{_THOUGHT}[>\]▷]\s*", re.IGNORECASE)
+_THOUGHT_NAME = r"(?:\w+:)?(?:think\w*|thought\w*|reason\w*)"
+_THOUGHT_OPENING = re.compile(rf"\s*(?P<left>[<\[◁])(?P<name>{_THOUGHT_NAME})(?P<right>[>\]▷])\s*$", re.IGNORECASE)
+_THOUGHT_CLOSING = re.compile(rf"[<\[◁]/{_THOUGHT_NAME}[>\]▷]", re.IGNORECASE)
+_EMPTY_THOUGHT = re.compile(rf"\s*[<\[◁]{_THOUGHT_NAME}[>\]▷]\s*[<\[◁]/{_THOUGHT_NAME}[>\]▷]\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A user's turn and the assistant's."""
+    """A user's turn and the assistant's, as text to tokenise."""
 
     prompt: str
-    """Up to where the answer begins."""
+    """Text up to where the answer begins."""
     answer: str
-    """With what closes the turn."""
+    """Text of the answer, and what closes the turn."""
     reasons: bool = False
-    """The answer begins with a thought."""
+    """True if the answer begins with a thought."""
 
 
 def is_thought(mark: str) -> bool:
-    """Return whether ``mark`` opens or closes a thought."""
-    return bool(_OPENS.fullmatch(mark) or _CLOSES.fullmatch(mark))
+    """Return whether ``mark`` opens or closes a thought, such as ``<think>``."""
+    return bool(_THOUGHT_OPENING.fullmatch(mark) or _THOUGHT_CLOSING.fullmatch(mark))
 
 
 class Turns:
     """Renders a question and its answer by a tokenizer's chat template, or as plain text where it has none.
 
     Args:
-        tokenizer: with its template.
-        rendering: the date to print, and if answers are to begin with a thought.
+        tokenizer: tokenizer, with its chat template if it has one.
+        rendering: date to print, and whether answers begin with a thought.
 
     Raises:
         DataError: the template cannot render a user turn, alters the prompt once an answer follows, or alters the
@@ -67,141 +67,167 @@ class Turns:
         self._tokenizer, self._rendering = tokenizer, rendering
         self._template = str(tokenizer.chat_template or "")
         self.opened, self.lead, self.closing = "", "", str(tokenizer.eos_token or "")
-        self._between, self._before_answer, self._rest, self._reopens = "", "", "", False
-        self._in_parts = False
+        self._before_any_answer, self._before_answer, self._after_answer, self._reopens = "", "", "", False
+        self._as_parts = False
         if self._template:
-            self._find_form()
+            self._choose_content_form()
 
     def prompt(self, question: str) -> str:
         """Return the text that an answer to ``question`` is generated from."""
         if not self._template:
             return f"{question}\n\n"
-        return self._opening(question) + ("" if self._rendering.reasons else self.lead)
+        return self._generation_prompt(question) + ("" if self._rendering.reasons else self.lead)
 
     def conversation(self, question: str, answer: str) -> Conversation:
-        """Render ``question`` and ``answer`` as the template has them.
+        """Render ``question`` and ``answer``.
 
         Raises:
-            RowFaultError: the template alters the answer, which is no thought that it leaves out or lays out anew.
+            RowFaultError: the template alters the answer, and not just a thought in it.
         """
         if not self._template:
             return Conversation(f"{question}\n\n", answer + self.closing)
         if self.lead.strip():
-            answer = _EMPTY.sub("", answer, count=1) if _EMPTY.match(answer) else answer
-        opening, whole = self._opening(question), self._render(question, answer)
+            answer = _EMPTY_THOUGHT.sub("", answer, count=1) if _EMPTY_THOUGHT.match(answer) else answer
+        opening, rendered = self._generation_prompt(question), self._render_both(question, answer)
         prompt = opening + self.lead
-        base = self._unopened(opening) if self._reopens else opening + self._between
-        if whole == base + answer + self._rest:
+        answer_prefix = self._without_opened_thought(opening) if self._reopens else opening + self._before_any_answer
+        if rendered == answer_prefix + answer + self._after_answer:
             return Conversation(prompt, self._before_answer + answer + self.closing)
-        if not _CLOSES.search(answer):
+        if not _THOUGHT_CLOSING.search(answer):
             raise RowFaultError(
                 "has an answer that the tokenizer's chat template alters; expected it to stand in the conversation "
                 "as it is, between what the template puts around every answer"
             )
-        own = whole[len(opening) :].rstrip() if whole.startswith(opening) else ""
-        if _squeezed(self.opened + own) == _squeezed(answer + self.closing):
-            return Conversation(opening, own, reasons=True)  # the thought as the template lays it out
+        rendered_answer = rendered[len(opening) :].rstrip() if rendered.startswith(opening) else ""
+        if _without_whitespace(self.opened + rendered_answer) == _without_whitespace(answer + self.closing):
+            return Conversation(opening, rendered_answer, reasons=True)  # the thought as the template lays it out
         if self.opened.strip() and answer.startswith(self.opened.strip()):
             answer = answer.removeprefix(self.opened.strip()).lstrip()
         return Conversation(opening, answer + self.closing, reasons=True)  # the template would leave the thought out
 
     def next_turn(self) -> str:
-        """Return what follows an answer where another question does; empty where the template does not say."""
+        """Return the text from an answer's end up to the next question; empty if the template refuses a second one."""
         if not self._template:
             return ""
         turns = [self._turn("user", "question"), self._turn("assistant", _YES), self._turn("user", "question")]
         try:
-            text = self._apply(turns)
+            text = self._apply_template(turns)
         except DataError:
             return ""
         return text[text.rfind(_YES) + len(_YES) :]
 
-    def _find_form(self) -> None:
-        """Hand the template texts, or lists of parts where only those come through: a processor's template wants them.
+    def _choose_content_form(self) -> None:
+        """Choose between content as text and content as a list of parts, which a processor's template expects.
 
         Raises:
-            DataError: what is wrong with texts, where lists do no better.
+            DataError: the template renders neither; the fault is that with text.
         """
         try:
-            self._probe()
+            self._find_affixes()
         except DataError as fault:
-            self._in_parts = True
+            self._as_parts = True
             try:
-                self._probe()
+                self._find_affixes()
             except DataError:
                 raise fault from None
 
     def _turn(self, role: str, content: str) -> dict[str, Any]:
-        return {"role": role, "content": [{"type": "text", "text": content}] if self._in_parts else content}
+        """Return a message in the form that ``apply_chat_template`` takes."""
+        return {"role": role, "content": [{"type": "text", "text": content}] if self._as_parts else content}
 
-    def _probe(self) -> None:
-        """Find out on two answers what the template puts around any."""
-        opening = self._opening("question")
-        yes, no = (self._render("question", answer) for answer in (_YES, _NO))
-        opens = _OPENS.search(opening)
+    def _find_affixes(self) -> None:
+        """Find what the template puts around any answer, by rendering two trial answers.
+
+        Raises:
+            DataError: the template alters the prompt once an answer follows, or alters the answer.
+        """
+        opening = self._generation_prompt("question")
+        yes, no = (self._render_both("question", answer) for answer in (_YES, _NO))
+        opens = _THOUGHT_OPENING.search(opening)
         self.opened = opening[opens.start("left") :] if opens else ""
         if yes.startswith(opening) and no.startswith(opening):
-            self._between = _shared_start(yes[len(opening) :], no[len(opening) :])
-            base = opening + self._between
-        elif opens and yes.startswith(base := self._unopened(opening)) and no.startswith(base):
+            self._before_any_answer = _common_prefix(yes[len(opening) :], no[len(opening) :])
+            base = opening + self._before_any_answer
+        elif opens and yes.startswith(base := self._without_opened_thought(opening)) and no.startswith(base):
             self._reopens = True
-            self._between = ("\n" if opening.endswith("\n") else "\n\n") + _closing_mark(opens) + "\n\n"
+            self._before_any_answer = ("\n" if opening.endswith("\n") else "\n\n") + _closing_mark(opens) + "\n\n"
         else:
             raise DataError(
                 "the tokenizer's chat template renders a prompt differently once its answer follows, so the answer's "
                 "span is unknown; expected the prompt (add_generation_prompt=True) to begin the whole conversation"
             )
-        self._rest = yes[len(base) + len(_YES) :]
-        if (yes, no) != (base + _YES + self._rest, base + _NO + self._rest):
+        self._after_answer = yes[len(base) + len(_YES) :]
+        if (yes, no) != (base + _YES + self._after_answer, base + _NO + self._after_answer):
             raise DataError(
                 "the tokenizer's chat template alters an answer; expected it to stand in the conversation as it is"
             )
-        self.closing = self._rest.rstrip()
-        self._divide(opening)
+        self.closing = self._after_answer.rstrip()
+        self._divide_lead(opening)
 
-    def _divide(self, opening: str) -> None:
-        """Divide what stands between the generation prompt and an answer: marks to the prompt, blanks to the answer."""
-        between = self._between
+    def _divide_lead(self, opening: str) -> None:
+        """Divide the text between generation prompt and answer: marks go to the prompt, blanks to the answer."""
+        between = self._before_any_answer
         self.lead = between.rstrip(" ") if between.strip() else ""
         if between.strip() and "enable_thinking" in self._template:  # its own prompt for answers without a thought
-            without = self._apply([self._turn("user", "question")], generation=True, enable_thinking=False)
-            if without.startswith(opening) and without != opening and between.startswith(without[len(opening) :]):
-                self.lead = without[len(opening) :]
+            without_thought = self._apply_template(
+                [self._turn("user", "question")], generation=True, enable_thinking=False
+            )
+            if (
+                without_thought.startswith(opening)
+                and without_thought != opening
+                and between.startswith(without_thought[len(opening) :])
+            ):
+                self.lead = without_thought[len(opening) :]
         self._before_answer = between[len(self.lead) :]
 
-    def _unopened(self, opening: str) -> str:
-        """Return the generation prompt without the thought that it opens."""
-        opens = _OPENS.search(opening)
+    def _without_opened_thought(self, opening: str) -> str:
+        """Return the generation prompt without the mark that opens a thought at its end."""
+        opens = _THOUGHT_OPENING.search(opening)
         return opening[: opens.start()] if opens else opening
 
-    def _opening(self, question: str) -> str:
-        return self._apply([self._turn("user", question)], generation=True)
+    def _generation_prompt(self, question: str) -> str:
+        """Render the generation prompt for ``question``."""
+        return self._apply_template([self._turn("user", question)], generation=True)
 
-    def _render(self, question: str, answer: str) -> str:
-        return self._apply([self._turn("user", question), self._turn("assistant", answer)])
+    def _render_both(self, question: str, answer: str) -> str:
+        """Render both turns as the template has them."""
+        return self._apply_template([self._turn("user", question), self._turn("assistant", answer)])
 
-    def _apply(self, turns: Sequence[dict[str, Any]], generation: bool = False, **more: Any) -> str:
+    def _apply_template(
+        self, turns: Sequence[dict[str, Any]], generation: bool = False, **template_arguments: Any
+    ) -> str:
+        """Run the chat template on ``turns``, with the date of the rendering and a time limit.
+
+        Raises:
+            DataError: the template fails or takes too long.
+        """
         now = self._rendering.now
         if now is not None and prints_date(self._tokenizer):
-            more |= {"chat_template": _DATED + str(self._tokenizer.get_chat_template()), "own_date": date_parts(now)}
+            template_arguments |= {
+                "chat_template": _DATE_MACRO + str(self._tokenizer.get_chat_template()),
+                "own_date": date_parts(now),
+            }
         try:
             with time_limit(_MOST_SECONDS, "it takes longer than any conversation needs"):
                 return str(
                     self._tokenizer.apply_chat_template(
-                        list(turns), tokenize=False, add_generation_prompt=generation, **more
+                        list(turns), tokenize=False, add_generation_prompt=generation, **template_arguments
                     )
                 )
         except Exception as error:  # a template is a program of the model's author; it can raise anything
             raise DataError(f"the tokenizer's chat template fails on a user and an assistant turn: {error}") from None
 
 
-def _shared_start(one: str, other: str) -> str:
+def _common_prefix(one: str, other: str) -> str:
+    """Return the common prefix of two texts."""
     return "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _closing_mark(opens: re.Match[str]) -> str:
+    """Return the mark that closes the thought that ``opens`` matched the opening of."""
     return f"{opens['left']}/{opens['name']}{opens['right']}"
 
 
-def _squeezed(text: str) -> str:
+def _without_whitespace(text: str) -> str:
+    """Return the text without whitespace."""
     return "".join(text.split())

@@ -23,12 +23,13 @@ from toolkit.tasks.pubmedqa import TASKS, RowFaultError
 
 log = logging.getLogger("frostline")
 
-_SHOWN = 10
+_MOST_LISTED = 10
+"""Most bad rows that an error message lists."""
 
 
 @dataclass(frozen=True)
 class SkippedRow:
-    """A row that was left out under ``on_bad_row: skip``."""
+    """A row that was left out under ``on_bad_row: skip``: where it is, and what is wrong with it."""
 
     origin: str
     fault: str
@@ -54,7 +55,7 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the token ids and supervised spans of all rows, in order."""
+        """Return the SHA-256 of the token ids and supervised spans of all rows, in order."""
         sha = hashlib.sha256()
         for part in (self.train, self.validation):
             for example in part:
@@ -63,7 +64,7 @@ class Dataset:
         return sha.hexdigest()
 
     def save_skipped(self, path: Path) -> None:
-        """List the skipped rows as JSON lines, if there are any."""
+        """Write the skipped rows as JSON lines; remove an older file if there are none."""
         path.unlink(missing_ok=True)
         if self.skipped:
             lines = [json.dumps({"row": row.origin, "fault": row.fault}, ensure_ascii=False) for row in self.skipped]
@@ -83,14 +84,14 @@ def load_dataset(
     Args:
         config: the recipe's data section.
         tokenizer: turns text into ids; its chat template is used where it has one.
-        seed: of the split, where ``config.validation`` is a fraction.
-        rows: of ``config.path``, if they are read already.
-        ends: the tokens that end a text by the model's own account.
-        rendering: what the run keeps of how its rows are written.
+        seed: seed of the split, if ``config.validation`` is a fraction.
+        rows: rows of ``config.path``; None reads them.
+        ends: end-of-text tokens that the model's config files name.
+        rendering: settings to render the run's conversations with.
 
     Raises:
-        DataError: a file cannot be read, rows are bad and ``config.on_bad_row`` is ``error``, or rows of a validation
-            set of its own are trained on; names each row.
+        DataError: a file cannot be read, rows are bad and ``config.on_bad_row`` is ``error``, or rows of a separate
+            validation set are training rows too; names the first of them.
     """
     encoder = Encoder(tokenizer, config.max_length, ends, rendering)
     rows = read_rows(config.path, config.split) if rows is None else rows
@@ -98,24 +99,24 @@ def load_dataset(
     validation: list[Example] = []
     if isinstance(config.validation, float):
         examples, validation = _hold_out(examples, config.validation, seed)
-        if found := _overlap(examples, validation):
-            log.warning("%s; the validation loss is in part that of rows that are trained on", found)
+        if both := _overlap(examples, validation):
+            log.warning("%s; the validation loss is in part that of rows that are trained on", both)
     elif config.validation is not None:
         held_out = read_rows(config.validation, config.validation_split, "data.validation_split", "validation")
-        validation, more = encode_rows(held_out, encoder, config)
-        skipped += more
-        if found := _overlap(examples, validation):
+        validation, skipped_validation = encode_rows(held_out, encoder, config)
+        skipped += skipped_validation
+        if both := _overlap(examples, validation):
             raise DataError(
-                f"{found}; their loss says nothing about rows that the model has not seen. Take them out of one of the "
+                f"{both}; their loss says nothing about rows that the model has not seen. Take them out of one of the "
                 "two, name another data.validation or data.validation_split, or hold out a fraction"
             )
-    for note in (*encoder.notes(), *_control_tokens([*examples, *validation])):
+    for note in (*encoder.notes(), *_control_token_notes([*examples, *validation])):
         log.info("%s", note)
     return Dataset(tuple(examples), tuple(validation), tuple(skipped))
 
 
-def _control_tokens(examples: Sequence[Example]) -> Iterator[str]:
-    """Say how many rows hold a control token's text, which is encoded as the text that it is."""
+def _control_token_notes(examples: Sequence[Example]) -> Iterator[str]:
+    """Yield a note for the log if rows contain the text of a control token, which is encoded as plain text."""
     if found := [example for example in examples if example.control_token]:
         count = f"{len(found)} rows hold" if len(found) > 1 else "1 row holds"
         yield (
@@ -125,10 +126,10 @@ def _control_tokens(examples: Sequence[Example]) -> Iterator[str]:
 
 
 def encode_rows(rows: list[Row], encoder: Encoder, config: DataConfig) -> tuple[list[Example], list[SkippedRow]]:
-    """Encode the good rows; return the bad ones beside them.
+    """Encode rows; return the examples, and the rows that cannot be used.
 
     Raises:
-        DataError: there are bad rows and ``config.on_bad_row`` is ``error``, or no good row is left.
+        DataError: there are bad rows and ``config.on_bad_row`` is ``error``, or no usable row is left.
     """
     examples: list[Example] = []
     bad: list[SkippedRow] = []
@@ -140,19 +141,24 @@ def encode_rows(rows: list[Row], encoder: Encoder, config: DataConfig) -> tuple[
         except RowFaultError as fault:
             bad.append(SkippedRow(row.origin, str(fault)))
     if bad and (config.on_bad_row == "error" or not examples):
-        listed = [f"  - {row.origin} {row.fault}" for row in bad[:_SHOWN]]
-        if len(bad) > _SHOWN:
-            listed.append(f"  … and {len(bad) - _SHOWN} more")
-        remedy = (
+        listed = [f"  - {row.origin} {row.fault}" for row in bad[:_MOST_LISTED]]
+        if len(bad) > _MOST_LISTED:
+            listed.append(f"  … and {len(bad) - _MOST_LISTED} more")
+        advice = (
             "Correct them, or set data.on_bad_row: skip to leave them out"
             if examples
             else "No usable row is left; correct them"
         )
-        raise DataError("\n".join([f"{len(bad)} of {len(rows)} rows cannot be used:", *listed, remedy]))
+        raise DataError("\n".join([f"{len(bad)} of {len(rows)} rows cannot be used:", *listed, advice]))
     return examples, bad
 
 
 def _hold_out(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Split examples at random into training and validation, each in the original order.
+
+    Raises:
+        DataError: the fraction leaves no example to train on.
+    """
     count = max(1, round(len(examples) * fraction))
     if count >= len(examples):
         raise DataError(
@@ -164,13 +170,13 @@ def _hold_out(examples: list[Example], fraction: float, seed: int) -> tuple[list
 
 
 def _overlap(train: Sequence[Example], validation: Sequence[Example]) -> str | None:
-    """Describe how many validation rows are training rows too, token by token; none if there are none."""
-    seen = {(example.token_ids, example.answer_start): example.origin for example in train}
-    both = [example for example in validation if (example.token_ids, example.answer_start) in seen]
-    if not both:
+    """Describe how many validation rows have the tokens of a training row; None if there are none."""
+    origins = {(example.token_ids, example.answer_start): example.origin for example in train}
+    shared = [example for example in validation if (example.token_ids, example.answer_start) in origins]
+    if not shared:
         return None
-    first = both[0]
+    first = shared[0]
     return (
-        f"{len(both)} of {len(validation)} validation rows are training rows as well "
-        f"({first.origin} is {seen[first.token_ids, first.answer_start]})"
+        f"{len(shared)} of {len(validation)} validation rows are training rows as well "
+        f"({first.origin} is {origins[first.token_ids, first.answer_start]})"
     )

@@ -22,17 +22,17 @@ class Example:
     answer_start: int
     """Index of the first supervised token; all later ones are supervised too."""
     shortened: bool = False
-    """Context was cut to fit."""
+    """True if context was cut to fit ``max_length``."""
     origin: str = field(default="", compare=False)
-    """File and row it was made of, as a person would look it up."""
+    """File and row that it was made of, for messages: ``answers.jsonl line 12``."""
     reasons: bool = field(default=False, compare=False)
-    """The answer begins with a thought of its own."""
+    """True if the answer begins with a thought."""
     control_token: str = field(default="", compare=False)
-    """A control token that stands in the row's text, where it was encoded as text."""
+    """First control token whose text the row contains, encoded as plain text; empty if there is none."""
 
     @property
     def supervised_tokens(self) -> int:
-        """Number of tokens that the loss is taken over."""
+        """Return the number of tokens that the loss is taken over."""
         return len(self.token_ids) - self.answer_start
 
 
@@ -48,10 +48,10 @@ class Encoder:
     answer does and ends with the token that ends an answer. See docs/data.md.
 
     Args:
-        tokenizer: needs an end-of-text token.
-        max_length: longest example in tokens.
-        ends: the tokens that end a text by the model's own account (``toolkit.models.end_tokens``).
-        rendering: what the run keeps of how its rows are written.
+        tokenizer: tokenizer, which needs an end-of-text token.
+        max_length: most tokens of an example.
+        ends: end-of-text tokens that the model's config files name (``toolkit.models.end_tokens``).
+        rendering: settings to render conversations with.
 
     Raises:
         DataError: the chat template cannot render a user turn, or alters the prompt once an answer follows; or
@@ -71,10 +71,10 @@ class Encoder:
         self.turns = Turns(tokenizer, rendering)
         self._pieces = Pieces(tokenizer)
         named = dict.fromkeys(end for end in ends if 0 <= end < len(tokenizer))
-        self._words = tuple(end for end in named if self._pieces.is_word(end))
-        self._ends = tuple(end for end in named if end not in self._words)
-        self._marks = tuple(i for i in self._pieces.ids(self.turns.closing) if self._is_mark(i))
-        self._appended = () if self._marks else (self._choose_end(),)
+        self._word_ends = tuple(end for end in named if self._pieces.is_word(end))
+        self._ends = tuple(end for end in named if end not in self._word_ends)
+        self._closing_marks = tuple(i for i in self._pieces.ids(self.turns.closing) if self._is_mark(i))
+        self._appended_end = () if self._closing_marks else (self._choose_end(),)
 
     def prompt_ids(self, sample: Sample) -> tuple[int, ...]:
         """Encode the prompt up to where the answer begins, shortened like an example's.
@@ -82,12 +82,12 @@ class Encoder:
         Raises:
             RowFaultError: the question alone exceeds ``max_length``.
         """
-        return self._fit(sample, self._encode_prompt).token_ids
+        return self._fit_to_max_length(sample, self._encode_prompt).token_ids
 
     def stop_ids(self) -> list[int]:
-        """Return the tokens that end an answer: what closes a turn, the end of the text, and the model's own ends."""
+        """Return the tokens that end an answer: those that close a turn, and the ends of tokenizer and model."""
         eos = self.tokenizer.eos_token_id
-        return sorted({*self._marks, *self._appended, *self._ends, *([] if eos is None else [int(eos)])})
+        return sorted({*self._closing_marks, *self._appended_end, *self._ends, *([] if eos is None else [int(eos)])})
 
     def without_closing(self, answer: str) -> str:
         """Strip from a generated answer the words that close one in the template (``###``) and are learned with it."""
@@ -103,20 +103,20 @@ class Encoder:
             RowFaultError: question and answer alone exceed ``max_length``, the answer has no tokens, or the chat
                 template alters it.
         """
-        return self._fit(sample, self._encode)
+        return self._fit_to_max_length(sample, self._encode_conversation)
 
     @property
     def begun(self) -> str:
-        """Beginning of an answer that the prompt holds already: the opening mark of a thought."""
+        """Return the part of an answer that the prompt already holds: the opening mark of a thought, or nothing."""
         return self.turns.opened if self.rendering.reasons else ""
 
     def notes(self) -> list[str]:
-        """Say what a user of the chat template would not expect, a line each for the log."""
+        """Return a line for the log on each thing that a user of the chat template would not expect."""
         turns, lines = self.turns, []
-        if self._appended and self.tokenizer.chat_template:
-            (end,) = self._appended
+        if self._appended_end and self.tokenizer.chat_template:
+            (end,) = self._appended_end
             lines.append(
-                f"the chat template has no mark after an answer; {self._name(end)}, which "
+                f"the chat template has no mark after an answer; {self._show(end)}, which "
                 f"{'the model' if end in self._ends else 'the tokenizer'} lists as an end, is appended and trained"
             )
         if turns.lead and not self.rendering.reasons:
@@ -126,12 +126,12 @@ class Encoder:
             )
         if self.tokenizer.chat_template and (begin := self._pieces.put_before(turns.prompt("question"))):
             lines.append(
-                f"the tokenizer begins a text with {self._name(begin[0])} and the chat template does not: it begins "
+                f"the tokenizer begins a text with {self._show(begin[0])} and the chat template does not: it begins "
                 "every row, in training and generation; apply_chat_template alone leaves it out"
             )
-        if self._words:
+        if self._word_ends:
             lines.append(
-                f"the model lists {', '.join(map(self._name, self._words))} as an end of its texts, which in this "
+                f"the model lists {', '.join(map(self._show, self._word_ends))} as an end of its texts, which in this "
                 "tokenizer is part of a word: answers do not end there, and exports do not list it"
             )
         if not self.tokenizer.is_fast:
@@ -141,8 +141,12 @@ class Encoder:
             )
         return lines
 
-    def _fit(self, sample: Sample, encode: Callable[[Sample], Example]) -> Example:
-        """Encode ``sample`` with as much of its context, from the start, as ``max_length`` has room for."""
+    def _fit_to_max_length(self, sample: Sample, encode: Callable[[Sample], Example]) -> Example:
+        """Encode ``sample`` by ``encode`` with as much of its context, from the start, as ``max_length`` has room for.
+
+        Raises:
+            RowFaultError: it does not fit without any context.
+        """
         example = encode(sample)
         if len(example.token_ids) <= self.max_length:
             return example
@@ -155,34 +159,43 @@ class Encoder:
         keep = len(self._pieces.ids("\n\n".join(sample.contexts)))
         while len(example.token_ids) > self.max_length and keep > 0:
             keep -= len(example.token_ids) - self.max_length
-            contexts = _first_tokens(self.tokenizer, sample.contexts, max(keep, 0))
+            contexts = _cut_contexts(self.tokenizer, sample.contexts, max(keep, 0))
             example = encode(replace(sample, contexts=contexts))
         return replace(example if len(example.token_ids) <= self.max_length else bare, shortened=True)
 
     def _encode_prompt(self, sample: Sample) -> Example:
+        """Encode the prompt alone, with nothing supervised, for generation."""
         (question,), _ = self._pieces.as_text(sample.prompt())
         ids = self._pieces.beginning(self.turns.prompt(question))
         return Example(ids, len(ids))
 
-    def _encode(self, sample: Sample) -> Example:
+    def _encode_conversation(self, sample: Sample) -> Example:
+        """Encode prompt and answer, of which the answer and what closes its turn are supervised.
+
+        Raises:
+            RowFaultError: the answer has no tokens, or the chat template alters it.
+        """
         assert sample.answer is not None
         (question, answer), control = self._pieces.as_text(sample.prompt(), sample.answer)
-        said = self.turns.conversation(question, answer)
-        prompt = self._pieces.beginning(said.prompt)
-        answer_ids = self._pieces.following(said.prompt, said.answer) + self._appended
-        if len(answer_ids) == len(self._appended):
+        conversation = self.turns.conversation(question, answer)
+        prompt = self._pieces.beginning(conversation.prompt)
+        answer_ids = self._pieces.following(conversation.prompt, conversation.answer) + self._appended_end
+        if len(answer_ids) == len(self._appended_end):
             raise RowFaultError("has an answer without tokens; expected text that the tokenizer knows")
-        return Example(prompt + answer_ids, len(prompt), reasons=said.reasons, control_token=control)
+        return Example(prompt + answer_ids, len(prompt), reasons=conversation.reasons, control_token=control)
 
     def _is_mark(self, token: int) -> bool:
-        """Return whether the token has a meaning of its own and is no piece of a word."""
+        """Return whether the token is special or ends a text, rather than being a piece of a word."""
         return self._pieces.is_mark(token) or token in self._ends or token == self.tokenizer.eos_token_id
 
     def _choose_end(self) -> int:
-        """Choose the end to append where the template closes an answer with no mark.
+        """Choose the token to append to an answer if the template closes it with no mark.
 
-        That one of the model's ends with which the template begins the next turn; else the tokenizer's end of text if
-        the model lists it, else the first that it lists.
+        It is that one of the model's ends with which the template begins the next turn; else the tokenizer's end of
+        text if the model lists it or lists none; else the first that the model lists.
+
+        Raises:
+            DataError: neither the model nor the tokenizer names an end.
         """
         eos = self.tokenizer.eos_token_id
         following = self._pieces.ids(self.turns.next_turn().lstrip())[:1]
@@ -196,12 +209,13 @@ class Encoder:
             )
         return self._ends[0] if self._ends else int(eos)
 
-    def _name(self, token: int) -> str:
+    def _show(self, token: int) -> str:
+        """Describe a token for the log."""
         return f"{self.tokenizer.convert_ids_to_tokens(token)!r} (id {token})"
 
 
-def _first_tokens(tokenizer: PreTrainedTokenizerBase, contexts: tuple[str, ...], count: int) -> tuple[str, ...]:
-    """Cut the contexts to ``count`` tokens, at a character, not inside one."""
+def _cut_contexts(tokenizer: PreTrainedTokenizerBase, contexts: tuple[str, ...], count: int) -> tuple[str, ...]:
+    """Cut the contexts to ``count`` tokens in all; a character whose tokens are cut apart is dropped."""
     kept: list[str] = []
     for context in contexts:
         ids = tokenizer(context, add_special_tokens=False, verbose=False).input_ids

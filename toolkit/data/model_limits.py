@@ -1,4 +1,4 @@
-"""Whether data and model go together."""
+"""Check that the model can take the data: its positions and its vocabulary."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def check_fit(examples: Iterable[Example], model: PreTrainedModel, remedy: str |
     """Refuse rows longer than the model's positions and ids beyond its embeddings, before an index error does.
 
     Args:
-        examples: at least one.
-        model: with its embeddings, in any precision.
-        remedy: what to do about rows that are too long; none names ``data.max_length``.
+        examples: the rows to check, at least one.
+        model: the model, with its embeddings.
+        remedy: advice on rows that are too long, for the error message; None names ``data.max_length``.
 
     Raises:
         DataError: a row is too long.
@@ -34,12 +34,12 @@ def check_fit(examples: Iterable[Example], model: PreTrainedModel, remedy: str |
 
 
 def require_known_ids(largest: int, model: PreTrainedModel) -> None:
-    """Refuse token ids up to ``largest`` if the model does not embed all of them.
+    """Refuse a model whose embedding table has no row for token id ``largest``.
 
     Raises:
         ModelError: the tokenizer belongs to another model.
     """
-    rows = _embedded(model)
+    rows = _embedding_rows(model)
     if largest >= rows:
         raise ModelError(
             f"the tokenizer gives id {largest}, the model embeds {rows} ids; expected a tokenizer made for this model"
@@ -47,7 +47,7 @@ def require_known_ids(largest: int, model: PreTrainedModel) -> None:
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
-    """Return the longest input in tokens, where the config states one.
+    """Return the longest input in tokens that the config allows; None if it sets no limit.
 
     Dynamic NTK stretches the positions of pretraining, which max_position_embeddings means there, by a factor
     (transformers, modeling_rope_utils).
@@ -80,14 +80,14 @@ def room_for_answer(prompt: Sequence[int], model: PreTrainedModel, most: int) ->
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
-    """Return the padding token's id, or 0 where the model has no embedding of it.
+    """Return the padding token's id, or 0 if the model has no embedding of it.
 
-    Padding is masked, so only that the id exists matters.
+    Any id that is embedded will do, because padding is masked.
     """
-    own = int(tokenizer.pad_token_id)
-    return own if own < _embedded(model) else 0
+    pad_id = int(tokenizer.pad_token_id)
+    return pad_id if pad_id < _embedding_rows(model) else 0
 
 
-def _embedded(model: PreTrainedModel) -> int:
+def _embedding_rows(model: PreTrainedModel) -> int:
     """Return the number of rows of the embedding table."""
     return int(model.get_input_embeddings().weight.shape[0])

@@ -1,7 +1,7 @@
-"""Make what comes next while the device is busy with what is now.
+"""Prepare the next batches in a background thread while the device computes.
 
-Building a batch, and later reading from a cache, takes the host's time, not the device's. A background thread does it a
-few items ahead; the consumer finds them ready. Order and content are those of the source.
+Building a batch, and reading hidden states from the cache, takes the host's time, not the device's. The thread
+runs a few items ahead. Order and content are those of the source.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from toolkit.data.batches import Batch
 
 T = TypeVar("T")
-_END: Any = object()
+_EXHAUSTED: Any = object()
+"""What ``next`` returns in the thread once a source has no more items."""
 
 
 class Prefetcher(ExitStack):
@@ -29,7 +30,7 @@ class Prefetcher(ExitStack):
     On leaving, for whatever reason, every thread has ended and every generator is closed.
 
     Args:
-        ahead: items that are made before they are asked for, at least 1.
+        ahead: number of items that are made before they are asked for, at least 1.
     """
 
     def __init__(self, ahead: int = 2) -> None:
@@ -37,19 +38,20 @@ class Prefetcher(ExitStack):
         self._ahead = ahead
 
     def __call__(self, source: Iterable[T]) -> Iterator[T]:
-        """Return the items of ``source`` in order; what it raises is raised here, after the items before it."""
+        """Iterate over the items of ``source``, made in a thread; an exception of ``source`` is raised in its place."""
         items = iter(source)
         if close := getattr(items, "close", None):
             self.callback(close)
         executor = ThreadPoolExecutor(1, thread_name_prefix="frostline-prefetch")
         self.callback(executor.shutdown, cancel_futures=True)
-        made = deque(executor.submit(next, items, _END) for _ in range(self._ahead))
-        return _consume(executor, items, made)
+        pending = deque(executor.submit(next, items, _EXHAUSTED) for _ in range(self._ahead))
+        return _consume(executor, items, pending)
 
 
-def _consume(executor: ThreadPoolExecutor, items: Iterator[T], made: deque[Future[T]]) -> Iterator[T]:
-    while (item := made.popleft().result()) is not _END:
-        made.append(executor.submit(next, items, _END))
+def _consume(executor: ThreadPoolExecutor, items: Iterator[T], pending: deque[Future[T]]) -> Iterator[T]:
+    """Yield the items in order, and have the thread make one more for each that is taken."""
+    while (item := pending.popleft().result()) is not _EXHAUSTED:
+        pending.append(executor.submit(next, items, _EXHAUSTED))
         yield item
     executor.shutdown()
 

@@ -1,4 +1,4 @@
-"""Questions to be answered, from a file or from the command line."""
+"""Read the questions that a model is to answer, from a file or from the command line."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from toolkit.tasks.pubmedqa import ANSWER, RowFaultError, Sample, pubmedqa
 
 
 def from_prompt(question: str, contexts: Sequence[str]) -> Sample:
-    """Return a question as typed.
+    """Make a sample of a question and contexts that were given on the command line.
 
     Raises:
-        DataError: it is empty.
+        DataError: the question is empty.
     """
     if not question.strip():
         raise DataError("--question is empty; expected text")
@@ -24,16 +24,16 @@ def read_questions(path: str, split: str | None) -> list[Sample]:
     """Return the questions of a file or Hub data set.
 
     Raises:
-        DataError: unreadable, or rows without a question; names each row.
+        DataError: the file is unreadable, or rows have no question; names the first of them.
     """
     return questions_of(read_rows(path, split, "--split"))
 
 
 def questions_of(rows: Iterable[Row]) -> list[Sample]:
-    """Return the questions of rows; a reference answer is kept where a row has one.
+    """Make a sample of each row; a reference answer is kept if the row has one.
 
     Raises:
-        DataError: rows without a question; names each row.
+        DataError: rows have no question; names the first of them.
     """
     samples, bad = [], []
     for row in rows:

@@ -24,13 +24,13 @@ log = logging.getLogger("frostline")
 
 @dataclass(frozen=True)
 class Row:
-    """One row as it was found."""
+    """One row of a file or Hub data set, not checked yet."""
 
     origin: str
-    """File and row, as a person would look it up: ``answers.jsonl line 12``."""
+    """File and row, for messages: ``answers.jsonl line 12``."""
     values: Any = None
     fault: str | None = None
-    """Why the row could not be read, if so."""
+    """Why the row could not be read; None if it could."""
 
 
 def read_rows(path: str, split: str | None = None, key: str = "data.split", usual: str = "train") -> list[Row]:
@@ -40,9 +40,9 @@ def read_rows(path: str, split: str | None = None, key: str = "data.split", usua
 
     Args:
         path: file or Hub id.
-        split: of a Hub data set; none takes its only one, or the usual.
-        key: what the user sets the split with, for messages.
-        usual: split to take from a set that has it among others.
+        split: split of a Hub data set; None takes its only one, else ``usual``.
+        key: recipe key or flag that sets the split, for messages.
+        usual: split to take by default from a data set with several.
 
     Raises:
         DataError: no such file, data set or split, an unknown format, a file that cannot be parsed, or no rows.
@@ -59,7 +59,7 @@ def read_rows(path: str, split: str | None = None, key: str = "data.split", usua
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error})") from None
     elif is_hub_dataset(path):
-        rows = list(_hub(path, split, key, usual))
+        rows = list(_read_hub(path, split, key, usual))
     elif is_directory(file):
         raise DataError(f"{path}: is a directory; name one {', '.join(_READERS)} file in it")
     else:
@@ -76,37 +76,45 @@ def is_hub_dataset(path: str) -> bool:
     return hub.is_hub_id(path) and Path(path).suffix.lower() not in _READERS
 
 
-def _text(file: Path) -> str:
-    """Read the file as text; bytes that are not UTF-8 become lone surrogates, to be found row by row."""
+def _read_text(file: Path) -> str:
+    """Read the file as text; bytes that are not UTF-8 become lone surrogates, to be found row by row.
+
+    Raises:
+        DataError: it is UTF-16.
+        OSError: it cannot be read.
+    """
     content = file.read_bytes()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and b"\0" in content:
         raise DataError(f"{file}: is UTF-16 text (Excel's 'Unicode Text'); save the file as UTF-8")
     return content.decode("utf-8-sig", errors="surrogateescape")
 
 
-def _not_utf8(values: Any) -> bool:
-    return re.search("[\ud800-\udfff]", values if isinstance(values, str) else _all_text(values)) is not None
+def _has_undecoded_bytes(values: Any) -> bool:
+    """Return True if a string of the value has a lone surrogate, which stands for a byte that is not UTF-8."""
+    return re.search("[\ud800-\udfff]", values if isinstance(values, str) else _join_strings(values)) is not None
 
 
-def _all_text(values: Any) -> str:
-    """Join all strings of a JSON-like value."""
+def _join_strings(values: Any) -> str:
+    """Join all strings of a JSON-like value, keys included."""
     if isinstance(values, str):
         return values
     if isinstance(values, dict):
-        return "".join(_all_text(part) for item in values.items() for part in item)
+        return "".join(_join_strings(part) for item in values.items() for part in item)
     if isinstance(values, list):
-        return "".join(_all_text(part) for part in values)
+        return "".join(_join_strings(part) for part in values)
     return ""
 
 
-def _row(origin: str, values: Any) -> Row:
-    if _not_utf8(values):
+def _make_row(origin: str, values: Any) -> Row:
+    """Return a row with these values, or with a fault if they are not UTF-8."""
+    if _has_undecoded_bytes(values):
         return Row(origin, fault="is not UTF-8 text; save the file as UTF-8")
     return Row(origin, values)
 
 
-def _jsonl(file: Path) -> Iterator[Row]:
-    for number, line in enumerate(_text(file).split("\n"), start=1):
+def _read_jsonl(file: Path) -> Iterator[Row]:
+    """Yield a row for each line that is not blank; a line that is not JSON gives a row with a fault."""
+    for number, line in enumerate(_read_text(file).split("\n"), start=1):
         origin = f"{file} line {number}"
         if not line.strip():
             continue
@@ -115,12 +123,17 @@ def _jsonl(file: Path) -> Iterator[Row]:
         except (ValueError, RecursionError) as error:  # ValueError alone: a number of thousands of digits
             yield Row(origin, fault=f"is not valid JSON ({error}); expected one object a line")
         else:
-            yield _row(origin, values)
+            yield _make_row(origin, values)
 
 
-def _json(file: Path) -> Iterator[Row]:
+def _read_json(file: Path) -> Iterator[Row]:
+    """Yield the rows of a JSON file: a list of rows, or an object of rows by key.
+
+    Raises:
+        DataError: it is neither, or not JSON.
+    """
     try:
-        content = json.loads(_text(file))
+        content = json.loads(_read_text(file))
     except json.JSONDecodeError as error:
         raise DataError(f"{file}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
     except (ValueError, RecursionError) as error:
@@ -129,19 +142,24 @@ def _json(file: Path) -> Iterator[Row]:
         ) from None
     if isinstance(content, dict) and all(isinstance(row, dict) for row in content.values()):
         for key, values in content.items():
-            yield _row(f"{file} key {key}", values)
+            yield _make_row(f"{file} key {key}", values)
     elif isinstance(content, list):
         for number, values in enumerate(content, start=1):
-            yield _row(f"{file} row {number}", values)
+            yield _make_row(f"{file} row {number}", values)
     else:
         raise DataError(
             f"{file}: holds one {type(content).__name__}; expected a list of rows or an object of rows by key"
         )
 
 
-def _csv(file: Path) -> Iterator[Row]:
+def _read_csv(file: Path) -> Iterator[Row]:
+    """Yield the rows of a CSV file with a header line.
+
+    Raises:
+        DataError: it is not CSV, or its header would be misread.
+    """
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(io.StringIO(_text(file), newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(_read_text(file), newline=""), strict=True)
     try:
         _check_header(file, reader.fieldnames or [])
         for number, values in enumerate(reader, start=1):
@@ -152,16 +170,16 @@ def _csv(file: Path) -> Iterator[Row]:
                     fault=f"has not the {len(reader.fieldnames or [])} fields of the header line; check its quotes",
                 )
             else:
-                yield _row(origin, values)
+                yield _make_row(origin, values)
     except csv.Error as error:
         raise DataError(f"{file}: not valid CSV near line {reader.line_num}: {error}") from None
 
 
 def _check_header(file: Path, names: Sequence[str]) -> None:
-    """Refuse a header line whose columns would be mistaken.
+    """Refuse a header line that would be misread.
 
     Raises:
-        DataError: its fields are not separated by commas, or it names a column that is read more than once.
+        DataError: its fields are not separated by commas, or a column that is used has several of its name.
     """
     if len(names) == 1 and (found := [mark for mark in (";", "\t", "|") if mark in names[0]]):
         raise DataError(
@@ -174,7 +192,12 @@ def _check_header(file: Path, names: Sequence[str]) -> None:
         )
 
 
-def _parquet(file: Path) -> Iterator[Row]:
+def _read_parquet(file: Path) -> Iterator[Row]:
+    """Yield the rows of a Parquet file.
+
+    Raises:
+        DataError: it cannot be read, or a text column is not UTF-8.
+    """
     import pyarrow
     import pyarrow.parquet
 
@@ -185,10 +208,15 @@ def _parquet(file: Path) -> Iterator[Row]:
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: a text column is not UTF-8 ({error}); save the file as UTF-8") from None
     for number, values in enumerate(table, start=1):
-        yield _row(f"{file} row {number}", values)
+        yield _make_row(f"{file} row {number}", values)
 
 
-def _hub(name: str, split: str | None, key: str, usual: str) -> Iterator[Row]:
+def _read_hub(name: str, split: str | None, key: str, usual: str) -> Iterator[Row]:
+    """Download a Hub data set and yield the rows of one split; the arguments are those of ``read_rows``.
+
+    Raises:
+        DataError: it cannot be loaded, or has no such split.
+    """
     from datasets import load_dataset_builder
 
     hub.set_limits()
@@ -206,35 +234,35 @@ def _hub(name: str, split: str | None, key: str, usual: str) -> Iterator[Row]:
             "Check the name and the network, or download it and pass the file"
         ) from None
     for number, values in enumerate(table, start=1):
-        yield _row(f"{name}[{split}] row {number}", values)
+        yield _make_row(f"{name}[{split}] row {number}", values)
 
 
-def _choose_split(name: str, there: list[str], split: str | None, key: str, usual: str) -> str:
-    """Choose the split of a Hub data set to read, and log it where it was not asked for.
+def _choose_split(name: str, available: list[str], split: str | None, key: str, usual: str) -> str:
+    """Choose the split of a Hub data set to read; log it if the user named none.
 
     Raises:
-        DataError: there is no such split, or none was asked for and it is not plain which; names those there are.
+        DataError: there is no such split, or there are several and none is the usual one; names all of them.
     """
-    listed = ", ".join(there)
+    listed = ", ".join(available)
     if split is not None:
-        wanted = [part.partition("[")[0].strip() for part in split.split("+")]  # datasets also takes train[:10%]+test
-        if unknown := [part for part in wanted if part not in (*there, "all")]:
+        named = [part.partition("[")[0].strip() for part in split.split("+")]  # datasets also takes train[:10%]+test
+        if unknown := [part for part in named if part not in (*available, "all")]:
             raise DataError(
                 f"{key} is {split!r}, but {name} has no split {unknown[0]!r}; set {key} to one of: {listed}"
             )
         return split
-    if len(there) == 1:
+    if len(available) == 1:
         log.info("%s has one split, %s, which is taken", name, listed)
-        return there[0]
-    if usual not in there:
+        return available[0]
+    if usual not in available:
         raise DataError(f"{name} has the splits {listed}, and {key} names none of them; set it to the one to read")
     log.info("%s has the splits %s; %s is taken, as %s names none", name, listed, usual, key)
     return usual
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".json": _json,
-    ".jsonl": _jsonl,
-    ".csv": _csv,
-    ".parquet": _parquet,
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
 }

@@ -1,4 +1,4 @@
-"""Ends code that runs too long, such as a template that loops for ever."""
+"""Limit how long a piece of Python code may run, such as a template that loops for ever."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from types import FrameType
 
 @contextmanager
 def time_limit(seconds: float, reason: str) -> Iterator[None]:
-    """End the body after ``seconds`` of wall-clock time, wherever Python code of it runs by then.
+    """Raise in the body after ``seconds`` of wall-clock time.
 
-    Works on the main thread of systems with SIGALRM, and not while something else uses that signal; else it does
-    nothing. A single call into C, such as the product of a text and a huge number, is not cut short.
+    Works on the main thread of systems with SIGALRM, if nothing else uses that signal; otherwise it sets no limit. A
+    single call into C, such as the product of a text and a huge number, is not cut short.
 
     Args:
-        seconds: the limit.
-        reason: of the error.
+        seconds: wall-clock limit.
+        reason: text that begins the error message.
 
     Raises:
         TimeoutError: the limit passed.
     """
-    free = (
+    can_use_alarm = (
         hasattr(signal, "setitimer")
         and threading.current_thread() is threading.main_thread()
         and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
     )
-    if not free:
+    if not can_use_alarm:
         yield
         return
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def raise_timeout(number: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"{reason} ({seconds:g} s)")
 
-    signal.signal(signal.SIGALRM, stop)
+    signal.signal(signal.SIGALRM, raise_timeout)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield

@@ -18,7 +18,7 @@ from toolkit.inference.open_model import open_model, read_run
 from toolkit.mask.apply import trainable_parameters
 from toolkit.mask.audit import audit_markdown
 from toolkit.models.load import Dtype
-from toolkit.models.weight_files import Comparison, listed
+from toolkit.models.weight_files import Comparison, join_names
 from toolkit.optim.rounding import stochastic_round
 from toolkit.runtime.errors import CheckpointError, DiskError, UsageError
 from toolkit.runtime.paths import make_parent
@@ -196,8 +196,8 @@ def _comparison_text(weights: Comparison) -> str:
         (weights.same_values, "of the same values in another precision"),
         (weights.rounded, "the base model's values rounded, and otherwise unchanged"),
         (len(weights.changed), "of other values"),
-        (len(weights.added), f"not in the base model ({listed(weights.added, 4)})"),
-        (len(weights.carried), f"not used by the model and copied as they are ({listed(weights.carried, 4)})"),
+        (len(weights.added), f"not in the base model ({join_names(weights.added, 4)})"),
+        (len(weights.carried), f"not used by the model and copied as they are ({join_names(weights.carried, 4)})"),
     ]
     lines = [f"- {count:,} {what}" for count, what in counts if count]
     return "\n".join(["Of the tensors in these files, compared with the base model's files one by one:", "", *lines])

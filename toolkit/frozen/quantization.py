@@ -29,25 +29,25 @@ PARTS: dict[Precision, tuple[str, ...]] = {
     "int8": ("codes", "scales"),
     "nf4": ("codes", "scales", "scales_of_scales", "offset"),
 }
-"""The tensors that a quantised weight consists of."""
+"""Names of the tensors that a quantised weight consists of."""
 
 _BLOCK, _OUTER = 64, 256
-"""nf4: weights that share a scale, and scales that share one in turn."""
+"""nf4: number of weights that share a scale, and of scales that share a scale of their own."""
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """Shape, precision and layout that a quantised weight had, and gets back."""
+    """How a weight is quantised, and the shape, dtype and layout that it is dequantised to."""
 
     precision: Precision
     shape: tuple[int, ...]
     dtype: torch.dtype
     transposed: bool
-    """It was stored as inputs × outputs (GPT-2's Conv1D); a scale belongs to an output."""
+    """True if the weight is inputs × outputs (GPT-2's Conv1D); scales belong to outputs."""
 
 
 def quantisable(block: nn.Module, precision: Precision) -> dict[str, QuantizedWeight]:
-    """Return the weights of a block that can be quantised, by their names in it.
+    """Describe the weights of a block that can be quantised, by name within the block.
 
     They are the matrices of ``nn.Linear`` and of GPT-2's ``Conv1D``, and the stacked matrices of a mixture's experts.
     Norms, biases, routers that are no Linear, convolutions and the recurrences of state-space models stay.
@@ -68,24 +68,24 @@ def quantisable(block: nn.Module, precision: Precision) -> dict[str, QuantizedWe
 def quantised_bytes(original: QuantizedWeight) -> int:
     """Return the bytes of all parts of a quantised weight.
 
-    int8 takes a byte a weight and a float32 an output. nf4 takes half a byte a weight, a byte for 64 of them, a float32
-    for 256 of those bytes, and one.
+    int8 takes 1 byte for a weight and 4 for an output. nf4 takes half a byte for a weight, 1 for each ``_BLOCK``
+    weights, 4 for each ``_OUTER`` such blocks, and 4 for the offset.
     """
     size = math.prod(original.shape)
     if original.precision == "int8":
-        return size + 4 * (size // _row(original))
+        return size + 4 * (size // _inputs_per_output(original))
     scales = math.ceil(size / _BLOCK)
     return size // 2 + scales + 4 * math.ceil(scales / _OUTER) + 4
 
 
 def quantise(weight: torch.Tensor, original: QuantizedWeight) -> dict[str, torch.Tensor]:
-    """Return ``weight`` in the parts that ``PARTS`` names, on its own device.
+    """Quantise ``weight`` into the tensors that ``PARTS`` names, on its device.
 
     int8 [N, K]: codes = round(127 · w / scales), scales [N] = max |w| of each output. nf4: the nearest of 16 quantiles
     of a normal distribution, times the largest magnitude of 64 weights, which is kept in 8 bits itself.
     """
     functional = bitsandbytes_functional()
-    matrix = (weight.t() if original.transposed else weight).reshape(-1, _row(original)).contiguous()
+    matrix = (weight.t() if original.transposed else weight).reshape(-1, _inputs_per_output(original)).contiguous()
     if original.precision == "int8":
         codes, scales, _ = functional.int8_vectorwise_quant(matrix.to(torch.float16))
         return {"codes": codes, "scales": scales}
@@ -106,7 +106,7 @@ def dequantise(parts: Mapping[str, torch.Tensor], original: QuantizedWeight) -> 
         # bitsandbytes' CPU kernel takes the wrong scales where a row is not a whole number of blocks (0.50.2)
         rows = (size // _BLOCK, _BLOCK) if size % _BLOCK == 0 else (1, size)
         functional = bitsandbytes_functional()
-        code, outer_code = _tables(parts["codes"].device)
+        code, outer_code = _nf4_tables(parts["codes"].device)
         outer = functional.QuantState(
             absmax=parts["scales_of_scales"], code=outer_code, blocksize=_OUTER, dtype=torch.float32
         )
@@ -121,10 +121,10 @@ def dequantise(parts: Mapping[str, torch.Tensor], original: QuantizedWeight) -> 
 
 
 def check_quantisable(blocks: Iterable[nn.Module], precision: Precision) -> str:
-    """Return how much of ``blocks`` can be quantised, as a sentence for the log.
+    """Return, as a sentence for the log, how many parameters of ``blocks`` can be quantised.
 
     Raises:
-        ModelError: less than half; the message names the modules that hold the rest.
+        ModelError: fewer than half can; names the modules that hold the rest.
     """
     quantised, rest = 0, Counter[str]()
     for block in blocks:
@@ -144,23 +144,23 @@ def check_quantisable(blocks: Iterable[nn.Module], precision: Precision) -> str:
     return f"prefix in {precision}: {quantised:,} of {total:,} parameters of the frozen blocks, all but those in {left}"
 
 
-def _row(original: QuantizedWeight) -> int:
-    """Return the number of inputs of one output."""
+def _inputs_per_output(original: QuantizedWeight) -> int:
+    """Return the number of inputs of the weight, which are the elements that belong to one output."""
     return original.shape[0] if original.transposed else original.shape[-1]
 
 
 @cache
-def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the values of nf4's 16 codes, and of the 256 codes of its scales."""
+def _nf4_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the values of nf4's 16 codes, and of the 256 codes that its scales are quantised to."""
     functional = bitsandbytes_functional()
     return functional.get_4bit_type("nf4", device=device), functional.create_dynamic_map().to(device)
 
 
 @cache
 def bitsandbytes_functional() -> ModuleType:
-    """Return bitsandbytes.functional, imported by runs that use it alone."""
+    """Import bitsandbytes.functional, which only runs that quantise need."""
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    logger.setLevel(logging.ERROR)  # it misses a package for products in 4 bits, which are not used here
+    logger.setLevel(logging.ERROR)  # it warns of a missing package for 4-bit products, which are not used here
     import bitsandbytes.functional
 
     return bitsandbytes.functional

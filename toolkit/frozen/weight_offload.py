@@ -1,6 +1,6 @@
-"""Offload the frozen weights of the prefix, and load each block's for the moment it computes.
+"""Offload the frozen weights of the prefix, and load each block's while it computes.
 
-A block of the prefix holds no content: its parameters are on the meta device. A hook of accelerate's kind loads its
+Between uses, the parameters of a prefix block are on the meta device. A hook of accelerate's kind loads its
 weights when it is entered, in the model's precision and on its device, and releases them when it is left. In between
 they are kept on the device, on the host or on disk, as they are or quantised.
 """
@@ -37,28 +37,28 @@ _HOST = torch.device("cpu")
 
 @dataclass(frozen=True)
 class OffloadUnit:
-    """A module that is loaded at once: a block, or an embedding table, whose look-up runs on the host."""
+    """A module whose weights are loaded together: a block, or an embedding table, whose look-up runs on the host."""
 
     module: str
-    """Name in the model."""
+    """Name of the module in the model."""
     device: torch.device
-    """Where it computes."""
+    """Device that it computes on."""
     names: tuple[str, ...]
-    """Of its parameters within the module."""
+    """Names, within the module, of its offloaded parameters."""
     is_block: bool
 
 
 class FrozenWeights:
-    """The weights that the prefix alone holds, on the device, the host or disk.
+    """Holds the offloaded weights of the prefix, on the device, the host or disk.
 
-    They are taken out of ``model``; a tensor that anything else of it holds, or that trains, stays there.
+    They are moved out of ``model``, but for tensors that train or that other modules share.
 
     Args:
-        model: the whole model, its mask applied, on the CPU; what is taken is on the meta device afterwards.
+        model: the whole model with its mask applied, on the CPU; offloaded parameters are moved to the meta device.
         blocks: names of the frozen blocks, in running order.
-        tables: names of embedding tables that are to be offloaded too.
-        device: where the blocks compute.
-        on_disk: parameters that were not loaded.
+        tables: names of embedding tables to offload too.
+        device: device that the blocks compute on.
+        on_disk: parameters that were left on disk when ``model`` was loaded, by name.
     """
 
     def __init__(
@@ -67,15 +67,18 @@ class FrozenWeights:
     ) -> None:  # fmt: skip
         blocks, tables = list(blocks), list(tables)
         names = {module: dict(model.get_submodule(module).named_parameters()) for module in (*tables, *blocks)}
-        inside = {f"{module}.{name}" for module, own in names.items() for name in own}
-        every = model.named_parameters(remove_duplicate=False)
-        stays = {id(p) for name, p in every if name not in inside or p.requires_grad}
-        taken = {module: tuple(name for name, p in own.items() if id(p) not in stays) for module, own in names.items()}
+        inside = {f"{module}.{name}" for module, parameters in names.items() for name in parameters}
+        named = model.named_parameters(remove_duplicate=False)
+        kept = {id(p) for name, p in named if name not in inside or p.requires_grad}
+        offloaded = {
+            module: tuple(name for name, p in parameters.items() if id(p) not in kept)
+            for module, parameters in names.items()
+        }
         self.device = device
         self.units = [
-            OffloadUnit(module, _HOST if module in tables else device, own, module in blocks)
-            for module, own in taken.items()
-            if own
+            OffloadUnit(module, _HOST if module in tables else device, parameters, module in blocks)
+            for module, parameters in offloaded.items()
+            if parameters
         ]
         self._stored: dict[str, torch.Tensor | OnDisk] = {}
         self._quantized: dict[str, QuantizedWeight] = {}
@@ -89,19 +92,24 @@ class FrozenWeights:
             to_meta(model, full)
 
     def attach(self, copy: nn.Module) -> None:
-        """Have the units of ``copy``, the prefix's own copy of the model, load their weights from here."""
+        """Hook the units of ``copy``, the prefix's copy of the model, so that they load their weights from here."""
         for unit, following in zip(self.units, [*self.units[1:], None], strict=True):
             module = copy.get_submodule(unit.module)
-            for owner in module.modules():
-                for name, buffer in owner.named_buffers(recurse=False):
-                    owner._buffers[name] = buffer.to(unit.device)
+            for submodule in module.modules():
+                for name, buffer in submodule.named_buffers(recurse=False):
+                    submodule._buffers[name] = buffer.to(unit.device)
             add_hook_to_module(module, _LoadHook(self, unit, following))
 
     def place_weights(self, copy: nn.Module, precision: Literal["model"] | Precision, placement: Placement) -> None:
-        """Quantise all weights and move them to where they are kept from now on, one unit at a time.
+        """Quantise the weights if asked to, and move them to where they are kept from now on, one unit at a time.
+
+        Args:
+            copy: the prefix's copy of the model.
+            precision: precision to store them in; ``model`` keeps the model's.
+            placement: where to keep them.
 
         Raises:
-            ModelError: too little of the blocks can be quantised, or the disk.
+            ModelError: too little of the blocks can be quantised, or the disk is full or refuses.
         """
         if precision != "model":
             blocks = [copy.get_submodule(unit.module) for unit in self.units if unit.is_block]
@@ -112,14 +120,15 @@ class FrozenWeights:
                 quantized = quantisable(copy.get_submodule(unit.module), precision)
             place = unit.device if placement == "device" else _HOST
             for name in unit.names:
-                self._store(f"{unit.module}.{name}", quantized.get(name), unit.device, place)
+                self._place_parameter(f"{unit.module}.{name}", quantized.get(name), unit.device, place)
             if placement == "disk":
-                self._offload(unit)
+                self._move_to_disk(unit)
         log.info("%s", self.summary())
 
-    def _store(
+    def _place_parameter(
         self, full: str, quantized_as: QuantizedWeight | None, device: torch.device, place: torch.device
     ) -> None:
+        """Move one parameter to ``place``, quantised on ``device`` first if ``quantized_as`` says how."""
         stored = self._stored[full]
         if quantized_as is None:
             if isinstance(stored, torch.Tensor):
@@ -127,17 +136,20 @@ class FrozenWeights:
             return
         del self._stored[full]
         self._quantized[full] = quantized_as
-        for part, tensor in quantise(_read(stored).to(device), quantized_as).items():
+        for part, tensor in quantise(_as_tensor(stored).to(device), quantized_as).items():
             self._stored[f"{full}:{part}"] = tensor.to(place)
         _drop_pages([stored])
 
-    def _offload(self, unit: OffloadUnit) -> None:
-        loaded = {key: tensor for key in self._keys(unit) if isinstance(tensor := self._stored[key], torch.Tensor)}
+    def _move_to_disk(self, unit: OffloadUnit) -> None:
+        """Move a unit's weights that are in memory to disk."""
+        loaded = {
+            key: tensor for key in self._stored_keys(unit) if isinstance(tensor := self._stored[key], torch.Tensor)
+        }
         if loaded:
             self._stored.update(offload_to_disk(loaded))
 
-    def _keys(self, unit: OffloadUnit) -> list[str]:
-        """Return the keys of what is stored for a unit: whole tensors, or the parts of quantised ones."""
+    def _stored_keys(self, unit: OffloadUnit) -> list[str]:
+        """Return the keys, in ``_stored``, of a unit's tensors: whole weights, or the parts of quantised ones."""
         keys = []
         for full in (f"{unit.module}.{name}" for name in unit.names):
             quantized_as = self._quantized.get(full)
@@ -145,25 +157,32 @@ class FrozenWeights:
         return keys
 
     def load(self, unit: OffloadUnit) -> dict[str, torch.Tensor]:
-        """Return the unit's weights by name, in the model's precision, where it computes."""
-        here = self._take_prefetched(unit) or self._send(unit)
-        return {name: self._weight(f"{unit.module}.{name}", here) for name in unit.names}
+        """Return the unit's weights by parameter name, in the model's precision, on the unit's device."""
+        loaded = self._take_prefetched(unit) or self._copy_to_device(unit)
+        return {name: self._assemble_weight(f"{unit.module}.{name}", loaded) for name in unit.names}
 
-    def _weight(self, full: str, here: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _assemble_weight(self, full: str, loaded: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return one weight of a unit whose stored tensors are on its device, dequantised if need be."""
         quantized_as = self._quantized.get(full)
         if quantized_as is None:
-            return here[full]
-        return dequantise({part: here[f"{full}:{part}"] for part in PARTS[quantized_as.precision]}, quantized_as)
+            return loaded[full]
+        return dequantise({part: loaded[f"{full}:{part}"] for part in PARTS[quantized_as.precision]}, quantized_as)
 
-    def _send(self, unit: OffloadUnit) -> dict[str, torch.Tensor]:
-        return {key: _read(self._stored[key]).to(unit.device, non_blocking=True) for key in self._keys(unit)}
+    def _copy_to_device(self, unit: OffloadUnit) -> dict[str, torch.Tensor]:
+        """Copy a unit's stored tensors to its device, without waiting for a GPU."""
+        return {
+            key: _as_tensor(self._stored[key]).to(unit.device, non_blocking=True) for key in self._stored_keys(unit)
+        }
 
     def _take_prefetched(self, unit: OffloadUnit) -> dict[str, torch.Tensor] | None:
-        """Return what was prefetched, once the device's computing stream has been told to wait for it."""
-        sent = self._prefetched.pop(unit.module, None)
-        if sent is None:
+        """Return the unit's prefetched tensors; None if there are none.
+
+        The current stream waits for their copy, and the allocator keeps their memory until that stream is done with it.
+        """
+        prefetched = self._prefetched.pop(unit.module, None)
+        if prefetched is None:
             return None
-        tensors, event = sent
+        tensors, event = prefetched
         stream = torch.cuda.current_stream(unit.device)
         stream.wait_event(event)
         for tensor in tensors.values():
@@ -171,24 +190,24 @@ class FrozenWeights:
         return tensors
 
     def release(self, unit: OffloadUnit, following: OffloadUnit | None) -> None:
-        """Drop pages that were read for ``unit``, which is done, and prefetch the weights of the next one.
+        """Drop the file pages of ``unit``, whose module has run, and prefetch the weights of the next one.
 
-        On a GPU the next block is copied while this one still computes; two blocks' weights are there then.
+        On a GPU, the next block's are copied while this one's kernels still run; it then holds both.
         """
-        _drop_pages([self._stored[key] for key in self._keys(unit)])
+        _drop_pages([self._stored[key] for key in self._stored_keys(unit)])
         if following is None:
             return
-        for key in self._keys(following):
+        for key in self._stored_keys(following):
             if isinstance(stored := self._stored[key], OnDisk):
                 stored.file.advise([stored.name], needed=True)
-        away = any(_device(self._stored[key]) != following.device for key in self._keys(following))
-        if self._stream is not None and away:
+        must_copy = any(_device_of(self._stored[key]) != following.device for key in self._stored_keys(following))
+        if self._stream is not None and must_copy:
             with torch.cuda.stream(self._stream):
-                tensors = self._send(following)
+                tensors = self._copy_to_device(following)
             self._prefetched[following.module] = tensors, self._stream.record_event()
 
     def nbytes(self) -> dict[Placement, int]:
-        """Return the bytes that are stored at each place."""
+        """Return the bytes that are stored at each placement."""
         found: Counter[Placement] = Counter()
         for stored in self._stored.values():
             if isinstance(stored, OnDisk):
@@ -199,57 +218,63 @@ class FrozenWeights:
         return dict(found)
 
     def summary(self) -> str:
-        """Return where the weights are, as a sentence for the log."""
+        """Describe where the weights are kept, as a sentence for the log."""
         places: dict[Placement, str] = {"device": "on the device", "cpu": "on the host", "disk": "on disk"}
         sizes = [f"{size / 2**20:,.1f} MiB {places[place]}" for place, size in self.nbytes().items()]
         return f"prefix weights: {', '.join(sizes)}; a block has its own only while it computes"
 
 
 class _LoadHook(ModelHook):  # type: ignore[misc]
-    """Fills a module's parameters when it is entered and empties them when it is left."""
+    """Loads a unit's weights into its module before forward, and takes them out again afterwards."""
 
     def __init__(self, weights: FrozenWeights, unit: OffloadUnit, following: OffloadUnit | None) -> None:
         self._weights, self._unit, self._following = weights, unit, following
         self._empty: dict[str, nn.Parameter] = {}
 
     def init_hook(self, module: nn.Module) -> nn.Module:
+        """Remember the module's empty parameters, which stand in for the weights between uses."""
         self._empty = {name: module.get_parameter(name) for name in self._unit.names}
-        if not self._unit.is_block:  # Llama 4 sends the ids to where the table says it is: let that be the device
+        if not self._unit.is_block:  # Llama 4 moves the ids to the table's device: let that be ours, not meta
             for name, empty in self._empty.items():
-                nothing = torch.zeros((), dtype=empty.dtype, device=self._weights.device).expand(empty.shape)
-                self._empty[name] = nn.Parameter(nothing, requires_grad=False)
-                _set(module, name, self._empty[name])
+                placeholder = torch.zeros((), dtype=empty.dtype, device=self._weights.device).expand(empty.shape)
+                self._empty[name] = nn.Parameter(placeholder, requires_grad=False)
+                _set_parameter(module, name, self._empty[name])
         return module
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Load the weights; the arguments of an embedding table go to the host, where it computes."""
         for name, weight in self._weights.load(self._unit).items():
-            _set(module, name, nn.Parameter(weight, requires_grad=False))
+            _set_parameter(module, name, nn.Parameter(weight, requires_grad=False))
         if not self._unit.is_block:
             return send_to_device(args, _HOST), send_to_device(kwargs, _HOST)
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
+        """Put the empty parameters back; the output of an embedding table goes to the device."""
         for name, empty in self._empty.items():
-            _set(module, name, empty)
+            _set_parameter(module, name, empty)
         self._weights.release(self._unit, self._following)
         return output if self._unit.is_block else send_to_device(output, self._weights.device)
 
 
-def _set(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    owner, _, leaf = name.rpartition(".")
-    module.get_submodule(owner)._parameters[leaf] = parameter
+def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Set a parameter of ``module`` by its dotted name."""
+    parent, _, leaf = name.rpartition(".")
+    module.get_submodule(parent)._parameters[leaf] = parameter
 
 
-def _read(stored: torch.Tensor | OnDisk) -> torch.Tensor:
+def _as_tensor(stored: torch.Tensor | OnDisk) -> torch.Tensor:
+    """Return a stored tensor, read from disk if it is there."""
     return stored.read() if isinstance(stored, OnDisk) else stored
 
 
-def _device(stored: torch.Tensor | OnDisk) -> torch.device:
+def _device_of(stored: torch.Tensor | OnDisk) -> torch.device:
+    """Return the device of a stored tensor; that of one on disk is the host."""
     return _HOST if isinstance(stored, OnDisk) else stored.device
 
 
-def _drop_pages(everything: Iterable[torch.Tensor | OnDisk]) -> None:
+def _drop_pages(tensors: Iterable[torch.Tensor | OnDisk]) -> None:
     """Tell the kernel that pages of tensors on disk are no longer needed."""
-    for stored in everything:
+    for stored in tensors:
         if isinstance(stored, OnDisk):
             stored.file.advise([stored.name], needed=False)

@@ -29,7 +29,7 @@ from toolkit.runtime.out_of_memory import during
 from toolkit.runtime.paths import is_file
 from toolkit.runtime.progress_bar import ProgressBar
 from toolkit.split.suffix import Suffix
-from toolkit.split.supervised_loss import Forward, supervised_loss
+from toolkit.split.supervised_loss import SuffixLoss, supervised_loss
 
 log = logging.getLogger("frostline")
 
@@ -70,7 +70,7 @@ class SourceEvaluation(Evaluation):
 
 @torch.no_grad()
 def evaluate_rows(
-    forward: Forward,
+    forward: SuffixLoss,
     prefix: HiddenStates | None,
     examples: Sequence[Example],
     micro_batch_size: int,

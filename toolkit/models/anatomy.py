@@ -12,22 +12,22 @@ Component = Literal["attention", "mlp", "norms"]
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One parameter as the model names it."""
+    """One parameter name of a model, and what is known of its tensor without the weights."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     part: Part
     block: int | None = None
-    """Index of the block it belongs to, counted from the input; none outside the blocks."""
+    """Index of the block it belongs to, counted from the input; None outside the blocks."""
     component: Component | None = None
-    """Which part of its block it belongs to; none outside the blocks, and for what is none of the three."""
+    """Part of the block that it belongs to; None outside the blocks, and for anything that is none of the three."""
     alias_of: str | None = None
-    """The tensor's own name, where weights are tied and this is another."""
+    """Canonical name of the tensor if its weight is tied and ``name`` is another name of it; else None."""
 
     @property
     def can_train(self) -> bool:
-        """True if it has a gradient; an integer table (which expert a token goes to) has none."""
+        """Return True for a floating-point tensor; an integer one (a table of experts by token id) has no gradient."""
         return "float" in self.dtype
 
     @property
@@ -52,20 +52,20 @@ class Anatomy:
     """Name of the module list that holds the transformer blocks."""
     block_count: int
     norm: str | None
-    """Module between the last block and the head, where there is one."""
+    """Name of the final norm, between the last block and the head; None if the model has none with parameters."""
     head: str
-    """Module that turns hidden states into logits."""
+    """Name of the module that turns hidden states into logits."""
     tensors: tuple[TensorInfo, ...] = field(repr=False)
     """Every parameter name in the model's order, aliases of tied tensors included."""
 
     @cached_property
     def by_name(self) -> dict[str, TensorInfo]:
-        """Tensor name to its description."""
+        """Map each tensor name to its description."""
         return {tensor.name: tensor for tensor in self.tensors}
 
     @property
     def tied_head(self) -> TensorInfo | None:
-        """The head's tensor, where it shares its storage with the embeddings."""
+        """Return the head's tensor if it is tied to the embeddings; None if it is not."""
         for tensor in self.tensors:
             if tensor.part == "head" and tensor.alias_of and self.by_name[tensor.alias_of].part == "embeddings":
                 return tensor

@@ -13,8 +13,8 @@ from toolkit.runtime.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_RANK: dict[Part, int] = {"embeddings": 0, "block": 1, "norm": 2, "head": 3, "other": 4}
-"""Which name of a shared tensor is its own: the lowest part decides what training it changes."""
+_CANONICAL_ORDER: dict[Part, int] = {"embeddings": 0, "block": 1, "norm": 2, "head": 3, "other": 4}
+"""Rank by which the canonical name of a tied tensor is chosen: training it changes all parts from there on."""
 
 
 def detect_anatomy(model: PreTrainedModel) -> Anatomy:
@@ -38,11 +38,11 @@ def detect_anatomy(model: PreTrainedModel) -> Anatomy:
     if blocks is None:
         raise ModelError(f"{type(model).__name__} has no list of transformer blocks; expected a decoder-only model")
     norm = _find_norm(model, names[blocks], head)
-    inside = tuple(f"{names[part]}." for part in (blocks, head))
+    in_blocks_or_head = tuple(f"{names[part]}." for part in (blocks, head))
     embeddings = tuple(
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and not f"{name}.".startswith(inside)
+        if isinstance(module, nn.Embedding) and not f"{name}.".startswith(in_blocks_or_head)
     )
     parts: list[tuple[str, Part]] = [(names[blocks], "block"), (names[head], "head")]
     parts += [(name, "embeddings") for name in embeddings]
@@ -72,15 +72,15 @@ def _find_blocks(model: nn.Module) -> nn.ModuleList | None:
 def _find_norm(model: nn.Module, blocks: str, head: nn.Module) -> nn.Module | None:
     """Find the module beside the blocks that follows the last of them and holds vectors only.
 
-    One that is registered after the blocks and alone of its kind is taken at its word. Where there are several (one may
-    be for the embeddings), or one before the blocks (OPT), a pass over two tokens decides. A norm without parameters is
-    none: nothing of it can train, and it may serve in several places.
+    If there is one such module and it is registered after the blocks, it is the final norm. If there are several (one
+    may be for the embeddings), or the one is registered before the blocks (OPT), a forward pass over two tokens
+    decides. A norm without parameters gives None: nothing of it can train, and the model may call it in several places.
     """
-    parent, _, own = blocks.rpartition(".")
+    parent, _, list_name = blocks.rpartition(".")
     children = list(model.get_submodule(parent).named_children())
-    place = [name for name, _ in children].index(own)
+    list_index = [name for name, _ in children].index(list_name)
     norms = {index: child for index, (_, child) in enumerate(children) if child is not head and _holds_vectors(child)}
-    if len(norms) == 1 and max(norms) > place:
+    if len(norms) == 1 and max(norms) > list_index:
         return norms[max(norms)]
     if not norms:
         return None
@@ -91,12 +91,13 @@ def _find_norm(model: nn.Module, blocks: str, head: nn.Module) -> nn.Module | No
 
 
 def _holds_vectors(module: nn.Module) -> bool:
+    """Return True if the module has parameters, and no matrix among them."""
     parameters = list(module.parameters())
     return bool(parameters) and all(parameter.ndim <= 1 for parameter in parameters)
 
 
 def _describe_tensors(model: nn.Module, blocks: str, parts: list[tuple[str, Part]]) -> tuple[TensorInfo, ...]:
-    """Describe every parameter; a tensor's own name is the first one in the embeddings, else the blocks, and so on."""
+    """Describe every parameter name; ``_CANONICAL_ORDER`` decides which name of a tied tensor is canonical."""
     named = list(model.named_parameters(remove_duplicate=False))
     part_of: dict[str, Part] = {
         name: next((part for module, part in parts if name.startswith(f"{module}.")), "other") for name, _ in named
@@ -104,29 +105,31 @@ def _describe_tensors(model: nn.Module, blocks: str, parts: list[tuple[str, Part
     names: dict[int, list[str]] = {}
     for name, parameter in named:
         names.setdefault(id(parameter), []).append(name)
-    own = {key: min(shared, key=lambda name: _RANK[part_of[name]]) for key, shared in names.items()}
-    index = {name: int(name[len(blocks) + 1 :].split(".")[0]) for name, part in part_of.items() if part == "block"}
+    canonical = {key: min(shared, key=lambda name: _CANONICAL_ORDER[part_of[name]]) for key, shared in names.items()}
+    block_of = {name: int(name[len(blocks) + 1 :].split(".")[0]) for name, part in part_of.items() if part == "block"}
     return tuple(
         TensorInfo(
             name=name,
             shape=tuple(parameter.shape),
             dtype=str(parameter.dtype).removeprefix("torch."),
             part=part_of[name],
-            block=index.get(name),
-            component=_component(model, blocks, index[name], name) if name in index else None,
-            alias_of=None if own[id(parameter)] == name else own[id(parameter)],
+            block=block_of.get(name),
+            component=_component_of(model, blocks, block_of[name], name) if name in block_of else None,
+            alias_of=None if canonical[id(parameter)] == name else canonical[id(parameter)],
         )
         for name, parameter in named
     )
 
 
-def _component(model: nn.Module, blocks: str, block: int, name: str) -> Component | None:
-    """Return the part of its block that a tensor is in: a norm in a module without matrices, else by its name.
+def _component_of(model: nn.Module, blocks: str, block: int, name: str) -> Component | None:
+    """Return the part of its block that a tensor belongs to.
 
-    A norm within the attention, as of queries and keys, is one of the norms.
+    A vector in a module whose class is called a norm is one of the norms, those within attention (of queries and keys)
+    included. All else goes by the block's child that holds it. None is for a parameter of the block itself, and for a
+    child that mixes tokens by other means than attention (Mamba, convolutions).
     """
-    owner = model.get_submodule(name.rpartition(".")[0])
-    if "norm" in type(owner).__name__.lower() and all(p.ndim <= 1 for p in owner.parameters()):
+    holder = model.get_submodule(name.rpartition(".")[0])
+    if "norm" in type(holder).__name__.lower() and all(p.ndim <= 1 for p in holder.parameters()):
         return "norms"
     child = name[len(f"{blocks}.{block}.") :].split(".")[0]
     if "attn" in child or "attention" in child:

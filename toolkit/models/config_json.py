@@ -7,17 +7,17 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-QUANTISATION = ("quantization_config", "compression_config")
-"""Keys that tell how weights are quantised."""
+QUANTISATION_KEYS = ("quantization_config", "compression_config")
+"""Config keys that describe how weights are quantised."""
 
-_BASE = {"gpt_neox": "rotary_emb_base", "gpt_neox_japanese": "rotary_emb_base"}
-_SHARE = {"gpt_neox": "rotary_pct", "gpt_neox_japanese": "rotary_pct"}
-_LOCAL_AND_GLOBAL = {
+_BASE_KEY = {"gpt_neox": "rotary_emb_base", "gpt_neox_japanese": "rotary_emb_base"}
+_ROTATED_FRACTION_KEY = {"gpt_neox": "rotary_pct", "gpt_neox_japanese": "rotary_pct"}
+_SLIDING_AND_FULL_KEYS = {
     "modernbert": ("local_rope_theta", "global_rope_theta"),
     "modernbert-decoder": ("local_rope_theta", "global_rope_theta"),
 }
-"""What transformers 4 calls the base, the rotated share of a head, and the bases of sliding and full attention in the
-types that have names of their own for them."""
+"""Keys of transformers 4 in the model types that do not use the common ones: the rotary base, the rotated fraction of
+a head, and the bases of sliding and full attention."""
 
 
 def config_to_write(config: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
@@ -37,23 +37,23 @@ def config_to_write(config: dict[str, Any], model: PreTrainedModel) -> dict[str,
         if isinstance(nested, dict) and (key == "text_config" or nested.get("model_type") == text.model_type):
             written[key] = dict(nested)
     levels = [written, *(value for key, value in written.items() if value is not config[key])]
-    quantised = any(hasattr(level, key) for level in (model.config, text) for key in QUANTISATION)
+    quantised = any(hasattr(level, key) for level in (model.config, text) for key in QUANTISATION_KEYS)
     for level in levels:
         level["tie_word_embeddings"] = is_tied(model)
         if not quantised:
-            for key in QUANTISATION:
+            for key in QUANTISATION_KEYS:
                 level.pop(key, None)
         if level is written or "dtype" in level or "torch_dtype" in level:
             level["torch_dtype"] = level["dtype"] = str(model.dtype).removeprefix("torch.")
     if isinstance(rotary := text.to_dict().get("rope_parameters"), dict) and rotary:
         level = levels[-1]
         level.setdefault("rope_parameters", rotary)
-        older = _rotary_keys_of_transformers_4(text.model_type, level["rope_parameters"])
-        if _read_again(text, older) == rotary:
-            level |= {**older, **level}
-    for older_key, key in text.attribute_map.items():  # such as num_experts, which is num_local_experts in 5
+        old_keys = _rotary_keys_of_transformers_4(text.model_type, level["rope_parameters"])
+        if _parse_old_keys(text, old_keys) == rotary:
+            level |= {**old_keys, **level}
+    for old_key, key in text.attribute_map.items():  # such as num_experts, which is num_local_experts in 5
         if "expert" in key and key in levels[-1]:
-            levels[-1].setdefault(older_key, levels[-1][key])
+            levels[-1].setdefault(old_key, levels[-1][key])
     if not written.get("architectures"):
         written["architectures"] = [type(model).__name__]
     return written
@@ -65,37 +65,41 @@ def is_tied(model: PreTrainedModel) -> bool:
     return getattr(head, "weight", None) is getattr(table, "weight", head)
 
 
-def _read_again(text: PretrainedConfig, older: dict[str, Any]) -> object:
-    """Return what transformers 5 makes of the older keys; some types take one ``rope_scaling`` for all layers."""
+def _parse_old_keys(text: PretrainedConfig, old_keys: dict[str, Any]) -> object:
+    """Return the ``rope_parameters`` that transformers 5 makes of the old keys; None if it rejects them."""
     try:
-        read = type(text).from_dict(copy.deepcopy(text.to_dict() | older)).to_dict()["rope_parameters"]
+        read = type(text).from_dict(copy.deepcopy(text.to_dict() | old_keys)).to_dict()["rope_parameters"]
         return {key: value for key, value in read.items() if key != "type"}  # Phi-3's old word for rope_type
     except Exception:  # a config class checks its values as it likes
         return None
 
 
 def _rotary_keys_of_transformers_4(model_type: str, rotary: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings under the older keys; layers of other types than full and sliding have none there."""
+    """Return the rotary settings under the keys of transformers 4.
+
+    Those hold one setting for full attention and one base for sliding attention; layers of any other type have no key.
+    """
     nested = {key: value for key, value in rotary.items() if isinstance(value, dict)}
     if not nested:
-        return _flat(model_type, rotary)
+        return _old_keys_of_one_layer_type(model_type, rotary)
     full, sliding = nested.get("full_attention"), nested.get("sliding_attention")
     if full is None:
         return {}
-    local, everywhere = _LOCAL_AND_GLOBAL.get(model_type, ("rope_local_base_freq", "rope_theta"))
-    keys = _flat(model_type, full)
-    keys[everywhere] = keys.pop("rope_theta", None)
+    sliding_key, full_key = _SLIDING_AND_FULL_KEYS.get(model_type, ("rope_local_base_freq", "rope_theta"))
+    keys = _old_keys_of_one_layer_type(model_type, full)
+    keys[full_key] = keys.pop("rope_theta", None)
     if sliding is not None:
-        keys[local] = sliding.get("rope_theta")
+        keys[sliding_key] = sliding.get("rope_theta")
     return {key: value for key, value in keys.items() if value is not None or key == "rope_scaling"}
 
 
-def _flat(model_type: str, rotary: dict[str, Any]) -> dict[str, Any]:
+def _old_keys_of_one_layer_type(model_type: str, rotary: dict[str, Any]) -> dict[str, Any]:
+    """Return one set of rotary settings, as of one layer type, under the keys of transformers 4."""
     keys: dict[str, Any] = {}
     if (base := rotary.get("rope_theta")) is not None:
-        keys |= {"rope_theta": base} | ({_BASE[model_type]: base} if model_type in _BASE else {})
+        keys |= {"rope_theta": base} | ({_BASE_KEY[model_type]: base} if model_type in _BASE_KEY else {})
     if (share := rotary.get("partial_rotary_factor")) is not None:
-        keys[_SHARE.get(model_type, "partial_rotary_factor")] = share
+        keys[_ROTATED_FRACTION_KEY.get(model_type, "partial_rotary_factor")] = share
     kind = rotary.get("rope_type", rotary.get("type", "default"))
     scaling = {key: value for key, value in rotary.items() if key not in ("rope_theta", "partial_rotary_factor")}
     if kind == "default":

@@ -9,22 +9,22 @@ from typing import Any
 
 from toolkit.runtime.errors import ModelError
 
-_INDEX = "model.safetensors.index.json"
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_INDEX_FILE = "model.safetensors.index.json"
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def check_directory(directory: Path, needs_weights: bool) -> None:
     """Refuse a model directory that cannot, or must not, be loaded; no weight is read.
 
     Args:
-        directory: exists.
-        needs_weights: false accepts a config.json alone.
+        directory: the model directory, which exists.
+        needs_weights: False if a config.json alone will do.
 
     Raises:
         ModelError: no readable config.json; an adapter; weights that are pickled or missing; or an index that names
             files elsewhere.
     """
-    faults = list(_faults(directory, needs_weights))
+    faults = list(_find_faults(directory, needs_weights))
     if faults:
         raise ModelError(f"model directory {directory} {'; it '.join(faults)}")
 
@@ -44,7 +44,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _faults(directory: Path, needs_weights: bool) -> Iterator[str]:
+def _find_faults(directory: Path, needs_weights: bool) -> Iterator[str]:
+    """Yield each reason against loading the directory, as a clause for the error message."""
     if not (directory / "config.json").is_file():
         yield "has no config.json; expected a model saved with save_pretrained"
         return
@@ -57,18 +58,18 @@ def _faults(directory: Path, needs_weights: bool) -> Iterator[str]:
     if not needs_weights:
         return
     if not any(directory.glob("*.safetensors")):
-        pickled = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLED)
+        pickled = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLE_SUFFIXES)
         found = f" but {pickled[0]}" if pickled else ""
         yield (
             f"has no *.safetensors{found}; pickled weights are not loaded. "
             "Convert them: load once with transformers and call save_pretrained"
         )
-    if (directory / _INDEX).is_file() and (wrong := _outside(read_json(directory / _INDEX))):
-        yield f"has an index ({_INDEX}) that names {wrong[0]!r}; expected names of safetensors files beside it"
+    if (directory / _INDEX_FILE).is_file() and (wrong := _unsafe_entries(read_json(directory / _INDEX_FILE))):
+        yield f"has an index ({_INDEX_FILE}) that names {wrong[0]!r}; expected names of safetensors files beside it"
 
 
-def _outside(index: dict[str, Any]) -> list[object]:
-    """Return the files of an index that are not plain names of safetensors files."""
+def _unsafe_entries(index: dict[str, Any]) -> list[object]:
+    """Return the entries of a weight index that are not names of safetensors files in the same directory."""
     files = index.get("weight_map")
     if not isinstance(files, dict):
         return ["no weight_map"]

@@ -27,9 +27,9 @@ class OnDisk:
 
     file: SafetensorsFile
     name: str
-    """In the file."""
+    """Name of the tensor in the file."""
     dtype: torch.dtype
-    """Precision it is read in."""
+    """Precision that ``read`` converts it to."""
 
     def read(self) -> torch.Tensor:
         """Return the tensor; a view of the file if that has the same precision."""
@@ -37,7 +37,7 @@ class OnDisk:
 
     @property
     def nbytes(self) -> int:
-        """Return its bytes in the file."""
+        """Return the bytes that it takes in the file."""
         begin, end = self.file.entries[self.name]["data_offsets"]
         return int(end - begin)
 
@@ -68,8 +68,8 @@ def silence_accelerate() -> Iterator[None]:
 
 
 def detach_offloaded(model: nn.Module) -> dict[str, OnDisk]:
-    """Return the parameters that were left on disk; remove accelerate's hooks that would load them."""
-    index = _index(model)
+    """Return the parameters that were left on disk; remove accelerate's hooks, which would load them."""
+    index = _offload_index(model)
     remove_hook_from_submodules(model)
     for attribute in ("to", "cuda", "hf_device_map"):  # accelerate's guards on the instance
         vars(model).pop(attribute, None)
@@ -87,8 +87,8 @@ def detach_offloaded(model: nn.Module) -> dict[str, OnDisk]:
     return found
 
 
-def _index(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return what accelerate's loader knows: name to safetensors_file, weight_name and dtype."""
+def _offload_index(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return the index of accelerate's offloaded weights: name to safetensors_file, weight_name and dtype."""
     for module in model.modules():
         weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         while weights is not None and not hasattr(weights, "index"):
@@ -100,7 +100,7 @@ def _index(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def to_meta(module: nn.Module, name: str) -> None:
-    """Move a parameter to the meta device: its content is freed, shape and precision stay."""
+    """Move a parameter to the meta device: its memory is freed; shape and precision stay."""
     owner, _, leaf = name.rpartition(".")
     parameter = module.get_parameter(name)
     empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)

@@ -1,4 +1,4 @@
-"""The tokens that end a text by a model's own account."""
+"""Read the end-of-text tokens that a model's config files name."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ def model_ends(source: str, revision: str | None = None) -> tuple[int, ...]:
     """
     ends: list[int] = []
     for name in ("generation_config.json", "config.json"):
-        for level in _levels(_read(source, name, revision)):
+        for level in _nested_configs(_read_json(source, name, revision)):
             given = level.get("eos_token_id")
             found = given if isinstance(given, list) else [given]
             ends += [end for end in found if type(end) is int]
     return tuple(dict.fromkeys(ends))
 
 
-def _levels(values: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield a config, and the text model's within it."""
+def _nested_configs(values: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield the config, and the text model's config nested in it if there is one."""
     yield values
     text = values.get("text_config")
     if isinstance(text, Mapping):
         yield text
 
 
-def _read(source: str, name: str, revision: str | None) -> Mapping[str, Any]:
+def _read_json(source: str, name: str, revision: str | None) -> Mapping[str, Any]:
+    """Read the object in a JSON file of the source; empty if it is missing or unreadable."""
     try:
         path = cached_file(
             source, name, revision=revision, _raise_exceptions_for_gated_repo=False,

@@ -20,7 +20,7 @@ from toolkit.models.config_json import is_tied
 from toolkit.models.source_files import SourceFiles, write_model_json
 from toolkit.models.weight_files import Comparison, StoredTensors, read_stored, weights_to_write
 
-_MODULES = {
+_LLAMA_MODULES = {
     "transformer.wte": "model.embed_tokens",
     "transformer.ln_f": "model.norm",
     "transformer.h.{}.ln_1": "model.layers.{}.input_layernorm",
@@ -33,38 +33,43 @@ _MODULES = {
     "transformer.h.{}.mlp.c_fc_1": "model.layers.{}.mlp.up_proj",
     "transformer.h.{}.mlp.c_proj": "model.layers.{}.mlp.down_proj",
 }
-"""EXAONE's name of each module, and Llama's; {} is the block. The head is called lm_head in both."""
+"""EXAONE's name of each module to Llama's; {} is the index of the block. The head is called lm_head in both."""
 
 
-def _patterns(names: dict[str, str]) -> dict[str, str]:
-    """Return regular expressions and their replacements, with one group at most: key_mapping drops what has two."""
+def _renaming_patterns(names: dict[str, str]) -> dict[str, str]:
+    """Return a regular expression for each module name, with its replacement.
+
+    Each has one group at most: transformers' ``key_mapping`` drops the second of two.
+    """
     return {
         "^" + re.escape(f"{old}.").replace(re.escape("{}"), r"(\d+)"): f"{new}.".replace("{}", r"\1")
         for old, new in names.items()
     }
 
 
-_TO_LLAMA = _patterns(_MODULES)
-_TO_EXAONE = _patterns({llama: exaone for exaone, llama in _MODULES.items()})
+_EXAONE_TO_LLAMA = _renaming_patterns(_LLAMA_MODULES)
+_LLAMA_TO_EXAONE = _renaming_patterns({llama: exaone for exaone, llama in _LLAMA_MODULES.items()})
 
-_REQUIRED = (
+_REQUIRED_KEYS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_attention_heads", "max_position_embeddings",
     "layer_norm_epsilon",
 )  # fmt: skip
+"""Keys of an EXAONE config that have no default."""
 
-_SAME_KEY = (
+_SHARED_KEYS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
     "max_position_embeddings", "initializer_range", "tie_word_embeddings", "attention_dropout", "bos_token_id",
     "eos_token_id", "pad_token_id", "rope_theta", "rope_scaling", "rope_parameters",
 )  # fmt: skip
+"""Keys that mean the same in Llama's config."""
 
 _DEFAULTS = {"tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 2}
-"""What a key stands for that is absent from an EXAONE config, where Llama's default is another."""
+"""Defaults of EXAONE's config that differ from Llama's, for keys that a config leaves out."""
 
 
 def llama_name(name: str) -> str:
     """Return the name that a tensor of an EXAONE 3.x checkpoint has in the equivalent Llama."""
-    for pattern, replacement in _TO_LLAMA.items():
+    for pattern, replacement in _EXAONE_TO_LLAMA.items():
         renamed, found = re.subn(pattern, replacement, name)
         if found:
             return renamed
@@ -86,11 +91,11 @@ def read_exaone_config(source: str, revision: str | None) -> LlamaConfig:
 
     Raises:
         OSError: the config cannot be found.
-        ValueError: it lacks a key that the network's shape depends on, or asks for what Llama has not.
+        ValueError: it lacks a key without a default, or sets a dropout that Llama does not have.
     """
     found, _ = PretrainedConfig.get_config_dict(source, revision=revision)
     exaone = _DEFAULTS | {key: value for key, value in found.items() if value is not None}
-    if missing := [key for key in _REQUIRED if key not in exaone]:
+    if missing := [key for key in _REQUIRED_KEYS if key not in exaone]:
         raise ValueError(f"Its config.json lacks {', '.join(missing)}; expected the one EXAONE 3.x came with.")
     if exaone.get("embed_dropout"):
         raise ValueError(f"Its embed_dropout is {exaone['embed_dropout']}; expected 0, as in every EXAONE 3.x.")
@@ -99,7 +104,7 @@ def read_exaone_config(source: str, revision: str | None) -> LlamaConfig:
         rms_norm_eps=exaone["layer_norm_epsilon"],
         hidden_act=exaone.get("activation_function", "silu"),
         architectures=["LlamaForCausalLM"],
-        **{key: exaone[key] for key in _SAME_KEY if key in exaone},
+        **{key: exaone[key] for key in _SHARED_KEYS if key in exaone},
     )
 
 
@@ -127,7 +132,7 @@ class ExaoneFormat:
         """
         config = read_exaone_config(self.source, self.revision)
         model, info = LlamaForCausalLM.from_pretrained(
-            self.source, revision=self.revision, config=config, key_mapping=_TO_LLAMA, **options
+            self.source, revision=self.revision, config=config, key_mapping=_EXAONE_TO_LLAMA, **options
         )
         # The mapping renamed on the way in; save_pretrained would undo it with wrong names (out_proj as o_proj).
         for attribute in ("_weight_conversions", "_checkpoint_conversion_mapping"):
@@ -157,7 +162,7 @@ class ExaoneFormat:
         The tokenizer's files are copied, not saved anew: transformers 4, which EXAONE's code was made for, reads them.
 
         Raises:
-            OSError: the disk, or the source can no longer be read.
+            OSError: the disk is full or refuses, or the source can no longer be read.
         """
         directory.mkdir(parents=True, exist_ok=True)
         config, stored = self.files.config(), read_stored(self.files)
@@ -173,12 +178,13 @@ class ExaoneFormat:
             config[key] = str(model.dtype).removeprefix("torch.")
         write_model_json(directory / "config.json", config)
         self.files.write_generation_config(model.generation_config, ends, directory)
-        self.files.carry(tokenizer.vocab_files_names.values(), directory)
+        self.files.copy_into(tokenizer.vocab_files_names.values(), directory)
         return comparison
 
 
 def _exaone_name(name: str) -> str:
-    for pattern, exaone in _TO_EXAONE.items():
+    """Return the name that a tensor of the Llama has in an EXAONE 3.x checkpoint."""
+    for pattern, exaone in _LLAMA_TO_EXAONE.items():
         renamed, count = re.subn(pattern, exaone, name)
         if count:
             return renamed

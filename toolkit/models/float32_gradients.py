@@ -30,61 +30,63 @@ from toolkit.runtime.paths import replace_text
 log = logging.getLogger("frostline")
 
 FEWEST_ROWS = 32
-"""With fewer rows than that, bringing the weight to float32 takes longer than it saves."""
+"""Rows below which converting the weight to float32 costs more time than it saves."""
 
-_PART = 2**19
-"""Elements of a weight that are float32 at once, of 4 bytes: 2 MiB, which stay in the processor's caches."""
-_WORTH_IT = 1.2
-"""How many times faster float32 has to be."""
-_MARK = "_gradient_in_float32"
+_CHUNK_ELEMENTS = 2**19
+"""Elements of a weight that are converted to float32 at once: 2 MiB, which stay in the processor's caches."""
+_LEAST_SPEEDUP = 1.2
+"""Least speed-up of a float32 product over a bfloat16 one at which float32 is used."""
+_MARK_ATTRIBUTE = "_gradient_in_float32"
+"""Attribute that marks the attention layers whose gradients are computed in float32."""
 
 
 class Float32Linear(nn.Linear):
     """``nn.Linear`` of low-precision weights that computes its gradients in float32 and rounds them."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name for it
-        """Return […, in_features] times the weight, […, out_features] in the input's dtype."""
+        """Compute ``linear(input)``, […, in_features] to […, out_features], in the input's dtype."""
         rows = input.numel() // max(1, input.shape[-1])
         if rows < FEWEST_ROWS or input.dtype != self.weight.dtype:
             return super().forward(input)
         if not torch.is_grad_enabled():
-            return _filled_up(input, self.weight, self.bias)
-        output: torch.Tensor = _Linear.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
+            return _padded_linear(input, self.weight, self.bias)
+        output: torch.Tensor = _Float32Product.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
         return output
 
 
-def _filled_up(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Compute torch's own product, on a multiple of ``FEWEST_ROWS`` rows.
+def _padded_linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Compute ``linear(states, weight, bias)`` on rows padded with zeros to a multiple of ``FEWEST_ROWS``.
 
-    oneDNN keeps 0.3 MiB for each number of rows that a layer of a few hundred columns meets (torch 2.13).
+    Without padding, oneDNN caches 0.3 MiB for each distinct number of rows (torch 2.13, layers of a few hundred
+    columns).
     """
     rows = states.flatten(0, -2)
-    filled = nn.functional.pad(rows, (0, 0, 0, -len(rows) % FEWEST_ROWS))
-    return nn.functional.linear(filled, weight, bias)[: len(rows)].view(*states.shape[:-1], -1)
+    padded = nn.functional.pad(rows, (0, 0, 0, -len(rows) % FEWEST_ROWS))
+    return nn.functional.linear(padded, weight, bias)[: len(rows)].view(*states.shape[:-1], -1)
 
 
-class _Linear(torch.autograd.Function):
-    """Computes ``linear(states, weight, bias)``."""
+class _Float32Product(torch.autograd.Function):
+    """``linear(states, weight, bias)`` whose gradients are computed in float32 and rounded once."""
 
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(states, weight)
         ctx.has_bias = bias is not None
-        return _filled_up(states, weight, bias)
+        return _padded_linear(states, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         states, weight = ctx.saved_tensors
-        to_states, to_weight, to_bias = ctx.needs_input_grad
+        needs_states, needs_weight, needs_bias = ctx.needs_input_grad
         rows = gradient.flatten(0, -2).float()
         d_states = d_weight = None
-        if to_states:
+        if needs_states:
             d_states = gradient_of_states(rows, weight, in_float32=True).to(states.dtype).view(states.shape)
-        if to_weight:
+        if needs_weight:
             d_weight = torch.empty_like(weight)
             gradient_of_weight(rows, states.flatten(0, -2), d_weight, in_float32=True)
-        return d_states, d_weight, rows.sum(0).to(weight.dtype) if ctx.has_bias and to_bias else None
+        return d_states, d_weight, rows.sum(0).to(weight.dtype) if ctx.has_bias and needs_bias else None
 
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -92,9 +94,9 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None
 
 
 class _Float32Attention(torch.autograd.Function):
-    """Computes ``attend(query, key, value, mask)``; backward runs it once more in float32, and through that.
+    """``attend(query, key, value, mask)`` whose backward computes it once more in float32 and differentiates that.
 
-    Torch's bfloat16 kernel takes longer for its backward pass alone, and keeps 9 MiB for each length of rows that it
+    torch's bfloat16 kernel takes longer for its backward pass alone, and keeps 9 MiB for each length of rows that it
     meets (torch 2.13).
     """
 
@@ -110,52 +112,55 @@ class _Float32Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         *states, mask = ctx.saved_tensors
-        exact = [tensor.detach().float().requires_grad_() for tensor in states]
+        in_float32 = [tensor.detach().float().requires_grad_() for tensor in states]
         with torch.enable_grad():
-            output = ctx.attend(*exact, mask.float() if mask is not None and mask.is_floating_point() else mask)
-        gradients = torch.autograd.grad(output, exact, gradient.float())
+            output = ctx.attend(*in_float32, mask.float() if mask is not None and mask.is_floating_point() else mask)
+        gradients = torch.autograd.grad(output, in_float32, gradient.float())
         return *(g.to(tensor.dtype) for g, tensor in zip(gradients, states, strict=True)), None, None
 
 
 def linear(
     states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, in_float32: bool = False
 ) -> torch.Tensor:
-    """Return ``states @ weight.T + bias``, [S, H] and [V, H] to [S, V] in their dtype."""
+    """Compute ``states @ weight.T + bias``, [S, H] and [V, H] to [S, V], in the dtype of ``states``.
+
+    With ``in_float32`` the product is computed in float32 and rounded once.
+    """
     if not in_float32:
         return nn.functional.linear(states, weight, bias)
-    exact, output = states.float(), states.new_empty(len(states), len(weight))
-    for part in _parts(weight):
-        own = None if bias is None else bias[part].float()
-        output[:, part] = nn.functional.linear(exact, weight[part].float(), own)
+    states_float32, output = states.float(), states.new_empty(len(states), len(weight))
+    for rows in _row_chunks(weight):
+        chunk_bias = None if bias is None else bias[rows].float()
+        output[:, rows] = nn.functional.linear(states_float32, weight[rows].float(), chunk_bias)
     return output
 
 
 def gradient_of_states(gradient: torch.Tensor, weight: torch.Tensor, in_float32: bool = False) -> torch.Tensor:
-    """Return ``gradient @ weight``, [S, V] and [V, H] to [S, H]; float32 if it is computed in that."""
+    """Compute ``gradient @ weight``, [S, V] and [V, H] to [S, H]; the result is float32 if ``in_float32``."""
     if not in_float32:
         return gradient @ weight
-    first, *others = _parts(weight)
+    first, *others = _row_chunks(weight)
     total = gradient[:, first].float() @ weight[first].float()
-    for part in others:
-        total += gradient[:, part].float() @ weight[part].float()
+    for rows in others:
+        total += gradient[:, rows].float() @ weight[rows].float()
     return total
 
 
 def gradient_of_weight(
     gradient: torch.Tensor, states: torch.Tensor, out: torch.Tensor, in_float32: bool = False
 ) -> None:
-    """Put ``gradient.T @ states``, of [S, V] and [S, H], into ``out`` [V, H]."""
+    """Write ``gradient.T @ states``, of [S, V] and [S, H], into ``out`` [V, H]."""
     if not in_float32:
         torch.mm(gradient.t(), states, out=out)
         return
-    exact = states.float()
-    for part in _parts(out):
-        out[part] = gradient[:, part].float().t() @ exact
+    states_float32 = states.float()
+    for rows in _row_chunks(out):
+        out[rows] = gradient[:, rows].float().t() @ states_float32
 
 
-def _parts(weight: torch.Tensor) -> Iterator[slice]:
-    """Yield slices of rows of ``weight`` to convert to float32 together."""
-    rows = max(1, _PART // weight.shape[1])
+def _row_chunks(weight: torch.Tensor) -> Iterator[slice]:
+    """Yield slices of rows of ``weight`` [V, H], each small enough to convert to float32 in the caches."""
+    rows = max(1, _CHUNK_ELEMENTS // weight.shape[1])
     for start in range(0, len(weight), rows):
         yield slice(start, start + rows)
 
@@ -171,7 +176,12 @@ def sdpa(
 
     mask = args[0] if args else kwargs.pop("attention_mask", None)
     is_random = kwargs.get("dropout") or 0.0
-    if not getattr(module, _MARK, False) or query.dtype != torch.bfloat16 or is_random or not torch.is_grad_enabled():
+    if (
+        not getattr(module, _MARK_ATTRIBUTE, False)
+        or query.dtype != torch.bfloat16
+        or is_random
+        or not torch.is_grad_enabled()
+    ):
         return attend(query, key, value, mask), None
     return _Float32Attention.apply(query, key, value, mask, attend), None  # type: ignore[no-untyped-call]
 
@@ -188,7 +198,7 @@ def use_float32_gradients(model: PreTrainedModel) -> None:
         if type(module) is nn.Linear and module is not head:
             module.__class__ = Float32Linear
         if hasattr(module, "is_causal"):
-            setattr(module, _MARK, True)
+            setattr(module, _MARK_ATTRIBUTE, True)
     log.info("bfloat16 layers: gradients in float32, rounded once, which this CPU is faster at")
 
 
@@ -204,18 +214,19 @@ def float32_is_faster(dtype: torch.dtype, device: torch.device) -> bool:
     """
     if device.type != "cpu" or dtype != torch.bfloat16:
         return False
-    return _kept(cache_root() / "float32-gradients.json")
+    return _saved_or_measured(cache_root() / "float32-gradients.json")
 
 
 @cache
-def _kept(path: Path) -> bool:
+def _saved_or_measured(path: Path) -> bool:
+    """Return the answer that the file at ``path`` holds for this machine; measure and save it if there is none."""
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))[machine()]
-        if isinstance(known, bool):
-            return known
+        saved = json.loads(path.read_text(encoding="utf-8"))[machine()]
+        if isinstance(saved, bool):
+            return saved
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    faster = _gain() >= _WORTH_IT
+    faster = _measure_speedup() >= _LEAST_SPEEDUP
     with suppress(OSError):  # a cache that cannot be written is measured again
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps({machine(): faster}))
@@ -223,12 +234,12 @@ def _kept(path: Path) -> bool:
 
 
 def machine() -> str:
-    """Name the processor and torch's version, which what was measured is kept for."""
+    """Name the processor and torch's version: the key that a measurement is saved under."""
     return f"{_processor()}, torch {torch.__version__}"
 
 
 def _processor() -> str:
-    """Return the processor's name and whether it has tile units, from the kernel where it tells."""
+    """Return the processor's name, with AMX if it has tile units; from /proc/cpuinfo if that can be read."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -239,10 +250,11 @@ def _processor() -> str:
     return found.get("model name", platform.machine()).strip() + tiles
 
 
-def _gain() -> float:
-    """Measure how many times faster a product is in float32, conversions included: the best of a few, in turns.
+def _measure_speedup() -> float:
+    """Measure how many times faster a product is in float32 than in bfloat16, conversions included.
 
-    On one thread, by its own clock, so that other processes do not count.
+    The best of eight alternating trials, on one thread and by that thread's CPU time, so that other processes do not
+    count.
     """
     states, weight = torch.ones(256, 512, dtype=torch.bfloat16), torch.ones(1024, 512, dtype=torch.bfloat16)
     best = {torch.bfloat16: float("inf"), torch.float32: float("inf")}

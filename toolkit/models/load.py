@@ -19,7 +19,7 @@ from toolkit.config.schema import ModelConfig
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.models.bundled import bundled_directory, cache_root
-from toolkit.models.checkpoint_contents import examine
+from toolkit.models.checkpoint_contents import check_contents
 from toolkit.models.directory import check_directory
 from toolkit.models.disk_offload import OnDisk, detach_offloaded, device_map, silence_accelerate
 from toolkit.models.end_tokens import model_ends
@@ -48,24 +48,24 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     anatomy: Anatomy
     form: StorageFormat
-    """What it was read from and is written back as."""
+    """Format that it was read from and is written back in."""
     on_disk: Mapping[str, OnDisk] = field(default_factory=dict)
-    """Parameters that were not loaded, by name; in the model they are on the meta device."""
+    """Parameters that stay in their files, by name; in the model they are on the meta device."""
     ends: tuple[int, ...] = ()
-    """The tokens that end a text by the model's own account."""
+    """The end-of-text tokens that the model's config files name."""
 
     def save(self, directory: Path, ends: Collection[int] = ()) -> Comparison:
-        """Write model and tokenizer into ``directory`` in the form they came in.
+        """Write model and tokenizer into ``directory``, in the format that they were read from.
 
         Args:
-            directory: is created.
+            directory: target directory, which is created.
             ends: tokens that end an answer, for generation_config.json.
 
         Returns:
-            How the weights compare with the source's.
+            How the written weights compare with the source's.
 
         Raises:
-            OSError: the disk, or what is to be copied from the source.
+            OSError: the disk is full or refuses, or a file of the source can no longer be read.
         """
         return self.form.write(self.model, self.tokenizer, directory, ends)
 
@@ -82,9 +82,9 @@ def load(
 
     Args:
         config: the recipe's model section.
-        tokenizer: if it is loaded already.
-        anatomy: the model's parts, if they are known already.
-        blocks_on_disk: that many blocks from the first on are not loaded; needs ``anatomy``.
+        tokenizer: the model's tokenizer; None loads it.
+        anatomy: the model's parts; None detects them.
+        blocks_on_disk: number of blocks, from the first on, whose weights stay in their files; needs ``anatomy``.
 
     Raises:
         ModelError: nothing of that name, no safetensors, weights missing from the checkpoint, quantised weights, or
@@ -93,7 +93,7 @@ def load(
     source = resolve_source(config.name_or_path)
     tokenizer = tokenizer or load_tokenizer(config)
     if anatomy is not None and blocks_on_disk:
-        model, form, on_disk = _load_upper_part(source, config, anatomy, blocks_on_disk)
+        model, form, on_disk = _load_with_blocks_on_disk(source, config, anatomy, blocks_on_disk)
     else:
         model, form = _load_weights(source, config, {})
         on_disk = {}
@@ -105,25 +105,25 @@ def load(
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """Load the model's tokenizer with the one chat template that is used.
+    """Load the model's tokenizer, with one chat template at most.
 
-    Its padding token falls back to the end-of-text token; where it has no template, that in chat_template.json is
-    taken, which transformers gives to processors alone.
+    A missing padding token falls back to the end-of-text token, and a missing template to chat_template.json, which
+    transformers reads for processors alone.
 
     Raises:
         ModelError: there is none, it has no end-of-text token, or several templates and none that is the default.
     """
     source = resolve_source(config.name_or_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **_form(source, config).tokenizer_options())
+        tokenizer = AutoTokenizer.from_pretrained(source, **_choose_format(source, config).tokenizer_options())
     except Exception as error:  # as for the weights
         if isinstance(error, FrostlineError) or is_out_of_memory(error):
             raise
         raise ModelError(
-            hub_says(source, error)
-            or f"{source} (model.name_or_path): its tokenizer or config.json cannot be read. {_first_lines(error)}"
+            explain_hub_error(source, error)
+            or f"{source} (model.name_or_path): its tokenizer or config.json cannot be read. {_one_line(error)}"
         ) from None
-    tokenizer.chat_template = _chat_template(tokenizer, source, config)
+    tokenizer.chat_template = _choose_chat_template(tokenizer, source, config)
     if tokenizer.eos_token is None:
         raise ModelError(
             f"the tokenizer of {source} has no end-of-text token (eos_token); set one in its tokenizer_config.json"
@@ -133,13 +133,14 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _chat_template(tokenizer: PreTrainedTokenizerBase, source: str, config: ModelConfig) -> str | None:
+def _choose_chat_template(tokenizer: PreTrainedTokenizerBase, source: str, config: ModelConfig) -> str | None:
+    """Choose the tokenizer's one chat template, or that in chat_template.json; None if there is neither."""
     found: str | dict[str, str] | None = tokenizer.chat_template
     if not found:
         try:
             found = SourceFiles(source, config.revision).chat_template_json()
         except (OSError, ValueError) as error:
-            raise ModelError(f"model.name_or_path {source!r} cannot be loaded. {_first_lines(error)}") from None
+            raise ModelError(f"model.name_or_path {source!r} cannot be loaded. {_one_line(error)}") from None
         if found:
             log.info("%s: the chat template is that in its chat_template.json", source)
     if not isinstance(found, dict):
@@ -156,7 +157,7 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase, source: str, config: Mode
 
 
 def stored_dtype(name: str) -> Dtype:
-    """Return the precision that the model is stored in by its config.json; bfloat16 where that is silent.
+    """Return the precision that config.json says the weights are stored in; bfloat16 if it does not say.
 
     Raises:
         ModelError: as ``resolve_source``.
@@ -174,11 +175,11 @@ def stored_dtype(name: str) -> Dtype:
 
 
 def resolve_source(name: str, needs_weights: bool = True) -> str:
-    """Return a directory or Hub id that transformers understands.
+    """Resolve ``model.name_or_path`` to a directory or Hub id that transformers understands.
 
     Args:
-        name: as the recipe has it.
-        needs_weights: false accepts a directory that holds a config.json alone.
+        name: value of ``model.name_or_path``.
+        needs_weights: False if a directory with a config.json alone will do.
 
     Raises:
         ModelError: neither a directory, nor shaped like a Hub id, nor a bundled model; or a directory that cannot, or
@@ -199,8 +200,8 @@ def resolve_source(name: str, needs_weights: bool = True) -> str:
     return name
 
 
-def hub_says(source: str, error: BaseException) -> str | None:
-    """Return what to do about ``error`` where the Hub or the network failed, not the model."""
+def explain_hub_error(source: str, error: BaseException) -> str | None:
+    """Return a message for the user if the Hub or the network caused ``error``; None if the model did."""
     return None if is_directory(source) else hub.explain(error, source)
 
 
@@ -208,19 +209,19 @@ def fingerprint(model: nn.Module, on_disk: Mapping[str, OnDisk] | None = None) -
     """Hash name, dtype, shape and bytes of every parameter, tied ones once (SHA-256); identifies a base model.
 
     Args:
-        model: with all its weights in their original precision, but for
-        on_disk: those that were not loaded; each is read, and its memory given back, in turn.
+        model: the model, its weights in the precision they were loaded in.
+        on_disk: parameters of ``model`` that were left on disk; they are read one by one and not kept in memory.
     """
     return fingerprint_of(dict(model.named_parameters()), on_disk)
 
 
 def fingerprint_of(tensors: Mapping[str, torch.Tensor], on_disk: Mapping[str, OnDisk] | None = None) -> str:
     """Hash name, dtype, shape and bytes of ``tensors`` in the order of their names; see ``fingerprint``."""
-    elsewhere = on_disk or {}
+    left_on_disk = on_disk or {}
 
     def digest(item: tuple[str, torch.Tensor]) -> bytes:
         name, tensor = item
-        stored = elsewhere.get(name)
+        stored = left_on_disk.get(name)
         if stored is not None:
             tensor = stored.read()
         sha = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -234,44 +235,47 @@ def fingerprint_of(tensors: Mapping[str, torch.Tensor], on_disk: Mapping[str, On
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def _form(source: str, config: ModelConfig) -> StorageFormat:
+def _choose_format(source: str, config: ModelConfig) -> StorageFormat:
+    """Choose how the source is read: as EXAONE 3.x, or by transformers."""
     if is_exaone(source, config.revision) and not config.trust_remote_code:
         return ExaoneFormat(source, config.revision)
     return TransformersFormat(source, config.revision, config.trust_remote_code)
 
 
-def _load_upper_part(
+def _load_with_blocks_on_disk(
     source: str, config: ModelConfig, anatomy: Anatomy, blocks_on_disk: int
 ) -> tuple[PreTrainedModel, StorageFormat, dict[str, OnDisk]]:
-    """Load all but the first blocks; what a checkpoint holds in another form than the model's is written anew first."""
+    """Load all but the first blocks; accelerate writes those whose stored layout or dtype differs into files first."""
     root = cache_root()
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".offload-", dir=root) as folder:
         options = {"device_map": device_map(anatomy, blocks_on_disk), "offload_folder": folder}
         with silence_accelerate():
             model, form = _load_weights(source, config, options)
-        return model, form, detach_offloaded(model)  # mapped: the folder's files stay readable without their names
+        # the files are mapped: they stay readable when the folder is deleted
+        return model, form, detach_offloaded(model)
 
 
-def _load_weights(source: str, config: ModelConfig, more: dict[str, Any]) -> tuple[PreTrainedModel, StorageFormat]:
+def _load_weights(source: str, config: ModelConfig, extra: dict[str, Any]) -> tuple[PreTrainedModel, StorageFormat]:
+    """Load the model with ``extra`` arguments of ``from_pretrained``; refuse an incomplete or quantised checkpoint."""
     options: dict[str, Any] = {
         "dtype": getattr(torch, config.dtype),
         "attn_implementation": config.attn_implementation,
         "use_safetensors": True,
         "output_loading_info": True,
-        **more,
+        **extra,
     }
     try:
-        form = _form(source, config)
+        form = _choose_format(source, config)
         model, info = form.read(options)
     except Exception as error:  # a damaged config or checkpoint makes transformers raise anything
         if isinstance(error, FrostlineError) or is_out_of_memory(error):
             raise
         raise ModelError(
-            hub_says(source, error) or f"model.name_or_path {source!r} cannot be loaded. {_first_lines(error)}"
+            explain_hub_error(source, error) or f"model.name_or_path {source!r} cannot be loaded. {_one_line(error)}"
         ) from None
     stored = read_stored(form.files)
-    examine(model, stored, form.targets(model, stored), source)
+    check_contents(model, stored, form.targets(model, stored), source)
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"{source} lacks {len(missing)} tensors of {type(model).__name__} ({', '.join(missing[:3])} …); "
@@ -280,7 +284,8 @@ def _load_weights(source: str, config: ModelConfig, more: dict[str, Any]) -> tup
     return model, form
 
 
-def _first_lines(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
+    """Return an error's message in one line of at most 400 characters, after its type if that is unusual."""
     text = " ".join(str(error).split())
     if not isinstance(error, (OSError, ValueError)):
         text = f"{type(error).__name__}: {text}"

@@ -1,4 +1,4 @@
-"""Learn from a pass over two tokens what a model's structure alone does not tell."""
+"""Run a model on two tokens, to learn what its structure alone does not tell."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from toolkit.runtime.errors import ModelError
 
 @contextlib.contextmanager
 def evaluating(*parts: nn.Module) -> Iterator[None]:
-    """Turn dropout and gradients off inside; every module is in its own mode again afterwards.
+    """Turn dropout and gradients off inside; restore each module's training mode afterwards.
 
     Raises:
-        ModelError: a weight was changed inside (RWKV scales its own for evaluation, and back when it next trains).
+        ModelError: a forward pass changed a weight (RWKV rescales its own for evaluation, and back when it next
+            trains).
     """
     modes = {module: module.training for part in parts for module in part.modules()}
     weights = [(name, weight, weight._version) for part in parts for name, weight in part.named_parameters()]
@@ -40,18 +41,19 @@ def evaluating(*parts: nn.Module) -> Iterator[None]:
 def probe_blocks(
     model: nn.Module, watched: Iterable[nn.Module], device: torch.device | None = None
 ) -> list[tuple[nn.Module, Any]]:
-    """Return the ``watched`` modules in the order in which a pass over two tokens leaves them, with their outputs.
+    """Return the ``watched`` modules in the order in which a pass over two tokens runs them, with their outputs.
 
-    Whatever exception ends the pass, what was seen before it counts; the caller decides if that is enough.
+    An exception that ends the pass early is suppressed: the caller decides if what was recorded until then is enough.
 
     Args:
-        model: the whole of what runs.
-        watched: modules of it.
-        device: where it computes; none takes that of its first parameter.
+        model: the module to run.
+        watched: modules within ``model``.
+        device: device of the input ids; None takes that of the model's first parameter.
     """
-    seen: list[tuple[nn.Module, Any]] = []
+    recorded: list[tuple[nn.Module, Any]] = []
     hooks = [
-        module.register_forward_hook(lambda module, args, output: seen.append((module, output))) for module in watched
+        module.register_forward_hook(lambda module, args, output: recorded.append((module, output)))
+        for module in watched
     ]
     device = device or next(model.parameters()).device
     try:
@@ -60,4 +62,4 @@ def probe_blocks(
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+    return recorded

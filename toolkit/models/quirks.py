@@ -1,4 +1,4 @@
-"""What some models do in training alone, and what becomes of it here."""
+"""Handle what some models do in training alone: LayerDrop, and balancing losses of a router."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def turn_off_layerdrop(model: nn.Module) -> None:
 
 
 def log_training_notes(config: PretrainedConfig) -> None:
-    """Put ``training_notes`` in the log."""
+    """Log each of ``training_notes``."""
     for note in training_notes(config):
         log.info("%s", note)
 
 
 def training_notes(config: PretrainedConfig) -> Iterator[str]:
-    """Yield a line for the log for each thing that this model's own training would do and ours does not."""
-    values = dict(_numbers(config.to_dict()))
+    """Yield a log line for each thing that this model's original training does and this one leaves out."""
+    values = dict(_numeric_settings(config.to_dict()))
     for name in ("layerdrop", "decoder_layerdrop"):
         if rate := values.get(name):
             yield f"{name} is {rate:g} in the model's config; it is off here: every block runs in every step"
@@ -43,25 +43,26 @@ def training_notes(config: PretrainedConfig) -> Iterator[str]:
     coefficients = ", ".join(f"{key} {value:g}" for key, value in values.items() if value and _is_router_loss(key))
     mixture = any(value > 1 for key, value in values.items() if _EXPERTS.fullmatch(key))
     if coefficients and (mixture or values.get("output_router_logits")):
-        usual = (
+        transformers_does = (
             "the config has output_router_logits: true, so transformers' own loss would add it"
             if values.get("output_router_logits")
             else "so does transformers' own, as the config has output_router_logits: false"
         )
         yield (
             f"the router's balancing loss is left out ({coefficients}): the loss is the answers' cross entropy alone; "
-            f"{usual}"
+            f"{transformers_does}"
         )
 
 
 def _is_router_loss(key: str) -> bool:
+    """Return True if a config key is the coefficient of a router's balancing loss."""
     return _ROUTER_LOSS.fullmatch(key) is not None
 
 
-def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield the numbers and switches of a config and of the configs in it."""
+def _numeric_settings(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield name and value of each number and switch in a config, nested configs included."""
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from _numbers(value)
+            yield from _numeric_settings(value)
         elif isinstance(value, (bool, int, float)):
             yield key, float(value)

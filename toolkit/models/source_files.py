@@ -19,20 +19,20 @@ from toolkit.runtime.paths import is_directory
 
 log = logging.getLogger("frostline")
 
-TEMPLATES = "additional_chat_templates"
-"""Folder of the named chat templates beside ``chat_template.jinja``."""
+TEMPLATES_FOLDER = "additional_chat_templates"
+"""Name of the folder of named chat templates, beside ``chat_template.jinja``."""
 
-_CARRIED = (
+_COPIED_FILES = (
     "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
     "tekken.json", "tiktoken.model", "chat_template.jinja", "chat_template.json",
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
     "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "USE_POLICY.md",
 )  # fmt: skip
-"""Files that belong to a checkpoint, as far as it has them: tokenizer, chat template, processors, terms of use."""
+"""Files of a checkpoint that an export copies if they exist: tokenizer, chat template, processors, terms of use."""
 
 _ONLY_IN_TRANSFORMERS_5 = {"TokenizersBackend": "PreTrainedTokenizerFast"}
-"""Tokenizer classes that transformers 4 does not know, and what both versions read in their place."""
+"""Tokenizer classes that transformers 4 does not know, each with one that both versions know."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class SourceFiles:
     revision: str | None
 
     def find(self, name: str) -> Path | None:
-        """Find a file of the source and download it if need be; none if the source has no such file."""
+        """Return the path of a file of the source, downloaded if need be; None if the source has no such file."""
         try:
             path = cached_file(self.source, name, revision=self.revision)
         except OSError:
@@ -64,7 +64,7 @@ class SourceFiles:
         """Read the object in config.json.
 
         Raises:
-            OSError: there is none any more.
+            OSError: the file is gone since the model was loaded.
         """
         config = self.json("config.json")
         if not config:
@@ -73,23 +73,23 @@ class SourceFiles:
             )
         return config
 
-    def carry(self, more: Collection[str], directory: Path) -> None:
-        """Copy tokenizer, chat templates, processors, terms of use and code; none of the code is run.
+    def copy_into(self, more: Collection[str], directory: Path) -> None:
+        """Copy tokenizer, chat templates, processors, terms of use and remote code into an export; no code is run.
 
-        The tokenizer's class alone is named otherwise, where transformers 4 would refuse it.
+        Files are copied unchanged, but for tokenizer_config.json where transformers 4 would refuse it.
 
         Args:
-            more: names of other files that the tokenizer consists of.
-            directory: exists.
+            more: names of further files that the tokenizer consists of.
+            directory: the export's directory, which exists.
 
         Raises:
-            OSError: the disk, or a file of the source.
+            OSError: the disk is full or refuses, or a file of the source can no longer be read.
         """
-        for name in {*_CARRIED, *more, *self._named_templates()}:
-            self._copy(name, directory)
+        for name in {*_COPIED_FILES, *more, *self._named_templates()}:
+            self._copy_file(name, directory)
         if (config := directory / "tokenizer_config.json").is_file():
-            _name_for_transformers_4(config)
-        self._carry_code(directory)
+            _adapt_for_transformers_4(config)
+        self._copy_remote_code(directory)
 
     def write_generation_config(
         self, generation: GenerationConfig | None, ends: Collection[int], directory: Path
@@ -97,31 +97,31 @@ class SourceFiles:
         """Write the source's generation_config.json with every token in it that ends an answer.
 
         Args:
-            generation: of the model; its own tokens stand where the source has no such file.
-            ends: all tokens that end an answer; of the source's own, those that are not among them are left out.
-            directory: exists.
+            generation: the model's generation config, whose token ids are used if the source has no such file.
+            ends: all tokens that end an answer, which replace the source's list; if empty, that list stays.
+            directory: the export's directory, which exists.
 
         Raises:
-            OSError: the disk, or the file of the source.
+            OSError: the disk is full or refuses, or the source's file can no longer be read.
         """
         name = "generation_config.json"
         values = self.json(name)
         known = _as_list(values.get("eos_token_id", getattr(generation, "eos_token_id", None)))
-        every = [
+        stop_tokens = [
             *(token for token in known if token in ends or not ends),
             *(token for token in ends if token not in known),
         ]
-        if values and (not ends or every == _as_list(values.get("eos_token_id"))):
-            self._copy(name, directory)
-        elif every:
+        if values and (not ends or stop_tokens == _as_list(values.get("eos_token_id"))):
+            self._copy_file(name, directory)
+        elif stop_tokens:
             tokens = {key: getattr(generation, key, None) for key in ("bos_token_id", "pad_token_id")}
             values = values or {key: token for key, token in tokens.items() if token is not None}
-            values["eos_token_id"] = every[0] if len(every) == 1 else every
+            values["eos_token_id"] = stop_tokens[0] if len(stop_tokens) == 1 else stop_tokens
             values.pop("_from_model_config", None)  # it would let transformers replace what is written here
             write_model_json(directory / name, values)
 
     def chat_template_json(self) -> str | dict[str, str] | None:
-        """Read the templates in chat_template.json, which tokenizers do not read; none if there are none.
+        """Read the templates in chat_template.json, which tokenizers do not read; None if there is no such file.
 
         Raises:
             ValueError: the file holds something else.
@@ -139,16 +139,22 @@ class SourceFiles:
         return found
 
     def _named_templates(self) -> Iterator[str]:
+        """Yield the paths, within the source, of its named chat templates."""
         if is_directory(self.source):
-            yield from (f"{TEMPLATES}/{path.name}" for path in (Path(self.source) / TEMPLATES).glob("*.jinja"))
+            yield from (
+                f"{TEMPLATES_FOLDER}/{path.name}" for path in (Path(self.source) / TEMPLATES_FOLDER).glob("*.jinja")
+            )
         else:
             yield from (
-                f"{TEMPLATES}/{name}.jinja"
+                f"{TEMPLATES_FOLDER}/{name}.jinja"
                 for name in list_repo_templates(self.source, local_files_only=False, revision=self.revision)
             )
 
-    def _carry_code(self, directory: Path) -> None:
-        """Copy the modules that config and tokenizer name in auto_map, and those that these import."""
+    def _copy_remote_code(self, directory: Path) -> None:
+        """Copy the modules that config and tokenizer name in auto_map, and those that these import.
+
+        A missing module is logged.
+        """
         wanted = [*_auto_modules(self.json("config.json")), *_auto_modules(self.json("tokenizer_config.json"))]
         seen: set[str] = set()
         while wanted:
@@ -156,7 +162,7 @@ class SourceFiles:
             if module in seen:
                 continue
             seen.add(module)
-            if module.isidentifier() and self._copy(f"{module}.py", directory):
+            if module.isidentifier() and self._copy_file(f"{module}.py", directory):
                 wanted += get_relative_imports(directory / f"{module}.py")
             else:
                 log.warning(
@@ -166,7 +172,8 @@ class SourceFiles:
                     module,
                 )
 
-    def _copy(self, name: str, directory: Path) -> bool:
+    def _copy_file(self, name: str, directory: Path) -> bool:
+        """Copy a file of the source into ``directory``; return False if the source has no such file."""
         path = self.find(name)
         if path is not None:
             (directory / name).parent.mkdir(exist_ok=True)
@@ -183,8 +190,11 @@ def write_model_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(f"{json.dumps(values, indent=2, ensure_ascii=False)}\n", encoding="utf-8")
 
 
-def _name_for_transformers_4(path: Path) -> None:
-    """Name class and extra tokens so that transformers 4 reads them too; a file that it reads stays as it is."""
+def _adapt_for_transformers_4(path: Path) -> None:
+    """Rename the tokenizer's class and extra tokens so that transformers 4 reads the file too.
+
+    A file that it reads already is not written.
+    """
     values = json.loads(path.read_text(encoding="utf-8"))
     wanted = dict(values)
     if values.get("tokenizer_class") in _ONLY_IN_TRANSFORMERS_5:
@@ -199,6 +209,7 @@ def _name_for_transformers_4(path: Path) -> None:
 
 
 def _as_list(value: object) -> list[int]:
+    """Return the token ids of an ``eos_token_id``, which is a number, a list or None."""
     if value is None:
         return []
     return list(value) if isinstance(value, list) else [int(str(value))]

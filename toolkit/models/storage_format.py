@@ -1,4 +1,4 @@
-"""The form a model has on disk: how it becomes a transformers model, and how it is written back the way it came."""
+"""Read a checkpoint into a transformers model, and write it back in the format that it came in."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.core_model_loading import WeightConverter, rename_source_key, revert_weight_conversion
 
-from toolkit.models.config_json import QUANTISATION, config_to_write
+from toolkit.models.config_json import QUANTISATION_KEYS, config_to_write
 from toolkit.models.source_files import SourceFiles, write_model_json
 from toolkit.models.weight_files import Comparison, StoredTensors, read_stored, weights_to_write
 
@@ -36,7 +36,7 @@ class StorageFormat(Protocol):
         """Read the model; return it and transformers' loading information.
 
         Args:
-            options: for ``from_pretrained``, ``output_loading_info`` among them.
+            options: arguments for ``from_pretrained``, ``output_loading_info`` among them.
 
         Raises:
             OSError: the checkpoint cannot be found.
@@ -52,7 +52,7 @@ class StorageFormat(Protocol):
         """
 
     def targets(self, model: PreTrainedModel, stored: StoredTensors) -> dict[str, str]:
-        """Map each stored name to the one that its tensor has, or would have, in the model's state."""
+        """Map each stored name to that of its tensor in the model's state dict, whether the model has it or not."""
 
     def write(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, ends: Collection[int] = ()
@@ -60,16 +60,16 @@ class StorageFormat(Protocol):
         """Write ``model`` and its tokenizer into ``directory``, which is created.
 
         Args:
-            model: as ``read`` gave it, with other values, another precision or an untied head.
-            tokenizer: its own.
-            directory: is to be empty.
+            model: a model that ``read`` returned; its values, precision and head tying may have changed.
+            tokenizer: the model's tokenizer.
+            directory: target directory, empty or absent.
             ends: tokens that end an answer, for generation_config.json.
 
         Returns:
-            How the weights compare with the source's.
+            How the written weights compare with the source's.
 
         Raises:
-            OSError: the disk, or what is to be copied from the source.
+            OSError: the disk is full or refuses, or a file of the source can no longer be read.
         """
 
 
@@ -77,7 +77,7 @@ def refuse_kernels(config: PretrainedConfig, trust_remote_code: bool) -> None:
     """Refuse a config that names an attention kernel on the Hub, which is compiled code.
 
     Raises:
-        ValueError: it does, and ``trust_remote_code`` is off.
+        ValueError: it names one, and ``trust_remote_code`` is off.
     """
     named = str(getattr(config, "_attn_implementation", None) or "")
     if "/" in named and not trust_remote_code:
@@ -88,16 +88,16 @@ def refuse_kernels(config: PretrainedConfig, trust_remote_code: bool) -> None:
 
 
 def drop_quantisation(config: PretrainedConfig, stored: StoredTensors, source: str) -> None:
-    """Take a quantisation config away that stands over plain weights, and say so.
+    """Remove a quantisation config whose weights are not quantised, and log that.
 
-    BitNet's stays: it says how the network computes with its plain weights.
+    BitNet's stays: it describes how the network computes with weights that are stored in floating point.
     """
     text = config.get_text_config()
     levels = [config] if text is config else [config, text]
     for level in levels:
-        for key in QUANTISATION:
+        for key in QUANTISATION_KEYS:
             found = getattr(level, key, None)
-            if isinstance(found, dict) and stored.are_plain and found.get("quant_method") != "bitnet":
+            if isinstance(found, dict) and stored.are_unquantised and found.get("quant_method") != "bitnet":
                 delattr(level, key)
                 log.warning(
                     "%s: its config.json has a %s (%s), but its weights are stored plain (%s); it is trained as it is "
@@ -135,11 +135,11 @@ class TransformersFormat:
         return model, info
 
     def tokenizer_options(self) -> dict[str, Any]:
-        """Return the revision, and whether the source's own code may run."""
+        """Return the revision, and whether remote code may run."""
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
     def targets(self, model: PreTrainedModel, stored: StoredTensors) -> dict[str, str]:
-        """Map stored names as transformers renames them on the way in."""
+        """Map each stored name as transformers renames it on loading."""
         state = model.state_dict()
         conversions = getattr(model, "_weight_conversions", None) or []
         converters = [each for each in conversions if isinstance(each, WeightConverter)]
@@ -153,22 +153,22 @@ class TransformersFormat:
     def write(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, ends: Collection[int] = ()
     ) -> Comparison:
-        """Write weights under their names in the source, and the source's other files, true to the weights.
+        """Write the weights under the source's names, and its other files, with a config.json that fits the weights.
 
         Raises:
-            OSError: the disk, or the source can no longer be read.
+            OSError: the disk is full or refuses, or the source can no longer be read.
         """
         directory.mkdir(parents=True, exist_ok=True)
         config, stored = self.files.config(), read_stored(self.files)
 
-        def in_stored_form(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        def to_stored_layout(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             saved: dict[str, torch.Tensor] = revert_weight_conversion(model, state)
             return saved
 
-        weights = weights_to_write(model, stored, self.targets(model, stored), in_stored_form)
+        weights = weights_to_write(model, stored, self.targets(model, stored), to_stored_layout)
         comparison = weights.write(stored, directory)
-        written = config_to_write(config, model)
-        write_model_json(directory / "config.json", written)
+        export_config = config_to_write(config, model)
+        write_model_json(directory / "config.json", export_config)
         self.files.write_generation_config(model.generation_config, ends, directory)
-        self.files.carry(tokenizer.vocab_files_names.values(), directory)
+        self.files.copy_into(tokenizer.vocab_files_names.values(), directory)
         return comparison

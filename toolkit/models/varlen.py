@@ -33,14 +33,15 @@ def varlen_attention(
     """Compute causal attention inside each sample of a packed row, and transformers' ``sdpa`` for everything else.
 
     Args:
-        module: the attention layer; says how many query heads share a key.
+        module: attention layer of the model.
         query: [1, heads, T, size] of a packed row.
         key: [1, key heads, T, size] of a packed row; longer than the query where a cache holds what came before.
-        value: as ``key``.
-        attention_mask: [.., 1, T, keys], true or 0 where a token is seen; of a packed row, each sample's own part.
-        sample_lengths: of the samples, which add up to T; none where rows are not packed.
-        sliding_window: a token sees so many tokens, itself included; none is all before it.
-        kwargs: scaling, dropout and what else a model gives its attention.
+        value: the same shape as ``key``.
+        attention_mask: [.., 1, T, keys], True or 0 where a token is attended to; of a packed row, only the part within
+            each sample is used.
+        sample_lengths: tokens of each sample, T in all; None if rows are not packed.
+        sliding_window: number of tokens that a token attends to, itself included; None for all before it.
+        kwargs: scaling, dropout and whatever else the model passes to its attention.
 
     Returns:
         [1, T, heads, size], and no attention weights.
@@ -54,24 +55,24 @@ def varlen_attention(
         raise ValueError("attention with a position bias cannot run sample by sample")
     outputs, start = [], 0
     for length in sample_lengths:
-        own = slice(start, start := start + length)
+        span = slice(start, start := start + length)
         if attention_mask is None:
-            mask = _window(length, sliding_window, query.device)
-        else:  # of a model that does not tell transformers the positions
-            mask = attention_mask[..., own, own]
-        outputs.append(sdpa(module, *(states[:, :, own] for states in (query, key, value)), mask, **kwargs)[0])
+            mask = _sliding_window_mask(length, sliding_window, query.device)
+        else:  # the model gave transformers no positions, so it made a mask
+            mask = attention_mask[..., span, span]
+        outputs.append(sdpa(module, *(states[:, :, span] for states in (query, key, value)), mask, **kwargs)[0])
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), None
 
 
-def _window(length: int, size: int | None, device: torch.device) -> torch.Tensor | None:
-    """Return a causal band [1, 1, T, T] where a sample outgrows the window; else none, plain causal attention."""
+def _sliding_window_mask(length: int, size: int | None, device: torch.device) -> torch.Tensor | None:
+    """Return a causal sliding-window mask [1, 1, T, T]; None, for the causal fast path, if the sample fits."""
     if size is None or length <= size:
         return None
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
     return ((distance >= 0) & (distance < size))[None, None]
 
 
-def _mask(
+def _varlen_mask(
     *,
     q_length: int,
     kv_length: int,
@@ -80,10 +81,11 @@ def _mask(
     use_vmap: bool = False,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """Return transformers' mask for ``sdpa``, but none where all there is to mask is samples that share a row.
+    """Return transformers' mask for ``sdpa``; None if samples that share a row are all there is to mask.
 
-    transformers finds packed rows by their positions, and only where there is neither padding nor a cache; it then
-    forbids the causal fast path. A model that forbids it for a pattern of its own gives that as a function to map.
+    transformers detects packed rows by their positions, and only if there is neither padding nor a cache; it then
+    forbids the causal fast path (``allow_is_causal_skip``). A model that does so for a pattern of its own sets
+    ``use_vmap``.
     """
     if attention_mask is None and not allow_is_causal_skip and not use_vmap and q_length == kv_length > 1:
         return None
@@ -101,4 +103,4 @@ def _mask(
 def register_varlen() -> None:
     """Register this attention with transformers under the name ``VARLEN``; it stays registered in this process."""
     AttentionInterface.register(VARLEN, varlen_attention)
-    AttentionMaskInterface.register(VARLEN, _mask)
+    AttentionMaskInterface.register(VARLEN, _varlen_mask)

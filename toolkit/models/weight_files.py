@@ -17,14 +17,14 @@ from toolkit.runtime.errors import ModelError
 from toolkit.runtime.safetensors_io import FLOATS, SafetensorsFile, write_safetensors
 
 MAX_SHARD_BYTES = 5_000_000_000
-"""A model beyond this is written in several files with an index."""
+"""Most bytes of one safetensors file; a larger model is written in several, with an index."""
 
 
 def open_weights(file: Path) -> SafetensorsFile:
     """Map a model's safetensors file, read-only.
 
     Raises:
-        ModelError: it is not of that format.
+        ModelError: the file is not in that format.
     """
     try:
         return SafetensorsFile(file)
@@ -33,13 +33,13 @@ def open_weights(file: Path) -> SafetensorsFile:
 
 
 class StoredTensors:
-    """The tensors of a checkpoint by name; a tensor is read when it is used.
+    """The tensors of a checkpoint by name, mapped from its files.
 
     Args:
         files: the safetensors files that transformers would read.
 
     Raises:
-        ModelError: one is not of that format.
+        ModelError: a file is not in that format.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
@@ -50,20 +50,20 @@ class StoredTensors:
             self._file |= dict.fromkeys(file.entries, file)
 
     def read(self, name: str) -> torch.Tensor:
-        """Return the tensor as it is stored, a view of the file that must not be written to."""
+        """Return a tensor as it is stored: a view of the file, which must not be written to."""
         return self._file[name].tensor(name)
 
     @property
-    def are_plain(self) -> bool:
-        """Return True if all is floating point in 16 bits or more; quantised codes are integers or 8 bits."""
+    def are_unquantised(self) -> bool:
+        """Return True if every tensor is floating point of 16 bits or more; quantised codes are integers or 8 bits."""
         return bool(self.entries) and all(entry["dtype"] in FLOATS for entry in self.entries.values())
 
 
 def read_stored(files: SourceFiles) -> StoredTensors:
-    """Return the weights of a source, from the files that ``from_pretrained`` reads; others do not count.
+    """Map the weights of a source, from those files that ``from_pretrained`` reads.
 
     Raises:
-        ModelError: a file is not of the safetensors format.
+        ModelError: a file is not in the safetensors format.
     """
     single = files.find("model.safetensors")
     if single is not None:
@@ -74,14 +74,14 @@ def read_stored(files: SourceFiles) -> StoredTensors:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Numbers of written tensors by how they compare with the stored ones they come from."""
+    """How written tensors compare with the stored ones that they come from: counts, or names."""
 
     identical: int = 0
-    """The same bits."""
+    """Number with the same bits."""
     same_values: int = 0
-    """The same values in another precision."""
+    """Number with the same values in another precision."""
     rounded: int = 0
-    """The stored values rounded, and nothing else."""
+    """Number whose values are the stored ones, rounded to another precision."""
     changed: tuple[str, ...] = ()
     """Names of those with other values."""
     added: tuple[str, ...] = ()
@@ -90,12 +90,13 @@ class Comparison:
     """Names of those that the model does not use, written as they are."""
 
 
-Rename = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+StateTransform = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+"""Maps a state dict to one with other names or layouts."""
 
 
 @dataclass(frozen=True)
 class WeightsToWrite:
-    """Tensors under the names that they have on disk."""
+    """Tensors to write, under the names that they have on disk."""
 
     tensors: dict[str, torch.Tensor]
     carried: list[str]
@@ -105,7 +106,7 @@ class WeightsToWrite:
         """Write safetensors into ``directory``, with an index where there are several; compare with ``stored``.
 
         Raises:
-            OSError: the disk.
+            OSError: the disk is full or refuses.
         """
         kinds: dict[str, list[str]] = {}
         for name, tensor in self.tensors.items():
@@ -121,7 +122,10 @@ class WeightsToWrite:
 
 
 def _write_shards(tensors: dict[str, torch.Tensor], directory: Path) -> None:
-    """Split as ``save_pretrained`` does; huggingface_hub's own writer refuses slices, as of a stack of experts."""
+    """Write tensors in files of at most ``MAX_SHARD_BYTES``, as ``save_pretrained`` does.
+
+    huggingface_hub's own writer refuses tensors that are slices, as those of a stack of experts are.
+    """
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():
@@ -142,7 +146,7 @@ def _write_shards(tensors: dict[str, torch.Tensor], directory: Path) -> None:
 
 
 def weights_to_write(
-    model: PreTrainedModel, stored: StoredTensors, targets: dict[str, str], to_stored_layout: Rename
+    model: PreTrainedModel, stored: StoredTensors, targets: dict[str, str], to_stored_layout: StateTransform
 ) -> WeightsToWrite:
     """Return the weights of ``model`` under the names of the source, and what the source holds beside them.
 
@@ -150,19 +154,21 @@ def weights_to_write(
     is carried as it is.
 
     Args:
-        model: with all its weights.
-        stored: the source.
-        targets: each stored name to the model's own, whether the model has it or not.
-        to_stored_layout: the model's state to names and shapes as they are stored, but for the base model's prefix.
+        model: the model, none of its weights on the meta device.
+        stored: tensors of the source.
+        targets: each stored name, mapped to the model's name of it, whether the model has it or not.
+        to_stored_layout: maps the model's state dict to stored names and shapes, but for the base model's prefix.
     """
     state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
-    places: dict[int, list[str]] = {}
+    names_of: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        places.setdefault(id(parameter), []).append(name)
-    tied = {name: names for names in places.values() if len(names) > 1 for name in names}
-    there = set(targets.values())
-    own = {name: next((other for other in names if other in there), names[0]) for name, names in tied.items()}
-    saved = to_stored_layout({name: tensor for name, tensor in state.items() if own.get(name, name) == name})
+        names_of.setdefault(id(parameter), []).append(name)
+    tied = {name: names for names in names_of.values() if len(names) > 1 for name in names}
+    known_names = set(targets.values())
+    canonical = {
+        name: next((other for other in names if other in known_names), names[0]) for name, names in tied.items()
+    }
+    saved = to_stored_layout({name: tensor for name, tensor in state.items() if canonical.get(name, name) == name})
     for name in model._keys_to_ignore_on_save or ():
         if name not in stored.entries:
             saved.pop(name, None)
@@ -179,15 +185,16 @@ def weights_to_write(
 
 
 def _stored_name(name: str, prefix: str, stored: StoredTensors) -> str | None:
-    """Return the name in a checkpoint of a tensor that was saved from the base model alone, or with its head."""
+    """Return a tensor's name in the checkpoint, with or without the base model's prefix; None if it is not there."""
     variants = (name, name.removeprefix(prefix), f"{prefix}{name}")
     return next((variant for variant in variants if variant in stored.entries), None)
 
 
 def _compare(written: torch.Tensor, stored: torch.Tensor) -> str:
+    """Return the kind of a written tensor, a field of ``Comparison``, against the stored tensor of its name."""
     if written.shape != stored.shape:
         return "changed"
-    if written.dtype == stored.dtype and torch.equal(_bits(written), _bits(stored)):
+    if written.dtype == stored.dtype and torch.equal(_raw_bytes(written), _raw_bytes(stored)):
         return "identical"
     common = torch.promote_types(written.dtype, stored.dtype)
     if torch.equal(written.to(common), stored.to(common)):
@@ -198,15 +205,16 @@ def _compare(written: torch.Tensor, stored: torch.Tensor) -> str:
     return "changed"
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
+def _raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of a tensor; comparing these tells -0.0 from 0.0, and finds NaN equal to itself."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
 
 
-def listed(names: Iterable[str], most: int = 12) -> str:
-    """Return names in a line, those that differ in their numbers alone once."""
+def join_names(names: Iterable[str], most: int = 12) -> str:
+    """Join names for a message; names that differ only in their numbers are given once, with their count."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(re.sub(r"\d+", "N", name), []).append(name)
-    texts = [own[0] if len(own) == 1 else f"{pattern} ({len(own)} times)" for pattern, own in groups.items()]
+    texts = [group[0] if len(group) == 1 else f"{pattern} ({len(group)} times)" for pattern, group in groups.items()]
     more = f" and {len(texts) - most} more kinds" if len(texts) > most else ""
     return ", ".join(texts[:most]) + more

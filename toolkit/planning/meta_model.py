@@ -14,7 +14,7 @@ from toolkit.config.schema import ModelConfig
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.models.exaone import is_exaone, llama_name, read_exaone_config
-from toolkit.models.load import LoadedModel, hub_says, resolve_source
+from toolkit.models.load import LoadedModel, explain_hub_error, resolve_source
 from toolkit.models.quirks import turn_off_layerdrop
 from toolkit.models.storage_format import refuse_kernels
 from toolkit.models.weight_files import open_weights
@@ -105,7 +105,7 @@ def is_exaone_source(source: str, config: ModelConfig) -> bool:
     except (OSError, ValueError) as error:
         text = " ".join(str(error).split())[:400]
         raise ModelError(
-            hub_says(source, error) or f"model.name_or_path {source!r}: no readable config.json. {text}"
+            explain_hub_error(source, error) or f"model.name_or_path {source!r}: no readable config.json. {text}"
         ) from None
 
 

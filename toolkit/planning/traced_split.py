@@ -51,7 +51,7 @@ class MetaSplit:
     def checkpointed(self) -> Suffix:
         """Return the suffix again, with the blocks from the frost line up checkpointed."""
         _, suffix = split(self.model, self.anatomy, self.boundary)
-        suffix.take(self.suffix.shortcuts)
+        suffix.set_shortcuts(self.suffix.shortcuts)
         checkpoint_blocks(suffix.blocks(self.mask.boundary))
         return suffix
 
@@ -72,7 +72,7 @@ def meta_split(meta: MetaModel, mask: LayerMask, boundary: int | None, packed: b
     apply_mask(model, mask, anatomy)
     model.train()
     prefix, suffix = split(model, anatomy, boundary)
-    suffix.take(shortcuts)
+    suffix.set_shortcuts(shortcuts)
     if prefix is None and mask.tied == "head_only":
         suffix.detach_embeddings(anatomy)
     trained = trainable_parameters(suffix.model, mask)

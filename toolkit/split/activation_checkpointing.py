@@ -1,4 +1,4 @@
-"""Gradient checkpointing of exactly the blocks that the gradient must cross."""
+"""Activation checkpointing of the blocks that the gradient passes through, and the memory that decides on it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the memory that can still be allocated: of the GPU, or of the host on a CPU."""
+    """Return the bytes that can still be allocated: of GPU memory on a GPU, else of host memory."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)

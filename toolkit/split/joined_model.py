@@ -1,4 +1,4 @@
-"""The model in one piece again: the trained suffix as it stands, on top of the prefix.
+"""Join the prefix and the trained suffix to a whole model again, for generation.
 
 Generation needs both halves with their key-value caches, which transformers manages for whole models only. Nothing is
 copied: the parameters above the frost line are those that train, and the blocks below it are the prefix's own, for as
@@ -19,38 +19,44 @@ from toolkit.split.prefix import Prefix
 
 
 class JoinedModel:
-    """Joins prefix and suffix to a whole model. It is no module, so that no engine looks into it.
+    """Joins prefix and suffix to a whole model. It is no ``nn.Module``, so that no engine wraps its parameters.
 
     Args:
-        model: the whole model, its mask already applied, before an engine has its parameters.
-        anatomy: its parts.
-        boundary: b, where it is cut; none where it is kept whole.
+        model: the whole model with its mask applied, before an engine wraps its parameters.
+        anatomy: parts of ``model``.
+        boundary: b, the block that it is cut below; None if it is not cut.
     """
 
     def __init__(self, model: PreTrainedModel, anatomy: Anatomy, boundary: int | None) -> None:
         blocks = [f"{anatomy.blocks}.{index}" for index in range(boundary or 0)]
-        self._below = [] if boundary is None else [*anatomy.embeddings, *blocks]
-        stands: dict[nn.Module, nn.Module] = {(old := model.get_submodule(name)): StandIn(old) for name in self._below}
-        self._frame = copy_module_tree(model, stands)
+        self._prefix_modules = [] if boundary is None else [*anatomy.embeddings, *blocks]
+        stand_ins: dict[nn.Module, nn.Module] = {
+            (original := model.get_submodule(name)): StandIn(original) for name in self._prefix_modules
+        }
+        self._model = copy_module_tree(model, stand_ins)
 
     @contextmanager
     def joined(self, prefix: Prefix | None) -> Iterator[PreTrainedModel]:
-        """Provide the whole model without dropout; it needs its prefix if it was cut."""
-        frame = self._frame
-        stands = {name: frame.get_submodule(name) for name in self._below}
+        """Yield the whole model in evaluation mode; the prefix is taken out of it again, in its own mode, on leaving.
+
+        Args:
+            prefix: the loaded prefix; None if the model was not cut.
+        """
+        model = self._model
+        stand_ins = {name: model.get_submodule(name) for name in self._prefix_modules}
         training = prefix.training if prefix is not None else False
         try:
-            for name in stands:
+            for name in stand_ins:
                 assert prefix is not None
-                frame.set_submodule(name, prefix.model.get_submodule(name))
-            device = next(p.device for p in self._frame.parameters() if not p.is_meta)
-            for module in frame.modules():
+                model.set_submodule(name, prefix.model.get_submodule(name))
+            device = next(p.device for p in self._model.parameters() if not p.is_meta)
+            for module in model.modules():
                 for name, buffer in module.named_buffers(recurse=False):
                     module._buffers[name] = buffer.to(device)
-            frame.eval()
-            yield frame
+            model.eval()
+            yield model
         finally:
-            for name, stand in stands.items():
-                frame.set_submodule(name, stand)
+            for name, stand_in in stand_ins.items():
+                model.set_submodule(name, stand_in)
             if prefix is not None:
                 prefix.train(training)

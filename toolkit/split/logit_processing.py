@@ -15,8 +15,8 @@ from toolkit.models.probe import evaluating
 from toolkit.split.module_tree import StandIn, copy_module_tree
 from toolkit.split.supervised_loss import LogitFunction
 
-FAILURES = (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError)
-"""What a model raises that looks for something which a stand-in has not."""
+MODEL_CODE_ERRORS = (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError)
+"""Exceptions that a model's own code raises if it needs something that a stand-in does not have."""
 
 
 @dataclass(frozen=True)
@@ -24,21 +24,21 @@ class LogitProcessing:
     """The model's own computation between its head and its logits."""
 
     function: LogitFunction | None
-    """[rows, V'] of the head's output to the logits; none where the model changes nothing."""
+    """Maps the head's output [rows, V'] to the logits; None if the model returns it unchanged."""
     elementwise: bool
-    """True if a slice of the head's output becomes the same slice of the logits."""
+    """True if each logit depends on the same element of the head's output alone."""
 
 
-class _Body(StandIn):
+class _BodyStub(StandIn):
     """Takes the place of everything below the head."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return hidden states that nobody looks at, in the form of a transformers output."""
+        """Return hidden states in the form of a transformers output; the head's stand-in ignores them."""
         return _BodyOutput(kwargs["inputs_embeds"])
 
 
 class _BodyOutput:
-    """Imitates a transformers output: hidden states, and none for whatever else a model asks its body for."""
+    """A transformers output with hidden states, and None for every other attribute that the model reads."""
 
     def __init__(self, hidden: torch.Tensor) -> None:
         self.last_hidden_state = hidden
@@ -50,28 +50,28 @@ class _BodyOutput:
         return (self.last_hidden_state,)[index]
 
 
-class _Output(StandIn):
-    """Takes the place of the head and returns what it was given."""
+class _HeadStub(StandIn):
+    """Takes the place of the head and returns the logits that it holds."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__(head)
-        own = next(head.parameters())  # models ask for its dtype
-        self.register_buffer("weight", own.new_empty(0), persistent=False)
+        parameter = next(head.parameters())  # models read the dtype of the head's weight
+        self.register_buffer("weight", parameter.new_empty(0), persistent=False)
         self.logits: torch.Tensor | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the logits that are to be looked at."""
+        """Return the logits that ``_AfterHead`` has put here."""
         return self.logits
 
 
-class _After(nn.Module):
+class _AfterHead(nn.Module):
     """Runs the model's code after its head, as a function of the head's output."""
 
     def __init__(self, model: PreTrainedModel, anatomy: Anatomy, body: nn.Module) -> None:
         super().__init__()
         head = model.get_submodule(anatomy.head)
-        self._output = _Output(head)
-        self._model = copy_module_tree(model, {body: _Body(body), head: self._output})
+        self._output = _HeadStub(head)
+        self._model = copy_module_tree(model, {body: _BodyStub(body), head: self._output})
         weight = next(head.parameters())
         self._width, self.dtype, self.device = weight.shape[-1], weight.dtype, weight.device
 
@@ -87,26 +87,27 @@ class _After(nn.Module):
 
 
 def find_logit_processing(model: PreTrainedModel, anatomy: Anatomy) -> LogitProcessing | None:
-    """Find what ``model`` does to its head's output; none where its code does not run without what lies below.
+    """Find what ``model`` does to its head's output; None if its code does not run without the modules below the head.
 
     Gemma caps the logits (``tanh``), Cohere and Granite scale them. What the model's code does is run, not guessed. On
     the meta device, where values cannot be compared, it is taken to be elementwise if the shapes allow that.
     """
-    own = anatomy.blocks.rpartition(".")[0]
-    for body in (model.get_submodule(own), model.base_model):
+    base_name = anatomy.blocks.rpartition(".")[0]
+    for body in (model.get_submodule(base_name), model.base_model):
         if body is not model and not any(module is model.get_submodule(anatomy.head) for module in body.modules()):
-            with contextlib.suppress(*FAILURES):
-                return _examine(_After(model, anatomy, body))
+            with contextlib.suppress(*MODEL_CODE_ERRORS):
+                return _classify(_AfterHead(model, anatomy, body))
     return None
 
 
-def _examine(after: _After) -> LogitProcessing:
-    probe = torch.linspace(-40, 40, 99, device=after.device, dtype=after.dtype).view(3, 33)
-    with evaluating(after):
-        whole = after(probe)
+def _classify(after_head: _AfterHead) -> LogitProcessing:
+    """Try the function on numbers: does it change them at all, and does each depend on its own element alone?"""
+    probe = torch.linspace(-40, 40, 99, device=after_head.device, dtype=after_head.dtype).view(3, 33)
+    with evaluating(after_head):
+        whole = after_head(probe)
         if whole.shape == probe.shape and whole.untyped_storage()._cdata == probe.untyped_storage()._cdata:
             unchanged = probe._version == 0  # else in place
-            return LogitProcessing(None if unchanged else after, elementwise=unchanged)
-        part = after(probe[1:, 1:-1])
+            return LogitProcessing(None if unchanged else after_head, elementwise=unchanged)
+        part = after_head(probe[1:, 1:-1])
     same_shape = part.shape == probe[1:, 1:-1].shape
-    return LogitProcessing(after, same_shape and (probe.is_meta or torch.equal(whole[1:, 1:-1], part)))
+    return LogitProcessing(after_head, same_shape and (probe.is_meta or torch.equal(whole[1:, 1:-1], part)))

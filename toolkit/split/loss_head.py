@@ -13,10 +13,10 @@ from toolkit.split.supervised_loss import LogitFunction, linear_cross_entropy
 
 @dataclass(frozen=True)
 class Shortcuts:
-    """Short cuts at the top of the suffix, beside a head that sees supervised positions alone."""
+    """Which short cuts the top of the suffix takes, in addition to running the head on supervised positions alone."""
 
     tiled: bool = False
-    """Head and cross entropy are one step over tiles of the vocabulary, instead of logits and their loss."""
+    """Head and cross entropy are computed together, in tiles of the vocabulary; else all logits come first."""
     norm: bool = False
     """The final norm runs on the supervised positions alone."""
     mlp: bool = False
@@ -50,15 +50,15 @@ class LossHead(EndOfPass):
 
         Args:
             hidden: [1, S, hidden_size].
-            args: as the model's code gives them.
-            targets: [S], for the loss of a head that is a product with a matrix; none is for its output.
-            processing: from the head's output to the logits; none where that is nothing.
-            in_float32: products are computed in float32 (see ``toolkit.models.float32_gradients``).
-            kwargs: as the model's code gives them.
+            args: further positional arguments of the head's own forward.
+            targets: [S] token ids, for the loss; needs a head that is ``nn.Linear``. None returns the head's output.
+            processing: function of the head's output that gives the logits; None if they are the same.
+            in_float32: True computes products in float32 (see ``toolkit.models.float32_gradients``).
+            kwargs: further arguments of the head's own forward.
         """
         if targets is None:
             return super().forward(hidden, *args, **kwargs)
-        matrix: Any = self  # whose class extends nn.Linear then
+        linear: Any = self  # with targets, this class extends nn.Linear
         return linear_cross_entropy(
-            hidden.squeeze(0), matrix.weight, matrix.bias, targets, processing, in_float32=in_float32
+            hidden.squeeze(0), linear.weight, linear.bias, targets, processing, in_float32=in_float32
         )

@@ -1,4 +1,4 @@
-"""Copy a model's module tree, with other modules in some places or other classes of some modules."""
+"""Copy a model's module tree with stand-ins for some modules, and extend the classes of others."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def copy_module_tree(
     """Copy ``model`` with other modules in some places; the copy shares the model's storage but no module.
 
     Args:
-        model: is not changed.
-        replaced: modules of ``model`` and what stands in their places in the copy.
-        own_parameters: parameter objects of its own on the same storage, out of reach of ZeRO-3, which empties those
-            it is given (a frozen tied table is in both halves).
+        model: the model to copy, which is not changed.
+        replaced: modules of ``model``, each with the module that takes its place in the copy.
+        own_parameters: True makes new parameter objects on the same storage. ZeRO-3 empties the parameters that it is
+            given, and a frozen tied table is in both halves.
     """
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for module in model.modules():  # recurrent models keep their last state as a plain attribute, graph and all
@@ -35,36 +35,36 @@ def copy_module_tree(
 
 
 def entry_name(anatomy: Anatomy, boundary: int) -> str:
-    """Name the first module above the frost line: block ``boundary``, or the final norm or head above the last."""
+    """Return the name of the first module above the frost line: block ``boundary``, else the final norm or the head."""
     return f"{anatomy.blocks}.{boundary}" if boundary < anatomy.block_count else anatomy.norm or anatomy.head
 
 
 def final_norm(model: nn.Module, anatomy: Anatomy) -> str | None:
-    """Name the norm between the last block and the head; one without parameters (OLMo's) is not in the anatomy."""
+    """Return the name of the final norm; one without parameters (OLMo's) is not in the anatomy."""
     parent = anatomy.blocks.rpartition(".")[0]
-    plain = [
+    without_parameters = [
         f"{parent}.{name}".lstrip(".")
         for name, child in model.get_submodule(parent).named_children()
         if "norm" in type(child).__name__.lower() and not any(True for _ in child.parameters())
     ]
-    return anatomy.norm or (plain[0] if len(plain) == 1 else None)
+    return anatomy.norm or (without_parameters[0] if len(without_parameters) == 1 else None)
 
 
 def extend_class(module: nn.Module, extension: type[nn.Module]) -> None:
-    """Put the methods of ``extension`` before those of the module's own class; its parameters keep their names."""
-    kind = type(module)
-    module.__class__ = type(f"{extension.__name__}{kind.__name__}", (extension, kind), {})
+    """Put the methods of ``extension`` before those of the module's class; its parameters keep their names."""
+    original_class = type(module)
+    module.__class__ = type(f"{extension.__name__}{original_class.__name__}", (extension, original_class), {})
 
 
-class Arrived(Exception):
-    """Ends a pass through a model's own code and carries the arguments of the call that it ends at."""
+class StopForward(Exception):
+    """Ends a forward pass through a model's own code, and holds the arguments of the call at which it ended."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.call = args, kwargs
 
     @property
     def hidden(self) -> torch.Tensor:
-        """Hidden states among the arguments."""
+        """Return the hidden states among the arguments."""
         args, kwargs = self.call
         hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
         return hidden
@@ -73,103 +73,107 @@ class Arrived(Exception):
 def with_hidden(
     hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a call with other hidden states."""
+    """Return a call's arguments with its hidden states replaced by ``hidden``."""
     if args:
         return (hidden, *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": hidden}
 
 
 class EndOfPass(nn.Module):
-    """Extends the class of a module that a pass through the model's own code can end at."""
+    """Extends the class of a module whose call can end a forward pass through the model's own code."""
 
     ends_pass = False
-    """True while such a pass is under way."""
+    """True while a pass is to end at this module; ``Suffix`` sets it."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module, or end the pass before any hook of the module (ZeRO-3's fetches its weights) has run."""
+        """Call the module; if ``ends_pass``, raise ``StopForward`` instead.
+
+        This overrides ``__call__`` to come before the module's hooks, of which ZeRO-3's gathers its weights.
+        """
         if self.ends_pass:
-            raise Arrived(args, kwargs)
+            raise StopForward(args, kwargs)
         return super().__call__(*args, **kwargs)
 
 
 class DetachedOutput(nn.Module):
-    """Extends the class of a module that no gradient is to pass through."""
+    """Extends the class of a module whose output is to pass no gradient back."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Call the module; its output belongs to no graph."""
+        """Call the module and detach its output."""
         output: torch.Tensor = super().__call__(*args, **kwargs)
         return output.detach()
 
 
 class StandIn(nn.Module):
-    """Takes a module's place with its plain attributes (attention_type, layer_idx) and without its parameters."""
+    """Takes a module's place without its parameters; has its other attributes, which models read (layer_idx)."""
 
     def __init__(self, original: nn.Module | None = None) -> None:
         super().__init__()
-        own = set(vars(self))
+        module_attributes = set(vars(self))
         for name, value in vars(original).items() if original is not None else ():
-            if name not in own and not isinstance(value, (nn.Module, torch.Tensor)):
+            if name not in module_attributes and not isinstance(value, (nn.Module, torch.Tensor)):
                 setattr(self, name, value)
 
 
 class Absent(StandIn):
-    """Takes the place of what lies above the line, where a pass never comes."""
+    """Takes the place, in the prefix, of a module above the frost line, which a forward pass must not reach."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Fail in any case."""
+        """Raise: the pass should have ended before."""
         raise RuntimeError("the prefix ran past the frost line")
 
 
-class Arrival(StandIn):
-    """Takes the place of the first module above the line."""
+class PrefixEnd(StandIn):
+    """Takes the place, in the prefix, of the first module above the frost line."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """End the pass with what comes in."""
-        raise Arrived(args, kwargs)
+        """End the pass, with the arguments of this call."""
+        raise StopForward(args, kwargs)
 
 
 class PassThrough(StandIn):
-    """Takes the place of a block below the line.
+    """Takes the place, in the suffix, of a block below the frost line.
 
     Args:
-        block: what it stands for.
-        returned: length of the tuple that the block returns; none if it returns the hidden states alone.
+        block: the block it replaces.
+        tuple_length: length of the tuple that the block returns; None if it returns a tensor.
     """
 
-    def __init__(self, block: nn.Module, returned: int | None) -> None:
+    def __init__(self, block: nn.Module, tuple_length: int | None) -> None:
         super().__init__(block)
-        self._returned = returned
+        self._tuple_length = tuple_length
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Return what comes in, in the form in which the block returns it."""
-        if self._returned is None:
+        """Return the hidden states as they came in, in a tuple if the block returns one."""
+        if self._tuple_length is None:
             return hidden_states
-        return (hidden_states, *[None] * (self._returned - 1))
+        return (hidden_states, *[None] * (self._tuple_length - 1))
 
 
 class EmbeddingStub(StandIn):
-    """Takes the place of an embedding table; its output is replaced at the frost line."""
+    """Takes the place, in the suffix, of an embedding table; its output is replaced at the frost line."""
 
     def __init__(self, table: nn.Module) -> None:
         super().__init__(table)
         self.register_buffer("weight", torch.empty(0, dtype=next(table.parameters()).dtype), persistent=False)
 
     def forward(self, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return a zero that broadcasts."""
+        """Return a zero that broadcasts to any shape."""
         return torch.zeros((), device=ids.device)
 
 
 def stand_ins_below(
-    model: nn.Module, anatomy: Anatomy, boundary: int, returned: Sequence[int | None]
+    model: nn.Module, anatomy: Anatomy, boundary: int, tuple_lengths: Sequence[int | None]
 ) -> dict[nn.Module, nn.Module]:
-    """Make what stands in a suffix for the embeddings and the blocks below ``boundary``.
+    """Return the stand-ins of a suffix: each embedding table and block below ``boundary``, with its replacement.
 
-    An embedding table that the head shares stays; ``returned`` is of ``Prefix.returned``.
+    An embedding table that is tied to the head stays. ``tuple_lengths`` is as ``Prefix.block_tuple_lengths`` returns
+    it.
     """
     head: Any = model.get_submodule(anatomy.head)
     below = list(model.get_submodule(anatomy.blocks).children())[:boundary]
     replaced: dict[nn.Module, nn.Module] = {
-        block: PassThrough(block, length) for block, length in zip(below, returned, strict=True)
+        block: PassThrough(block, length) for block, length in zip(below, tuple_lengths, strict=True)
     }
     for table in map(model.get_submodule, anatomy.embeddings):
         if getattr(table, "weight", None) is not head.weight:

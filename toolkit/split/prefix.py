@@ -1,4 +1,4 @@
-"""The frozen prefix: a copy of the model's module tree in which nothing above the frost line is left."""
+"""The frozen prefix: a copy of the model's module tree without the modules above the frost line."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from toolkit.frozen.weight_offload import FrozenWeights
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.probe import probe_blocks
 from toolkit.models.rotary import needs_lengths
-from toolkit.split.module_tree import Absent, Arrival, Arrived, copy_module_tree, entry_name
+from toolkit.split.module_tree import Absent, PrefixEnd, StopForward, copy_module_tree, entry_name
 
 
 class Prefix(nn.Module):
     """Embeddings and blocks 0 … b-1: token ids to ``hidden[b]``, without gradients.
 
     Args:
-        model: the whole model, its mask already applied.
-        anatomy: its parts.
-        boundary: b, from 0 to the number of blocks; at 0 it is the embeddings alone.
-        frozen: weights that were taken out of ``model`` and are loaded for each block; none where it has its own.
+        model: the whole model with its mask applied.
+        anatomy: parts of ``model``.
+        boundary: b, from 0 to the number of blocks; 0 leaves the embeddings alone.
+        frozen: offloaded weights, which are loaded block by block; None if ``model`` holds all of them.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Prefix(nn.Module):
         replaced: dict[nn.Module, nn.Module] = {block: Absent(block) for block in blocks[boundary:]}
         for above in filter(None, (anatomy.norm, anatomy.head)):
             replaced[model.get_submodule(above)] = Absent()
-        replaced[entry] = Arrival(entry)
+        replaced[entry] = PrefixEnd(entry)
         self.model = copy_module_tree(model, replaced, own_parameters=True)
         self._blocks = list(self.model.get_submodule(anatomy.blocks).children())[:boundary]
         self._with_lengths = needs_lengths(model)
@@ -41,8 +41,8 @@ class Prefix(nn.Module):
         if frozen is not None:
             frozen.attach(self.model)
 
-    def returned(self) -> list[int | None]:
-        """Return the length of each block's output tuple; none where it returns the hidden states alone."""
+    def block_tuple_lengths(self) -> list[int | None]:
+        """Return the length of the tuple that each block returns; None for one that returns a tensor."""
         device = self.frozen.device if self.frozen is not None else None
         outputs = dict(probe_blocks(self.model, self._blocks, device))
         return [
@@ -51,9 +51,13 @@ class Prefix(nn.Module):
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Return the hidden states [B, T, hidden_size] that enter block b (or the final norm above the last block)."""
+        """Return the hidden states [B, T, hidden_size] that enter block b (or the final norm above the last block).
+
+        The model's own code runs until it calls the first module above the frost line, whose stand-in ends it by an
+        exception.
+        """
         try:
-            self.model(input_ids=batch.input_ids, **batch.layout(self._with_lengths), use_cache=False)
-        except Arrived as arrived:
-            return arrived.hidden
+            self.model(input_ids=batch.input_ids, **batch.forward_inputs(self._with_lengths), use_cache=False)
+        except StopForward as stop:
+            return stop.hidden
         raise RuntimeError("the prefix never reached the frost line")

@@ -11,41 +11,43 @@ from torch.autograd.function import once_differentiable
 from toolkit.data.batches import Batch
 from toolkit.models.float32_gradients import gradient_of_states, gradient_of_weight, linear
 
-Forward = Callable[[torch.Tensor | None, Batch], torch.Tensor]
-"""``hidden[b]`` (or none) and a batch to the cross entropy summed over its supervised positions, a float32 scalar."""
+SuffixLoss = Callable[[torch.Tensor | None, Batch], torch.Tensor]
+"""``Suffix.forward``: ``hidden[b]`` (None without a prefix) and a batch to the summed loss, a float32 scalar."""
 
 LogitFunction = Callable[[torch.Tensor], torch.Tensor]
-"""What a model does to its head's output; applied in tiles, it is elementwise: any [..., V'] to the same shape."""
+"""What a model does to its head's output; if it is applied in tiles, it is elementwise, [..., V'] to the same shape."""
 
 TILE_BYTES = 2**27
-"""Most bytes of logits at once, in the model's precision."""
+"""Most bytes of a tile of logits, in the model's precision."""
 BLOCK_BYTES = 2**22
-"""Most bytes of float32 scores at once; small enough for a core's cache."""
+"""Most bytes of a tile's logits that are converted to float32 at once; small enough for a core's cache."""
 PROCESSED_BYTES = 2**26
-"""The same where something is done to the head's output."""
+"""The same if the model processes its head's output."""
 
 
-def supervised_loss(forward: Forward, hidden: torch.Tensor | None, batch: Batch, global_tokens: float) -> torch.Tensor:
+def supervised_loss(
+    sum_loss: SuffixLoss, hidden: torch.Tensor | None, batch: Batch, global_tokens: float
+) -> torch.Tensor:
     """Compute this micro batch's share of the global mean, ``sum(cross_entropy(logits, targets)) / global_tokens``.
 
     Shares add up, over micro batches and ranks, to the mean over all supervised tokens of the global batch; a mean of
     means would weigh short answers higher. The softmax is computed in float32.
 
     Args:
-        forward: runs the suffix.
-        hidden: [B, T, hidden_size] from the prefix; none where there is none.
-        batch: the micro batch; a filler gives exactly 0.
+        sum_loss: ``engine.forward`` or a suffix, which return the cross entropy summed over the micro batch.
+        hidden: [B, T, hidden_size] from the prefix; None without a prefix.
+        batch: micro batch; the share of a filler is exactly 0.
         global_tokens: supervised tokens of the optimizer step over all micro batches and ranks.
 
     Returns:
         A float32 scalar with gradient.
     """
-    return forward(hidden, batch) * (0.0 if batch.is_filler else 1.0 / global_tokens)
+    return sum_loss(hidden, batch) * (0.0 if batch.is_filler else 1.0 / global_tokens)
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Sum the cross entropy over S positions, with a softmax in float32 of logits [S, V] and targets [S]."""
-    return torch.nn.functional.cross_entropy(_scores(logits), targets, reduction="sum")
+    return torch.nn.functional.cross_entropy(_to_softmax_dtype(logits), targets, reduction="sum")
 
 
 def linear_cross_entropy(
@@ -59,19 +61,19 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """Sum ``cross_entropy(processing(hidden @ weight.T + bias).float(), targets)`` without all of its logits.
 
-    The vocabulary is taken in tiles, so that no more than ``tile_bytes`` of logits exist at once; the softmax's
-    normaliser is built up over them. One tile is kept for backward; of several nothing is kept, and backward computes
-    each again. A row of the weight's gradient comes from one product over all positions, so tiles cost it no precision;
-    that of ``hidden`` is added up over tiles in float32. Only the gradients that are asked for are computed.
+    The vocabulary is divided into tiles, so that no more than ``tile_bytes`` of logits exist at once; the softmax's
+    normaliser is accumulated over them. A single tile is kept for backward; of several none is kept, and backward
+    computes each again. A row of the weight's gradient comes from one product over all positions, so tiles cost it no
+    precision; that of ``hidden`` is added up over tiles in float32. Only the gradients that are asked for are computed.
 
     Args:
         hidden: [S, H].
         weight: [V, H] of the same dtype.
-        bias: [V], or none.
+        bias: [V], or None.
         targets: [S] class indices from 0 to V - 1.
-        processing: what is done to the logits before the softmax; none is nothing.
-        tile_bytes: at least one column of logits is computed at a time, however small this is.
-        in_float32: products are computed in float32 and rounded once (see ``toolkit.models.float32_gradients``).
+        processing: function of the logits, applied before the softmax; None leaves them as they are.
+        tile_bytes: most bytes of a tile of logits, which has at least one column.
+        in_float32: True computes products in float32 and rounds once (see ``toolkit.models.float32_gradients``).
 
     Returns:
         A float32 scalar (float64 for float64 inputs).
@@ -84,26 +86,27 @@ def linear_cross_entropy(
 
 
 def tile_width(positions: int, vocabulary: int, element_size: int, tile_bytes: int = TILE_BYTES) -> int:
-    """Return the columns of a tile: as many as fit, in tiles of about the same width."""
+    """Return the columns of a tile: as many as fit in ``tile_bytes``, then evened out over the tiles."""
     most = max(1, tile_bytes // (max(1, positions) * element_size))
     tiles = -(-vocabulary // most)
     return -(-vocabulary // tiles)
 
 
 def _tiles(vocabulary: int, width: int) -> Iterator[slice]:
+    """Yield the vocabulary in slices of ``width`` columns, the last one shorter."""
     for start in range(0, vocabulary, width):
         yield slice(start, min(start + width, vocabulary))
 
 
-def _blocks(logits: torch.Tensor, processing: LogitFunction | None) -> Iterator[slice]:
-    """Yield rows of a tile to convert to float32 together; ``processing`` runs a model's Python, so not too few."""
+def _row_chunks(logits: torch.Tensor, processing: LogitFunction | None) -> Iterator[slice]:
+    """Yield slices of a tile's rows to convert to float32 together; ``processing`` runs Python, so not too few."""
     rows = max(1, (BLOCK_BYTES if processing is None else PROCESSED_BYTES) // (4 * logits.shape[1]))
     for start in range(0, len(logits), rows):
         yield slice(start, start + rows)
 
 
-def _scores(logits: torch.Tensor) -> torch.Tensor:
-    """Convert logits to the precision of the softmax."""
+def _to_softmax_dtype(logits: torch.Tensor) -> torch.Tensor:
+    """Convert logits to the precision of the softmax: float32, or float64 for float64."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -121,95 +124,101 @@ class _LinearCrossEntropy(torch.autograd.Function):
         width: int,
         in_float32: bool,
     ) -> torch.Tensor:
-        exact = torch.promote_types(hidden.dtype, torch.float32)
-        normaliser = hidden.new_full((len(targets),), -torch.inf, dtype=exact)
-        picked = torch.zeros_like(normaliser)
-        keep = width >= len(weight) and any(ctx.needs_input_grad[:3])
+        softmax_dtype = torch.promote_types(hidden.dtype, torch.float32)
+        normaliser = hidden.new_full((len(targets),), -torch.inf, dtype=softmax_dtype)
+        target_logits = torch.zeros_like(normaliser)
+        keep_logits = width >= len(weight) and any(ctx.needs_input_grad[:3])
         kept = None
         for tile in _tiles(len(weight), width):
             logits = linear(hidden, weight[tile], None if bias is None else bias[tile], in_float32)
-            for rows in _blocks(logits, processing):
-                own, chosen = _summarise(logits[rows], _own_targets(targets[rows], tile), processing)
-                normaliser[rows] = torch.logaddexp(normaliser[rows], own)
-                picked[rows] += chosen
-            kept = logits if keep else None
+            for rows in _row_chunks(logits, processing):
+                log_sum, tile_target_logits = _log_sum_and_target(
+                    logits[rows], _targets_in_tile(targets[rows], tile), processing
+                )
+                normaliser[rows] = torch.logaddexp(normaliser[rows], log_sum)
+                target_logits[rows] += tile_target_logits
+            kept = logits if keep_logits else None
             del logits  # before the next tile is made
         ctx.save_for_backward(hidden, weight, bias, targets, normaliser, kept)
         ctx.processing, ctx.width, ctx.in_float32 = processing, width, in_float32
-        return (normaliser - picked).sum()
+        return (normaliser - target_logits).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         hidden, weight, bias, targets, normaliser, kept = ctx.saved_tensors
-        to_hidden, to_weight, to_bias, *_ = ctx.needs_input_grad
-        # the scale enters the softmax's exponent and the small factors: a pass of its own over [S, V] or [V, H] it has
-        # none, and products see each value rounded once
-        size, sign = gradient.abs(), gradient.sign().to(hidden.dtype)
-        shift = normaliser - size.log()
-        signed = hidden * sign
-        d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if to_weight else None
-        d_bias = torch.empty_like(bias) if to_bias else None
+        needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        # The incoming gradient, a scalar, is folded into the softmax's exponent (magnitude) and into hidden (sign).
+        # This saves a multiplication of [S, V] or [V, H], and the products see each value rounded once.
+        magnitude, sign = gradient.abs(), gradient.sign().to(hidden.dtype)
+        shift = normaliser - magnitude.log()
+        signed_hidden = hidden * sign
+        d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else None
+        d_bias = torch.empty_like(bias) if needs_bias else None
         d_hidden = None
         for tile in _tiles(len(weight), ctx.width):
             logits = kept
             if logits is None:
                 logits = linear(hidden, weight[tile], None if bias is None else bias[tile], ctx.in_float32)
-            for rows in _blocks(logits, ctx.processing):
-                _differentiate(logits[rows], shift[rows], size, _own_targets(targets[rows], tile), ctx.processing)
+            for rows in _row_chunks(logits, ctx.processing):
+                _logits_to_gradient(
+                    logits[rows], shift[rows], magnitude, _targets_in_tile(targets[rows], tile), ctx.processing
+                )
             if d_weight is not None:
-                gradient_of_weight(logits, signed, d_weight[tile], ctx.in_float32)
+                gradient_of_weight(logits, signed_hidden, d_weight[tile], ctx.in_float32)
             if d_bias is not None:
                 d_bias[tile] = logits.sum(0, dtype=shift.dtype) * sign
-            if to_hidden:
-                part = gradient_of_states(logits, weight[tile], ctx.in_float32)
-                d_hidden = part if kept is not None else _added(d_hidden, part)
+            if needs_hidden:
+                from_tile = gradient_of_states(logits, weight[tile], ctx.in_float32)
+                d_hidden = from_tile if kept is not None else _accumulate(d_hidden, from_tile)
             del logits
         if d_hidden is not None:
             d_hidden = d_hidden.to(hidden.dtype) * sign
         return d_hidden, d_weight, d_bias, None, None, None, None
 
 
-def _added(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
-    return _scores(part) if total is None else total.add_(part)
+def _accumulate(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
+    """Accumulate the gradient of hidden states over tiles, in the precision of the softmax, in place."""
+    return _to_softmax_dtype(part) if total is None else total.add_(part)
 
 
-def _own_targets(targets: torch.Tensor, tile: slice) -> tuple[torch.Tensor, torch.Tensor]:
+def _targets_in_tile(targets: torch.Tensor, tile: slice) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each row's target as a column [rows, 1] of the tile (any if it lies elsewhere), and if it is there."""
     local = targets - tile.start
     inside = (local >= 0) & (local < tile.stop - tile.start)
     return local.clamp(0, tile.stop - tile.start - 1).unsqueeze(1), inside
 
 
-def _summarise(
+def _log_sum_and_target(
     logits: torch.Tensor, targets: tuple[torch.Tensor, torch.Tensor], processing: LogitFunction | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each row's logarithm of summed exponentials and its target's score (0 if that lies elsewhere)."""
+    """Return each row's log-sum-exp over the tile, and its target's logit (0 if that lies in another tile)."""
     index, inside = targets
-    scores = _scores(logits if processing is None else processing(logits))
+    scores = _to_softmax_dtype(logits if processing is None else processing(logits))
     return torch.logsumexp(scores, dim=1), scores.gather(1, index).squeeze(1).where(inside, 0.0)
 
 
-def _differentiate(
+def _logits_to_gradient(
     logits: torch.Tensor,
     shift: torch.Tensor,
-    size: torch.Tensor,
+    magnitude: torch.Tensor,
     targets: tuple[torch.Tensor, torch.Tensor],
     processing: LogitFunction | None,
 ) -> None:
-    """Put into ``logits`` the gradient with respect to them: ``size * (softmax - one_hot)``, through ``processing``."""
+    """Overwrite ``logits`` with their gradient: ``magnitude * (softmax - one_hot)``, back through ``processing``."""
     index, inside = targets
     if processing is None:
-        before = after = logits
+        head_output = processed = logits
     else:
         with torch.enable_grad():
-            before = logits.detach().clone().requires_grad_()
-            after = processing(before)
-    exact = torch.promote_types(after.dtype, torch.float32)
-    scores = after.detach().to(exact, copy=processing is not None)  # autograd may have kept what processing gave
+            head_output = logits.detach().clone().requires_grad_()
+            processed = processing(head_output)
+    softmax_dtype = torch.promote_types(processed.dtype, torch.float32)
+    # copied, as autograd may have saved the output of processing, which is changed in place here
+    scores = processed.detach().to(softmax_dtype, copy=processing is not None)
     scores.sub_(shift.unsqueeze(1)).exp_()
-    scores.scatter_(1, index, scores.gather(1, index) - size.where(inside, 0.0).unsqueeze(1))
+    scores.scatter_(1, index, scores.gather(1, index) - magnitude.where(inside, 0.0).unsqueeze(1))
     if processing is not None:
-        (scores,) = torch.autograd.grad(after, before, scores.to(after.dtype))
+        (scores,) = torch.autograd.grad(processed, head_output, scores.to(processed.dtype))
     if scores.data_ptr() != logits.data_ptr():
         logits.copy_(scores)

@@ -1,4 +1,4 @@
-"""Compute on the supervised positions alone what is computed position by position.
+"""Run position-wise modules on the supervised positions alone.
 
 Above the last block's attention no position looks at another: its MLP, the final norm and the head give each position
 an output of its own. Only the supervised ones enter the loss.
@@ -20,13 +20,13 @@ class SupervisedRows(NamedTuple):
     """The S supervised positions of a batch of B x T."""
 
     numbers: torch.Tensor
-    """[S], counted through the whole batch."""
+    """[S] indices of the positions in the flattened batch."""
     positions: torch.Size
-    """B x T."""
+    """Shape of the batch, B x T."""
 
     @classmethod
     def of(cls, batch: Batch) -> SupervisedRows:
-        """Return those of ``batch``; their number is known, so nothing waits for the device."""
+        """Return the supervised positions of ``batch``, without a device sync: S is known from the targets."""
         numbers = torch.nonzero_static(batch.supervised.flatten(), size=len(batch.targets))
         return cls(numbers.squeeze(1), batch.input_ids.shape)
 
@@ -34,7 +34,7 @@ class SupervisedRows(NamedTuple):
         """Gather [B, T, H] to [1, S, H].
 
         Raises:
-            TypeError: the states are of other positions than the batch, or in another order (XLNet's are T x B).
+            TypeError: the states do not have the batch's shape B x T (XLNet's are T x B).
         """
         if states.shape[:-1] != self.positions:
             raise TypeError(f"expected hidden states of {tuple(self.positions)} positions, found {tuple(states.shape)}")
@@ -50,10 +50,10 @@ class RowsMLP(nn.Module):
     """Extends the class of the last block's MLP, which maps [B, T, H] to [B, T, H] position by position."""
 
     rows: SupervisedRows | None = None
-    """The positions to compute; none is all of them."""
+    """Positions to compute; None computes all of them."""
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Call the MLP on ``rows`` alone, and give zeros elsewhere."""
+        """Call the MLP on ``rows`` alone; its output is zero at the other positions."""
         if self.rows is None:
             return super().__call__(hidden_states, *args, **kwargs)
         return self.rows.put_back(super().__call__(self.rows.take(hidden_states), *args, **kwargs))
@@ -68,10 +68,10 @@ class RowsBlock(EndOfPass):
     """
 
     mlp_name: str
-    """Of the child whose class ``RowsMLP`` extends."""
+    """Name of the child whose class ``RowsMLP`` extends."""
 
     def forward(self, *args: Any, supervised_rows: SupervisedRows | None = None, **kwargs: Any) -> Any:
-        """Call the block; its MLP computes ``supervised_rows``, or all positions where there are none."""
+        """Call the block; its MLP computes ``supervised_rows`` alone, or all positions if that is None."""
         mlp: Any = self.get_submodule(self.mlp_name)
         mlp.rows = supervised_rows
         try:
@@ -81,7 +81,7 @@ class RowsBlock(EndOfPass):
 
 
 def dense_mlp(block: nn.Module, anatomy: Anatomy) -> str | None:
-    """Name the MLP in the last ``block``, if it is one child of at least two matrices and no mixture of experts."""
+    """Return the name of the last block's MLP; None unless it is one child with matrices, and no mixture of experts."""
     index = anatomy.block_count - 1
     prefix = f"{anatomy.blocks}.{index}."
     owners = {

@@ -15,11 +15,11 @@ from toolkit.activation_cache.policy import (
     CacheRequest,
     decide_on_all_ranks,
     mask_obstacle,
-    note_split,
-    noted_split,
     open_store,
     prefix_fingerprints,
-    unfit,
+    read_split_note,
+    save_split_note,
+    uncacheable_reason,
 )
 from toolkit.activation_cache.store import ActivationStore
 from toolkit.config.policy import Decision, refuse_cache
@@ -81,7 +81,7 @@ def _open(context: RunContext, loaded: LoadedModel, phase: Phase) -> ActivationS
 
 def _complete(store: ActivationStore, context: RunContext) -> list[int | None] | None:
     """Return what the blocks return, if every rank finds every sample in the store; else None."""
-    returned = noted_split(store)
+    returned = read_split_note(store)
     lacking = returned is None or bool(store.missing([sample_key(example.token_ids) for example in context.examples]))
     return None if context.world.max(float(lacking)) else returned
 
@@ -91,7 +91,11 @@ def _fill(
 ) -> tuple[CachedPrefix | None, Decision | None]:
     """Return the prefix behind a cache that all ranks have filled; or None, and why not."""
     settings, world = context.config.prefix, context.world
-    obstacle = "this architecture cannot be cut" if prefix is None else unfit(prefix, context.examples[0], store, world)
+    obstacle = (
+        "this architecture cannot be cut"
+        if prefix is None
+        else uncacheable_reason(prefix, context.examples[0], store, world)
+    )
     if world.max(float(obstacle is not None)) and obstacle is None:
         obstacle = "another rank found that it cannot be"
     if prefix is None or obstacle:
@@ -104,7 +108,7 @@ def _fill(
     cached = CachedPrefix(prefix, *_loaders(context, loaded, phase), store, world)
     cached.fill(context.examples)
     if world.local_rank == 0:  # each node may have a disk of its own
-        note_split(store, prefix.returned())
+        save_split_note(store, prefix.block_tuple_lengths())
     return cached, None
 
 

@@ -17,7 +17,7 @@ from toolkit.data.batches import Batch
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import TrainingStoppedError
 from toolkit.runtime.out_of_memory import during
-from toolkit.split.supervised_loss import Forward
+from toolkit.split.supervised_loss import SuffixLoss
 from toolkit.training.step import StepResult
 
 log = logging.getLogger("frostline")
@@ -97,7 +97,7 @@ class StepGuard:
             )
 
     @torch.no_grad()
-    def require_sound(self, step: int, forward: Forward, prefix: HiddenStates | None) -> None:
+    def require_sound(self, step: int, forward: SuffixLoss, prefix: HiddenStates | None) -> None:
         """Require that the weights still give a finite loss on rows they last learned from, before they are saved.
 
         The caller turns dropout off.
