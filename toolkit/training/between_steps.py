@@ -54,7 +54,7 @@ class BetweenSteps:
         if kept is None and told is None:
             return self._validate(state, may_stop=not at_end)
         if kept is None:
-            self._saver.record(progress.step, told)
+            self._saver.record_loss(progress.step, told)
         if told is None:
             self._monitor.evaluation(progress.step, progress.passes, kept, perplexity(kept))
         return True
@@ -82,7 +82,7 @@ class BetweenSteps:
         if stopping and not is_saved:
             self._commit(state, validation_follows=due)
             if progress.eval_loss is not None:
-                self._saver.record(progress.step, progress.eval_loss)
+                self._saver.record_loss(progress.step, progress.eval_loss)
         return stopping and not at_end
 
     def _is_validation_due(self, epoch_ends: bool) -> bool:
@@ -109,7 +109,7 @@ class BetweenSteps:
         progress.eval_loss = outcome.loss
         self._monitor.evaluation(progress.step, progress.passes, outcome.loss, outcome.perplexity)
         if self._committed == progress.step:
-            self._saver.record(progress.step, outcome.loss)
+            self._saver.record_loss(progress.step, outcome.loss)
         self._show_answers(state)
         return True
 

@@ -22,7 +22,7 @@ from toolkit.data.batches import BatchPlan
 from toolkit.data.dataset import Dataset
 from toolkit.data.examples import Example
 from toolkit.data.model_limits import check_fit, padding_id
-from toolkit.engine.deepspeed.config import read_ds_config, refuse_what_cannot_move, resolve_ds_config, zero_stage
+from toolkit.engine.deepspeed.config import read_ds_config, refuse_schedule_conflicts, resolve_ds_config, zero_stage
 from toolkit.mask.schedule import Schedule, build_schedule
 from toolkit.models.float32_gradients import float32_is_faster, use_float32_gradients
 from toolkit.models.load import LoadedModel, fingerprint, load_tokenizer
@@ -225,7 +225,7 @@ def _resolve(
         return None
     width = loaded.model.config.get_text_config().hidden_size
     resolved = resolve_ds_config(ds, invocation.config, world.size, width, invocation.deepspeed)
-    refuse_what_cannot_move(resolved, invocation.config.mask, invocation.deepspeed)
+    refuse_schedule_conflicts(resolved, invocation.config.mask, invocation.deepspeed)
     return resolved
 
 

@@ -24,7 +24,7 @@ from toolkit.config.policy import Decision
 from toolkit.data.batches import collate
 from toolkit.data.examples import shortest
 from toolkit.engine.base import Engine
-from toolkit.engine.deepspeed.nvme_files import make_room
+from toolkit.engine.deepspeed.nvme_files import prepare_swap_folders
 from toolkit.engine.local import LocalEngine
 from toolkit.mask.apply import apply_mask, put_tensors, trainable_parameters
 from toolkit.mask.audit import AuditRow, audit, audit_markdown, audit_table
@@ -171,7 +171,7 @@ def resume(context: RunContext, model: ModelHandle, path: Path) -> tuple[PhaseSt
     delta = checkpoint.delta()
     _put_trained(model, phase, delta)
     state = build_phase(context, model, phase)
-    checkpoint.shards.fill(state.engine.fragments())
+    checkpoint.shards.load(state.engine.fragments())
     state.engine.continue_at(saved.schedule_step)
     if world.is_main:
         resting = {name: own.clone() for name, own in delta.tensors.items() if name not in phase.entered}
@@ -244,7 +244,7 @@ def _build_engine(context: RunContext, phase: Phase, parts: _Parts) -> Engine:
         return LocalEngine(*shared)
     from toolkit.engine.deepspeed.engine import ZeroEngine  # DeepSpeed is imported only by runs that use it
 
-    make_room(context.ds_config, context.world, parts.plan.memory.files if parts.plan else 0)
+    prepare_swap_folders(context.ds_config, context.world, parts.plan.memory.files if parts.plan else 0)
     below = prefix.model.named_parameters() if isinstance(prefix, Prefix) else ()
     copies = {name: parameter for name, parameter in below if name in parameters}
     return ZeroEngine(*shared, copies, context.ds_config)

@@ -75,10 +75,10 @@ def train_in_group(invocation: Invocation, world: World, on_directory: Callable[
                 return 0
             with during("the set-up"):
                 context, model = prepare(invocation, world, directory.state, directory.path)
-                nvme_files.give_folders(context.ds_config, directory.path)
+                nvme_files.assign_swap_folders(context.ds_config, directory.path)
             trainer = Trainer(context, model, directory.path)
             code = _train(trainer, directory)
-            nvme_files.clear(context.ds_config, world)
+            nvme_files.remove_swap_folders(context.ds_config, world)
             return code
     except OutOfMemoryError as error:
         raise advise(error, trainer, invocation.config) from None

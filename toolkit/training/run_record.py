@@ -13,7 +13,7 @@ import torch
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import Dataset
 from toolkit.mask.schedule import Schedule
-from toolkit.optim.groups import learns_nothing
+from toolkit.optim.groups import is_rate_always_zero
 from toolkit.planning.planner import Plan
 from toolkit.planning.table import as_dict
 from toolkit.runtime.paths import replace_text
@@ -95,7 +95,7 @@ def unused_settings(config: RunConfig, total_steps: int, device: torch.device) -
     """
     if config.optim.name == "paged_adamw_8bit" and device.type == "cpu":
         yield "optim.name: paged_adamw_8bit pages nothing here and is adamw_8bit: the run computes on the CPU"
-    if learns_nothing(config.train, total_steps):
+    if is_rate_always_zero(config.train, total_steps):
         steps = "one optimizer step" if total_steps == 1 else f"{total_steps} optimizer steps"
         yield (
             f"this run has {steps}, and the learning rate is 0 at {'it' if total_steps == 1 else 'each of them'}: the "
