@@ -78,9 +78,9 @@ def claim(
 ) -> Iterator[RunDirectory]:
     """Choose the directory of a run, the same on every rank, and hold its lock within the context.
 
-    The directory is ``output.dir`` if set, else ``runs/RECIPE``, or the first ``runs/RECIPE-N`` that is free or holds an
-    interrupted run of the same recipe. The checkpoint to resume from is verified. A directory that was created for the
-    claim and is still empty at the end is removed.
+    The directory is ``output.dir`` if set, else the first of ``runs/RECIPE``, ``runs/RECIPE-2`` … that is free or holds
+    an interrupted run of the same recipe. The checkpoint to resume from is verified. A directory that was created
+    for the claim and is still empty at the end is removed.
 
     Args:
         config: the recipe.

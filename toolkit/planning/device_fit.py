@@ -174,7 +174,7 @@ def _propose_offload(planner: Planner, variant: RunVariant) -> Proposals:
         stage, width = spec.stage or 2, planner.meta.hidden_size
         offloaded = zero_spec(stage, spec.ranks, spec.accumulates, width, spec.optimizer, offload=True)
         yield (
-            f"--ds ds_configs/zero{stage}_propose_offload.json (slower: masters and moments are on the host)",
+            f"--ds ds_configs/zero{stage}_offload.json (slower: masters and moments are on the host)",
             replace(variant, spec=offloaded),
         )
 
@@ -189,7 +189,7 @@ def _propose_ranks(planner: Planner, variant: RunVariant) -> Proposals:
             if (ranks, stage) > (spec.ranks, spec.stage or 0):
                 divided = zero_spec(stage, ranks, spec.accumulates, width, spec.optimizer, offload)
                 yield (
-                    f"--ds ds_configs/zero{stage}{'_propose_offload' if offload else ''}.json on {ranks} ranks",
+                    f"--ds ds_configs/zero{stage}{'_offload' if offload else ''}.json on {ranks} ranks",
                     replace(variant, spec=divided),
                 )
         ranks *= 2

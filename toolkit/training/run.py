@@ -24,7 +24,7 @@ from toolkit.training.context import prepare
 from toolkit.training.monitor import Monitor
 from toolkit.training.out_of_memory_advice import advise
 from toolkit.training.preflight import check_writable
-from toolkit.training.rank_agreement import facts, require_same
+from toolkit.training.rank_agreement import rank_settings, require_same
 from toolkit.training.run_record import MemoryUse, highest, save_record
 from toolkit.training.trainer import Trainer
 
@@ -46,7 +46,7 @@ def run(invocation: Invocation, on_directory: Callable[[Path], None] | None = No
         FrostlineError: training cannot go on.
     """
     with signals.listening(), joined_ranks(engine_needs_group=invocation.deepspeed is not None) as world:
-        require_same(world, facts(invocation))
+        require_same(world, rank_settings(invocation))
         if not invocation.recipe_was_given:
             log.info("no --config given: using %s", invocation.recipe)
         log.info("recipe %s, engine %s", invocation.recipe, invocation.deepspeed or "torch (no --ds)")
@@ -117,7 +117,7 @@ def _train(trainer: Trainer, directory: RunDirectory) -> int:
 
 
 def _report(trainer: Trainer, run_dir: Path) -> None:
-    """Log what the finished run has to say of itself; every rank calls it."""
+    """Log mean losses by epoch, cache use and peak memory of the finished run; every rank calls it."""
     context, prefix = trainer.context, trainer.state.prefix
     losses = trainer.progress.epoch_losses()
     if len(losses) > 1:
@@ -125,13 +125,13 @@ def _report(trainer: Trainer, run_dir: Path) -> None:
         log.info("mean loss by epoch: %s", shown)
     if isinstance(prefix, CachedPrefix):
         log.info("%s", prefix.close())
-    uses = context.world.all_gather_object(MemoryUse.now(context.world.device, context.libraries))
+    uses = context.world.all_gather_object(MemoryUse.measure(context.world.device, context.libraries))
     memory = highest(uses).text(trainer.planned_gib)
     log.info("done: %d steps, %s; next: %s %s", context.total_steps, memory, command_line("export"), run_dir)
 
 
 def _hparams(trainer: Trainer) -> dict[str, str | float]:
-    """Return what runs are compared by."""
+    """Return the settings that TensorBoard's HParams tab compares runs by."""
     context, state = trainer.context, trainer.state
     config, train = context.config, context.config.train
     return {

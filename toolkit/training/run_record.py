@@ -31,7 +31,7 @@ class MemoryUse:
     torch's allocator gave counts."""
 
     @classmethod
-    def now(cls, device: torch.device, libraries: int) -> MemoryUse:
+    def measure(cls, device: torch.device, libraries: int) -> MemoryUse:
         """Measure this process so far.
 
         Args:

@@ -11,8 +11,8 @@ def reset_process_groups() -> None:
     """Make DeepSpeed create its process groups anew in the next run of this process.
 
     The groups that it keeps belong to the default group, and ``deepspeed.initialize`` fails once that is destroyed.
-    Does nothing while the default group exists. Can go when ``deepspeed.comm.destroy_process_group`` does this (0.19.8 does
-    not).
+    Does nothing while the default group exists. Can go when ``deepspeed.comm.destroy_process_group`` does this
+    (0.19.8 does not).
     """
     if dist.is_initialized():
         return
