@@ -34,7 +34,7 @@ class Engine(Protocol):
     """True if every rank holds all of the optimizer state, False if it is partitioned over the ranks."""
     world: World
 
-    def forward(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:
+    def forward_loss(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:
         """Run the suffix and its loss head; return the loss: cross entropy summed over supervised positions, float32.
 
         Args:

@@ -63,7 +63,7 @@ class LocalEngine(Engine):
         self._scheduler = build_scheduler(self._optimizer, train, total_steps)
 
     @override
-    def forward(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:
+    def forward_loss(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:
         loss: torch.Tensor = self._suffix(hidden, batch)
         return loss
 

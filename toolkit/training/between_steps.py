@@ -99,7 +99,7 @@ class BetweenSteps:
     def _commit(self, state: PhaseState, validation_follows: bool) -> None:
         """Check the weights, then save a checkpoint; with validation to follow, older checkpoints stay until then."""
         with without_dropout(state):
-            self._guard.require_sound(self._progress.step, state.engine.forward, state.prefix)
+            self._guard.require_sound(self._progress.step, state.engine.forward_loss, state.prefix)
         with during("the checkpoint"):
             self._saver.save(content_of(self._context, state, self._progress), validation_follows)
         self._committed = self._progress.step

@@ -59,7 +59,7 @@ def train_step(micro_batches: Sequence[Batch], prefix: HiddenStates | None, engi
         with during("the prefix", batch.shape):
             hidden = prefix(batch) if prefix else None
         with during("forward", batch.shape):
-            loss = supervised_loss(engine.forward, hidden, batch, supervised)
+            loss = supervised_loss(engine.forward_loss, hidden, batch, supervised)
         shares.append(loss.detach())
         # 1, or NaN where the loss is not finite: all ranks then meet it in the gradient, on which engines skip alike
         guard = 1.0 + 0.0 * shares[-1]

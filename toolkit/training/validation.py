@@ -30,7 +30,7 @@ def validate(context: RunContext, state: PhaseState, may_stop: bool) -> Evaluati
         StopRequested: a signal came and ``may_stop`` is True; raised on every rank.
     """
     return evaluate_rows(
-        state.engine.forward, state.prefix, context.dataset.validation, context.batch_plan.micro_batch_size,
+        state.engine.forward_loss, state.prefix, context.dataset.validation, context.batch_plan.micro_batch_size,
         context.pad_id, context.world, state.packing.on, may_stop,
     )  # fmt: skip
 

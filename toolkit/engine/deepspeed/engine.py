@@ -91,7 +91,7 @@ class ZeroEngine(Engine):
         self._swapper = NvmeSwapper(self._engine.optimizer, self._state_of)
 
     @override
-    def forward(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:
+    def forward_loss(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:
         with balanced_module_stack():
             loss: torch.Tensor = self._engine(hidden, batch)
         return loss
