@@ -32,8 +32,8 @@ _KINDS = {
 class Seams:
     """Marks the phases of ``train_step`` while entered.
 
-    Only public seams are used: ``engine.forward_loss``, ``backward`` and ``update``, a hook on the last block, and hooks
-    of autograd. On a GPU each mark waits for the device, so the phases do not overlap there as they do in a run.
+    Only public seams are used: ``engine.forward_loss``, ``backward`` and ``update``, a hook on the last block, and
+    hooks of autograd. On a GPU each mark waits for the device, so the phases do not overlap there as they do in a run.
     """
 
     def __init__(self, trainer: Trainer, counter: FlopCounterMode | None = None) -> None:

@@ -44,7 +44,7 @@ class MemoryUse:
         """Describe it for the last line of a run.
 
         Args:
-            planned: GiB of tensors that the run was planned to have at its peak; none where it could not be planned.
+            planned: GiB of tensors that the run was planned to have at its peak; None if it could not be planned.
         """
         what = "peak memory" if self.libraries is not None else "peak GPU memory"
         parts = []
