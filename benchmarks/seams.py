@@ -32,8 +32,8 @@ _KINDS = {
 class Seams:
     """Marks the phases of ``train_step`` while entered.
 
-    Only public seams are used: ``engine.forward``, ``backward`` and ``update``, a hook on the last block, and hooks of
-    autograd. On a GPU each mark waits for the device, so the phases do not overlap there as they do in a run.
+    Only public seams are used: ``engine.forward_loss``, ``backward`` and ``update``, a hook on the last block, and
+    hooks of autograd. On a GPU each mark waits for the device, so the phases do not overlap there as they do in a run.
     """
 
     def __init__(self, trainer: Trainer, counter: FlopCounterMode | None = None) -> None:
@@ -50,7 +50,7 @@ class Seams:
         self._last = time.perf_counter()
 
     def __enter__(self) -> Seams:
-        self._replace("forward", self._forward)
+        self._replace("forward_loss", self._forward)
         self._replace("backward", self._backward)
         self._replace("update", self._update)
         if self._blocks:

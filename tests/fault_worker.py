@@ -55,7 +55,7 @@ def break_something(fault: str) -> None:
     elif fault == "forward":
         before("toolkit.training.trainer", "train_step", fail("the forward went wrong"), call=3)
     elif fault == "checkpoint":
-        before("toolkit.checkpoint.saver", "_pack", fail("the checkpoint went wrong"))
+        before("toolkit.checkpoint.saver", "_files_of_rank", fail("the checkpoint went wrong"))
     elif fault == "kill":
         before("toolkit.training.trainer", "train_step", send(signal.SIGKILL), call=3)
     elif fault == "crash":

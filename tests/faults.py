@@ -23,18 +23,18 @@ class _BreakGradient(torch.autograd.Function):
 @contextmanager
 def plant(engine: Any, kind: str | None) -> Iterator[None]:
     """While entered, ``engine`` computes a NaN ``loss``, a finite loss with an infinite ``gradient``, or as ever."""
-    original = engine.forward
+    original = engine.forward_loss
 
     def faulty(*arguments: Any) -> torch.Tensor:
         loss = original(*arguments)
         return loss * float("nan") if kind == "loss" else _BreakGradient.apply(loss)
 
     if kind is not None:
-        engine.forward = faulty
+        engine.forward_loss = faulty
     try:
         yield
     finally:
-        engine.__dict__.pop("forward", None)
+        engine.__dict__.pop("forward_loss", None)
 
 
 @contextmanager

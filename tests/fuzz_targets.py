@@ -76,12 +76,12 @@ def command_line(folder: Path) -> Target:
 
 
 def deepspeed(folder: Path) -> Target:
-    from toolkit.engine.deepspeed.config import read_ds_config, refuse_what_cannot_move, resolve_ds_config, zero_stage
+    from toolkit.engine.deepspeed.config import read_ds_config, refuse_schedule_conflicts, resolve_ds_config, zero_stage
 
     def target(content: str | bytes) -> None:
         path = _put(folder / "ds.json", content)
         resolved = resolve_ds_config(read_ds_config(path), RunConfig(), 2, 32, path)
-        refuse_what_cannot_move(resolved, MaskConfig(schedule=[{"train": "head", "until_step": 1}]), path)  # type: ignore[list-item]
+        refuse_schedule_conflicts(resolved, MaskConfig(schedule=[{"train": "head", "until_step": 1}]), path)  # type: ignore[list-item]
         assert 0 <= zero_stage(resolved) <= 3
 
     return target

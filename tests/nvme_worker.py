@@ -54,14 +54,14 @@ def main() -> None:
     given, *rest = [word for word in sys.argv[1:] if word not in local_rank]
     folder, world = Path(given), distributed.start(engine_needs_group=True)
     in_files: dict[str, int] = {}
-    clear = nvme_files.clear
+    clear = nvme_files.remove_swap_folders
 
     def counted(ds: object, world: distributed.World) -> None:
         folders = nvme_files.swap_folders(ds)  # type: ignore[arg-type]
         in_files[name] = sum(p.stat().st_size for own in folders for p in own.rglob("*.swp") if "grad" not in p.name)
         clear(ds, world)  # type: ignore[arg-type]
 
-    nvme_files.clear = counted
+    nvme_files.remove_swap_folders = counted
     codes = {}
     for name, (source, own) in RUNS.items():
         if source is not None and world.is_main:

@@ -24,7 +24,7 @@ os.chdir(sys.argv[1])  # each rank has a directory of its own, as nodes without 
 from helpers import invocation
 from toolkit.commands import cli
 from toolkit.training.run import run
-cli._GRACE_SECONDS = 0.0
+cli._CONNECTED_GRACE_SECONDS = 0.0
 cli.exit_process(cli.run_command(lambda: run(invocation(*sys.argv[2:]))))
 """
 

@@ -11,22 +11,22 @@ from helpers import ROOT, clean_environment, free_port, invocation, tiny_flags
 
 from toolkit.runtime.distributed import World
 from toolkit.runtime.paths import sources_hash
-from toolkit.training.rank_agreement import facts, require_same
+from toolkit.training.rank_agreement import rank_settings, require_same
 
 WORKER = """
 import sys
 from toolkit.commands import cli
 from toolkit.runtime import distributed
 from toolkit.config import flags
-from toolkit.training.rank_agreement import facts, require_same
+from toolkit.training.rank_agreement import rank_settings, require_same
 from pathlib import Path
 
 def main():
     world = distributed.start()
-    require_same(world, facts(flags.parse(flags.parser(""), Path(sys.argv.pop(1)))))
+    require_same(world, rank_settings(flags.parse(flags.parser(""), Path(sys.argv.pop(1)))))
     return 0
 
-cli._GRACE_SECONDS = 0.0
+cli._CONNECTED_GRACE_SECONDS = 0.0
 cli.exit_process(cli.run_command(main))
 """
 
@@ -69,10 +69,10 @@ def test_one_process_has_nobody_to_differ_from() -> None:
 def test_recipe_file_code_and_versions_are_compared(tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
     file.write_text("{}")
-    found = facts(invocation(*tiny_flags(tmp_path, tmp_path), "--ds", str(file)))
+    found = rank_settings(invocation(*tiny_flags(tmp_path, tmp_path), "--ds", str(file)))
     assert {"train.learning_rate", "mask.train", "DeepSpeed file", "frostline", "Python", "torch"} <= set(found)
     file.write_text("{ }")
-    again = facts(invocation(*tiny_flags(tmp_path, tmp_path), "--ds", str(file)))
+    again = rank_settings(invocation(*tiny_flags(tmp_path, tmp_path), "--ds", str(file)))
     assert {name for name in found if found[name] != again[name]} == {"DeepSpeed file"}
 
 

@@ -8,7 +8,7 @@ import pytest
 from helpers import ROOT
 
 from toolkit.config.schema import RunConfig, TrainConfig
-from toolkit.engine.deepspeed.clipping import without_clipping
+from toolkit.engine.deepspeed.clipping import without_norm_and_clipping
 from toolkit.engine.deepspeed.config import read_ds_config, resolve_ds_config, zero_stage
 from toolkit.runtime.errors import ConfigError
 
@@ -137,7 +137,7 @@ def test_a_file_that_deepspeed_would_misread_is_refused(tmp_path: Path, content:
 def test_deepspeed_leaves_clipping_to_us_wherever_it_can(file: str, accumulation: int, is_ours: bool) -> None:
     config = RunConfig(train=TrainConfig(gradient_accumulation_steps=accumulation, max_grad_norm=0.5))
     ds = resolve(read_ds_config(ROOT / "ds_configs" / f"{file}.json"), config)
-    lean = without_clipping(ds)
+    lean = without_norm_and_clipping(ds)
     assert ds["gradient_clipping"] == 0.5
     assert (lean is not None) is is_ours
     if lean is not None:

@@ -40,7 +40,7 @@ def test_the_peak_of_memory_is_told_by_what_it_holds() -> None:
 
 
 def test_memory_is_measured() -> None:
-    now = MemoryUse.now(torch.device("cpu"), resident_bytes())
+    now = MemoryUse.measure(torch.device("cpu"), resident_bytes())
     assert now.libraries is not None
     assert 0.05 < now.libraries < 1.1 * now.peak  # the kernel counts both in batches of pages
 

@@ -86,7 +86,7 @@ def our_losses(model: Any, mask: LayerMask, given: list[Batch]) -> list[float]:
     engine = LocalEngine(suffix, parameters, mask.groups, TRAIN, OptimConfig(), len(given), World())
     losses = []
     for batch in given:
-        loss = supervised_loss(engine.forward, prefix(batch) if prefix else None, batch, len(batch.targets))
+        loss = supervised_loss(engine.forward_loss, prefix(batch) if prefix else None, batch, len(batch.targets))
         engine.backward(loss, is_last=True)
         engine.update()
         losses.append(float(loss.detach()))

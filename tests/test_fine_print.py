@@ -17,7 +17,7 @@ from toolkit.inference.evaluation import evaluate_source
 from toolkit.inference.generation import answers, complete
 from toolkit.inference.open_model import open_model
 from toolkit.models.quirks import training_notes
-from toolkit.optim.groups import learns_nothing
+from toolkit.optim.groups import is_rate_always_zero
 from toolkit.planning.engine_memory import engine_spec
 from toolkit.planning.meta_model import meta_model
 from toolkit.planning.planner import Planner
@@ -76,7 +76,7 @@ def test_a_router_loss_that_is_left_out_is_named_with_its_coefficient(
     ("steps", "warmup", "nothing"), [(1, 0.1, True), (1, 0.0, False), (2, 0.1, False), (3, 1.0, False)]
 )
 def test_only_a_run_whose_rate_is_zero_at_every_step_learns_nothing(steps: int, warmup: float, nothing: bool) -> None:
-    assert learns_nothing(TrainConfig(warmup_ratio=warmup), steps) == nothing
+    assert is_rate_always_zero(TrainConfig(warmup_ratio=warmup), steps) == nothing
 
 
 def test_a_run_of_one_step_at_rate_zero_is_warned_of(tiny_model: Path, tmp_path: Path, said: list[str]) -> None:

@@ -12,7 +12,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from toolkit.optim.master_adamw import MasterAdamW, norm_at_once
+from toolkit.optim.master_adamw import MasterAdamW, total_norm
 from toolkit.planning.engine_memory import TensorSizes, engine_memory, engine_spec
 from toolkit.planning.prefix_memory import PrefixMemory
 
@@ -232,7 +232,7 @@ def test_the_norm_does_not_stall_over_many_numbers() -> None:
 def test_the_gpus_norm_is_the_same_number() -> None:
     gradients = [torch.randn(100, 100).to(BFLOAT16), torch.randn(7)]
     exact = sum(float(g.double().square().sum()) for g in gradients) ** 0.5
-    assert float(norm_at_once(gradients)) == pytest.approx(exact, rel=1e-5)
+    assert float(total_norm(gradients)) == pytest.approx(exact, rel=1e-5)
 
 
 @pytest.mark.parametrize("accumulates", [False, True])

@@ -88,12 +88,12 @@ def test_two_runs_never_share_a_folder_on_the_drive(tmp_path: Path) -> None:
     found = set()
     for run in ("a/run", "b/run"):
         ds = {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path)}}}
-        nvme_files.give_folders(ds, tmp_path / run)
+        nvme_files.assign_swap_folders(ds, tmp_path / run)
         found |= set(nvme_files.swap_folders(ds))
     assert len(found) == 2
     assert {path.parent for path in found} == {tmp_path}
     own: dict[str, Any] = {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}
-    nvme_files.give_folders(own, tmp_path / "run")
+    nvme_files.assign_swap_folders(own, tmp_path / "run")
     assert nvme_files.swap_folders(own) == [tmp_path / "run" / "swap"]
 
 
@@ -107,10 +107,10 @@ def test_what_cannot_be_swapped_to_is_one_clear_error(tmp_path: Path, monkeypatc
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self: True)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"nvme_path: .*file/swap cannot be made"):
-        nvme_files.make_room(ds_with(tmp_path / "file" / "swap"), World(), 0)
+        nvme_files.prepare_swap_folders(ds_with(tmp_path / "file" / "swap"), World(), 0)
     with pytest.raises(DiskError, match=r"needs 1,099,511,627,776 MiB in .*, .* MiB are free: free space, name"):
-        nvme_files.make_room(ds_with(tmp_path / "swap"), World(), 2**60)
-    nvme_files.make_room({"zero_optimization": {"stage": 3}}, World(), 2**60)
+        nvme_files.prepare_swap_folders(ds_with(tmp_path / "swap"), World(), 2**60)
+    nvme_files.prepare_swap_folders({"zero_optimization": {"stage": 3}}, World(), 2**60)
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self: False)
     with pytest.raises(ConfigError, match="needs libaio and its headers, which are not installed"):
-        nvme_files.make_room(ds_with(tmp_path / "swap"), World(), 0)
+        nvme_files.prepare_swap_folders(ds_with(tmp_path / "swap"), World(), 0)

@@ -73,7 +73,7 @@ def test_the_advice_never_hides_the_error(
 ) -> None:
     """The plan may run out of memory itself; a rule of thumb then serves."""
     monkeypatch.setattr("toolkit.training.step.supervised_loss", lambda *_: on_gpu())
-    monkeypatch.setattr("toolkit.training.out_of_memory_advice.first_knob", lambda *_, **__: [][0])
+    monkeypatch.setattr("toolkit.training.out_of_memory_advice.first_change", lambda *_, **__: [][0])
     flags = tiny_flags(tiny_model, tmp_path / "run", "--train.gradient_checkpointing", "on")
     assert run_command(lambda: train(*flags)) == 1
     error = capsys.readouterr().err

@@ -191,8 +191,8 @@ def test_attention_is_computed_inside_each_sample_alone(monkeypatch: pytest.Monk
 def test_the_check_sees_samples_that_attend_to_each_other(
     name: str, drop: str, finding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layout = Batch.forward_inputs
-    monkeypatch.setattr(Batch, "layout", lambda *args: {k: v for k, v in layout(*args).items() if k != drop})
+    inputs = Batch.forward_inputs
+    monkeypatch.setattr(Batch, "forward_inputs", lambda *args: {k: v for k, v in inputs(*args).items() if k != drop})
     prefix, suffix = split(make(name), detect_anatomy(make(name)), 2)
     assert finding in choose("auto", prefix, suffix).reason
 

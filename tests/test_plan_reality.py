@@ -140,7 +140,7 @@ def test_each_kind_of_bytes_is_what_training_holds(train: list[str], optim: Opti
     engine, rows, saved = real.engine(), batch(), {}
     hidden = real.prefix(rows) if real.prefix else None
     with saved_bytes(real.model, saved):
-        loss = supervised_loss(engine.forward, hidden, rows, SUPERVISED)
+        loss = supervised_loss(engine.forward_loss, hidden, rows, SUPERVISED)
     if hidden is not None:  # the loop holds it
         saved[hidden.untyped_storage().data_ptr()] = hidden.nbytes
     logits = SUPERVISED * 49152 * 2

@@ -11,7 +11,7 @@ from helpers import ENGLISH, ROOT, invocation, run_here, tiny_flags, tiny_llama
 
 from toolkit.config.recipe import build, read_recipe, save
 from toolkit.config.schema import MaskConfig
-from toolkit.engine.deepspeed.config import refuse_what_cannot_move
+from toolkit.engine.deepspeed.config import refuse_schedule_conflicts
 from toolkit.mask.schedule import build_schedule
 from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.planning.engine_memory import engine_spec
@@ -164,7 +164,7 @@ def test_the_plan_command_shows_the_phases_and_refuses_one_that_ends_too_late(ti
 )
 def test_what_could_not_be_moved_to_the_next_phase_is_refused_at_the_start(zero: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        refuse_what_cannot_move(
+        refuse_schedule_conflicts(
             {"zero_optimization": zero}, MaskConfig.model_validate({"schedule": [HEAD]}), Path("a.json")
         )
-    refuse_what_cannot_move({"zero_optimization": zero}, MaskConfig(), Path("a.json"))
+    refuse_schedule_conflicts({"zero_optimization": zero}, MaskConfig(), Path("a.json"))

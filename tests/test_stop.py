@@ -81,7 +81,7 @@ def test_a_signal_in_the_first_pass_keeps_what_was_computed(
     ("owner", "name", "call", "after", "evaluated"),
     [
         (evaluation, "supervised_loss", 3, 3, []),
-        (saver, "_pack", 1, 3, []),
+        (saver, "_files_of_rank", 1, 3, []),
         (validation, "evaluate_rows", 2, 6, [3, 6]),
     ],
     ids=["the first validation", "the first checkpoint", "the last validation"],

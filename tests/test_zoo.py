@@ -55,7 +55,7 @@ def two_steps(model: Any, mask: LayerMask, boundary: int | None, batches: list[B
     parameters = trainable_parameters(suffix.model, mask)
     engine = LocalEngine(suffix, parameters, mask.groups, train, OptimConfig(), 2, World())
     for batch in batches:
-        loss = supervised_loss(engine.forward, prefix(batch) if prefix else None, batch, len(batch.targets))
+        loss = supervised_loss(engine.forward_loss, prefix(batch) if prefix else None, batch, len(batch.targets))
         engine.backward(loss, is_last=True)
         engine.update()
     return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}

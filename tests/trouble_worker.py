@@ -63,7 +63,7 @@ def steps(trainer: Trainer, world: World) -> list[dict[str, Any]]:
         kind, rank = FAULTS.get(step, (None, None))
         with plant(trainer.state.engine, kind if rank == world.rank else None):
             outcome = train_step(batches, trainer.state.prefix, trainer.state.engine, world)
-        watch.look(step + 1, outcome, batches)
+        watch.check_step(step + 1, outcome, batches)
         done.append(
             {
                 "loss": None if outcome.skipped else outcome.loss,

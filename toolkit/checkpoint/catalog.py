@@ -45,16 +45,16 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def newest_usable(run: Path, must_be_latest: bool) -> Path | None:
-    """Return the checkpoint to resume from, every byte of it verified; None if there are no checkpoints.
+    """Return the newest checkpoint that passes verification, to resume from; None if there are no checkpoints.
 
-    A damaged or lost one is named in the log and the one before it taken.
+    Skips damaged or missing checkpoints with a warning.
 
     Args:
         run: the run directory.
-        must_be_latest: a damaged or lost one is an error.
+        must_be_latest: True to raise instead of skipping.
 
     Raises:
-        CheckpointError: that, or none of the checkpoints is usable.
+        CheckpointError: no checkpoint is usable, or the latest is not and ``must_be_latest``.
     """
     faults = []
     try:
@@ -89,20 +89,20 @@ def newest_usable(run: Path, must_be_latest: bool) -> Path | None:
 
 
 def mark_latest(run: Path, checkpoint: Path) -> None:
-    """Let ``latest`` name ``checkpoint``, also after a power cut.
+    """Write the name of ``checkpoint`` durably to the file ``latest``.
 
     Raises:
-        OSError: the disk.
+        OSError: the file cannot be written.
     """
     replace_text(run / "checkpoints" / _LATEST, checkpoint.name)
 
 
 def prune(run: Path, current: Path, keep: int) -> None:
-    """Keep the newest ``keep`` and the one of the lowest validation loss, and say which that is.
+    """Remove old checkpoints, and write the name of the best one to the file ``best``.
 
-    After a commit, once the validation that was due with it is known.
-
-    Checkpoints of later steps than ``current`` are of a run that was resumed from before them; they are removed too.
+    Keeps the newest ``keep`` and the one with the lowest validation loss. Called after a commit, and after the
+    validation if one was due with it. Checkpoints of later steps than ``current`` date from before the run was
+    resumed at an earlier step; they are removed too.
     """
     present = checkpoints_of(run)
     valid = [path for path in present if path.name <= current.name]
@@ -113,12 +113,12 @@ def prune(run: Path, current: Path, keep: int) -> None:
         for path in present:
             if path not in valid[-keep:] and path != best:
                 remove(path)
-    except OSError as error:  # the commit stands
+    except OSError as error:  # the new checkpoint is committed already
         log.warning("an old checkpoint could not be removed: %s", error)
 
 
 def finish_pruning(run: Path, keep: int) -> None:
-    """Do what a kill between the last commit and its pruning has left undone; see ``prune``."""
+    """Prune a finished run, in case it was killed between its last commit and ``prune``."""
     present = checkpoints_of(run)
     if present and _latest_name(run) == present[-1].name:
         prune(run, present[-1], keep)
@@ -126,10 +126,10 @@ def finish_pruning(run: Path, keep: int) -> None:
 
 
 def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint: first its name, so that no part of it is ever taken for a checkpoint.
+    """Remove a checkpoint; rename it first, so that a partly removed one is never taken for a checkpoint.
 
     Raises:
-        OSError: the disk.
+        OSError: it cannot be renamed or removed.
     """
     aside = checkpoint.with_name(f".{checkpoint.name}.removed")
     shutil.rmtree(aside, ignore_errors=True)
@@ -138,7 +138,7 @@ def remove(checkpoint: Path) -> None:
 
 
 def clear_leftovers(run: Path) -> None:
-    """Remove what a killed commit has left."""
+    """Remove staging and renamed directories that a killed commit or removal has left."""
     for path in (run / "checkpoints").glob(".*"):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -149,11 +149,12 @@ def validation_losses(checkpoints: Iterable[Path]) -> dict[Path, float]:
 
 
 def best_of(losses: Mapping[Path, float]) -> Path | None:
-    """Return the checkpoint of the lowest loss, the earliest of several; None if there are none."""
+    """Return the checkpoint with the lowest loss, on a tie the earliest; None if ``losses`` is empty."""
     return min(losses, key=lambda path: losses[path]) if losses else None
 
 
 def _latest_name(run: Path) -> str | None:
+    """Return the content of the file ``latest``; None if it cannot be read."""
     try:
         return (run / "checkpoints" / _LATEST).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:

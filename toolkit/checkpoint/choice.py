@@ -1,4 +1,4 @@
-"""Choose a checkpoint of a run, and describe it."""
+"""Choose a checkpoint of a run by step, ``latest`` or ``best``, and describe it."""
 
 from __future__ import annotations
 
@@ -11,48 +11,48 @@ from toolkit.checkpoint.manifest import directory_name, verify
 from toolkit.runtime.errors import CheckpointError
 
 Step = int | Literal["latest", "best"]
-"""A checkpoint as a user names it."""
+"""How a user names a checkpoint: by its step, as the latest, or as the one with the lowest validation loss."""
 
 
 @dataclass(frozen=True)
 class ChosenCheckpoint:
-    """A checkpoint of a run, every byte of it verified."""
+    """A verified checkpoint of a run, compared with the run's latest and best one."""
 
     checkpoint: Path
     loss: float | None
-    """Its validation loss; none where it was not computed or not finite."""
+    """Its validation loss; None if it was not computed or is not finite."""
     is_latest: bool
     best: Path | None
-    """The one of the lowest validation loss; none where no checkpoint has one."""
+    """The run's checkpoint with the lowest validation loss; None if no checkpoint has one."""
     best_loss: float | None
 
     @property
     def step(self) -> int:
-        """Return the optimizer steps it was trained for."""
+        """Return the number of optimizer steps it was trained for."""
         return _step_of(self.checkpoint)
 
     @property
     def better(self) -> Path | None:
-        """Return another checkpoint of a lower validation loss; None if there is none."""
+        """Return the best checkpoint if it is another one with a lower validation loss, else None."""
         is_lower = self.loss is None or (self.best_loss is not None and self.best_loss < self.loss)
         return self.best if self.best != self.checkpoint and is_lower else None
 
     @property
     def text(self) -> str:
         """Return a description such as ``step 116 (latest; validation loss 0.9060)``."""
-        what = [name for name, true in (("latest", self.is_latest), ("best", self.best == self.checkpoint)) if true]
-        known = f"validation loss {self.loss:.4f}" if self.loss is not None else "no validation loss"
-        return f"step {self.step} ({'; '.join([*([' and '.join(what)] if what else []), known])})"
+        labels = [name for name, true in (("latest", self.is_latest), ("best", self.best == self.checkpoint)) if true]
+        loss = f"validation loss {self.loss:.4f}" if self.loss is not None else "no validation loss"
+        return f"step {self.step} ({'; '.join([*([' and '.join(labels)] if labels else []), loss])})"
 
-    def advice(self, remedy: str) -> str:
-        """Return ``text``, and which one is better, if one is.
+    def advice(self, note: str) -> str:
+        """Return ``text``, followed by the better checkpoint, if there is one, and a note about it.
 
         Args:
-            remedy: how that one is chosen.
+            note: text about the better checkpoint, such as the option that chooses it.
         """
         if self.better is None:
             return self.text
-        return f"{self.text}; best is step {_step_of(self.better)} ({self.best_loss:.4f}): {remedy}"
+        return f"{self.text}; best is step {_step_of(self.better)} ({self.best_loss:.4f}): {note}"
 
 
 def choose_checkpoint(run: Path, step: Step | None = None) -> ChosenCheckpoint:
@@ -60,10 +60,10 @@ def choose_checkpoint(run: Path, step: Step | None = None) -> ChosenCheckpoint:
 
     Args:
         run: the run directory.
-        step: which; none takes the latest.
+        step: checkpoint to choose; None for the latest.
 
     Raises:
-        CheckpointError: there is none such, with a list of those there are, or it is damaged.
+        CheckpointError: the checkpoint is missing (lists those that are present) or damaged.
     """
     losses, latest = validation_losses(checkpoints_of(run)), latest_checkpoint(run)
     best = best_of(losses)
@@ -75,8 +75,8 @@ def choose_checkpoint(run: Path, step: Step | None = None) -> ChosenCheckpoint:
             f"{run} has no checkpoint with a validation loss, so none is known to be the best; present: {present}. "
             "Take one of them by its number, or the latest; with data.validation a run computes that loss"
         )
-    taken = {None: latest, "latest": latest, "best": best}.get(step) if not isinstance(step, int) else None
-    checkpoint = taken or run / "checkpoints" / directory_name(step)
+    named = {None: latest, "latest": latest, "best": best}.get(step) if not isinstance(step, int) else None
+    checkpoint = named or run / "checkpoints" / directory_name(step)
     if not checkpoint.is_dir():
         raise CheckpointError(f"{run} has no checkpoint of step {step}; present: {present}")
     verify(checkpoint)
@@ -86,4 +86,5 @@ def choose_checkpoint(run: Path, step: Step | None = None) -> ChosenCheckpoint:
 
 
 def _step_of(checkpoint: Path) -> int:
+    """Return the step in a checkpoint's directory name."""
     return int(checkpoint.name.removeprefix("step-"))

@@ -1,7 +1,7 @@
-"""A delta: the trained tensors, the mask that chose them, and the base model they belong to.
+"""Read and write deltas: the trained tensors, the mask that selected them, and the base model they belong to.
 
-A directory with ``trained.safetensors`` (float32 masters unless exported otherwise), ``mask.json`` and ``base.json``.
-Checkpoints hold one; ``launch/export.py --delta`` writes one.
+A delta is a directory with ``trained.safetensors`` (float32 masters unless exported otherwise), ``mask.json`` and
+``base.json``. ``launch/export.py --delta`` writes one; a checkpoint has the two JSON files, and the tensors in shards.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from toolkit.mask.layer_mask import LayerMask
 from toolkit.runtime.errors import CheckpointError
 from toolkit.runtime.safetensors_io import SafetensorsFile, write_safetensors
 
-MASK, BASE = "mask.json", "base.json"
-_TENSORS = "trained.safetensors"
+MASK_FILE, BASE_FILE = "mask.json", "base.json"
+_TENSORS_FILE = "trained.safetensors"
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Base:
     """The base model of a delta."""
 
     config: ModelConfig
-    """Settings it was loaded with."""
+    """The recipe's model section that it was loaded with."""
     sha256: str
-    """Of its weights as loaded, before untying and training (``toolkit.models.load.fingerprint``)."""
+    """SHA-256 of its weights as loaded, before untying and training (``toolkit.models.load.fingerprint``)."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,15 @@ class Delta:
 
 
 def save_delta(delta: Delta, directory: Path) -> None:
-    """Write ``delta`` into ``directory``, which is created."""
+    """Write ``delta`` into ``directory``, which is created if missing."""
     directory.mkdir(parents=True, exist_ok=True)
-    write_safetensors(directory / _TENSORS, delta.tensors)
-    delta.mask.save(directory / MASK)
-    (directory / BASE).write_text(json.dumps(base_as_dict(delta.base), indent=1), encoding="utf-8")
+    write_safetensors(directory / _TENSORS_FILE, delta.tensors)
+    delta.mask.save(directory / MASK_FILE)
+    (directory / BASE_FILE).write_text(json.dumps(base_as_dict(delta.base), indent=1), encoding="utf-8")
 
 
 def base_as_dict(base: Base) -> dict[str, object]:
-    """Return ``base`` as JSON values."""
+    """Return the content of ``base.json``."""
     return {"model": base.config.model_dump(mode="json"), "sha256": base.sha256}
 
 
@@ -59,41 +59,41 @@ def read_mask_and_base(directory: Path) -> tuple[LayerMask, Base]:
     Raises:
         OSError, ValueError, KeyError, TypeError: a file is missing or damaged.
     """
-    mask = LayerMask.from_dict(json.loads((directory / MASK).read_text(encoding="utf-8")))
-    base = json.loads((directory / BASE).read_text(encoding="utf-8"))
+    mask = LayerMask.from_dict(json.loads((directory / MASK_FILE).read_text(encoding="utf-8")))
+    base = json.loads((directory / BASE_FILE).read_text(encoding="utf-8"))
     return mask, Base(ModelConfig(**base["model"]), base["sha256"])
 
 
 def is_delta(directory: Path) -> bool:
     """Return True for a directory that ``save_delta`` wrote."""
-    return (directory / BASE).is_file()
+    return (directory / BASE_FILE).is_file()
 
 
 def read_delta(directory: Path) -> Delta:
     """Read the delta in ``directory``.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or tensors and mask do not agree.
+        CheckpointError: a file is missing or damaged, or the tensors are not those of the mask.
     """
     try:
         mask, base = read_mask_and_base(directory)
-        file = SafetensorsFile(directory / _TENSORS, writable=True)
+        file = SafetensorsFile(directory / _TENSORS_FILE, writable=True)
         tensors = {name: file.tensor(name) for name in file.entries}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{directory} is not a readable delta ({type(error).__name__}: {error}); "
-            f"expected {_TENSORS}, {MASK} and {BASE}"
+            f"expected {_TENSORS_FILE}, {MASK_FILE} and {BASE_FILE}"
         ) from None
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if shapes != {tensor.name: tensor.shape for tensor in mask.trainable}:
         raise CheckpointError(
-            f"{directory}: {_TENSORS} does not hold the tensors that {MASK} lists; the delta is damaged"
+            f"{directory}: {_TENSORS_FILE} does not hold the tensors that {MASK_FILE} lists; the delta is damaged"
         )
     return Delta(tensors, mask, base)
 
 
 def describe_difference(found: LayerMask, expected: LayerMask) -> str | None:
-    """Return how two masks differ; None if they are the same tensors in the same order."""
+    """Return a text that says how two masks differ; None if they are equal."""
     if asdict(found) == asdict(expected):
         return None
     only_found = [name for name in found.names if name not in expected.names]

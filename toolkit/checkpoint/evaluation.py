@@ -1,7 +1,7 @@
-"""The validation loss of a checkpoint: a file beside its manifest, written once the checkpoint is committed.
+"""Write and read the validation loss of a checkpoint: a file beside its manifest, written after the commit.
 
-A checkpoint is whole without it; a run that is continued from such a one validates first. The file names the manifest
-it belongs to, so that it never speaks for another checkpoint of the same step.
+A checkpoint is complete without it; a run that resumes from such a checkpoint validates first. The file holds the
+digest of the manifest, so that it is never read for another checkpoint of the same step.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 import math
 from pathlib import Path
 
-from toolkit.checkpoint.manifest import EVALUATION, read_digest, read_sealed, sealed
+from toolkit.checkpoint.manifest import EVALUATION_FILE, read_digest, read_sealed, sealed
 from toolkit.checkpoint.state import read_state
 from toolkit.runtime.errors import CheckpointError
 from toolkit.runtime.hashed_files import as_json
@@ -20,25 +20,27 @@ log = logging.getLogger("frostline")
 
 
 def write_loss(checkpoint: Path, loss: float) -> None:
-    """Write the validation loss of a committed checkpoint, whole or not at all.
+    """Write the validation loss of a committed checkpoint, atomically.
 
     Raises:
         CheckpointError: the manifest cannot be read.
-        OSError: the disk.
+        OSError: the file cannot be written.
     """
     # JSON has no NaN
     content = {"loss": loss if math.isfinite(loss) else None, "manifest": read_digest(checkpoint)}
-    staging = checkpoint.with_name(f".{checkpoint.name}.{EVALUATION}")  # beside it: no part is ever in a checkpoint
+    staging = checkpoint.with_name(
+        f".{checkpoint.name}.{EVALUATION_FILE}"
+    )  # outside, so that no partial file is ever in a checkpoint
     staging.unlink(missing_ok=True)
-    publish(as_json(sealed(content)).encode(), checkpoint / EVALUATION, staging)
+    publish(as_json(sealed(content)).encode(), checkpoint / EVALUATION_FILE, staging)
 
 
 def read_loss(checkpoint: Path) -> float | None:
-    """Return the validation loss of a checkpoint: NaN if it was not finite, None if there is none.
+    """Return the validation loss of a checkpoint: NaN if it was not finite, None if it was not computed.
 
-    A file that was damaged, or belongs to another checkpoint, is named in the log and counts as none.
+    A file that is damaged or belongs to another checkpoint is reported in the log and ignored.
     """
-    path = checkpoint / EVALUATION
+    path = checkpoint / EVALUATION_FILE
     try:
         content, _ = read_sealed(path)
         loss = content["loss"]
@@ -55,7 +57,7 @@ def read_loss(checkpoint: Path) -> float | None:
 
 
 def _loss_in_state(checkpoint: Path) -> float | None:
-    """Return the loss from the state, where version 0.1 kept it."""
+    """Return the validation loss from ``state.json``, where version 0.1 stored it."""
     try:
         return read_state(checkpoint).eval_loss
     except CheckpointError:

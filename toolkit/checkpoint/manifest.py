@@ -1,4 +1,4 @@
-"""Write and verify a checkpoint's manifest: every file with its size and SHA-256."""
+"""Write and verify a checkpoint's manifest, which lists every file with its size and SHA-256."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from toolkit.runtime.errors import CheckpointError
 from toolkit.runtime.hashed_files import FileHash, as_json, hash_files, write_json
 
 NAME = "MANIFEST.json"
-EVALUATION = "evaluation.json"
-"""Comes after the commit, so that the manifest does not list it (``toolkit.checkpoint.evaluation``)."""
+EVALUATION_FILE = "evaluation.json"
+"""Written after the commit, so that the manifest does not list it (``toolkit.checkpoint.evaluation``)."""
 FORMAT = 1
 
 
 class SealError(ValueError):
-    """A JSON file does not have the SHA-256 that it states."""
+    """Error of a JSON file whose content does not match the SHA-256 that it states."""
 
 
 def write_manifest(directory: Path, step: int, entries: Mapping[str, FileHash]) -> None:
     """Write the manifest of the files in ``directory``.
 
     Raises:
-        OSError: the disk.
+        OSError: the file cannot be written.
     """
     content = {"format": FORMAT, "step": step, "files": {name: asdict(entries[name]) for name in sorted(entries)}}
     write_json(directory / NAME, sealed(content))
@@ -35,15 +35,14 @@ def write_manifest(directory: Path, step: int, entries: Mapping[str, FileHash]) 
 def verify(checkpoint: Path) -> None:
     """Compare every byte of a checkpoint with its manifest.
 
-    A checksum finds accidents and careless changes. Who changes a file and writes a consistent manifest anew has
-    written another checkpoint.
+    A checksum detects accidents and careless changes, not deliberate ones: anybody can write a consistent manifest.
 
     Raises:
-        CheckpointError: lists all that is missing, more, or different.
+        CheckpointError: files are missing, unexpected or different; lists all of them.
     """
     files = read_manifest(checkpoint)
     present = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if not path.is_dir()}
-    faults = [f"{name} is not in {NAME}" for name in sorted(present - {NAME, EVALUATION} - set(files))]
+    faults = [f"{name} is not in {NAME}" for name in sorted(present - {NAME, EVALUATION_FILE} - set(files))]
     for name, found in hash_files(checkpoint, sorted(files)).items():
         expected = files[name]
         if isinstance(found, str):
@@ -57,34 +56,34 @@ def verify(checkpoint: Path) -> None:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, FileHash]:
-    """Return the files of the manifest, once it is checked against itself and the checkpoint's name.
+    """Return the files that the manifest lists, after checking its own digest and step.
 
     Raises:
-        CheckpointError: it is missing, damaged, of another format, or belongs to another step.
+        CheckpointError: the manifest is missing, damaged, of another format, or of another step.
     """
-    return _read(checkpoint)[0]
+    return _read_checked(checkpoint)[0]
 
 
 def read_digest(checkpoint: Path) -> str:
-    """Return the SHA-256 that the manifest states of itself, which tells a checkpoint from every other.
+    """Return the SHA-256 of the manifest, which identifies the checkpoint.
 
     Raises:
         CheckpointError: as for ``read_manifest``.
     """
-    return _read(checkpoint)[1]
+    return _read_checked(checkpoint)[1]
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``content`` with its SHA-256, for ``read_sealed``."""
+    """Return ``content`` with its SHA-256 added, which ``read_sealed`` checks."""
     return {**content, "sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
 
 
 def read_sealed(path: Path) -> tuple[dict[str, Any], str]:
-    """Read a JSON file that states the SHA-256 of its content; return the content and that digest.
+    """Read a JSON file written from ``sealed``; return its content and its SHA-256.
 
     Raises:
-        SealError: it has been changed.
-        OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError: it cannot be read.
+        SealError: the file has been changed.
+        OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError: the file cannot be read.
     """
     text = path.read_text(encoding="utf-8")
     content: dict[str, Any] = json.loads(text)
@@ -95,7 +94,8 @@ def read_sealed(path: Path) -> tuple[dict[str, Any], str]:
     return content, digest
 
 
-def _read(checkpoint: Path) -> tuple[dict[str, FileHash], str]:
+def _read_checked(checkpoint: Path) -> tuple[dict[str, FileHash], str]:
+    """Return the files and the SHA-256 of the manifest, after checking its digest, format and step."""
     try:
         content, digest = read_sealed(checkpoint / NAME)
         files = {str(name): FileHash(**entry) for name, entry in content["files"].items()}
@@ -120,6 +120,6 @@ def directory_name(step: object) -> str:
 
 
 def damaged(checkpoint: Path, faults: list[str]) -> CheckpointError:
-    """Return the error that names a damaged checkpoint and what is wrong with it."""
+    """Return the error for a damaged checkpoint that lists its faults."""
     listed = "\n".join(f"  - {fault}" for fault in faults)
     return CheckpointError(f"checkpoint {checkpoint} is damaged:\n{listed}")

@@ -1,4 +1,4 @@
-"""Optimizer state on disk: a file of slices a rank, from which any engine reads the slices that it holds."""
+"""Write and read the optimizer state of a checkpoint: one file of tensor slices a rank, readable by any engine."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from toolkit.mask.layer_mask import LayerMask
 from toolkit.optim.state_fragments import KINDS, MASTER, Fragment
 from toolkit.runtime.safetensors_io import SafetensorsFile
 
-FOLDER = "optimizer"
+SHARD_FOLDER = "optimizer"
 
 
 @dataclass(frozen=True)
 class ShardSlice:
-    """An entry of a shard's index."""
+    """A slice of a tensor in a shard: an entry of its index file."""
 
     name: str
     start: int
     stop: int
     updates: int
-    """Updates that the moments have had."""
+    """Number of updates in the moments."""
     raw: tuple[str, ...] = ()
-    """Keys of what the optimizer stores where that is not float32; see ``FragmentState.raw``."""
+    """Keys of the stored tensors that are not float32; see ``FragmentState.raw``."""
 
 
 def shard_name(rank: int, ranks: int, suffix: str) -> str:
-    """Return the file name of a rank, relative to the checkpoint."""
-    return f"{FOLDER}/rank-{rank:05d}-of-{ranks:05d}.{suffix}"
+    """Return the name of a rank's shard (``safetensors``) or index (``json``), relative to the checkpoint."""
+    return f"{SHARD_FOLDER}/rank-{rank:05d}-of-{ranks:05d}.{suffix}"
 
 
 def metadata(step: int, rank: int, ranks: int) -> dict[str, str]:
-    """Return what a shard says of itself, so that no other can take its place."""
+    """Return the metadata of a rank's shard file, by which a shard in another's place is detected."""
     return {"step": str(step), "rank": str(rank), "ranks": str(ranks)}
 
 
 def fragments_of_rank(fragments: Sequence[Fragment], is_replicated: bool, rank: int, ranks: int) -> list[Fragment]:
-    """Return the fragments that this rank writes: what it holds, or its share of what all hold."""
+    """Return the fragments that this rank writes: all it holds, or its share of them if every rank holds the same."""
     if not is_replicated:
         return list(fragments)
     total, share, done = sum(f.stop - f.start for f in fragments), [], 0
@@ -59,8 +59,8 @@ def pack_tensors(
     """Return the tensors of a shard, views where possible, and its index.
 
     Args:
-        fragments: those this rank writes.
-        resting: whole masters of what does not train now; they have no moments.
+        fragments: fragments that this rank writes.
+        resting: whole masters of tensors that trained in an earlier phase and are frozen now, without moments.
     """
     tensors: dict[str, torch.Tensor] = {}
     index: list[ShardSlice] = []
@@ -77,29 +77,30 @@ def pack_tensors(
 
 
 class OptimizerShards:
-    """The shards of a checkpoint, mapped: only what is read takes memory.
+    """The memory-mapped optimizer shards of a checkpoint.
 
     Args:
-        checkpoint: verified.
-        step: of it.
-        ranks: that wrote it.
-        mask: of all that trained so far.
+        checkpoint: directory of a verified checkpoint.
+        step: step of the checkpoint.
+        ranks: number of ranks that wrote it.
+        mask: mask of all tensors that had trained so far.
 
     Raises:
-        CheckpointError: a shard is missing, in another's place, or they do not hold each element just once.
+        CheckpointError: a shard is missing or belongs elsewhere, or the shards do not hold each element exactly once.
     """
 
     def __init__(self, checkpoint: Path, step: int, ranks: int, mask: LayerMask) -> None:
         self._checkpoint = checkpoint
         self._by_name: dict[str, list[tuple[ShardSlice, SafetensorsFile]]] = {}
         try:
-            for part, file in self._open(step, ranks):
+            for part, file in self._open_shards(step, ranks):
                 self._by_name.setdefault(part.name, []).append((part, file))
-            self._check(mask)
+            self._check_coverage(mask)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise damaged(checkpoint, [f"{FOLDER} cannot be read ({type(error).__name__}: {error})"]) from None
+            raise damaged(checkpoint, [f"{SHARD_FOLDER} cannot be read ({type(error).__name__}: {error})"]) from None
 
-    def _open(self, step: int, ranks: int) -> Iterator[tuple[ShardSlice, SafetensorsFile]]:
+    def _open_shards(self, step: int, ranks: int) -> Iterator[tuple[ShardSlice, SafetensorsFile]]:
+        """Open every rank's shard, check its metadata, and yield its slices with their file."""
         for rank in range(ranks):
             name = shard_name(rank, ranks, "safetensors")
             file = SafetensorsFile(self._checkpoint / name, writable=True)
@@ -109,7 +110,8 @@ class OptimizerShards:
             for entry in json.loads((self._checkpoint / shard_name(rank, ranks, "json")).read_text(encoding="utf-8")):
                 yield ShardSlice(**{**entry, "raw": tuple(entry["raw"])}), file
 
-    def _check(self, mask: LayerMask) -> None:
+    def _check_coverage(self, mask: LayerMask) -> None:
+        """Check that the slices cover each tensor of the mask exactly once, in float32; sort them by start."""
         wanted = {tensor.name: tensor.parameters for tensor in mask.trainable}
         faults = [f"{name} is not in the mask" for name in self._by_name if name not in wanted]
         for name, size in wanted.items():
@@ -126,24 +128,27 @@ class OptimizerShards:
             raise damaged(self._checkpoint, faults)
 
     def master(self, name: str) -> torch.Tensor:
-        """Return a whole master, flat float32."""
-        return self._read(name, MASTER, 0, self._by_name[name][-1][0].stop)
+        """Return the whole master of a tensor, flat float32."""
+        return self._read_range(name, MASTER, 0, self._by_name[name][-1][0].stop)
 
-    def fill(self, fragments: Sequence[Fragment]) -> None:
-        """Write masters, moments and numbers of updates into fragments, whatever their layout.
+    def load(self, fragments: Sequence[Fragment]) -> None:
+        """Load masters, moments and numbers of updates into an engine's fragments, whatever their layout.
 
         Raises:
             CheckpointError: the checkpoint holds no moments of a tensor.
         """
         try:
             for fragment in fragments:
-                self._fill(fragment)
+                self._load_fragment(fragment)
         except (KeyError, ValueError) as error:
-            raise damaged(self._checkpoint, [f"{FOLDER} lacks something ({type(error).__name__}: {error})"]) from None
+            raise damaged(
+                self._checkpoint, [f"{SHARD_FOLDER} lacks something ({type(error).__name__}: {error})"]
+            ) from None
 
-    def _fill(self, fragment: Fragment) -> None:
+    def _load_fragment(self, fragment: Fragment) -> None:
+        """Load one fragment: float32 values, then the stored format exactly if slice and format are the same."""
         part, file = next(pair for pair in self._by_name[fragment.name] if pair[0].stop > fragment.start)
-        values = {kind: self._read(fragment.name, kind, fragment.start, fragment.stop) for kind in KINDS}
+        values = {kind: self._read_range(fragment.name, kind, fragment.start, fragment.stop) for kind in KINDS}
         fragment.state.write(values, part.updates)
         same = (part.start, part.stop) == (fragment.start, fragment.stop)
         raw = {key: file.tensor(_key(f"raw.{key}", fragment.name)) for key in part.raw} if same else {}
@@ -152,7 +157,8 @@ class OptimizerShards:
         }:
             fragment.state.set_raw(raw)
 
-    def _read(self, name: str, kind: str, start: int, stop: int) -> torch.Tensor:
+    def _read_range(self, name: str, kind: str, start: int, stop: int) -> torch.Tensor:
+        """Return elements [start, stop) of one kind of a tensor's state, joined from the shards that hold them."""
         parts = []
         for part, file in self._by_name[name]:
             begin, end = max(start, part.start), min(stop, part.stop)
@@ -162,4 +168,5 @@ class OptimizerShards:
 
 
 def _key(kind: str, name: str) -> str:
+    """Return the key of a tensor in a shard file."""
     return f"{kind}/{name}"

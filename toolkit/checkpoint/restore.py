@@ -1,4 +1,4 @@
-"""Read a checkpoint: the trained tensors for whoever uses them, all of its state for a run that goes on."""
+"""Read a checkpoint: the trained tensors for inference and export, all of its state for a run that resumes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from toolkit.runtime.errors import CheckpointError
 
 
 class Checkpoint:
-    """A committed checkpoint, opened. Who opens it has verified it (``toolkit.checkpoint.manifest.verify``).
+    """An opened checkpoint. The caller has verified it (``toolkit.checkpoint.manifest.verify``).
 
     Args:
-        path: its directory.
+        path: directory of the checkpoint.
 
     Raises:
-        CheckpointError: damaged.
+        CheckpointError: the checkpoint is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,27 +36,27 @@ class Checkpoint:
         self.shards = OptimizerShards(path, self.state.step, self.state.ranks, self.mask)
 
     def delta(self) -> Delta:
-        """Return the trained tensors, float32, mapped until something is written into them."""
+        """Return the trained tensors as float32, memory-mapped copy-on-write."""
         tensors = {tensor.name: self.shards.master(tensor.name).view(tensor.shape) for tensor in self.mask.trainable}
         return Delta(tensors, self.mask, self.base)
 
     def require_fit(self, mask: LayerMask, base: Base, fingerprints: Mapping[str, str], order: str) -> None:
-        """Refuse to go on with another mask, model, data, tokenizer, template or schedule.
+        """Refuse to resume a run with another mask, model, data, tokenizer, template or schedule.
 
         Args:
-            mask: of all that this run trains up to the checkpoint's step.
-            base: the model this run starts from.
+            mask: mask of all tensors that this run trains up to the checkpoint's step.
+            base: the model that this run starts from.
             fingerprints: this run's ``CheckpointState.fingerprints``.
-            order: SHA-256 of the permutation of the checkpoint's epoch in this run.
+            order: SHA-256 of the row order of the checkpoint's epoch in this run.
 
         Raises:
-            CheckpointError: lists all differences.
+            CheckpointError: the checkpoint does not fit; lists all differences.
         """
         differences = []
         if difference := describe_difference(self.mask, mask):
             differences.append(f"it was trained with another mask: {difference}")
         now = {**fingerprints, "base": base.sha256}
-        if difference:  # which the schedule repeats
+        if difference:  # the schedule's fingerprint covers the mask, and would be listed a second time
             now["schedule"] = self.state.fingerprints.get("schedule", "")
         differences += state.fingerprint_differences(self.state, now, order)
         if differences:
@@ -68,7 +68,7 @@ class Checkpoint:
             )
 
     def restore_generators(self, world: World) -> None:
-        """Put the random number generators of this rank where they were; ranks that are new keep theirs."""
+        """Restore this rank's random number generators; a rank that the checkpoint lacks keeps its own."""
         path = self.path / rng.rng_name(world.rank, self.state.ranks)
         if path.is_file():
             try:

@@ -1,4 +1,4 @@
-"""Choose the directory that a run writes to, and whether it continues what is there."""
+"""Choose and lock the directory that a run writes to, and find the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -25,26 +25,27 @@ log = logging.getLogger("frostline")
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The directory that a run writes to, and the checkpoint it continues from."""
+    """The directory that a run writes to, and the checkpoint that it resumes from."""
 
     path: Path
     checkpoint: Path | None
-    """None starts from the beginning."""
+    """Verified checkpoint to resume from; None for a new run."""
     state: CheckpointState | None
-    """Of the checkpoint."""
+    """State of the checkpoint; None for a new run."""
     finished: bool
-    """The run in it is already done: nothing to train, and nothing to validate."""
+    """True if its run is complete: nothing is left to train or to validate."""
     overridden: tuple[str, ...] = ()
-    """In what the rest of the run will differ from what the checkpoint was written under."""
+    """Differences from the checkpoint's recipe that ``--resume-override`` accepted, one line each."""
 
 
-def _by_nobody(path: Path) -> str | None:
+def _no_holder(path: Path) -> str | None:
+    """Return None: the default of ``claim`` for callers without a job queue."""
     return None
 
 
 @dataclass(frozen=True)
-class _Request:
-    """A run that wants a directory."""
+class _ClaimRequest:
+    """The arguments of ``claim``; that function documents them."""
 
     config: RunConfig
     recipe: Path
@@ -55,12 +56,14 @@ class _Request:
 
 
 @dataclass
-class _LockedDirectory:
-    """A directory that was chosen, and what has to be undone."""
+class _ClaimedDirectory:
+    """A locked run directory, and what ``_release_claim`` has to undo."""
 
     directory: RunDirectory
     lock: RunLock | None
+    """None if the directory does not exist and is not to be created."""
     created: list[Path] = field(default_factory=list)
+    """Directories that were created for the claim, deepest first."""
 
 
 @contextmanager
@@ -68,34 +71,35 @@ def claim(
     config: RunConfig,
     recipe: Path,
     world: World,
-    held_by: Callable[[Path], str | None] = _by_nobody,
+    held_by: Callable[[Path], str | None] = _no_holder,
     create: bool = True,
     ranks: int | None = None,
     override: bool = False,
 ) -> Iterator[RunDirectory]:
-    """Pick the directory of a run, the same on every rank, and keep other runs out of it while entered.
+    """Choose the directory of a run, the same on every rank, and hold its lock within the context.
 
-    With ``output.dir`` that directory, else ``runs/RECIPE``, or the first ``runs/RECIPE-N`` that is free or holds an
-    interrupted run of the same recipe. The checkpoint to continue from is verified to the last byte. A directory made
-    for this and left without anything in it is removed again.
+    The directory is ``output.dir`` if set, else the first of ``runs/RECIPE``, ``runs/RECIPE-2`` … that is free or holds
+    an interrupted run of the same recipe. The checkpoint to resume from is verified. A directory that was created
+    for the claim and is still empty at the end is removed.
 
     Args:
-        config: the run.
-        recipe: the file it was read from; names the directory where the recipe does not.
-        world: this process among the run's.
-        held_by: who has a directory although no process runs there yet, such as a job in a queue; none for nobody.
-        create: false leaves a directory that does not exist as it is.
-        ranks: that will train, if not those of ``world``.
-        override: go on under a recipe that differs in what ``recipe_differences`` calls harmless.
+        config: the recipe.
+        recipe: path of the recipe file, which names the directory if ``output.dir`` is not set.
+        world: this process among all ranks.
+        held_by: function that names who reserved a directory without a running process, such as a queued job, or
+            returns None.
+        create: False to leave a missing directory missing.
+        ranks: number of ranks that will train; None for those of ``world``.
+        override: True to accept the recipe differences that ``recipe_differences`` calls harmless.
 
     Raises:
-        CheckpointError: the directory holds another recipe's run, is in use, or ``output.resume`` forbids it; or its
-            checkpoints are damaged.
+        CheckpointError: the directory holds the run of another recipe, is in use, its checkpoints are damaged, or
+            ``output.resume`` forbids it.
     """
     claimed = error = None
     if world.is_main:
         try:
-            claimed = _choose(_Request(config, recipe, ranks or world.size, held_by, create, override))
+            claimed = _claim_directory(_ClaimRequest(config, recipe, ranks or world.size, held_by, create, override))
         except CheckpointError as refused:
             error = refused
     try:
@@ -107,13 +111,14 @@ def claim(
         yield directory
     finally:
         if claimed is not None:
-            _release(claimed)
+            _release_claim(claimed)
 
 
-def _choose(request: _Request) -> _LockedDirectory:
+def _claim_directory(request: _ClaimRequest) -> _ClaimedDirectory:
+    """Lock the directory that ``output.dir`` names, or the first of the recipe's directories that fits; on rank 0."""
     output = request.config.output
     if output.dir:
-        claimed = _lock(Path(output.dir), request)
+        claimed = _lock_directory(Path(output.dir), request)
         if isinstance(claimed, str):
             raise CheckpointError(
                 f"{output.dir} is being written by another run: {claimed}. Wait for it, or choose another --output.dir"
@@ -123,7 +128,7 @@ def _choose(request: _Request) -> _LockedDirectory:
                 raise CheckpointError(
                     f"{output.dir} belongs to {holder}; wait for it, cancel it, or choose another --output.dir"
                 )
-            claimed.directory = _inspect(claimed.directory.path, request)
+            claimed.directory = _read_run(claimed.directory.path, request)
         return claimed
     if request.override:
         raise CheckpointError("--resume-override goes on with a run that you name: add its --output.dir")
@@ -134,21 +139,21 @@ def _choose(request: _Request) -> _LockedDirectory:
                 f"output.resume is must, but no directory up to {path} holds an interrupted run of this recipe; "
                 "name the run with --output.dir"
             )
-        claimed = _lock(path, request)
+        claimed = _lock_directory(path, request)
         if isinstance(claimed, str):
             continue
         with _released_on_error(claimed):
-            found = None if request.held_by(path) else _inspect_if_fits(path, request)
-            if found is not None:
-                claimed.directory = found
+            directory = None if request.held_by(path) else _read_run_if_fits(path, request)
+            if directory is not None:
+                claimed.directory = directory
                 return claimed
-        _release(claimed)
+        _release_claim(claimed)
     raise AssertionError("unreachable")
 
 
-def _lock(path: Path, request: _Request) -> _LockedDirectory | str:
-    """Return the directory, locked; or who holds it."""
-    claimed = _LockedDirectory(RunDirectory(path, None, None, finished=False), None)
+def _lock_directory(path: Path, request: _ClaimRequest) -> _ClaimedDirectory | str:
+    """Lock a directory, creating it if missing; return the claim, or a text that names who holds the lock."""
+    claimed = _ClaimedDirectory(RunDirectory(path, None, None, finished=False), None)
     if not request.create and not path.exists():
         return claimed  # nobody can hold what does not exist
     claimed.created = [folder for folder in (path, *path.parents) if not folder.exists()]
@@ -165,47 +170,50 @@ def _lock(path: Path, request: _Request) -> _LockedDirectory | str:
     return claimed
 
 
-def _release(claimed: _LockedDirectory) -> None:
-    """Release the lock; a directory that was made for the run and holds nothing else goes with it."""
+def _release_claim(claimed: _ClaimedDirectory) -> None:
+    """Release the lock, and remove the directory if it was created for the claim and is still empty."""
     if claimed.lock is None:
         return
     path = claimed.directory.path
     unused = path in claimed.created and {entry.name for entry in path.iterdir()} <= {LOCK}
     claimed.lock.release(remove=unused)
     if unused:
-        with suppress(OSError):  # another run has come in
+        with suppress(OSError):  # another run has just started to use it
             for folder in claimed.created:
                 folder.rmdir()
 
 
 @contextmanager
-def _released_on_error(claimed: _LockedDirectory) -> Iterator[None]:
+def _released_on_error(claimed: _ClaimedDirectory) -> Iterator[None]:
+    """Release the claim if the body of the context raises."""
     try:
         yield
     except BaseException:
-        _release(claimed)
+        _release_claim(claimed)
         raise
 
 
-def _inspect_if_fits(path: Path, request: _Request) -> RunDirectory | None:
-    """Return an unused directory, or an unfinished run of the same recipe that may be continued; else None."""
+def _read_run_if_fits(path: Path, request: _ClaimRequest) -> RunDirectory | None:
+    """Return the directory if it is unused or holds an unfinished run of the same recipe to resume; else None."""
     resume = request.config.output.resume
     if not checkpoints_of(path):
         return None if resume == "must" else RunDirectory(path, None, None, finished=False)
-    if resume == "never" or not any(_is_of_recipe(checkpoint, request) for checkpoint in checkpoints_of(path)):
+    if resume == "never" or not any(_has_same_recipe(checkpoint, request) for checkpoint in checkpoints_of(path)):
         return None
-    found = _inspect(path, request)
-    return None if found.finished else found
+    directory = _read_run(path, request)
+    return None if directory.finished else directory
 
 
-def _is_of_recipe(checkpoint: Path, request: _Request) -> bool:
+def _has_same_recipe(checkpoint: Path, request: _ClaimRequest) -> bool:
+    """Return True if a checkpoint can be read and its recipe has no difference from the request's."""
     try:
         return not any(recipe_differences(read_state(checkpoint), request.config, request.ranks))
     except CheckpointError:
         return False
 
 
-def _inspect(path: Path, request: _Request) -> RunDirectory:
+def _read_run(path: Path, request: _ClaimRequest) -> RunDirectory:
+    """Find the checkpoint to resume from in ``path``, and check ``output.resume`` and the recipe against it."""
     resume = request.config.output.resume
     if (present := checkpoints_of(path)) and resume == "never":
         raise CheckpointError(
@@ -222,11 +230,12 @@ def _inspect(path: Path, request: _Request) -> RunDirectory:
         raise CheckpointError(_refusal(path, checkpoint, refused, harmless))
     finished = state.step >= state.steps_in_all(request.config, request.ranks)
     if finished and request.config.data.validation is not None and read_loss(checkpoint) is None:
-        finished = False  # its last validation is still to be done
+        finished = False  # the last validation is missing
     return RunDirectory(path, checkpoint, state, finished, tuple(harmless))
 
 
 def _refusal(path: Path, checkpoint: Path, refused: list[str], harmless: list[str]) -> str:
+    """Return the message for a directory whose run has another recipe."""
     lines = [f"{path} holds a run of another recipe:", *(f"  - {difference}" for difference in refused + harmless)]
     if refused:
         lines.append(
@@ -239,6 +248,6 @@ def _refusal(path: Path, checkpoint: Path, refused: list[str], harmless: list[st
 
 
 def write_config(path: Path, config: RunConfig) -> None:
-    """Save the resolved recipe with the directory it runs in; a valid ``--config`` that continues the run."""
+    """Write the resolved recipe to ``config.yaml`` with ``output.dir`` set, so that ``--config`` resumes the run."""
     output = config.output.model_copy(update={"dir": str(path)})
     replace_text(path / "config.yaml", dump(config.model_copy(update={"output": output})))

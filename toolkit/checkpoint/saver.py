@@ -1,4 +1,4 @@
-"""Commit checkpoints: staged, written and hashed by every rank, then published by one rename."""
+"""Save checkpoints: every rank writes and hashes its files in a staging directory, which one rename publishes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from typing import Any
 import torch
 
 from toolkit.checkpoint import catalog, optimizer_shards
-from toolkit.checkpoint.delta import BASE, MASK, Base, base_as_dict
+from toolkit.checkpoint.delta import BASE_FILE, MASK_FILE, Base, base_as_dict
 from toolkit.checkpoint.evaluation import read_loss, write_loss
 from toolkit.checkpoint.manifest import directory_name, write_manifest
 from toolkit.checkpoint.rng import capture, rng_name
-from toolkit.checkpoint.state import NAME as STATE
-from toolkit.checkpoint.state import CheckpointState
+from toolkit.checkpoint.state import STATE_FILE, CheckpointState
 from toolkit.engine.base import Engine
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.runtime.distributed import World
@@ -26,39 +25,40 @@ from toolkit.runtime.hashed_files import FileHash, explain_disk_errors, write_js
 from toolkit.runtime.paths import sync_directory
 from toolkit.runtime.safetensors_io import file_size
 
-_Files = dict[str, tuple[dict[str, torch.Tensor], dict[str, str]]]
-"""Tensors and metadata by file name."""
-_Written = dict[str, FileHash] | FrostlineError
+_TensorFiles = dict[str, tuple[dict[str, torch.Tensor], dict[str, str]]]
+"""Tensors and metadata of each safetensors file, by file name."""
+_WriteResult = dict[str, FileHash] | FrostlineError
+"""Hash of each file that a rank wrote, or the error that stopped it."""
 _SLACK = 2**20
-"""Bytes beside tensors: indices, manifest, the file system's own."""
+"""Bytes to reserve besides tensors: indices, manifest, file system overhead."""
 
 
 @dataclass(frozen=True)
 class CheckpointContent:
-    """The content of a checkpoint."""
+    """What a checkpoint is written from."""
 
     state: CheckpointState
     engine: Engine
-    """What trains now."""
+    """Engine of the current phase, with the state of the tensors that train now."""
     resting: Mapping[str, torch.Tensor]
-    """On rank 0, masters of what trained in earlier phases only."""
+    """On rank 0, masters of the tensors that trained in an earlier phase and are frozen now."""
     mask: LayerMask
-    """Of all that trained so far."""
+    """Mask of all tensors that have trained so far."""
     base: Base
-    """The model this run starts from."""
+    """The model that the run started from."""
 
 
 class Saver:
-    """Writes the checkpoints of a run, one at a time; every rank makes the same calls.
+    """Write the checkpoints of a run, one at a time; every rank makes the same calls.
 
-    In the background, ``save`` copies the state to the CPU and returns; a thread of each rank writes its files while
-    training goes on, and ``poll`` publishes them once all ranks are done.
+    With ``in_background``, ``save`` copies the state to the CPU and returns; a thread of each rank writes its files
+    while training goes on, and ``poll`` publishes them once all ranks are done.
 
     Args:
         run: the run directory.
-        world: all ranks.
-        keep: newest checkpoints that stay, beside the best.
-        in_background: do not wait for the disk.
+        world: this process among all ranks.
+        keep: number of newest checkpoints to keep, besides the best one.
+        in_background: True to write in a background thread.
     """
 
     def __init__(self, run: Path, world: World, keep: int, in_background: bool = False) -> None:
@@ -67,35 +67,35 @@ class Saver:
         self._pending: _PendingCheckpoint | None = None
 
     def save(self, content: CheckpointContent, validation_follows: bool = False) -> None:
-        """Commit a checkpoint, or begin to. A kill at any moment leaves the previous one in place.
+        """Save a checkpoint, or start to in the background. A kill at any moment leaves the previous one in place.
 
         Args:
-            content: of the checkpoint.
-            validation_follows: older ones stay until ``record`` has its loss.
+            content: content of the checkpoint.
+            validation_follows: True to keep older checkpoints until ``record_loss`` has the loss of this one.
 
         Raises:
-            DiskError: the disk has no room or does not write; the previous checkpoint and the state stay.
+            DiskError: the disk is full or cannot be written; the previous checkpoint stays.
         """
         self.wait()
-        files, documents = _pack(content, self._world)
+        files, documents = _files_of_rank(content, self._world)
         self._require_room(sum(file_size(tensors, meta) for tensors, meta in files.values()))
         staging = self._run / "checkpoints" / f".{directory_name(content.state.step)}.staging"
-        self._on_main(f"checkpoint {staging}", lambda: (staging / optimizer_shards.FOLDER).mkdir(parents=True))
-        written: Future[_Written] = Future()
+        self._on_main(f"checkpoint {staging}", lambda: (staging / optimizer_shards.SHARD_FOLDER).mkdir(parents=True))
+        written: Future[_WriteResult] = Future()
         if self._executor is None:
-            written.set_result(_write(staging, files, documents))
+            written.set_result(_write_files(staging, files, documents))
         else:
             files = {
                 name: ({key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}, metadata)
                 for name, (tensors, metadata) in files.items()
             }
-            written = self._executor.submit(_write, staging, files, documents)
+            written = self._executor.submit(_write_files, staging, files, documents)
         self._pending = _PendingCheckpoint(staging, content.state.step, validation_follows, written)
         if self._executor is None:
             self._publish()
 
     def poll(self) -> None:
-        """Publish what is being written if every rank has written its part. Call it once a step.
+        """Publish the pending checkpoint if every rank has written its files; called once a step.
 
         Raises:
             DiskError: a rank could not write.
@@ -104,7 +104,7 @@ class Saver:
             self._publish()
 
     def wait(self) -> None:
-        """Publish what is being written, once it is.
+        """Wait for the pending checkpoint, if there is one, and publish it.
 
         Raises:
             DiskError: a rank could not write.
@@ -112,23 +112,23 @@ class Saver:
         if self._pending is not None:
             self._publish()
 
-    def record(self, step: int, loss: float) -> None:
-        """Write the validation loss of the newest checkpoint, which is of ``step``; then remove older ones.
+    def record_loss(self, step: int, loss: float) -> None:
+        """Write the validation loss of the newest checkpoint, which must be of ``step``; then remove old checkpoints.
 
         Raises:
-            DiskError: the disk; the checkpoint stays, without its loss.
+            DiskError: the file cannot be written; the checkpoint stays, without its loss.
         """
         self.wait()
         checkpoint = self._run / "checkpoints" / directory_name(step)
 
-        def write() -> None:
+        def write_and_prune() -> None:
             write_loss(checkpoint, loss)
             catalog.prune(self._run, checkpoint, self._keep)
 
-        self._on_main(f"the validation loss of {checkpoint}", write)
+        self._on_main(f"the validation loss of {checkpoint}", write_and_prune)
 
     def loss_at(self, step: int) -> float | None:
-        """Return the validation loss kept with the checkpoint of ``step``, on rank 0; elsewhere None."""
+        """Return on rank 0 the validation loss saved with the checkpoint of ``step``; on other ranks None."""
         return read_loss(self._run / "checkpoints" / directory_name(step)) if self._world.is_main else None
 
     def __enter__(self) -> Saver:
@@ -137,26 +137,30 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is None:
             self.wait()
-        if self._executor is not None:  # after an error: what is written cannot be published without the other ranks
+        if (
+            self._executor is not None
+        ):  # after an error the pending checkpoint is dropped: publishing it needs all ranks
             self._executor.shutdown()
 
     def _publish(self) -> None:
+        """Wait until every rank has written its files, then commit the pending checkpoint; every rank calls it."""
         assert self._pending is not None
         pending, self._pending = self._pending, None
         entries: dict[str, FileHash] = {}
-        for written in self._world.all_gather_object(pending.written.result()):
-            if isinstance(written, FrostlineError):
+        for result in self._world.all_gather_object(pending.written.result()):
+            if isinstance(result, FrostlineError):
                 self._remove_staging()
-                raise written
-            entries |= written
-        self._on_main(f"checkpoint {pending.staging}", lambda: self._rename(pending, entries))
+                raise result
+            entries |= result
+        self._on_main(f"checkpoint {pending.staging}", lambda: self._commit(pending, entries))
 
-    def _rename(self, pending: _PendingCheckpoint, entries: Mapping[str, FileHash]) -> None:
+    def _commit(self, pending: _PendingCheckpoint, entries: Mapping[str, FileHash]) -> None:
+        """Write the manifest, sync, rename the staging directory, and remove old checkpoints; on rank 0 only."""
         staging, final = pending.staging, self._run / "checkpoints" / directory_name(pending.step)
         write_manifest(staging, pending.step, entries)
         for directory in (*(path for path in staging.iterdir() if path.is_dir()), staging):
             sync_directory(directory)
-        if final.exists():  # of this step, by a run that was resumed from before it
+        if final.exists():  # written before the run was resumed from an earlier step
             final.rename(final.with_name(f".{final.name}.replaced"))
         staging.rename(final)
         sync_directory(final.parent)
@@ -165,10 +169,11 @@ class Saver:
             catalog.prune(self._run, final, self._keep)
         catalog.clear_leftovers(self._run)
 
-    def _require_room(self, own: int) -> None:
-        needed = int(self._world.sum(own)[0]) + _SLACK
+    def _require_room(self, bytes_of_rank: int) -> None:
+        """Refuse to start a checkpoint, which takes the sum over ranks, if the disk has too little free space."""
+        needed = int(self._world.sum(bytes_of_rank)[0]) + _SLACK
 
-        def look() -> None:
+        def check_free_space() -> None:
             directory = self._run / "checkpoints"
             directory.mkdir(parents=True, exist_ok=True)
             catalog.clear_leftovers(self._run)
@@ -180,10 +185,10 @@ class Saver:
                     "again to go on from the latest"
                 )
 
-        self._on_main(f"checkpoints in {self._run}", look)
+        self._on_main(f"checkpoints in {self._run}", check_free_space)
 
     def _on_main(self, what: str, work: Any) -> None:
-        """Do ``work`` on rank 0; every rank waits for it and learns of its error."""
+        """Run ``work`` on rank 0 and raise its error on every rank; ``what`` names the file in disk errors."""
         error = None
         if self._world.is_main:
             try:
@@ -196,23 +201,27 @@ class Saver:
             raise shared
 
     def _remove_staging(self) -> None:
+        """Remove the staging directory of a failed checkpoint, on rank 0."""
         if self._world.is_main:
             catalog.clear_leftovers(self._run)
 
 
 @dataclass(frozen=True)
 class _PendingCheckpoint:
-    """A checkpoint that is not published yet."""
+    """A checkpoint whose files are being written."""
 
     staging: Path
     step: int
     validation_follows: bool
-    written: Future[_Written]
-    """This rank's part."""
+    written: Future[_WriteResult]
+    """Result of writing this rank's files."""
 
 
-def _write(staging: Path, files: _Files, documents: Mapping[str, object]) -> _Written:
-    """Write a rank's part of a checkpoint; return the hashes of its files, or why it could not be written."""
+def _write_files(staging: Path, files: _TensorFiles, documents: Mapping[str, object]) -> _WriteResult:
+    """Write this rank's tensor files and JSON documents; return their hashes, or the error.
+
+    It returns errors because it runs in a thread, and ``_publish`` tells every rank of them.
+    """
     entries = {}
     try:
         with explain_disk_errors(f"checkpoint {staging}"):
@@ -227,22 +236,24 @@ def _write(staging: Path, files: _Files, documents: Mapping[str, object]) -> _Wr
     return entries
 
 
-def _pack(content: CheckpointContent, world: World) -> tuple[_Files, dict[str, object]]:
-    """Return what this rank writes: its shard, and documents, by file name."""
+def _files_of_rank(content: CheckpointContent, world: World) -> tuple[_TensorFiles, dict[str, object]]:
+    """Return the files that this rank writes: its optimizer shard, and JSON documents, by file name."""
     engine, step = content.engine, content.state.step
-    share = optimizer_shards.fragments_of_rank(engine.fragments(), engine.is_replicated, world.rank, world.size)
-    tensors, index = optimizer_shards.pack_tensors(share, content.resting if world.is_main else {})
-    own = (world.rank, world.size)
+    fragments = optimizer_shards.fragments_of_rank(engine.fragments(), engine.is_replicated, world.rank, world.size)
+    tensors, index = optimizer_shards.pack_tensors(fragments, content.resting if world.is_main else {})
     documents: dict[str, object] = {
-        optimizer_shards.shard_name(*own, "json"): index,
-        rng_name(*own): capture(world.device),
+        optimizer_shards.shard_name(world.rank, world.size, "json"): index,
+        rng_name(world.rank, world.size): capture(world.device),
     }
     if world.is_main:
         documents |= {
-            STATE: content.state.model_dump(),
-            MASK: asdict(content.mask),
-            BASE: base_as_dict(content.base),
+            STATE_FILE: content.state.model_dump(),
+            MASK_FILE: asdict(content.mask),
+            BASE_FILE: base_as_dict(content.base),
         }
     return {
-        optimizer_shards.shard_name(*own, "safetensors"): (tensors, optimizer_shards.metadata(step, *own))
+        optimizer_shards.shard_name(world.rank, world.size, "safetensors"): (
+            tensors,
+            optimizer_shards.metadata(step, world.rank, world.size),
+        )
     }, documents

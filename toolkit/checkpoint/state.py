@@ -1,4 +1,4 @@
-"""Read a checkpoint's state, and compare it with the run that would resume from it."""
+"""Read ``state.json`` of a checkpoint, and compare it with the run that would resume from it."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from toolkit.config.policy import global_batch
 from toolkit.config.schema import RunConfig
 from toolkit.runtime.errors import CheckpointError
 
-NAME = "state.json"
+STATE_FILE = "state.json"
 
 _IRRELEVANT = ("output.", "prefix.cache", "prefix.placement")
-"""Where output goes, and where hidden states and frozen weights are kept, does not change what is learned."""
+"""Settings that may differ on resume: where output, cached hidden states and frozen weights are kept."""
 _BATCH_SIZE = ("train.micro_batch_size", "train.gradient_accumulation_steps")
-"""What counts is the rows of one step over all ranks, their product with the number of ranks."""
+"""Settings of which only the product with the number of ranks is compared: the rows of one step over all ranks."""
 _HARMLESS = (
     "train.learning_rate", "train.weight_decay", "train.warmup_ratio", "train.scheduler", "train.epochs",
     "train.max_steps", "train.max_grad_norm", "train.max_skipped_steps", "train.gradient_checkpointing", "optim.",
     "data.packing", "data.path", "data.split", "data.validation_split", "model.name_or_path", "model.revision",
     "model.attn_implementation", "model.trust_remote_code",
 )  # fmt: skip
-"""May change under an override: later steps differ, and those before keep their meaning. Where rows and weights come
-from may change because their fingerprints may not."""
+"""Settings that may change with --resume-override: later steps differ, and earlier ones keep their meaning. Paths of
+rows and weights may change because their fingerprints may not."""
 
 
 class CheckpointState(BaseModel):
-    """Position of a checkpoint in its run, what it belongs to, and what wrote it.
+    """Content of ``state.json``: position in the run, fingerprints of its inputs, and versions that wrote it.
 
-    A key that is added gets a default, which checkpoints of earlier versions take.
+    A field that is added must have a default, for checkpoints of earlier versions.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -55,28 +55,28 @@ class CheckpointState(BaseModel):
     global_batch: int = Field(ge=1)
     """Rows of one optimizer step over all ranks."""
     phase: int = Field(0, ge=0)
-    """Of the mask's schedule, from 0; that of the last step."""
+    """Phase of the mask's schedule in which the last step was done, from 0."""
     schedule_step: int = Field(ge=0)
-    """Steps that the learning-rate schedule has done."""
+    """Steps that the learning-rate scheduler has done."""
     engine: str
     ranks: int = Field(ge=1)
     eval_loss: float | None = None
-    """Validation loss after this very step, where no ``evaluation.json`` has it: in checkpoints of older versions."""
+    """Validation loss after this step, in checkpoints of version 0.1; newer ones have it in ``evaluation.json``."""
     totals: dict[str, float] = Field(default_factory=dict)
     """Sums since the run began (tokens, seconds …) and of the epoch that is under way; mean loss of each epoch done."""
     fingerprints: dict[str, str]
     """SHA-256 of data, tokenizer, chat template, base model and the mask's schedule."""
     versions: dict[str, str] = Field(default_factory=dict)
-    """Of Python and the libraries."""
+    """Versions of Python and the libraries that wrote the checkpoint."""
     recipe: dict[str, Any]
 
     @property
     def finished(self) -> bool:
-        """Return True at the end of the run."""
+        """Return True if the run was at its end."""
         return self.step >= self.total_steps
 
     def steps_in_all(self, config: RunConfig, ranks: int) -> int:
-        """Return the steps of the whole run if ``config`` goes on from here on ``ranks`` ranks."""
+        """Return the total steps of the run if it resumes from here with ``config`` on ``ranks`` ranks."""
         train = config.train
         batch = global_batch(train.micro_batch_size, train.gradient_accumulation_steps, ranks)
         rest = math.ceil((self.rows - self.cursor) / batch)
@@ -85,39 +85,42 @@ class CheckpointState(BaseModel):
 
 
 def read_state(checkpoint: Path) -> CheckpointState:
-    """Read the state of a checkpoint, also of an earlier version.
+    """Read the state of a checkpoint of this or an earlier version.
 
     Raises:
-        CheckpointError: it is missing or damaged, or a newer version wrote what this one does not know.
+        CheckpointError: the state is missing or damaged, or has keys of a newer version.
     """
     try:
-        content = json.loads((checkpoint / NAME).read_text(encoding="utf-8"))
+        content = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
         if isinstance(content, dict) and (unknown := content.keys() - CheckpointState.model_fields):
-            raise _newer(checkpoint, sorted(unknown), content.get("versions"))
+            raise _newer_version(checkpoint, sorted(unknown), content.get("versions"))
         return CheckpointState.model_validate(content)
     except ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(map(str, fault["loc"]))
-        raise damaged(checkpoint, [f"{NAME} cannot be read ({where}: {fault['msg']})"]) from None
+        raise damaged(checkpoint, [f"{STATE_FILE} cannot be read ({where}: {fault['msg']})"]) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise damaged(checkpoint, [f"{NAME} cannot be read ({error})"]) from None
+        raise damaged(checkpoint, [f"{STATE_FILE} cannot be read ({error})"]) from None
 
 
-def _newer(checkpoint: Path, unknown: Sequence[str], versions: object) -> CheckpointError:
-    """Return the error for keys that this version does not know, and may not ignore."""
+def _newer_version(checkpoint: Path, unknown: Sequence[str], versions: object) -> CheckpointError:
+    """Return the error for a checkpoint with keys that only a newer version knows."""
     wrote = versions.get("frostline") if isinstance(versions, dict) else None
     return CheckpointError(
         f"checkpoint {checkpoint} is of a newer version of frostline ({wrote or 'unknown'}, this is "
-        f"{toolkit.__version__}): its {NAME} has {', '.join(unknown)}, which this version does not know. "
+        f"{toolkit.__version__}): its {STATE_FILE} has {', '.join(unknown)}, which this version does not know. "
         "Go on with a version that does"
     )
 
 
 def recipe_differences(state: CheckpointState, config: RunConfig, ranks: int) -> tuple[list[str], list[str]]:
-    """Return how ``config`` would change the run of a checkpoint: in what it may not, and in what under an override."""
+    """Compare a checkpoint's recipe with ``config``; return the refused differences and those that may be overridden.
+
+    Each is one line of text. ``--resume-override`` accepts the second kind.
+    """
     refused: list[str] = []
     harmless: list[str] = []
-    before = _flatten(RunConfig().model_dump(mode="json"))  # a key that is newer than the checkpoint had its default
+    before = _flatten(RunConfig().model_dump(mode="json"))  # keys newer than the checkpoint count as their defaults
     old, new = {**before, **_flatten(state.recipe)}, _flatten(config.model_dump(mode="json"))
     for key in [*new, *(key for key in old if key not in new)]:
         if key.startswith(_IRRELEVANT) or key in _BATCH_SIZE or old.get(key) == new.get(key):
@@ -135,12 +138,12 @@ def recipe_differences(state: CheckpointState, config: RunConfig, ranks: int) ->
 
 
 def fingerprint_differences(state: CheckpointState, now: Mapping[str, str], order: str) -> Iterator[str]:
-    """Yield how data, tokenizer, template, model or schedule of this run differ from a checkpoint's.
+    """Yield a line for each of data, tokenizer, template, model and schedule that differs from a checkpoint's.
 
     Args:
-        state: of the checkpoint.
+        state: state of the checkpoint.
         now: this run's ``CheckpointState.fingerprints``.
-        order: of the checkpoint's epoch in this run.
+        order: SHA-256 of the row order of the checkpoint's epoch in this run.
     """
     for name, meaning in _MEANINGS.items():
         if state.fingerprints.get(name) != now[name]:
@@ -159,6 +162,7 @@ _MEANINGS = {
 
 
 def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a recipe by ``section.key``."""
     return {
         f"{section}.{key}": value
         for section, keys in values.items()

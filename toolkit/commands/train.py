@@ -67,9 +67,9 @@ def train(
         directory: list[Path] = []
         code = run(read_input(recipe, overrides, ds, resume_override), directory.append)
     if ds is not None:
-        from toolkit.engine.deepspeed.process_groups import forget_groups
+        from toolkit.engine.deepspeed.process_groups import reset_process_groups
 
-        forget_groups()
+        reset_process_groups()
     if not directory:
         raise TrainingStoppedError("a signal stopped the run before it had a directory; call again to begin it")
     return TrainResult(directory[0], stopped=code == STOPPED)

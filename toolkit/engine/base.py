@@ -1,4 +1,4 @@
-"""The interface between the training loop and what executes a step."""
+"""The interface between the training loop and the engines, which run forward, backward and the update."""
 
 from __future__ import annotations
 
@@ -20,68 +20,80 @@ class Update:
     grad_norm: torch.Tensor
     """Global 2-norm of the gradient before clipping, a float32 scalar; reading it waits for the device."""
     learning_rate: float
-    """The rate this step used."""
+    """Learning rate of this step."""
 
 
 class Engine(Protocol):
-    """Forward, backward and update of a suffix on this rank; every rank makes the same calls in the same order."""
+    """Run forward, backward and update of the suffix; every rank makes the same calls in the same order."""
 
     name: str
-    """``local``, or ``zero-N`` with the stage."""
+    """``local``, or ``zero-N`` with the ZeRO stage."""
     shapes: dict[str, torch.Size]
-    """Of the trained tensors, by their names in the whole model."""
+    """Shape of each trained tensor, by its name in the whole model."""
     is_replicated: bool
-    """Every rank holds all of the optimizer's state; otherwise each holds a part of its own."""
+    """True if every rank holds all of the optimizer state, False if it is partitioned over the ranks."""
     world: World
 
-    def forward(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:
-        """Return the cross entropy summed over the batch's supervised positions, a float32 scalar."""
+    def forward_loss(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:
+        """Run the suffix and its loss head; return the loss: cross entropy summed over supervised positions, float32.
+
+        Args:
+            hidden: hidden states at the frost line; None if the suffix is the whole model.
+            batch: tokens and labels of the micro batch.
+        """
 
     def backward(self, loss: torch.Tensor, is_last: bool) -> None:
-        """Add the gradient of a micro batch's share of the global mean; ``is_last`` marks the step's last one."""
+        """Run backward for one micro batch and accumulate its gradient.
+
+        Args:
+            loss: the micro batch's share of the global mean loss.
+            is_last: True for the last micro batch of the step.
+        """
 
     def update(self) -> Update:
-        """Sum gradients over ranks, clip, update the float32 masters, write back, move the schedule on.
+        """Sum gradients over ranks, clip, update the fp32 masters, write back, and step the learning-rate scheduler.
 
-        A gradient that is not finite on any rank changes no weight, moment or step count of any; the schedule, which
-        follows the run's steps, moves on all the same. ``Update.grad_norm`` is then not finite on any rank.
+        A gradient that is not finite on some rank changes no weight, moment or step count on any rank; the scheduler,
+        which follows the run's steps, advances all the same. ``Update.grad_norm`` is then not finite on every rank.
         """
 
     def moved_share(self) -> float | None:
-        """Return the share of the sampled weights, over all ranks, that the last update changed as it was meant to.
+        """Return the share of the sampled weights, over all ranks, that the last update changed.
 
-        None where nothing was meant to. ``toolkit.optim.update_monitor.UpdateMonitor`` says what is looked at and warns
-        in the log where rounding eats the updates.
+        None if no sampled weight was meant to change. ``toolkit.optim.update_monitor.UpdateMonitor`` defines the
+        sample, and warns in the log if rounding loses the updates.
         """
 
     def train(self, mode: bool) -> None:
-        """Turn dropout on or off."""
+        """Set the suffix to training mode or evaluation mode, which turns dropout on or off."""
 
     def gathered(self) -> AbstractContextManager[object]:
-        """Make the suffix's parameters whole on every rank while entered; every rank enters it."""
+        """Return a context in which the suffix's parameters are gathered on every rank; all ranks enter it."""
 
     def gathered_bytes(self) -> int:
-        """Return the bytes that ``gathered`` takes on this rank."""
+        """Return the additional bytes that ``gathered`` needs on this rank."""
 
     def masters(self) -> dict[str, torch.Tensor]:
-        """Return the trained tensors in float32 by name in the whole model, on rank 0's CPU; elsewhere nothing."""
+        """Return the trained tensors by name, float32 on the CPU of rank 0; an empty dict on other ranks."""
         return gather_kind(MASTER, self.fragments(), self.shapes, self.is_replicated, self.world)
 
     @property
     def schedule_step(self) -> int:
-        """Return the steps that the learning-rate schedule has done."""
+        """Return the number of steps that the learning-rate scheduler has done."""
 
     def fragments(self) -> list[Fragment]:
         """Return this rank's fragments of the optimizer state; before the first update the moments are zeros."""
 
     def continue_at(self, step: int) -> None:
-        """Go on from what was written into ``fragments``, with the schedule where it is after ``step`` updates.
+        """Resume from the state written into ``fragments``, with the learning-rate scheduler set to ``step``.
 
-        The model's parameters hold the rounded masters already.
+        Called after loading a checkpoint or the state of an earlier phase. The parameters must hold the rounded
+        masters already.
         """
 
     def release(self) -> dict[str, torch.Tensor]:
-        """Free all state; return, by name, the tensors of the suffix that the engine had moved elsewhere.
+        """Free all state; return, by name, the suffix's tensors that the engine had moved to memory of its own.
 
-        The engine and its suffix cannot be used afterwards.
+        Called at the end of a phase: the caller puts these tensors back into the model. Neither the engine nor its
+        suffix can be used afterwards.
         """

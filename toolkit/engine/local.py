@@ -1,4 +1,4 @@
-"""An engine without DeepSpeed: torch on one device, or one device a rank with summed gradients."""
+"""An engine without DeepSpeed: torch on one device, or data parallel with one device a rank."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from toolkit.data.batches import Batch
 from toolkit.engine.base import Engine, Update
 from toolkit.mask.layer_mask import ParameterGroup
 from toolkit.optim.flat_buffers import FlatState, TensorState
-from toolkit.optim.groups import build_scheduler, current_rate, embedding_tables, forward_to, parameter_groups
+from toolkit.optim.groups import build_scheduler, current_rate, embedding_tables, parameter_groups, set_scheduler_step
 from toolkit.optim.master_adamw import MasterAdamW
 from toolkit.optim.state_fragments import KINDS, Fragment, FragmentState
 from toolkit.optim.update_monitor import UpdateMonitor
@@ -24,16 +24,16 @@ from toolkit.split.suffix import Suffix
 
 
 class LocalEngine(Engine):
-    """AdamW on exact masters, beside the suffix in its own precision.
+    """Train the suffix in its own precision with ``MasterAdamW``, which keeps fp32 or split masters.
 
     Args:
-        suffix: on its device, its mask applied.
-        parameters: its trainable parameters by their names in the whole model.
-        groups: of the mask; they hold all of ``parameters``.
+        suffix: suffix on its device, with the mask applied.
+        parameters: trainable parameters of the suffix, by their names in the whole model.
+        groups: parameter groups of the mask, which together name all of ``parameters``.
         train: the recipe's training section.
         optim: the recipe's optimizer section.
-        total_steps: optimizer steps of the whole run, for the schedule.
-        world: gradients are summed over its ranks.
+        total_steps: optimizer steps of the whole run, for the learning-rate schedule.
+        world: this process among the ranks over which gradients are summed.
     """
 
     name = "local"
@@ -59,11 +59,11 @@ class LocalEngine(Engine):
             parameters, settings, train.max_grad_norm, accumulates, world.size, name=optim.name,
             tables=embedding_tables(suffix.model),
         )  # fmt: skip
-        self._moved, self._rate = UpdateMonitor(self._optimizer.sample), 0.0
+        self._update_monitor, self._rate = UpdateMonitor(self._optimizer.sample), 0.0
         self._scheduler = build_scheduler(self._optimizer, train, total_steps)
 
     @override
-    def forward(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:
+    def forward_loss(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:
         loss: torch.Tensor = self._suffix(hidden, batch)
         return loss
 
@@ -75,15 +75,15 @@ class LocalEngine(Engine):
     @override
     def update(self) -> Update:
         self._rate = current_rate(self._scheduler, self._train)
-        self._moved.before()
+        self._update_monitor.before()
         self._optimizer.step()
-        self._moved.after()
+        self._update_monitor.after()
         self._scheduler.step()
         return Update(self._optimizer.grad_norm, self._rate)
 
     @override
     def moved_share(self) -> float | None:
-        return self._moved.judge(*self._moved.counts(), self._rate)  # all ranks hold and see the same
+        return self._update_monitor.judge(*self._update_monitor.counts(), self._rate)  # all ranks hold and see the same
 
     @override
     def train(self, mode: bool) -> None:
@@ -100,8 +100,8 @@ class LocalEngine(Engine):
     @override
     def fragments(self) -> list[Fragment]:
         return [
-            Fragment(name, 0, own.master.numel(), _WholeTensor(own, self.shapes[name]))
-            for name, own in self._optimizer.by_name.items()
+            Fragment(name, 0, state.master.numel(), _WholeTensorState(state, self.shapes[name]))
+            for name, state in self._optimizer.by_name.items()
         ]
 
     @property
@@ -112,34 +112,34 @@ class LocalEngine(Engine):
     @override
     def continue_at(self, step: int) -> None:
         self._optimizer.write_back()
-        self._moved.reset()
-        forward_to(self._scheduler, step)
+        self._update_monitor.reset()
+        set_scheduler_step(self._scheduler, step)
 
     @override
     def release(self) -> dict[str, torch.Tensor]:
-        del self._optimizer, self._scheduler, self._moved  # the parameters stay as they are: nothing was moved
+        del self._optimizer, self._scheduler, self._update_monitor  # the parameters stay as they are: nothing was moved
         return {}
 
 
 @dataclass(frozen=True)
-class _WholeTensor(FragmentState):
-    """The state of a whole tensor as one fragment."""
+class _WholeTensorState(FragmentState):
+    """The state of a whole tensor as one fragment; ``FragmentState`` documents the methods."""
 
-    own: TensorState
+    tensor_state: TensorState
     shape: torch.Size
 
     @property
     def updates(self) -> int:
-        return int(self.own.step)
+        return int(self.tensor_state.step)
 
     def read(self) -> Mapping[str, torch.Tensor]:
-        return {kind: getattr(self.own, kind).detach().reshape(-1) for kind in KINDS}
+        return {kind: getattr(self.tensor_state, kind).detach().reshape(-1) for kind in KINDS}
 
     def write(self, tensors: Mapping[str, torch.Tensor], updates: int) -> None:
-        self.own.write({kind: values.view(self.shape) for kind, values in tensors.items()}, updates)
+        self.tensor_state.write({kind: values.view(self.shape) for kind, values in tensors.items()}, updates)
 
     def raw(self) -> dict[str, torch.Tensor]:
-        return {} if isinstance(self.own, FlatState) else self.own.raw()
+        return {} if isinstance(self.tensor_state, FlatState) else self.tensor_state.raw()
 
     def set_raw(self, raw: Mapping[str, torch.Tensor]) -> None:
-        self.own.set_raw(raw)
+        self.tensor_state.set_raw(raw)

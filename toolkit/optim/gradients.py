@@ -1,4 +1,4 @@
-"""Gradients from backward to the update: added up in float32 where that is asked for, and handed on in slices."""
+"""Gradients between backward and the update: accumulated in float32 if needed, and handed on in slices."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from torch import nn
 
 @dataclass(frozen=True)
 class GradientSlice:
-    """A slice of tensors that lie one after another, which is updated at once. All lists hold views."""
+    """A slice of the concatenated, flattened tensors, updated by one kernel call. All lists hold views."""
 
     start: int
     stop: int
-    """In elements of all tensors together."""
+    """Range in elements of all tensors, flattened and concatenated."""
     members: tuple[tuple[int, slice | None], ...]
-    """Index of each tensor, and the slice of its elements; None is all of them."""
+    """Index of each tensor in the slice, and the range of its elements; None for the whole tensor."""
     scratch: torch.Tensor
-    """Float32 [stop - start]."""
+    """Float32 [stop - start], overwritten by ``gather``."""
     upcast: list[torch.Tensor]
-    """``scratch`` by members, in the shapes of their gradients."""
+    """Views of ``scratch``, one for each member, in the shape of its gradient."""
 
     def gather(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Copy the members' gradients to ``scratch`` in float32, and return it."""
+        """Copy the members' gradients into ``scratch``, which upcasts them to float32, and return it."""
         torch._foreach_copy_(self.upcast, self.cut(gradients))
         return self.scratch
 
     def cut(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return what of ``tensors``, one for each of all tensors, lies in this slice."""
+        """Return the parts of ``tensors``, which holds one entry for each parameter, that lie in this slice."""
         return [tensors[i] if part is None else tensors[i].view(-1)[part] for i, part in self.members]
 
 
@@ -41,11 +41,11 @@ class Gradients:
 
     Args:
         group: index of the parameter group.
-        parameters: contiguous, on one device.
-        scratch: float32, of at least ``piece`` elements or as many as all parameters have.
-        piece: elements updated at once.
-        accumulates: a step has more than one backward pass.
-        ranks: processes over which gradients are summed.
+        parameters: contiguous tensors on one device.
+        scratch: float32 workspace of ``piece`` elements, or of the elements of all parameters if they are fewer.
+        piece: elements updated by one kernel call.
+        accumulates: True if a step has more than one backward pass.
+        ranks: number of processes over which gradients are summed.
     """
 
     def __init__(
@@ -59,12 +59,12 @@ class Gradients:
     ) -> None:
         self.group, self.parameters = group, list(parameters)
         self.is_low = parameters[0].dtype != torch.float32
-        """The parameters are not their own masters."""
+        """True for low-precision parameters, which need fp32 masters; float32 ones are their own masters."""
         self.is_summed = ranks > 1 or (accumulates and self.is_low)
-        """Gradients are added up in a buffer of their own; autograd does it in place where they are float32 already."""
+        """True if an fp32 buffer accumulates the gradients; autograd accumulates float32 ones in ``p.grad`` already."""
         self.gradients: list[torch.Tensor] = []
-        """From ``begin`` to ``end``: the parameters' gradients, or the one buffer of their sums."""
-        self._sums: torch.Tensor | None = None
+        """From ``begin`` to ``end``: the parameters' gradients, or the one fp32 accumulation buffer."""
+        self._accumulated: torch.Tensor | None = None
         self._ends = list(accumulate(p.numel() for p in parameters))
         self.total, self.device = self._ends[-1], parameters[0].device
         self.slices = [
@@ -72,54 +72,55 @@ class Gradients:
         ]
 
     def collect(self) -> None:
-        """Add the parameters' gradients to the sums and free them."""
-        first = self._sums is None
-        if self._sums is None:
-            self._sums = torch.empty(self.total, device=self.device)
+        """Add the parameters' gradients to the fp32 accumulation buffer and free them."""
+        is_first = self._accumulated is None
+        if self._accumulated is None:
+            self._accumulated = torch.empty(self.total, device=self.device)
         gradients = self._take()
         for part in self.slices:
-            own = self._sums[part.start : part.stop]
-            if first:
-                own.copy_(part.gather(gradients))
+            buffer = self._accumulated[part.start : part.stop]
+            if is_first:
+                buffer.copy_(part.gather(gradients))
             else:
-                own.add_(part.gather(gradients))
+                buffer.add_(part.gather(gradients))
 
     def begin(self) -> None:
-        """Make ``gradients`` ready; a tensor that no gradient reached counts as zero."""
-        if self.is_summed and self._sums is None:
-            self._sums = torch.zeros(self.total, device=self.device)
-        self.gradients = self._take() if self._sums is None else [self._sums]
+        """Fill ``gradients`` for a step; a parameter without a gradient counts as zero."""
+        if self.is_summed and self._accumulated is None:
+            self._accumulated = torch.zeros(self.total, device=self.device)
+        self.gradients = self._take() if self._accumulated is None else [self._accumulated]
 
     def gradient(self, part: GradientSlice) -> torch.Tensor:
-        """Return the gradient of a slice in float32, [elements]; the next slice may overwrite it."""
-        if self._sums is None:
+        """Return the gradient of a slice, float32 [elements]; valid until the next call."""
+        if self._accumulated is None:
             return part.gather(self.gradients)
-        return self._sums[part.start : part.stop]
+        return self._accumulated[part.start : part.stop]
 
     def end(self) -> None:
-        """Free the gradients."""
-        self.gradients, self._sums = [], None
+        """Free the gradients after a step."""
+        self.gradients, self._accumulated = [], None
 
     def _take(self) -> list[torch.Tensor]:
-        """Return the parameters' gradients, zeros where there is none, and take them from the parameters."""
+        """Return the parameters' gradients, zeros for those without one, and set ``p.grad`` to None."""
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
         for parameter in self.parameters:
             parameter.grad = None
         return gradients
 
     def _slice(self, start: int, stop: int, scratch: torch.Tensor) -> GradientSlice:
+        """Build the slice [start, stop) of all elements, with its views of the scratch."""
         members = tuple(self._members(start, stop))
-        own = scratch[: stop - start]
+        workspace = scratch[: stop - start]
         shapes = []
         for index, inside in members:
-            whole = self.parameters[index]
-            shapes.append(whole.shape if inside is None else torch.Size([inside.stop - inside.start]))
-        parts = own.split_with_sizes([shape.numel() for shape in shapes])
+            parameter = self.parameters[index]
+            shapes.append(parameter.shape if inside is None else torch.Size([inside.stop - inside.start]))
+        parts = workspace.split_with_sizes([shape.numel() for shape in shapes])
         upcast = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-        return GradientSlice(start, stop, members, own, upcast)
+        return GradientSlice(start, stop, members, workspace, upcast)
 
     def _members(self, start: int, stop: int) -> Iterator[tuple[int, slice | None]]:
-        """Yield the tensors that reach into [start, stop), and which elements of each."""
+        """Yield the index of each parameter that overlaps [start, stop), and the range of its elements in there."""
         for index in range(bisect_right(self._ends, start), len(self._ends)):
             size = self.parameters[index].numel()
             begin = self._ends[index] - size
@@ -130,24 +131,24 @@ class Gradients:
 
 
 class Clipping:
-    """The divisor of one step's gradient, and whether the step is to be taken at all.
+    """Gradient clipping of one step, and whether the step is taken or skipped.
 
     Args:
-        norm: 2-norm of the whole gradient, a float32 scalar.
-        max_norm: what it is clipped to; 0 does not clip.
+        norm: 2-norm of the whole gradient before clipping, a float32 scalar.
+        max_norm: largest norm after clipping; 0 turns clipping off.
     """
 
     def __init__(self, norm: torch.Tensor, max_norm: float) -> None:
         self.norm = norm
         self._max_norm = max_norm
         self.found_inf = (~norm.isfinite()).float()
-        """1 where the norm is NaN or infinite, else 0: a scalar on the device."""
+        """1 if the norm is NaN or infinite, else 0: a float32 scalar on the device."""
         self.divisor = ((norm + 1e-6) / max_norm).clamp(min=1) if max_norm else None
-        """Divisor of the gradient, a scalar on the device; None does not divide."""
+        """Divisor that clips the gradient, a scalar on the device; None if clipping is off."""
 
     @cached_property
     def factor(self) -> float | None:
-        """Return what the gradient is multiplied by; None where the norm is not finite. Waits for the device."""
+        """Return the factor that clips the gradient; None if the norm is not finite. Waits for the device."""
         found_inf, divisor = torch.stack(
             (self.found_inf, self.found_inf if self.divisor is None else self.divisor)
         ).tolist()

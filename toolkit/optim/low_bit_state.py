@@ -1,4 +1,4 @@
-"""The state of one trained tensor with moments in fewer than 32 bits, and where wanted without a float32 master."""
+"""AdamW state of one tensor with moments in 8 or 16 bits, and optionally a split master instead of an fp32 copy."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from toolkit.optim.update_monitor import sampled_indices
 class LowBitState(OptimizerState):
     """The low-bit state of one tensor: an ``OptimizerState`` and a ``TensorState``.
 
-    What takes the updates is the parameter itself where that is float32; else a float32 copy, or with ``splits`` the
-    parameter and 16 more bits beside it, which is the same number in 4 bytes instead of 6.
+    The master is the parameter itself if that is float32; else an fp32 copy, or with ``join_buffer`` a split master:
+    the bfloat16 parameter and the 16 low bits that it lacks, which is the same number in 4 bytes instead of 6.
 
     Args:
         group: index of the parameter group.
-        parameter: contiguous.
-        scratch: float32, of at least ``piece`` elements or as many as the parameter has.
-        piece: elements updated at once; a multiple of ``toolkit.optim.moments.BLOCK``.
-        accumulates: a step has more than one backward pass.
-        ranks: processes over which gradients are summed.
-        moment_format: how the moments are stored.
-        splits: float32 like ``scratch``, in which the exact weights are put together; none keeps a float32 copy.
+        parameter: a contiguous tensor.
+        scratch: float32 workspace of ``piece`` elements, or of the parameter's elements if they are fewer.
+        piece: elements updated by one kernel call; a multiple of ``toolkit.optim.moments.BLOCK``.
+        accumulates: True if a step has more than one backward pass.
+        ranks: number of processes over which gradients are summed.
+        moment_format: storage format of the moments.
+        join_buffer: workspace like ``scratch`` in which split masters are joined; None keeps an fp32 copy instead.
     """
 
     def __init__(
@@ -42,21 +42,21 @@ class LowBitState(OptimizerState):
         accumulates: bool,
         ranks: int,
         moment_format: MomentFormat,
-        splits: torch.Tensor | None = None,
+        join_buffer: torch.Tensor | None = None,
     ) -> None:
         super().__init__(group, [parameter], scratch, piece, accumulates, ranks)
-        self._format, self._step, self._joined = moment_format, 0, splits
+        self._format, self._step, self._join_buffer = moment_format, 0, join_buffer
         self._moments = moment_format.create(self.total, self.device)
-        self._weight = parameter.detach().view(-1)
-        self._exact: torch.Tensor | None = None
-        self._rest: torch.Tensor | None = None
-        self._index: torch.Tensor | None = None
+        self._flat_weight = parameter.detach().view(-1)
+        self._master: torch.Tensor | None = None
+        self._low_bits: torch.Tensor | None = None
+        self._sample_index: torch.Tensor | None = None
         if not self.is_low:
-            self._exact = self._weight
-        elif splits is None:
-            self._exact = self._weight.float()
+            self._master = self._flat_weight
+        elif join_buffer is None:
+            self._master = self._flat_weight.float()
         else:
-            self._rest = torch.zeros(self.total, dtype=torch.int16, device=self.device)
+            self._low_bits = torch.zeros(self.total, dtype=torch.int16, device=self.device)
 
     @property
     @override
@@ -65,18 +65,18 @@ class LowBitState(OptimizerState):
 
     @property
     def own_bytes(self) -> tuple[int, int]:
-        """Return the bytes held beside the parameter: for the exact weight, and for the moments."""
-        beside = [t for t in (self._exact, self._rest) if t is not None and t is not self._weight]
+        """Return the bytes held besides the parameter: for its master, and for the moments."""
+        beside = [t for t in (self._master, self._low_bits) if t is not None and t is not self._flat_weight]
         return sum(t.nbytes for t in beside), sum(t.nbytes for t in self._moments.values())
 
     @property
     def master(self) -> torch.Tensor:
-        """Return what takes the updates, float32 in the tensor's shape; a copy where it is kept in two halves."""
+        """Return the fp32 master weight in the tensor's shape; a copy if it is a split master."""
         shape = self.parameters[0].shape
-        if self._exact is not None:
-            return self._exact.view(shape)
-        assert self._rest is not None
-        return join_halves(self._weight, self._rest, torch.empty(self.total, device=self.device)).view(shape)
+        if self._master is not None:
+            return self._master.view(shape)
+        assert self._low_bits is not None
+        return join_halves(self._flat_weight, self._low_bits, torch.empty(self.total, device=self.device)).view(shape)
 
     @property
     def exp_avg(self) -> torch.Tensor:
@@ -95,14 +95,17 @@ class LowBitState(OptimizerState):
 
     @torch.no_grad()
     def write(self, values: Mapping[str, torch.Tensor], step: float | None = None) -> None:
-        """Set what is given; a moment that is not given while the other is, is requantised."""
+        """Set the given kinds of state, and the step if given.
+
+        Both moments are requantised if either is given.
+        """
         if "master" in values:
             flat = values["master"].detach().to(self.device, torch.float32, copy=True).flatten()
-            if self._exact is not None:
-                self._exact.copy_(flat)
+            if self._master is not None:
+                self._master.copy_(flat)
             else:
-                assert self._rest is not None
-                split_halves(flat, self._weight, self._rest)
+                assert self._low_bits is not None
+                split_halves(flat, self._flat_weight, self._low_bits)
         if values.keys() & set(MOMENTS):
             stored = dict(zip(MOMENTS, self._format.read(self._moments), strict=True))
             self._format.write(self._moments, *(values.get(kind, stored[kind]).flatten() for kind in MOMENTS))
@@ -110,54 +113,54 @@ class LowBitState(OptimizerState):
             self._step = int(step)
 
     def raw(self) -> dict[str, torch.Tensor]:
-        """Return step, and moments as they are stored: codes and scales, or 16-bit numbers, flat."""
+        """Return the step, and the moments in their stored format: flat codes and scales, or bfloat16 numbers."""
         return {**self._moments, "step": self.step}
 
     def set_raw(self, raw: Mapping[str, torch.Tensor]) -> None:
-        """Set what ``raw`` returned."""
-        for kind, own in self._moments.items():
-            own.copy_(raw[kind])
+        """Set moments and step from the result of ``raw``."""
+        for kind, stored in self._moments.items():
+            stored.copy_(raw[kind])
         self._step = int(raw["step"])
 
     @override
     def update(self, settings: dict[str, Any], clipping: Clipping) -> None:
         factor = clipping.factor
-        if factor is None:
+        if factor is None:  # the gradient's norm is not finite
             return
         self._step += 1
         for part in self.slices:
             span = slice(part.start, part.stop)
-            exact = self._exact_weights(part)
+            exact = self._master_slice(part)
             gradient = self.gradient(part)
             self._format.update(self._moments, span, exact, gradient, settings, self._step, factor)
-            if self._rest is not None:
-                split_halves(exact, self._weight[span], self._rest[span])
+            if self._low_bits is not None:
+                split_halves(exact, self._flat_weight[span], self._low_bits[span])
         self.write_back()
 
     @override
     def write_back(self) -> None:
-        """Round the master into the parameter; one in two halves is there already."""
-        if self._exact is not None and self._exact is not self._weight:
-            self._weight.copy_(self._exact)
+        """Copy the master into the parameter, rounded; a split master needs no copy."""
+        if self._master is not None and self._master is not self._flat_weight:
+            self._flat_weight.copy_(self._master)
 
     @override
     def sample(self) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._index is None:
-            self._index = sampled_indices([self.total]).to(self.device)
-        index = self._index
-        if self._exact is not None:
-            values = self._exact.index_select(0, index)
+        if self._sample_index is None:
+            self._sample_index = sampled_indices([self.total]).to(self.device)
+        index = self._sample_index
+        if self._master is not None:
+            values = self._master.index_select(0, index)
         else:
-            assert self._rest is not None
-            parts = self._weight.index_select(0, index), self._rest.index_select(0, index)
+            assert self._low_bits is not None
+            parts = self._flat_weight.index_select(0, index), self._low_bits.index_select(0, index)
             values = join_halves(*parts, torch.empty(index.numel(), device=self.device))
         return values, self._format.moving(self._moments, index)
 
-    def _exact_weights(self, part: GradientSlice) -> torch.Tensor:
-        """Return the exact weights of a slice, float32: where they are kept, or joined from their halves."""
+    def _master_slice(self, part: GradientSlice) -> torch.Tensor:
+        """Return the master of a slice, float32: a view of the copy, or a split master joined in the workspace."""
         span = slice(part.start, part.stop)
-        if self._exact is not None:
-            return self._exact[span]
-        assert self._rest is not None
-        assert self._joined is not None
-        return join_halves(self._weight[span], self._rest[span], self._joined[: part.stop - part.start])
+        if self._master is not None:
+            return self._master[span]
+        assert self._low_bits is not None
+        assert self._join_buffer is not None
+        return join_halves(self._flat_weight[span], self._low_bits[span], self._join_buffer[: part.stop - part.start])

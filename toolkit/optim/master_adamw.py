@@ -1,7 +1,7 @@
 """AdamW in one pass over memory: clip, upcast, update and write-back, piece by piece.
 
 A step moves some 30 bytes per trained element and computes little, so memory traffic is its cost. Moments and masters
-lie in flat buffers; a piece of them, small enough for the processor's caches, goes through all there is to do before
+lie in flat buffers; each piece of them, small enough for the CPU's caches, is clipped, updated and written back before
 the next one is touched. The number of kernels follows the bytes, not the number of tensors.
 """
 
@@ -21,11 +21,11 @@ from toolkit.optim.low_bit_state import LowBitState
 from toolkit.optim.moments import BLOCK, SMALLEST, moment_format
 
 LARGEST_PIECE = 2**22
-"""Elements updated at once on a GPU, where that takes longer than the launch of three kernels; the most anywhere."""
+"""Elements updated at once on a GPU, where that takes longer than launching three kernels; on a CPU the upper limit."""
 
 
 def piece_size(device: torch.device) -> int:
-    """Return the elements updated at once: on a CPU so many that all they need fits the second-level caches."""
+    """Return how many elements to update at once: on a CPU as many as fit the L2 caches with their state."""
     return min(2**17 * torch.get_num_threads(), LARGEST_PIECE) if device.type == "cpu" else LARGEST_PIECE
 
 
@@ -44,14 +44,14 @@ class MasterAdamW(torch.optim.AdamW):
     moments in fewer bits: then it waits for the norm, as the training step does right after it.
 
     Args:
-        parameters: by name, contiguous and all on one device.
+        parameters: trainable parameters by name, contiguous and all on one device.
         settings: parameter groups as torch.optim.AdamW takes them; they hold all of ``parameters``.
-        max_norm: what the gradient's 2-norm is clipped to; 0 does not clip.
-        accumulates: a step has more than one backward pass; gradients are added up in float32.
-        ranks: gradients are summed over the process group if there is more than one, in float32 too.
-        piece: elements updated at once; none takes ``piece_size``. A multiple of ``BLOCK`` for 8 bits.
-        name: as the recipe's ``optim.name``: how moments and masters are stored.
-        tables: ``id`` of the parameters that are embedding tables; in 8 bits they keep float32 moments.
+        max_norm: largest 2-norm of the gradient after clipping; 0 turns clipping off.
+        accumulates: True if a step has more than one backward pass, whose gradients are accumulated in float32.
+        ranks: number of processes of the default group; with more than one, gradients are summed over it in float32.
+        piece: elements updated at once, a multiple of ``BLOCK`` unless ``name`` is ``adamw``; None for ``piece_size``.
+        name: the recipe's ``optim.name``, which sets how moments and masters are stored.
+        tables: ``id`` of each embedding weight; the 8-bit optimizers keep float32 moments for these.
     """
 
     def __init__(
@@ -72,12 +72,12 @@ class MasterAdamW(torch.optim.AdamW):
         longest = min(piece, sum(p.numel() for p in parameters.values()))
         self._scratch = torch.empty(longest, device=device)
         self._states: list[OptimizerState] = []
-        make = _StateFactory(name, tables, self._scratch, piece, accumulates, ranks)
+        create_states = _StateFactory(name, tables, self._scratch, piece, accumulates, ranks)
         groups = []
         for index, group in enumerate(settings):
-            made = list(make(index, group["params"]))
-            self._states += made
-            groups.append({**group, "params": [tensor for state in made for tensor in _updated_tensors(state)]})
+            created = list(create_states(index, group["params"]))
+            self._states += created
+            groups.append({**group, "params": [tensor for state in created for tensor in _updated_tensors(state)]})
         super().__init__(groups, fused=True)
         states = {p: one for state in self._states for p, one in zip(state.parameters, state.states, strict=True)}
         self.by_name: dict[str, TensorState] = {name: states[parameter] for name, parameter in parameters.items()}
@@ -87,23 +87,26 @@ class MasterAdamW(torch.optim.AdamW):
                 self.state[one.master] = {kind: getattr(one, kind) for kind in ("step", "exp_avg", "exp_avg_sq")}
         self._squares = torch.zeros(sum(len(state.slices) for state in self._states), device=device)
         self.grad_norm = torch.zeros((), device=device)
-        """Norm of the gradient before clipping, as the last ``step`` saw it; reading it waits for the device."""
+        """2-norm of the last step's gradient before clipping; reading it waits for the device."""
 
     @torch.no_grad()
     def collect(self) -> None:
-        """Add the gradients of a backward pass to the float32 sums and free them, where there are sums."""
+        """Accumulate the gradients of a backward pass in float32 and free them; called after every backward pass.
+
+        Does nothing for tensors that need no accumulation buffer (``Gradients.is_summed``).
+        """
         for state in self._states:
             if state.is_summed:
                 state.collect()
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        """Clip, update masters and moments, round the masters into the parameters, free the gradients."""
+        """Sum gradients over ranks, clip, update masters and moments, write back to the parameters, free gradients."""
         for state in self._states:
             state.begin()
             if self._ranks > 1:
                 dist.all_reduce(state.gradients[0])
-        self.grad_norm = self._norm()
+        self.grad_norm = self._compute_grad_norm()
         clipping = Clipping(self.grad_norm, self._max_norm)
         for state in self._states:
             state.update(self.param_groups[state.group], clipping)
@@ -111,7 +114,7 @@ class MasterAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Round the masters into the parameters, after the masters were set from outside."""
+        """Copy the masters into the parameters, rounded; for when masters were loaded or set from outside."""
         for state in self._states:
             state.write_back()
 
@@ -120,7 +123,7 @@ class MasterAdamW(torch.optim.AdamW):
         for state in self._states:
             yield state.sample()
 
-    def _norm(self) -> torch.Tensor:
+    def _compute_grad_norm(self) -> torch.Tensor:
         """Return the 2-norm of all gradients, a float32 scalar on their device.
 
         On a CPU torch adds a tensor's squares up in one float32 number a lane, which is wrong by 0.3 % for 42 million
@@ -128,7 +131,7 @@ class MasterAdamW(torch.optim.AdamW):
         On a GPU the kernel reads bfloat16 and adds up in a tree.
         """
         if self._scratch.device.type != "cpu":
-            return norm_at_once([gradient for state in self._states for gradient in state.gradients])
+            return total_norm([gradient for state in self._states for gradient in state.gradients])
         squares = iter(self._squares.unbind())
         for state in self._states:
             for part in state.slices:
@@ -137,39 +140,47 @@ class MasterAdamW(torch.optim.AdamW):
         return self._squares.sum().sqrt()
 
 
-def norm_at_once(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """Return the 2-norm of all ``gradients`` together, a float32 scalar, in three calls whatever their number."""
+def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Return the 2-norm of all ``gradients`` together, a float32 scalar, in three calls however many there are."""
     norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))
     return norm
 
 
 class _StateFactory:
-    """Makes the optimizer state of a parameter group."""
+    """Create the optimizer states of a parameter group, in the storage that ``optim.name`` asks for.
+
+    Args:
+        name: the recipe's ``optim.name``.
+        tables: ``id`` of each embedding weight.
+        scratch: as for ``Gradients``, like the arguments after it.
+    """
 
     def __init__(
         self, name: OptimName, tables: Collection[int], scratch: torch.Tensor, piece: int, accumulates: bool, ranks: int
     ) -> None:
         self._name, self._tables = name, tables
-        self._common = scratch, piece, accumulates, ranks
+        self._gradient_options = scratch, piece, accumulates, ranks
         self._format = None if name == "adamw" else moment_format(name, scratch.numel(), scratch.device)
-        self._splits = torch.empty_like(scratch) if name == "adamw_bf16" else None
+        self._join_buffer = torch.empty_like(scratch) if name == "adamw_bf16" else None
 
     def __call__(self, index: int, parameters: Sequence[nn.Parameter]) -> Iterator[OptimizerState]:
-        flat = [p for p in parameters if self._stays_float32(p)]
-        for kind in ([p for p in flat if (p.dtype == torch.float32) is exact] for exact in (False, True)):
-            if kind:
-                yield FlatBuffers(index, kind, *self._common)
+        """Yield the states of parameter group ``index``: flat buffers by precision, then low-bit states by tensor."""
+        flat = [p for p in parameters if self._has_float32_state(p)]
+        for is_float32 in (False, True):
+            if members := [p for p in flat if (p.dtype == torch.float32) is is_float32]:
+                yield FlatBuffers(index, members, *self._gradient_options)
         for parameter in parameters:
-            if not self._stays_float32(parameter):
+            if not self._has_float32_state(parameter):
                 assert self._format is not None
-                yield LowBitState(index, parameter, *self._common, self._format, self._splits)
+                yield LowBitState(index, parameter, *self._gradient_options, self._format, self._join_buffer)
 
-    def _stays_float32(self, parameter: nn.Parameter) -> bool:
+    def _has_float32_state(self, parameter: nn.Parameter) -> bool:
+        """Return True if a tensor keeps float32 moments; small tensors and embeddings do in 8-bit optimizers too."""
         if self._name in ("adamw", "adamw_bf16"):
             return self._name == "adamw"
         return parameter.numel() < SMALLEST or id(parameter) in self._tables
 
 
 def _updated_tensors(state: OptimizerState) -> list[torch.Tensor]:
-    """Return what stands for the tensors of a state in ``param_groups``."""
+    """Return the tensors to list in ``param_groups``: masters in flat buffers, else the parameters themselves."""
     return [s.master if isinstance(s, FlatState) else p for s, p in zip(state.states, state.parameters, strict=True)]

@@ -1,7 +1,7 @@
-"""AdamW's two moments of a flat vector, as float32, as bfloat16 or in 8 bits, and the update that goes with each.
+"""Storage formats of AdamW's two moments (float32, bfloat16, 8 bits), each with its own update step.
 
-A format is what moments are stored as. Its state is a dict of plain tensors, which an optimizer keeps and a checkpoint
-stores; the masters are float32 and not its concern.
+The state of a format is a dict of plain tensors, which an optimizer holds and a checkpoint stores. Masters are float32
+and passed in by the optimizer.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ BLOCK = 256
 """Elements that share a scale in 8 bits, as in bitsandbytes."""
 
 SMALLEST = 4096
-"""Tensors with fewer elements keep float32 moments, as in bitsandbytes: norms and biases, which are no burden."""
+"""Tensors with fewer elements keep float32 moments, as in bitsandbytes: norms and biases, too small to matter."""
 
 _PAGED_FROM = 100_000
-"""Elements from which bitsandbytes pages moments."""
+"""Elements from which on bitsandbytes keeps a tensor's moments in paged memory."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -41,35 +41,35 @@ class MomentFormat(Protocol):
         self, state: MomentState, span: slice, master: torch.Tensor, gradient: torch.Tensor,
         settings: Mapping[str, Any], step: int, factor: float,
     ) -> None:  # fmt: skip
-        """Do one step of AdamW on a slice.
+        """Take one step of AdamW on a slice.
 
         Args:
-            state: of all elements.
-            span: the slice; starts at a multiple of ``BLOCK``.
-            master: float32 of the slice, changed in place.
-            gradient: float32 of the slice; may be overwritten.
-            settings: lr, betas, eps and weight_decay.
-            step: updates done with this one.
-            factor: what the gradient is multiplied by.
+            state: moments of all elements, changed in place within the slice.
+            span: range of the slice, which starts at a multiple of ``BLOCK``.
+            master: float32 master weights of the slice, changed in place.
+            gradient: float32 gradient of the slice; may be overwritten.
+            settings: parameter group with lr, betas, eps and weight_decay.
+            step: number of updates including this one.
+            factor: multiplier that clips the gradient.
         """
 
     def read(self, state: MomentState) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return both moments in float32 [n]."""
+        """Return both moments, each float32 [n]."""
 
     def write(self, state: MomentState, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> None:
-        """Store float32 [n], rounded to the nearest."""
+        """Store both moments from float32 [n], rounded to the nearest."""
 
     def moving(self, state: MomentState, index: torch.Tensor) -> torch.Tensor:
-        """Return a boolean for each element of ``index``: its first moment is not zero."""
+        """Return for each element of ``index`` whether its first moment is not zero, so that an update moves it."""
 
 
 def moment_bytes(name: OptimName, size: int, is_table: bool = False) -> int:
     """Return the bytes of both moments of ``size`` elements.
 
     Args:
-        name: of the optimizer.
-        size: elements of a tensor, or of a partition.
-        is_table: it is an embedding table, whose moments stay in float32 where others take 8 bits.
+        name: the recipe's ``optim.name``.
+        size: elements of a tensor, or of a ZeRO partition.
+        is_table: True for an embedding table, whose moments stay in float32 in the 8-bit optimizers.
     """
     if name == "adamw_bf16":
         return 4 * size
@@ -114,12 +114,12 @@ class BFloat16(Float32):
     and bfloat16's neighbours are 4 to 8 thousandths apart. Rounded without bias it follows (docs/optimizers.md).
 
     Args:
-        longest: elements of the longest part.
-        device: of the moments.
+        longest: elements of the longest slice updated at once.
+        device: device of the moments.
     """
 
     def __init__(self, longest: int, device: torch.device) -> None:
-        self._work = torch.empty(2, longest, device=device)
+        self._float32 = torch.empty(2, longest, device=device)
         self._noise = Noise(longest, device)
 
     @override
@@ -132,12 +132,12 @@ class BFloat16(Float32):
         settings: Mapping[str, Any], step: int, factor: float,
     ) -> None:  # fmt: skip
         size = master.numel()
-        stored, work = [state[kind][span] for kind in MOMENTS], self._work[:, :size]
-        for own, exact in zip(stored, work, strict=True):
-            exact.copy_(own)
-        fused_adamw(master, gradient, work[0], work[1], settings, step, factor)
-        for own, exact, noise in zip(stored, work, self._noise.of(step), strict=True):
-            stochastic_round(exact, noise[:size], own)
+        stored, exact = [state[kind][span] for kind in MOMENTS], self._float32[:, :size]
+        for low, high in zip(stored, exact, strict=True):
+            high.copy_(low)
+        fused_adamw(master, gradient, exact[0], exact[1], settings, step, factor)
+        for low, high, noise in zip(stored, exact, self._noise.of(step), strict=True):
+            stochastic_round(high, noise[:size], low)
 
     @override
     def read(self, state: MomentState) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,15 +150,15 @@ class EightBit(MomentFormat):
     Kernels, code tables and paged memory are bitsandbytes'.
 
     Args:
-        device: of the moments.
-        paged: moments of large tensors lie in memory that the GPU's driver moves to the host and back.
+        device: device of the moments.
+        paged: True to keep moments of large tensors in CUDA managed memory, which the driver pages to the host.
     """
 
     def __init__(self, device: torch.device, paged: bool = False) -> None:
         functional = bitsandbytes_functional()
         self._functional = functional
         self._codes = [functional.create_dynamic_map(signed).to(device) for signed in (True, False)]
-        self._zero = int((self._codes[0] == 0).nonzero()[0])
+        self._zero_code = int((self._codes[0] == 0).nonzero()[0])
         self._paged = paged and device.type == "cuda"
         self._device = device
 
@@ -166,7 +166,7 @@ class EightBit(MomentFormat):
     def create(self, size: int, device: torch.device) -> MomentState:
         state = {}
         for kind in MOMENTS:
-            state[kind] = self._bytes(size, device)
+            state[kind] = self._create_codes(size, device)
             state[f"{kind}_scales"] = torch.zeros(math.ceil(size / BLOCK), device=device)
         return state
 
@@ -179,7 +179,7 @@ class EightBit(MomentFormat):
         if span.start == 0 and self._is_paged(state):
             for kind in MOMENTS:
                 self._functional.prefetch_tensor(state[kind])
-        codes = [_part(state[kind], span) for kind in MOMENTS]
+        codes = [_slice_codes(state[kind], span) for kind in MOMENTS]
         scales = [state[f"{kind}_scales"][blocks] for kind in MOMENTS]
         beta1, beta2 = settings["betas"]
         self._functional.optimizer_update_8bit_blockwise(
@@ -209,13 +209,16 @@ class EightBit(MomentFormat):
 
     @override
     def moving(self, state: MomentState, index: torch.Tensor) -> torch.Tensor:
-        """Return True where it is not zero; a moment below a millionth of its block's largest is stored as zero."""
+        """Return for each element whether its stored first moment is not zero.
+
+        A moment below a millionth of its block's largest is stored as zero.
+        """
         codes, scales = state["exp_avg"], state["exp_avg_scales"]
-        moved = codes.index_select(0, index.to(codes.device)).to(index.device) != self._zero
+        moved = codes.index_select(0, index.to(codes.device)).to(index.device) != self._zero_code
         return moved & (scales.index_select(0, index // BLOCK) != 0)
 
-    def _bytes(self, size: int, device: torch.device) -> torch.Tensor:
-        """Return codes of zero moments: any code will do, because their scale is zero."""
+    def _create_codes(self, size: int, device: torch.device) -> torch.Tensor:
+        """Return uint8 codes of new moments, paged if large; their value is arbitrary while their scale is zero."""
         if not self._paged or size < _PAGED_FROM:
             return torch.zeros(size, dtype=torch.uint8, device=device)
         pages: torch.Tensor = self._functional.get_paged(size, dtype=torch.uint8, device=device)
@@ -235,7 +238,7 @@ def fused_adamw(
     master: torch.Tensor, gradient: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
     settings: Mapping[str, Any], step: int, factor: float,
 ) -> None:  # fmt: skip
-    """Do one step of torch's fused AdamW on float32 [n], in place, with the gradient times ``factor``."""
+    """Take one step of torch's fused AdamW on float32 [n], in place, with the gradient multiplied by ``factor``."""
     beta1, beta2 = settings["betas"]
     divisor = torch.full((), 1 / factor, device=master.device) if factor != 1 else None
     torch._fused_adamw_(
@@ -246,21 +249,21 @@ def fused_adamw(
 
 
 def moment_format(name: OptimName, longest: int, device: torch.device) -> MomentFormat:
-    """Return the format of ``optim.name``'s moments where that is not float32.
+    """Return the moment format of an optimizer whose moments are not float32.
 
     Args:
         name: ``adamw_8bit``, ``paged_adamw_8bit`` or ``adamw_bf16``.
-        longest: elements of the longest slice that is updated at once.
-        device: of the moments.
+        longest: elements of the longest slice updated at once.
+        device: device of the moments.
     """
     if name == "adamw_bf16":
         return BFloat16(longest, device)
     return EightBit(device, paged=name == "paged_adamw_8bit")
 
 
-def _part(pages: torch.Tensor, span: slice) -> torch.Tensor:
-    """Return a slice of a tensor; of a paged one, with the marks that bitsandbytes looks for."""
-    part = pages[span]
-    if getattr(pages, "is_paged", False):
-        part.is_paged, part.page_deviceid = True, pages.page_deviceid  # type: ignore[attr-defined]
+def _slice_codes(codes: torch.Tensor, span: slice) -> torch.Tensor:
+    """Return a slice of ``codes``, with the attributes by which bitsandbytes recognises paged tensors."""
+    part = codes[span]
+    if getattr(codes, "is_paged", False):
+        part.is_paged, part.page_deviceid = True, codes.page_deviceid  # type: ignore[attr-defined]
     return part

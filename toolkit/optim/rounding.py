@@ -1,4 +1,4 @@
-"""Float32 numbers in 16 bits and back: exactly, in two halves, or rounded without bias.
+"""Convert between float32 and bfloat16: exactly, as bfloat16 and its 16 missing bits, or by stochastic rounding.
 
 A float32 is a bfloat16 with 16 more bits of mantissa. Kept beside the rounded weight, those bits make the float32
 again; what compensated summation carries along as an estimate (Kahan; for bfloat16 weights Zamirai et al., arXiv
@@ -13,12 +13,12 @@ _HALF = 1 << 15
 
 
 def join_halves(weight: torch.Tensor, rest: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Return the float32 numbers that ``split_halves`` took apart.
+    """Return the float32 numbers that ``split_halves`` split.
 
     Args:
-        weight: bfloat16 [n].
-        rest: int16 [n].
-        out: float32 [n], written to and returned.
+        weight: rounded numbers, bfloat16 [n].
+        rest: low bits, int16 [n].
+        out: result, float32 [n], written to and returned.
     """
     bits = out.view(torch.int32)
     bits.copy_(weight.view(torch.int16)).bitwise_left_shift_(16).add_(rest)
@@ -26,14 +26,14 @@ def join_halves(weight: torch.Tensor, rest: torch.Tensor, out: torch.Tensor) -> 
 
 
 def split_halves(exact: torch.Tensor, weight: torch.Tensor, rest: torch.Tensor) -> None:
-    """Round float32 numbers to the nearest bfloat16, and keep what is missing as signed 16 bits.
+    """Round float32 numbers to the nearest bfloat16, and keep the rounded-off low bits as int16.
 
-    Halfway cases go away from zero, where torch's own rounding goes to even.
+    Halfway cases round away from zero; torch's own rounding goes to even.
 
     Args:
-        exact: float32 [n], finite; overwritten.
-        weight: bfloat16 [n], written to.
-        rest: int16 [n], written to: the bits of ``exact`` less those of ``weight``.
+        exact: finite float32 numbers [n]; overwritten.
+        weight: rounded numbers, bfloat16 [n], written to.
+        rest: bit pattern of ``exact`` minus that of ``weight``, int16 [n], written to.
     """
     bits = exact.view(torch.int32)
     rest.copy_(bits)  # the lower 16 bits, read as a signed number
@@ -41,12 +41,12 @@ def split_halves(exact: torch.Tensor, weight: torch.Tensor, rest: torch.Tensor) 
 
 
 def stochastic_round(exact: torch.Tensor, noise: torch.Tensor, out: torch.Tensor) -> None:
-    """Round float32 numbers to one of the two bfloat16 beside them, to the nearer one more often: right on average.
+    """Round float32 numbers stochastically to one of the two neighbouring bfloat16 numbers, without bias.
 
     Args:
-        exact: float32 [n], finite; overwritten.
-        noise: int32 [n], uniform in 0 … 65535.
-        out: bfloat16 [n], written to.
+        exact: finite float32 numbers [n]; overwritten.
+        noise: random numbers, int32 [n], uniform in 0 … 65535.
+        out: result, bfloat16 [n], written to.
     """
     out.view(torch.int16).copy_(exact.view(torch.int32).add_(noise).bitwise_right_shift_(16))
 
@@ -58,7 +58,7 @@ class Noise:
 
     Args:
         size: elements of the longest slice.
-        device: where it is used.
+        device: device of the random numbers.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
@@ -67,7 +67,7 @@ class Noise:
         self._step: int | None = None
 
     def of(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return two independent int32 [size], uniform in 0 … 65535, for the update that is number ``step``."""
+        """Return the two int32 [size], uniform in 0 … 65535, for update number ``step``: one for each moment."""
         if step != self._step:
             self._step = step
             if self._generator is not None:

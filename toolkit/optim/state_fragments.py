@@ -1,7 +1,7 @@
-"""Fragments of the optimizer state that no engine owns: slices of trained tensors, with what AdamW keeps of them.
+"""Engine-independent view of the optimizer state: fragments, each a slice of a trained tensor with its AdamW state.
 
-Every engine can list what a rank holds as fragments. Whatever moves state from one engine to another, in memory or
-through a checkpoint, reads some fragments and writes others, and need not know how either engine lays them out.
+Every engine lists the state that a rank holds as fragments. Checkpoints and phase changes read and write fragments, and
+need not know how an engine lays its state out.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class FragmentState(Protocol):
 
     @property
     def updates(self) -> int:
-        """Return the number of updates that the moments have had."""
+        """Return the number of updates in the moments: AdamW's ``step``."""
 
     def read(self) -> Mapping[str, torch.Tensor]:
         """Return the float32 values of each of ``KINDS``, flat; valid until the next update."""
@@ -35,15 +35,15 @@ class FragmentState(Protocol):
         """Set the values of some kinds, flat float32 on any device, and the number of updates."""
 
     def raw(self) -> dict[str, torch.Tensor]:
-        """Return what is stored where that is not float32, as plain tensors; empty where ``read`` is exact.
+        """Return the stored tensors if they are not float32, such as codes and scales; empty if ``read`` is exact.
 
-        Where fragments share state, such as scales, it is with the first of them.
+        State that several fragments share, such as scales, comes with the first of them.
         """
         return {}
 
     def set_raw(self, raw: Mapping[str, torch.Tensor]) -> None:
-        """Take over what ``raw`` of the same fragment returned, if it was stored in the same way; after ``write``."""
-        del raw  # there is none where ``read`` is exact
+        """Restore the result of ``raw`` for the same fragment, if the format is the same; call it after ``write``."""
+        del raw  # a state whose ``read`` is exact has none
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Fragment:
     """A slice of a trained tensor, in elements of the flattened tensor, and its optimizer state."""
 
     name: str
-    """Of the tensor in the whole model."""
+    """Name of the tensor in the whole model."""
     start: int
     stop: int
     state: FragmentState
@@ -59,12 +59,12 @@ class Fragment:
 
 @dataclass(frozen=True)
 class FlatFragmentState(FragmentState):
-    """Float32 values in flat buffers: ``read`` is exact."""
+    """State of a fragment whose values are float32 in flat buffers, so that ``read`` is exact."""
 
     tensors: Mapping[str, torch.Tensor]
     """For each of ``KINDS`` a flat view into the optimizer."""
     step: torch.Tensor
-    """Updates that the moments have had: a scalar, shared by the tensors of a parameter group."""
+    """Number of updates in the moments: a scalar, shared by the tensors of a parameter group."""
 
     @property
     @override
@@ -85,30 +85,29 @@ class FlatFragmentState(FragmentState):
 
 @dataclass(frozen=True)
 class AdamState:
-    """The AdamW state of one whole tensor, in float32 on the CPU; no moments where it is to begin anew."""
+    """AdamW state of one whole tensor, in float32 on the CPU; moments are None if it starts with fresh ones."""
 
     master: torch.Tensor
     exp_avg: torch.Tensor | None = None
     exp_avg_sq: torch.Tensor | None = None
     updates: int = 0
-    """Updates that the moments have had."""
+    """Number of updates in the moments."""
 
 
 def gather_states(
     fragments: Sequence[Fragment], shapes: Mapping[str, torch.Size], is_replicated: bool, world: World
 ) -> dict[str, AdamState]:
-    """Return all optimizer state on rank 0, in copies; nothing on the others. Every rank calls it.
+    """Return copies of all optimizer state on rank 0, an empty dict on the others. Every rank calls it.
 
     Args:
-        fragments: what this rank holds.
-        shapes: of all trained tensors.
-        is_replicated: every rank holds everything.
-        world: all ranks.
+        fragments: fragments that this rank holds.
+        shapes: shape of each trained tensor, by name.
+        is_replicated: True if every rank holds all of the state.
+        world: this process among all ranks.
     """
-    whole = [gather_kind(kind, fragments, shapes, is_replicated, world) for kind in KINDS]
-    counted = world.all_gather_object({fragment.name: fragment.state.updates for fragment in fragments})
-    updates = {name: count for own in counted for name, count in own.items()}
-    masters, averages, squares = whole
+    masters, averages, squares = (gather_kind(kind, fragments, shapes, is_replicated, world) for kind in KINDS)
+    counts_by_rank = world.all_gather_object({fragment.name: fragment.state.updates for fragment in fragments})
+    updates = {name: count for counts in counts_by_rank for name, count in counts.items()}
     return {name: AdamState(masters[name], averages[name], squares[name], updates[name]) for name in masters}
 
 
@@ -116,16 +115,16 @@ def gather_states(
 def gather_kind(
     kind: str, fragments: Sequence[Fragment], shapes: Mapping[str, torch.Size], is_replicated: bool, world: World
 ) -> dict[str, torch.Tensor]:
-    """Return one of ``KINDS`` of all tensors on rank 0, as ``gather_states`` does; every rank calls it."""
-    own = {fragment.name: fragment for fragment in fragments}
+    """Return one of ``KINDS`` for all tensors on rank 0, as ``gather_states`` does; every rank calls it."""
+    local = {fragment.name: fragment for fragment in fragments}
     whole = {}
     for name, shape in shapes.items():
         if is_replicated or world.size == 1:
-            full = own[name].state.read()[kind] if world.is_main else torch.empty(0)
+            full = local[name].state.read()[kind] if world.is_main else torch.empty(0)
         else:
             full = torch.zeros(shape.numel(), device=world.device)
-            if name in own:
-                full[own[name].start : own[name].stop].copy_(own[name].state.read()[kind])
+            if name in local:
+                full[local[name].start : local[name].stop].copy_(local[name].state.read()[kind])
             dist.all_reduce(full)
         if world.is_main:
             whole[name] = full.detach().to("cpu", copy=True).view(shape)
@@ -136,20 +135,20 @@ def load_fragments(
     fragments: Sequence[Fragment], shapes: Mapping[str, torch.Size],
     state: Mapping[str, AdamState], world: World,
 ) -> None:  # fmt: skip
-    """Write whole tensors that rank 0 has into every rank's fragments; every rank calls it.
+    """Write the state of whole tensors on rank 0 into every rank's fragments; every rank calls it.
 
     Args:
-        fragments: what this rank holds, of an engine that has not done any update.
-        shapes: of all trained tensors.
-        state: on rank 0, of any of the trained tensors; the others begin as they stand. In a parameter group all have
-            had the same number of updates.
-        world: all ranks.
+        fragments: fragments that this rank holds, of an engine that has not done any update.
+        shapes: shape of each trained tensor, by name.
+        state: on rank 0, state of some or all trained tensors; the others keep theirs. All tensors of a parameter
+            group must have the same number of updates.
+        world: this process among all ranks.
     """
-    own = {fragment.name: fragment for fragment in fragments}
+    local = {fragment.name: fragment for fragment in fragments}
     for name, updates in world.broadcast_object({name: one.updates for name, one in state.items()}).items():
         kinds = KINDS if updates else (MASTER,)
         full = {kind: world.broadcast_tensor(getattr(state.get(name), kind, None), shapes[name]) for kind in kinds}
-        if name in own:
-            fragment = own[name]
+        if name in local:
+            fragment = local[name]
             parts = {kind: values.view(-1)[fragment.start : fragment.stop] for kind, values in full.items()}
             fragment.state.write(parts, updates)

@@ -1,4 +1,4 @@
-"""Measure whether the weights move: the share of them that an update changed; warn where rounding loses the updates."""
+"""Compute the share of the weights that an update changed; warn if rounding loses the updates."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 log = logging.getLogger("frostline")
 
 SAMPLED = 256
-"""Elements looked at of each tensor, or of each partition under ZeRO; all where there are fewer."""
+"""Elements sampled of each tensor, or of each partition under ZeRO; all of a smaller one."""
 
 STEPS, TOO_LOW = 10, 0.5
-"""How many measured steps the warning waits for, and the mean share below which it comes."""
+"""Steps over which the share is averaged for the warning, and the mean below which it is given."""
 
 Sampler = Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]]
 
 
 def sampled_indices(sizes: Sequence[int]) -> torch.Tensor:
-    """Return the elements to sample of vectors that lie one after another: the same in every run, int64."""
+    """Return the indices, int64, to sample of concatenated vectors of the given sizes; the same in every run."""
     start, parts = 0, []
     for size in sizes:
         generator = torch.Generator().manual_seed(0)
@@ -31,15 +31,15 @@ def sampled_indices(sizes: Sequence[int]) -> torch.Tensor:
 
 
 class UpdateMonitor:
-    """Compares a fixed sample of the weights before and after each update.
+    """Compare a fixed sample of the master weights before and after each update.
 
-    The weights are those that carry the training: float32 masters, or bfloat16 weights with the bits kept beside them;
-    not the rounded copies that compute, of which most stay the same from step to step however well the run learns. An
-    element counts as meant to move while its first moment is not zero. So rows of an embedding table that never occur
-    and the padding of ZeRO's partitions are left out. The share is that of elements that changed among those.
+    It samples fp32 masters or split masters, not the bfloat16 copies that compute, of which most stay the same from
+    step to step however well the run learns. An element counts as meant to move if its first moment is not zero, which
+    leaves out rows of an embedding table that never occur and the padding of ZeRO's partitions. The share is the
+    fraction of those elements that changed.
 
     Args:
-        sample: gives, in parts, the sampled weights and whether the first moment of each is not zero.
+        sample: function that yields, in parts, the sampled weights and whether the first moment of each is not zero.
     """
 
     def __init__(self, sample: Sampler) -> None:
@@ -50,18 +50,18 @@ class UpdateMonitor:
         self._warned = False
 
     def reset(self) -> None:
-        """Forget the last sample, because the weights were set from outside."""
+        """Forget the last sample; for when the weights were loaded or set from outside."""
         self._last = None
 
     @torch.no_grad()
     def before(self) -> None:
-        """Sample the weights before an update, unless the last sample still holds. Waits for nothing."""
+        """Sample the weights before an update, unless the last sample is still valid. Does not wait for the device."""
         if self._last is None:
             self._last = [values.clone() for values, _ in self._sample()]
 
     @torch.no_grad()
     def after(self) -> None:
-        """Sample the weights after an update. Waits for nothing."""
+        """Sample the weights after an update. Does not wait for the device."""
         now, counts = [], []
         assert self._last is not None
         for (values, meant), last in zip(self._sample(), self._last, strict=True):
@@ -78,12 +78,14 @@ class UpdateMonitor:
         return moved, meant
 
     def judge(self, moved: float, meant: float, learning_rate: float) -> float | None:
-        """Return the share that moved, over all ranks; None where nothing was meant to. Warn once if it stays low.
+        """Return the share that moved; None if no element was meant to. Warn once if it stays low.
+
+        The caller sums ``moved`` and ``meant`` over ranks if each has its own partitions.
 
         Args:
-            moved: elements that the last update changed.
-            meant: elements that were meant to move.
-            learning_rate: of that update; 0, as in the first step of a warmup, moves nothing.
+            moved: number of sampled elements that the last update changed.
+            meant: number of sampled elements that were meant to move.
+            learning_rate: learning rate of that update; 0, as in the first step of a warmup, moves nothing.
         """
         if not meant or learning_rate == 0:
             return None

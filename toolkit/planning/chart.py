@@ -1,4 +1,4 @@
-"""Draw a plan: the layers with the frost line, and memory stacked by kind."""
+"""Draw a plan: the layers with the frost line, and stacked bars of memory by kind."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COLOURS = ("#a8c8e8", "#5b8db8", "#f0b48c", "#e8743b", "#b83a2a", "#7fb069", "#
 
 
 def draw(plan: Plan, path: Path, fit: DeviceFit | None = None) -> None:
-    """Write the picture; the ending of ``path`` chooses the format (png, svg, pdf).
+    """Draw a plan, with the GPU's memory if ``fit`` is given; the suffix of ``path`` sets the format (png, svg, pdf).
 
     Raises:
         PlanError: matplotlib is not installed, or the file cannot be written.
@@ -42,7 +42,7 @@ def draw(plan: Plan, path: Path, fit: DeviceFit | None = None) -> None:
 
 
 def _draw_layers(axes: Any, plan: Plan) -> None:
-    """Draw a box for each part from input to head; its colour says whether it trains."""
+    """Draw a box for each part from input to head, coloured by whether it trains."""
     parts = plan.audit
     frost_line = next((index for index, row in enumerate(parts) if row.trained), len(parts))
     for index, row in enumerate(parts):
@@ -56,7 +56,7 @@ def _draw_layers(axes: Any, plan: Plan) -> None:
 
 
 def _draw_bars(axes: Any, plan: Plan, fit: DeviceFit | None) -> None:
-    """Draw memory by kind: at the peak, and as if each kind were at its most at once."""
+    """Draw memory by kind: at the overall peak, at each kind's own peak, and on the host."""
     names = [f"at the peak\n({plan.memory.moment})", "each kind at most"]
     bars: list[Mapping[str, int]] = [plan.memory.at_peak, plan.memory.most]
     if plan.memory.host:

@@ -8,74 +8,74 @@ from dataclasses import dataclass, replace
 
 from toolkit.config.policy import decide_checkpointing
 from toolkit.planning.engine_memory import EngineSpec, zero_spec
-from toolkit.planning.planner import Planner, Variant
+from toolkit.planning.planner import Planner, RunVariant
 from toolkit.runtime.errors import ModelError
 
 RESERVE = 2**30
-"""Bytes set aside beside the tensors for the CUDA context, library workspaces and the allocator's gaps. An estimate."""
+"""Estimated bytes needed besides tensors: CUDA context, library workspaces, allocator fragmentation."""
 
-_SHORTEST = 256
-"""Tokens below which max_length is not proposed."""
-_MOST_RANKS = 8
+_MIN_LENGTH = 256
+"""Smallest data.max_length that is proposed."""
+_MAX_RANKS = 8
 
-Knob = Iterator[tuple[str, Variant]]
+Proposals = Iterator[tuple[str, RunVariant]]
+"""Changes of one kind to propose: text for the user, and the variant with the change."""
 
 
 @dataclass(frozen=True)
 class DeviceFit:
-    """Hold whether a plan fits a GPU, and what to change if not."""
+    """Result of ``fit_device``: whether a plan fits a GPU, and what to change if not."""
 
     budget: int
-    """Bytes of the GPU."""
+    """Memory of the GPU in bytes."""
     needed: int
-    """Bytes of tensors at the peak, and the reserve."""
+    """Peak bytes of tensors, plus ``RESERVE``."""
     changes: tuple[tuple[str, int], ...]
-    """What to change, in this order, and the bytes needed after it; empty if it fits as it is."""
+    """Changes to make, in this order, each with the bytes needed after it; empty if no change is needed."""
 
     @property
     def fits(self) -> bool:
-        """Return True if the run fits as the recipe has it."""
+        """Return True if the run fits without changes."""
         return self.needed <= self.budget
 
     @property
     def helps(self) -> bool:
-        """Return True if it fits at least after all changes."""
+        """Return True if the run fits after all changes."""
         return self.fits or (bool(self.changes) and self.changes[-1][1] <= self.budget)
 
 
-def choose_variant(planner: Planner, spec: EngineSpec, budget: int | None) -> Variant:
-    """Return the run with gradient checkpointing as ``decide_checkpointing`` has it for ``budget`` bytes."""
-    plain = planner.variant(spec, checkpointing=False)
-    held = planner.memory(plain)
+def choose_variant(planner: Planner, spec: EngineSpec, budget: int | None) -> RunVariant:
+    """Return the recipe's variant; ``decide_checkpointing`` decides on checkpointing for ``budget`` bytes."""
+    variant = planner.variant(spec, checkpointing=False)
+    memory = planner.memory(variant)
     decision = decide_checkpointing(
-        planner.config.train.gradient_checkpointing, held.peak + RESERVE, budget, in_update=held.moment == "update"
+        planner.config.train.gradient_checkpointing, memory.peak + RESERVE, budget, in_update=memory.moment == "update"
     )
-    return replace(plain, checkpointing=decision.on)
+    return replace(variant, checkpointing=decision.on)
 
 
-def fit_device(planner: Planner, variant: Variant, budget: int) -> DeviceFit:
-    """Compare the peak with ``budget`` bytes.
+def fit_device(planner: Planner, variant: RunVariant, budget: int) -> DeviceFit:
+    """Compare the peak with ``budget`` bytes, and find changes that make the run fit.
 
-    The knobs, in the order in which they cost least: activation checkpointing, smaller micro batches, the prefix in 8
-    or 4 bits, the prefix on the host, the optimizer's state on the host, shorter rows, ZeRO and more ranks, fewer
-    blocks.
-    One that suffices alone is proposed alone; else they add up in this order, some of them a second time.
+    Changes in order of cost: activation checkpointing, smaller micro batches, the prefix in 8 or 4 bits, prefix
+    offload, optimizer offload, shorter rows, ZeRO and more ranks, fewer trained blocks. A single change that suffices
+    is proposed alone; else changes accumulate in this order, some of them a second time.
     """
     needed = planner.memory(variant).peak + RESERVE
     if needed <= budget:
         return DeviceFit(budget, needed, ())
-    for knob in _knobs(planner, variant):
-        for text, changed in knob(variant, planner):
+    for propose in _useful_proposals(planner, variant):
+        for text, changed in propose(planner, variant):
             after = planner.memory(changed).peak + RESERVE
             if after <= budget:
                 return DeviceFit(budget, needed, ((text, after),))
     changes: list[tuple[str, int]] = []
     now, before = needed, needed + 1
-    while budget < now < before:  # a knob may help, or help again, once another moment is the peak
+    while budget < now < before:  # a change may help, or help again, once another moment is the peak
         before = now
-        for knob in _knobs(planner, variant):
+        for propose in _useful_proposals(planner, variant):
             best = None
-            for text, changed in knob(variant, planner):
+            for text, changed in propose(planner, variant):
                 after = planner.memory(changed).peak + RESERVE
                 if after < 0.99 * (best[1] if best else now):
                     best = (text, after, changed)
@@ -89,35 +89,42 @@ def fit_device(planner: Planner, variant: Variant, budget: int) -> DeviceFit:
     return DeviceFit(budget, needed, tuple(changes))
 
 
-def first_knob(planner: Planner, variant: Variant, in_update: bool) -> str | None:
-    """Return what to change first where memory ran out in the update, or else outside it; None if nothing is left.
+def first_change(planner: Planner, variant: RunVariant, in_update: bool) -> str | None:
+    """Return the first change to advise after memory ran out in a training step; None if no change is left.
 
-    The first knob of ``judge``'s order that lowers the planned peak, or, where the plan sees no gain, the first one.
+    It is the first in the order of ``fit_device`` that lowers the planned peak, or the very first if none does.
+
+    Args:
+        planner: planner of the current phase.
+        variant: settings of the run.
+        in_update: True if memory ran out in the optimizer's update, False for the prefix, forward or backward.
     """
     needed = planner.memory(variant).peak
     first = None
-    for knob in _knobs(planner, variant, in_update):
-        for text, changed in knob(variant, planner):
+    for propose in _useful_proposals(planner, variant, in_update):
+        for text, changed in propose(planner, variant):
             first = first or text
             if planner.memory(changed).peak < 0.99 * needed:
                 return text
     return first
 
 
-def first_pass_knob(planner: Planner, variant: Variant) -> str | None:
-    """Return what to change first where memory ran out in the first pass, before there is an engine."""
-    for knob in (_precision, _placement, _length):
-        for text, _ in knob(variant, planner):
+def first_change_in_cache_fill(planner: Planner, variant: RunVariant) -> str | None:
+    """Return the first change to advise after memory ran out in the pass that fills the activation cache, or None."""
+    for propose in (_propose_precision, _propose_placement, _propose_length):
+        for text, _ in propose(planner, variant):
             return text
     return None
 
 
-def _checkpointing(variant: Variant, planner: Planner) -> Knob:
+def _propose_checkpointing(planner: Planner, variant: RunVariant) -> Proposals:
+    """Propose activation checkpointing."""
     if not variant.checkpointing:
         yield "train.gradient_checkpointing: on", replace(variant, checkpointing=True)
 
 
-def _micro_batch(variant: Variant, planner: Planner) -> Knob:
+def _propose_micro_batch(planner: Planner, variant: RunVariant) -> Proposals:
+    """Propose micro batches of one row, with gradient accumulation instead."""
     if variant.rows > 1:
         steps = variant.accumulation * variant.rows
         spec = replace(variant.spec, accumulates=True)
@@ -127,18 +134,20 @@ def _micro_batch(variant: Variant, planner: Planner) -> Knob:
         )
 
 
-def _precision(variant: Variant, planner: Planner) -> Knob:
+def _propose_precision(planner: Planner, variant: RunVariant) -> Proposals:
+    """Propose a prefix quantised to 8, then 4 bits."""
     stronger = {"model": ("int8", "nf4"), "int8": ("nf4",), "nf4": ()}
     for precision in stronger[variant.frozen.precision]:
         changed = replace(variant, frozen=variant.frozen.model_copy(update={"precision": precision}))
         try:
             planner.frozen(changed)
-        except ModelError:  # these blocks hold little that can be quantised
+        except ModelError:  # too few weights of these blocks can be quantised
             return
         yield f"prefix.precision: {precision}", changed
 
 
-def _placement(variant: Variant, planner: Planner) -> Knob:
+def _propose_placement(planner: Planner, variant: RunVariant) -> Proposals:
+    """Propose to offload the prefix to the host."""
     if variant.frozen.placement == "device":
         frozen = variant.frozen.model_copy(update={"placement": "cpu"})
         yield (
@@ -147,9 +156,10 @@ def _placement(variant: Variant, planner: Planner) -> Knob:
         )
 
 
-def _length(variant: Variant, planner: Planner) -> Knob:
+def _propose_length(planner: Planner, variant: RunVariant) -> Proposals:
+    """Propose shorter rows, by powers of two."""
     tokens = 2 ** ((variant.tokens - 1).bit_length() - 1)  # the next power of two below
-    while tokens >= _SHORTEST:
+    while tokens >= _MIN_LENGTH:
         yield (
             f"data.max_length: {tokens} (longer rows lose context)",
             replace(variant, tokens=tokens, supervised=min(variant.supervised, tokens)),
@@ -157,7 +167,8 @@ def _length(variant: Variant, planner: Planner) -> Knob:
         tokens //= 2
 
 
-def _offload(variant: Variant, planner: Planner) -> Knob:
+def _propose_offload(planner: Planner, variant: RunVariant) -> Proposals:
+    """Propose optimizer offload, with ZeRO-2 for a run without DeepSpeed."""
     spec = variant.spec
     if spec.optimizer_at == "device" and spec.stage in (None, 2, 3):
         stage, width = spec.stage or 2, planner.meta.hidden_size
@@ -168,11 +179,12 @@ def _offload(variant: Variant, planner: Planner) -> Knob:
         )
 
 
-def _ranks(variant: Variant, planner: Planner) -> Knob:
+def _propose_ranks(planner: Planner, variant: RunVariant) -> Proposals:
+    """Propose higher ZeRO stages and more ranks."""
     spec = variant.spec
     width = planner.meta.hidden_size
     ranks, offload = spec.ranks if spec.ranks > 1 else 2, spec.optimizer_at != "device"
-    while ranks <= max(_MOST_RANKS, spec.ranks):
+    while ranks <= max(_MAX_RANKS, spec.ranks):
         for stage in (2, 3):
             if (ranks, stage) > (spec.ranks, spec.stage or 0):
                 divided = zero_spec(stage, ranks, spec.accumulates, width, spec.optimizer, offload)
@@ -183,7 +195,8 @@ def _ranks(variant: Variant, planner: Planner) -> Knob:
         ranks *= 2
 
 
-def _blocks(variant: Variant, planner: Planner) -> Knob:
+def _propose_blocks(planner: Planner, variant: RunVariant) -> Proposals:
+    """Propose to train fewer blocks, by halving the number in ``last:N``."""
     if planner.is_phase:
         return  # with fewer blocks here, another phase may be the one that needs most
     for position, selector in enumerate(variant.selectors):
@@ -196,12 +209,22 @@ def _blocks(variant: Variant, planner: Planner) -> Knob:
             return
 
 
-def _knobs(
-    planner: Planner, variant: Variant, in_update: bool | None = None
-) -> list[Callable[[Variant, Planner], Knob]]:
-    """Return the knobs that can help: where the update is the peak, none that only makes a micro batch smaller."""
+def _useful_proposals(
+    planner: Planner, variant: RunVariant, in_update: bool | None = None
+) -> list[Callable[[Planner, RunVariant], Proposals]]:
+    """Return the proposal functions that can help, cheapest change first.
+
+    If the peak is in the update, those that only shrink a micro batch's memory are left out.
+    """
     if in_update is None:
         in_update = planner.memory(variant).moment == "update"
-    smaller = [] if in_update else [_checkpointing, _micro_batch]
-    prefix = [_precision, _placement]
-    return [*smaller, *prefix, _offload, *([] if in_update else [_length]), _ranks, _blocks]
+    smaller = [] if in_update else [_propose_checkpointing, _propose_micro_batch]
+    prefix = [_propose_precision, _propose_placement]
+    return [
+        *smaller,
+        *prefix,
+        _propose_offload,
+        *([] if in_update else [_propose_length]),
+        _propose_ranks,
+        _propose_blocks,
+    ]

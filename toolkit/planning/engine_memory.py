@@ -1,4 +1,4 @@
-"""Count what each engine holds on one rank, by kind and place: on the device, on the host, in files."""
+"""Compute the memory of each engine on one rank, by kind and place: on the device, on the host, in files."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Place = Literal["device", "cpu", "nvme"]
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """Hold what decides how an engine stores its state."""
+    """The settings that determine an engine's memory."""
 
     stage: int | None
-    """ZeRO stage; None is the engine without DeepSpeed."""
+    """ZeRO stage; None for the engine without DeepSpeed."""
     ranks: int
     accumulates: bool
-    """More than one micro batch a step."""
+    """True if a step has more than one micro batch."""
     bucket: int = 0
     """Elements of one reduction bucket, of which DeepSpeed allocates one, or two where communication overlaps."""
     persistent: int = 0
@@ -35,17 +35,17 @@ class EngineSpec:
     optimizer: OptimName = "adamw"
     """The recipe's optim.name."""
     optimizer_at: Place = "device"
-    """Where masters and moments are; gradients follow them."""
+    """Place of masters, moments and gradients."""
     weights_at: Place = "device"
-    """Where ZeRO-3 keeps a rank's part of the suffix's weights."""
+    """Place of a rank's partition of the suffix's weights under ZeRO-3."""
     swapped: int = 0
-    """Elements of the groups in which ZeRO-3 brings state from files, where it is in files."""
+    """Elements of a sub-group, in which ZeRO-3 swaps optimizer state from NVMe."""
     swap_buffers: int = 0
-    """Buffers of that size on the host."""
+    """Number of swap buffers of that size in host memory."""
     weight_buffers: int = 0
-    """Elements of the buffers on the host through which the suffix's weights come from files."""
+    """Elements of the host buffers through which ZeRO-3 swaps the suffix's weights from NVMe."""
     host_is_device: bool = False
-    """The run computes on a CPU, so that what is offloaded to the host takes from the same memory."""
+    """True if the run computes on a CPU, so that offloading to the host saves nothing."""
 
     @property
     def name(self) -> str:
@@ -60,10 +60,10 @@ def engine_spec(
     optimizer: OptimName = "adamw",
     host_is_device: bool = False,
 ) -> EngineSpec:
-    """Return the engine that a resolved DeepSpeed configuration asks for; None asks for torch alone.
+    """Return the engine of a resolved DeepSpeed configuration; ``ds`` is None for the engine without DeepSpeed.
 
-    The defaults are those of ``deepspeed.runtime.zero.config.DeepSpeedZeroConfig``, which a plan does not import: that
-    takes longer than the plan. A test compares them.
+    The defaults repeat ``deepspeed.runtime.zero.config.DeepSpeedZeroConfig``, because importing DeepSpeed takes longer
+    than a plan. A test compares them.
     """
     if ds is None:
         return EngineSpec(None, ranks, accumulation > 1, optimizer=optimizer)
@@ -80,8 +80,8 @@ def engine_spec(
         persistent=int(zero.get("stage3_param_persistence_threshold", 1e5)),
         live=int(zero.get("stage3_max_live_parameters", 1e9)),
         optimizer=optimizer,
-        optimizer_at=_place(state) if stage else "device",
-        weights_at=_place(weights) if stage == 3 else "device",
+        optimizer_at=_offload_place(state) if stage else "device",
+        weights_at=_offload_place(weights) if stage == 3 else "device",
         swapped=int(zero.get("sub_group_size", 1e9)),
         swap_buffers=int(state.get("buffer_count", 4)),
         weight_buffers=int(weights.get("buffer_count", 5)) * int(weights.get("buffer_size", 1e8)),
@@ -89,7 +89,7 @@ def engine_spec(
     )
 
 
-def _place(section: Mapping[str, Any]) -> Place:
+def _offload_place(section: Mapping[str, Any]) -> Place:
     device: Place = section.get("device", "none")
     return device if device in ("cpu", "nvme") else "device"
 
@@ -104,46 +104,46 @@ def zero_spec(
 
 @dataclass(frozen=True)
 class TensorSizes:
-    """Hold the sizes of the tensors of a split model, in elements."""
+    """Sizes of the tensors of a split model, in elements."""
 
     shared: int
-    """Storages that prefix and suffix both hold: a frozen table that is embedding and head."""
+    """Elements that prefix and suffix share: a frozen tied embedding."""
     trained: tuple[int, ...]
-    """Each trained tensor."""
+    """Size of each trained tensor."""
     frozen: tuple[int, ...]
-    """Each frozen tensor of the suffix, the shared ones included."""
+    """Size of each frozen tensor of the suffix, including shared ones."""
     width: int
-    """Bytes an element of the model's precision takes."""
+    """Bytes of an element in the model's precision."""
     tables: tuple[int, ...] = ()
-    """Of ``trained``, the embedding tables."""
+    """Those of ``trained`` that are embedding tables."""
 
 
 @dataclass(frozen=True)
 class EngineMemory:
-    """Hold the bytes that an engine takes on one rank beside a micro batch; of the device where no place is said."""
+    """Bytes that an engine holds on one rank besides a micro batch's, on the device unless stated otherwise."""
 
     prefix_weights: int
     suffix_weights: int
     masters: int
     moments: int
     accumulated: int
-    """Gradients of earlier micro batches, or a buffer for them, while another one is computed."""
+    """Accumulated gradients, or the buffer for them, during forward and backward of a micro batch."""
     share: float
-    """Of the gradients that a backward pass leaves, the part that stays on this rank."""
+    """Fraction of a backward pass's gradients that stays on this rank."""
     update_gradients: int
-    """The most bytes of gradients at once between backward and the end of the update."""
+    """Peak bytes of gradients between backward and the end of the update."""
     buffers: int
     """Communication buckets and gathered parameters."""
     scratch: int = 0
-    """Workspace of the update; held throughout."""
+    """Workspace of the update; held permanently."""
     host: Mapping[str, int] = field(default_factory=dict)
-    """Bytes in the host's memory throughout, by kind."""
+    """Bytes held permanently in host memory, by kind."""
     files: int = 0
     """Bytes in files."""
 
 
 def engine_memory(spec: EngineSpec, tensors: TensorSizes, frozen: PrefixMemory) -> EngineMemory:
-    """Return what ``spec`` holds for ``tensors``, beside the prefix's ``frozen`` ones.
+    """Return the memory of engine ``spec`` for the ``tensors`` of a suffix and the ``frozen`` weights of its prefix.
 
     Follows toolkit.optim.flat_buffers, and of DeepSpeed 0.19 zero/stage_1_and_2.py, zero/stage3.py,
     bf16_optimizer.py and fp16/unfused_optimizer.py, and for files swap_tensor/optimizer_utils.py.
@@ -152,7 +152,7 @@ def engine_memory(spec: EngineSpec, tensors: TensorSizes, frozen: PrefixMemory) 
     low = width < 4  # float32 parameters are their own masters where nothing partitions them
     suffix = (total + sum(tensors.frozen)) * width
     if spec.stage is None:
-        return _local(spec, tensors, frozen, suffix)
+        return _local_engine(spec, tensors, frozen, suffix)
     if spec.stage == 0:
         return EngineMemory(
             prefix_weights=frozen.device, suffix_weights=suffix, masters=4 * total if low else 0,
@@ -161,11 +161,11 @@ def engine_memory(spec: EngineSpec, tensors: TensorSizes, frozen: PrefixMemory) 
             buffers=width * min(total, int(5e8)) if spec.ranks > 1 else 0,
         )  # fmt: skip
     held = _stage_3(spec, tensors, frozen) if spec.stage == 3 else _stage_1_or_2(spec, tensors, frozen, suffix)
-    return _on_one_memory(held) if spec.host_is_device else held
+    return _count_host_as_device(held) if spec.host_is_device else held
 
 
-def _on_one_memory(held: EngineMemory) -> EngineMemory:
-    """Return ``held`` where the host's memory is the device's."""
+def _count_host_as_device(held: EngineMemory) -> EngineMemory:
+    """Return ``held`` with host memory added to device memory, for a run that computes on a CPU."""
     host = held.host
     gradients = host.get("gradients", 0)
     return replace(
@@ -181,7 +181,7 @@ def _on_one_memory(held: EngineMemory) -> EngineMemory:
 
 
 def unpartitioned_moments(name: OptimName, tensors: TensorSizes) -> int:
-    """Return the bytes of the moments of tensors that no engine partitions."""
+    """Return the bytes of the moments of all trained tensors without partitioning."""
     tables, size = Counter(tensors.tables), 0
     for elements in tensors.trained:
         size += moment_bytes(name, elements, is_table=tables[elements] > 0)
@@ -190,7 +190,7 @@ def unpartitioned_moments(name: OptimName, tensors: TensorSizes) -> int:
 
 
 def _partitioned_moments(name: OptimName, tensors: TensorSizes, part: Callable[[Sequence[int]], int]) -> int:
-    """Return the bytes of the moments of a rank's ``part`` of tensors: of tables, of vectors and of matrices."""
+    """Return the bytes of a rank's partition of the moments; ``part`` gives the partition's size for some tensors."""
     if name in ("adamw", "adamw_bf16"):
         return moment_bytes(name, part(tensors.trained))
     others = list((Counter(tensors.trained) - Counter(tensors.tables)).elements())
@@ -198,15 +198,15 @@ def _partitioned_moments(name: OptimName, tensors: TensorSizes, part: Callable[[
     return moment_bytes(name, part(tensors.tables), is_table=True) + sum(moment_bytes(name, part(k)) for k in kinds)
 
 
-def _local(spec: EngineSpec, tensors: TensorSizes, frozen: PrefixMemory, suffix: int) -> EngineMemory:
-    """Return what the local engine holds: gradients as backward leaves them, or float32 sums over batches or ranks."""
+def _local_engine(spec: EngineSpec, tensors: TensorSizes, frozen: PrefixMemory, suffix: int) -> EngineMemory:
+    """Return the memory of the local engine: gradients as backward leaves them, or also an fp32 accumulation buffer."""
     width, total = tensors.width, sum(tensors.trained)
     low = width < 4
-    if spec.accumulates and not low and spec.ranks == 1:  # autograd adds each tensor's gradient as it comes
+    if spec.accumulates and not low and spec.ranks == 1:  # autograd accumulates in p.grad
         held, share, update = 4 * (total + max(tensors.trained)), 0.0, 4 * total
     else:
-        sums = 4 * total if spec.ranks > 1 or spec.accumulates else 0
-        held, share, update = sums if spec.accumulates else 0, 1.0, width * total + sums
+        accumulated = 4 * total if spec.ranks > 1 or spec.accumulates else 0
+        held, share, update = accumulated if spec.accumulates else 0, 1.0, width * total + accumulated
     split_masters = spec.optimizer == "adamw_bf16"
     scratch = 4 + (4 + 8 + 8 if split_masters else 0)  # gradient; then weights, moments, and random numbers for both
     return EngineMemory(
@@ -218,7 +218,7 @@ def _local(spec: EngineSpec, tensors: TensorSizes, frozen: PrefixMemory, suffix:
 
 
 def _partitioned_scratch(spec: EngineSpec, part: int) -> int:
-    """Return the workspace in which bfloat16 moments are updated, with random numbers for them."""
+    """Return the workspace for updating bfloat16 moments: their float32 copies, and random numbers for rounding."""
     return (8 + 8) * min(part, LARGEST_PIECE) if spec.optimizer == "adamw_bf16" else 0
 
 
@@ -232,17 +232,17 @@ def _stage_1_or_2(spec: EngineSpec, tensors: TensorSizes, frozen: PrefixMemory, 
     low = width < 4
     moments, scratch = _partitioned_moments(spec.optimizer, tensors, parts), _partitioned_scratch(spec, part)
     if spec.optimizer_at != "device":
-        # the host takes a float32 gradient, one more sum of float32 micro batches, and weights on their way back
+        # the host holds fp32 gradients, another fp32 accumulation buffer, and weights on their way back
         largest = max(tensors.trained)
-        sums = 4 * part if spec.accumulates else 0
+        accumulated = 4 * part if spec.accumulates else 0
         return EngineMemory(
             prefix_weights=frozen.device, suffix_weights=suffix, masters=0, moments=0,
-            accumulated=sums if low else 0, share=0.0, update_gradients=sums if low else 0,
+            accumulated=accumulated if low else 0, share=0.0, update_gradients=accumulated if low else 0,
             buffers=(spec.bucket + largest) * width,
-            host={"masters": 4 * part, "moments": moments, "gradients": 4 * part + (0 if low else sums),
+            host={"masters": 4 * part, "moments": moments, "gradients": 4 * part + (0 if low else accumulated),
                   "workspace": (part + largest) * width + scratch},
         )  # fmt: skip
-    if spec.accumulates and low:  # float32 sums: of everything under stage 1, of this rank's part under stage 2
+    if spec.accumulates and low:  # float32 accumulated: of everything under stage 1, of this rank's part under stage 2
         held = 4 * (part * spec.ranks if spec.stage == 1 else part)
         share, update = 0.0, held
     else:
@@ -257,7 +257,7 @@ def _stage_1_or_2(spec: EngineSpec, tensors: TensorSizes, frozen: PrefixMemory, 
 
 
 def _stage_3(spec: EngineSpec, tensors: TensorSizes, frozen: PrefixMemory) -> EngineMemory:
-    """Return what ZeRO-3 holds: each tensor of the suffix in equal parts, and a shared table a second time below."""
+    """Return the memory of ZeRO-3, which partitions every tensor of the suffix, and copies a shared table."""
     width, low = tensors.width, tensors.width < 4
 
     def parts(sizes: Sequence[int]) -> int:
@@ -287,7 +287,7 @@ def _stage_3(spec: EngineSpec, tensors: TensorSizes, frozen: PrefixMemory) -> En
 
 
 def _offload_state(held: EngineMemory, spec: EngineSpec, masters: int, largest: int) -> EngineMemory:
-    """Move masters and moments of ZeRO-3 away from the device, and gradients with them, also those in float32."""
+    """Return ``held`` with masters, moments and gradients of ZeRO-3 moved to the host or to files."""
     off = replace(held, masters=0, moments=0, accumulated=0, update_gradients=0, scratch=0)
     if spec.optimizer_at == "cpu":
         return replace(off, host={"masters": masters, "moments": held.moments,

@@ -11,60 +11,60 @@ from toolkit.planning.trace import Trace
 KINDS = (
     "prefix weights", "suffix weights", "masters", "moments", "gradients", "activations", "logits", "workspace",
 )  # fmt: skip
-"""Uses of memory, from what stays to what comes and goes."""
+"""Kinds of memory, from permanent to temporary."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Hold the bytes on one rank, of the device where no place is said."""
+    """Planned memory of one rank in bytes, on the device unless stated otherwise."""
 
     most: dict[str, int]
-    """Of each kind, the most that is held at once."""
+    """Peak of each kind alone."""
     at_peak: dict[str, int]
-    """Of each kind, what is held at the moment when most is held in all."""
+    """Bytes of each kind at the moment of the overall peak."""
     moment: str
-    """When that is."""
+    """Moment of the overall peak, such as ``update``."""
     beside_weights: int
-    """The most that training adds to the weights that are there when it begins."""
+    """Peak of training minus the weights that are loaded when it begins."""
     host: Mapping[str, int]
-    """By kind, what the engine keeps in the host's memory."""
+    """Bytes of each kind that the engine keeps in host memory."""
     files: int
-    """What the engine keeps in files."""
+    """Bytes that the engine keeps in files."""
 
     @property
     def peak(self) -> int:
-        """Return the most bytes of tensors at once."""
+        """Return the peak bytes of tensors on the device."""
         return sum(self.at_peak.values())
 
 
-def memory(engine: EngineMemory, trace: Trace, streamed: int, fill: float | None) -> Memory:
-    """Add what the engine holds to what a micro batch allocates in the prefix, in forward and backward, in the update.
+def memory_by_kind(engine: EngineMemory, trace: Trace, streamed: int, fill_ratio: float | None) -> Memory:
+    """Add the engine's memory to that of a micro batch in the prefix, in forward and backward, and in the update.
 
     Args:
-        engine: held whatever the micro batch.
-        trace: of the micro batch.
-        streamed: bytes of weights that blocks of the prefix have on the device only while they compute.
-        fill: tokens of a batch of the first pass, as a multiple of the micro batch's, where the prefix is cached: it
-            runs before there is an engine, and is gone when there is one. None where it stays.
+        engine: memory that the engine holds.
+        trace: trace of the micro batch.
+        streamed: bytes of prefix weights that are on the device only while their block computes.
+        fill_ratio: if the prefix is cached and freed before the engine is built, the tokens of a batch of the pass
+            that fills the cache, as a multiple of the micro batch's tokens; None if the prefix stays.
     """
     weights = {"prefix weights": engine.prefix_weights, "suffix weights": engine.suffix_weights}
-    here = weights if fill is None else weights | {"prefix weights": 0}
-    fixed = here | {"masters": engine.masters, "moments": engine.moments}
-    top = trace.peak({"gradients": engine.share})
+    loaded = weights if fill_ratio is None else weights | {"prefix weights": 0}
+    fixed = loaded | {"masters": engine.masters, "moments": engine.moments}
+    at_peak = trace.peak({"gradients": engine.share})
     training = {
         "forward and backward": fixed | {
-            "gradients": engine.accumulated + top["gradients"], "activations": top["activations"],
-            "logits": top["logits"], "workspace": top["workspace"] + engine.buffers + engine.scratch,
+            "gradients": engine.accumulated + at_peak["gradients"], "activations": at_peak["activations"],
+            "logits": at_peak["logits"], "workspace": at_peak["workspace"] + engine.buffers + engine.scratch,
         },
         "update": fixed | _only("gradients", engine.update_gradients) | {"workspace": engine.scratch},
     }  # fmt: skip
-    if fill is None:
+    if fill_ratio is None:
         workspace = trace.most_in_prefix + streamed + engine.buffers + engine.scratch
         moments = training = training | {
             "prefix": fixed | _only("gradients", engine.accumulated) | {"workspace": workspace}
         }
     else:
-        workspace = int(fill * trace.most_in_prefix) + streamed
+        workspace = int(fill_ratio * trace.most_in_prefix) + streamed
         moments = training | {"first pass": weights | _only("workspace", workspace) | {"masters": 0, "moments": 0}}
     most = weights | {
         "masters": engine.masters, "moments": engine.moments,
@@ -76,19 +76,19 @@ def memory(engine: EngineMemory, trace: Trace, streamed: int, fill: float | None
         "workspace": max(trace.most("workspace") + engine.buffers + engine.scratch, workspace),
     }  # fmt: skip
     moment = max(moments, key=lambda name: sum(moments[name].values()))
-    beside = max(sum(kinds.values()) for kinds in training.values()) - sum(here.values())
+    beside = max(sum(kinds.values()) for kinds in training.values()) - sum(loaded.values())
     return Memory(most, moments[moment], moment, beside, engine.host, engine.files)
 
 
 def _only(kind: str, size: int) -> dict[str, int]:
-    """Return the bytes of what comes and goes, where only one kind is there."""
+    """Return the temporary kinds of memory with ``size`` bytes of one kind and none of the others."""
     return dict.fromkeys(("gradients", "activations", "logits", "workspace"), 0) | {kind: size}
 
 
 def checkpoint_bytes(spec: EngineSpec, tensors: TensorSizes) -> int:
-    """Return the bytes of a checkpoint over all ranks: a float32 master and two moments of each trained element.
+    """Return the bytes of a checkpoint over all ranks: fp32 master and moments of each trained element.
 
-    Moments that are kept in fewer bits are there twice: as they are stored, and in float32 for any other layout.
+    Low-bit moments are saved twice: in their own format, and in float32 for engines of another layout.
     """
     stored = 0 if spec.optimizer == "adamw" else unpartitioned_moments(spec.optimizer, tensors)
     return 12 * sum(tensors.trained) + stored

@@ -1,4 +1,4 @@
-"""Build a model without its weights: every tensor on the meta device, which knows shapes and holds no bytes."""
+"""Build a model without its weights: every tensor on the meta device, with a shape and no storage."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from toolkit.runtime.errors import FrostlineError, ModelError, PlanError
 from toolkit.runtime.out_of_memory import is_out_of_memory
 from toolkit.runtime.safetensors_io import FLOATS
 
-LOOKED_AT_CONTENT = (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError)
-"""Errors that a model raises on tensors without content, or cut where it cannot be."""
+META_ERRORS = (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError)
+"""Errors that a model raises if it reads the content of meta tensors, or is cut where it cannot be."""
 
 
 @dataclass(frozen=True)
 class MetaModel:
-    """Hold a model whose tensors have no content, and its parts."""
+    """A model on the meta device, and its parts."""
 
     model: PreTrainedModel
     anatomy: Anatomy
     note: str
-    """Where it was read from, and what the headers of the weights say."""
+    """Where the shapes were read from, for the plan."""
 
     @property
     def hidden_size(self) -> int:
@@ -42,35 +42,35 @@ class MetaModel:
 
     @property
     def positions(self) -> int | None:
-        """Return the longest input in tokens, where the config states one."""
+        """Return the longest input in tokens; None if the config states none."""
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return int(longest) if longest else None
 
 
 def meta_model(config: ModelConfig) -> MetaModel:
-    """Build the model that ``config`` names from its config.json alone, and check the headers of its safetensors.
+    """Build the model of a recipe from its config.json alone, and compare it with the headers of its safetensors.
 
     Raises:
-        ModelError: no such model, a config that transformers cannot build, or weights of other shapes than it says.
-        PlanError: its class cannot be built without bytes.
+        ModelError: the model is missing, transformers cannot build its config, or its weights have other shapes.
+        PlanError: the model's class cannot be built on the meta device.
     """
     source = resolve_source(config.name_or_path, needs_weights=False)
     exaone = is_exaone_source(source, config)
     try:
         with torch.device("meta"):
-            model = _build(source, config, exaone)
+            model = _build_on_meta(source, config, exaone)
     except (OSError, ValueError, KeyError, ImportError) as error:
         text = " ".join(str(error).split())[:400]
         raise ModelError(f"model.name_or_path {source!r} cannot be planned from its config. {text}") from None
-    except Exception as error:  # a class built in a way it was not made for raises anything
+    except Exception as error:  # a class that was not written for the meta device may raise anything
         if isinstance(error, FrostlineError) or is_out_of_memory(error):
             raise
-        raise _cannot_build(source, error) from None
+        raise _build_error(source, error) from None
     turn_off_layerdrop(model)
     model.config.use_cache = False
     anatomy = detect_anatomy(model)
     try:
-        note = _check_headers(Path(source), anatomy, exaone)
+        note = _compare_with_headers(Path(source), anatomy, exaone)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"the weights in {source} cannot be read ({type(error).__name__}: {error}); restore them"
@@ -79,26 +79,26 @@ def meta_model(config: ModelConfig) -> MetaModel:
 
 
 def meta_model_of(loaded: LoadedModel) -> MetaModel:
-    """Build the meta model of one that is loaded, before a mask is applied, which changes its config.
+    """Build the meta model of a loaded model. Call it before a mask is applied, which changes the model's config.
 
     Raises:
-        PlanError: its class cannot be built without bytes.
+        PlanError: the model's class cannot be built on the meta device.
     """
     model = loaded.model
     try:
         with torch.device("meta"):
-            bare = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
-    except LOOKED_AT_CONTENT as error:
-        raise _cannot_build(type(model).__name__, error) from None
-    turn_off_layerdrop(bare)
-    return MetaModel(bare, loaded.anatomy, "the loaded model")
+            meta = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+    except META_ERRORS as error:
+        raise _build_error(type(model).__name__, error) from None
+    turn_off_layerdrop(meta)
+    return MetaModel(meta, loaded.anatomy, "the loaded model")
 
 
 def is_exaone_source(source: str, config: ModelConfig) -> bool:
-    """Return True if ``source`` is loaded as the Llama that EXAONE 3.x is.
+    """Return True if ``source`` is an EXAONE 3.x model, which is loaded as the equivalent Llama.
 
     Raises:
-        ModelError: there is no readable config.
+        ModelError: the model has no readable config.
     """
     try:
         return is_exaone(source, config.revision) and not config.trust_remote_code
@@ -109,16 +109,18 @@ def is_exaone_source(source: str, config: ModelConfig) -> bool:
         ) from None
 
 
-def _cannot_build(name: str, error: Exception) -> PlanError:
+def _build_error(name: str, error: Exception) -> PlanError:
+    """Return the error for a class that cannot be built on the meta device."""
     reason = " ".join(str(error).split())[:200]
     return PlanError(f"{name} cannot be planned: its class cannot be built on the meta device ({reason})")
 
 
-def _build(source: str, config: ModelConfig, exaone: bool) -> PreTrainedModel:
+def _build_on_meta(source: str, config: ModelConfig, exaone: bool) -> PreTrainedModel:
+    """Build the model of ``source`` from its config; the caller sets the meta device as default."""
     attention = config.attn_implementation
     options: dict[str, Any] = {
         "dtype": getattr(torch, config.dtype),
-        # keeps what sdpa keeps, and its package need not be here to plan for it
+        # saves the same activations as sdpa, and planning does not need the flash_attn package
         "attn_implementation": "sdpa" if attention == "flash_attention_2" else attention,
     }
     if exaone:
@@ -126,15 +128,19 @@ def _build(source: str, config: ModelConfig, exaone: bool) -> PreTrainedModel:
     shared = {"trust_remote_code": config.trust_remote_code}
     try:
         hf_config = AutoConfig.from_pretrained(source, revision=config.revision, **shared)
-    except Exception as error:  # transformers checks some values and stumbles over others
+    except Exception as error:  # transformers validates some values and raises anything on others
         text = " ".join(str(error).split())[:400]
         raise ModelError(f"the config.json of {source} cannot be used ({type(error).__name__}: {text})") from None
     refuse_kernels(hf_config, config.trust_remote_code)
     return AutoModelForCausalLM.from_config(hf_config, **options, **shared)
 
 
-def _check_headers(directory: Path, anatomy: Anatomy, exaone: bool) -> str:
-    """Compare the headers of ``directory``'s safetensors, if there are any, with the meta model's shapes."""
+def _compare_with_headers(directory: Path, anatomy: Anatomy, exaone: bool) -> str:
+    """Compare the safetensors headers in ``directory`` with the meta model's shapes; return ``MetaModel.note``.
+
+    Raises:
+        ModelError: shapes differ, or the weights are quantised.
+    """
     files = sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
     if not files:
         return "config.json; no weights were looked at"
@@ -143,14 +149,16 @@ def _check_headers(directory: Path, anatomy: Anatomy, exaone: bool) -> str:
         for file in files
         for name, info in open_weights(file).entries.items()
     }
-    lacking = any(tensor.alias_of is None and tensor.name not in stored for tensor in anatomy.tensors)
+    is_incomplete = any(tensor.alias_of is None and tensor.name not in stored for tensor in anatomy.tensors)
     wrong, dtypes, packed, bytes_stored = [], set(), set(), 0
     for name, info in stored.items():
         tensor = anatomy.by_name.get(name)
         dtypes.add(info["dtype"])
         bytes_stored += info["data_offsets"][1] - info["data_offsets"][0]
-        in_place_of_weights = tensor.can_train if tensor is not None else lacking and not name.endswith("bias")
-        if info["dtype"] not in {*FLOATS, "BOOL", "I64"} and in_place_of_weights:  # nobody packs weights in the two
+        in_place_of_weights = tensor.can_train if tensor is not None else is_incomplete and not name.endswith("bias")
+        if (
+            info["dtype"] not in {*FLOATS, "BOOL", "I64"} and in_place_of_weights
+        ):  # no quantisation stores weights in BOOL or I64
             packed.add(info["dtype"])
         if tensor is not None and tuple(info["shape"]) != tensor.shape:
             wrong.append(f"  - {name}: {tuple(info['shape'])} stored, config.json makes it {tensor.shape}")

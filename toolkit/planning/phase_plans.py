@@ -1,4 +1,4 @@
-"""Plan a run whose mask changes: one plan a phase, and the most demanding of them for the run."""
+"""Plan a run with a mask schedule: one plan a phase, and that of the phase that needs most memory for the run."""
 
 from __future__ import annotations
 
@@ -13,35 +13,37 @@ from toolkit.planning.planner import PhaseSummary, Plan, Planner
 from toolkit.planning.workload import Workload
 
 _MASTER = 4
-"""Bytes of an element of a master."""
+"""Bytes per element of an fp32 master."""
 
 
 def phase_planners(config: RunConfig, meta: MetaModel, workload: Workload, passes: Sequence[float]) -> list[Planner]:
-    """Return one planner a phase of the mask's schedule; one in all where there is no schedule.
+    """Return a planner for each phase of the mask schedule; a single one without a schedule.
 
     Args:
         config: the recipe.
-        meta: the model without weights.
-        workload: the rows.
-        passes: over the training rows, one number a phase.
+        meta: the meta model.
+        workload: lengths of the rows.
+        passes: passes over the training rows in each phase.
 
     Raises:
-        MaskError: the mask of a phase is at fault.
+        MaskError: the mask of a phase is invalid.
     """
     scheduled = bool(config.mask.schedule)
     untied = any(mask.tied == "untie" for mask in phase_masks(config.mask, meta.anatomy))
     return [
-        Planner(config.model_copy(update={"mask": mask}), meta, workload, own, untied=untied, is_phase=scheduled)
-        for mask, own in zip(phase_configs(config.mask), passes, strict=True)
+        Planner(
+            config.model_copy(update={"mask": mask}), meta, workload, phase_passes, untied=untied, is_phase=scheduled
+        )
+        for mask, phase_passes in zip(phase_configs(config.mask), passes, strict=True)
     ]
 
 
 def combine_plans(plans: Sequence[Plan], config: MaskConfig) -> Plan:
-    """Return the plan of the phase that needs most memory, with a line for each phase and the largest checkpoint.
+    """Return the plan of the phase that needs most memory, with summaries of all phases and the largest checkpoint.
 
     Args:
-        plans: one a phase.
-        config: the mask section they are from.
+        plans: plan of each phase.
+        config: the recipe's mask section.
     """
     if len(plans) == 1:
         return plans[0]
@@ -55,7 +57,7 @@ def combine_plans(plans: Sequence[Plan], config: MaskConfig) -> Plan:
 
 
 def _largest_checkpoint(plans: Sequence[Plan]) -> int:
-    """Return the size of the largest checkpoint, which also holds the masters of what trained in earlier phases."""
+    """Return the size of the largest checkpoint; each also holds masters that trained only in earlier phases."""
     seen: set[MaskedTensor] = set()
     largest = 0
     for plan in plans:

@@ -1,4 +1,4 @@
-"""Plan variants of a run, each from a traced micro batch."""
+"""Plan a run, and variants of it with other settings, each from a traced micro batch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from toolkit.mask.audit import AuditRow, audit, audit_table
 from toolkit.mask.layer_mask import LayerMask, build_mask
 from toolkit.planning.engine_memory import EngineSpec, engine_memory
 from toolkit.planning.flops import StepFlops, count_flops
-from toolkit.planning.memory import Memory, checkpoint_bytes, memory
-from toolkit.planning.meta_model import LOOKED_AT_CONTENT, MetaModel
-from toolkit.planning.prefix_memory import PrefixMemory, frozen_bytes
+from toolkit.planning.memory import Memory, checkpoint_bytes, memory_by_kind
+from toolkit.planning.meta_model import META_ERRORS, MetaModel
+from toolkit.planning.prefix_memory import PrefixMemory, prefix_memory
 from toolkit.planning.trace import BatchShape, Trace
 from toolkit.planning.traced_split import MetaSplit, meta_split
 from toolkit.planning.workload import Workload
@@ -26,112 +26,113 @@ from toolkit.split.loss_head import Shortcuts
 
 
 @dataclass(frozen=True)
-class Variant:
-    """Hold the settings that memory depends on."""
+class RunVariant:
+    """The settings of a run that its memory depends on: the recipe's own, or those of a change to propose."""
 
     selectors: tuple[str | MaskGroup, ...]
     rows: int
-    """Of a micro batch."""
+    """Rows of a micro batch."""
     accumulation: int
+    """Micro batches of a step."""
     tokens: int
-    """Of the longest row."""
+    """Tokens of the longest row."""
     supervised: int
-    """Most of a row."""
+    """Supervised tokens of the row that has most."""
     checkpointing: bool
     packed: bool
-    """Rows of a micro batch are laid end to end, not padded."""
+    """True if the rows of a micro batch are packed, False if they are padded."""
     spec: EngineSpec
     frozen: PrefixConfig
-    """How the prefix's weights are kept."""
+    """Precision and placement of the prefix's weights."""
     cached: bool
-    """What the prefix computes is cached, and its weights are freed after a first pass."""
+    """True if a first pass over the data caches the prefix's hidden states, after which its weights are freed."""
 
 
 @dataclass(frozen=True)
 class PhaseSummary:
-    """Hold one phase of a schedule in short."""
+    """Summary of one phase of a mask schedule."""
 
     end: str
-    """When it ends, in the recipe's words."""
+    """End of the phase as the recipe writes it."""
     boundary: int
     trained: int
     """Parameters that train."""
     peak: int
     """Bytes of tensors at the peak."""
     is_most: bool
-    """True for the phase that needs most, which the rest of the plan describes."""
+    """True for the phase that needs most memory, which the rest of the plan describes."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Hold what a run will cost on one rank, and in all."""
+    """Memory of one rank, FLOPs and disk space of a run."""
 
     model: str
     source: str
-    """Where the model's shapes are from."""
+    """Where the model's shapes were read from."""
     mask: LayerMask
     audit: tuple[AuditRow, ...]
     audit_text: str
-    variant: Variant
+    variant: RunVariant
     workload: Workload
     is_cut: bool
     """False where the architecture cannot be cut, so that the frozen blocks run inside the suffix."""
     memory: Memory
     frozen: PrefixMemory
-    """Where the prefix's weights are."""
+    """Bytes of the prefix's weights by place."""
     flops: StepFlops
     token_bytes: int
-    """Of one token's hidden state at the frost line."""
+    """Bytes of one token's hidden state at the frost line."""
     checkpoint: int
     """Bytes of one checkpoint on disk."""
     keep: int
-    """Checkpoints that stay."""
+    """Number of checkpoints kept on disk."""
     phases: tuple[PhaseSummary, ...] = ()
-    """Of a run whose mask changes, in order; empty for one mask throughout."""
+    """Phases of the mask schedule, in order; empty without a schedule."""
 
 
 @dataclass
 class Planner:
-    """Plan variants of one run; what was traced once is not traced again."""
+    """Plan variants of one run; traces are cached."""
 
     config: RunConfig
     meta: MetaModel
     workload: Workload
     passes: float = float("inf")
-    """Over the training rows while the mask holds."""
+    """Passes over the training rows with this mask."""
     cut: bool = True
-    """The model is to be cut at the frost line, if it can be."""
+    """True to cut the model at the frost line, if its architecture allows it."""
     packed: bool | None = None
-    """Micro batches are packed; None decides by recipe and rows, without the run's own check."""
+    """Whether micro batches are packed; None to decide by recipe and rows, without the check that the run makes."""
     cached: bool | None = None
-    """The prefix is cached; None likewise."""
+    """Whether the prefix is cached; None to decide likewise."""
     shortcuts: Shortcuts = Shortcuts(True, True, True)  # noqa: RUF009
     """Shortcuts to take at the top of the suffix, where the structure allows them."""
     untied: bool = False
-    """The head is untied though this mask may not ask for it: another phase does."""
+    """True if the head is untied because another phase's mask asks for it."""
     is_phase: bool = False
-    """This is one phase of several."""
+    """True if this is one phase of a mask schedule."""
     _splits: dict[tuple[Any, ...], MetaSplit] = field(default_factory=dict)
 
-    def variant(self, spec: EngineSpec, checkpointing: bool) -> Variant:
-        """Return the run as the recipe has it.
+    def variant(self, spec: EngineSpec, checkpointing: bool) -> RunVariant:
+        """Return the variant with the recipe's own settings.
 
         Raises:
             ConfigError: ``prefix.cache`` is ``on``, and this run cannot be cached.
-            MaskError: the mask is at fault.
+            MaskError: the mask is invalid.
             PlanError: the architecture cannot be traced without data.
         """
         train = self.config.train
-        plain = Variant(
+        uncached = RunVariant(
             selectors=tuple(self.config.mask.train), rows=train.micro_batch_size,
             accumulation=train.gradient_accumulation_steps, tokens=self.workload.tokens,
-            supervised=self.workload.supervised, checkpointing=checkpointing, packed=self._packs(), spec=spec,
+            supervised=self.workload.supervised, checkpointing=checkpointing, packed=self._decide_packing(), spec=spec,
             frozen=self.config.prefix, cached=False,
         )  # fmt: skip
-        return replace(plain, cached=self._caches(plain))
+        return replace(uncached, cached=self._decide_caching(uncached))
 
-    def memory(self, variant: Variant) -> Memory:
-        """Return the bytes on one rank.
+    def memory(self, variant: RunVariant) -> Memory:
+        """Return the memory of a variant on one rank.
 
         Raises:
             MaskError: the mask is at fault.
@@ -139,29 +140,29 @@ class Planner:
         """
         trace = self._trace(variant)
         split = self._split(variant.selectors, variant.packed)
-        kept = self.frozen(variant)
-        is_freed = variant.cached and not self.is_phase  # a later phase may need what lies below the line
-        fill = FILL_TOKENS / (trace.shape.rows * trace.shape.tokens) if is_freed else None
-        return memory(engine_memory(variant.spec, split.tensors, kept), trace, kept.streamed, fill)
+        frozen = self.frozen(variant)
+        is_freed = variant.cached and not self.is_phase  # a later phase may train blocks below this frost line
+        fill_ratio = FILL_TOKENS / (trace.shape.rows * trace.shape.tokens) if is_freed else None
+        return memory_by_kind(engine_memory(variant.spec, split.tensors, frozen), trace, frozen.streamed, fill_ratio)
 
-    def frozen(self, variant: Variant) -> PrefixMemory:
-        """Return the bytes of the prefix's weights, wherever they are kept.
+    def frozen(self, variant: RunVariant) -> PrefixMemory:
+        """Return the bytes of the prefix's weights, by place.
 
         Raises:
             MaskError: the mask is at fault.
-            ModelError: they are to be quantised, and cannot be.
+            ModelError: the recipe quantises them, and this architecture does not allow it.
         """
         split = self._split(variant.selectors, variant.packed)
-        return frozen_bytes(split.prefix, split.suffix, split.anatomy, split.mask.boundary, variant.frozen)
+        return prefix_memory(split.prefix, split.suffix, split.anatomy, split.mask.boundary, variant.frozen)
 
-    def plan(self, variant: Variant) -> Plan:
+    def plan(self, variant: RunVariant) -> Plan:
         """Return the plan of a variant.
 
         Raises:
             MaskError: the mask is at fault.
             PlanError: the architecture cannot be traced without data.
         """
-        held = self.memory(variant)
+        memory = self.memory(variant)
         split = self._split(variant.selectors, variant.packed)
         plain = self._trace_twice(replace(variant, checkpointing=False))
         checkpointed = self._trace_twice(variant) if variant.checkpointing else None
@@ -169,14 +170,14 @@ class Planner:
             model=self.config.model.name_or_path, source=self.meta.note, mask=split.mask,
             audit=tuple(audit(split.mask, self.meta.anatomy)),
             audit_text=audit_table(split.mask, self.meta.anatomy), variant=variant, workload=self.workload,
-            is_cut=split.prefix is not None or not split.mask.has_prefix, memory=held, frozen=self.frozen(variant),
+            is_cut=split.prefix is not None or not split.mask.has_prefix, memory=memory, frozen=self.frozen(variant),
             flops=count_flops(plain, checkpointed),
             token_bytes=self.meta.hidden_size * split.tensors.width,
             checkpoint=checkpoint_bytes(variant.spec, split.tensors), keep=self.config.output.keep,
         )  # fmt: skip
 
-    def _packs(self) -> bool:
-        """Return what ``choose_packing`` will decide if the model keeps packed samples apart."""
+    def _decide_packing(self) -> bool:
+        """Return what ``choose_packing`` will decide in the run, if the model keeps packed samples apart."""
         if self.packed is not None:
             return self.packed
         mode, lengths = self.config.data.packing, self.workload.distinct
@@ -184,11 +185,11 @@ class Planner:
             return False
         return bool(packing_attentions(mode, self.meta.model.config._attn_implementation))
 
-    def _caches(self, plain: Variant) -> bool:
-        """Return what the run will decide if the cache is empty and the disk has room."""
+    def _decide_caching(self, variant: RunVariant) -> bool:
+        """Return whether the run will cache the prefix, if the cache is empty and the disk has room."""
         if self.cached is not None:
             return self.cached
-        settings, split = self.config.prefix, self._split(plain.selectors, plain.packed)
+        settings, split = self.config.prefix, self._split(variant.selectors, variant.packed)
         obstacle = mask_obstacle(split.mask)
         if obstacle is None and self.workload.distinct is not None:
             width, dtype = self.meta.hidden_size, self.meta.model.dtype
@@ -196,11 +197,14 @@ class Planner:
             obstacle = limit_obstacle(settings, size)
         if not decide_cache(settings, obstacle, self.passes).on:
             return False
-        self._trace(plain)  # finds out whether the architecture can be cut; the run itself tries, and may refuse
-        return self._split(plain.selectors, plain.packed).prefix is not None and not has_dropout(self.meta.model)
+        self._trace(variant)  # gives up cutting the model if that fails; the run itself checks it with real weights
+        return self._split(variant.selectors, variant.packed).prefix is not None and not has_dropout(self.meta.model)
 
     def _split(self, selectors: tuple[str | MaskGroup, ...], packed: bool, whole: bool = False) -> MetaSplit:
-        """Return the model under the mask of ``selectors``; ``whole`` gives up cutting it, from now on."""
+        """Return the meta model under the mask of ``selectors``, cut at its frost line.
+
+        With ``whole`` it is not cut, in this and all later calls.
+        """
         mask = build_mask(self.config.mask.model_copy(update={"train": list(selectors)}), self.meta.anatomy)
         if self.untied:
             mask = replace(mask, tied="untie")
@@ -210,20 +214,23 @@ class Planner:
             self._splits[key] = meta_split(self.meta, mask, None if whole else boundary, packed, self.shortcuts)
         return self._splits[key]
 
-    def _trace_twice(self, variant: Variant) -> list[Trace]:
-        """Trace two numbers of supervised positions, so that the work at each of them shows."""
-        supervised = _shape(variant, self.workload).supervised
+    def _trace_twice(self, variant: RunVariant) -> list[Trace]:
+        """Trace with two numbers of supervised positions, from which ``count_flops`` derives the cost of each."""
+        supervised = _batch_shape(variant, self.workload).supervised
         other = supervised // 8 if supervised >= 8 else supervised + 1
         return [self._trace(variant), self._trace(variant, other)]
 
-    def _trace(self, variant: Variant, supervised: int | None = None) -> Trace:
-        """Trace a micro batch of ``variant``, with ``supervised`` positions in all where that is given."""
-        shape = _shape(variant, self.workload)
+    def _trace(self, variant: RunVariant, supervised: int | None = None) -> Trace:
+        """Trace a micro batch of ``variant``; ``supervised`` replaces its number of supervised positions.
+
+        If the trace fails, trace again with the model uncut.
+        """
+        shape = _batch_shape(variant, self.workload)
         shape = shape if supervised is None else replace(shape, supervised=supervised)
         split = self._split(variant.selectors, variant.packed)
         try:
             return split.trace(shape, variant.checkpointing)
-        except LOOKED_AT_CONTENT as error:
+        except META_ERRORS as error:
             if split.prefix is None:
                 reason = " ".join(str(error).split())[:200]
                 raise PlanError(
@@ -234,8 +241,8 @@ class Planner:
         return self._trace(variant, supervised)
 
 
-def packed_lengths(variant: Variant, workload: Workload) -> tuple[int, ...]:
-    """Return the lengths of the rows of the longest packed micro batch; empty where rows are padded or alone."""
+def packed_lengths(variant: RunVariant, workload: Workload) -> tuple[int, ...]:
+    """Return the row lengths of the longest packed micro batch; empty if rows are not packed or there is only one."""
     if not variant.packed or variant.rows == 1:
         return ()
     if workload.lengths is None:
@@ -244,7 +251,8 @@ def packed_lengths(variant: Variant, workload: Workload) -> tuple[int, ...]:
     return tuple(min(tokens, variant.tokens) for tokens in longest)
 
 
-def _shape(variant: Variant, workload: Workload) -> BatchShape:
+def _batch_shape(variant: RunVariant, workload: Workload) -> BatchShape:
+    """Return the shape of the largest micro batch of ``variant``."""
     supervised = variant.rows * variant.supervised
     if packed := packed_lengths(variant, workload):
         return BatchShape(1, sum(packed), min(supervised, sum(packed)), packed)

@@ -16,57 +16,58 @@ from toolkit.split.suffix import Suffix
 
 @dataclass(frozen=True)
 class PrefixMemory:
-    """Hold the bytes of the weights that the prefix alone has."""
+    """Bytes of the weights that only the prefix holds, by place."""
 
     device: int
-    """On the device for good."""
+    """Bytes on the device permanently."""
     streamed: int
-    """Beside that while the prefix computes: a block in the model's precision, or two where blocks are streamed."""
+    """Additional bytes on the device while the prefix computes: one block, or two if blocks are streamed."""
     offloaded: int
-    """On the host or on disk."""
+    """Bytes on the host or on disk."""
 
 
-def frozen_bytes(
+def prefix_memory(
     prefix: Prefix | None, suffix: Suffix, anatomy: Anatomy, boundary: int, config: PrefixConfig
 ) -> PrefixMemory:
-    """Count the bytes of a prefix of the meta device.
+    """Return the bytes of a prefix on the meta device, stored as the recipe asks.
 
     Args:
-        prefix: the lower half, with its own parameters; None where there is none.
-        suffix: the upper half; what it holds too is not counted.
-        anatomy: the parts of the model.
+        prefix: prefix of a meta model; None if the model has no frozen prefix.
+        suffix: suffix of the same model; weights that it shares are not counted.
+        anatomy: parts of the model.
         boundary: number of frozen blocks.
-        config: how the weights are kept.
+        config: the recipe's prefix section.
 
     Raises:
-        ModelError: they are to be quantised, and less than half of the blocks can be.
+        ModelError: the recipe quantises the weights, and less than half of the blocks' weights can be quantised.
     """
     if prefix is None:
         return PrefixMemory(0, 0, 0)
-    above = {p.untyped_storage()._cdata for p in suffix.parameters()}
-    own = _own_bytes(prefix.model, above)
+    suffix_storages = {p.untyped_storage()._cdata for p in suffix.parameters()}
+    own = _own_bytes(prefix.model, suffix_storages)
     if (config.precision, config.placement) == ("model", "device") or boundary == 0:
         return PrefixMemory(own, 0, 0)
     blocks = [prefix.model.get_submodule(f"{anatomy.blocks}.{index}") for index in range(boundary)]
     if config.precision != "model":
         check_quantisable(blocks, config.precision)
-    whole = [_own_bytes(block, above) for block in blocks]
-    stored = [_stored(block, size, config.precision) for block, size in zip(blocks, whole, strict=True)]
+    whole = [_own_bytes(block, suffix_storages) for block in blocks]
+    stored = [_stored_bytes(block, size, config.precision) for block, size in zip(blocks, whole, strict=True)]
     if config.placement == "device":
         return PrefixMemory(own - sum(whole) + sum(stored), max(whole), 0)
-    tables = sum(_own_bytes(prefix.model.get_submodule(name), above) for name in anatomy.embeddings)
-    arriving = [left + right for left, right in zip(whole, [*stored[1:], 0], strict=True)]
-    return PrefixMemory(own - sum(whole) - tables, max(arriving), sum(stored) + tables)
+    tables = sum(_own_bytes(prefix.model.get_submodule(name), suffix_storages) for name in anatomy.embeddings)
+    # a block computes while the next one is copied to the device
+    streamed = [left + right for left, right in zip(whole, [*stored[1:], 0], strict=True)]
+    return PrefixMemory(own - sum(whole) - tables, max(streamed), sum(stored) + tables)
 
 
-def _own_bytes(module: nn.Module, above: set[int]) -> int:
-    """Return the bytes of a module's storages, those of ``above`` left out."""
+def _own_bytes(module: nn.Module, shared: set[int]) -> int:
+    """Return the bytes of a module's parameters, except those with a storage in ``shared``."""
     storages = {p.untyped_storage()._cdata: p.nbytes for p in module.parameters()}
-    return sum(size for storage, size in storages.items() if storage not in above)
+    return sum(size for storage, size in storages.items() if storage not in shared)
 
 
-def _stored(block: nn.Module, whole: int, precision: Literal["model", "int8", "nf4"]) -> int:
-    """Return the bytes of a block of ``whole`` bytes after quantising."""
+def _stored_bytes(block: nn.Module, whole: int, precision: Literal["model", "int8", "nf4"]) -> int:
+    """Return the bytes of a block in ``precision``, given its ``whole`` bytes in the model's precision."""
     if precision == "model":
         return whole
     saved = 0

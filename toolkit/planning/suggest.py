@@ -1,4 +1,4 @@
-"""Choose blocks by data: how much signal their weights hold, or how strongly the loss pulls at them."""
+"""Suggest which blocks to train: by the signal-to-noise ratio of their weights, or by their gradient norms."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ Method = Literal["spectrum", "gradient"]
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Hold a ranking of blocks, and the best of them."""
+    """Scores of all blocks, and the best ones."""
 
     method: Method
     scores: tuple[float, ...]
-    """One a block, higher is better."""
+    """Score of each block; higher is better."""
     chosen: tuple[int, ...]
     """The best blocks within the budget, in the model's order."""
 
     @property
     def ranking(self) -> list[int]:
-        """Return the blocks from the highest score to the lowest; equal ones from the head down."""
+        """Return the blocks from the highest score to the lowest; on a tie, the block nearer the head first."""
         return sorted(range(len(self.scores)), key=lambda block: (-self.scores[block], -block))
 
     def mask_block(self) -> str:
@@ -45,7 +45,7 @@ class Suggestion:
         return yaml.safe_dump({"mask": {"train": [f"blocks:{_ranges(self.chosen)}"]}}, sort_keys=False)
 
     def table(self) -> str:
-        """Return the ranking as aligned text, then the recipe's section and where its frost line runs."""
+        """Return the ranking as aligned text, followed by the frost line and the ``mask:`` section."""
         lines = [f"{'rank':>4}  {'block':>5}  {self.method:>12}"]
         for rank, block in enumerate(self.ranking, start=1):
             mark = "  chosen" if block in self.chosen else ""
@@ -55,16 +55,16 @@ class Suggestion:
 
 
 def suggest(loaded: LoadedModel, method: Method, budget: float, examples: Sequence[Example]) -> Suggestion:
-    """Rank the blocks of a model and choose the best share of them.
+    """Rank the blocks of a model and choose the best ones.
 
     Args:
         loaded: the model; its weights are not changed.
-        method: ``spectrum`` looks at the weights alone, ``gradient`` at the loss on ``examples``.
-        budget: share of the blocks to choose, above 0 and up to 1; at least one block is chosen.
-        examples: a few rows; not used by ``spectrum``.
+        method: ``spectrum`` scores the weights alone, ``gradient`` the gradient of the loss on ``examples``.
+        budget: fraction of the blocks to choose, above 0 and up to 1; at least one block is chosen.
+        examples: a few rows for ``gradient``; ignored by ``spectrum``.
 
     Raises:
-        ConfigError: the budget is out of range, or ``gradient`` has no rows.
+        ConfigError: the budget is out of range, or ``examples`` is empty for ``gradient``.
     """
     if not 0 < budget <= 1:
         raise ConfigError([f"--budget is {budget}; expected a share of the blocks above 0 and up to 1"], "command line")
@@ -80,7 +80,7 @@ def suggest_for(config: RunConfig, method: Method, budget: float, rows: int) -> 
     """Load the model of a recipe, and for ``gradient`` its first ``rows`` training rows, and suggest a mask.
 
     Raises:
-        UsageError: model, data or budget is at fault.
+        UsageError: model, data or budget is invalid.
     """
     loaded = load_base(config.model)
     examples: Sequence[Example] = ()
@@ -110,7 +110,7 @@ def spectrum_scores(loaded: LoadedModel) -> list[float]:
         largest = max(by_block.values()) or 1.0
         for block, ratio in by_block.items():
             scores[block].append(ratio / largest)
-    return [sum(own) / len(own) if own else 0.0 for own in scores]
+    return [sum(by_matrix) / len(by_matrix) if by_matrix else 0.0 for by_matrix in scores]
 
 
 def signal_to_noise(weight: torch.Tensor) -> float:
@@ -157,7 +157,7 @@ def gradient_scores(loaded: LoadedModel, examples: Sequence[Example]) -> list[fl
 
 
 def _ranges(blocks: Sequence[int]) -> str:
-    """Write blocks as a selector's list: ``3,10-13``."""
+    """Format sorted block numbers as in a selector: ``3,10-13``."""
     runs: list[list[int]] = []
     for block in blocks:
         if runs and block == runs[-1][-1] + 1:

@@ -1,4 +1,4 @@
-"""Write a plan as an aligned table and as JSON."""
+"""Format a plan as aligned tables and as JSON values."""
 
 from __future__ import annotations
 
@@ -14,8 +14,14 @@ _GIB = 2**30
 
 
 def as_text(plan: Plan, fit: DeviceFit | None = None) -> str:
-    """Return the audit table, memory, operations, disk, and whether the run fits, as text."""
-    parts = [f"{plan.model} ({plan.source})", plan.audit_text, _memory_text(plan), _compute_text(plan), _disk(plan)]
+    """Return a plan as text: audit table, memory, FLOPs, disk, and whether the run fits."""
+    parts = [
+        f"{plan.model} ({plan.source})",
+        plan.audit_text,
+        _memory_text(plan),
+        _compute_text(plan),
+        _disk_text(plan),
+    ]
     if not plan.is_cut:
         parts.insert(2, "this architecture is not cut: the frozen blocks run inside the suffix")
     if plan.phases:
@@ -26,7 +32,7 @@ def as_text(plan: Plan, fit: DeviceFit | None = None) -> str:
 
 
 def fit_text(fit: DeviceFit) -> str:
-    """Say whether the run fits, and what to change if not."""
+    """Return the text that says whether the run fits a GPU, and what to change if not."""
     needed, budget = _gib(fit.needed), _gib(fit.budget)
     reserve = f"with {_gib(RESERVE)} set aside for the CUDA context and the allocator"
     if fit.fits:
@@ -40,8 +46,8 @@ def fit_text(fit: DeviceFit) -> str:
 
 
 def as_dict(plan: Plan, fit: DeviceFit | None = None) -> dict[str, Any]:
-    """Return the plan as JSON values; bytes and floating-point operations as whole numbers."""
-    variant, rows = plan.variant, _epoch(plan)
+    """Return a plan as JSON values; bytes and FLOPs are integers."""
+    variant, rows = plan.variant, _epoch_rows(plan)
     values: dict[str, Any] = {
         "model": plan.model,
         "source": plan.source,
@@ -49,7 +55,7 @@ def as_dict(plan: Plan, fit: DeviceFit | None = None) -> dict[str, Any]:
             "boundary": plan.mask.boundary,
             "blocks": plan.mask.block_count,
             "cut": plan.is_cut,
-            "parts": _parts(plan),
+            "parts": _part_values(plan),
         },
         "engine": {
             "name": variant.spec.name,
@@ -63,7 +69,7 @@ def as_dict(plan: Plan, fit: DeviceFit | None = None) -> dict[str, Any]:
             "tokens": variant.tokens,
             "supervised": variant.supervised,
             "accumulation": variant.accumulation,
-            "global_batch": _step_rows(plan),
+            "global_batch": _rows_per_step(plan),
             "source": plan.workload.source,
         },
         "prefix": {
@@ -74,10 +80,10 @@ def as_dict(plan: Plan, fit: DeviceFit | None = None) -> dict[str, Any]:
         },
         "memory": _memory_values(plan.memory),
         "flops": {
-            "per_token": {name: round(value) for name, value in _per_token(plan).items()},
-            "per_step": round(sum(_step_passes(plan).values())),
+            "per_token": {name: round(value) for name, value in _flops_per_token(plan).items()},
+            "per_step": round(sum(_flops_per_step(plan).values())),
             "first_epoch": round(sum(plan.flops.of(rows).values())) if rows else None,
-            "later_epoch": round(sum(_training(plan, plan.flops.of(rows)).values())) if rows else None,
+            "later_epoch": round(sum(_without_cached_prefix(plan, plan.flops.of(rows)).values())) if rows else None,
         },
         "disk": {
             "checkpoint": plan.checkpoint,
@@ -97,6 +103,7 @@ def as_dict(plan: Plan, fit: DeviceFit | None = None) -> dict[str, Any]:
 
 
 def _memory_values(memory: Memory) -> dict[str, Any]:
+    """Return the JSON values of ``memory``."""
     return {
         "peak": memory.peak,
         "moment": memory.moment,
@@ -107,7 +114,8 @@ def _memory_values(memory: Memory) -> dict[str, Any]:
     }
 
 
-def _parts(plan: Plan) -> list[dict[str, Any]]:
+def _part_values(plan: Plan) -> list[dict[str, Any]]:
+    """Return the JSON values of ``mask.parts``: the audit table."""
     return [
         {"part": row.part, "tensors": row.tensors, "parameters": row.parameters, "trained": row.trained}
         for row in plan.audit
@@ -115,6 +123,7 @@ def _parts(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _phases_text(plan: Plan) -> str:
+    """Return the table of a mask schedule's phases."""
     lines = [f"{'phase':<8}{'until':<14}{'frost line':<14}{'trained':>16}{'peak':>14}"]
     blocks = plan.mask.block_count
     for number, phase in enumerate(plan.phases, start=1):
@@ -127,6 +136,7 @@ def _phases_text(plan: Plan) -> str:
 
 
 def _fit_values(fit: DeviceFit) -> dict[str, Any]:
+    """Return the JSON values of ``fit``."""
     return {
         "gpu_memory": fit.budget,
         "needed": fit.needed,
@@ -136,13 +146,14 @@ def _fit_values(fit: DeviceFit) -> dict[str, Any]:
 
 
 def _memory_text(plan: Plan) -> str:
+    """Return the table of memory by kind, with the settings that it is for."""
     variant, spec, memory = plan.variant, plan.variant.spec, plan.memory
     switch = "on" if variant.checkpointing else "off"
     engine = f"engine {spec.name}, {spec.ranks} rank(s), {spec.optimizer}"
     away = f"{'on the host':>14}" if memory.host else ""
     lines = [
         f"memory of each rank: {engine}, gradient checkpointing {switch}",
-        f"micro batch {_micro_batch(plan)}, {variant.supervised:,} of a row supervised",
+        f"micro batch {_micro_batch_text(plan)}, {variant.supervised:,} of a row supervised",
         f"({plan.workload.source})",
         f"{'kind':<16}{'at most':>14}{'at the peak':>14}{away}",
     ]
@@ -167,25 +178,32 @@ def _memory_text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _micro_batch(plan: Plan) -> str:
+def _micro_batch_text(plan: Plan) -> str:
+    """Return the shape of a micro batch as a phrase."""
     if lengths := packed_lengths(plan.variant, plan.workload):
         return f"of {len(lengths)} rows packed into one of {sum(lengths):,} tokens"
     return f"{plan.variant.rows} x {plan.variant.tokens:,} tokens"
 
 
 def _compute_text(plan: Plan) -> str:
-    """Return the table of operations; the first epoch contains the first pass, where the prefix is cached."""
+    """Return the table of FLOPs; the first epoch includes the pass that fills the cache, if the prefix is cached."""
     columns = ("a token", "a step", "first epoch", "later epochs")
     lines = [f"{'compute':<16}" + "".join(f"{column:>14}" for column in columns)]
-    first = plan.flops.of(_epoch(plan)) if _epoch(plan) else None
-    table = [_per_token(plan), _step_passes(plan), first, _training(plan, first) if first else None]
+    first = plan.flops.of(_epoch_rows(plan)) if _epoch_rows(plan) else None
+    table = [
+        _flops_per_token(plan),
+        _flops_per_step(plan),
+        first,
+        _without_cached_prefix(plan, first) if first else None,
+    ]
     for name in PASSES:
-        lines.append(f"{name:<16}" + "".join(f"{_flop(flops[name]) if flops else '-':>14}" for flops in table))
-    totals = "".join(f"{_flop(sum(flops.values())) if flops else '-':>14}" for flops in table)
+        lines.append(f"{name:<16}" + "".join(f"{_flops_text(flops[name]) if flops else '-':>14}" for flops in table))
+    totals = "".join(f"{_flops_text(sum(flops.values())) if flops else '-':>14}" for flops in table)
     return "\n".join([*lines, f"{'total':<16}{totals}"])
 
 
-def _disk(plan: Plan) -> str:
+def _disk_text(plan: Plan) -> str:
+    """Return the lines on disk space for checkpoints and cached hidden states."""
     kept = f"{plan.keep} kept and one being written" if plan.keep > 1 else "one kept and one being written"
     lines = [f"checkpoint on disk {_gib(plan.checkpoint)}; {_gib(_most_on_disk(plan))} with {kept}"]
     if plan.variant.cached:
@@ -196,51 +214,56 @@ def _disk(plan: Plan) -> str:
 
 
 def _cache_bytes(plan: Plan) -> int | None:
-    """Return the bytes of all cached training rows; None where they are not known."""
-    rows = _epoch(plan)
+    """Return the bytes of the cached hidden states of all training rows; None if the rows are unknown."""
+    rows = _epoch_rows(plan)
     return plan.token_bytes * sum(tokens for tokens, _ in rows) if rows else None
 
 
 def _most_on_disk(plan: Plan) -> int:
+    """Return the bytes of all kept checkpoints and one being written."""
     return (plan.keep + 1) * plan.checkpoint
 
 
-def _epoch(plan: Plan) -> list[tuple[int, int]]:
-    """Return the rows of an epoch as far as they are known."""
+def _epoch_rows(plan: Plan) -> list[tuple[int, int]]:
+    """Return (tokens, supervised tokens) of each training row; empty if the rows are unknown."""
     return list(plan.workload.lengths or ())
 
 
-def _mean_row(plan: Plan) -> dict[str, float]:
-    rows = _epoch(plan) or [(plan.variant.tokens, plan.variant.supervised)]
+def _flops_per_row(plan: Plan) -> dict[str, float]:
+    """Return the mean FLOPs of a row by pass; of the longest possible row if the rows are unknown."""
+    rows = _epoch_rows(plan) or [(plan.variant.tokens, plan.variant.supervised)]
     return {name: value / len(rows) for name, value in plan.flops.of(rows).items()}
 
 
-def _per_token(plan: Plan) -> dict[str, float]:
-    rows = _epoch(plan) or [(plan.variant.tokens, plan.variant.supervised)]
+def _flops_per_token(plan: Plan) -> dict[str, float]:
+    """Return the mean FLOPs of a token by pass."""
+    rows = _epoch_rows(plan) or [(plan.variant.tokens, plan.variant.supervised)]
     tokens = sum(length for length, _ in rows)
     return {name: value / tokens for name, value in plan.flops.of(rows).items()}
 
 
-def _step_rows(plan: Plan) -> int:
+def _rows_per_step(plan: Plan) -> int:
     """Return the rows of one optimizer step over all ranks."""
     return global_batch(plan.variant.rows, plan.variant.accumulation, plan.variant.spec.ranks)
 
 
-def _training(plan: Plan, flops: dict[str, float]) -> dict[str, float]:
-    """Return the operations of a pass over rows once their hidden states are there."""
+def _without_cached_prefix(plan: Plan, flops: dict[str, float]) -> dict[str, float]:
+    """Return ``flops`` with the prefix's set to 0 if its hidden states are cached, as after the first epoch."""
     return flops | {"prefix forward": 0.0} if plan.variant.cached else flops
 
 
-def _step_passes(plan: Plan) -> dict[str, float]:
-    step = {name: value * _step_rows(plan) for name, value in _mean_row(plan).items()}
-    return _training(plan, step)
+def _flops_per_step(plan: Plan) -> dict[str, float]:
+    """Return the FLOPs of an optimizer step by pass, over all ranks."""
+    step = {name: value * _rows_per_step(plan) for name, value in _flops_per_row(plan).items()}
+    return _without_cached_prefix(plan, step)
 
 
 def _gib(size: int) -> str:
     return f"{size / _GIB:,.2f} GiB"
 
 
-def _flop(count: float) -> str:
+def _flops_text(count: float) -> str:
+    """Format a number of FLOPs with its unit."""
     for unit, name in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
         if count >= unit:
             return f"{count / unit:,.2f} {name}FLOP"

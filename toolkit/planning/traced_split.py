@@ -1,4 +1,4 @@
-"""Split a model without weights under a mask, and trace it."""
+"""Apply a mask to a meta model, cut it at the frost line, and trace micro batches through it."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from toolkit.split.suffix import Suffix, split
 
 @dataclass(frozen=True)
 class MetaSplit:
-    """Hold a model without weights, cut at its frost line."""
+    """A meta model with a mask applied, cut at its frost line."""
 
     model: PreTrainedModel
     """A copy of the meta model with the mask applied."""
     anatomy: Anatomy
     mask: LayerMask
     boundary: int | None
-    """Where it is cut; None is not at all."""
+    """Block below which it is cut; None if it is not cut."""
     prefix: Prefix | None
     suffix: Suffix
     trained: dict[str, nn.Parameter]
@@ -49,14 +49,14 @@ class MetaSplit:
 
     @cached_property
     def checkpointed(self) -> Suffix:
-        """Return the suffix again, with the blocks from the frost line up checkpointed."""
+        """Return a second suffix on the same model, with activation checkpointing from the frost line up."""
         _, suffix = split(self.model, self.anatomy, self.boundary)
         suffix.set_shortcuts(self.suffix.shortcuts)
         checkpoint_blocks(suffix.blocks(self.mask.boundary))
         return suffix
 
     def trace(self, shape: BatchShape, checkpointing: bool) -> Trace:
-        """Trace a micro batch of ``shape``, with activation checkpointing or without; once for each."""
+        """Trace a micro batch of ``shape``, with or without activation checkpointing; the traces are cached."""
         key = (shape, checkpointing)
         if key not in self._traces:
             suffix = self.checkpointed if checkpointing else self.suffix
@@ -65,8 +65,16 @@ class MetaSplit:
 
 
 def meta_split(meta: MetaModel, mask: LayerMask, boundary: int | None, packed: bool, shortcuts: Shortcuts) -> MetaSplit:
-    """Lay ``mask`` on the meta model and cut it below block ``boundary`` (None: not at all), as a run does."""
-    model, anatomy = copy.deepcopy(meta.model), meta.anatomy  # each mask has parameters of its own
+    """Apply ``mask`` to a copy of the meta model and cut it, as a run does.
+
+    Args:
+        meta: the meta model.
+        mask: mask to apply.
+        boundary: block below which to cut; None to leave the model whole.
+        packed: True if micro batches are packed.
+        shortcuts: shortcuts at the top of the suffix.
+    """
+    model, anatomy = copy.deepcopy(meta.model), meta.anatomy  # applying a mask changes the model
     if packed and model.config._attn_implementation == "sdpa":
         set_attention(model, VARLEN)
     apply_mask(model, mask, anatomy)
@@ -76,10 +84,12 @@ def meta_split(meta: MetaModel, mask: LayerMask, boundary: int | None, packed: b
     if prefix is None and mask.tied == "head_only":
         suffix.detach_embeddings(anatomy)
     trained = trainable_parameters(suffix.model, mask)
-    return MetaSplit(model, anatomy, mask, boundary, prefix, suffix, trained, _sizes(prefix, suffix, trained))
+    return MetaSplit(model, anatomy, mask, boundary, prefix, suffix, trained, _tensor_sizes(prefix, suffix, trained))
 
 
-def _sizes(prefix: Prefix | None, suffix: Suffix, trained: dict[str, nn.Parameter]) -> TensorSizes:
+def _tensor_sizes(prefix: Prefix | None, suffix: Suffix, trained: dict[str, nn.Parameter]) -> TensorSizes:
+    """Return the sizes of trained, frozen and shared tensors of a split model."""
+
     def storages(module: nn.Module | None) -> dict[int, int]:
         parameters = module.parameters() if module is not None else ()
         return {p.untyped_storage()._cdata: p.numel() for p in parameters}

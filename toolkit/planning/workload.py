@@ -1,4 +1,4 @@
-"""Read the row lengths for a plan: those of the data where it is here, else the longest that the recipe allows."""
+"""Determine the row lengths for a plan: from the data if it is local and small, else the recipe's maximum."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ _QUICK_BYTES = 4 * 2**20
 
 @dataclass(frozen=True)
 class Workload:
-    """Hold how long the rows are."""
+    """Lengths of the rows of a run."""
 
     tokens: int
-    """Of the longest row."""
+    """Tokens of the longest row."""
     supervised: int
-    """Most supervised tokens of a row."""
+    """Supervised tokens of the row that has most."""
     lengths: tuple[tuple[int, int], ...] | None
-    """(tokens, supervised tokens) of each training row; None where the data was not read."""
+    """(tokens, supervised tokens) of each training row; None if the data was not read."""
     source: str
-    """Where this is from, as a phrase."""
+    """Phrase that says where the lengths come from."""
     distinct: tuple[int, ...] | None = None
-    """Tokens of each distinct row, validation rows included; None where the data was not read."""
+    """Tokens of each distinct row, validation rows included; None if the data was not read."""
 
 
 def workload_of(dataset: Dataset) -> Workload:
-    """Return the rows of a data set that was read."""
+    """Return the row lengths of a loaded data set."""
     lengths = tuple((len(example.token_ids), example.supervised_tokens) for example in dataset.train)
     return Workload(
         max(tokens for tokens, _ in lengths),
@@ -45,26 +45,29 @@ def workload_of(dataset: Dataset) -> Workload:
 
 
 def read_workload(config: RunConfig, positions: int | None) -> Workload:
-    """Return the rows of ``config``'s data if file and tokenizer are on this machine and small, else a bound.
+    """Return the row lengths of the recipe's data if file and tokenizer are local and the file is small, else a bound.
 
-    The bound is ``data.max_length`` tokens, all of them supervised.
+    The bound is rows of ``data.max_length`` tokens, all of them supervised.
 
     Args:
-        config: the run.
-        positions: the model's longest input, if it has one.
+        config: the recipe.
+        positions: the model's longest input in tokens; None if unlimited.
     """
-    reason = _why_not(config)
+    reason = _reason_not_to_read(config)
     if reason is None:
         try:
             ends = model_ends(resolve_source(config.model.name_or_path, needs_weights=False), config.model.revision)
             return workload_of(load_dataset(config.data, load_tokenizer(config.model), config.train.seed, ends=ends))
         except UsageError as error:
-            reason = " ".join(line.strip(" -") for line in str(error).splitlines()[:2])  # of bad rows, the first
+            reason = " ".join(
+                line.strip(" -") for line in str(error).splitlines()[:2]
+            )  # only the first of many bad rows
     tokens = min(config.data.max_length, positions or config.data.max_length)
     return Workload(tokens, tokens, None, f"data.max_length, all supervised; the data was not read: {reason}")
 
 
-def _why_not(config: RunConfig) -> str | None:
+def _reason_not_to_read(config: RunConfig) -> str | None:
+    """Return why the data is not read for a plan; None if it is read."""
     path = find_file(config.data.path)
     if not path.is_file():
         return f"{path} is no file here"

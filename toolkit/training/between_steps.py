@@ -1,7 +1,7 @@
-"""Do what is due between two steps, in the order in which nothing can be lost.
+"""Save, validate and show sample answers between two steps, in an order in which nothing can be lost.
 
-First the state is committed; then comes the validation, whose loss becomes a file of that checkpoint; then older
-checkpoints go, for the loss says which one is the best; sample answers come last, and their failure ends no run.
+First the checkpoint is committed; then validation runs, and its loss is saved with that checkpoint; then old
+checkpoints are removed, once the loss tells which one is best; sample answers come last, and may fail.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ log = logging.getLogger("frostline")
 
 
 class BetweenSteps:
-    """Commit, validate and show what a run has to between its steps; every rank makes the same calls.
+    """Save checkpoints, validate and show sample answers between steps; every rank makes the same calls.
 
     Args:
-        context: of the run.
-        monitor: where it is shown.
-        progress: where the run is; takes validation losses down.
-        saver: of its checkpoints.
-        guard: keeps ruined weights out of them.
+        context: context of the run.
+        monitor: monitor that logs losses and answers.
+        progress: position of the run; ``eval_loss`` and the epoch are updated.
+        saver: saver of the run's checkpoints.
+        guard: guard that keeps broken weights out of checkpoints.
     """
 
     def __init__(
@@ -45,22 +45,28 @@ class BetweenSteps:
         self._answers_failed = False
 
     def catch_up(self, state: PhaseState) -> bool:
-        """Do what a resumed run had left undone when it stopped; return False if a signal cut it short."""
+        """Complete the validation that was due at the checkpoint a run resumed from; called before the first step.
+
+        Validates, or copies a loss that only one of checkpoint and ``metrics.jsonl`` has to the other. Returns False
+        if a signal stopped the validation.
+        """
         progress, world = self._progress, self._context.world
         at_end = progress.step == self._context.total_steps
         if not progress.step or not self._is_validation_due(epoch_ends=progress.cursor == 0 or at_end):
             return True
-        kept, told = world.broadcast_object((self._saver.loss_at(progress.step), self._monitor.loss_at(progress.step)))
-        if kept is None and told is None:
+        saved, logged = world.broadcast_object(
+            (self._saver.loss_at(progress.step), self._monitor.loss_at(progress.step))
+        )
+        if saved is None and logged is None:
             return self._validate(state, may_stop=not at_end)
-        if kept is None:
-            self._saver.record(progress.step, told)
-        if told is None:
-            self._monitor.evaluation(progress.step, progress.passes, kept, perplexity(kept))
+        if saved is None:
+            self._saver.record_loss(progress.step, logged)
+        if logged is None:
+            self._monitor.evaluation(progress.step, progress.passes, saved, perplexity(saved))
         return True
 
     def after_step(self, state: PhaseState) -> bool:
-        """Do what is due after a step; return True if a signal stops the run before its end, with its state saved."""
+        """Save and validate if due after a step; return True if a signal stops the run, with a checkpoint saved."""
         progress, world = self._progress, self._context.world
         at_end = progress.step == self._context.total_steps
         epoch_ends = progress.is_epoch_done or at_end
@@ -82,25 +88,30 @@ class BetweenSteps:
         if stopping and not is_saved:
             self._commit(state, validation_follows=due)
             if progress.eval_loss is not None:
-                self._saver.record(progress.step, progress.eval_loss)
+                self._saver.record_loss(progress.step, progress.eval_loss)
         return stopping and not at_end
 
     def _is_validation_due(self, epoch_ends: bool) -> bool:
+        """Return True if there are validation rows and an epoch or an evaluation interval ends at this step."""
         every = self._context.config.output.evaluate_every_steps
         return bool(self._context.dataset.validation) and (epoch_ends or is_due(self._progress.step, every))
 
     def _commit(self, state: PhaseState, validation_follows: bool) -> None:
+        """Check the weights, then save a checkpoint; with validation to follow, older checkpoints stay until then."""
         with without_dropout(state):
-            self._guard.require_sound(self._progress.step, state.engine.forward, state.prefix)
+            self._guard.require_sound(self._progress.step, state.engine.forward_loss, state.prefix)
         with during("the checkpoint"):
             self._saver.save(content_of(self._context, state, self._progress), validation_follows)
         self._committed = self._progress.step
         malloc.release_free_memory()
 
     def _validate(self, state: PhaseState, may_stop: bool) -> bool:
-        """Compute the validation loss, save it with this step's checkpoint, show answers; False if a signal came."""
+        """Compute the validation loss, save it with this step's checkpoint, show sample answers.
+
+        Returns False if a signal stopped it.
+        """
         progress = self._progress
-        self._saver.wait()  # what is committed cannot be lost to a failing validation
+        self._saver.wait()  # commit first, so that a failing validation cannot lose the checkpoint
         with without_dropout(state):
             try:
                 outcome = validate(self._context, state, may_stop)
@@ -109,13 +120,13 @@ class BetweenSteps:
         progress.eval_loss = outcome.loss
         self._monitor.evaluation(progress.step, progress.passes, outcome.loss, outcome.perplexity)
         if self._committed == progress.step:
-            self._saver.record(progress.step, outcome.loss)
+            self._saver.record_loss(progress.step, outcome.loss)
         self._show_answers(state)
         return True
 
     def _show_answers(self, state: PhaseState) -> None:
-        """Show what the model answers to held-out questions; a failure is logged once and ends nothing."""
-        world, trouble = self._context.world, None
+        """Generate and show sample answers; after a failure, warn once and generate no more."""
+        world, failure = self._context.world, None
         if self._answers_failed or not self._context.config.output.sample_answers:
             return
         try:
@@ -125,13 +136,13 @@ class BetweenSteps:
         except StopRequested:  # on every rank
             return
         except Exception as error:
-            trouble = " ".join(f"{type(error).__name__}: {error}".split())
-        if told := [its for its in world.all_gather_object(trouble) if its is not None]:
+            failure = " ".join(f"{type(error).__name__}: {error}".split())
+        if failures := [found for found in world.all_gather_object(failure) if found is not None]:
             self._answers_failed = True
             malloc.release_free_memory()
-            log.warning("sample answers failed (%s); training goes on, and none are shown any more", told[0])
+            log.warning("sample answers failed (%s); training goes on, and none are shown any more", failures[0])
 
 
 def is_due(step: int, every: int | None) -> bool:
-    """Return True after each ``every`` steps; never where that is None."""
+    """Return True after each ``every`` steps; always False if ``every`` is None."""
     return every is not None and step % every == 0

@@ -1,4 +1,4 @@
-"""Prepare a run: read and check data, model, mask and engine, each before the next and more costly one."""
+"""Prepare a run: read and check data, model, mask and engine, cheap checks before costly ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from toolkit.data.batches import BatchPlan
 from toolkit.data.dataset import Dataset
 from toolkit.data.examples import Example
 from toolkit.data.model_limits import check_fit, padding_id
-from toolkit.engine.deepspeed.config import read_ds_config, refuse_what_cannot_move, resolve_ds_config, zero_stage
+from toolkit.engine.deepspeed.config import read_ds_config, refuse_schedule_conflicts, resolve_ds_config, zero_stage
 from toolkit.mask.schedule import Schedule, build_schedule
 from toolkit.models.float32_gradients import float32_is_faster, use_float32_gradients
 from toolkit.models.load import LoadedModel, fingerprint, load_tokenizer
@@ -46,7 +46,7 @@ log = logging.getLogger("frostline")
 
 @dataclass(frozen=True)
 class RunContext:
-    """Everything that stays the same from the first step of a run to its last."""
+    """Everything that stays constant during a run."""
 
     config: RunConfig
     world: World
@@ -62,7 +62,7 @@ class RunContext:
     stop_ids: list[int]
     """Tokens that end an answer."""
     fingerprints: dict[str, str]
-    """SHA-256 of what a checkpoint belongs to, by name."""
+    """SHA-256 of rows, tokenizer, chat template, base model and mask schedule, which a checkpoint must match."""
     ds_config: dict[str, Any] | None
     """Resolved DeepSpeed configuration; None trains with torch alone."""
     planners: tuple[Planner, ...]
@@ -79,18 +79,18 @@ class RunContext:
 
     @property
     def mask_changes(self) -> bool:
-        """True under a schedule: what lies below the frost line may have trained before, or may train later."""
+        """True for a mask schedule: blocks below the frost line may have trained before, or may train later."""
         return len(self.schedule.phases) > 1
 
     @property
     def engine_spec(self) -> EngineSpec:
-        """The engine as a plan describes it."""
+        """The settings of the engine that its planned memory depends on."""
         accumulation, on_cpu = self.config.train.gradient_accumulation_steps, self.world.device.type == "cpu"
         name = self.config.optim.name
         return engine_spec(self.ds_config, self.world.size, accumulation, name, host_is_device=on_cpu)
 
     def combined_plan(self, plans: tuple[Plan | None, ...]) -> Plan | None:
-        """Return the plan of the run from the plans of all its phases; None if one of them cannot be planned."""
+        """Combine the plans of all phases to the plan of the run; None if a phase cannot be planned."""
         known = [plan for plan in plans if plan is not None]
         return combine_plans(known, self.config.mask) if len(known) == len(self.schedule.phases) else None
 
@@ -116,35 +116,35 @@ class ModelHandle:
 
     @property
     def is_free(self) -> bool:
-        """True once the last phase has taken what it needs."""
+        """True once the last phase has freed the model."""
         return self._loaded is None
 
     def free(self) -> None:
-        """Drop the model."""
+        """Drop the reference to the model."""
         self._loaded = None
 
 
 def prepare(
     invocation: Invocation, world: World, state: CheckpointState | None = None, run_dir: Path | None = None
 ) -> tuple[RunContext, ModelHandle]:
-    """Load and check everything that ``invocation`` names; every rank calls it.
+    """Load and check everything that a run needs; every rank calls it.
 
     Args:
         invocation: the parsed command line.
         world: this process among the run's.
-        state: of the checkpoint to resume.
+        state: state of the checkpoint to resume; None for a new run.
         run_dir: where the rendering of rows is saved; None saves nothing.
 
     Returns:
-        The run, and the whole model for ``build_phase``.
+        The context of the run, and the whole model for ``build_phase``.
 
     Raises:
-        UsageError: the DeepSpeed file, data, model or mask is at fault.
+        UsageError: the DeepSpeed file, data, model or mask is invalid.
     """
     config, train = invocation.config, invocation.config.train
     ds = read_ds_config(invocation.deepspeed) if invocation.deepspeed else None
     with world.main_first():  # rank 0 fills the download and conversion caches
-        with suppress(PlanError):  # what the config alone does not tell is found once the model is loaded
+        with suppress(PlanError):  # a class that cannot be checked without weights is checked once it is loaded
             check_config(invocation, world.size)
         tokenizer = load_tokenizer(config.model)
     dataset, stop_ids = read_rows_of(config, tokenizer, world, run_dir)
@@ -157,7 +157,7 @@ def prepare(
     if ds is not None:
         import_module("toolkit.engine.deepspeed.engine")  # counts as a library; only runs that use DeepSpeed import it
     libraries = resident_bytes()
-    loaded = _load(config, tokenizer, dataset, world)
+    loaded = _load_model(config, tokenizer, dataset, world)
     world.raise_if_stopping()
     base = Base(
         config.model, world.broadcast_object(fingerprint(loaded.model, loaded.on_disk) if world.is_main else None)
@@ -168,7 +168,7 @@ def prepare(
         config=config, world=world, dataset=dataset, batch_plan=plan, total_steps=total_steps, schedule=schedule,
         base=base, tokenizer=tokenizer, pad_id=padding_id(tokenizer, loaded.model), stop_ids=stop_ids,
         fingerprints=fingerprints(dataset, tokenizer, base, schedule), libraries=libraries,
-        ds_config=_resolve(ds, invocation, loaded, world),
+        ds_config=_resolve_ds(ds, invocation, loaded, world),
         planners=planners_of(config, loaded, dataset, world.device, passes),
     )  # fmt: skip
     planners: Sequence[Planner | None] = context.planners or [None] * len(schedule.phases)
@@ -181,14 +181,14 @@ def prepare(
 
 
 def choose_checkpointing(context: RunContext, planner: Planner | None) -> tuple[Decision, Plan | None]:
-    """Decide whether a phase checkpoints its activations, as the recipe asks or memory demands; every rank calls it.
+    """Decide whether a phase uses activation checkpointing, by recipe or free memory; every rank calls it.
 
     Args:
-        context: of the run.
-        planner: of the phase; None where the architecture cannot be planned.
+        context: context of the run.
+        planner: planner of the phase; None if the architecture cannot be planned.
 
     Returns:
-        The decision, and the plan of the phase under it, if it can be planned.
+        The decision, and the plan of the phase with it; None if it cannot be planned.
     """
     plans: dict[bool, Plan] = {}
     if planner is not None:
@@ -205,7 +205,7 @@ def choose_checkpointing(context: RunContext, planner: Planner | None) -> tuple[
     return decision, plans.get(decision.on)
 
 
-def _load(config: RunConfig, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, world: World) -> LoadedModel:
+def _load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, world: World) -> LoadedModel:
     """Load the model and check that the rows fit it."""
     log.info("loading %s", config.model.name_or_path)
     loaded = load_for(config, tokenizer)
@@ -217,29 +217,29 @@ def _load(config: RunConfig, tokenizer: PreTrainedTokenizerBase, dataset: Datase
     return loaded
 
 
-def _resolve(
+def _resolve_ds(
     ds: dict[str, Any] | None, invocation: Invocation, loaded: LoadedModel, world: World
 ) -> dict[str, Any] | None:
-    """Fill in what the DeepSpeed file leaves open; None without one."""
+    """Return the DeepSpeed configuration with the recipe's values filled in; None for a run without DeepSpeed."""
     if ds is None or invocation.deepspeed is None:
         return None
     width = loaded.model.config.get_text_config().hidden_size
     resolved = resolve_ds_config(ds, invocation.config, world.size, width, invocation.deepspeed)
-    refuse_what_cannot_move(resolved, invocation.config.mask, invocation.deepspeed)
+    refuse_schedule_conflicts(resolved, invocation.config.mask, invocation.deepspeed)
     return resolved
 
 
 def planners_of(
     config: RunConfig, loaded: LoadedModel, dataset: Dataset, device: torch.device, passes: Sequence[float]
 ) -> tuple[Planner, ...]:
-    """Return the planner of each phase; none, and a warning, where the architecture cannot be planned.
+    """Return the planner of each phase; an empty tuple, with a warning, if the architecture cannot be planned.
 
     Args:
         config: the recipe.
         loaded: the model, before a mask is applied.
         dataset: the rows.
         device: where the run computes.
-        passes: over the training rows, one number a phase.
+        passes: passes over the training rows in each phase.
     """
     config = config.model_copy(update={"prefix": effective_prefix(config.prefix, device)})
     try:

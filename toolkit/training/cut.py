@@ -1,4 +1,4 @@
-"""Cut the model at the frost line: store and offload the frozen weights as the recipe asks, cache their output."""
+"""Cut the model at the frost line; quantise, offload and cache the prefix as the recipe asks."""
 
 from __future__ import annotations
 
@@ -42,28 +42,28 @@ log = logging.getLogger("frostline")
 
 
 def cut(context: RunContext, loaded: LoadedModel, phase: Phase) -> tuple[HiddenStates | None, Suffix]:
-    """Cut the model at the frost line of ``phase``; return the halves on their device, the prefix cached if that pays.
+    """Cut the model at the frost line of ``phase``; return prefix, cached if that pays, and suffix on their device.
 
-    An architecture that cannot be cut exactly stays whole, in a suffix without a prefix, and the log says so. If the
-    cache holds all samples, no block of the prefix runs and none of its weights goes to the device.
+    An architecture that cannot be cut exactly stays whole, with a warning: the prefix is None, the suffix the whole
+    model. If the cache holds all samples, the prefix never runs and its weights are not moved to the device.
 
     Raises:
-        ConfigError: the recipe quantises, places or caches a prefix, and the mask leaves none that allows it.
-        ModelError: the recipe quantises or places a prefix, and this architecture cannot be cut, or not quantised.
+        ConfigError: the recipe quantises, offloads or caches a prefix, and the mask leaves none that allows it.
+        ModelError: the recipe quantises or offloads a prefix, and this architecture cannot be cut or quantised.
     """
     settings = context.config.prefix
     loaded.model.train()
     refused = refuse_cache(settings, mask_obstacle(phase.mask))
-    store = _open(context, loaded, phase) if refused is None else None
-    if store is not None and (returned := _complete(store, context)) is not None:
+    store = _open_cache(context, loaded, phase) if refused is None else None
+    if store is not None and (returned := _cached_split(store, context)) is not None:
         log.info("activation cache: all samples are in %s; the prefix is not needed", store.directory)
         suffix = Suffix(loaded.model, loaded.anatomy, phase.mask.boundary, returned)
-        return CachedPrefix(None, *_loaders(context, loaded, phase), store, context.world), _detach_from_file(
+        return CachedPrefix(None, *_prefix_loaders(context, loaded, phase), store, context.world), _detach_from_file(
             suffix, context.world.device
         )
     prefix, suffix = _split(context, loaded, phase)
     if store is not None:
-        cached, refused = _fill(context, loaded, phase, prefix, store)
+        cached, refused = _fill_cache(context, loaded, phase, prefix, store)
         if cached is not None:
             if not context.mask_changes and cached.release(context.examples):
                 suffix = _detach_from_file(suffix, context.world.device)
@@ -73,23 +73,27 @@ def cut(context: RunContext, loaded: LoadedModel, phase: Phase) -> tuple[HiddenS
     return prefix, suffix
 
 
-def _open(context: RunContext, loaded: LoadedModel, phase: Phase) -> ActivationStore:
+def _open_cache(context: RunContext, loaded: LoadedModel, phase: Phase) -> ActivationStore:
+    """Open the activation cache of this prefix, keyed by fingerprints that rank 0 computes; every rank calls it."""
     settings, device = context.config.prefix, context.world.device
     computed_by = prefix_fingerprints(loaded, phase.mask.boundary, settings, device) if context.world.is_main else None
     return open_store(settings, context.world.broadcast_object(computed_by), loaded.model, context.world)
 
 
-def _complete(store: ActivationStore, context: RunContext) -> list[int | None] | None:
-    """Return what the blocks return, if every rank finds every sample in the store; else None."""
+def _cached_split(store: ActivationStore, context: RunContext) -> list[int | None] | None:
+    """Return the split noted in the store (what each block returns), if the store holds all samples on every rank.
+
+    Returns None if some rank lacks a sample or the note; every rank calls it.
+    """
     returned = read_split_note(store)
     lacking = returned is None or bool(store.missing([sample_key(example.token_ids) for example in context.examples]))
     return None if context.world.max(float(lacking)) else returned
 
 
-def _fill(
+def _fill_cache(
     context: RunContext, loaded: LoadedModel, phase: Phase, prefix: Prefix | None, store: ActivationStore
 ) -> tuple[CachedPrefix | None, Decision | None]:
-    """Return the prefix behind a cache that all ranks have filled; or None, and why not."""
+    """Fill the cache on all ranks and return the cached prefix; or return None and the decision against it."""
     settings, world = context.config.prefix, context.world
     obstacle = (
         "this architecture cannot be cut"
@@ -105,19 +109,20 @@ def _fill(
     if not decision.on:
         return None, decision
     log.info("activation cache: %s; filling it", decision.reason)
-    cached = CachedPrefix(prefix, *_loaders(context, loaded, phase), store, world)
+    cached = CachedPrefix(prefix, *_prefix_loaders(context, loaded, phase), store, world)
     cached.fill(context.examples)
-    if world.local_rank == 0:  # each node may have a disk of its own
+    if world.local_rank == 0:  # nodes may have separate disks
         save_split_note(store, prefix.block_tuple_lengths())
     return cached, None
 
 
-def _loaders(
+def _prefix_loaders(
     context: RunContext, loaded: LoadedModel, phase: Phase
 ) -> tuple[Callable[[], Prefix], Callable[[], Prefix]]:
-    """Return two functions that load the prefix again: as the recipe stores it, and offloaded to disk for generation.
+    """Return two functions that load a freed prefix again: as the recipe places it, and offloaded to disk to generate.
 
-    Both read the base model's files, or take the model itself where training has changed it since.
+    Both read the base model's files; under a mask schedule, where training may have changed the prefix, they use the
+    model in memory instead.
     """
     model, anatomy = (loaded.model, loaded.anatomy) if context.mask_changes else (None, None)
     settings = context.config.prefix.model_copy(update={"placement": "disk"})
@@ -126,18 +131,18 @@ def _loaders(
     def load() -> Prefix:
         if model is not None and anatomy is not None:
             return Prefix(model, anatomy, phase.mask.boundary).to(context.world.device)
-        prefix, _ = _split(context, _load_again(context, phase), phase)
+        prefix, _ = _split(context, _reload_base(context, phase), phase)
         assert prefix is not None  # it was cut before
         return prefix
 
     def load_offloaded() -> Prefix:
         if model is not None or not phase.mask.boundary:
             return load()
-        fresh = _load_again(on_disk, phase)
+        fresh = _reload_base(on_disk, phase)
         frozen = _frozen_weights(fresh, phase.mask, settings, context.world)
         assert frozen is not None  # a placement was asked for
         prefix = Prefix(fresh.model, fresh.anatomy, phase.mask.boundary, frozen)
-        _move(prefix, context.world.device)
+        _move_to_device(prefix, context.world.device)
         with torch.no_grad():
             frozen.place_weights(prefix.model, settings.precision, "disk")
         return prefix
@@ -145,7 +150,7 @@ def _loaders(
     return load, load_offloaded
 
 
-def _load_again(context: RunContext, phase: Phase) -> LoadedModel:
+def _reload_base(context: RunContext, phase: Phase) -> LoadedModel:
     """Load the base model again, with the mask of ``phase``.
 
     Raises:
@@ -163,7 +168,7 @@ def _load_again(context: RunContext, phase: Phase) -> LoadedModel:
 
 
 def _detach_from_file(suffix: Suffix, device: torch.device) -> Suffix:
-    """Move the suffix to the device, into memory of its own: on a CPU its tensors would keep the whole file mapped."""
+    """Move the suffix to the device; on a CPU clone its tensors, which would keep the whole weight file mapped."""
     suffix = suffix.to(device)
     if device.type == "cpu":
         for tensor in (*suffix.parameters(), *suffix.buffers()):
@@ -172,10 +177,13 @@ def _detach_from_file(suffix: Suffix, device: torch.device) -> Suffix:
 
 
 def _split(context: RunContext, loaded: LoadedModel, phase: Phase) -> tuple[Prefix | None, Suffix]:
-    """Split at the frost line if that is exact for this architecture; else keep the model whole, and warn."""
+    """Split at the frost line if that is exact for this architecture; else keep the model whole, and warn.
+
+    With a quantised or offloaded prefix, an inexact split is a ModelError.
+    """
     model, mask, config, world = loaded.model, phase.mask, context.config.prefix, context.world
     frozen = _frozen_weights(loaded, mask, config, world)
-    _move(model, world.device)
+    _move_to_device(model, world.device)
     prefix, suffix = split(model, loaded.anatomy, mask.boundary if mask.has_prefix else None, frozen)
     if prefix is None:
         return None, suffix
@@ -204,13 +212,13 @@ def _split(context: RunContext, loaded: LoadedModel, phase: Phase) -> tuple[Pref
     return None, suffix
 
 
-def _move(module: nn.Module, device: torch.device) -> None:
-    """Move every tensor that has content to the device."""
+def _move_to_device(module: nn.Module, device: torch.device) -> None:
+    """Move all tensors to the device except meta tensors, which ``nn.Module.to`` refuses."""
     module._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))  # type: ignore[no-untyped-call]
 
 
 def _frozen_weights(loaded: LoadedModel, mask: LayerMask, config: PrefixConfig, world: World) -> FrozenWeights | None:
-    """Return the weights below the frost line if they are to be quantised or offloaded; else None."""
+    """Return the handle of the weights below the frost line if the recipe quantises or offloads them, else None."""
     wanted = effective_prefix(config, world.device)
     if wanted != config:
         log.info("prefix.placement: cpu changes nothing here: the run computes on the CPU, where the weights are")

@@ -1,4 +1,4 @@
-"""Guard a run against bad steps: name their rows, save no ruined weights, stop after too many in a row."""
+"""Guard a run against bad steps: name their rows, never save broken weights, stop after too many skipped steps."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from toolkit.training.step import StepResult
 log = logging.getLogger("frostline")
 
 _SHOWN = 16
-"""Rows of a rank that a message names."""
+"""Most rows of a rank that a message names."""
 
 
 class SpikeDetector:
-    """Detect losses that lie far above those before them.
+    """Detect loss spikes: losses far above the recent ones.
 
     A loss is a spike if it exceeds ``median + threshold * max(1.4826 * MAD, 0.05 * median)`` of the last ``window``
     finite losses, where MAD is the median distance from their median; 1.4826 MAD is the standard deviation of normal
     noise (Rousseeuw and Croux 1993, doi 10.1080/01621459.1993.10476408). Both medians ignore the spikes themselves.
 
     Args:
-        window: losses that are remembered.
-        least: losses before the first verdict.
-        threshold: in robust standard deviations.
+        window: number of recent losses to compare with.
+        least: number of losses needed before a spike can be detected.
+        threshold: height of a spike in robust standard deviations.
     """
 
     def __init__(self, window: int = 64, least: int = 16, threshold: float = 6.0) -> None:
@@ -44,7 +44,7 @@ class SpikeDetector:
         self._least, self._threshold = least, threshold
 
     def spiked(self, loss: float) -> float | None:
-        """Return the typical loss if ``loss`` is a spike above it, else None; remember ``loss``."""
+        """Return the median of recent losses if ``loss`` is a spike, else None; add ``loss`` to the recent ones."""
         usual = None
         if len(self._losses) >= self._least:
             middle = median(self._losses)
@@ -59,80 +59,81 @@ class StepGuard:
     """Watch the steps of a run. Every rank calls each method at the same step.
 
     Args:
-        run: the run directory; its last checkpoint is named when the run has to stop.
-        most_skipped: steps skipped in a row that end the run.
-        world: whose rows are named.
+        run: the run directory, for messages that name its last checkpoint.
+        most_skipped: number of steps skipped in a row that ends the run.
+        world: this process among all ranks, whose rows are named.
     """
 
     def __init__(self, run: Path, most_skipped: int, world: World) -> None:
         self._run, self._most, self._world = run, most_skipped, world
         self._in_a_row = 0
         self._spikes = SpikeDetector()
-        self._learned: Batch | None = None
+        self._last_learned: Batch | None = None
 
-    def look(self, step: int, result: StepResult, micro_batches: Sequence[Batch]) -> None:
-        """Check the step after which ``step`` are done: warn of a spike, count a skipped one.
+    def check_step(self, step: int, result: StepResult, micro_batches: Sequence[Batch]) -> None:
+        """Check the result of step number ``step``: warn of a loss spike or a skipped step.
 
         Raises:
             TrainingStoppedError: too many steps in a row were skipped.
         """
         if not result.skipped:
             self._in_a_row = 0
-            self._learned = micro_batches[0]
+            self._last_learned = micro_batches[0]
             usual = self._spikes.spiked(result.loss)
             if usual is not None:
-                rows = self._rows(result, micro_batches)
+                rows = self._describe_step_rows(result, micro_batches)
                 log.warning("step %d: loss %.4f spikes above the usual %.4f; its rows: %s",
                             step, result.loss, usual, rows)  # fmt: skip
             return
         self._in_a_row += 1
-        rows = self._rows(result, micro_batches)
+        rows = self._describe_step_rows(result, micro_batches)
         what = f"loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}"
         log.warning("step %d is skipped on all ranks: %s; no weight has changed. Its rows: %s", step, what, rows)
         if self._in_a_row >= self._most:
             raise TrainingStoppedError(
                 f"{self._in_a_row} steps in a row were skipped, the last of them step {step} ({what}), and "
-                f"train.max_skipped_steps is {self._most}. {self._kept()}. Lower train.learning_rate, or look at the "
-                f"rows: {rows}"
+                f"train.max_skipped_steps is {self._most}. {self._kept_text()}. Lower train.learning_rate, or look at "
+                f"the rows: {rows}"
             )
 
     @torch.no_grad()
     def require_sound(self, step: int, forward: SuffixLoss, prefix: HiddenStates | None) -> None:
-        """Require that the weights still give a finite loss on rows they last learned from, before they are saved.
+        """Check before a checkpoint that the loss on the last micro batch is finite; every rank calls it.
 
-        The caller turns dropout off.
-
-        An update can ruin weights that stay finite (a learning rate far too high); such weights must not take the
-        place of the last good checkpoint.
+        A far too high learning rate can break weights that stay finite; such weights must not replace the last good
+        checkpoint. The caller turns dropout off.
 
         Raises:
-            TrainingStoppedError: they do not, on some rank.
+            TrainingStoppedError: the loss is not finite on some rank.
         """
-        if self._learned is None:  # nothing was learned since the run began or went on
+        if self._last_learned is None:  # no step has changed the weights since the run began or resumed
             return
-        with during("the check before a checkpoint", self._learned.shape):
-            batch = self._learned.to(self._world.device)
+        with during("the check before a checkpoint", self._last_learned.shape):
+            batch = self._last_learned.to(self._world.device)
             loss = float(forward(prefix(batch) if prefix else None, batch))
         if self._world.max(float(not math.isfinite(loss))):
-            rows = self._describe([(self._named(self._learned), loss)])
+            rows = self._describe_rows([(self._row_names(self._last_learned), loss)])
             raise TrainingStoppedError(
                 f"the weights after step {step} give no finite loss on rows they learned from, so they are not saved. "
-                f"{self._kept()}. Lower train.learning_rate, or look at the rows: {rows}"
+                f"{self._kept_text()}. Lower train.learning_rate, or look at the rows: {rows}"
             )
 
-    def _kept(self) -> str:
+    def _kept_text(self) -> str:
+        """Return the sentence that names the last checkpoint."""
         kept = latest_checkpoint(self._run)
         return f"The last good checkpoint, {kept}, is kept" if kept else "There is no checkpoint yet"
 
-    def _rows(self, result: StepResult, micro_batches: Sequence[Batch]) -> str:
+    def _describe_step_rows(self, result: StepResult, micro_batches: Sequence[Batch]) -> str:
+        """Describe the rows of a step on all ranks; every rank calls it."""
         own = zip(micro_batches, result.shares, strict=True)
-        return self._describe([(self._named(batch), share) for batch, share in own if not batch.is_filler])
+        return self._describe_rows([(self._row_names(batch), share) for batch, share in own if not batch.is_filler])
 
-    def _named(self, batch: Batch) -> list[str]:
+    def _row_names(self, batch: Batch) -> list[str]:
+        """Return where each row of a micro batch comes from, such as file and line."""
         return [example.origin or "a row without a name" for example in batch.examples]
 
-    def _describe(self, own: list[tuple[list[str], float]]) -> str:
-        """Describe all ranks' rows; those whose own loss is not finite come first."""
+    def _describe_rows(self, own: list[tuple[list[str], float]]) -> str:
+        """Describe the rows of all ranks, given names and loss of each micro batch; not finite losses come first."""
         ranks = []
         for rank, micro_batches in enumerate(self._world.all_gather_object(own)):
             names: list[str] = []

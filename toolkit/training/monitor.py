@@ -76,6 +76,7 @@ _OUTCOMES = ("eval/loss", "eval/perplexity", "train/epoch_loss", "train/loss")
 
 
 _CELL = 400
+"""Most characters of a table cell with a sample answer."""
 
 
 @dataclass(frozen=True)

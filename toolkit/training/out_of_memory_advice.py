@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from toolkit.config.schema import RunConfig
-from toolkit.planning.device_fit import first_knob, first_pass_knob
-from toolkit.planning.meta_model import LOOKED_AT_CONTENT
+from toolkit.planning.device_fit import first_change, first_change_in_cache_fill
+from toolkit.planning.meta_model import META_ERRORS
 from toolkit.runtime.errors import OutOfMemoryError, UsageError
 from toolkit.training.trainer import Trainer
 
@@ -32,9 +32,9 @@ def _planned(error: OutOfMemoryError, trainer: Trainer | None) -> str | None:
         plan = state.plan if state else None
         variant = plan.variant if plan else planner.variant(context.engine_spec, checkpointing=False)
         if error.phase.startswith("the first pass"):
-            return first_pass_knob(planner, variant)
-        return first_knob(planner, variant, in_update=error.phase == "the update")
-    except (UsageError, MemoryError, *LOOKED_AT_CONTENT):  # the advice must not hide the error
+            return first_change_in_cache_fill(planner, variant)
+        return first_change(planner, variant, in_update=error.phase == "the update")
+    except (UsageError, MemoryError, *META_ERRORS):  # the advice must not hide the error
         return None
 
 

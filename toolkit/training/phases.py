@@ -1,7 +1,8 @@
-"""Build what the current mask runs on, and hand over from one phase of the mask's schedule to the next.
+"""Build the phases of a mask schedule, and hand the training state over from one to the next.
 
-What stays trainable keeps its float32 master and its moments. What stops training keeps its rounded value in the model
-and its master for the checkpoints. What trains again after a rest starts from its master, with fresh moments.
+A run without a schedule has one phase. A tensor that stays trainable keeps its fp32 master and moments. One that stops
+training keeps its rounded value in the model, and its master for checkpoints. One that trains again later starts from
+its master, with fresh moments.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from toolkit.config.policy import Decision
 from toolkit.data.batches import collate
 from toolkit.data.examples import shortest
 from toolkit.engine.base import Engine
-from toolkit.engine.deepspeed.nvme_files import make_room
+from toolkit.engine.deepspeed.nvme_files import prepare_swap_folders
 from toolkit.engine.local import LocalEngine
 from toolkit.mask.apply import apply_mask, replace_parameters, trainable_parameters
 from toolkit.mask.audit import AuditRow, audit, audit_markdown, audit_table
@@ -47,27 +48,27 @@ log = logging.getLogger("frostline")
 
 @dataclass(frozen=True)
 class PhaseState:
-    """The halves, the engine and the decisions of the current phase of the mask's schedule."""
+    """Prefix, suffix, engine and decisions of the current phase of the mask schedule."""
 
     phase: Phase
     prefix: HiddenStates | None
-    """Gives the hidden states at the frost line; None if the model is not cut."""
+    """Computes or reads the hidden states at the frost line; None if the model is not cut."""
     suffix: Suffix
     engine: Engine
     audit_rows: tuple[AuditRow, ...]
-    """What trains and what does not, from input to head."""
+    """Rows of the audit table: parameters and trained parameters of each part, from input to head."""
     audit: str
-    """The same in Markdown."""
+    """The audit table in Markdown."""
     joined: JoinedModel
-    """The model as one piece again, to generate with."""
+    """Joins prefix and suffix to one model again, to generate with."""
     packing: Decision
     """Whether micro batches are packed; decided in the first phase."""
     planner: Planner | None
-    """Plans this phase as it was built; None for an architecture that cannot be planned."""
+    """Planner of this phase as it was built; None for an architecture that cannot be planned."""
     plans: tuple[Plan | None, ...]
     """Plan of each phase: as built for those that have begun, as expected for those to come."""
     resting: Mapping[str, torch.Tensor]
-    """On rank 0, the float32 masters of what trained in earlier phases and does not now."""
+    """On rank 0, the fp32 masters of tensors that trained in earlier phases and are frozen now."""
 
     @property
     def mask(self) -> LayerMask:
@@ -87,16 +88,16 @@ class Handover:
     packing: Decision
     plans: tuple[Plan | None, ...]
     masters: Mapping[str, torch.Tensor]
-    """On rank 0, the float32 masters of all that trained so far."""
+    """On rank 0, the fp32 masters of all tensors that have trained so far."""
     states: Mapping[str, AdamState]
-    """On rank 0, masters and moments of what trained in the phase that ended."""
+    """On rank 0, masters and moments of the tensors that trained in the phase that ended."""
     schedule_step: int
-    """Steps that the learning-rate schedule has done."""
+    """Steps that the learning-rate scheduler has done."""
 
 
 @dataclass(frozen=True)
-class _Parts:
-    """The halves of the model, with what was decided about them."""
+class _CutModel:
+    """Prefix and suffix of a phase before its engine is built; ``PhaseState`` documents the fields."""
 
     prefix: HiddenStates | None
     suffix: Suffix
@@ -109,34 +110,35 @@ class _Parts:
 
 
 def build_phase(context: RunContext, model: ModelHandle, phase: Phase, handover: Handover | None = None) -> PhaseState:
-    """Apply the mask of ``phase``, cut the model at the frost line, and give what trains to an engine.
+    """Apply the mask of ``phase``, cut the model at the frost line, and build the engine that trains the suffix.
 
     Args:
-        context: of the run.
+        context: context of the run.
         model: the whole model, in plain parameters; freed in the last phase.
-        phase: the one to begin.
-        handover: of the phase before, whose ``PhaseState`` nothing refers to any more; None in the first phase.
+        phase: phase to begin.
+        handover: training state of the phase before, whose ``PhaseState`` must not be referenced any more; None for
+            the first phase.
     """
     if handover is not None:
         gc.collect()  # DeepSpeed's objects refer to one another and to the masters, and the parameters refer to them
-    parts = _cut_model(context, model, phase, handover.packing if handover else None)
+    halves = _cut_model(context, model, phase, handover.packing if handover else None)
     if phase is context.schedule.phases[-1]:
         model.free()  # what only a later phase would need is to be gone before the engine allocates
     malloc.release_free_memory()
-    engine = _build_engine(context, phase, parts)
+    engine = _build_engine(context, phase, halves)
     plans = list(handover.plans if handover else context.plans)
-    plans[phase.index] = parts.plan
+    plans[phase.index] = halves.plan
     masters = _continue_training(context, phase, engine, handover) if handover else {}
     return PhaseState(
-        phase, parts.prefix, parts.suffix, engine, parts.audit_rows, parts.audit, parts.joined, parts.packing,
-        parts.planner, tuple(plans), masters,
+        phase, halves.prefix, halves.suffix, engine, halves.audit_rows, halves.audit, halves.joined, halves.packing,
+        halves.planner, tuple(plans), masters,
     )  # fmt: skip
 
 
 def end_phase(context: RunContext, model: ModelHandle, state: PhaseState) -> Handover:
-    """Free the engine, and leave the whole model in plain parameters; every rank calls it.
+    """Free the engine, put its tensors back into the model, and return the training state; every rank calls it.
 
-    ``state`` cannot be used afterwards, and its memory is free once no variable refers to it.
+    ``state`` cannot be used afterwards, and its memory is freed once no variable refers to it.
     """
     engine = state.engine
     states = gather_states(engine.fragments(), engine.shapes, engine.is_replicated, context.world)
@@ -144,18 +146,18 @@ def end_phase(context: RunContext, model: ModelHandle, state: PhaseState) -> Han
     if isinstance(state.prefix, CachedPrefix):
         log.info("%s", state.prefix.close())
     replace_parameters(model.loaded.model, engine.release())
-    masters = {**state.resting, **{name: own.master for name, own in states.items()}}
+    masters = {**state.resting, **{name: state_of_tensor.master for name, state_of_tensor in states.items()}}
     return Handover(state.packing, state.plans, masters, states, schedule_step)
 
 
 def resume(context: RunContext, model: ModelHandle, path: Path) -> tuple[PhaseState, Progress]:
-    """Build the phase of a checkpoint's last step, and go on from the checkpoint; every rank calls it.
+    """Build the phase of a checkpoint's last step, and load the checkpoint into it; every rank calls it.
 
-    A checkpoint at the end of a phase is continued in that phase, and the loop then changes to the next one as it did
-    when the checkpoint was written. Ranks, engine and ZeRO stage may be others than those that wrote it.
+    A checkpoint at the end of a phase resumes in that phase, and the training loop then changes to the next one as it
+    did when the checkpoint was written. Number of ranks, engine and ZeRO stage may differ from the checkpoint's.
 
     Args:
-        context: of the run.
+        context: context of the run.
         model: the whole model, as loaded.
         path: a verified checkpoint.
 
@@ -167,11 +169,11 @@ def resume(context: RunContext, model: ModelHandle, path: Path) -> tuple[PhaseSt
     phase = context.schedule.at(max(saved.step - 1, 0))
     order = order_digest(len(context.dataset.train), context.config.train.seed, saved.epoch)
     checkpoint.require_fit(phase.trained, context.base, context.fingerprints, order)
-    _note_changes(context, saved)
+    _log_changes(context, saved)
     delta = checkpoint.delta()
-    _put_trained(model, phase, delta)
+    _copy_trained_tensors(model, phase, delta)
     state = build_phase(context, model, phase)
-    checkpoint.shards.fill(state.engine.fragments())
+    checkpoint.shards.load(state.engine.fragments())
     state.engine.continue_at(saved.schedule_step)
     if world.is_main:
         resting = {name: own.clone() for name, own in delta.tensors.items() if name not in phase.entered}
@@ -181,7 +183,7 @@ def resume(context: RunContext, model: ModelHandle, path: Path) -> tuple[PhaseSt
 
 
 def content_of(context: RunContext, phase_state: PhaseState, progress: Progress) -> CheckpointContent:
-    """Return what a checkpoint at ``progress`` is made of."""
+    """Return the content of a checkpoint at ``progress``, for ``Saver.save``."""
     phase, engine = phase_state.phase, phase_state.engine
     state = CheckpointState(
         step=progress.step,
@@ -203,8 +205,8 @@ def content_of(context: RunContext, phase_state: PhaseState, progress: Progress)
     return CheckpointContent(state, engine, phase_state.resting, phase.trained, context.base)
 
 
-def _cut_model(context: RunContext, model: ModelHandle, phase: Phase, packing: Decision | None) -> _Parts:
-    """Apply the mask, cut the model, and decide on rows of the data how the halves compute."""
+def _cut_model(context: RunContext, model: ModelHandle, phase: Phase, packing: Decision | None) -> _CutModel:
+    """Apply the mask, cut the model, and decide on shortcuts, packing and activation checkpointing."""
     loaded, phases = model.loaded, context.schedule.phases
     apply_mask(loaded.model, phase.mask, loaded.anatomy)
     if context.mask_changes:
@@ -231,20 +233,21 @@ def _cut_model(context: RunContext, model: ModelHandle, phase: Phase, packing: D
         checkpoint_blocks(suffix.blocks(phase.mask.boundary))
     rows_of_audit = tuple(audit(phase.mask, loaded.anatomy))
     joined = JoinedModel(loaded.model, loaded.anatomy, None if prefix is None else phase.mask.boundary)
-    return _Parts(
+    return _CutModel(
         prefix, suffix, packing, planner, plan, rows_of_audit, audit_markdown(phase.mask, loaded.anatomy), joined
     )
 
 
-def _build_engine(context: RunContext, phase: Phase, parts: _Parts) -> Engine:
-    config, suffix, prefix = context.config, parts.suffix, parts.prefix
+def _build_engine(context: RunContext, phase: Phase, halves: _CutModel) -> Engine:
+    """Build the engine of the recipe for the suffix: DeepSpeed if there is a DeepSpeed file, else local."""
+    config, suffix, prefix = context.config, halves.suffix, halves.prefix
     parameters = trainable_parameters(suffix.model, phase.mask)
     shared = (suffix, parameters, phase.groups, config.train, config.optim, context.total_steps, context.world)
     if context.ds_config is None:
         return LocalEngine(*shared)
     from toolkit.engine.deepspeed.engine import ZeroEngine  # DeepSpeed is imported only by runs that use it
 
-    make_room(context.ds_config, context.world, parts.plan.memory.files if parts.plan else 0)
+    prepare_swap_folders(context.ds_config, context.world, halves.plan.memory.files if halves.plan else 0)
     below = prefix.model.named_parameters() if isinstance(prefix, Prefix) else ()
     copies = {name: parameter for name, parameter in below if name in parameters}
     return ZeroEngine(*shared, copies, context.ds_config)
@@ -253,17 +256,17 @@ def _build_engine(context: RunContext, phase: Phase, parts: _Parts) -> Engine:
 def _continue_training(
     context: RunContext, phase: Phase, engine: Engine, handover: Handover
 ) -> dict[str, torch.Tensor]:
-    """Give the engine what the phase before left; return the masters of what does not train in this one."""
+    """Load the state of the phase before into the engine; return the masters of tensors that are frozen in this one."""
     masters = handover.masters
-    awake = [name for name in phase.mask.names if name in masters]
-    carried = {name: handover.states.get(name, AdamState(masters[name])) for name in awake}
-    load_fragments(engine.fragments(), engine.shapes, carried, context.world)
+    continuing = [name for name in phase.mask.names if name in masters]
+    states = {name: handover.states.get(name, AdamState(masters[name])) for name in continuing}
+    load_fragments(engine.fragments(), engine.shapes, states, context.world)
     engine.continue_at(handover.schedule_step)
     return {name: master for name, master in masters.items() if name not in phase.entered}
 
 
-def _note_changes(context: RunContext, saved: CheckpointState) -> None:
-    """Log what may make the rest differ from an uninterrupted run by rounding."""
+def _log_changes(context: RunContext, saved: CheckpointState) -> None:
+    """Log changes of versions and ranks, by which a resumed run may differ from an uninterrupted one in rounding."""
     now = versions()
     for name, version in saved.versions.items():
         if now.get(name) != version:
@@ -273,8 +276,8 @@ def _note_changes(context: RunContext, saved: CheckpointState) -> None:
 
 
 @torch.no_grad()
-def _put_trained(model: ModelHandle, phase: Phase, delta: Delta) -> None:
-    """Round all that trained up to ``phase`` into the model."""
+def _copy_trained_tensors(model: ModelHandle, phase: Phase, delta: Delta) -> None:
+    """Copy all tensors that trained up to ``phase`` from a checkpoint into the model, rounded to its precision."""
     loaded = model.loaded
     apply_mask(loaded.model, phase.trained, loaded.anatomy)
     for name, parameter in trainable_parameters(loaded.model, phase.trained).items():

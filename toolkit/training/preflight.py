@@ -85,6 +85,7 @@ def check_writable(run: Path, world: World) -> None:
 
 
 def _too_costly(config: DataConfig) -> str | None:
+    """Return why the rows are not checked in advance: on the Hub, or too large; None if they are checked."""
     paths = [path for path in (config.path, config.validation) if isinstance(path, str)]
     for path in paths:
         if is_hub_dataset(path):

@@ -1,4 +1,4 @@
-"""Compare what every rank must have in common: recipe, DeepSpeed file, code and library versions, tokenizer, rows."""
+"""Check that all ranks agree on recipe, DeepSpeed file, code and library versions, tokenizer and rows."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from toolkit.training.fingerprints import digest, tokenizer_digest, version
 
 _LIBRARIES = ("torch", "transformers", "deepspeed")
 _DIGEST = 8
-"""Bytes that stand for a row."""
+"""Bytes of a row's digest."""
 
 
-def facts(invocation: Invocation) -> dict[str, str]:
-    """Return what this rank is about to run, by name; values are compared as text."""
+def rank_settings(invocation: Invocation) -> dict[str, str]:
+    """Return this rank's recipe settings, DeepSpeed file digest and versions by name, for ``require_same``."""
     flat = {
         f"{section}.{key}": repr(value)
         for section, keys in invocation.config.model_dump(mode="json").items()
@@ -34,7 +34,7 @@ def facts(invocation: Invocation) -> dict[str, str]:
     ds = invocation.deepspeed
     return {
         **flat,
-        "DeepSpeed file": "none" if ds is None else _content(ds),
+        "DeepSpeed file": "none" if ds is None else _file_digest(ds),
         "frostline": f"{toolkit.__version__} (sources {sources_hash(Path(toolkit.__file__).parent)})",
         "Python": platform.python_version(),
         **{name: version(name) for name in _LIBRARIES},
@@ -112,13 +112,13 @@ def require_same_rows(world: World, dataset: Dataset, tokenizer: PreTrainedToken
         if own[name] != reference[name]
     ]
     for name, examples in (("training", dataset.train), ("validation", dataset.validation)):
-        differences += _other_rows(world, name, [_row_digest(row) for row in examples], examples)
+        differences += _row_differences(world, name, [_row_digest(row) for row in examples], examples)
     skipped = [digest([row.origin, row.fault]).encode()[:_DIGEST] for row in dataset.skipped]
-    differences += _other_rows(world, "skipped", skipped, dataset.skipped)
+    differences += _row_differences(world, "skipped", skipped, dataset.skipped)
     refuse_differences(world, differences)
 
 
-def _other_rows(
+def _row_differences(
     world: World, name: str, digests: Sequence[bytes], rows: Sequence[Example] | Sequence[SkippedRow]
 ) -> list[str]:
     """Return how this rank's rows differ from rank 0's; every rank calls it."""
@@ -130,24 +130,26 @@ def _other_rows(
         shared = zip(digests, theirs, strict=False)
         first = next((at for at, (one, other) in enumerate(shared) if one != other), min(len(digests), len(theirs)))
     wanted = {at for at in world.all_gather_object(first) if at is not None}
-    on_main = world.broadcast_object({at: _origin(rows, at) for at in wanted})
+    on_main = world.broadcast_object({at: _row_origin(rows, at) for at in wanted})
     if first is None:
         return []
     counts = f"{len(digests):,} {name} rows, on rank 0 {len(theirs):,}"
-    if (mine := _origin(rows, first)) == on_main[first]:
+    if (mine := _row_origin(rows, first)) == on_main[first]:
         return [f"{counts}; the first that differs is {mine}, with other content"]
     return [f"{counts}; the first that differs is {mine}, on rank 0 {on_main[first]}"]
 
 
-def _origin(rows: Sequence[Example] | Sequence[SkippedRow], at: int) -> str:
+def _row_origin(rows: Sequence[Example] | Sequence[SkippedRow], at: int) -> str:
     return rows[at].origin if at < len(rows) else "none"
 
 
 def _row_digest(row: Example) -> bytes:
+    """Return a short digest of a row's tokens and of where its answer starts."""
     return hashlib.sha256(f"{row.answer_start} {row.token_ids}".encode()).digest()[:_DIGEST]
 
 
-def _content(path: Path) -> str:
+def _file_digest(path: Path) -> str:
+    """Return the digest of a file as text, or why it cannot be read."""
     try:
         return f"SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
     except OSError as error:

@@ -34,7 +34,7 @@ def read_rows_of(
         config: the recipe.
         tokenizer: of the model.
         world: this process among the run's.
-        run_dir: where the run writes; none keeps nothing.
+        run_dir: the run directory, which keeps the date; None to keep nothing.
 
     Returns:
         The rows, and the tokens that end an answer.

@@ -24,7 +24,7 @@ from toolkit.training.context import prepare
 from toolkit.training.monitor import Monitor
 from toolkit.training.out_of_memory_advice import advise
 from toolkit.training.preflight import check_writable
-from toolkit.training.rank_agreement import facts, require_same
+from toolkit.training.rank_agreement import rank_settings, require_same
 from toolkit.training.run_record import MemoryUse, highest, save_record
 from toolkit.training.trainer import Trainer
 
@@ -46,7 +46,7 @@ def run(invocation: Invocation, on_directory: Callable[[Path], None] | None = No
         FrostlineError: training cannot go on.
     """
     with signals.listening(), joined_ranks(engine_needs_group=invocation.deepspeed is not None) as world:
-        require_same(world, facts(invocation))
+        require_same(world, rank_settings(invocation))
         if not invocation.recipe_was_given:
             log.info("no --config given: using %s", invocation.recipe)
         log.info("recipe %s, engine %s", invocation.recipe, invocation.deepspeed or "torch (no --ds)")
@@ -77,10 +77,10 @@ def train_in_group(invocation: Invocation, world: World, on_directory: Callable[
                 return 0
             with during("the set-up"):
                 context, model = prepare(invocation, world, directory.state, directory.path)
-                nvme_files.give_folders(context.ds_config, directory.path)
+                nvme_files.assign_swap_folders(context.ds_config, directory.path)
             trainer = Trainer(context, model, directory.path)
             code = _train(trainer, directory)
-            nvme_files.clear(context.ds_config, world)
+            nvme_files.remove_swap_folders(context.ds_config, world)
             return code
     except OutOfMemoryError as error:
         raise advise(error, trainer, invocation.config) from None
@@ -119,7 +119,7 @@ def _train(trainer: Trainer, directory: RunDirectory) -> int:
 
 
 def _report(trainer: Trainer, run_dir: Path) -> None:
-    """Log what the finished run has to say of itself; every rank calls it."""
+    """Log mean losses by epoch, cache use and peak memory of the finished run; every rank calls it."""
     context, prefix = trainer.context, trainer.state.prefix
     losses = trainer.progress.epoch_losses()
     if len(losses) > 1:
@@ -127,13 +127,13 @@ def _report(trainer: Trainer, run_dir: Path) -> None:
         log.info("mean loss by epoch: %s", shown)
     if isinstance(prefix, CachedPrefix):
         log.info("%s", prefix.close())
-    uses = context.world.all_gather_object(MemoryUse.now(context.world.device, context.libraries))
+    uses = context.world.all_gather_object(MemoryUse.measure(context.world.device, context.libraries))
     memory = highest(uses).text(trainer.planned_gib)
     log.info("done: %d steps, %s; next: %s %s", context.total_steps, memory, command_line("export"), run_dir)
 
 
 def _hparams(trainer: Trainer) -> dict[str, str | float]:
-    """Return what runs are compared by."""
+    """Return the settings that TensorBoard's HParams tab compares runs by."""
     context, state = trainer.context, trainer.state
     config, train = context.config, context.config.train
     return {

@@ -13,7 +13,7 @@ import torch
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import Dataset
 from toolkit.mask.schedule import Schedule
-from toolkit.optim.groups import learns_nothing
+from toolkit.optim.groups import is_rate_always_zero
 from toolkit.planning.planner import Plan
 from toolkit.planning.table import as_dict
 from toolkit.runtime.paths import replace_text
@@ -31,7 +31,7 @@ class MemoryUse:
     torch's allocator gave counts."""
 
     @classmethod
-    def now(cls, device: torch.device, libraries: int) -> MemoryUse:
+    def measure(cls, device: torch.device, libraries: int) -> MemoryUse:
         """Measure this process so far.
 
         Args:
@@ -44,7 +44,7 @@ class MemoryUse:
         """Describe it for the last line of a run.
 
         Args:
-            planned: GiB of tensors that the run was planned to have at its peak; none where it could not be planned.
+            planned: GiB of tensors that the run was planned to have at its peak; None if it could not be planned.
         """
         what = "peak memory" if self.libraries is not None else "peak GPU memory"
         parts = []
@@ -95,7 +95,7 @@ def unused_settings(config: RunConfig, total_steps: int, device: torch.device) -
     """
     if config.optim.name == "paged_adamw_8bit" and device.type == "cpu":
         yield "optim.name: paged_adamw_8bit pages nothing here and is adamw_8bit: the run computes on the CPU"
-    if learns_nothing(config.train, total_steps):
+    if is_rate_always_zero(config.train, total_steps):
         steps = "one optimizer step" if total_steps == 1 else f"{total_steps} optimizer steps"
         yield (
             f"this run has {steps}, and the learning rate is 0 at {'it' if total_steps == 1 else 'each of them'}: the "

@@ -34,7 +34,7 @@ class StepResult:
     seconds: float
     """Wall-clock time on this rank."""
     shares: tuple[float, ...] = ()
-    """What each of this rank's micro batches adds to the loss."""
+    """Share of the loss of each of this rank's micro batches."""
 
     @property
     def skipped(self) -> bool:
@@ -59,9 +59,9 @@ def train_step(micro_batches: Sequence[Batch], prefix: HiddenStates | None, engi
         with during("the prefix", batch.shape):
             hidden = prefix(batch) if prefix else None
         with during("forward", batch.shape):
-            loss = supervised_loss(engine.forward, hidden, batch, supervised)
+            loss = supervised_loss(engine.forward_loss, hidden, batch, supervised)
         shares.append(loss.detach())
-        # 1, or NaN where the loss is not finite: all ranks then meet it in the gradient, on which engines skip alike
+        # 1, or NaN if the loss is not finite: the gradient is then NaN on all ranks, and every engine skips the step
         guard = 1.0 + 0.0 * shares[-1]
         with during("backward", batch.shape):
             engine.backward(loss * guard, is_last=index == len(micro_batches))

@@ -31,27 +31,27 @@ class TensorBoardWriter:
     def __init__(self, directory: Path, first_step: int) -> None:
         self._directory = directory
         self._writer: SummaryWriter | None = None
-        self._hook = threading.excepthook
-        threading.excepthook = self._in_thread
-        self._attempt(lambda: self._open(first_step))
+        self._original_hook = threading.excepthook
+        threading.excepthook = self._on_thread_error
+        self._try_write(lambda: self._open(first_step))
 
     def scalar(self, curve: str, value: float, step: int) -> None:
         """Add a point; one that is not finite leaves a gap."""
         writer = self._writer
         if writer is not None and math.isfinite(value):
-            self._attempt(lambda: writer.add_scalar(curve, value, step))
+            self._try_write(lambda: writer.add_scalar(curve, value, step))
 
     def text(self, name: str, text: str, step: int) -> None:
         """Add a Markdown text."""
         writer = self._writer
         if writer is not None:
-            self._attempt(lambda: writer.add_text(name, text, step))
+            self._try_write(lambda: writer.add_text(name, text, step))
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
         """Add a picture."""
         writer = self._writer
         if writer is not None:
-            self._attempt(lambda: writer.add_image(name, np.asarray(image), step, dataformats="HWC"))
+            self._try_write(lambda: writer.add_image(name, np.asarray(image), step, dataformats="HWC"))
 
     def hparams(self, values: Mapping[str, str | float], outcomes: Sequence[str]) -> None:
         """Show what the run is compared by in the HParams tab.
@@ -65,35 +65,36 @@ class TensorBoardWriter:
         """
         writer = self._writer
         if writer is not None:
-            self._records(writer, _hparams(dict(values), dict.fromkeys(outcomes, 0.0))[:2])
+            self._add_records(writer, _hparams(dict(values), dict.fromkeys(outcomes, 0.0))[:2])
 
     def finish(self) -> None:
         """Mark the run as finished in the HParams tab."""
         writer = self._writer
         if writer is not None:
-            self._records(writer, _hparams({}, {})[2:])
+            self._add_records(writer, _hparams({}, {})[2:])
 
     def close(self) -> None:
         """Write what is left."""
         writer = self._writer
         if writer is not None:
-            self._attempt(writer.close)
-        if threading.excepthook == self._in_thread:
-            threading.excepthook = self._hook
+            self._try_write(writer.close)
+        if threading.excepthook == self._on_thread_error:
+            threading.excepthook = self._original_hook
 
-    def _records(self, writer: SummaryWriter, records: Sequence[Any]) -> None:
+    def _add_records(self, writer: SummaryWriter, records: Sequence[Any]) -> None:
         file: Any = writer.file_writer
-        self._attempt(lambda: [file.add_summary(record) for record in records])
+        self._try_write(lambda: [file.add_summary(record) for record in records])
 
     def _open(self, first_step: int) -> None:
         self._writer = SummaryWriter(str(self._directory), purge_step=first_step, flush_secs=20)
 
-    def _in_thread(self, failed: threading.ExceptHookArgs) -> None:
+    def _on_thread_error(self, failed: threading.ExceptHookArgs) -> None:
         """Keep quiet about an OSError of the writer's own thread: the next call raises it again here."""
         if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__name__ == "_AsyncWriterThread"):
-            self._hook(failed)
+            self._original_hook(failed)
 
-    def _attempt(self, write: Callable[[], object]) -> None:
+    def _try_write(self, write: Callable[[], object]) -> None:
+        """Call ``write``; on an OSError warn and write no more."""
         try:
             write()
         except OSError as error:  # also what the writer's own thread met before

@@ -1,4 +1,4 @@
-"""Run the loop around the training step."""
+"""Run the training loop: batches, steps, phases, and what is due between steps."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Trainer:
     """Train a run from its current position to its end.
 
     Args:
-        context: of the run.
-        model: the whole model, as loaded.
+        context: context of the run.
+        model: handle of the whole model, as loaded.
         run_dir: the run directory.
     """
 
@@ -44,7 +44,7 @@ class Trainer:
 
     @property
     def state(self) -> PhaseState:
-        """The phase that trains, of which there is one."""
+        """The phase that trains; fails between phases."""
         assert self.current is not None
         return self.current
 
@@ -59,7 +59,7 @@ class Trainer:
         return self.plan.memory.peak / 2**30 if self.plan else None
 
     def begin(self, checkpoint: Path | None) -> None:
-        """Build the first phase, or that of a verified checkpoint."""
+        """Build the first phase, or resume from a verified checkpoint."""
         if checkpoint is None:
             with during("the set-up"):
                 self.current = build_phase(self.context, self._model, self.context.schedule.phases[0])
@@ -82,7 +82,7 @@ class Trainer:
                 result = train_step(micro_batches, self.state.prefix, self.state.engine, world)
                 progress.add(result, context.batch_plan.global_batch)
                 monitor.step(self._metrics(result))
-                guard.look(progress.step, result, micro_batches)
+                guard.check_step(progress.step, result, micro_batches)
                 saver.poll()
                 if between.after_step(self.state):
                     return False
@@ -142,6 +142,7 @@ class Trainer:
         return end_phase(self.context, self._model, state)
 
     def _metrics(self, result: StepResult) -> StepMetrics:
+        """Return the metrics of a step for the log; every rank calls it, because memory is the maximum over ranks."""
         state, progress, world = self.state, self.progress, self.context.world
         return StepMetrics(
             step=progress.step,

@@ -1,4 +1,4 @@
-"""Validate between two steps: the loss on held-out rows, and answers to some of them."""
+"""Validate between two steps: compute the loss on the validation rows, and generate sample answers."""
 
 from __future__ import annotations
 
@@ -24,22 +24,20 @@ T = TypeVar("T")
 
 
 def validate(context: RunContext, state: PhaseState, may_stop: bool) -> Evaluation:
-    """Compute the loss on the validation rows, of which there are some; every rank calls it.
-
-    The caller turns dropout off.
+    """Compute the loss on the validation rows, which must not be empty; every rank calls it with dropout off.
 
     Raises:
-        StopRequested: a signal came, and it ``may_stop``; on every rank.
+        StopRequested: a signal came and ``may_stop`` is True; raised on every rank.
     """
     return evaluate_rows(
-        state.engine.forward, state.prefix, context.dataset.validation, context.batch_plan.micro_batch_size,
+        state.engine.forward_loss, state.prefix, context.dataset.validation, context.batch_plan.micro_batch_size,
         context.pad_id, context.world, state.packing.on, may_stop,
     )  # fmt: skip
 
 
 @contextmanager
 def without_dropout(state: PhaseState) -> Iterator[None]:
-    """Turn dropout off, as when the model answers, while entered."""
+    """Set engine and prefix to evaluation mode within the context, which turns dropout off."""
     state.engine.train(False)
     if state.prefix:
         state.prefix.eval()
@@ -52,70 +50,75 @@ def without_dropout(state: PhaseState) -> Iterator[None]:
 
 
 def sample_answers(context: RunContext, state: PhaseState, may_stop: bool = False) -> list[Answer]:
-    """Return what the model as it stands answers to the first validation rows; every rank calls it and gets them all.
+    """Generate answers to the first validation rows with the current weights; every rank calls it with dropout off.
 
-    The ranks share the rows. A prefix that was freed is read from the model's files, block by block. Under ZeRO-3 the
-    suffix is gathered on each rank meanwhile. The caller turns dropout off.
+    The rows are divided among ranks, and every rank returns all answers. A prefix that was freed is read from the
+    model's files, block by block. Under ZeRO-3 the suffix is gathered on each rank for the duration.
 
     Raises:
-        FrostlineError: some rank failed; on every rank.
-        StopRequested: a signal came, and it ``may_stop``; on every rank.
+        FrostlineError: some rank failed; raised on every rank.
+        StopRequested: a signal came and ``may_stop`` is True; raised on every rank.
     """
     world = context.world
     rows = context.dataset.validation[: context.config.output.sample_answers]
     if not rows:
         return []
-    _together(world, lambda: _try_room(state, world))
+    _gather_results(world, lambda: _require_gathering_memory(state, world))
     with state.engine.gathered():
-        every = _together(world, lambda: _own_answers(context, state, rows[world.rank :: world.size], may_stop))
+        answers_by_rank = _gather_results(
+            world, lambda: _own_answers(context, state, rows[world.rank :: world.size], may_stop)
+        )
     if may_stop:
         world.raise_if_stopping()
     texts: dict[int, str] = {}
-    for rank, given in enumerate(every):
-        texts |= {rank + world.size * index: text for index, text in enumerate(given)}
+    for rank, answers in enumerate(answers_by_rank):
+        texts |= {rank + world.size * index: text for index, text in enumerate(answers)}
     return [
-        Answer(_text(context, _prompt(row)), _text(context, row.token_ids[row.answer_start :]), texts[index])
+        Answer(_decode(context, _prompt_ids(row)), _decode(context, row.token_ids[row.answer_start :]), texts[index])
         for index, row in enumerate(rows)
     ]
 
 
-def _try_room(state: PhaseState, world: World) -> None:
-    """Fail here, rather than while ranks wait for each other, where the gathered suffix has no room."""
+def _require_gathering_memory(state: PhaseState, world: World) -> None:
+    """Allocate as much as gathering the suffix will, so that a rank without that memory fails before the collective."""
     torch.empty(state.engine.gathered_bytes(), dtype=torch.uint8, device=world.device)
 
 
 def _own_answers(context: RunContext, state: PhaseState, rows: Sequence[Example], may_stop: bool) -> list[str]:
-    asked = signals.stop_requested if may_stop else None
+    """Generate this rank's answers, to ``rows``."""
+    stop = signals.stop_requested if may_stop else None
     prefix = state.prefix.offloaded_prefix() if isinstance(state.prefix, CachedPrefix) else state.prefix
-    tokenizer, most = context.tokenizer, context.config.output.sample_tokens
+    tokenizer, max_tokens = context.tokenizer, context.config.output.sample_tokens
     with state.joined.joined(prefix) as model:
         return [
-            complete(model, tokenizer, _prompt(row), context.stop_ids, most, stop=asked)
+            complete(model, tokenizer, _prompt_ids(row), context.stop_ids, max_tokens, stop=stop)
             for row in track(rows, "sample answers", "answer")
         ]
 
 
-def _together(world: World, work: Callable[[], T]) -> list[T]:
-    """Return what ``work``, which waits for no other rank, gives on every rank, by rank.
+def _gather_results(world: World, work: Callable[[], T]) -> list[T]:
+    """Run ``work`` on every rank and return all results by rank; ``work`` must not contain collectives.
 
     Raises:
-        FrostlineError: it failed on one; on every rank, so that none waits for another in vain.
+        FrostlineError: ``work`` failed on some rank; raised on every rank, so that none waits for another.
     """
-    given, trouble = None, None
+    result, failure = None, None
     try:
-        given = work()
+        result = work()
     except Exception as error:
-        trouble = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    every = world.all_gather_object((given, trouble))
-    for rank, (_, its) in enumerate(every):
-        if its is not None:
-            raise FrostlineError(f"rank {rank}, {its}")
-    return [its for its, _ in every]
+        failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    gathered = world.all_gather_object((result, failure))
+    for rank, (_, failure_of_rank) in enumerate(gathered):
+        if failure_of_rank is not None:
+            raise FrostlineError(f"rank {rank}, {failure_of_rank}")
+    return [result_of_rank for result_of_rank, _ in gathered]
 
 
-def _prompt(row: Example) -> tuple[int, ...]:
+def _prompt_ids(row: Example) -> tuple[int, ...]:
+    """Return the tokens of a row before its answer."""
     return row.token_ids[: row.answer_start]
 
 
-def _text(context: RunContext, ids: tuple[int, ...]) -> str:
+def _decode(context: RunContext, ids: tuple[int, ...]) -> str:
+    """Return the text of ``ids`` without special tokens."""
     return str(context.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()

@@ -11,7 +11,7 @@ from typing import Any
 
 from toolkit.config.policy import global_batch
 from toolkit.config.schema import MaskConfig, RunConfig
-from toolkit.engine.deepspeed.nvme_files import check_paths
+from toolkit.engine.deepspeed.nvme_files import check_nvme_paths
 from toolkit.runtime.errors import ConfigError
 from toolkit.runtime.redact import find_secret
 
@@ -26,14 +26,15 @@ _KNOWN_KEYS = frozenset(
         "zero_optimization",
     ]
 )  # fmt: skip
-"""DeepSpeed accepts any other key in silence; those it knows beyond these act on loaders or gradients that are ours."""
+"""Top-level keys that are accepted. DeepSpeed ignores unknown keys silently; the keys it knows beyond these act on data
+loaders or gradients, which this package handles itself."""
 
 
 def read_ds_config(path: Path) -> dict[str, Any]:
-    """Return the content of a DeepSpeed JSON file as it stands.
+    """Return the content of a DeepSpeed JSON file, with "auto" values as they are.
 
     Raises:
-        ConfigError: missing, not JSON, not an object, or with keys that DeepSpeed would silently ignore.
+        ConfigError: the file is missing, not a JSON object, or has keys that DeepSpeed would silently ignore.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -68,34 +69,36 @@ def zero_stage(ds: dict[str, Any]) -> int:
 def resolve_ds_config(
     ds: dict[str, Any], config: RunConfig, ranks: int, hidden_size: int, path: Path
 ) -> dict[str, Any]:
-    """Return what DeepSpeed is given: ``ds`` with everything filled in that the recipe owns.
+    """Return the configuration for ``deepspeed.initialize``: ``ds`` with the values that the recipe owns filled in.
 
     The recipe owns batch sizes, precision, clipping, optimizer and schedule. A value in the file that says otherwise
     is a contradiction, never an override. ``optimizer`` and ``scheduler`` blocks are checked and dropped, because
     ``toolkit.optim.groups`` builds both.
 
     Args:
-        ds: as ``read_ds_config`` returns it; left unchanged.
-        config: the run.
+        ds: DeepSpeed configuration as ``read_ds_config`` returns it; left unchanged.
+        config: the recipe.
         ranks: world size.
-        hidden_size: of the model; ZeRO's bucket sizes follow from it as in transformers.
-        path: the file, for messages.
+        hidden_size: width of the model, from which ZeRO's bucket sizes follow as in transformers.
+        path: path of the DeepSpeed file, for messages.
 
     Raises:
-        ConfigError: contradictions, or "auto" where nothing can fill it; all of them together.
+        ConfigError: the file contradicts the recipe, or has an "auto" that nothing fills; lists all faults.
     """
     resolved = copy.deepcopy(ds)
     faults = list(_check_sections(resolved))
     if faults:
         raise ConfigError(faults, f"DeepSpeed file {path}")
-    for key, value, owner in _owned(config, ranks):
-        faults += _fill(resolved, key, value, owner)
+    for key, value, owner in _recipe_values(config, ranks):
+        faults += _fill_value(resolved, key, value, owner)
     faults += _check_optimizer(resolved.pop("optimizer", None), config)
     faults += _check_scheduler(resolved.pop("scheduler", None), config)
     faults += _check_optim_name(resolved, config)
     _fill_buckets(resolved.setdefault("zero_optimization", {}), hidden_size)
-    faults += check_paths(resolved["zero_optimization"])
-    faults += [f'{where} is "auto", but nothing in the recipe fills it; give a value' for where in _autos(resolved)]
+    faults += check_nvme_paths(resolved["zero_optimization"])
+    faults += [
+        f'{where} is "auto", but nothing in the recipe fills it; give a value' for where in _find_autos(resolved)
+    ]
     if faults:
         raise ConfigError(faults, f"DeepSpeed file {path}, read against the recipe")
     if config.train.gradient_accumulation_steps > 1 and zero_stage(resolved):  # stage 0 knows the model's dtype alone
@@ -107,11 +110,16 @@ def resolve_ds_config(
     return resolved
 
 
-def refuse_what_cannot_move(ds: dict[str, Any], mask: MaskConfig, path: Path) -> None:
-    """Stop a run whose weights or optimizer state could not be moved to the next phase of the mask's schedule.
+def refuse_schedule_conflicts(ds: dict[str, Any], mask: MaskConfig, path: Path) -> None:
+    """Refuse DeepSpeed settings under which weights and optimizer state cannot move to the schedule's next phase.
+
+    Args:
+        ds: DeepSpeed configuration as ``resolve_ds_config`` returns it.
+        mask: the recipe's mask section.
+        path: path of the DeepSpeed file, for messages.
 
     Raises:
-        ConfigError: the mask has a schedule, and weights are on NVMe, or there is no ZeRO.
+        ConfigError: the mask has a schedule, and weights are on NVMe or the ZeRO stage is 0.
     """
     if not mask.schedule:
         return
@@ -124,7 +132,8 @@ def refuse_what_cannot_move(ds: dict[str, Any], mask: MaskConfig, path: Path) ->
         raise ConfigError(faults, f"DeepSpeed file {path}, read against the recipe")
 
 
-def _owned(config: RunConfig, ranks: int) -> Iterator[tuple[str, Any, str]]:
+def _recipe_values(config: RunConfig, ranks: int) -> Iterator[tuple[str, Any, str]]:
+    """Yield each DeepSpeed key that the recipe owns: dotted key, value, and the recipe setting it comes from."""
     train = config.train
     micro, accumulation = train.micro_batch_size, train.gradient_accumulation_steps
     yield "train_micro_batch_size_per_gpu", micro, "train.micro_batch_size"
@@ -135,7 +144,8 @@ def _owned(config: RunConfig, ranks: int) -> Iterator[tuple[str, Any, str]]:
     yield "fp16.enabled", False, "model.dtype"
 
 
-def _fill(ds: dict[str, Any], dotted: str, value: Any, owner: str) -> Iterator[str]:
+def _fill_value(ds: dict[str, Any], dotted: str, value: Any, owner: str) -> Iterator[str]:
+    """Set one dotted key of ``ds``; yield a fault if the file has another value than "auto" or ``value``."""
     section, _, key = dotted.rpartition(".")
     target = ds.setdefault(section, {}) if section else ds
     found = target.get(key, "auto")
@@ -145,6 +155,7 @@ def _fill(ds: dict[str, Any], dotted: str, value: Any, owner: str) -> Iterator[s
 
 
 def _check_sections(ds: dict[str, Any]) -> Iterator[str]:
+    """Yield faults of sections that are not objects, or hold settings under which training would go wrong."""
     for section in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "data_types"):
         if section in ds and not isinstance(ds[section], dict):
             yield f"{section} is {ds[section]!r}; expected an object"
@@ -166,6 +177,7 @@ def _check_sections(ds: dict[str, Any]) -> Iterator[str]:
 
 
 def _check_optimizer(block: dict[str, Any] | None, config: RunConfig) -> Iterator[str]:
+    """Yield contradictions between the file's ``optimizer`` block and the recipe."""
     if block is None:
         return
     if block.get("type") != "AdamW":
@@ -180,7 +192,7 @@ def _check_optimizer(block: dict[str, Any] | None, config: RunConfig) -> Iterato
 
 
 def _check_optim_name(ds: dict[str, Any], config: RunConfig) -> Iterator[str]:
-    """Yield what DeepSpeed 0.19 cannot do with an optimizer of ours, or with moments that are not float32."""
+    """Yield settings that DeepSpeed 0.19 does not support with the recipe's ``optim.name``."""
     name, zero = config.optim.name, ds.get("zero_optimization", {})
     offload = zero.get("offload_optimizer")
     offload = offload if isinstance(offload, dict) else {}
@@ -209,6 +221,7 @@ def _check_optim_name(ds: dict[str, Any], config: RunConfig) -> Iterator[str]:
 
 
 def _check_scheduler(block: dict[str, Any] | None, config: RunConfig) -> Iterator[str]:
+    """Yield contradictions between the file's ``scheduler`` block and the recipe."""
     if block is None:
         return
     if block.get("type") != "WarmupDecayLR" or config.train.scheduler != "linear":
@@ -220,6 +233,7 @@ def _check_scheduler(block: dict[str, Any] | None, config: RunConfig) -> Iterato
 
 
 def _check_params(block: dict[str, Any], name: str, expected: dict[str, Any]) -> Iterator[str]:
+    """Yield faults of the ``params`` of block ``name``: unknown keys, and values other than "auto" or the recipe's."""
     params = block.get("params", "auto")
     if params != "auto" and not isinstance(params, dict):
         yield f"{name}.params is {params!r}; expected an object"
@@ -236,6 +250,7 @@ def _check_params(block: dict[str, Any], name: str, expected: dict[str, Any]) ->
 
 
 def _fill_buckets(zero: dict[str, Any], hidden_size: int) -> None:
+    """Replace "auto" bucket sizes in the ``zero_optimization`` section by those that transformers would set."""
     sizes = {
         "reduce_bucket_size": hidden_size**2,
         "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
@@ -246,9 +261,10 @@ def _fill_buckets(zero: dict[str, Any], hidden_size: int) -> None:
             zero[key] = value
 
 
-def _autos(value: Any, where: str = "") -> Iterator[str]:
+def _find_autos(value: Any, where: str = "") -> Iterator[str]:
+    """Yield the dotted key of every "auto" that is left in ``value``."""
     if value == "auto":
         yield where
     elif isinstance(value, dict):
         for key, part in value.items():
-            yield from _autos(part, f"{where}.{key}" if where else key)
+            yield from _find_autos(part, f"{where}.{key}" if where else key)

@@ -1,4 +1,4 @@
-"""The engine on DeepSpeed ZeRO (Rajbhandari et al., arXiv 1910.02054): only the suffix is handed to it."""
+"""Train the suffix with DeepSpeed ZeRO (Rajbhandari et al., arXiv 1910.02054), which never sees the frozen prefix."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from typing_extensions import override
 from toolkit.config.schema import OptimConfig, TrainConfig
 from toolkit.data.batches import Batch
 from toolkit.engine.base import Engine, Update
-from toolkit.engine.deepspeed.clipping import partitioned_norm, without_clipping
+from toolkit.engine.deepspeed.clipping import partitioned_norm, without_norm_and_clipping
 from toolkit.engine.deepspeed.config import zero_stage
 from toolkit.engine.deepspeed.gathering import balanced_module_stack, drain_prefetches, gathered, gathered_bytes
 from toolkit.engine.deepspeed.nvme_state import NvmeSwapper, SwappedFragmentState
 from toolkit.engine.deepspeed.optimizers import PartitionedAdamW, PartitionMoments, build_optimizer
 from toolkit.mask.layer_mask import ParameterGroup
 from toolkit.optim.gradients import Clipping
-from toolkit.optim.groups import build_scheduler, current_rate, embedding_tables, forward_to
-from toolkit.optim.master_adamw import norm_at_once
+from toolkit.optim.groups import build_scheduler, current_rate, embedding_tables, set_scheduler_step
+from toolkit.optim.master_adamw import total_norm
 from toolkit.optim.state_fragments import KINDS, MASTER, MOMENTS, FlatFragmentState, Fragment, FragmentState
 from toolkit.optim.update_monitor import UpdateMonitor, sampled_indices
 from toolkit.runtime.distributed import World
@@ -34,18 +34,18 @@ from toolkit.split.suffix import Suffix
 
 
 class ZeroEngine(Engine):
-    """AdamW on ZeRO's partitioned float32 masters.
+    """Train the suffix with AdamW on ZeRO's partitioned fp32 masters.
 
     Args:
-        suffix: on its device, its mask applied.
-        parameters: its trainable parameters by their names in the whole model.
-        groups: of the mask; they hold all of ``parameters``.
+        suffix: suffix on its device, with the mask applied.
+        parameters: trainable parameters of the suffix, by their names in the whole model.
+        groups: parameter groups of the mask, which together name all of ``parameters``.
         train: the recipe's training section.
         optim: the recipe's optimizer section.
-        total_steps: optimizer steps of the whole run, for the schedule.
-        world: the process group must be up, also for one rank.
-        copies: trained tensors that the prefix holds too, by name; kept up to date with every update.
-        ds_config: as ``resolve_ds_config`` returns it.
+        total_steps: optimizer steps of the whole run, for the learning-rate schedule.
+        world: this process among all ranks; its process group must be initialised, even for one rank.
+        copies: the prefix's copies of trained tensors, such as a tied embedding, by name; refreshed after each update.
+        ds_config: DeepSpeed configuration as ``resolve_ds_config`` returns it.
     """
 
     def __init__(
@@ -71,27 +71,27 @@ class ZeroEngine(Engine):
         self._copies, self._parameters = copies, parameters
         self._suffix = suffix
         optimizer = build_optimizer(parameters, groups, train, optim, embedding_tables(suffix.model))
-        lean = without_clipping(ds_config)
-        self._clips = lean is not None
+        ds_without_norm = without_norm_and_clipping(ds_config)
+        self._computes_norm = ds_without_norm is not None
         self._scheduler = build_scheduler(optimizer, train, total_steps)
         try:
             self._engine, *_ = deepspeed.initialize(
-                model=suffix, optimizer=optimizer, lr_scheduler=self._scheduler, config=lean or ds_config,
+                model=suffix, optimizer=optimizer, lr_scheduler=self._scheduler, config=ds_without_norm or ds_config,
                 dist_init_required=False,
             )  # fmt: skip
         except (ValidationError, DeepSpeedConfigError) as error:
             raise ConfigError([" ".join(str(error).split())], "DeepSpeed file, as DeepSpeed reads it") from None
         _unlink_shared_memory(world)
-        if self.is_replicated:  # in bfloat16 it makes a step on zero gradients, which would count (DeepSpeed 0.19)
-            for own in self._inner.state.values():
-                own["step"].zero_()
-        self._moved, self._rate = UpdateMonitor(self._sample), 0.0
-        self._chosen: dict[int, torch.Tensor] = {}
+        if self.is_replicated:  # do not count the step on zero gradients that DeepSpeed 0.19 takes at first in bfloat16
+            for state in self._adamw.state.values():
+                state["step"].zero_()
+        self._update_monitor, self._rate = UpdateMonitor(self._sample), 0.0
+        self._sample_indices: dict[int, torch.Tensor] = {}
         self._partition_moments: dict[torch.Tensor, PartitionMoments] = {}
         self._swapper = NvmeSwapper(self._engine.optimizer, self._state_of)
 
     @override
-    def forward(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:
+    def forward_loss(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:
         with balanced_module_stack():
             loss: torch.Tensor = self._engine(hidden, batch)
         return loss
@@ -100,63 +100,63 @@ class ZeroEngine(Engine):
     def backward(self, loss: torch.Tensor, is_last: bool) -> None:
         self._swapper.close()
         self._engine.set_gradient_accumulation_boundary(is_last)
-        # ZeRO averages over ranks; the shares are to be summed
+        # ZeRO averages gradients over ranks, and the loss shares have to be summed
         self._engine.backward(loss * self.world.size, scale_wrt_gas=False)
 
     @override
     def update(self) -> Update:
         self._rate, self._partition_moments = current_rate(self._scheduler, self._train), {}
         before = self._scheduler.last_epoch
-        norm = self._own_norm()
-        self._moved.before()
-        if norm is None or self._clips or math.isfinite(norm):
+        norm = self._compute_grad_norm()
+        self._update_monitor.before()
+        if norm is None or self._computes_norm or math.isfinite(norm):
             self._engine.step()
-        self._moved.after()
-        if self._scheduler.last_epoch == before:  # a step that DeepSpeed skips does not move it on
+        self._update_monitor.after()
+        if self._scheduler.last_epoch == before:  # DeepSpeed does not step it in a skipped step
             self._scheduler.step()
         self._update_copies()
         if norm is None:
-            found = self._engine.get_global_grad_norm()
-            norm = torch.tensor(float("nan") if found is None else float(found), device=self.world.device)
+            reported = self._engine.get_global_grad_norm()
+            norm = torch.tensor(float("nan") if reported is None else float(reported), device=self.world.device)
         return Update(norm, self._rate)
 
     @override
     def moved_share(self) -> float | None:
-        moved, meant = self.world.sum(*self._moved.counts())  # each rank sees its own partitions
-        return self._moved.judge(moved, meant, self._rate)
+        moved, meant = self.world.sum(*self._update_monitor.counts())  # each rank sees its own partitions
+        return self._update_monitor.judge(moved, meant, self._rate)
 
     def _sample(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield ``OptimizerState.sample`` of this rank's partitions; one that is on NVMe now has no element here."""
-        inner = self._inner
+        """Yield ``OptimizerState.sample`` for this rank's partitions; one on NVMe has no elements in memory."""
+        adamw = self._adamw
         for flat, group in self._partitions():
             size = flat.numel()
-            if size not in self._chosen:
-                self._chosen[size] = sampled_indices([size]).to(flat.device)
-            chosen = self._chosen[size]
+            if size not in self._sample_indices:
+                self._sample_indices[size] = sampled_indices([size]).to(flat.device)
+            chosen = self._sample_indices[size]
             values = flat.detach().view(-1).index_select(0, chosen)
-            if not size or not inner.state.get(flat):
+            if not size or not adamw.state.get(flat):
                 meant = torch.zeros_like(values, dtype=torch.bool)
-            elif isinstance(inner, PartitionedAdamW):
-                meant = inner.moving(flat, group, chosen)
+            elif isinstance(adamw, PartitionedAdamW):
+                meant = adamw.moving(flat, group, chosen)
             else:
-                meant = inner.state[flat]["exp_avg"].view(-1).index_select(0, chosen) != 0
+                meant = adamw.state[flat]["exp_avg"].view(-1).index_select(0, chosen) != 0
             yield values, meant
 
-    def _own_norm(self) -> torch.Tensor | None:
-        """Return the gradient's norm where DeepSpeed does not measure it; the optimizer then clips by it.
+    def _compute_grad_norm(self) -> torch.Tensor | None:
+        """Return the gradient norm if DeepSpeed does not compute it, and set up clipping by it; else return None.
 
-        At stage 0 in float32 DeepSpeed hands the summed gradients to torch's optimizer unmeasured; they are dropped if
-        they are not finite.
+        At stage 0 in float32 DeepSpeed passes the summed gradients to torch's optimizer without a norm; gradients that
+        are not finite are freed, so that the optimizer skips the step.
         """
         zero = self._engine.optimizer
-        if self._clips:
+        if self._computes_norm:
             norm = partitioned_norm(zero, self.world)
             clipping = Clipping(norm, self._train.max_grad_norm)
-            self._inner.grad_scale, self._inner.found_inf = clipping.divisor, clipping.found_inf  # torch's own names
+            self._adamw.grad_scale, self._adamw.found_inf = clipping.divisor, clipping.found_inf  # as GradScaler does
             return norm
         if hasattr(zero, "overflow"):
             return None
-        norm = norm_at_once([p.grad for p in self._parameters.values() if p.grad is not None])
+        norm = total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
         if not norm.isfinite():
             for parameter in self._parameters.values():
                 parameter.grad = None
@@ -164,7 +164,7 @@ class ZeroEngine(Engine):
 
     @torch.no_grad()
     def _update_copies(self) -> None:
-        """Update the prefix's copies of trained tensors: DeepSpeed moved the originals elsewhere."""
+        """Copy trained tensors to the prefix's copies; DeepSpeed moved the originals to its own buffers."""
         for name, copy in self._copies.items():
             with gathered(self._parameters[name]):
                 copy.copy_(self._parameters[name])
@@ -184,11 +184,11 @@ class ZeroEngine(Engine):
 
     @override
     def fragments(self) -> list[Fragment]:
-        found: list[Fragment] = []
-        inner = self._inner
+        fragments: list[Fragment] = []
+        adamw = self._adamw
         self._partition_moments = (
-            {flat: PartitionMoments(inner, flat, group) for flat, group in self._partitions()}
-            if isinstance(inner, PartitionedAdamW)
+            {flat: PartitionMoments(adamw, flat, group) for flat, group in self._partitions()}
+            if isinstance(adamw, PartitionedAdamW)
             else {}
         )
         for name, parameter in self._parameters.items():
@@ -197,37 +197,37 @@ class ZeroEngine(Engine):
                 continue
             part = slice(offset, offset + stop - start)
             if flat in self._partition_moments:
-                own: FragmentState = self._partition_moments[flat].part(part)
-            elif self._swapper.has(flat):
-                own = SwappedFragmentState(self._swapper, flat, part)
+                fragment_state: FragmentState = self._partition_moments[flat].slice_state(part)
+            elif self._swapper.is_offloaded(flat):
+                fragment_state = SwappedFragmentState(self._swapper, flat, part)
             else:
                 state = self._state_of(flat)
-                kept = {MASTER: flat, **{kind: state[kind] for kind in MOMENTS}}
-                views = {kind: kept[kind].detach().view(-1)[part] for kind in KINDS}
-                own = FlatFragmentState(views, state["step"])
-            found.append(Fragment(name, start, stop, own))
-        return found
+                tensors = {MASTER: flat, **{kind: state[kind] for kind in MOMENTS}}
+                views = {kind: tensors[kind].detach().view(-1)[part] for kind in KINDS}
+                fragment_state = FlatFragmentState(views, state["step"])
+            fragments.append(Fragment(name, start, stop, fragment_state))
+        return fragments
 
     @property
-    def _inner(self) -> Any:
-        """Return the optimizer that DeepSpeed was given; at stage 0 in float32 it stands alone."""
+    def _adamw(self) -> Any:
+        """Return the AdamW that DeepSpeed wraps; at stage 0 in float32 DeepSpeed uses it without a wrapper."""
         return getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
 
     def _partitions(self) -> Iterator[tuple[torch.Tensor, int]]:
         """Yield this rank's flat float32 masters, each with the index of its parameter group."""
         zero = self._engine.optimizer
-        if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3 cuts large groups into several
+        if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3 splits large groups into sub-groups
             yield from (
                 (flat, zero.sub_group_to_group_id[i]) for i, flat in enumerate(zero.fp32_partitioned_groups_flat)
             )
         else:
-            for index, group in enumerate(self._inner.param_groups):
+            for index, group in enumerate(self._adamw.param_groups):
                 yield from ((flat, index) for flat in group["params"])
 
     def _locate(self, parameter: Any) -> tuple[torch.Tensor | None, int, int, int]:
-        """Return this rank's part of a master: a float32 tensor, an offset in it, and the part's two ends.
+        """Locate this rank's part of a master: flat fp32 tensor, offset in it, start and stop in the parameter.
 
-        The tensor is none where the rank has no part. Names are those of stage3.py, stage_1_and_2.py,
+        The tensor is None if the rank has no part. The attributes are those of stage3.py, stage_1_and_2.py,
         bf16_optimizer.py and unfused_optimizer.py of DeepSpeed 0.19.
         """
         zero = self._engine.optimizer
@@ -249,8 +249,8 @@ class ZeroEngine(Engine):
         return parameter, 0, 0, parameter.numel()  # stage 0 in float32
 
     def _state_of(self, master: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return AdamW's state of one of its tensors; make it if there is none before the first update."""
-        state: dict[str, torch.Tensor] = self._inner.state[master]
+        """Return the AdamW state of a flat master; before the first update, create it as zeros."""
+        state: dict[str, torch.Tensor] = self._adamw.state[master]
         if not state:
             state["step"] = torch.zeros((), device=master.device)
             state |= {moment: torch.zeros_like(master) for moment in MOMENTS}
@@ -267,8 +267,8 @@ class ZeroEngine(Engine):
             partition.save()
         self._partition_moments = {}
         self._swapper.close()
-        self._moved.reset()
-        forward_to(self._scheduler, step)
+        self._update_monitor.reset()
+        set_scheduler_step(self._scheduler, step)
 
     @torch.no_grad()
     @override
@@ -277,24 +277,24 @@ class ZeroEngine(Engine):
         drain_prefetches(self._engine)
         zero = self._engine.optimizer
         zero.optimizer.state.clear()
-        self._engine.destroy()
-        plain = {}
+        self._engine.destroy()  # removes hooks and buckets; the partitions stay, and can still be gathered below
+        tensors = {}
         for name, parameter in self._suffix.model.named_parameters():
             if parameter.requires_grad or hasattr(parameter, "ds_id"):
                 with gathered(parameter):
-                    plain[name] = parameter.detach().clone()
+                    tensors[name] = parameter.detach().clone()
                 parameter.data = parameter.data.new_empty(0)
-        vars(zero).clear()  # ZeRO-3's optimizer is still referred to after destroy (DeepSpeed 0.19): leave it empty
-        del self._engine, self._scheduler, self._suffix, self._copies, self._moved, self._swapper
+        vars(zero).clear()  # ZeRO-3's optimizer is still referenced after destroy() (DeepSpeed 0.19): free its tensors
+        del self._engine, self._scheduler, self._suffix, self._copies, self._update_monitor, self._swapper
         self._parameters = {}
-        return plain
+        return tensors
 
 
 def _unlink_shared_memory(world: World) -> None:
-    """Unlink the buffers of DeepSpeed's CPU collectives, which then end with their last process, also a killed one.
+    """Unlink the shared memory of DeepSpeed's CPU collectives, so that it is freed with the processes, even if killed.
 
-    DeepSpeed never unlinks them (shm.cpp of DeepSpeed 0.19): every run would leave 66 MiB of memory a rank behind.
+    DeepSpeed never unlinks it (shm.cpp of DeepSpeed 0.19): every run would leave 66 MiB a rank behind.
     """
     world.barrier()  # every rank has mapped the others' buffers
-    place = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
-    Path(f"/dev/shm/deepspeed_allreduce_buffer_{place}_{world.rank}").unlink(missing_ok=True)
+    suffix = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{suffix}_{world.rank}").unlink(missing_ok=True)

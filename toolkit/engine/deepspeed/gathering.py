@@ -1,4 +1,4 @@
-"""Gather ZeRO-3's partitioned parameters for a while."""
+"""Gather ZeRO-3's partitioned parameters temporarily."""
 
 from __future__ import annotations
 
@@ -9,35 +9,39 @@ from typing import Any
 from torch import nn
 
 
-def gathered(held: nn.Module | nn.Parameter) -> AbstractContextManager[object]:
-    """Make parameters whole on every rank while entered; every rank enters it. At other stages they always are."""
+def gathered(target: nn.Module | nn.Parameter) -> AbstractContextManager[object]:
+    """Return a context in which parameters are gathered on every rank; every rank enters it.
+
+    Below ZeRO-3, where parameters are never partitioned, it does nothing. Writes to the parameters within the context
+    are discarded (``modifier_rank`` is None).
+    """
     import deepspeed
 
-    parameters = list(held.parameters()) if isinstance(held, nn.Module) else [held]
-    whole: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(parameters)
-    return whole
+    parameters = list(target.parameters()) if isinstance(target, nn.Module) else [target]
+    context: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(parameters)
+    return context
 
 
 def gathered_bytes(module: nn.Module) -> int:
-    """Return the bytes that ``gathered`` takes on this rank."""
+    """Return the additional bytes that ``gathered`` needs on this rank."""
     return sum(int(p.ds_numel) * p.element_size() for p in module.parameters() if hasattr(p, "ds_numel"))
 
 
 def drain_prefetches(engine: Any) -> None:
-    """Wait for what ZeRO-3 has prefetched, and partition it again.
+    """Wait for the parameters that ZeRO-3 has prefetched, and partition them again.
 
-    After forward passes alone, as in a validation, some of it is left, and DeepSpeed 0.19 refuses to partition a
-    parameter that is in flight.
+    Forward passes without backward, as in a validation, leave some of them in flight, and DeepSpeed 0.19 refuses to
+    partition such a parameter.
     """
     engine.empty_partition_cache()
 
 
 @contextmanager
 def balanced_module_stack() -> Iterator[None]:
-    """Drop what a forward pass leaves on ZeRO-3's stack of running modules.
+    """Restore the depth of ZeRO-3's stack of running modules after a forward pass.
 
-    Each module's pre-forward hook pushes, its post-forward hook pops, and the latter does not run where a pass of the
-    suffix leaves a module by an exception (FWD_MODULE_STACK in parameter_offload.py, DeepSpeed 0.19).
+    Each module's pre-forward hook pushes and its post-forward hook pops, but the latter does not run if the suffix
+    leaves a module early by an exception (FWD_MODULE_STACK in parameter_offload.py, DeepSpeed 0.19).
     """
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 

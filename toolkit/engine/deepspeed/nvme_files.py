@@ -1,4 +1,4 @@
-"""Folders on a drive that DeepSpeed swaps to when it offloads to NVMe."""
+"""Check, assign, prepare and remove the folders that DeepSpeed swaps to when it offloads to NVMe."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 _SECTIONS = ("offload_optimizer", "offload_param")
 
 
-def check_paths(zero: dict[str, Any]) -> Iterator[str]:
-    """Yield faults of a DeepSpeed file's offload to NVMe; an ``nvme_path`` of "auto" is taken out."""
-    for key, section in _swapping(zero):
+def check_nvme_paths(zero: dict[str, Any]) -> Iterator[str]:
+    """Yield faults of the NVMe offload in a ``zero_optimization`` section; remove an ``nvme_path`` of "auto" from it.
+
+    ``assign_swap_folders`` later sets the folder that "auto" stands for.
+    """
+    for key, section in _nvme_sections(zero):
         if zero.get("stage") != 3:
             yield f"zero_optimization.{key}.device is 'nvme' under stage {zero.get('stage', 0)}; it needs stage 3"
         path = section.get("nvme_path", "auto")
@@ -32,51 +35,59 @@ def check_paths(zero: dict[str, Any]) -> Iterator[str]:
             section.pop("nvme_path", None)
 
 
-def give_folders(ds: dict[str, Any] | None, run: Path) -> None:
-    """Set the folders a resolved DeepSpeed configuration swaps to: the run's own, in its directory if none is named.
+def assign_swap_folders(ds: dict[str, Any] | None, run: Path) -> None:
+    """Set the folders to swap to: one of this run below each ``nvme_path``, or in the run directory without one.
 
-    Two runs that swapped to the same folder would write over each other's state.
+    Two runs that swap to the same folder would overwrite each other's state.
+
+    Args:
+        ds: resolved DeepSpeed configuration, changed in place; None for a run without DeepSpeed.
+        run: the run directory.
     """
-    own = f"{run.name}-{hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:8]}"
-    for _, section in _swapping((ds or {}).get("zero_optimization", {})):
+    folder = f"{run.name}-{hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:8]}"
+    for _, section in _nvme_sections((ds or {}).get("zero_optimization", {})):
         path = section.get("nvme_path")
-        section["nvme_path"] = str(Path(path).expanduser() / own if path else run / "swap")
+        section["nvme_path"] = str(Path(path).expanduser() / folder if path else run / "swap")
 
 
 def swap_folders(ds: Mapping[str, Any] | None) -> list[Path]:
-    """Return the folders that a run swaps to, after ``give_folders``."""
-    return sorted({Path(section["nvme_path"]) for _, section in _swapping((ds or {}).get("zero_optimization", {}))})
+    """Return the folders that a run swaps to, once ``assign_swap_folders`` has set them."""
+    return sorted(
+        {Path(section["nvme_path"]) for _, section in _nvme_sections((ds or {}).get("zero_optimization", {}))}
+    )
 
 
-def _swapping(zero: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    found = ((key, zero.get(key)) for key in _SECTIONS)
-    return [(key, part) for key, part in found if isinstance(part, dict) and part.get("device") == "nvme"]
+def _nvme_sections(zero: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the offload sections whose device is NVMe, by key."""
+    sections = ((key, zero.get(key)) for key in _SECTIONS)
+    return [(key, part) for key, part in sections if isinstance(part, dict) and part.get("device") == "nvme"]
 
 
-def make_room(ds: Mapping[str, Any] | None, world: World, needed: int) -> None:
-    """Prepare the folders before DeepSpeed writes: remove an earlier run's files, check room and libaio.
+def prepare_swap_folders(ds: Mapping[str, Any] | None, world: World, needed: int) -> None:
+    """Empty and create the swap folders before DeepSpeed writes, and check disk space and libaio; every rank calls it.
 
     Args:
-        ds: the resolved DeepSpeed configuration.
-        world: every rank calls it.
-        needed: bytes that each rank will write; 0 if nobody knows.
+        ds: resolved DeepSpeed configuration; None for a run without DeepSpeed.
+        world: this process among all ranks.
+        needed: bytes that each rank will write; 0 if unknown.
 
     Raises:
-        ConfigError: libaio's headers are missing, or a folder cannot be made.
-        DiskError: the drive is too full.
+        ConfigError: libaio's headers are missing, or a folder cannot be created.
+        DiskError: the drive has too little free space.
     """
     folders = swap_folders(ds)
     if not folders:
         return
     hosts = world.all_gather_object(socket.gethostname())
-    here = hosts.count(hosts[world.rank])
-    refused = _prepare(folders, needed * here) if world.local_rank == 0 else None
-    failed = [error for error in world.all_gather_object(refused) if error is not None]
-    if failed:
-        raise failed[0]
+    ranks_on_node = hosts.count(hosts[world.rank])
+    error = _prepare_on_node(folders, needed * ranks_on_node) if world.local_rank == 0 else None
+    errors = [found for found in world.all_gather_object(error) if found is not None]
+    if errors:
+        raise errors[0]
 
 
-def _prepare(folders: list[Path], needed: int) -> FrostlineError | None:
+def _prepare_on_node(folders: list[Path], needed: int) -> FrostlineError | None:
+    """Empty and create the folders on this node; return the error if that fails or ``needed`` bytes are not free."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible():
@@ -99,8 +110,8 @@ def _prepare(folders: list[Path], needed: int) -> FrostlineError | None:
     return None
 
 
-def clear(ds: Mapping[str, Any] | None, world: World) -> None:
-    """Remove the files of a run that has ended; every rank calls it."""
+def remove_swap_folders(ds: Mapping[str, Any] | None, world: World) -> None:
+    """Remove the swap folders of a finished run; every rank calls it."""
     folders = swap_folders(ds)
     if folders:
         world.barrier()

@@ -1,7 +1,7 @@
-"""Masters and moments that ZeRO-3 keeps in files on a drive (ZeRO-Infinity, Rajbhandari et al., arXiv 2104.07857).
+"""Access masters and moments that ZeRO-3 offloads to NVMe (ZeRO-Infinity, Rajbhandari et al., arXiv 2104.07857).
 
-DeepSpeed brings them into memory group by group for an update, and does not read them otherwise. Checkpoints and
-phases of a schedule do.
+DeepSpeed swaps them into memory group by group for an update, and offers no other access. Checkpoints and phases of a
+mask schedule need it.
 """
 
 from __future__ import annotations
@@ -17,42 +17,42 @@ from toolkit.optim.state_fragments import KINDS, MASTER, MOMENTS, FragmentState
 
 
 class NvmeSwapper:
-    """Holds one group of ZeRO-3's masters in memory at a time, in the buffers that DeepSpeed has for it.
+    """Swap one group of ZeRO-3's masters and moments into memory at a time, in DeepSpeed's own swap buffers.
 
     Args:
-        zero: DeepSpeed's optimizer of ZeRO-3.
-        state_of: the state of one of its masters, which it makes if there is none.
+        zero: DeepSpeed's ZeRO-3 optimizer.
+        state_of: function that returns the AdamW state of a flat master, and creates a missing one.
     """
 
     def __init__(self, zero: Any, state_of: Callable[[torch.Tensor], dict[str, torch.Tensor]]) -> None:
         self._zero, self._state_of = zero, state_of
-        self._here: torch.Tensor | None = None
+        self._swapped_in: torch.Tensor | None = None
         self._is_written = False
         swaps = getattr(zero, "swap_optimizer", False)
         flats = zero.fp32_partitioned_groups_flat if swaps else ()
-        self._in_files = {id(flat) for index, flat in enumerate(flats) if zero._swappable_optimizer_subgroup(index)}
+        self._offloaded = {id(flat) for index, flat in enumerate(flats) if zero._swappable_optimizer_subgroup(index)}
 
-    def has(self, flat: torch.Tensor) -> bool:
-        """Return True for a flat master that is in files; those of small groups stay in memory."""
-        return id(flat) in self._in_files
+    def is_offloaded(self, flat: torch.Tensor) -> bool:
+        """Return True if a flat master is on NVMe; those of small groups stay in memory."""
+        return id(flat) in self._offloaded
 
     def updates(self, flat: torch.Tensor) -> int:
-        """Return the updates that the moments of a master have had; their count is always in memory."""
+        """Return the number of updates in a master's moments; the count is always in memory."""
         return int(self._zero.optimizer.state.get(flat, {}).get("step", 0))
 
     def swap_in(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return a view of all values of a master's group for each of ``KINDS``, good until the next call."""
-        if flat is not self._here:
+        """Return flat views of a master and its moments, by kind; valid until another master is swapped in."""
+        if flat is not self._swapped_in:
             self.close()
             self._zero.optimizer_swapper.swap_in_optimizer_state(parameter=flat, async_parameter=None)
-            self._here = flat
+            self._swapped_in = flat
         if not self._zero.optimizer.state.get(flat):
-            self._is_written = True  # its new moments have to go to files
+            self._is_written = True  # the moments that ``_state_of`` creates are not in files yet
         state = self._state_of(flat)
         return {MASTER: flat.detach().view(-1), **{kind: state[kind].view(-1) for kind in MOMENTS}}
 
     def write(self, flat: torch.Tensor, part: slice, tensors: Mapping[str, torch.Tensor], updates: int) -> None:
-        """Set values of a slice; ``close``, or another group's turn, writes them to the files."""
+        """Set the values of a slice; they reach the files with ``close`` or when another master is swapped in."""
         views = self.swap_in(flat)
         for kind, values in tensors.items():
             views[kind][part].copy_(values)
@@ -60,21 +60,21 @@ class NvmeSwapper:
         self._is_written = True
 
     def close(self) -> None:
-        """Free the buffers; DeepSpeed needs them for gradients."""
-        if self._here is None:
+        """Write changes back and free the swap buffers, which DeepSpeed needs for gradients in backward."""
+        if self._swapped_in is None:
             return
         swapper = self._zero.optimizer_swapper
         if self._is_written:
-            swapper.swap_out_optimizer_state(parameter=self._here, async_swap=False)
+            swapper.swap_out_optimizer_state(parameter=self._swapped_in, async_swap=False)
         else:
-            swapper.release_swap_buffers(parameter=self._here)
-        self._here.grad = None
-        self._here, self._is_written = None, False
+            swapper.release_swap_buffers(parameter=self._swapped_in)
+        self._swapped_in.grad = None
+        self._swapped_in, self._is_written = None, False
 
 
 @dataclass(frozen=True)
 class SwappedFragmentState(FragmentState):
-    """Float32 values that are in files on a drive."""
+    """State of a fragment whose float32 values are on NVMe; ``FragmentState`` documents the methods."""
 
     swapper: NvmeSwapper
     flat: torch.Tensor

@@ -1,4 +1,4 @@
-"""Optimizers for DeepSpeed, which puts its own flat float32 partitions in the place of their parameters."""
+"""AdamW for DeepSpeed, which replaces the optimizer's parameters by its own flat float32 partitions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from toolkit.optim.moments import MOMENTS, SMALLEST, Float32, MomentFormat, mome
 from toolkit.optim.state_fragments import MASTER, FragmentState
 
 KEEPS_FLOAT32 = "keeps_float32"
-"""Key of a parameter group of embedding tables, whose moments stay in float32 where others take 8 bits."""
+"""Key of a parameter group: True for embedding tables, whose moments stay in float32 in the 8-bit optimizers."""
 
 
 def build_optimizer(
@@ -30,11 +30,11 @@ def build_optimizer(
     """Build the AdamW (Loshchilov and Hutter, arXiv 1711.05101) of ``optim.name`` for DeepSpeed.
 
     Args:
-        parameters: by name, what trains.
-        groups: as for ``parameter_groups``.
-        train: likewise.
-        optim: likewise.
-        tables: ``id`` of the parameters that are embedding tables.
+        parameters: trainable parameters by name.
+        groups: parameter groups of the mask, which together name all of ``parameters``.
+        train: the recipe's training section.
+        optim: the recipe's optimizer section.
+        tables: ``id`` of each embedding weight.
     """
     settings = parameter_groups(parameters, groups, train, optim)
     if optim.name == "adamw":
@@ -45,29 +45,29 @@ def build_optimizer(
 
 
 def _split_tables(settings: Sequence[dict[str, Any]], tables: Collection[int]) -> Iterator[dict[str, Any]]:
-    """Yield embedding tables in groups of their own: a partition is stored in one format as a whole."""
+    """Yield parameter groups with embedding tables in separate ones: a partition's moments all have one format."""
     for group in settings:
         for keeps in (False, True):
-            own = [p for p in group["params"] if (id(p) in tables) is keeps]
-            if own:
-                yield {**group, "params": own, KEEPS_FLOAT32: keeps}
+            members = [p for p in group["params"] if (id(p) in tables) is keeps]
+            if members:
+                yield {**group, "params": members, KEEPS_FLOAT32: keeps}
 
 
 class PartitionedAdamW(torch.optim.Optimizer):
     """AdamW on flat float32 masters with moments in 8 bits or bfloat16.
 
-    ``state[p]`` holds plain tensors and the number of updates. As with torch's fused AdamW, ``step`` divides gradients
-    by ``grad_scale`` and does nothing where ``found_inf`` is not 0.
+    ``state[p]`` holds the tensors of a ``MomentFormat`` and the number of updates. Like torch's fused AdamW, ``step``
+    divides gradients by ``grad_scale`` and does nothing if ``found_inf`` is not 0.
 
     Args:
-        settings: parameter groups with lr, betas, eps, weight_decay, and ``KEEPS_FLOAT32`` where that is so.
-        name: as the recipe's ``optim.name``; another than ``adamw``.
+        settings: parameter groups with lr, betas, eps, weight_decay, and optionally ``KEEPS_FLOAT32``.
+        name: the recipe's ``optim.name``; any but ``adamw``.
     """
 
     grad_scale: torch.Tensor | None = None
-    """Scalar; none where DeepSpeed has clipped already."""
+    """Divisor that clips the gradient, a scalar; None if DeepSpeed clips."""
     found_inf: torch.Tensor | None = None
-    """Scalar; none where DeepSpeed itself skips such a step."""
+    """1 if the gradient is not finite, a scalar; None if DeepSpeed skips such steps itself."""
 
     def __init__(self, settings: Sequence[dict[str, Any]], name: OptimName) -> None:
         super().__init__(settings, {KEEPS_FLOAT32: False})
@@ -84,9 +84,10 @@ class PartitionedAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None and p.numel():
-                    self._update(p, group, factor)
+                    self._update_partition(p, group, factor)
 
-    def _update(self, p: torch.Tensor, group: dict[str, Any], factor: float) -> None:
+    def _update_partition(self, p: torch.Tensor, group: dict[str, Any], factor: float) -> None:
+        """Take one step of AdamW on a partition, with its gradient multiplied by ``factor``."""
         storage = self._format_of(p, group)
         if not self.state[p]:
             self.state[p] = {"step": 0, **storage.create(p.numel(), p.device)}
@@ -101,6 +102,7 @@ class PartitionedAdamW(torch.optim.Optimizer):
             storage.update(moments, span, master[span], gradient[span], group, state["step"], factor)
 
     def _format_of(self, p: torch.Tensor, group: dict[str, Any]) -> MomentFormat:
+        """Return the moment format of a partition: that of ``optim.name``; float32 for small ones and embeddings."""
         if self._name != "adamw_bf16" and (group[KEEPS_FLOAT32] or p.numel() < SMALLEST):
             return self._float32
         if p.device not in self._formats:
@@ -108,11 +110,14 @@ class PartitionedAdamW(torch.optim.Optimizer):
         return self._formats[p.device]
 
     def moving(self, p: torch.Tensor, index: int, chosen: torch.Tensor) -> torch.Tensor:
-        """Return True for those ``chosen`` elements of a partition whose first moment is not zero; it has state."""
+        """Return for each element ``chosen`` of a partition whether its first moment is not zero.
+
+        The partition, of parameter group ``index``, must have state.
+        """
         return self._format_of(p, self.param_groups[index]).moving(self.state[p], chosen)
 
     def moment_state(self, p: torch.Tensor, index: int) -> tuple[MomentFormat, dict[str, Any]]:
-        """Return the format and the state of a partition of parameter group ``index``; zeros if new."""
+        """Return moment format and state of a partition of parameter group ``index``; create missing state as zeros."""
         storage = self._format_of(p, self.param_groups[index])
         if not self.state[p]:
             self.state[p] = {"step": 0, **storage.create(p.numel(), p.device)}
@@ -120,12 +125,12 @@ class PartitionedAdamW(torch.optim.Optimizer):
 
 
 class PartitionMoments:
-    """The moments of a partition in float32, for as long as they are read or written in slices.
+    """Float32 copies of a partition's low-bit moments, for reading or writing them in slices.
 
     Args:
-        optimizer: that updates it.
-        master: the partition.
-        index: of its parameter group.
+        optimizer: optimizer that holds the moments.
+        master: flat float32 master of the partition.
+        index: index of its parameter group.
     """
 
     def __init__(self, optimizer: PartitionedAdamW, master: torch.Tensor, index: int) -> None:
@@ -135,33 +140,33 @@ class PartitionMoments:
         self._is_written = self._is_stored = False
         self.starts: list[int] = []
 
-    def part(self, part: slice) -> _PartitionSlice:
-        """Return the state of a slice; a layout's slices are always asked for in the same order."""
+    def slice_state(self, part: slice) -> _PartitionSlice:
+        """Return the state of a slice; slices are always requested in the order of the partition's layout."""
         self.starts.append(part.start)
         return _PartitionSlice(self, part, is_first=len(self.starts) == 1)
 
     def exact(self) -> dict[str, torch.Tensor]:
-        """Return both moments in float32."""
+        """Return float32 copies of both moments by kind, made on the first call."""
         if self._exact is None:
             moments = self._format.read(self.state)
             self._exact = {kind: moment.clone() for kind, moment in zip(MOMENTS, moments, strict=True)}
         return self._exact
 
     def write(self, part: slice, tensors: Mapping[str, torch.Tensor], updates: int) -> None:
-        """Set float32 values of a slice; ``save`` stores them."""
+        """Set float32 values of a slice; the moments reach the optimizer with ``save``."""
         for kind, values in tensors.items():
-            whole = self.master if kind == MASTER else self.exact()[kind]
-            whole[part].copy_(values)
+            target = self.master if kind == MASTER else self.exact()[kind]
+            target[part].copy_(values)
         self.state["step"] = updates
         self._is_written = True
 
     def raw(self) -> dict[str, torch.Tensor]:
-        """Return the moments as they are stored, and where the slices begin."""
+        """Return the moments in their stored format, and the starts of the slices for ``set_raw`` to compare."""
         moments = {kind: tensor.cpu() for kind, tensor in self.state.items() if kind != "step"}
         return {**moments, "starts": torch.tensor(self.starts)}
 
     def set_raw(self, raw: Mapping[str, torch.Tensor]) -> None:
-        """Set what ``raw`` returned, if the slices begin in the same places."""
+        """Restore the result of ``raw``, if the partition has the same slices; else the float32 values stay."""
         if raw["starts"].tolist() != self.starts:
             return
         for kind, tensor in self.state.items():
@@ -170,33 +175,33 @@ class PartitionMoments:
         self._is_stored = True
 
     def save(self) -> None:
-        """Store what was written, unless ``set_raw`` has set it as it is stored."""
+        """Quantise written float32 moments into the optimizer's state, unless ``set_raw`` restored it exactly."""
         if self._is_written and not self._is_stored:
             self._format.write(self.state, *(self.exact()[kind] for kind in MOMENTS))
 
 
 @dataclass(frozen=True)
 class _PartitionSlice(FragmentState):
-    """The state of a slice of a partition."""
+    """State of a slice of a partition; ``FragmentState`` documents the methods."""
 
-    whole: PartitionMoments
+    partition: PartitionMoments
     part: slice
     is_first: bool
 
     @property
     def updates(self) -> int:
-        return int(self.whole.state["step"])
+        return int(self.partition.state["step"])
 
     def read(self) -> Mapping[str, torch.Tensor]:
-        exact = self.whole.exact()
-        return {MASTER: self.whole.master[self.part], **{kind: exact[kind][self.part] for kind in MOMENTS}}
+        exact = self.partition.exact()
+        return {MASTER: self.partition.master[self.part], **{kind: exact[kind][self.part] for kind in MOMENTS}}
 
     @torch.no_grad()
     def write(self, tensors: Mapping[str, torch.Tensor], updates: int) -> None:
-        self.whole.write(self.part, tensors, updates)
+        self.partition.write(self.part, tensors, updates)
 
     def raw(self) -> dict[str, torch.Tensor]:
-        return self.whole.raw() if self.is_first else {}
+        return self.partition.raw() if self.is_first else {}
 
     def set_raw(self, raw: Mapping[str, torch.Tensor]) -> None:
-        self.whole.set_raw(raw)
+        self.partition.set_raw(raw)

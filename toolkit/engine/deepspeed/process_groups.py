@@ -1,4 +1,4 @@
-"""Process groups that DeepSpeed keeps in globals of its modules."""
+"""Reset the process groups that DeepSpeed keeps in module globals."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from importlib import reload
 import torch.distributed as dist
 
 
-def forget_groups() -> None:
-    """Let DeepSpeed create its process groups anew in the next run of this process.
+def reset_process_groups() -> None:
+    """Make DeepSpeed create its process groups anew in the next run of this process.
 
-    Those it keeps belong to the default group, and ``deepspeed.initialize`` fails on them once that was destroyed. Does
-    nothing while the default group exists. Can go when ``deepspeed.comm.destroy_process_group`` does this (0.19.8 does
-    not).
+    The groups that it keeps belong to the default group, and ``deepspeed.initialize`` fails once that is destroyed.
+    Does nothing while the default group exists. Can go when ``deepspeed.comm.destroy_process_group`` does this
+    (0.19.8 does not).
     """
     if dist.is_initialized():
         return
