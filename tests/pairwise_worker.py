@@ -37,6 +37,7 @@ from toolkit.runtime import distributed, signals  # noqa: E402
 from toolkit.runtime.distributed import World  # noqa: E402
 from toolkit.runtime.errors import UsageError  # noqa: E402
 from toolkit.training.between_steps import BetweenSteps  # noqa: E402
+from toolkit.training.phases import PhaseState  # noqa: E402
 from toolkit.training.run import train_in_group  # noqa: E402
 
 
@@ -77,11 +78,11 @@ def start(world: World, recipe_file: Path, ds: str, end: str = "nothing") -> int
     given = ["--config", str(recipe_file), *(["--ds", str(ROOT / "ds_configs" / f"{ds}.json")] if ds != "none" else [])]
     after_step = BetweenSteps.after_step
 
-    def ended(self: BetweenSteps) -> bool:
+    def ended(self: BetweenSteps, state: PhaseState) -> bool:
         middle = self._progress.step == max(1, self._context.total_steps // 2)
         if middle and end == "a signal" and world.is_main:
             signals.request_stop("a test", tell=False)
-        stopping = after_step(self)
+        stopping = after_step(self, state)
         if middle and end == "a kill":
             raise Killed
         return stopping
