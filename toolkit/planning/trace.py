@@ -118,8 +118,7 @@ def trace(
         vocabulary: rows of the head.
 
     Raises:
-        RuntimeError: the model looks at the content of a tensor, which meta tensors have not (NotImplementedError is
-            one too).
+        RuntimeError: the model looks at the content of a tensor, which meta tensors have not.
     """
     batch = _batch(shape)
     parts = [part for part in (prefix, suffix) if part is not None]

@@ -41,7 +41,7 @@ class StopRequested(Exception):
 
 @dataclass
 class _State:
-    """What was noted of signals: process-wide, for the handler gets nothing but the number of the signal.
+    """Hold the signals received: process-wide, for the handler gets nothing but the number of the signal.
 
     ``World`` asks it, and joins the answers of all ranks.
     """
