@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import Future, wait
 
 import pytest
 
+from toolkit.runtime import background_loader
 from toolkit.runtime.background_loader import BackgroundLoader
 
 
@@ -72,19 +74,24 @@ def test_nothing_asked_starts_no_thread() -> None:
     ahead.stop()
 
 
-def test_waiting_covers_the_key_under_way() -> None:
-    gate, started, fetched = threading.Event(), threading.Event(), []
+def test_waiting_covers_the_key_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, started, waited_for = threading.Event(), threading.Event(), []
 
     def fetch(key: str) -> None:
         started.set()
         gate.wait()
-        fetched.append(key)
 
+    def count_and_wait(futures: list[Future[None]]) -> None:
+        waited_for.append(len(futures))
+        gate.set()
+        wait(futures)
+
+    monkeypatch.setattr(background_loader, "wait", count_and_wait)
     ahead = BackgroundLoader(fetch)
     ahead.request("a")
     started.wait()
     ahead.request([])
-    threading.Timer(0.05, gate.set).start()
     ahead.wait()
-    assert fetched == ["a"]
+    gate.set()
     ahead.stop()
+    assert waited_for == [1]

@@ -41,7 +41,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Where the parts of a model are, by module and tensor name.
+    """Name the parts of a model, by module and tensor.
 
     Found by structure (``toolkit.models.anatomy_detection``), so it holds for models whose modules have other names.
     """

@@ -41,7 +41,7 @@ class StopRequested(Exception):
 
 @dataclass
 class _State:
-    """What was recorded of signals; global, because a signal handler receives only the signal's number.
+    """Hold the signals received; process-wide, because a signal handler receives only the signal's number.
 
     ``World.any_stop_requested`` combines it over all ranks.
     """

@@ -72,7 +72,7 @@ class PhaseState:
 
     @property
     def mask(self) -> LayerMask:
-        """What trains."""
+        """Return the mask of what trains."""
         return self.phase.mask
 
     @property

@@ -50,7 +50,7 @@ class Trainer:
 
     @property
     def plan(self) -> Plan | None:
-        """What the run is planned to need; None for an architecture that cannot be planned."""
+        """Return the plan of the run; None for an architecture that cannot be planned."""
         return self.context.combined_plan(self.state.plans)
 
     @property
