@@ -49,7 +49,9 @@ def recut(checkpoint: Path, ranks: int) -> None:
         for tensor in opened.mask.trainable
     ]
     whole = {
-        (kind, name): opened.shards._read(name, kind, 0, size).clone() for name, size, _ in stretches for kind in KINDS
+        (kind, name): opened.shards._read_range(name, kind, 0, size).clone()
+        for name, size, _ in stretches
+        for kind in KINDS
     }
     total = sum(size for _, size, _ in stretches)
     shutil.rmtree(checkpoint / "optimizer")

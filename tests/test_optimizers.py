@@ -18,6 +18,7 @@ from toolkit.config.schema import MaskConfig, OptimConfig, OptimName, RunConfig
 from toolkit.engine.deepspeed.config import resolve_ds_config
 from toolkit.engine.deepspeed.optimizers import KEEPS_FLOAT32, PartitionedAdamW, build_optimizer
 from toolkit.mask.layer_mask import ParameterGroup
+from toolkit.optim.flat_buffers import FlatBuffers
 from toolkit.optim.master_adamw import MasterAdamW
 from toolkit.optim.moments import BFloat16, fused_adamw
 from toolkit.optim.rounding import join_halves, split_halves, stochastic_round
@@ -218,7 +219,8 @@ def test_the_plan_says_what_each_optimizer_holds(name: OptimName, dtype: torch.d
     halves = dtype == BFLOAT16 and name == "adamw_bf16"
     assert plan.masters == (0 if dtype == FLOAT32 else sum(sizes) * (2 if halves else 4))
     held = sum(own.own_bytes[0] for own in optimizer._states if hasattr(own, "own_bytes"))
-    flat = sum(own._master.nbytes for own in optimizer._states if getattr(own, "_master", None) is not None)
+    buffers = [own for own in optimizer._states if isinstance(own, FlatBuffers)]
+    flat = sum(own._master.nbytes for own in buffers if own._master is not None)
     assert plan.masters == held + flat
     is_float32 = [optimizer.by_name[key].raw()["exp_avg"].dtype == FLOAT32 for key in parameters]
     assert is_float32 == {"adamw": [True] * 4, "adamw_bf16": [False] * 4}.get(name, [False, False, True, True])

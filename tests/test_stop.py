@@ -68,10 +68,10 @@ def test_a_signal_in_the_first_pass_keeps_what_was_computed(
     monkeypatch.setattr(cached_prefix, "CPU_FILL_TOKENS", 1)  # a batch is one row
     flags = tiny_flags(tiny_model, tmp_path / "run", "--prefix.cache_dir", tmp_path / "cache", "--train.max_steps", 21)
     with monkeypatch.context() as patch:
-        signal_before(patch, cached_prefix.CachedPrefix, "_run", 4)
+        signal_before(patch, cached_prefix.CachedPrefix, "_run_prefix", 4)
         assert train(*flags) == 75
     with monkeypatch.context() as patch:
-        computed = signal_before(patch, cached_prefix.CachedPrefix, "_run", 0)
+        computed = signal_before(patch, cached_prefix.CachedPrefix, "_run_prefix", 0)
         assert train(*flags) == 0
         assert computed() == 20 - 4
     assert len(metrics(tmp_path / "run")) == 21
