@@ -63,7 +63,7 @@ def set_up_run(workload: Workload, more: Sequence[str], folder: Path) -> Trainer
     if "--prefix.cache_dir " in recipe_flags():
         given += ["--prefix.cache_dir", str(folder / "cache")]
     invocation = recipe.parse(recipe.parser(__doc__ or ""), ROOT / "recipes" / "quickstart.yaml", given)
-    world = distributed.start(engine_needs_group=invocation.deepspeed is not None)
+    world = distributed.join_process_group(engine_needs_group=invocation.deepspeed is not None)
     trainer = Trainer(*prepare_run(invocation, world), folder)
     trainer.begin(None)
     return trainer

@@ -6,12 +6,11 @@ A file, so that launchers can run it from a checkout, installed or not; ``frostl
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from toolkit.runtime.environment import require_packages
 
-require_packages(ROOT)
+require_packages()
 
 from toolkit.commands.cli import exit_process, run_command
 from toolkit.commands.submit import main

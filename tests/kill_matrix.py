@@ -175,9 +175,9 @@ class Range:
                 aim(kind, point, made)
             context.planners_of = lambda *_: ()  # the plan writes nothing here, and takes most of a short run's time
             given = invocation(*self.flags(kind, run))
-            code = train_in_group(given, distributed.start(engine_needs_group=given.deepspeed is not None))
+            code = train_in_group(given, distributed.join_process_group(engine_needs_group=given.deepspeed is not None))
             (run.parent / f"{run.name}-calls{rank}.json").write_text(json.dumps(made))
-            distributed.stop()
+            distributed.leave_process_group()
         except BaseException as error:
             os.write(2, repr(error).encode())
         os._exit(code)

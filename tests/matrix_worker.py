@@ -60,7 +60,7 @@ def ds_file(engine: str, folder: Path) -> list[str]:
 def main() -> None:
     local_rank = [word for word in sys.argv[1:] if word.startswith("--local_rank")]
     folder, *rest = [word for word in sys.argv[1:] if word not in local_rank]
-    world = distributed.start(engine_needs_group=True)
+    world = distributed.join_process_group(engine_needs_group=True)
 
     def run(engine: str, precision: str, accumulation: int, fault: str = "") -> None:
         given = [
@@ -79,7 +79,7 @@ def main() -> None:
             with planted(FAULTS[fault], world):
                 run(engine, precision, 2, fault)
     world.barrier()
-    distributed.stop()
+    distributed.leave_process_group()
     cli.exit_process(0)
 
 

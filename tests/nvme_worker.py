@@ -52,7 +52,7 @@ def ds_file(folder: Path, name: str) -> Path:
 def main() -> None:
     local_rank = [word for word in sys.argv[1:] if word.startswith("--local_rank")]
     given, *rest = [word for word in sys.argv[1:] if word not in local_rank]
-    folder, world = Path(given), distributed.start(engine_needs_group=True)
+    folder, world = Path(given), distributed.join_process_group(engine_needs_group=True)
     in_files: dict[str, int] = {}
     clear = nvme_files.remove_swap_folders
 
@@ -73,7 +73,7 @@ def main() -> None:
     if world.is_main:
         (folder / "result.json").write_text(json.dumps({"codes": codes, "in files": in_files}), encoding="utf-8")
     world.barrier()
-    distributed.stop()
+    distributed.leave_process_group()
     cli.exit_process(0)
 
 

@@ -130,7 +130,7 @@ def apart(kind: str, first: dict[str, Any], second: dict[str, Any]) -> float:
 def main() -> None:
     local_rank = [word for word in sys.argv[1:] if word.startswith("--local_rank")]
     output, *rest = [word for word in sys.argv[1:] if word not in local_rank]
-    world = distributed.start(engine_needs_group=True)
+    world = distributed.join_process_group(engine_needs_group=True)
     results = {}
     for config in sorted(Path(output).parent.glob("ds-*.json")):
         for name in NAMES:
@@ -141,7 +141,7 @@ def main() -> None:
     if world.is_main:
         Path(output).write_text(json.dumps(results), encoding="utf-8")
     world.barrier()
-    distributed.stop()
+    distributed.leave_process_group()
     cli.exit_process(0)
 
 

@@ -173,13 +173,13 @@ def main() -> None:
     """Live all rows, one after the other."""
     folder = Path(next(word for word in sys.argv[1:] if not word.startswith("--local_rank")))
     warnings.simplefilter("ignore")
-    world = distributed.start()
+    world = distributed.join_process_group()
     plan = json.loads((folder / "plan.json").read_text())
     for dtype in ("float32", "bfloat16"):
         base = {**plan["usual"], "model.dtype": dtype, "mask.train": "parts of blocks", "ds": "none"}
         assert start(world, recipe(world, folder, f"delta-{dtype}", base, resume=False), "none") == 0
     for number, row in sorted(plan["rows"], key=lambda numbered: numbered[1]["ds"] != "none"):
-        distributed.start(engine_needs_group=row["ds"] != "none")
+        distributed.join_process_group(engine_needs_group=row["ds"] != "none")
         wrong = live(world, folder, f"row-{number}", row)
         all_wrong = [one for one in world.all_gather_object(wrong) if one is not None]
         if world.is_main:

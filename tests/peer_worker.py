@@ -61,17 +61,9 @@ def act() -> None:
 
 def main() -> int:
     with signals.listening():
-        failures, trouble = connect_ranks(rank, size, "127.0.0.1", share)
-        assert trouble is None
-        arrive()
-        try:
+        with connect_ranks(rank, size, "127.0.0.1", share):
+            arrive()
             act()
-        except Exception as error:
-            if failures is not None:
-                failures.attach(error)
-            raise
-        if failures is not None:
-            failures.report_done()
         (folder / f"parted-{rank}").touch()
         while len(list(folder.glob("parted-*"))) < size:
             time.sleep(0.01)

@@ -77,7 +77,7 @@ def main() -> None:
     local_rank = [word for word in sys.argv[1:] if word.startswith("--local_rank")]
     given, *rest = [word for word in sys.argv[1:] if word not in local_rank]
     folder = Path(given)
-    world = distributed.start(engine_needs_group=True)
+    world = distributed.join_process_group(engine_needs_group=True)
     result: dict[str, object] = {name: go_on(folder, name, rest, world) for name in CHANGES}
     for name in ("zero1", "zero2", "zero3"):
         if world.is_main:
@@ -86,7 +86,7 @@ def main() -> None:
     if world.is_main:
         (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
     world.barrier()
-    distributed.stop()
+    distributed.leave_process_group()
     cli.exit_process(0)
 
 

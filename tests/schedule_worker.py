@@ -96,12 +96,12 @@ def one(name: str, folder: Path, rest: list[str], world: World) -> dict[str, Any
 def main() -> None:
     local_rank = [word for word in sys.argv[1:] if word.startswith("--local_rank")]
     folder, *rest = [word for word in sys.argv[1:] if word not in local_rank]
-    world = distributed.start(engine_needs_group=True)
+    world = distributed.join_process_group(engine_needs_group=True)
     results = {name: one(name, Path(folder), rest, world) for name in RUNS}
     if world.is_main:
         (Path(folder) / "result.json").write_text(json.dumps(results), encoding="utf-8")
     world.barrier()
-    distributed.stop()
+    distributed.leave_process_group()
     cli.exit_process(0)
 
 

@@ -81,7 +81,7 @@ def ask(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path) -> None:
     monkeypatch.setattr(datasets.load._dataset_viewer, "get_session", _no_session)  # another host
     HfFileSystem.clear_instance_cache()
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    hub_module.forget_hosts()
+    monkeypatch.setattr(hub_module, "_HOSTS", hub_module._Hosts())
 
 
 def _no_session() -> None:

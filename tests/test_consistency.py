@@ -22,7 +22,7 @@ from toolkit.training.rank_agreement import rank_settings, require_same
 from pathlib import Path
 
 def main():
-    world = distributed.start()
+    world = distributed.join_process_group()
     require_same(world, rank_settings(flags.parse(flags.parser(""), Path(sys.argv.pop(1)))))
     return 0
 

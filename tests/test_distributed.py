@@ -75,4 +75,4 @@ def test_a_port_that_another_run_uses_is_one_message(monkeypatch: pytest.MonkeyP
         for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(UsageError, match=rf"port {port}, which another process uses.* --master_port N"):
-            distributed.start(engine_needs_group=True)
+            distributed.join_process_group(engine_needs_group=True)

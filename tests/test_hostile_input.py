@@ -18,7 +18,7 @@ from toolkit.data.examples import Encoder
 from toolkit.inference.open_model import open_model
 from toolkit.models.load import load, load_tokenizer
 from toolkit.runtime.errors import ConfigError, DataError, ModelError
-from toolkit.runtime.redact import find_secret, redact
+from toolkit.runtime.redact import find_secrets, redact
 from toolkit.tasks.pubmedqa import Sample
 
 SECRET = "hf_PlantedSecretThatNobodyMaySee"
@@ -158,7 +158,7 @@ SECRETS = [
 
 @pytest.mark.parametrize("secret", SECRETS)
 def test_what_looks_like_a_secret_is_hidden_and_refused(secret: str) -> None:
-    assert find_secret({"model": {"name_or_path": secret}}, {}) == ["model.name_or_path"]
+    assert find_secrets({"model": {"name_or_path": secret}}, {}) == ["model.name_or_path"]
     shown = redact(f"cannot read {secret}: no such file", {})
     assert "***" in shown
     for part in (SECRET, "ghost-password", "0123456789abcdef", "abcdefghijklmnop", "ABCDEFGHIJKLMNOP"):
@@ -171,7 +171,7 @@ def test_what_looks_like_a_secret_is_hidden_and_refused(secret: str) -> None:
 )
 def test_ordinary_values_are_left_as_they_are(text: str) -> None:
     assert redact(text, {"HF_TOKEN": "", "MY_TOKEN": "short"}) == text
-    assert find_secret({"x": [text]}, {}) == []
+    assert find_secrets({"x": [text]}, {}) == []
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,6 @@ def hub(stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         ask(monkeypatch, served.url, tmp_path / "hf")
         monkeypatch.setattr(hub_module, "PAUSE_SECONDS", 0.0)
         yield served
-    hub_module.forget_hosts()
 
 
 def test_a_model_is_loaded_from_its_revision_through_the_redirect_of_its_weights(hub: StubHub) -> None:

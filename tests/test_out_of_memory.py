@@ -12,7 +12,7 @@ from helpers import tiny_flags, train
 
 from toolkit.commands.cli import run_command
 from toolkit.runtime.errors import OutOfMemoryError
-from toolkit.runtime.out_of_memory import during, is_out_of_memory
+from toolkit.runtime.out_of_memory import explain_out_of_memory, is_out_of_memory
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.19 GiB of which 1 MiB is free. "
@@ -34,7 +34,7 @@ PHASES: dict[str, tuple[str, str, str, str]] = {
     "first pass": (
         "toolkit.activation_cache.cached_prefix.rows_of", "the first pass", "1 row x ", "prefix.precision: int8"
     ),
-    "the prefix": ("toolkit.training.step.during", "the run", "", ""),
+    "the prefix": ("toolkit.training.step.explain_out_of_memory", "the run", "", ""),
     "forward": ("toolkit.training.step.supervised_loss", "forward", "2 rows x ", "train.gradient_checkpointing: on"),
     "backward": (
         "toolkit.engine.local.LocalEngine.backward", "backward", "2 rows x ", "train.gradient_checkpointing: on"
@@ -82,9 +82,9 @@ def test_the_advice_never_hides_the_error(
 
 
 def test_other_errors_pass_through_as_they_are() -> None:
-    with pytest.raises(RuntimeError, match="shape mismatch"), during("forward"):
+    with pytest.raises(RuntimeError, match="shape mismatch"), explain_out_of_memory("forward"):
         raise RuntimeError("shape mismatch")
-    with pytest.raises(FileNotFoundError), during("forward"):
+    with pytest.raises(FileNotFoundError), explain_out_of_memory("forward"):
         open("/nowhere/x")  # noqa: PTH123, SIM115
     assert is_out_of_memory(OSError(12, "Cannot allocate memory"))
     assert is_out_of_memory(MemoryError())
@@ -92,5 +92,5 @@ def test_other_errors_pass_through_as_they_are() -> None:
 
 def test_the_innermost_phase_has_the_word() -> None:
     caught = pytest.raises(OutOfMemoryError, match="during backward, on a micro batch of 1 row x 8 tokens")
-    with caught, during("the run"), during("backward", "1 row x 8 tokens"):
+    with caught, explain_out_of_memory("the run"), explain_out_of_memory("backward", "1 row x 8 tokens"):
         on_cpu()

@@ -201,7 +201,7 @@ def test_sinfo_tells_the_partitions(slurm: Cluster) -> None:
 def test_ranks_of_a_bare_srun_find_each_other(slurm: Cluster) -> None:
     code = (
         "from toolkit.commands.cli import exit_process; from toolkit.runtime import distributed; "
-        "world = distributed.start(); "
+        "world = distributed.join_process_group(); "
         "print(world.rank, world.local_rank, world.size, int(world.sum(1)[0])); exit_process(0)"
     )
     printed = slurm.call("srun", "--nodes=2", "--ntasks-per-node=1", f"--chdir={ROOT}", sys.executable, "-c", code)

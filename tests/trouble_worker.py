@@ -81,7 +81,7 @@ def steps(trainer: Trainer, world: World) -> list[dict[str, Any]]:
 def main() -> None:
     words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     output, *rest = words
-    world = distributed.start(engine_needs_group=True)
+    world = distributed.join_process_group(engine_needs_group=True)
     result: dict[str, Any] = {}
     messages: list[str] = []
     guard.log.warning = lambda text, *values: messages.append(text % values)  # type: ignore[method-assign]
@@ -98,7 +98,7 @@ def main() -> None:
         result[name] = {"steps": steps(trainer, world), "said": list(messages)}
     if world.is_main:
         Path(output).write_text(json.dumps(result), encoding="utf-8")
-    distributed.stop()
+    distributed.leave_process_group()
     cli.exit_process(0)
 
 

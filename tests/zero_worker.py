@@ -53,7 +53,7 @@ def main() -> None:
     local_rank = [word for word in sys.argv[1:] if word.startswith("--local_rank")]
     output, *rest = [word for word in sys.argv[1:] if word not in local_rank]
     invocation = flags.parse(flags.parser(""), ROOT / "recipes" / "quickstart.yaml", rest)
-    world = distributed.start(engine_needs_group=True)
+    world = distributed.join_process_group(engine_needs_group=True)
     trainer = set_up(invocation, world)
     frozen = digests(trainer)
     masters = {name: tensor.clone() for name, tensor in trainer.state.engine.masters().items()}
@@ -84,7 +84,7 @@ def main() -> None:
         result["port"] = os.environ["MASTER_PORT"]
         torch.save(after, f"{output}.pt")
         Path(output).write_text(json.dumps(result), encoding="utf-8")
-    distributed.stop()
+    distributed.leave_process_group()
     cli.exit_process(0)
 
 

@@ -18,7 +18,7 @@ from toolkit.data.batches import Batch, collate, lay_out, rows_of
 from toolkit.data.examples import Example
 from toolkit.runtime import signals
 from toolkit.runtime.distributed import World
-from toolkit.runtime.out_of_memory import during
+from toolkit.runtime.out_of_memory import explain_out_of_memory
 from toolkit.runtime.progress_bar import ProgressBar
 from toolkit.split.prefix import Prefix
 
@@ -181,7 +181,7 @@ class CachedPrefix:
             log.warning("the activation cache lacks samples that it held; loading the prefix again to compute them")
             self.prefix = self._load()
         batch = collate(examples, pad_id=0)
-        with during("the first pass, which fills the activation cache", batch.shape):
+        with explain_out_of_memory("the first pass, which fills the activation cache", batch.shape):
             batch = batch.to(self._world.device)
             return rows_of(self.prefix(batch), batch)
 

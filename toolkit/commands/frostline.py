@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from importlib import import_module
-from pathlib import Path
 from typing import NoReturn
 
 import toolkit
@@ -24,7 +23,7 @@ VERBS = {
 
 def main() -> NoReturn:
     """Run the verb of the command line and end the process with its exit code."""
-    require_packages(Path(toolkit.__file__).parent.parent)
+    require_packages()
     from toolkit.commands.cli import exit_process, run_command
 
     verb, *words = sys.argv[1:] or ["--help"]

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from toolkit.config import peer_keys
 from toolkit.config.schema import MaskGroup, MaskPhase, RunConfig, Section
 from toolkit.runtime.errors import ConfigError
-from toolkit.runtime.redact import find_secret
+from toolkit.runtime.redact import find_secrets
 
 _SHORT_REPR = reprlib.Repr()  # nested YAML anchors can expand a small file to an enormous value
 _SHORT_REPR.maxstring = _SHORT_REPR.maxother = 120
@@ -134,7 +134,7 @@ def build(values: Mapping[str, Any], source: str, faults: Iterable[str] = ()) ->
     found = list(faults)
     found += [
         f"{where} holds a password or token; no key needs one: log in with `hf auth login`, or set HF_TOKEN"
-        for where in find_secret(values)
+        for where in find_secrets(values)
     ]
     config = None
     try:

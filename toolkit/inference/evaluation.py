@@ -25,7 +25,7 @@ from toolkit.inference.open_model import OpenedModel, open_model
 from toolkit.models.load import Dtype
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import DataError
-from toolkit.runtime.out_of_memory import during
+from toolkit.runtime.out_of_memory import explain_out_of_memory
 from toolkit.runtime.paths import is_file
 from toolkit.runtime.progress_bar import ProgressBar
 from toolkit.split.suffix import Suffix
@@ -104,7 +104,7 @@ def evaluate_rows(
         for batch in chain.from_iterable(ahead(on_device(steps, world.device))):
             if may_stop:
                 world.raise_if_stopping()
-            with during("the evaluation", batch.shape):
+            with explain_out_of_memory("the evaluation", batch.shape):
                 hidden = prefix(batch) if prefix else None
                 local_loss += supervised_loss(forward, hidden, batch, tokens)
             bar.advance(plan.global_batch)

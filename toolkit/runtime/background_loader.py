@@ -9,11 +9,9 @@ from itertools import islice
 
 
 class BackgroundLoader:
-    """Call ``load`` for one key after another in a background thread.
+    """Call ``load`` for one key after another in a background thread; it must not raise, as nobody reads its result.
 
-    Args:
-        load: function that loads the item of a key; it must not raise, because nobody looks at the result.
-        bound: longest queue of keys; further ones are ignored.
+    At most ``bound`` keys wait in the queue.
     """
 
     def __init__(self, load: Callable[[str], None], bound: int = 1024) -> None:

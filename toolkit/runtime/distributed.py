@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import re
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -18,9 +17,7 @@ import torch.distributed as dist
 
 from toolkit.runtime import signals
 from toolkit.runtime.errors import UsageError
-from toolkit.runtime.failure_broadcast import FailureBroadcast, connect_ranks
-
-log = logging.getLogger("frostline")
+from toolkit.runtime.failure_broadcast import connect_ranks
 
 
 @dataclass(frozen=True)
@@ -30,8 +27,6 @@ class World:
     rank: int = 0
     local_rank: int = 0
     size: int = 1
-    failures: FailureBroadcast | None = field(default=None, compare=False, repr=False)
-    """Connections over which ranks tell each other of failures; None for a single rank."""
 
     @property
     def is_main(self) -> bool:
@@ -83,12 +78,7 @@ class World:
         return values
 
     def broadcast_tensor(self, tensor: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
-        """Return rank 0's tensor on every rank, in float32 on the rank's device.
-
-        Args:
-            tensor: tensor to broadcast, on rank 0; ignored on the other ranks.
-            shape: shape of that tensor, which every rank must know.
-        """
+        """Return rank 0's ``tensor``, of a ``shape`` that every rank knows, on every rank: float32, on its device."""
         received = torch.empty(shape, dtype=torch.float32, device=self.device)
         if self.is_main and tensor is not None:
             received.copy_(tensor)
@@ -138,8 +128,8 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
     try:
         rank, local_rank, size = (int(environ.get(name, "0")) for name in names)
     except ValueError:
-        found = ", ".join(f"{name}={environ.get(name)}" for name in names)
-        raise UsageError(f"the launcher's environment has {found}; expected whole numbers") from None
+        variables = ", ".join(f"{name}={environ.get(name)}" for name in names)
+        raise UsageError(f"the launcher's environment has {variables}; expected whole numbers") from None
     if not 0 <= rank < size:
         raise UsageError(
             f"the launcher's environment has {names[0]}={rank} and {names[2]}={size}; expected 0 <= rank < size"
@@ -154,37 +144,25 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
 
 
 @contextlib.contextmanager
-def joined_ranks(engine_needs_group: bool = False) -> Iterator[World]:
-    """Join all ranks while entered: the process group, and the connections over which failures are broadcast.
+def join_ranks(engine_needs_group: bool = False) -> Iterator[World]:
+    """Join all ranks for the body: the process group, and the connections over which failures are broadcast.
 
-    The connections are attached to an error in the body (``failure_broadcast.broadcast_of``), so that ``run_command``
-    can send it to the other ranks. The process group is then not destroyed: that would block while other ranks wait in
-    a collective.
+    The process group is not destroyed after an error: that would block while other ranks wait in a collective.
 
     Args:
         engine_needs_group: join a process group even for a single rank, as DeepSpeed requires.
 
     Raises:
-        UsageError: see ``start``.
+        UsageError: see ``join_process_group``.
     """
-    world = start(engine_needs_group)
-    address = os.environ.get("MASTER_ADDR", "")
-    failures, connect_error = connect_ranks(world.rank, world.size, address, world.broadcast_object)
-    if connect_error:
-        log.error("%s; if another rank fails, this one hears of it from its launcher only", connect_error)
-    try:
-        yield replace(world, failures=failures)
+    world = join_process_group(engine_needs_group)
+    with connect_ranks(world.rank, world.size, os.environ.get("MASTER_ADDR", ""), world.broadcast_object):
+        yield world
         world.barrier()
-    except Exception as error:
-        if failures is not None:
-            failures.attach(error)
-        raise
-    if failures is not None:
-        failures.report_done()
-    stop()
+    leave_process_group()
 
 
-def start(engine_needs_group: bool = False) -> World:
+def join_process_group(engine_needs_group: bool = False) -> World:
     """Join the process group (NCCL on GPUs, gloo on CPUs) and return this process's place in it.
 
     Args:
@@ -216,7 +194,7 @@ def start(engine_needs_group: bool = False) -> World:
     return world
 
 
-def stop() -> None:
+def leave_process_group() -> None:
     """Destroy the process group, if one was joined."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

@@ -35,28 +35,22 @@ _PACKAGES_SHOWN = 5
 """Most missing packages that the message names."""
 
 
-def require_packages(root: Path) -> None:
+def require_packages() -> None:
     """Exit with code 2 and say how to install Frostline, unless every required package is found.
 
     Packages are only looked up. One that is installed but broken fails later, where it is imported, with its traceback.
-
-    Args:
-        root: root of the repository checkout, or the directory that holds the installed package.
     """
     problem = describe_missing(tuple(sys.version_info[:3]))
     if not problem:
         return
     if os.environ.get("RANK", "0") == "0":  # one message, not one per rank
+        root = Path(__file__).resolve().parent.parent.parent
         print(f"error: {problem}; {installation_advice(root, Path(sys.prefix), Path.cwd())}", file=sys.stderr)
     sys.exit(2)
 
 
 def describe_missing(version: tuple[int, ...]) -> str:
-    """Say that this Python is too old or which packages it lacks; an empty string if neither.
-
-    Args:
-        version: Python version, such as ``(3, 11, 4)``.
-    """
+    """Say that this Python, of ``version`` (3, 11, 4), is too old or which packages it lacks; "" if neither."""
     interpreter = f"{sys.executable} (Python {'.'.join(map(str, version))})"
     if version < OLDEST_PYTHON:
         return f"{interpreter} is too old: expected Python {'.'.join(map(str, OLDEST_PYTHON))} or newer"
@@ -68,7 +62,7 @@ def describe_missing(version: tuple[int, ...]) -> str:
 
 
 def installation_advice(root: Path, prefix: Path, here: Path) -> str:
-    """Return which command to run so that the required packages are found.
+    """Say which command to run so that the required packages are found.
 
     Args:
         root: root of the repository checkout; a directory without a Makefile means that pip installed Frostline.
@@ -76,7 +70,7 @@ def installation_advice(root: Path, prefix: Path, here: Path) -> str:
         here: working directory.
     """
     if not (root / "Makefile").is_file():
-        return "run `python -m pip check`, then install what it names"  # installed by pip
+        return "run `python -m pip check`, then install what it names"
     environment = root / ".venv"
     activate = environment / "bin" / "activate"
     if activate.is_file() and environment.resolve() != prefix.resolve():

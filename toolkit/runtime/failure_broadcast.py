@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import secrets
 import selectors
 import socket
 import sys
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass
 from types import TracebackType
 from typing import Any
 
 from toolkit.runtime import signals
+
+log = logging.getLogger("frostline")
 
 _CONNECT_SECONDS = 20.0
 _FAILURE_WAIT_SECONDS = 5.0
@@ -45,6 +48,19 @@ class RankFailure:
         return f"rank {self.rank} {self.last_error}"
 
 
+@dataclass
+class _Peer:
+    """The rank at the other end of a connection."""
+
+    host: str
+    rank: int | None = None
+    """None until it has sent the token."""
+    partial_line: bytes = b""
+    """What it sent after the last newline."""
+    has_ended: bool = False
+    """True once it has reported that it is done or failed, so that its closed connection is no failure."""
+
+
 class FailureBroadcast:
     """Connections of this rank to the others, and the thread that listens on them.
 
@@ -54,14 +70,11 @@ class FailureBroadcast:
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._token = ""
-        self._peers: dict[socket.socket, tuple[int, str]] = {}
-        """Rank at the other end and its host name; rank -1 until it has sent the token."""
-        self._partial_lines: dict[socket.socket, bytes] = {}
-        """What was received after the last newline."""
-        self._finished_ranks: set[int] = set()
+        self._peers: dict[socket.socket, _Peer] = {}
         self._selector = selectors.DefaultSelector()
         self._lock = threading.RLock()
-        self._is_failing = self._has_left = False  # either way this rank ends by itself, whatever it hears
+        self._is_ending = False
+        """True once this rank is done or reports an error of its own, so that it ends by itself, whatever it hears."""
         self._failure: RankFailure | None = None
         self._failure_heard = threading.Event()
 
@@ -86,14 +99,14 @@ class FailureBroadcast:
         """
         connection = socket.create_connection((address, port), timeout=_CONNECT_SECONDS)
         connection.settimeout(None)
-        self._add_peer(connection, 0, address)
-        self._send(connection, {"rank": self._rank, "where": socket.gethostname(), "token": token})
+        self._add_peer(connection, _Peer(address, rank=0))
+        self._send(connection, {"rank": self._rank, "host": socket.gethostname(), "token": token})
         self._start_listener()
 
     def send_to_all(self, message: dict[str, Any], exclude: socket.socket | None = None) -> None:
         """Send ``message`` to every rank that this one is connected to, except through ``exclude``."""
         with self._lock:
-            for connection in list(self._peers):
+            for connection in self._peers:
                 if connection is not exclude:
                     self._send(connection, message)
 
@@ -104,12 +117,8 @@ class FailureBroadcast:
     def report_done(self) -> None:
         """Tell the other ranks that this one is done, so that its closed connection does not count as a failure."""
         with self._lock:
-            self._has_left = True
+            self._is_ending = True
             self.send_to_all({"done": self._rank})
-
-    def attach(self, error: BaseException) -> None:
-        """Attach these connections to an error that ends the run; ``run_command`` reads them with ``broadcast_of``."""
-        setattr(error, _ERROR_ATTRIBUTE, self)
 
     def wait_for_failure(self, seconds: float) -> RankFailure | None:
         """Wait up to ``seconds`` for the failure of another rank; None if there was none."""
@@ -122,18 +131,18 @@ class FailureBroadcast:
         From now on a message of another rank no longer ends this process, which is about to report its error.
         """
         with self._lock:
-            self._is_failing = True
+            self._is_ending = True
         return self.wait_for_failure(_FAILURE_WAIT_SECONDS) if _is_communication_error(error) else None
 
     def report_failure(self, last_error: str, code: int) -> None:
         """Send this rank's error and exit code to the other ranks, which then exit; the error is logged already."""
-        self.send_to_all({"failed": self._rank, "last": f"failed: {last_error}", "code": code})
+        self.send_to_all({"failure": astuple(RankFailure(self._rank, f"failed: {last_error}", code))})
 
     def _start_listener(self) -> None:
         """Start the daemon thread that runs ``_listen``."""
         threading.Thread(target=self._listen, name="frostline-failures", daemon=True).start()
 
-    def _add_peer(self, connection: socket.socket, rank: int, where: str) -> None:
+    def _add_peer(self, connection: socket.socket, peer: _Peer) -> None:
         """Register a connection with the listener, with TCP keepalive.
 
         A node that loses power closes no connection, so only keepalive finds out, after about 50 s.
@@ -143,8 +152,7 @@ class FailureBroadcast:
             if hasattr(socket, option):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         with self._lock:
-            self._peers[connection] = rank, where
-        self._partial_lines[connection] = b""
+            self._peers[connection] = peer
         self._selector.register(connection, selectors.EVENT_READ)
 
     def _listen(self) -> None:
@@ -153,72 +161,60 @@ class FailureBroadcast:
             for key, _ in self._selector.select():
                 connection = key.fileobj
                 assert isinstance(connection, socket.socket)
-                if connection in self._peers:
-                    self._receive(connection)
+                if peer := self._peers.get(connection):
+                    self._receive(connection, peer)
                 else:
-                    accepted, (where, *_) = connection.accept()
-                    self._add_peer(accepted, -1, str(where))
+                    accepted, (host, *_) = connection.accept()
+                    self._add_peer(accepted, _Peer(str(host)))
 
-    def _receive(self, connection: socket.socket) -> None:
+    def _receive(self, connection: socket.socket, peer: _Peer) -> None:
         """Handle the complete lines that a connection has sent; drop the connection if it is closed or invalid."""
         try:
             received = connection.recv(65536)
         except OSError:
             received = b""
-        *lines, rest = (self._partial_lines[connection] + received).split(b"\n")
-        self._partial_lines[connection] = rest
+        *lines, peer.partial_line = (peer.partial_line + received).split(b"\n")
         for line in lines:
             try:
-                message = json.loads(line)
-                self._handle_message(connection, dict(message))
+                self._handle_message(dict(json.loads(line)), connection, peer)
             except (ValueError, TypeError):  # not a rank of this run
                 received = b""
         if not received:
             self._selector.unregister(connection)
             with self._lock:
-                rank, where = self._peers.pop(connection)
+                del self._peers[connection]
             connection.close()
-            if rank >= 0 and rank not in self._finished_ranks:
-                self._end_with_peer(
-                    RankFailure(rank, f"({where}) ended without a last word: it was killed or crashed", 1), connection
-                )
+            if peer.rank is not None and not peer.has_ended:
+                end = f"({peer.host}) ended without a last word: it was killed or crashed"
+                self._end_with_peer(RankFailure(peer.rank, end, 1), connection)
 
-    def _handle_message(self, connection: socket.socket, message: dict[str, Any]) -> None:
+    def _handle_message(self, message: dict[str, Any], connection: socket.socket, peer: _Peer) -> None:
         """Handle one message: the token of a new rank, a stop request, a rank that is done, or a failure.
 
         Raises:
             ValueError: the first message of a connection lacks this run's token.
         """
-        rank, _ = self._peers[connection]
-        if rank < 0:
+        if peer.rank is None:
             if message.get("token") != self._token:
                 raise ValueError("not one of this run's ranks")
-            with self._lock:
-                self._peers[connection] = int(message["rank"]), str(message["where"])
+            peer.rank, peer.host = int(message["rank"]), str(message["host"])
         elif "stop" in message:
             signals.request_stop(str(message["stop"]), broadcast=False)
-            self._forward(message, connection)
+            self.send_to_all(message, exclude=connection)
         elif "done" in message:
-            self._finished_ranks.add(rank)
-        elif "failed" in message:
-            self._finished_ranks.add(rank)
-            self._end_with_peer(
-                RankFailure(int(message["failed"]), str(message["last"]), int(message["code"])), connection
-            )
-
-    def _forward(self, message: dict[str, Any], source: socket.socket) -> None:
-        """Send another rank's message to all but its sender, if this is rank 0."""
-        if self._rank == 0:
-            self.send_to_all(message, exclude=source)
+            peer.has_ended = True
+        elif "failure" in message:
+            peer.has_ended = True
+            self._end_with_peer(RankFailure(*message["failure"]), connection)
 
     def _end_with_peer(self, failure: RankFailure, source: socket.socket) -> None:
-        """Exit because another rank has ended, unless this rank is done or is reporting an error of its own."""
-        self._forward({"failed": failure.rank, "last": failure.last_error, "code": failure.code}, source)
+        """Forward another rank's failure and exit because of it, unless this rank is ending by itself."""
+        self.send_to_all({"failure": astuple(failure)}, exclude=source)
         with self._lock:
             if self._failure is None:
                 self._failure = failure
             self._failure_heard.set()
-            if not self._is_failing and not self._has_left:
+            if not self._is_ending:
                 print_failure(self._rank, failure)
                 sys.stdout.flush()
                 os._exit(failure.code)
@@ -228,39 +224,43 @@ class FailureBroadcast:
             connection.sendall(json.dumps(message).encode() + b"\n")
 
 
-def connect_ranks(
-    rank: int, size: int, address: str, broadcast_object: Callable[[Any], Any]
-) -> tuple[FailureBroadcast | None, str | None]:
-    """Connect every rank to rank 0; a collective.
+@contextlib.contextmanager
+def connect_ranks(rank: int, size: int, address: str, broadcast_object: Callable[[Any], Any]) -> Iterator[None]:
+    """Connect every rank to rank 0 for the body; a collective.
+
+    An error of the body carries the connections (``broadcast_of``), so that ``run_command`` can send it to the others.
 
     Args:
         rank: this process's rank.
         size: number of ranks.
         address: address under which the other ranks reach rank 0's node.
         broadcast_object: function that returns rank 0's argument on every rank.
-
-    Returns:
-        The connections, None for a single rank; and why this rank could not connect, None if it did. A rank without
-        a connection learns of failures from its launcher only.
     """
     if size == 1:
-        signals.ranks_connected()
-        return None, None
-    failures, connect_error = FailureBroadcast(rank), None
+        signals.mark_ranks_connected()
+        yield
+        return
+    failures = FailureBroadcast(rank)
     port, token = broadcast_object(failures.listen() if rank == 0 else None)
     if rank:
         try:
             failures.connect(address, port, token)
         except OSError as error:
-            connect_error = f"rank {rank} cannot reach rank 0 at {address}, port {port} ({error})"
-    signals.ranks_connected(failures.report_stop)
-    return failures, connect_error
+            log.error("rank %d cannot reach rank 0 at %s, port %d (%s); if another rank fails, this one hears of it "
+                      "from its launcher only", rank, address, port, error)  # fmt: skip
+    signals.mark_ranks_connected(failures.report_stop)
+    try:
+        yield
+    except Exception as error:
+        setattr(error, _ERROR_ATTRIBUTE, failures)
+        raise
+    failures.report_done()
 
 
 def broadcast_of(error: BaseException) -> FailureBroadcast | None:
-    """Return the connections that ``FailureBroadcast.attach`` put on ``error``; None if it carries none."""
-    failures = getattr(error, _ERROR_ATTRIBUTE, None)
-    return failures if isinstance(failures, FailureBroadcast) else None
+    """Return the connections that ``connect_ranks`` put on ``error``; None if it carries none."""
+    failures: FailureBroadcast | None = getattr(error, _ERROR_ATTRIBUTE, None)
+    return failures
 
 
 def print_failure(rank: int, failure: RankFailure) -> None:

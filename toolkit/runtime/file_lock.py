@@ -26,9 +26,7 @@ class FileLock:
     Not filelock's: on a file system without locks, that falls back to a lock file which a killed process leaves
     behind, and it cannot test whether a lock is held without acquiring it.
 
-    Args:
-        path: lock file; created if it does not exist.
-        flags: further flags of ``os.open``, such as ``os.O_EXCL``.
+    The file is created if it does not exist; ``flags`` are further ones of ``os.open``, such as ``os.O_EXCL``.
 
     Raises:
         OSError: the file cannot be opened for writing.
@@ -39,10 +37,7 @@ class FileLock:
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
 
     def acquire(self, wait: bool = False) -> bool:
-        """Acquire the lock; return False if another process holds it.
-
-        Args:
-            wait: block until the lock is free.
+        """Acquire the lock; return False if another process holds it and this one is not to ``wait``.
 
         Raises:
             OSError: the file system has no locks.
@@ -54,11 +49,7 @@ class FileLock:
         return True
 
     def release(self, remove: bool = False) -> None:
-        """Release the lock and close the file; a second call does nothing.
-
-        Args:
-            remove: delete the file as well.
-        """
+        """Release the lock and close the file, which ``remove`` deletes; a second call does nothing."""
         if self.descriptor < 0:
             return
         if remove:
@@ -103,11 +94,7 @@ class LockHolder:
         return f"process {self.pid} on {self.host}{job}, which began {since}"
 
     def may_run(self, this_process: LockHolder) -> bool:
-        """Return False if this holder has certainly ended.
-
-        Args:
-            this_process: the process that asks.
-        """
+        """Return False if this holder has certainly ended, as far as ``this_process`` can see."""
         if self.host != this_process.host:
             return self.job is None or self.job != this_process.job  # a requeued job has left its former nodes
         try:

@@ -31,25 +31,17 @@ class FileHash:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> FileHash:
-    """Write a safetensors file; tensors are copied to the CPU one at a time, CPU tensors not at all.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Write a safetensors file; tensors are copied to the CPU one at a time, CPU tensors not at all."""
     return _write_hashed(path, serialize(tensors, metadata))
 
 
 def write_json(path: Path, value: object) -> FileHash:
-    """Write ``value`` as JSON.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Write ``value`` as JSON."""
     return _write_hashed(path, [as_json(value).encode()])
 
 
 def as_json(value: object) -> str:
-    """Return ``value`` as the JSON text that ``write_json`` writes."""
+    """Return the JSON text that ``write_json`` writes."""
     return json.dumps(value, indent=1)
 
 
@@ -61,19 +53,12 @@ def hash_files(directory: Path, names: list[str]) -> dict[str, FileHash | str]:
 
 @contextmanager
 def explain_disk_errors(what: str) -> Iterator[None]:
-    """Turn an OSError of the body into a DiskError that says how to go on.
-
-    Args:
-        what: what is being written, as the subject of the message.
-
-    Raises:
-        DiskError: the body raised an OSError.
-    """
+    """Turn an OSError of the body, which writes ``what``, into a DiskError that says how to go on."""
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = "free space or lower output.keep" if full else "look after the disk"
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "free space or lower output.keep" if is_full else "look after the disk"
         raise DiskError(
             f"{what} could not be written ({error.strerror or error}). The checkpoints before it are intact: {advice}, "
             "then start the same command again to go on from the latest"

@@ -59,11 +59,8 @@ _HOSTS = _Hosts()
 def is_hub_id(name: str, may_be_bare: bool = False) -> bool:
     """Return True if ``name`` is to be looked up on the Hub: it has the form ``org/name`` and no local file matches.
 
-    A name whose first part is a local directory counts as a path, mistyped if nothing exists there.
-
-    Args:
-        name: value of a recipe key or flag.
-        may_be_bare: also accept a name without an organisation, such as ``gpt2``.
+    A name whose first part is a local directory counts as a path, mistyped if nothing exists there. A name without an
+    organisation, such as ``gpt2``, is accepted if it ``may_be_bare``.
     """
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+" + ("|[A-Za-z0-9][\\w.-]*" if may_be_bare else ""), name, re.A):
         return False
@@ -80,20 +77,10 @@ def set_limits() -> None:
     set_client_factory(_client_with_limits)
 
 
-def forget_hosts() -> None:
-    """Forget all faults, so that hosts marked as down are asked again."""
-    _HOSTS.down.clear()
-    _HOSTS.refusals.clear()
-    _HOSTS.stalls.clear()
-
-
 def explain(error: BaseException, name: str, kind: str = "model") -> str | None:
     """Return a message that says what to do about an error of the Hub or the network; None for any other error.
 
-    Args:
-        error: exception that a library raised.
-        name: requested Hub id.
-        kind: ``model`` or ``data set``.
+    ``name`` is the requested Hub id, ``kind`` says whether of a ``model`` or ``data set``.
     """
     from huggingface_hub import constants, errors
 
@@ -152,17 +139,12 @@ def _client_with_limits() -> Any:
 
 
 def _send_with_limits(send: Callable[..., Any], http: Any, request: Any, **options: Any) -> Any:
-    """Send ``request`` with this module's timeouts and retries.
+    """Send ``request`` by the client's original ``send``, with this module's timeouts and retries.
 
-    Args:
-        send: original ``send`` method of the client.
-        http: module that defines the client: httpx, or what replaces it in later versions.
-        request: request to send.
-        options: keyword arguments of ``send``.
+    ``http`` is the module that defines the client: httpx, or what replaces it in later versions.
 
     Raises:
-        OfflineModeIsEnabled: the host is down. The libraries take this error as a sign to use their cache, and do not
-            retry.
+        OfflineModeIsEnabled: the host is down; the libraries then use their cache, and do not retry.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import OfflineModeIsEnabled

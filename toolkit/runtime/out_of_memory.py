@@ -17,15 +17,10 @@ _OUT_OF_MEMORY_TEXT = re.compile(
 
 
 @contextmanager
-def during(phase: str, shape: str | None = None) -> Iterator[None]:
+def explain_out_of_memory(phase: str, shape: str | None = None) -> Iterator[None]:
     """Turn a failed allocation of the body into ``OutOfMemoryError``; of nested blocks the innermost names the phase.
 
-    Args:
-        phase: activity of the body, as a phrase such as "the forward pass".
-        shape: rows x tokens of the micro batch; None outside a step.
-
-    Raises:
-        OutOfMemoryError: an allocation failed.
+    ``phase`` is a phrase such as "the forward pass", ``shape`` the rows x tokens of the micro batch.
     """
     try:
         yield

@@ -16,6 +16,9 @@ from toolkit.runtime.errors import DiskError, UsageError
 
 log = logging.getLogger("frostline")
 
+is_file, is_directory = os.path.isfile, os.path.isdir
+"""False also for an invalid or unreadable path (too long, a NUL in it), where those of pathlib raise."""
+
 
 def replace_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` atomically, see ``publish``; of several processes at once the last one wins."""
@@ -28,7 +31,7 @@ def publish(content: bytes, final: Path, staging: Path) -> None:
     Args:
         content: whole content of the file.
         final: path of the file; replaced if it exists.
-        staging: unused path on the same file system, for the temporary file; left over only if the process is killed.
+        staging: unused path on the same file system; the file there is left over only if the process is killed.
 
     Raises:
         OSError: the file cannot be written, as on a full or read-only disk.
@@ -39,9 +42,7 @@ def publish(content: bytes, final: Path, staging: Path) -> None:
             unwritten = memoryview(content)
             while unwritten:
                 unwritten = unwritten[os.write(descriptor, unwritten) :]
-            now = (
-                time.time_ns()
-            )  # the kernel's own timestamps are too coarse to order files written in quick succession
+            now = time.time_ns()  # the kernel's own timestamps are too coarse to order files written quickly
             os.utime(descriptor, ns=(now, now))
             os.fsync(descriptor)
         finally:
@@ -65,9 +66,7 @@ def sync_directory(directory: Path) -> None:
 def sources_hash(root: Path, *parts: str) -> str:
     """Return 12 hex digits of the SHA-256 over names and contents of Python files.
 
-    Args:
-        root: directory to search.
-        parts: files or directories below ``root``; without any, all of ``root`` is hashed.
+    ``parts`` are files or directories below ``root``; without any, all of ``root`` is hashed.
     """
     sha = hashlib.sha256()
     for part in parts or (".",):
@@ -99,14 +98,7 @@ def umask_permissions(path: Path) -> Iterator[None]:
 
 @contextmanager
 def explain_refused_write(place: Path) -> Iterator[None]:
-    """Turn an OSError of the body into a DiskError with the path and the free space there.
-
-    Args:
-        place: path to name if the error names none.
-
-    Raises:
-        DiskError: the body raised an OSError.
-    """
+    """Turn an OSError of the body into a DiskError with its path, else ``place``, and the free space at ``place``."""
     try:
         yield
     except OSError as error:
@@ -120,9 +112,6 @@ class LineFile:
     """A text file that lines are appended to; lines that cannot be written are kept in memory and retried.
 
     A line is in the file whole or not at all. A full disk raises nothing here: logs must not end the training.
-
-    Args:
-        path: text file; created if it does not exist.
     """
 
     def __init__(self, path: Path) -> None:
@@ -162,11 +151,7 @@ class LineFile:
             log.warning("%s lacks its last %d lines: the disk refused them", self._path, len(self._pending))
 
     def _append(self, content: bytes) -> None:
-        """Append bytes to the file, all or none.
-
-        Raises:
-            OSError: they cannot be written.
-        """
+        """Append bytes to the file, all or (OSError) none."""
         with self._path.open("ab", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
             unwritten = memoryview(content)
@@ -184,19 +169,3 @@ def _free_space(place: Path) -> str:
         if folder.exists():
             return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB"
     return "unknown"
-
-
-def is_file(path: str | Path) -> bool:
-    """Return True if ``path`` is a file; False also for an invalid or unreadable path (too long, a NUL in it)."""
-    try:
-        return Path(path).is_file()
-    except (OSError, ValueError):
-        return False
-
-
-def is_directory(path: str | Path) -> bool:
-    """Return True if ``path`` is a directory; False also for an invalid or unreadable path."""
-    try:
-        return Path(path).is_dir()
-    except (OSError, ValueError):
-        return False

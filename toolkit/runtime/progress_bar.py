@@ -6,7 +6,6 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
 from typing import NoReturn, TypeVar
 
 from tqdm import tqdm
@@ -61,9 +60,7 @@ class ProgressBar:
     def __enter__(self) -> ProgressBar:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -72,12 +69,7 @@ class ProgressBar:
             self._bar.close()
 
     def advance(self, by: int = 1, **values: str) -> None:
-        """Count units as done, and show the progress if a line is due.
-
-        Args:
-            by: number of units; those beyond the total are ignored.
-            **values: further values to show, by name.
-        """
+        """Count units as done, as far as the total, and show the progress and ``values`` if a line is due."""
         before, self._done = self._done, min(self._done + by, self._total)
         if self._bar is not None:
             if values:
@@ -90,8 +82,8 @@ class ProgressBar:
     def _is_line_due(self, before: int) -> bool:
         """Return True if the log was silent for long, or a tenth of the work was completed since ``before`` units."""
         now = self._clock()
-        at_first = _BRIEF_SILENT_SECONDS if self._brief else _SILENT_SECONDS
-        is_long = now - self._logged_at >= min(max(at_first, (now - self._started_at) / _TENTHS), _LONGEST_SILENCE)
+        shortest = _BRIEF_SILENT_SECONDS if self._brief else _SILENT_SECONDS
+        is_long = now - self._logged_at >= min(max(shortest, (now - self._started_at) / _TENTHS), _LONGEST_SILENCE)
         if self._brief:
             return is_long and self._done < self._total
         return is_long or self._done * _TENTHS // self._total > before * _TENTHS // self._total
@@ -119,9 +111,8 @@ class LogHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record; a failure is reported by ``handleError``, as in other handlers."""
         try:
-            tqdm.write(
-                f"{self.format(record)}\n", file=sys.stderr, end=""
-            )  # text and newline in one write: ranks share the stream
+            # text and newline in one write: ranks share the stream
+            tqdm.write(f"{self.format(record)}\n", file=sys.stderr, end="")
             sys.stderr.flush()
         except Exception:
             self.handleError(record)

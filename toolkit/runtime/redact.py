@@ -1,7 +1,7 @@
 """Keep tokens and passwords out of logs and files. Imports no torch.
 
 A secret is found by its pattern, or as the value of an environment variable whose name says that it is one. ``redact``
-replaces secrets in text before it is shown. A recipe, flag or DeepSpeed file with a secret in it (``find_secret``) is
+replaces secrets in text before it is shown. A recipe, flag or DeepSpeed file with a secret in it (``find_secrets``) is
 refused before it is saved, since no key needs one.
 """
 
@@ -39,7 +39,7 @@ def redact(text: str, environ: Mapping[str, str] = os.environ) -> str:
     return text
 
 
-def find_secret(values: Any, environ: Mapping[str, str] = os.environ) -> list[str]:
+def find_secrets(values: Any, environ: Mapping[str, str] = os.environ) -> list[str]:
     """Return the places of secrets in nested values, as ``section.key``, without the secrets themselves."""
     return list(dict.fromkeys(where or "value" for where, text in _strings_in(values) if redact(text, environ) != text))
 
@@ -52,12 +52,12 @@ class RedactingFormatter(logging.Formatter):
         return redact(super().format(record))
 
 
-def _secret_values(environ: Mapping[str, str]) -> Iterator[str]:
-    """Yield the values of environment variables with secret names, longest first, so that no part of one remains."""
-    found = {
+def _secret_values(environ: Mapping[str, str]) -> list[str]:
+    """Return the values of environment variables with secret names, longest first, so that no part of one remains."""
+    secrets = {
         value for name, value in environ.items() if _SECRET_VARIABLES.search(name) and len(value) >= _SHORTEST_SECRET
     }
-    yield from sorted(found, key=len, reverse=True)
+    return sorted(secrets, key=len, reverse=True)
 
 
 def _strings_in(values: Any) -> Iterator[tuple[str, str]]:

@@ -46,10 +46,7 @@ def read_header(file: BinaryIO) -> bytes:
 
 
 def parse_header(header: bytes) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Parse and check a header.
-
-    Args:
-        header: bytes that ``read_header`` returned.
+    """Parse and check the bytes that ``read_header`` returned.
 
     Returns:
         dtype, shape and data_offsets by tensor name, with offsets from the end of the header; and the metadata.
@@ -132,13 +129,7 @@ def view_mapped(pages: mmap.mmap, offset: int, dtype: torch.dtype, shape: Iterab
 
 
 def map_range(path: Path, start: int, dtype: torch.dtype, shape: Iterable[int]) -> torch.Tensor:
-    """Map one tensor of a file, copy-on-write.
-
-    Args:
-        path: file that holds the tensor's bytes.
-        start: byte offset of the tensor in the file.
-        dtype: dtype of the tensor.
-        shape: shape of the tensor.
+    """Map the tensor whose data begin at byte ``start`` of a file, copy-on-write.
 
     Raises:
         OSError: the file does not exist or cannot be mapped.
@@ -171,11 +162,7 @@ def serialize(
 def write_safetensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file with the permissions of the umask.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Write a safetensors file with the permissions of the umask."""
     with path.open("wb") as file:
         for part in serialize(tensors, metadata):
             file.write(part)

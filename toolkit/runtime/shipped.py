@@ -22,11 +22,7 @@ log = logging.getLogger("frostline")
 
 
 def shipped_file(name: str) -> Path:
-    """Return the path of a file that comes with Frostline.
-
-    Args:
-        name: path within the package, such as ``recipes/quickstart.yaml``.
-    """
+    """Return the path of a file that comes with Frostline, as ``recipes/quickstart.yaml``."""
     return (PACKAGE / name).resolve()
 
 
@@ -52,9 +48,9 @@ def find_file(path: str | Path) -> Path:
             return path
     except (OSError, ValueError):  # too long, or a NUL in it
         return path
-    found = shipped_file(str(path))
-    _log_once(f"{path} is not in {Path.cwd()}; using {found}, which comes with Frostline")
-    return found
+    shipped = shipped_file(str(path))
+    _log_once(f"{path} is not in {Path.cwd()}; using {shipped}, which comes with Frostline")
+    return shipped
 
 
 @cache

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from select import select
 from types import FrameType
 
@@ -48,13 +48,14 @@ class _State:
 
     listening: bool = False
     reason: str | None = None
-    noted_at: float = 0.0
+    """Why the run is to stop, as a phrase for the log; None if it is not."""
+    requested_at: float = 0.0
     is_sigterm: bool = False
     """Whether SIGTERM was among the signals."""
     ranks_are_connected: bool = False
     """True also for a single rank."""
-    relays: list[Callable[[str], None]] = field(default_factory=list)
-    """Functions that send a reason to stop to the other ranks."""
+    relay: Callable[[str], None] | None = None
+    """Function that sends the reason to the other ranks."""
 
 
 _state = _State()
@@ -72,20 +73,15 @@ def listening(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
     os.set_blocking(writing, False)
     former_handlers = {number: signal.signal(number, _handle_signal) for number in SIGNALS}
     former_wakeup_fd = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    is_over = threading.Event()
-    launchers = _launchers(environ)
-    watcher = threading.Thread(
-        target=_watch_for_stop, args=(reading, launchers, is_over), name="frostline-stop", daemon=True
-    )
+    watcher = threading.Thread(target=_watch_for_stop, args=(reading, environ), name="frostline-stop", daemon=True)
     watcher.start()
     try:
         yield
     finally:
-        is_over.set()
         signal.set_wakeup_fd(former_wakeup_fd)
         for number, handler in former_handlers.items():
             signal.signal(number, handler)
-        os.write(writing, b"\0")
+        os.write(writing, b"\0")  # ends the watcher
         watcher.join()
         os.close(reading)
         os.close(writing)
@@ -103,67 +99,55 @@ def stop_reason() -> str:
 
 
 def request_stop(why: str, broadcast: bool = True) -> None:
-    """Request a stop as a signal does.
-
-    Args:
-        why: reason, as a phrase for the log.
-        broadcast: whether to send the request to the other ranks.
-    """
+    """Request a stop of this rank as a signal does, and of the others if ``broadcast``."""
     if _state.reason is None:
-        _state.reason, _state.noted_at = why, time.monotonic()
-    for relay in _state.relays if broadcast else ():
-        relay(why)
+        _state.reason, _state.requested_at = why, time.monotonic()
+    if broadcast and _state.relay is not None:
+        _state.relay(why)
 
 
-def ranks_connected(relay: Callable[[str], None] | None = None) -> None:
+def mark_ranks_connected(relay: Callable[[str], None] | None = None) -> None:
     """Record that all ranks are connected, so that this one stops together with them.
 
     Args:
-        relay: function that sends a reason to stop to the other ranks, called in the watcher thread.
+        relay: function that sends a reason to stop to the other ranks; called in the watcher thread.
     """
-    _state.ranks_are_connected = True
-    if relay is not None:
-        _state.relays.append(relay)
-        if _state.reason is not None:
-            relay(_state.reason)
+    _state.ranks_are_connected, _state.relay = True, relay
+    if relay is not None and _state.reason is not None:
+        relay(_state.reason)
 
 
-def _handle_signal(number: int, frame: FrameType | None) -> None:
+def _handle_signal(number: int, frame: FrameType | None = None) -> None:
     """Record a signal and do nothing else, because the handler interrupts arbitrary code of the main thread."""
-    if _state.reason is None:
-        _state.reason, _state.noted_at = signal.Signals(number).name, time.monotonic()
+    request_stop(signal.Signals(number).name, broadcast=False)
     _state.is_sigterm |= number == signal.SIGTERM
 
 
-def _watch_for_stop(reading: int, launchers: tuple[int, ...], is_over: threading.Event) -> None:
+def _watch_for_stop(reading: int, environ: Mapping[str, str]) -> None:
     """Forward signals and watch the launchers; the body of the watcher thread.
 
     Args:
-        reading: pipe to which Python writes the number of each signal at once (``signal.set_wakeup_fd``).
-        launchers: processes that this rank must not outlive.
-        is_over: set when the thread is to end.
+        reading: pipe to which Python writes the number of each signal at once (``signal.set_wakeup_fd``), and
+            ``listening`` a zero at its end.
+        environ: environment, which names the launcher.
     """
-    while not is_over.is_set():
+    launchers = _launchers(environ)
+    while True:
         ready, _, _ = select([reading], [], [], _POLL_SECONDS)
-        for number in os.read(reading, 64) if ready else b"":
-            if number in SIGNALS:  # the Python handler runs only once a collective of the main thread returns
-                _state.is_sigterm |= number == signal.SIGTERM
+        received = os.read(reading, 64) if ready else b""
+        for number in received:
+            if number in SIGNALS:  # Python calls the handler only once a collective of the main thread returns
+                _handle_signal(number)
                 request_stop(signal.Signals(number).name)
-        if launchers and _current_launchers(launchers) != launchers:
+        if 0 in received:
+            return
+        if launchers and _launchers(environ) != launchers:
             launchers = ()
             request_stop("the launcher has ended")
-        if (
-            _state.reason
-            and not _state.ranks_are_connected
-            and time.monotonic() > _state.noted_at + _CONNECT_GRACE_SECONDS
-        ):
-            _exit_before_connected()
-
-
-def _exit_before_connected() -> None:
-    """Exit before training: the other ranks did not connect, perhaps because the launcher ended them with SIGTERM."""
-    print(f"stopped by {stop_reason()} before all ranks were there", file=sys.stderr, flush=True)
-    os._exit(128 + signal.SIGTERM if _state.is_sigterm else STOPPED)
+        is_overdue = time.monotonic() > _state.requested_at + _CONNECT_GRACE_SECONDS
+        if _state.reason and not _state.ranks_are_connected and is_overdue:
+            print(f"stopped by {_state.reason} before all ranks were there", file=sys.stderr, flush=True)
+            os._exit(128 + signal.SIGTERM if _state.is_sigterm else STOPPED)
 
 
 def _world_size(environ: Mapping[str, str]) -> int:
@@ -173,24 +157,17 @@ def _world_size(environ: Mapping[str, str]) -> int:
 
 
 def _launchers(environ: Mapping[str, str]) -> tuple[int, ...]:
-    """Return the pids of the launcher processes that this rank must not outlive, from its parent up.
+    """Return the pids of the launcher processes that this rank must not outlive; they change once one has ended.
 
     torchrun and accelerate are the parent. deepspeed has a launcher process on each node as the parent, whose own
     parent is the command or the shell that ssh started. Any other parent may end before the run, such as the shell of
     a run that was started with nohup.
     """
-    if "TORCHELASTIC_RUN_ID" in environ:
-        return (os.getppid(),)
-    if "CROSS_RANK" in environ:
-        return _current_launchers((0, 0))
-    return ()
-
-
-def _current_launchers(before: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the pids of the same ancestors now; they differ from ``before`` once a launcher has died."""
     parent = os.getppid()
-    if len(before) == 1:
+    if "TORCHELASTIC_RUN_ID" in environ:
         return (parent,)
+    if "CROSS_RANK" not in environ:
+        return ()
     try:
         return (parent, psutil.Process(parent).ppid())
     except psutil.Error:

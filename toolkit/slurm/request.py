@@ -10,7 +10,7 @@ from pathlib import Path
 
 from toolkit.config.flags import positive_int
 from toolkit.runtime.errors import ConfigError
-from toolkit.runtime.redact import find_secret
+from toolkit.runtime.redact import find_secrets
 
 _EARLY_SIGNAL_SECONDS = 60
 """SLURM may send the signal before the limit this many seconds early (man sbatch, ``--signal``)."""
@@ -185,7 +185,7 @@ def _path_faults(given: argparse.Namespace) -> Iterator[str]:
 def _option_faults(given: argparse.Namespace) -> Iterator[str]:
     """Yield faults of ``--sbatch``, and secrets in flags that the script would show."""
     flags = {"--sbatch": given.sbatch, "--container": given.container or "", "--account": given.account or ""}
-    for flag in find_secret(flags):
+    for flag in find_secrets(flags):
         yield (
             f"{flag} holds a password or token, which the job's script would show; set it in the environment "
             "instead, which the job inherits"

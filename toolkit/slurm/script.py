@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from toolkit.runtime.errors import ConfigError
-from toolkit.runtime.redact import find_secret
+from toolkit.runtime.redact import find_secrets
 from toolkit.slurm.request import JobRequest
 
 SCRIPT_NAME = "job.sh"
@@ -129,7 +129,7 @@ def _environment_lines(job: BatchJob) -> Iterator[str]:
         yield f"export OMP_NUM_THREADS={request.cpus_per_task}"
     for name in sorted(job.submit_variables):
         if name.startswith(_FORWARDED_PREFIXES) or name in _FORWARDED_VARIABLES:
-            if find_secret(job.submit_variables[name], job.submit_variables):
+            if find_secrets(job.submit_variables[name], job.submit_variables):
                 raise ConfigError(
                     [f"{name} holds a password or token, and the script would show it; unset it"], "environment"
                 )

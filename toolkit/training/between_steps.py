@@ -11,7 +11,7 @@ import logging
 from toolkit.checkpoint.saver import Saver
 from toolkit.inference.evaluation import perplexity
 from toolkit.runtime import malloc
-from toolkit.runtime.out_of_memory import during
+from toolkit.runtime.out_of_memory import explain_out_of_memory
 from toolkit.runtime.signals import StopRequested
 from toolkit.training.context import RunContext
 from toolkit.training.guard import StepGuard
@@ -100,7 +100,7 @@ class BetweenSteps:
         """Check the weights, then save a checkpoint; with validation to follow, older checkpoints stay until then."""
         with without_dropout(state):
             self._guard.require_sound(self._progress.step, state.engine.forward_loss, state.prefix)
-        with during("the checkpoint"):
+        with explain_out_of_memory("the checkpoint"):
             self._saver.save(content_of(self._context, state, self._progress), validation_follows)
         self._committed = self._progress.step
         malloc.release_free_memory()

@@ -16,7 +16,7 @@ from toolkit.checkpoint.catalog import latest_checkpoint
 from toolkit.data.batches import Batch
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import TrainingStoppedError
-from toolkit.runtime.out_of_memory import during
+from toolkit.runtime.out_of_memory import explain_out_of_memory
 from toolkit.split.supervised_loss import SuffixLoss
 from toolkit.training.step import StepResult
 
@@ -108,7 +108,7 @@ class StepGuard:
         """
         if self._last_learned is None:  # no step has changed the weights since the run began or resumed
             return
-        with during("the check before a checkpoint", self._last_learned.shape):
+        with explain_out_of_memory("the check before a checkpoint", self._last_learned.shape):
             batch = self._last_learned.to(self._world.device)
             loss = float(forward(prefix(batch) if prefix else None, batch))
         if self._world.max(float(not math.isfinite(loss))):

@@ -14,9 +14,9 @@ from toolkit.config.flags import Invocation
 from toolkit.config.recipe import dump
 from toolkit.engine.deepspeed import nvme_files
 from toolkit.runtime import signals
-from toolkit.runtime.distributed import World, joined_ranks
+from toolkit.runtime.distributed import World, join_ranks
 from toolkit.runtime.errors import OutOfMemoryError
-from toolkit.runtime.out_of_memory import during
+from toolkit.runtime.out_of_memory import explain_out_of_memory
 from toolkit.runtime.paths import explain_refused_write
 from toolkit.runtime.shipped import command_line
 from toolkit.runtime.signals import STOPPED, StopRequested
@@ -45,7 +45,7 @@ def run(invocation: Invocation, on_directory: Callable[[Path], None] | None = No
         UsageError: recipe, data, model, mask or run directory is at fault.
         FrostlineError: training cannot go on.
     """
-    with signals.listening(), joined_ranks(engine_needs_group=invocation.deepspeed is not None) as world:
+    with signals.listening(), join_ranks(engine_needs_group=invocation.deepspeed is not None) as world:
         require_same(world, rank_settings(invocation))
         if not invocation.recipe_was_given:
             log.info("no --config given: using %s", invocation.recipe)
@@ -64,7 +64,7 @@ def train_in_group(invocation: Invocation, world: World, on_directory: Callable[
     trainer = None
     try:
         with (
-            during("the run"),
+            explain_out_of_memory("the run"),
             claim(invocation.config, invocation.recipe, world, override=invocation.resume_override) as directory,
         ):
             if on_directory is not None:
@@ -75,7 +75,7 @@ def train_in_group(invocation: Invocation, world: World, on_directory: Callable[
                 if world.is_main:
                     finish_pruning(directory.path, invocation.config.output.keep)
                 return 0
-            with during("the set-up"):
+            with explain_out_of_memory("the set-up"):
                 context, model = prepare(invocation, world, directory.state, directory.path)
                 nvme_files.assign_swap_folders(context.ds_config, directory.path)
             trainer = Trainer(context, model, directory.path)

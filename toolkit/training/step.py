@@ -13,7 +13,7 @@ from toolkit.activation_cache.cached_prefix import HiddenStates
 from toolkit.data.batches import Batch
 from toolkit.engine.base import Engine
 from toolkit.runtime.distributed import World
-from toolkit.runtime.out_of_memory import during
+from toolkit.runtime.out_of_memory import explain_out_of_memory
 from toolkit.split.supervised_loss import supervised_loss
 
 
@@ -56,16 +56,16 @@ def train_step(micro_batches: Sequence[Batch], prefix: HiddenStates | None, engi
     shares = []
     for index, batch in enumerate(micro_batches, start=1):
         batch = batch.to(world.device)
-        with during("the prefix", batch.shape):
+        with explain_out_of_memory("the prefix", batch.shape):
             hidden = prefix(batch) if prefix else None
-        with during("forward", batch.shape):
+        with explain_out_of_memory("forward", batch.shape):
             loss = supervised_loss(engine.forward_loss, hidden, batch, supervised)
         shares.append(loss.detach())
         # 1, or NaN if the loss is not finite: the gradient is then NaN on all ranks, and every engine skips the step
         guard = 1.0 + 0.0 * shares[-1]
-        with during("backward", batch.shape):
+        with explain_out_of_memory("backward", batch.shape):
             engine.backward(loss * guard, is_last=index == len(micro_batches))
-    with during("the update"):
+    with explain_out_of_memory("the update"):
         update = engine.update()
     *own, grad_norm = torch.stack((*shares, update.grad_norm)).tolist()  # the step's one wait for the device
     (mean_loss,) = world.sum(sum(own))

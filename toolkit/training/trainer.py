@@ -13,7 +13,7 @@ from toolkit.data.batches import Batch, epoch_order, step_batches
 from toolkit.data.prefetch import Prefetcher, on_device
 from toolkit.mask.diagram import draw_mask
 from toolkit.planning.planner import Plan
-from toolkit.runtime.out_of_memory import during
+from toolkit.runtime.out_of_memory import explain_out_of_memory
 from toolkit.training.between_steps import BetweenSteps
 from toolkit.training.context import ModelHandle, RunContext
 from toolkit.training.guard import StepGuard
@@ -61,10 +61,10 @@ class Trainer:
     def begin(self, checkpoint: Path | None) -> None:
         """Build the first phase, or resume from a verified checkpoint."""
         if checkpoint is None:
-            with during("the set-up"):
+            with explain_out_of_memory("the set-up"):
                 self.current = build_phase(self.context, self._model, self.context.schedule.phases[0])
             return
-        with during("reading the checkpoint"):
+        with explain_out_of_memory("reading the checkpoint"):
             self.current, self.progress = resume(self.context, self._model, checkpoint)
 
     def run(self, monitor: Monitor, saver: Saver) -> bool:
@@ -123,7 +123,7 @@ class Trainer:
     def _change_phase(self, monitor: Monitor) -> None:
         """Go on to the next phase, and show it."""
         context = self.context
-        with during("the change of phase"):
+        with explain_out_of_memory("the change of phase"):
             self.next_phase()
         if context.world.is_main:
             try:

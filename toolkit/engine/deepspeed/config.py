@@ -13,7 +13,7 @@ from toolkit.config.policy import global_batch
 from toolkit.config.schema import MaskConfig, RunConfig
 from toolkit.engine.deepspeed.nvme_files import check_nvme_paths
 from toolkit.runtime.errors import ConfigError
-from toolkit.runtime.redact import find_secret
+from toolkit.runtime.redact import find_secrets
 
 _KNOWN_KEYS = frozenset(
     [
@@ -48,7 +48,9 @@ def read_ds_config(path: Path) -> dict[str, Any]:
         raise ConfigError([f"{path}: not valid JSON in UTF-8: {error}"]) from None
     if not isinstance(content, dict):
         raise ConfigError([f"{path}: holds a {type(content).__name__}; expected an object"])
-    faults = [f"{where} holds a password or token; no key of it needs one: remove it" for where in find_secret(content)]
+    faults = [
+        f"{where} holds a password or token; no key of it needs one: remove it" for where in find_secrets(content)
+    ]
     for key in content:
         if key not in _KNOWN_KEYS:
             near = difflib.get_close_matches(key, sorted(_KNOWN_KEYS), n=1)
