@@ -62,7 +62,7 @@ def set_up_run(workload: Workload, more: Sequence[str], folder: Path) -> Trainer
     ]  # fmt: skip
     if "--prefix.cache_dir " in recipe_flags():
         given += ["--prefix.cache_dir", str(folder / "cache")]
-    invocation = recipe.parse(recipe.parser(__doc__ or ""), ROOT / "recipes" / "quickstart.yaml", given)
+    invocation = recipe.parse(recipe.create_parser(__doc__ or ""), ROOT / "recipes" / "quickstart.yaml", given)
     world = distributed.join_process_group(engine_needs_group=invocation.deepspeed is not None)
     trainer = Trainer(*prepare_run(invocation, world), folder)
     trainer.begin(None)

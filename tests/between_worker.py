@@ -50,7 +50,7 @@ def main() -> None:
     """Train under the scenario, and leave with the run's exit code."""
     scenario, *rest = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     {"stop-at-2": stop_at_2, "answers-fail": answers_fail}[scenario]()
-    parser = flags.parser("")
+    parser = flags.create_parser("")
     cli.exit_process(cli.run_command(lambda: run(flags.parse(parser, ROOT / "recipes" / "quickstart.yaml", rest))))
 
 

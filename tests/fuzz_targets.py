@@ -49,7 +49,7 @@ def _put(path: Path, content: bytes | str) -> Path:
 
 
 def parse(*words: str) -> Any:
-    return flags.parse(flags.parser("fuzz"), QUICKSTART, list(words))
+    return flags.parse(flags.create_parser("fuzz"), QUICKSTART, list(words))
 
 
 def recipe_text(folder: Path) -> Target:
@@ -68,7 +68,7 @@ def command_line(folder: Path) -> Target:
     from toolkit.slurm.request import add_flags, read_request
 
     def target(words: list[str]) -> None:
-        parser = flags.parser("fuzz")
+        parser = flags.create_parser("fuzz")
         add_flags(parser)
         read_request(flags.parse(parser, QUICKSTART, words).arguments)
 

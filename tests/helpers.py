@@ -137,7 +137,7 @@ def invocation(*flags: str) -> Any:
     """The parsed command line of launch/train.py."""
     from toolkit.config import flags as config_flags
 
-    parser = config_flags.parser("test")
+    parser = config_flags.create_parser("test")
     config_flags.add_resume_override(parser)
     return config_flags.parse(parser, QUICKSTART, list(flags))
 

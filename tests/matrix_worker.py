@@ -69,7 +69,7 @@ def main() -> None:
             "--train.gradient_accumulation_steps", str(accumulation),
             "--train.micro_batch_size", str(GLOBAL_BATCH // accumulation // world.size),
         ]  # fmt: skip
-        code = train_in_group(flags.parse(flags.parser(""), ROOT / "recipes" / "quickstart.yaml", given), world)
+        code = train_in_group(flags.parse(flags.create_parser(""), ROOT / "recipes" / "quickstart.yaml", given), world)
         assert code == 0, code
 
     for cell in cells(world.size):

@@ -69,7 +69,9 @@ def main() -> None:
             point_to(folder / name, 2)
         world.barrier()
         words = [*rest, *own, "--output.dir", str(folder / name), "--ds", str(ds_file(folder, name))]
-        codes[name] = train_in_group(flags.parse(flags.parser(""), ROOT / "recipes" / "quickstart.yaml", words), world)
+        codes[name] = train_in_group(
+            flags.parse(flags.create_parser(""), ROOT / "recipes" / "quickstart.yaml", words), world
+        )
     if world.is_main:
         (folder / "result.json").write_text(json.dumps({"codes": codes, "in files": in_files}), encoding="utf-8")
     world.barrier()

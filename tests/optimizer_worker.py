@@ -35,7 +35,7 @@ KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 def begin(given: list[str], world: World, masters: dict[str, torch.Tensor] | None = None) -> Trainer:
     """A run from its beginning, or from trained tensors that rank 0 has, as a resumed one."""
-    invocation = flags.parse(flags.parser(""), ROOT / "recipes" / "quickstart.yaml", given)
+    invocation = flags.parse(flags.create_parser(""), ROOT / "recipes" / "quickstart.yaml", given)
     if masters is None:
         return set_up(invocation, world)
     context, model = prepare(invocation, world)

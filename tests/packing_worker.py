@@ -56,7 +56,7 @@ def main() -> None:
     results = {}
     for mode in ("auto", "off"):
         given = [*rest, "--data.packing", mode]
-        invocation = flags.parse(flags.parser(""), ROOT / "recipes" / "quickstart.yaml", given)
+        invocation = flags.parse(flags.create_parser(""), ROOT / "recipes" / "quickstart.yaml", given)
         results[mode] = steps(set_up(invocation, world))
     if world.is_main:
         Path(output).write_text(json.dumps(results), encoding="utf-8")

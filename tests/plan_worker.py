@@ -86,7 +86,7 @@ def main() -> None:
     results = {}
     for engine in ENGINES:
         given = [*rest, "--ds", str(ROOT / "ds_configs" / f"{engine}.json")]
-        invocation = flags.parse(flags.parser(""), ROOT / "recipes" / "quickstart.yaml", given)
+        invocation = flags.parse(flags.create_parser(""), ROOT / "recipes" / "quickstart.yaml", given)
         results[engine] = one_step(set_up(invocation, world), Path(output).parent / engine)
     if world.is_main:
         Path(output).write_text(json.dumps(results), encoding="utf-8")

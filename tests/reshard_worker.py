@@ -45,7 +45,7 @@ def command(folder: Path, name: str, zero: dict[str, object] | None, rest: list[
         ds = folder / f"{name}.json"
         ds.write_text(json.dumps({"zero_optimization": zero, "zero_allow_untested_optimizer": True}))
         given += ["--ds", str(ds)]
-    return flags.parse(flags.parser(""), ROOT / "recipes" / "quickstart.yaml", given)
+    return flags.parse(flags.create_parser(""), ROOT / "recipes" / "quickstart.yaml", given)
 
 
 def go_on(folder: Path, name: str, rest: list[str], world: World) -> int:

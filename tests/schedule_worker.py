@@ -77,7 +77,7 @@ def one(name: str, folder: Path, rest: list[str], world: World) -> dict[str, Any
     watch = Watch()
 
     def go() -> int:
-        return train_in_group(flags.parse(flags.parser(""), ROOT / "recipes" / "quickstart.yaml", given), world)
+        return train_in_group(flags.parse(flags.create_parser(""), ROOT / "recipes" / "quickstart.yaml", given), world)
 
     codes = [go()]
     watch.stop()

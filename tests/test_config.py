@@ -7,14 +7,14 @@ import yaml
 from helpers import QUICKSTART, ROOT, invocation, run_here, run_script
 
 from toolkit.config.peer_keys import ALTERNATIVES, EQUIVALENT_KEYS
-from toolkit.config.recipe import build, did_you_mean, dump, field_paths, read_recipe
+from toolkit.config.recipe import build_config, did_you_mean, dump, field_paths, read_recipe
 from toolkit.config.schema import MaskGroup, RunConfig
 from toolkit.runtime.errors import ConfigError
 
 
 def faults_of(recipe: dict[str, object]) -> list[str]:
     with pytest.raises(ConfigError) as error:
-        build(recipe, "test")
+        build_config(recipe, "test")
     return error.value.faults
 
 
@@ -29,11 +29,11 @@ def test_defaults_are_the_reference_recipe() -> None:
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_recipe_is_valid(recipe: Path) -> None:
-    build(read_recipe(recipe), recipe.name)
+    build_config(read_recipe(recipe), recipe.name)
 
 
 def test_exaone_recipe_is_the_reference_recipe_pinned_and_without_remote_code() -> None:
-    config = build(read_recipe(ROOT / "recipes" / "exaone35_pubmedqa_ko.yaml"), "exaone")
+    config = build_config(read_recipe(ROOT / "recipes" / "exaone35_pubmedqa_ko.yaml"), "exaone")
     assert config.train == RunConfig().train
     assert config.mask.train == RunConfig().mask.train
     assert len(config.model.revision or "") == 40

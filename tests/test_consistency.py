@@ -23,7 +23,7 @@ from pathlib import Path
 
 def main():
     world = distributed.join_process_group()
-    require_same(world, rank_settings(flags.parse(flags.parser(""), Path(sys.argv.pop(1)))))
+    require_same(world, rank_settings(flags.parse(flags.create_parser(""), Path(sys.argv.pop(1)))))
     return 0
 
 cli._CONNECTED_GRACE_SECONDS = 0.0

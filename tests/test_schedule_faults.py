@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from helpers import ENGLISH, ROOT, invocation, run_here, tiny_flags, tiny_llama
 
-from toolkit.config.recipe import build, read_recipe, save
+from toolkit.config.recipe import build_config, dump, read_recipe
 from toolkit.config.schema import MaskConfig
 from toolkit.engine.deepspeed.config import refuse_schedule_conflicts
 from toolkit.mask.schedule import build_schedule
@@ -47,7 +47,7 @@ def schedule(*phases: dict[str, Any], train: list[str] | None = None, tied: str 
 )
 def test_a_recipe_with_a_faulty_schedule_is_refused(phases: list[Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build({"mask": {"schedule": phases}}, "test")
+        build_config({"mask": {"schedule": phases}}, "test")
 
 
 @pytest.mark.parametrize(
@@ -115,8 +115,8 @@ def test_a_flag_takes_yaml_or_json_and_the_saved_recipe_reads_back(tmp_path: Pat
     words = invocation("--mask.schedule", "{train: head, until_epoch: 1}", "{train: [last:2, head], until_epoch: 2}")
     assert listed == words.config
     assert [phase.until_epoch for phase in listed.mask.schedule] == [1, 2]
-    save(listed, tmp_path / "config.yaml")
-    assert build(read_recipe(tmp_path / "config.yaml"), "test") == listed
+    (tmp_path / "config.yaml").write_text(dump(listed), encoding="utf-8")
+    assert build_config(read_recipe(tmp_path / "config.yaml"), "test") == listed
     with pytest.raises(ConfigError, match=r"--mask\.schedule: '\{train: \[head' is not valid YAML"):
         invocation("--mask.schedule", "{train: [head")
 

@@ -22,7 +22,7 @@ from toolkit.training.preflight import preflight
 
 
 def request(*words: str) -> JobRequest:
-    parser = config_flags.parser("test")
+    parser = config_flags.create_parser("test")
     add_flags(parser)
     return read_request(parser.parse_args(words))
 
@@ -184,7 +184,7 @@ def test_what_the_run_would_refuse_is_refused_at_submission(
     tiny_model: Path, tmp_path: Path, changes: tuple[str, ...], message: str
 ) -> None:
     words = [*tiny_flags(tiny_model, tmp_path / "run"), *changes]
-    invocation = config_flags.parse(config_flags.parser("test"), ROOT / "recipes" / "quickstart.yaml", words)
+    invocation = config_flags.parse(config_flags.create_parser("test"), ROOT / "recipes" / "quickstart.yaml", words)
     with pytest.raises(UsageError, match=message):
         preflight(invocation, ranks=2)
 
@@ -193,7 +193,7 @@ def test_a_deepspeed_file_that_contradicts_the_number_of_ranks_is_refused(tiny_m
     ds = tmp_path / "ds.json"
     ds.write_text('{"train_batch_size": 4, "zero_optimization": {"stage": 2}}')
     words = [*tiny_flags(tiny_model, tmp_path / "run"), "--ds", str(ds)]
-    invocation = config_flags.parse(config_flags.parser("test"), ROOT / "recipes" / "quickstart.yaml", words)
+    invocation = config_flags.parse(config_flags.create_parser("test"), ROOT / "recipes" / "quickstart.yaml", words)
     preflight(invocation, ranks=4)
     with pytest.raises(ConfigError, match="train_batch_size is 4, the recipe's micro batch x accumulation x 2 ranks"):
         preflight(invocation, ranks=2)

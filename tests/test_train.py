@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.plain_loop import plain_loop
 from benchmarks.record import SAME_LEARNING, rms
 from benchmarks.workload import Workload
-from toolkit.config.flags import parse, parser
+from toolkit.config.flags import create_parser, parse
 from toolkit.config.schema import DataConfig, ModelConfig
 from toolkit.data.batches import epoch_order, step_batches
 from toolkit.data.dataset import load_dataset
@@ -261,7 +261,7 @@ def test_without_a_directory_runs_are_numbered_and_an_interrupted_one_is_continu
         stop_at(5, patch)
         assert train(*flags) == 75
     assert train(*flags) == 0
-    other = parse(parser(""), QUICKSTART, [*flags, "--train.seed", "3"])
+    other = parse(create_parser(""), QUICKSTART, [*flags, "--train.seed", "3"])
     from toolkit.training.run import run
 
     assert run(other) == 0

@@ -91,7 +91,9 @@ def main() -> None:
             ds = Path(f"{output}.ds")
             ds.write_text('{"zero_optimization": {"stage": 0}, "bf16": {"enabled": "auto"}}')
         invocation = flags.parse(
-            flags.parser(""), ROOT / "recipes" / "quickstart.yaml", [*rest, "--model.dtype", dtype, "--ds", str(ds)]
+            flags.create_parser(""),
+            ROOT / "recipes" / "quickstart.yaml",
+            [*rest, "--model.dtype", dtype, "--ds", str(ds)],
         )
         messages.clear()
         trainer = set_up(invocation, world)

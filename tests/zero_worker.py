@@ -52,7 +52,7 @@ def main() -> None:
 
     local_rank = [word for word in sys.argv[1:] if word.startswith("--local_rank")]
     output, *rest = [word for word in sys.argv[1:] if word not in local_rank]
-    invocation = flags.parse(flags.parser(""), ROOT / "recipes" / "quickstart.yaml", rest)
+    invocation = flags.parse(flags.create_parser(""), ROOT / "recipes" / "quickstart.yaml", rest)
     world = distributed.join_process_group(engine_needs_group=True)
     trainer = set_up(invocation, world)
     frozen = digests(trainer)

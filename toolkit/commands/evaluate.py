@@ -76,7 +76,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     """
     from toolkit.config import flags
 
-    parser = adapt_help(flags.parser(__doc__ or ""), program)
+    parser = adapt_help(flags.create_parser(__doc__ or ""), program)
     parser.add_argument("source", help="run directory, export, delta, model directory or Hub id")
     parser.add_argument("--data.path", dest="data", help="rows to evaluate on; default: what the run held out")
     parser.add_argument("--data.split", dest="split", help="split of a Hub data set; default: its only one, or train")

@@ -77,7 +77,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     """
     from toolkit.config import flags
 
-    parser = adapt_help(flags.parser(__doc__ or ""), program)
+    parser = adapt_help(flags.create_parser(__doc__ or ""), program)
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("--output", type=Path, help="target directory; default: RUN/export, or RUN/export-delta")
     parser.add_argument("--delta", action="store_true", help="write the trained tensors alone")

@@ -123,7 +123,7 @@ def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespa
     """Parse the command line, and end the process if flags contradict each other."""
     from toolkit.config import flags
 
-    parser = adapt_help(flags.parser(__doc__ or ""), program)
+    parser = adapt_help(flags.create_parser(__doc__ or ""), program)
     parser.add_argument("source", help="run directory, export, delta, model directory or Hub id")
     questions = parser.add_mutually_exclusive_group(required=True)
     questions.add_argument("--question", help="one question")

@@ -107,7 +107,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     from toolkit.config import flags
     from toolkit.runtime.shipped import QUICKSTART, shipped_file
 
-    parser = adapt_help(flags.parser(__doc__ or ""), program)
+    parser = adapt_help(flags.create_parser(__doc__ or ""), program)
     parser.add_argument("--world-size", type=flags.positive_int, default=1, help="ranks, one GPU each; default: 1")
     parser.add_argument("--gpu-memory", metavar="SIZE", help="memory of one GPU, such as 24GiB: say whether it fits")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")

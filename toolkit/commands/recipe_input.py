@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from toolkit.config.flags import Invocation
-from toolkit.config.recipe import build, merge, read_recipe
+from toolkit.config.recipe import build_config, merge, read_recipe
 from toolkit.config.schema import RunConfig
 from toolkit.runtime.errors import ConfigError
 from toolkit.runtime.shipped import QUICKSTART, find_file, shipped_file
@@ -47,7 +47,7 @@ def read_input(
         raise ConfigError(malformed, "overrides")
     source = ("recipe" if path is _UNNAMED_RECIPE else f"recipe {path}") + (" and overrides" if flat else "")
     return Invocation(
-        config=build(merge(values, flat), source),
+        config=build_config(merge(values, flat), source),
         recipe=path,
         recipe_was_given=recipe is not None,
         deepspeed=None if ds is None else find_file(ds),

@@ -88,7 +88,7 @@ def _parse(words: Sequence[str] | None, program: str | None) -> list[Invocation]
     from toolkit.slurm.request import add_flags
 
     def parse(recipe: Path) -> Invocation:
-        parser = adapt_help(flags.parser(__doc__ or ""), program)
+        parser = adapt_help(flags.create_parser(__doc__ or ""), program)
         add_flags(parser)
         return flags.parse(parser, recipe, words)
 

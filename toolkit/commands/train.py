@@ -102,7 +102,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         from toolkit.config import flags
         from toolkit.runtime.shipped import QUICKSTART, shipped_file
 
-        parser = adapt_help(flags.parser(__doc__ or ""), program)
+        parser = adapt_help(flags.create_parser(__doc__ or ""), program)
         flags.add_resume_override(parser)
         invocation = flags.parse(parser, shipped_file(QUICKSTART), words)
         from toolkit.training.run import run  # imports torch, which --help and a faulty recipe need not wait for

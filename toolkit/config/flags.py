@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit.config.recipe import build, did_you_mean, field_paths, merge, parse_yaml, read_recipe
+from toolkit.config.recipe import build_config, did_you_mean, field_paths, merge, parse_yaml, read_recipe
 from toolkit.config.schema import RunConfig
 from toolkit.runtime.errors import ConfigError
 from toolkit.runtime.shipped import find_file
@@ -37,7 +37,7 @@ class Invocation:
         return bool(getattr(self.arguments, "resume_override", False))
 
 
-def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
+def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     """Add ``--section.key`` for every recipe key, with its docstring and default as help."""
     groups: dict[str, argparse._ArgumentGroup] = {}
     for path, info in field_paths().items():
@@ -61,7 +61,7 @@ def parse(parser: argparse.ArgumentParser, default_recipe: Path, argv: Sequence[
     Args:
         parser: parser with the command's own flags; the others are added here.
         default_recipe: recipe to use without ``--config``.
-        argv: command-line arguments. Defaults to those of the process.
+        argv: arguments; None takes those of the process.
 
     Raises:
         ConfigError: unknown flags, unknown keys and invalid values, all in one message.
@@ -77,7 +77,7 @@ def parse(parser: argparse.ArgumentParser, default_recipe: Path, argv: Sequence[
     parser.add_argument(
         "--local_rank", "--local-rank", type=int, help="set by the deepspeed launcher; not needed by hand"
     )
-    add_recipe_flags(parser)
+    _add_recipe_flags(parser)
     arguments, unknown = parser.parse_known_args(argv)
     known = field_paths()
     faults = [
@@ -93,12 +93,12 @@ def parse(parser: argparse.ArgumentParser, default_recipe: Path, argv: Sequence[
     ]
     recipe = find_file(arguments.config or default_recipe)
     flags = {
-        path: _parse_flag_value(path, known[path], text, faults)
-        for path, text in vars(arguments).items()
-        if path in known
+        key: _parse_flag_value(key, known[key].annotation, text, faults)
+        for key, text in vars(arguments).items()
+        if key in known
     }
     source = f"recipe {recipe}" + (" and flags" if flags or unknown else "")
-    config = build(merge(read_recipe(recipe), flags), source, faults)
+    config = build_config(merge(read_recipe(recipe), flags), source, faults)
     return Invocation(
         config=config,
         recipe=recipe,
@@ -108,7 +108,7 @@ def parse(parser: argparse.ArgumentParser, default_recipe: Path, argv: Sequence[
     )
 
 
-def parser(description: str) -> argparse.ArgumentParser:
+def create_parser(description: str) -> argparse.ArgumentParser:
     """Create an argument parser that accepts no abbreviated flags and prints the description as written."""
     return argparse.ArgumentParser(
         description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -127,7 +127,7 @@ def add_open_model_flags(parser: argparse.ArgumentParser, dtype_help: str) -> No
     """Add ``--dtype``, ``--step``, ``--base`` and ``--trust-remote-code``, the arguments of ``open_model``."""
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help=dtype_help)
     parser.add_argument(
-        "--step", type=step, metavar="{N,latest,best}", default=None,
+        "--step", type=checkpoint_step, metavar="{N,latest,best}", default=None,
         help="checkpoint of a run: its step, latest, or best, which has the lowest validation loss; default: latest",
     )  # fmt: skip
     parser.add_argument("--base", help="where the base model is, if it moved since training")
@@ -143,13 +143,14 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
-def step(text: str) -> int | str:
+def checkpoint_step(text: str) -> int | str:
     """Parse a checkpoint's step, ``latest`` or ``best``; for ``add_argument(type=…)``."""
     if text in ("latest", "best"):
         return text
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1, latest or best")
-    return int(text)
+    try:
+        return positive_int(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, latest or best") from None
 
 
 def byte_size(text: str) -> int:
@@ -195,33 +196,29 @@ def _takes_many(annotation: Any) -> bool:
 
 def _metavar(annotation: Any) -> str:
     """Return how the help shows the value of a flag: the allowed words, or the names of its types."""
-    for part in _union_members(annotation):
-        if typing.get_origin(part) is typing.Literal:
-            return "{" + ",".join(map(str, typing.get_args(part))) + "}"
-    names = [part.__name__ for part in _union_members(annotation) if part is not type(None) and isinstance(part, type)]
+    members = _union_members(annotation)
+    for member in members:
+        if typing.get_origin(member) is typing.Literal:
+            return "{" + ",".join(map(str, typing.get_args(member))) + "}"
+    names = [member.__name__ for member in members if member is not type(None) and isinstance(member, type)]
     return "|".join(names).upper() or "VALUE"
 
 
-def _parse_flag_value(path: str, info: Any, text: str | list[str], faults: list[str]) -> Any:
-    """Return the value of a flag; for a key that takes a list, text in ``[…]`` or ``{…}`` is read as YAML.
+def _parse_flag_value(key: str, annotation: Any, text: str | list[str], faults: list[str]) -> Any:
+    """Return the value of a recipe key's flag, or its text after a fault is appended to ``faults``.
 
-    Args:
-        path: recipe key of the flag.
-        info: pydantic ``FieldInfo`` of the key.
-        text: text of the flag, or its words if it takes several.
-        faults: list that invalid YAML is appended to.
+    Of a key that takes a list, ``text`` holds the words, where ``[…]`` and ``{…}`` are read as YAML.
     """
     if isinstance(text, str):
-        return None if type(None) in _union_members(info.annotation) and text.lower() in ("none", "null") else text
+        return None if type(None) in _union_members(annotation) and text.lower() in ("none", "null") else text
+
+    def parse_word(word: str) -> Any:
+        try:
+            return parse_yaml(word)
+        except ValueError as error:
+            faults.append(f"--{key}: {word!r} is not valid YAML: {error}")
+            return word
+
     if len(text) == 1 and text[0].startswith("["):
-        return _parse_flag_yaml(path, text[0], faults)
-    return [_parse_flag_yaml(path, word, faults) if word.startswith("{") else word for word in text]
-
-
-def _parse_flag_yaml(path: str, text: str, faults: list[str]) -> Any:
-    """Parse YAML; if it is invalid append a fault and return the text."""
-    try:
-        return parse_yaml(text)
-    except ValueError as error:
-        faults.append(f"--{path}: {text!r} is not valid YAML: {error}")
-        return text
+        return parse_word(text[0])
+    return [parse_word(word) if word.startswith("{") else word for word in text]

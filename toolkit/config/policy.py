@@ -30,11 +30,7 @@ def global_batch(micro_batch_size: int, accumulation: int, ranks: int) -> int:
 
 
 def refuse_cache(settings: PrefixConfig, obstacle: str | None) -> Decision | None:
-    """Decide against a cache if the recipe or an obstacle rules it out; None if neither does.
-
-    Args:
-        settings: the recipe's prefix section.
-        obstacle: reason why a cache is impossible; None if it is possible.
+    """Decide against a cache if the recipe or an ``obstacle``, why none is possible, rules it out; else return None.
 
     Raises:
         ConfigError: ``prefix.cache`` is ``on`` and there is an obstacle.

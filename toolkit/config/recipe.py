@@ -37,11 +37,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
     The suggestion is a parenthesis that ends the error message. Misspellings are found by the last part of the key,
     with or without its section (``learnin_rate`` suggests ``train.learning_rate``), and so are the names of other
-    trainers (``toolkit.config.peer_keys``).
-
-    Args:
-        name: unknown key, or flag without its dashes.
-        known: valid keys.
+    trainers (``toolkit.config.peer_keys``). ``name`` is the unknown key, or flag without its dashes.
     """
     name = name.lower().replace("-", "_")
     section, _, leaf = name.rpartition(".")
@@ -120,19 +116,19 @@ def merge(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]
     return {key: value for key, value in merged.items() if value is not None}
 
 
-def build(values: Mapping[str, Any], source: str, faults: Iterable[str] = ()) -> RunConfig:
+def build_config(values: Mapping[str, Any], source: str, faults: Iterable[str] = ()) -> RunConfig:
     """Validate nested values into a ``RunConfig``.
 
     Args:
         values: nested dictionaries, as ``merge`` returns them.
         source: origin of the values, for the message.
-        faults: faults found earlier, such as unknown flags, to report with the new ones.
+        faults: earlier faults, such as unknown flags, to report with the new ones.
 
     Raises:
         ConfigError: there are faults; the message lists them all with value, expectation and remedy.
     """
-    found = list(faults)
-    found += [
+    all_faults = list(faults)
+    all_faults += [
         f"{where} holds a password or token; no key needs one: log in with `hf auth login`, or set HF_TOKEN"
         for where in find_secrets(values)
     ]
@@ -140,9 +136,9 @@ def build(values: Mapping[str, Any], source: str, faults: Iterable[str] = ()) ->
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        found += [_describe_fault(fault) for fault in error.errors() if not _is_duplicate(fault)]
-    if found or config is None:
-        raise ConfigError(list(dict.fromkeys(found)), source)
+        all_faults += [_describe_fault(fault) for fault in error.errors() if not _is_duplicate(fault)]
+    if all_faults or config is None:
+        raise ConfigError(list(dict.fromkeys(all_faults)), source)
     return config
 
 
@@ -171,11 +167,6 @@ def _is_duplicate(fault: Any) -> bool:
     return fault["loc"][0] == "mask" and fault["loc"][-1] == "str" and isinstance(fault["input"], dict)
 
 
-def save(config: RunConfig, path: Path) -> None:
-    """Write the resolved recipe; the file is itself a valid ``--config``."""
-    path.write_text(dump(config), encoding="utf-8")
-
-
 def dump(config: RunConfig) -> str:
-    """Return the resolved recipe as YAML text."""
+    """Return the resolved recipe as YAML text, itself a valid ``--config``."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

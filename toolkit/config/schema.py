@@ -11,29 +11,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from toolkit.config.mask_schema import MaskConfig, MaskGroup, MaskPhase
-from toolkit.config.section import Section
+from toolkit.config.mask_schema import MaskConfig as MaskConfig
+from toolkit.config.mask_schema import MaskGroup as MaskGroup
+from toolkit.config.mask_schema import MaskPhase as MaskPhase
+from toolkit.config.mask_schema import Section as Section
 from toolkit.runtime.paths import is_directory
-
-__all__ = [
-    "DataConfig",
-    "MaskConfig",
-    "MaskGroup",
-    "MaskPhase",
-    "ModelConfig",
-    "OptimConfig",
-    "OptimName",
-    "OutputConfig",
-    "PrefixConfig",
-    "RunConfig",
-    "Section",
-    "TrainConfig",
-]
 
 
 def _switch(value: Any) -> Any:
     """Turn the boolean that YAML 1.1 makes of an unquoted on or off back into the word."""
-    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 def _number_if_numeric(value: Any) -> Any:

@@ -14,7 +14,7 @@ from toolkit.checkpoint.catalog import checkpoints_of
 from toolkit.checkpoint.choice import ChosenCheckpoint, Step, choose_checkpoint
 from toolkit.checkpoint.delta import Delta, is_delta, read_delta
 from toolkit.checkpoint.restore import Checkpoint
-from toolkit.config.recipe import build, read_recipe
+from toolkit.config.recipe import build_config, read_recipe
 from toolkit.config.schema import ModelConfig, RunConfig
 from toolkit.data.chat_rendering import Rendering, read_rendering
 from toolkit.data.examples import Encoder
@@ -73,7 +73,7 @@ def open_model(
     """
     path = Path(source)
     if _is_run(path):
-        config = build(read_recipe(path / "config.yaml"), f"recipe {path}/config.yaml")
+        config = build_config(read_recipe(path / "config.yaml"), f"recipe {path}/config.yaml")
         choice, delta = read_run(path, step)
         loaded = load_delta(delta, base, trust_remote_code, dtype)
         return OpenedModel(loaded, config, path, choice, delta, read_rendering(path))
