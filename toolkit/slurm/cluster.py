@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,26 +54,47 @@ def partitions() -> list[Partition]:
             "there is no sbatch on this machine; run this on a login node of the cluster, or look at the script "
             "with --dry-run"
         )
-    lines = _run_slurm_tool("sinfo", "--noheader", "--exact", "--format=%P|%D|%l|%G|%c").splitlines()
-    found: dict[str, Partition] = {}
-    for line in lines:
+    by_name: dict[str, Partition] = {}
+    for line in _run_slurm_tool("sinfo", "--noheader", "--exact", "--format=%P|%D|%l|%G|%c").splitlines():
         label, count, limit, gres, cpus = line.strip().split("|")
         name = label.removesuffix("*")
         # "16+" stands for nodes with 16 CPUs or more; 16 is what each of them has
         kind = NodeKind(int(count), _gpu_count(gres), int(cpus.rstrip("+")))
-        before = found[name].kinds if name in found else ()
-        found[name] = Partition(name, label.endswith("*"), limit, (*before, kind))
-    return list(found.values())
+        kinds = by_name[name].kinds if name in by_name else ()
+        by_name[name] = Partition(name, label.endswith("*"), limit, (*kinds, kind))
+    return list(by_name.values())
 
 
-def check(request: JobRequest, known: list[Partition]) -> None:
+def check(request: JobRequest, partitions: list[Partition]) -> None:
     """Refuse a request that the cluster would reject or never start.
+
+    ``sbatch --test-only`` cannot: it accepts jobs that would wait for ever, and does not say what a partition offers.
 
     Raises:
         ConfigError: lists all faults, with what the partition offers.
     """
-    if faults := list(_cluster_faults(request, known)):
-        raise ConfigError(faults, "request, as sinfo describes the cluster")
+    source = "request, as sinfo describes the cluster"
+    if request.partition is None:
+        partition = next((partition for partition in partitions if partition.is_default), None)
+        fault = "the cluster has no default partition; choose one with --partition:"
+    else:
+        partition = next((partition for partition in partitions if partition.name == request.partition), None)
+        fault = f"--partition is {request.partition}, which this cluster does not have; it has"
+    if partition is None:
+        raise ConfigError([f"{fault} {'; '.join(known.describe() for known in partitions) or 'none'}"], source)
+    faults = []
+    gpus, cpus = request.gpus_per_node or 0, request.ranks_per_node * (request.cpus_per_task or 1)
+    suitable = partition.count_nodes(gpus, cpus)
+    if request.nodes > suitable:
+        each = f"{cpus} CPUs and {gpus} GPUs each" if gpus else f"{cpus} CPUs each"
+        faults.append(
+            f"--nodes is {request.nodes} with {each}; {suitable} node(s) can give that ({partition.describe()})"
+        )
+    limit, requested = time_in_seconds(partition.limit), time_in_seconds(request.time or "")
+    if limit is not None and requested is not None and requested > limit:
+        faults.append(f"--time is {request.time}; partition {partition.name} allows {partition.limit} at most")
+    if faults:
+        raise ConfigError(faults, source)
 
 
 def job_state(job: str) -> str | None:
@@ -101,29 +121,6 @@ def sbatch(script: Path) -> str:
         SlurmError: sbatch refuses the script; the message quotes its output.
     """
     return _run_slurm_tool("sbatch", "--parsable", str(script)).strip().split(";")[0]
-
-
-def _cluster_faults(request: JobRequest, known: list[Partition]) -> Iterator[str]:
-    """Yield a message for each way in which the request does not fit its partition."""
-    names = "; ".join(partition.describe() for partition in known) or "none"
-    if request.partition is None:
-        partition = next((partition for partition in known if partition.is_default), None)
-        if partition is None:
-            yield f"the cluster has no default partition; choose one with --partition: {names}"
-            return
-    else:
-        partition = next((partition for partition in known if partition.name == request.partition), None)
-        if partition is None:
-            yield f"--partition is {request.partition}, which this cluster does not have; it has {names}"
-            return
-    gpus, cpus = request.gpus_per_node or 0, request.ranks_per_node * (request.cpus_per_task or 1)
-    suitable = partition.count_nodes(gpus, cpus)
-    if request.nodes > suitable:
-        each = f"{cpus} CPUs and {gpus} GPUs each" if gpus else f"{cpus} CPUs each"
-        yield f"--nodes is {request.nodes} with {each}; {suitable} node(s) can give that ({partition.describe()})"
-    limit, requested = time_in_seconds(partition.limit), request.time_seconds
-    if limit is not None and requested is not None and requested > limit:
-        yield f"--time is {request.time}; partition {partition.name} allows {partition.limit} at most"
 
 
 def _gpu_count(gres: str) -> int:

@@ -54,11 +54,6 @@ class JobRequest:
         """World size."""
         return self.nodes * self.ranks_per_node
 
-    @property
-    def time_seconds(self) -> int | None:
-        """Time limit in seconds; None if there is none or it is malformed."""
-        return None if self.time is None else time_in_seconds(self.time)
-
     def summary(self) -> str:
         """Describe nodes and ranks, as ``2 node(s) x 8 GPU(s)``."""
         rank_kind = "GPU" if self.gpus_per_node else "CPU rank"
@@ -95,102 +90,94 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     job.add_argument("--dry-run", action="store_true", help="print the script, write and submit nothing")
 
 
-def read_request(given: argparse.Namespace) -> JobRequest:
+def read_request(args: argparse.Namespace) -> JobRequest:
     """Build a request from parsed flags.
 
     Raises:
         ConfigError: flags are invalid or contradict each other; the message lists all faults.
     """
-    faults = [*_gpu_faults(given), *_time_faults(given), *_path_faults(given), *_option_faults(given)]
-    if faults:
+    if faults := [*_gpu_faults(args), *_time_faults(args), *_script_faults(args)]:
         raise ConfigError(faults, "command line")
-    gpus = given.gpus_per_node or (given.gpus // given.nodes if given.gpus else None)
+    gpus = args.gpus_per_node or (args.gpus // args.nodes if args.gpus else None)
     return JobRequest(
-        nodes=given.nodes,
-        ranks_per_node=gpus or given.ranks_per_node or 1,
+        nodes=args.nodes,
+        ranks_per_node=gpus or args.ranks_per_node or 1,
         gpus_per_node=gpus,
-        cpus_per_task=given.cpus_per_task,
-        partition=given.partition,
-        account=given.account,
-        time=given.time,
-        signal_before=given.signal_before,
-        sourced_environment=Path(given.environment).resolve() if given.environment else None,
-        container=given.container,
-        options=tuple(given.sbatch),
+        cpus_per_task=args.cpus_per_task,
+        partition=args.partition,
+        account=args.account,
+        time=args.time,
+        signal_before=args.signal_before,
+        sourced_environment=Path(args.environment).resolve() if args.environment else None,
+        container=args.container,
+        options=tuple(args.sbatch),
     )
 
 
 def time_in_seconds(time: str) -> int | None:
-    """Return a SLURM time in seconds; None if it is malformed.
-
-    The forms are minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes and
-    days-hours:minutes:seconds.
-    """
+    """Return a SLURM time in seconds; None if it has none of the forms M, M:S, H:M:S, D-H, D-H:M and D-H:M:S."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if match is None:
         return None
     days, *parts = match.groups()
     numbers = [int(part) for part in parts if part is not None]
-    if days is not None:
-        hours, minutes, remaining_seconds = (*numbers, 0, 0)[:3]
-    elif len(numbers) == 3:
-        hours, minutes, remaining_seconds = numbers
-    else:
-        hours, (minutes, remaining_seconds) = 0, (*numbers, 0)[:2]
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + remaining_seconds
+    if days is None and len(numbers) < 3:
+        numbers.insert(0, 0)  # hours
+    hours, minutes, seconds = (*numbers, 0, 0)[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def _gpu_faults(given: argparse.Namespace) -> Iterator[str]:
+def _gpu_faults(args: argparse.Namespace) -> Iterator[str]:
     """Yield faults of ``--gpus``, ``--gpus-per-node`` and ``--ranks-per-node``."""
-    if given.gpus and given.gpus_per_node:
-        yield f"--gpus {given.gpus} and --gpus-per-node {given.gpus_per_node}: give one of them"
+    if args.gpus and args.gpus_per_node:
+        yield f"--gpus {args.gpus} and --gpus-per-node {args.gpus_per_node}: give one of them"
         return
-    if given.gpus and given.gpus % given.nodes:
+    if args.gpus and args.gpus % args.nodes:
         yield (
-            f"--gpus is {given.gpus}, which cannot be divided among {given.nodes} nodes; expected a multiple of "
-            f"{given.nodes}, or --gpus-per-node"
+            f"--gpus is {args.gpus}, which cannot be divided among {args.nodes} nodes; expected a multiple of "
+            f"{args.nodes}, or --gpus-per-node"
         )
         return
-    gpus = given.gpus_per_node or (given.gpus or 0) // given.nodes
-    if gpus and given.ranks_per_node not in (None, gpus):
+    gpus = args.gpus_per_node or (args.gpus or 0) // args.nodes
+    if gpus and args.ranks_per_node not in (None, gpus):
         yield (
-            f"--ranks-per-node is {given.ranks_per_node} with {gpus} GPUs on each node; one rank drives one GPU: "
+            f"--ranks-per-node is {args.ranks_per_node} with {gpus} GPUs on each node; one rank drives one GPU: "
             "leave --ranks-per-node out"
         )
 
 
-def _time_faults(given: argparse.Namespace) -> Iterator[str]:
+def _time_faults(args: argparse.Namespace) -> Iterator[str]:
     """Yield faults of ``--time`` and ``--signal-before``."""
-    if given.time is None:
+    if args.time is None:
         return
-    limit = time_in_seconds(given.time)
+    limit = time_in_seconds(args.time)
     if not limit:
-        yield f"--time is {given.time!r}; expected minutes (30), hours:minutes:seconds (04:00:00) or days-hours (1-12)"
-    elif limit <= given.signal_before + _EARLY_SIGNAL_SECONDS:
+        yield f"--time is {args.time!r}; expected minutes (30), hours:minutes:seconds (04:00:00) or days-hours (1-12)"
+    elif limit <= args.signal_before + _EARLY_SIGNAL_SECONDS:
         yield (
-            f"--signal-before is {given.signal_before} s and --time {given.time} is {limit} s; SLURM may signal "
+            f"--signal-before is {args.signal_before} s and --time {args.time} is {limit} s; SLURM may signal "
             f"{_EARLY_SIGNAL_SECONDS} s early, so the job would stop as soon as it starts: give it more than "
-            f"{given.signal_before + _EARLY_SIGNAL_SECONDS} s, or signal later"
+            f"{args.signal_before + _EARLY_SIGNAL_SECONDS} s, or signal later"
         )
 
 
-def _path_faults(given: argparse.Namespace) -> Iterator[str]:
-    """Yield faults of ``--environment``."""
-    if given.environment:
-        path = Path(given.environment)
+def _script_faults(args: argparse.Namespace) -> Iterator[str]:
+    """Yield faults of ``--environment`` and ``--sbatch``, and secrets in flags that the script would show."""
+    if args.environment:
+        path = Path(args.environment)
         if not path.is_file() and not (path / "bin" / "activate").is_file():
-            yield f"--environment is {given.environment}; expected a virtual environment or a shell file to source"
-
-
-def _option_faults(given: argparse.Namespace) -> Iterator[str]:
-    """Yield faults of ``--sbatch``, and secrets in flags that the script would show."""
-    flags = {"--sbatch": given.sbatch, "--container": given.container or "", "--account": given.account or ""}
+            yield f"--environment is {args.environment}; expected a virtual environment or a shell file to source"
+    flags = {
+        "--sbatch": args.sbatch,
+        "--container": args.container or "",
+        "--account": args.account or "",
+    }
     for flag in find_secrets(flags):
         yield (
             f"{flag} holds a password or token, which the job's script would show; set it in the environment "
             "instead, which the job inherits"
         )
-    for option in given.sbatch:
+    for option in args.sbatch:
         name = option.split("=")[0].split()[0] if option.strip() else option
         if not name.startswith("--"):
             yield f"--sbatch is {option!r}; expected a long option, as in --sbatch=--qos=high"

@@ -66,27 +66,23 @@ def render(job: BatchJob) -> str:
         ConfigError: a forwarded environment variable holds a secret.
     """
     blocks = [
-        "\n".join(["#!/bin/bash", _title_line(job), *_sbatch_lines(job)]),
+        "\n".join(_sbatch_lines(job)),
         "\n".join(_environment_lines(job)),
-        "\n".join(_rendezvous_lines()),
+        _RENDEZVOUS_LINES,
         "\n".join(_srun_lines(job)),
         _REQUEUE_LINES,
     ]
-    return "\n\n".join(block for block in blocks if block) + "\n"
-
-
-def _title_line(job: BatchJob) -> str:
-    """Return a comment with the size of the job."""
-    return f"# {job.request.summary()}. Written by launch/submit.py; sbatch takes it as it is."
+    return "\n\n".join(blocks) + "\n"
 
 
 def _sbatch_lines(job: BatchJob) -> Iterator[str]:
-    """Yield the ``#SBATCH`` lines."""
+    """Yield the first lines of the script and those of ``#SBATCH``."""
     request = job.request
+    yield "#!/bin/bash"
+    yield f"# {request.summary()}. Written by launch/submit.py; sbatch takes it as it is."
     folder = job.runs[0] / JOB_FOLDER
-    name = re.sub(r"[^\w.-]", "-", job.runs[0].name)
     options: list[tuple[str, object]] = [
-        ("job-name", name),
+        ("job-name", re.sub(r"[^\w.-]", "-", job.runs[0].name)),
         ("nodes", request.nodes),
         ("ntasks-per-node", request.ranks_per_node),
         ("gpus-per-node", request.gpus_per_node),
@@ -136,15 +132,6 @@ def _environment_lines(job: BatchJob) -> Iterator[str]:
             yield f"export {name}={shlex.quote(job.submit_variables[name])}"
 
 
-def _rendezvous_lines() -> Iterator[str]:
-    """Yield the lines that set MASTER_ADDR, and unset what the submitting shell may have of a launcher."""
-    yield "# srun gives each task its rank; with those of the submitting shell every task would train alone"
-    yield "unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_PORT"
-    yield "# the ranks meet on the first node, by the address that SLURM reaches it by; each rank works out the port"
-    yield 'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
-    yield "export MASTER_ADDR=$(scontrol --oneliner show node \"$first\" | sed 's/.* NodeAddr=\\([^ ]*\\).*/\\1/')"
-
-
 def _srun_lines(job: BatchJob) -> Iterator[str]:
     """Yield the lines that start one rank per task with srun, and keep the exit code in ``code``."""
     request = job.request
@@ -164,6 +151,14 @@ def _srun_lines(job: BatchJob) -> Iterator[str]:
     yield f"  {python} {train} {' '.join(arguments)}"
     yield "code=$?"
 
+
+_RENDEZVOUS_LINES = r"""
+# srun gives each task its rank; with those of the submitting shell every task would train alone
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_PORT
+# the ranks meet on the first node, by the address that SLURM reaches it by; each rank works out the port
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR=$(scontrol --oneliner show node "$first" | sed 's/.* NodeAddr=\([^ ]*\).*/\1/')
+""".strip()
 
 _REQUEUE_LINES = """\
 # 75: a signal stopped the run after a committed checkpoint; the job queues again and goes on from there
