@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,10 +25,12 @@ _PANDAS_SERIES = re.compile(r"\A\s*0 {2,}\S[\s\S]*\n(?:Name: .*, )?dtype: \w+\s*
 """A whole column as pandas prints it."""
 
 _TOKEN_PATTERN = re.compile(
-    r"""(?P<text>[A-Za-z]?(?:'(?:[^'\\]|\\.)*' | "(?:[^"\\]|\\.)*"))
-    | (?P<name>[A-Za-z_][\w.]*) | (?P<gap>\.\.\.) | (?P<number>[-+]?\d[\w.+-]*) | (?P<mark>[\[\](){},:=])""",
+    r"""(?P<blank>\s*) (?: (?P<text>[A-Za-z]?(?:'(?:[^'\\]|\\.)*' | "(?:[^"\\]|\\.)*"))
+    | (?P<name>[A-Za-z_][\w.]*) | (?P<gap>\.\.\.) | (?P<number>[-+]?\d[\w.+-]*) | (?P<mark>[\[\](){},:=])
+    | (?P<end>\Z | ['"]) | (?P<other>.{1,20}) )""",
     re.X | re.S,
 )
+"""A token and the blanks before it. A quote where no text matches lacks its closing quote: the text was cut off."""
 _ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))", re.S)
 _ESCAPED_CHARACTERS = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\", "'": "'", '"': '"'}
 """The escapes that ``repr`` writes, besides numeric ones; any other shows that the text was not escaped."""
@@ -66,15 +69,12 @@ def parse_printed_list(text: str) -> Any:
         PrintedListError: the text is a printed list, but its items cannot be recovered exactly.
     """
     if text.lstrip()[:1] in ("[", "{", '"'):
-        try:
-            found = json.loads(text)
-        except (ValueError, RecursionError):
-            pass
-        else:
-            if isinstance(found, (list, dict)):
-                return found
-            if isinstance(found, str) and not isinstance(again := parse_printed_list(found), str):
-                return again
+        with suppress(ValueError, RecursionError):
+            value = json.loads(text)
+            if isinstance(value, str):
+                value = parse_printed_list(value)
+            if not isinstance(value, str):
+                return value
     if _PANDAS_SERIES.search(text):
         raise PrintedListError("is a printed pandas Series, which shortens long texts")
     if not _LIST_START.match(text):
@@ -96,10 +96,7 @@ def parse_printed_list(text: str) -> Any:
 def _is_prose(text: str, error: _ParseError, texts: int) -> bool:
     """Return True if a text that failed to parse is prose that begins like a list: ``["Aspirin" was given] and …``.
 
-    Args:
-        text: whole text.
-        error: why it could not be parsed.
-        texts: quoted texts that were parsed before the error.
+    ``texts`` counts the quoted texts that were parsed before the error.
     """
     if text.lstrip().startswith("<"):
         return False
@@ -197,7 +194,7 @@ class _PrintedValueParser:
 
     def _parse_mapping(self, depth: int) -> dict[str, Any]:
         """Parse a dict with text keys, after its opening brace."""
-        found: dict[str, Any] = {}
+        mapping: dict[str, Any] = {}
         while self._peek()[1] != "}":
             key = self._parse_value(depth + 1)
             kind, token, after_blank = self._next()
@@ -205,13 +202,13 @@ class _PrintedValueParser:
                 raise _ParseError("is a set, whose order is unknown")
             if token != ":" or not isinstance(key, str):
                 raise _ParseError(f"has {token[:20]!r} after a key", is_word=kind == "name" and after_blank)
-            found[key] = self._parse_value(depth + 1)
+            mapping[key] = self._parse_value(depth + 1)
             if self._peek()[1] == ",":
                 self._next()
             elif self._peek()[1] != "}":
                 raise _ParseError(_unseparated(self._peek()[1]))
         self._next()
-        return found
+        return mapping
 
     def _parse_call(self, name: str, depth: int) -> Any:
         """Parse a call such as ``array([...], dtype=object)``, and ignore its keyword arguments."""
@@ -229,21 +226,13 @@ class _PrintedValueParser:
 
 def _tokenize(text: str) -> Iterator[tuple[str, str, bool, int]]:
     """Yield the kind of each token, its text, whether a blank stands before it, and its end position."""
-    position = 0
-    while position < len(text):
-        after_blank = text[position].isspace()
-        while position < len(text) and text[position].isspace():
-            position += 1
-        if position == len(text):
+    for match in _TOKEN_PATTERN.finditer(text):
+        kind = str(match.lastgroup)
+        if kind == "end":
             return
-        match = _TOKEN_PATTERN.match(text, position)
-        if match is None:
-            if text[position] in "'\"":
-                return  # a text without its closing quote: cut off
-            yield "other", text[position : position + 20], after_blank, len(text)
+        yield kind, match[kind], bool(match["blank"]), match.end()
+        if kind == "other":
             return
-        position = match.end()
-        yield str(match.lastgroup), match[0], after_blank, position
 
 
 def _unseparated(token: str) -> str:

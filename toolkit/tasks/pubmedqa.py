@@ -82,13 +82,13 @@ def _parse_contexts(value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         value = _parse_contexts_text(value)
     if isinstance(value, Mapping):  # as in qiaojin/PubMedQA, whose object also holds labels and headings
-        found = [part for key, part in value.items() if str(key).lower() == CONTEXTS.lower()]
-        if len(found) != 1:
+        lists = [part for key, part in value.items() if str(key).lower() == CONTEXTS.lower()]
+        if len(lists) != 1:
             raise RowFaultError(
                 f"has in {CONTEXTS} an object with {', '.join(map(str, value)) or 'nothing'}; expected text, a list of "
                 f"texts, or an object with such a list as {CONTEXTS.lower()}"
             )
-        value = _parse_contexts_text(found[0]) if isinstance(found[0], str) else found[0]
+        value = _parse_contexts_text(lists[0]) if isinstance(lists[0], str) else lists[0]
     if not isinstance(value, Sequence) or not all(isinstance(part, str) for part in value):
         kinds = sorted({type(part).__name__ for part in value}) if isinstance(value, Sequence) else type(value).__name__
         raise RowFaultError(f"has {kinds} in {CONTEXTS}; expected text or a list of texts")
