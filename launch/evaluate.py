@@ -1,7 +1,4 @@
-"""Print the validation loss and perplexity of a model; see toolkit/commands/evaluate.py.
-
-A file, so that launchers can run it from a checkout, installed or not; ``frostline evaluate`` is the same.
-"""
+"""Run ``frostline evaluate`` from a checkout, installed or not; see toolkit/commands/evaluate.py."""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,4 @@
-"""Export a run; see toolkit/commands/export.py.
-
-A file, so that launchers can run it from a checkout, installed or not; ``frostline export`` is the same.
-"""
+"""Run ``frostline export`` from a checkout, installed or not; see toolkit/commands/export.py."""
 
 import sys
 from pathlib import Path

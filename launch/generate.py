@@ -1,7 +1,4 @@
-"""Answer questions with a model; see toolkit/commands/generate.py.
-
-A file, so that launchers can run it from a checkout, installed or not; ``frostline generate`` is the same.
-"""
+"""Run ``frostline generate`` from a checkout, installed or not; see toolkit/commands/generate.py."""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,4 @@
-"""Print what a run will cost; see toolkit/commands/plan.py.
-
-A file, so that launchers can run it from a checkout, installed or not; ``frostline plan`` is the same.
-"""
+"""Run ``frostline plan`` from a checkout, installed or not; see toolkit/commands/plan.py."""
 
 import sys
 from pathlib import Path

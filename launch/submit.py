@@ -1,7 +1,4 @@
-"""Train as a SLURM job; see toolkit/commands/submit.py.
-
-A file, so that launchers can run it from a checkout, installed or not; ``frostline submit`` is the same.
-"""
+"""Run ``frostline submit`` from a checkout, installed or not; see toolkit/commands/submit.py."""
 
 import sys
 from pathlib import Path

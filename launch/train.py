@@ -1,7 +1,4 @@
-"""Fine-tune the part of a language model that a layer mask selects; see toolkit/commands/train.py.
-
-A file, so that launchers can run it from a checkout, installed or not; ``frostline train`` is the same.
-"""
+"""Run ``frostline train`` from a checkout, installed or not; see toolkit/commands/train.py."""
 
 import sys
 from pathlib import Path

@@ -7,7 +7,7 @@ import os
 import re
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -42,19 +42,18 @@ class World:
 
     def sum(self, *values: float) -> list[float]:
         """Sum each value over all ranks (float64, one collective)."""
-        if self.size == 1:
-            return list(values)
-        totals = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(totals)
-        return [float(value) for value in totals.tolist()]
+        return self._all_reduce(values, dist.ReduceOp.SUM)
 
     def max(self, value: float) -> float:
         """Return the maximum of ``value`` over all ranks."""
+        return self._all_reduce([value], dist.ReduceOp.MAX)[0]
+
+    def _all_reduce(self, values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
         if self.size == 1:
-            return value
-        largest = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return float(largest.item())
+            return list(values)
+        reduced = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(reduced, op=operation)
+        return [float(value) for value in reduced.tolist()]
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -148,12 +147,7 @@ def join_ranks(engine_needs_group: bool = False) -> Iterator[World]:
     """Join all ranks for the body: the process group, and the connections over which failures are broadcast.
 
     The process group is not destroyed after an error: that would block while other ranks wait in a collective.
-
-    Args:
-        engine_needs_group: join a process group even for a single rank, as DeepSpeed requires.
-
-    Raises:
-        UsageError: see ``join_process_group``.
+    ``engine_needs_group`` and what is raised are those of ``join_process_group``.
     """
     world = join_process_group(engine_needs_group)
     with connect_ranks(world.rank, world.size, os.environ.get("MASTER_ADDR", ""), world.broadcast_object):

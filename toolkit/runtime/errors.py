@@ -25,16 +25,12 @@ class TrainingStoppedError(FrostlineError):
 
 
 class OutOfMemoryError(FrostlineError):
-    """An allocation failed; see ``toolkit.runtime.out_of_memory``."""
+    """An allocation failed; see ``toolkit.runtime.out_of_memory``.
+
+    ``detail`` is the allocator's message, ``advice`` the setting to change first; None refers to the memory plan.
+    """
 
     def __init__(self, phase: str, shape: str | None, detail: str, advice: str | None = None) -> None:
-        """
-        Args:
-            phase: activity of the run, as a phrase such as "the forward pass".
-            shape: rows x tokens of the micro batch; None outside a step.
-            detail: message of the allocator.
-            advice: setting to change first; None refers to the memory plan.
-        """  # noqa: D205, D212
         self.phase, self.shape, self.detail = phase, shape, detail
         batch = f", on a micro batch of {shape}" if shape else ""
         remedy = f"Change first: {advice}" if advice else f"{command_line('plan')} shows what takes the memory"

@@ -17,9 +17,9 @@ import selectors
 import socket
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
-from types import TracebackType
 from typing import Any
 
 from toolkit.runtime import signals
@@ -100,15 +100,16 @@ class FailureBroadcast:
         connection = socket.create_connection((address, port), timeout=_CONNECT_SECONDS)
         connection.settimeout(None)
         self._add_peer(connection, _Peer(address, rank=0))
-        self._send(connection, {"rank": self._rank, "host": socket.gethostname(), "token": token})
+        self.send_to_all({"rank": self._rank, "host": socket.gethostname(), "token": token})
         self._start_listener()
 
     def send_to_all(self, message: dict[str, Any], exclude: socket.socket | None = None) -> None:
         """Send ``message`` to every rank that this one is connected to, except through ``exclude``."""
+        line = json.dumps(message).encode() + b"\n"
         with self._lock:
-            for connection in self._peers:
-                if connection is not exclude:
-                    self._send(connection, message)
+            for connection in self._peers.keys() - {exclude}:
+                with contextlib.suppress(OSError):  # closed at the other end, which the listening thread notices
+                    connection.sendall(line)
 
     def report_stop(self, why: str) -> None:
         """Tell the other ranks that this one was asked to stop."""
@@ -219,22 +220,13 @@ class FailureBroadcast:
                 sys.stdout.flush()
                 os._exit(failure.code)
 
-    def _send(self, connection: socket.socket, message: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # closed at the other end, which the listening thread notices
-            connection.sendall(json.dumps(message).encode() + b"\n")
-
 
 @contextlib.contextmanager
 def connect_ranks(rank: int, size: int, address: str, broadcast_object: Callable[[Any], Any]) -> Iterator[None]:
     """Connect every rank to rank 0 for the body; a collective.
 
     An error of the body carries the connections (``broadcast_of``), so that ``run_command`` can send it to the others.
-
-    Args:
-        rank: this process's rank.
-        size: number of ranks.
-        address: address under which the other ranks reach rank 0's node.
-        broadcast_object: function that returns rank 0's argument on every rank.
+    ``address`` is that of rank 0's node, ``broadcast_object`` returns rank 0's argument on every rank.
     """
     if size == 1:
         signals.mark_ranks_connected()
@@ -271,11 +263,9 @@ def print_failure(rank: int, failure: RankFailure) -> None:
 def _is_communication_error(error: BaseException | None) -> bool:
     """Return True if a collective raised ``error`` or any error that it was raised from."""
     while error is not None:
-        trace: TracebackType | None = error.__traceback__
-        while trace is not None:
-            if str(trace.tb_frame.f_globals.get("__name__", "")).startswith(("torch.distributed", "deepspeed.comm")):
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if str(frame.f_globals.get("__name__", "")).startswith(("torch.distributed", "deepspeed.comm")):
                 return True
-            trace = trace.tb_next
         if any(word in str(error) for word in ("gloo", "NCCL")):
             return True
         error = error.__cause__ or error.__context__

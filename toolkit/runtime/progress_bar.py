@@ -24,6 +24,8 @@ class ProgressBar:
     """Progress of a piece of work, shown on the rank that logs at level INFO; a context manager.
 
     On a terminal this is a bar. Elsewhere it is a log line at each tenth of the work, and more if a tenth takes long.
+    Of ``brief`` work, which mostly takes a moment, a line appears only after 10 s and a bar after 1 s. ``what`` names
+    the work in a word or two, ``unit`` one unit in the singular; ``done`` of the ``total`` were done in an earlier run.
     """
 
     def __init__(
@@ -35,15 +37,6 @@ class ProgressBar:
         brief: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """
-        Args:
-            what: name of the work, in a word or two.
-            total: number of units.
-            unit: name of one unit, in the singular.
-            done: units done before, as in a resumed run.
-            brief: whether the work mostly takes a moment: then a line appears only after 10 s, a bar after 1 s.
-            clock: function that returns the time in seconds.
-        """  # noqa: D205, D212
         self._what, self._total, self._unit = what, total, unit
         self._done_at_start = self._done = done
         self._brief, self._clock = brief, clock

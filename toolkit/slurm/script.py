@@ -13,7 +13,6 @@ from toolkit.runtime.errors import ConfigError
 from toolkit.runtime.redact import find_secrets
 from toolkit.slurm.request import JobRequest
 
-SCRIPT_NAME = "job.sh"
 DEEPSPEED_NAME = "deepspeed.json"
 JOB_FOLDER = "slurm"
 """Folder of a run directory that holds the job's script, DeepSpeed file and logs."""
@@ -47,7 +46,7 @@ class BatchJob:
     @property
     def script_path(self) -> Path:
         """Path of the saved script, in the first run directory."""
-        return self.runs[0] / JOB_FOLDER / SCRIPT_NAME
+        return self.runs[0] / JOB_FOLDER / "job.sh"
 
 
 def log_path(job: BatchJob, job_id: str, index: int) -> Path:
