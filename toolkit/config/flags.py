@@ -58,10 +58,7 @@ def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
 def parse(parser: argparse.ArgumentParser, default_recipe: Path, argv: Sequence[str] | None = None) -> Invocation:
     """Parse a command line with ``--config``, ``--ds``, ``--local_rank`` and a flag for every recipe key.
 
-    Args:
-        parser: parser with the command's own flags; the others are added here.
-        default_recipe: recipe to use without ``--config``.
-        argv: arguments; None takes those of the process.
+    ``parser`` has the command's own flags; the others are added here. Without ``argv`` the process's are parsed.
 
     Raises:
         ConfigError: unknown flags, unknown keys and invalid values, all in one message.

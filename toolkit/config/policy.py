@@ -49,12 +49,9 @@ def decide_cache(settings: PrefixConfig, obstacle: str | None, passes: float, is
 
     Args:
         settings: the recipe's prefix section.
-        obstacle: reason why a cache is impossible; None if it is possible.
+        obstacle: as in ``refuse_cache``, which may raise ConfigError.
         passes: passes over the training rows under one mask; 0.5 is half an epoch.
         is_complete: whether the cache holds every sample already, so that even a single pass benefits.
-
-    Raises:
-        ConfigError: see ``refuse_cache``.
     """
     if refused := refuse_cache(settings, obstacle):
         return refused
@@ -68,10 +65,7 @@ def decide_cache(settings: PrefixConfig, obstacle: str | None, passes: float, is
 def refuse_packing(mode: Mode, micro_batch_size: int, lengths: Collection[int] | None) -> Decision | None:
     """Decide against packing if it is off or has no effect; None if it depends on the model.
 
-    Args:
-        mode: the recipe's ``data.packing``.
-        micro_batch_size: rows of a micro batch.
-        lengths: tokens of each row of the run; None if they are not known.
+    ``mode`` is the recipe's ``data.packing``, ``lengths`` the tokens of each row of the run, None if not known.
     """
     if mode == "off":
         return Decision(False, "off, as the recipe says")

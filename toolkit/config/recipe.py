@@ -117,15 +117,11 @@ def merge(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]
 
 
 def build_config(values: Mapping[str, Any], source: str, faults: Iterable[str] = ()) -> RunConfig:
-    """Validate nested values into a ``RunConfig``.
-
-    Args:
-        values: nested dictionaries, as ``merge`` returns them.
-        source: origin of the values, for the message.
-        faults: earlier faults, such as unknown flags, to report with the new ones.
+    """Validate nested values, as ``merge`` returns them, into a ``RunConfig``.
 
     Raises:
-        ConfigError: there are faults; the message lists them all with value, expectation and remedy.
+        ConfigError: there are faults, here or in earlier ``faults`` such as unknown flags; the message names the
+            ``source`` of the values, and lists all faults with value, expectation and remedy.
     """
     all_faults = list(faults)
     all_faults += [

@@ -159,8 +159,7 @@ def join_ranks(engine_needs_group: bool = False) -> Iterator[World]:
 def join_process_group(engine_needs_group: bool = False) -> World:
     """Join the process group (NCCL on GPUs, gloo on CPUs) and return this process's place in it.
 
-    Args:
-        engine_needs_group: join a process group even for a single rank, as DeepSpeed requires.
+    A single rank joins one only if its ``engine_needs_group``, as DeepSpeed does.
 
     Raises:
         UsageError: the launcher's variables are invalid, or the port that they name is taken.

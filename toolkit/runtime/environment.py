@@ -64,12 +64,9 @@ def describe_missing(version: tuple[int, ...]) -> str:
 def installation_advice(root: Path, prefix: Path, here: Path) -> str:
     """Say which command to run so that the required packages are found.
 
-    Args:
-        root: root of the repository checkout; a directory without a Makefile means that pip installed Frostline.
-        prefix: ``sys.prefix`` of the running interpreter.
-        here: working directory.
+    ``root`` is that of the checkout, ``prefix`` the interpreter's ``sys.prefix``, ``here`` the working directory.
     """
-    if not (root / "Makefile").is_file():
+    if not (root / "Makefile").is_file():  # installed by pip
         return "run `python -m pip check`, then install what it names"
     environment = root / ".venv"
     activate = environment / "bin" / "activate"

@@ -28,10 +28,7 @@ def replace_text(path: Path, text: str) -> None:
 def publish(content: bytes, final: Path, staging: Path) -> None:
     """Write a file atomically and durably: a reader sees the old content or the new, also after a power cut.
 
-    Args:
-        content: whole content of the file.
-        final: path of the file; replaced if it exists.
-        staging: unused path on the same file system; the file there is left over only if the process is killed.
+    It is written at ``staging``, an unused path on the same file system, and then renamed to ``final``.
 
     Raises:
         OSError: the file cannot be written, as on a full or read-only disk.

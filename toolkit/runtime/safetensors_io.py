@@ -72,14 +72,9 @@ def parse_header(header: bytes) -> tuple[dict[str, dict[str, Any]], dict[str, st
 class SafetensorsFile:
     """A memory-mapped safetensors file: a page is read from disk when it is first used.
 
-    Args:
-        path: safetensors file; it may be unlinked afterwards, because the mapping keeps the data.
-        writable: map copy-on-write, so that writes to tensors change this process's pages only. Under strict
-            overcommit (vm.overcommit_memory = 2) the whole file then counts as memory.
-
-    Attributes:
-        entries: name → dtype, shape and data_offsets.
-        metadata: metadata of the header.
+    The file may be unlinked afterwards, because the mapping keeps the data. A ``writable`` one is mapped copy-on-write:
+    writes to tensors change this process's pages only. Under strict overcommit (vm.overcommit_memory = 2) the whole
+    file then counts as memory. ``entries`` and ``metadata`` are what ``parse_header`` returns.
 
     Raises:
         OSError: the file cannot be read.
