@@ -34,10 +34,12 @@ class Clock:
 def lines_of(said: list[str], seconds_each: float, total: int, brief: bool, first: int = 0) -> list[str]:
     said.clear()
     clock = Clock()
-    with ProgressBar("work", total, "row", first, brief, clock) as bar:
-        for _ in range(first, total):
-            clock.now += seconds_each
-            bar.advance(loss="1.5")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("toolkit.runtime.progress_bar.monotonic", clock)
+        with ProgressBar("work", total, "row", first, brief) as bar:
+            for _ in range(first, total):
+                clock.now += seconds_each
+                bar.advance(loss="1.5")
     return said
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from time import monotonic
 from typing import NoReturn, TypeVar
 
 from tqdm import tqdm
@@ -24,28 +24,20 @@ class ProgressBar:
     """Progress of a piece of work, shown on the rank that logs at level INFO; a context manager.
 
     On a terminal this is a bar. Elsewhere it is a log line at each tenth of the work, and more if a tenth takes long.
-    Of ``brief`` work, which mostly takes a moment, a line appears only after 10 s and a bar after 1 s. ``what`` names
+    Of ``brief`` work, which mostly takes a moment, a line appears only after 10 s and a bar after 1 s. ``name`` names
     the work in a word or two, ``unit`` one unit in the singular; ``done`` of the ``total`` were done in an earlier run.
     """
 
-    def __init__(
-        self,
-        what: str,
-        total: int,
-        unit: str,
-        done: int = 0,
-        brief: bool = False,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._what, self._total, self._unit = what, total, unit
+    def __init__(self, name: str, total: int, unit: str, done: int = 0, brief: bool = False) -> None:
+        self._name, self._total, self._unit = name, total, unit
         self._done_at_start = self._done = done
-        self._brief, self._clock = brief, clock
-        self._started_at = self._logged_at = clock()
+        self._brief = brief
+        self._started_at = self._logged_at = monotonic()
         shown = total > done and log.isEnabledFor(logging.INFO)
         self._bar: tqdm[NoReturn] | None = None
         if shown and sys.stderr.isatty():
             self._bar = tqdm(
-                total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True, file=sys.stderr,
+                total=total, initial=done, desc=name, unit=unit, dynamic_ncols=True, file=sys.stderr,
                 leave=None, delay=1.0 if brief else 0.0,
             )  # fmt: skip
         self._writes_lines = shown and self._bar is None
@@ -69,12 +61,12 @@ class ProgressBar:
                 self._bar.set_postfix(values, refresh=False)
             self._bar.update(self._done - before)
         elif self._writes_lines and self._is_line_due(before):
-            self._logged_at = self._clock()
+            self._logged_at = monotonic()
             log.info("%s", ", ".join([self._progress_text(), *(f"{name} {value}" for name, value in values.items())]))
 
     def _is_line_due(self, before: int) -> bool:
         """Return True if the log was silent for long, or a tenth of the work was completed since ``before`` units."""
-        now = self._clock()
+        now = monotonic()
         shortest = _BRIEF_SILENT_SECONDS if self._brief else _SILENT_SECONDS
         is_long = now - self._logged_at >= min(max(shortest, (now - self._started_at) / _TENTHS), _LONGEST_SILENCE)
         if self._brief:
@@ -83,16 +75,16 @@ class ProgressBar:
 
     def _progress_text(self) -> str:
         """Return how much is done, and an estimate of the time left."""
-        text = f"{self._what}: {self._done:,} of {self._total:,} {self._unit}s"
+        text = f"{self._name}: {self._done:,} of {self._total:,} {self._unit}s"
         if self._done < self._total:
-            seconds_per_unit = (self._clock() - self._started_at) / (self._done - self._done_at_start)
+            seconds_per_unit = (monotonic() - self._started_at) / (self._done - self._done_at_start)
             text += f", about {_duration(seconds_per_unit * (self._total - self._done))} left"
         return text
 
 
-def track(items: Sequence[Item], what: str, unit: str) -> Iterator[Item]:
+def track(items: Sequence[Item], name: str, unit: str) -> Iterator[Item]:
     """Yield ``items`` and show a progress bar for brief work meanwhile."""
-    with ProgressBar(what, len(items), unit, brief=True) as bar:
+    with ProgressBar(name, len(items), unit, brief=True) as bar:
         for item in items:
             yield item
             bar.advance()

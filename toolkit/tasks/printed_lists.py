@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 _LIST_START = re.compile(
     r"""\s*(?:<[\w.]+[:>]\s*)?(?:[A-Za-z_][\w.]*\(\s*|[\[({]\s*)*?[\[({]\s*
@@ -109,6 +108,13 @@ def _is_prose(text: str, error: _ParseError, texts: int) -> bool:
     return not (is_separated and (text.rstrip()[-1:] in "])}" or not has_closing))
 
 
+class _Token(NamedTuple):
+    kind: str
+    """Name of its group in ``_TOKEN_PATTERN``."""
+    text: str
+    after_blank: bool
+
+
 @dataclass
 class _PrintedValueParser:
     """A recursive-descent parser of one printed value."""
@@ -116,29 +122,33 @@ class _PrintedValueParser:
     text: str
     texts: int = 0
     """Quoted texts parsed so far."""
-    _tokens: list[tuple[str, str, bool]] = field(default_factory=list)
-    """Kind, text, and whether a blank stands before it, of each token."""
+    _tokens: list[_Token] = field(default_factory=list)
     _position: int = 0
 
     def parse(self) -> tuple[Any, str]:
         """Return the value, and the text after it."""
         depth, trailing = 0, ""
-        for kind, token, after_blank, end in _tokenize(self.text):
-            self._tokens.append((kind, token, after_blank))
+        for match in _TOKEN_PATTERN.finditer(self.text):
+            kind = str(match.lastgroup)
+            if kind == "end":
+                break
+            self._tokens.append(_Token(kind, match[kind], after_blank=bool(match["blank"])))
+            if kind == "other":
+                break
             if kind == "mark":
-                depth += (token in _CLOSING_BRACKETS) - (token in _CLOSING_BRACKETS.values())
+                depth += (match[kind] in _CLOSING_BRACKETS) - (match[kind] in _CLOSING_BRACKETS.values())
                 if depth == 0:
-                    trailing = self.text[end:].strip()
+                    trailing = self.text[match.end() :].strip()
                     break
         return self._parse_value(0), trailing
 
-    def _peek(self) -> tuple[str, str, bool]:
+    def _peek(self) -> _Token:
         """Return the next token without consuming it; _ParseError at the end of the text."""
         if self._position == len(self._tokens):
             raise _ParseError("ends before it is closed: it was cut off", is_cut_off=True)
         return self._tokens[self._position]
 
-    def _next(self) -> tuple[str, str, bool]:
+    def _next(self) -> _Token:
         """Consume and return the next token."""
         token = self._peek()
         self._position += 1
@@ -160,7 +170,7 @@ class _PrintedValueParser:
             raise _ParseError("was shortened with … when it was printed, so texts of it are lost")
         if kind == "number":
             return float("nan")  # any value that is not text; which number does not matter
-        if kind == "name" and self._peek()[1] == "(":
+        if kind == "name" and self._peek().text == "(":
             return self._parse_call(token, depth)
         if kind == "name" and token.rpartition(".")[2] in _CONSTANTS:
             return _CONSTANTS[token.rpartition(".")[2]]
@@ -170,13 +180,13 @@ class _PrintedValueParser:
         """Parse a list or tuple, whose items are separated all by commas, or all by blanks as numpy prints them."""
         items: list[Any] = []
         commas = blanks = 0
-        while self._peek()[1] != _CLOSING_BRACKETS[opening]:
+        while self._peek().text != _CLOSING_BRACKETS[opening]:
             if items:
                 kind, token, after_blank = self._peek()
                 if token == ",":
                     self._next()
                     commas += 1
-                    if self._peek()[1] == _CLOSING_BRACKETS[opening]:
+                    if self._peek().text == _CLOSING_BRACKETS[opening]:
                         break
                 elif not after_blank:
                     raise _ParseError(_unseparated(token))
@@ -195,7 +205,7 @@ class _PrintedValueParser:
     def _parse_mapping(self, depth: int) -> dict[str, Any]:
         """Parse a dict with text keys, after its opening brace."""
         mapping: dict[str, Any] = {}
-        while self._peek()[1] != "}":
+        while self._peek().text != "}":
             key = self._parse_value(depth + 1)
             kind, token, after_blank = self._next()
             if token in (",", "}"):
@@ -203,10 +213,10 @@ class _PrintedValueParser:
             if token != ":" or not isinstance(key, str):
                 raise _ParseError(f"has {token[:20]!r} after a key", is_word=kind == "name" and after_blank)
             mapping[key] = self._parse_value(depth + 1)
-            if self._peek()[1] == ",":
+            if self._peek().text == ",":
                 self._next()
-            elif self._peek()[1] != "}":
-                raise _ParseError(_unseparated(self._peek()[1]))
+            elif self._peek().text != "}":
+                raise _ParseError(_unseparated(self._peek().text))
         self._next()
         return mapping
 
@@ -216,23 +226,12 @@ class _PrintedValueParser:
             raise _ParseError(f"is printed as {name}(…)")
         self._next()
         value = self._parse_value(depth + 1)
-        while self._peek()[1] != ")":
+        while self._peek().text != ")":
             for expected in (",", None, "=", None):
-                if self._next()[1] != expected and expected is not None:
+                if self._next().text != expected and expected is not None:
                     raise _ParseError(f"does not end {name}(…) as numpy does")
         self._next()
         return value
-
-
-def _tokenize(text: str) -> Iterator[tuple[str, str, bool, int]]:
-    """Yield the kind of each token, its text, whether a blank stands before it, and its end position."""
-    for match in _TOKEN_PATTERN.finditer(text):
-        kind = str(match.lastgroup)
-        if kind == "end":
-            return
-        yield kind, match[kind], bool(match["blank"]), match.end()
-        if kind == "other":
-            return
 
 
 def _unseparated(token: str) -> str:
