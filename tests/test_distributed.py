@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import socket
 
 import pytest
@@ -67,6 +68,15 @@ def test_without_scontrol_the_message_names_the_variable_to_set(monkeypatch: pyt
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UsageError, match=r"scontrol cannot tell where the ranks meet .* set MASTER_ADDR"):
         distributed._master_address()
+
+
+def test_an_address_that_is_set_is_taken_without_scontrol(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "12000"}
+    for name, value in {**variables, "SLURM_STEP_NODELIST": "n[1-2]", "PATH": "/nowhere"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda backend, timeout: None)
+    distributed.join_process_group(engine_needs_group=True)
+    assert os.environ["MASTER_ADDR"] == "10.0.0.1"
 
 
 def test_a_port_that_another_run_uses_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,7 +168,8 @@ def join_process_group(engine_needs_group: bool = False) -> World:
     if world.size == 1 and not engine_needs_group:
         return world
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
-    os.environ.setdefault("MASTER_ADDR", _master_address())
+    if "MASTER_ADDR" not in os.environ:  # SLURM is asked only then: a container may lack scontrol
+        os.environ["MASTER_ADDR"] = _master_address()
     os.environ.setdefault("MASTER_PORT", str(_master_port(world)))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
