@@ -46,10 +46,11 @@ def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
             summary = (RunConfig.model_fields[section].annotation.__doc__ or "").strip()
             groups[section] = parser.add_argument_group(section, summary)
         default = "none" if info.default is None else info.default
+        members = _union_members(info.annotation)
         groups[section].add_argument(
             f"--{path}",
-            nargs="+" if _takes_many(info.annotation) else None,
-            metavar=_metavar(info.annotation),
+            nargs="+" if any(typing.get_origin(member) in (list, tuple) for member in members) else None,
+            metavar=_metavar(members),
             default=argparse.SUPPRESS,
             help=f"{info.description} Default: {default}.".replace("%", "%%"),
         )
@@ -76,9 +77,9 @@ def parse(parser: argparse.ArgumentParser, default_recipe: Path, argv: Sequence[
     )
     _add_recipe_flags(parser)
     arguments, unknown = parser.parse_known_args(argv)
-    known = field_paths()
+    fields = field_paths()
     faults = [
-        f"{word}: unknown flag{did_you_mean(word.split('=')[0].lstrip('-'), known)}"
+        f"{word}: unknown flag{did_you_mean(word.split('=')[0].lstrip('-'), fields)}"
         for word in unknown
         if word.startswith("-")
     ]
@@ -90,9 +91,9 @@ def parse(parser: argparse.ArgumentParser, default_recipe: Path, argv: Sequence[
     ]
     recipe = find_file(arguments.config or default_recipe)
     flags = {
-        key: _parse_flag_value(key, known[key].annotation, text, faults)
+        key: _parse_flag_value(key, fields[key].annotation, text, faults)
         for key, text in vars(arguments).items()
-        if key in known
+        if key in fields
     }
     source = f"recipe {recipe}" + (" and flags" if flags or unknown else "")
     config = build_config(merge(read_recipe(recipe), flags), source, faults)
@@ -186,14 +187,8 @@ def _union_members(annotation: Any) -> list[Any]:
     return [annotation]
 
 
-def _takes_many(annotation: Any) -> bool:
-    """Return True if a recipe key holds a list or tuple, so that its flag takes several words."""
-    return any(typing.get_origin(part) in (list, tuple) for part in _union_members(annotation))
-
-
-def _metavar(annotation: Any) -> str:
-    """Return how the help shows the value of a flag: the allowed words, or the names of its types."""
-    members = _union_members(annotation)
+def _metavar(members: list[Any]) -> str:
+    """Return how the help shows the value of a flag: the allowed words, or the names of the union's members."""
     for member in members:
         if typing.get_origin(member) is typing.Literal:
             return "{" + ",".join(map(str, typing.get_args(member))) + "}"

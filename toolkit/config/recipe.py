@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from toolkit.config import peer_keys
 from toolkit.config.schema import MaskGroup, MaskPhase, RunConfig, Section
@@ -21,9 +22,9 @@ _SHORT_REPR.maxstring = _SHORT_REPR.maxother = 120
 _SHORT_REPR.maxlevel = 3
 
 
-def field_paths(section: type[Section] = RunConfig, prefix: str = "") -> dict[str, Any]:
-    """Return every leaf key of the recipe as ``section.key``, mapped to its pydantic ``FieldInfo``."""
-    paths: dict[str, Any] = {}
+def field_paths(section: type[Section] = RunConfig, prefix: str = "") -> dict[str, FieldInfo]:
+    """Return every leaf key of the recipe as ``section.key``, mapped to its pydantic field."""
+    paths: dict[str, FieldInfo] = {}
     for name, info in section.model_fields.items():
         if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
             paths |= field_paths(info.annotation, f"{prefix}{name}.")
@@ -32,8 +33,8 @@ def field_paths(section: type[Section] = RunConfig, prefix: str = "") -> dict[st
     return paths
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Suggest a known key for an unknown one, or what to use instead; an empty string if nothing is similar.
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """Suggest a valid key for an unknown one, or what to use instead; an empty string if nothing is similar.
 
     The suggestion is a parenthesis that ends the error message. Misspellings are found by the last part of the key,
     with or without its section (``learnin_rate`` suggests ``train.learning_rate``), and so are the names of other
@@ -41,7 +42,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     name = name.lower().replace("-", "_")
     section, _, leaf = name.rpartition(".")
-    paths = {path.rsplit(".", 1)[-1]: path for path in known}
+    paths = {path.rsplit(".", 1)[-1]: path for path in valid}
 
     def suggestion(key: str) -> str:
         return f" (did you mean {key}?)"
@@ -144,11 +145,11 @@ def _describe_fault(fault: Any) -> str:
     parts = [str(part) for part in fault["loc"] if not str(part).startswith(union_branches)]
     where = ".".join(parts)
     if fault["type"] == "extra_forbidden":
-        known = list(field_paths())
+        valid = list(field_paths())
         for section in (MaskPhase, MaskGroup):  # a recipe may hold several, so their keys are not in field_paths()
             if section.__name__ in fault["loc"] or (section is MaskPhase and parts[:2] == ["mask", "schedule"]):
-                known = [".".join([*parts[:-1], key]) for key in section.model_fields]
-        return f"{where}: unknown key{did_you_mean(where, known)}"
+                valid = [".".join([*parts[:-1], key]) for key in section.model_fields]
+        return f"{where}: unknown key{did_you_mean(where, valid)}"
     if fault["type"] == "model_type" and where in RunConfig.model_fields:
         first = next(path for path in field_paths() if path.startswith(f"{where}."))
         return f"{where} is {_SHORT_REPR.repr(fault['input'])}; expected keys under it, such as {first}"

@@ -7,27 +7,11 @@ import os
 import sys
 from pathlib import Path
 
-PACKAGES = {
-    "accelerate": "accelerate",
-    "bitsandbytes": "bitsandbytes",
-    "datasets": "datasets",
-    "deepspeed": "deepspeed",
-    "filelock": "filelock",
-    "huggingface_hub": "huggingface_hub",
-    "numpy": "numpy",
-    "pillow": "PIL",
-    "psutil": "psutil",
-    "pyarrow": "pyarrow",
-    "pydantic": "pydantic",
-    "pyyaml": "yaml",
-    "safetensors": "safetensors",
-    "tensorboard": "tensorboard",
-    "torch": "torch",
-    "tqdm": "tqdm",
-    "transformers": "transformers",
-    "typing_extensions": "typing_extensions",
-    "xxhash": "xxhash",
-}
+_SAME_NAME = (
+    "accelerate", "bitsandbytes", "datasets", "deepspeed", "filelock", "huggingface_hub", "numpy", "psutil", "pyarrow",
+    "pydantic", "safetensors", "tensorboard", "torch", "tqdm", "transformers", "typing_extensions", "xxhash",
+)  # fmt: skip
+PACKAGES = {**{name: name for name in _SAME_NAME}, "pillow": "PIL", "pyyaml": "yaml"}
 """Module to import, by the name of the package that ``setup.cfg`` requires."""
 
 OLDEST_PYTHON = (3, 11)
