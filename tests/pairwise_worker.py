@@ -89,7 +89,7 @@ def start(world: World, recipe_file: Path, ds: str, end: str = "nothing") -> int
 
     BetweenSteps.after_step = ended  # type: ignore[method-assign]
     try:
-        with signals.listening({}):
+        with signals.record_signals({}):
             return train_in_group(flags.parse(flags.create_parser(""), recipe_file, given), world)
     except Killed:
         return -9

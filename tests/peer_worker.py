@@ -60,7 +60,7 @@ def act() -> None:
 
 
 def main() -> int:
-    with signals.listening():
+    with signals.record_signals():
         with connect_ranks(rank, size, "127.0.0.1", share):
             arrive()
             act()

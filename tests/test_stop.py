@@ -115,15 +115,15 @@ def evaluations(run: Path) -> list[bool]:
 
 
 def test_a_signal_is_noted_from_the_start_and_forgotten_at_the_end() -> None:
-    with signals.listening({}):
+    with signals.record_signals({}):
         assert not World().any_stop_requested()
         os.kill(os.getpid(), signal.SIGTERM)
         assert World().any_stop_requested()
         assert signals.stop_reason() == "SIGTERM"
-        with signals.listening({}), pytest.raises(signals.StopRequested):
+        with signals.record_signals({}), pytest.raises(signals.StopRequested):
             World().raise_if_stopping()
     assert signals_are_default()
-    with signals.listening({}):
+    with signals.record_signals({}):
         assert not signals.stop_requested()
 
 

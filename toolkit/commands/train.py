@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.commands.cli import adapt_help, exit_process, run_command
 from toolkit.runtime.errors import TrainingStoppedError, UsageError
-from toolkit.runtime.signals import STOPPED, listening
+from toolkit.runtime.signals import STOPPED, record_signals
 
 if TYPE_CHECKING:
     from toolkit.config.schema import RunConfig
@@ -60,7 +60,7 @@ def train(
     """
     if threading.current_thread() is not threading.main_thread():
         raise UsageError("toolkit.train listens to signals, which only the main thread can; call it from there")
-    with listening(), _restored_environment():
+    with record_signals(), _restored_environment():
         from toolkit.commands.recipe_input import read_input
         from toolkit.training.run import run
 
@@ -98,7 +98,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     Returns:
         The exit code, 0 or 75.
     """
-    with listening():  # before the slow imports, so that they can be stopped too
+    with record_signals():  # before the slow imports, so that they can be stopped too
         from toolkit.config import flags
         from toolkit.runtime.shipped import QUICKSTART, shipped_file
 

@@ -32,7 +32,10 @@ _SHORTEST_SECRET = 8
 
 def redact(text: str, environ: Mapping[str, str] = os.environ) -> str:
     """Return ``text`` with every secret in it replaced by ``***``."""
-    for value in _secret_values(environ):
+    secrets = {
+        value for name, value in environ.items() if _SECRET_VARIABLES.search(name) and len(value) >= _SHORTEST_SECRET
+    }
+    for value in sorted(secrets, key=len, reverse=True):  # longest first, so that no part of one remains
         text = text.replace(value, REDACTED)
     for pattern in _SECRET_PATTERNS:
         text = pattern.sub(lambda match: f"{match.groupdict().get('keep') or ''}{REDACTED}", text)
@@ -50,14 +53,6 @@ class RedactingFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Format a record and redact the result."""
         return redact(super().format(record))
-
-
-def _secret_values(environ: Mapping[str, str]) -> list[str]:
-    """Return the values of environment variables with secret names, longest first, so that no part of one remains."""
-    secrets = {
-        value for name, value in environ.items() if _SECRET_VARIABLES.search(name) and len(value) >= _SHORTEST_SECRET
-    }
-    return sorted(secrets, key=len, reverse=True)
 
 
 def _strings_in(values: Any) -> Iterator[tuple[str, str]]:

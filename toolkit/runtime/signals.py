@@ -46,7 +46,7 @@ class _State:
     ``World.any_stop_requested`` combines it over all ranks.
     """
 
-    listening: bool = False
+    is_recording: bool = False
     reason: str | None = None
     """Why the run is to stop, as a phrase for the log; None if it is not."""
     requested_at: float = 0.0
@@ -62,13 +62,13 @@ _state = _State()
 
 
 @contextmanager
-def listening(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
+def record_signals(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
     """Record SIGTERM and SIGUSR1 in the body instead of dying from them; nested use does nothing."""
     global _state
-    if _state.listening:
+    if _state.is_recording:
         yield
         return
-    _state = _State(listening=True, ranks_are_connected=_world_size(environ) == 1)
+    _state = _State(is_recording=True, ranks_are_connected=_world_size(environ) == 1)
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     former_handlers = {number: signal.signal(number, _handle_signal) for number in SIGNALS}
@@ -85,7 +85,7 @@ def listening(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
         watcher.join()
         os.close(reading)
         os.close(writing)
-        _state.listening = False
+        _state.is_recording = False
 
 
 def stop_requested() -> bool:
@@ -128,7 +128,7 @@ def _watch_for_stop(reading: int, environ: Mapping[str, str]) -> None:
 
     Args:
         reading: pipe to which Python writes the number of each signal at once (``signal.set_wakeup_fd``), and
-            ``listening`` a zero at its end.
+            ``record_signals`` a zero at its end.
         environ: environment, which names the launcher.
     """
     launchers = _launchers(environ)

@@ -45,7 +45,7 @@ def run(invocation: Invocation, on_directory: Callable[[Path], None] | None = No
         UsageError: recipe, data, model, mask or run directory is at fault.
         FrostlineError: training cannot go on.
     """
-    with signals.listening(), join_ranks(engine_needs_group=invocation.deepspeed is not None) as world:
+    with signals.record_signals(), join_ranks(engine_needs_group=invocation.deepspeed is not None) as world:
         require_same(world, rank_settings(invocation))
         if not invocation.recipe_was_given:
             log.info("no --config given: using %s", invocation.recipe)
