@@ -18,7 +18,7 @@ from slurm_cluster import Cluster, cluster, missing
 
 from launch import submit as submit_script
 from toolkit.runtime.errors import SlurmError
-from toolkit.slurm.cluster import partitions, sbatch
+from toolkit.slurm.cluster import read_partitions, sbatch
 from toolkit.slurm.submission import queued_job
 
 pytestmark = pytest.mark.distributed
@@ -191,7 +191,7 @@ def test_a_directory_belongs_to_its_job_while_it_is_in_the_queue(jobs: Jobs) -> 
 
 
 def test_sinfo_tells_the_partitions(slurm: Cluster) -> None:
-    found = {partition.name: partition for partition in partitions()}
+    found = {partition.name: partition for partition in read_partitions()}
     assert set(found) == {"main", "spare"}
     assert (found["main"].is_default, found["spare"].is_default) == (True, False)
     assert (found["main"].count_nodes(gpus=2, cpus=16), found["main"].count_nodes(gpus=3, cpus=1)) == (2, 0)

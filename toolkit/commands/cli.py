@@ -78,8 +78,8 @@ def adapt_help(parser: argparse.ArgumentParser, program: str | None) -> argparse
 
 def _report_error(error: Exception, rank: int) -> int:
     """Print an error, send it to the other ranks, and return the exit code."""
-    failures = failure_broadcast.broadcast_of(error)
-    if failures is not None and (failure := failures.cause(error)) is not None:
+    failures = failure_broadcast.get_broadcast(error)
+    if failures is not None and (failure := failures.find_cause(error)) is not None:
         failure_broadcast.print_failure(rank, failure)
         return failure.code
     last_error = redact(" ".join(f"{type(error).__name__}: {error}".split()))[:_QUOTED_CHARACTERS]

@@ -116,7 +116,7 @@ def _check_cluster(request: JobRequest, dry_run: bool) -> None:
     from toolkit.slurm import cluster
 
     try:
-        known = cluster.partitions()
+        known = cluster.read_partitions()
     except SlurmError as error:
         if not dry_run:
             raise

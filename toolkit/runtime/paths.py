@@ -85,15 +85,6 @@ def make_parent(output: Path) -> None:
 
 
 @contextmanager
-def umask_permissions(path: Path) -> Iterator[None]:
-    """Give the file that the body writes at ``path`` the permissions of the umask, whatever those of its writer are."""
-    path.touch()  # created here, so its mode is what the umask gives
-    mode = path.stat().st_mode
-    yield
-    path.chmod(mode)
-
-
-@contextmanager
 def explain_refused_write(place: Path) -> Iterator[None]:
     """Turn an OSError of the body into a DiskError with its path, else ``place``, and the free space at ``place``."""
     try:

@@ -43,7 +43,7 @@ class Partition:
         return f"{self.name}: {', '.join(kinds)}, time limit {self.limit}"
 
 
-def partitions() -> list[Partition]:
+def read_partitions() -> list[Partition]:
     """Return the partitions that sinfo shows to this user.
 
     Raises:
