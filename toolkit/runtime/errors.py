@@ -36,10 +36,6 @@ class OutOfMemoryError(FrostlineError):
         remedy = f"Change first: {advice}" if advice else f"{command_line('plan')} shows what takes the memory"
         super().__init__(f"out of memory during {phase}{batch} ({detail}); committed checkpoints are kept. {remedy}")
 
-    def with_advice(self, advice: str) -> OutOfMemoryError:
-        """Return a copy of this error that also says what to change first."""
-        return OutOfMemoryError(self.phase, self.shape, self.detail, advice)
-
 
 class DiskError(FrostlineError):
     """A file of the run cannot be written: the disk is full, over quota or unmounted."""

@@ -17,7 +17,8 @@ def advise(error: OutOfMemoryError, trainer: Trainer | None, config: RunConfig) 
         trainer: of the run; None if it failed before there was one.
         config: the recipe.
     """
-    return error.with_advice(_planned(error, trainer) or _by_rule(error, config))
+    advice = _planned(error, trainer) or _by_rule(error, config)
+    return OutOfMemoryError(error.phase, error.shape, error.detail, advice)
 
 
 def _planned(error: OutOfMemoryError, trainer: Trainer | None) -> str | None:
