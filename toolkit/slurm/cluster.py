@@ -68,7 +68,8 @@ def read_partitions() -> list[Partition]:
 def check(request: JobRequest, partitions: list[Partition]) -> None:
     """Refuse a request that the cluster would reject or never start.
 
-    ``sbatch --test-only`` cannot: it accepts jobs that would wait for ever, and does not say what a partition offers.
+    ``sbatch --test-only`` cannot (SLURM 22.05): by default it accepts a time above the partition's limit, with which a
+    job waits for ever; it refuses what a drained node would give later; and of what is offered it says nothing.
 
     Raises:
         ConfigError: lists all faults, with what the partition offers.
