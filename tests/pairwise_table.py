@@ -29,7 +29,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "data.on_bad_row": {"error": "error", "skip": "skip"},
     "data.packing": {"auto": "auto", "on": "on", "off": "off"},
     "train.epochs": {"2": 2, "3": 3},
-    "train.max_steps": {"none": None, "5": 5},
+    "train.max_steps": {"none": None, "7": 7},  # more than an epoch has, in which a phase of mask.schedule ends
     "train.micro_batch_size": {"1": 1, "2": 2},
     "train.gradient_accumulation_steps": {"1": 1, "2": 2},
     "train.learning_rate": {"1e-3": 1e-3, "1e-5": 1e-5},
