@@ -76,13 +76,15 @@ def command_line(folder: Path) -> Target:
 
 
 def deepspeed(folder: Path) -> Target:
-    from toolkit.engine.deepspeed.config import read_ds_config, refuse_schedule_conflicts, resolve_ds_config, zero_stage
+    from toolkit.engine.deepspeed.config import load_ds_config, read_ds_config, resolve_ds_config, zero_stage
+
+    scheduled = RunConfig(mask=MaskConfig(schedule=[{"train": "head", "until_step": 1}]))  # type: ignore[list-item]
 
     def target(content: str | bytes) -> None:
         path = _put(folder / "ds.json", content)
         resolved = resolve_ds_config(read_ds_config(path), RunConfig(), 2, 32, path)
-        refuse_schedule_conflicts(resolved, MaskConfig(schedule=[{"train": "head", "until_step": 1}]), path)  # type: ignore[list-item]
         assert 0 <= zero_stage(resolved) <= 3
+        load_ds_config(path, scheduled, 2, 32)
 
     return target
 

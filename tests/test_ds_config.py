@@ -143,3 +143,8 @@ def test_deepspeed_leaves_clipping_to_us_wherever_it_can(file: str, accumulation
     if lean is not None:
         assert lean["gradient_clipping"] == 0
         assert lean["zero_optimization"]["compute_grad_norm"] is lean["bf16"]["check_grad_overflow"] is False
+
+
+def test_deepspeed_clips_where_the_old_key_for_offload_is_written() -> None:
+    ds = resolve({"zero_optimization": {"stage": 2, "cpu_offload": True}}, RunConfig())
+    assert without_norm_and_clipping(ds) is None

@@ -10,8 +10,8 @@ import pytest
 from helpers import ENGLISH, ROOT, invocation, run_here, tiny_flags, tiny_llama
 
 from toolkit.config.recipe import build_config, dump, read_recipe
-from toolkit.config.schema import MaskConfig
-from toolkit.engine.deepspeed.config import refuse_schedule_conflicts
+from toolkit.config.schema import MaskConfig, RunConfig
+from toolkit.engine.deepspeed.config import resolve_ds_config
 from toolkit.mask.schedule import build_schedule
 from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.planning.engine_memory import engine_spec
@@ -163,8 +163,7 @@ def test_the_plan_command_shows_the_phases_and_refuses_one_that_ends_too_late(ti
     ],
 )
 def test_what_could_not_be_moved_to_the_next_phase_is_refused_at_the_start(zero: dict[str, Any], message: str) -> None:
+    scheduled = RunConfig(mask=MaskConfig.model_validate({"schedule": [HEAD]}))
     with pytest.raises(ConfigError, match=message):
-        refuse_schedule_conflicts(
-            {"zero_optimization": zero}, MaskConfig.model_validate({"schedule": [HEAD]}), Path("a.json")
-        )
-    refuse_schedule_conflicts({"zero_optimization": zero}, MaskConfig(), Path("a.json"))
+        resolve_ds_config({"zero_optimization": zero}, scheduled, 1, 32, Path("a.json"))
+    resolve_ds_config({"zero_optimization": zero}, RunConfig(), 1, 32, Path("a.json"))

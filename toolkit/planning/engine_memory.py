@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from toolkit.config.schema import OptimName
-from toolkit.engine.deepspeed.config import zero_stage
+from toolkit.engine.deepspeed.config import zero_config
 from toolkit.optim.master_adamw import LARGEST_PIECE
 from toolkit.optim.moments import SMALLEST, moment_bytes
 from toolkit.planning.prefix_memory import PrefixMemory
@@ -62,36 +62,34 @@ def engine_spec(
 ) -> EngineSpec:
     """Return the engine of a resolved DeepSpeed configuration; ``ds`` is None for the engine without DeepSpeed.
 
-    The defaults repeat ``deepspeed.runtime.zero.config.DeepSpeedZeroConfig``, because importing DeepSpeed takes longer
-    than a plan. A test compares them.
+    Raises:
+        ConfigError: DeepSpeed refuses the configuration.
     """
     if ds is None:
         return EngineSpec(None, ranks, accumulation > 1, optimizer=optimizer)
-    zero = ds.get("zero_optimization", {})
-    stage = zero_stage(ds)
-    buckets = 2 if zero.get("overlap_comm") and stage != 3 else 1
-    contiguous = zero.get("contiguous_gradients", True)
-    state, weights = zero.get("offload_optimizer") or {}, zero.get("offload_param") or {}
+    zero = zero_config(ds)
+    state, weights = zero.offload_optimizer, zero.offload_param
+    buckets = 2 if zero.overlap_comm and zero.stage != 3 else 1
     return EngineSpec(
-        stage,
+        zero.stage,
         ranks,
         accumulation > 1,
-        bucket=buckets * int(zero.get("reduce_bucket_size", 5e8)) if stage and contiguous else 0,
-        persistent=int(zero.get("stage3_param_persistence_threshold", 1e5)),
-        live=int(zero.get("stage3_max_live_parameters", 1e9)),
+        bucket=buckets * zero.reduce_bucket_size if zero.stage and zero.contiguous_gradients else 0,
+        persistent=zero.param_persistence_threshold,
+        live=zero.max_live_parameters,
         optimizer=optimizer,
-        optimizer_at=_offload_place(state) if stage else "device",
-        weights_at=_offload_place(weights) if stage == 3 else "device",
-        swapped=int(zero.get("sub_group_size", 1e9)),
-        swap_buffers=int(state.get("buffer_count", 4)),
-        weight_buffers=int(weights.get("buffer_count", 5)) * int(weights.get("buffer_size", 1e8)),
+        optimizer_at=_offload_place(state) if zero.stage else "device",
+        weights_at=_offload_place(weights) if zero.stage == 3 else "device",
+        swapped=zero.sub_group_size,
+        swap_buffers=state.buffer_count if state else 0,
+        weight_buffers=weights.buffer_count * weights.buffer_size if weights else 0,
         host_is_device=host_is_device,
     )
 
 
-def _offload_place(section: Mapping[str, Any]) -> Place:
-    device: Place = section.get("device", "none")
-    return device if device in ("cpu", "nvme") else "device"
+def _offload_place(section: Any) -> Place:
+    """Return the place that one of DeepSpeed's offload sections names; None offloads nothing."""
+    return "device" if section is None or section.device == "none" else section.device
 
 
 def zero_spec(
@@ -117,6 +115,11 @@ class TensorSizes:
     tables: tuple[int, ...] = ()
     """Those of ``trained`` that are embedding tables."""
 
+    @property
+    def total(self) -> int:
+        """Return the trained elements."""
+        return sum(self.trained)
+
 
 @dataclass(frozen=True)
 class EngineMemory:
@@ -124,15 +127,15 @@ class EngineMemory:
 
     prefix_weights: int
     suffix_weights: int
-    masters: int
-    moments: int
-    accumulated: int
+    masters: int = 0
+    moments: int = 0
+    accumulated: int = 0
     """Accumulated gradients, or the buffer for them, during forward and backward of a micro batch."""
-    share: float
+    share: float = 0.0
     """Fraction of a backward pass's gradients that stays on this rank."""
-    update_gradients: int
+    update_gradients: int = 0
     """Peak bytes of gradients between backward and the end of the update."""
-    buffers: int
+    buffers: int = 0
     """Communication buckets and gathered parameters."""
     scratch: int = 0
     """Workspace of the update; held permanently."""
@@ -148,34 +151,23 @@ def engine_memory(spec: EngineSpec, tensors: TensorSizes, frozen: PrefixMemory) 
     Follows toolkit.optim.flat_buffers, and of DeepSpeed 0.19 zero/stage_1_and_2.py, zero/stage3.py,
     bf16_optimizer.py and fp16/unfused_optimizer.py, and for files swap_tensor/optimizer_utils.py.
     """
-    width, total = tensors.width, sum(tensors.trained)
-    low = width < 4  # float32 parameters are their own masters where nothing partitions them
-    suffix = (total + sum(tensors.frozen)) * width
-    if spec.stage is None:
-        return _local_engine(spec, tensors, frozen, suffix)
-    if spec.stage == 0:
-        return EngineMemory(
-            prefix_weights=frozen.device, suffix_weights=suffix, masters=4 * total if low else 0,
-            moments=8 * total, accumulated=0, share=1.0,
-            update_gradients=(width + 4) * total if low else width * total,
-            buffers=width * min(total, int(5e8)) if spec.ranks > 1 else 0,
-        )  # fmt: skip
-    held = _stage_3(spec, tensors, frozen) if spec.stage == 3 else _stage_1_or_2(spec, tensors, frozen, suffix)
+    by_stage = {None: _local_engine, 0: _stage_0, 1: _stage_1_or_2, 2: _stage_1_or_2, 3: _stage_3}
+    weights = EngineMemory(frozen.device, (tensors.total + sum(tensors.frozen)) * tensors.width)
+    held = by_stage[spec.stage](spec, tensors, weights)
     return _count_host_as_device(held) if spec.host_is_device else held
 
 
 def _count_host_as_device(held: EngineMemory) -> EngineMemory:
     """Return ``held`` with host memory added to device memory, for a run that computes on a CPU."""
-    host = held.host
-    gradients = host.get("gradients", 0)
+    host = Counter(held.host)
     return replace(
         held,
-        suffix_weights=held.suffix_weights + host.get("suffix weights", 0),
-        masters=held.masters + host.get("masters", 0),
-        moments=held.moments + host.get("moments", 0),
-        accumulated=held.accumulated + gradients,
-        update_gradients=held.update_gradients + gradients,
-        scratch=held.scratch + host.get("workspace", 0),
+        suffix_weights=held.suffix_weights + host["suffix weights"],
+        masters=held.masters + host["masters"],
+        moments=held.moments + host["moments"],
+        accumulated=held.accumulated + host["gradients"],
+        update_gradients=held.update_gradients + host["gradients"],
+        scratch=held.scratch + host["workspace"],
         host={},
     )
 
@@ -198,10 +190,10 @@ def _partitioned_moments(name: OptimName, tensors: TensorSizes, part: Callable[[
     return moment_bytes(name, part(tensors.tables), is_table=True) + sum(moment_bytes(name, part(k)) for k in kinds)
 
 
-def _local_engine(spec: EngineSpec, tensors: TensorSizes, frozen: PrefixMemory, suffix: int) -> EngineMemory:
+def _local_engine(spec: EngineSpec, tensors: TensorSizes, weights: EngineMemory) -> EngineMemory:
     """Return the memory of the local engine: gradients as backward leaves them, or also an fp32 accumulation buffer."""
-    width, total = tensors.width, sum(tensors.trained)
-    low = width < 4
+    width, total = tensors.width, tensors.total
+    low = width < 4  # float32 parameters are their own masters where nothing partitions them
     if spec.accumulates and not low and spec.ranks == 1:  # autograd accumulates in p.grad
         held, share, update = 4 * (total + max(tensors.trained)), 0.0, 4 * total
     else:
@@ -209,11 +201,10 @@ def _local_engine(spec: EngineSpec, tensors: TensorSizes, frozen: PrefixMemory, 
         held, share, update = accumulated if spec.accumulates else 0, 1.0, width * total + accumulated
     split_masters = spec.optimizer == "adamw_bf16"
     scratch = 4 + (4 + 8 + 8 if split_masters else 0)  # gradient; then weights, moments, and random numbers for both
-    return EngineMemory(
-        prefix_weights=frozen.device, suffix_weights=suffix,
-        masters=(2 if split_masters else 4) * total if low else 0,
+    return replace(
+        weights, masters=(2 if split_masters else 4) * total if low else 0,
         moments=unpartitioned_moments(spec.optimizer, tensors), accumulated=held, share=share, update_gradients=update,
-        buffers=0, scratch=scratch * min(total, LARGEST_PIECE),
+        scratch=scratch * min(total, LARGEST_PIECE),
     )  # fmt: skip
 
 
@@ -222,22 +213,29 @@ def _partitioned_scratch(spec: EngineSpec, part: int) -> int:
     return (8 + 8) * min(part, LARGEST_PIECE) if spec.optimizer == "adamw_bf16" else 0
 
 
-def _stage_1_or_2(spec: EngineSpec, tensors: TensorSizes, frozen: PrefixMemory, suffix: int) -> EngineMemory:
-    width, total = tensors.width, sum(tensors.trained)
+def _stage_0(spec: EngineSpec, tensors: TensorSizes, weights: EngineMemory) -> EngineMemory:
+    width, total, low = tensors.width, tensors.total, tensors.width < 4
+    return replace(
+        weights, masters=4 * total if low else 0, moments=8 * total, share=1.0,
+        update_gradients=(width + 4 if low else width) * total,
+        buffers=width * min(total, int(5e8)) if spec.ranks > 1 else 0,
+    )  # fmt: skip
+
+
+def _stage_1_or_2(spec: EngineSpec, tensors: TensorSizes, weights: EngineMemory) -> EngineMemory:
+    width, low = tensors.width, tensors.width < 4
 
     def parts(sizes: Sequence[int]) -> int:
         return 2 * math.ceil(sum(sizes) / (2 * spec.ranks))
 
     part = parts(tensors.trained)
-    low = width < 4
     moments, scratch = _partitioned_moments(spec.optimizer, tensors, parts), _partitioned_scratch(spec, part)
     if spec.optimizer_at != "device":
         # the host holds fp32 gradients, another fp32 accumulation buffer, and weights on their way back
         largest = max(tensors.trained)
         accumulated = 4 * part if spec.accumulates else 0
-        return EngineMemory(
-            prefix_weights=frozen.device, suffix_weights=suffix, masters=0, moments=0,
-            accumulated=accumulated if low else 0, share=0.0, update_gradients=accumulated if low else 0,
+        return replace(
+            weights, accumulated=accumulated if low else 0, update_gradients=accumulated if low else 0,
             buffers=(spec.bucket + largest) * width,
             host={"masters": 4 * part, "moments": moments, "gradients": 4 * part + (0 if low else accumulated),
                   "workspace": (part + largest) * width + scratch},
@@ -249,14 +247,14 @@ def _stage_1_or_2(spec: EngineSpec, tensors: TensorSizes, frozen: PrefixMemory, 
         held = 0
         share = 1.0 if spec.stage == 1 else 1 / spec.ranks
         # this rank's gradients, flattened, then in float32: the three are there together
-        update = int(share * width * total) + width * part + (4 * part if low else 0)
-    return EngineMemory(
-        prefix_weights=frozen.device, suffix_weights=suffix, masters=4 * part, moments=moments,
-        accumulated=held, share=share, update_gradients=update, buffers=spec.bucket * width, scratch=scratch,
+        update = int(share * width * tensors.total) + width * part + (4 * part if low else 0)
+    return replace(
+        weights, masters=4 * part, moments=moments, accumulated=held, share=share, update_gradients=update,
+        buffers=spec.bucket * width, scratch=scratch,
     )  # fmt: skip
 
 
-def _stage_3(spec: EngineSpec, tensors: TensorSizes, frozen: PrefixMemory) -> EngineMemory:
+def _stage_3(spec: EngineSpec, tensors: TensorSizes, weights: EngineMemory) -> EngineMemory:
     """Return the memory of ZeRO-3, which partitions every tensor of the suffix, and copies a shared table."""
     width, low = tensors.width, tensors.width < 4
 
@@ -264,26 +262,26 @@ def _stage_3(spec: EngineSpec, tensors: TensorSizes, frozen: PrefixMemory) -> En
         return sum(math.ceil(size / spec.ranks) for size in sizes)
 
     everything = (*tensors.trained, *tensors.frozen)
-    part, weights = parts(tensors.trained), parts(everything) * width
+    part, divided = parts(tensors.trained), parts(everything) * width
     whole = sum(size for size in everything if size <= spec.persistent)
     gathered = min(sum(everything) - whole, spec.live)
     summed = 4 if spec.accumulates or not low else width
-    held = EngineMemory(
-        prefix_weights=frozen.device + tensors.shared * width, suffix_weights=weights + whole * width,
-        masters=4 * part if low else 0, moments=_partitioned_moments(spec.optimizer, tensors, parts),
-        accumulated=summed * part, share=0.0,
+    held = replace(
+        weights, prefix_weights=weights.prefix_weights + tensors.shared * width,
+        suffix_weights=divided + whole * width, masters=4 * part if low else 0,
+        moments=_partitioned_moments(spec.optimizer, tensors, parts), accumulated=summed * part,
         update_gradients=(summed + 4) * part, buffers=(spec.bucket + gathered) * width,
         scratch=_partitioned_scratch(spec, part),
     )  # fmt: skip
     if spec.optimizer_at != "device":
         held = _offload_state(held, spec, 4 * part, math.ceil(max(tensors.trained) / spec.ranks))
-    if spec.weights_at != "device":
-        held = replace(held, suffix_weights=held.suffix_weights - weights)
-        if spec.weights_at == "cpu":
-            return replace(held, host={**held.host, "suffix weights": weights})
-        buffers = held.host.get("workspace", 0) + spec.weight_buffers * width
-        held = replace(held, files=held.files + weights, host={**held.host, "workspace": buffers})
-    return held
+    if spec.weights_at == "device":
+        return held
+    held = replace(held, suffix_weights=held.suffix_weights - divided)
+    if spec.weights_at == "cpu":
+        return replace(held, host={**held.host, "suffix weights": divided})
+    buffers = held.host.get("workspace", 0) + spec.weight_buffers * width
+    return replace(held, files=held.files + divided, host={**held.host, "workspace": buffers})
 
 
 def _offload_state(held: EngineMemory, spec: EngineSpec, masters: int, largest: int) -> EngineMemory:

@@ -22,7 +22,7 @@ from toolkit.data.batches import BatchPlan
 from toolkit.data.dataset import Dataset
 from toolkit.data.examples import Example
 from toolkit.data.model_limits import check_fit, padding_id
-from toolkit.engine.deepspeed.config import read_ds_config, refuse_schedule_conflicts, resolve_ds_config, zero_stage
+from toolkit.engine.deepspeed.config import load_ds_config
 from toolkit.mask.schedule import Schedule, build_schedule
 from toolkit.models.float32_gradients import float32_is_faster, use_float32_gradients
 from toolkit.models.load import LoadedModel, fingerprint, load_tokenizer
@@ -142,7 +142,6 @@ def prepare(
         UsageError: the DeepSpeed file, data, model or mask is invalid.
     """
     config, train = invocation.config, invocation.config.train
-    ds = read_ds_config(invocation.deepspeed) if invocation.deepspeed else None
     with world.main_first():  # rank 0 fills the download and conversion caches
         with suppress(PlanError):  # a class that cannot be checked without weights is checked once it is loaded
             check_config(invocation, world.size)
@@ -154,7 +153,7 @@ def prepare(
     refuse_with_schedule(config, world.device)
     for warning in unused_settings(config, total_steps, world.device):
         log.warning("%s", warning)
-    if ds is not None:
+    if invocation.deepspeed is not None:
         import_module("toolkit.engine.deepspeed.engine")  # counts as a library; only runs that use DeepSpeed import it
     libraries = resident_bytes()
     loaded = _load_model(config, tokenizer, dataset, world)
@@ -168,15 +167,16 @@ def prepare(
         config=config, world=world, dataset=dataset, batch_plan=plan, total_steps=total_steps, schedule=schedule,
         base=base, tokenizer=tokenizer, pad_id=padding_id(tokenizer, loaded.model), stop_ids=stop_ids,
         fingerprints=fingerprints(dataset, tokenizer, base, schedule), libraries=libraries,
-        ds_config=_resolve_ds(ds, invocation, loaded, world),
+        ds_config=load_ds_config(
+            invocation.deepspeed, config, world.size, int(loaded.model.config.get_text_config().hidden_size)
+        ),
         planners=planners_of(config, loaded, dataset, world.device, passes),
     )  # fmt: skip
     planners: Sequence[Planner | None] = context.planners or [None] * len(schedule.phases)
     expected = [choose_checkpointing(context, planner)[1] for planner in planners]
     world.raise_if_stopping()
-    name = "local" if context.ds_config is None else f"zero-{zero_stage(context.ds_config)}"
     length = plan.text(total_steps, train.epochs)
-    log.info("engine %s, %d rank(s) on %s: %s", name, world.size, world.device.type, length)
+    log.info("engine %s, %d rank(s) on %s: %s", context.engine_spec.name, world.size, world.device.type, length)
     return replace(context, plans=tuple(expected)), ModelHandle(loaded)
 
 
@@ -215,18 +215,6 @@ def _load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, dataset: 
     if world.broadcast_object(float32_is_faster(loaded.model.dtype, world.device) if world.is_main else None):
         use_float32_gradients(loaded.model)
     return loaded
-
-
-def _resolve_ds(
-    ds: dict[str, Any] | None, invocation: Invocation, loaded: LoadedModel, world: World
-) -> dict[str, Any] | None:
-    """Return the DeepSpeed configuration with the recipe's values filled in; None for a run without DeepSpeed."""
-    if ds is None or invocation.deepspeed is None:
-        return None
-    width = loaded.model.config.get_text_config().hidden_size
-    resolved = resolve_ds_config(ds, invocation.config, world.size, width, invocation.deepspeed)
-    refuse_schedule_conflicts(resolved, invocation.config.mask, invocation.deepspeed)
-    return resolved
 
 
 def planners_of(

@@ -10,7 +10,7 @@ from toolkit.config.flags import Invocation
 from toolkit.config.schema import DataConfig
 from toolkit.data.dataset import load_dataset
 from toolkit.data.sources import is_hub_dataset
-from toolkit.engine.deepspeed.config import read_ds_config, resolve_ds_config
+from toolkit.engine.deepspeed.config import load_ds_config, read_ds_config
 from toolkit.mask.schedule import phase_masks
 from toolkit.models.load import load_tokenizer
 from toolkit.planning.meta_model import meta_model
@@ -57,11 +57,11 @@ def check_config(invocation: Invocation, ranks: int) -> None:
         PlanError: the model's class cannot be built without weights, so nothing was checked.
     """
     config, path = invocation.config, invocation.deepspeed
-    ds = read_ds_config(path) if path else None
-    bare = meta_model(config.model)
-    phase_masks(config.mask, bare.anatomy)
-    if ds is not None and path is not None:
-        resolve_ds_config(ds, config, ranks, bare.hidden_size, path)
+    if path is not None:
+        read_ds_config(path)  # before a class that cannot be built ends these checks
+    meta = meta_model(config.model)
+    phase_masks(config.mask, meta.anatomy)
+    load_ds_config(path, config, ranks, meta.hidden_size)
 
 
 def check_writable(run: Path, world: World) -> None:

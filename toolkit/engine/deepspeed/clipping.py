@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from toolkit.engine.deepspeed.config import zero_stage
+from toolkit.engine.deepspeed.config import zero_config
 from toolkit.optim.master_adamw import piece_size, total_norm
 from toolkit.runtime.distributed import World
 
@@ -27,17 +27,14 @@ def without_norm_and_clipping(ds: dict[str, Any]) -> dict[str, Any] | None:
     Args:
         ds: DeepSpeed configuration as ``resolve_ds_config`` returns it.
     """
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    zero, stage = ds["zero_optimization"], zero_stage(ds)
-    offload = zero.get("offload_optimizer") or {}
+    zero = zero_config(ds)
     accumulates_fp32 = ds.get("data_types", {}).get("grad_accum_dtype") == "fp32" and ds["bf16"]["enabled"]
     if (
-        stage not in (1, 2)
-        or offload.get("device", "none") != "none"
-        or zero.get("zenflow")
-        or (stage == 1 and accumulates_fp32)
-        or "compute_grad_norm" not in DeepSpeedZeroConfig.model_fields
+        zero.stage not in (1, 2)
+        or (zero.offload_optimizer and zero.offload_optimizer.device != "none")
+        or zero.zenflow
+        or (zero.stage == 1 and accumulates_fp32)
+        or not hasattr(zero, "compute_grad_norm")
     ):
         return None
     without_norm = copy.deepcopy(ds)

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from toolkit.config.policy import global_batch
-from toolkit.config.schema import MaskConfig, RunConfig
-from toolkit.engine.deepspeed.nvme_files import check_nvme_paths
+from toolkit.config.schema import RunConfig
+from toolkit.engine.deepspeed.nvme_files import check_nvme_paths, nvme_sections
 from toolkit.runtime.errors import ConfigError
 from toolkit.runtime.redact import find_secrets
 
@@ -68,6 +70,30 @@ def zero_stage(ds: dict[str, Any]) -> int:
     return int(zero.get("stage", 0)) if isinstance(zero, dict) else 0
 
 
+def load_ds_config(path: Path | None, config: RunConfig, ranks: int, hidden_size: int) -> dict[str, Any] | None:
+    """Return ``resolve_ds_config`` of the file that ``--ds`` names; None without one."""
+    return None if path is None else resolve_ds_config(read_ds_config(path), config, ranks, hidden_size, path)
+
+
+def zero_config(ds: dict[str, Any]) -> Any:
+    """Return DeepSpeed's own reading of ``zero_optimization``, a ``DeepSpeedZeroConfig``; imports DeepSpeed.
+
+    It fills defaults and replaces deprecated keys (``cpu_offload``).
+
+    Args:
+        ds: DeepSpeed configuration as ``resolve_ds_config`` returns it.
+
+    Raises:
+        ConfigError: DeepSpeed refuses the section.
+    """
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        return DeepSpeedZeroConfig(**ds["zero_optimization"])
+    except (ValidationError, AssertionError) as error:
+        raise ConfigError([" ".join(str(error).split())], "DeepSpeed file, as DeepSpeed reads it") from None
+
+
 def resolve_ds_config(
     ds: dict[str, Any], config: RunConfig, ranks: int, hidden_size: int, path: Path
 ) -> dict[str, Any]:
@@ -98,6 +124,7 @@ def resolve_ds_config(
     faults += _check_optim_name(resolved, config)
     _fill_buckets(resolved.setdefault("zero_optimization", {}), hidden_size)
     faults += check_nvme_paths(resolved["zero_optimization"])
+    faults += _check_schedule(resolved) if config.mask.schedule else ()
     faults += [
         f'{where} is "auto", but nothing in the recipe fills it; give a value' for where in _find_autos(resolved)
     ]
@@ -110,28 +137,6 @@ def resolve_ds_config(
         resolved["zero_allow_untested_optimizer"] = True  # this repository's tests try them
     resolved.setdefault("steps_per_print", 2**31)  # the progress bar reports steps
     return resolved
-
-
-def refuse_schedule_conflicts(ds: dict[str, Any], mask: MaskConfig, path: Path) -> None:
-    """Refuse DeepSpeed settings under which weights and optimizer state cannot move to the schedule's next phase.
-
-    Args:
-        ds: DeepSpeed configuration as ``resolve_ds_config`` returns it.
-        mask: the recipe's mask section.
-        path: path of the DeepSpeed file, for messages.
-
-    Raises:
-        ConfigError: the mask has a schedule, and weights are on NVMe or the ZeRO stage is 0.
-    """
-    if not mask.schedule:
-        return
-    faults = []
-    if (ds["zero_optimization"].get("offload_param") or {}).get("device") == "nvme":
-        faults.append("zero_optimization.offload_param.device is 'nvme', and mask.schedule moves weights; write 'cpu'")
-    if zero_stage(ds) == 0:
-        faults.append("zero_optimization.stage is 0; mask.schedule needs 1, 2 or 3, or no --ds at all")
-    if faults:
-        raise ConfigError(faults, f"DeepSpeed file {path}, read against the recipe")
 
 
 def _recipe_values(config: RunConfig, ranks: int) -> Iterator[tuple[str, Any, str]]:
@@ -220,6 +225,14 @@ def _check_optim_name(ds: dict[str, Any], config: RunConfig) -> Iterator[str]:
             f"zero_optimization.stage is 0 and the recipe's optim.name is {name!r}; without ZeRO DeepSpeed divides "
             "nothing and takes one step with zero gradients at the start: leave out --ds, or write 1, 2 or 3"
         )
+
+
+def _check_schedule(ds: dict[str, Any]) -> Iterator[str]:
+    """Yield settings under which weights and optimizer state cannot move to the next phase of a mask schedule."""
+    if "offload_param" in dict(nvme_sections(ds["zero_optimization"])):
+        yield "zero_optimization.offload_param.device is 'nvme', and mask.schedule moves weights; write 'cpu'"
+    if zero_stage(ds) == 0:
+        yield "zero_optimization.stage is 0; mask.schedule needs 1, 2 or 3, or no --ds at all"
 
 
 def _check_scheduler(block: dict[str, Any] | None, config: RunConfig) -> Iterator[str]:

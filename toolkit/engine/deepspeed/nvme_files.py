@@ -22,7 +22,7 @@ def check_nvme_paths(zero: dict[str, Any]) -> Iterator[str]:
 
     ``assign_swap_folders`` later sets the folder that "auto" stands for.
     """
-    for key, section in _nvme_sections(zero):
+    for key, section in nvme_sections(zero):
         if zero.get("stage") != 3:
             yield f"zero_optimization.{key}.device is 'nvme' under stage {zero.get('stage', 0)}; it needs stage 3"
         path = section.get("nvme_path", "auto")
@@ -45,19 +45,17 @@ def assign_swap_folders(ds: dict[str, Any] | None, run: Path) -> None:
         run: the run directory.
     """
     folder = f"{run.name}-{hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:8]}"
-    for _, section in _nvme_sections((ds or {}).get("zero_optimization", {})):
+    for _, section in nvme_sections((ds or {}).get("zero_optimization", {})):
         path = section.get("nvme_path")
         section["nvme_path"] = str(Path(path).expanduser() / folder if path else run / "swap")
 
 
 def swap_folders(ds: Mapping[str, Any] | None) -> list[Path]:
     """Return the folders that a run swaps to, once ``assign_swap_folders`` has set them."""
-    return sorted(
-        {Path(section["nvme_path"]) for _, section in _nvme_sections((ds or {}).get("zero_optimization", {}))}
-    )
+    return sorted({Path(section["nvme_path"]) for _, section in nvme_sections((ds or {}).get("zero_optimization", {}))})
 
 
-def _nvme_sections(zero: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+def nvme_sections(zero: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Return the offload sections whose device is NVMe, by key."""
     sections = ((key, zero.get(key)) for key in _SECTIONS)
     return [(key, part) for key, part in sections if isinstance(part, dict) and part.get("device") == "nvme"]
