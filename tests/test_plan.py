@@ -273,8 +273,8 @@ def test_what_a_deepspeed_file_puts_on_the_host_is_not_counted_as_the_devices(ti
 
 def test_state_in_files_leaves_buffers_on_the_host(tiny_model: Path) -> None:
     planner = tiny_planner(tiny_model)
-    trained = sum(planner._split(tuple(planner.config.mask.train), False).tensors.trained)
-    memory = planner.memory(planner.variant(engine_spec(shipped("zero3_nvme", 1), 1, 1), checkpointing=False))
+    variant = planner.variant(engine_spec(shipped("zero3_nvme", 1), 1, 1), checkpointing=False)
+    trained, memory = planner._split(variant).tensors.total, planner.memory(variant)
     assert memory.files == (4 + 8 + 4) * trained
     assert memory.host["workspace"] == 4 * 4 * trained  # four buffers of the one group, in float32
     assert "masters" not in memory.host
@@ -285,14 +285,14 @@ def test_state_in_files_leaves_buffers_on_the_host(tiny_model: Path) -> None:
     assert weights.host["workspace"] == memory.host["workspace"] + 5 * 1000 * 2
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_what_a_deepspeed_file_leaves_out_is_planned_with_deepspeeds_own_defaults(stage: int) -> None:
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    given = {"stage": stage, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "nvme"}}
-    filled = DeepSpeedZeroConfig(**given).model_dump(mode="json", by_alias=True)
-    short, full = (engine_spec({"zero_optimization": zero}, 2, 1) for zero in (given, filled))
-    assert short == full
+def test_the_engine_is_planned_as_deepspeed_reads_its_file() -> None:
+    deprecated, current = {"cpu_offload": True}, {"offload_optimizer": {"device": "cpu"}}
+    specs = [engine_spec({"zero_optimization": {"stage": 2, **zero}}, 2, 1) for zero in (deprecated, current)]
+    assert specs[0] == specs[1]
+    assert specs[0].optimizer_at == "cpu"
+    assert specs[0].bucket == 500_000_000, "its default"
+    with pytest.raises(ConfigError, match=r"(?s)as DeepSpeed reads it.*sub_group_size"):
+        engine_spec({"zero_optimization": {"stage": 3, "sub_group_size": -1}}, 2, 1)
 
 
 def test_a_plan_with_offload_says_what_is_where(tiny_model: Path) -> None:

@@ -93,11 +93,7 @@ def first_change(planner: Planner, variant: RunVariant, in_update: bool) -> str 
     """Return the first change to advise after memory ran out in a training step; None if no change is left.
 
     It is the first in the order of ``fit_device`` that lowers the planned peak, or the very first if none does.
-
-    Args:
-        planner: planner of the current phase.
-        variant: settings of the run.
-        in_update: True if memory ran out in the optimizer's update, False for the prefix, forward or backward.
+    ``in_update`` says whether memory ran out in the optimizer's update.
     """
     needed = planner.memory(variant).peak
     first = None
@@ -181,8 +177,7 @@ def _propose_offload(planner: Planner, variant: RunVariant) -> Proposals:
 
 def _propose_ranks(planner: Planner, variant: RunVariant) -> Proposals:
     """Propose higher ZeRO stages and more ranks."""
-    spec = variant.spec
-    width = planner.meta.hidden_size
+    spec, width = variant.spec, planner.meta.hidden_size
     ranks, offload = spec.ranks if spec.ranks > 1 else 2, spec.optimizer_at != "device"
     while ranks <= max(_MAX_RANKS, spec.ranks):
         for stage in (2, 3):
@@ -200,8 +195,8 @@ def _propose_blocks(planner: Planner, variant: RunVariant) -> Proposals:
     if planner.is_phase:
         return  # with fewer blocks here, another phase may be the one that needs most
     for position, selector in enumerate(variant.selectors):
-        if isinstance(selector, str) and (found := re.fullmatch(r"last:(\d+)", selector.strip())):
-            blocks = int(found[1]) // 2
+        if isinstance(selector, str) and (match := re.fullmatch(r"last:(\d+)", selector.strip())):
+            blocks = int(match[1]) // 2
             while blocks:
                 selectors = (*variant.selectors[:position], f"last:{blocks}", *variant.selectors[position + 1 :])
                 yield f"mask.train: {' '.join(map(str, selectors))}", replace(variant, selectors=selectors)
@@ -209,22 +204,20 @@ def _propose_blocks(planner: Planner, variant: RunVariant) -> Proposals:
             return
 
 
+_PROPOSALS: tuple[Callable[[Planner, RunVariant], Proposals], ...] = (
+    _propose_checkpointing, _propose_micro_batch, _propose_precision, _propose_placement, _propose_offload,
+    _propose_length, _propose_ranks, _propose_blocks,
+)  # fmt: skip
+"""Cheapest change first."""
+
+_SHRINK_MICRO_BATCH = (_propose_checkpointing, _propose_micro_batch, _propose_length)
+"""Those that cannot help if the peak is in the update."""
+
+
 def _useful_proposals(
     planner: Planner, variant: RunVariant, in_update: bool | None = None
 ) -> list[Callable[[Planner, RunVariant], Proposals]]:
-    """Return the proposal functions that can help, cheapest change first.
-
-    If the peak is in the update, those that only shrink a micro batch's memory are left out.
-    """
+    """Return the proposals that can help; None for ``in_update`` takes it from the plan."""
     if in_update is None:
         in_update = planner.memory(variant).moment == "update"
-    smaller = [] if in_update else [_propose_checkpointing, _propose_micro_batch]
-    prefix = [_propose_precision, _propose_placement]
-    return [
-        *smaller,
-        *prefix,
-        _propose_offload,
-        *([] if in_update else [_propose_length]),
-        _propose_ranks,
-        _propose_blocks,
-    ]
+    return [propose for propose in _PROPOSALS if not (in_update and propose in _SHRINK_MICRO_BATCH)]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from toolkit.planning.trace import Pass, Trace
 
 PASSES = ("prefix forward", "suffix forward", "backward", "recomputation")
 
 
-@dataclass(frozen=True)
-class PassFlops:
+class PassFlops(NamedTuple):
     """FLOPs of one pass over a row of T tokens, S of them supervised.
 
     ``per_token * T + per_square * T**2 + per_supervised * S``
@@ -26,13 +26,6 @@ class PassFlops:
     def of(self, tokens: int, supervised: int) -> float:
         """Return the FLOPs of a row of ``tokens`` tokens, ``supervised`` of which are supervised."""
         return self.per_token * tokens + self.per_square * tokens**2 + self.per_supervised * supervised
-
-    def __sub__(self, other: PassFlops) -> PassFlops:
-        return PassFlops(
-            self.per_token - other.per_token,
-            self.per_square - other.per_square,
-            self.per_supervised - other.per_supervised,
-        )
 
 
 @dataclass(frozen=True)
@@ -53,16 +46,10 @@ def count_flops(plain: Sequence[Trace], checkpointed: Sequence[Trace] | None) ->
         plain: two traces without activation checkpointing, with different numbers of supervised positions.
         checkpointed: two such traces with activation checkpointing; None if the run does not use it.
     """
-    backward = _pass_flops(plain, "backward")
-    recomputation = _pass_flops(checkpointed, "backward") - backward if checkpointed is not None else PassFlops(0, 0, 0)
-    return StepFlops(
-        {
-            "prefix forward": _pass_flops(plain, "prefix"),
-            "suffix forward": _pass_flops(plain, "forward"),
-            "backward": backward,
-            "recomputation": recomputation,
-        }
-    )
+    prefix, forward, backward = (_pass_flops(plain, phase) for phase in ("prefix", "forward", "backward"))
+    with_recomputation = backward if checkpointed is None else _pass_flops(checkpointed, "backward")
+    recomputation = PassFlops(*(total - part for total, part in zip(with_recomputation, backward, strict=True)))
+    return StepFlops(dict(zip(PASSES, (prefix, forward, backward, recomputation), strict=True)))
 
 
 def _pass_flops(traces: Sequence[Trace], phase: Pass) -> PassFlops:

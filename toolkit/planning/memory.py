@@ -47,25 +47,25 @@ def memory_by_kind(engine: EngineMemory, trace: Trace, streamed: int, fill_ratio
         fill_ratio: if the prefix is cached and freed before the engine is built, the tokens of a batch of the pass
             that fills the cache, as a multiple of the micro batch's tokens; None if the prefix stays.
     """
+    empty = dict.fromkeys(KINDS, 0)
     weights = {"prefix weights": engine.prefix_weights, "suffix weights": engine.suffix_weights}
     loaded = weights if fill_ratio is None else weights | {"prefix weights": 0}
-    fixed = loaded | {"masters": engine.masters, "moments": engine.moments}
+    fixed = empty | loaded | {"masters": engine.masters, "moments": engine.moments}
     at_peak = trace.peak({"gradients": engine.share})
+    always = engine.buffers + engine.scratch
     training = {
-        "forward and backward": fixed | {
-            "gradients": engine.accumulated + at_peak["gradients"], "activations": at_peak["activations"],
-            "logits": at_peak["logits"], "workspace": at_peak["workspace"] + engine.buffers + engine.scratch,
+        "forward and backward": {
+            **fixed, **at_peak, "gradients": engine.accumulated + at_peak["gradients"],
+            "workspace": at_peak["workspace"] + always,
         },
-        "update": fixed | _only("gradients", engine.update_gradients) | {"workspace": engine.scratch},
+        "update": fixed | {"gradients": engine.update_gradients, "workspace": engine.scratch},
     }  # fmt: skip
     if fill_ratio is None:
-        workspace = trace.most_in_prefix + streamed + engine.buffers + engine.scratch
-        moments = training = training | {
-            "prefix": fixed | _only("gradients", engine.accumulated) | {"workspace": workspace}
-        }
+        workspace = trace.most_in_prefix + streamed + always
+        moments = training = training | {"prefix": fixed | {"gradients": engine.accumulated, "workspace": workspace}}
     else:
         workspace = int(fill_ratio * trace.most_in_prefix) + streamed
-        moments = training | {"first pass": weights | _only("workspace", workspace) | {"masters": 0, "moments": 0}}
+        moments = training | {"first pass": empty | weights | {"workspace": workspace}}
     most = weights | {
         "masters": engine.masters, "moments": engine.moments,
         "gradients": max(
@@ -73,16 +73,11 @@ def memory_by_kind(engine: EngineMemory, trace: Trace, streamed: int, fill_ratio
         ),
         "activations": trace.kept("activations"),
         "logits": trace.most("logits"),
-        "workspace": max(trace.most("workspace") + engine.buffers + engine.scratch, workspace),
+        "workspace": max(trace.most("workspace") + always, workspace),
     }  # fmt: skip
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     beside = max(sum(kinds.values()) for kinds in training.values()) - sum(loaded.values())
     return Memory(most, moments[moment], moment, beside, engine.host, engine.files)
-
-
-def _only(kind: str, size: int) -> dict[str, int]:
-    """Return the temporary kinds of memory with ``size`` bytes of one kind and none of the others."""
-    return dict.fromkeys(("gradients", "activations", "logits", "workspace"), 0) | {kind: size}
 
 
 def checkpoint_bytes(spec: EngineSpec, tensors: TensorSizes) -> int:
@@ -91,4 +86,4 @@ def checkpoint_bytes(spec: EngineSpec, tensors: TensorSizes) -> int:
     Low-bit moments are saved twice: in their own format, and in float32 for engines of another layout.
     """
     stored = 0 if spec.optimizer == "adamw" else unpartitioned_moments(spec.optimizer, tensors)
-    return 12 * sum(tensors.trained) + stored
+    return 12 * tensors.total + stored

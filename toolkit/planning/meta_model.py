@@ -21,9 +21,7 @@ from toolkit.models.weight_files import open_weights
 from toolkit.runtime.errors import FrostlineError, ModelError, PlanError
 from toolkit.runtime.out_of_memory import is_out_of_memory
 from toolkit.runtime.safetensors_io import FLOATS
-
-META_ERRORS = (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError)
-"""Errors that a model raises if it reads the content of meta tensors, or is cut where it cannot be."""
+from toolkit.split.logit_processing import MODEL_CODE_ERRORS
 
 
 @dataclass(frozen=True)
@@ -55,13 +53,18 @@ def meta_model(config: ModelConfig) -> MetaModel:
         PlanError: the model's class cannot be built on the meta device.
     """
     source = resolve_source(config.name_or_path, needs_weights=False)
-    exaone = is_exaone_source(source, config)
+    try:  # an EXAONE 3.x model is loaded as the equivalent Llama
+        exaone = is_exaone(source, config.revision) and not config.trust_remote_code
+    except (OSError, ValueError) as error:
+        no_config = f"model.name_or_path {source!r}: no readable config.json. {_one_line(error)}"
+        raise ModelError(explain_hub_error(source, error) or no_config) from None
     try:
         with torch.device("meta"):
             model = _build_on_meta(source, config, exaone)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        text = " ".join(str(error).split())[:400]
-        raise ModelError(f"model.name_or_path {source!r} cannot be planned from its config. {text}") from None
+        raise ModelError(
+            f"model.name_or_path {source!r} cannot be planned from its config. {_one_line(error)}"
+        ) from None
     except Exception as error:  # a class that was not written for the meta device may raise anything
         if isinstance(error, FrostlineError) or is_out_of_memory(error):
             raise
@@ -88,31 +91,21 @@ def meta_model_of(loaded: LoadedModel) -> MetaModel:
     try:
         with torch.device("meta"):
             meta = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
-    except META_ERRORS as error:
+    except MODEL_CODE_ERRORS as error:
         raise _build_error(type(model).__name__, error) from None
     turn_off_layerdrop(meta)
     return MetaModel(meta, loaded.anatomy, "the loaded model")
 
 
-def is_exaone_source(source: str, config: ModelConfig) -> bool:
-    """Return True if ``source`` is an EXAONE 3.x model, which is loaded as the equivalent Llama.
-
-    Raises:
-        ModelError: the model has no readable config.
-    """
-    try:
-        return is_exaone(source, config.revision) and not config.trust_remote_code
-    except (OSError, ValueError) as error:
-        text = " ".join(str(error).split())[:400]
-        raise ModelError(
-            explain_hub_error(source, error) or f"model.name_or_path {source!r}: no readable config.json. {text}"
-        ) from None
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
 
 
 def _build_error(name: str, error: Exception) -> PlanError:
     """Return the error for a class that cannot be built on the meta device."""
-    reason = " ".join(str(error).split())[:200]
-    return PlanError(f"{name} cannot be planned: its class cannot be built on the meta device ({reason})")
+    return PlanError(
+        f"{name} cannot be planned: its class cannot be built on the meta device ({_one_line(error)[:200]})"
+    )
 
 
 def _build_on_meta(source: str, config: ModelConfig, exaone: bool) -> PreTrainedModel:
@@ -125,14 +118,15 @@ def _build_on_meta(source: str, config: ModelConfig, exaone: bool) -> PreTrained
     }
     if exaone:
         return LlamaForCausalLM._from_config(read_exaone_config(source, config.revision), **options)
-    shared = {"trust_remote_code": config.trust_remote_code}
+    trust = config.trust_remote_code
     try:
-        hf_config = AutoConfig.from_pretrained(source, revision=config.revision, **shared)
+        hf_config = AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=trust)
     except Exception as error:  # transformers validates some values and raises anything on others
-        text = " ".join(str(error).split())[:400]
-        raise ModelError(f"the config.json of {source} cannot be used ({type(error).__name__}: {text})") from None
-    refuse_kernels(hf_config, config.trust_remote_code)
-    return AutoModelForCausalLM.from_config(hf_config, **options, **shared)
+        raise ModelError(
+            f"the config.json of {source} cannot be used ({type(error).__name__}: {_one_line(error)})"
+        ) from None
+    refuse_kernels(hf_config, trust)
+    return AutoModelForCausalLM.from_config(hf_config, trust_remote_code=trust, **options)
 
 
 def _compare_with_headers(directory: Path, anatomy: Anatomy, exaone: bool) -> str:
@@ -150,15 +144,11 @@ def _compare_with_headers(directory: Path, anatomy: Anatomy, exaone: bool) -> st
         for name, info in open_weights(file).entries.items()
     }
     is_incomplete = any(tensor.alias_of is None and tensor.name not in stored for tensor in anatomy.tensors)
-    wrong, dtypes, packed, bytes_stored = [], set(), set(), 0
+    wrong, packed = [], set()
     for name, info in stored.items():
         tensor = anatomy.by_name.get(name)
-        dtypes.add(info["dtype"])
-        bytes_stored += info["data_offsets"][1] - info["data_offsets"][0]
         in_place_of_weights = tensor.can_train if tensor is not None else is_incomplete and not name.endswith("bias")
-        if (
-            info["dtype"] not in {*FLOATS, "BOOL", "I64"} and in_place_of_weights
-        ):  # no quantisation stores weights in BOOL or I64
+        if in_place_of_weights and info["dtype"] not in {*FLOATS, "BOOL", "I64"}:  # the last two store no weights
             packed.add(info["dtype"])
         if tensor is not None and tuple(info["shape"]) != tensor.shape:
             wrong.append(f"  - {name}: {tuple(info['shape'])} stored, config.json makes it {tensor.shape}")
@@ -169,7 +159,7 @@ def _compare_with_headers(directory: Path, anatomy: Anatomy, exaone: bool) -> st
             f"{directory} holds weights of type {', '.join(sorted(packed))}; "
             "expected floating point weights: name the unquantised model"
         )
-    found = len(stored.keys() & anatomy.by_name.keys())
-    return (
-        f"config.json; headers of {found} tensors agree ({', '.join(sorted(dtypes))}, {bytes_stored / 2**30:.2f} GiB)"
-    )
+    agreeing = len(stored.keys() & anatomy.by_name.keys())
+    dtypes = ", ".join(sorted({info["dtype"] for info in stored.values()}))
+    gib = sum(info["data_offsets"][1] - info["data_offsets"][0] for info in stored.values()) / 2**30
+    return f"config.json; headers of {agreeing} tensors agree ({dtypes}, {gib:.2f} GiB)"

@@ -39,12 +39,7 @@ def phase_planners(config: RunConfig, meta: MetaModel, workload: Workload, passe
 
 
 def combine_plans(plans: Sequence[Plan], config: MaskConfig) -> Plan:
-    """Return the plan of the phase that needs most memory, with summaries of all phases and the largest checkpoint.
-
-    Args:
-        plans: plan of each phase.
-        config: the recipe's mask section.
-    """
+    """Return the plan of the phase that needs most memory, with summaries of all phases and the largest checkpoint."""
     if len(plans) == 1:
         return plans[0]
     index = max(range(len(plans)), key=lambda i: plans[i].memory.peak)

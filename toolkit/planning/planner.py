@@ -16,12 +16,13 @@ from toolkit.mask.layer_mask import LayerMask, build_mask
 from toolkit.planning.engine_memory import EngineSpec, engine_memory
 from toolkit.planning.flops import StepFlops, count_flops
 from toolkit.planning.memory import Memory, checkpoint_bytes, memory_by_kind
-from toolkit.planning.meta_model import META_ERRORS, MetaModel
+from toolkit.planning.meta_model import MetaModel
 from toolkit.planning.prefix_memory import PrefixMemory, prefix_memory
 from toolkit.planning.trace import BatchShape, Trace
 from toolkit.planning.traced_split import MetaSplit, meta_split
 from toolkit.planning.workload import Workload
 from toolkit.runtime.errors import PlanError
+from toolkit.split.logit_processing import MODEL_CODE_ERRORS
 from toolkit.split.loss_head import Shortcuts
 
 
@@ -138,12 +139,11 @@ class Planner:
             MaskError: the mask is at fault.
             PlanError: the architecture cannot be traced without data.
         """
-        trace = self._trace(variant)
-        split = self._split(variant.selectors, variant.packed)
-        frozen = self.frozen(variant)
+        trace, frozen = self._trace(variant), self.frozen(variant)
         is_freed = variant.cached and not self.is_phase  # a later phase may train blocks below this frost line
         fill_ratio = FILL_TOKENS / (trace.shape.rows * trace.shape.tokens) if is_freed else None
-        return memory_by_kind(engine_memory(variant.spec, split.tensors, frozen), trace, frozen.streamed, fill_ratio)
+        engine = engine_memory(variant.spec, self._split(variant).tensors, frozen)
+        return memory_by_kind(engine, trace, frozen.streamed, fill_ratio)
 
     def frozen(self, variant: RunVariant) -> PrefixMemory:
         """Return the bytes of the prefix's weights, by place.
@@ -152,7 +152,7 @@ class Planner:
             MaskError: the mask is at fault.
             ModelError: the recipe quantises them, and this architecture does not allow it.
         """
-        split = self._split(variant.selectors, variant.packed)
+        split = self._split(variant)
         return prefix_memory(split.prefix, split.suffix, split.anatomy, split.mask.boundary, variant.frozen)
 
     def plan(self, variant: RunVariant) -> Plan:
@@ -163,7 +163,7 @@ class Planner:
             PlanError: the architecture cannot be traced without data.
         """
         memory = self.memory(variant)
-        split = self._split(variant.selectors, variant.packed)
+        split = self._split(variant)
         plain = self._trace_twice(replace(variant, checkpointing=False))
         checkpointed = self._trace_twice(variant) if variant.checkpointing else None
         return Plan(
@@ -189,8 +189,8 @@ class Planner:
         """Return whether the run will cache the prefix, if the cache is empty and the disk has room."""
         if self.cached is not None:
             return self.cached
-        settings, split = self.config.prefix, self._split(variant.selectors, variant.packed)
-        obstacle = mask_obstacle(split.mask)
+        settings = self.config.prefix
+        obstacle = mask_obstacle(self._split(variant).mask)
         if obstacle is None and self.workload.distinct is not None:
             width, dtype = self.meta.hidden_size, self.meta.model.dtype
             size = bytes_of(sum(self.workload.distinct), len(self.workload.distinct), width, dtype)
@@ -198,24 +198,25 @@ class Planner:
         if not decide_cache(settings, obstacle, self.passes).on:
             return False
         self._trace(variant)  # gives up cutting the model if that fails; the run itself checks it with real weights
-        return self._split(variant.selectors, variant.packed).prefix is not None and not has_dropout(self.meta.model)
+        return self._split(variant).prefix is not None and not has_dropout(self.meta.model)
 
-    def _split(self, selectors: tuple[str | MaskGroup, ...], packed: bool, whole: bool = False) -> MetaSplit:
-        """Return the meta model under the mask of ``selectors``, cut at its frost line.
+    def _split(self, variant: RunVariant, whole: bool = False) -> MetaSplit:
+        """Return the meta model under the variant's mask, cut at its frost line.
 
         With ``whole`` it is not cut, in this and all later calls.
         """
-        mask = build_mask(self.config.mask.model_copy(update={"train": list(selectors)}), self.meta.anatomy)
+        mask = build_mask(self.config.mask.model_copy(update={"train": list(variant.selectors)}), self.meta.anatomy)
         if self.untied:
             mask = replace(mask, tied="untie")
         boundary = mask.boundary if self.cut and mask.has_prefix else None
-        key = (repr(selectors), packed, boundary, self.shortcuts)
+        key = (repr(variant.selectors), variant.packed, boundary, self.shortcuts)
         if whole or key not in self._splits:
-            self._splits[key] = meta_split(self.meta, mask, None if whole else boundary, packed, self.shortcuts)
+            boundary = None if whole else boundary
+            self._splits[key] = meta_split(self.meta, mask, boundary, variant.packed, self.shortcuts)
         return self._splits[key]
 
     def _trace_twice(self, variant: RunVariant) -> list[Trace]:
-        """Trace with two numbers of supervised positions, from which ``count_flops`` derives the cost of each."""
+        """Trace with two numbers of supervised positions, for ``count_flops``."""
         supervised = _batch_shape(variant, self.workload).supervised
         other = supervised // 8 if supervised >= 8 else supervised + 1
         return [self._trace(variant), self._trace(variant, other)]
@@ -227,17 +228,17 @@ class Planner:
         """
         shape = _batch_shape(variant, self.workload)
         shape = shape if supervised is None else replace(shape, supervised=supervised)
-        split = self._split(variant.selectors, variant.packed)
+        split = self._split(variant)
         try:
             return split.trace(shape, variant.checkpointing)
-        except META_ERRORS as error:
+        except MODEL_CODE_ERRORS as error:
             if split.prefix is None:
                 reason = " ".join(str(error).split())[:200]
                 raise PlanError(
                     f"{type(self.meta.model).__name__} cannot be planned: it looks at the content of tensors, "
                     f"and a plan has none ({reason}). Train a few steps and read peak_memory_gib instead"
                 ) from None
-        self._split(variant.selectors, variant.packed, whole=True)
+        self._split(variant, whole=True)
         return self._trace(variant, supervised)
 
 

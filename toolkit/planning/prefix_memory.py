@@ -43,34 +43,30 @@ def prefix_memory(
     """
     if prefix is None:
         return PrefixMemory(0, 0, 0)
-    suffix_storages = {p.untyped_storage()._cdata for p in suffix.parameters()}
-    own = _own_bytes(prefix.model, suffix_storages)
+    shared = {p.untyped_storage()._cdata for p in suffix.parameters()}
+
+    def own_bytes(module: nn.Module) -> int:
+        storages = {p.untyped_storage()._cdata: p.nbytes for p in module.parameters()}
+        return sum(size for storage, size in storages.items() if storage not in shared)
+
+    own = own_bytes(prefix.model)
     if (config.precision, config.placement) == ("model", "device") or boundary == 0:
         return PrefixMemory(own, 0, 0)
     blocks = [prefix.model.get_submodule(f"{anatomy.blocks}.{index}") for index in range(boundary)]
+    whole = [own_bytes(block) for block in blocks]
+    stored = whole
     if config.precision != "model":
         check_quantisable(blocks, config.precision)
-    whole = [_own_bytes(block, suffix_storages) for block in blocks]
-    stored = [_stored_bytes(block, size, config.precision) for block, size in zip(blocks, whole, strict=True)]
+        stored = [size - _saved_bytes(block, config.precision) for block, size in zip(blocks, whole, strict=True)]
     if config.placement == "device":
         return PrefixMemory(own - sum(whole) + sum(stored), max(whole), 0)
-    tables = sum(_own_bytes(prefix.model.get_submodule(name), suffix_storages) for name in anatomy.embeddings)
+    embeddings = sum(own_bytes(prefix.model.get_submodule(name)) for name in anatomy.embeddings)
     # a block computes while the next one is copied to the device
     streamed = [left + right for left, right in zip(whole, [*stored[1:], 0], strict=True)]
-    return PrefixMemory(own - sum(whole) - tables, max(streamed), sum(stored) + tables)
+    return PrefixMemory(own - sum(whole) - embeddings, max(streamed), sum(stored) + embeddings)
 
 
-def _own_bytes(module: nn.Module, shared: set[int]) -> int:
-    """Return the bytes of a module's parameters, except those with a storage in ``shared``."""
-    storages = {p.untyped_storage()._cdata: p.nbytes for p in module.parameters()}
-    return sum(size for storage, size in storages.items() if storage not in shared)
-
-
-def _stored_bytes(block: nn.Module, whole: int, precision: Literal["model", "int8", "nf4"]) -> int:
-    """Return the bytes of a block in ``precision``, given its ``whole`` bytes in the model's precision."""
-    if precision == "model":
-        return whole
-    saved = 0
-    for name, form in quantisable(block, precision).items():
-        saved += block.get_parameter(name).nbytes - quantised_bytes(form)
-    return whole - saved
+def _saved_bytes(block: nn.Module, precision: Literal["int8", "nf4"]) -> int:
+    """Return the bytes that quantisation takes off a block."""
+    forms = quantisable(block, precision).items()
+    return sum(block.get_parameter(name).nbytes - quantised_bytes(form) for name, form in forms)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -97,14 +98,12 @@ def spectrum_scores(loaded: LoadedModel) -> list[float]:
     their ratio is divided by the largest one. Matrices of the same name are scaled to a largest ratio of 1 over the
     blocks, so that no kind outweighs another, and a block's score is the mean over its matrices.
     """
-    ratios: dict[str, dict[int, float]] = {}
+    ratios: defaultdict[str, dict[int, float]] = defaultdict(dict)
     parameters = dict(loaded.model.named_parameters())
-    prefix = len(loaded.anatomy.blocks) + 1
     for tensor in loaded.anatomy.tensors:
-        if tensor.block is None or len(tensor.shape) < 2 or tensor.name not in parameters:
-            continue
-        kind = tensor.name[prefix:].partition(".")[2]
-        ratios.setdefault(kind, {})[tensor.block] = signal_to_noise(parameters[tensor.name])
+        if tensor.block is not None and len(tensor.shape) >= 2 and tensor.name in parameters:
+            name_in_block = tensor.name.removeprefix(f"{loaded.anatomy.blocks}.{tensor.block}.")
+            ratios[name_in_block][tensor.block] = signal_to_noise(parameters[tensor.name])
     scores: list[list[float]] = [[] for _ in range(loaded.anatomy.block_count)]
     for by_block in ratios.values():
         largest = max(by_block.values()) or 1.0
@@ -148,9 +147,7 @@ def gradient_scores(loaded: LoadedModel, examples: Sequence[Example]) -> list[fl
         squares = [0.0] * len(scores)
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
-                block = blocks[name]
-                assert block is not None
-                squares[block] += float(parameter.grad.float().square().sum())
+                squares[blocks[name]] += float(parameter.grad.float().square().sum())
                 parameter.grad = None
         scores = [score + math.sqrt(square) / len(examples) for score, square in zip(scores, squares, strict=True)]
     return scores

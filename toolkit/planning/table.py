@@ -7,37 +7,31 @@ from typing import Any
 from toolkit.config.policy import global_batch
 from toolkit.planning.device_fit import RESERVE, DeviceFit
 from toolkit.planning.flops import PASSES
-from toolkit.planning.memory import KINDS, Memory
+from toolkit.planning.memory import KINDS
 from toolkit.planning.planner import Plan, packed_lengths
-
-_GIB = 2**30
 
 
 def as_text(plan: Plan, fit: DeviceFit | None = None) -> str:
     """Return a plan as text: audit table, memory, FLOPs, disk, and whether the run fits."""
-    parts = [
-        f"{plan.model} ({plan.source})",
-        plan.audit_text,
-        _memory_text(plan),
-        _compute_text(plan),
-        _disk_text(plan),
-    ]
-    if not plan.is_cut:
-        parts.insert(2, "this architecture is not cut: the frozen blocks run inside the suffix")
+    parts = [f"{plan.model} ({plan.source})"]
     if plan.phases:
-        parts.insert(1, _phases_text(plan))
+        parts.append(_phases_text(plan))
+    parts.append(plan.audit_text)
+    if not plan.is_cut:
+        parts.append("this architecture is not cut: the frozen blocks run inside the suffix")
+    parts += [_memory_text(plan), _compute_text(plan), _disk_text(plan)]
     if fit is not None:
-        parts.append(fit_text(fit))
+        parts.append(_fit_text(fit))
     return "\n\n".join(parts)
 
 
-def fit_text(fit: DeviceFit) -> str:
+def _fit_text(fit: DeviceFit) -> str:
     """Return the text that says whether the run fits a GPU, and what to change if not."""
-    needed, budget = _gib(fit.needed), _gib(fit.budget)
     reserve = f"with {_gib(RESERVE)} set aside for the CUDA context and the allocator"
+    sizes = f"{_gib(fit.needed)} of {_gib(fit.budget)}, {reserve}"
     if fit.fits:
-        return f"fits: {needed} of {budget}, {reserve}"
-    lines = [f"does not fit: {needed} of {budget}, {reserve}"]
+        return f"fits: {sizes}"
+    lines = [f"does not fit: {sizes}"]
     for number, (text, after) in enumerate(fit.changes):
         lines.append(f"{'first' if number == 0 else 'then'}: {text} -> {_gib(after)}")
     if not fit.helps:
@@ -47,7 +41,7 @@ def fit_text(fit: DeviceFit) -> str:
 
 def as_dict(plan: Plan, fit: DeviceFit | None = None) -> dict[str, Any]:
     """Return a plan as JSON values; bytes and FLOPs are integers."""
-    variant, rows = plan.variant, _epoch_rows(plan)
+    variant, flops = plan.variant, _flops_columns(plan)
     values: dict[str, Any] = {
         "model": plan.model,
         "source": plan.source,
@@ -55,7 +49,7 @@ def as_dict(plan: Plan, fit: DeviceFit | None = None) -> dict[str, Any]:
             "boundary": plan.mask.boundary,
             "blocks": plan.mask.block_count,
             "cut": plan.is_cut,
-            "parts": _part_values(plan),
+            "parts": [_attributes(row, "part", "tensors", "parameters", "trained") for row in plan.audit],
         },
         "engine": {
             "name": variant.spec.name,
@@ -78,12 +72,12 @@ def as_dict(plan: Plan, fit: DeviceFit | None = None) -> dict[str, Any]:
             "away_from_the_device": plan.frozen.offloaded,
             "cached": variant.cached,
         },
-        "memory": _memory_values(plan.memory),
+        "memory": _attributes(plan.memory, "peak", "moment", "most", "at_peak", "host", "files"),
         "flops": {
-            "per_token": {name: round(value) for name, value in _flops_per_token(plan).items()},
-            "per_step": round(sum(_flops_per_step(plan).values())),
-            "first_epoch": round(sum(plan.flops.of(rows).values())) if rows else None,
-            "later_epoch": round(sum(_without_cached_prefix(plan, plan.flops.of(rows)).values())) if rows else None,
+            "per_token": {name: round(value) for name, value in flops["a token"].items()},
+            "per_step": round(sum(flops["a step"].values())),
+            "first_epoch": round(sum(flops["first epoch"].values())) or None,
+            "later_epoch": round(sum(flops["later epochs"].values())) or None,
         },
         "disk": {
             "checkpoint": plan.checkpoint,
@@ -93,113 +87,72 @@ def as_dict(plan: Plan, fit: DeviceFit | None = None) -> dict[str, Any]:
         },
     }
     if plan.phases:
-        values["schedule"] = [
-            {"end": phase.end, "boundary": phase.boundary, "trained": phase.trained, "peak": phase.peak}
-            for phase in plan.phases
-        ]
+        values["schedule"] = [_attributes(phase, "end", "boundary", "trained", "peak") for phase in plan.phases]
     if fit is not None:
-        values["fit"] = _fit_values(fit)
+        turns = [{"change": text, "needed": after} for text, after in fit.changes]
+        values["fit"] = {"gpu_memory": fit.budget, "needed": fit.needed, "fits": fit.fits, "turns": turns}
     return values
 
 
-def _memory_values(memory: Memory) -> dict[str, Any]:
-    """Return the JSON values of ``memory``."""
-    return {
-        "peak": memory.peak,
-        "moment": memory.moment,
-        "most": memory.most,
-        "at_peak": memory.at_peak,
-        "host": dict(memory.host),
-        "files": memory.files,
-    }
-
-
-def _part_values(plan: Plan) -> list[dict[str, Any]]:
-    """Return the JSON values of ``mask.parts``: the audit table."""
-    return [
-        {"part": row.part, "tensors": row.tensors, "parameters": row.parameters, "trained": row.trained}
-        for row in plan.audit
-    ]
+def _attributes(item: object, *names: str) -> dict[str, Any]:
+    """Return attributes of ``item`` by name."""
+    return {name: getattr(item, name) for name in names}
 
 
 def _phases_text(plan: Plan) -> str:
     """Return the table of a mask schedule's phases."""
     lines = [f"{'phase':<8}{'until':<14}{'frost line':<14}{'trained':>16}{'peak':>14}"]
-    blocks = plan.mask.block_count
     for number, phase in enumerate(plan.phases, start=1):
+        line = f"{phase.boundary} of {plan.mask.block_count}"
         mark = "  what follows is about this one" if phase.is_most else ""
-        lines.append(
-            f"{number:<8}{phase.end:<14}{f'{phase.boundary} of {blocks}':<14}{phase.trained:>16,}"
-            f"{_gib(phase.peak):>14}{mark}"
-        )
+        lines.append(f"{number:<8}{phase.end:<14}{line:<14}{phase.trained:>16,}{_gib(phase.peak):>14}{mark}")
     return "\n".join(lines)
-
-
-def _fit_values(fit: DeviceFit) -> dict[str, Any]:
-    """Return the JSON values of ``fit``."""
-    return {
-        "gpu_memory": fit.budget,
-        "needed": fit.needed,
-        "fits": fit.fits,
-        "turns": [{"change": text, "needed": after} for text, after in fit.changes],
-    }
 
 
 def _memory_text(plan: Plan) -> str:
     """Return the table of memory by kind, with the settings that it is for."""
     variant, spec, memory = plan.variant, plan.variant.spec, plan.memory
-    switch = "on" if variant.checkpointing else "off"
+
+    def line(kind: str, most: str, at_peak: str, host: str) -> str:
+        return f"{kind:<16}{most:>14}{at_peak:>14}" + (f"{host:>14}" if memory.host else "")
+
+    if lengths := packed_lengths(variant, plan.workload):
+        rows = f"of {len(lengths)} rows packed into one of {sum(lengths):,} tokens"
+    else:
+        rows = f"{variant.rows} x {variant.tokens:,} tokens"
     engine = f"engine {spec.name}, {spec.ranks} rank(s), {spec.optimizer}"
-    away = f"{'on the host':>14}" if memory.host else ""
     lines = [
-        f"memory of each rank: {engine}, gradient checkpointing {switch}",
-        f"micro batch {_micro_batch_text(plan)}, {variant.supervised:,} of a row supervised",
+        f"memory of each rank: {engine}, gradient checkpointing {'on' if variant.checkpointing else 'off'}",
+        f"micro batch {rows}, {variant.supervised:,} of a row supervised",
         f"({plan.workload.source})",
-        f"{'kind':<16}{'at most':>14}{'at the peak':>14}{away}",
+        line("kind", "at most", "at the peak", "on the host"),
+        *(
+            line(kind, _gib(memory.most[kind]), _gib(memory.at_peak[kind]), _gib(memory.host.get(kind, 0)))
+            for kind in KINDS
+        ),
+        line("total", "", _gib(memory.peak), _gib(sum(memory.host.values()))) + f"  in {memory.moment}",
     ]
-    for kind in KINDS:
-        away = f"{_gib(memory.host.get(kind, 0)):>14}" if memory.host else ""
-        lines.append(f"{kind:<16}{_gib(memory.most[kind]):>14}{_gib(memory.at_peak[kind]):>14}{away}")
-    away = f"{_gib(sum(memory.host.values())):>14}" if memory.host else ""
-    lines.append(f"{'total':<16}{'':>14}{_gib(memory.peak):>14}{away}  in {memory.moment}")
     if memory.files:
         lines.append(f"in the files of ZeRO-3's offload to NVMe {_gib(memory.files)} of each rank")
     frozen = variant.frozen
     if (frozen.precision, frozen.placement) != ("model", "device"):
-        place = {
-            "device": "",
-            "cpu": f", {_gib(plan.frozen.offloaded)} on the host",
-            "disk": f", {_gib(plan.frozen.offloaded)} on disk",
-        }
-        lines.append(f"prefix kept in {frozen.precision} precision{place[frozen.placement]}")
+        place = {"device": "", "cpu": " on the host", "disk": " on disk"}[frozen.placement]
+        offloaded = f", {_gib(plan.frozen.offloaded)}{place}" if place else ""
+        lines.append(f"prefix kept in {frozen.precision} precision{offloaded}")
     if variant.cached:
         then = "its weights stay for the next phases" if plan.phases else "then its weights are freed"
         lines.append(f"prefix cached: a first pass computes its hidden states; {then}")
     return "\n".join(lines)
 
 
-def _micro_batch_text(plan: Plan) -> str:
-    """Return the shape of a micro batch as a phrase."""
-    if lengths := packed_lengths(plan.variant, plan.workload):
-        return f"of {len(lengths)} rows packed into one of {sum(lengths):,} tokens"
-    return f"{plan.variant.rows} x {plan.variant.tokens:,} tokens"
-
-
 def _compute_text(plan: Plan) -> str:
     """Return the table of FLOPs; the first epoch includes the pass that fills the cache, if the prefix is cached."""
-    columns = ("a token", "a step", "first epoch", "later epochs")
+    columns = _flops_columns(plan)
     lines = [f"{'compute':<16}" + "".join(f"{column:>14}" for column in columns)]
-    first = plan.flops.of(_epoch_rows(plan)) if _epoch_rows(plan) else None
-    table = [
-        _flops_per_token(plan),
-        _flops_per_step(plan),
-        first,
-        _without_cached_prefix(plan, first) if first else None,
-    ]
     for name in PASSES:
-        lines.append(f"{name:<16}" + "".join(f"{_flops_text(flops[name]) if flops else '-':>14}" for flops in table))
-    totals = "".join(f"{_flops_text(sum(flops.values())) if flops else '-':>14}" for flops in table)
-    return "\n".join([*lines, f"{'total':<16}{totals}"])
+        lines.append(f"{name:<16}" + "".join(f"{_flops_text(flops.get(name)):>14}" for flops in columns.values()))
+    totals = (_flops_text(sum(flops.values()) if flops else None) for flops in columns.values())
+    return "\n".join([*lines, f"{'total':<16}" + "".join(f"{total:>14}" for total in totals)])
 
 
 def _disk_text(plan: Plan) -> str:
@@ -215,8 +168,8 @@ def _disk_text(plan: Plan) -> str:
 
 def _cache_bytes(plan: Plan) -> int | None:
     """Return the bytes of the cached hidden states of all training rows; None if the rows are unknown."""
-    rows = _epoch_rows(plan)
-    return plan.token_bytes * sum(tokens for tokens, _ in rows) if rows else None
+    lengths = plan.workload.lengths
+    return plan.token_bytes * sum(tokens for tokens, _ in lengths) if lengths else None
 
 
 def _most_on_disk(plan: Plan) -> int:
@@ -224,46 +177,36 @@ def _most_on_disk(plan: Plan) -> int:
     return (plan.keep + 1) * plan.checkpoint
 
 
-def _epoch_rows(plan: Plan) -> list[tuple[int, int]]:
-    """Return (tokens, supervised tokens) of each training row; empty if the rows are unknown."""
-    return list(plan.workload.lengths or ())
-
-
-def _flops_per_row(plan: Plan) -> dict[str, float]:
-    """Return the mean FLOPs of a row by pass; of the longest possible row if the rows are unknown."""
-    rows = _epoch_rows(plan) or [(plan.variant.tokens, plan.variant.supervised)]
-    return {name: value / len(rows) for name, value in plan.flops.of(rows).items()}
-
-
-def _flops_per_token(plan: Plan) -> dict[str, float]:
-    """Return the mean FLOPs of a token by pass."""
-    rows = _epoch_rows(plan) or [(plan.variant.tokens, plan.variant.supervised)]
-    tokens = sum(length for length, _ in rows)
-    return {name: value / tokens for name, value in plan.flops.of(rows).items()}
-
-
 def _rows_per_step(plan: Plan) -> int:
     """Return the rows of one optimizer step over all ranks."""
     return global_batch(plan.variant.rows, plan.variant.accumulation, plan.variant.spec.ranks)
 
 
-def _without_cached_prefix(plan: Plan, flops: dict[str, float]) -> dict[str, float]:
-    """Return ``flops`` with the prefix's set to 0 if its hidden states are cached, as after the first epoch."""
-    return flops | {"prefix forward": 0.0} if plan.variant.cached else flops
+def _flops_columns(plan: Plan) -> dict[str, dict[str, float]]:
+    """Return FLOPs by pass, of a token and a row as they are on average, and of an epoch; empty if that is unknown.
 
-
-def _flops_per_step(plan: Plan) -> dict[str, float]:
-    """Return the FLOPs of an optimizer step by pass, over all ranks."""
-    step = {name: value * _rows_per_step(plan) for name, value in _flops_per_row(plan).items()}
-    return _without_cached_prefix(plan, step)
+    Where the rows are unknown, all are as long as possible. A cached prefix runs in the first epoch alone.
+    """
+    rows = plan.workload.lengths or ((plan.variant.tokens, plan.variant.supervised),)
+    epoch = plan.flops.of(rows)
+    tokens = sum(length for length, _ in rows)
+    from_cache = {"prefix forward": 0.0} if plan.variant.cached else {}
+    return {
+        "a token": {name: value / tokens for name, value in epoch.items()},
+        "a step": {name: value / len(rows) * _rows_per_step(plan) for name, value in epoch.items()} | from_cache,
+        "first epoch": epoch if plan.workload.lengths else {},
+        "later epochs": epoch | from_cache if plan.workload.lengths else {},
+    }
 
 
 def _gib(size: int) -> str:
-    return f"{size / _GIB:,.2f} GiB"
+    return f"{size / 2**30:,.2f} GiB"
 
 
-def _flops_text(count: float) -> str:
-    """Format a number of FLOPs with its unit."""
+def _flops_text(count: float | None) -> str:
+    """Format a number of FLOPs with its unit; a dash if it is unknown."""
+    if count is None:
+        return "-"
     for unit, name in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
         if count >= unit:
             return f"{count / unit:,.2f} {name}FLOP"

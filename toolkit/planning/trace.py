@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -50,12 +50,14 @@ class BatchShape:
 
 @dataclass
 class Allocation:
-    """One allocation, alive from event ``birth`` to event ``death``; every allocation and every release is an event."""
+    """One allocated storage."""
 
-    birth: int
     bytes: int
     kind: Kind = "workspace"
-    death: int | None = None
+
+
+Event = tuple[Allocation, Literal[1, -1]]
+"""An allocation (1), or its release (-1)."""
 
 
 @dataclass(frozen=True)
@@ -63,30 +65,24 @@ class Trace:
     """Allocations and FLOPs of one micro batch on one rank."""
 
     shape: BatchShape
-    records: tuple[Allocation, ...] = field(repr=False)
+    events: tuple[Event, ...] = field(repr=False)
+    """Allocations and releases in order."""
     flops: dict[tuple[Pass, Product], int]
     """Floating-point operations as torch.utils.flop_counter counts them: 2 for a multiply-add."""
     end_of_forward: int
-    """Index of the last event of forward and loss."""
+    """Number of events until the end of forward and loss."""
     most_in_prefix: int
     """Peak bytes of the prefix alone."""
 
-    @cached_property
-    def _events(self) -> list[tuple[Allocation, int]]:
-        """Return all allocations (with 1) and releases (with -1) in order."""
-        events = [(r.birth, r, 1) for r in self.records]
-        events += [(r.death, r, -1) for r in self.records if r.death is not None]
-        return [(record, sign) for _, record, sign in sorted(events, key=lambda event: event[0])]
-
     def kept(self, kind: Kind) -> int:
         """Return the bytes of ``kind`` that are held between forward and backward."""
-        return sum(r.bytes for r in self.records if r.kind == kind and _is_alive(r, self.end_of_forward))
+        return sum(sign * held.bytes for held, sign in self.events[: self.end_of_forward] if held.kind == kind)
 
     def most(self, kind: Kind) -> int:
         """Return the peak bytes of ``kind`` alone."""
         return self.peak({other: float(other == kind) for other in _KINDS})[kind]
 
-    def peak(self, weights: dict[Kind, float] | None = None) -> dict[Kind, int]:
+    def peak(self, weights: dict[Kind, float] | None = None) -> dict[str, int]:
         """Return the bytes by kind at the moment when their weighted sum is largest.
 
         Args:
@@ -96,10 +92,10 @@ class Trace:
         now: Counter[Kind] = Counter()
         best: dict[Kind, int] = {}
         total = most = 0.0
-        for record, sign in self._events:
-            now[record.kind] += sign * record.bytes
-            total += sign * record.bytes * weight_of[record.kind]
-            if sign > 0 and total > most:
+        for held, sign in self.events:
+            now[held.kind] += sign * held.bytes
+            total += sign * held.bytes * weight_of[held.kind]
+            if total > most:
                 most, best = total, dict(now)
         return {kind: int(best.get(kind, 0) * weight_of[kind]) for kind in _KINDS}
 
@@ -120,24 +116,24 @@ def trace(
         RuntimeError: the model reads the content of a tensor, which a meta tensor lacks; includes NotImplementedError.
     """
     batch = _meta_batch(shape)
+    width = tile_width(shape.supervised, vocabulary, next(suffix.parameters()).element_size())
     parts = [part for part in (prefix, suffix) if part is not None]
-    element_size = next(suffix.parameters()).element_size()
     persistent = (t for part in parts for t in (*part.parameters(), *part.buffers()))
-    log = _AllocationLog(shape, vocabulary, element_size, persistent)
+    log = _AllocationLog(shape, {vocabulary, width, vocabulary % width}, persistent)
     with log, _meta_attention(log):
-        log.phase = "prefix"
         hidden = prefix(batch) if prefix is not None else None
-        most_in_prefix = log.most
+        most_in_prefix = max(accumulate(sign * held.bytes for held, sign in log.events), default=0)
         log.phase = "forward"
         loss = supervised_loss(suffix, hidden, batch, 1.0)
-        end_of_forward = log.mark_activations()
+        log.mark_activations()
+        end_of_forward = len(log.events)
         log.phase = "backward"
         loss.backward()  # type: ignore[no-untyped-call]
         for parameter in trained:
             if parameter.grad is not None:
                 log.mark(parameter.grad, "gradients")
                 parameter.grad = None
-    return Trace(shape, tuple(log.records), dict(log.flops), end_of_forward, most_in_prefix)
+    return Trace(shape, tuple(log.events), dict(log.flops), end_of_forward, most_in_prefix)
 
 
 def _meta_batch(shape: BatchShape) -> Batch:
@@ -156,37 +152,23 @@ def _meta_batch(shape: BatchShape) -> Batch:
     )
 
 
-def _is_alive(record: Allocation, event: int) -> bool:
-    """Return True if an allocation exists after ``event``."""
-    return record.birth <= event and (record.death is None or record.death > event)
-
-
 class _AllocationLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Dispatch mode that records when each storage is allocated and released, and counts FLOPs by pass.
+    """Record when each storage is allocated and released, and count FLOPs by pass.
 
     Args:
         shape: shape of the micro batch.
-        vocabulary: vocabulary size, the columns of the logits.
-        element_size: bytes of one logit in the model's precision.
+        logit_widths: last dimensions by which logits are recognised.
         persistent: parameters and buffers, which are not recorded.
     """
 
-    def __init__(
-        self, shape: BatchShape, vocabulary: int, element_size: int, persistent: Iterable[torch.Tensor]
-    ) -> None:
+    def __init__(self, shape: BatchShape, logit_widths: set[int], persistent: Iterable[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.phase: Pass = "prefix"
-        self.records: list[Allocation] = []
+        self.events: list[Event] = []
         self.flops: Counter[tuple[Pass, Product]] = Counter()
-        self._shape = shape
-        width = tile_width(shape.supervised, vocabulary, element_size)
-        self._widths = {vocabulary, width, vocabulary % width}
+        self._shape, self._logit_widths = shape, logit_widths
         self._persistent = {tensor.untyped_storage()._cdata for tensor in persistent}
         self._live: dict[int, Allocation] = {}
-        self._event = 0
-        self._now = 0
-        self.most = 0
-        """Peak bytes so far."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -207,42 +189,34 @@ class _AllocationLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def mark(self, tensor: torch.Tensor, kind: Kind) -> None:
         """Set the kind of the storage of ``tensor``, if it is recorded."""
-        if record := self._live.get(tensor.untyped_storage()._cdata):
-            record.kind = kind
+        if held := self._live.get(tensor.untyped_storage()._cdata):
+            held.kind = kind
 
-    def mark_activations(self) -> int:
-        """Mark all storages that exist now, except logits, as activations kept for backward; return the event."""
-        for record in self._live.values():
-            if record.kind == "workspace":
-                record.kind = "activations"
-        return self._event
+    def mark_activations(self) -> None:
+        """Mark all storages that exist now, except logits, as activations kept for backward."""
+        for held in self._live.values():
+            if held.kind == "workspace":
+                held.kind = "activations"
 
     def count_attention(self, flops: int) -> None:
         """Add the FLOPs of a fused attention kernel, which ``_MetaAttention`` reports."""
         self.flops[self.phase, "attention"] += flops
 
     def _record_allocation(self, tensor: torch.Tensor) -> None:
-        """Record the storage of ``tensor`` if it is new; logits are recognised by their last dimension."""
+        """Record the storage of ``tensor`` if it is new."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._live or key in self._persistent:
             return
-        self._event += 1
-        record = Allocation(self._event, storage.nbytes())
-        if tensor.dim() > 1 and tensor.shape[-1] in self._widths:
-            record.kind = "logits"
-        self.records.append(record)
-        self._live[key] = record
-        self._now += record.bytes
-        self.most = max(self.most, self._now)
+        is_logits = tensor.dim() > 1 and tensor.shape[-1] in self._logit_widths
+        held = self._live[key] = Allocation(storage.nbytes(), "logits" if is_logits else "workspace")
+        self.events.append((held, 1))
         weakref.finalize(storage, self._record_release, key)
 
     def _record_release(self, key: int) -> None:
         """Record the release of a storage; called when it is garbage-collected."""
-        if record := self._live.pop(key, None):
-            self._event += 1
-            record.death = self._event
-            self._now -= record.bytes
+        if held := self._live.pop(key, None):
+            self.events.append((held, -1))
 
     def _product_kind(self, args: tuple[Any, ...], out: Any) -> Product:
         """Return what a product belongs to; attention that is not fused has T x T matrices among operands or result."""

@@ -65,15 +65,7 @@ class MetaSplit:
 
 
 def meta_split(meta: MetaModel, mask: LayerMask, boundary: int | None, packed: bool, shortcuts: Shortcuts) -> MetaSplit:
-    """Apply ``mask`` to a copy of the meta model and cut it, as a run does.
-
-    Args:
-        meta: the meta model.
-        mask: mask to apply.
-        boundary: block below which to cut; None to leave the model whole.
-        packed: True if micro batches are packed.
-        shortcuts: shortcuts at the top of the suffix.
-    """
+    """Apply ``mask`` to a copy of the meta model and cut it below block ``boundary``, as a run does; None is no cut."""
     model, anatomy = copy.deepcopy(meta.model), meta.anatomy  # applying a mask changes the model
     if packed and model.config._attn_implementation == "sdpa":
         set_attention(model, VARLEN)

@@ -59,9 +59,8 @@ def read_workload(config: RunConfig, positions: int | None) -> Workload:
             ends = model_ends(resolve_source(config.model.name_or_path, needs_weights=False), config.model.revision)
             return workload_of(load_dataset(config.data, load_tokenizer(config.model), config.train.seed, ends=ends))
         except UsageError as error:
-            reason = " ".join(
-                line.strip(" -") for line in str(error).splitlines()[:2]
-            )  # only the first of many bad rows
+            first_bad_row = str(error).splitlines()[:2]
+            reason = " ".join(line.strip(" -") for line in first_bad_row)
     tokens = min(config.data.max_length, positions or config.data.max_length)
     return Workload(tokens, tokens, None, f"data.max_length, all supervised; the data was not read: {reason}")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from toolkit.config.schema import RunConfig
 from toolkit.planning.device_fit import first_change, first_change_in_cache_fill
-from toolkit.planning.meta_model import META_ERRORS
 from toolkit.runtime.errors import OutOfMemoryError, UsageError
+from toolkit.split.logit_processing import MODEL_CODE_ERRORS
 from toolkit.training.trainer import Trainer
 
 
@@ -35,7 +35,7 @@ def _planned(error: OutOfMemoryError, trainer: Trainer | None) -> str | None:
         if error.phase.startswith("the first pass"):
             return first_change_in_cache_fill(planner, variant)
         return first_change(planner, variant, in_update=error.phase == "the update")
-    except (UsageError, MemoryError, *META_ERRORS):  # the advice must not hide the error
+    except (UsageError, MemoryError, *MODEL_CODE_ERRORS):  # the advice must not hide the error
         return None
 
 
