@@ -113,7 +113,7 @@ def aim(kind: str, point: float, made: list[str]) -> None:
 
         CachedPrefix.fill = filled  # type: ignore[method-assign]
         return
-    save, publish, record, fire = Saver.save, Saver._publish, Saver.record, contextlib.ExitStack()
+    save, publish, record, fire = Saver.save, Saver._publish, Saver.record_loss, contextlib.ExitStack()
 
     def saved(self: Saver, content: Any, validation_follows: bool = False) -> None:
         if content.state.step == VICTIM:
@@ -132,7 +132,7 @@ def aim(kind: str, point: float, made: list[str]) -> None:
         if late:  # until here, so that the thread's calls are counted however fast it is
             fire.close()
 
-    Saver.save, Saver._publish, Saver.record = saved, published, recorded  # type: ignore[method-assign]
+    Saver.save, Saver._publish, Saver.record_loss = saved, published, recorded  # type: ignore[method-assign]
 
 
 class Range:
