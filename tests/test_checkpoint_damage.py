@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoint_parts import copy_of, edit_state, files_of, point_to, recut, rewrite_shard
-from helpers import metrics, reseal, tiny_flags, train
+from helpers import invocation, metrics, reseal, tiny_flags, train
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from toolkit.checkpoint.catalog import newest_usable
 from toolkit.checkpoint.choice import choose_checkpoint
-from toolkit.checkpoint.manifest import NAME, verify
+from toolkit.checkpoint.manifest import NAME, read_sealed, sealed, verify
 from toolkit.checkpoint.restore import Checkpoint
+from toolkit.checkpoint.run_directory import claim
+from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import CheckpointError
+from toolkit.runtime.hashed_files import as_json
 
 SHORT = ("--train.max_steps", 6, "--output.save_every_steps", 2, "--output.keep", 9)
 
@@ -244,6 +248,41 @@ def test_a_state_of_a_newer_version_is_refused_by_name(run: Path) -> None:
     edit_state(run / "checkpoints" / "step-00000006", tide="high", versions={"frostline": "9.1"})
     with pytest.raises(CheckpointError, match=r"newer version of frostline \(9\.1, this is .*has tide, which"):
         Checkpoint(run / "checkpoints" / "step-00000006")
+
+
+NEWER: dict[str, Callable[[Path], object]] = {
+    "state": lambda checkpoint: edit_state(checkpoint, tide="high"),
+    "manifest": lambda checkpoint: (checkpoint / NAME).write_text(
+        as_json(sealed({**read_sealed(checkpoint / NAME)[0], "format": 2}))
+    ),
+}
+
+
+@pytest.mark.parametrize("resume", ["auto", "must"])
+@pytest.mark.parametrize("part", NEWER)
+def test_a_checkpoint_of_a_newer_version_ends_the_run_and_nothing_is_lost(
+    tiny_model: Path, run: Path, part: str, resume: str
+) -> None:
+    NEWER[part](run / "checkpoints" / "step-00000006")
+    before = files_of(run)
+    with pytest.raises(CheckpointError, match="of a newer version of frostline"):
+        train(*tiny_flags(tiny_model, run, *SHORT, "--output.resume", resume))
+    assert files_of(run) == before
+
+
+def test_a_run_of_a_newer_version_is_named_where_another_directory_is_taken(
+    tiny_model: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    run.rename("runs/quickstart")
+    edit_state(Path("runs/quickstart/checkpoints/step-00000006"), tide="high")
+    for step in (2, 4):
+        shutil.rmtree(f"runs/quickstart/checkpoints/step-{step:08d}")
+    given = invocation(*tiny_flags(tiny_model, run, *SHORT, "--output.dir", "none"))
+    with claim(given.config, given.recipe, World()) as directory:
+        assert directory.path == Path("runs/quickstart-2")
+    assert "not taken up: checkpoint runs/quickstart/checkpoints/step-00000006 is of a newer version" in caplog.text
 
 
 @pytest.mark.parametrize(("key", "default"), [("phase", 0), ("totals", {}), ("versions", {})])

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from toolkit.checkpoint.evaluation import read_loss
-from toolkit.checkpoint.manifest import verify
+from toolkit.checkpoint.manifest import NewerVersionError, verify
 from toolkit.checkpoint.state import read_state
 from toolkit.runtime.errors import CheckpointError
 from toolkit.runtime.paths import replace_text
@@ -55,6 +55,7 @@ def newest_usable(run: Path, must_be_latest: bool) -> Path | None:
 
     Raises:
         CheckpointError: no checkpoint is usable, or the latest is not and ``must_be_latest``.
+        NewerVersionError: the newest undamaged one is of a newer version.
     """
     faults = []
     try:
@@ -69,6 +70,8 @@ def newest_usable(run: Path, must_be_latest: bool) -> Path | None:
         try:
             verify(checkpoint)
             read_state(checkpoint)
+        except NewerVersionError:  # whole: going on from an older one would drop its steps, and remove it
+            raise
         except CheckpointError as error:
             if must_be_latest:
                 raise CheckpointError(

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import toolkit
 from toolkit.runtime.errors import CheckpointError
 from toolkit.runtime.hashed_files import FileHash, as_json, hash_files, write_json
 
@@ -16,6 +17,10 @@ NAME = "MANIFEST.json"
 EVALUATION_FILE = "evaluation.json"
 """Written after the commit, so that the manifest does not list it (``toolkit.checkpoint.evaluation``)."""
 FORMAT = 1
+
+
+class NewerVersionError(CheckpointError):
+    """A checkpoint is whole, but only a newer version can read it: no older one may be taken in its place."""
 
 
 class SealError(ValueError):
@@ -60,6 +65,7 @@ def read_manifest(checkpoint: Path) -> dict[str, FileHash]:
 
     Raises:
         CheckpointError: the manifest is missing, damaged, of another format, or of another step.
+        NewerVersionError: its format is a newer one.
     """
     return _read_checked(checkpoint)[0]
 
@@ -105,6 +111,8 @@ def _read_checked(checkpoint: Path) -> tuple[dict[str, FileHash], str]:
         raise damaged(checkpoint, [f"{NAME} has been changed: {error}"]) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(checkpoint, [f"{NAME} cannot be read ({type(error).__name__}: {error})"]) from None
+    if isinstance(content.get("format"), int) and content["format"] > FORMAT:
+        raise newer_version(checkpoint, None, f"{NAME} has format {content['format']}")
     if content.get("format") != FORMAT:
         raise damaged(checkpoint, [f"{NAME} has format {content.get('format')!r}; this version reads {FORMAT}"])
     if checkpoint.name != directory_name(content.get("step")):
@@ -123,3 +131,12 @@ def damaged(checkpoint: Path, faults: list[str]) -> CheckpointError:
     """Return the error for a damaged checkpoint that lists its faults."""
     listed = "\n".join(f"  - {fault}" for fault in faults)
     return CheckpointError(f"checkpoint {checkpoint} is damaged:\n{listed}")
+
+
+def newer_version(checkpoint: Path, writer: str | None, what: str) -> NewerVersionError:
+    """Return the error for a checkpoint of a newer version, written by version ``writer``; ``what`` is unknown here."""
+    return NewerVersionError(
+        f"checkpoint {checkpoint} is of a newer version of frostline ({writer or 'unknown'}, this is "
+        f"{toolkit.__version__}): its {what}, which this version does not know. "
+        "Go on with a version that does, or start a new run with another --output.dir"
+    )

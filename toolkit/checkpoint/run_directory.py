@@ -11,6 +11,7 @@ from pathlib import Path
 
 from toolkit.checkpoint.catalog import checkpoints_of, newest_usable
 from toolkit.checkpoint.evaluation import read_loss
+from toolkit.checkpoint.manifest import NewerVersionError
 from toolkit.checkpoint.state import CheckpointState, read_state, recipe_differences
 from toolkit.config.recipe import dump
 from toolkit.config.schema import RunConfig
@@ -208,6 +209,9 @@ def _has_same_recipe(checkpoint: Path, request: _ClaimRequest) -> bool:
     """Return True if a checkpoint can be read and its recipe has no difference from the request's."""
     try:
         return not any(recipe_differences(read_state(checkpoint), request.config, request.ranks))
+    except NewerVersionError as error:
+        log.warning("its run is not taken up: %s", error)
+        return False
     except CheckpointError:
         return False
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-import toolkit
-from toolkit.checkpoint.manifest import damaged
+from toolkit.checkpoint.manifest import damaged, newer_version
 from toolkit.config.policy import global_batch
 from toolkit.config.schema import RunConfig
-from toolkit.runtime.errors import CheckpointError
 
 STATE_FILE = "state.json"
 
@@ -88,12 +86,15 @@ def read_state(checkpoint: Path) -> CheckpointState:
     """Read the state of a checkpoint of this or an earlier version.
 
     Raises:
-        CheckpointError: the state is missing or damaged, or has keys of a newer version.
+        CheckpointError: the state is missing or damaged.
+        NewerVersionError: it has keys that only a newer version knows.
     """
     try:
         content = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
         if isinstance(content, dict) and (unknown := content.keys() - CheckpointState.model_fields):
-            raise _newer_version(checkpoint, sorted(unknown), content.get("versions"))
+            versions = content.get("versions")
+            writer = versions.get("frostline") if isinstance(versions, dict) else None
+            raise newer_version(checkpoint, writer, f"{STATE_FILE} has {', '.join(sorted(unknown))}")
         return CheckpointState.model_validate(content)
     except ValidationError as error:
         fault = error.errors()[0]
@@ -101,16 +102,6 @@ def read_state(checkpoint: Path) -> CheckpointState:
         raise damaged(checkpoint, [f"{STATE_FILE} cannot be read ({where}: {fault['msg']})"]) from None
     except (OSError, ValueError, RecursionError) as error:
         raise damaged(checkpoint, [f"{STATE_FILE} cannot be read ({error})"]) from None
-
-
-def _newer_version(checkpoint: Path, unknown: Sequence[str], versions: object) -> CheckpointError:
-    """Return the error for a checkpoint with keys that only a newer version knows."""
-    wrote = versions.get("frostline") if isinstance(versions, dict) else None
-    return CheckpointError(
-        f"checkpoint {checkpoint} is of a newer version of frostline ({wrote or 'unknown'}, this is "
-        f"{toolkit.__version__}): its {STATE_FILE} has {', '.join(unknown)}, which this version does not know. "
-        "Go on with a version that does"
-    )
 
 
 def recipe_differences(state: CheckpointState, config: RunConfig, ranks: int) -> tuple[list[str], list[str]]:
