@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from helpers import ENGLISH, ROOT, clean_environment, free_port, make_tokenizer,
 from toolkit.config.schema import DataConfig
 from toolkit.data.dataset import load_dataset
 from toolkit.runtime.distributed import World
+from toolkit.runtime.errors import ConfigError, FrostlineError, OutOfMemoryError
 from toolkit.training.rank_agreement import require_same_rows
 
 WORKER = """
@@ -99,3 +101,11 @@ def test_the_same_rows_cost_one_comparison() -> None:
     require_same_rows(Keep(size=2), dataset, tokenizer)
     assert len(kept) == 1
     require_same_rows(World(), dataset, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "error", [ConfigError(["a", "b"], "recipe"), OutOfMemoryError("forward", "1 x 9", "no room", "fewer rows")], ids=str
+)
+def test_an_error_arrives_at_other_ranks_as_it_was(error: FrostlineError) -> None:
+    received = pickle.loads(pickle.dumps(error))
+    assert (type(received), str(received), vars(received)) == (type(error), str(error), vars(error))

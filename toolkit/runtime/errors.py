@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from toolkit.runtime.shipped import command_line
 
@@ -16,6 +17,17 @@ class FrostlineError(Exception):
     exit_code = 1
     on_every_rank = False
     """True if every rank raises the same error, so that only one of them prints it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle message and attributes, for other ranks: some members take other arguments than their message."""
+        return _restore_error, (type(self), self.args, vars(self))
+
+
+def _restore_error(kind: type[FrostlineError], args: tuple[Any, ...], attributes: dict[str, Any]) -> FrostlineError:
+    """Return the error that ``FrostlineError.__reduce__`` describes."""
+    error = kind.__new__(kind, *args)
+    vars(error).update(attributes)
+    return error
 
 
 class TrainingStoppedError(FrostlineError):
