@@ -12,7 +12,7 @@ from helpers import reseal
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from toolkit.checkpoint.optimizer_shards import metadata, shard_name
+from toolkit.checkpoint.optimizer_shards import shard_metadata, shard_name
 from toolkit.checkpoint.restore import Checkpoint
 from toolkit.optim.state_fragments import KINDS
 from toolkit.runtime.hashed_files import write_json, write_tensors
@@ -68,7 +68,7 @@ def recut(checkpoint: Path, ranks: int) -> None:
                 index.append({"name": name, "start": start, "stop": stop, "updates": updates, "raw": []})
             begin += size
         write_tensors(
-            checkpoint / shard_name(rank, ranks, "safetensors"), tensors, metadata(opened.state.step, rank, ranks)
+            checkpoint / shard_name(rank, ranks, "safetensors"), tensors, shard_metadata(opened.state.step, rank, ranks)
         )
         write_json(checkpoint / shard_name(rank, ranks, "json"), index)
     edit_state(checkpoint, ranks=ranks)

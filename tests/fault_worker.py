@@ -61,7 +61,7 @@ def break_something(fault: str) -> None:
     elif fault == "crash":
         before("toolkit.training.trainer", "train_step", crash, call=3)
     elif fault == "signal in the set-up":
-        before("toolkit.training.context", "load_for", send(signal.SIGUSR1))
+        before("toolkit.training.context", "load_for_training", send(signal.SIGUSR1))
     elif fault == "signal to the launcher":
         before("toolkit.training.trainer", "train_step", send(signal.SIGUSR1, os.getppid()), call=3)
     elif fault == "signal to the command":

@@ -120,7 +120,7 @@ def test_a_run_directory_that_cannot_be_written_is_found_before_the_model_loads(
 def test_the_mask_is_checked_before_the_model_loads(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("toolkit.training.context.load_for", lambda *_: pytest.fail("it loaded"))
+    monkeypatch.setattr("toolkit.training.context.load_for_training", lambda *_: pytest.fail("it loaded"))
     phase = '{"train": "last:9", "until_step": 2}'
     for flags in (["--mask.train", "last:99"], ["--mask.schedule", phase], ["--mask.tied", "error"]):
         with pytest.raises(Exception, match=r"last:99|last:9|share one tensor"):

@@ -11,7 +11,7 @@ import torch
 from helpers import metrics, reseal, tiny_flags, train
 
 from toolkit.data.batches import BatchPlan
-from toolkit.training.run_record import MemoryUse, highest, resident_bytes
+from toolkit.training.run_record import MemoryUse, resident_bytes
 
 
 def test_a_run_that_max_steps_cuts_short_says_how_much_of_its_epochs_it_does() -> None:
@@ -36,7 +36,6 @@ def test_the_peak_of_memory_is_told_by_what_it_holds() -> None:
     gpu = MemoryUse(peak=9.7, libraries=None)
     assert gpu.text(9.5) == "peak GPU memory 9.70 GiB (9.50 tensors as planned, 0.20 other)"
     assert gpu.text(None) == "peak GPU memory 9.70 GiB (as torch allocated it; it could not be planned)"
-    assert highest([cpu, gpu]) is gpu
 
 
 def test_memory_is_measured() -> None:

@@ -26,7 +26,7 @@ from toolkit.optim.update_monitor import STEPS, UpdateMonitor
 from toolkit.planning.engine_memory import TensorSizes, engine_memory, engine_spec
 from toolkit.planning.prefix_memory import PrefixMemory
 from toolkit.runtime.errors import ConfigError
-from toolkit.training.frozen_weights import refuse_with_schedule
+from toolkit.training.frozen_weights import check_schedule_allowed
 
 NAMES = get_args(OptimName)
 LEAN = ("adamw_8bit", "adamw_bf16")
@@ -309,7 +309,7 @@ def test_paged_moments_are_refused_with_a_schedule() -> None:
     mask = MaskConfig(schedule=[{"train": ["head"], "until_epoch": 1}])
     config = RunConfig(mask=mask, optim=OptimConfig(name="paged_adamw_8bit"))
     with pytest.raises(ConfigError, match="never frees"):
-        refuse_with_schedule(config, torch.device("cpu"))
+        check_schedule_allowed(config, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")

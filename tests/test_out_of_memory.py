@@ -29,7 +29,7 @@ def on_cpu() -> None:
 
 
 PHASES: dict[str, tuple[str, str, str, str]] = {
-    "loading": ("toolkit.training.context.load_for", "the set-up", "", "prefix.placement: disk"),
+    "loading": ("toolkit.training.context.load_for_training", "the set-up", "", "prefix.placement: disk"),
     "engine": ("toolkit.training.phases.LocalEngine", "the set-up", "", "prefix.placement: disk"),
     "first pass": (
         "toolkit.activation_cache.cached_prefix.rows_of", "the first pass", "1 row x ", "prefix.precision: int8"

@@ -208,7 +208,7 @@ def test_each_phase_holds_what_it_trains_and_nothing_more(tiny_model: Path, tmp_
             assert ended() is None, "nothing keeps the optimizer of a phase that is over"
     assert boundaries == [6, 4, 2]
     assert sizes == [512 * 32, 512 * 32 + 2 * 9280, 512 * 32 + 4 * 9280]
-    assert trainer._model.is_free, "nothing will need the whole model again"
+    assert trainer._model._loaded is None, "nothing will need the whole model again"
     assert trainer.state.resting == {}
 
 

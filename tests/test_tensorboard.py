@@ -90,7 +90,7 @@ def test_no_step_is_shown_twice_after_a_resume(run: Path) -> None:
 def test_a_run_that_begins_anew_hides_what_came_before_its_first_checkpoint(tmp_path: Path) -> None:
     for _ in range(2):
         with Monitor(tmp_path, True, 5) as monitor:
-            monitor.texts(0, recipe="a")
+            monitor.board.text("recipe", "a", 0)
     served = ServedAccumulator(str(tmp_path / "tensorboard"))
     served.Reload()
     assert len(served.Tensors("recipe/text_summary")) == 1
@@ -171,10 +171,10 @@ def test_nothing_is_generated_unless_asked_for(tiny_model: Path, tmp_path: Path,
 
 def test_other_ranks_write_nothing_and_rank_0_never_waits_for_the_disk(tmp_path: Path, monkeypatch: Any) -> None:
     with Monitor(tmp_path, False, 5) as monitor:
-        monitor.texts(0, recipe="a")
-        monitor.picture(0, "train/mask", draw_mask([AuditRow("head", 1, 10, 10)]))
-        monitor.hparams({"seed": 1})
-        monitor.finish()
+        monitor.board.text("recipe", "a", 0)
+        monitor.board.image("train/mask", draw_mask([AuditRow("head", 1, 10, 10)]), 0)
+        monitor.board.hparams({"seed": 1})
+        monitor.board.finish()
     assert list(tmp_path.iterdir()) == []
     flushes: list[int] = []
     monkeypatch.setattr(SummaryWriter, "flush", lambda self: flushes.append(1))

@@ -27,7 +27,6 @@ from toolkit.mask.layer_mask import LayerMask
 from toolkit.models.bundled import cache_root
 from toolkit.models.load import LoadedModel, fingerprint_of
 from toolkit.runtime.distributed import World
-from toolkit.runtime.errors import ConfigError
 from toolkit.runtime.paths import replace_text, sources_hash
 from toolkit.split.prefix import Prefix
 
@@ -175,25 +174,6 @@ def uncacheable_reason(prefix: Prefix, example: Example, store: ActivationStore,
     if found != (store.namespace.width, store.namespace.dtype):
         return f"the prefix gives {found[0]} values of {found[1]} a token, which its config does not say"
     return None
-
-
-def decide_on_all_ranks(request: CacheRequest, store: ActivationStore, world: World) -> Decision:
-    """Call ``decide`` on rank 0 and broadcast the decision, so that all ranks fill the cache or none does.
-
-    Raises:
-        ConfigError: as ``decide``, on every rank.
-    """
-    decision: Decision | ConfigError | None = None
-    if world.is_main:
-        try:
-            decision = decide(request, store)
-        except ConfigError as error:
-            decision = error
-    decision = world.broadcast_object(decision)
-    if isinstance(decision, ConfigError):
-        raise decision
-    assert decision is not None
-    return decision
 
 
 def decide(request: CacheRequest, store: ActivationStore) -> Decision:

@@ -8,15 +8,16 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from toolkit.checkpoint.evaluation import read_loss
 from toolkit.checkpoint.manifest import NewerVersionError, verify
 from toolkit.checkpoint.state import read_state
+from toolkit.checkpoint.validation_loss import read_validation_loss
 from toolkit.runtime.errors import CheckpointError
 from toolkit.runtime.paths import replace_text
 
 log = logging.getLogger("frostline")
 
-_LATEST, _BEST = "latest", "best"
+LATEST_FILE, _BEST_FILE = "latest", "best"
+"""Files in ``checkpoints`` that hold the name of a checkpoint."""
 
 
 def checkpoints_of(run: Path) -> list[Path]:
@@ -34,24 +35,20 @@ def latest_checkpoint(run: Path) -> Path | None:
     name = _latest_name(run)
     if name is None:
         return present[-1] if present else None
-    found = next((path for path in present if path.name == name), None)
-    if found is None:
-        raise CheckpointError(
-            f"{run / 'checkpoints' / _LATEST} names {name[:100]!r}, which is not there; checkpoints present: "
-            f"{', '.join(path.name for path in present) or 'none'}. Write one of those names into the file, or start "
-            "a new run with another --output.dir"
-        )
-    return found
+    for checkpoint in present:
+        if checkpoint.name == name:
+            return checkpoint
+    raise CheckpointError(
+        f"{run / 'checkpoints' / LATEST_FILE} names {name[:100]!r}, which is not there; checkpoints present: "
+        f"{', '.join(path.name for path in present) or 'none'}. Write one of those names into the file, or start "
+        "a new run with another --output.dir"
+    )
 
 
 def newest_usable(run: Path, must_be_latest: bool) -> Path | None:
     """Return the newest checkpoint that passes verification, to resume from; None if there are no checkpoints.
 
-    Skips damaged or missing checkpoints with a warning.
-
-    Args:
-        run: the run directory.
-        must_be_latest: True to raise instead of skipping.
+    Damaged or missing checkpoints are skipped with a warning, unless ``must_be_latest``.
 
     Raises:
         CheckpointError: no checkpoint is usable, or the latest is not and ``must_be_latest``.
@@ -91,15 +88,6 @@ def newest_usable(run: Path, must_be_latest: bool) -> Path | None:
     return None
 
 
-def mark_latest(run: Path, checkpoint: Path) -> None:
-    """Write the name of ``checkpoint`` durably to the file ``latest``.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    replace_text(run / "checkpoints" / _LATEST, checkpoint.name)
-
-
 def prune(run: Path, current: Path, keep: int) -> None:
     """Remove old checkpoints, and write the name of the best one to the file ``best``.
 
@@ -112,7 +100,7 @@ def prune(run: Path, current: Path, keep: int) -> None:
     best = best_of(validation_losses(valid))
     try:
         if best is not None:
-            replace_text(run / "checkpoints" / _BEST, best.name)
+            replace_text(run / "checkpoints" / _BEST_FILE, best.name)
         for path in present:
             if path not in valid[-keep:] and path != best:
                 remove(path)
@@ -148,7 +136,9 @@ def clear_leftovers(run: Path) -> None:
 
 def validation_losses(checkpoints: Iterable[Path]) -> dict[Path, float]:
     """Return the validation loss of each checkpoint that has a finite one."""
-    return {path: loss for path in checkpoints if (loss := read_loss(path)) is not None and math.isfinite(loss)}
+    return {
+        path: loss for path in checkpoints if (loss := read_validation_loss(path)) is not None and math.isfinite(loss)
+    }
 
 
 def best_of(losses: Mapping[Path, float]) -> Path | None:
@@ -159,6 +149,6 @@ def best_of(losses: Mapping[Path, float]) -> Path | None:
 def _latest_name(run: Path) -> str | None:
     """Return the content of the file ``latest``; None if it cannot be read."""
     try:
-        return (run / "checkpoints" / _LATEST).read_text(encoding="utf-8", errors="replace").strip()
+        return (run / "checkpoints" / LATEST_FILE).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return None

@@ -45,22 +45,14 @@ class ChosenCheckpoint:
         return f"step {self.step} ({'; '.join([*([' and '.join(labels)] if labels else []), loss])})"
 
     def advice(self, note: str) -> str:
-        """Return ``text``, followed by the better checkpoint, if there is one, and a note about it.
-
-        Args:
-            note: text about the better checkpoint, such as the option that chooses it.
-        """
+        """Return ``text``, followed by the better checkpoint, if there is one, and a note such as how to choose it."""
         if self.better is None:
             return self.text
         return f"{self.text}; best is step {_step_of(self.better)} ({self.best_loss:.4f}): {note}"
 
 
 def choose_checkpoint(run: Path, step: Step | None = None) -> ChosenCheckpoint:
-    """Find and verify a checkpoint of a run.
-
-    Args:
-        run: the run directory.
-        step: checkpoint to choose; None for the latest.
+    """Find and verify a checkpoint of a run: that of ``step``, or the latest.
 
     Raises:
         CheckpointError: the checkpoint is missing (lists those that are present) or damaged.
@@ -70,13 +62,17 @@ def choose_checkpoint(run: Path, step: Step | None = None) -> ChosenCheckpoint:
     if latest is None:
         raise CheckpointError(f"{run} has no committed checkpoint yet; expected a run that finished an epoch")
     present = ", ".join(path.name for path in checkpoints_of(run))
-    if step == "best" and best is None:
+    if isinstance(step, int):
+        checkpoint = run / "checkpoints" / directory_name(step)
+    elif step != "best":
+        checkpoint = latest
+    elif best is not None:
+        checkpoint = best
+    else:
         raise CheckpointError(
             f"{run} has no checkpoint with a validation loss, so none is known to be the best; present: {present}. "
             "Take one of them by its number, or the latest; with data.validation a run computes that loss"
         )
-    named = {None: latest, "latest": latest, "best": best}.get(step) if not isinstance(step, int) else None
-    checkpoint = named or run / "checkpoints" / directory_name(step)
     if not checkpoint.is_dir():
         raise CheckpointError(f"{run} has no checkpoint of step {step}; present: {present}")
     verify(checkpoint)

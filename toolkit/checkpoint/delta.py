@@ -92,15 +92,15 @@ def read_delta(directory: Path) -> Delta:
     return Delta(tensors, mask, base)
 
 
-def describe_difference(found: LayerMask, expected: LayerMask) -> str | None:
-    """Return a text that says how two masks differ; None if they are equal."""
-    if asdict(found) == asdict(expected):
+def mask_difference(saved: LayerMask, own: LayerMask) -> str | None:
+    """Return how a checkpoint's mask differs from this run's; None if they are equal."""
+    if asdict(saved) == asdict(own):
         return None
-    only_found = [name for name in found.names if name not in expected.names]
-    only_expected = [name for name in expected.names if name not in found.names]
+    only_saved = [name for name in saved.names if name not in own.names]
+    only_own = [name for name in own.names if name not in saved.names]
+    if not only_saved and not only_own:
+        return "the same names with other shapes, order or untying"
     return (
-        f"{len(only_found)} tensors only there ({', '.join(only_found[:2])} …), "
-        f"{len(only_expected)} only in this run ({', '.join(only_expected[:2])} …)"
-        if only_found or only_expected
-        else "the same names with other shapes, order or untying"
+        f"{len(only_saved)} tensors only there ({', '.join(only_saved[:2])} …), "
+        f"{len(only_own)} only in this run ({', '.join(only_own[:2])} …)"
     )

@@ -15,7 +15,7 @@ from toolkit.runtime.hashed_files import FileHash, as_json, hash_files, write_js
 
 NAME = "MANIFEST.json"
 EVALUATION_FILE = "evaluation.json"
-"""Written after the commit, so that the manifest does not list it (``toolkit.checkpoint.evaluation``)."""
+"""Written after the commit, so that the manifest does not list it (``toolkit.checkpoint.validation_loss``)."""
 FORMAT = 1
 
 
@@ -45,7 +45,7 @@ def verify(checkpoint: Path) -> None:
     Raises:
         CheckpointError: files are missing, unexpected or different; lists all of them.
     """
-    files = read_manifest(checkpoint)
+    files, _ = read_manifest(checkpoint)
     present = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if not path.is_dir()}
     faults = [f"{name} is not in {NAME}" for name in sorted(present - {NAME, EVALUATION_FILE} - set(files))]
     for name, found in hash_files(checkpoint, sorted(files)).items():
@@ -60,23 +60,31 @@ def verify(checkpoint: Path) -> None:
         raise damaged(checkpoint, faults)
 
 
-def read_manifest(checkpoint: Path) -> dict[str, FileHash]:
-    """Return the files that the manifest lists, after checking its own digest and step.
+def read_manifest(checkpoint: Path) -> tuple[dict[str, FileHash], str]:
+    """Return the files that the manifest lists, and its SHA-256, which identifies the checkpoint.
 
     Raises:
         CheckpointError: the manifest is missing, damaged, of another format, or of another step.
         NewerVersionError: its format is a newer one.
     """
-    return _read_checked(checkpoint)[0]
-
-
-def read_digest(checkpoint: Path) -> str:
-    """Return the SHA-256 of the manifest, which identifies the checkpoint.
-
-    Raises:
-        CheckpointError: as for ``read_manifest``.
-    """
-    return _read_checked(checkpoint)[1]
+    try:
+        content, digest = read_sealed(checkpoint / NAME)
+        files = {str(name): FileHash(**entry) for name, entry in content["files"].items()}
+    except FileNotFoundError:
+        raise damaged(checkpoint, [f"{NAME} is missing; expected a checkpoint of this version"]) from None
+    except SealError as error:
+        raise damaged(checkpoint, [f"{NAME} has been changed: {error}"]) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise damaged(checkpoint, [f"{NAME} cannot be read ({type(error).__name__}: {error})"]) from None
+    if isinstance(content.get("format"), int) and content["format"] > FORMAT:
+        raise newer_version(checkpoint, None, f"{NAME} has format {content['format']}")
+    if content.get("format") != FORMAT:
+        raise damaged(checkpoint, [f"{NAME} has format {content.get('format')!r}; this version reads {FORMAT}"])
+    if checkpoint.name != directory_name(content.get("step")):
+        raise damaged(checkpoint, [f"{NAME} belongs to step {content.get('step')!r}"])
+    if outside := [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise damaged(checkpoint, [f"{NAME} lists {outside[0]}, which lies outside"])
+    return files, digest
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,28 +106,6 @@ def read_sealed(path: Path) -> tuple[dict[str, Any], str]:
     if digest != sealed(content)["sha256"] or not as_written:
         raise SealError("it does not have the SHA-256 it states")
     return content, digest
-
-
-def _read_checked(checkpoint: Path) -> tuple[dict[str, FileHash], str]:
-    """Return the files and the SHA-256 of the manifest, after checking its digest, format and step."""
-    try:
-        content, digest = read_sealed(checkpoint / NAME)
-        files = {str(name): FileHash(**entry) for name, entry in content["files"].items()}
-    except FileNotFoundError:
-        raise damaged(checkpoint, [f"{NAME} is missing; expected a checkpoint of this version"]) from None
-    except SealError as error:
-        raise damaged(checkpoint, [f"{NAME} has been changed: {error}"]) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise damaged(checkpoint, [f"{NAME} cannot be read ({type(error).__name__}: {error})"]) from None
-    if isinstance(content.get("format"), int) and content["format"] > FORMAT:
-        raise newer_version(checkpoint, None, f"{NAME} has format {content['format']}")
-    if content.get("format") != FORMAT:
-        raise damaged(checkpoint, [f"{NAME} has format {content.get('format')!r}; this version reads {FORMAT}"])
-    if checkpoint.name != directory_name(content.get("step")):
-        raise damaged(checkpoint, [f"{NAME} belongs to step {content.get('step')!r}"])
-    if outside := [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]:
-        raise damaged(checkpoint, [f"{NAME} lists {outside[0]}, which lies outside"])
-    return files, digest
 
 
 def directory_name(step: object) -> str:

@@ -36,7 +36,7 @@ def shard_name(rank: int, ranks: int, suffix: str) -> str:
     return f"{SHARD_FOLDER}/rank-{rank:05d}-of-{ranks:05d}.{suffix}"
 
 
-def metadata(step: int, rank: int, ranks: int) -> dict[str, str]:
+def shard_metadata(step: int, rank: int, ranks: int) -> dict[str, str]:
     """Return the metadata of a rank's shard file, by which a shard in another's place is detected."""
     return {"step": str(step), "rank": str(rank), "ranks": str(ranks)}
 
@@ -58,9 +58,7 @@ def pack_tensors(
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """Return the tensors of a shard, views where possible, and its index.
 
-    Args:
-        fragments: fragments that this rank writes.
-        resting: whole masters of tensors that trained in an earlier phase and are frozen now, without moments.
+    ``resting`` has the whole masters of tensors that trained in an earlier phase and are frozen now, without moments.
     """
     tensors: dict[str, torch.Tensor] = {}
     index: list[ShardSlice] = []
@@ -77,13 +75,9 @@ def pack_tensors(
 
 
 class OptimizerShards:
-    """The memory-mapped optimizer shards of a checkpoint.
+    """The memory-mapped optimizer shards of a verified checkpoint, which ``ranks`` ranks wrote after ``step`` steps.
 
-    Args:
-        checkpoint: directory of a verified checkpoint.
-        step: step of the checkpoint.
-        ranks: number of ranks that wrote it.
-        mask: mask of all tensors that had trained so far.
+    ``mask`` is that of all tensors that had trained so far.
 
     Raises:
         CheckpointError: a shard is missing or belongs elsewhere, or the shards do not hold each element exactly once.
@@ -104,7 +98,7 @@ class OptimizerShards:
         for rank in range(ranks):
             name = shard_name(rank, ranks, "safetensors")
             file = SafetensorsFile(self._checkpoint / name, writable=True)
-            expected = metadata(step, rank, ranks)
+            expected = shard_metadata(step, rank, ranks)
             if file.metadata != expected:
                 raise damaged(self._checkpoint, [f"{name} says it is {file.metadata}; expected {expected}"])
             for entry in json.loads((self._checkpoint / shard_name(rank, ranks, "json")).read_text(encoding="utf-8")):
@@ -112,9 +106,9 @@ class OptimizerShards:
 
     def _check_coverage(self, mask: LayerMask) -> None:
         """Check that the slices cover each tensor of the mask exactly once, in float32; sort them by start."""
-        wanted = {tensor.name: tensor.parameters for tensor in mask.trainable}
-        faults = [f"{name} is not in the mask" for name in self._by_name if name not in wanted]
-        for name, size in wanted.items():
+        sizes = {tensor.name: tensor.parameters for tensor in mask.trainable}
+        faults = [f"{name} is not in the mask" for name in self._by_name if name not in sizes]
+        for name, size in sizes.items():
             slices = self._by_name.setdefault(name, [])
             slices.sort(key=lambda pair: pair[0].start)
             ends = [0, *(part.stop for part, _ in slices)]

@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from toolkit.checkpoint import rng, state
-from toolkit.checkpoint.delta import Base, Delta, describe_difference, read_mask_and_base
+from toolkit.checkpoint import rng
+from toolkit.checkpoint.delta import Base, Delta, mask_difference, read_mask_and_base
 from toolkit.checkpoint.manifest import damaged
 from toolkit.checkpoint.optimizer_shards import OptimizerShards
-from toolkit.checkpoint.state import CheckpointState, read_state
+from toolkit.checkpoint.state import CheckpointState, fingerprint_differences, read_state
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import CheckpointError
@@ -18,9 +18,6 @@ from toolkit.runtime.errors import CheckpointError
 
 class Checkpoint:
     """An opened checkpoint. The caller has verified it (``toolkit.checkpoint.manifest.verify``).
-
-    Args:
-        path: directory of the checkpoint.
 
     Raises:
         CheckpointError: the checkpoint is damaged.
@@ -43,22 +40,19 @@ class Checkpoint:
     def require_fit(self, mask: LayerMask, base: Base, fingerprints: Mapping[str, str], order: str) -> None:
         """Refuse to resume a run with another mask, model, data, tokenizer, template or schedule.
 
-        Args:
-            mask: mask of all tensors that this run trains up to the checkpoint's step.
-            base: the model that this run starts from.
-            fingerprints: this run's ``CheckpointState.fingerprints``.
-            order: SHA-256 of the row order of the checkpoint's epoch in this run.
+        All arguments are this run's. ``mask`` holds the tensors that it trains up to the checkpoint's step; ``order``
+        is the SHA-256 of its row order in the checkpoint's epoch.
 
         Raises:
             CheckpointError: the checkpoint does not fit; lists all differences.
         """
         differences = []
-        if difference := describe_difference(self.mask, mask):
+        if difference := mask_difference(self.mask, mask):
             differences.append(f"it was trained with another mask: {difference}")
         now = {**fingerprints, "base": base.sha256}
         if difference:  # the schedule's fingerprint covers the mask, and would be listed a second time
             now["schedule"] = self.state.fingerprints.get("schedule", "")
-        differences += state.fingerprint_differences(self.state, now, order)
+        differences += fingerprint_differences(self.state, now, order)
         if differences:
             listed = "\n".join(f"  - {difference}" for difference in differences)
             raise CheckpointError(

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from toolkit.checkpoint import catalog, optimizer_shards
 from toolkit.checkpoint.delta import BASE_FILE, MASK_FILE, Base, base_as_dict
-from toolkit.checkpoint.evaluation import read_loss, write_loss
 from toolkit.checkpoint.manifest import directory_name, write_manifest
 from toolkit.checkpoint.rng import capture, rng_name
 from toolkit.checkpoint.state import STATE_FILE, CheckpointState
+from toolkit.checkpoint.validation_loss import read_validation_loss, write_validation_loss
 from toolkit.engine.base import Engine
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import DiskError, FrostlineError
 from toolkit.runtime.hashed_files import FileHash, explain_disk_errors, write_json, write_tensors
-from toolkit.runtime.paths import sync_directory
+from toolkit.runtime.paths import replace_text, sync_directory
 from toolkit.runtime.safetensors_io import file_size
 
-_TensorFiles = dict[str, tuple[dict[str, torch.Tensor], dict[str, str]]]
-"""Tensors and metadata of each safetensors file, by file name."""
 _WriteResult = dict[str, FileHash] | FrostlineError
 """Hash of each file that a rank wrote, or the error that stopped it."""
 _SLACK = 2**20
@@ -52,13 +49,8 @@ class Saver:
     """Write the checkpoints of a run, one at a time; every rank makes the same calls.
 
     With ``in_background``, ``save`` copies the state to the CPU and returns; a thread of each rank writes its files
-    while training goes on, and ``poll`` publishes them once all ranks are done.
-
-    Args:
-        run: the run directory.
-        world: this process among all ranks.
-        keep: number of newest checkpoints to keep, besides the best one.
-        in_background: True to write in a background thread.
+    while training goes on, and ``poll`` publishes them once all ranks are done. ``keep`` newest checkpoints stay, and
+    the best one.
     """
 
     def __init__(self, run: Path, world: World, keep: int, in_background: bool = False) -> None:
@@ -69,27 +61,22 @@ class Saver:
     def save(self, content: CheckpointContent, validation_follows: bool = False) -> None:
         """Save a checkpoint, or start to in the background. A kill at any moment leaves the previous one in place.
 
-        Args:
-            content: content of the checkpoint.
-            validation_follows: True to keep older checkpoints until ``record_loss`` has the loss of this one.
+        With ``validation_follows``, older checkpoints are kept until ``record_loss`` has the loss of this one.
 
         Raises:
             DiskError: the disk is full or cannot be written; the previous checkpoint stays.
         """
         self.wait()
-        files, documents = _files_of_rank(content, self._world)
-        self._require_room(sum(file_size(tensors, meta) for tensors, meta in files.values()))
+        files = _files_of_rank(content, self._world)
+        self._require_room(file_size(files.tensors, files.metadata))
         staging = self._run / "checkpoints" / f".{directory_name(content.state.step)}.staging"
         self._on_main(f"checkpoint {staging}", lambda: (staging / optimizer_shards.SHARD_FOLDER).mkdir(parents=True))
         written: Future[_WriteResult] = Future()
         if self._executor is None:
-            written.set_result(_write_files(staging, files, documents))
+            written.set_result(_write_files(staging, files))
         else:
-            files = {
-                name: ({key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}, metadata)
-                for name, (tensors, metadata) in files.items()
-            }
-            written = self._executor.submit(_write_files, staging, files, documents)
+            copies = {key: tensor.detach().to("cpu", copy=True) for key, tensor in files.tensors.items()}
+            written = self._executor.submit(_write_files, staging, replace(files, tensors=copies))
         self._pending = _PendingCheckpoint(staging, content.state.step, validation_follows, written)
         if self._executor is None:
             self._publish()
@@ -122,14 +109,14 @@ class Saver:
         checkpoint = self._run / "checkpoints" / directory_name(step)
 
         def write_and_prune() -> None:
-            write_loss(checkpoint, loss)
+            write_validation_loss(checkpoint, loss)
             catalog.prune(self._run, checkpoint, self._keep)
 
         self._on_main(f"the validation loss of {checkpoint}", write_and_prune)
 
     def loss_at(self, step: int) -> float | None:
         """Return on rank 0 the validation loss saved with the checkpoint of ``step``; on other ranks None."""
-        return read_loss(self._run / "checkpoints" / directory_name(step)) if self._world.is_main else None
+        return read_validation_loss(self._run / "checkpoints" / directory_name(step)) if self._world.is_main else None
 
     def __enter__(self) -> Saver:
         return self
@@ -137,26 +124,30 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is None:
             self.wait()
-        if (
-            self._executor is not None
-        ):  # after an error the pending checkpoint is dropped: publishing it needs all ranks
+        # after an error the pending checkpoint is dropped: publishing it needs all ranks
+        if self._executor is not None:
             self._executor.shutdown()
 
     def _publish(self) -> None:
         """Wait until every rank has written its files, then commit the pending checkpoint; every rank calls it."""
         assert self._pending is not None
         pending, self._pending = self._pending, None
+        results = self._world.all_gather_object(pending.written.result())
+        self._on_main(f"checkpoint {pending.staging}", lambda: self._commit(pending, results))
+
+    def _commit(self, pending: _PendingCheckpoint, results: Sequence[_WriteResult]) -> None:
+        """Write the manifest, sync, rename the staging directory, and remove old checkpoints; on rank 0 only.
+
+        Raises:
+            FrostlineError: a rank could not write; ``results`` are those of all ranks.
+            OSError: this rank cannot write.
+        """
+        staging, final = pending.staging, self._run / "checkpoints" / directory_name(pending.step)
         entries: dict[str, FileHash] = {}
-        for result in self._world.all_gather_object(pending.written.result()):
+        for result in results:
             if isinstance(result, FrostlineError):
-                self._remove_staging()
                 raise result
             entries |= result
-        self._on_main(f"checkpoint {pending.staging}", lambda: self._commit(pending, entries))
-
-    def _commit(self, pending: _PendingCheckpoint, entries: Mapping[str, FileHash]) -> None:
-        """Write the manifest, sync, rename the staging directory, and remove old checkpoints; on rank 0 only."""
-        staging, final = pending.staging, self._run / "checkpoints" / directory_name(pending.step)
         write_manifest(staging, pending.step, entries)
         for directory in (*(path for path in staging.iterdir() if path.is_dir()), staging):
             sync_directory(directory)
@@ -164,7 +155,7 @@ class Saver:
             final.rename(final.with_name(f".{final.name}.replaced"))
         staging.rename(final)
         sync_directory(final.parent)
-        catalog.mark_latest(self._run, final)
+        replace_text(final.with_name(catalog.LATEST_FILE), final.name)
         if not pending.validation_follows:
             catalog.prune(self._run, final, self._keep)
         catalog.clear_leftovers(self._run)
@@ -187,23 +178,21 @@ class Saver:
 
         self._on_main(f"checkpoints in {self._run}", check_free_space)
 
-    def _on_main(self, what: str, work: Any) -> None:
-        """Run ``work`` on rank 0 and raise its error on every rank; ``what`` names the file in disk errors."""
-        error = None
-        if self._world.is_main:
+    def _on_main(self, what: str, work: Callable[[], object]) -> None:
+        """Run ``work`` on rank 0; raise its error on every rank, after removing what was staged.
+
+        ``what`` names the file in disk errors.
+        """
+
+        def work_or_clean_up() -> None:
             try:
                 with explain_disk_errors(what):
                     work()
-            except FrostlineError as failed:
-                error = failed
-        if (shared := self._world.broadcast_object(error)) is not None:
-            self._remove_staging()
-            raise shared
+            except FrostlineError:
+                catalog.clear_leftovers(self._run)
+                raise
 
-    def _remove_staging(self) -> None:
-        """Remove the staging directory of a failed checkpoint, on rank 0."""
-        if self._world.is_main:
-            catalog.clear_leftovers(self._run)
+        self._world.on_main(work_or_clean_up)
 
 
 @dataclass(frozen=True)
@@ -217,17 +206,26 @@ class _PendingCheckpoint:
     """Result of writing this rank's files."""
 
 
-def _write_files(staging: Path, files: _TensorFiles, documents: Mapping[str, object]) -> _WriteResult:
-    """Write this rank's tensor files and JSON documents; return their hashes, or the error.
+@dataclass(frozen=True)
+class _RankFiles:
+    """The files that a rank writes: its optimizer shard, and JSON documents by file name."""
+
+    shard: str
+    """File name of the shard."""
+    tensors: Mapping[str, torch.Tensor]
+    metadata: Mapping[str, str]
+    documents: Mapping[str, object]
+
+
+def _write_files(staging: Path, files: _RankFiles) -> _WriteResult:
+    """Write this rank's files; return their hashes, or the error.
 
     It returns errors because it runs in a thread, and ``_publish`` tells every rank of them.
     """
-    entries = {}
     try:
         with explain_disk_errors(f"checkpoint {staging}"):
-            for name, (tensors, metadata) in files.items():
-                entries[name] = write_tensors(staging / name, tensors, metadata)
-            for name, value in documents.items():
+            entries = {files.shard: write_tensors(staging / files.shard, files.tensors, files.metadata)}
+            for name, value in files.documents.items():
                 entries[name] = write_json(staging / name, value)
     except FrostlineError as error:
         return error
@@ -236,9 +234,9 @@ def _write_files(staging: Path, files: _TensorFiles, documents: Mapping[str, obj
     return entries
 
 
-def _files_of_rank(content: CheckpointContent, world: World) -> tuple[_TensorFiles, dict[str, object]]:
-    """Return the files that this rank writes: its optimizer shard, and JSON documents, by file name."""
-    engine, step = content.engine, content.state.step
+def _files_of_rank(content: CheckpointContent, world: World) -> _RankFiles:
+    """Return the files that this rank writes; rank 0's have the state, mask and base model of the run."""
+    engine = content.engine
     fragments = optimizer_shards.fragments_of_rank(engine.fragments(), engine.is_replicated, world.rank, world.size)
     tensors, index = optimizer_shards.pack_tensors(fragments, content.resting if world.is_main else {})
     documents: dict[str, object] = {
@@ -251,9 +249,6 @@ def _files_of_rank(content: CheckpointContent, world: World) -> tuple[_TensorFil
             MASK_FILE: asdict(content.mask),
             BASE_FILE: base_as_dict(content.base),
         }
-    return {
-        optimizer_shards.shard_name(world.rank, world.size, "safetensors"): (
-            tensors,
-            optimizer_shards.metadata(step, world.rank, world.size),
-        )
-    }, documents
+    shard = optimizer_shards.shard_name(world.rank, world.size, "safetensors")
+    metadata = optimizer_shards.shard_metadata(content.state.step, world.rank, world.size)
+    return _RankFiles(shard, tensors, metadata, documents)

@@ -68,18 +68,14 @@ class CheckpointState(BaseModel):
     """Versions of Python and the libraries that wrote the checkpoint."""
     recipe: dict[str, Any]
 
-    @property
-    def finished(self) -> bool:
-        """Return True if the run was at its end."""
-        return self.step >= self.total_steps
-
-    def steps_in_all(self, config: RunConfig, ranks: int) -> int:
+    def resumed_total_steps(self, config: RunConfig, ranks: int) -> int:
         """Return the total steps of the run if it resumes from here with ``config`` on ``ranks`` ranks."""
         train = config.train
         batch = global_batch(train.micro_batch_size, train.gradient_accumulation_steps, ranks)
-        rest = math.ceil((self.rows - self.cursor) / batch)
-        rest += (train.epochs - self.epoch - 1) * math.ceil(self.rows / batch)
-        return min(self.step + max(rest, 0), train.max_steps or self.step + max(rest, 0))
+        steps_left = math.ceil((self.rows - self.cursor) / batch)
+        steps_left += (train.epochs - self.epoch - 1) * math.ceil(self.rows / batch)
+        total = self.step + max(steps_left, 0)
+        return min(total, train.max_steps or total)
 
 
 def read_state(checkpoint: Path) -> CheckpointState:
@@ -131,10 +127,7 @@ def recipe_differences(state: CheckpointState, config: RunConfig, ranks: int) ->
 def fingerprint_differences(state: CheckpointState, now: Mapping[str, str], order: str) -> Iterator[str]:
     """Yield a line for each of data, tokenizer, template, model and schedule that differs from a checkpoint's.
 
-    Args:
-        state: state of the checkpoint.
-        now: this run's ``CheckpointState.fingerprints``.
-        order: SHA-256 of the row order of the checkpoint's epoch in this run.
+    ``now`` holds this run's fingerprints, ``order`` the SHA-256 of its row order in the checkpoint's epoch.
     """
     for name, meaning in _MEANINGS.items():
         if state.fingerprints.get(name) != now[name]:

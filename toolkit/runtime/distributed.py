@@ -7,17 +7,19 @@ import os
 import re
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from toolkit.runtime import signals
-from toolkit.runtime.errors import UsageError
+from toolkit.runtime.errors import FrostlineError, UsageError
 from toolkit.runtime.failure_broadcast import connect_ranks
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,23 @@ class World:
         objects = [value if self.is_main else None]  # filled in place on the other ranks
         dist.broadcast_object_list(objects, src=0, device=self.device if self.device.type == "cuda" else None)
         return objects[0]
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Call ``work`` on rank 0 alone, and return its result (any picklable object) on every rank.
+
+        Raises:
+            FrostlineError: ``work`` raised it; raised on every rank.
+        """
+        result = error = None
+        if self.is_main:
+            try:
+                result = work()
+            except FrostlineError as failed:
+                error = failed
+        result, error = self.broadcast_object((result, error))
+        if error is not None:
+            raise error
+        return cast(T, result)
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Return every rank's value (any picklable object) by rank, on every rank."""

@@ -26,12 +26,7 @@ log = logging.getLogger("frostline")
 class BetweenSteps:
     """Save checkpoints, validate and show sample answers between steps; every rank makes the same calls.
 
-    Args:
-        context: context of the run.
-        monitor: monitor that logs losses and answers.
-        progress: position of the run; ``eval_loss`` and the epoch are updated.
-        saver: saver of the run's checkpoints.
-        guard: guard that keeps broken weights out of checkpoints.
+    The epoch and ``eval_loss`` of ``progress`` are updated.
     """
 
     def __init__(
@@ -137,7 +132,7 @@ class BetweenSteps:
             return
         except Exception as error:
             failure = " ".join(f"{type(error).__name__}: {error}".split())
-        if failures := [found for found in world.all_gather_object(failure) if found is not None]:
+        if failures := [text for text in world.all_gather_object(failure) if text is not None]:
             self._answers_failed = True
             malloc.release_free_memory()
             log.warning("sample answers failed (%s); training goes on, and none are shown any more", failures[0])

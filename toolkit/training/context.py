@@ -29,16 +29,16 @@ from toolkit.models.load import LoadedModel, fingerprint, load_tokenizer
 from toolkit.models.quirks import log_training_notes
 from toolkit.planning.engine_memory import EngineSpec, engine_spec
 from toolkit.planning.meta_model import meta_model_of
-from toolkit.planning.phase_plans import combine_plans, phase_planners
+from toolkit.planning.phase_plans import phase_planners
 from toolkit.planning.planner import Plan, Planner
 from toolkit.planning.workload import workload_of
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import PlanError
 from toolkit.split.activation_checkpointing import free_bytes
 from toolkit.training.fingerprints import fingerprints
-from toolkit.training.frozen_weights import effective_prefix, load_for, refuse_with_schedule
+from toolkit.training.frozen_weights import check_schedule_allowed, effective_prefix, load_for_training
 from toolkit.training.preflight import check_config
-from toolkit.training.rows import read_rows_of
+from toolkit.training.rows import load_rows
 from toolkit.training.run_record import resident_bytes, unused_settings
 
 log = logging.getLogger("frostline")
@@ -67,8 +67,8 @@ class RunContext:
     """Resolved DeepSpeed configuration; None trains with torch alone."""
     planners: tuple[Planner, ...]
     """One for each phase; empty for an architecture that cannot be planned."""
-    libraries: int
-    """Resident bytes of Python and its libraries before the model was loaded."""
+    library_bytes: int
+    """Resident memory of Python and its libraries before the model was loaded."""
     plans: tuple[Plan | None, ...] = ()
     """Expected plan of each phase, before it is built; None where it cannot be planned."""
 
@@ -89,20 +89,11 @@ class RunContext:
         name = self.config.optim.name
         return engine_spec(self.ds_config, self.world.size, accumulation, name, host_is_device=on_cpu)
 
-    def combined_plan(self, plans: tuple[Plan | None, ...]) -> Plan | None:
-        """Combine the plans of all phases to the plan of the run; None if a phase cannot be planned."""
-        known = [plan for plan in plans if plan is not None]
-        return combine_plans(known, self.config.mask) if len(known) == len(self.schedule.phases) else None
-
 
 class ModelHandle:
-    """Hold the whole model for the phases to come.
+    """The only reference to the whole model, in plain parameters.
 
-    It is the only reference to the model, so that the last phase can free it before its engine allocates: a variable
-    of a caller would keep the frozen weights in memory.
-
-    Args:
-        loaded: the model, in plain parameters.
+    The last phase frees it before its engine allocates; a variable of a caller would keep the frozen weights in memory.
     """
 
     def __init__(self, loaded: LoadedModel) -> None:
@@ -114,11 +105,6 @@ class ModelHandle:
         assert self._loaded is not None, "the last phase has freed the whole model"
         return self._loaded
 
-    @property
-    def is_free(self) -> bool:
-        """True once the last phase has freed the model."""
-        return self._loaded is None
-
     def free(self) -> None:
         """Drop the reference to the model."""
         self._loaded = None
@@ -129,14 +115,7 @@ def prepare(
 ) -> tuple[RunContext, ModelHandle]:
     """Load and check everything that a run needs; every rank calls it.
 
-    Args:
-        invocation: the parsed command line.
-        world: this process among the run's.
-        state: state of the checkpoint to resume; None for a new run.
-        run_dir: where the rendering of rows is saved; None saves nothing.
-
-    Returns:
-        The context of the run, and the whole model for ``build_phase``.
+    ``state`` is that of the checkpoint to resume, None for a new run. The rendering of rows is saved in ``run_dir``.
 
     Raises:
         UsageError: the DeepSpeed file, data, model or mask is invalid.
@@ -146,27 +125,25 @@ def prepare(
         with suppress(PlanError):  # a class that cannot be checked without weights is checked once it is loaded
             check_config(invocation, world.size)
         tokenizer = load_tokenizer(config.model)
-    dataset, stop_ids = read_rows_of(config, tokenizer, world, run_dir)
+    dataset, stop_ids = load_rows(config, tokenizer, world, run_dir)
     world.raise_if_stopping()
     plan = BatchPlan.of_recipe(train, len(dataset.train), world.size, world.rank)
-    total_steps = state.steps_in_all(config, world.size) if state else plan.steps(train.epochs, train.max_steps)
-    refuse_with_schedule(config, world.device)
+    total_steps = state.resumed_total_steps(config, world.size) if state else plan.steps(train.epochs, train.max_steps)
+    check_schedule_allowed(config, world.device)
     for warning in unused_settings(config, total_steps, world.device):
         log.warning("%s", warning)
     if invocation.deepspeed is not None:
         import_module("toolkit.engine.deepspeed.engine")  # counts as a library; only runs that use DeepSpeed import it
-    libraries = resident_bytes()
+    library_bytes = resident_bytes()
     loaded = _load_model(config, tokenizer, dataset, world)
     world.raise_if_stopping()
-    base = Base(
-        config.model, world.broadcast_object(fingerprint(loaded.model, loaded.on_disk) if world.is_main else None)
-    )
+    base = Base(config.model, world.on_main(lambda: fingerprint(loaded.model, loaded.on_disk)))
     schedule = build_schedule(config.mask, loaded.anatomy, plan.steps_per_epoch, total_steps)
     passes = [plan.passes(phase.end, phase.start) for phase in schedule.phases]
     context = RunContext(
         config=config, world=world, dataset=dataset, batch_plan=plan, total_steps=total_steps, schedule=schedule,
         base=base, tokenizer=tokenizer, pad_id=padding_id(tokenizer, loaded.model), stop_ids=stop_ids,
-        fingerprints=fingerprints(dataset, tokenizer, base, schedule), libraries=libraries,
+        fingerprints=fingerprints(dataset, tokenizer, base, schedule), library_bytes=library_bytes,
         ds_config=load_ds_config(
             invocation.deepspeed, config, world.size, int(loaded.model.config.get_text_config().hidden_size)
         ),
@@ -183,12 +160,8 @@ def prepare(
 def choose_checkpointing(context: RunContext, planner: Planner | None) -> tuple[Decision, Plan | None]:
     """Decide whether a phase uses activation checkpointing, by recipe or free memory; every rank calls it.
 
-    Args:
-        context: context of the run.
-        planner: planner of the phase; None if the architecture cannot be planned.
-
     Returns:
-        The decision, and the plan of the phase with it; None if it cannot be planned.
+        The decision, and the plan of the phase with it; None if it cannot be planned, as without a ``planner``.
     """
     plans: dict[bool, Plan] = {}
     if planner is not None:
@@ -208,11 +181,11 @@ def choose_checkpointing(context: RunContext, planner: Planner | None) -> tuple[
 def _load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, world: World) -> LoadedModel:
     """Load the model and check that the rows fit it."""
     log.info("loading %s", config.model.name_or_path)
-    loaded = load_for(config, tokenizer)
+    loaded = load_for_training(config, tokenizer)
     check_fit((*dataset.train, *dataset.validation), loaded.model)
     log_training_notes(loaded.model.config)
     world.raise_if_stopping()
-    if world.broadcast_object(float32_is_faster(loaded.model.dtype, world.device) if world.is_main else None):
+    if world.on_main(lambda: float32_is_faster(loaded.model.dtype, world.device)):
         use_float32_gradients(loaded.model)
     return loaded
 
@@ -222,12 +195,7 @@ def planners_of(
 ) -> tuple[Planner, ...]:
     """Return the planner of each phase; an empty tuple, with a warning, if the architecture cannot be planned.
 
-    Args:
-        config: the recipe.
-        loaded: the model, before a mask is applied.
-        dataset: the rows.
-        device: where the run computes.
-        passes: passes over the training rows in each phase.
+    ``loaded`` is the model before a mask is applied; ``passes`` counts those over the training rows in each phase.
     """
     config = config.model_copy(update={"prefix": effective_prefix(config.prefix, device)})
     try:

@@ -13,7 +13,7 @@ from toolkit.activation_cache.cached_prefix import CachedPrefix, HiddenStates
 from toolkit.activation_cache.namespace import sample_key
 from toolkit.activation_cache.policy import (
     CacheRequest,
-    decide_on_all_ranks,
+    decide,
     mask_obstacle,
     open_store,
     prefix_fingerprints,
@@ -36,7 +36,7 @@ from toolkit.runtime.errors import ConfigError, ModelError
 from toolkit.split.prefix import Prefix
 from toolkit.split.suffix import Suffix, split, split_is_exact
 from toolkit.training.context import RunContext
-from toolkit.training.frozen_weights import effective_prefix, load_for
+from toolkit.training.frozen_weights import effective_prefix, load_for_training
 
 log = logging.getLogger("frostline")
 
@@ -55,19 +55,18 @@ def cut(context: RunContext, loaded: LoadedModel, phase: Phase) -> tuple[HiddenS
     loaded.model.train()
     refused = refuse_cache(settings, mask_obstacle(phase.mask))
     store = _open_cache(context, loaded, phase) if refused is None else None
-    if store is not None and (returned := _cached_split(store, context)) is not None:
+    if store is not None and (tuple_lengths := _cached_tuple_lengths(store, context)) is not None:
         log.info("activation cache: all samples are in %s; the prefix is not needed", store.directory)
-        suffix = Suffix(loaded.model, loaded.anatomy, phase.mask.boundary, returned)
-        return CachedPrefix(None, *_prefix_loaders(context, loaded, phase), store, context.world), _detach_from_file(
-            suffix, context.world.device
-        )
+        suffix = Suffix(loaded.model, loaded.anatomy, phase.mask.boundary, tuple_lengths)
+        cached = CachedPrefix(None, *_prefix_loaders(context, loaded, phase), store, context.world)
+        return cached, _detach_from_file(suffix, context.world.device)
     prefix, suffix = _split(context, loaded, phase)
     if store is not None:
-        cached, refused = _fill_cache(context, loaded, phase, prefix, store)
-        if cached is not None:
-            if not context.mask_changes and cached.release(context.examples):
+        filled, refused = _fill_cache(context, loaded, phase, prefix, store)
+        if filled is not None:
+            if not context.mask_changes and filled.release(context.examples):
                 suffix = _detach_from_file(suffix, context.world.device)
-            return cached, suffix
+            return filled, suffix
         store.close()
     log.info("activation cache: %s", refused.reason if refused else "")
     return prefix, suffix
@@ -75,19 +74,20 @@ def cut(context: RunContext, loaded: LoadedModel, phase: Phase) -> tuple[HiddenS
 
 def _open_cache(context: RunContext, loaded: LoadedModel, phase: Phase) -> ActivationStore:
     """Open the activation cache of this prefix, keyed by fingerprints that rank 0 computes; every rank calls it."""
-    settings, device = context.config.prefix, context.world.device
-    computed_by = prefix_fingerprints(loaded, phase.mask.boundary, settings, device) if context.world.is_main else None
-    return open_store(settings, context.world.broadcast_object(computed_by), loaded.model, context.world)
+    settings, world = context.config.prefix, context.world
+    fingerprints = world.on_main(lambda: prefix_fingerprints(loaded, phase.mask.boundary, settings, world.device))
+    return open_store(settings, fingerprints, loaded.model, world)
 
 
-def _cached_split(store: ActivationStore, context: RunContext) -> list[int | None] | None:
-    """Return the split noted in the store (what each block returns), if the store holds all samples on every rank.
+def _cached_tuple_lengths(store: ActivationStore, context: RunContext) -> list[int | None] | None:
+    """Return the tuple lengths of the blocks' outputs from the store, if it holds all samples on every rank.
 
-    Returns None if some rank lacks a sample or the note; every rank calls it.
+    None if some rank lacks a sample or the lengths; every rank calls it.
     """
-    returned = read_split_note(store)
-    lacking = returned is None or bool(store.missing([sample_key(example.token_ids) for example in context.examples]))
-    return None if context.world.max(float(lacking)) else returned
+    tuple_lengths = read_split_note(store)
+    keys = [sample_key(example.token_ids) for example in context.examples]
+    is_incomplete = tuple_lengths is None or bool(store.missing(keys))
+    return None if context.world.max(float(is_incomplete)) else tuple_lengths
 
 
 def _fill_cache(
@@ -105,7 +105,7 @@ def _fill_cache(
     if prefix is None or obstacle:
         return None, refuse_cache(settings, obstacle)
     passes = context.batch_plan.passes(phase.end, phase.start)
-    decision = decide_on_all_ranks(CacheRequest(settings, context.examples, passes), store, world)
+    decision = world.on_main(lambda: decide(CacheRequest(settings, context.examples, passes), store))
     if not decision.on:
         return None, decision
     log.info("activation cache: %s; filling it", decision.reason)
@@ -156,7 +156,7 @@ def _reload_base(context: RunContext, phase: Phase) -> LoadedModel:
     Raises:
         ModelError: its weights have changed since the run began.
     """
-    fresh = load_for(context.config, context.tokenizer)
+    fresh = load_for_training(context.config, context.tokenizer)
     if fingerprint(fresh.model, fresh.on_disk) != context.base.sha256:
         raise ModelError(
             f"the weights of {context.config.model.name_or_path} changed while the run read them; "
@@ -219,23 +219,22 @@ def _move_to_device(module: nn.Module, device: torch.device) -> None:
 
 def _frozen_weights(loaded: LoadedModel, mask: LayerMask, config: PrefixConfig, world: World) -> FrozenWeights | None:
     """Return the handle of the weights below the frost line if the recipe quantises or offloads them, else None."""
-    wanted = effective_prefix(config, world.device)
-    if wanted != config:
+    effective = effective_prefix(config, world.device)
+    if effective != config:
         log.info("prefix.placement: cpu changes nothing here: the run computes on the CPU, where the weights are")
-    if (wanted.precision, wanted.placement) == ("model", "device"):
+    if (effective.precision, effective.placement) == ("model", "device"):
         return None
     if mask.boundary == 0:
-        asked = {key: value for key, value in config.model_dump().items() if key in ("precision", "placement")}
         raise ConfigError(
             [
                 f"prefix.{key} is {value!r}, but the mask leaves no block frozen below what trains (the frost line is "
                 "at block 0); leave the key out, or let mask.train begin higher"
-                for key, value in asked.items()
+                for key, value in (("precision", config.precision), ("placement", config.placement))
                 if value not in ("model", "device")
             ],
             "recipe, read against the mask",
         )
     anatomy = loaded.anatomy
     blocks = [f"{anatomy.blocks}.{index}" for index in range(mask.boundary)]
-    tables = anatomy.embeddings if wanted.placement != "device" else ()
-    return FrozenWeights(loaded.model, blocks, tables, world.device, loaded.on_disk)
+    embeddings = anatomy.embeddings if effective.placement != "device" else ()
+    return FrozenWeights(loaded.model, blocks, embeddings, world.device, loaded.on_disk)

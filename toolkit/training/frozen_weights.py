@@ -13,7 +13,7 @@ from toolkit.planning.meta_model import meta_model
 from toolkit.runtime.errors import ConfigError
 
 
-def load_for(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
+def load_for_training(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
     """Load the model; with ``prefix.placement: disk``, all but the blocks below the frost line.
 
     Raises:
@@ -25,7 +25,7 @@ def load_for(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> LoadedMod
     return load_base(config.model, tokenizer, anatomy, build_mask(config.mask, anatomy).boundary)
 
 
-def refuse_with_schedule(config: RunConfig, device: torch.device) -> None:
+def check_schedule_allowed(config: RunConfig, device: torch.device) -> None:
     """Refuse to store frozen weights otherwise where a later phase may train them.
 
     Raises:
@@ -39,11 +39,11 @@ def refuse_with_schedule(config: RunConfig, device: torch.device) -> None:
             ],
             "recipe",
         )
-    wanted = effective_prefix(config.prefix, device)
-    if config.mask.schedule and (wanted.precision, wanted.placement) != ("model", "device"):
+    prefix = effective_prefix(config.prefix, device)
+    if config.mask.schedule and (prefix.precision, prefix.placement) != ("model", "device"):
         raise ConfigError(
             [
-                f"prefix.precision is {wanted.precision} and prefix.placement is {wanted.placement}, but mask.schedule "
+                f"prefix.precision is {prefix.precision} and prefix.placement is {prefix.placement}, but mask.schedule "
                 "moves the frost line, so weights below it are to stay as they are; leave out both keys or the schedule"
             ],
             "recipe",

@@ -22,7 +22,7 @@ from toolkit.training.step import StepResult
 
 log = logging.getLogger("frostline")
 
-_SHOWN = 16
+_MAX_NAMED = 16
 """Most rows of a rank that a message names."""
 
 
@@ -32,11 +32,7 @@ class SpikeDetector:
     A loss is a spike if it exceeds ``median + threshold * max(1.4826 * MAD, 0.05 * median)`` of the last ``window``
     finite losses, where MAD is the median distance from their median; 1.4826 MAD is the standard deviation of normal
     noise (Rousseeuw and Croux 1993, doi 10.1080/01621459.1993.10476408). Both medians ignore the spikes themselves.
-
-    Args:
-        window: number of recent losses to compare with.
-        least: number of losses needed before a spike can be detected.
-        threshold: height of a spike in robust standard deviations.
+    The first ``least`` losses are none.
     """
 
     def __init__(self, window: int = 64, least: int = 16, threshold: float = 6.0) -> None:
@@ -45,30 +41,27 @@ class SpikeDetector:
 
     def spiked(self, loss: float) -> float | None:
         """Return the median of recent losses if ``loss`` is a spike, else None; add ``loss`` to the recent ones."""
-        usual = None
-        if len(self._losses) >= self._least:
-            middle = median(self._losses)
-            spread = 1.4826 * median(abs(other - middle) for other in self._losses)
-            if loss > middle + self._threshold * max(spread, 0.05 * middle):
-                usual = middle
+        recent = list(self._losses)
         self._losses.append(loss)
-        return usual
+        if len(recent) < self._least:
+            return None
+        middle = median(recent)
+        spread = 1.4826 * median(abs(other - middle) for other in recent)
+        return middle if loss > middle + self._threshold * max(spread, 0.05 * middle) else None
 
 
 class StepGuard:
     """Watch the steps of a run. Every rank calls each method at the same step.
 
-    Args:
-        run: the run directory, for messages that name its last checkpoint.
-        most_skipped: number of steps skipped in a row that ends the run.
-        world: this process among all ranks, whose rows are named.
+    ``max_skipped`` steps skipped in a row end the run; messages name the last checkpoint of ``run``.
     """
 
-    def __init__(self, run: Path, most_skipped: int, world: World) -> None:
-        self._run, self._most, self._world = run, most_skipped, world
-        self._in_a_row = 0
+    def __init__(self, run: Path, max_skipped: int, world: World) -> None:
+        self._run, self._max_skipped, self._world = run, max_skipped, world
+        self._skipped_in_a_row = 0
         self._spikes = SpikeDetector()
-        self._last_learned: Batch | None = None
+        self._last_batch: Batch | None = None
+        """First micro batch of the last step that changed the weights; None since the run began or resumed."""
 
     def check_step(self, step: int, result: StepResult, micro_batches: Sequence[Batch]) -> None:
         """Check the result of step number ``step``: warn of a loss spike or a skipped step.
@@ -77,23 +70,23 @@ class StepGuard:
             TrainingStoppedError: too many steps in a row were skipped.
         """
         if not result.skipped:
-            self._in_a_row = 0
-            self._last_learned = micro_batches[0]
-            usual = self._spikes.spiked(result.loss)
-            if usual is not None:
+            self._skipped_in_a_row = 0
+            self._last_batch = micro_batches[0]
+            median_loss = self._spikes.spiked(result.loss)
+            if median_loss is not None:
                 rows = self._describe_step_rows(result, micro_batches)
                 log.warning("step %d: loss %.4f spikes above the usual %.4f; its rows: %s",
-                            step, result.loss, usual, rows)  # fmt: skip
+                            step, result.loss, median_loss, rows)  # fmt: skip
             return
-        self._in_a_row += 1
+        self._skipped_in_a_row += 1
         rows = self._describe_step_rows(result, micro_batches)
         what = f"loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}"
         log.warning("step %d is skipped on all ranks: %s; no weight has changed. Its rows: %s", step, what, rows)
-        if self._in_a_row >= self._most:
+        if self._skipped_in_a_row >= self._max_skipped:
             raise TrainingStoppedError(
-                f"{self._in_a_row} steps in a row were skipped, the last of them step {step} ({what}), and "
-                f"train.max_skipped_steps is {self._most}. {self._kept_text()}. Lower train.learning_rate, or look at "
-                f"the rows: {rows}"
+                f"{self._skipped_in_a_row} steps in a row were skipped, the last of them step {step} ({what}), and "
+                f"train.max_skipped_steps is {self._max_skipped}. {self._last_checkpoint_text()}. "
+                f"Lower train.learning_rate, or look at the rows: {rows}"
             )
 
     @torch.no_grad()
@@ -106,19 +99,19 @@ class StepGuard:
         Raises:
             TrainingStoppedError: the loss is not finite on some rank.
         """
-        if self._last_learned is None:  # no step has changed the weights since the run began or resumed
+        if self._last_batch is None:
             return
-        with explain_out_of_memory("the check before a checkpoint", self._last_learned.shape):
-            batch = self._last_learned.to(self._world.device)
+        with explain_out_of_memory("the check before a checkpoint", self._last_batch.shape):
+            batch = self._last_batch.to(self._world.device)
             loss = float(forward(prefix(batch) if prefix else None, batch))
         if self._world.max(float(not math.isfinite(loss))):
-            rows = self._describe_rows([(self._row_names(self._last_learned), loss)])
+            rows = self._describe_rows([(_row_names(self._last_batch), loss)])
             raise TrainingStoppedError(
                 f"the weights after step {step} give no finite loss on rows they learned from, so they are not saved. "
-                f"{self._kept_text()}. Lower train.learning_rate, or look at the rows: {rows}"
+                f"{self._last_checkpoint_text()}. Lower train.learning_rate, or look at the rows: {rows}"
             )
 
-    def _kept_text(self) -> str:
+    def _last_checkpoint_text(self) -> str:
         """Return the sentence that names the last checkpoint."""
         kept = latest_checkpoint(self._run)
         return f"The last good checkpoint, {kept}, is kept" if kept else "There is no checkpoint yet"
@@ -126,11 +119,7 @@ class StepGuard:
     def _describe_step_rows(self, result: StepResult, micro_batches: Sequence[Batch]) -> str:
         """Describe the rows of a step on all ranks; every rank calls it."""
         own = zip(micro_batches, result.shares, strict=True)
-        return self._describe_rows([(self._row_names(batch), share) for batch, share in own if not batch.is_filler])
-
-    def _row_names(self, batch: Batch) -> list[str]:
-        """Return where each row of a micro batch comes from, such as file and line."""
-        return [example.origin or "a row without a name" for example in batch.examples]
+        return self._describe_rows([(_row_names(batch), share) for batch, share in own if not batch.is_filler])
 
     def _describe_rows(self, own: list[tuple[list[str], float]]) -> str:
         """Describe the rows of all ranks, given names and loss of each micro batch; not finite losses come first."""
@@ -139,6 +128,11 @@ class StepGuard:
             names: list[str] = []
             for rows, share in sorted(micro_batches, key=lambda pair: math.isfinite(pair[1])):
                 names += rows if math.isfinite(share) else [f"{row} (loss {share})" for row in rows]
-            more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
-            ranks.append(f"rank {rank}: {', '.join([*names[:_SHOWN], *more]) or 'none'}")
+            more = [f"and {len(names) - _MAX_NAMED} more"] if len(names) > _MAX_NAMED else []
+            ranks.append(f"rank {rank}: {', '.join([*names[:_MAX_NAMED], *more]) or 'none'}")
         return "; ".join(ranks)
+
+
+def _row_names(batch: Batch) -> list[str]:
+    """Return where each row of a micro batch comes from, such as file and line."""
+    return [example.origin or "a row without a name" for example in batch.examples]

@@ -8,13 +8,11 @@ import math
 import re
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 
 import torch
-from PIL.Image import Image
 
 from toolkit.runtime.paths import LineFile, explain_refused_write, replace_text
 from toolkit.runtime.progress_bar import ProgressBar
@@ -71,10 +69,6 @@ _CURVES = {
 }
 """What a step shows. TensorBoard opens two groups of cards at first, in the order of the alphabet: eval and train."""
 
-_OUTCOMES = ("eval/loss", "eval/perplexity", "train/epoch_loss", "train/loss")
-"""Curves by whose last points runs are compared."""
-
-
 _CELL = 400
 """Most characters of a table cell with a sample answer."""
 
@@ -89,59 +83,31 @@ class Answer:
 
 
 class Monitor:
-    """Log a run; a context manager. On other ranks than 0 it does nothing.
+    """Log a run; a context manager. Without ``is_main``, on other ranks than 0, it does nothing.
 
-    Args:
-        run: the run directory.
-        is_main: true on rank 0.
-        total_steps: for the progress bar.
-        first_step: steps done before a resume; later rows of an interrupted run are dropped.
+    ``first_step`` counts the steps done before a resume; later rows of an interrupted run are dropped.
     """
 
     def __init__(self, run: Path, is_main: bool, total_steps: int, first_step: int = 0) -> None:
         self._is_main = is_main
         self.planned_gib: float | None = None
         """The peak that the run was planned to have, of tensors alone; shown beside the measured one."""
-        if not is_main:
-            return
-        self._metrics_path = run / "metrics.jsonl"
-        with explain_refused_write(run):
-            self._drop_rows_after(first_step)
-        self._file = LineFile(self._metrics_path)
-        self._board = TensorBoardWriter(run / "tensorboard", first_step + 1 if first_step else 0)
-        self._bar = ProgressBar("training", total_steps, "step", first_step)
+        if is_main:
+            with explain_refused_write(run):
+                _drop_rows_after(first_step, run / "metrics.jsonl")
+            self._file = LineFile(run / "metrics.jsonl")
+            self._bar = ProgressBar("training", total_steps, "step", first_step)
+        self.board = TensorBoardWriter(run / "tensorboard" if is_main else None, first_step + 1 if first_step else 0)
+        """TensorBoard's curves, texts and pictures."""
 
     def __enter__(self) -> Monitor:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._is_main:
             self._bar.close()
-            self._board.close()
+            self.board.close()
             self._file.close()
-
-    def texts(self, step: int, **texts: str) -> None:
-        """Show Markdown texts in TensorBoard's text tab, as they hold after ``step`` steps."""
-        if self._is_main:
-            for name, text in texts.items():
-                self._board.text(name, text, step)
-
-    def picture(self, step: int, name: str, image: Image) -> None:
-        """Show a picture in TensorBoard's image tab."""
-        if self._is_main:
-            self._board.image(name, image, step)
-
-    def hparams(self, values: Mapping[str, str | float]) -> None:
-        """Show what runs are compared by in TensorBoard's HParams tab, beside their last losses."""
-        if self._is_main:
-            self._board.hparams(values, _OUTCOMES)
-
-    def finish(self) -> None:
-        """Mark the run as done."""
-        if self._is_main:
-            self._board.finish()
 
     def step(self, metrics: StepMetrics) -> None:
         """Log one optimizer step."""
@@ -151,9 +117,9 @@ class Monitor:
         self._write(row)
         for curve, key in _CURVES.items():
             if row.get(key) is not None:
-                self._board.scalar(curve, row[key], metrics.step)
+                self.board.scalar(curve, row[key], metrics.step)
         if self.planned_gib is not None:
-            self._board.scalar("train/memory_planned_gib", self.planned_gib, metrics.step)
+            self.board.scalar("train/memory_planned_gib", self.planned_gib, metrics.step)
         self._bar.advance(
             loss=f"{metrics.loss:.4f}",
             lr=f"{metrics.learning_rate:.1e}",
@@ -164,18 +130,18 @@ class Monitor:
         """Log the mean of the step losses of the epoch that ends at ``progress``."""
         if self._is_main:
             skipped = int(progress.totals["epoch_skipped"])
-            self._board.scalar("train/epoch_loss", progress.epoch_loss, progress.step)
+            self.board.scalar("train/epoch_loss", progress.epoch_loss, progress.step)
             but = f", {skipped} skipped" if skipped else ""
             steps = int(progress.totals["epoch_finite"])
-            self.say(f"epoch {progress.epoch + 1}: mean loss {progress.epoch_loss:.4f} over {steps} steps{but}")
+            log.info("epoch %d: mean loss %.4f over %d steps%s", progress.epoch + 1, progress.epoch_loss, steps, but)
 
     def evaluation(self, step: int, epoch: float, loss: float, perplexity: float) -> None:
         """Log a validation."""
         if self._is_main:
             self._write({"step": step, "epoch": epoch, "eval_loss": loss, "eval_perplexity": perplexity})
-            self._board.scalar("eval/loss", loss, step)
-            self._board.scalar("eval/perplexity", perplexity, step)
-            self.say(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}")
+            self.board.scalar("eval/loss", loss, step)
+            self.board.scalar("eval/perplexity", perplexity, step)
+            log.info("step %d: validation loss %.4f, perplexity %.2f", step, loss, perplexity)
 
     def answers(self, step: int, answers: Sequence[Answer]) -> None:
         """Show sample answers beside their references in TensorBoard's text tab."""
@@ -185,30 +151,28 @@ class Monitor:
                 for number, one in enumerate(answers, start=1)
             ]
             header = ["| row | question, the end of its prompt | reference | answer |", "|---:|---|---|---|"]
-            self._board.text("answers", "\n".join([f"After step {step}:", "", *header, *rows]), step)
+            self.board.text("answers", "\n".join([f"After step {step}:", "", *header, *rows]), step)
 
     def loss_at(self, step: int) -> float | None:
         """Return on rank 0 the validation loss that is logged after ``step`` steps, NaN if not finite; else None."""
         if not self._is_main:
             return None
         rows = map(json.loads, self._file.lines())
-        found = [row["eval_loss"] for row in rows if "eval_loss" in row and row["step"] == step]
-        return None if not found else math.nan if found[-1] is None else float(found[-1])
-
-    def say(self, line: str) -> None:
-        """Log a line."""
-        if self._is_main:
-            log.info("%s", line)
+        losses = [row["eval_loss"] for row in rows if "eval_loss" in row and row["step"] == step]
+        if not losses:
+            return None
+        return math.nan if losses[-1] is None else float(losses[-1])
 
     def _write(self, row: dict[str, object]) -> None:
         finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         self._file.write(json.dumps(finite))  # JSON has no NaN
 
-    def _drop_rows_after(self, step: int) -> None:
-        if self._metrics_path.exists():
-            rows = self._metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
-            replace_text(self._metrics_path, "".join(kept))
+
+def _drop_rows_after(step: int, path: Path) -> None:
+    """Remove from ``metrics.jsonl`` what an interrupted run logged after its last checkpoint."""
+    if path.exists():
+        rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        replace_text(path, "".join(row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step))
 
 
 def _cell(text: str, end: bool = False) -> str:

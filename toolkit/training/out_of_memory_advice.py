@@ -10,13 +10,7 @@ from toolkit.training.trainer import Trainer
 
 
 def advise(error: OutOfMemoryError, trainer: Trainer | None, config: RunConfig) -> OutOfMemoryError:
-    """Return ``error`` with the setting to change first.
-
-    Args:
-        error: says what the run was doing.
-        trainer: of the run; None if it failed before there was one.
-        config: the recipe.
-    """
+    """Return ``error`` with the setting to change first; ``trainer`` is None if the set-up failed."""
     advice = _planned(error, trainer) or _by_rule(error, config)
     return OutOfMemoryError(error.phase, error.shape, error.detail, advice)
 

@@ -28,7 +28,7 @@ from toolkit.engine.base import Engine
 from toolkit.engine.deepspeed.nvme_files import prepare_swap_folders
 from toolkit.engine.local import LocalEngine
 from toolkit.mask.apply import apply_mask, replace_parameters, trainable_parameters
-from toolkit.mask.audit import AuditRow, audit, audit_markdown, audit_table
+from toolkit.mask.audit import audit_table
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.mask.schedule import Phase
 from toolkit.optim.state_fragments import AdamState, gather_states, load_fragments
@@ -47,38 +47,37 @@ log = logging.getLogger("frostline")
 
 
 @dataclass(frozen=True)
-class PhaseState:
-    """Prefix, suffix, engine and decisions of the current phase of the mask schedule."""
+class _CutModel:
+    """The model as a phase cuts and plans it, before an engine is built."""
 
     phase: Phase
     prefix: HiddenStates | None
     """Computes or reads the hidden states at the frost line; None if the model is not cut."""
     suffix: Suffix
-    engine: Engine
-    audit_rows: tuple[AuditRow, ...]
-    """Rows of the audit table: parameters and trained parameters of each part, from input to head."""
-    audit: str
-    """The audit table in Markdown."""
     joined: JoinedModel
     """Joins prefix and suffix to one model again, to generate with."""
     packing: Decision
     """Whether micro batches are packed; decided in the first phase."""
     planner: Planner | None
     """Planner of this phase as it was built; None for an architecture that cannot be planned."""
+    plan: Plan | None
+    """Plan of this phase as it was built; None if it cannot be planned."""
+
+    @property
+    def mask(self) -> LayerMask:
+        """The mask of what trains."""
+        return self.phase.mask
+
+
+@dataclass(frozen=True)
+class PhaseState(_CutModel):
+    """The current phase of the mask schedule, ready to train."""
+
+    engine: Engine
     plans: tuple[Plan | None, ...]
     """Plan of each phase: as built for those that have begun, as expected for those to come."""
     resting: Mapping[str, torch.Tensor]
     """On rank 0, the fp32 masters of tensors that trained in earlier phases and are frozen now."""
-
-    @property
-    def mask(self) -> LayerMask:
-        """Return the mask of what trains."""
-        return self.phase.mask
-
-    @property
-    def plan(self) -> Plan | None:
-        """The plan of this phase; None if it cannot be planned."""
-        return self.plans[self.phase.index]
 
 
 @dataclass(frozen=True)
@@ -95,44 +94,23 @@ class Handover:
     """Steps that the learning-rate scheduler has done."""
 
 
-@dataclass(frozen=True)
-class _CutModel:
-    """Prefix and suffix of a phase before its engine is built; ``PhaseState`` documents the fields."""
-
-    prefix: HiddenStates | None
-    suffix: Suffix
-    packing: Decision
-    planner: Planner | None
-    plan: Plan | None
-    audit_rows: tuple[AuditRow, ...]
-    audit: str
-    joined: JoinedModel
-
-
 def build_phase(context: RunContext, model: ModelHandle, phase: Phase, handover: Handover | None = None) -> PhaseState:
     """Apply the mask of ``phase``, cut the model at the frost line, and build the engine that trains the suffix.
 
-    Args:
-        context: context of the run.
-        model: the whole model, in plain parameters; freed in the last phase.
-        phase: phase to begin.
-        handover: training state of the phase before, whose ``PhaseState`` must not be referenced any more; None for
-            the first phase.
+    ``handover`` is what ``end_phase`` returned for the phase before, whose ``PhaseState`` must not be referenced any
+    more; None for the first phase. The last phase frees ``model``.
     """
     if handover is not None:
         gc.collect()  # DeepSpeed's objects refer to one another and to the masters, and the parameters refer to them
-    halves = _cut_model(context, model, phase, handover.packing if handover else None)
+    cut_model = _cut_model(context, model, phase, handover.packing if handover else None)
     if phase is context.schedule.phases[-1]:
         model.free()  # what only a later phase would need is to be gone before the engine allocates
     malloc.release_free_memory()
-    engine = _build_engine(context, phase, halves)
+    engine = _build_engine(context, cut_model)
     plans = list(handover.plans if handover else context.plans)
-    plans[phase.index] = halves.plan
-    masters = _continue_training(context, phase, engine, handover) if handover else {}
-    return PhaseState(
-        phase, halves.prefix, halves.suffix, engine, halves.audit_rows, halves.audit, halves.joined, halves.packing,
-        halves.planner, tuple(plans), masters,
-    )  # fmt: skip
+    plans[phase.index] = cut_model.plan
+    resting = _continue_training(context, phase, engine, handover) if handover else {}
+    return PhaseState(**vars(cut_model), engine=engine, plans=tuple(plans), resting=resting)
 
 
 def end_phase(context: RunContext, model: ModelHandle, state: PhaseState) -> Handover:
@@ -155,11 +133,7 @@ def resume(context: RunContext, model: ModelHandle, path: Path) -> tuple[PhaseSt
 
     A checkpoint at the end of a phase resumes in that phase, and the training loop then changes to the next one as it
     did when the checkpoint was written. Number of ranks, engine and ZeRO stage may differ from the checkpoint's.
-
-    Args:
-        context: context of the run.
-        model: the whole model, as loaded.
-        path: a verified checkpoint.
+    ``path`` is a verified checkpoint, ``model`` as loaded.
 
     Raises:
         CheckpointError: it does not fit this run (see ``Checkpoint.require_fit``), or is damaged.
@@ -231,23 +205,21 @@ def _cut_model(context: RunContext, model: ModelHandle, phase: Phase, packing: D
     log.info("gradient checkpointing: %s", checkpointing.reason)
     if checkpointing.on:
         checkpoint_blocks(suffix.blocks(phase.mask.boundary))
-    rows_of_audit = tuple(audit(phase.mask, loaded.anatomy))
     joined = JoinedModel(loaded.model, loaded.anatomy, None if prefix is None else phase.mask.boundary)
-    return _CutModel(
-        prefix, suffix, packing, planner, plan, rows_of_audit, audit_markdown(phase.mask, loaded.anatomy), joined
-    )
+    return _CutModel(phase, prefix, suffix, joined, packing, planner, plan)
 
 
-def _build_engine(context: RunContext, phase: Phase, halves: _CutModel) -> Engine:
+def _build_engine(context: RunContext, cut_model: _CutModel) -> Engine:
     """Build the engine of the recipe for the suffix: DeepSpeed if there is a DeepSpeed file, else local."""
-    config, suffix, prefix = context.config, halves.suffix, halves.prefix
-    parameters = trainable_parameters(suffix.model, phase.mask)
-    shared = (suffix, parameters, phase.groups, config.train, config.optim, context.total_steps, context.world)
+    config, suffix, prefix, plan = context.config, cut_model.suffix, cut_model.prefix, cut_model.plan
+    parameters = trainable_parameters(suffix.model, cut_model.mask)
+    groups = cut_model.phase.groups
+    shared = (suffix, parameters, groups, config.train, config.optim, context.total_steps, context.world)
     if context.ds_config is None:
         return LocalEngine(*shared)
     from toolkit.engine.deepspeed.engine import ZeroEngine  # DeepSpeed is imported only by runs that use it
 
-    prepare_swap_folders(context.ds_config, context.world, halves.plan.memory.files if halves.plan else 0)
+    prepare_swap_folders(context.ds_config, context.world, plan.memory.files if plan else 0)
     below = prefix.model.named_parameters() if isinstance(prefix, Prefix) else ()
     copies = {name: parameter for name, parameter in below if name in parameters}
     return ZeroEngine(*shared, copies, context.ds_config)

@@ -24,11 +24,7 @@ _QUICK_BYTES = 64 * 2**20
 
 
 def preflight(invocation: Invocation, ranks: int) -> None:
-    """Check DeepSpeed file, model, mask, tokenizer and rows of a run that is to start later, somewhere else.
-
-    Args:
-        invocation: the parsed command line.
-        ranks: world size of the run.
+    """Check DeepSpeed file, model, mask, tokenizer and rows of a run that is to start later on ``ranks`` ranks.
 
     Raises:
         UsageError: the one that the run itself would end with.
@@ -46,11 +42,7 @@ def preflight(invocation: Invocation, ranks: int) -> None:
 
 
 def check_config(invocation: Invocation, ranks: int) -> None:
-    """Check the masks and the DeepSpeed file against the model's config.json alone.
-
-    Args:
-        invocation: the parsed command line.
-        ranks: world size of the run.
+    """Check the masks and the DeepSpeed file of a run on ``ranks`` ranks against the model's config.json alone.
 
     Raises:
         UsageError: DeepSpeed file, model or mask is at fault.
@@ -70,24 +62,23 @@ def check_writable(run: Path, world: World) -> None:
     Raises:
         CheckpointError: it cannot be written.
     """
-    refused = None
-    if world.is_main:
+
+    def write_file() -> None:
         try:
-            with tempfile.TemporaryFile(dir=run):
-                pass
+            tempfile.TemporaryFile(dir=run).close()
         except OSError as error:
-            refused = CheckpointError(
+            raise CheckpointError(
                 f"run directory {run} cannot be written ({error.strerror}); choose another --output.dir"
-            )
-    refused = world.broadcast_object(refused)
-    if refused is not None:
-        raise refused
+            ) from None
+
+    world.on_main(write_file)
 
 
 def _too_costly(config: DataConfig) -> str | None:
     """Return why the rows are not checked in advance: on the Hub, or too large; None if they are checked."""
-    paths = [path for path in (config.path, config.validation) if isinstance(path, str)]
-    for path in paths:
+    for path in (config.path, config.validation):
+        if not isinstance(path, str):
+            continue
         if is_hub_dataset(path):
             return f"{path} is a data set on the Hub"
         if Path(path).is_file() and Path(path).stat().st_size > _QUICK_BYTES:

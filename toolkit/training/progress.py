@@ -71,11 +71,12 @@ class Progress:
         self.cursor = min(self.cursor + global_batch, self.rows)
         self.eval_loss = None
         is_finite = math.isfinite(result.loss)
-        amounts = (
-            result.tokens, result.supervised_tokens, result.seconds, 1.0, is_finite, result.loss if is_finite else 0.0,
-            result.skipped,
-        )  # fmt: skip
-        for name, amount in zip(_SUMS, amounts, strict=True):
+        amounts = {
+            "tokens": result.tokens, "supervised_tokens": result.supervised_tokens, "seconds": result.seconds,
+            "epoch_steps": 1, "epoch_finite": is_finite, "epoch_loss": result.loss if is_finite else 0.0,
+            "epoch_skipped": result.skipped,
+        }  # fmt: skip
+        for name, amount in amounts.items():
             self.totals[name] += amount
 
     def next_epoch(self) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import platform
 import socket
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -20,8 +21,7 @@ from toolkit.runtime.paths import sources_hash
 from toolkit.training.fingerprints import digest, tokenizer_digest, version
 
 _LIBRARIES = ("torch", "transformers", "deepspeed")
-_DIGEST = 8
-"""Bytes of a row's digest."""
+_DIGEST_BYTES = 8
 
 
 def rank_settings(invocation: Invocation) -> dict[str, str]:
@@ -56,25 +56,15 @@ def require_same(world: World, own: Mapping[str, str]) -> None:
         for name in names
         if own.get(name) != reference.get(name)
     ]
-    refuse_differences(world, differences)
+    _refuse_differences(world, differences)
 
 
-def refuse_differences(world: World, differences: Sequence[str]) -> None:
-    """End the run on every rank if any rank differs from rank 0; every rank calls it.
-
-    Args:
-        world: this process among the run's.
-        differences: of this rank, each with its own value and rank 0's.
-
-    Raises:
-        UsageError: there are some; names each rank that differs, with its node and its differences.
-    """
+def _refuse_differences(world: World, differences: Sequence[str]) -> None:
+    """Raise a UsageError on every rank if any has ``differences`` from rank 0; it names rank, node and difference."""
     if not world.sum(len(differences))[0]:
         return
     every = world.all_gather_object((socket.gethostname(), list(differences)))
-    lines = [
-        f"  - rank {rank} ({node}): {difference}" for rank, (node, found) in enumerate(every) for difference in found
-    ]
+    lines = [f"  - rank {rank} ({node}): {difference}" for rank, (node, own) in enumerate(every) for difference in own]
     raise UsageError(
         "\n".join(
             [
@@ -113,9 +103,9 @@ def require_same_rows(world: World, dataset: Dataset, tokenizer: PreTrainedToken
     ]
     for name, examples in (("training", dataset.train), ("validation", dataset.validation)):
         differences += _row_differences(world, name, [_row_digest(row) for row in examples], examples)
-    skipped = [digest([row.origin, row.fault]).encode()[:_DIGEST] for row in dataset.skipped]
+    skipped = [digest([row.origin, row.fault]).encode()[:_DIGEST_BYTES] for row in dataset.skipped]
     differences += _row_differences(world, "skipped", skipped, dataset.skipped)
-    refuse_differences(world, differences)
+    _refuse_differences(world, differences)
 
 
 def _row_differences(
@@ -123,29 +113,25 @@ def _row_differences(
 ) -> list[str]:
     """Return how this rank's rows differ from rank 0's; every rank calls it."""
     reference = world.broadcast_object(b"".join(digests))
-    theirs = [reference[at : at + _DIGEST] for at in range(0, len(reference), _DIGEST)]
-    if list(digests) == theirs:
-        first = None
-    else:
-        shared = zip(digests, theirs, strict=False)
-        first = next((at for at, (one, other) in enumerate(shared) if one != other), min(len(digests), len(theirs)))
-    wanted = {at for at in world.all_gather_object(first) if at is not None}
-    on_main = world.broadcast_object({at: _row_origin(rows, at) for at in wanted})
+    theirs = [reference[at : at + _DIGEST_BYTES] for at in range(0, len(reference), _DIGEST_BYTES)]
+    differing = (at for at, (own, other) in enumerate(zip_longest(digests, theirs)) if own != other)
+    first = next(differing, None)
+    on_main = world.broadcast_object({at: _row_origin(rows, at) for at in world.all_gather_object(first)})
     if first is None:
         return []
     counts = f"{len(digests):,} {name} rows, on rank 0 {len(theirs):,}"
-    if (mine := _row_origin(rows, first)) == on_main[first]:
-        return [f"{counts}; the first that differs is {mine}, with other content"]
-    return [f"{counts}; the first that differs is {mine}, on rank 0 {on_main[first]}"]
+    if (origin := _row_origin(rows, first)) == on_main[first]:
+        return [f"{counts}; the first that differs is {origin}, with other content"]
+    return [f"{counts}; the first that differs is {origin}, on rank 0 {on_main[first]}"]
 
 
-def _row_origin(rows: Sequence[Example] | Sequence[SkippedRow], at: int) -> str:
-    return rows[at].origin if at < len(rows) else "none"
+def _row_origin(rows: Sequence[Example] | Sequence[SkippedRow], at: int | None) -> str:
+    return rows[at].origin if at is not None and at < len(rows) else "none"
 
 
 def _row_digest(row: Example) -> bytes:
     """Return a short digest of a row's tokens and of where its answer starts."""
-    return hashlib.sha256(f"{row.answer_start} {row.token_ids}".encode()).digest()[:_DIGEST]
+    return hashlib.sha256(f"{row.answer_start} {row.token_ids}".encode()).digest()[:_DIGEST_BYTES]
 
 
 def _file_digest(path: Path) -> str:

@@ -22,19 +22,13 @@ from toolkit.training.rank_agreement import require_same_rows
 log = logging.getLogger("frostline")
 
 
-def read_rows_of(
+def load_rows(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, world: World, run_dir: Path | None
 ) -> tuple[Dataset, list[int]]:
     """Read the rows that ``config`` names, the same on every rank; every rank calls it.
 
     A date that the chat template prints is that of the run's beginning on all ranks and in all later commands, which
-    find it in the run directory.
-
-    Args:
-        config: the recipe.
-        tokenizer: of the model.
-        world: this process among the run's.
-        run_dir: the run directory, which keeps the date; None to keep nothing.
+    find it in ``run_dir``; None saves nothing.
 
     Returns:
         The rows, and the tokens that end an answer.
@@ -46,8 +40,8 @@ def read_rows_of(
     """
     rendering = Rendering()
     if prints_date(tokenizer):
-        kept = read_rendering(run_dir).now if run_dir is not None else None
-        rendering = Rendering(world.broadcast_object(kept or datetime.now().replace(microsecond=0)))
+        saved = read_rendering(run_dir).now if run_dir is not None else None
+        rendering = Rendering(world.broadcast_object(saved or datetime.now().replace(microsecond=0)))
         log.info("the chat template prints the date; it stays %s for this run", rendering.now)
     ends = model_ends(resolve_source(config.model.name_or_path, needs_weights=False), config.model.revision)
     dataset = load_dataset(config.data, tokenizer, config.train.seed, ends=ends, rendering=rendering)

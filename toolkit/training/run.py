@@ -25,18 +25,14 @@ from toolkit.training.monitor import Monitor
 from toolkit.training.out_of_memory_advice import advise
 from toolkit.training.preflight import check_writable
 from toolkit.training.rank_agreement import rank_settings, require_same
-from toolkit.training.run_record import MemoryUse, highest, save_record
+from toolkit.training.run_record import MemoryUse, save_record
 from toolkit.training.trainer import Trainer
 
 log = logging.getLogger("frostline")
 
 
 def run(invocation: Invocation, on_directory: Callable[[Path], None] | None = None) -> int:
-    """Train as ``invocation`` says; every rank calls it.
-
-    Args:
-        invocation: the recipe and how it is to be trained.
-        on_directory: called with the run directory once it is chosen.
+    """Train as ``invocation`` says; every rank calls it. ``on_directory`` is called with the run directory once known.
 
     Returns:
         0 when the run is finished, 75 when a signal stopped it with nothing lost.
@@ -103,9 +99,9 @@ def _train(trainer: Trainer, directory: RunDirectory) -> int:
         Monitor(run_dir, world.is_main, context.total_steps, first_step) as monitor,
         Saver(run_dir, world, output.keep, output.async_save) as saver,
     ):
-        monitor.hparams(_hparams(trainer))
+        monitor.board.hparams(_hparams(trainer))
         if not first_step:
-            monitor.texts(0, recipe=f"```yaml\n{dump(context.config)}```")
+            monitor.board.text("recipe", f"```yaml\n{dump(context.config)}```", 0)
         if first_step <= trainer.state.phase.start:
             trainer.show_phase(monitor)
         monitor.planned_gib = trainer.planned_gib
@@ -113,7 +109,7 @@ def _train(trainer: Trainer, directory: RunDirectory) -> int:
             step, why = trainer.progress.step, signals.stop_reason()
             log.info("stopped by a signal after step %d (%s); start the same command again to go on", step, why)
             return STOPPED
-        monitor.finish()
+        monitor.board.finish()
     _report(trainer, run_dir)
     return 0
 
@@ -127,8 +123,8 @@ def _report(trainer: Trainer, run_dir: Path) -> None:
         log.info("mean loss by epoch: %s", shown)
     if isinstance(prefix, CachedPrefix):
         log.info("%s", prefix.close())
-    uses = context.world.all_gather_object(MemoryUse.measure(context.world.device, context.libraries))
-    memory = highest(uses).text(trainer.planned_gib)
+    uses = context.world.all_gather_object(MemoryUse.measure(context.world.device, context.library_bytes))
+    memory = max(uses, key=lambda use: use.peak).text(trainer.planned_gib)
     log.info("done: %d steps, %s; next: %s %s", context.total_steps, memory, command_line("export"), run_dir)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,25 +27,16 @@ class MemoryUse:
     peak: float
     """GiB; see ``peak_memory_gib``."""
     libraries: float | None
-    """GiB of Python and what it had imported, measured before the model was loaded; none on a GPU, where only what
+    """GiB of Python and what it had imported, measured before the model was loaded; None on a GPU, where only what
     torch's allocator gave counts."""
 
     @classmethod
-    def measure(cls, device: torch.device, libraries: int) -> MemoryUse:
-        """Measure this process so far.
-
-        Args:
-            device: it computes on.
-            libraries: bytes of ``MemoryUse.libraries``.
-        """
-        return cls(peak_memory_gib(device), None if device.type == "cuda" else libraries / 2**30)
+    def measure(cls, device: torch.device, library_bytes: int) -> MemoryUse:
+        """Measure this process, which computes on ``device``, so far."""
+        return cls(peak_memory_gib(device), None if device.type == "cuda" else library_bytes / 2**30)
 
     def text(self, planned: float | None) -> str:
-        """Describe it for the last line of a run.
-
-        Args:
-            planned: GiB of tensors that the run was planned to have at its peak; None if it could not be planned.
-        """
+        """Describe it for the last line of a run; ``planned`` is the peak of its tensors in GiB, if it was planned."""
         what = "peak memory" if self.libraries is not None else "peak GPU memory"
         parts = []
         if self.libraries is not None:
@@ -58,11 +49,6 @@ class MemoryUse:
         else:
             parts.append(f"{since:.2f} since, where {planned:.2f} of tensors were planned")
         return f"{what} {self.peak:.2f} GiB ({', '.join(parts)})"
-
-
-def highest(uses: Sequence[MemoryUse]) -> MemoryUse:
-    """Return the one with the highest peak."""
-    return max(uses, key=lambda use: use.peak)
 
 
 def resident_bytes() -> int:
@@ -86,13 +72,7 @@ def save_plan(run: Path, plan: Plan | None) -> None:
 
 
 def unused_settings(config: RunConfig, total_steps: int, device: torch.device) -> Iterator[str]:
-    """Yield a line for each setting of the recipe that has no effect in this run.
-
-    Args:
-        config: the recipe.
-        total_steps: optimizer steps of the whole run.
-        device: where it computes.
-    """
+    """Yield a line for each setting of the recipe that has no effect in a run of ``total_steps`` steps."""
     if config.optim.name == "paged_adamw_8bit" and device.type == "cpu":
         yield "optim.name: paged_adamw_8bit pages nothing here and is adamw_8bit: the run computes on the CPU"
     if is_rate_always_zero(config.train, total_steps):

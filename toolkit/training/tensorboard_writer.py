@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch.utils.tensorboard import SummaryWriter, summary
 
 log = logging.getLogger("frostline")
 
+_OUTCOMES = ("eval/loss", "eval/perplexity", "train/epoch_loss", "train/loss")
+"""Curves by whose last points runs are compared."""
 _hparams: Callable[[dict[str, Any], dict[str, float]], Sequence[Any]] = summary.hparams
 
 
@@ -22,81 +25,73 @@ class TensorBoardWriter:
     """Write curves, texts and pictures until the disk refuses; then warn once and write no more.
 
     All writes go through a queue to a thread of their own; nothing waits for the disk.
-
-    Args:
-        directory: of the event file.
-        first_step: what an earlier run wrote from this step on is hidden.
+    Without a ``directory``, on other ranks than 0, it writes nothing. What an earlier run wrote from ``first_step`` on
+    is hidden.
     """
 
-    def __init__(self, directory: Path, first_step: int) -> None:
+    def __init__(self, directory: Path | None, first_step: int) -> None:
         self._directory = directory
         self._writer: SummaryWriter | None = None
         self._original_hook = threading.excepthook
-        threading.excepthook = self._on_thread_error
-        self._try_write(lambda: self._open(first_step))
+        if directory is not None:
+            threading.excepthook = self._on_thread_error
+            with self._warn_once():
+                self._writer = SummaryWriter(str(directory), purge_step=first_step, flush_secs=20)
 
     def scalar(self, curve: str, value: float, step: int) -> None:
         """Add a point; one that is not finite leaves a gap."""
-        writer = self._writer
-        if writer is not None and math.isfinite(value):
-            self._try_write(lambda: writer.add_scalar(curve, value, step))
+        if math.isfinite(value):
+            self._write(lambda writer: writer.add_scalar(curve, value, step))
 
     def text(self, name: str, text: str, step: int) -> None:
-        """Add a Markdown text."""
-        writer = self._writer
-        if writer is not None:
-            self._try_write(lambda: writer.add_text(name, text, step))
+        """Add a Markdown text, as it holds after ``step`` steps."""
+        self._write(lambda writer: writer.add_text(name, text, step))
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
         """Add a picture."""
-        writer = self._writer
-        if writer is not None:
-            self._try_write(lambda: writer.add_image(name, np.asarray(image), step, dataformats="HWC"))
+        self._write(lambda writer: writer.add_image(name, np.asarray(image), step, dataformats="HWC"))
 
-    def hparams(self, values: Mapping[str, str | float], outcomes: Sequence[str]) -> None:
-        """Show what the run is compared by in the HParams tab.
+    def hparams(self, values: Mapping[str, str | float]) -> None:
+        """Show the settings that runs are compared by in the HParams tab, beside their last losses.
 
         ``SummaryWriter.add_hparams`` would open a run beside this one, with a point for every outcome; these are the
         same records in the run itself, whose own curves are the outcomes.
-
-        Args:
-            values: settings by name.
-            outcomes: curves whose last points are shown beside them.
         """
-        writer = self._writer
-        if writer is not None:
-            self._add_records(writer, _hparams(dict(values), dict.fromkeys(outcomes, 0.0))[:2])
+        self._add_records(_hparams(dict(values), dict.fromkeys(_OUTCOMES, 0.0))[:2])
 
     def finish(self) -> None:
         """Mark the run as finished in the HParams tab."""
-        writer = self._writer
-        if writer is not None:
-            self._add_records(writer, _hparams({}, {})[2:])
+        self._add_records(_hparams({}, {})[2:])
 
     def close(self) -> None:
         """Write what is left."""
-        writer = self._writer
-        if writer is not None:
-            self._try_write(writer.close)
+        self._write(lambda writer: writer.close())
         if threading.excepthook == self._on_thread_error:
             threading.excepthook = self._original_hook
 
-    def _add_records(self, writer: SummaryWriter, records: Sequence[Any]) -> None:
-        file: Any = writer.file_writer
-        self._try_write(lambda: [file.add_summary(record) for record in records])
+    def _add_records(self, records: Sequence[Any]) -> None:
+        def add(writer: Any) -> None:
+            for record in records:
+                writer.file_writer.add_summary(record)
 
-    def _open(self, first_step: int) -> None:
-        self._writer = SummaryWriter(str(self._directory), purge_step=first_step, flush_secs=20)
+        self._write(add)
 
     def _on_thread_error(self, failed: threading.ExceptHookArgs) -> None:
         """Keep quiet about an OSError of the writer's own thread: the next call raises it again here."""
         if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__name__ == "_AsyncWriterThread"):
             self._original_hook(failed)
 
-    def _try_write(self, write: Callable[[], object]) -> None:
-        """Call ``write``; on an OSError warn and write no more."""
+    def _write(self, write: Callable[[SummaryWriter], object]) -> None:
+        """Call ``write`` unless the disk has refused an earlier one."""
+        if self._writer is not None:
+            with self._warn_once():
+                write(self._writer)
+
+    @contextmanager
+    def _warn_once(self) -> Iterator[None]:
+        """On an OSError of the body warn, and write no more."""
         try:
-            write()
+            yield
         except OSError as error:  # also what the writer's own thread met before
             self._writer = None
             log.warning("TensorBoard's file in %s cannot be written (%s); training goes on without it, and "

@@ -11,14 +11,16 @@ from toolkit.activation_cache.cached_prefix import CachedPrefix, HiddenStates, p
 from toolkit.checkpoint.saver import Saver
 from toolkit.data.batches import Batch, epoch_order, step_batches
 from toolkit.data.prefetch import Prefetcher, on_device
+from toolkit.mask.audit import audit, audit_markdown
 from toolkit.mask.diagram import draw_mask
+from toolkit.planning.phase_plans import combine_plans
 from toolkit.planning.planner import Plan
 from toolkit.runtime.out_of_memory import explain_out_of_memory
 from toolkit.training.between_steps import BetweenSteps
 from toolkit.training.context import ModelHandle, RunContext
 from toolkit.training.guard import StepGuard
 from toolkit.training.monitor import Monitor, StepMetrics, peak_memory_gib
-from toolkit.training.phases import Handover, PhaseState, build_phase, end_phase, resume
+from toolkit.training.phases import PhaseState, build_phase, end_phase, resume
 from toolkit.training.progress import Progress
 from toolkit.training.run_record import save_plan
 from toolkit.training.step import StepResult, seed_step, train_step
@@ -27,13 +29,7 @@ log = logging.getLogger("frostline")
 
 
 class Trainer:
-    """Train a run from its current position to its end.
-
-    Args:
-        context: context of the run.
-        model: handle of the whole model, as loaded.
-        run_dir: the run directory.
-    """
+    """Train a run from its current position to its end."""
 
     def __init__(self, context: RunContext, model: ModelHandle, run_dir: Path) -> None:
         self.context = context
@@ -50,12 +46,14 @@ class Trainer:
 
     @property
     def plan(self) -> Plan | None:
-        """Return the plan of the run; None for an architecture that cannot be planned."""
-        return self.context.combined_plan(self.state.plans)
+        """The plan of the run, combined from those of its phases; None if one of them cannot be planned."""
+        plans = [plan for plan in self.state.plans if plan is not None]
+        is_complete = len(plans) == len(self.context.schedule.phases)
+        return combine_plans(plans, self.context.config.mask) if is_complete else None
 
     @property
     def planned_gib(self) -> float | None:
-        """GiB of tensors at the planned peak; None for an architecture that cannot be planned."""
+        """GiB of tensors at the planned peak; None if it cannot be planned."""
         return self.plan.memory.peak / 2**30 if self.plan else None
 
     def begin(self, checkpoint: Path | None) -> None:
@@ -74,8 +72,8 @@ class Trainer:
         between = BetweenSteps(context, monitor, progress, saver, guard)
         if not between.catch_up(self.state):
             return False
-        with Prefetcher() as ahead:
-            for micro_batches in self._batches(ahead):
+        with Prefetcher() as prefetcher:
+            for micro_batches in self._batches(prefetcher):
                 if progress.step == self.state.phase.end:
                     self._change_phase(monitor)
                 seed_step(context.config.train.seed, progress.step, world)
@@ -90,16 +88,20 @@ class Trainer:
 
     def next_phase(self) -> None:
         """Free the current phase of the mask's schedule and build the next one; every rank calls it."""
-        phase = self.context.schedule.phases[self.state.phase.index + 1]
-        self.current = build_phase(self.context, self._model, phase, self._end_phase())
+        ended, self.current = self.state, None
+        phase = self.context.schedule.phases[ended.phase.index + 1]
+        handover = end_phase(self.context, self._model, ended)
+        del ended  # nothing may refer to the ended phase while the next one is built
+        self.current = build_phase(self.context, self._model, phase, handover)
 
     def show_phase(self, monitor: Monitor) -> None:
         """Show the mask of the phase that begins, as a table and as a picture."""
-        monitor.texts(self.state.phase.start, mask=self.state.audit)
+        phase, anatomy = self.state.phase, self.state.suffix.anatomy
         if self.context.world.is_main:
-            monitor.picture(self.state.phase.start, "train/mask", draw_mask(self.state.audit_rows))
+            monitor.board.text("mask", audit_markdown(phase.mask, anatomy), phase.start)
+            monitor.board.image("train/mask", draw_mask(audit(phase.mask, anatomy)), phase.start)
 
-    def _batches(self, ahead: Prefetcher) -> Iterator[list[Batch]]:
+    def _batches(self, prefetcher: Prefetcher) -> Iterator[list[Batch]]:
         """Yield this rank's micro batches of each step that is left, from the exact row where the run stands."""
         context, progress = self.context, self.progress
         for epoch in range(progress.epoch, context.config.train.epochs):
@@ -107,10 +109,9 @@ class Trainer:
                 return
             order = epoch_order(progress.rows, context.config.train.seed, epoch)[progress.cursor :]
             plan = replace(context.batch_plan, rows=len(order))
-            packed = self.state.packing.on
-            steps = step_batches(context.dataset.train, order, plan, context.pad_id, packed=packed)
-            requested = prefetch_cached(self._prefix, steps)
-            for micro_batches in ahead(on_device(requested, context.world.device)):
+            steps = step_batches(context.dataset.train, order, plan, context.pad_id, packed=self.state.packing.on)
+            batches = on_device(prefetch_cached(self._prefix, steps), context.world.device)
+            for micro_batches in prefetcher(batches):
                 yield micro_batches
                 if progress.step == context.total_steps:
                     return
@@ -133,13 +134,8 @@ class Trainer:
         self.show_phase(monitor)
         monitor.planned_gib = self.planned_gib
         phase = self.state.phase
-        monitor.say(f"step {self.progress.step + 1}: phase {phase.index + 1} of {len(context.schedule.phases)}, "
-                    f"{phase.mask.parameters:,} parameters train")  # fmt: skip
-
-    def _end_phase(self) -> Handover:
-        """Free the current phase: no variable refers to it when the next one is built."""
-        state, self.current = self.state, None
-        return end_phase(self.context, self._model, state)
+        log.info("step %d: phase %d of %d, %s parameters train", self.progress.step + 1, phase.index + 1,
+                 len(context.schedule.phases), f"{phase.mask.parameters:,}")  # fmt: skip
 
     def _metrics(self, result: StepResult) -> StepMetrics:
         """Return the metrics of a step for the log; every rank calls it, because memory is the maximum over ranks."""

@@ -64,10 +64,9 @@ def sample_answers(context: RunContext, state: PhaseState, may_stop: bool = Fals
     if not rows:
         return []
     _gather_results(world, lambda: _require_gathering_memory(state, world))
+    own_rows = rows[world.rank :: world.size]
     with state.engine.gathered():
-        answers_by_rank = _gather_results(
-            world, lambda: _own_answers(context, state, rows[world.rank :: world.size], may_stop)
-        )
+        answers_by_rank = _gather_results(world, lambda: _answers(context, state, own_rows, may_stop))
     if may_stop:
         world.raise_if_stopping()
     texts: dict[int, str] = {}
@@ -84,8 +83,8 @@ def _require_gathering_memory(state: PhaseState, world: World) -> None:
     torch.empty(state.engine.gathered_bytes(), dtype=torch.uint8, device=world.device)
 
 
-def _own_answers(context: RunContext, state: PhaseState, rows: Sequence[Example], may_stop: bool) -> list[str]:
-    """Generate this rank's answers, to ``rows``."""
+def _answers(context: RunContext, state: PhaseState, rows: Sequence[Example], may_stop: bool) -> list[str]:
+    """Generate the answers to ``rows``."""
     stop = signals.stop_requested if may_stop else None
     prefix = state.prefix.offloaded_prefix() if isinstance(state.prefix, CachedPrefix) else state.prefix
     tokenizer, max_tokens = context.tokenizer, context.config.output.sample_tokens
