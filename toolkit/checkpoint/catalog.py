@@ -56,13 +56,13 @@ def newest_usable(run: Path, must_be_latest: bool) -> Path | None:
     """
     faults = []
     try:
-        latest = latest_checkpoint(run)
-        candidates = [path for path in checkpoints_of(run) if latest and path.name <= latest.name]
+        latest_checkpoint(run)
     except CheckpointError as error:
         if must_be_latest:
             raise
         faults.append(str(error))
-        candidates = [path for path in checkpoints_of(run) if path.name < (_latest_name(run) or "")]
+    latest_name = _latest_name(run)
+    candidates = [path for path in checkpoints_of(run) if latest_name is None or path.name <= latest_name]
     for checkpoint in reversed(candidates):
         try:
             verify(checkpoint)

@@ -82,20 +82,12 @@ class Saver:
             self._publish()
 
     def poll(self) -> None:
-        """Publish the pending checkpoint if every rank has written its files; called once a step.
-
-        Raises:
-            DiskError: a rank could not write.
-        """
+        """Publish the pending checkpoint if every rank has written its files, once a step; raises as ``save``."""
         if self._pending is not None and not self._world.max(float(not self._pending.written.done())):
             self._publish()
 
     def wait(self) -> None:
-        """Wait for the pending checkpoint, if there is one, and publish it.
-
-        Raises:
-            DiskError: a rank could not write.
-        """
+        """Wait for the pending checkpoint, if there is one, and publish it; raises as ``save``."""
         if self._pending is not None:
             self._publish()
 
@@ -114,9 +106,9 @@ class Saver:
 
         self._on_main(f"the validation loss of {checkpoint}", write_and_prune)
 
-    def loss_at(self, step: int) -> float | None:
-        """Return on rank 0 the validation loss saved with the checkpoint of ``step``; on other ranks None."""
-        return read_validation_loss(self._run / "checkpoints" / directory_name(step)) if self._world.is_main else None
+    def saved_loss(self, step: int) -> float | None:
+        """Return the validation loss saved with the checkpoint of ``step``; None if there is none."""
+        return read_validation_loss(self._run / "checkpoints" / directory_name(step))
 
     def __enter__(self) -> Saver:
         return self
@@ -138,9 +130,7 @@ class Saver:
     def _commit(self, pending: _PendingCheckpoint, results: Sequence[_WriteResult]) -> None:
         """Write the manifest, sync, rename the staging directory, and remove old checkpoints; on rank 0 only.
 
-        Raises:
-            FrostlineError: a rank could not write; ``results`` are those of all ranks.
-            OSError: this rank cannot write.
+        ``results`` are those of all ranks; an error among them is raised.
         """
         staging, final = pending.staging, self._run / "checkpoints" / directory_name(pending.step)
         entries: dict[str, FileHash] = {}

@@ -109,7 +109,7 @@ def recipe_differences(state: CheckpointState, config: RunConfig, ranks: int) ->
     harmless: list[str] = []
     before = _flatten(RunConfig().model_dump(mode="json"))  # keys newer than the checkpoint count as their defaults
     old, new = {**before, **_flatten(state.recipe)}, _flatten(config.model_dump(mode="json"))
-    for key in [*new, *(key for key in old if key not in new)]:
+    for key in dict.fromkeys([*new, *old]):
         if key.startswith(_IRRELEVANT) or key in _BATCH_SIZE or old.get(key) == new.get(key):
             continue
         difference = f"{key} was {old.get(key)!r}, is now {new.get(key)!r}"

@@ -49,15 +49,14 @@ class BetweenSteps:
         at_end = progress.step == self._context.total_steps
         if not progress.step or not self._is_validation_due(epoch_ends=progress.cursor == 0 or at_end):
             return True
-        saved, logged = world.broadcast_object(
-            (self._saver.loss_at(progress.step), self._monitor.loss_at(progress.step))
-        )
+        step = progress.step
+        saved, logged = world.on_main(lambda: (self._saver.saved_loss(step), self._monitor.logged_loss(step)))
         if saved is None and logged is None:
             return self._validate(state, may_stop=not at_end)
-        if saved is None:
-            self._saver.record_loss(progress.step, logged)
-        if logged is None:
-            self._monitor.evaluation(progress.step, progress.passes, saved, perplexity(saved))
+        if saved is None and logged is not None:
+            self._saver.record_loss(step, logged)
+        if logged is None and saved is not None:
+            self._monitor.evaluation(step, progress.passes, saved, perplexity(saved))
         return True
 
     def after_step(self, state: PhaseState) -> bool:

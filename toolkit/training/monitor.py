@@ -153,10 +153,8 @@ class Monitor:
             header = ["| row | question, the end of its prompt | reference | answer |", "|---:|---|---|---|"]
             self.board.text("answers", "\n".join([f"After step {step}:", "", *header, *rows]), step)
 
-    def loss_at(self, step: int) -> float | None:
-        """Return on rank 0 the validation loss that is logged after ``step`` steps, NaN if not finite; else None."""
-        if not self._is_main:
-            return None
+    def logged_loss(self, step: int) -> float | None:
+        """Return the validation loss after ``step`` steps, NaN if not finite, None if not logged; on rank 0."""
         rows = map(json.loads, self._file.lines())
         losses = [row["eval_loss"] for row in rows if "eval_loss" in row and row["step"] == step]
         if not losses:

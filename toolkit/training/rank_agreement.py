@@ -64,16 +64,10 @@ def _refuse_differences(world: World, differences: Sequence[str]) -> None:
     if not world.sum(len(differences))[0]:
         return
     every = world.all_gather_object((socket.gethostname(), list(differences)))
-    lines = [f"  - rank {rank} ({node}): {difference}" for rank, (node, own) in enumerate(every) for difference in own]
-    raise UsageError(
-        "\n".join(
-            [
-                f"the ranks do not run the same; rank 0 is on {every[0][0]}:",
-                *lines,
-                "Give every node the same checkout, environment, recipe and data",
-            ]
-        )
-    )
+    lines = [f"the ranks do not run the same; rank 0 is on {every[0][0]}:"]
+    lines += [f"  - rank {rank} ({node}): {difference}" for rank, (node, own) in enumerate(every) for difference in own]
+    lines.append("Give every node the same checkout, environment, recipe and data")
+    raise UsageError("\n".join(lines))
 
 
 def require_same_rows(world: World, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
