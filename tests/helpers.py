@@ -169,11 +169,11 @@ def masters_of(checkpoint: Path) -> dict[str, Any]:
 
 def reseal(checkpoint: Path) -> None:
     """Write a manifest that agrees with the files as they are: a forgery."""
-    from toolkit.checkpoint.manifest import NAME, write_manifest
+    from toolkit.checkpoint.manifest import MANIFEST_FILE, write_manifest
     from toolkit.runtime.hashed_files import hash_files
 
     names = [str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()]
-    entries = hash_files(checkpoint, [name for name in names if name != NAME])
+    entries = hash_files(checkpoint, [name for name in names if name != MANIFEST_FILE])
     write_manifest(checkpoint, int(checkpoint.name.removeprefix("step-")), entries)
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from toolkit.checkpoint.catalog import newest_usable
 from toolkit.checkpoint.choice import choose_checkpoint
-from toolkit.checkpoint.manifest import NAME, read_sealed, sealed, verify
+from toolkit.checkpoint.manifest import MANIFEST_FILE, read_sealed, sealed, verify
 from toolkit.checkpoint.restore import Checkpoint
 from toolkit.checkpoint.run_directory import claim
 from toolkit.runtime.distributed import World
@@ -136,13 +136,13 @@ def test_a_lost_checkpoint_is_named_and_a_lost_pointer_is_no_loss(tiny_model: Pa
 
 
 def manifest_with(checkpoint: Path, **changes: Any) -> None:
-    path = checkpoint / NAME
+    path = checkpoint / MANIFEST_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def test_a_manifest_that_was_tampered_with_is_refused(run: Path) -> None:
     checkpoint = run / "checkpoints" / "step-00000006"
-    good = (checkpoint / NAME).read_text()
+    good = (checkpoint / MANIFEST_FILE).read_text()
     files = json.loads(good)["files"]
     lacking = {name: entry for name, entry in files.items() if name != "mask.json"}
     other = {**files, "mask.json": {"size": 3, "sha256": "0" * 64}}
@@ -150,9 +150,9 @@ def test_a_manifest_that_was_tampered_with_is_refused(run: Path) -> None:
         manifest_with(checkpoint, **content)
         with pytest.raises(CheckpointError, match="does not have the SHA-256 it states"):
             verify(checkpoint)
-        (checkpoint / NAME).write_text(good)
+        (checkpoint / MANIFEST_FILE).write_text(good)
     for content in ("[]", "3", "{}", '{"sha256": 1, "files": []}', "[" * 100_000, "\x00"):
-        (checkpoint / NAME).write_text(content)
+        (checkpoint / MANIFEST_FILE).write_text(content)
         with pytest.raises(CheckpointError, match=r"MANIFEST\.json (cannot be read|has been changed)"):
             verify(checkpoint)
 
@@ -252,8 +252,8 @@ def test_a_state_of_a_newer_version_is_refused_by_name(run: Path) -> None:
 
 NEWER: dict[str, Callable[[Path], object]] = {
     "state": lambda checkpoint: edit_state(checkpoint, tide="high"),
-    "manifest": lambda checkpoint: (checkpoint / NAME).write_text(
-        as_json(sealed({**read_sealed(checkpoint / NAME)[0], "format": 2}))
+    "manifest": lambda checkpoint: (checkpoint / MANIFEST_FILE).write_text(
+        as_json(sealed({**read_sealed(checkpoint / MANIFEST_FILE)[0], "format": 2}))
     ),
 }
 

@@ -13,10 +13,10 @@ import toolkit
 from toolkit.runtime.errors import CheckpointError
 from toolkit.runtime.hashed_files import FileHash, as_json, hash_files, write_json
 
-NAME = "MANIFEST.json"
+MANIFEST_FILE = "MANIFEST.json"
 EVALUATION_FILE = "evaluation.json"
 """Written after the commit, so that the manifest does not list it (``toolkit.checkpoint.validation_loss``)."""
-FORMAT = 1
+_FORMAT = 1
 
 
 class NewerVersionError(CheckpointError):
@@ -33,8 +33,8 @@ def write_manifest(directory: Path, step: int, entries: Mapping[str, FileHash]) 
     Raises:
         OSError: the file cannot be written.
     """
-    content = {"format": FORMAT, "step": step, "files": {name: asdict(entries[name]) for name in sorted(entries)}}
-    write_json(directory / NAME, sealed(content))
+    content = {"format": _FORMAT, "step": step, "files": {name: asdict(entries[name]) for name in sorted(entries)}}
+    write_json(directory / MANIFEST_FILE, sealed(content))
 
 
 def verify(checkpoint: Path) -> None:
@@ -47,7 +47,9 @@ def verify(checkpoint: Path) -> None:
     """
     files, _ = read_manifest(checkpoint)
     present = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if not path.is_dir()}
-    faults = [f"{name} is not in {NAME}" for name in sorted(present - {NAME, EVALUATION_FILE} - set(files))]
+    faults = [
+        f"{name} is not in {MANIFEST_FILE}" for name in sorted(present - {MANIFEST_FILE, EVALUATION_FILE} - set(files))
+    ]
     for name, found in hash_files(checkpoint, sorted(files)).items():
         expected = files[name]
         if isinstance(found, str):
@@ -68,22 +70,24 @@ def read_manifest(checkpoint: Path) -> tuple[dict[str, FileHash], str]:
         NewerVersionError: its format is a newer one.
     """
     try:
-        content, digest = read_sealed(checkpoint / NAME)
+        content, digest = read_sealed(checkpoint / MANIFEST_FILE)
         files = {str(name): FileHash(**entry) for name, entry in content["files"].items()}
     except FileNotFoundError:
-        raise damaged(checkpoint, [f"{NAME} is missing; expected a checkpoint of this version"]) from None
+        raise damaged(checkpoint, [f"{MANIFEST_FILE} is missing; expected a checkpoint of this version"]) from None
     except SealError as error:
-        raise damaged(checkpoint, [f"{NAME} has been changed: {error}"]) from None
+        raise damaged(checkpoint, [f"{MANIFEST_FILE} has been changed: {error}"]) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise damaged(checkpoint, [f"{NAME} cannot be read ({type(error).__name__}: {error})"]) from None
-    if isinstance(content.get("format"), int) and content["format"] > FORMAT:
-        raise newer_version(checkpoint, None, f"{NAME} has format {content['format']}")
-    if content.get("format") != FORMAT:
-        raise damaged(checkpoint, [f"{NAME} has format {content.get('format')!r}; this version reads {FORMAT}"])
+        raise damaged(checkpoint, [f"{MANIFEST_FILE} cannot be read ({type(error).__name__}: {error})"]) from None
+    if isinstance(content.get("format"), int) and content["format"] > _FORMAT:
+        raise newer_version(checkpoint, None, f"{MANIFEST_FILE} has format {content['format']}")
+    if content.get("format") != _FORMAT:
+        raise damaged(
+            checkpoint, [f"{MANIFEST_FILE} has format {content.get('format')!r}; this version reads {_FORMAT}"]
+        )
     if checkpoint.name != directory_name(content.get("step")):
-        raise damaged(checkpoint, [f"{NAME} belongs to step {content.get('step')!r}"])
+        raise damaged(checkpoint, [f"{MANIFEST_FILE} belongs to step {content.get('step')!r}"])
     if outside := [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]:
-        raise damaged(checkpoint, [f"{NAME} lists {outside[0]}, which lies outside"])
+        raise damaged(checkpoint, [f"{MANIFEST_FILE} lists {outside[0]}, which lies outside"])
     return files, digest
 
 

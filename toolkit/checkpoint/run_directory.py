@@ -34,8 +34,6 @@ class RunDirectory:
     """State of the checkpoint; None for a new run."""
     finished: bool = False
     """True if its run is complete: nothing is left to train or to validate."""
-    overridden: tuple[str, ...] = ()
-    """Differences from the checkpoint's recipe that ``--resume-override`` accepted, one line each."""
 
 
 @contextmanager
@@ -71,8 +69,6 @@ def claim(
         directory = world.on_main(
             lambda: _claim_directory(config, recipe, ranks or world.size, held_by, create, override, locks)
         )
-        for difference in directory.overridden:
-            log.warning("overridden: %s", difference)
         yield directory
 
 
@@ -188,10 +184,12 @@ def _read_run(path: Path, config: RunConfig, ranks: int, override: bool) -> RunD
     refused, harmless = recipe_differences(state, config, ranks)
     if refused or (harmless and not override):
         raise CheckpointError(_refusal(path, checkpoint, refused, harmless))
+    for difference in harmless:
+        log.warning("overridden: %s", difference)
     finished = state.step >= state.resumed_total_steps(config, ranks)
     if finished and config.data.validation is not None and read_validation_loss(checkpoint) is None:
         finished = False  # the last validation is missing
-    return RunDirectory(path, checkpoint, state, finished, tuple(harmless))
+    return RunDirectory(path, checkpoint, state, finished)
 
 
 def _refusal(path: Path, checkpoint: Path, refused: list[str], harmless: list[str]) -> str:

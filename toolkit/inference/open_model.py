@@ -232,7 +232,7 @@ def _refuse_inside_run(path: Path) -> None:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    return (path / manifest.NAME).is_file()
+    return (path / manifest.MANIFEST_FILE).is_file()
 
 
 def _is_run(path: Path) -> bool:
