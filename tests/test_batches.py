@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from toolkit.data.batches import BatchPlan, collate, epoch_order, lay_out, pack, rows_of, step_batches
+from toolkit.data.batches import BatchPlan, collate, epoch_order, lay_out, pack, step_batches, unpad
 from toolkit.data.examples import Example
 
 
@@ -77,7 +77,7 @@ def test_rows_taken_out_of_a_batch_and_laid_out_again_are_the_batch(lengths: tup
     batch = pack(examples) if packed else collate(examples, pad_id=0)
     assert batch.examples == tuple(examples)
     hidden = torch.stack([batch.input_ids, batch.input_ids + 100], dim=-1)
-    rows = rows_of(hidden, batch)
+    rows = unpad(hidden, batch)
     assert [tuple(row[:, 0].tolist()) for row in rows] == [example.token_ids for example in examples]
     again = lay_out(rows, batch)
     assert again.shape == hidden.shape

@@ -22,8 +22,9 @@ import toolkit
 from toolkit.activation_cache import store as store_module
 from toolkit.activation_cache.cached_prefix import CachedPrefix
 from toolkit.activation_cache.namespace import Namespace, sample_key
-from toolkit.activation_cache.policy import CacheRequest, decide, prefix_fingerprints
+from toolkit.activation_cache.policy import decide, prefix_fingerprints
 from toolkit.activation_cache.store import ActivationStore
+from toolkit.config.policy import Decision
 from toolkit.config.schema import ModelConfig, PrefixConfig
 from toolkit.data.batches import collate
 from toolkit.data.examples import Example
@@ -259,9 +260,11 @@ def test_masks_without_a_constant_prefix_have_no_cache(
     assert not (tmp_path / "cache").exists()
 
 
-def request(cache: str, passes: float = 3, limit: float | None = None) -> CacheRequest:
-    settings = PrefixConfig(cache=cache, cache_limit_gib=limit)
-    return CacheRequest(settings, (Example((1, 2, 3), 1), Example((4, 5), 1), Example((1, 2, 3), 1)), passes)
+SAMPLES = (Example((1, 2, 3), 1), Example((4, 5), 1), Example((1, 2, 3), 1))
+
+
+def decide_for(store: ActivationStore, cache: str, passes: float = 3, limit: float | None = None) -> Decision:
+    return decide(PrefixConfig(cache=cache, cache_limit_gib=limit), SAMPLES, passes, store)
 
 
 @pytest.fixture
@@ -276,29 +279,29 @@ def with_room(store: ActivationStore, room: int, monkeypatch: pytest.MonkeyPatch
 
 def test_the_decision_weighs_passes_limit_and_disk(store: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
     with_room(store, 2**40, monkeypatch)
-    assert decide(request("auto"), store).on
-    assert "0 of 2 samples are there" in decide(request("auto"), store).reason
-    once = decide(request("auto", passes=1), store)
+    assert decide_for(store, "auto").on
+    assert "0 of 2 samples are there" in decide_for(store, "auto").reason
+    once = decide_for(store, "auto", passes=1)
     assert not once.on
     assert "reads nothing twice" in once.reason
-    assert decide(request("on", passes=1), store).on
-    limited = decide(request("auto", limit=1e-9), store)
+    assert decide_for(store, "on", passes=1).on
+    limited = decide_for(store, "auto", limit=1e-9)
     assert not limited.on
     assert "prefix.cache_limit_gib allows 1e-09 GiB" in limited.reason
     with_room(store, 10, monkeypatch)
-    full = decide(request("auto"), store)
+    full = decide_for(store, "auto")
     assert not full.on
     assert "has room for 0.0 MiB" in full.reason
-    for bad in (request("on", limit=1e-9), request("on")):
+    for limit in (1e-9, None):
         with pytest.raises(ConfigError, match=r"prefix\.cache is on, but"):
-            decide(bad, store)
+            decide_for(store, "on", limit=limit)
 
 
 def test_samples_that_are_there_need_no_room_and_serve_a_single_pass(
     store: ActivationStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.write({sample_key((1, 2, 3)): torch.zeros(3, 4), sample_key((4, 5)): torch.zeros(2, 4)})
-    assert decide(request("auto", passes=1), with_room(store, 0, monkeypatch)).on
+    assert decide_for(with_room(store, 0, monkeypatch), "auto", passes=1).on
 
 
 def test_changing_the_cache_does_not_stop_a_resume(tiny_model: Path, tmp_path: Path) -> None:
@@ -342,7 +345,7 @@ def test_a_rank_that_does_not_see_the_others_disk_fills_its_own(tiny_model: Path
     unneeded = [lambda: pytest.fail("it is there")] * 2
     cached = CachedPrefix(trainer.state.prefix, *unneeded, store, Node(rank, 0, 2))
     cached.fill(trainer.context.dataset.train)
-    assert cached.missing(trainer.context.dataset.train) == []
+    assert store.missing(sample_key(row.token_ids) for row in trainer.context.dataset.train) == []
     assert store.statistics.computed == ROWS
 
 

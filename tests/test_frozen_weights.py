@@ -18,7 +18,7 @@ from toolkit.config.schema import ModelConfig
 from toolkit.data.batches import Batch, collate, epoch_order, step_batches
 from toolkit.data.examples import Example
 from toolkit.frozen.quantization import (
-    QuantizedWeight,
+    QuantizationSpec,
     check_quantisable,
     dequantise,
     quantisable,
@@ -93,7 +93,7 @@ def lower_bytes(trainer: Trainer) -> int:
 def test_a_quantised_weight_is_near_and_as_large_as_reckoned(precision: Any, dtype: torch.dtype, shape: Any) -> None:
     torch.manual_seed(0)
     weight = torch.randn(shape).to(dtype)
-    form = QuantizedWeight(precision, shape, dtype, transposed=False)
+    form = QuantizationSpec(precision, shape, dtype, transposed=False)
     parts = quantise(weight, form)
     assert sum(part.nbytes for part in parts.values()) == quantised_bytes(form)
     restored = dequantise(parts, form)
@@ -105,8 +105,8 @@ def test_a_quantised_weight_is_near_and_as_large_as_reckoned(precision: Any, dty
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
 def test_a_transposed_weight_is_quantised_by_its_outputs(precision: Any) -> None:
     weight = torch.randn(48, 96)
-    plain = QuantizedWeight(precision, (48, 96), torch.float32, transposed=False)
-    other = QuantizedWeight(precision, (96, 48), torch.float32, transposed=True)
+    plain = QuantizationSpec(precision, (48, 96), torch.float32, transposed=False)
+    other = QuantizationSpec(precision, (96, 48), torch.float32, transposed=True)
     turned = dequantise(quantise(weight.t().contiguous(), other), other)
     assert torch.equal(turned, dequantise(quantise(weight, plain), plain).t())
 

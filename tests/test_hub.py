@@ -82,9 +82,9 @@ def test_the_only_split_is_taken_and_said(hub: StubHub, said: list[str]) -> None
 def test_of_several_splits_the_usual_one_is_taken_and_said(hub: StubHub, said: list[str]) -> None:
     assert read_rows("org/more")[0].values["QUESTION"] == "train 0?"
     assert said[-1] == "org/more has the splits train, validation; train is taken, as data.split names none"
-    assert read_rows("org/more", usual="validation")[0].values["QUESTION"] == "validation 0?"
+    assert read_rows("org/more", default_split="validation")[0].values["QUESTION"] == "validation 0?"
     with pytest.raises(DataError, match="has the splits train, validation, and --split names none of them"):
-        read_rows("org/more", key="--split", usual="test")
+        read_rows("org/more", key="--split", default_split="test")
 
 
 def test_one_set_for_both_takes_its_validation_split(hub: StubHub) -> None:

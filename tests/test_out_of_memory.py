@@ -32,7 +32,7 @@ PHASES: dict[str, tuple[str, str, str, str]] = {
     "loading": ("toolkit.training.context.load_for_training", "the set-up", "", "prefix.placement: disk"),
     "engine": ("toolkit.training.phases.LocalEngine", "the set-up", "", "prefix.placement: disk"),
     "first pass": (
-        "toolkit.activation_cache.cached_prefix.rows_of", "the first pass", "1 row x ", "prefix.precision: int8"
+        "toolkit.activation_cache.cached_prefix.unpad", "the first pass", "1 row x ", "prefix.precision: int8"
     ),
     "the prefix": ("toolkit.training.step.explain_out_of_memory", "the run", "", ""),
     "forward": ("toolkit.training.step.supervised_loss", "forward", "2 rows x ", "train.gradient_checkpointing: on"),

@@ -124,7 +124,7 @@ def test_a_real_thought_in_an_answer_stays_and_is_trained(name: str) -> None:
     if example.reasons:
         generating = Encoder(tokenizer, 512, rendering=Rendering(reasons=True))
         assert generating.prompt_ids(THOUGHT) == example.token_ids[: example.answer_start]
-        assert generating.begun == opened
+        assert generating.answer_opening == opened
     assert example.reasons == (name != "chatml")
 
 

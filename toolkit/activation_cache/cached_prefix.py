@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 
 from toolkit.activation_cache.namespace import sample_key
-from toolkit.activation_cache.store import ActivationStore
-from toolkit.data.batches import Batch, collate, lay_out, rows_of
+from toolkit.activation_cache.store import SHARD_BYTES, ActivationStore
+from toolkit.data.batches import Batch, collate, lay_out, unpad
 from toolkit.data.examples import Example
 from toolkit.runtime import signals
 from toolkit.runtime.distributed import World
@@ -27,19 +27,12 @@ log = logging.getLogger("frostline")
 FILL_TOKENS, CPU_FILL_TOKENS = 4096, 512
 """Tokens, padding included, of a batch that fills the cache, on a GPU and on a CPU; enough for efficient products."""
 
-_SHARD_BYTES = 64 * 2**20
-"""Bytes of hidden states that are collected before they are written."""
-
 
 class CachedPrefix:
     """Returns the hidden states that ``Prefix`` does, and runs it only for samples that the store lacks.
 
-    Args:
-        prefix: the prefix; None if it was not loaded because the store holds all samples.
-        load: function that loads the prefix, if a sample has to be computed after all.
-        load_offloaded: function that loads it for generation, with its weights left in their files.
-        store: store of this prefix's hidden states.
-        world: all ranks, which share the filling of the cache; hidden states go to its device.
+    ``load`` loads the prefix if a sample has to be computed after all, ``load_offloaded`` for generation, with its
+    weights left in their files. Hidden states go to the device of ``world``.
     """
 
     def __init__(
@@ -59,18 +52,9 @@ class CachedPrefix:
         self._world = world
         self._reported_counts = (0, 0)
 
-    def train(self, mode: bool = True) -> CachedPrefix:
-        """Do nothing, as ``nn.Module.train`` would: only a prefix without dropout is cached. Return self."""
-        return self
-
-    def eval(self) -> CachedPrefix:
-        """Do nothing, for the reason that ``train`` gives. Return self."""
-        return self
-
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Return the hidden states [B, T, hidden_size] that enter block b, zeros at padding."""
-        keys = [sample_key(example.token_ids) for example in batch.examples]
-        stored = [self.store.read(key) for key in keys]
+        stored = [self.store.read(key) for key in _keys(batch.examples)]
         missing = [example for example, row in zip(batch.examples, stored, strict=True) if row is None]
         computed = iter(self._compute_and_store(missing))
         device = self._world.device
@@ -84,8 +68,7 @@ class CachedPrefix:
         """
         width, dtype, device = self.store.namespace.width, self.store.namespace.dtype, self._world.device
         rows = []
-        for example in batch.examples:
-            key = sample_key(example.token_ids)
+        for example, key in zip(batch.examples, _keys(batch.examples), strict=True):
             row = self.store.read(key)
             if row is None:
                 generator = torch.Generator().manual_seed(int(key[:15], 16))
@@ -95,12 +78,7 @@ class CachedPrefix:
 
     def prefetch(self, examples: Sequence[Example]) -> None:
         """Read the hidden states of these samples into memory in the background."""
-        self.store.prefetch([sample_key(example.token_ids) for example in examples])
-
-    def missing(self, examples: Sequence[Example]) -> list[Example]:
-        """Return the distinct samples that the store lacks, longest first."""
-        by_key = {sample_key(example.token_ids): example for example in examples}
-        return sorted((by_key[key] for key in self.store.missing(list(by_key))), key=_length, reverse=True)
+        self.store.prefetch(_keys(examples))
 
     def fill(self, examples: Sequence[Example]) -> None:
         """Compute and store what the store lacks, in large batches, shared among the ranks; every rank calls it.
@@ -111,9 +89,9 @@ class CachedPrefix:
         Raises:
             StopRequested: a signal came; what was computed is stored, and the next run goes on from there.
         """
-        distinct = {sample_key(example.token_ids): example for example in examples}
+        distinct = dict(zip(_keys(examples), examples, strict=True))
         tokens = CPU_FILL_TOKENS if self._world.device.type == "cpu" else FILL_TOKENS
-        batches = list(_batches_by_length(sorted(distinct.values(), key=_length, reverse=True), tokens))
+        batches = list(_batches_by_length(sorted(distinct.values(), key=len, reverse=True), tokens))
         self._compute_missing(batches[self._world.rank :: self._world.size])
         self._world.barrier()
         self._world.raise_if_stopping()
@@ -124,16 +102,16 @@ class CachedPrefix:
 
     def _compute_missing(self, batches: list[list[Example]]) -> None:
         """Run the prefix on those batches of which the store lacks a sample, and store the missing samples."""
-        missing = set(self.store.missing([sample_key(e.token_ids) for batch in batches for e in batch]))
-        incomplete = [batch for batch in batches if any(sample_key(e.token_ids) in missing for e in batch)]
+        missing = set(self.store.missing(key for batch in batches for key in _keys(batch)))
+        incomplete = [batch for batch in batches if not missing.isdisjoint(_keys(batch))]
         pending: dict[str, torch.Tensor] = {}
         with ProgressBar("first pass", sum(map(len, incomplete)), "row", brief=True) as bar:
             for batch in incomplete:
                 if signals.stop_requested():  # this rank's signal; ``fill`` then agrees on it with all ranks
                     break
-                rows = {sample_key(e.token_ids): row for e, row in zip(batch, self._run_prefix(batch), strict=True)}
-                pending |= {key: row.cpu() for key, row in rows.items() if key in missing}
-                if sum(row.nbytes for row in pending.values()) >= _SHARD_BYTES:
+                rows = zip(_keys(batch), self._run_prefix(batch), strict=True)
+                pending |= {key: row.cpu() for key, row in rows if key in missing}
+                if sum(row.nbytes for row in pending.values()) >= SHARD_BYTES:
                     self.store.write(pending)
                     pending = {}
                 bar.advance(len(batch))
@@ -142,7 +120,7 @@ class CachedPrefix:
 
     def release(self, examples: Sequence[Example]) -> bool:
         """Release the prefix if the store holds all ``examples``; return True if it is not loaded any more."""
-        if self.prefix is not None and not self.missing(examples):
+        if self.prefix is not None and not self.store.missing(_keys(examples)):
             self.prefix = None
         return self.prefix is None
 
@@ -168,11 +146,11 @@ class CachedPrefix:
         return self.store.summary()
 
     def _compute_and_store(self, missing: list[Example]) -> list[torch.Tensor]:
-        """Run the prefix on samples that the store lacks, and store their hidden states."""
+        """Run the prefix on samples that the store lacks, and store their hidden states; each is [T, hidden_size]."""
         if not missing:
             return []
         rows = self._run_prefix(missing)
-        self.store.write({sample_key(e.token_ids): row.cpu() for e, row in zip(missing, rows, strict=True)})
+        self.store.write({key: row.cpu() for key, row in zip(_keys(missing), rows, strict=True)})
         return rows
 
     def _run_prefix(self, examples: list[Example]) -> list[torch.Tensor]:
@@ -181,36 +159,36 @@ class CachedPrefix:
             log.warning("the activation cache lacks samples that it held; loading the prefix again to compute them")
             self.prefix = self._load()
         batch = collate(examples, pad_id=0)
-        with explain_out_of_memory("the first pass, which fills the activation cache", batch.shape):
+        with explain_out_of_memory("the first pass, which fills the activation cache", batch.shape_text):
             batch = batch.to(self._world.device)
-            return rows_of(self.prefix(batch), batch)
+            return unpad(self.prefix(batch), batch)
 
 
-def prefetch_cached(source: Callable[[], HiddenStates | None], steps: Iterable[list[Batch]]) -> Iterator[list[Batch]]:
-    """Yield ``steps`` unchanged, and prefetch each step's hidden states from the cache as it passes.
+def prefetch_cached(
+    current_prefix: Callable[[], HiddenStates | None], steps: Iterable[list[Batch]]
+) -> Iterator[list[Batch]]:
+    """Yield the micro batches of each step unchanged, and prefetch their hidden states from the cache.
 
-    Args:
-        source: function that returns the current prefix, which can change during an epoch; None without a prefix.
-        steps: micro batches of each step.
+    ``current_prefix`` returns the prefix, which can change during an epoch; None without one.
     """
     for micro_batches in steps:
-        prefix = source()
+        prefix = current_prefix()
         if isinstance(prefix, CachedPrefix):
             prefix.prefetch([example for batch in micro_batches for example in batch.examples])
         yield micro_batches
 
 
 def _batches_by_length(longest_first: list[Example], tokens: int) -> Iterator[list[Example]]:
-    """Yield batches of neighbours, which have similar lengths, of up to ``tokens`` tokens with padding."""
+    """Yield batches of up to ``tokens`` tokens, padding included, of examples with similar lengths."""
     start = 0
     while start < len(longest_first):
-        rows = max(1, tokens // _length(longest_first[start]))
+        rows = max(1, tokens // len(longest_first[start]))
         yield longest_first[start : start + rows]
         start += rows
 
 
-def _length(example: Example) -> int:
-    return len(example.token_ids)
+def _keys(examples: Iterable[Example]) -> list[str]:
+    return [sample_key(example.token_ids) for example in examples]
 
 
 HiddenStates = Prefix | CachedPrefix

@@ -20,9 +20,8 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
-from toolkit.activation_cache.namespace import NAMESPACE_NAME
+from toolkit.activation_cache.namespace import SHA256
 from toolkit.activation_cache.shard import SHARD_NAME
-from toolkit.activation_cache.statistics import mebibytes
 from toolkit.runtime.distributed import World
 from toolkit.runtime.file_lock import FileLock, is_locked
 
@@ -37,7 +36,6 @@ class CacheWriter:
     lease: str = field(default_factory=lambda: secrets.token_hex(8))
     """Name of its node's lease: 16 hexadecimal digits."""
     local_rank: int = 0
-    """Local rank, which tells the processes that share a lease apart."""
     holds_lease: bool = True
     """True if this process locks the lease, for all processes of its node."""
 
@@ -55,11 +53,9 @@ def cache_writer(world: World) -> CacheWriter:
 
 
 class Lease:
-    """Marks a namespace as used by a live run; the file's modification time is when the run began.
+    """Marks a namespace's directory as used by a live run; the file's modification time is when the run began.
 
-    Args:
-        directory: directory of the namespace.
-        writer: this process. One that holds the lease also removes the files that dead runs left.
+    A writer that holds the lease also removes the files that dead runs left.
 
     Raises:
         OSError: the directory is read-only, or its file system has no locks.
@@ -82,7 +78,7 @@ class Lease:
                 raise
 
     def staging(self) -> Path:
-        """Return a path for a file that is being written, which no other writer uses."""
+        """Return a path to write a file at, which no other writer uses."""
         return self._directory / f".{self._writer.lease}-{next(self._count)}.partial"
 
     def release(self) -> None:
@@ -93,7 +89,7 @@ class Lease:
 
 @contextmanager
 def locked(root: Path) -> Iterator[None]:
-    """Hold the lock of the cache's root directory; wait for it if need be.
+    """Hold the lock of the cache's root directory.
 
     Raises:
         OSError: the directory is read-only, or its file system has no locks.
@@ -109,8 +105,7 @@ def locked(root: Path) -> Iterator[None]:
 def sweep(directory: Path) -> int | None:
     """Remove the leases and staging files that killed runs left in a namespace.
 
-    Returns:
-        Start of the oldest live run, in nanoseconds since the epoch; None if no run is alive.
+    Returns the start of the oldest live run, in nanoseconds since the epoch; None if no run is alive.
     """
     starts: dict[str, int] = {}
     for path, match in _files_matching(directory, _LEASE_NAME):
@@ -132,42 +127,35 @@ class CacheQuota:
     namespace began stays. Each process asks the file system about a shard once, and again before evicting it, so that
     filling a cache of n shards takes O(n) calls of ``stat``.
 
-    Args:
-        root: the directory of all namespaces.
-        limit: most bytes of all shards; None sets no limit and evicts nothing.
-        keep_free: bytes of the disk to leave free.
+    ``limit_bytes`` None sets no limit and evicts nothing; ``reserved_bytes`` of the disk stay free.
     """
 
-    def __init__(self, root: Path, limit: int | None, keep_free: int) -> None:
-        self._root, self._limit, self._keep_free = root, limit, keep_free
+    def __init__(self, root: Path, limit_bytes: int | None, reserved_bytes: int) -> None:
+        self._root, self._limit_bytes, self._reserved_bytes = root, limit_bytes, reserved_bytes
         self._shards: dict[Path, os.stat_result] = {}
 
     @contextmanager
     def room(self, incoming: int) -> Iterator[int]:
-        """Evict shards so that ``incoming`` bytes fit; the caller writes them within the block.
+        """Evict shards so that ``incoming`` bytes fit, and yield their number; the caller writes within the block.
 
         Under a limit the root stays locked meanwhile, so that the limit holds exactly. If evicting every shard that no
         live run needs would not suffice, nothing is evicted.
-
-        Yields:
-            Number of shards evicted.
 
         Raises:
             OSError: they do not fit, or the root cannot be locked.
         """
         free = self._free_bytes()
-        if self._limit is None:
+        if self._limit_bytes is None:
             if incoming > free:
                 raise self._no_space_error(incoming, free, "no limit")
             yield 0
             return
         with locked(self._root):
-            chosen, lacking = self._choose_evictions(
-                max(self._refresh_shards() + incoming - self._limit, incoming - free)
-            )
+            excess = max(self._list_shards() + incoming - self._limit_bytes, incoming - free)
+            victims, lacking = self._choose_victims(excess)
             if lacking > 0:
-                raise self._no_space_error(incoming, free, f"a limit of {mebibytes(self._limit)}")
-            yield self._evict(chosen)
+                raise self._no_space_error(incoming, free, f"a limit of {mebibytes(self._limit_bytes)}")
+            yield _delete(victims)
 
     def trim(self) -> int:
         """Evict shards until the limit holds or live runs need all that are left; return the number evicted.
@@ -175,11 +163,12 @@ class CacheQuota:
         Raises:
             OSError: the root cannot be locked.
         """
-        if self._limit is None:
+        if self._limit_bytes is None:
             return 0
         with locked(self._root):
-            chosen, _ = self._choose_evictions(self._refresh_shards() - self._limit)
-            return self._evict(chosen)
+            excess = self._list_shards() - self._limit_bytes
+            victims, _ = self._choose_victims(excess)
+            return _delete(victims)
 
     def available_bytes(self) -> int:
         """Return the most bytes that ``room`` could make room for.
@@ -188,19 +177,18 @@ class CacheQuota:
             OSError: the root cannot be locked.
         """
         free = self._free_bytes()
-        if self._limit is not None:
+        if self._limit_bytes is not None:
             with locked(self._root):
-                total = self._refresh_shards()
-                _, needed = self._choose_evictions(total)
-            free = min(self._limit, total + free) - needed
+                total = self._list_shards()
+                _, needed_by_runs = self._choose_victims(total)
+            free = min(self._limit_bytes, total + free) - needed_by_runs
         return max(free, 0)
 
     def _free_bytes(self) -> int:
-        """Return the free bytes of the disk, less those to leave free."""
-        return shutil.disk_usage(self._root).free - self._keep_free
+        return shutil.disk_usage(self._root).free - self._reserved_bytes
 
-    def _refresh_shards(self) -> int:
-        """List the shards, call ``stat`` on the new ones only, and return the bytes of all."""
+    def _list_shards(self) -> int:
+        """List the shards of all namespaces, with ``stat`` on the new ones only; return their total bytes."""
         known, self._shards = self._shards, {}
         for directory in _namespaces(self._root):
             for path, _ in _files_matching(directory, SHARD_NAME):
@@ -208,16 +196,15 @@ class CacheQuota:
                     self._shards[path] = known.get(path) or path.stat()
         return sum(stat.st_size for stat in self._shards.values())
 
-    def _choose_evictions(self, excess: int) -> tuple[list[Path], int]:
-        """Choose the least recently used shards to evict, of those that no live run needs.
+    def _choose_victims(self, excess: int) -> tuple[list[Path], int]:
+        """Choose the least recently used shards, of those that no live run needs, to evict ``excess`` bytes or more.
 
         Returns:
-            The shards, of ``excess`` bytes or more if there are enough, and the bytes still lacking (0 or less if there
-            are).
+            The shards, and the bytes still lacking; 0 or less if there are enough.
         """
-        chosen: list[Path] = []
+        victims: list[Path] = []
         if excess <= 0:
-            return chosen, excess
+            return victims, excess
         starts = {directory: sweep(directory) for directory in _namespaces(self._root)}
         queue = [(stat.st_atime_ns, path) for path, stat in self._shards.items()]
         heapq.heapify(queue)
@@ -231,29 +218,34 @@ class CacheQuota:
                 if stat.st_atime_ns != used:  # used since it was last looked at
                     heapq.heappush(queue, (stat.st_atime_ns, path))
                     continue
-                chosen.append(path)
+                victims.append(path)
                 excess -= stat.st_size
-        return chosen, excess
-
-    def _evict(self, chosen: list[Path]) -> int:
-        """Delete shards and return their number."""
-        for path in chosen:
-            path.unlink(missing_ok=True)
-        return len(chosen)
+        return victims, excess
 
     def _no_space_error(self, incoming: int, free: int, limit: str) -> OSError:
-        """Return the error for bytes that do not fit."""
-        found = f"{mebibytes(incoming)} do not fit under {limit} beside what live runs use"
-        disk = f"{mebibytes(max(free, 0))} of disk beside the {mebibytes(self._keep_free)} that stay free"
-        return OSError(errno.ENOSPC, f"{found}, with {disk}", str(self._root))
+        fault = f"{mebibytes(incoming)} do not fit under {limit} beside what live runs use"
+        disk = f"{mebibytes(max(free, 0))} of disk beside the {mebibytes(self._reserved_bytes)} that stay free"
+        return OSError(errno.ENOSPC, f"{fault}, with {disk}", str(self._root))
+
+
+def mebibytes(count: int) -> str:
+    """Format a number of bytes in MiB."""
+    return f"{count / 2**20:.1f} MiB"
+
+
+def _delete(paths: list[Path]) -> int:
+    """Delete files and return their number."""
+    for path in paths:
+        path.unlink(missing_ok=True)
+    return len(paths)
 
 
 def _namespaces(root: Path) -> list[Path]:
-    """Return the directories of all namespaces under the root."""
-    return [path for path in root.iterdir() if NAMESPACE_NAME.fullmatch(path.name)]
+    """Return the directories of all namespaces."""
+    return [path for path in root.iterdir() if SHA256.fullmatch(path.name)]
 
 
 def _files_matching(directory: Path, name: re.Pattern[str]) -> list[tuple[Path, re.Match[str]]]:
-    """Return the files of a directory whose whole name matches a pattern, with the matches."""
+    """Return the files of a directory whose whole name matches ``name``, with the matches."""
     with os.scandir(directory) as listing:
         return [(Path(entry.path), match) for entry in listing if (match := name.fullmatch(entry.name))]

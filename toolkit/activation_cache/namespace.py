@@ -14,11 +14,10 @@ import torch
 
 FORMAT = "frostline-activations-1"
 """Version of the shard layout; it is hashed into the namespace, so another version uses other directories."""
-NAMESPACE_NAME = re.compile(r"[0-9a-f]{64}")
-"""Pattern of a namespace's directory name."""
+SHA256 = re.compile(r"[0-9a-f]{64}")
+"""Pattern of a namespace's directory name, and of a sample's key."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes that can be stored."""
-_KEY = re.compile(r"[0-9a-f]{64}")
 _ENTRY_OVERHEAD = 512
 """Most bytes of an entry beside its data, those of a shard with a single entry."""
 
@@ -32,7 +31,6 @@ class Namespace:
     width: int
     """H, the size of one hidden state."""
     dtype: torch.dtype
-    """bfloat16, float16 or float32."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -57,7 +55,7 @@ class Namespace:
         Raises:
             ValueError: the key is no SHA-256, or the tensor is not [T, width] with T > 0, or has another dtype.
         """
-        if not _KEY.fullmatch(key):
+        if not SHA256.fullmatch(key):
             raise ValueError(f"key {key!r} of an activation; expected 64 hexadecimal digits from sample_key")
         if tensor.dtype != self.dtype or tensor.ndim != 2 or tensor.shape[1] != self.width or not tensor.shape[0]:
             raise ValueError(

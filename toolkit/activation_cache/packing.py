@@ -37,20 +37,13 @@ def choose_packing(
     """Decide whether to pack, by the recipe and by trying the model on packed rows.
 
     If the answer is yes and the model's attention is ``sdpa``, prefix and suffix are set to ``toolkit.models.varlen``,
-    which is ``sdpa`` for everything but packed rows.
-
-    Args:
-        mode: ``data.packing``; ``auto`` packs if that is exact and attention runs sample by sample.
-        micro_batch_size: rows of a micro batch.
-        prefix: prefix of the model; None if it is not cut.
-        suffix: suffix of the model.
-        examples: all rows of the run, a few of which are tried.
-        device: device of prefix and suffix.
+    which is ``sdpa`` for everything but packed rows. ``mode`` is ``data.packing``; ``auto`` packs if that is exact and
+    attention runs sample by sample. ``examples`` are all rows of the run, a few of which are tried.
 
     Raises:
         ModelError: ``mode`` is ``on``, and the model does not keep packed samples apart.
     """
-    if refusal := refuse_packing(mode, micro_batch_size, {len(example.token_ids) for example in examples}):
+    if refusal := refuse_packing(mode, micro_batch_size, {len(example) for example in examples}):
         return refusal
     original, fault = suffix.model.config._attn_implementation, None
     trial = _PackingTrial(prefix, suffix, device, original)
@@ -75,9 +68,8 @@ def choose_packing(
 def packing_attentions(mode: Mode, original: str) -> list[str]:
     """Return the attention implementations that may keep packed samples apart, in the order in which they are tried.
 
-    Args:
-        mode: ``data.packing``; ``on`` also allows one that computes all pairs of a packed row under a mask.
-        original: attention implementation that the model was loaded with.
+    ``original`` is the one that the model was loaded with. If ``data.packing`` is ``on``, it may also be one that
+    computes all pairs of a packed row under a mask.
     """
     sample_by_sample = {"sdpa": [VARLEN], "flash_attention_2": [original]}.get(original, [])
     return sample_by_sample if mode == "auto" else [*sample_by_sample, original]
@@ -112,16 +104,15 @@ class _PackingTrial:
     suffix: Suffix
     device: torch.device
     original_attention: str
-    """Attention implementation that the model was loaded with."""
 
     def fault(self, examples: Sequence[Example], micro_batch_size: int) -> str | None:
         """Return what is wrong with packed rows, as a phrase; None if packing is exact.
 
         There must be rows of at least two lengths: rows of one length are not packed.
         """
-        by_length = {len(example.token_ids): example for example in examples}
+        by_length = {len(example): example for example in examples}
         shortest, second, *_ = (by_length[length] for length in sorted(by_length))
-        longest = sorted(examples, key=lambda example: -len(example.token_ids))[:micro_batch_size]
+        longest = sorted(examples, key=len, reverse=True)[:micro_batch_size]
         longest[-1] = shortest  # some models compute long rows otherwise, and rows of one length would not be packed
         try:
             return self.leak(second, shortest) or self.value_fault(longest)
@@ -156,11 +147,11 @@ class _PackingTrial:
     def value_fault(self, rows: Sequence[Example]) -> str | None:
         """Return a phrase if rows give other logits packed than alone, beyond rounding; None if not."""
         packed = self.logits(pack(rows))
-        tried = self.suffix.model.config._attn_implementation
+        packing_attention = self.suffix.model.config._attn_implementation
         set_attention(self.suffix.model, self.original_attention)
         alone = [self.logits(collate([row], pad_id=0))[0] for row in rows]
         padded = self.logits(collate(rows, pad_id=0))
-        set_attention(self.suffix.model, tried)
+        set_attention(self.suffix.model, packing_attention)
         by_padding, by_packing = max(map(_max_difference, alone, padded)), max(map(_max_difference, alone, packed))
         last_digit = torch.finfo(self.suffix.model.dtype).eps * _max_magnitude(alone)
         allowed = min(_ROUNDING_FACTOR * max(by_padding, last_digit), self._rounding_limit(alone))
@@ -173,19 +164,19 @@ class _PackingTrial:
         return float(torch.finfo(self.suffix.model.dtype).eps ** 0.5 * _max_magnitude(logits))
 
     def logits(self, batch: Batch) -> list[torch.Tensor]:
-        """Compute each sample's logits at its first and last ``_COMPARED_POSITIONS``, in float32."""
-        watched = []
+        """Compute each sample's float32 logits [positions, vocabulary] at its first and last few positions."""
+        masks = []
         for length in batch.lengths:
-            rows = torch.zeros(length, 1)
-            rows[:_COMPARED_POSITIONS] = rows[-_COMPARED_POSITIONS:] = 1
-            watched.append(rows)
-        where = lay_out(watched, batch).squeeze(-1).bool()
-        batch = replace(batch, supervised=where, targets=batch.input_ids[where]).to(self.device)
+            mask = torch.zeros(length, 1)
+            mask[:_COMPARED_POSITIONS] = mask[-_COMPARED_POSITIONS:] = 1
+            masks.append(mask)
+        compared = lay_out(masks, batch).squeeze(-1).bool()
+        batch = replace(batch, supervised=compared, targets=batch.input_ids[compared]).to(self.device)
         logits = self.suffix.logits(self.hidden(batch), batch).float()
-        return list(torch.split(logits, [int(rows.sum()) for rows in watched]))
+        return list(torch.split(logits, [int(mask.sum()) for mask in masks]))
 
     def hidden(self, batch: Batch) -> torch.Tensor | None:
-        """Compute what enters the suffix; None without a prefix.
+        """Return the hidden states [B, T, H] that enter the suffix; None without a prefix.
 
         A cached prefix computes and stores sample by sample, unpacked, so only the suffix has to be tested: random
         hidden states will do where none are stored.
@@ -202,10 +193,8 @@ def _permuted(example: Example, turn: int) -> Example:
 
 
 def _max_difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Return the largest difference of two tensors."""
     return float((a - b).abs().max())
 
 
 def _max_magnitude(logits: Sequence[torch.Tensor]) -> float:
-    """Return the largest magnitude of the logits."""
-    return max(float(some.abs().max()) for some in logits)
+    return max(float(of_sample.abs().max()) for of_sample in logits)

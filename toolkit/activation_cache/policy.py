@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -30,22 +29,11 @@ from toolkit.runtime.distributed import World
 from toolkit.runtime.paths import replace_text, sources_hash
 from toolkit.split.prefix import Prefix
 
-_SPLIT_NOTE = "split.json"
-"""File of a namespace that says the split was found exact; see ``save_split_note``."""
+_SPLIT_CHECK = "split.json"
+"""File of a namespace, written by ``save_split_check``."""
 
 _PREFIX_SOURCES = ("data/batches.py", "models", "split", "frozen", "activation_cache")
 """Source files and folders of this package that determine what a prefix computes; part of the fingerprints."""
-
-
-@dataclass(frozen=True)
-class CacheRequest:
-    """The samples that a run would cache, and how often it would read them."""
-
-    settings: PrefixConfig
-    examples: Sequence[Example]
-    """Samples of training and validation."""
-    passes: float
-    """Epochs over the training rows while the mask stays the same; see ``BatchPlan.passes``."""
 
 
 def mask_obstacle(mask: LayerMask) -> str | None:
@@ -58,7 +46,7 @@ def mask_obstacle(mask: LayerMask) -> str | None:
 
 
 def limit_obstacle(settings: PrefixConfig, size: int) -> str | None:
-    """Return why ``size`` bytes of samples exceed ``prefix.cache_limit_gib``; None if they do not."""
+    """Return why samples of ``size`` bytes exceed ``prefix.cache_limit_gib``; None if they do not."""
     limit = settings.cache_limit_gib
     if limit is None or size <= limit * 2**30:
         return None
@@ -66,10 +54,7 @@ def limit_obstacle(settings: PrefixConfig, size: int) -> str | None:
 
 
 def has_dropout(model: nn.Module) -> bool:
-    """Return True if a module has a dropout rate above 0.
-
-    Only a guess, for plans, which run nothing; a run tries it instead (``uncacheable_reason``).
-    """
+    """Return whether a module has a dropout rate above 0: a guess for plans; runs try it (``uncacheable_reason``)."""
     rates = [value for module in model.modules() for name, value in vars(module).items() if "dropout" in name]
     rates += [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
@@ -78,21 +63,14 @@ def has_dropout(model: nn.Module) -> bool:
 def prefix_fingerprints(
     loaded: LoadedModel, boundary: int, settings: PrefixConfig, device: torch.device
 ) -> dict[str, str]:
-    """Return everything that ``hidden[b]`` of a sample depends on beside its token ids, by name.
-
-    Args:
-        loaded: the model, with the weights that the prefix runs with.
-        boundary: b.
-        settings: the recipe's prefix section.
-        device: device that the prefix runs on.
-    """
+    """Return, by name, everything that ``hidden[b]`` of a sample depends on beside its token ids; b is ``boundary``."""
     model, anatomy = loaded.model, loaded.anatomy
-    above_boundary = {f"{anatomy.blocks}.{index}." for index in range(boundary, anatomy.block_count)}
-    above_boundary |= {f"{module}." for module in (anatomy.norm, anatomy.head) if module}
+    modules_above = [f"{anatomy.blocks}.{index}." for index in range(boundary, anatomy.block_count)]
+    modules_above += [f"{module}." for module in (anatomy.norm, anatomy.head) if module]
     below_boundary = {
         name: tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
-        if not name.startswith(tuple(above_boundary))
+        if not name.startswith(tuple(modules_above))
     }
     config = model.config.to_dict()
     for key in ("_name_or_path", "tie_word_embeddings", "use_cache"):  # they do not change what the prefix computes
@@ -118,18 +96,11 @@ def prefix_fingerprints(
 
 
 def open_store(
-    settings: PrefixConfig, computed_by: Mapping[str, str], model: PreTrainedModel, world: World
+    settings: PrefixConfig, fingerprints: Mapping[str, str], model: PreTrainedModel, world: World
 ) -> ActivationStore:
-    """Open the store of this prefix's hidden states; every rank calls it.
-
-    Args:
-        settings: the recipe's prefix section.
-        computed_by: the prefix's fingerprints, as ``prefix_fingerprints`` returns them.
-        model: the model, whose config gives width and dtype of hidden states.
-        world: all ranks.
-    """
+    """Open the store of the hidden states of the prefix with these ``prefix_fingerprints``; every rank calls it."""
     limit = settings.cache_limit_gib
-    namespace = Namespace(computed_by, int(model.config.get_text_config().hidden_size), model.dtype)
+    namespace = Namespace(fingerprints, int(model.config.get_text_config().hidden_size), model.dtype)
     limit_bytes = None if limit is None else int(limit * 2**30)
     return ActivationStore(cache_path(settings), namespace, limit_bytes, writer=cache_writer(world))
 
@@ -139,65 +110,66 @@ def cache_path(settings: PrefixConfig) -> Path:
     return Path(settings.cache_dir) if settings.cache_dir else cache_root() / "activations"
 
 
-def save_split_note(store: ActivationStore, tuple_lengths: Sequence[int | None]) -> None:
-    """Save, beside the activations, that the split was found exact and the prefix deterministic.
+def save_split_check(store: ActivationStore, output_counts: Sequence[int | None]) -> None:
+    """Save that the split is exact and the prefix deterministic, with ``Prefix.block_output_counts``.
 
-    ``tuple_lengths`` is what ``Prefix.block_tuple_lengths`` found. With the note, a later run whose samples are all
-    stored need not load the prefix. If it cannot be written, that run repeats the checks.
+    A later run whose samples are all stored then need not load the prefix. If the disk refuses, it checks again.
     """
     with suppress(OSError):
-        replace_text(store.directory / _SPLIT_NOTE, json.dumps({"returned": list(tuple_lengths)}))
+        replace_text(store.directory / _SPLIT_CHECK, json.dumps({"returned": list(output_counts)}))
 
 
-def read_split_note(store: ActivationStore) -> list[int | None] | None:
-    """Return the tuple lengths that ``save_split_note`` saved; None if there is no readable note."""
+def read_split_check(store: ActivationStore) -> list[int | None] | None:
+    """Return the output counts of a split that passed its checks; None if no such file can be read."""
     try:
-        tuple_lengths = json.loads((store.directory / _SPLIT_NOTE).read_text(encoding="utf-8"))["returned"]
+        output_counts = json.loads((store.directory / _SPLIT_CHECK).read_text(encoding="utf-8"))["returned"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return tuple_lengths if isinstance(tuple_lengths, list) else None
+    return output_counts if isinstance(output_counts, list) else None
 
 
 def uncacheable_reason(prefix: Prefix, example: Example, store: ActivationStore, world: World) -> str | None:
-    """Return why this prefix's hidden states cannot be cached; None if they can. Tries it on one example."""
+    """Run the prefix on an example; return why its hidden states cannot be cached, or None if they can."""
     batch = collate([example], pad_id=0).to(world.device)
     rng_state = torch.get_rng_state()
     prefix.train()
-    in_training = [prefix(batch) for _ in range(2)]
+    in_train_mode = [prefix(batch) for _ in range(2)]
     prefix.eval()
-    in_evaluation = prefix(batch)
+    in_eval_mode = prefix(batch)
     prefix.train()
     torch.set_rng_state(rng_state)
-    if not all(torch.equal(hidden, in_evaluation) for hidden in in_training):
+    if not all(torch.equal(hidden, in_eval_mode) for hidden in in_train_mode):
         return "the prefix gives other values each time (dropout or router noise)"
-    found = (in_evaluation.shape[-1], in_evaluation.dtype)
-    if found != (store.namespace.width, store.namespace.dtype):
-        return f"the prefix gives {found[0]} values of {found[1]} a token, which its config does not say"
+    width, dtype = in_eval_mode.shape[-1], in_eval_mode.dtype
+    if (width, dtype) != (store.namespace.width, store.namespace.dtype):
+        return f"the prefix gives {width} values of {dtype} a token, which its config does not say"
     return None
 
 
-def decide(request: CacheRequest, store: ActivationStore) -> Decision:
+def decide(settings: PrefixConfig, examples: Sequence[Example], passes: float, store: ActivationStore) -> Decision:
     """Decide whether caching pays and fits, by ``toolkit.config.policy.decide_cache`` and what the store holds.
 
     Args:
-        request: samples to cache.
-        store: store that they go to, which may hold some already.
+        settings: the recipe's prefix section.
+        examples: samples of training and validation.
+        passes: epochs over the training rows while the mask stays the same; see ``BatchPlan.passes``.
+        store: store that the samples go to, which may hold some already.
 
     Raises:
         ConfigError: ``prefix.cache`` is ``on`` and the samples exceed the limit or the disk.
     """
-    distinct = {sample_key(example.token_ids): len(example.token_ids) for example in request.examples}
-    missing = [distinct[key] for key in store.missing(list(distinct))]
+    tokens = {sample_key(example.token_ids): len(example) for example in examples}
+    missing = [tokens[key] for key in store.missing(tokens)]
     width, dtype = store.namespace.width, store.namespace.dtype
-    size = bytes_of(sum(distinct.values()), len(distinct), width, dtype)
+    size = bytes_of(sum(tokens.values()), len(tokens), width, dtype)
     new = bytes_of(sum(missing), len(missing), width, dtype)
-    obstacle, room = limit_obstacle(request.settings, size), store.available_bytes()
+    obstacle, room = limit_obstacle(settings, size), store.available_bytes()
     if obstacle is None and new > room:
         obstacle = f"{format_size(new)} are to be written to {store.directory}, which has room for {format_size(room)}"
-    decision = decide_cache(request.settings, obstacle, request.passes, is_complete=not missing)
+    decision = decide_cache(settings, obstacle, passes, is_complete=not missing)
     if not decision.on:
         return decision
-    there = f"{len(distinct) - len(missing)} of {len(distinct)} samples are there"
+    there = f"{len(tokens) - len(missing)} of {len(tokens)} samples are there"
     return Decision(True, f"{decision.reason}: {format_size(size)}, {there}, {store.directory}")
 
 

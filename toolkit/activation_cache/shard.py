@@ -1,4 +1,4 @@
-"""Read and write a file of stored activations: a safetensors file in which every byte is checked.
+"""Read and write shards: safetensors files of stored activations, in which every byte is checked.
 
 Its name is the checksum of its header; the header holds the namespace and the checksum of each entry's bytes. So a
 changed byte shows wherever it is, and a file in the wrong directory does too. Two writers of the same entries give
@@ -13,13 +13,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from toolkit.activation_cache.namespace import FORMAT, Namespace
-from toolkit.runtime.safetensors_io import DTYPE_NAMES, map_range, parse_header, read_header, serialize
+from toolkit.runtime.safetensors_io import DTYPE_NAMES, parse_header, read_header, serialize
 
 SHARD_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 """Pattern of a shard's file name."""
@@ -36,17 +35,15 @@ class ForeignShardError(ShardError):
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """What changes when a file is edited or replaced, but not when it is read."""
+    """Identifies the content of a file: it changes when the file is edited or replaced, but not when it is read."""
 
     inode: int
-    size: int
-    """Size in bytes."""
-    modified: int
-    """Modification time in nanoseconds."""
+    size_bytes: int
+    modified_ns: int
 
     @classmethod
     def of(cls, stat: os.stat_result) -> FileIdentity:
-        """Return the identity of the file that ``stat`` describes."""
+        """Take the identity from the result of ``os.stat``."""
         return cls(stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
@@ -57,11 +54,9 @@ class ShardEntry:
     shard: Shard
     key: str
     tokens: int
-    """T, the number of tokens."""
     start: int
-    """Offset of its bytes in the file."""
-    size: int
-    """Number of its bytes."""
+    """Offset in bytes within the file."""
+    size_bytes: int
     checksum: str
     """XXH3, 128 bits, of its bytes."""
     verified: bool = False
@@ -81,14 +76,11 @@ class Shard:
     def mark_used(self) -> bool:
         """Set the file's access time to now, by which eviction goes; once per process.
 
-        The file system may update it on reads too, which does no harm.
-
-        Returns:
-            False if the file is gone.
+        The file system may update it on reads too, which does no harm. Returns False if the file is gone.
         """
         if not self.used:
             try:
-                os.utime(self.path, ns=(time.time_ns(), self.file.modified))
+                os.utime(self.path, ns=(time.time_ns(), self.file.modified_ns))
             except FileNotFoundError:
                 return False
             except OSError:
@@ -97,7 +89,7 @@ class Shard:
         return True
 
     def unchanged(self) -> bool:
-        """Return True if the file is still the one whose header was read.
+        """Return whether the file is still the one whose header was read.
 
         Raises:
             OSError: the file is gone.
@@ -108,9 +100,7 @@ class Shard:
 def encode(entries: Mapping[str, torch.Tensor], namespace: Namespace) -> tuple[str, bytes]:
     """Encode entries as a shard; return its file name and content.
 
-    Args:
-        entries: key to [T, width] in the namespace's dtype, on any device; must not overlap in memory.
-        namespace: namespace of the entries, which the header records.
+    The entries are key to [T, width] in the namespace's dtype, on any device; they must not overlap in memory.
     """
     rows = {key: entries[key].detach().cpu().contiguous() for key in sorted(entries)}
     checksums = [xxh3_128_hexdigest(row.view(torch.uint8).numpy().data) for row in rows.values()]
@@ -127,7 +117,7 @@ def read_shard_header(path: Path, namespace: Namespace) -> Shard:
         OSError: it cannot be read.
     """
     with path.open("rb") as file:
-        found = FileIdentity.of(os.fstat(file.fileno()))
+        shard = Shard(path, FileIdentity.of(os.fstat(file.fileno())))
         try:
             header = read_header(file)
         except ValueError as error:
@@ -139,29 +129,19 @@ def read_shard_header(path: Path, namespace: Namespace) -> Shard:
         form, owner, *checksums = metadata["frostline"].split()
         if (form, owner) != (FORMAT, namespace.sha256):
             raise ForeignShardError("it belongs to another namespace")
-        return _add_entries(Shard(path, found), described, checksums, len(header), namespace)
+        for key, checksum in zip(sorted(described), checksums, strict=True):
+            entry = described[key]
+            tokens, width = entry["shape"]
+            start, end = entry["data_offsets"]
+            size = tokens * width * namespace.dtype.itemsize
+            if entry["dtype"] != DTYPE_NAMES[namespace.dtype] or width != namespace.width or end - start != size:
+                raise ValueError(f"entry {key} has dtype, shape or size of its own")
+            shard.entries[key] = ShardEntry(shard, key, tokens, len(header) + start, size, checksum)
+        expected = len(header) + sum(entry.size_bytes for entry in shard.entries.values())
+        if shard.file.size_bytes != expected:
+            raise ValueError(f"{shard.file.size_bytes} bytes long, expected {expected}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ShardError(f"its header is not one of {FORMAT}: {error!r}") from None
-
-
-def _add_entries(
-    shard: Shard, described: dict[str, dict[str, Any]], checksums: list[str], data_start: int, namespace: Namespace
-) -> Shard:
-    """Add the entries that a header describes to ``shard``; ``data_start`` is their offset in the file.
-
-    Raises:
-        ValueError: an entry does not fit the namespace, or the file's size does not fit the entries.
-    """
-    for key, checksum in zip(sorted(described), checksums, strict=True):
-        tokens, width = described[key]["shape"]
-        start, end = described[key]["data_offsets"]
-        size = tokens * width * namespace.dtype.itemsize
-        if described[key]["dtype"] != DTYPE_NAMES[namespace.dtype] or width != namespace.width or end - start != size:
-            raise ValueError(f"entry {key} has dtype, shape or size of its own")
-        shard.entries[key] = ShardEntry(shard, key, tokens, data_start + start, size, checksum)
-    expected = data_start + sum(entry.size for entry in shard.entries.values())
-    if shard.file.size != expected:
-        raise ValueError(f"{shard.file.size} bytes long, expected {expected}")
     return shard
 
 
@@ -174,7 +154,7 @@ def matches_checksum(entry: ShardEntry) -> bool:
         OSError: the bytes cannot be read.
     """
     checksum = xxh3_128()
-    left = entry.size
+    left = entry.size_bytes
     buffer = memoryview(bytearray(min(left, _CHUNK)))
     with entry.shard.path.open("rb", buffering=0) as file:
         file.seek(entry.start)
@@ -192,19 +172,9 @@ def prefetch_pages(entry: ShardEntry) -> None:
     """
     if hasattr(os, "posix_fadvise"):  # not on macOS
         with entry.shard.path.open("rb", buffering=0) as file:
-            os.posix_fadvise(file.fileno(), entry.start, entry.size, os.POSIX_FADV_WILLNEED)
-
-
-def map_entry(entry: ShardEntry, namespace: Namespace) -> torch.Tensor:
-    """Map the entry as [T, width], without a copy; the file is unmapped when the tensor is freed.
-
-    Raises:
-        OSError: the file is gone.
-        ValueError: the file has become shorter.
-    """
-    return map_range(entry.shard.path, entry.start, namespace.dtype, (entry.tokens, namespace.width))
+            os.posix_fadvise(file.fileno(), entry.start, entry.size_bytes, os.POSIX_FADV_WILLNEED)
 
 
 def _name_of(header: bytes | memoryview) -> str:
-    """Return the file name of a shard whose header is this, with the 8 bytes of its length."""
+    """Return the file name of a shard by its header, which includes the 8 bytes of its length."""
     return f"{xxh3_128_hexdigest(header)}.safetensors"

@@ -24,12 +24,9 @@ _MTIME_RESOLUTION = 10**9  # nanoseconds within which a directory can change twi
 
 
 class ShardIndex:
-    """Maps a key to its entries, the newest first. Thread-safe.
+    """Maps a key to its entries in a directory, which need not exist, the newest first. Thread-safe.
 
-    Args:
-        directory: directory of the namespace, which need not exist.
-        namespace: namespace; shards of any other are not used.
-        report: function called for each damaged entry or shard, with its name and what is wrong.
+    ``report`` is called with the name of each damaged entry or shard and what is wrong with it.
     """
 
     def __init__(self, directory: Path, namespace: Namespace, report: Callable[[str, str], None]) -> None:
@@ -39,15 +36,8 @@ class ShardIndex:
         self._shards: dict[str, Shard] = {}
         self._unreadable: dict[str, FileIdentity] = {}
         self._closed = False
-        self._listed: tuple[int, int] | None = None  # the directory's modification time, and when it was listed
-
-    def __contains__(self, key: str) -> bool:
-        with self._lock:
-            return key in self._entries
-
-    def __len__(self) -> int:
-        with self._lock:
-            return len(self._entries)
+        self._listing_times: tuple[int, int] | None = None
+        """Modification time of the directory at its last listing, and time of that listing, in nanoseconds."""
 
     def entries(self, key: str) -> tuple[ShardEntry, ...]:
         """Return all entries of a key, the newest first."""
@@ -58,8 +48,8 @@ class ShardIndex:
         """Return those of ``keys`` that have no entry; mark the shards of the others as used."""
         keys = list(keys)
         with self._lock:
-            found = [self._entries[key][0].shard for key in keys if key in self._entries]
-            for shard in dict.fromkeys(found):
+            shards = [self._entries[key][0].shard for key in keys if key in self._entries]
+            for shard in dict.fromkeys(shards):
                 if not shard.mark_used():
                     self.forget(shard)
             return [key for key in keys if key not in self._entries]
@@ -83,7 +73,7 @@ class ShardIndex:
         """Drop a shard that is gone or was replaced, and list the directory anew on the next miss."""
         with self._lock:
             self._drop_shard(shard)
-            self._listed = None
+            self._listing_times = None
 
     def drop(self, entry: ShardEntry, fault: str) -> None:
         """Drop an entry that cannot be used, and report it; a second call does nothing."""
@@ -93,21 +83,21 @@ class ShardIndex:
                 self._report(f"entry {entry.key} of {entry.shard.path}", fault)
 
     def clear(self) -> None:
-        """Drop everything, and stay empty from now on."""
+        """Drop everything and stay empty."""
         with self._lock:
             self._entries.clear()
             self._shards.clear()
             self._closed = True
 
     def may_be_stale(self) -> bool:
-        """Return True if the directory may have changed since it was listed.
+        """Return whether the directory may have changed since it was listed.
 
-        Its modification time is another, or so close to the listing that a later change may have left it the same.
+        True if its modification time differs, or is so close to the listing that a later change may have kept it.
         """
         with self._lock:
-            if self._closed or self._listed is None:
+            if self._closed or self._listing_times is None:
                 return not self._closed
-            modified, listed = self._listed
+            modified, listed = self._listing_times
         try:
             return self._directory.stat().st_mtime_ns != modified or listed - modified < _MTIME_RESOLUTION
         except OSError:
@@ -121,28 +111,28 @@ class ShardIndex:
             listed = time.time_ns()
             try:
                 modified = self._directory.stat().st_mtime_ns
-                found = self._list_shards()
+                files = self._list_shards()
             except OSError:
-                modified, found = listed, {}
+                modified, files = listed, {}
             for name, shard in list(self._shards.items()):
-                if found.get(name) != shard.file:
+                if files.get(name) != shard.file:
                     self._drop_shard(shard)
-            unseen = [
-                name for name, file in found.items() if file != self._unreadable.get(name) and name not in self._shards
+            new = [
+                name for name, file in files.items() if file != self._unreadable.get(name) and name not in self._shards
             ]
-            for name in sorted(unseen, key=lambda name: found[name].modified):
-                self._read_header(name, found[name])
-            self._listed = (modified, listed)
+            for name in sorted(new, key=lambda name: files[name].modified_ns):
+                self._read_header(name, files[name])
+            self._listing_times = (modified, listed)
 
     def _list_shards(self) -> dict[str, FileIdentity]:
-        """Return name and identity of each shard in the directory."""
-        found = {}
+        """Return the identity of each shard in the directory by file name."""
+        files = {}
         with os.scandir(self._directory) as listing:
-            for file in listing:
-                if SHARD_NAME.fullmatch(file.name):
+            for entry in listing:
+                if SHARD_NAME.fullmatch(entry.name):
                     with suppress(FileNotFoundError):  # evicted meanwhile
-                        found[file.name] = FileIdentity.of(file.stat())
-        return found
+                        files[entry.name] = FileIdentity.of(entry.stat())
+        return files
 
     def _read_header(self, name: str, file: FileIdentity) -> None:
         """Add a shard; report one that cannot be read, and delete one that is damaged."""
@@ -160,7 +150,7 @@ class ShardIndex:
                     del self._unreadable[name]
 
     def _drop_shard(self, shard: Shard) -> None:
-        """Drop a shard and its entries."""
+        """Drop a shard with its entries."""
         if self._shards.get(shard.path.name) is shard:
             del self._shards[shard.path.name]
             for entry in shard.entries.values():
@@ -168,7 +158,6 @@ class ShardIndex:
                     self._drop_entry(entry)
 
     def _drop_entry(self, entry: ShardEntry) -> None:
-        """Drop an entry."""
         self._entries[entry.key].remove(entry)
         if not self._entries[entry.key]:
             del self._entries[entry.key]

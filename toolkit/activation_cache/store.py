@@ -17,41 +17,64 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from toolkit.activation_cache.eviction import CacheQuota, CacheWriter, Lease
+from toolkit.activation_cache.eviction import CacheQuota, CacheWriter, Lease, mebibytes
 from toolkit.activation_cache.namespace import Namespace
-from toolkit.activation_cache.shard import (
-    ShardEntry,
-    ShardError,
-    encode,
-    map_entry,
-    matches_checksum,
-    prefetch_pages,
-)
+from toolkit.activation_cache.shard import ShardEntry, ShardError, encode, matches_checksum, prefetch_pages
 from toolkit.activation_cache.shard_index import ShardIndex
-from toolkit.activation_cache.statistics import StoreStatistics
 from toolkit.runtime.background_loader import BackgroundLoader
 from toolkit.runtime.paths import publish
+from toolkit.runtime.safetensors_io import map_range
 
 log = logging.getLogger("frostline")
 
 _SHARD_ENTRIES = 64  # a read opens the shard and parses its header: 70 µs with 16 entries, 4 ms with 4096
-_SHARD_BYTES = 64 << 20  # a write holds one shard in memory
+SHARD_BYTES = 64 << 20
+"""Most bytes of a shard's data; a write holds one shard in memory."""
+
+
+@dataclass
+class StoreStatistics:
+    """Counts of one process since it opened its store."""
+
+    hits: int = 0
+    """Entries read."""
+    misses: int = 0
+    """Reads that found no entry."""
+    computed: int = 0
+    """Entries passed to ``write``."""
+    stored: int = 0
+    """Entries of those that were written."""
+    failed: int = 0
+    """Entries of those that were not: there was no room, or the disk refused."""
+    damaged: int = 0
+    """Entries or whole shards that were changed, unreadable, or of another namespace."""
+    evicted: int = 0
+    """Shards evicted to keep to the limit."""
+    read_bytes: int = 0
+    """Bytes of the entries read."""
+    written_bytes: int = 0
+    """Bytes of the shards written, headers included."""
+
+    def __str__(self) -> str:
+        """Return one line for the log."""
+        return (
+            f"{self.hits} read ({mebibytes(self.read_bytes)}), {self.misses} missed, {self.computed} computed, "
+            f"{self.stored} stored ({mebibytes(self.written_bytes)}), {self.failed} not stored, "
+            f"{self.damaged} damaged, {self.evicted} shards evicted"
+        )
 
 
 class ActivationStore:
     """A store of the activations of one namespace. Any number of processes and threads may use one root at once.
 
-    Args:
-        root: directory of all namespaces, which is created.
-        namespace: computation that the activations come from.
-        limit_bytes: most bytes of all shards under the root; a write beyond it evicts the least recently used ones.
-            None sets no limit and evicts nothing.
-        keep_free_bytes: bytes of the disk that a write leaves free, for checkpoints.
-        writer: this process among those of its run; None if it is the only one.
+    A write that exceeds ``limit_bytes`` for all shards under the root evicts the least recently used ones; None sets
+    no limit and evicts nothing. ``keep_free_bytes`` of the disk stay free, for checkpoints. ``writer`` is this process
+    among those of its run; None if it is the only one.
     """
 
     def __init__(
@@ -65,7 +88,6 @@ class ActivationStore:
         self.statistics = StoreStatistics()
         self.namespace = namespace
         self.directory = root / namespace.sha256
-        """Directory of this namespace's shards."""
         self._quota = CacheQuota(root, limit_bytes, keep_free_bytes)
         self._lock = threading.Lock()  # of the statistics
         self._reported: set[str] = set()
@@ -80,24 +102,17 @@ class ActivationStore:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._index
-
-    def __len__(self) -> int:
-        """Return the number of samples stored, as far as this process knows."""
-        return len(self._index)
-
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Return those of ``keys`` that are not stored, each once, in order; list the directory anew if there are any.
 
         Those that are stored are marked as used, so that no other run evicts them while this one is alive.
         """
-        wanted = list(dict.fromkeys(keys))
-        absent = self._index.missing(wanted)
-        if absent:
+        keys = list(dict.fromkeys(keys))
+        missing = self._index.missing(keys)
+        if missing:
             self._index.refresh()
-            absent = self._index.missing(wanted)
-        return absent
+            missing = self._index.missing(keys)
+        return missing
 
     def read(self, key: str) -> torch.Tensor | None:
         """Return what was last stored under ``key``, [T, width] in the namespace's dtype; None if nothing was.
@@ -122,12 +137,9 @@ class ActivationStore:
         self._prefetcher.request(keys)
 
     def write(self, entries: Mapping[str, torch.Tensor]) -> None:
-        """Store computed activations, in one shard or more.
+        """Store activations, in one shard or more; those that do not fit or cannot be written are counted and logged.
 
-        Entries that cannot be stored (full disk, limit, quota, read-only …) are counted and logged.
-
-        Args:
-            entries: key to [T, width] in the namespace's dtype, on any device; must not overlap in memory.
+        ``entries`` are key to [T, width] in the namespace's dtype, on any device; they must not overlap in memory.
 
         Raises:
             ValueError: a key or tensor does not fit the namespace.
@@ -161,7 +173,7 @@ class ActivationStore:
         self._index.refresh()
 
     def summary(self) -> str:
-        """Return the statistics as one line for the log."""
+        """Return the statistics as a line for the log."""
         return f"activation cache: {self.statistics}"
 
     def close(self) -> None:
@@ -186,18 +198,19 @@ class ActivationStore:
         except OSError as error:
             self._report(f"{self.directory} cannot be claimed", str(error), "it is read but not written")
             return None
-        described = self.directory / "namespace.json"
-        if not described.exists():
+        description = self.directory / "namespace.json"
+        if not description.exists():
             with suppress(OSError):  # it is for people only
-                publish(self.namespace.text.encode(), described, lease.staging())
+                publish(self.namespace.text.encode(), description, lease.staging())
         return lease
 
     def _read_newest(self, key: str) -> torch.Tensor | None:
-        """Return the newest entry of a key that passes verification; None if there is none."""
+        """Map the newest entry of a key that passes verification, [T, width]; None if no entry does."""
         for entry in self._index.entries(key):
             try:
                 if self._verify(entry):
-                    tensor = map_entry(entry, self.namespace)
+                    shape = (entry.tokens, self.namespace.width)
+                    tensor = map_range(entry.shard.path, entry.start, self.namespace.dtype, shape)
                     entry.shard.mark_used()
                     return tensor
             except FileNotFoundError:  # evicted
@@ -207,11 +220,7 @@ class ActivationStore:
         return None
 
     def _verify(self, entry: ShardEntry) -> bool:
-        """Return True if the entry's bytes match its checksum; else drop it from the index.
-
-        Raises:
-            OSError: the file is gone or cannot be read.
-        """
+        """Return whether the entry's bytes match its checksum; drop it from the index if not. OSError if unreadable."""
         if not entry.shard.unchanged():
             self._index.forget(entry.shard)
             return False
@@ -223,7 +232,7 @@ class ActivationStore:
         return True
 
     def _prefetch_entry(self, key: str) -> None:
-        """Read one key's entry into memory, verified; the prefetcher's thread calls this."""
+        """Read a key's entry into memory and verify it; runs in the prefetcher's thread."""
         for entry in self._index.entries(key):
             with suppress(OSError):  # a later read reports it
                 if entry.verified:
@@ -233,12 +242,7 @@ class ActivationStore:
                     return
 
     def _write_shard(self, entries: Mapping[str, torch.Tensor]) -> None:
-        """Write entries as one shard.
-
-        Raises:
-            OSError: it does not fit, the disk refuses, or there is no lease.
-            ShardError: the file that was just written is damaged.
-        """
+        """Write entries as one shard; OSError if it does not fit, the disk refuses, or there is no lease."""
         lease = self._lease
         if lease is None:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self.directory))
@@ -252,7 +256,7 @@ class ActivationStore:
             self.statistics.written_bytes += len(content)
 
     def _count_damage(self, what: str, fault: str) -> None:
-        """Count and report a damaged entry or shard; the index calls this."""
+        """Count and report a damaged entry or shard."""
         with self._lock:
             self.statistics.damaged += 1
         self._report(f"{what} is not used", fault, "what is damaged is computed anew")
@@ -267,11 +271,11 @@ class ActivationStore:
 
 
 def _divide_into_shards(entries: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-    """Divide ``entries`` into shards of at most ``_SHARD_ENTRIES`` entries and ``_SHARD_BYTES`` bytes."""
+    """Divide ``entries`` into shards of at most ``_SHARD_ENTRIES`` entries and ``SHARD_BYTES`` bytes."""
     shard: dict[str, torch.Tensor] = {}
     size = 0
     for key, tensor in entries.items():
-        if shard and (len(shard) == _SHARD_ENTRIES or size + tensor.nbytes > _SHARD_BYTES):
+        if shard and (len(shard) == _SHARD_ENTRIES or size + tensor.nbytes > SHARD_BYTES):
             yield shard
             shard, size = {}, 0
         shard[key] = tensor

@@ -1,10 +1,10 @@
-"""Examples become micro batches: the same rows in the same optimizer step on any number of ranks."""
+"""Make micro batches of examples: the same rows in the same optimizer step on any number of ranks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,16 +42,16 @@ class Batch:
 
     @property
     def is_packed(self) -> bool:
-        """Return True if several samples share one row."""
+        """Return whether several samples share one row."""
         return self.position_ids is not None
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """Return the number of tokens of each sample."""
-        return tuple(len(example.token_ids) for example in self.examples)
+        return tuple(map(len, self.examples))
 
     @property
-    def shape(self) -> str:
+    def shape_text(self) -> str:
         """Describe rows x tokens, for messages."""
         rows, tokens = self.input_ids.shape
         packed = f"{len(self.examples)} rows packed into " if self.is_packed else ""
@@ -62,10 +62,8 @@ class Batch:
 
         For a packed row they say where samples begin in each form that some layer reads: positions (rotary or learned,
         masks), flash attention's cumulative lengths, a recurrence's sample numbers, and ``sample_lengths`` for
-        ``toolkit.models.varlen``.
-
-        Args:
-            with_lengths: True gives position ids for a padded batch too; padding repeats the last position of its row.
+        ``toolkit.models.varlen``. ``with_lengths`` gives position ids for a padded batch too; padding repeats the last
+        position of its row.
         """
         if self.position_ids is None:
             if with_lengths and self.attention_mask is not None:
@@ -97,8 +95,9 @@ class Batch:
 
     def _map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         """Return the batch with ``change`` applied to each of its tensors."""
-        held = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed: dict[str, Any] = {name: change(t) for name, t in held.items() if isinstance(t, torch.Tensor)}
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
         return replace(self, **changed)
 
 
@@ -127,9 +126,9 @@ class BatchPlan:
         """Return the optimizer steps of one epoch; the last may be short, no row is dropped or repeated."""
         return math.ceil(self.rows / self.global_batch)
 
-    def steps(self, epochs: int, most: int | None) -> int:
-        """Return the optimizer steps of a run of ``epochs`` epochs, at most ``most``; None sets no limit."""
-        return min(self.steps_per_epoch * epochs, most or self.steps_per_epoch * epochs)
+    def steps(self, epochs: int, max_steps: int | None) -> int:
+        """Return the optimizer steps of a run of ``epochs`` epochs; None sets no limit to them."""
+        return min(self.steps_per_epoch * epochs, max_steps or self.steps_per_epoch * epochs)
 
     def passes(self, end: int, start: int = 0) -> float:
         """Return how many epochs the steps after ``start`` up to ``end`` make up; 0.5 is half an epoch."""
@@ -142,11 +141,10 @@ class BatchPlan:
 
     def text(self, steps: int, epochs: int) -> str:
         """Describe a run of ``steps`` steps, whose recipe asks for ``epochs`` epochs, for the log."""
-        passes = f"{self.passes(steps):.2g}"
         stops_early = steps < self.steps(epochs, None)
         return (
             f"{steps} steps{' (train.max_steps)' if stops_early else ''} of {self.global_batch} row(s), "
-            f"{f'{passes} of ' if stops_early else ''}{epochs} epoch(s) "
+            f"{f'{self.passes(steps):.2g} of ' if stops_early else ''}{epochs} epoch(s) "
             f"(micro batch {self.micro_batch_size} x accumulation {self.accumulation} x ranks {self.ranks})"
         )
 
@@ -157,13 +155,13 @@ class BatchPlan:
         step leaves without rows gets a filler.
         """
         rows = order[step * self.global_batch : (step + 1) * self.global_batch]
-        rows_across_ranks = self.micro_batch_size * self.ranks
-        micro = []
-        for start in range(0, len(rows), rows_across_ranks):
-            across_ranks = rows[start : start + rows_across_ranks]
-            rank_rows = list(across_ranks[self.rank :: self.ranks])
-            micro.append((rank_rows, False) if rank_rows else ([across_ranks[0]], True))
-        return micro
+        size = self.micro_batch_size * self.ranks
+        micro_batches = []
+        for start in range(0, len(rows), size):
+            of_all_ranks = rows[start : start + size]
+            of_this_rank = list(of_all_ranks[self.rank :: self.ranks])
+            micro_batches.append((of_this_rank, False) if of_this_rank else ([of_all_ranks[0]], True))
+        return micro_batches
 
 
 def epoch_order(rows: int, seed: int, epoch: int) -> list[int]:
@@ -174,15 +172,14 @@ def epoch_order(rows: int, seed: int, epoch: int) -> list[int]:
 
 def collate(examples: Sequence[Example], pad_id: int, is_filler: bool = False) -> Batch:
     """Pad examples on the right to the longest, and mark the supervised positions."""
-    longest = max(len(example.token_ids) for example in examples)
-    input_ids = torch.full((len(examples), longest), pad_id)
-    attention = torch.zeros(len(examples), longest, dtype=torch.long)
-    supervised = torch.zeros(len(examples), longest, dtype=torch.bool)
+    shape = len(examples), max(map(len, examples))
+    input_ids = torch.full(shape, pad_id)
+    attention = torch.zeros(shape, dtype=torch.long)
+    supervised = torch.zeros(shape, dtype=torch.bool)
     for row, example in enumerate(examples):
-        length = len(example.token_ids)
-        input_ids[row, :length] = torch.tensor(example.token_ids)
-        attention[row, :length] = 1
-        supervised[row, example.answer_start - 1 : length - 1] = True
+        input_ids[row, : len(example)] = torch.tensor(example.token_ids)
+        attention[row, : len(example)] = 1
+        supervised[row, example.answer_start - 1 : len(example) - 1] = True
     return Batch(
         input_ids=input_ids,
         attention_mask=None if bool(attention.all()) else attention,
@@ -199,15 +196,15 @@ def pack(examples: Sequence[Example], is_filler: bool = False) -> Batch:
 
     Examples of one length need no padding: they stay rows, as ``collate`` lays them out.
     """
-    if len({len(example.token_ids) for example in examples}) == 1:
+    lengths = [len(example) for example in examples]
+    if len(set(lengths)) == 1:
         return collate(examples, pad_id=0, is_filler=is_filler)
     input_ids = torch.tensor([[token for example in examples for token in example.token_ids]])
     supervised = torch.zeros_like(input_ids, dtype=torch.bool)
     start = 0
     for example in examples:  # the last position of a sample has no next token of its own
-        supervised[0, start + example.answer_start - 1 : start + len(example.token_ids) - 1] = True
-        start += len(example.token_ids)
-    lengths = [len(example.token_ids) for example in examples]
+        supervised[0, start + example.answer_start - 1 : start + len(example) - 1] = True
+        start += len(example)
     return Batch(
         input_ids=input_ids,
         attention_mask=None,
@@ -221,26 +218,15 @@ def pack(examples: Sequence[Example], is_filler: bool = False) -> Batch:
     )
 
 
-def rows_of(hidden: torch.Tensor, batch: Batch) -> list[torch.Tensor]:
-    """Split a tensor with a batch's forward_inputs into its samples; the inverse of ``lay_out``.
-
-    Args:
-        hidden: [B, T, H], or [1, T, H] of a packed batch.
-        batch: the batch whose layout ``hidden`` has.
-
-    Returns:
-        B views [T_i, H] in the order of ``batch.examples``, without padding.
-    """
+def unpad(hidden: torch.Tensor, batch: Batch) -> list[torch.Tensor]:
+    """Split hidden states [B, T, H] of a batch, or [1, T, H] of a packed one, into B views [T_i, H] without padding."""
     if batch.is_packed:
         return list(torch.split(hidden[0], list(batch.lengths)))
     return [row[:length] for row, length in zip(hidden, batch.lengths, strict=True)]
 
 
 def lay_out(rows: Sequence[torch.Tensor], batch: Batch) -> torch.Tensor:
-    """Lay B samples [T_i, H] out as [B, T, H] with zeros as padding, or as a packed batch's [1, T, H].
-
-    The inverse of ``rows_of``.
-    """
+    """Lay B samples [T_i, H] out as [B, T, H] with zeros as padding, or as a packed batch's [1, T, H]."""
     if batch.is_packed:
         return torch.cat(list(rows))[None]
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
@@ -256,13 +242,7 @@ def step_batches(
 ) -> Iterator[list[Batch]]:
     """Yield this rank's micro batches, one list per optimizer step, from ``first_step`` to the end of the epoch.
 
-    Args:
-        examples: all rows.
-        order: permutation of row indices for this epoch, as ``epoch_order`` returns it.
-        plan: assignment of rows to micro batches, which does not depend on ``packed``.
-        pad_id: token id of padding.
-        first_step: step of the epoch to begin at, counted from 0.
-        packed: True lays each micro batch out as ``pack`` does, False as ``collate`` does.
+    ``order`` is the epoch's permutation of row indices, as ``epoch_order`` returns it; steps are counted from 0.
     """
     for step in range(first_step, plan.steps_per_epoch):
         micro_batches = []

@@ -1,4 +1,4 @@
-"""The settings that a run's conversations were rendered with, saved in its run directory."""
+"""Settings that a run's conversations are rendered with, saved in its run directory."""
 
 from __future__ import annotations
 

@@ -54,10 +54,6 @@ def is_thought(mark: str) -> bool:
 class Turns:
     """Renders a question and its answer by a tokenizer's chat template, or as plain text where it has none.
 
-    Args:
-        tokenizer: tokenizer, with its chat template if it has one.
-        rendering: date to print, and whether answers begin with a thought.
-
     Raises:
         DataError: the template cannot render a user turn, alters the prompt once an answer follows, or alters the
             answer.
@@ -117,11 +113,7 @@ class Turns:
         return text[text.rfind(_YES) + len(_YES) :]
 
     def _choose_content_form(self) -> None:
-        """Choose between content as text and content as a list of parts, which a processor's template expects.
-
-        Raises:
-            DataError: the template renders neither; the fault is that with text.
-        """
+        """Choose between content as text and content as a list of parts, which a processor's template expects."""
         try:
             self._find_affixes()
         except DataError as fault:
@@ -132,15 +124,11 @@ class Turns:
                 raise fault from None
 
     def _turn(self, role: str, content: str) -> dict[str, Any]:
-        """Return a message in the form that ``apply_chat_template`` takes."""
+        """Return a message for ``apply_chat_template``."""
         return {"role": role, "content": [{"type": "text", "text": content}] if self._as_parts else content}
 
     def _find_affixes(self) -> None:
-        """Find what the template puts around any answer, by rendering two trial answers.
-
-        Raises:
-            DataError: the template alters the prompt once an answer follows, or alters the answer.
-        """
+        """Find what the template puts around any answer, by two trial answers; DataError if it alters them."""
         opening = self._generation_prompt("question")
         yes, no = (self._render_both("question", answer) for answer in (_YES, _NO))
         opens = _THOUGHT_OPENING.search(opening)
@@ -150,7 +138,8 @@ class Turns:
             base = opening + self._before_any_answer
         elif opens and yes.startswith(base := self._without_opened_thought(opening)) and no.startswith(base):
             self._reopens = True
-            self._before_any_answer = ("\n" if opening.endswith("\n") else "\n\n") + _closing_mark(opens) + "\n\n"
+            closing_mark = f"{opens['left']}/{opens['name']}{opens['right']}"
+            self._before_any_answer = ("\n" if opening.endswith("\n") else "\n\n") + closing_mark + "\n\n"
         else:
             raise DataError(
                 "the tokenizer's chat template renders a prompt differently once its answer follows, so the answer's "
@@ -186,21 +175,15 @@ class Turns:
         return opening[: opens.start()] if opens else opening
 
     def _generation_prompt(self, question: str) -> str:
-        """Render the generation prompt for ``question``."""
         return self._apply_template([self._turn("user", question)], generation=True)
 
     def _render_both(self, question: str, answer: str) -> str:
-        """Render both turns as the template has them."""
         return self._apply_template([self._turn("user", question), self._turn("assistant", answer)])
 
     def _apply_template(
         self, turns: Sequence[dict[str, Any]], generation: bool = False, **template_arguments: Any
     ) -> str:
-        """Run the chat template on ``turns``, with the date of the rendering and a time limit.
-
-        Raises:
-            DataError: the template fails or takes too long.
-        """
+        """Run the chat template on ``turns`` with the rendering's date; DataError if it fails or takes too long."""
         now = self._rendering.now
         if now is not None and prints_date(self._tokenizer):
             template_arguments |= {
@@ -219,15 +202,8 @@ class Turns:
 
 
 def _common_prefix(one: str, other: str) -> str:
-    """Return the common prefix of two texts."""
     return "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
-def _closing_mark(opens: re.Match[str]) -> str:
-    """Return the mark that closes the thought that ``opens`` matched the opening of."""
-    return f"{opens['left']}/{opens['name']}{opens['right']}"
-
-
 def _without_whitespace(text: str) -> str:
-    """Return the text without whitespace."""
     return "".join(text.split())

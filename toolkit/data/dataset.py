@@ -28,24 +28,17 @@ _MOST_LISTED = 10
 
 
 @dataclass(frozen=True)
-class SkippedRow:
-    """A row that was left out under ``on_bad_row: skip``: where it is, and what is wrong with it."""
-
-    origin: str
-    fault: str
-
-
-@dataclass(frozen=True)
 class Dataset:
     """The rows that a run is trained and validated on."""
 
     train: tuple[Example, ...]
     validation: tuple[Example, ...]
-    skipped: tuple[SkippedRow, ...]
+    skipped: tuple[Row, ...]
+    """Rows left out under ``on_bad_row: skip``, with their faults and without their values."""
 
     def summary(self) -> str:
         """Describe the data set in one line for the log."""
-        tokens = sum(len(example.token_ids) for example in self.train)
+        tokens = sum(map(len, self.train))
         supervised = sum(example.supervised_tokens for example in self.train)
         shortened = sum(example.shortened for example in (*self.train, *self.validation))
         return (
@@ -81,13 +74,8 @@ def load_dataset(
 ) -> Dataset:
     """Read, check, encode and split the rows that ``config`` names.
 
-    Args:
-        config: the recipe's data section.
-        tokenizer: turns text into ids; its chat template is used where it has one.
-        seed: seed of the split, if ``config.validation`` is a fraction.
-        rows: rows of ``config.path``; None reads them.
-        ends: end-of-text tokens that the model's config files name.
-        rendering: settings to render the run's conversations with.
+    ``rows`` are those of ``config.path``; None reads them. ``ends`` are the end-of-text tokens that the model's config
+    files name. ``seed`` is that of the split, if ``config.validation`` is a fraction.
 
     Raises:
         DataError: a file cannot be read, rows are bad and ``config.on_bad_row`` is ``error``, or rows of a separate
@@ -99,16 +87,16 @@ def load_dataset(
     validation: list[Example] = []
     if isinstance(config.validation, float):
         examples, validation = _hold_out(examples, config.validation, seed)
-        if both := _overlap(examples, validation):
-            log.warning("%s; the validation loss is in part that of rows that are trained on", both)
+        if overlap := _overlap(examples, validation):
+            log.warning("%s; the validation loss is in part that of rows that are trained on", overlap)
     elif config.validation is not None:
         held_out = read_rows(config.validation, config.validation_split, "data.validation_split", "validation")
         validation, skipped_validation = encode_rows(held_out, encoder, config)
         skipped += skipped_validation
-        if both := _overlap(examples, validation):
+        if overlap := _overlap(examples, validation):
             raise DataError(
-                f"{both}; their loss says nothing about rows that the model has not seen. Take them out of one of the "
-                "two, name another data.validation or data.validation_split, or hold out a fraction"
+                f"{overlap}; their loss says nothing about rows that the model has not seen. Take them out of one of "
+                "the two, name another data.validation or data.validation_split, or hold out a fraction"
             )
     for note in (*encoder.notes(), *_control_token_notes([*examples, *validation])):
         log.info("%s", note)
@@ -117,29 +105,29 @@ def load_dataset(
 
 def _control_token_notes(examples: Sequence[Example]) -> Iterator[str]:
     """Yield a note for the log if rows contain the text of a control token, which is encoded as plain text."""
-    if found := [example for example in examples if example.control_token]:
-        count = f"{len(found)} rows hold" if len(found) > 1 else "1 row holds"
+    if rows := [example for example in examples if example.control_token]:
+        count = f"{len(rows)} rows hold" if len(rows) > 1 else "1 row holds"
         yield (
-            f"{count} the text of a control token (first: {found[0].control_token!r} in {found[0].origin}); it is "
+            f"{count} the text of a control token (first: {rows[0].control_token!r} in {rows[0].origin}); it is "
             "encoded as text, not as that token"
         )
 
 
-def encode_rows(rows: list[Row], encoder: Encoder, config: DataConfig) -> tuple[list[Example], list[SkippedRow]]:
-    """Encode rows; return the examples, and the rows that cannot be used.
+def encode_rows(rows: list[Row], encoder: Encoder, config: DataConfig) -> tuple[list[Example], list[Row]]:
+    """Encode rows; return the examples, and the rows that cannot be used, with their faults.
 
     Raises:
         DataError: there are bad rows and ``config.on_bad_row`` is ``error``, or no usable row is left.
     """
     examples: list[Example] = []
-    bad: list[SkippedRow] = []
+    bad: list[Row] = []
     for row in track(rows, "tokenising", "row"):
         try:
             if row.fault:
                 raise RowFaultError(row.fault)
             examples.append(replace(encoder.encode(TASKS[config.task](row.values)), origin=row.origin))
         except RowFaultError as fault:
-            bad.append(SkippedRow(row.origin, str(fault)))
+            bad.append(Row(row.origin, fault=str(fault)))
     if bad and (config.on_bad_row == "error" or not examples):
         listed = [f"  - {row.origin} {row.fault}" for row in bad[:_MOST_LISTED]]
         if len(bad) > _MOST_LISTED:
@@ -154,11 +142,7 @@ def encode_rows(rows: list[Row], encoder: Encoder, config: DataConfig) -> tuple[
 
 
 def _hold_out(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Split examples at random into training and validation, each in the original order.
-
-    Raises:
-        DataError: the fraction leaves no example to train on.
-    """
+    """Split examples at random into training and validation, each in the original order."""
     count = max(1, round(len(examples) * fraction))
     if count >= len(examples):
         raise DataError(

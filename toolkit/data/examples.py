@@ -1,8 +1,8 @@
-"""Samples become token ids with a supervised span; long samples lose context, never question or answer."""
+"""Encode samples as token ids with a supervised span; long samples lose context, never question or answer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
@@ -24,34 +24,28 @@ class Example:
     shortened: bool = False
     """True if context was cut to fit ``max_length``."""
     origin: str = field(default="", compare=False)
-    """File and row that it was made of, for messages: ``answers.jsonl line 12``."""
+    """File and row, for messages: ``answers.jsonl line 12``."""
     reasons: bool = field(default=False, compare=False)
     """True if the answer begins with a thought."""
     control_token: str = field(default="", compare=False)
     """First control token whose text the row contains, encoded as plain text; empty if there is none."""
 
+    def __len__(self) -> int:
+        """Return the number of tokens."""
+        return len(self.token_ids)
+
     @property
     def supervised_tokens(self) -> int:
         """Return the number of tokens that the loss is taken over."""
-        return len(self.token_ids) - self.answer_start
-
-
-def shortest(examples: Iterable[Example]) -> Example:
-    """Return the first of the examples that have the fewest tokens."""
-    return min(examples, key=lambda example: len(example.token_ids))
+        return len(self) - self.answer_start
 
 
 class Encoder:
     """Turns samples into token ids with the tokenizer's chat template, or as plain text where it has none.
 
     The ids of the prompt are those that generation starts from, so the supervised span is exact: it begins where the
-    answer does and ends with the token that ends an answer. See docs/data.md.
-
-    Args:
-        tokenizer: tokenizer, which needs an end-of-text token.
-        max_length: most tokens of an example.
-        ends: end-of-text tokens that the model's config files name (``toolkit.models.end_tokens``).
-        rendering: settings to render conversations with.
+    answer does and ends with the token that ends an answer. See docs/data.md. ``max_length`` is in tokens; ``ends`` are
+    the end-of-text tokens that the model's config files name (``toolkit.models.end_tokens``).
 
     Raises:
         DataError: the chat template cannot render a user turn, or alters the prompt once an answer follows; or
@@ -70,14 +64,14 @@ class Encoder:
         self.rendering = rendering
         self.turns = Turns(tokenizer, rendering)
         self._pieces = Pieces(tokenizer)
-        named = dict.fromkeys(end for end in ends if 0 <= end < len(tokenizer))
-        self._word_ends = tuple(end for end in named if self._pieces.is_word(end))
-        self._ends = tuple(end for end in named if end not in self._word_ends)
+        known = dict.fromkeys(end for end in ends if 0 <= end < len(tokenizer))
+        self._word_ends = tuple(end for end in known if self._pieces.is_word(end))
+        self._ends = tuple(end for end in known if end not in self._word_ends)
         self._closing_marks = tuple(i for i in self._pieces.ids(self.turns.closing) if self._is_mark(i))
         self._appended_end = () if self._closing_marks else (self._choose_end(),)
 
     def prompt_ids(self, sample: Sample) -> tuple[int, ...]:
-        """Encode the prompt up to where the answer begins, shortened like an example's.
+        """Encode the prompt up to where the answer begins, with its context cut like an example's.
 
         Raises:
             RowFaultError: the question alone exceeds ``max_length``.
@@ -106,7 +100,7 @@ class Encoder:
         return self._fit_to_max_length(sample, self._encode_conversation)
 
     @property
-    def begun(self) -> str:
+    def answer_opening(self) -> str:
         """Return the part of an answer that the prompt already holds: the opening mark of a thought, or nothing."""
         return self.turns.opened if self.rendering.reasons else ""
 
@@ -142,26 +136,22 @@ class Encoder:
         return lines
 
     def _fit_to_max_length(self, sample: Sample, encode: Callable[[Sample], Example]) -> Example:
-        """Encode ``sample`` by ``encode`` with as much of its context, from the start, as ``max_length`` has room for.
-
-        Raises:
-            RowFaultError: it does not fit without any context.
-        """
+        """Encode ``sample`` with as much of its context, from the start, as fits; RowFaultError if none does."""
         example = encode(sample)
-        if len(example.token_ids) <= self.max_length:
+        if len(example) <= self.max_length:
             return example
         bare = encode(replace(sample, contexts=()))
-        if len(bare.token_ids) > self.max_length:
+        if len(bare) > self.max_length:
             raise RowFaultError(
-                f"needs {len(bare.token_ids)} tokens without any context; data.max_length is {self.max_length}, "
+                f"needs {len(bare)} tokens without any context; data.max_length is {self.max_length}, "
                 "so nothing could be supervised without cutting question or answer"
             )
         keep = len(self._pieces.ids("\n\n".join(sample.contexts)))
-        while len(example.token_ids) > self.max_length and keep > 0:
-            keep -= len(example.token_ids) - self.max_length
+        while len(example) > self.max_length and keep > 0:
+            keep -= len(example) - self.max_length
             contexts = _cut_contexts(self.tokenizer, sample.contexts, max(keep, 0))
             example = encode(replace(sample, contexts=contexts))
-        return replace(example if len(example.token_ids) <= self.max_length else bare, shortened=True)
+        return replace(example if len(example) <= self.max_length else bare, shortened=True)
 
     def _encode_prompt(self, sample: Sample) -> Example:
         """Encode the prompt alone, with nothing supervised, for generation."""
@@ -170,11 +160,7 @@ class Encoder:
         return Example(ids, len(ids))
 
     def _encode_conversation(self, sample: Sample) -> Example:
-        """Encode prompt and answer, of which the answer and what closes its turn are supervised.
-
-        Raises:
-            RowFaultError: the answer has no tokens, or the chat template alters it.
-        """
+        """Encode prompt and answer; the answer and what closes its turn are supervised."""
         assert sample.answer is not None
         (question, answer), control = self._pieces.as_text(sample.prompt(), sample.answer)
         conversation = self.turns.conversation(question, answer)
@@ -192,10 +178,7 @@ class Encoder:
         """Choose the token to append to an answer if the template closes it with no mark.
 
         It is that one of the model's ends with which the template begins the next turn; else the tokenizer's end of
-        text if the model lists it or lists none; else the first that the model lists.
-
-        Raises:
-            DataError: neither the model nor the tokenizer names an end.
+        text if the model lists it or lists none; else the first that the model lists. DataError if there is none.
         """
         eos = self.tokenizer.eos_token_id
         following = self._pieces.ids(self.turns.next_turn().lstrip())[:1]
@@ -210,7 +193,6 @@ class Encoder:
         return self._ends[0] if self._ends else int(eos)
 
     def _show(self, token: int) -> str:
-        """Describe a token for the log."""
         return f"{self.tokenizer.convert_ids_to_tokens(token)!r} (id {token})"
 
 

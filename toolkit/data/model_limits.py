@@ -1,4 +1,4 @@
-"""Check that the model can take the data: its positions and its vocabulary."""
+"""Check the data against the model's positions and vocabulary."""
 
 from __future__ import annotations
 
@@ -13,17 +13,14 @@ from toolkit.runtime.errors import DataError, ModelError
 def check_fit(examples: Iterable[Example], model: PreTrainedModel, remedy: str | None = None) -> None:
     """Refuse rows longer than the model's positions and ids beyond its embeddings, before an index error does.
 
-    Args:
-        examples: the rows to check, at least one.
-        model: the model, with its embeddings.
-        remedy: advice on rows that are too long, for the error message; None names ``data.max_length``.
+    There must be at least one row. The error message advises ``remedy``; None advises to set ``data.max_length``.
 
     Raises:
         DataError: a row is too long.
         ModelError: the tokenizer belongs to another model.
     """
     rows = list(examples)
-    longest = max(len(example.token_ids) for example in rows)
+    longest = max(map(len, rows))
     positions = position_limit(model)
     if positions and longest > positions:
         raise DataError(

@@ -27,10 +27,8 @@ class Prefetcher(ExitStack):
         with Prefetcher() as ahead:
             for batches in ahead(step_batches(...)):
 
-    On leaving, for whatever reason, every thread has ended and every generator is closed.
-
-    Args:
-        ahead: number of items that are made before they are asked for, at least 1.
+    On leaving, for whatever reason, every thread has ended and every generator is closed. ``ahead`` is the number of
+    items to make before they are requested, at least 1.
     """
 
     def __init__(self, ahead: int = 2) -> None:
@@ -49,7 +47,7 @@ class Prefetcher(ExitStack):
 
 
 def _consume(executor: ThreadPoolExecutor, items: Iterator[T], pending: deque[Future[T]]) -> Iterator[T]:
-    """Yield the items in order, and have the thread make one more for each that is taken."""
+    """Yield the items in order, and let the thread make one more for each."""
     while (item := pending.popleft().result()) is not _EXHAUSTED:
         pending.append(executor.submit(next, items, _EXHAUSTED))
         yield item

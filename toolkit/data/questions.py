@@ -1,4 +1,4 @@
-"""Read the questions that a model is to answer, from a file or from the command line."""
+"""Read questions for a model to answer, from a file or from the command line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from toolkit.tasks.pubmedqa import ANSWER, RowFaultError, Sample, pubmedqa
 
 
 def from_prompt(question: str, contexts: Sequence[str]) -> Sample:
-    """Make a sample of a question and contexts that were given on the command line.
+    """Make a sample of a question and contexts from the command line.
 
     Raises:
         DataError: the question is empty.

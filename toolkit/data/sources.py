@@ -33,16 +33,12 @@ class Row:
     """Why the row could not be read; None if it could."""
 
 
-def read_rows(path: str, split: str | None = None, key: str = "data.split", usual: str = "train") -> list[Row]:
+def read_rows(path: str, split: str | None = None, key: str = "data.split", default_split: str = "train") -> list[Row]:
     """Read all rows of a ``.json``, ``.jsonl``, ``.csv`` or ``.parquet`` file, or of a Hub data set (``org/name``).
 
-    A ``.json`` file holds a list of rows, or an object of rows by key as PubMedQA is published (keyed by PMID).
-
-    Args:
-        path: file or Hub id.
-        split: split of a Hub data set; None takes its only one, else ``usual``.
-        key: recipe key or flag that sets the split, for messages.
-        usual: split to take by default from a data set with several.
+    A ``.json`` file holds a list of rows, or an object of rows by key as PubMedQA is published (keyed by PMID). A
+    ``split`` of None takes the only one of a Hub data set, else ``default_split``. ``key`` is the recipe key or flag
+    that sets the split, for messages.
 
     Raises:
         DataError: no such file, data set or split, an unknown format, a file that cannot be parsed, or no rows.
@@ -59,7 +55,7 @@ def read_rows(path: str, split: str | None = None, key: str = "data.split", usua
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error})") from None
     elif is_hub_dataset(path):
-        rows = list(_read_hub(path, split, key, usual))
+        rows = list(_read_hub(path, split, key, default_split))
     elif is_directory(file):
         raise DataError(f"{path}: is a directory; name one {', '.join(_READERS)} file in it")
     else:
@@ -77,12 +73,7 @@ def is_hub_dataset(path: str) -> bool:
 
 
 def _read_text(file: Path) -> str:
-    """Read the file as text; bytes that are not UTF-8 become lone surrogates, to be found row by row.
-
-    Raises:
-        DataError: it is UTF-16.
-        OSError: it cannot be read.
-    """
+    """Read the file as text; bytes that are not UTF-8 become lone surrogates, to be found row by row."""
     content = file.read_bytes()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and b"\0" in content:
         raise DataError(f"{file}: is UTF-16 text (Excel's 'Unicode Text'); save the file as UTF-8")
@@ -90,23 +81,13 @@ def _read_text(file: Path) -> str:
 
 
 def _has_undecoded_bytes(values: Any) -> bool:
-    """Return True if a string of the value has a lone surrogate, which stands for a byte that is not UTF-8."""
-    return re.search("[\ud800-\udfff]", values if isinstance(values, str) else _join_strings(values)) is not None
-
-
-def _join_strings(values: Any) -> str:
-    """Join all strings of a JSON-like value, keys included."""
-    if isinstance(values, str):
-        return values
-    if isinstance(values, dict):
-        return "".join(_join_strings(part) for item in values.items() for part in item)
-    if isinstance(values, list):
-        return "".join(_join_strings(part) for part in values)
-    return ""
+    """Return whether a string in a JSON-like value has a lone surrogate, which stands for a byte that is not UTF-8."""
+    text = json.dumps(values, ensure_ascii=False, skipkeys=True, default=str)
+    return re.search("[\ud800-\udfff]", text) is not None
 
 
 def _make_row(origin: str, values: Any) -> Row:
-    """Return a row with these values, or with a fault if they are not UTF-8."""
+    """Make a row of these values, or one with a fault if they are not UTF-8."""
     if _has_undecoded_bytes(values):
         return Row(origin, fault="is not UTF-8 text; save the file as UTF-8")
     return Row(origin, values)
@@ -127,11 +108,7 @@ def _read_jsonl(file: Path) -> Iterator[Row]:
 
 
 def _read_json(file: Path) -> Iterator[Row]:
-    """Yield the rows of a JSON file: a list of rows, or an object of rows by key.
-
-    Raises:
-        DataError: it is neither, or not JSON.
-    """
+    """Yield the rows of a JSON file, a list of rows or an object of rows by key; DataError if it is neither."""
     try:
         content = json.loads(_read_text(file))
     except json.JSONDecodeError as error:
@@ -153,11 +130,7 @@ def _read_json(file: Path) -> Iterator[Row]:
 
 
 def _read_csv(file: Path) -> Iterator[Row]:
-    """Yield the rows of a CSV file with a header line.
-
-    Raises:
-        DataError: it is not CSV, or its header would be misread.
-    """
+    """Yield the rows of a CSV file with a header line; DataError if it is not CSV or its header would be misread."""
     csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader(io.StringIO(_read_text(file), newline=""), strict=True)
     try:
@@ -176,28 +149,20 @@ def _read_csv(file: Path) -> Iterator[Row]:
 
 
 def _check_header(file: Path, names: Sequence[str]) -> None:
-    """Refuse a header line that would be misread.
-
-    Raises:
-        DataError: its fields are not separated by commas, or a column that is used has several of its name.
-    """
-    if len(names) == 1 and (found := [mark for mark in (";", "\t", "|") if mark in names[0]]):
+    """Raise DataError if fields are not separated by commas, or several columns have the name of one that is used."""
+    if len(names) == 1 and (separators := [mark for mark in (";", "\t", "|") if mark in names[0]]):
         raise DataError(
-            f"{file}: the header line is separated by {found[0]!r}; expected commas. Save the file again as CSV with "
-            "commas, or as JSON lines"
+            f"{file}: the header line is separated by {separators[0]!r}; expected commas. Save the file again as CSV "
+            "with commas, or as JSON lines"
         )
-    if twice := [name for name in (QUESTION, CONTEXTS, ANSWER) if names.count(name) > 1]:
+    if duplicates := [name for name in (QUESTION, CONTEXTS, ANSWER) if names.count(name) > 1]:
         raise DataError(
-            f"{file}: the header line names {', '.join(twice)} more than once; keep one column of each name"
+            f"{file}: the header line names {', '.join(duplicates)} more than once; keep one column of each name"
         )
 
 
 def _read_parquet(file: Path) -> Iterator[Row]:
-    """Yield the rows of a Parquet file.
-
-    Raises:
-        DataError: it cannot be read, or a text column is not UTF-8.
-    """
+    """Yield the rows of a Parquet file; DataError if it cannot be read or a text column is not UTF-8."""
     import pyarrow
     import pyarrow.parquet
 
@@ -211,19 +176,15 @@ def _read_parquet(file: Path) -> Iterator[Row]:
         yield _make_row(f"{file} row {number}", values)
 
 
-def _read_hub(name: str, split: str | None, key: str, usual: str) -> Iterator[Row]:
-    """Download a Hub data set and yield the rows of one split; the arguments are those of ``read_rows``.
-
-    Raises:
-        DataError: it cannot be loaded, or has no such split.
-    """
+def _read_hub(name: str, split: str | None, key: str, default_split: str) -> Iterator[Row]:
+    """Download a Hub data set and yield the rows of one split; DataError if either cannot be loaded."""
     from datasets import load_dataset_builder
 
     hub.set_limits()
     try:
         builder = load_dataset_builder(name)
         builder.download_and_prepare()
-        split = _choose_split(name, list(builder.info.splits or ()), split, key, usual)
+        split = _choose_split(name, list(builder.info.splits or ()), split, key, default_split)
         table = builder.as_dataset(split=split)
     except DataError:
         raise
@@ -237,12 +198,8 @@ def _read_hub(name: str, split: str | None, key: str, usual: str) -> Iterator[Ro
         yield _make_row(f"{name}[{split}] row {number}", values)
 
 
-def _choose_split(name: str, available: list[str], split: str | None, key: str, usual: str) -> str:
-    """Choose the split of a Hub data set to read; log it if the user named none.
-
-    Raises:
-        DataError: there is no such split, or there are several and none is the usual one; names all of them.
-    """
+def _choose_split(name: str, available: list[str], split: str | None, key: str, default_split: str) -> str:
+    """Choose the split of a Hub data set, and log it if the user named none; DataError if there is no such split."""
     listed = ", ".join(available)
     if split is not None:
         named = [part.partition("[")[0].strip() for part in split.split("+")]  # datasets also takes train[:10%]+test
@@ -254,10 +211,10 @@ def _choose_split(name: str, available: list[str], split: str | None, key: str, 
     if len(available) == 1:
         log.info("%s has one split, %s, which is taken", name, listed)
         return available[0]
-    if usual not in available:
+    if default_split not in available:
         raise DataError(f"{name} has the splits {listed}, and {key} names none of them; set it to the one to read")
-    log.info("%s has the splits %s; %s is taken, as %s names none", name, listed, usual, key)
-    return usual
+    log.info("%s has the splits %s; %s is taken, as %s names none", name, listed, default_split, key)
+    return default_split
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {

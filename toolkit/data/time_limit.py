@@ -11,14 +11,10 @@ from types import FrameType
 
 @contextmanager
 def time_limit(seconds: float, reason: str) -> Iterator[None]:
-    """Raise in the body after ``seconds`` of wall-clock time.
+    """Raise in the body after ``seconds`` of wall-clock time, with a message that begins with ``reason``.
 
     Works on the main thread of systems with SIGALRM, if nothing else uses that signal; otherwise it sets no limit. A
     single call into C, such as the product of a text and a huge number, is not cut short.
-
-    Args:
-        seconds: wall-clock limit.
-        reason: text that begins the error message.
 
     Raises:
         TimeoutError: the limit passed.

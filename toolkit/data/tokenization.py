@@ -1,4 +1,4 @@
-"""Text to token ids: as a whole, or in pieces where a row's text is not to be read as control tokens."""
+"""Tokenise text as a whole, or in pieces where a row's text is not to be read as control tokens."""
 
 from __future__ import annotations
 
@@ -18,11 +18,7 @@ _ANCHORS = ("\n", ":")
 
 
 class Pieces:
-    """Tokenises conversations in pieces, so that control tokens within a row's text are encoded as plain text.
-
-    Args:
-        tokenizer: a fast or slow tokenizer.
-    """
+    """Tokenises conversations in pieces, so that control tokens within a row's text are encoded as plain text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -30,7 +26,7 @@ class Pieces:
 
     @cached_property
     def _control_pattern(self) -> re.Pattern[str] | None:
-        """Pattern of the texts that the tokenizer would read as control tokens; None if there are none.
+        """Return the pattern of texts that the tokenizer would read as control tokens; None if there are none.
 
         Marks of a thought are left out: an answer may hold them.
         """
@@ -43,7 +39,7 @@ class Pieces:
 
     @cached_property
     def _added_ids(self) -> frozenset[int]:
-        """Ids of the tokens that are special or added to the vocabulary."""
+        """Return the ids of the tokens that are special or added to the vocabulary."""
         return frozenset({*self._tokenizer.all_special_ids, *self._tokenizer.added_tokens_decoder})
 
     def is_mark(self, token: int) -> bool:
@@ -67,14 +63,11 @@ class Pieces:
         """
         if any(_SEPARATOR in text for text in texts):
             raise RowFaultError("holds the code point U+FDD0, which is no character; remove it")
-        found = (
-            next(filter(None, (self._control_pattern.search(text) for text in texts)), None)
-            if self._control_pattern
-            else None
-        )
-        if found is None:
-            return list(texts), ""
-        return [self._split_control_tokens(text) for text in texts], found[0]
+        if self._control_pattern:
+            for text in texts:
+                if match := self._control_pattern.search(text):
+                    return [self._split_control_tokens(text) for text in texts], match[0]
+        return list(texts), ""
 
     def ids(self, text: str) -> tuple[int, ...]:
         """Encode ``text`` without the tokens that the tokenizer puts before or after a text."""
@@ -142,7 +135,7 @@ class Pieces:
         """Put a separator of pieces into the text of each control token in ``text``."""
         assert self._control_pattern is not None
         while self._control_pattern.search(text):  # what is left of one may hold another
-            text = self._control_pattern.sub(lambda found: f"{found[0][0]}{_SEPARATOR}{found[0][1:]}", text)
+            text = self._control_pattern.sub(lambda match: f"{match[0][0]}{_SEPARATOR}{match[0][1:]}", text)
         return text
 
     def _find_leading_ids(self) -> tuple[int, ...]:

@@ -36,8 +36,8 @@ _BLOCK, _OUTER = 64, 256
 
 
 @dataclass(frozen=True)
-class QuantizedWeight:
-    """How a weight is quantised, and the shape, dtype and layout that it is dequantised to."""
+class QuantizationSpec:
+    """Describes how a weight is quantised, and the shape, dtype and layout that it is dequantised to."""
 
     precision: Precision
     shape: tuple[int, ...]
@@ -45,48 +45,52 @@ class QuantizedWeight:
     transposed: bool
     """True if the weight is inputs × outputs (GPT-2's Conv1D); scales belong to outputs."""
 
+    @property
+    def inputs(self) -> int:
+        """Return the number of elements of the weight that belong to one output."""
+        return self.shape[0] if self.transposed else self.shape[-1]
 
-def quantisable(block: nn.Module, precision: Precision) -> dict[str, QuantizedWeight]:
+
+def quantisable(block: nn.Module, precision: Precision) -> dict[str, QuantizationSpec]:
     """Describe the weights of a block that can be quantised, by name within the block.
 
     They are the matrices of ``nn.Linear`` and of GPT-2's ``Conv1D``, and the stacked matrices of a mixture's experts.
     Norms, biases, routers that are no Linear, convolutions and the recurrences of state-space models stay.
     """
-    found = {}
+    specs = {}
     for path, module in block.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             linear = isinstance(module, (nn.Linear, Conv1D)) and leaf == "weight"
             stacked = parameter.ndim == 3 and not isinstance(module, nn.modules.conv._ConvNd)
             if (linear or stacked) and parameter.is_floating_point() and parameter.numel() % 2 == 0:
-                original = QuantizedWeight(
+                specs[f"{path}.{leaf}" if path else leaf] = QuantizationSpec(
                     precision, tuple(parameter.shape), parameter.dtype, isinstance(module, Conv1D)
                 )
-                found[f"{path}.{leaf}" if path else leaf] = original
-    return found
+    return specs
 
 
-def quantised_bytes(original: QuantizedWeight) -> int:
+def quantised_bytes(spec: QuantizationSpec) -> int:
     """Return the bytes of all parts of a quantised weight.
 
     int8 takes 1 byte for a weight and 4 for an output. nf4 takes half a byte for a weight, 1 for each ``_BLOCK``
     weights, 4 for each ``_OUTER`` such blocks, and 4 for the offset.
     """
-    size = math.prod(original.shape)
-    if original.precision == "int8":
-        return size + 4 * (size // _inputs_per_output(original))
+    size = math.prod(spec.shape)
+    if spec.precision == "int8":
+        return size + 4 * (size // spec.inputs)
     scales = math.ceil(size / _BLOCK)
     return size // 2 + scales + 4 * math.ceil(scales / _OUTER) + 4
 
 
-def quantise(weight: torch.Tensor, original: QuantizedWeight) -> dict[str, torch.Tensor]:
+def quantise(weight: torch.Tensor, spec: QuantizationSpec) -> dict[str, torch.Tensor]:
     """Quantise ``weight`` into the tensors that ``PARTS`` names, on its device.
 
     int8 [N, K]: codes = round(127 · w / scales), scales [N] = max |w| of each output. nf4: the nearest of 16 quantiles
     of a normal distribution, times the largest magnitude of 64 weights, which is kept in 8 bits itself.
     """
     functional = bitsandbytes_functional()
-    matrix = (weight.t() if original.transposed else weight).reshape(-1, _inputs_per_output(original)).contiguous()
-    if original.precision == "int8":
+    matrix = (weight.t() if spec.transposed else weight).reshape(-1, spec.inputs).contiguous()
+    if spec.precision == "int8":
         codes, scales, _ = functional.int8_vectorwise_quant(matrix.to(torch.float16))
         return {"codes": codes, "scales": scales}
     codes, state = functional.quantize_4bit(matrix, blocksize=_BLOCK, compress_statistics=True, quant_type="nf4")
@@ -96,28 +100,28 @@ def quantise(weight: torch.Tensor, original: QuantizedWeight) -> dict[str, torch
     }  # fmt: skip
 
 
-def dequantise(parts: Mapping[str, torch.Tensor], original: QuantizedWeight) -> torch.Tensor:
-    """Return the weight that ``parts`` stand for, in its original shape and precision."""
-    if original.precision == "int8":
+def dequantise(parts: Mapping[str, torch.Tensor], spec: QuantizationSpec) -> torch.Tensor:
+    """Return the weight that ``quantise`` made ``parts`` of, in its original shape and dtype."""
+    if spec.precision == "int8":
         scales = parts["scales"].mul(1 / 127).unsqueeze(1)
-        matrix = parts["codes"].to(original.dtype).mul_(scales)
+        matrix = parts["codes"].to(spec.dtype).mul_(scales)
     else:
-        size = math.prod(original.shape)
+        size = math.prod(spec.shape)
         # bitsandbytes' CPU kernel takes the wrong scales where a row is not a whole number of blocks (0.50.2)
         rows = (size // _BLOCK, _BLOCK) if size % _BLOCK == 0 else (1, size)
         functional = bitsandbytes_functional()
-        code, outer_code = _nf4_tables(parts["codes"].device)
-        outer = functional.QuantState(
-            absmax=parts["scales_of_scales"], code=outer_code, blocksize=_OUTER, dtype=torch.float32
+        codebook, scale_codebook = _nf4_codebooks(parts["codes"].device)
+        scale_state = functional.QuantState(
+            absmax=parts["scales_of_scales"], code=scale_codebook, blocksize=_OUTER, dtype=torch.float32
         )
         state = functional.QuantState(
-            absmax=parts["scales"], shape=torch.Size(rows), code=code, blocksize=_BLOCK, quant_type="nf4",
-            dtype=original.dtype, offset=parts["offset"][0], state2=outer,
+            absmax=parts["scales"], shape=torch.Size(rows), code=codebook, blocksize=_BLOCK, quant_type="nf4",
+            dtype=spec.dtype, offset=parts["offset"][0], state2=scale_state,
         )  # fmt: skip
         matrix = functional.dequantize_4bit(parts["codes"], state)
-    if original.transposed:
-        return matrix.view(original.shape[::-1]).t().contiguous()
-    return matrix.view(original.shape)
+    if spec.transposed:
+        return matrix.view(spec.shape[::-1]).t().contiguous()
+    return matrix.view(spec.shape)
 
 
 def check_quantisable(blocks: Iterable[nn.Module], precision: Precision) -> str:
@@ -128,10 +132,10 @@ def check_quantisable(blocks: Iterable[nn.Module], precision: Precision) -> str:
     """
     quantised, rest = 0, Counter[str]()
     for block in blocks:
-        weights = quantisable(block, precision)
-        quantised += sum(math.prod(original.shape) for original in weights.values())
+        specs = quantisable(block, precision)
+        quantised += sum(math.prod(spec.shape) for spec in specs.values())
         for name, parameter in block.named_parameters():
-            if name not in weights:
+            if name not in specs:
                 rest[type(block.get_submodule(name.rpartition(".")[0])).__name__] += parameter.numel()
     total = quantised + rest.total()
     left = ", ".join(f"{name} {size:,}" for name, size in rest.most_common(5)) or "nothing"
@@ -144,14 +148,9 @@ def check_quantisable(blocks: Iterable[nn.Module], precision: Precision) -> str:
     return f"prefix in {precision}: {quantised:,} of {total:,} parameters of the frozen blocks, all but those in {left}"
 
 
-def _inputs_per_output(original: QuantizedWeight) -> int:
-    """Return the number of inputs of the weight, which are the elements that belong to one output."""
-    return original.shape[0] if original.transposed else original.shape[-1]
-
-
 @cache
-def _nf4_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the values of nf4's 16 codes, and of the 256 codes that its scales are quantised to."""
+def _nf4_codebooks(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the [16] values of nf4's codes, and the [256] values of the codes of its scales."""
     functional = bitsandbytes_functional()
     return functional.get_4bit_type("nf4", device=device), functional.create_dynamic_map().to(device)
 

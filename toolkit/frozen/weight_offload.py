@@ -1,16 +1,16 @@
 """Offload the frozen weights of the prefix, and load each block's while it computes.
 
-Between uses, the parameters of a prefix block are on the meta device. A hook of accelerate's kind loads its
-weights when it is entered, in the model's precision and on its device, and releases them when it is left. In between
-they are kept on the device, on the host or on disk, as they are or quantised.
+Between uses, the parameters of a prefix block are on the meta device. A hook of accelerate's kind loads its weights
+when it is entered, in the model's precision and on its device, and releases them when it is left. Until then they are
+on the device, on the host or on disk, as they are or quantised.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,7 @@ from torch import nn
 from toolkit.frozen.quantization import (
     PARTS,
     Precision,
-    QuantizedWeight,
+    QuantizationSpec,
     check_quantisable,
     dequantise,
     quantisable,
@@ -35,61 +35,81 @@ Placement = Literal["device", "cpu", "disk"]
 _HOST = torch.device("cpu")
 
 
-@dataclass(frozen=True)
+@dataclass
 class OffloadUnit:
     """A module whose weights are loaded together: a block, or an embedding table, whose look-up runs on the host."""
 
     module: str
     """Name of the module in the model."""
+    is_block: bool
     device: torch.device
     """Device that it computes on."""
     names: tuple[str, ...]
     """Names, within the module, of its offloaded parameters."""
-    is_block: bool
+    stored: dict[str, torch.Tensor | OnDisk]
+    """Weights by name, and the parts of quantised ones as ``name:part``."""
+    specs: dict[str, QuantizationSpec] = field(default_factory=dict)
+    """Quantised weights by name."""
+    prefetched: tuple[dict[str, torch.Tensor], torch.cuda.Event] | None = None
+    """Copies of ``stored`` on the device, and the event after which they are complete."""
+
+    def place_weight(self, name: str, spec: QuantizationSpec | None, place: torch.device) -> None:
+        """Move one weight to ``place``; with a ``spec``, quantise it first, on the device."""
+        stored = self.stored[name]
+        if spec is None:
+            if isinstance(stored, torch.Tensor):
+                self.stored[name] = stored.to(place)
+            return
+        del self.stored[name]
+        self.specs[name] = spec
+        for part, tensor in quantise(_as_tensor(stored).to(self.device), spec).items():
+            self.stored[f"{name}:{part}"] = tensor.to(place)
+        _advise([stored], needed=False)
+
+    def copy_to_device(self) -> dict[str, torch.Tensor]:
+        """Copy the stored tensors to the device, without waiting for a GPU."""
+        return {key: _as_tensor(stored).to(self.device, non_blocking=True) for key, stored in self.stored.items()}
+
+    def dequantise(self, copies: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the weights by name, in the model's precision, from ``copies`` of the stored tensors."""
+        return {
+            name: dequantise({part: copies[f"{name}:{part}"] for part in PARTS[spec.precision]}, spec)
+            if (spec := self.specs.get(name))
+            else copies[name]
+            for name in self.names
+        }
 
 
 class FrozenWeights:
     """Holds the offloaded weights of the prefix, on the device, the host or disk.
 
-    They are moved out of ``model``, but for tensors that train or that other modules share.
-
-    Args:
-        model: the whole model with its mask applied, on the CPU; offloaded parameters are moved to the meta device.
-        blocks: names of the frozen blocks, in running order.
-        tables: names of embedding tables to offload too.
-        device: device that the blocks compute on.
-        on_disk: parameters that were left on disk when ``model`` was loaded, by name.
+    They are moved out of ``model``, which is on the CPU with its mask applied, and leave parameters on the meta device;
+    tensors that train or that other modules share stay. ``blocks`` names the frozen blocks in running order,
+    ``embeddings`` the embedding tables to offload too, ``device`` where the blocks compute, and ``on_disk`` holds the
+    parameters that were left on disk when ``model`` was loaded, by name.
     """
 
     def __init__(
-        self, model: nn.Module, blocks: Iterable[str], tables: Iterable[str], device: torch.device,
+        self, model: nn.Module, blocks: Sequence[str], embeddings: Sequence[str], device: torch.device,
         on_disk: Mapping[str, OnDisk],
     ) -> None:  # fmt: skip
-        blocks, tables = list(blocks), list(tables)
-        names = {module: dict(model.get_submodule(module).named_parameters()) for module in (*tables, *blocks)}
-        inside = {f"{module}.{name}" for module, parameters in names.items() for name in parameters}
+        modules = {module: dict(model.get_submodule(module).named_parameters()) for module in (*embeddings, *blocks)}
+        inside = {f"{module}.{name}" for module, parameters in modules.items() for name in parameters}
         named = model.named_parameters(remove_duplicate=False)
         kept = {id(p) for name, p in named if name not in inside or p.requires_grad}
-        offloaded = {
-            module: tuple(name for name, p in parameters.items() if id(p) not in kept)
-            for module, parameters in names.items()
-        }
         self.device = device
-        self.units = [
-            OffloadUnit(module, _HOST if module in tables else device, parameters, module in blocks)
-            for module, parameters in offloaded.items()
-            if parameters
-        ]
-        self._stored: dict[str, torch.Tensor | OnDisk] = {}
-        self._quantized: dict[str, QuantizedWeight] = {}
-        self._prefetched: dict[str, tuple[dict[str, torch.Tensor], torch.cuda.Event]] = {}
+        self.units: list[OffloadUnit] = []
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        for module, parameters in modules.items():
+            stored = {
+                name: on_disk.get(f"{module}.{name}", p.detach()) for name, p in parameters.items() if id(p) not in kept
+            }
+            if stored:
+                unit_device = device if module in blocks else _HOST
+                self.units.append(OffloadUnit(module, module in blocks, unit_device, tuple(stored), stored))
         for unit in self.units:
             for name in unit.names:
-                full = f"{unit.module}.{name}"
-                self._stored[full] = on_disk[full] if full in on_disk else model.get_parameter(full).detach()
-        for full in self._stored:
-            to_meta(model, full)
+                to_meta(model, f"{unit.module}.{name}")
 
     def attach(self, copy: nn.Module) -> None:
         """Hook the units of ``copy``, the prefix's copy of the model, so that they load their weights from here."""
@@ -101,12 +121,9 @@ class FrozenWeights:
             add_hook_to_module(module, _LoadHook(self, unit, following))
 
     def place_weights(self, copy: nn.Module, precision: Literal["model"] | Precision, placement: Placement) -> None:
-        """Quantise the weights if asked to, and move them to where they are kept from now on, one unit at a time.
+        """Quantise the weights unless ``precision`` is ``model``, and move them to ``placement``, unit by unit.
 
-        Args:
-            copy: the prefix's copy of the model.
-            precision: precision to store them in; ``model`` keeps the model's.
-            placement: where to keep them.
+        ``copy`` is the prefix's copy of the model.
 
         Raises:
             ModelError: too little of the blocks can be quantised, or the disk is full or refuses.
@@ -115,107 +132,54 @@ class FrozenWeights:
             blocks = [copy.get_submodule(unit.module) for unit in self.units if unit.is_block]
             log.info("%s", check_quantisable(blocks, precision))
         for unit in self.units:
-            quantized: dict[str, QuantizedWeight] = {}
+            specs: dict[str, QuantizationSpec] = {}
             if precision != "model" and unit.is_block:
-                quantized = quantisable(copy.get_submodule(unit.module), precision)
+                specs = quantisable(copy.get_submodule(unit.module), precision)
             place = unit.device if placement == "device" else _HOST
             for name in unit.names:
-                self._place_parameter(f"{unit.module}.{name}", quantized.get(name), unit.device, place)
-            if placement == "disk":
-                self._move_to_disk(unit)
+                unit.place_weight(name, specs.get(name), place)
+            in_memory = {key: stored for key, stored in unit.stored.items() if isinstance(stored, torch.Tensor)}
+            if placement == "disk" and in_memory:
+                unit.stored |= offload_to_disk(in_memory)
         log.info("%s", self.summary())
-
-    def _place_parameter(
-        self, full: str, quantized_as: QuantizedWeight | None, device: torch.device, place: torch.device
-    ) -> None:
-        """Move one parameter to ``place``, quantised on ``device`` first if ``quantized_as`` says how."""
-        stored = self._stored[full]
-        if quantized_as is None:
-            if isinstance(stored, torch.Tensor):
-                self._stored[full] = stored.to(place)
-            return
-        del self._stored[full]
-        self._quantized[full] = quantized_as
-        for part, tensor in quantise(_as_tensor(stored).to(device), quantized_as).items():
-            self._stored[f"{full}:{part}"] = tensor.to(place)
-        _drop_pages([stored])
-
-    def _move_to_disk(self, unit: OffloadUnit) -> None:
-        """Move a unit's weights that are in memory to disk."""
-        loaded = {
-            key: tensor for key in self._stored_keys(unit) if isinstance(tensor := self._stored[key], torch.Tensor)
-        }
-        if loaded:
-            self._stored.update(offload_to_disk(loaded))
-
-    def _stored_keys(self, unit: OffloadUnit) -> list[str]:
-        """Return the keys, in ``_stored``, of a unit's tensors: whole weights, or the parts of quantised ones."""
-        keys = []
-        for full in (f"{unit.module}.{name}" for name in unit.names):
-            quantized_as = self._quantized.get(full)
-            keys += [f"{full}:{part}" for part in PARTS[quantized_as.precision]] if quantized_as else [full]
-        return keys
 
     def load(self, unit: OffloadUnit) -> dict[str, torch.Tensor]:
         """Return the unit's weights by parameter name, in the model's precision, on the unit's device."""
-        loaded = self._take_prefetched(unit) or self._copy_to_device(unit)
-        return {name: self._assemble_weight(f"{unit.module}.{name}", loaded) for name in unit.names}
-
-    def _assemble_weight(self, full: str, loaded: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return one weight of a unit whose stored tensors are on its device, dequantised if need be."""
-        quantized_as = self._quantized.get(full)
-        if quantized_as is None:
-            return loaded[full]
-        return dequantise({part: loaded[f"{full}:{part}"] for part in PARTS[quantized_as.precision]}, quantized_as)
-
-    def _copy_to_device(self, unit: OffloadUnit) -> dict[str, torch.Tensor]:
-        """Copy a unit's stored tensors to its device, without waiting for a GPU."""
-        return {
-            key: _as_tensor(self._stored[key]).to(unit.device, non_blocking=True) for key in self._stored_keys(unit)
-        }
-
-    def _take_prefetched(self, unit: OffloadUnit) -> dict[str, torch.Tensor] | None:
-        """Return the unit's prefetched tensors; None if there are none.
-
-        The current stream waits for their copy, and the allocator keeps their memory until that stream is done with it.
-        """
-        prefetched = self._prefetched.pop(unit.module, None)
-        if prefetched is None:
-            return None
-        tensors, event = prefetched
+        if unit.prefetched is None:
+            return unit.dequantise(unit.copy_to_device())
+        copies, event = unit.prefetched
+        unit.prefetched = None
         stream = torch.cuda.current_stream(unit.device)
         stream.wait_event(event)
-        for tensor in tensors.values():
-            tensor.record_stream(stream)
-        return tensors
+        for tensor in copies.values():
+            tensor.record_stream(stream)  # so that its memory is not reused before this stream is done with it
+        return unit.dequantise(copies)
 
     def release(self, unit: OffloadUnit, following: OffloadUnit | None) -> None:
         """Drop the file pages of ``unit``, whose module has run, and prefetch the weights of the next one.
 
         On a GPU, the next block's are copied while this one's kernels still run; it then holds both.
         """
-        _drop_pages([self._stored[key] for key in self._stored_keys(unit)])
+        _advise(unit.stored.values(), needed=False)
         if following is None:
             return
-        for key in self._stored_keys(following):
-            if isinstance(stored := self._stored[key], OnDisk):
-                stored.file.advise([stored.name], needed=True)
-        must_copy = any(_device_of(self._stored[key]) != following.device for key in self._stored_keys(following))
-        if self._stream is not None and must_copy:
+        _advise(following.stored.values(), needed=True)
+        places = {_HOST if isinstance(stored, OnDisk) else stored.device for stored in following.stored.values()}
+        if self._stream is not None and places != {following.device}:
             with torch.cuda.stream(self._stream):
-                tensors = self._copy_to_device(following)
-            self._prefetched[following.module] = tensors, self._stream.record_event()
+                copies = following.copy_to_device()
+            following.prefetched = copies, self._stream.record_event()
 
     def nbytes(self) -> dict[Placement, int]:
         """Return the bytes that are stored at each placement."""
-        found: Counter[Placement] = Counter()
-        for stored in self._stored.values():
+        sizes: Counter[Placement] = Counter()
+        for stored in (stored for unit in self.units for stored in unit.stored.values()):
             if isinstance(stored, OnDisk):
-                found["disk"] += stored.nbytes
+                sizes["disk"] += stored.nbytes
             else:
                 place: Placement = "cpu" if stored.device.type == "cpu" and self._stream is not None else "device"
-                found[place] += stored.nbytes
-        return dict(found)
+                sizes[place] += stored.nbytes
+        return dict(sizes)
 
     def summary(self) -> str:
         """Describe where the weights are kept, as a sentence for the log."""
@@ -232,7 +196,7 @@ class _LoadHook(ModelHook):  # type: ignore[misc]
         self._empty: dict[str, nn.Parameter] = {}
 
     def init_hook(self, module: nn.Module) -> nn.Module:
-        """Remember the module's empty parameters, which stand in for the weights between uses."""
+        """Keep the module's empty parameters, to take the place of the weights between uses."""
         self._empty = {name: module.get_parameter(name) for name in self._unit.names}
         if not self._unit.is_block:  # Llama 4 moves the ids to the table's device: let that be ours, not meta
             for name, empty in self._empty.items():
@@ -264,17 +228,12 @@ def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> Non
 
 
 def _as_tensor(stored: torch.Tensor | OnDisk) -> torch.Tensor:
-    """Return a stored tensor, read from disk if it is there."""
+    """Return a stored tensor, read from disk if need be."""
     return stored.read() if isinstance(stored, OnDisk) else stored
 
 
-def _device_of(stored: torch.Tensor | OnDisk) -> torch.device:
-    """Return the device of a stored tensor; that of one on disk is the host."""
-    return _HOST if isinstance(stored, OnDisk) else stored.device
-
-
-def _drop_pages(tensors: Iterable[torch.Tensor | OnDisk]) -> None:
-    """Tell the kernel that pages of tensors on disk are no longer needed."""
+def _advise(tensors: Iterable[torch.Tensor | OnDisk], needed: bool) -> None:
+    """Advise the kernel to read those tensors ahead that are on disk, or to drop their pages."""
     for stored in tensors:
         if isinstance(stored, OnDisk):
-            stored.file.advise([stored.name], needed=False)
+            stored.file.advise([stored.name], needed)

@@ -17,7 +17,7 @@ from toolkit.checkpoint.choice import Step
 from toolkit.checkpoint.state import read_state
 from toolkit.data.batches import BatchPlan, collate, step_batches
 from toolkit.data.dataset import Dataset, load_dataset
-from toolkit.data.examples import Example, shortest
+from toolkit.data.examples import Example
 from toolkit.data.model_limits import check_fit, padding_id
 from toolkit.data.prefetch import Prefetcher, on_device
 from toolkit.data.sources import read_rows
@@ -104,7 +104,7 @@ def evaluate_rows(
         for batch in chain.from_iterable(ahead(on_device(steps, world.device))):
             if may_stop:
                 world.raise_if_stopping()
-            with explain_out_of_memory("the evaluation", batch.shape):
+            with explain_out_of_memory("the evaluation", batch.shape_text):
                 hidden = prefix(batch) if prefix else None
                 local_loss += supervised_loss(forward, hidden, batch, tokens)
             bar.advance(plan.global_batch)
@@ -157,7 +157,7 @@ def evaluate_source(
     model = opened.loaded.model.to(world.device).eval()
     suffix = Suffix(model, opened.loaded.anatomy, boundary=None)
     pad_id = padding_id(opened.loaded.tokenizer, model)
-    suffix.choose_shortcuts(None, collate([shortest(examples)], pad_id).to(world.device))
+    suffix.choose_shortcuts(None, collate([min(examples, key=len)], pad_id).to(world.device))
     packing = choose_packing(config.packing, batch_size, None, suffix, examples, world.device)
     log.info("packing: %s", packing.reason)
     evaluation = evaluate_rows(suffix, None, examples, batch_size, pad_id, world, packing.on)

@@ -55,7 +55,7 @@ def answers(
             log.info("answers end where the model's %d positions do", len(prompt) + room)
         stop_ids = encoder.stop_ids()
         answer = complete(loaded.model.eval(), loaded.tokenizer, prompt, stop_ids, max_new_tokens, temperature)
-        yield encoder.begun + encoder.without_closing(answer)
+        yield encoder.answer_opening + encoder.without_closing(answer)
 
 
 @torch.no_grad()

@@ -68,5 +68,5 @@ def prefix_memory(
 
 def _saved_bytes(block: nn.Module, precision: Literal["int8", "nf4"]) -> int:
     """Return the bytes that quantisation takes off a block."""
-    forms = quantisable(block, precision).items()
-    return sum(block.get_parameter(name).nbytes - quantised_bytes(form) for name, form in forms)
+    specs = quantisable(block, precision).items()
+    return sum(block.get_parameter(name).nbytes - quantised_bytes(spec) for name, spec in specs)

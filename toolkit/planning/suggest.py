@@ -14,7 +14,7 @@ import yaml
 from toolkit.config.schema import RunConfig
 from toolkit.data.batches import collate
 from toolkit.data.dataset import load_dataset
-from toolkit.data.examples import Example, shortest
+from toolkit.data.examples import Example
 from toolkit.data.model_limits import check_fit, padding_id
 from toolkit.inference.open_model import load_base
 from toolkit.models.load import LoadedModel
@@ -140,7 +140,7 @@ def gradient_scores(loaded: LoadedModel, examples: Sequence[Example]) -> list[fl
     check_fit(examples, model)
     pad_id = padding_id(loaded.tokenizer, model)
     scores = [0.0] * loaded.anatomy.block_count
-    suffix.choose_shortcuts(None, collate([shortest(examples)], pad_id).to(device))
+    suffix.choose_shortcuts(None, collate([min(examples, key=len)], pad_id).to(device))
     for example in examples:
         batch = collate([example], pad_id).to(device)
         torch.autograd.backward(supervised_loss(suffix, None, batch, batch.supervised_tokens))

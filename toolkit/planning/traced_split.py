@@ -74,7 +74,7 @@ def meta_split(meta: MetaModel, mask: LayerMask, boundary: int | None, packed: b
     prefix, suffix = split(model, anatomy, boundary)
     suffix.set_shortcuts(shortcuts)
     if prefix is None and mask.tied == "head_only":
-        suffix.detach_embeddings(anatomy)
+        suffix.detach_embeddings()
     trained = trainable_parameters(suffix.model, mask)
     return MetaSplit(model, anatomy, mask, boundary, prefix, suffix, trained, _tensor_sizes(prefix, suffix, trained))
 

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.probe import evaluating
-from toolkit.split.module_tree import StandIn, copy_module_tree
+from toolkit.split.module_tree import Placeholder, copy_module_tree
 from toolkit.split.supervised_loss import LogitFunction
 
 MODEL_CODE_ERRORS = (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError)
-"""Exceptions that a model's own code raises if it needs something that a stand-in does not have."""
+"""Exceptions that a model's own code raises if it needs something that a placeholder does not have."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class LogitProcessing:
     """True if each logit depends on the same element of the head's output alone."""
 
 
-class _BodyStub(StandIn):
+class _BodyStub(Placeholder):
     """Takes the place of everything below the head."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return hidden states in the form of a transformers output; the head's stand-in ignores them."""
+        """Return hidden states in the form of a transformers output; ``_HeadStub`` ignores them."""
         return _BodyOutput(kwargs["inputs_embeds"])
 
 
@@ -50,7 +50,7 @@ class _BodyOutput:
         return (self.last_hidden_state,)[index]
 
 
-class _HeadStub(StandIn):
+class _HeadStub(Placeholder):
     """Takes the place of the head and returns the logits that it holds."""
 
     def __init__(self, head: nn.Module) -> None:
@@ -101,7 +101,7 @@ def find_logit_processing(model: PreTrainedModel, anatomy: Anatomy) -> LogitProc
 
 
 def _classify(after_head: _AfterHead) -> LogitProcessing:
-    """Try the function on numbers: does it change them at all, and does each depend on its own element alone?"""
+    """Run the function on numbers, to see if it changes them and if each depends on its own element alone."""
     probe = torch.linspace(-40, 40, 99, device=after_head.device, dtype=after_head.dtype).view(3, 33)
     with evaluating(after_head):
         whole = after_head(probe)

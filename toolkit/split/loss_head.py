@@ -1,4 +1,4 @@
-"""The head of a suffix, which computes logits or their loss, and the short cuts at the top of a suffix."""
+"""The head of a suffix, which computes logits or their loss, and the shortcuts at the top of a suffix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from toolkit.split.supervised_loss import LogitFunction, linear_cross_entropy
 
 @dataclass(frozen=True)
 class Shortcuts:
-    """Which short cuts the top of the suffix takes, in addition to running the head on supervised positions alone."""
+    """Shortcuts at the top of the suffix, in addition to running the head on the supervised positions alone."""
 
     tiled: bool = False
     """Head and cross entropy are computed together, in tiles of the vocabulary; else all logits come first."""
@@ -24,7 +24,7 @@ class Shortcuts:
 
     @property
     def text(self) -> str:
-        """Describe them for the log."""
+        """Describe the shortcuts for the log."""
         parts = [name for name, on in (("the last MLP", self.mlp), ("the final norm", self.norm), ("head", True)) if on]
         loss = "in tiles of the vocabulary" if self.tiled else "from their whole logits, for this architecture's head"
         return f"{', '.join(parts)}; loss {loss}"
@@ -46,15 +46,10 @@ class LossHead(EndOfPass):
         in_float32: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Return the head's own output, or the summed cross entropy of the logits.
+        """Return the head's own output, or with ``targets`` the summed cross entropy of the logits.
 
-        Args:
-            hidden: [1, S, hidden_size].
-            args: further positional arguments of the head's own forward.
-            targets: [S] token ids, for the loss; needs a head that is ``nn.Linear``. None returns the head's output.
-            processing: function of the head's output that gives the logits; None if they are the same.
-            in_float32: True computes products in float32 (see ``toolkit.models.float32_gradients``).
-            kwargs: further arguments of the head's own forward.
+        ``hidden`` is [1, S, hidden_size]; ``args`` and ``kwargs`` are further arguments of the head's own forward. The
+        others are those of ``linear_cross_entropy``, for a head that is ``nn.Linear``.
         """
         if targets is None:
             return super().forward(hidden, *args, **kwargs)

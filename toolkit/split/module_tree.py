@@ -1,9 +1,9 @@
-"""Copy a model's module tree with stand-ins for some modules, and extend the classes of others."""
+"""Copy a model's module tree with placeholders for some modules, and extend the classes of others."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,15 +14,12 @@ from toolkit.models.anatomy import Anatomy
 
 
 def copy_module_tree(
-    model: PreTrainedModel, replaced: dict[nn.Module, nn.Module], own_parameters: bool = False
+    model: PreTrainedModel, replacements: Mapping[nn.Module, nn.Module], own_parameters: bool = False
 ) -> PreTrainedModel:
-    """Copy ``model`` with other modules in some places; the copy shares the model's storage but no module.
+    """Copy ``model`` with ``replacements`` for some of its modules; the copy shares the model's storage but no module.
 
-    Args:
-        model: the model to copy, which is not changed.
-        replaced: modules of ``model``, each with the module that takes its place in the copy.
-        own_parameters: True makes new parameter objects on the same storage. ZeRO-3 empties the parameters that it is
-            given, and a frozen tied table is in both halves.
+    ``own_parameters`` makes new parameter objects on the same storage: ZeRO-3 empties the parameters that it is given,
+    and a frozen tied table is in both halves.
     """
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for module in model.modules():  # recurrent models keep their last state as a plain attribute, graph and all
@@ -30,7 +27,7 @@ def copy_module_tree(
     if own_parameters:
         shared |= {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
     shared[id(model.config)] = model.config
-    shared |= {id(old): new for old, new in replaced.items()}
+    shared |= {id(old): new for old, new in replacements.items()}
     return copy.deepcopy(model, shared)
 
 
@@ -56,23 +53,24 @@ def extend_class(module: nn.Module, extension: type[nn.Module]) -> None:
     module.__class__ = type(f"{extension.__name__}{original_class.__name__}", (extension, original_class), {})
 
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of a module's call, positional and by keyword."""
+
+
 class StopForward(Exception):
     """Ends a forward pass through a model's own code, and holds the arguments of the call at which it ended."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.call = args, kwargs
-
-    @property
-    def hidden(self) -> torch.Tensor:
-        """Return the hidden states among the arguments."""
-        args, kwargs = self.call
-        hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
-        return hidden
+        self.call: Call = args, kwargs
 
 
-def with_hidden(
-    hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """Return the hidden states among a call's arguments."""
+    hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
+def with_hidden(hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """Return a call's arguments with its hidden states replaced by ``hidden``."""
     if args:
         return (hidden, *args[1:]), kwargs
@@ -83,7 +81,7 @@ class EndOfPass(nn.Module):
     """Extends the class of a module whose call can end a forward pass through the model's own code."""
 
     ends_pass = False
-    """True while a pass is to end at this module; ``Suffix`` sets it."""
+    """True if the current pass is to end at this module; ``Suffix`` sets it."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module; if ``ends_pass``, raise ``StopForward`` instead.
@@ -104,7 +102,7 @@ class DetachedOutput(nn.Module):
         return output.detach()
 
 
-class StandIn(nn.Module):
+class Placeholder(nn.Module):
     """Takes a module's place without its parameters; has its other attributes, which models read (layer_idx)."""
 
     def __init__(self, original: nn.Module | None = None) -> None:
@@ -115,7 +113,7 @@ class StandIn(nn.Module):
                 setattr(self, name, value)
 
 
-class Absent(StandIn):
+class Absent(Placeholder):
     """Takes the place, in the prefix, of a module above the frost line, which a forward pass must not reach."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -123,7 +121,7 @@ class Absent(StandIn):
         raise RuntimeError("the prefix ran past the frost line")
 
 
-class PrefixEnd(StandIn):
+class PrefixEnd(Placeholder):
     """Takes the place, in the prefix, of the first module above the frost line."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -131,26 +129,24 @@ class PrefixEnd(StandIn):
         raise StopForward(args, kwargs)
 
 
-class PassThrough(StandIn):
-    """Takes the place, in the suffix, of a block below the frost line.
+class PassThrough(Placeholder):
+    """Takes the place, in the suffix, of a block below the frost line with ``output_count`` outputs.
 
-    Args:
-        block: the block it replaces.
-        tuple_length: length of the tuple that the block returns; None if it returns a tensor.
+    The count is None if the block returns a bare tensor instead of a tuple.
     """
 
-    def __init__(self, block: nn.Module, tuple_length: int | None) -> None:
+    def __init__(self, block: nn.Module, output_count: int | None) -> None:
         super().__init__(block)
-        self._tuple_length = tuple_length
+        self._output_count = output_count
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Return the hidden states as they came in, in a tuple if the block returns one."""
-        if self._tuple_length is None:
+        """Return the hidden states as they came in, and None for every other output."""
+        if self._output_count is None:
             return hidden_states
-        return (hidden_states, *[None] * (self._tuple_length - 1))
+        return (hidden_states, *[None] * (self._output_count - 1))
 
 
-class EmbeddingStub(StandIn):
+class EmbeddingStub(Placeholder):
     """Takes the place, in the suffix, of an embedding table; its output is replaced at the frost line."""
 
     def __init__(self, table: nn.Module) -> None:
@@ -162,20 +158,19 @@ class EmbeddingStub(StandIn):
         return torch.zeros((), device=ids.device)
 
 
-def stand_ins_below(
-    model: nn.Module, anatomy: Anatomy, boundary: int, tuple_lengths: Sequence[int | None]
+def placeholders_below(
+    model: nn.Module, anatomy: Anatomy, boundary: int, output_counts: Sequence[int | None]
 ) -> dict[nn.Module, nn.Module]:
-    """Return the stand-ins of a suffix: each embedding table and block below ``boundary``, with its replacement.
+    """Return the placeholders, in a suffix, of each block below ``boundary`` and each embedding table.
 
-    An embedding table that is tied to the head stays. ``tuple_lengths`` is as ``Prefix.block_tuple_lengths`` returns
-    it.
+    A table that is tied to the head stays. ``output_counts`` are ``Prefix.block_output_counts``.
     """
     head: Any = model.get_submodule(anatomy.head)
     below = list(model.get_submodule(anatomy.blocks).children())[:boundary]
-    replaced: dict[nn.Module, nn.Module] = {
-        block: PassThrough(block, length) for block, length in zip(below, tuple_lengths, strict=True)
+    placeholders: dict[nn.Module, nn.Module] = {
+        block: PassThrough(block, count) for block, count in zip(below, output_counts, strict=True)
     }
     for table in map(model.get_submodule, anatomy.embeddings):
         if getattr(table, "weight", None) is not head.weight:
-            replaced[table] = EmbeddingStub(table)
-    return replaced
+            placeholders[table] = EmbeddingStub(table)
+    return placeholders

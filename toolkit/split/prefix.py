@@ -11,17 +11,14 @@ from toolkit.frozen.weight_offload import FrozenWeights
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.probe import probe_blocks
 from toolkit.models.rotary import needs_lengths
-from toolkit.split.module_tree import Absent, PrefixEnd, StopForward, copy_module_tree, entry_name
+from toolkit.split.module_tree import Absent, PrefixEnd, StopForward, copy_module_tree, entry_name, hidden_of
 
 
 class Prefix(nn.Module):
     """Embeddings and blocks 0 … b-1: token ids to ``hidden[b]``, without gradients.
 
-    Args:
-        model: the whole model with its mask applied.
-        anatomy: parts of ``model``.
-        boundary: b, from 0 to the number of blocks; 0 leaves the embeddings alone.
-        frozen: offloaded weights, which are loaded block by block; None if ``model`` holds all of them.
+    ``boundary`` is b, from 0 (the embeddings alone) to the number of blocks. ``frozen`` holds offloaded weights, which
+    are loaded block by block; None if ``model`` has them all.
     """
 
     def __init__(
@@ -30,19 +27,19 @@ class Prefix(nn.Module):
         super().__init__()
         blocks = list(model.get_submodule(anatomy.blocks).children())
         entry = model.get_submodule(entry_name(anatomy, boundary))
-        replaced: dict[nn.Module, nn.Module] = {block: Absent(block) for block in blocks[boundary:]}
+        placeholders: dict[nn.Module, nn.Module] = {block: Absent(block) for block in blocks[boundary:]}
         for above in filter(None, (anatomy.norm, anatomy.head)):
-            replaced[model.get_submodule(above)] = Absent()
-        replaced[entry] = PrefixEnd(entry)
-        self.model = copy_module_tree(model, replaced, own_parameters=True)
+            placeholders[model.get_submodule(above)] = Absent()
+        placeholders[entry] = PrefixEnd(entry)
+        self.model = copy_module_tree(model, placeholders, own_parameters=True)
         self._blocks = list(self.model.get_submodule(anatomy.blocks).children())[:boundary]
         self._with_lengths = needs_lengths(model)
         self.frozen = frozen
         if frozen is not None:
             frozen.attach(self.model)
 
-    def block_tuple_lengths(self) -> list[int | None]:
-        """Return the length of the tuple that each block returns; None for one that returns a tensor."""
+    def block_output_counts(self) -> list[int | None]:
+        """Return the number of outputs of each block; None for one that returns a bare tensor instead of a tuple."""
         device = self.frozen.device if self.frozen is not None else None
         outputs = dict(probe_blocks(self.model, self._blocks, device))
         return [
@@ -53,11 +50,11 @@ class Prefix(nn.Module):
     def forward(self, batch: Batch) -> torch.Tensor:
         """Return the hidden states [B, T, hidden_size] that enter block b (or the final norm above the last block).
 
-        The model's own code runs until it calls the first module above the frost line, whose stand-in ends it by an
-        exception.
+        The model's own code runs until it calls the first module above the frost line, whose placeholder ends it by
+        an exception.
         """
         try:
             self.model(input_ids=batch.input_ids, **batch.forward_inputs(self._with_lengths), use_cache=False)
         except StopForward as stop:
-            return stop.hidden
+            return hidden_of(*stop.call)
         raise RuntimeError("the prefix never reached the frost line")

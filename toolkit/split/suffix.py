@@ -27,6 +27,7 @@ from toolkit.runtime.errors import ModelError
 from toolkit.split.logit_processing import MODEL_CODE_ERRORS, find_logit_processing
 from toolkit.split.loss_head import LossHead, Shortcuts
 from toolkit.split.module_tree import (
+    Call,
     DetachedOutput,
     EndOfPass,
     StopForward,
@@ -34,15 +35,13 @@ from toolkit.split.module_tree import (
     entry_name,
     extend_class,
     final_norm,
-    stand_ins_below,
+    hidden_of,
+    placeholders_below,
     with_hidden,
 )
 from toolkit.split.prefix import Prefix
 from toolkit.split.supervised_loss import cross_entropy
 from toolkit.split.supervised_rows import RowsBlock, RowsMLP, SupervisedRows, dense_mlp
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""The arguments of a module's call."""
 
 _HEAD_ALONE = {"norm": False, "mlp": False}
 
@@ -50,31 +49,28 @@ _HEAD_ALONE = {"norm": False, "mlp": False}
 class Suffix(nn.Module):
     """Blocks b … n-1, norm, head and loss: ``hidden[b]`` to the cross entropy of the supervised positions.
 
-    With no prefix it is the whole model and starts from token ids. It takes no short cut until ``choose_shortcuts`` has
+    With no prefix it is the whole model and starts from token ids. It takes no shortcut until ``choose_shortcuts`` has
     found on a batch which of them give the same loss.
 
     The model's own code runs the blocks, with the masks and positions that it makes. It calls its modules with
     arguments of its own, and its output is what it makes of the head's; rows, targets and a loss cannot be handed
-    through it. So a pass through it ends, by an exception, at the call of the head, or of the last block where a short
-    cut begins there. From that call on the modules are called from here, with rows and targets as arguments. Their
+    through it. So a pass through it ends, by an exception, at the call of the head, or of the last block where a
+    shortcut begins there. From that call on the modules are called from here, with rows and targets as arguments. Their
     classes are extended for this; a module around them would give their parameters other names.
 
-    Args:
-        model: the whole model with its mask applied.
-        anatomy: parts of ``model``.
-        boundary: b, from 0 to the number of blocks; None keeps the model whole.
-        tuple_lengths: as ``Prefix.block_tuple_lengths`` returns it, for the b blocks below the line.
+    ``boundary`` is b, from 0 to the number of blocks; None keeps the model whole. ``output_counts`` are
+    ``Prefix.block_output_counts`` of the b blocks below the line.
     """
 
     def __init__(
-        self, model: PreTrainedModel, anatomy: Anatomy, boundary: int | None, tuple_lengths: Sequence[int | None] = ()
+        self, model: PreTrainedModel, anatomy: Anatomy, boundary: int | None, output_counts: Sequence[int | None] = ()
     ) -> None:
         super().__init__()
-        replaced = {} if boundary is None else stand_ins_below(model, anatomy, boundary, tuple_lengths)
-        self.model = copy_module_tree(model, replaced)
+        placeholders = {} if boundary is None else placeholders_below(model, anatomy, boundary, output_counts)
+        self.model = copy_module_tree(model, placeholders)
         self.anatomy = anatomy
         self.shortcuts = Shortcuts()
-        """Short cuts that are taken above the last attention; see ``choose_shortcuts``."""
+        """Shortcuts that are taken above the last attention; see ``choose_shortcuts``."""
         self._embedding_size = int(model.get_input_embeddings().weight.shape[1])
         self._with_lengths = needs_lengths(model)
         self._in_float32 = uses_float32_gradients(self.model)
@@ -88,7 +84,7 @@ class Suffix(nn.Module):
             self.model.get_submodule(self._entry).register_forward_pre_hook(self._inject, with_kwargs=True)
 
     def _extend_top(self) -> Shortcuts:
-        """Extend the classes of the modules that this class calls itself; return which short cuts that allows."""
+        """Extend the classes of the modules that this class calls itself; return the shortcuts that this allows."""
         head, mlp = self._head, None
         tiled = (
             type(head).forward is nn.Linear.forward and self._processing is not None and self._processing.elementwise
@@ -117,20 +113,18 @@ class Suffix(nn.Module):
         """Return the blocks from index ``first`` on, counted in the whole model."""
         return list(self.model.get_submodule(self.anatomy.blocks).children())[first:]
 
-    def detach_embeddings(self, anatomy: Anatomy) -> None:
+    def detach_embeddings(self) -> None:
         """Let no gradient into the embeddings of a model that was kept whole."""
-        for name in anatomy.embeddings:
+        for name in self.anatomy.embeddings:
             extend_class(self.model.get_submodule(name), DetachedOutput)
 
     def forward(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:
         """Return the cross entropy summed over the S supervised positions, a float32 scalar.
 
-        Args:
-            hidden: [B, T, hidden_size] from the prefix; None without a prefix.
-            batch: token ids, attention mask, supervised positions and their targets.
+        ``hidden`` is the prefix's [B, T, hidden_size]; None without a prefix.
         """
         if not self.shortcuts.tiled or self._processing is None:
-            return cross_entropy(self._logits(hidden, batch, self.shortcuts), batch.targets)
+            return cross_entropy(self.logits(hidden, batch, self.shortcuts), batch.targets)
         args, kwargs = self._head_input(hidden, batch, self.shortcuts)
         loss: torch.Tensor = self._head(
             *args, **kwargs,
@@ -138,38 +132,42 @@ class Suffix(nn.Module):
         )  # fmt: skip
         return loss
 
-    def logits(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:
-        """Return logits [S, vocabulary] of the supervised positions in the model's dtype, without any short cut."""
-        return self._logits(hidden, batch, Shortcuts())
+    def logits(
+        self,
+        hidden: torch.Tensor | None,
+        batch: Batch,
+        shortcuts: Shortcuts = Shortcuts(),  # noqa: B008 (frozen)
+    ) -> torch.Tensor:
+        """Return logits [S, vocabulary] of the supervised positions, in the model's dtype."""
+        if self._processing is None:  # the model's code after its head is unknown: take the logits of all positions
+            return _take_supervised(self._run_model(hidden, batch).logits, SupervisedRows.of(batch)).squeeze(0)
+        args, kwargs = self._head_input(hidden, batch, shortcuts)
+        output: torch.Tensor = self._head(*args, **kwargs).squeeze(0)
+        return output if self._processing.function is None else self._processing.function(output)
 
     def choose_shortcuts(self, hidden: torch.Tensor | None, batch: Batch) -> Shortcuts:
-        """Choose, one by one, the short cuts that give the loss of plain logits on ``batch`` up to rounding.
+        """Take from now on, and return, the shortcuts that give the loss of plain logits on ``batch`` up to rounding.
 
-        Args:
-            hidden: as for ``forward``.
-            batch: one short row will do; an MLP that reads other positions too differs there as well.
-
-        Returns:
-            The short cuts that are taken from now on.
+        One short row will do: an MLP that reads other positions too differs there as well.
         """
         tokens = len(batch.targets)
-        self.shortcuts = chosen = Shortcuts()
+        self.shortcuts = exact = Shortcuts()
         with evaluating(self):
             plain_loss = float(self(hidden, batch)) / tokens
-            allowed = max(10 * torch.finfo(next(self.parameters()).dtype).eps, 1e-5) * max(1.0, plain_loss)
+            tolerance = max(10 * torch.finfo(next(self.parameters()).dtype).eps, 1e-5) * max(1.0, plain_loss)
             candidates = replace(self._available, **({} if self._norm_leads_to_head(hidden, batch) else _HEAD_ALONE))
-            for name in (field.name for field in fields(chosen) if getattr(candidates, field.name)):
-                self.shortcuts = replace(chosen, **{name: True})
+            for name in (field.name for field in fields(exact) if getattr(candidates, field.name)):
+                self.shortcuts = replace(exact, **{name: True})
                 with contextlib.suppress(*MODEL_CODE_ERRORS):
-                    if abs(float(self(hidden, batch)) / tokens - plain_loss) <= allowed:
-                        chosen = self.shortcuts
-        self.shortcuts = chosen
-        return chosen
+                    if abs(float(self(hidden, batch)) / tokens - plain_loss) <= tolerance:
+                        exact = self.shortcuts
+        self.shortcuts = exact
+        return exact
 
-    def set_shortcuts(self, chosen: Shortcuts) -> None:
-        """Take those of ``chosen`` that the structure allows; for a model without weights, where none can be tried."""
+    def set_shortcuts(self, shortcuts: Shortcuts) -> None:
+        """Take those of ``shortcuts`` that the structure allows; for a meta model, where none can be tried."""
         self.shortcuts = Shortcuts(
-            *(getattr(chosen, field.name) and getattr(self._available, field.name) for field in fields(chosen))
+            *(getattr(shortcuts, field.name) and getattr(self._available, field.name) for field in fields(shortcuts))
         )
 
     def _norm_leads_to_head(self, hidden: torch.Tensor | None, batch: Batch) -> bool:
@@ -178,29 +176,17 @@ class Suffix(nn.Module):
         OPT projects it, MiniCPM 3 scales it; a norm elsewhere can look like the final one (BART's).
         """
         try:
-            whole = StopForward(*self._run_until(self.anatomy.head, hidden, batch)).hidden
-            return torch.equal(whole, self._apply_norm(self._run_last_block(hidden, batch, None)))
+            head_input = hidden_of(*self._run_until(self.anatomy.head, hidden, batch))
+            return torch.equal(head_input, self._apply_norm(self._run_last_block(hidden, batch, None)))
         except MODEL_CODE_ERRORS:
             return False
 
-    def _logits(self, hidden: torch.Tensor | None, batch: Batch, shortcuts: Shortcuts) -> torch.Tensor:
-        """Compute logits [S, vocabulary]; by logits of all positions if the model's code after its head is unknown."""
-        if self._processing is None:
-            return _take_supervised(self._run_model(hidden, batch).logits, SupervisedRows.of(batch)).squeeze(0)
-        args, kwargs = self._head_input(hidden, batch, shortcuts)
-        output: torch.Tensor = self._head(*args, **kwargs).squeeze(0)
-        return output if self._processing.function is None else self._processing.function(output)
-
     def _head_input(self, hidden: torch.Tensor | None, batch: Batch, shortcuts: Shortcuts) -> Call:
-        """Compute the arguments of the head, with hidden states [1, S, hidden_size] of the supervised rows.
-
-        Raises:
-            ModelError: the head's input does not have the batch's positions.
-        """
+        """Compute the head's arguments, with hidden states [1, S, hidden_size] of the supervised positions."""
         rows = SupervisedRows.of(batch)
         if not (shortcuts.norm or shortcuts.mlp):
             call = self._run_until(self.anatomy.head, hidden, batch)
-            return with_hidden(_take_supervised(StopForward(*call).hidden, rows), *call)
+            return with_hidden(_take_supervised(hidden_of(*call), rows), *call)
         states = self._run_last_block(hidden, batch, rows if shortcuts.mlp else None)
         return (self._apply_norm(rows.take(states)) if shortcuts.norm else rows.take(self._apply_norm(states)),), {}
 
@@ -212,8 +198,9 @@ class Suffix(nn.Module):
             assert hidden is not None
             return hidden
         args, kwargs = self._run_until(f"{self.anatomy.blocks}.{self.anatomy.block_count - 1}", hidden, batch)
-        given = {} if mlp_rows is None else {"supervised_rows": mlp_rows}
-        output = self._last_block(*args, **kwargs, **given)
+        if mlp_rows is not None:
+            kwargs = {**kwargs, "supervised_rows": mlp_rows}
+        output = self._last_block(*args, **kwargs)
         states: torch.Tensor = output[0] if isinstance(output, (tuple, list)) else output
         return states
 
@@ -261,14 +248,11 @@ class Suffix(nn.Module):
 def split(
     model: PreTrainedModel, anatomy: Anatomy, boundary: int | None, frozen: FrozenWeights | None = None
 ) -> tuple[Prefix | None, Suffix]:
-    """Cut ``model`` below block ``boundary``; None keeps it whole, in a suffix without a prefix.
-
-    ``frozen`` is for the prefix, as for ``Prefix``.
-    """
+    """Cut ``model`` below block ``boundary``; None keeps it whole, in a suffix without a prefix."""
     if boundary is None:
         return None, Suffix(model, anatomy, None)
     prefix = Prefix(model, anatomy, boundary, frozen)
-    return prefix, Suffix(model, anatomy, boundary, prefix.block_tuple_lengths())
+    return prefix, Suffix(model, anatomy, boundary, prefix.block_output_counts())
 
 
 def _take_supervised(states: torch.Tensor, rows: SupervisedRows) -> torch.Tensor:

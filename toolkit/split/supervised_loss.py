@@ -31,12 +31,12 @@ def supervised_loss(
     """Compute this micro batch's share of the global mean, ``sum(cross_entropy(logits, targets)) / global_tokens``.
 
     Shares add up, over micro batches and ranks, to the mean over all supervised tokens of the global batch; a mean of
-    means would weigh short answers higher. The softmax is computed in float32.
+    means would weigh short answers higher. The share of a filler is exactly 0.
 
     Args:
         sum_loss: ``engine.forward`` or a suffix, which return the cross entropy summed over the micro batch.
         hidden: [B, T, hidden_size] from the prefix; None without a prefix.
-        batch: micro batch; the share of a filler is exactly 0.
+        batch: micro batch.
         global_tokens: supervised tokens of the optimizer step over all micro batches and ranks.
 
     Returns:
@@ -99,14 +99,14 @@ def _tiles(vocabulary: int, width: int) -> Iterator[slice]:
 
 
 def _row_chunks(logits: torch.Tensor, processing: LogitFunction | None) -> Iterator[slice]:
-    """Yield slices of a tile's rows to convert to float32 together; ``processing`` runs Python, so not too few."""
+    """Yield slices of a tile's rows to convert to float32 together; ``processing`` runs Python, so takes more rows."""
     rows = max(1, (BLOCK_BYTES if processing is None else PROCESSED_BYTES) // (4 * logits.shape[1]))
     for start in range(0, len(logits), rows):
         yield slice(start, start + rows)
 
 
 def _to_softmax_dtype(logits: torch.Tensor) -> torch.Tensor:
-    """Convert logits to the precision of the softmax: float32, or float64 for float64."""
+    """Convert logits to float32, or float64 if they have it."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

@@ -60,7 +60,7 @@ class RowsMLP(nn.Module):
 
 
 class RowsBlock(EndOfPass):
-    """Extends the class of the last block, whose MLP a call can tell which positions to compute.
+    """Extends the class of the last block, so that a call can give the positions for its MLP to compute.
 
     The rows are an argument of ``forward``, because checkpointing calls it again with the same arguments in backward,
     when the next batch may have run. Between a block's forward and its MLP lies transformers' code, which hands on no
@@ -71,7 +71,7 @@ class RowsBlock(EndOfPass):
     """Name of the child whose class ``RowsMLP`` extends."""
 
     def forward(self, *args: Any, supervised_rows: SupervisedRows | None = None, **kwargs: Any) -> Any:
-        """Call the block; its MLP computes ``supervised_rows`` alone, or all positions if that is None."""
+        """Call the block; its MLP computes ``supervised_rows`` alone, or all positions if None."""
         mlp: Any = self.get_submodule(self.mlp_name)
         mlp.rows = supervised_rows
         try:

@@ -12,20 +12,18 @@ from torch import nn
 from toolkit.activation_cache.cached_prefix import CachedPrefix, HiddenStates
 from toolkit.activation_cache.namespace import sample_key
 from toolkit.activation_cache.policy import (
-    CacheRequest,
     decide,
     mask_obstacle,
     open_store,
     prefix_fingerprints,
-    read_split_note,
-    save_split_note,
+    read_split_check,
+    save_split_check,
     uncacheable_reason,
 )
 from toolkit.activation_cache.store import ActivationStore
 from toolkit.config.policy import Decision, refuse_cache
 from toolkit.config.schema import PrefixConfig
 from toolkit.data.batches import collate
-from toolkit.data.examples import shortest
 from toolkit.frozen.weight_offload import FrozenWeights
 from toolkit.mask.apply import apply_mask
 from toolkit.mask.layer_mask import LayerMask
@@ -55,9 +53,9 @@ def cut(context: RunContext, loaded: LoadedModel, phase: Phase) -> tuple[HiddenS
     loaded.model.train()
     refused = refuse_cache(settings, mask_obstacle(phase.mask))
     store = _open_cache(context, loaded, phase) if refused is None else None
-    if store is not None and (tuple_lengths := _cached_tuple_lengths(store, context)) is not None:
+    if store is not None and (output_counts := _cached_output_counts(store, context)) is not None:
         log.info("activation cache: all samples are in %s; the prefix is not needed", store.directory)
-        suffix = Suffix(loaded.model, loaded.anatomy, phase.mask.boundary, tuple_lengths)
+        suffix = Suffix(loaded.model, loaded.anatomy, phase.mask.boundary, output_counts)
         cached = CachedPrefix(None, *_prefix_loaders(context, loaded, phase), store, context.world)
         return cached, _detach_from_file(suffix, context.world.device)
     prefix, suffix = _split(context, loaded, phase)
@@ -79,15 +77,15 @@ def _open_cache(context: RunContext, loaded: LoadedModel, phase: Phase) -> Activ
     return open_store(settings, fingerprints, loaded.model, world)
 
 
-def _cached_tuple_lengths(store: ActivationStore, context: RunContext) -> list[int | None] | None:
-    """Return the tuple lengths of the blocks' outputs from the store, if it holds all samples on every rank.
+def _cached_output_counts(store: ActivationStore, context: RunContext) -> list[int | None] | None:
+    """Return ``Prefix.block_output_counts`` from the store, if it holds all samples on every rank.
 
-    None if some rank lacks a sample or the lengths; every rank calls it.
+    None if some rank lacks a sample or the counts; every rank calls it.
     """
-    tuple_lengths = read_split_note(store)
+    output_counts = read_split_check(store)
     keys = [sample_key(example.token_ids) for example in context.examples]
-    is_incomplete = tuple_lengths is None or bool(store.missing(keys))
-    return None if context.world.max(float(is_incomplete)) else tuple_lengths
+    is_incomplete = output_counts is None or bool(store.missing(keys))
+    return None if context.world.max(float(is_incomplete)) else output_counts
 
 
 def _fill_cache(
@@ -105,14 +103,14 @@ def _fill_cache(
     if prefix is None or obstacle:
         return None, refuse_cache(settings, obstacle)
     passes = context.batch_plan.passes(phase.end, phase.start)
-    decision = world.on_main(lambda: decide(CacheRequest(settings, context.examples, passes), store))
+    decision = world.on_main(lambda: decide(settings, context.examples, passes, store))
     if not decision.on:
         return None, decision
     log.info("activation cache: %s; filling it", decision.reason)
     cached = CachedPrefix(prefix, *_prefix_loaders(context, loaded, phase), store, world)
     cached.fill(context.examples)
     if world.local_rank == 0:  # nodes may have separate disks
-        save_split_note(store, prefix.block_tuple_lengths())
+        save_split_check(store, prefix.block_output_counts())
     return cached, None
 
 
@@ -187,7 +185,7 @@ def _split(context: RunContext, loaded: LoadedModel, phase: Phase) -> tuple[Pref
     prefix, suffix = split(model, loaded.anatomy, mask.boundary if mask.has_prefix else None, frozen)
     if prefix is None:
         return None, suffix
-    row = collate([shortest(context.dataset.train)], pad_id=0).to(world.device)
+    row = collate([min(context.dataset.train, key=len)], pad_id=0).to(world.device)
     exact = split_is_exact(model, prefix, suffix, row)
     name, effect = type(model).__name__, "does not give the same logits when cut at block"
     if frozen is not None:
@@ -208,7 +206,7 @@ def _split(context: RunContext, loaded: LoadedModel, phase: Phase) -> tuple[Pref
     )  # fmt: skip
     _, suffix = split(model, loaded.anatomy, None)
     if mask.tied == "head_only":
-        suffix.detach_embeddings(loaded.anatomy)
+        suffix.detach_embeddings()
     return None, suffix
 
 

@@ -101,7 +101,7 @@ class StepGuard:
         """
         if self._last_batch is None:
             return
-        with explain_out_of_memory("the check before a checkpoint", self._last_batch.shape):
+        with explain_out_of_memory("the check before a checkpoint", self._last_batch.shape_text):
             batch = self._last_batch.to(self._world.device)
             loss = float(forward(prefix(batch) if prefix else None, batch))
         if self._world.max(float(not math.isfinite(loss))):

@@ -23,7 +23,6 @@ from toolkit.checkpoint.saver import CheckpointContent
 from toolkit.checkpoint.state import CheckpointState
 from toolkit.config.policy import Decision
 from toolkit.data.batches import collate
-from toolkit.data.examples import shortest
 from toolkit.engine.base import Engine
 from toolkit.engine.deepspeed.nvme_files import prepare_swap_folders
 from toolkit.engine.local import LocalEngine
@@ -189,7 +188,7 @@ def _cut_model(context: RunContext, model: ModelHandle, phase: Phase, packing: D
     log.info("layer mask of %s:\n%s", name, audit_table(phase.mask, loaded.anatomy))
     prefix, suffix = cut(context, loaded, phase)
     device = context.world.device
-    row = collate([shortest(context.dataset.train)], pad_id=0).to(device)
+    row = collate([min(context.dataset.train, key=len)], pad_id=0).to(device)
     log.info("supervised positions: %s", suffix.choose_shortcuts(prefix(row) if prefix else None, row).text)
     if packing is None:
         mode, rows = context.config.data.packing, context.config.train.micro_batch_size

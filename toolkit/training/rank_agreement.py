@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 import toolkit
 from toolkit.config.flags import Invocation
-from toolkit.data.dataset import Dataset, SkippedRow
+from toolkit.data.dataset import Dataset
 from toolkit.data.examples import Example
+from toolkit.data.sources import Row
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import UsageError
 from toolkit.runtime.paths import sources_hash
@@ -103,7 +104,7 @@ def require_same_rows(world: World, dataset: Dataset, tokenizer: PreTrainedToken
 
 
 def _row_differences(
-    world: World, name: str, digests: Sequence[bytes], rows: Sequence[Example] | Sequence[SkippedRow]
+    world: World, name: str, digests: Sequence[bytes], rows: Sequence[Example] | Sequence[Row]
 ) -> list[str]:
     """Return how this rank's rows differ from rank 0's; every rank calls it."""
     reference = world.broadcast_object(b"".join(digests))
@@ -119,7 +120,7 @@ def _row_differences(
     return [f"{counts}; the first that differs is {origin}, on rank 0 {on_main[first]}"]
 
 
-def _row_origin(rows: Sequence[Example] | Sequence[SkippedRow], at: int | None) -> str:
+def _row_origin(rows: Sequence[Example] | Sequence[Row], at: int | None) -> str:
     return rows[at].origin if at is not None and at < len(rows) else "none"
 
 

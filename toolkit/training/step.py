@@ -56,14 +56,14 @@ def train_step(micro_batches: Sequence[Batch], prefix: HiddenStates | None, engi
     shares = []
     for index, batch in enumerate(micro_batches, start=1):
         batch = batch.to(world.device)
-        with explain_out_of_memory("the prefix", batch.shape):
+        with explain_out_of_memory("the prefix", batch.shape_text):
             hidden = prefix(batch) if prefix else None
-        with explain_out_of_memory("forward", batch.shape):
+        with explain_out_of_memory("forward", batch.shape_text):
             loss = supervised_loss(engine.forward_loss, hidden, batch, supervised)
         shares.append(loss.detach())
         # 1, or NaN if the loss is not finite: the gradient is then NaN on all ranks, and every engine skips the step
         guard = 1.0 + 0.0 * shares[-1]
-        with explain_out_of_memory("backward", batch.shape):
+        with explain_out_of_memory("backward", batch.shape_text):
             engine.backward(loss * guard, is_last=index == len(micro_batches))
     with explain_out_of_memory("the update"):
         update = engine.update()

@@ -16,6 +16,7 @@ from toolkit.runtime import signals
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import FrostlineError
 from toolkit.runtime.progress_bar import track
+from toolkit.split.prefix import Prefix
 from toolkit.training.context import RunContext
 from toolkit.training.monitor import Answer
 from toolkit.training.phases import PhaseState
@@ -38,15 +39,16 @@ def validate(context: RunContext, state: PhaseState, may_stop: bool) -> Evaluati
 @contextmanager
 def without_dropout(state: PhaseState) -> Iterator[None]:
     """Set engine and prefix to evaluation mode within the context, which turns dropout off."""
+    prefix = state.prefix if isinstance(state.prefix, Prefix) else None  # a cached prefix has no dropout
     state.engine.train(False)
-    if state.prefix:
-        state.prefix.eval()
+    if prefix:
+        prefix.eval()
     try:
         yield
     finally:
         state.engine.train(True)
-        if state.prefix:
-            state.prefix.train()
+        if prefix:
+            prefix.train()
 
 
 def sample_answers(context: RunContext, state: PhaseState, may_stop: bool = False) -> list[Answer]:
@@ -88,7 +90,7 @@ def _answers(context: RunContext, state: PhaseState, rows: Sequence[Example], ma
     stop = signals.stop_requested if may_stop else None
     prefix = state.prefix.offloaded_prefix() if isinstance(state.prefix, CachedPrefix) else state.prefix
     tokenizer, max_tokens = context.tokenizer, context.config.output.sample_tokens
-    with state.joined.joined(prefix) as model:
+    with state.joined.with_prefix(prefix) as model:
         return [
             complete(model, tokenizer, _prompt_ids(row), context.stop_ids, max_tokens, stop=stop)
             for row in track(rows, "sample answers", "answer")
