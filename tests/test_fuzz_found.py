@@ -56,6 +56,14 @@ def test_names_that_no_file_system_takes(tmp_path: Path) -> None:
         assert ModelConfig(name_or_path=name, trust_remote_code=False).name_or_path == name
 
 
+def test_a_deeply_nested_row_is_a_row_with_a_fault_or_one_to_check(tmp_path: Path) -> None:
+    """Python's limit for nesting lies within the depths tried, at another one for reading than for writing."""
+    for depth in (600, *range(960, 1010)):
+        (tmp_path / "rows.jsonl").write_text('{"QUESTION": ' + "[" * depth + "]" * depth + "}")
+        (row,) = read_rows(str(tmp_path / "rows.jsonl"))
+        assert (row.fault is None) == (row.values is not None)
+
+
 @pytest.mark.parametrize("content", ["9" * 5000, "[" * 5000])
 def test_json_that_python_refuses_to_read(tmp_path: Path, content: str) -> None:
     for name in ("rows.json", "rows.jsonl"):

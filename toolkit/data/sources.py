@@ -80,15 +80,13 @@ def _read_text(file: Path) -> str:
     return content.decode("utf-8-sig", errors="surrogateescape")
 
 
-def _has_undecoded_bytes(values: Any) -> bool:
-    """Return whether a string in a JSON-like value has a lone surrogate, which stands for a byte that is not UTF-8."""
-    text = json.dumps(values, ensure_ascii=False, skipkeys=True, default=str)
-    return re.search("[\ud800-\udfff]", text) is not None
-
-
 def _make_row(origin: str, values: Any) -> Row:
-    """Make a row of these values, or one with a fault if they are not UTF-8."""
-    if _has_undecoded_bytes(values):
+    """Make a row of these values, or one with a fault if they are not UTF-8 or nested too deeply."""
+    try:
+        text = json.dumps(values, ensure_ascii=False, skipkeys=True, default=str)
+    except RecursionError:
+        return Row(origin, fault="is nested too deeply; expected columns that hold text or lists of texts")
+    if re.search("[\ud800-\udfff]", text):  # lone surrogates stand for bytes that are not UTF-8
         return Row(origin, fault="is not UTF-8 text; save the file as UTF-8")
     return Row(origin, values)
 
