@@ -72,7 +72,7 @@ class CachedPrefix:
             row = self.store.read(key)
             if row is None:
                 generator = torch.Generator().manual_seed(int(key[:15], 16))
-                row = torch.randn(len(example.token_ids), width, generator=generator).to(dtype)
+                row = torch.randn(len(example), width, generator=generator).to(dtype)
             rows.append(row.to(device))
         return lay_out(rows, batch)
 

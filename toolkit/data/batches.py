@@ -37,8 +37,8 @@ class Batch:
     """The B samples in order, as rows or one after the other in the packed row."""
     position_ids: torch.Tensor | None = None
     """[1, T], each token's position in its own sample, if several are packed into one row; else None."""
-    boundaries: torch.Tensor | None = None
-    """[B + 1] int32, where each sample of a packed row begins, and the row's end; None without packing."""
+    cu_seqlens: torch.Tensor | None = None
+    """[B + 1] int32 cumulative lengths of the samples of a packed row, from 0; None without packing."""
 
     @property
     def is_packed(self) -> bool:
@@ -72,8 +72,8 @@ class Batch:
         return {
             "attention_mask": None,
             "position_ids": self.position_ids,
-            "cu_seq_lens_q": self.boundaries,
-            "cu_seq_lens_k": self.boundaries,
+            "cu_seq_lens_q": self.cu_seqlens,
+            "cu_seq_lens_k": self.cu_seqlens,
             "max_length_q": max(self.lengths),
             "max_length_k": max(self.lengths),
             "seq_idx": (self.position_ids == 0).cumsum(-1, dtype=torch.int32) - 1,
@@ -214,7 +214,7 @@ def pack(examples: Sequence[Example], is_filler: bool = False) -> Batch:
         is_filler=is_filler,
         examples=tuple(examples),
         position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
-        boundaries=torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32),
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32),
     )
 
 

@@ -62,7 +62,12 @@ class Turns:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> None:
         self._tokenizer, self._rendering = tokenizer, rendering
         self._template = str(tokenizer.chat_template or "")
-        self.opened, self.lead, self.closing = "", "", str(tokenizer.eos_token or "")
+        self.thought_opening = ""
+        """Mark at the end of the generation prompt that opens a thought."""
+        self.lead = ""
+        """Text that the template puts between generation prompt and answer; part of the prompt."""
+        self.closing = str(tokenizer.eos_token or "")
+        """Text that ends the answer's turn."""
         self._before_any_answer, self._before_answer, self._after_answer, self._reopens = "", "", "", False
         self._as_parts = False
         if self._template:
@@ -86,7 +91,7 @@ class Turns:
             answer = _EMPTY_THOUGHT.sub("", answer, count=1) if _EMPTY_THOUGHT.match(answer) else answer
         opening, rendered = self._generation_prompt(question), self._render_both(question, answer)
         prompt = opening + self.lead
-        answer_prefix = self._without_opened_thought(opening) if self._reopens else opening + self._before_any_answer
+        answer_prefix = _THOUGHT_OPENING.sub("", opening) if self._reopens else opening + self._before_any_answer
         if rendered == answer_prefix + answer + self._after_answer:
             return Conversation(prompt, self._before_answer + answer + self.closing)
         if not _THOUGHT_CLOSING.search(answer):
@@ -95,10 +100,10 @@ class Turns:
                 "as it is, between what the template puts around every answer"
             )
         rendered_answer = rendered[len(opening) :].rstrip() if rendered.startswith(opening) else ""
-        if _without_whitespace(self.opened + rendered_answer) == _without_whitespace(answer + self.closing):
+        if _without_whitespace(self.thought_opening + rendered_answer) == _without_whitespace(answer + self.closing):
             return Conversation(opening, rendered_answer, reasons=True)  # the thought as the template lays it out
-        if self.opened.strip() and answer.startswith(self.opened.strip()):
-            answer = answer.removeprefix(self.opened.strip()).lstrip()
+        if self.thought_opening.strip() and answer.startswith(self.thought_opening.strip()):
+            answer = answer.removeprefix(self.thought_opening.strip()).lstrip()
         return Conversation(opening, answer + self.closing, reasons=True)  # the template would leave the thought out
 
     def next_turn(self) -> str:
@@ -132,11 +137,11 @@ class Turns:
         opening = self._generation_prompt("question")
         yes, no = (self._render_both("question", answer) for answer in (_YES, _NO))
         opens = _THOUGHT_OPENING.search(opening)
-        self.opened = opening[opens.start("left") :] if opens else ""
+        self.thought_opening = opening[opens.start("left") :] if opens else ""
         if yes.startswith(opening) and no.startswith(opening):
             self._before_any_answer = _common_prefix(yes[len(opening) :], no[len(opening) :])
             base = opening + self._before_any_answer
-        elif opens and yes.startswith(base := self._without_opened_thought(opening)) and no.startswith(base):
+        elif opens and yes.startswith(base := _THOUGHT_OPENING.sub("", opening)) and no.startswith(base):
             self._reopens = True
             closing_mark = f"{opens['left']}/{opens['name']}{opens['right']}"
             self._before_any_answer = ("\n" if opening.endswith("\n") else "\n\n") + closing_mark + "\n\n"
@@ -168,11 +173,6 @@ class Turns:
             ):
                 self.lead = without_thought[len(opening) :]
         self._before_answer = between[len(self.lead) :]
-
-    def _without_opened_thought(self, opening: str) -> str:
-        """Return the generation prompt without the mark that opens a thought at its end."""
-        opens = _THOUGHT_OPENING.search(opening)
-        return opening[: opens.start()] if opens else opening
 
     def _generation_prompt(self, question: str) -> str:
         return self._apply_template([self._turn("user", question)], generation=True)

@@ -67,7 +67,7 @@ class Encoder:
         known = dict.fromkeys(end for end in ends if 0 <= end < len(tokenizer))
         self._word_ends = tuple(end for end in known if self._pieces.is_word(end))
         self._ends = tuple(end for end in known if end not in self._word_ends)
-        self._closing_marks = tuple(i for i in self._pieces.ids(self.turns.closing) if self._is_mark(i))
+        self._closing_marks = tuple(i for i in self._pieces.encode(self.turns.closing) if self._is_mark(i))
         self._appended_end = () if self._closing_marks else (self._choose_end(),)
 
     def prompt_ids(self, sample: Sample) -> tuple[int, ...]:
@@ -85,7 +85,7 @@ class Encoder:
 
     def without_closing(self, answer: str) -> str:
         """Strip from a generated answer the words that close one in the template (``###``) and are learned with it."""
-        ids, stops = self._pieces.ids(self.turns.closing), set(self.stop_ids())
+        ids, stops = self._pieces.encode(self.turns.closing), set(self.stop_ids())
         at = next((n for n, token in enumerate(ids) if token in stops), len(ids))
         words = str(self.tokenizer.decode(list(ids[: at + 1]), skip_special_tokens=True)).strip()
         return answer.removesuffix(words).rstrip() if words else answer
@@ -102,7 +102,7 @@ class Encoder:
     @property
     def answer_opening(self) -> str:
         """Return the part of an answer that the prompt already holds: the opening mark of a thought, or nothing."""
-        return self.turns.opened if self.rendering.reasons else ""
+        return self.turns.thought_opening if self.rendering.reasons else ""
 
     def notes(self) -> list[str]:
         """Return a line for the log on each thing that a user of the chat template would not expect."""
@@ -118,9 +118,9 @@ class Encoder:
                 f"the chat template puts {turns.lead!r} before answers: it belongs to the prompt, in training and "
                 "generation, and is not trained"
             )
-        if self.tokenizer.chat_template and (begin := self._pieces.put_before(turns.prompt("question"))):
+        if self.tokenizer.chat_template and (bos := self._pieces.bos_ids(turns.prompt("question"))):
             lines.append(
-                f"the tokenizer begins a text with {self._show(begin[0])} and the chat template does not: it begins "
+                f"the tokenizer begins a text with {self._show(bos[0])} and the chat template does not: it begins "
                 "every row, in training and generation; apply_chat_template alone leaves it out"
             )
         if self._word_ends:
@@ -146,7 +146,7 @@ class Encoder:
                 f"needs {len(bare)} tokens without any context; data.max_length is {self.max_length}, "
                 "so nothing could be supervised without cutting question or answer"
             )
-        keep = len(self._pieces.ids("\n\n".join(sample.contexts)))
+        keep = len(self._pieces.encode("\n\n".join(sample.contexts)))
         while len(example) > self.max_length and keep > 0:
             keep -= len(example) - self.max_length
             contexts = _cut_contexts(self.tokenizer, sample.contexts, max(keep, 0))
@@ -155,17 +155,17 @@ class Encoder:
 
     def _encode_prompt(self, sample: Sample) -> Example:
         """Encode the prompt alone, with nothing supervised, for generation."""
-        (question,), _ = self._pieces.as_text(sample.prompt())
-        ids = self._pieces.beginning(self.turns.prompt(question))
+        (question,), _ = self._pieces.escape_control_tokens(sample.prompt())
+        ids = self._pieces.encode_with_bos(self.turns.prompt(question))
         return Example(ids, len(ids))
 
     def _encode_conversation(self, sample: Sample) -> Example:
         """Encode prompt and answer; the answer and what closes its turn are supervised."""
         assert sample.answer is not None
-        (question, answer), control = self._pieces.as_text(sample.prompt(), sample.answer)
+        (question, answer), control = self._pieces.escape_control_tokens(sample.prompt(), sample.answer)
         conversation = self.turns.conversation(question, answer)
-        prompt = self._pieces.beginning(conversation.prompt)
-        answer_ids = self._pieces.following(conversation.prompt, conversation.answer) + self._appended_end
+        prompt = self._pieces.encode_with_bos(conversation.prompt)
+        answer_ids = self._pieces.encode_after(conversation.prompt, conversation.answer) + self._appended_end
         if len(answer_ids) == len(self._appended_end):
             raise RowFaultError("has an answer without tokens; expected text that the tokenizer knows")
         return Example(prompt + answer_ids, len(prompt), reasons=conversation.reasons, control_token=control)
@@ -181,7 +181,7 @@ class Encoder:
         text if the model lists it or lists none; else the first that the model lists. DataError if there is none.
         """
         eos = self.tokenizer.eos_token_id
-        following = self._pieces.ids(self.turns.next_turn().lstrip())[:1]
+        following = self._pieces.encode(self.turns.next_turn().lstrip())[:1]
         for end in (*following, eos):
             if end in self._ends:
                 return int(end)

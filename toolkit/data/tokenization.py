@@ -22,7 +22,7 @@ class Pieces:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._leading_ids = self._find_leading_ids()
+        self._bos_ids = self._find_bos_ids()
 
     @cached_property
     def _control_pattern(self) -> re.Pattern[str] | None:
@@ -52,11 +52,10 @@ class Pieces:
             return False
         return not re.fullmatch(r"\s*[<\[].+[>\]]\s*", self._decode((token,)))
 
-    def as_text(self, *texts: str) -> tuple[list[str], str]:
-        """Cut the control tokens in ``texts`` into pieces that ``ids`` encodes as plain text.
+    def escape_control_tokens(self, *texts: str) -> tuple[list[str], str]:
+        """Split the control tokens in ``texts``, so that ``encode`` reads them as plain text.
 
-        Returns:
-            The texts, and the first control token found in them, or an empty string.
+        Returns the texts, and the first control token in them, or an empty string.
 
         Raises:
             RowFaultError: a text contains the separator of pieces.
@@ -69,7 +68,7 @@ class Pieces:
                     return [self._split_control_tokens(text) for text in texts], match[0]
         return list(texts), ""
 
-    def ids(self, text: str) -> tuple[int, ...]:
+    def encode(self, text: str) -> tuple[int, ...]:
         """Encode ``text`` without the tokens that the tokenizer puts before or after a text."""
         first, *rest = text.split(_SEPARATOR)
         ids = self._encode_plain(first)
@@ -77,22 +76,22 @@ class Pieces:
             ids += self._encode_continuation(piece)
         return ids
 
-    def beginning(self, text: str) -> tuple[int, ...]:
+    def encode_with_bos(self, text: str) -> tuple[int, ...]:
         """Encode a text that begins a sample, after the tokens that the tokenizer puts before a text (BOS)."""
-        return self.put_before(text) + self.ids(text)
+        return self.bos_ids(text) + self.encode(text)
 
-    def put_before(self, text: str) -> tuple[int, ...]:
+    def bos_ids(self, text: str) -> tuple[int, ...]:
         """Return the tokens that the tokenizer puts before a text; none if ``text`` has them (from a template)."""
-        return () if self.ids(text)[: len(self._leading_ids)] == self._leading_ids else self._leading_ids
+        return () if self.encode(text)[: len(self._bos_ids)] == self._bos_ids else self._bos_ids
 
-    def following(self, before: str, text: str) -> tuple[int, ...]:
+    def encode_after(self, before: str, text: str) -> tuple[int, ...]:
         """Encode ``text`` as it is tokenised after ``before`` in one text.
 
         The ids are cut where ``before`` ends. A token that spans the cut is replaced: ``before`` keeps the ids that it
         has alone, from which generation starts, and the rest of the token's text is encoded as a continuation.
         """
         before = self._since_last_mark(before)
-        first, whole = self.ids(before), self.ids(before + text)
+        first, whole = self.encode(before), self.encode(before + text)
         if whole[: len(first)] == first:
             return whole[len(first) :]
         if self._tokenizer.is_fast and _SEPARATOR not in before + text:
@@ -138,7 +137,7 @@ class Pieces:
             text = self._control_pattern.sub(lambda match: f"{match[0][0]}{_SEPARATOR}{match[0][1:]}", text)
         return text
 
-    def _find_leading_ids(self) -> tuple[int, ...]:
+    def _find_bos_ids(self) -> tuple[int, ...]:
         """Find the tokens that the tokenizer puts before a text (BOS); the BOS may be the end-of-text token as well."""
         alone, text = self._encode_plain("a"), tuple(self._tokenizer("a", verbose=False).input_ids)
         for start in range(len(text) - len(alone) + 1):
