@@ -149,11 +149,8 @@ def uncacheable_reason(prefix: Prefix, example: Example, store: ActivationStore,
 def decide(settings: PrefixConfig, examples: Sequence[Example], passes: float, store: ActivationStore) -> Decision:
     """Decide whether caching pays and fits, by ``toolkit.config.policy.decide_cache`` and what the store holds.
 
-    Args:
-        settings: the recipe's prefix section.
-        examples: samples of training and validation.
-        passes: epochs over the training rows while the mask stays the same; see ``BatchPlan.passes``.
-        store: store that the samples go to, which may hold some already.
+    ``examples`` are those of training and validation; ``passes`` are the epochs over the training rows while the mask
+    stays the same.
 
     Raises:
         ConfigError: ``prefix.cache`` is ``on`` and the samples exceed the limit or the disk.

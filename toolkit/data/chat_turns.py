@@ -166,12 +166,9 @@ class Turns:
             without_thought = self._apply_template(
                 [self._turn("user", "question")], generation=True, enable_thinking=False
             )
-            if (
-                without_thought.startswith(opening)
-                and without_thought != opening
-                and between.startswith(without_thought[len(opening) :])
-            ):
-                self.lead = without_thought[len(opening) :]
+            own_lead = without_thought.removeprefix(opening)
+            if without_thought.startswith(opening) and own_lead and between.startswith(own_lead):
+                self.lead = own_lead
         self._before_answer = between[len(self.lead) :]
 
     def _generation_prompt(self, question: str) -> str:

@@ -43,8 +43,6 @@ from toolkit.split.prefix import Prefix
 from toolkit.split.supervised_loss import cross_entropy
 from toolkit.split.supervised_rows import RowsBlock, RowsMLP, SupervisedRows, dense_mlp
 
-_HEAD_ALONE = {"norm": False, "mlp": False}
-
 
 class Suffix(nn.Module):
     """Blocks b … n-1, norm, head and loss: ``hidden[b]`` to the cross entropy of the supervised positions.
@@ -155,7 +153,9 @@ class Suffix(nn.Module):
         with evaluating(self):
             plain_loss = float(self(hidden, batch)) / tokens
             tolerance = max(10 * torch.finfo(next(self.parameters()).dtype).eps, 1e-5) * max(1.0, plain_loss)
-            candidates = replace(self._available, **({} if self._norm_leads_to_head(hidden, batch) else _HEAD_ALONE))
+            candidates = self._available
+            if not self._norm_leads_to_head(hidden, batch):
+                candidates = Shortcuts(tiled=candidates.tiled)
             for name in (field.name for field in fields(exact) if getattr(candidates, field.name)):
                 self.shortcuts = replace(exact, **{name: True})
                 with contextlib.suppress(*MODEL_CODE_ERRORS):

@@ -31,16 +31,13 @@ def supervised_loss(
     """Compute this micro batch's share of the global mean, ``sum(cross_entropy(logits, targets)) / global_tokens``.
 
     Shares add up, over micro batches and ranks, to the mean over all supervised tokens of the global batch; a mean of
-    means would weigh short answers higher. The share of a filler is exactly 0.
+    means would weigh short answers higher. A share is a float32 scalar with gradient; that of a filler is exactly 0.
 
     Args:
         sum_loss: ``engine.forward`` or a suffix, which return the cross entropy summed over the micro batch.
         hidden: [B, T, hidden_size] from the prefix; None without a prefix.
         batch: micro batch.
         global_tokens: supervised tokens of the optimizer step over all micro batches and ranks.
-
-    Returns:
-        A float32 scalar with gradient.
     """
     return sum_loss(hidden, batch) * (0.0 if batch.is_filler else 1.0 / global_tokens)
 
