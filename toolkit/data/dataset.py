@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -98,19 +98,16 @@ def load_dataset(
                 f"{overlap}; their loss says nothing about rows that the model has not seen. Take them out of one of "
                 "the two, name another data.validation or data.validation_split, or hold out a fraction"
             )
-    for note in (*encoder.notes(), *_control_token_notes([*examples, *validation])):
+    for note in encoder.notes():
         log.info("%s", note)
-    return Dataset(tuple(examples), tuple(validation), tuple(skipped))
-
-
-def _control_token_notes(examples: Sequence[Example]) -> Iterator[str]:
-    """Yield a note for the log if rows contain the text of a control token, which is encoded as plain text."""
-    if rows := [example for example in examples if example.control_token]:
-        count = f"{len(rows)} rows hold" if len(rows) > 1 else "1 row holds"
-        yield (
-            f"{count} the text of a control token (first: {rows[0].control_token!r} in {rows[0].origin}); it is "
-            "encoded as text, not as that token"
+    if escaped := [example for example in (*examples, *validation) if example.control_token]:
+        log.info(
+            "%s the text of a control token (first: %r in %s); it is encoded as text, not as that token",
+            f"{len(escaped)} rows hold" if len(escaped) > 1 else "1 row holds",
+            escaped[0].control_token,
+            escaped[0].origin,
         )
+    return Dataset(tuple(examples), tuple(validation), tuple(skipped))
 
 
 def encode_rows(rows: list[Row], encoder: Encoder, config: DataConfig) -> tuple[list[Example], list[Row]]:

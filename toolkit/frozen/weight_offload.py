@@ -66,6 +66,12 @@ class OffloadUnit:
             self.stored[f"{name}:{part}"] = tensor.to(place)
         _advise([stored], needed=False)
 
+    def move_to_disk(self) -> None:
+        """Move the tensors that are in memory to disk."""
+        in_memory = {key: stored for key, stored in self.stored.items() if isinstance(stored, torch.Tensor)}
+        if in_memory:
+            self.stored |= offload_to_disk(in_memory)
+
     def copy_to_device(self) -> dict[str, torch.Tensor]:
         """Copy the stored tensors to the device, without waiting for a GPU."""
         return {key: _as_tensor(stored).to(self.device, non_blocking=True) for key, stored in self.stored.items()}
@@ -138,10 +144,11 @@ class FrozenWeights:
             place = unit.device if placement == "device" else _HOST
             for name in unit.names:
                 unit.place_weight(name, specs.get(name), place)
-            in_memory = {key: stored for key, stored in unit.stored.items() if isinstance(stored, torch.Tensor)}
-            if placement == "disk" and in_memory:
-                unit.stored |= offload_to_disk(in_memory)
-        log.info("%s", self.summary())
+            if placement == "disk":
+                unit.move_to_disk()
+        texts: dict[Placement, str] = {"device": "on the device", "cpu": "on the host", "disk": "on disk"}
+        sizes = ", ".join(f"{size / 2**20:,.1f} MiB {texts[place]}" for place, size in self.nbytes().items())
+        log.info("prefix weights: %s; a block has its own only while it computes", sizes)
 
     def load(self, unit: OffloadUnit) -> dict[str, torch.Tensor]:
         """Return the unit's weights by parameter name, in the model's precision, on the unit's device."""
@@ -180,12 +187,6 @@ class FrozenWeights:
                 place: Placement = "cpu" if stored.device.type == "cpu" and self._stream is not None else "device"
                 sizes[place] += stored.nbytes
         return dict(sizes)
-
-    def summary(self) -> str:
-        """Describe where the weights are kept, as a sentence for the log."""
-        places: dict[Placement, str] = {"device": "on the device", "cpu": "on the host", "disk": "on disk"}
-        sizes = [f"{size / 2**20:,.1f} MiB {places[place]}" for place, size in self.nbytes().items()]
-        return f"prefix weights: {', '.join(sizes)}; a block has its own only while it computes"
 
 
 class _LoadHook(ModelHook):  # type: ignore[misc]
