@@ -146,10 +146,10 @@ class Encoder:
                 f"needs {len(bare)} tokens without any context; data.max_length is {self.max_length}, "
                 "so nothing could be supervised without cutting question or answer"
             )
-        keep = len(self._pieces.encode("\n\n".join(sample.contexts)))
-        while len(example) > self.max_length and keep > 0:
-            keep -= len(example) - self.max_length
-            contexts = _cut_contexts(self.tokenizer, sample.contexts, max(keep, 0))
+        context_tokens = len(self._pieces.encode("\n\n".join(sample.contexts)))
+        while len(example) > self.max_length and context_tokens > 0:
+            context_tokens -= len(example) - self.max_length
+            contexts = _cut_contexts(self.tokenizer, sample.contexts, max(context_tokens, 0))
             example = encode(replace(sample, contexts=contexts))
         return replace(example if len(example) <= self.max_length else bare, shortened=True)
 
