@@ -62,6 +62,8 @@ def test_experts_of_a_mixture_are_not_taken_for_blocks() -> None:
         ("mbart", "decoder_layers", "model.decoder.layer_norm"),  # after them, and after a norm of the embeddings
         ("bloom", "n_layer", "transformer.ln_f"),  # after them; the embeddings' norm is before
         ("trocr", "decoder_layers", None),  # the only one is the embeddings'
+        ("bart", "decoder_layers", None),  # the same, registered after the blocks
+        ("mvp", "decoder_layers", None),
         ("nanochat", "num_hidden_layers", None),  # without parameters, and used in two places
     ],
 )

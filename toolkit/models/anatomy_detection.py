@@ -27,63 +27,52 @@ def detect_anatomy(model: PreTrainedModel) -> Anatomy:
     Raises:
         ModelError: the model has no head or no list of blocks, so it is not a causal language model.
     """
-    head = model.get_output_embeddings()
-    if head is None:
+    names = {module: name for name, module in model.named_modules()}
+    head_module, blocks_module = model.get_output_embeddings(), _find_blocks(model)
+    if head_module is None:
         raise ModelError(
             f"{type(model).__name__} has no language-model head; "
             "expected a causal language model such as LlamaForCausalLM"
         )
-    names = {module: name for name, module in model.named_modules()}
-    blocks = _find_blocks(model)
-    if blocks is None:
+    if blocks_module is None:
         raise ModelError(f"{type(model).__name__} has no list of transformer blocks; expected a decoder-only model")
-    norm = _find_norm(model, names[blocks], head)
-    in_blocks_or_head = tuple(f"{names[part]}." for part in (blocks, head))
+    head, blocks = names[head_module], names[blocks_module]
+    norm_module = _find_norm(model, blocks, head_module)
+    norm = None if norm_module is None else names[norm_module]
     embeddings = tuple(
         name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and not f"{name}.".startswith(in_blocks_or_head)
+        for module, name in names.items()
+        if isinstance(module, nn.Embedding) and not f"{name}.".startswith((f"{blocks}.", f"{head}."))
     )
-    parts: list[tuple[str, Part]] = [(names[blocks], "block"), (names[head], "head")]
-    parts += [(name, "embeddings") for name in embeddings]
+    parts: list[tuple[str, Part]] = [(blocks, "block"), (head, "head"), *((name, "embeddings") for name in embeddings)]
     if norm is not None:
-        parts.append((names[norm], "norm"))
-    return Anatomy(
-        embeddings=embeddings,
-        blocks=names[blocks],
-        block_count=len(blocks),
-        norm=names[norm] if norm is not None else None,
-        head=names[head],
-        tensors=_describe_tensors(model, names[blocks], parts),
-    )
+        parts.append((norm, "norm"))
+    return Anatomy(embeddings, blocks, len(blocks_module), norm, head, _describe_tensors(model, blocks, parts))
 
 
 def _find_blocks(model: nn.Module) -> nn.ModuleList | None:
     """Return the outermost module list with most parameters (experts of a mixture are lists inside a block)."""
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    outermost = [
-        module
-        for name, module in lists.items()
-        if not any(name.startswith(f"{other}.") for other in lists if other != name)
-    ]
+    outermost = [module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
     return max(outermost, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=None)
 
 
 def _find_norm(model: nn.Module, blocks: str, head: nn.Module) -> nn.Module | None:
     """Find the module beside the blocks that follows the last of them and holds vectors only.
 
-    If there is one such module and it is registered after the blocks, it is the final norm. If there are several (one
-    may be for the embeddings), or the one is registered before the blocks (OPT), a forward pass over two tokens
-    decides. A norm without parameters gives None: nothing of it can train, and the model may call it in several places.
+    If there is one such module and it is registered after the blocks, it is the final norm. A forward pass over two
+    tokens decides if there are several, or the one is registered before the blocks (OPT) or named after the embeddings
+    (BART's ``layernorm_embedding``). A norm without parameters gives None: nothing of it can train, and the model may
+    call it in several places.
     """
-    parent, _, list_name = blocks.rpartition(".")
-    children = list(model.get_submodule(parent).named_children())
-    list_index = [name for name, _ in children].index(list_name)
-    norms = {index: child for index, (_, child) in enumerate(children) if child is not head and _holds_vectors(child)}
-    if len(norms) == 1 and max(norms) > list_index:
-        return norms[max(norms)]
+    parent, _, blocks_name = blocks.rpartition(".")
+    children = dict(model.get_submodule(parent).named_children())
+    norms = {name: child for name, child in children.items() if child is not head and _holds_vectors(child)}
     if not norms:
         return None
+    *others, last = norms
+    if not others and "emb" not in last and list(children).index(last) > list(children).index(blocks_name):
+        return norms[last]
     last_block = list(model.get_submodule(blocks).children())[-1]
     calls = [module for module, _ in probe_blocks(model, [last_block, *norms.values()])]
     last_call = max((index for index, module in enumerate(calls) if module is last_block), default=len(calls))
@@ -102,9 +91,9 @@ def _describe_tensors(model: nn.Module, blocks: str, parts: list[tuple[str, Part
     part_of: dict[str, Part] = {
         name: next((part for module, part in parts if name.startswith(f"{module}.")), "other") for name, _ in named
     }
-    names: dict[int, list[str]] = {}
+    names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in named:
-        names.setdefault(id(parameter), []).append(name)
+        names.setdefault(parameter, []).append(name)
     canonical = {key: min(shared, key=lambda name: _CANONICAL_ORDER[part_of[name]]) for key, shared in names.items()}
     block_of = {name: int(name[len(blocks) + 1 :].split(".")[0]) for name, part in part_of.items() if part == "block"}
     return tuple(
@@ -115,7 +104,7 @@ def _describe_tensors(model: nn.Module, blocks: str, parts: list[tuple[str, Part
             part=part_of[name],
             block=block_of.get(name),
             component=_component_of(model, blocks, block_of[name], name) if name in block_of else None,
-            alias_of=None if canonical[id(parameter)] == name else canonical[id(parameter)],
+            alias_of=None if canonical[parameter] == name else canonical[parameter],
         )
         for name, parameter in named
     )
@@ -135,9 +124,8 @@ def _component_of(model: nn.Module, blocks: str, block: int, name: str) -> Compo
     if "attn" in child or "attention" in child:
         return "attention"
     module = model.get_submodule(f"{blocks}.{block}")._modules.get(child)
-    if module is None:  # the tensor stands in the block itself
+    if module is None:  # a parameter of the block itself
         return None
-    mixes_tokens = any(
-        word in type(module).__name__.lower() for word in ("mamba", "conv", "mixer", "recurrent", "rwkv")
-    )
+    class_name = type(module).__name__.lower()
+    mixes_tokens = any(word in class_name for word in ("mamba", "conv", "mixer", "recurrent", "rwkv"))
     return None if mixes_tokens else "mlp"
