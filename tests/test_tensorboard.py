@@ -152,7 +152,7 @@ def test_a_joined_model_gives_the_logits_of_the_whole_one(tiny_model: Path, tmp_
         if isinstance(trainer.state.prefix, CachedPrefix)
         else trainer.state.prefix
     )
-    with torch.no_grad(), trainer.state.joined.joined(prefix) as model:
+    with torch.no_grad(), trainer.state.joined.with_prefix(prefix) as model:
         joined = model(ids).logits
         again = model(ids).logits
     whole = load(ModelConfig(name_or_path=str(tiny_model), dtype="float32")).model.eval()
