@@ -40,10 +40,10 @@ def begin(given: list[str], world: World, masters: dict[str, torch.Tensor] | Non
         return set_up(invocation, world)
     context, model = prepare(invocation, world)
     (phase,) = context.schedule.phases
-    apply_mask(model.loaded.model, phase.trained, model.loaded.anatomy)
+    apply_mask(model.loaded.model, phase.delta_mask, model.loaded.anatomy)
     masters = world.broadcast_object(masters)
     with torch.no_grad():
-        for name, parameter in trainable_parameters(model.loaded.model, phase.trained).items():
+        for name, parameter in trainable_parameters(model.loaded.model, phase.delta_mask).items():
             parameter.copy_(masters[name])
     trainer = Trainer(context, model, Path("unused"))
     trainer.begin(None)

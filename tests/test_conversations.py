@@ -14,7 +14,7 @@ from helpers import metrics, tiny_flags, tiny_llama, train
 from toolkit.inference.evaluation import evaluate_source
 from toolkit.inference.generation import answers
 from toolkit.inference.open_model import open_model
-from toolkit.models.end_tokens import model_ends
+from toolkit.models.source_files import SourceFiles
 from toolkit.runtime.errors import DataError
 from toolkit.tasks.pubmedqa import Sample
 
@@ -95,11 +95,11 @@ def test_a_run_goes_on_and_is_evaluated_with_the_date_on_which_it_began(
 def test_the_models_list_of_ends_is_read_before_its_weights(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 3]}')
     (tmp_path / "config.json").write_text('{"eos_token_id": 7, "text_config": {"eos_token_id": [3, 9]}}')
-    assert model_ends(str(tmp_path)) == (5, 3, 7, 9)
+    assert SourceFiles(str(tmp_path), None).end_tokens() == (5, 3, 7, 9)
     (tmp_path / "generation_config.json").write_text("[")
-    assert model_ends(str(tmp_path)) == (7, 3, 9)
+    assert SourceFiles(str(tmp_path), None).end_tokens() == (7, 3, 9)
     (tmp_path / "config.json").unlink()
-    assert model_ends(str(tmp_path)) == ()
+    assert SourceFiles(str(tmp_path), None).end_tokens() == ()
 
 
 def test_rows_that_hold_control_tokens_are_counted_and_the_first_is_named(tmp_path: Path, said: list[str]) -> None:

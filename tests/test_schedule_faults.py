@@ -106,7 +106,7 @@ def test_a_phase_may_differ_in_its_settings_alone() -> None:
 def test_groups_are_split_by_when_their_tensors_began() -> None:
     last = schedule(HEAD, TWO).phases[-1]
     assert [len(group.names) for group in last.groups] == [1, 18, 18]
-    assert sorted(set(last.entered.values())) == [0, 10, 20]
+    assert sorted(set(last.trained_since.values())) == [0, 10, 20]
 
 
 def test_a_flag_takes_yaml_or_json_and_the_saved_recipe_reads_back(tmp_path: Path) -> None:

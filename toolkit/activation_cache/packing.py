@@ -12,7 +12,7 @@ from toolkit.activation_cache.cached_prefix import CachedPrefix, HiddenStates
 from toolkit.config.policy import Decision, Mode, refuse_packing
 from toolkit.data.batches import Batch, collate, lay_out, pack
 from toolkit.data.examples import Example
-from toolkit.models.probe import evaluating
+from toolkit.models.probe import evaluation_mode
 from toolkit.models.varlen import VARLEN, register_varlen
 from toolkit.runtime.errors import ModelError
 from toolkit.split.logit_processing import MODEL_CODE_ERRORS
@@ -47,7 +47,7 @@ def choose_packing(
         return refusal
     original, fault = suffix.model.config._attn_implementation, None
     trial = _PackingTrial(prefix, suffix, device, original)
-    with evaluating(*(part for part in (prefix, suffix) if isinstance(part, (Prefix, Suffix)))):
+    with evaluation_mode(*(part for part in (prefix, suffix) if isinstance(part, (Prefix, Suffix)))):
         for attention in packing_attentions(mode, original):
             set_attention(suffix.model, attention)
             if suffix.model.config._attn_implementation != attention:

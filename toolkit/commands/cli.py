@@ -61,18 +61,22 @@ def set_up_memory() -> None:
     os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")
 
 
-def adapt_help(parser: argparse.ArgumentParser, program: str | None) -> argparse.ArgumentParser:
-    """Adapt the help of a verb to the ``frostline`` command, and return its parser.
+def verb_parser(description: str | None, program: str | None) -> argparse.ArgumentParser:
+    """Return a parser without arguments for a verb.
 
     Args:
-        parser: parser of the verb, whose description names launch scripts.
-        program: program name, such as ``frostline train``; None leaves the parser unchanged.
+        description: docstring of the verb's module, which names launch scripts.
+        program: command that the help names instead, such as ``frostline train``; None keeps the scripts.
     """
+    from toolkit.config import flags
+
+    text = description or ""
+    parser = flags.create_parser(text)
     if program is not None:
-        parser.prog, text = program, parser.description or ""
         text = re.sub(r"deepspeed launch/(\w+)\.py", r"deepspeed --module toolkit.commands.\1", text)
         text = re.sub(r"\.\.\. launch/(\w+)\.py", r"... -m toolkit.commands.\1", text)
         parser.description = re.sub(r"(?:python )?launch/(\w+)\.py", r"frostline \1", text)
+        parser.prog = program
     return parser
 
 
@@ -92,7 +96,8 @@ def _report_error(error: Exception, rank: int) -> int:
             if failure is not None and failure.last_error.endswith(last_error):
                 return code  # the same error, which the other rank has printed
     if isinstance(error, FrostlineError):
-        _print_error(error, rank)
+        where = f" [rank {rank}]" if rank else ""
+        print(f"error{where}: {redact(str(error))}", file=sys.stderr, flush=True)
     else:
         print(f"[rank {rank}] unforeseen error", file=sys.stderr)
         print(redact("".join(traceback.format_exception(error))), file=sys.stderr, end="", flush=True)
@@ -104,14 +109,12 @@ def _report_error(error: Exception, rank: int) -> int:
 
 def _write_torchrun_error_file(error: Exception, last_error: str) -> None:
     """Write the error to the file from which torchrun prints the root cause; does nothing under other launchers."""
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file:
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         trace = redact("".join(traceback.format_exception(error)))
         extra = {"py_callstack": trace, "timestamp": str(int(time.time()))}
+        content = json.dumps({"message": {"message": last_error, "extraInfo": extra}})
         with contextlib.suppress(OSError):
-            Path(file).write_text(
-                json.dumps({"message": {"message": last_error, "extraInfo": extra}}), encoding="utf-8"
-            )
+            Path(file).write_text(content, encoding="utf-8")
 
 
 def exit_process(code: int, at_once: bool = False) -> NoReturn:
@@ -119,11 +122,8 @@ def exit_process(code: int, at_once: bool = False) -> NoReturn:
 
     A rank of several skips Python's teardown: DeepSpeed keeps process groups in globals, and a gloo thread of theirs
     that still runs during teardown aborts the process (pytorch issue 190489). All files of a run are written by now.
-    Can go when torch joins those threads at exit.
-
-    Args:
-        code: exit code.
-        at_once: skip the teardown in any case; it takes most of a second once torch and transformers are loaded.
+    Can go when torch joins those threads at exit. With ``at_once`` every process skips it: it takes most of a second
+    once torch and transformers are loaded.
     """
     if at_once or "RANK" in os.environ:
         logging.shutdown()
@@ -131,12 +131,6 @@ def exit_process(code: int, at_once: bool = False) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
-
-
-def _print_error(error: FrostlineError, rank: int) -> None:
-    """Print the message of an error without secrets."""
-    where = f" [rank {rank}]" if rank else ""
-    print(f"error{where}: {redact(str(error))}", file=sys.stderr, flush=True)
 
 
 def _configure_logging(rank: int) -> None:

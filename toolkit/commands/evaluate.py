@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolkit.commands.cli import adapt_help
+from toolkit.commands.cli import verb_parser
 
 if TYPE_CHECKING:
     from toolkit.checkpoint.choice import Step
@@ -52,31 +52,15 @@ def evaluate(
     """
     from toolkit.inference.evaluation import evaluate_source
 
-    return evaluate_source(
-        str(source),
-        None if data is None else str(data),
-        split,
-        batch_size,
-        step,
-        None if base is None else str(base),
-        trust_remote_code,
-        dtype,
-    )
+    path = None if data is None else str(data)
+    return evaluate_source(str(source), path, split, batch_size, step, base, trust_remote_code, dtype)
 
 
 def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
-    """Parse the command line, then evaluate.
-
-    Args:
-        words: command-line arguments. Defaults to those of the process.
-        program: program name in the help, such as ``frostline train``. Defaults to the name of the launch script.
-
-    Returns:
-        The exit code, 0.
-    """
+    """Parse the command line, then evaluate, and return the exit code; see ``cli.verb_parser`` for ``program``."""
     from toolkit.config import flags
 
-    parser = adapt_help(flags.create_parser(__doc__ or ""), program)
+    parser = verb_parser(__doc__, program)
     parser.add_argument("source", help="run directory, export, delta, model directory or Hub id")
     parser.add_argument("--data.path", dest="data", help="rows to evaluate on; default: what the run held out")
     parser.add_argument("--data.split", dest="split", help="split of a Hub data set; default: its only one, or train")
@@ -84,11 +68,11 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     flags.add_open_model_flags(
         parser, "precision to compute in; default: the run's, or that in which a model is stored"
     )
-    given = parser.parse_args(words)
-    if given.split and not given.data:
+    arguments = parser.parse_args(words)
+    if arguments.split and not arguments.data:
         parser.error("--data.split goes with --data.path; the rows that a run held out are those of its recipe")
-    outcome = evaluate(**vars(given))
-    tokens = f"{outcome.supervised_tokens} supervised tokens of {outcome.rows} rows"
-    print(f"loss {outcome.loss:.4f}, perplexity {outcome.perplexity:.2f} over {tokens}")
-    print(json.dumps({**asdict(outcome), "perplexity": outcome.perplexity}, ensure_ascii=False))
+    evaluation = evaluate(**vars(arguments))
+    tokens = f"{evaluation.supervised_tokens} supervised tokens of {evaluation.rows} rows"
+    print(f"loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f} over {tokens}")
+    print(json.dumps({**asdict(evaluation), "perplexity": evaluation.perplexity}, ensure_ascii=False))
     return 0

@@ -11,15 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolkit.commands.cli import adapt_help
+from toolkit.commands.cli import verb_parser
 from toolkit.runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from toolkit.checkpoint.choice import Step
     from toolkit.exporting.run_export import Rounding
     from toolkit.models.load import Dtype
-
-_ROUNDED_DELTA_FAULT = "--rounding goes with a whole model; a delta holds the float32 masters"
 
 
 def export(
@@ -52,7 +50,7 @@ def export(
         UsageError: ``rounding`` is given for a delta, or is ``stochastic`` for weights that are not bfloat16.
     """
     if delta and rounding:
-        raise UsageError(_ROUNDED_DELTA_FAULT)
+        raise UsageError("--rounding goes with a whole model; a delta holds the float32 masters")
     from toolkit.exporting.run_export import export_delta, export_model
 
     run = Path(run)
@@ -60,24 +58,15 @@ def export(
     if delta:
         export_delta(run, target, dtype or "float32", step)
     else:
-        moved = None if base is None else str(base)
-        export_model(run, target, dtype, step, moved, trust_remote_code, rounding or "nearest")
+        export_model(run, target, dtype, step, base, trust_remote_code, rounding or "nearest")
     return target
 
 
 def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
-    """Parse the command line, then export.
-
-    Args:
-        words: command-line arguments. Defaults to those of the process.
-        program: program name in the help, such as ``frostline train``. Defaults to the name of the launch script.
-
-    Returns:
-        The exit code, 0.
-    """
+    """Parse the command line, then export, and return the exit code; see ``cli.verb_parser`` for ``program``."""
     from toolkit.config import flags
 
-    parser = adapt_help(flags.create_parser(__doc__ or ""), program)
+    parser = verb_parser(__doc__, program)
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("--output", type=Path, help="target directory; default: RUN/export, or RUN/export-delta")
     parser.add_argument("--delta", action="store_true", help="write the trained tensors alone")
@@ -88,8 +77,5 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         help="of a model to bfloat16: nearest, the default, gives the weights that trained; stochastic keeps what the "
         "float32 masters learned beyond them",
     )
-    given = parser.parse_args(words)
-    if given.delta and given.rounding:
-        parser.error(_ROUNDED_DELTA_FAULT)
-    print(export(**vars(given)))
+    print(export(**vars(parser.parse_args(words))))
     return 0

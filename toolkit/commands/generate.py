@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.commands.cli import adapt_help
+from toolkit.commands.cli import verb_parser
 
 if TYPE_CHECKING:
     from toolkit.checkpoint.choice import Step
@@ -58,17 +58,17 @@ def generate(
     from toolkit.inference.open_model import open_model
     from toolkit.tasks.pubmedqa import CONTEXTS, QUESTION
 
-    given = [questions] if isinstance(questions, str | Mapping) else list(questions)
-    values = [{QUESTION: one, CONTEXTS: []} if isinstance(one, str) else one for one in given]
-    samples = questions_of(Row(f"question {number}", value) for number, value in enumerate(values, start=1))
-    opened = open_model(str(source), step, None if base is None else str(base), trust_remote_code, dtype)
+    items = [questions] if isinstance(questions, str | Mapping) else questions
+    rows = [{QUESTION: item, CONTEXTS: []} if isinstance(item, str) else item for item in items]
+    samples = questions_of(Row(f"question {number}", row) for number, row in enumerate(rows, start=1))
+    opened = open_model(str(source), step, base, trust_remote_code, dtype)
     return list(_generate_answers(opened, samples, max_new_tokens, temperature))
 
 
 def _generate_answers(
     opened: OpenedModel, samples: Iterable[Sample], max_new_tokens: int, temperature: float
 ) -> Iterator[str]:
-    """Move the model to the GPU, if there is one, and generate an answer for each sample."""
+    """Move the model to the GPU, if there is one, and yield the answer to each sample."""
     from toolkit.inference.generation import answers
     from toolkit.runtime.distributed import World
 
@@ -78,35 +78,27 @@ def _generate_answers(
 
 
 def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
-    """Parse the command line, then answer.
-
-    Args:
-        words: command-line arguments. Defaults to those of the process.
-        program: program name in the help, such as ``frostline train``. Defaults to the name of the launch script.
-
-    Returns:
-        The exit code, 0.
-    """
-    given = _parse(words, program)
+    """Parse the command line, then answer, and return the exit code; see ``cli.verb_parser`` for ``program``."""
+    arguments = _parse(words, program)
     from toolkit.data.questions import from_prompt, read_questions
     from toolkit.inference.open_model import open_model
     from toolkit.runtime.paths import make_parent
     from toolkit.runtime.progress_bar import track
 
-    if given.output:
-        make_parent(given.output)
+    if arguments.output:
+        make_parent(arguments.output)
     samples = (
-        read_questions(given.input, given.split)[: given.limit]
-        if given.input
-        else [from_prompt(given.question, given.context)]
+        read_questions(arguments.input, arguments.split)[: arguments.limit]
+        if arguments.input
+        else [from_prompt(arguments.question, arguments.context)]
     )
-    opened = open_model(given.source, given.step, given.base, given.trust_remote_code, given.dtype)
-    answers = _generate_answers(opened, samples, given.max_new_tokens, given.temperature)
-    out = given.output.open("w", encoding="utf-8") if given.output else None
-    shown = track(samples, "answering", "question") if out or not sys.stdout.isatty() else samples
-    for sample, answer in zip(shown, answers, strict=True):
+    opened = open_model(arguments.source, arguments.step, arguments.base, arguments.trust_remote_code, arguments.dtype)
+    answers = _generate_answers(opened, samples, arguments.max_new_tokens, arguments.temperature)
+    out = arguments.output.open("w", encoding="utf-8") if arguments.output else None
+    questions = track(samples, "answering", "question") if out or not sys.stdout.isatty() else samples
+    for sample, answer in zip(questions, answers, strict=True):
         if out is None:
-            print(f"Q: {sample.question}\nA: {answer}\n" if given.input else answer, flush=True)
+            print(f"Q: {sample.question}\nA: {answer}\n" if arguments.input else answer, flush=True)
             continue
         row = {"QUESTION": sample.question, "CONTEXTS": list(sample.contexts), "ANSWER": answer}
         if sample.answer is not None:
@@ -115,7 +107,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         out.flush()
     if out is not None:
         out.close()
-        print(given.output)
+        print(arguments.output)
     return 0
 
 
@@ -123,7 +115,7 @@ def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespa
     """Parse the command line, and end the process if flags contradict each other."""
     from toolkit.config import flags
 
-    parser = adapt_help(flags.create_parser(__doc__ or ""), program)
+    parser = verb_parser(__doc__, program)
     parser.add_argument("source", help="run directory, export, delta, model directory or Hub id")
     questions = parser.add_mutually_exclusive_group(required=True)
     questions.add_argument("--question", help="one question")
@@ -141,11 +133,11 @@ def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespa
     flags.add_open_model_flags(
         parser, "precision to compute in; default: the run's, or that in which a model is stored"
     )
-    given = parser.parse_args(words)
-    if given.context and given.input:
+    arguments = parser.parse_args(words)
+    if arguments.context and arguments.input:
         parser.error("--context goes with --question; the rows of --input have contexts of their own")
-    if given.split and not given.input:
+    if arguments.split and not arguments.input:
         parser.error("--split goes with --input")
-    if given.output and given.output.is_dir():
-        parser.error(f"--output {given.output} is a directory; expected a file")
-    return given
+    if arguments.output and arguments.output.is_dir():
+        parser.error(f"--output {arguments.output} is a directory; expected a file")
+    return arguments

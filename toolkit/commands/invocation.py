@@ -1,4 +1,4 @@
-"""Turn the arguments of ``toolkit.train`` and ``toolkit.plan`` into the ``Invocation`` that a command line gives."""
+"""Build the ``Invocation`` of a command line from the arguments of ``toolkit.train`` and ``toolkit.plan``."""
 
 from __future__ import annotations
 
@@ -17,28 +17,23 @@ _UNNAMED_RECIPE = Path("run")
 """Recipe path of a run that was given values instead of a file; without output.dir it is written to ``runs/run``."""
 
 
-def read_input(
+def build_invocation(
     recipe: str | Path | Mapping[str, Any] | RunConfig | None,
     overrides: Mapping[str, Any] | None,
     ds: str | Path | None,
     resume_override: bool = False,
 ) -> Invocation:
-    """Build and validate the config of a recipe with overrides.
-
-    Args:
-        recipe: YAML file, nested values, or a ``RunConfig``. Defaults to the quickstart recipe.
-        overrides: values by dotted key that override the recipe, as in ``{"train.epochs": 1}``.
-        ds: DeepSpeed JSON. Without it torch alone trains.
-        resume_override: continue a run although harmless keys (learning rate, epochs …) differ.
+    """Build and validate the config of a recipe with overrides; see ``toolkit.train`` for the arguments.
 
     Raises:
         ConfigError: the file cannot be read, or keys or values are invalid; one message lists all faults.
     """
+    path = _UNNAMED_RECIPE
     values: Mapping[str, Any]
     if isinstance(recipe, RunConfig):
-        values, path = recipe.model_dump(), _UNNAMED_RECIPE
+        values = recipe.model_dump()
     elif isinstance(recipe, Mapping):
-        values, path = _paths_as_text(recipe), _UNNAMED_RECIPE
+        values = _paths_as_text(recipe)
     else:
         path = shipped_file(QUICKSTART) if recipe is None else find_file(recipe)
         values = read_recipe(path)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.commands.cli import adapt_help
+from toolkit.commands.cli import verb_parser
 
 if TYPE_CHECKING:
     from toolkit.config.flags import Invocation
@@ -74,18 +74,18 @@ def plan(
         overrides: values by dotted key that override the recipe, as in ``{"train.epochs": 1}``.
         ds: DeepSpeed JSON, as in ``ds_configs/``. Without it torch alone trains.
         world_size: number of ranks, one GPU each.
-        gpu_memory: memory of one GPU, in bytes or as ``"24GiB"``; if given, the report says whether the run fits.
+        gpu_memory: memory of one GPU, in bytes or as ``"24GiB"``; if arguments, the report says whether the run fits.
 
     Raises:
         UsageError: the recipe, DeepSpeed file, model or mask is invalid.
     """
-    from toolkit.commands.recipe_input import read_input
+    from toolkit.commands.invocation import build_invocation
 
-    return _plan(read_input(recipe, overrides, ds), world_size, gpu_memory)
+    return _plan(build_invocation(recipe, overrides, ds), world_size, gpu_memory)
 
 
 def _plan(invocation: Invocation, ranks: int, gpu_memory: int | str | None) -> PlanReport:
-    """Plan a parsed invocation, see ``plan``."""
+    """Plan an invocation, see ``plan``."""
     from toolkit.config.flags import byte_size
 
     gpu_bytes = byte_size(gpu_memory) if isinstance(gpu_memory, str) else gpu_memory
@@ -95,19 +95,11 @@ def _plan(invocation: Invocation, ranks: int, gpu_memory: int | str | None) -> P
 
 
 def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
-    """Parse the command line, then plan.
-
-    Args:
-        words: command-line arguments. Defaults to those of the process.
-        program: program name in the help, such as ``frostline train``. Defaults to the name of the launch script.
-
-    Returns:
-        The exit code, 0.
-    """
+    """Parse the command line, then plan, and return the exit code; see ``cli.verb_parser`` for ``program``."""
     from toolkit.config import flags
     from toolkit.runtime.shipped import QUICKSTART, shipped_file
 
-    parser = adapt_help(flags.create_parser(__doc__ or ""), program)
+    parser = verb_parser(__doc__, program)
     parser.add_argument("--world-size", type=flags.positive_int, default=1, help="ranks, one GPU each; default: 1")
     parser.add_argument("--gpu-memory", metavar="SIZE", help="memory of one GPU, such as 24GiB: say whether it fits")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
@@ -116,15 +108,15 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     parser.add_argument("--budget", type=float, default=0.25, help="share of blocks to suggest; default: 0.25")
     parser.add_argument("--rows", type=flags.positive_int, default=8, help="rows that gradient looks at; default: 8")
     invocation = flags.parse(parser, shipped_file(QUICKSTART), words)
-    given = invocation.arguments
-    if given.suggest:
+    arguments = invocation.arguments
+    if arguments.suggest:
         from toolkit.planning.suggest import suggest_for
 
-        print(suggest_for(invocation.config, given.suggest, given.budget, given.rows).table())
+        print(suggest_for(invocation.config, arguments.suggest, arguments.budget, arguments.rows).table())
         return 0
     gc.disable()  # garbage collection during imports takes a fifth of this short process
-    report = _plan(invocation, given.world_size, given.gpu_memory)
-    if given.png is not None:
-        report.draw(given.png)
-    print(json.dumps(report.as_dict(), indent=1) if given.json else report)
+    report = _plan(invocation, arguments.world_size, arguments.gpu_memory)
+    if arguments.png is not None:
+        report.draw(arguments.png)
+    print(json.dumps(report.as_dict(), indent=1) if arguments.json else report)
     return 0

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolkit.commands.cli import adapt_help
+from toolkit.commands.cli import verb_parser
 from toolkit.runtime.errors import CheckpointError, ConfigError, SlurmError
 from toolkit.runtime.shipped import QUICKSTART, launch_script, shipped_file
 
@@ -28,23 +28,15 @@ if TYPE_CHECKING:
 
 
 def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
-    """Parse the command line, then check the job, write its files and submit it.
-
-    Args:
-        words: command-line arguments. Defaults to those of the process.
-        program: program name in the help, such as ``frostline train``. Defaults to the name of the launch script.
-
-    Returns:
-        The exit code, 0.
-    """
+    """Parse the command line, check the job, write its files and submit it; return the exit code."""
     invocations = _parse(words, program)
-    given = invocations[0].arguments
+    arguments = invocations[0].arguments
     from toolkit.slurm import submission
     from toolkit.slurm.request import read_request
     from toolkit.slurm.script import BatchJob, render
 
-    request = read_request(given)
-    _check_cluster(request, given.dry_run)
+    request = read_request(arguments)
+    _check_cluster(request, arguments.dry_run)
     from toolkit.checkpoint.run_directory import claim, write_config
     from toolkit.runtime.distributed import World  # these import torch, which invalid flags need not wait for
     from toolkit.training.preflight import preflight
@@ -53,30 +45,25 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         runs = []
         for invocation in invocations:
             preflight(invocation, request.ranks)
-            claimed = claim(
-                invocation.config, invocation.recipe, World(), submission.queued_job, not given.dry_run, request.ranks
-            )
-            runs.append(claims.enter_context(claimed))
+            run_claim = claim(
+                invocation.config, invocation.recipe, World(), submission.queued_job, not arguments.dry_run,
+                request.ranks,
+            )  # fmt: skip
+            runs.append(claims.enter_context(run_claim))
         if finished := [str(run.path) for run in runs if run.finished]:
             raise CheckpointError(
                 f"{', '.join(finished)}: finished already, nothing to train; choose another --output.dir"
             )
-        job = BatchJob(
-            request,
-            tuple(run.path.resolve() for run in runs),
-            invocations[0].deepspeed,
-            launch_script("train"),
-            Path.cwd(),
-            os.environ,
-        )
-        if given.dry_run:
+        directories = tuple(run.path.resolve() for run in runs)
+        deepspeed = invocations[0].deepspeed
+        job = BatchJob(request, directories, deepspeed, launch_script("train"), Path.cwd(), os.environ)
+        if arguments.dry_run:
             print(render(job), end="")
             return 0
         for invocation, run in zip(invocations, runs, strict=True):
-            resumable = invocation.config.output.model_copy(
-                update={"resume": "auto"}
-            )  # a requeued job starts several times
-            write_config(run.path, invocation.config.model_copy(update={"output": resumable}))
+            # a requeued job starts several times
+            output = invocation.config.output.model_copy(update={"resume": "auto"})
+            write_config(run.path, invocation.config.model_copy(update={"output": output}))
         job_id = submission.submit(job)
     print(submission.how_to_watch(job, job_id))
     return 0
@@ -88,7 +75,7 @@ def _parse(words: Sequence[str] | None, program: str | None) -> list[Invocation]
     from toolkit.slurm.request import add_flags
 
     def parse(recipe: Path) -> Invocation:
-        parser = adapt_help(flags.create_parser(__doc__ or ""), program)
+        parser = verb_parser(__doc__, program)
         add_flags(parser)
         return flags.parse(parser, recipe, words)
 
@@ -101,13 +88,8 @@ def _parse(words: Sequence[str] | None, program: str | None) -> list[Invocation]
     invocations = [parse(recipe) for recipe in recipes]
     directories = Counter(invocation.config.output.dir or invocation.recipe.stem for invocation in invocations)
     if shared := [name for name, count in directories.items() if count > 1]:
-        raise ConfigError(
-            [
-                f"{name}: several runs of --array would be written there; set output.dir in each recipe, not by a flag"
-                for name in shared
-            ],
-            "command line",
-        )
+        advice = "several runs of --array would be written there; set output.dir in each recipe, not by a flag"
+        raise ConfigError([f"{name}: {advice}" for name in shared], "command line")
     return invocations
 
 
@@ -116,10 +98,10 @@ def _check_cluster(request: JobRequest, dry_run: bool) -> None:
     from toolkit.slurm import cluster
 
     try:
-        known = cluster.read_partitions()
+        partitions = cluster.read_partitions()
     except SlurmError as error:
         if not dry_run:
             raise
         print(f"not compared with a cluster: {error}", file=sys.stderr)
     else:
-        cluster.check(request, known)
+        cluster.check(request, partitions)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.commands.cli import adapt_help, exit_process, run_command
+from toolkit.commands.cli import exit_process, run_command, verb_parser
 from toolkit.runtime.errors import TrainingStoppedError, UsageError
 from toolkit.runtime.signals import STOPPED, record_signals
 
@@ -61,11 +61,11 @@ def train(
     if threading.current_thread() is not threading.main_thread():
         raise UsageError("toolkit.train listens to signals, which only the main thread can; call it from there")
     with record_signals(), _restored_environment():
-        from toolkit.commands.recipe_input import read_input
+        from toolkit.commands.invocation import build_invocation
         from toolkit.training.run import run
 
         directory: list[Path] = []
-        code = run(read_input(recipe, overrides, ds, resume_override), directory.append)
+        code = run(build_invocation(recipe, overrides, ds, resume_override), directory.append)
     if ds is not None:
         from toolkit.engine.deepspeed.process_groups import reset_process_groups
 
@@ -89,20 +89,12 @@ def _restored_environment() -> Iterator[None]:
 
 
 def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
-    """Parse the command line, then train.
-
-    Args:
-        words: command-line arguments. Defaults to those of the process.
-        program: program name in the help, such as ``frostline train``. Defaults to the name of the launch script.
-
-    Returns:
-        The exit code, 0 or 75.
-    """
+    """Parse the command line, then train, and return the exit code; see ``cli.verb_parser`` for ``program``."""
     with record_signals():  # before the slow imports, so that they can be stopped too
         from toolkit.config import flags
         from toolkit.runtime.shipped import QUICKSTART, shipped_file
 
-        parser = adapt_help(flags.create_parser(__doc__ or ""), program)
+        parser = verb_parser(__doc__, program)
         flags.add_resume_override(parser)
         invocation = flags.parse(parser, shipped_file(QUICKSTART), words)
         from toolkit.training.run import run  # imports torch, which --help and a faulty recipe need not wait for

@@ -45,7 +45,7 @@ class Encoder:
 
     The ids of the prompt are those that generation starts from, so the supervised span is exact: it begins where the
     answer does and ends with the token that ends an answer. See docs/data.md. ``max_length`` is in tokens; ``ends`` are
-    the end-of-text tokens that the model's config files name (``toolkit.models.end_tokens``).
+    the end-of-text tokens that the model's config files name (``SourceFiles.end_tokens``).
 
     Raises:
         DataError: the chat template cannot render a user turn, or alters the prompt once an answer follows; or

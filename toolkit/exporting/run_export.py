@@ -31,33 +31,21 @@ def export_model(
     target: Path,
     dtype: Dtype | None = None,
     step: Step | None = None,
-    base: str | None = None,
+    base: str | Path | None = None,
     trust_remote_code: bool = False,
     rounding: Rounding = "nearest",
 ) -> None:
     """Write the whole trained model with tokenizer, chat template and model card, in the base model's format.
 
     Trained tensors come from the fp32 masters; an untied head is saved as its own tensor, with
-    ``tie_word_embeddings: false``.
-
-    Args:
-        run: the run directory.
-        target: target directory, empty or not existing.
-        dtype: precision of the saved weights; None keeps the run's.
-        step: checkpoint, by its number or as ``latest`` or ``best``; None takes the latest.
-        base: new path of the base model, if it moved.
-        trust_remote_code: run code that ships with the base model, if ``run`` was trained with it.
-        rounding: how masters are rounded to bfloat16. ``nearest`` gives the weights of the training. ``stochastic``
-            rounds up or down with probabilities that preserve the value on average, so that small updates survive in
-            some of the weights (docs/fp32-masters.md); its seed is fixed.
+    ``tie_word_embeddings: false``. See ``toolkit.export`` for the arguments.
 
     Raises:
         CheckpointError: ``run`` is not a run directory, ``target`` is not empty, or the base model changed.
         DiskError: ``target`` cannot be written.
         UsageError: ``rounding`` is ``stochastic`` and the weights are not bfloat16.
     """
-    _require_run(run)
-    _require_empty(target)
+    _check_paths(run, target)
     opened = open_model(str(run), step, base, trust_remote_code, dtype)
     delta, choice = opened.delta, opened.choice
     assert delta is not None  # the source is a run
@@ -65,29 +53,21 @@ def export_model(
     if rounding == "stochastic":
         _round_stochastically(opened.loaded.model, delta)
     opened.loaded.model.config.use_cache = True
-    ends = opened.encoder.stop_ids()
     audit = audit_markdown(delta.mask, opened.loaded.anatomy)
     with _staging_directory(target) as staging:
-        comparison = opened.loaded.save(staging, ends)
+        comparison = opened.loaded.save(staging, opened.encoder.stop_ids())
         card = _model_card(choice, delta, audit, dump(opened.config), comparison)
         (staging / "README.md").write_text(card, encoding="utf-8")
 
 
 def export_delta(run: Path, target: Path, dtype: Dtype = "float32", step: Step | None = None) -> None:
-    """Write the trained tensors alone, with the mask, and name and hash of the base model.
-
-    Args:
-        run: the run directory.
-        target: target directory, empty or not existing.
-        dtype: precision of the saved tensors; float32 keeps the masters.
-        step: checkpoint, by its number or as ``latest`` or ``best``; None takes the latest.
+    """Write the trained tensors alone, with the mask, and name and hash of the base model; see ``toolkit.export``.
 
     Raises:
         CheckpointError: ``run`` is not a run directory, or ``target`` is not empty.
         DiskError: ``target`` cannot be written.
     """
-    _require_run(run)
-    _require_empty(target)
+    _check_paths(run, target)
     _, delta = read_run(run, step)
     tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in delta.tensors.items()}
     with _staging_directory(target) as staging:
@@ -95,7 +75,9 @@ def export_delta(run: Path, target: Path, dtype: Dtype = "float32", step: Step |
 
 
 def _round_stochastically(model: PreTrainedModel, delta: Delta) -> None:
-    """Overwrite the model's bfloat16 weights with the stochastically rounded masters of ``delta``.
+    """Overwrite the model's bfloat16 weights with the masters of ``delta``, rounded stochastically by a fixed seed.
+
+    Each goes up or down with probabilities that preserve it on average, so that small updates survive in some weights.
 
     Raises:
         UsageError: the model is not bfloat16.
@@ -112,14 +94,10 @@ def _round_stochastically(model: PreTrainedModel, delta: Delta) -> None:
             stochastic_round(master.float().clone(), noise, parameters[name].detach())
 
 
-def _require_run(run: Path) -> None:
-    """Raise CheckpointError if ``run`` is not a run directory."""
+def _check_paths(run: Path, target: Path) -> None:
+    """Raise CheckpointError if ``run`` is no run directory or ``target`` is not empty; create its parent."""
     if not (run / "config.yaml").is_file():
         raise CheckpointError(f"{run} is not a run directory (no config.yaml); expected one such as runs/quickstart")
-
-
-def _require_empty(target: Path) -> None:
-    """Create the parent of ``target``; raise CheckpointError if ``target`` exists and is not empty."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists and is not empty; choose another --output, or remove it")
     make_parent(target)
@@ -127,9 +105,7 @@ def _require_empty(target: Path) -> None:
 
 @contextmanager
 def _staging_directory(target: Path) -> Iterator[Path]:
-    """Yield a staging path, which is renamed to ``target`` after the body and removed if the body fails.
-
-    The body creates the directory.
+    """Yield a path at which the body creates a directory; it becomes ``target``, or is removed if the body fails.
 
     Raises:
         DiskError: the files cannot be written.
@@ -148,15 +124,7 @@ def _staging_directory(target: Path) -> Iterator[Path]:
 
 
 def _model_card(choice: ChosenCheckpoint, delta: Delta, audit: str, recipe: str, weights: Comparison) -> str:
-    """Return the README.md of an exported model.
-
-    Args:
-        choice: exported checkpoint.
-        delta: its trained tensors and base model.
-        audit: audit of the mask, as Markdown.
-        recipe: recipe of the run, as YAML.
-        weights: comparison of the written files with the base model's.
-    """
+    """Return the README.md of an exported model, with the mask's ``audit`` as Markdown and the ``recipe`` as YAML."""
     base = delta.base.config
     untied = (
         "\n\nThe head is its own tensor here; in the base model it is tied to the embeddings."
@@ -190,7 +158,7 @@ The licence and the intended use are those of the base model. The answers of a l
 
 
 def _comparison_text(weights: Comparison) -> str:
-    """Describe how the written files compare with the base model's, tensor by tensor."""
+    """Return the paragraph of the model card on how the written files compare with the base model's."""
     counts = [
         (weights.identical, "bit-identical to the base model's"),
         (weights.same_values, "of the same values in another precision"),

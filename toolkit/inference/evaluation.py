@@ -84,14 +84,14 @@ def evaluate_rows(
     The caller must put the model into eval mode.
 
     Args:
-        forward: function that runs the suffix and returns the summed cross entropy of a batch.
-        prefix: function that returns the hidden states of a batch; None if ``forward`` runs the whole model.
+        forward: runs the suffix and returns the summed cross entropy of a batch.
+        prefix: returns the hidden states of a batch; None if ``forward`` runs the whole model.
         examples: all rows, which are divided among the ranks.
         micro_batch_size: rows that a rank computes at once.
         pad_id: token id of padding.
         world: this rank's place among the ranks.
         packed: lay the rows of a micro batch end to end; the model must keep them apart.
-        may_stop: whether a signal may end the evaluation between two batches.
+        may_stop: let a signal end the evaluation between two batches.
 
     Raises:
         StopRequested: a signal came and ``may_stop`` is set; raised on every rank.
@@ -118,26 +118,11 @@ def evaluate_source(
     split: str | None,
     batch_size: int,
     step: Step | None,
-    base: str | None,
+    base: str | Path | None,
     trust_remote_code: bool = False,
     dtype: Dtype | None = None,
 ) -> SourceEvaluation:
-    """Compute the loss of the model behind ``source`` in this one process.
-
-    Args:
-        source: run directory, checkpoint, delta, model directory, Hub id or bundled name.
-        path: file or Hub data set, of which every row is used; None takes the rows that the run held out.
-        split: split of a Hub data set; None takes its only one, or train.
-        batch_size: rows computed at once.
-        step: checkpoint of a run, by its number or as ``latest`` or ``best``; None takes the latest.
-        base: new path of the base model, if it moved.
-        trust_remote_code: run code that ships with the base model, if ``source`` was trained with it.
-        dtype: precision of the computation; None takes the default of ``open_model``.
-
-    Raises:
-        DataError: ``path`` is None and ``source`` held no rows out, or rows are invalid.
-        UsageError: ``source`` cannot be opened.
-    """
+    """Compute the loss of the model behind ``source`` in this one process; see ``toolkit.evaluate``."""
     rows = None if path is None else read_rows(path, split)  # before the model loads, so that a bad file fails at once
     opened = open_model(source, step, base, trust_remote_code, dtype)
     config = opened.config.data
@@ -145,35 +130,30 @@ def evaluate_source(
         config = config.model_copy(update={"path": path, "split": split, "validation": None, "validation_split": None})
     elif opened.run is None or config.validation is None:
         raise DataError(f"{source} held no rows out; name some with --data.path FILE")
-    loaded, seed = opened.loaded, opened.config.train.seed
-    dataset = load_dataset(config, loaded.tokenizer, seed, rows, loaded.ends, opened.rendering)
+    loaded, tokenizer = opened.loaded, opened.loaded.tokenizer
+    dataset = load_dataset(config, tokenizer, opened.config.train.seed, rows, loaded.ends, opened.rendering)
     if path is None and opened.run is not None:
         _require_unchanged_rows(dataset, opened)
     examples = dataset.train if path is not None else dataset.validation
     data, held_out = _describe_rows(len(examples), path, split, opened)
     log.info("evaluating on %s", data)
-    check_fit(examples, opened.loaded.model, "name rows that fit, or shorten these")
+    check_fit(examples, loaded.model, "name rows that fit, or shorten these")
     world = World()
-    model = opened.loaded.model.to(world.device).eval()
-    suffix = Suffix(model, opened.loaded.anatomy, boundary=None)
-    pad_id = padding_id(opened.loaded.tokenizer, model)
+    model = loaded.model.to(world.device).eval()
+    suffix = Suffix(model, loaded.anatomy, boundary=None)
+    pad_id = padding_id(tokenizer, model)
     suffix.choose_shortcuts(None, collate([min(examples, key=len)], pad_id).to(world.device))
     packing = choose_packing(config.packing, batch_size, None, suffix, examples, world.device)
     log.info("packing: %s", packing.reason)
     evaluation = evaluate_rows(suffix, None, examples, batch_size, pad_id, world, packing.on)
-    step_taken = opened.choice.step if opened.choice else None
-    return SourceEvaluation(evaluation.loss, evaluation.supervised_tokens, step_taken, len(examples), data, held_out)
+    checkpoint_step = opened.choice.step if opened.choice else None
+    return SourceEvaluation(
+        evaluation.loss, evaluation.supervised_tokens, checkpoint_step, len(examples), data, held_out
+    )
 
 
 def _describe_rows(rows: int, path: str | None, split: str | None, opened: OpenedModel) -> tuple[str, bool | None]:
-    """Return a phrase for the rows, and whether the run held them out (None if that is not known).
-
-    Args:
-        rows: number of rows.
-        path: file or Hub data set that was given; None for the rows that the run held out.
-        split: split of ``path``.
-        opened: model and the recipe of its run.
-    """
+    """Return ``SourceEvaluation.data`` and ``held_out`` for this number of rows; see ``evaluate_source``."""
     config, run = opened.config.data, opened.run
     if path is None:
         if isinstance(config.validation, float):

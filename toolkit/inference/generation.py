@@ -30,11 +30,11 @@ def answers(
     """Generate the model's answer to each sample, from the same prompt that training used.
 
     Args:
-        loaded: model with its tokenizer, on the device to run on.
+        loaded: model on the device to run on.
         samples: questions with their contexts.
         max_length: longest prompt in tokens; context beyond it is cut.
         max_new_tokens: longest answer in tokens.
-        temperature: sampling temperature; 0 decodes greedily.
+        temperature: of sampling; 0 decodes greedily.
         rendering: chat format of the run that trained the model.
 
     Raises:
@@ -68,16 +68,10 @@ def complete(
     temperature: float = 0.0,
     stop: Callable[[], bool] | None = None,
 ) -> str:
-    """Generate the model's continuation of ``prompt`` and decode it.
+    """Generate the continuation of the token ids ``prompt`` by a model in evaluation mode, and decode it.
 
-    Args:
-        model: model in eval mode.
-        tokenizer: tokenizer of the model.
-        prompt: token ids of the prompt.
-        stop_ids: token ids that end the answer.
-        max_new_tokens: longest answer in tokens.
-        temperature: sampling temperature; 0 decodes greedily.
-        stop: function called after every token; if it returns True the answer ends there.
+    It ends at a token of ``stop_ids``, after ``max_new_tokens``, or when ``stop``, called after every token, returns
+    True. A ``temperature`` of 0 decodes greedily.
     """
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     if stop is not None:

@@ -52,7 +52,7 @@ class OpenedModel:
 def open_model(
     source: str,
     step: Step | None = None,
-    base: str | None = None,
+    base: str | Path | None = None,
     trust_remote_code: bool = False,
     dtype: Dtype | None = None,
 ) -> OpenedModel:
@@ -96,10 +96,6 @@ def open_model(
 def read_run(run: Path, step: Step | None = None) -> tuple[ChosenCheckpoint, Delta]:
     """Choose a checkpoint of a run, log which, and read its trained tensors; all its files are verified.
 
-    Args:
-        run: run directory.
-        step: checkpoint, by its number or as ``latest`` or ``best``; None takes the latest.
-
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
@@ -109,10 +105,7 @@ def read_run(run: Path, step: Step | None = None) -> tuple[ChosenCheckpoint, Del
 
 
 def read_trained(path: Path) -> Delta:
-    """Read the trained tensors of a run, checkpoint or delta; the files of a run or checkpoint are verified.
-
-    Args:
-        path: run directory, of which the latest checkpoint is taken, checkpoint, or delta.
+    """Read the trained tensors of a run's latest checkpoint, a checkpoint or a delta; checkpoints are verified.
 
     Raises:
         CheckpointError: ``path`` is none of these, a run has no checkpoint, or the checkpoint is damaged.
@@ -131,21 +124,15 @@ def read_trained(path: Path) -> Delta:
 
 
 def load_delta(
-    delta: Delta, base: str | None = None, trust_remote_code: bool = False, dtype: Dtype | None = None
+    delta: Delta, base: str | Path | None = None, trust_remote_code: bool = False, dtype: Dtype | None = None
 ) -> LoadedModel:
-    """Load the base model with the delta's tensors in place.
-
-    Args:
-        delta: trained tensors.
-        base: new path of the base model, if it moved.
-        trust_remote_code: run code that ships with the base model, if the delta was trained with it.
-        dtype: precision of the whole model; None keeps the base's.
+    """Load the base model with the delta's tensors in place; see ``open_model`` for the arguments.
 
     Raises:
         CheckpointError: the base model's weights are not those that the delta was trained on.
         ModelError: the base model cannot be loaded, or needs its own code without ``trust_remote_code``.
     """
-    config = delta.base.config.model_copy(update={"name_or_path": base} if base else {})
+    config = delta.base.config.model_copy(update={"name_or_path": str(base)} if base else {})
     if config.trust_remote_code and not trust_remote_code:
         raise ModelError(
             f"these tensors were trained on {config.name_or_path} with its own code (model.trust_remote_code), and "
@@ -162,13 +149,7 @@ def load_base(
     anatomy: Anatomy | None = None,
     blocks_on_disk: int = 0,
 ) -> LoadedModel:
-    """Load the model that ``config`` names, with the tensors of ``config.delta`` in place.
-
-    Args:
-        config: the recipe's model section.
-        tokenizer: tokenizer of the model; None loads it.
-        anatomy: parts of the model; None detects them.
-        blocks_on_disk: number of blocks, from the first on, that are not loaded; needs ``anatomy``.
+    """Load a model as ``toolkit.models.load.load`` does, with the tensors of ``config.delta`` in place.
 
     Raises:
         CheckpointError: the delta cannot be read, was trained on other weights, or holds a block that is not loaded.
@@ -185,11 +166,7 @@ def load_base(
 
 @torch.no_grad()
 def _apply_delta(loaded: LoadedModel, delta: Delta, config: ModelConfig, dtype: Dtype | None = None) -> None:
-    """Copy the delta's tensors into its base model, untying the head if the mask does.
-
-    Raises:
-        CheckpointError: the model has other weights than the delta's base, or a tensor of the delta is not loaded.
-    """
+    """Copy the delta's tensors into its base model, untying the head if the mask does; see ``load_base``."""
     if fingerprint(loaded.model, loaded.on_disk) != delta.base.sha256:
         raise CheckpointError(
             f"these tensors were trained on other weights than {config.name_or_path} holds now as "
@@ -217,14 +194,10 @@ def _cast_weights(model: PreTrainedModel, dtype: Dtype) -> None:
 
 
 def _refuse_inside_run(path: Path) -> None:
-    """Refuse a path such as ``RUN/checkpoints/best``, which is a file, and say how to choose a checkpoint.
-
-    Raises:
-        CheckpointError: the path lies in the checkpoints folder of a run.
-    """
+    """Raise CheckpointError for a path such as ``RUN/checkpoints/best``, which is a file, and say how to choose."""
     run = path.parent.parent
     if path.parent.name == "checkpoints" and _is_run(run):
-        present = ", ".join(found.name for found in checkpoints_of(run)) or "none"
+        present = ", ".join(checkpoint.name for checkpoint in checkpoints_of(run)) or "none"
         raise CheckpointError(
             f"{path} is no checkpoint; present: {present}. Name the run, {run}, and choose with "
             "--step N, latest or best"

@@ -22,8 +22,7 @@ def untie_head(model: PreTrainedModel, anatomy: Anatomy) -> None:
         return
     head.weight = nn.Parameter(head.weight.detach().clone())
     model.config.tie_word_embeddings = False
-    text_config = model.config.get_text_config()
-    text_config.tie_word_embeddings = False
+    model.config.get_text_config().tie_word_embeddings = False
     # transformers records the tie in two more attributes, from which save_pretrained() and to() would restore it
     model.all_tied_weights_keys = {}
     model._tied_weights_keys = None
@@ -39,12 +38,7 @@ def apply_mask(model: PreTrainedModel, mask: LayerMask, anatomy: Anatomy) -> Non
 
 
 def replace_parameters(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Replace parameters by new frozen ones; a tied parameter is replaced under all of its names.
-
-    Args:
-        model: module whose parameters are replaced in place.
-        tensors: data of the new parameters, by parameter name.
-    """
+    """Replace parameters by new frozen ones that hold ``tensors``; a tied one is replaced under all of its names."""
     old = dict(model.named_parameters(remove_duplicate=False))
     new = {id(old[name]): nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
     for module in model.modules():

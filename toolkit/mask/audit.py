@@ -20,7 +20,7 @@ class AuditRow:
     parameters: int
     """Number of scalar parameters."""
     trained: int
-    """How many of the parameters train."""
+    """Number of scalar parameters that train."""
     note: str = ""
 
     @property
@@ -47,7 +47,7 @@ def audit(mask: LayerMask, anatomy: Anatomy) -> list[AuditRow]:
 def audit_table(mask: LayerMask, anatomy: Anatomy) -> str:
     """Format the audit as an aligned text table with a line at the frost line."""
     rows = audit(mask, anatomy)
-    total = _total_row(rows)
+    total = _sum_rows("total", rows)
     lines = [f"{'part':<14}{'tensors':>8}{'parameters':>16}  state"]
     is_line_drawn = False
     for row in rows:
@@ -67,13 +67,13 @@ def audit_markdown(mask: LayerMask, anatomy: Anatomy) -> str:
     lines = ["| part | tensors | parameters | state | note |", "|---|---:|---:|---|---|"]
     lines += [
         f"| {row.part} | {row.tensors} | {row.parameters:,} | {row.state} | {row.note} |"
-        for row in (*rows, _total_row(rows))
+        for row in (*rows, _sum_rows("total", rows))
     ]
     return "\n".join([*lines, "", f"Frost line: {_describe_frost_line(mask)}"])
 
 
 def _tied_note(mask: LayerMask, tied: TensorInfo) -> str:
-    """Say in the head's row how training treats its tied tensor."""
+    """Return the note in the head's row on how training treats its tied tensor."""
     notes = {
         "untie": "own copy, untied from the embeddings",
         "both": f"one with {tied.alias_of}: no frozen prefix, no gradient ends early",
@@ -83,14 +83,10 @@ def _tied_note(mask: LayerMask, tied: TensorInfo) -> str:
     return notes[mask.tied]
 
 
-def _total_row(rows: list[AuditRow]) -> AuditRow:
-    """Sum all rows."""
-    return AuditRow(
-        "total",
-        sum(row.tensors for row in rows),
-        sum(row.parameters for row in rows),
-        sum(row.trained for row in rows),
-    )
+def _sum_rows(part: str, rows: list[AuditRow]) -> AuditRow:
+    """Return the sum of ``rows``, named ``part``."""
+    tensors, parameters = sum(row.tensors for row in rows), sum(row.parameters for row in rows)
+    return AuditRow(part, tensors, parameters, sum(row.trained for row in rows))
 
 
 def _describe_frost_line(mask: LayerMask) -> str:
@@ -102,13 +98,12 @@ def _describe_frost_line(mask: LayerMask) -> str:
 
 def _tensors_by_part(anatomy: Anatomy) -> Iterator[tuple[str, list[TensorInfo]]]:
     """Yield each part of the model with its tensors, from input to head."""
-    for part in ("embeddings", "other"):
-        if tensors := [t for t in anatomy.tensors if t.part == part]:
-            yield part, tensors
-    for index in range(anatomy.block_count):
-        yield f"block {index}", [t for t in anatomy.tensors if t.block == index]
-    for part in ("norm", "head"):
-        if tensors := [t for t in anatomy.tensors if t.part == part]:
+    for part in ("embeddings", "other", "block", "norm", "head"):
+        tensors = [t for t in anatomy.tensors if t.part == part]
+        if part == "block":
+            for index in range(anatomy.block_count):
+                yield f"block {index}", [t for t in tensors if t.block == index]
+        elif tensors:
             yield part, tensors
 
 
@@ -119,14 +114,9 @@ def _merge_blocks(rows: list[AuditRow]) -> Iterator[AuditRow]:
         return ("block", row.state) if row.part.startswith("block ") else (row.part,)
 
     for _, group in groupby(rows, key):
-        same = list(group)
-        if len(same) == 1:
-            yield same[0]
-            continue
-        first, last = same[0].part.split()[1], same[-1].part.split()[1]
-        yield AuditRow(
-            f"blocks {first}–{last}",
-            sum(row.tensors for row in same),
-            sum(row.parameters for row in same),
-            sum(row.trained for row in same),
-        )
+        first, *others = group
+        if others:
+            last = others[-1].part.removeprefix("block ")
+            yield _sum_rows(f"blocks {first.part.removeprefix('block ')}–{last}", [first, *others])
+        else:
+            yield first

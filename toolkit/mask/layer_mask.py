@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,7 +17,7 @@ from toolkit.runtime.paths import replace_text
 
 
 @dataclass(frozen=True)
-class MaskedTensor:
+class TrainableTensor:
     """A trainable tensor; a checkpoint must have the same ones, in the same order."""
 
     name: str
@@ -52,7 +53,7 @@ class LayerMask:
     blocks does.
     """
 
-    trainable: tuple[MaskedTensor, ...]
+    trainable: tuple[TrainableTensor, ...]
     boundary: int
     block_count: int
     tied: Tied
@@ -84,7 +85,7 @@ class LayerMask:
     def from_dict(values: dict[str, Any]) -> LayerMask:
         """Restore a mask from its ``dataclasses.asdict``."""
         trainable = tuple(
-            MaskedTensor(tensor["name"], tuple(tensor["shape"]), tensor["dtype"]) for tensor in values["trainable"]
+            TrainableTensor(tensor["name"], tuple(tensor["shape"]), tensor["dtype"]) for tensor in values["trainable"]
         )
         groups = tuple(ParameterGroup(**{**group, "names": tuple(group["names"])}) for group in values["groups"])
         return LayerMask(trainable, values["boundary"], values["block_count"], values["tied"], groups)
@@ -92,10 +93,6 @@ class LayerMask:
 
 def build_mask(config: MaskConfig, anatomy: Anatomy) -> LayerMask:
     """Resolve the recipe's mask section: the union of ``train``, minus ``freeze`` and integer tensors.
-
-    Args:
-        config: the recipe's mask section.
-        anatomy: parts and tensors of the model.
 
     Raises:
         MaskError: a selector is invalid (see ``selectors.resolve``), nothing is left to train, a tensor is in two
@@ -119,24 +116,24 @@ def build_mask(config: MaskConfig, anatomy: Anatomy) -> LayerMask:
     _refuse_partly_selected_ties(all_names, anatomy)
     groups = []
     for names, learning_rate, weight_decay in selected:
-        group_names = _resolve_aliases(names - frozen, tied, anatomy)
-        groups.append(ParameterGroup(_in_model_order(group_names, anatomy), learning_rate, weight_decay))
+        canonical = _resolve_aliases(names - frozen, tied, anatomy)
+        in_model_order = tuple(tensor.name for tensor in anatomy.tensors if tensor.name in canonical)
+        groups.append(ParameterGroup(in_model_order, learning_rate, weight_decay))
     _refuse_overlap(groups)
     trained = {name for group in groups for name in group.names}
-    trainable = tuple(MaskedTensor(t.name, t.shape, t.dtype) for t in anatomy.tensors if t.name in trained)
+    trainable = tuple(TrainableTensor(t.name, t.shape, t.dtype) for t in anatomy.tensors if t.name in trained)
     boundary = _lowest_trained_block(trained, tied, anatomy)
     return LayerMask(trainable, boundary, anatomy.block_count, tied, tuple(g for g in groups if g.names))
 
 
 def _refuse_overlap(groups: list[ParameterGroup]) -> None:
     """Raise MaskError if a tensor is in two groups."""
-    for index, group in enumerate(groups):
-        for other in groups[:index]:
-            if both := sorted(set(group.names) & set(other.names)):
-                raise MaskError(
-                    f"the mask puts {both[0]} and {len(both) - 1} more tensors into two groups of mask.train, so their "
-                    "learning rate is unknown; let the groups' selectors not overlap"
-                )
+    for group, other in combinations(groups, 2):
+        if both := sorted(set(group.names) & set(other.names)):
+            raise MaskError(
+                f"the mask puts {both[0]} and {len(both) - 1} more tensors into two groups of mask.train, so their "
+                "learning rate is unknown; let the groups' selectors not overlap"
+            )
 
 
 def _tied_treatment(selected: frozenset[str], policy: str, anatomy: Anatomy) -> Tied:
@@ -178,9 +175,9 @@ def _refuse_partly_selected_ties(selected: frozenset[str], anatomy: Anatomy) -> 
             continue
         pair = {alias.name, alias.alias_of}
         if len(pair & selected) == 1:
-            (chosen,), (other,) = pair & selected, pair - selected
+            (name,), (other,) = pair & selected, pair - selected
             raise MaskError(
-                f"the mask selects {chosen} but not {other}, and both are one tensor: training one changes the other. "
+                f"the mask selects {name} but not {other}, and both are one tensor: training one changes the other. "
                 "Select both or neither"
             )
 
@@ -194,11 +191,6 @@ def _resolve_aliases(selected: frozenset[str], tied: Tied, anatomy: Anatomy) -> 
         is_untied_head = tied == "untie" and head is not None and name == head.name
         names.add(name if alias is None or is_untied_head else alias)
     return names
-
-
-def _in_model_order(names: set[str], anatomy: Anatomy) -> tuple[str, ...]:
-    """Sort names in the order of the model's tensors."""
-    return tuple(tensor.name for tensor in anatomy.tensors if tensor.name in names)
 
 
 def _lowest_trained_block(names: set[str], tied: Tied, anatomy: Anatomy) -> int:

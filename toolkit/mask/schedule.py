@@ -28,10 +28,10 @@ class Phase:
     """Optimizer steps done when the phase begins."""
     end: int
     """Optimizer steps done when the phase ends."""
-    entered: Mapping[str, int]
+    trained_since: Mapping[str, int]
     """Optimizer steps done when each trained tensor last began to train, by tensor name."""
-    trained: LayerMask
-    """All tensors that trained in this phase or an earlier one: the mask of a checkpoint's delta."""
+    delta_mask: LayerMask
+    """All tensors that trained in this phase or an earlier one, which a checkpoint's delta holds."""
 
     @property
     def groups(self) -> tuple[ParameterGroup, ...]:
@@ -41,8 +41,8 @@ class Phase:
         """
         split = []
         for group in self.mask.groups:
-            for entered in sorted({self.entered[name] for name in group.names}):
-                split.append(replace(group, names=tuple(n for n in group.names if self.entered[n] == entered)))
+            for step in sorted({self.trained_since[name] for name in group.names}):
+                split.append(replace(group, names=tuple(n for n in group.names if self.trained_since[n] == step)))
         return tuple(split)
 
 
@@ -104,13 +104,7 @@ def phase_masks(config: MaskConfig, anatomy: Anatomy) -> list[LayerMask]:
 
 
 def build_schedule(config: MaskConfig, anatomy: Anatomy, steps_per_epoch: int, total_steps: int) -> Schedule:
-    """Build the schedule of a run from its mask section.
-
-    Args:
-        config: the recipe's mask section.
-        anatomy: parts and tensors of the model, before any head is untied.
-        steps_per_epoch: optimizer steps of one pass over the rows.
-        total_steps: optimizer steps of the whole run.
+    """Build the schedule of a run of ``total_steps`` optimizer steps from its mask section, before a head is untied.
 
     Raises:
         ConfigError: phases do not end one after the other, or not before the run does.
@@ -118,13 +112,13 @@ def build_schedule(config: MaskConfig, anatomy: Anatomy, steps_per_epoch: int, t
     """
     ends = phase_ends(config, steps_per_epoch, total_steps)
     phases: list[Phase] = []
-    entered: dict[str, int] = {}
+    trained_since: dict[str, int] = {}
     start = 0
     for index, (mask, end) in enumerate(zip(phase_masks(config, anatomy), ends, strict=True)):
         # a tensor that pauses for a phase drops out of the dict, and counts as new when it trains again
-        entered = {name: entered.get(name, start) for name in mask.names}
-        trained = _union_of_masks([phases[-1].trained, mask], anatomy) if phases else mask
-        phases.append(Phase(index, mask, start, end, entered, trained))
+        trained_since = {name: trained_since.get(name, start) for name in mask.names}
+        delta_mask = _union_of_masks([phases[-1].delta_mask, mask], anatomy) if phases else mask
+        phases.append(Phase(index, mask, start, end, trained_since, delta_mask))
         start = end
     return Schedule(tuple(phases))
 

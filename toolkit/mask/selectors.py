@@ -25,6 +25,7 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Collection, Sequence
+from typing import get_args
 
 from toolkit.models.anatomy import Anatomy, Component, Part
 from toolkit.runtime.errors import MaskError
@@ -42,26 +43,23 @@ def resolve(selectors: Sequence[str], anatomy: Anatomy) -> frozenset[str]:
     Raises:
         MaskError: a selector is malformed, out of range, or matches nothing; the message names similar ones.
     """
-    names: set[str] = set()
-    for selector in selectors:
-        names |= _resolve_one(selector.strip(), anatomy)
-    return frozenset(names)
+    return frozenset(name for selector in selectors for name in _resolve_one(selector.strip(), anatomy))
 
 
 def _resolve_one(selector: str, anatomy: Anatomy) -> set[str]:
     """Return the tensor names of one selector; see ``resolve``."""
     if selector == "all":
         return set(anatomy.by_name)
-    if selector in _PART_SELECTORS:
+    if selector in _PARTS:
         return _tensors_of_part(selector, anatomy)
     kind, colon, argument = selector.partition(":")
     if colon and kind in _NAME_SELECTORS:
         return _NAME_SELECTORS[kind](argument, selector, anatomy)
     if colon and kind in _BLOCK_SELECTORS:
         argument, slash, component = argument.partition("/")
-        blocks = _BLOCK_SELECTORS[kind](argument, selector, anatomy)
+        blocks = _resolve_blocks(kind, argument, selector, anatomy)
         return _tensors_of_blocks(blocks, component if slash else None, selector, anatomy)
-    known = ["all", *_PART_SELECTORS, *(f"{kind}:" for kind in (*_BLOCK_SELECTORS, *_NAME_SELECTORS))]
+    known = ["all", *_PARTS, *(f"{kind}:" for kind in (*_BLOCK_SELECTORS, *_NAME_SELECTORS))]
     near = difflib.get_close_matches(selector if not colon else f"{kind}:", known, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]}?" if near else ""
     if equivalent := _equivalent_selector(selector, anatomy):
@@ -71,7 +69,7 @@ def _resolve_one(selector: str, anatomy: Anatomy) -> set[str]:
 
 def _tensors_of_part(selector: str, anatomy: Anatomy) -> set[str]:
     """Resolve ``head``, ``embeddings`` or ``norm``."""
-    names = {tensor.name for tensor in anatomy.tensors if tensor.part == _PART_SELECTORS[selector]}
+    names = {tensor.name for tensor in anatomy.tensors if tensor.part == selector}
     if not names:
         raise MaskError(
             f"mask selector {selector!r} matches nothing: this model has no such tensors. "
@@ -80,44 +78,30 @@ def _tensors_of_part(selector: str, anatomy: Anatomy) -> set[str]:
     return names
 
 
-def _last_blocks(argument: str, selector: str, anatomy: Anatomy) -> set[int]:
-    """Return the blocks of ``last:N``."""
-    size = _parse_count(argument, selector, anatomy)
-    return set(range(anatomy.block_count - size, anatomy.block_count))
-
-
-def _first_blocks(argument: str, selector: str, anatomy: Anatomy) -> set[int]:
-    """Return the blocks of ``first:N``."""
-    return set(range(_parse_count(argument, selector, anatomy)))
-
-
-def _every_nth_block(argument: str, selector: str, anatomy: Anatomy) -> set[int]:
-    """Return the blocks of ``every:N``."""
-    stride = _parse_count(argument, selector, anatomy)
-    return set(range(stride - 1, anatomy.block_count, stride))
-
-
-def _parse_count(argument: str, selector: str, anatomy: Anatomy) -> int:
-    """Parse the N of a selector: a number from 1 to the number of blocks."""
-    count = anatomy.block_count
-    if not re.fullmatch(r"[0-9]{1,9}", argument) or not 1 <= int(argument) <= count:
+def _resolve_blocks(kind: str, argument: str, selector: str, anatomy: Anatomy) -> Collection[int]:
+    """Return the indices of the blocks that ``kind:argument`` selects, one of ``_BLOCK_SELECTORS``."""
+    total = anatomy.block_count
+    if kind == "blocks":
+        return _listed_blocks(argument, selector, anatomy)
+    if kind == "fraction":
+        if not re.fullmatch(r"[0-9]*\.?[0-9]+", argument) or not 0 < float(argument) <= 1:
+            raise MaskError(f"mask selector {selector!r}: expected a share of the blocks above 0 and up to 1")
+        return range(total - max(1, round(float(argument) * total)), total)
+    if not re.fullmatch(r"[0-9]{1,9}", argument) or not 1 <= int(argument) <= total:
         raise MaskError(
-            f"mask selector {selector!r}: expected a whole number from 1 to {count}, the blocks of this model"
+            f"mask selector {selector!r}: expected a whole number from 1 to {total}, the blocks of this model"
         )
-    return int(argument)
-
-
-def _fraction_of_blocks(argument: str, selector: str, anatomy: Anatomy) -> set[int]:
-    """Return the blocks of ``fraction:F``, at least one."""
-    if not re.fullmatch(r"[0-9]*\.?[0-9]+", argument) or not 0 < float(argument) <= 1:
-        raise MaskError(f"mask selector {selector!r}: expected a share of the blocks above 0 and up to 1")
-    size = max(1, round(float(argument) * anatomy.block_count))
-    return set(range(anatomy.block_count - size, anatomy.block_count))
+    number = int(argument)
+    return {
+        "last": range(total - number, total),
+        "first": range(number),
+        "every": range(number - 1, total, number),
+    }[kind]
 
 
 def _listed_blocks(argument: str, selector: str, anatomy: Anatomy) -> set[int]:
     """Return the blocks of ``blocks:LIST``."""
-    chosen: set[int] = set()
+    blocks: set[int] = set()
     for item in argument.split(","):
         match = re.fullmatch(r"\s*(-?[0-9]{1,9})(?:-(-?[0-9]{1,9}))?\s*", item)
         if not match:
@@ -128,8 +112,8 @@ def _listed_blocks(argument: str, selector: str, anatomy: Anatomy) -> set[int]:
         high = _block_index(int(match[2]), selector, anatomy) if match[2] else low
         if high < low:
             raise MaskError(f"mask selector {selector!r}: the range {item.strip()} runs backwards; write {high}-{low}")
-        chosen.update(range(low, high + 1))
-    return chosen
+        blocks.update(range(low, high + 1))
+    return blocks
 
 
 def _block_index(block: int, selector: str, anatomy: Anatomy) -> int:
@@ -220,27 +204,13 @@ def _equivalent_selector(text: str, anatomy: Anatomy) -> str | None:
     """Return the selector for a text such as ``layers.28`` or ``lm_head``, a part of tensor names; None if unknown."""
     if block := re.search(r"(?:layers?|blocks?|h)\.([0-9]+)\b", text):
         return f"blocks:{block[1]}" if int(block[1]) < anatomy.block_count else f"last:1 (there is no block {block[1]})"
-    for word, part in (
-        ("head", "head"),
-        ("embed", "embeddings"),
-        ("wte", "embeddings"),
-        ("norm", "norm"),
-        ("ln_f", "norm"),
-    ):
-        if word in text:
-            return part
-    return None
+    parts = {"head": "head", "embed": "embeddings", "wte": "embeddings", "norm": "norm", "ln_f": "norm"}
+    return next((part for word, part in parts.items() if word in text), None)
 
 
-_PART_SELECTORS: dict[str, Part] = {"head": "head", "embeddings": "embeddings", "norm": "norm"}
-_COMPONENTS: tuple[Component, ...] = ("attention", "mlp", "norms")
-_BLOCK_SELECTORS: dict[str, Callable[[str, str, Anatomy], set[int]]] = {
-    "last": _last_blocks,
-    "first": _first_blocks,
-    "blocks": _listed_blocks,
-    "every": _every_nth_block,
-    "fraction": _fraction_of_blocks,
-}
+_PARTS: tuple[Part, ...] = ("head", "embeddings", "norm")
+_COMPONENTS: tuple[Component, ...] = get_args(Component)
+_BLOCK_SELECTORS = ("last", "first", "blocks", "every", "fraction")
 _NAME_SELECTORS: dict[str, Callable[[str, str, Anatomy], set[str]]] = {
     "glob": _select_glob,
     "re": _select_regex,

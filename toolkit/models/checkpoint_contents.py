@@ -14,48 +14,41 @@ from toolkit.runtime.safetensors_io import FLOATS
 log = logging.getLogger("frostline")
 
 
-def check_contents(model: PreTrainedModel, stored: StoredTensors, targets: dict[str, str], source: str) -> None:
+def check_contents(model: PreTrainedModel, stored: StoredTensors, model_names: dict[str, str], source: str) -> None:
     """Refuse quantised weights; log which stored tensors the model does not use, and which were rounded on loading.
 
-    Args:
-        model: the loaded model.
-        stored: the tensors of its checkpoint.
-        targets: each stored name, mapped to the model's name of that tensor.
-        source: name of the checkpoint, for messages.
+    ``model_names`` maps each stored name to the model's name of that tensor; messages name the checkpoint ``source``.
 
     Raises:
         ModelError: the weights are quantised.
     """
-    _refuse_quantised(model, stored, targets, source)
+    _refuse_quantised(model, stored, model_names, source)
     state = model.state_dict()
-    unused = [name for name in sorted(stored.entries) if targets[name] not in state]
+    unused = [name for name in sorted(stored.entries) if model_names[name] not in state]
     if unused:
         log.warning(
             "%s: %d tensors of the checkpoint are not used by %s: %s. An export carries them as they are%s",
             source, len(unused), type(model).__name__, join_names(unused),
-            _describe_unregistered(model, [targets[name] for name in unused]),
+            _describe_unregistered(model, [model_names[name] for name in unused]),
         )  # fmt: skip
     rounded = [
         name
-        for name, target in targets.items()
-        if target in state and _loses_precision(FLOATS.get(stored.entries[name]["dtype"]), state[target].dtype)
+        for name, model_name in model_names.items()
+        if model_name in state and _loses_precision(FLOATS.get(stored.entries[name]["dtype"]), state[model_name].dtype)
     ]
     if rounded:
         kinds = sorted({str(FLOATS[stored.entries[name]["dtype"]]).removeprefix("torch.") for name in rounded})
         log.info(
             "%s: %d of %d tensors are stored in %s and rounded to %s (model.dtype), frozen ones too",
             source, len(rounded), len(stored.entries), " and ".join(kinds),
-            str(state[targets[rounded[0]]].dtype).removeprefix("torch."),
+            str(state[model_names[rounded[0]]].dtype).removeprefix("torch."),
         )  # fmt: skip
 
 
-def _refuse_quantised(model: PreTrainedModel, stored: StoredTensors, targets: dict[str, str], source: str) -> None:
-    """Refuse quantised weights.
+def _refuse_quantised(model: PreTrainedModel, stored: StoredTensors, model_names: dict[str, str], source: str) -> None:
+    """Raise ModelError for quantised weights, naming the first.
 
     Integer tensors pass if the network itself has integers there, and no quantiser of transformers has put them there.
-
-    Raises:
-        ModelError: there are quantised weights; names the first.
     """
     by_quantiser = getattr(model, "hf_quantizer", None) is not None
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -66,10 +59,10 @@ def _refuse_quantised(model: PreTrainedModel, stored: StoredTensors, targets: di
     ]
     if not by_quantiser:
         packed += [
-            target
-            for name, target in targets.items()
-            if target in parameters
-            and parameters[target].is_floating_point()
+            model_name
+            for name, model_name in model_names.items()
+            if model_name in parameters
+            and parameters[model_name].is_floating_point()
             and stored.entries[name]["dtype"] not in FLOATS
         ]
     if packed:
@@ -86,15 +79,11 @@ def _loses_precision(stored: torch.dtype | None, loaded: torch.dtype) -> bool:
 
 def _describe_unregistered(model: PreTrainedModel, unused: list[str]) -> str:
     """Return a clause for the log on those unused tensors whose module the model does have; empty if there are none."""
-    modules = dict(model.named_modules())
-    odd = []  # tensors that the config leaves out of a module that the model has
-    for name in unused:
-        module = modules.get(name.rpartition(".")[0])
-        if module is not None and module._parameters and not module._modules:
-            odd.append(name)
-    if not odd:
+    leaves = {name for name, module in model.named_modules() if module._parameters and not module._modules}
+    unregistered = [name for name in unused if name.rpartition(".")[0] in leaves]
+    if not unregistered:
         return ""
     return (
-        f". Of these, {join_names(odd, 4)}: the model has the module but, as config.json describes it, no such tensor, "
-        "so it computes without it, as transformers does"
+        f". Of these, {join_names(unregistered, 4)}: the model has the module but, as config.json describes it, no "
+        "such tensor, so it computes without it, as transformers does"
     )

@@ -14,11 +14,7 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def check_directory(directory: Path, needs_weights: bool) -> None:
-    """Refuse a model directory that cannot, or must not, be loaded; no weight is read.
-
-    Args:
-        directory: the model directory, which exists.
-        needs_weights: False if a config.json alone will do.
+    """Refuse an existing model directory that cannot, or must not, be loaded; no weight is read.
 
     Raises:
         ModelError: no readable config.json; an adapter; weights that are pickled or missing; or an index that names
@@ -59,9 +55,9 @@ def _find_faults(directory: Path, needs_weights: bool) -> Iterator[str]:
         return
     if not any(directory.glob("*.safetensors")):
         pickled = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLE_SUFFIXES)
-        found = f" but {pickled[0]}" if pickled else ""
+        instead = f" but {pickled[0]}" if pickled else ""
         yield (
-            f"has no *.safetensors{found}; pickled weights are not loaded. "
+            f"has no *.safetensors{instead}; pickled weights are not loaded. "
             "Convert them: load once with transformers and call save_pretrained"
         )
     if (directory / _INDEX_FILE).is_file() and (wrong := _unsafe_entries(read_json(directory / _INDEX_FILE))):

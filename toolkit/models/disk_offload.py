@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +77,12 @@ def detach_offloaded(model: nn.Module) -> dict[str, OnDisk]:
     for module in model.modules():  # accelerate puts the method back, but on the instance, where copies would find it
         if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
             del module.forward
-    files: dict[str, SafetensorsFile] = {}
-    found = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.is_meta:
-            path = index[name]["safetensors_file"]
-            if path not in files:
-                files[path] = open_weights(Path(path))
-            found[name] = OnDisk(files[path], index[name]["weight_name"], parameter.dtype)
-    return found
+    open_once = cache(open_weights)
+    return {
+        name: OnDisk(open_once(Path(index[name]["safetensors_file"])), index[name]["weight_name"], parameter.dtype)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.is_meta
+    }
 
 
 def _offload_index(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -114,7 +112,7 @@ def offload_to_disk(tensors: Mapping[str, torch.Tensor]) -> dict[str, OnDisk]:
     ends.
 
     Raises:
-        ModelError: the disk.
+        ModelError: the file cannot be written.
     """
     root = cache_root()
     size = sum(tensor.nbytes for tensor in tensors.values())

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 
 from toolkit.models.config_json import is_tied
-from toolkit.models.source_files import SourceFiles, write_model_json
-from toolkit.models.weight_files import Comparison, StoredTensors, read_stored, weights_to_write
+from toolkit.models.storage_format import StorageFormat
+from toolkit.models.weight_files import StoredTensors
 
 _LLAMA_MODULES = {
     "transformer.wte": "model.embed_tokens",
@@ -69,9 +61,14 @@ _DEFAULTS = {"tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 2}
 
 def llama_name(name: str) -> str:
     """Return the name that a tensor of an EXAONE 3.x checkpoint has in the equivalent Llama."""
-    for pattern, replacement in _EXAONE_TO_LLAMA.items():
-        renamed, found = re.subn(pattern, replacement, name)
-        if found:
+    return _rename(name, _EXAONE_TO_LLAMA)
+
+
+def _rename(name: str, patterns: dict[str, str]) -> str:
+    """Replace the first pattern that matches ``name``."""
+    for pattern, replacement in patterns.items():
+        renamed, count = re.subn(pattern, replacement, name)
+        if count:
             return renamed
     return name
 
@@ -93,8 +90,8 @@ def read_exaone_config(source: str, revision: str | None) -> LlamaConfig:
         OSError: the config cannot be found.
         ValueError: it lacks a key without a default, or sets a dropout that Llama does not have.
     """
-    found, _ = PretrainedConfig.get_config_dict(source, revision=revision)
-    exaone = _DEFAULTS | {key: value for key, value in found.items() if value is not None}
+    values, _ = PretrainedConfig.get_config_dict(source, revision=revision)
+    exaone = _DEFAULTS | {key: value for key, value in values.items() if value is not None}
     if missing := [key for key in _REQUIRED_KEYS if key not in exaone]:
         raise ValueError(f"Its config.json lacks {', '.join(missing)}; expected the one EXAONE 3.x came with.")
     if exaone.get("embed_dropout"):
@@ -108,84 +105,40 @@ def read_exaone_config(source: str, revision: str | None) -> LlamaConfig:
     )
 
 
-@dataclass(frozen=True)
-class ExaoneFormat:
+class ExaoneFormat(StorageFormat):
     """Reads EXAONE 3.x as the equivalent Llama, and writes it back under its own names with its own config.
 
-    What is written is what EXAONE's own code and other loaders of EXAONE 3.x read. That code is copied, never run.
+    What is written is what EXAONE's own code and other loaders of EXAONE 3.x read. That code is copied, never run. The
+    tokenizer's files are copied, not saved anew: transformers 4, which the code was made for, reads them.
     """
 
-    source: str
-    revision: str | None
-
-    @property
-    def files(self) -> SourceFiles:
-        """The files beside the weights."""
-        return SourceFiles(self.source, self.revision)
-
     def read(self, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """Read the equivalent ``LlamaForCausalLM``; return it and transformers' loading information.
-
-        Raises:
-            OSError: the checkpoint cannot be found.
-            ValueError: its config is not one of EXAONE 3.x.
-        """
+        """Read the equivalent ``LlamaForCausalLM``; see ``StorageFormat.read``."""
         config = read_exaone_config(self.source, self.revision)
         model, info = LlamaForCausalLM.from_pretrained(
             self.source, revision=self.revision, config=config, key_mapping=_EXAONE_TO_LLAMA, **options
         )
         # The mapping renamed on the way in; save_pretrained would undo it with wrong names (out_proj as o_proj).
         for attribute in ("_weight_conversions", "_checkpoint_conversion_mapping"):
-            if attribute in vars(model):
-                delattr(model, attribute)
+            vars(model).pop(attribute, None)
         return model, info
 
     def tokenizer_options(self) -> dict[str, Any]:
-        """Return revision and Llama config: without one, transformers would ask for the remote code's.
+        """Return revision and Llama config: without one, transformers would ask for the remote code's."""
+        return super().tokenizer_options() | {"config": read_exaone_config(self.source, self.revision)}
 
-        Raises:
-            OSError: the config cannot be found.
-            ValueError: it is not one of EXAONE 3.x.
-        """
-        config = read_exaone_config(self.source, self.revision)
-        return {"revision": self.revision, "config": config, "trust_remote_code": False}
-
-    def targets(self, model: PreTrainedModel, stored: StoredTensors) -> dict[str, str]:
+    def model_names(self, model: PreTrainedModel, stored: StoredTensors) -> dict[str, str]:
         """Map stored names to the Llama's."""
         return {name: llama_name(name) for name in stored.entries}
 
-    def write(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, ends: Collection[int] = ()
-    ) -> Comparison:
-        """Write weights, config, tokenizer and code as they came; only weights, tying, precision and ends may be new.
+    def _to_stored_layout(self, model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {_rename(name, _LLAMA_TO_EXAONE): tensor for name, tensor in state.items()}
 
-        The tokenizer's files are copied, not saved anew: transformers 4, which EXAONE's code was made for, reads them.
-
-        Raises:
-            OSError: the disk is full or refuses, or the source can no longer be read.
-        """
-        directory.mkdir(parents=True, exist_ok=True)
-        config, stored = self.files.config(), read_stored(self.files)
-        weights = weights_to_write(
-            model, stored, self.targets(model, stored),
-            lambda state: {_exaone_name(name): tensor for name, tensor in state.items()},
-        )  # fmt: skip
-        comparison = weights.write(stored, directory)
+    def _config_to_write(self, config: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+        """Return EXAONE's config with nothing new but tying and precision."""
         tied = is_tied(model)
         if config.get("tie_word_embeddings", _DEFAULTS["tie_word_embeddings"]) != tied:
             config["tie_word_embeddings"] = tied
         for key in [key for key in ("torch_dtype", "dtype") if key in config] or ["torch_dtype"]:
             config[key] = str(model.dtype).removeprefix("torch.")
-        write_model_json(directory / "config.json", config)
-        self.files.write_generation_config(model.generation_config, ends, directory)
-        self.files.copy_into(tokenizer.vocab_files_names.values(), directory)
-        return comparison
-
-
-def _exaone_name(name: str) -> str:
-    """Return the name that a tensor of the Llama has in an EXAONE 3.x checkpoint."""
-    for pattern, exaone in _LLAMA_TO_EXAONE.items():
-        renamed, count = re.subn(pattern, exaone, name)
-        if count:
-            return renamed
-    return name
+        return config

@@ -175,13 +175,8 @@ def sdpa(
         return output
 
     mask = args[0] if args else kwargs.pop("attention_mask", None)
-    is_random = kwargs.get("dropout") or 0.0
-    if (
-        not getattr(module, _MARK_ATTRIBUTE, False)
-        or query.dtype != torch.bfloat16
-        or is_random
-        or not torch.is_grad_enabled()
-    ):
+    in_float32 = getattr(module, _MARK_ATTRIBUTE, False) and query.dtype == torch.bfloat16 and torch.is_grad_enabled()
+    if not in_float32 or kwargs.get("dropout"):  # a second pass would drop other values
         return attend(query, key, value, mask), None
     return _Float32Attention.apply(query, key, value, mask, attend), None  # type: ignore[no-untyped-call]
 
@@ -234,20 +229,17 @@ def _saved_or_measured(path: Path) -> bool:
 
 
 def machine() -> str:
-    """Name the processor and torch's version: the key that a measurement is saved under."""
-    return f"{_processor()}, torch {torch.__version__}"
-
-
-def _processor() -> str:
-    """Return the processor's name, with AMX if it has tile units; from /proc/cpuinfo if that can be read."""
+    """Name the processor, its tile units (AMX) and torch's version: the key that a measurement is saved under."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
-    facts = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
-    found = {key.strip(): value for key, value in facts.items()}
-    tiles = " with AMX" if "amx_bf16" in found.get("flags", "").split() else ""
-    return found.get("model name", platform.machine()).strip() + tiles
+        processor = platform.processor() or platform.machine()
+    else:
+        pairs = (line.split(":", 1) for line in reversed(lines) if ":" in line)
+        fields = {key.strip(): value for key, value in pairs}
+        tiles = " with AMX" if "amx_bf16" in fields.get("flags", "").split() else ""
+        processor = fields.get("model name", platform.machine()).strip() + tiles
+    return f"{processor}, torch {torch.__version__}"
 
 
 def _measure_speedup() -> float:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import nn
@@ -22,12 +22,11 @@ from toolkit.models.bundled import bundled_directory, cache_root
 from toolkit.models.checkpoint_contents import check_contents
 from toolkit.models.directory import check_directory
 from toolkit.models.disk_offload import OnDisk, detach_offloaded, device_map, silence_accelerate
-from toolkit.models.end_tokens import model_ends
 from toolkit.models.exaone import ExaoneFormat, is_exaone
 from toolkit.models.quirks import turn_off_layerdrop
 from toolkit.models.rotary import make_rotary_per_sample
-from toolkit.models.source_files import SourceFiles
-from toolkit.models.storage_format import StorageFormat, TransformersFormat
+from toolkit.models.source_files import SourceFiles, config_levels
+from toolkit.models.storage_format import StorageFormat
 from toolkit.models.weight_files import Comparison, read_stored
 from toolkit.runtime import hub
 from toolkit.runtime.errors import FrostlineError, ModelError
@@ -47,7 +46,7 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     anatomy: Anatomy
-    form: StorageFormat
+    storage_format: StorageFormat
     """Format that it was read from and is written back in."""
     on_disk: Mapping[str, OnDisk] = field(default_factory=dict)
     """Parameters that stay in their files, by name; in the model they are on the meta device."""
@@ -55,19 +54,8 @@ class LoadedModel:
     """The end-of-text tokens that the model's config files name."""
 
     def save(self, directory: Path, ends: Collection[int] = ()) -> Comparison:
-        """Write model and tokenizer into ``directory``, in the format that they were read from.
-
-        Args:
-            directory: target directory, which is created.
-            ends: tokens that end an answer, for generation_config.json.
-
-        Returns:
-            How the written weights compare with the source's.
-
-        Raises:
-            OSError: the disk is full or refuses, or a file of the source can no longer be read.
-        """
-        return self.form.write(self.model, self.tokenizer, directory, ends)
+        """Write model and tokenizer in the format that they were read from; see ``StorageFormat.write``."""
+        return self.storage_format.write(self.model, self.tokenizer, directory, ends)
 
 
 def load(
@@ -78,13 +66,8 @@ def load(
 ) -> LoadedModel:
     """Load the model and tokenizer that ``config`` names.
 
-    Weights are read from safetensors only: pickled checkpoints can run code.
-
-    Args:
-        config: the recipe's model section.
-        tokenizer: the model's tokenizer; None loads it.
-        anatomy: the model's parts; None detects them.
-        blocks_on_disk: number of blocks, from the first on, whose weights stay in their files; needs ``anatomy``.
+    Weights are read from safetensors only: pickled checkpoints can run code. Those of the first ``blocks_on_disk``
+    blocks stay in their files, which needs ``anatomy``.
 
     Raises:
         ModelError: nothing of that name, no safetensors, weights missing from the checkpoint, quantised weights, or
@@ -92,16 +75,16 @@ def load(
     """
     source = resolve_source(config.name_or_path)
     tokenizer = tokenizer or load_tokenizer(config)
+    on_disk: dict[str, OnDisk] = {}
     if anatomy is not None and blocks_on_disk:
-        model, form, on_disk = _load_with_blocks_on_disk(source, config, anatomy, blocks_on_disk)
+        model, storage_format, on_disk = _load_with_blocks_on_disk(source, config, anatomy, blocks_on_disk)
     else:
-        model, form = _load_weights(source, config, {})
-        on_disk = {}
+        model, storage_format = _load_weights(source, config, {})
     turn_off_layerdrop(model)
     make_rotary_per_sample(model)
     model.config.use_cache = False  # a key-value cache serves generation, not training
-    ends = model_ends(source, config.revision)
-    return LoadedModel(model, tokenizer, anatomy or detect_anatomy(model), form, on_disk, ends)
+    ends = storage_format.files.end_tokens()
+    return LoadedModel(model, tokenizer, anatomy or detect_anatomy(model), storage_format, on_disk, ends)
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -135,25 +118,26 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 def _choose_chat_template(tokenizer: PreTrainedTokenizerBase, source: str, config: ModelConfig) -> str | None:
     """Choose the tokenizer's one chat template, or that in chat_template.json; None if there is neither."""
-    found: str | dict[str, str] | None = tokenizer.chat_template
-    if not found:
+    templates: str | dict[str, str] | None = tokenizer.chat_template
+    if not templates:
         try:
-            found = SourceFiles(source, config.revision).chat_template_json()
+            templates = SourceFiles(source, config.revision).chat_template_json()
         except (OSError, ValueError) as error:
             raise ModelError(f"model.name_or_path {source!r} cannot be loaded. {_one_line(error)}") from None
-        if found:
+        if templates:
             log.info("%s: the chat template is that in its chat_template.json", source)
-    if not isinstance(found, dict):
-        return found
-    name = "default" if "default" in found else next(iter(found))
-    if name != "default" and len(found) > 1:
+    if not isinstance(templates, dict):
+        return templates
+    if len(templates) == 1:
+        return next(iter(templates.values()))
+    names = ", ".join(sorted(templates))
+    if "default" not in templates:
         raise ModelError(
-            f"the tokenizer of {source} has {len(found)} chat templates ({', '.join(sorted(found))}) and none named "
-            'default; name the one to use "default" in its tokenizer_config.json or additional_chat_templates'
+            f"the tokenizer of {source} has {len(templates)} chat templates ({names}) and none named default; name "
+            'the one to use "default" in its tokenizer_config.json or additional_chat_templates'
         )
-    if len(found) > 1:
-        log.info("%s: of its chat templates (%s) the one named default is used", source, ", ".join(sorted(found)))
-    return found[name]
+    log.info("%s: of its chat templates (%s) the one named default is used", source, names)
+    return templates["default"]
 
 
 def stored_dtype(name: str) -> Dtype:
@@ -166,20 +150,17 @@ def stored_dtype(name: str) -> Dtype:
         values, _ = PretrainedConfig.get_config_dict(resolve_source(name))
     except OSError:
         values = {}  # ``load`` says what is wrong with it
-    text = values.get("text_config")
-    for level in (values, text if isinstance(text, dict) else {}):
-        found = str(level.get("dtype") or level.get("torch_dtype")).removeprefix("torch.")
-        if found in ("bfloat16", "float16", "float32"):
-            return cast(Dtype, found)
+    for level in config_levels(values):
+        dtype = str(level.get("dtype") or level.get("torch_dtype")).removeprefix("torch.")
+        if dtype in get_args(Dtype):
+            return cast(Dtype, dtype)
     return "bfloat16"
 
 
 def resolve_source(name: str, needs_weights: bool = True) -> str:
     """Resolve ``model.name_or_path`` to a directory or Hub id that transformers understands.
 
-    Args:
-        name: value of ``model.name_or_path``.
-        needs_weights: False if a directory with a config.json alone will do.
+    With ``needs_weights`` False a directory with a config.json alone will do.
 
     Raises:
         ModelError: neither a directory, nor shaped like a Hub id, nor a bundled model; or a directory that cannot, or
@@ -206,22 +187,19 @@ def explain_hub_error(source: str, error: BaseException) -> str | None:
 
 
 def fingerprint(model: nn.Module, on_disk: Mapping[str, OnDisk] | None = None) -> str:
-    """Hash name, dtype, shape and bytes of every parameter, tied ones once (SHA-256); identifies a base model.
-
-    Args:
-        model: the model, its weights in the precision they were loaded in.
-        on_disk: parameters of ``model`` that were left on disk; they are read one by one and not kept in memory.
-    """
+    """Return the ``fingerprint_of`` every parameter, tied ones once; it identifies a base model as it was loaded."""
     return fingerprint_of(dict(model.named_parameters()), on_disk)
 
 
 def fingerprint_of(tensors: Mapping[str, torch.Tensor], on_disk: Mapping[str, OnDisk] | None = None) -> str:
-    """Hash name, dtype, shape and bytes of ``tensors`` in the order of their names; see ``fingerprint``."""
-    left_on_disk = on_disk or {}
+    """Hash name, dtype, shape and bytes of ``tensors`` in the order of their names (SHA-256, as hex digits).
+
+    Those of ``on_disk`` are read one by one and not kept in memory.
+    """
 
     def digest(item: tuple[str, torch.Tensor]) -> bytes:
         name, tensor = item
-        stored = left_on_disk.get(name)
+        stored = on_disk.get(name) if on_disk else None
         if stored is not None:
             tensor = stored.read()
         sha = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -239,7 +217,7 @@ def _choose_format(source: str, config: ModelConfig) -> StorageFormat:
     """Choose how the source is read: as EXAONE 3.x, or by transformers."""
     if is_exaone(source, config.revision) and not config.trust_remote_code:
         return ExaoneFormat(source, config.revision)
-    return TransformersFormat(source, config.revision, config.trust_remote_code)
+    return StorageFormat(source, config.revision, config.trust_remote_code)
 
 
 def _load_with_blocks_on_disk(
@@ -251,9 +229,9 @@ def _load_with_blocks_on_disk(
     with tempfile.TemporaryDirectory(prefix=".offload-", dir=root) as folder:
         options = {"device_map": device_map(anatomy, blocks_on_disk), "offload_folder": folder}
         with silence_accelerate():
-            model, form = _load_weights(source, config, options)
+            model, storage_format = _load_weights(source, config, options)
         # the files are mapped: they stay readable when the folder is deleted
-        return model, form, detach_offloaded(model)
+        return model, storage_format, detach_offloaded(model)
 
 
 def _load_weights(source: str, config: ModelConfig, extra: dict[str, Any]) -> tuple[PreTrainedModel, StorageFormat]:
@@ -266,22 +244,22 @@ def _load_weights(source: str, config: ModelConfig, extra: dict[str, Any]) -> tu
         **extra,
     }
     try:
-        form = _choose_format(source, config)
-        model, info = form.read(options)
+        storage_format = _choose_format(source, config)
+        model, info = storage_format.read(options)
     except Exception as error:  # a damaged config or checkpoint makes transformers raise anything
         if isinstance(error, FrostlineError) or is_out_of_memory(error):
             raise
         raise ModelError(
             explain_hub_error(source, error) or f"model.name_or_path {source!r} cannot be loaded. {_one_line(error)}"
         ) from None
-    stored = read_stored(form.files)
-    check_contents(model, stored, form.targets(model, stored), source)
+    stored = read_stored(storage_format.files)
+    check_contents(model, stored, storage_format.model_names(model, stored), source)
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"{source} lacks {len(missing)} tensors of {type(model).__name__} ({', '.join(missing[:3])} …); "
             "they would start at random. Expected a complete checkpoint"
         )
-    return model, form
+    return model, storage_format
 
 
 def _one_line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from toolkit.runtime.errors import ModelError
 
 
 @contextlib.contextmanager
-def evaluating(*parts: nn.Module) -> Iterator[None]:
+def evaluation_mode(*parts: nn.Module) -> Iterator[None]:
     """Turn dropout and gradients off inside; restore each module's training mode afterwards.
 
     Raises:
@@ -44,11 +44,7 @@ def probe_blocks(
     """Return the ``watched`` modules in the order in which a pass over two tokens runs them, with their outputs.
 
     An exception that ends the pass early is suppressed: the caller decides if what was recorded until then is enough.
-
-    Args:
-        model: the module to run.
-        watched: modules within ``model``.
-        device: device of the input ids; None takes that of the model's first parameter.
+    The input ids are on ``device``, or on that of the model's first parameter.
     """
     recorded: list[tuple[nn.Module, Any]] = []
     hooks = [
@@ -57,7 +53,7 @@ def probe_blocks(
     ]
     device = device or next(model.parameters()).device
     try:
-        with evaluating(model), contextlib.suppress(Exception):
+        with evaluation_mode(model), contextlib.suppress(Exception):
             model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
     finally:
         for hook in hooks:

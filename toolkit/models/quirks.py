@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,9 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 
-log = logging.getLogger("frostline")
-
 _ROUTER_LOSS = re.compile(r"(router_)?(aux|z)_loss_(coef|alpha|weight)|moe_(aux_)?loss_(coef|weight)")
+"""Config keys that are the coefficient of a router's balancing loss."""
 _EXPERTS = re.compile(r"(moe_)?num_(local_)?experts|n_routed_experts")
 
 
@@ -27,12 +25,6 @@ def turn_off_layerdrop(model: nn.Module) -> None:
             setattr(module, "layerdrop", 0.0)  # noqa: B010 (an nn.Module is typed to hold tensors and modules)
 
 
-def log_training_notes(config: PretrainedConfig) -> None:
-    """Log each of ``training_notes``."""
-    for note in training_notes(config):
-        log.info("%s", note)
-
-
 def training_notes(config: PretrainedConfig) -> Iterator[str]:
     """Yield a log line for each thing that this model's original training does and this one leaves out."""
     values = dict(_numeric_settings(config.to_dict()))
@@ -40,7 +32,9 @@ def training_notes(config: PretrainedConfig) -> Iterator[str]:
         if rate := values.get(name):
             yield f"{name} is {rate:g} in the model's config; it is off here: every block runs in every step"
             break
-    coefficients = ", ".join(f"{key} {value:g}" for key, value in values.items() if value and _is_router_loss(key))
+    coefficients = ", ".join(
+        f"{key} {value:g}" for key, value in values.items() if value and _ROUTER_LOSS.fullmatch(key)
+    )
     mixture = any(value > 1 for key, value in values.items() if _EXPERTS.fullmatch(key))
     if coefficients and (mixture or values.get("output_router_logits")):
         transformers_does = (
@@ -52,11 +46,6 @@ def training_notes(config: PretrainedConfig) -> Iterator[str]:
             f"the router's balancing loss is left out ({coefficients}): the loss is the answers' cross entropy alone; "
             f"{transformers_does}"
         )
-
-
-def _is_router_loss(key: str) -> bool:
-    """Return True if a config key is the coefficient of a router's balancing loss."""
-    return _ROUTER_LOSS.fullmatch(key) is not None
 
 
 def _numeric_settings(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

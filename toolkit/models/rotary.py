@@ -37,24 +37,17 @@ class _PerSampleRotary(nn.Module):
     """Extends the class of a rotary module, which then runs sample by sample."""
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's own forward on each sample separately.
-
-        Args:
-            x: tensor whose dtype and device the result takes.
-            position_ids: [B, T], where each sample begins at 0.
-            args: further arguments of the module's own forward.
-            kwargs: further arguments of the module's own forward.
-        """
+        """Run the module's own forward on each sample of ``position_ids`` [B, T], where samples begin at 0."""
         original_forward = super().forward
         if position_ids.dim() != 2 or position_ids.is_meta:  # on the meta device positions have no values
             return original_forward(x, position_ids, *args, **kwargs)
         rows = []
         for row in torch.split(position_ids, 1):
-            samples = []
+            outputs = []
             for sample in _split_samples(row):
                 self._reset_dynamic_scaling()
-                samples.append(original_forward(x, sample, *args, **kwargs))
-            rows.append(_concatenate(samples, dim=1))
+                outputs.append(original_forward(x, sample, *args, **kwargs))
+            rows.append(_concatenate(outputs, dim=1))
         return _concatenate(rows, dim=0)
 
     def _reset_dynamic_scaling(self) -> None:

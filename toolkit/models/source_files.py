@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ class SourceFiles:
             return None
         return Path(path) if path else None
 
-    def json(self, name: str) -> dict[str, Any]:
+    def read_json(self, name: str) -> dict[str, Any]:
         """Read the object in a JSON file; empty if the source has no such file.
 
         Raises:
@@ -60,27 +61,24 @@ class SourceFiles:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path else {}
         return values
 
-    def config(self) -> dict[str, Any]:
-        """Read the object in config.json.
+    def end_tokens(self) -> tuple[int, ...]:
+        """Return the ``eos_token_id`` of generation_config.json and config.json, in that order; no weights are read.
 
-        Raises:
-            OSError: the file is gone since the model was loaded.
+        A file that is missing or unreadable names none; loading the model says what is wrong with it.
         """
-        config = self.json("config.json")
-        if not config:
-            raise OSError(
-                f"{self.source} has no config.json any more; expected the one that was there when it was read"
-            )
-        return config
+        tokens: list[int] = []
+        for name in ("generation_config.json", "config.json"):
+            with suppress(OSError, ValueError, RecursionError):
+                for level in config_levels(self.read_json(name)):
+                    ends = level.get("eos_token_id")
+                    tokens += [end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int]
+        return tuple(dict.fromkeys(tokens))
 
     def copy_into(self, more: Collection[str], directory: Path) -> None:
         """Copy tokenizer, chat templates, processors, terms of use and remote code into an export; no code is run.
 
-        Files are copied unchanged, but for tokenizer_config.json where transformers 4 would refuse it.
-
-        Args:
-            more: names of further files that the tokenizer consists of.
-            directory: the export's directory, which exists.
+        Files are copied unchanged, but for tokenizer_config.json where transformers 4 would refuse it. ``more`` names
+        further files of which the tokenizer consists. ``directory`` exists.
 
         Raises:
             OSError: the disk is full or refuses, or a file of the source can no longer be read.
@@ -98,19 +96,17 @@ class SourceFiles:
 
         Args:
             generation: the model's generation config, whose token ids are used if the source has no such file.
-            ends: all tokens that end an answer, which replace the source's list; if empty, that list stays.
+            ends: all tokens that end an answer; if empty, the source's list stays.
             directory: the export's directory, which exists.
 
         Raises:
             OSError: the disk is full or refuses, or the source's file can no longer be read.
         """
         name = "generation_config.json"
-        values = self.json(name)
+        values = self.read_json(name)
         known = _as_list(values.get("eos_token_id", getattr(generation, "eos_token_id", None)))
-        stop_tokens = [
-            *(token for token in known if token in ends or not ends),
-            *(token for token in ends if token not in known),
-        ]
+        stop_tokens = [token for token in known if token in ends or not ends]
+        stop_tokens += [token for token in ends if token not in known]
         if values and (not ends or stop_tokens == _as_list(values.get("eos_token_id"))):
             self._copy_file(name, directory)
         elif stop_tokens:
@@ -126,51 +122,50 @@ class SourceFiles:
         Raises:
             ValueError: the file holds something else.
         """
-        values = self.json("chat_template.json")
+        values = self.read_json("chat_template.json")
         if not values:
             return None
-        found = values.get("chat_template") if isinstance(values, dict) else None
-        if isinstance(found, list):
-            found = {str(entry["name"]): entry["template"] for entry in found}
-        texts = list(found.values()) if isinstance(found, dict) else [found]
+        template = values.get("chat_template") if isinstance(values, dict) else None
+        if isinstance(template, list):
+            template = {str(entry["name"]): entry["template"] for entry in template}
+        texts = list(template.values()) if isinstance(template, dict) else [template]
         if not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError('Its chat_template.json holds no template; expected {"chat_template": "…"}.')
-        assert isinstance(found, (str, dict))
-        return found
+        assert isinstance(template, (str, dict))
+        return template
 
     def _named_templates(self) -> Iterator[str]:
         """Yield the paths, within the source, of its named chat templates."""
         if is_directory(self.source):
-            yield from (
-                f"{TEMPLATES_FOLDER}/{path.name}" for path in (Path(self.source) / TEMPLATES_FOLDER).glob("*.jinja")
-            )
+            names = [path.stem for path in (Path(self.source) / TEMPLATES_FOLDER).glob("*.jinja")]
         else:
-            yield from (
-                f"{TEMPLATES_FOLDER}/{name}.jinja"
-                for name in list_repo_templates(self.source, local_files_only=False, revision=self.revision)
-            )
+            names = list_repo_templates(self.source, local_files_only=False, revision=self.revision)
+        for name in names:
+            yield f"{TEMPLATES_FOLDER}/{name}.jinja"
 
     def _copy_remote_code(self, directory: Path) -> None:
         """Copy the modules that config and tokenizer name in auto_map, and those that these import.
 
         A missing module is logged.
         """
-        wanted = [*_auto_modules(self.json("config.json")), *_auto_modules(self.json("tokenizer_config.json"))]
+        pending = [
+            *_auto_modules(self.read_json("config.json")),
+            *_auto_modules(self.read_json("tokenizer_config.json")),
+        ]
         seen: set[str] = set()
-        while wanted:
-            module = wanted.pop()
+        while pending:
+            module = pending.pop()
             if module in seen:
                 continue
             seen.add(module)
             if module.isidentifier() and self._copy_file(f"{module}.py", directory):
-                wanted += get_relative_imports(directory / f"{module}.py")
+                pending += get_relative_imports(directory / f"{module}.py")
             else:
                 log.warning(
                     "%s has no %s.py, which its auto_map or code names, so the export has none either; "
                     "loading the export with trust_remote_code would fail",
-                    self.source,
-                    module,
-                )
+                    self.source, module,
+                )  # fmt: skip
 
     def _copy_file(self, name: str, directory: Path) -> bool:
         """Copy a file of the source into ``directory``; return False if the source has no such file."""
@@ -181,12 +176,14 @@ class SourceFiles:
         return path is not None
 
 
-def write_model_json(path: Path, values: dict[str, Any]) -> None:
-    """Write ``values`` as these files are usually written: indented, in the order of the keys.
+def config_levels(config: object) -> list[Mapping[str, Any]]:
+    """Return a config, and the text model's config nested in it if there is one; nothing for what is no object."""
+    levels = [config, config.get("text_config")] if isinstance(config, Mapping) else []
+    return [level for level in levels if isinstance(level, Mapping)]
 
-    Raises:
-        OSError: the disk.
-    """
+
+def write_model_json(path: Path, values: dict[str, Any]) -> None:
+    """Write ``values`` as these files are usually written: indented, in the order of the keys."""
     path.write_text(f"{json.dumps(values, indent=2, ensure_ascii=False)}\n", encoding="utf-8")
 
 
@@ -196,16 +193,16 @@ def _adapt_for_transformers_4(path: Path) -> None:
     A file that it reads already is not written.
     """
     values = json.loads(path.read_text(encoding="utf-8"))
-    wanted = dict(values)
+    adapted = dict(values)
     if values.get("tokenizer_class") in _ONLY_IN_TRANSFORMERS_5:
-        wanted["tokenizer_class"] = _ONLY_IN_TRANSFORMERS_5[values["tokenizer_class"]]
+        adapted["tokenizer_class"] = _ONLY_IN_TRANSFORMERS_5[values["tokenizer_class"]]
         # transformers 4 adds token_type_ids where nothing is said, and generate() refuses them
-        wanted.setdefault("model_input_names", ["input_ids", "attention_mask"])
+        adapted.setdefault("model_input_names", ["input_ids", "attention_mask"])
     if isinstance(extra := values.get("extra_special_tokens"), list):  # a mapping of names in transformers 4
-        del wanted["extra_special_tokens"]
-        wanted["additional_special_tokens"] = [*values.get("additional_special_tokens", []), *extra]
-    if wanted != values:
-        write_model_json(path, wanted)
+        del adapted["extra_special_tokens"]
+        adapted["additional_special_tokens"] = [*values.get("additional_special_tokens", []), *extra]
+    if adapted != values:
+        write_model_json(path, adapted)
 
 
 def _as_list(value: object) -> list[int]:
@@ -216,7 +213,7 @@ def _as_list(value: object) -> list[int]:
 
 
 def _auto_modules(config: dict[str, Any]) -> Iterator[str]:
-    """Return the modules beside the config that its auto_map names, not those of another repository ("org/name--…")."""
+    """Yield the modules beside the config that its auto_map names, not those of another repository ("org/name--…")."""
     for value in (config.get("auto_map") or {}).values():
         for reference in value if isinstance(value, list) else [value]:
             if reference and "--" not in reference:

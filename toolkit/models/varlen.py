@@ -41,7 +41,7 @@ def varlen_attention(
             each sample is used.
         sample_lengths: tokens of each sample, T in all; None if rows are not packed.
         sliding_window: number of tokens that a token attends to, itself included; None for all before it.
-        kwargs: scaling, dropout and whatever else the model passes to its attention.
+        kwargs: what else the model passes to its attention, such as scaling.
 
     Returns:
         [1, T, heads, size], and no attention weights.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from toolkit.models.source_files import SourceFiles
@@ -21,11 +23,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 
 def open_weights(file: Path) -> SafetensorsFile:
-    """Map a model's safetensors file, read-only.
-
-    Raises:
-        ModelError: the file is not in that format.
-    """
+    """Map a model's safetensors file read-only, or raise ModelError if it is none."""
     try:
         return SafetensorsFile(file)
     except (OSError, ValueError) as error:
@@ -33,10 +31,7 @@ def open_weights(file: Path) -> SafetensorsFile:
 
 
 class StoredTensors:
-    """The tensors of a checkpoint by name, mapped from its files.
-
-    Args:
-        files: the safetensors files that transformers would read.
+    """The tensors of a checkpoint by name, mapped from the safetensors files that transformers would read.
 
     Raises:
         ModelError: a file is not in that format.
@@ -65,10 +60,9 @@ def read_stored(files: SourceFiles) -> StoredTensors:
     Raises:
         ModelError: a file is not in the safetensors format.
     """
-    single = files.find("model.safetensors")
-    if single is not None:
+    if single := files.find("model.safetensors"):
         return StoredTensors([single])
-    shards = dict.fromkeys(map(str, (files.json("model.safetensors.index.json").get("weight_map") or {}).values()))
+    shards = dict.fromkeys(map(str, (files.read_json("model.safetensors.index.json").get("weight_map") or {}).values()))
     return StoredTensors(path for name in shards if (path := files.find(name)) is not None)
 
 
@@ -94,31 +88,39 @@ StateTransform = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 """Maps a state dict to one with other names or layouts."""
 
 
-@dataclass(frozen=True)
-class WeightsToWrite:
-    """Tensors to write, under the names that they have on disk."""
+def write_weights(
+    model: PreTrainedModel,
+    stored: StoredTensors,
+    model_names: dict[str, str],
+    to_stored_layout: StateTransform,
+    directory: Path,
+) -> Comparison:
+    """Write the weights of ``model`` as safetensors under the names of the source; compare them with the source's.
 
-    tensors: dict[str, torch.Tensor]
-    carried: list[str]
-    """Names of stored tensors that the model does not use."""
+    A tensor that is stored under two names (a tied head) is written under both again. One that the model does not use
+    is carried as it is.
 
-    def write(self, stored: StoredTensors, directory: Path) -> Comparison:
-        """Write safetensors into ``directory``, with an index where there are several; compare with ``stored``.
+    Args:
+        model: the model, none of its weights on the meta device.
+        stored: tensors of the source.
+        model_names: each stored name, mapped to the model's name of it, whether the model has it or not.
+        to_stored_layout: maps the model's state dict to stored names and shapes, but for the base model's prefix.
+        directory: target directory, which exists.
 
-        Raises:
-            OSError: the disk is full or refuses.
-        """
-        kinds: dict[str, list[str]] = {}
-        for name, tensor in self.tensors.items():
-            kind = _compare(tensor, stored.read(name)) if name in stored.entries else "added"
-            kinds.setdefault(kind, []).append(name)
-        everything = self.tensors | {name: stored.read(name) for name in self.carried}
-        _write_shards(everything, directory)
-        count = {kind: len(names) for kind, names in kinds.items()}
-        return Comparison(
-            count.get("identical", 0), count.get("same_values", 0), count.get("rounded", 0),
-            tuple(kinds.get("changed", ())), tuple(kinds.get("added", ())), tuple(self.carried),
-        )  # fmt: skip
+    Raises:
+        OSError: the disk is full or refuses.
+    """
+    state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
+    tensors = _tensors_by_stored_name(model, state, stored, model_names, to_stored_layout)
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for name, tensor in tensors.items():
+        kinds[_compare(tensor, stored.read(name)) if name in stored.entries else "added"].append(name)
+    carried = sorted({name for name, model_name in model_names.items() if model_name not in state} - tensors.keys())
+    _write_shards(tensors | {name: stored.read(name) for name in carried}, directory)
+    return Comparison(
+        len(kinds["identical"]), len(kinds["same_values"]), len(kinds["rounded"]),
+        tuple(kinds["changed"]), tuple(kinds["added"]), tuple(carried),
+    )  # fmt: skip
 
 
 def _write_shards(tensors: dict[str, torch.Tensor], directory: Path) -> None:
@@ -145,26 +147,19 @@ def _write_shards(tensors: dict[str, torch.Tensor], directory: Path) -> None:
         (directory / "model.safetensors.index.json").write_text(f"{text}\n", encoding="utf-8")
 
 
-def weights_to_write(
-    model: PreTrainedModel, stored: StoredTensors, targets: dict[str, str], to_stored_layout: StateTransform
-) -> WeightsToWrite:
-    """Return the weights of ``model`` under the names of the source, and what the source holds beside them.
-
-    A tensor that is stored under two names (a tied head) is written under both again. One that the model does not use
-    is carried as it is.
-
-    Args:
-        model: the model, none of its weights on the meta device.
-        stored: tensors of the source.
-        targets: each stored name, mapped to the model's name of it, whether the model has it or not.
-        to_stored_layout: maps the model's state dict to stored names and shapes, but for the base model's prefix.
-    """
-    state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
-    names_of: dict[int, list[str]] = {}
+def _tensors_by_stored_name(
+    model: PreTrainedModel,
+    state: dict[str, torch.Tensor],
+    stored: StoredTensors,
+    model_names: dict[str, str],
+    to_stored_layout: StateTransform,
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of the model's ``state`` dict under the names of the source; see ``write_weights``."""
+    names_of: dict[nn.Parameter, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names_of.setdefault(id(parameter), []).append(name)
+        names_of[parameter].append(name)
     tied = {name: names for names in names_of.values() if len(names) > 1 for name in names}
-    known_names = set(targets.values())
+    known_names = set(model_names.values())
     canonical = {
         name: next((other for other in names if other in known_names), names[0]) for name, names in tied.items()
     }
@@ -177,11 +172,10 @@ def weights_to_write(
     if None in names.values():  # readers give all names the base model's prefix or none: a new head needs it
         names = {name: name for name in saved}
     tensors = {names[name] or name: tensor for name, tensor in saved.items()}
-    carried = [name for name, target in targets.items() if target not in state]
-    for name, target in targets.items():
-        if name not in tensors and target in tied and f"{prefix}{name}" not in tensors:
-            tensors[name] = state[target].clone()
-    return WeightsToWrite(tensors, sorted(set(carried) - tensors.keys()))
+    for name, model_name in model_names.items():
+        if name not in tensors and model_name in tied and f"{prefix}{name}" not in tensors:
+            tensors[name] = state[model_name].clone()
+    return tensors
 
 
 def _stored_name(name: str, prefix: str, stored: StoredTensors) -> str | None:
@@ -212,9 +206,9 @@ def _raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 def join_names(names: Iterable[str], most: int = 12) -> str:
     """Join names for a message; names that differ only in their numbers are given once, with their count."""
-    groups: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        groups.setdefault(re.sub(r"\d+", "N", name), []).append(name)
+        groups[re.sub(r"\d+", "N", name)].append(name)
     texts = [group[0] if len(group) == 1 else f"{pattern} ({len(group)} times)" for pattern, group in groups.items()]
     more = f" and {len(texts) - most} more kinds" if len(texts) > most else ""
     return ", ".join(texts[:most]) + more

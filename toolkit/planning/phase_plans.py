@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from toolkit.config.schema import MaskConfig, RunConfig
-from toolkit.mask.layer_mask import MaskedTensor
+from toolkit.mask.layer_mask import TrainableTensor
 from toolkit.mask.schedule import phase_configs, phase_masks
 from toolkit.planning.meta_model import MetaModel
 from toolkit.planning.planner import PhaseSummary, Plan, Planner
@@ -53,7 +53,7 @@ def combine_plans(plans: Sequence[Plan], config: MaskConfig) -> Plan:
 
 def _largest_checkpoint(plans: Sequence[Plan]) -> int:
     """Return the size of the largest checkpoint; each also holds masters that trained only in earlier phases."""
-    seen: set[MaskedTensor] = set()
+    seen: set[TrainableTensor] = set()
     largest = 0
     for plan in plans:
         resting = sum(tensor.parameters for tensor in seen.difference(plan.mask.trainable))

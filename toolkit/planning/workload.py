@@ -7,8 +7,8 @@ from pathlib import Path
 
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import Dataset, load_dataset
-from toolkit.models.end_tokens import model_ends
 from toolkit.models.load import load_tokenizer, resolve_source
+from toolkit.models.source_files import SourceFiles
 from toolkit.runtime.errors import UsageError
 from toolkit.runtime.shipped import find_file
 
@@ -56,7 +56,8 @@ def read_workload(config: RunConfig, positions: int | None) -> Workload:
     reason = _reason_not_to_read(config)
     if reason is None:
         try:
-            ends = model_ends(resolve_source(config.model.name_or_path, needs_weights=False), config.model.revision)
+            source = resolve_source(config.model.name_or_path, needs_weights=False)
+            ends = SourceFiles(source, config.model.revision).end_tokens()
             return workload_of(load_dataset(config.data, load_tokenizer(config.model), config.train.seed, ends=ends))
         except UsageError as error:
             first_bad_row = str(error).splitlines()[:2]

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from toolkit.models.anatomy import Anatomy
-from toolkit.models.probe import evaluating
+from toolkit.models.probe import evaluation_mode
 from toolkit.split.module_tree import Placeholder, copy_module_tree
 from toolkit.split.supervised_loss import LogitFunction
 
@@ -103,7 +103,7 @@ def find_logit_processing(model: PreTrainedModel, anatomy: Anatomy) -> LogitProc
 def _classify(after_head: _AfterHead) -> LogitProcessing:
     """Run the function on numbers, to see if it changes them and if each depends on its own element alone."""
     probe = torch.linspace(-40, 40, 99, device=after_head.device, dtype=after_head.dtype).view(3, 33)
-    with evaluating(after_head):
+    with evaluation_mode(after_head):
         whole = after_head(probe)
         if whole.shape == probe.shape and whole.untyped_storage()._cdata == probe.untyped_storage()._cdata:
             unchanged = probe._version == 0  # else in place

@@ -21,7 +21,7 @@ from toolkit.data.batches import Batch
 from toolkit.frozen.weight_offload import FrozenWeights
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.float32_gradients import uses_float32_gradients
-from toolkit.models.probe import evaluating
+from toolkit.models.probe import evaluation_mode
 from toolkit.models.rotary import needs_lengths
 from toolkit.runtime.errors import ModelError
 from toolkit.split.logit_processing import MODEL_CODE_ERRORS, find_logit_processing
@@ -150,7 +150,7 @@ class Suffix(nn.Module):
         """
         tokens = len(batch.targets)
         self.shortcuts = exact = Shortcuts()
-        with evaluating(self):
+        with evaluation_mode(self):
             plain_loss = float(self(hidden, batch)) / tokens
             tolerance = max(10 * torch.finfo(next(self.parameters()).dtype).eps, 1e-5) * max(1.0, plain_loss)
             candidates = self._available
@@ -273,7 +273,7 @@ def split_is_exact(model: PreTrainedModel, prefix: Prefix, suffix: Suffix, batch
     # with offloaded weights, the whole model loads the same ones
     for unit in prefix.frozen.units if prefix.frozen is not None else ():
         uncut.model.set_submodule(unit.module, prefix.model.get_submodule(unit.module))
-    with evaluating(model, prefix, suffix, uncut):
+    with evaluation_mode(model, prefix, suffix, uncut):
         try:
             whole, repeated = (uncut.logits(None, batch).float() for _ in range(2))
             cut = suffix.logits(prefix(batch), batch).float()

@@ -26,7 +26,7 @@ from toolkit.engine.deepspeed.config import load_ds_config
 from toolkit.mask.schedule import Schedule, build_schedule
 from toolkit.models.float32_gradients import float32_is_faster, use_float32_gradients
 from toolkit.models.load import LoadedModel, fingerprint, load_tokenizer
-from toolkit.models.quirks import log_training_notes
+from toolkit.models.quirks import training_notes
 from toolkit.planning.engine_memory import EngineSpec, engine_spec
 from toolkit.planning.meta_model import meta_model_of
 from toolkit.planning.phase_plans import phase_planners
@@ -183,7 +183,8 @@ def _load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, dataset: 
     log.info("loading %s", config.model.name_or_path)
     loaded = load_for_training(config, tokenizer)
     check_fit((*dataset.train, *dataset.validation), loaded.model)
-    log_training_notes(loaded.model.config)
+    for note in training_notes(loaded.model.config):
+        log.info("%s", note)
     world.raise_if_stopping()
     if world.on_main(lambda: float32_is_faster(loaded.model.dtype, world.device)):
         use_float32_gradients(loaded.model)

@@ -141,7 +141,7 @@ def resume(context: RunContext, model: ModelHandle, path: Path) -> tuple[PhaseSt
     saved, world = checkpoint.state, context.world
     phase = context.schedule.at(max(saved.step - 1, 0))
     order = order_digest(len(context.dataset.train), context.config.train.seed, saved.epoch)
-    checkpoint.require_fit(phase.trained, context.base, context.fingerprints, order)
+    checkpoint.require_fit(phase.delta_mask, context.base, context.fingerprints, order)
     _log_changes(context, saved)
     delta = checkpoint.delta()
     _copy_trained_tensors(model, phase, delta)
@@ -149,7 +149,7 @@ def resume(context: RunContext, model: ModelHandle, path: Path) -> tuple[PhaseSt
     checkpoint.shards.load(state.engine.fragments())
     state.engine.continue_at(saved.schedule_step)
     if world.is_main:
-        resting = {name: own.clone() for name, own in delta.tensors.items() if name not in phase.entered}
+        resting = {name: own.clone() for name, own in delta.tensors.items() if name not in phase.trained_since}
         state = replace(state, resting=resting)
     checkpoint.restore_generators(world)
     return state, Progress.of(saved)
@@ -175,7 +175,7 @@ def content_of(context: RunContext, phase_state: PhaseState, progress: Progress)
         versions=versions(),
         recipe=context.config.model_dump(mode="json"),
     )
-    return CheckpointContent(state, engine, phase_state.resting, phase.trained, context.base)
+    return CheckpointContent(state, engine, phase_state.resting, phase.delta_mask, context.base)
 
 
 def _cut_model(context: RunContext, model: ModelHandle, phase: Phase, packing: Decision | None) -> _CutModel:
@@ -233,7 +233,7 @@ def _continue_training(
     states = {name: handover.states.get(name, AdamState(masters[name])) for name in continuing}
     load_fragments(engine.fragments(), engine.shapes, states, context.world)
     engine.continue_at(handover.schedule_step)
-    return {name: master for name, master in masters.items() if name not in phase.entered}
+    return {name: master for name, master in masters.items() if name not in phase.trained_since}
 
 
 def _log_changes(context: RunContext, saved: CheckpointState) -> None:
@@ -250,6 +250,6 @@ def _log_changes(context: RunContext, saved: CheckpointState) -> None:
 def _copy_trained_tensors(model: ModelHandle, phase: Phase, delta: Delta) -> None:
     """Copy all tensors that trained up to ``phase`` from a checkpoint into the model, rounded to its precision."""
     loaded = model.loaded
-    apply_mask(loaded.model, phase.trained, loaded.anatomy)
-    for name, parameter in trainable_parameters(loaded.model, phase.trained).items():
+    apply_mask(loaded.model, phase.delta_mask, loaded.anatomy)
+    for name, parameter in trainable_parameters(loaded.model, phase.delta_mask).items():
         parameter.copy_(delta.tensors[name])

@@ -13,8 +13,8 @@ from toolkit.config.schema import RunConfig
 from toolkit.data.chat_rendering import Rendering, prints_date, read_rendering
 from toolkit.data.dataset import Dataset, load_dataset
 from toolkit.data.examples import Encoder
-from toolkit.models.end_tokens import model_ends
 from toolkit.models.load import resolve_source
+from toolkit.models.source_files import SourceFiles
 from toolkit.runtime.distributed import World
 from toolkit.runtime.paths import explain_refused_write
 from toolkit.training.rank_agreement import require_same_rows
@@ -43,7 +43,8 @@ def load_rows(
         saved = read_rendering(run_dir).now if run_dir is not None else None
         rendering = Rendering(world.broadcast_object(saved or datetime.now().replace(microsecond=0)))
         log.info("the chat template prints the date; it stays %s for this run", rendering.now)
-    ends = model_ends(resolve_source(config.model.name_or_path, needs_weights=False), config.model.revision)
+    source = resolve_source(config.model.name_or_path, needs_weights=False)
+    ends = SourceFiles(source, config.model.revision).end_tokens()
     dataset = load_dataset(config.data, tokenizer, config.train.seed, ends=ends, rendering=rendering)
     require_same_rows(world, dataset, tokenizer)
     log.info("data: %s", dataset.summary())

@@ -58,7 +58,7 @@ def resident_bytes() -> int:
 
 def save_record(run: Path, schedule: Schedule, dataset: Dataset, plan: Plan | None) -> None:
     """Write mask, schedule, plan and skipped rows into the run directory."""
-    schedule.phases[-1].trained.save(run / "mask.json")
+    schedule.phases[-1].delta_mask.save(run / "mask.json")
     if len(schedule.phases) > 1:
         replace_text(run / "schedule.json", json.dumps(schedule.as_list(), indent=1))
     save_plan(run, plan)
