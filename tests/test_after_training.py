@@ -152,6 +152,17 @@ def test_stochastic_rounding_is_refused_where_it_would_do_nothing(
     assert reason in result.stderr
 
 
+@pytest.mark.parametrize("flags", [("--base", "moved"), ("--trust-remote-code",)])
+def test_a_delta_refuses_flags_of_the_base_model_which_it_does_not_load(
+    trained: Path, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    result = run_here("launch/export.py", trained, "--delta", "--output", tmp_path / "x", *flags)
+    assert (result.returncode, (tmp_path / "x").exists()) == (2, False)
+    assert result.stderr == (
+        "error: --base and --trust-remote-code go with a whole model; a delta is written without the base\n"
+    )
+
+
 def test_an_earlier_checkpoint_can_be_exported_and_a_missing_one_is_named(trained: Path, tmp_path: Path) -> None:
     export_model(trained, tmp_path / "early", step=15)
     export_model(trained, tmp_path / "late")

@@ -176,6 +176,10 @@ FAULTS: dict[str, tuple[typing.Callable[[Path], object], type[FrostlineError], s
     "rounded delta": (
         lambda tmp: toolkit.export(tmp, delta=True, rounding="nearest"), UsageError, "rounding goes with a whole model"
     ),
+    "moved base of a delta": (lambda tmp: toolkit.export(tmp, delta=True, base=tmp), UsageError, "--base and --trust-"),
+    "code for a delta": (
+        lambda tmp: toolkit.export(tmp, delta=True, trust_remote_code=True), UsageError, "written without the base"
+    ),
     "bad question": (lambda tmp: toolkit.generate("x", ["Why?", ""]), DataError, "question 2 has an empty QUESTION"),
     "bad memory": (lambda tmp: toolkit.plan(gpu_memory="plenty"), ConfigError, "expected a size such as 24GiB"),
 }  # fmt: skip

@@ -47,10 +47,13 @@ def export(
     Raises:
         CheckpointError: ``run`` is not a run directory, ``output`` is not empty, or the base model changed.
         DiskError: ``output`` cannot be written.
-        UsageError: ``rounding`` is given for a delta, or is ``stochastic`` for weights that are not bfloat16.
+        UsageError: ``rounding``, ``base`` or ``trust_remote_code`` is given for a delta, or ``rounding`` is
+            ``stochastic`` for weights that are not bfloat16.
     """
     if delta and rounding:
         raise UsageError("--rounding goes with a whole model; a delta holds the float32 masters")
+    if delta and (base is not None or trust_remote_code):
+        raise UsageError("--base and --trust-remote-code go with a whole model; a delta is written without the base")
     from toolkit.exporting.run_export import export_delta, export_model
 
     run = Path(run)
