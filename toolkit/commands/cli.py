@@ -27,7 +27,7 @@ _CONNECTED_GRACE_SECONDS, _UNCONNECTED_GRACE_SECONDS = 2.0, 10.0
 """How long ranks above 0 hold back an error that all ranks raise, so that rank 0 alone prints it. Rank 0 then sends it
 to them or, before the ranks are connected, the launcher ends them."""
 
-_QUOTED_CHARACTERS = 300
+_MAX_ERROR_CHARACTERS = 300
 """Longest error text that is sent to other ranks."""
 
 
@@ -86,7 +86,7 @@ def _report_error(error: Exception, rank: int) -> int:
     if failures is not None and (failure := failures.find_cause(error)) is not None:
         failure_broadcast.print_failure(rank, failure)
         return failure.code
-    last_error = redact(" ".join(f"{type(error).__name__}: {error}".split()))[:_QUOTED_CHARACTERS]
+    last_error = redact(" ".join(f"{type(error).__name__}: {error}".split()))[:_MAX_ERROR_CHARACTERS]
     code = error.exit_code if isinstance(error, FrostlineError) else 1
     if isinstance(error, FrostlineError) and error.on_every_rank and rank:
         if failures is None:

@@ -38,12 +38,7 @@ def export_model(
     """Write the whole trained model with tokenizer, chat template and model card, in the base model's format.
 
     Trained tensors come from the fp32 masters; an untied head is saved as its own tensor, with
-    ``tie_word_embeddings: false``. See ``toolkit.export`` for the arguments.
-
-    Raises:
-        CheckpointError: ``run`` is not a run directory, ``target`` is not empty, or the base model changed.
-        DiskError: ``target`` cannot be written.
-        UsageError: ``rounding`` is ``stochastic`` and the weights are not bfloat16.
+    ``tie_word_embeddings: false``. See ``toolkit.export`` for arguments and errors.
     """
     _check_paths(run, target)
     opened = open_model(str(run), step, base, trust_remote_code, dtype)
@@ -61,12 +56,7 @@ def export_model(
 
 
 def export_delta(run: Path, target: Path, dtype: Dtype = "float32", step: Step | None = None) -> None:
-    """Write the trained tensors alone, with the mask, and name and hash of the base model; see ``toolkit.export``.
-
-    Raises:
-        CheckpointError: ``run`` is not a run directory, or ``target`` is not empty.
-        DiskError: ``target`` cannot be written.
-    """
+    """Write the trained tensors alone, with the mask, and name and hash of the base model; see ``toolkit.export``."""
     _check_paths(run, target)
     _, delta = read_run(run, step)
     tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in delta.tensors.items()}

@@ -79,19 +79,10 @@ def evaluate_rows(
     packed: bool = False,
     may_stop: bool = False,
 ) -> Evaluation:
-    """Compute the validation loss; a collective that returns the same value on every rank.
+    """Compute the validation loss; a collective that divides ``examples`` and returns the same value on every rank.
 
-    The caller must put the model into eval mode.
-
-    Args:
-        forward: runs the suffix and returns the summed cross entropy of a batch.
-        prefix: returns the hidden states of a batch; None if ``forward`` runs the whole model.
-        examples: all rows, which are divided among the ranks.
-        micro_batch_size: rows that a rank computes at once.
-        pad_id: token id of padding.
-        world: this rank's place among the ranks.
-        packed: lay the rows of a micro batch end to end; the model must keep them apart.
-        may_stop: let a signal end the evaluation between two batches.
+    The caller must turn dropout off. Without ``prefix``, ``forward`` runs the whole model. With ``packed`` the rows of
+    a micro batch are laid end to end, and the model must keep them apart.
 
     Raises:
         StopRequested: a signal came and ``may_stop`` is set; raised on every rank.
@@ -132,7 +123,7 @@ def evaluate_source(
         raise DataError(f"{source} held no rows out; name some with --data.path FILE")
     loaded, tokenizer = opened.loaded, opened.loaded.tokenizer
     dataset = load_dataset(config, tokenizer, opened.config.train.seed, rows, loaded.ends, opened.rendering)
-    if path is None and opened.run is not None:
+    if path is None:
         _require_unchanged_rows(dataset, opened)
     examples = dataset.train if path is not None else dataset.validation
     data, held_out = _describe_rows(len(examples), path, split, opened)

@@ -27,15 +27,9 @@ def answers(
     temperature: float = 0.0,
     rendering: Rendering = Rendering(),  # noqa: B008 (frozen)
 ) -> Iterator[str]:
-    """Generate the model's answer to each sample, from the same prompt that training used.
+    """Yield the model's answer of at most ``max_new_tokens`` to each sample, from the same prompt that training used.
 
-    Args:
-        loaded: model on the device to run on.
-        samples: questions with their contexts.
-        max_length: longest prompt in tokens; context beyond it is cut.
-        max_new_tokens: longest answer in tokens.
-        temperature: of sampling; 0 decodes greedily.
-        rendering: chat format of the run that trained the model.
+    Contexts are cut where a prompt exceeds ``max_length`` tokens. A ``temperature`` of 0 decodes greedily.
 
     Raises:
         DataError: a question alone exceeds ``max_length``, or a prompt the model's positions.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -40,8 +40,6 @@ class ParameterGroup:
 
 
 Tied = Literal["no", "untie", "both", "head_only"]
-_Selection = tuple[frozenset[str], float | None, float | None]
-"""Names of a group's tensors, learning rate and weight decay."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +97,14 @@ def build_mask(config: MaskConfig, anatomy: Anatomy) -> LayerMask:
             groups, or a selected tensor is shared with an unselected part and ``config.tied`` is ``error``.
     """
     frozen = resolve(config.freeze, anatomy) | {tensor.name for tensor in anatomy.tensors if not tensor.can_train}
-    ungrouped = resolve([item for item in config.train if isinstance(item, str)], anatomy)
-    selected: list[_Selection] = [(ungrouped, None, None)] if ungrouped else []
+    plain = [item for item in config.train if isinstance(item, str)]
+    selected = [ParameterGroup(tuple(resolve(plain, anatomy)))]
     selected += [
-        (resolve(item.select, anatomy), item.learning_rate, item.weight_decay)
+        ParameterGroup(tuple(resolve(item.select, anatomy)), item.learning_rate, item.weight_decay)
         for item in config.train
         if isinstance(item, MaskGroup)
     ]
-    all_names = frozenset(name for names, _, _ in selected for name in names) - frozen
+    all_names = frozenset(name for group in selected for name in group.names) - frozen
     if not all_names:
         raise MaskError(
             "the mask leaves nothing to train: mask.freeze takes away all that mask.train selects, or it is integer "
@@ -115,10 +113,9 @@ def build_mask(config: MaskConfig, anatomy: Anatomy) -> LayerMask:
     tied = _tied_treatment(all_names, config.tied, anatomy)
     _refuse_partly_selected_ties(all_names, anatomy)
     groups = []
-    for names, learning_rate, weight_decay in selected:
-        canonical = _resolve_aliases(names - frozen, tied, anatomy)
-        in_model_order = tuple(tensor.name for tensor in anatomy.tensors if tensor.name in canonical)
-        groups.append(ParameterGroup(in_model_order, learning_rate, weight_decay))
+    for group in selected:
+        canonical = _resolve_aliases(all_names & set(group.names), tied, anatomy)
+        groups.append(replace(group, names=tuple(t.name for t in anatomy.tensors if t.name in canonical)))
     _refuse_overlap(groups)
     trained = {name for group in groups for name in group.names}
     trainable = tuple(TrainableTensor(t.name, t.shape, t.dtype) for t in anatomy.tensors if t.name in trained)

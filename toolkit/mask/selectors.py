@@ -24,7 +24,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import get_args
 
 from toolkit.models.anatomy import Anatomy, Component, Part
@@ -53,8 +53,10 @@ def _resolve_one(selector: str, anatomy: Anatomy) -> set[str]:
     if selector in _PARTS:
         return _tensors_of_part(selector, anatomy)
     kind, colon, argument = selector.partition(":")
+    if colon and kind == "contains":
+        return _select_containing(argument, selector, anatomy)
     if colon and kind in _NAME_SELECTORS:
-        return _NAME_SELECTORS[kind](argument, selector, anatomy)
+        return _select_matching(kind, argument, selector, anatomy)
     if colon and kind in _BLOCK_SELECTORS:
         argument, slash, component = argument.partition("/")
         blocks = _resolve_blocks(kind, argument, selector, anatomy)
@@ -147,23 +149,13 @@ def _tensors_of_blocks(blocks: Collection[int], component: str | None, selector:
     return names
 
 
-def _select_glob(argument: str, selector: str, anatomy: Anatomy) -> set[str]:
-    """Resolve ``glob:PATTERN``."""
-    return _select_matching(lambda name: fnmatch.fnmatchcase(name, argument), selector, argument, anatomy)
-
-
-def _select_regex(argument: str, selector: str, anatomy: Anatomy) -> set[str]:
-    """Resolve ``re:PATTERN``."""
+def _select_matching(kind: str, argument: str, selector: str, anatomy: Anatomy) -> set[str]:
+    """Resolve ``glob:PATTERN`` or ``re:PATTERN``."""
     try:
-        pattern = re.compile(argument)
+        pattern = re.compile(fnmatch.translate(argument) if kind == "glob" else argument)
     except re.error as error:
         raise MaskError(f"mask selector {selector!r} is not a regular expression: {error}") from None
-    return _select_matching(lambda name: pattern.fullmatch(name) is not None, selector, argument, anatomy)
-
-
-def _select_matching(matches: Callable[[str], bool], selector: str, argument: str, anatomy: Anatomy) -> set[str]:
-    """Return the tensors whose name ``matches`` accepts; MaskError with similar names if there is none."""
-    names = {tensor.name for tensor in anatomy.tensors if matches(tensor.name)}
+    names = {name for name in anatomy.by_name if pattern.fullmatch(name)}
     if not names:
         near = difflib.get_close_matches(argument, list(anatomy.by_name), n=3, cutoff=0.0)
         raise MaskError(
@@ -211,8 +203,4 @@ def _equivalent_selector(text: str, anatomy: Anatomy) -> str | None:
 _PARTS: tuple[Part, ...] = ("head", "embeddings", "norm")
 _COMPONENTS: tuple[Component, ...] = get_args(Component)
 _BLOCK_SELECTORS = ("last", "first", "blocks", "every", "fraction")
-_NAME_SELECTORS: dict[str, Callable[[str, str, Anatomy], set[str]]] = {
-    "glob": _select_glob,
-    "re": _select_regex,
-    "contains": _select_containing,
-}
+_NAME_SELECTORS = ("glob", "re", "contains")

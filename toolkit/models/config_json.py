@@ -21,29 +21,26 @@ a head, and the bases of sliding and full attention."""
 
 
 def config_to_write(config: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
-    """Return the source's config.json as an export has it.
+    """Return the object ``config`` of the source's config.json as an export of ``model`` has it.
 
     ``tie_word_embeddings`` and the precision are those of the weights. Rotary settings are in both forms:
     ``rope_parameters`` (transformers 5) and ``rope_theta``, ``rope_scaling`` and their kin (transformers 4, vLLM,
     llama.cpp). A quantisation config that the model was loaded without is left out. Everything else stays.
-
-    Args:
-        config: the object in the source's config.json; is not changed.
-        model: whose weights are written.
     """
     text: PretrainedConfig = model.config.get_text_config()
-    written = dict(config)
+    export_config = dict(config)
+    levels = [export_config]
     for key, nested in config.items():
         if isinstance(nested, dict) and (key == "text_config" or nested.get("model_type") == text.model_type):
-            written[key] = dict(nested)
-    levels = [written, *(value for key, value in written.items() if value is not config[key])]
+            export_config[key] = dict(nested)
+            levels.append(export_config[key])
     quantised = any(hasattr(level, key) for level in (model.config, text) for key in QUANTISATION_KEYS)
     for level in levels:
         level["tie_word_embeddings"] = is_tied(model)
         if not quantised:
             for key in QUANTISATION_KEYS:
                 level.pop(key, None)
-        if level is written or "dtype" in level or "torch_dtype" in level:
+        if level is export_config or "dtype" in level or "torch_dtype" in level:
             level["torch_dtype"] = level["dtype"] = str(model.dtype).removeprefix("torch.")
     if isinstance(rotary := text.to_dict().get("rope_parameters"), dict) and rotary:
         level = levels[-1]
@@ -54,22 +51,22 @@ def config_to_write(config: dict[str, Any], model: PreTrainedModel) -> dict[str,
     for old_key, key in text.attribute_map.items():  # such as num_experts, which is num_local_experts in 5
         if "expert" in key and key in levels[-1]:
             levels[-1].setdefault(old_key, levels[-1][key])
-    if not written.get("architectures"):
-        written["architectures"] = [type(model).__name__]
-    return written
+    if not export_config.get("architectures"):
+        export_config["architectures"] = [type(model).__name__]
+    return export_config
 
 
 def is_tied(model: PreTrainedModel) -> bool:
     """Return whether the head and the input embeddings are one tensor."""
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    return getattr(head, "weight", None) is getattr(table, "weight", head)
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    return getattr(head, "weight", None) is getattr(embeddings, "weight", head)
 
 
 def _parse_old_keys(text: PretrainedConfig, old_keys: dict[str, Any]) -> object:
     """Return the ``rope_parameters`` that transformers 5 makes of the old keys; None if it rejects them."""
     try:
-        read = type(text).from_dict(copy.deepcopy(text.to_dict() | old_keys)).to_dict()["rope_parameters"]
-        return {key: value for key, value in read.items() if key != "type"}  # Phi-3's old word for rope_type
+        rotary = type(text).from_dict(copy.deepcopy(text.to_dict() | old_keys)).to_dict()["rope_parameters"]
+        return {key: value for key, value in rotary.items() if key != "type"}  # Phi-3's old word for rope_type
     except Exception:  # a config class checks its values as it likes
         return None
 

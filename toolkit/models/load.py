@@ -27,7 +27,7 @@ from toolkit.models.quirks import turn_off_layerdrop
 from toolkit.models.rotary import make_rotary_per_sample
 from toolkit.models.source_files import SourceFiles, config_levels
 from toolkit.models.storage_format import StorageFormat
-from toolkit.models.weight_files import Comparison, read_stored
+from toolkit.models.weight_files import Comparison, StoredTensors
 from toolkit.runtime import hub
 from toolkit.runtime.errors import FrostlineError, ModelError
 from toolkit.runtime.out_of_memory import is_out_of_memory
@@ -252,7 +252,7 @@ def _load_weights(source: str, config: ModelConfig, extra: dict[str, Any]) -> tu
         raise ModelError(
             explain_hub_error(source, error) or f"model.name_or_path {source!r} cannot be loaded. {_one_line(error)}"
         ) from None
-    stored = read_stored(storage_format.files)
+    stored = StoredTensors(storage_format.files)
     check_contents(model, stored, storage_format.model_names(model, stored), source)
     if missing := sorted(info["missing_keys"]):
         raise ModelError(

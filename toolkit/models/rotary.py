@@ -6,8 +6,6 @@ and the latter also by what ran before. A sample's loss would then depend on its
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -44,7 +42,8 @@ class _PerSampleRotary(nn.Module):
         rows = []
         for row in torch.split(position_ids, 1):
             outputs = []
-            for sample in _split_samples(row):
+            starts = (row[0, 1:] == 0).nonzero()[:, 0].add(1).tolist()
+            for sample in torch.tensor_split(row, starts, dim=1):
                 self._reset_dynamic_scaling()
                 outputs.append(original_forward(x, sample, *args, **kwargs))
             rows.append(_concatenate(outputs, dim=1))
@@ -68,13 +67,6 @@ def _depends_on_length(module: nn.Module) -> bool:
     rope_type = getattr(module, "rope_type", None)
     kinds = rope_type.values() if isinstance(rope_type, dict) else [rope_type]
     return any(isinstance(kind, str) and ("dynamic" in kind or kind == "longrope") for kind in kinds)
-
-
-def _split_samples(positions: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield the positions of each sample in a row [1, T], each [1, T_i]."""
-    starts = [0, *(positions[0, 1:] == 0).nonzero()[:, 0].add(1).tolist(), positions.shape[1]]
-    for start, end in pairwise(starts):
-        yield positions[:, start:end]
 
 
 def _concatenate(parts: list[Any], dim: int) -> Any:

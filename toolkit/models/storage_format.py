@@ -15,7 +15,7 @@ from transformers.core_model_loading import WeightConverter, rename_source_key, 
 
 from toolkit.models.config_json import QUANTISATION_KEYS, config_to_write
 from toolkit.models.source_files import SourceFiles, write_model_json
-from toolkit.models.weight_files import Comparison, StoredTensors, read_stored, write_weights
+from toolkit.models.weight_files import Comparison, StoredTensors, write_weights
 
 log = logging.getLogger("frostline")
 
@@ -82,17 +82,12 @@ class StorageFormat:
         shared = self.tokenizer_options()
         config = AutoConfig.from_pretrained(self.source, **shared)
         refuse_kernels(config, self.trust_remote_code)
-        drop_quantisation(config, read_stored(self.files), self.source)
+        drop_quantisation(config, StoredTensors(self.files), self.source)
         model, info = AutoModelForCausalLM.from_pretrained(self.source, config=config, **shared, **options)
         return model, info
 
     def tokenizer_options(self) -> dict[str, Any]:
-        """Return what ``AutoTokenizer.from_pretrained`` needs beside the source.
-
-        Raises:
-            OSError: the checkpoint cannot be found.
-            ValueError: it cannot be understood.
-        """
+        """Return what ``AutoTokenizer.from_pretrained`` needs beside the source; raises as ``read`` does."""
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
     def model_names(self, model: PreTrainedModel, stored: StoredTensors) -> dict[str, str]:
@@ -122,7 +117,7 @@ class StorageFormat:
             OSError: the disk is full or refuses, or a file of the source can no longer be read.
         """
         directory.mkdir(parents=True, exist_ok=True)
-        config, stored = self.files.read_json("config.json"), read_stored(self.files)
+        config, stored = self.files.read_json("config.json"), StoredTensors(self.files)
         if not config:
             raise OSError(
                 f"{self.source} has no config.json any more; expected the one that was there when it was read"

@@ -31,16 +31,20 @@ def open_weights(file: Path) -> SafetensorsFile:
 
 
 class StoredTensors:
-    """The tensors of a checkpoint by name, mapped from the safetensors files that transformers would read.
+    """The tensors of a checkpoint by name, mapped from those safetensors files that ``from_pretrained`` reads.
 
     Raises:
         ModelError: a file is not in that format.
     """
 
-    def __init__(self, files: Iterable[Path]) -> None:
+    def __init__(self, files: SourceFiles) -> None:
         self.entries: dict[str, dict[str, Any]] = {}
         self._file: dict[str, SafetensorsFile] = {}
-        for file in map(open_weights, files):
+        paths = [files.find("model.safetensors")]
+        if paths == [None]:
+            shards = files.read_json("model.safetensors.index.json").get("weight_map") or {}
+            paths = [files.find(name) for name in dict.fromkeys(map(str, shards.values()))]
+        for file in map(open_weights, filter(None, paths)):
             self.entries |= file.entries
             self._file |= dict.fromkeys(file.entries, file)
 
@@ -52,18 +56,6 @@ class StoredTensors:
     def are_unquantised(self) -> bool:
         """Return True if every tensor is floating point of 16 bits or more; quantised codes are integers or 8 bits."""
         return bool(self.entries) and all(entry["dtype"] in FLOATS for entry in self.entries.values())
-
-
-def read_stored(files: SourceFiles) -> StoredTensors:
-    """Map the weights of a source, from those files that ``from_pretrained`` reads.
-
-    Raises:
-        ModelError: a file is not in the safetensors format.
-    """
-    if single := files.find("model.safetensors"):
-        return StoredTensors([single])
-    shards = dict.fromkeys(map(str, (files.read_json("model.safetensors.index.json").get("weight_map") or {}).values()))
-    return StoredTensors(path for name in shards if (path := files.find(name)) is not None)
 
 
 @dataclass(frozen=True)
