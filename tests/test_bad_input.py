@@ -104,6 +104,7 @@ def test_bad_flags(
         ("generate", ("x", "--question", "q", "--temperature", "-1"), "'-1' is not a number from 0"),
         ("generate", ("x", "--input", "q.jsonl", "--context", "c"), "--context goes with --question"),
         ("generate", ("x", "--question", "q", "--split", "test"), "--split goes with --input"),
+        ("generate", ("x", "--question", "q", "--limit", "3"), "--limit goes with --input"),
         ("evaluate", ("x", "--data.split", "test"), "--data.split goes with --data.path"),
         ("generate", ("x", "--input", "none.jsonl"), "no such file"),
         ("generate", ("x", "--question", " "), "--question is empty"),

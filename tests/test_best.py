@@ -90,6 +90,11 @@ def test_a_step_of_what_is_not_a_run_is_refused(tiny_model: Path) -> None:
         open_model(str(tiny_model), "best")
 
 
+def test_a_moved_base_of_a_whole_model_is_refused(tiny_model: Path) -> None:
+    with pytest.raises(UsageError, match=r"--base names the base model of a run or delta, and .* is neither"):
+        open_model(str(tiny_model), base=str(tiny_model))
+
+
 def test_evaluate_says_its_rows_and_whether_they_were_held_out(run: Path, tmp_path: Path, said: list[str]) -> None:
     def rows(source: Path, path: Path | None) -> tuple[str, bool | None]:
         outcome = evaluate_source(str(source), str(path) if path else None, None, 4, None, None)

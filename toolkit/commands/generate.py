@@ -138,6 +138,8 @@ def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespa
         parser.error("--context goes with --question; the rows of --input have contexts of their own")
     if arguments.split and not arguments.input:
         parser.error("--split goes with --input")
+    if arguments.limit and not arguments.input:
+        parser.error("--limit goes with --input")
     if arguments.output and arguments.output.is_dir():
         parser.error(f"--output {arguments.output} is a directory; expected a file")
     return arguments

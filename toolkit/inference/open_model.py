@@ -68,7 +68,7 @@ def open_model(
 
     Raises:
         CheckpointError: the run has no such checkpoint, it is damaged, or the base model changed.
-        UsageError: ``step`` is given and ``source`` is not a run.
+        UsageError: ``step`` is given and ``source`` is not a run, or ``base`` and it is neither a run nor a delta.
         ModelError: the model cannot be loaded.
     """
     path = Path(source)
@@ -86,6 +86,8 @@ def open_model(
         rendering = read_rendering(path.parent.parent)
         return OpenedModel(loaded, RunConfig(), None, None, delta, rendering)
     _refuse_inside_run(path)
+    if base is not None:
+        raise UsageError(f"--base names the base model of a run or delta, and {source} is neither; leave it out")
     dtype = dtype or stored_dtype(source)
     model = ModelConfig(name_or_path=source, dtype="bfloat16" if dtype == "bfloat16" else "float32")
     loaded = load_base(model)

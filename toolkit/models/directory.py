@@ -25,7 +25,7 @@ def check_directory(directory: Path, needs_weights: bool) -> None:
         raise ModelError(f"model directory {directory} {'; it '.join(faults)}")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, Any]:
     """Read the object in a JSON file of a model directory.
 
     Raises:
@@ -45,7 +45,7 @@ def _find_faults(directory: Path, needs_weights: bool) -> Iterator[str]:
     if not (directory / "config.json").is_file():
         yield "has no config.json; expected a model saved with save_pretrained"
         return
-    read_json(directory / "config.json")
+    _read_object(directory / "config.json")
     if (directory / "adapter_config.json").is_file():  # transformers would load the base that it names in its place
         yield (
             "holds an adapter (adapter_config.json), which stands for another model; merge it into that model first, "
@@ -60,7 +60,7 @@ def _find_faults(directory: Path, needs_weights: bool) -> Iterator[str]:
             f"has no *.safetensors{instead}; pickled weights are not loaded. "
             "Convert them: load once with transformers and call save_pretrained"
         )
-    if (directory / _INDEX_FILE).is_file() and (wrong := _unsafe_entries(read_json(directory / _INDEX_FILE))):
+    if (directory / _INDEX_FILE).is_file() and (wrong := _unsafe_entries(_read_object(directory / _INDEX_FILE))):
         yield f"has an index ({_INDEX_FILE}) that names {wrong[0]!r}; expected names of safetensors files beside it"
 
 
