@@ -24,8 +24,8 @@ from toolkit.runtime.progress_bar import LogHandler
 from toolkit.runtime.redact import RedactingFormatter, redact
 
 _CONNECTED_GRACE_SECONDS, _UNCONNECTED_GRACE_SECONDS = 2.0, 10.0
-"""How long ranks above 0 hold back an error that all ranks raise, so that rank 0 alone prints it. Rank 0 then sends it
-to them or, before the ranks are connected, the launcher ends them."""
+"""Time for which ranks above 0 hold back an error that all ranks raise, so that rank 0 alone prints it. Rank 0 then
+sends it to them or, before the ranks are connected, the launcher ends them."""
 
 _MAX_ERROR_CHARACTERS = 300
 """Longest error text that is sent to other ranks."""

@@ -34,7 +34,7 @@ class PlanReport:
     plan: Plan
     """Memory by kind, floating-point operations and disk space."""
     fit: DeviceFit | None
-    """Whether the run fits; None without ``gpu_memory``."""
+    """Comparison with the memory of a GPU; None without ``gpu_memory``."""
 
     def __str__(self) -> str:
         """Return the table that ``launch/plan.py`` prints."""

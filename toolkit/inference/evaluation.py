@@ -65,7 +65,7 @@ class SourceEvaluation(Evaluation):
     data: str
     """Origin of the rows, as a phrase."""
     held_out: bool | None
-    """Whether the run held these rows out; False if it trained on rows of their file, None if that is not known."""
+    """True if the run held these rows out; False if it trained on rows of their file, None if that is not known."""
 
 
 @torch.no_grad()

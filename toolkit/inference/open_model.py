@@ -45,7 +45,7 @@ class OpenedModel:
 
     @property
     def encoder(self) -> Encoder:
-        """A new encoder of rows into this model's tokens, which also knows the tokens that end an answer."""
+        """Return a new encoder of rows into this model's tokens, which also knows the tokens that end an answer."""
         return Encoder(self.loaded.tokenizer, self.config.data.max_length, self.loaded.ends, self.rendering)
 
 

@@ -55,7 +55,7 @@ class LayerMask:
     boundary: int
     block_count: int
     tied: Tied
-    """How training treats a head that shares the embeddings' tensor: ``untie`` copies it first, ``both`` trains the
+    """Treatment of a head that shares the embeddings' tensor: ``untie`` copies it first, ``both`` trains the
     shared tensor, ``head_only`` trains it through the head alone; ``no`` if the mask does not select it."""
     groups: tuple[ParameterGroup, ...]
     """Disjoint groups that together hold all trainable tensors."""

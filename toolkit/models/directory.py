@@ -1,4 +1,4 @@
-"""What a model directory may hold: safetensors of its own, and nothing that runs code or points elsewhere."""
+"""Check a model directory: it holds safetensors of its own, and nothing that runs code or points elsewhere."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class LoadedModel:
     on_disk: Mapping[str, OnDisk] = field(default_factory=dict)
     """Parameters that stay in their files, by name; in the model they are on the meta device."""
     ends: tuple[int, ...] = ()
-    """The end-of-text tokens that the model's config files name."""
+    """End-of-text tokens that the model's config files name."""
 
     def save(self, directory: Path, ends: Collection[int] = ()) -> Comparison:
         """Write model and tokenizer in the format that they were read from; see ``StorageFormat.write``."""

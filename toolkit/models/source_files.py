@@ -38,7 +38,7 @@ _ONLY_IN_TRANSFORMERS_5 = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """The files of a directory or Hub repository beside the weights."""
+    """Finds, reads and copies the files of a directory or Hub repository beside the weights."""
 
     source: str
     revision: str | None
@@ -104,9 +104,9 @@ class SourceFiles:
         """
         name = "generation_config.json"
         values = self.read_json(name)
-        known = _as_list(values.get("eos_token_id", getattr(generation, "eos_token_id", None)))
-        stop_tokens = [token for token in known if token in ends or not ends]
-        stop_tokens += [token for token in ends if token not in known]
+        source_ends = _as_list(values.get("eos_token_id", getattr(generation, "eos_token_id", None)))
+        stop_tokens = [token for token in source_ends if token in ends or not ends]
+        stop_tokens += [token for token in ends if token not in source_ends]
         if values and (not ends or stop_tokens == _as_list(values.get("eos_token_id"))):
             self._copy_file(name, directory)
         elif stop_tokens:

@@ -66,7 +66,7 @@ class StorageFormat:
 
     @property
     def files(self) -> SourceFiles:
-        """The files beside the weights."""
+        """Files beside the weights."""
         return SourceFiles(self.source, self.revision)
 
     def read(self, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:

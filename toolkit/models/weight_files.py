@@ -60,7 +60,7 @@ class StoredTensors:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How written tensors compare with the stored ones that they come from: counts, or names."""
+    """Comparison of written tensors with the stored ones that they come from: counts, or names."""
 
     identical: int = 0
     """Number with the same bits."""
