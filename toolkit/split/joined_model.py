@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from transformers import PreTrainedModel
 
 from toolkit.models.anatomy import Anatomy
-from toolkit.models.probe import evaluating
+from toolkit.models.probe import evaluation_mode
 from toolkit.split.module_tree import Placeholder, copy_module_tree
 from toolkit.split.prefix import Prefix
 
@@ -47,7 +47,7 @@ class JoinedModel:
             for module in model.modules():
                 for name, buffer in module.named_buffers(recurse=False):
                     module._buffers[name] = buffer.to(device)
-            with evaluating(model):
+            with evaluation_mode(model):
                 yield model
         finally:
             for name, placeholder in placeholders.items():
