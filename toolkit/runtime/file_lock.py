@@ -148,7 +148,9 @@ class RunLock(FileLock):
             if error.errno not in _NO_LOCK_ERRORS:
                 raise
             acquired = None  # unknown: this file system has no locks
-        holder = _read_holder(self.descriptor)
+        holder = None
+        with suppress(ValueError, TypeError):  # empty or malformed
+            holder = LockHolder(**json.loads(os.pread(self.descriptor, 4096, 0)))
         if acquired is False:
             return str(holder or "another process")
         if acquired is None and holder is not None and holder.may_run(this_process):
@@ -165,11 +167,3 @@ class RunLock(FileLock):
         if self.descriptor >= 0:
             os.ftruncate(self.descriptor, 0)
         super().release(remove)
-
-
-def _read_holder(descriptor: int) -> LockHolder | None:
-    """Read the holder from a lock file; None if the file is empty or malformed."""
-    try:
-        return LockHolder(**json.loads(os.pread(descriptor, 4096, 0)))
-    except (ValueError, TypeError):
-        return None

@@ -90,9 +90,11 @@ def explain_refused_write(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        folder = next(folder for folder in (place, *place.parents) if folder.exists())  # at the last / or .
         raise DiskError(
-            f"{error.filename or place} cannot be written ({error.strerror or error}); {_free_space(place)} free "
-            "there. Committed checkpoints are kept: make room, then start the same command again"
+            f"{error.filename or place} cannot be written ({error.strerror or error}); "
+            f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB free there. Committed checkpoints are kept: make room, "
+            "then start the same command again"
         ) from None
 
 
@@ -112,10 +114,10 @@ class LineFile:
         self._pending.append(line)
         self.flush()
 
-    def flush(self) -> bool:
-        """Try to write the pending lines; return True if none is left."""
+    def flush(self) -> None:
+        """Try to write the pending lines."""
         if not self._pending:
-            return True
+            return
         try:
             self._append("".join(f"{line}\n" for line in self._pending).encode())
         except OSError as error:
@@ -123,10 +125,9 @@ class LineFile:
                 log.warning("%s cannot be written (%s); training goes on, and what is missing is written once "
                             "there is room", self._path, error.strerror)  # fmt: skip
             self._warned = True
-            return False
-        self._pending.clear()
-        self._warned = False
-        return True
+        else:
+            self._pending.clear()
+            self._warned = False
 
     def lines(self) -> list[str]:
         """Return all lines: those in the file, then the pending ones."""
@@ -135,7 +136,8 @@ class LineFile:
 
     def close(self) -> None:
         """Try to write the pending lines a last time, and warn if they are lost."""
-        if not self.flush():
+        self.flush()
+        if self._pending:
             log.warning("%s lacks its last %d lines: the disk refused them", self._path, len(self._pending))
 
     def _append(self, content: bytes) -> None:
@@ -149,11 +151,3 @@ class LineFile:
             except OSError:
                 file.truncate(size)  # drop a part of a line
                 raise
-
-
-def _free_space(place: Path) -> str:
-    """Return the free space of the disk at ``place``, which need not exist, as text."""
-    for folder in (place, *place.parents):
-        if folder.exists():
-            return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB"
-    return "unknown"
