@@ -76,13 +76,6 @@ def prefix_fingerprints(
     for key in ("_name_or_path", "tie_word_embeddings", "use_cache"):  # they do not change what the prefix computes
         config.pop(key, None)
     sources = sources_hash(Path(toolkit.__file__).parent, *_PREFIX_SOURCES)
-    versions = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "frostline": f"{toolkit.__version__} (sources {sources})",
-    }
-    if settings.precision != "model":
-        versions["bitsandbytes"] = metadata.version("bitsandbytes")
     return {
         "weights": fingerprint_of(below_boundary, loaded.on_disk),
         "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
@@ -91,7 +84,10 @@ def prefix_fingerprints(
         "attention": str(model.config._attn_implementation),
         "precision": settings.precision,
         "device": device.type,
-        **versions,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "frostline": f"{toolkit.__version__} (sources {sources})",
+        **({} if settings.precision == "model" else {"bitsandbytes": metadata.version("bitsandbytes")}),
     }
 
 

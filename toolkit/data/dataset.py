@@ -65,13 +65,9 @@ class Dataset:
 
 
 def load_dataset(
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    seed: int,
-    rows: list[Row] | None = None,
-    ends: Sequence[int] = (),
-    rendering: Rendering = Rendering(),  # noqa: B008 (frozen)
-) -> Dataset:
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, rows: list[Row] | None = None,
+    ends: Sequence[int] = (), rendering: Rendering = Rendering(),
+) -> Dataset:  # fmt: skip
     """Read, check, encode and split the rows that ``config`` names.
 
     ``rows`` are those of ``config.path``; None reads them. ``ends`` are the end-of-text tokens that the model's config

@@ -53,12 +53,9 @@ class Encoder:
     """
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        ends: Sequence[int] = (),
-        rendering: Rendering = Rendering(),  # noqa: B008 (frozen)
-    ) -> None:
+        self, tokenizer: PreTrainedTokenizerBase, max_length: int, ends: Sequence[int] = (),
+        rendering: Rendering = Rendering(),
+    ) -> None:  # fmt: skip
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.rendering = rendering

@@ -25,7 +25,7 @@ def answers(
     max_length: int,
     max_new_tokens: int,
     temperature: float = 0.0,
-    rendering: Rendering = Rendering(),  # noqa: B008 (frozen)
+    rendering: Rendering = Rendering(),
 ) -> Iterator[str]:
     """Yield the model's answer of at most ``max_new_tokens`` to each sample, from the same prompt that training used.
 

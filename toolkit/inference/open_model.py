@@ -40,7 +40,7 @@ class OpenedModel:
     """Checkpoint of the run; None if the source is not a run."""
     delta: Delta | None
     """Trained tensors; None if the source is a whole model."""
-    rendering: Rendering = Rendering()  # noqa: RUF009 (frozen)
+    rendering: Rendering = Rendering()
     """Chat format of the run; the default if the source is not a run."""
 
     @property

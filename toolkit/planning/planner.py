@@ -107,7 +107,7 @@ class Planner:
     """Whether micro batches are packed; None to decide by recipe and rows, without the check that the run makes."""
     cached: bool | None = None
     """Whether the prefix is cached; None to decide likewise."""
-    shortcuts: Shortcuts = Shortcuts(True, True, True)  # noqa: RUF009
+    shortcuts: Shortcuts = Shortcuts(True, True, True)
     """Shortcuts to take at the top of the suffix, where the structure allows them."""
     untied: bool = False
     """True if the head is untied because another phase's mask asks for it."""

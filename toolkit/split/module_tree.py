@@ -93,15 +93,6 @@ class EndOfPass(nn.Module):
         return super().__call__(*args, **kwargs)
 
 
-class DetachedOutput(nn.Module):
-    """Extends the class of a module whose output is to pass no gradient back."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Call the module and detach its output."""
-        output: torch.Tensor = super().__call__(*args, **kwargs)
-        return output.detach()
-
-
 class Placeholder(nn.Module):
     """Takes a module's place without its parameters; has its other attributes, which models read (layer_idx)."""
 

@@ -28,7 +28,6 @@ from toolkit.split.logit_processing import MODEL_CODE_ERRORS, find_logit_process
 from toolkit.split.loss_head import LossHead, Shortcuts
 from toolkit.split.module_tree import (
     Call,
-    DetachedOutput,
     EndOfPass,
     StopForward,
     copy_module_tree,
@@ -114,7 +113,8 @@ class Suffix(nn.Module):
     def detach_embeddings(self) -> None:
         """Let no gradient into the embeddings of a model that was kept whole."""
         for name in self.anatomy.embeddings:
-            extend_class(self.model.get_submodule(name), DetachedOutput)
+            embedding = self.model.get_submodule(name)
+            embedding.register_forward_hook(lambda module, args, output: output.detach())
 
     def forward(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:
         """Return the cross entropy summed over the S supervised positions, a float32 scalar.
@@ -130,12 +130,7 @@ class Suffix(nn.Module):
         )  # fmt: skip
         return loss
 
-    def logits(
-        self,
-        hidden: torch.Tensor | None,
-        batch: Batch,
-        shortcuts: Shortcuts = Shortcuts(),  # noqa: B008 (frozen)
-    ) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor | None, batch: Batch, shortcuts: Shortcuts = Shortcuts()) -> torch.Tensor:
         """Return logits [S, vocabulary] of the supervised positions, in the model's dtype."""
         if self._processing is None:  # the model's code after its head is unknown: take the logits of all positions
             return _take_supervised(self._run_model(hidden, batch).logits, SupervisedRows.of(batch)).squeeze(0)
