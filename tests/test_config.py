@@ -6,9 +6,10 @@ import pytest
 import yaml
 from helpers import QUICKSTART, ROOT, invocation, run_here, run_script
 
+from toolkit.config.mask_schema import MaskGroup
 from toolkit.config.peer_keys import ALTERNATIVES, EQUIVALENT_KEYS
 from toolkit.config.recipe import build_config, did_you_mean, dump, field_paths, read_recipe
-from toolkit.config.schema import MaskGroup, RunConfig
+from toolkit.config.schema import RunConfig
 from toolkit.runtime.errors import ConfigError
 
 

@@ -46,7 +46,8 @@ def build_invocation(
         recipe=path,
         recipe_was_given=recipe is not None,
         deepspeed=None if ds is None else find_file(ds),
-        arguments=argparse.Namespace(resume_override=resume_override),
+        arguments=argparse.Namespace(),
+        resume_override=resume_override,
     )
 
 

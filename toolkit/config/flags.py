@@ -30,11 +30,8 @@ class Invocation:
     """DeepSpeed JSON of ``--ds``; None trains with torch alone."""
     arguments: argparse.Namespace
     """All parsed arguments, with those that only one command has."""
-
-    @property
-    def resume_override(self) -> bool:
-        """True if ``--resume-override`` was passed; False for commands without that flag."""
-        return bool(getattr(self.arguments, "resume_override", False))
+    resume_override: bool
+    """True if ``--resume-override`` was passed; False for commands without that flag."""
 
 
 def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
@@ -103,6 +100,7 @@ def parse(parser: argparse.ArgumentParser, default_recipe: Path, argv: Sequence[
         recipe_was_given=bool(arguments.config),
         deepspeed=find_file(arguments.ds) if arguments.ds else None,
         arguments=arguments,
+        resume_override=getattr(arguments, "resume_override", False),
     )
 
 

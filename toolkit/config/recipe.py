@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from toolkit.config import peer_keys
-from toolkit.config.schema import MaskGroup, MaskPhase, RunConfig, Section
+from toolkit.config.mask_schema import MaskGroup, MaskPhase, Section
+from toolkit.config.schema import RunConfig
 from toolkit.runtime.errors import ConfigError
 from toolkit.runtime.redact import find_secrets
 
@@ -73,9 +74,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(
-            [f"{path}: no such file; --config takes a YAML recipe such as recipes/quickstart.yaml"]
-        ) from None
+        fault = f"{path}: no such file; --config takes a YAML recipe such as recipes/quickstart.yaml"
+        raise ConfigError([fault]) from None
     except (OSError, ValueError) as error:
         raise ConfigError([f"{path}: cannot be read as UTF-8 text ({error})"]) from None
     try:

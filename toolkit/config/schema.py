@@ -12,9 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from toolkit.config.mask_schema import MaskConfig as MaskConfig
-from toolkit.config.mask_schema import MaskGroup as MaskGroup
-from toolkit.config.mask_schema import MaskPhase as MaskPhase
-from toolkit.config.mask_schema import Section as Section
+from toolkit.config.mask_schema import Section
 from toolkit.runtime.paths import is_directory
 
 

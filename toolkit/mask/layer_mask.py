@@ -9,7 +9,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from toolkit.config.schema import MaskConfig, MaskGroup
+from toolkit.config.mask_schema import MaskConfig, MaskGroup
 from toolkit.mask.selectors import resolve
 from toolkit.models.anatomy import Anatomy
 from toolkit.runtime.errors import MaskError

@@ -9,8 +9,9 @@ from toolkit.activation_cache.cached_prefix import FILL_TOKENS
 from toolkit.activation_cache.namespace import bytes_of
 from toolkit.activation_cache.packing import packing_attentions
 from toolkit.activation_cache.policy import has_dropout, limit_obstacle, mask_obstacle
+from toolkit.config.mask_schema import MaskGroup
 from toolkit.config.policy import decide_cache, refuse_packing
-from toolkit.config.schema import MaskGroup, PrefixConfig, RunConfig
+from toolkit.config.schema import PrefixConfig, RunConfig
 from toolkit.mask.audit import AuditRow, audit, audit_table
 from toolkit.mask.layer_mask import LayerMask, build_mask
 from toolkit.planning.engine_memory import EngineSpec, engine_memory
