@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,14 +21,7 @@ class FrostlineError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle message and attributes, for other ranks: some members take other arguments than their message."""
-        return _restore_error, (type(self), self.args, vars(self))
-
-
-def _restore_error(kind: type[FrostlineError], args: tuple[Any, ...], attributes: dict[str, Any]) -> FrostlineError:
-    """Return the error that ``FrostlineError.__reduce__`` describes."""
-    error = kind.__new__(kind, *args)
-    vars(error).update(attributes)
-    return error
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
 
 
 class TrainingStoppedError(FrostlineError):
