@@ -223,7 +223,7 @@ def masters_after(name: OptimName, dtype: torch.dtype, device: torch.device) -> 
             weight.grad = gradient.to(device, dtype)
         optimizer.step()
     states = list(optimizer.by_name.values())
-    return torch.cat([state.master.detach().float().flatten().cpu() for state in states]), float(states[0].step)
+    return torch.cat([state.read()["master"].cpu() for state in states]), float(states[0].updates)
 
 
 def _name(dtype: torch.dtype) -> str:

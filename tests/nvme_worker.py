@@ -35,17 +35,17 @@ RUNS: dict[str, tuple[str | None, tuple[str, ...]]] = {
 
 def ds_file(folder: Path, name: str) -> Path:
     """The shipped file; in two of the runs with another drive, read and written ahead, and with weights in files."""
-    ds = json.loads((ROOT / "ds_configs" / "zero3_nvme.json").read_text(encoding="utf-8"))
+    ds_config = json.loads((ROOT / "ds_configs" / "zero3_nvme.json").read_text(encoding="utf-8"))
     if name == "pipelined":
-        zero = ds["zero_optimization"]
+        zero = ds_config["zero_optimization"]
         zero["sub_group_size"] = 300_000
         own = {"nvme_path": str(folder / "drive"), "pipeline_read": True, "pipeline_write": True, "buffer_count": 8}
         zero["offload_optimizer"] |= own
     if name == "weights-too":
         section = {"device": "nvme", "nvme_path": "auto", "buffer_size": 1_000_000}
-        ds["zero_optimization"] |= {"offload_param": section, "stage3_param_persistence_threshold": 0}
+        ds_config["zero_optimization"] |= {"offload_param": section, "stage3_param_persistence_threshold": 0}
     path = folder / f"{name}.json"
-    path.write_text(json.dumps(ds), encoding="utf-8")
+    path.write_text(json.dumps(ds_config), encoding="utf-8")
     return path
 
 
@@ -56,10 +56,10 @@ def main() -> None:
     in_files: dict[str, int] = {}
     clear = nvme_files.remove_swap_folders
 
-    def counted(ds: object, world: distributed.World) -> None:
-        folders = nvme_files.swap_folders(ds)  # type: ignore[arg-type]
+    def counted(ds_config: object, world: distributed.World) -> None:
+        folders = nvme_files.swap_folders(ds_config)  # type: ignore[arg-type]
         in_files[name] = sum(p.stat().st_size for own in folders for p in own.rglob("*.swp") if "grad" not in p.name)
-        clear(ds, world)  # type: ignore[arg-type]
+        clear(ds_config, world)  # type: ignore[arg-type]
 
     nvme_files.remove_swap_folders = counted
     codes = {}

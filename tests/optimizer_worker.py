@@ -21,7 +21,7 @@ from toolkit.commands import cli  # noqa: E402
 from toolkit.config import flags  # noqa: E402
 from toolkit.data.batches import epoch_order, step_batches  # noqa: E402
 from toolkit.mask.apply import apply_mask, trainable_parameters  # noqa: E402
-from toolkit.optim.state_fragments import AdamState, gather_states, load_fragments  # noqa: E402
+from toolkit.optim.state_fragments import AdamState  # noqa: E402
 from toolkit.runtime import distributed  # noqa: E402
 from toolkit.runtime.distributed import World  # noqa: E402
 from toolkit.training.context import prepare  # noqa: E402
@@ -92,8 +92,7 @@ class Kept:
 
 
 def whole_state(trainer: Trainer) -> dict[str, AdamState]:
-    engine = trainer.state.engine
-    return gather_states(engine.fragments(), engine.shapes, engine.is_replicated, trainer.context.world)
+    return trainer.state.engine.states()
 
 
 def one(given: list[str], world: World) -> dict[str, Any]:
@@ -107,8 +106,7 @@ def one(given: list[str], world: World) -> dict[str, Any]:
     planned = {kind: whole.plan.memory.most[kind] for kind in bytes_stored}
     whole.state.engine.release()
     again = begin(given, world)
-    load_fragments(again.state.engine.fragments(), again.state.engine.shapes, given_over, world)
-    again.state.engine.continue_at(STEPS)
+    again.state.engine.load_states(given_over, STEPS)
     taken = whole_state(again)
     again.state.engine.release()
     again = begin(given, world, masters)

@@ -15,21 +15,21 @@ from toolkit.runtime.errors import ConfigError
 CONFIG = RunConfig(train=TrainConfig(micro_batch_size=2, gradient_accumulation_steps=3, max_grad_norm=0.5))
 
 
-def resolve(ds: dict[str, Any], config: RunConfig = CONFIG) -> dict[str, Any]:
-    return resolve_ds_config(ds, config, ranks=4, hidden_size=100, path=Path("x.json"))
+def resolve(ds_config: dict[str, Any], config: RunConfig = CONFIG) -> dict[str, Any]:
+    return resolve_ds_config(ds_config, config, ranks=4, hidden_size=100, path=Path("x.json"))
 
 
-def faults_of(ds: dict[str, Any]) -> list[str]:
+def faults_of(ds_config: dict[str, Any]) -> list[str]:
     with pytest.raises(ConfigError) as error:
-        resolve(ds)
+        resolve(ds_config)
     return error.value.faults
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json")))
 def test_shipped_files_are_auto_and_filled_from_the_recipe(name: str) -> None:
-    ds = read_ds_config(ROOT / "ds_configs" / f"{name}.json")
-    assert zero_stage(ds) == int(name[4])
-    resolved = resolve(ds)
+    ds_config = read_ds_config(ROOT / "ds_configs" / f"{name}.json")
+    assert zero_stage(ds_config) == int(name[4])
+    resolved = resolve(ds_config)
     assert resolved["train_micro_batch_size_per_gpu"] == 2
     assert resolved["gradient_accumulation_steps"] == 3
     assert resolved["train_batch_size"] == 24
@@ -39,7 +39,7 @@ def test_shipped_files_are_auto_and_filled_from_the_recipe(name: str) -> None:
     assert resolved["data_types"]["grad_accum_dtype"] == "fp32"
     assert resolved["zero_force_ds_cpu_optimizer"] is False
     assert '"auto"' not in json.dumps(resolved)
-    assert '"auto"' in json.dumps(ds), "the file's own content is left unchanged"
+    assert '"auto"' in json.dumps(ds_config), "the file's own content is left unchanged"
 
 
 def test_offload_to_files_needs_stage_3_and_a_folder() -> None:
@@ -90,7 +90,7 @@ def test_blocks_that_agree_are_dropped_because_the_recipe_builds_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ds", "message"),
+    ("ds_config", "message"),
     [
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4; expected 0, 1, 2 or 3"),
         ({"zero_optimization": 2}, "zero_optimization is 2; expected an object"),
@@ -100,8 +100,8 @@ def test_blocks_that_agree_are_dropped_because_the_recipe_builds_them() -> None:
         ({"zero_optimization": {"compute_grad_norm": False}}, "nobody would know whether the gradient is finite"),
     ],
 )
-def test_values_that_cannot_be_meant(ds: dict[str, Any], message: str) -> None:
-    assert message in "\n".join(faults_of(ds))
+def test_values_that_cannot_be_meant(ds_config: dict[str, Any], message: str) -> None:
+    assert message in "\n".join(faults_of(ds_config))
 
 
 @pytest.mark.parametrize(
@@ -136,9 +136,9 @@ def test_a_file_that_deepspeed_would_misread_is_refused(tmp_path: Path, content:
 )
 def test_deepspeed_leaves_clipping_to_us_wherever_it_can(file: str, accumulation: int, is_ours: bool) -> None:
     config = RunConfig(train=TrainConfig(gradient_accumulation_steps=accumulation, max_grad_norm=0.5))
-    ds = resolve(read_ds_config(ROOT / "ds_configs" / f"{file}.json"), config)
-    lean = without_norm_and_clipping(ds)
-    assert ds["gradient_clipping"] == 0.5
+    ds_config = resolve(read_ds_config(ROOT / "ds_configs" / f"{file}.json"), config)
+    lean = without_norm_and_clipping(ds_config)
+    assert ds_config["gradient_clipping"] == 0.5
     assert (lean is not None) is is_ours
     if lean is not None:
         assert lean["gradient_clipping"] == 0

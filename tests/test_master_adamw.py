@@ -75,6 +75,14 @@ def by_hand(
     return list(masters.values())
 
 
+def masters_of(optimizer: MasterAdamW) -> list[torch.Tensor]:
+    """Each tensor's master, in its shape."""
+    states = zip(
+        optimizer.by_name.values(), (p for group in optimizer.param_groups for p in group["params"]), strict=True
+    )
+    return [state.read()["master"].view(parameter.shape) for state, parameter in states]
+
+
 def error(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
     return max(float((a.detach() - b.detach()).abs().max()) for a, b in zip(found, exact, strict=True))
 
@@ -94,7 +102,7 @@ def test_masters_are_as_exact_as_torchs_own(
         steps.append(give(parameters, seed))
         optimizer.collect()
         optimizer.step()
-    masters = [state.master.detach() for state in optimizer.by_name.values()]
+    masters = masters_of(optimizer)
     exact, torchs = (by_hand(start, steps, dtype, max_norm) for dtype in (torch.float64, FLOAT32))
     assert error(masters, exact) <= 1.5 * error(torchs, exact)
     for parameter, master in zip(parameters.values(), masters, strict=True):
@@ -114,8 +122,8 @@ def test_masters_keep_the_updates_that_bfloat16_rounds_away() -> None:
         for optimizer in optimizers:
             optimizer.step()
     assert torch.equal(naive, torch.ones_like(naive))
-    assert torch.allclose(optimizers[1].by_name["w"].master, torch.tensor(0.99), atol=1e-4)
-    assert torch.equal(kept, optimizers[1].by_name["w"].master.bfloat16())
+    assert torch.allclose(masters_of(optimizers[1])[0], torch.tensor(0.99), atol=1e-4)
+    assert torch.equal(kept, masters_of(optimizers[1])[0].bfloat16())
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32])
@@ -134,19 +142,20 @@ def test_gradients_add_up_in_float32_and_are_freed(dtype: torch.dtype) -> None:
 
 def test_float32_parameters_are_their_own_masters() -> None:
     parameters = made([(2, 2)], [FLOAT32])
-    assert MasterAdamW(parameters, settings(parameters), 1.0).by_name["t0"].master is parameters["t0"]
+    (master,) = masters_of(MasterAdamW(parameters, settings(parameters), 1.0))
+    assert master.data_ptr() == parameters["t0"].data_ptr()
 
 
 @pytest.mark.parametrize("accumulates", [False, True])
 def test_a_tensor_no_gradient_reached_counts_as_zero(accumulates: bool) -> None:
     parameters = made([(3,), (2, 2)], [BFLOAT16])
     optimizer = MasterAdamW(parameters, settings(parameters, lr=0.5, decay=0.5), 1.0, accumulates)
-    before = optimizer.by_name["t0"].master.clone()
+    before = masters_of(optimizer)[0].clone()
     parameters["t1"].grad = torch.full((2, 2), 3.0, dtype=BFLOAT16)
     optimizer.collect()
     optimizer.step()
     assert optimizer.grad_norm == 6
-    assert torch.allclose(optimizer.by_name["t0"].master, before * 0.75), "weight decay alone"
+    assert torch.allclose(masters_of(optimizer)[0], before * 0.75), "weight decay alone"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -156,8 +165,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad: float, accumulates: 
     optimizer = MasterAdamW(parameters, settings(parameters), 1.0, accumulates, piece=50)
 
     def everything() -> list[torch.Tensor]:
-        states = optimizer.by_name.values()
-        kept = [t for s in states for t in (s.master, s.exp_avg, s.exp_avg_sq, s.step)]
+        kept = [
+            t for state in optimizer.by_name.values() for t in (*state.read().values(), torch.tensor(state.updates))
+        ]
         return [t.detach().clone() for t in (*parameters.values(), *kept)]
 
     for gradient in (0.0, bad, 0.0):
@@ -170,7 +180,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad: float, accumulates: 
         assert same == (gradient is bad)
         assert bool(optimizer.grad_norm.isfinite()) != same
         assert all(p.grad is None for p in parameters.values())
-    assert optimizer.by_name["t0"].step == 2
+    assert optimizer.by_name["t0"].updates == 2
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32])
@@ -255,28 +265,23 @@ def test_each_tensors_state_is_at_hand_by_name() -> None:
     give(parameters, 0)
     optimizer.step()
     assert list(optimizer.by_name) == list(parameters)
-    assert all(state.step == 1 for state in optimizer.by_name.values())
+    assert all(state.updates == 1 for state in optimizer.by_name.values())
     for name, state in optimizer.by_name.items():
-        assert state.master.shape == state.exp_avg.shape == state.exp_avg_sq.shape == parameters[name].shape
-        torchs = optimizer.state[state.master]
-        assert all(torchs[key] is getattr(state, key) for key in ("exp_avg", "exp_avg_sq", "step"))
-        with torch.no_grad():
-            state.master.fill_(0.5)
-            state.exp_avg.fill_(1.0)
-            state.exp_avg_sq.fill_(1.0)
-            state.step.fill_(1000)
+        assert {values.shape for values in state.read().values()} == {(parameters[name].numel(),)}
+        ones = torch.ones(parameters[name].numel())
+        state.write({"master": ones / 2, "exp_avg": ones, "exp_avg_sq": ones}, 1000)
     optimizer.write_back()
     assert all((p == 0.5).all() for p in parameters.values())
     for parameter in parameters.values():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    assert optimizer.by_name["t4"].step == 1001
-    assert torch.allclose(optimizer.by_name["t4"].master, torch.tensor(0.5 - 1e-3 * 0.9 / 0.99**0.5), atol=1e-6)
+    assert optimizer.by_name["t4"].updates == 1001
+    assert torch.allclose(masters_of(optimizer)[4], torch.tensor(0.5 - 1e-3 * 0.9 / 0.99**0.5), atol=1e-6)
 
 
 def test_the_resulting_groups_are_those_asked_for() -> None:
     parameters = made(SHAPES, [BFLOAT16, FLOAT32])
     optimizer = MasterAdamW(parameters, settings(parameters), 1.0)
-    masters = {state.master: name for name, state in optimizer.by_name.items()}
-    held = [({masters[p] for p in group["params"]}, group["weight_decay"]) for group in optimizer.param_groups]
+    names = {parameter: name for name, parameter in parameters.items()}
+    held = [({names[p] for p in group["params"]}, group["weight_decay"]) for group in optimizer.param_groups]
     assert held == [({"t0", "t1", "t2", "t3"}, 0.1), ({"t4"}, 0.0)]

@@ -87,9 +87,9 @@ def test_masters_and_moments_really_are_in_files_and_gone_when_the_run_ends(runs
 def test_two_runs_never_share_a_folder_on_the_drive(tmp_path: Path) -> None:
     found = set()
     for run in ("a/run", "b/run"):
-        ds = {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path)}}}
-        nvme_files.assign_swap_folders(ds, tmp_path / run)
-        found |= set(nvme_files.swap_folders(ds))
+        ds_config = {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path)}}}
+        nvme_files.assign_swap_folders(ds_config, tmp_path / run)
+        found |= set(nvme_files.swap_folders(ds_config))
     assert len(found) == 2
     assert {path.parent for path in found} == {tmp_path}
     own: dict[str, Any] = {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}

@@ -3,11 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from toolkit.config.schema import OptimConfig, TrainConfig
 from toolkit.engine.deepspeed.optimizers import build_optimizer
 from toolkit.mask.layer_mask import ParameterGroup
-from toolkit.optim.groups import build_scheduler, current_rate, warmup_steps
+from toolkit.optim.groups import build_scheduler, current_rate
 
 
 @pytest.mark.parametrize(("scheduler", "last"), [("linear", 1 / 90), ("cosine", 0.0003), ("constant_with_warmup", 1.0)])
@@ -26,7 +27,11 @@ def test_the_rate_rises_over_a_tenth_and_then_follows_the_recipe(scheduler: str,
 
 @pytest.mark.parametrize(("total", "ratio", "expected"), [(180, 0.1, 18), (5, 0.1, 1), (10, 0, 0), (3, 1, 3)])
 def test_warmup_is_rounded_up(total: int, ratio: float, expected: int) -> None:
-    assert warmup_steps(TrainConfig(warmup_ratio=ratio), total) == expected
+    train = TrainConfig(warmup_ratio=ratio, scheduler="constant_with_warmup")
+    schedule = build_scheduler(torch.optim.SGD([torch.zeros(1)], lr=1.0), train, total)
+    assert isinstance(schedule, LambdaLR)
+    (factor_at,) = schedule.lr_lambdas
+    assert sum(factor_at(step) < 1 for step in range(total)) == expected
 
 
 def test_recipe_reaches_the_optimizer() -> None:

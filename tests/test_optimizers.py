@@ -11,7 +11,7 @@ import pytest
 import torch
 from closeness import BFLOAT16_LOSS, assert_rounded_alike, rms
 from helpers import ROOT, metrics, run_script, tiny_flags, train
-from test_master_adamw import BFLOAT16, FLOAT32, by_hand, give, made, settings
+from test_master_adamw import BFLOAT16, FLOAT32, by_hand, give, made, masters_of, settings
 from torch import nn
 
 from toolkit.config.schema import MaskConfig, OptimConfig, OptimName, RunConfig
@@ -19,9 +19,11 @@ from toolkit.engine.deepspeed.config import resolve_ds_config
 from toolkit.engine.deepspeed.optimizers import KEEPS_FLOAT32, PartitionedAdamW, build_optimizer
 from toolkit.mask.layer_mask import ParameterGroup
 from toolkit.optim.flat_buffers import FlatBuffers
+from toolkit.optim.low_bit_state import LowBitState
 from toolkit.optim.master_adamw import MasterAdamW
 from toolkit.optim.moments import BFloat16, fused_adamw
 from toolkit.optim.rounding import join_halves, split_halves, stochastic_round
+from toolkit.optim.state_fragments import KINDS, MOMENTS, FragmentState
 from toolkit.optim.update_monitor import STEPS, UpdateMonitor
 from toolkit.planning.engine_memory import TensorSizes, engine_memory, engine_spec
 from toolkit.planning.prefix_memory import PrefixMemory
@@ -34,8 +36,10 @@ SHAPES = [(100, 130), (7,), (64, 65), (33, 3)]
 """Whole and broken blocks of 256, over and under bitsandbytes' 4096 elements, over and under a piece of 1024."""
 
 
-def masters(optimizer: MasterAdamW) -> list[torch.Tensor]:
-    return [state.master.detach().clone() for state in optimizer.by_name.values()]
+def stored(state: FragmentState) -> dict[str, torch.Tensor]:
+    """Moments as they are stored, by kind."""
+    tensors = {**state.read(), **state.raw()}
+    return {kind: tensor for kind, tensor in tensors.items() if kind.startswith("exp_avg")}
 
 
 def test_two_halves_of_a_float32_are_exact_and_the_upper_one_is_the_nearest_bfloat16() -> None:
@@ -85,7 +89,7 @@ def test_masters_stay_beside_those_of_float32_moments(
         optimizer.collect()
         optimizer.step()
     exact = by_hand(start, steps, torch.float64, 1.0)
-    for key, found, expected in zip(parameters, masters(optimizer), exact, strict=True):
+    for key, found, expected in zip(parameters, masters_of(optimizer), exact, strict=True):
         path = (expected.detach() - start[key].detach().double()).norm()
         assert (found - expected.detach()).norm() < 0.04 * path, key
         assert torch.equal(parameters[key], found.to(parameters[key].dtype))
@@ -105,8 +109,8 @@ def test_updates_that_bfloat16_rounds_away_are_kept_and_seen_to_move(
         moved.before()
         optimizer.step()
         moved.after()
-        assert moved.judge(*moved.counts(), 1e-5) == 1.0
-    assert torch.allclose(optimizer.by_name["w"].master, torch.tensor(0.995), atol=2e-4)
+        assert moved.changed_share(*moved.counts(), 1e-5) == 1.0
+    assert torch.allclose(masters_of(optimizer)[0], torch.tensor(0.995), atol=2e-4)
     assert not caplog.records
 
 
@@ -125,7 +129,7 @@ def test_a_warning_says_once_that_rounding_eats_the_updates(caplog: pytest.LogCa
         moved.before()
         naive.step()
         moved.after()
-        shares.append(moved.judge(*moved.counts(), 1e-5))
+        shares.append(moved.changed_share(*moved.counts(), 1e-5))
     assert all(share is not None and 0.01 < share < 0.4 for share in shares)
     assert [record.message for record in caplog.records] == [caplog.records[0].message]
     assert "rounding eats the updates" in caplog.records[0].message
@@ -140,10 +144,10 @@ def test_what_is_not_meant_to_move_is_not_counted() -> None:
     moved.before()
     optimizer.step()
     moved.after()
-    found, meant = moved.counts()
-    assert 0 < found == meant < 256
-    assert moved.judge(found, meant, 0.0) is None, "at a rate of 0 nothing is meant to move"
-    assert moved.judge(0, 0, 1e-5) is None
+    changed, expected = moved.counts()
+    assert 0 < changed == expected < 256
+    assert moved.changed_share(changed, expected, 0.0) is None, "at a rate of 0 nothing is meant to move"
+    assert moved.changed_share(0, 0, 1e-5) is None
 
 
 @pytest.mark.parametrize("name", LEAN)
@@ -153,7 +157,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(name: OptimName, bad: flo
     optimizer = MasterAdamW(parameters, settings(parameters), 1.0, piece=1024, name=name)
 
     def everything() -> list[torch.Tensor]:
-        kept = [t for state in optimizer.by_name.values() for t in (state.master, *state.raw().values())]
+        kept = [t for state in optimizer.by_name.values() for t in (*state.read().values(), *state.raw().values())]
         return [t.detach().clone() for t in (*parameters.values(), *kept)]
 
     for gradient in (0.0, bad, 0.0):
@@ -163,7 +167,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(name: OptimName, bad: flo
         optimizer.step()
         assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True)) == (gradient is bad)
         assert all(p.grad is None for p in parameters.values())
-    assert optimizer.by_name["t0"].step == 2
+    assert optimizer.by_name["t0"].updates == 2
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -179,16 +183,20 @@ def test_from_the_stored_state_it_goes_on_to_the_bit(name: OptimName) -> None:
 
     parameters, optimizer = fresh()
     steps(parameters, optimizer, range(4))
-    stored = {key: {kind: t.clone() for kind, t in own.raw().items()} for key, own in optimizer.by_name.items()}
-    kept = {key: own.master.detach().clone() for key, own in optimizer.by_name.items()}
+    kept = {
+        key: [{kind: t.clone() for kind, t in tensors.items()} for tensors in (own.read(), own.raw())]
+        for key, own in optimizer.by_name.items()
+    }
     again, resumed = fresh()
     for key, own in resumed.by_name.items():
-        own.write({"master": kept[key]})
-        own.set_raw(stored[key])
+        values, raw = kept[key]
+        own.write(values, 4)
+        if raw:
+            own.set_raw(raw)
     resumed.write_back()
     for pair in ((parameters, optimizer), (again, resumed)):
         steps(*pair, range(4, 8))
-    assert all(torch.equal(a, b) for a, b in zip(masters(optimizer), masters(resumed), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(masters_of(optimizer), masters_of(resumed), strict=True))
     assert all(torch.equal(parameters[key], again[key]) for key in parameters)
 
 
@@ -196,13 +204,14 @@ def test_from_the_stored_state_it_goes_on_to_the_bit(name: OptimName) -> None:
 def test_float32_values_can_be_put_in_and_read(name: OptimName, error: float) -> None:
     parameters = made(SHAPES, [BFLOAT16, FLOAT32])
     optimizer = MasterAdamW(parameters, settings(parameters), 1.0, piece=1024, name=name)
-    for state in optimizer.by_name.values():
-        values = [torch.randn(state.master.shape) * 1e-3 for _ in range(3)]
-        state.write({"master": values[0], "exp_avg": values[1], "exp_avg_sq": values[2].square()}, step=7)
-        assert torch.equal(state.master, values[0])
-        assert state.step == 7
-        assert (state.exp_avg - values[1]).norm() <= error * values[1].norm()
-        assert (state.exp_avg_sq - values[2].square()).norm() <= error * values[2].square().norm()
+    for key, state in optimizer.by_name.items():
+        values = {kind: torch.randn(parameters[key].numel()) * 1e-3 for kind in KINDS}
+        values["exp_avg_sq"].square_()
+        state.write(values, 7)
+        written = state.read()
+        assert torch.equal(written["master"], values["master"])
+        assert state.updates == 7
+        assert all((written[kind] - values[kind]).norm() <= error * values[kind].norm() for kind in MOMENTS)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -210,26 +219,28 @@ def test_float32_values_can_be_put_in_and_read(name: OptimName, error: float) ->
 def test_the_plan_says_what_each_optimizer_holds(name: OptimName, dtype: torch.dtype) -> None:
     parameters = made([(300, 256), (4096,), (64, 100), (33,)], [dtype])
     tables = {id(parameters["t2"])}
-    optimizer = MasterAdamW(parameters, settings(parameters), 1.0, name=name, tables=tables)
+    optimizer = MasterAdamW(parameters, settings(parameters), 1.0, name=name, embedding_ids=tables)
     sizes = tuple(p.numel() for p in parameters.values())
     tensors = TensorSizes(0, sizes, (), dtype.itemsize, tables=(6400,))
     plan = engine_memory(engine_spec(None, 1, 1, name), tensors, PrefixMemory(0, 0, 0))
     states = optimizer.by_name.values()
-    assert plan.moments == sum(t.nbytes for state in states for kind, t in state.raw().items() if kind != "step")
+    assert plan.moments == sum(t.nbytes for state in states for t in stored(state).values())
     halves = dtype == BFLOAT16 and name == "adamw_bf16"
     assert plan.masters == (0 if dtype == FLOAT32 else sum(sizes) * (2 if halves else 4))
-    held = sum(own.own_bytes[0] for own in optimizer._states if hasattr(own, "own_bytes"))
-    buffers = [own for own in optimizer._states if isinstance(own, FlatBuffers)]
-    flat = sum(own._master.nbytes for own in buffers if own._master is not None)
-    assert plan.masters == held + flat
-    is_float32 = [optimizer.by_name[key].raw()["exp_avg"].dtype == FLOAT32 for key in parameters]
+    own: list[torch.Tensor | None] = []
+    for state in optimizer._states:
+        assert isinstance(state, FlatBuffers | LowBitState)
+        own += [state._master, state._low_bits if isinstance(state, LowBitState) else None]
+    weights = {p.untyped_storage().data_ptr() for p in parameters.values()}
+    assert plan.masters == sum(t.nbytes for t in own if t is not None and t.untyped_storage().data_ptr() not in weights)
+    is_float32 = [stored(optimizer.by_name[key])["exp_avg"].dtype == FLOAT32 for key in parameters]
     assert is_float32 == {"adamw": [True] * 4, "adamw_bf16": [False] * 4}.get(name, [False, False, True, True])
 
 
 def test_deepspeed_gets_tables_in_partitions_of_their_own() -> None:
     parameters = {name: nn.Parameter(torch.zeros(70, 70)) for name in ("table", "matrix")}
     options = [parameters, [ParameterGroup(("table", "matrix"))], RunConfig().train, OptimConfig(name="adamw_8bit")]
-    optimizer = build_optimizer(*options, tables={id(parameters["table"])})
+    optimizer = build_optimizer(*options, embedding_ids={id(parameters["table"])})
     assert isinstance(optimizer, PartitionedAdamW)
     assert [(group["params"], group[KEEPS_FLOAT32]) for group in optimizer.param_groups] == [
         ([parameters["matrix"]], False), ([parameters["table"]], True),
@@ -271,7 +282,7 @@ def test_the_monitor_and_the_log_show_a_run_whose_updates_are_lost(
         step(self)
         for own in self._states:
             for state, parameter in zip(own.states, own.parameters, strict=True):
-                state.write({"master": parameter.detach().float()})
+                state.write({"master": parameter.detach().float().flatten()}, state.updates)
 
     monkeypatch.setattr(MasterAdamW, "step", without_masters)
     monkeypatch.setattr(logging.getLogger("frostline"), "propagate", True)
@@ -287,7 +298,7 @@ def ds_file(**zero: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("name", "ds", "reason"),
+    ("name", "ds_config", "reason"),
     [
         ("adamw_8bit", ds_file(offload_optimizer={"device": "nvme"}), "swaps float32 state alone to NVMe"),
         ("adamw_bf16", ds_file(zenflow={}), "DeepSpeed's own CPU Adam"),
@@ -295,9 +306,11 @@ def ds_file(**zero: Any) -> dict[str, Any]:
         ("adamw", ds_file(offload_optimizer={"device": "cpu", "ratio": 0.5}), "ratio is 0.5"),
     ],
 )
-def test_what_deepspeed_cannot_do_is_refused_with_the_reason(name: OptimName, ds: dict[str, Any], reason: str) -> None:
+def test_what_deepspeed_cannot_do_is_refused_with_the_reason(
+    name: OptimName, ds_config: dict[str, Any], reason: str
+) -> None:
     with pytest.raises(ConfigError, match=reason):
-        resolve_ds_config(ds, RunConfig(optim=OptimConfig(name=name)), 1, 64, Path("ds.json"))
+        resolve_ds_config(ds_config, RunConfig(optim=OptimConfig(name=name)), 1, 64, Path("ds.json"))
 
 
 def test_deepspeed_is_told_that_these_optimizers_are_wanted() -> None:
@@ -317,10 +330,10 @@ def on_two_ranks(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """What the worker saw of each optimizer under ZeRO-1, and under 2 and 3 with the optimizer on the host."""
     folder = tmp_path_factory.mktemp("optimizers")
     for stage in (1, 2, 3):
-        ds = json.loads((ROOT / "ds_configs" / f"zero{stage}.json").read_text())
+        ds_config = json.loads((ROOT / "ds_configs" / f"zero{stage}.json").read_text())
         if stage > 1:
-            ds["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-        (folder / f"ds-{stage}.json").write_text(json.dumps(ds))
+            ds_config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        (folder / f"ds-{stage}.json").write_text(json.dumps(ds_config))
     flags = tiny_flags(tiny_model, folder / "run", "--model.dtype", "bfloat16", "--prefix.cache", "off")
     schedule = ("--train.max_steps", 8, "--train.warmup_ratio", 0)
     launcher = ("deepspeed", "--num_gpus", "2")

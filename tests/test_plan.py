@@ -256,8 +256,8 @@ def shipped(name: str, ranks: int = 2) -> dict[str, Any]:
 def test_what_a_deepspeed_file_puts_on_the_host_is_not_counted_as_the_devices(tiny_model: Path, stage: int) -> None:
     planner = tiny_planner(tiny_model)
 
-    def memory(ds: dict[str, Any], **options: Any) -> Any:
-        return planner.memory(planner.variant(engine_spec(ds, 2, 1, **options), checkpointing=False))
+    def memory(ds_config: dict[str, Any], **options: Any) -> Any:
+        return planner.memory(planner.variant(engine_spec(ds_config, 2, 1, **options), checkpointing=False))
 
     plain, away = memory(shipped(f"zero{stage}")), memory(shipped(f"zero{stage}_offload"))
     one_memory = memory(shipped(f"zero{stage}_offload"), host_is_device=True)
@@ -278,9 +278,9 @@ def test_state_in_files_leaves_buffers_on_the_host(tiny_model: Path) -> None:
     assert memory.files == (4 + 8 + 4) * trained
     assert memory.host["workspace"] == 4 * 4 * trained  # four buffers of the one group, in float32
     assert "masters" not in memory.host
-    ds = shipped("zero3_nvme", 1)
-    ds["zero_optimization"]["offload_param"] = {"device": "nvme", "buffer_size": 1000}
-    weights = planner.memory(planner.variant(engine_spec(ds, 1, 1), checkpointing=False))
+    ds_config = shipped("zero3_nvme", 1)
+    ds_config["zero_optimization"]["offload_param"] = {"device": "nvme", "buffer_size": 1000}
+    weights = planner.memory(planner.variant(engine_spec(ds_config, 1, 1), checkpointing=False))
     assert weights.files > memory.files
     assert weights.host["workspace"] == memory.host["workspace"] + 5 * 1000 * 2
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
+from torch.optim.lr_scheduler import LRScheduler
 
 from toolkit.data.batches import Batch
-from toolkit.optim.state_fragments import MASTER, Fragment, gather_kind
+from toolkit.optim.state_fragments import KINDS, MASTER, AdamState, Fragment
 from toolkit.runtime.distributed import World
 
 
@@ -33,21 +36,18 @@ class Engine(Protocol):
     is_replicated: bool
     """True if every rank holds all of the optimizer state, False if it is partitioned over the ranks."""
     world: World
+    _scheduler: LRScheduler
 
     def forward_loss(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:
-        """Run the suffix and its loss head; return the loss: cross entropy summed over supervised positions, float32.
+        """Run the suffix and its loss head on the hidden states at the frost line, or on the tokens if they are None.
 
-        Args:
-            hidden: hidden states at the frost line; None if the suffix is the whole model.
-            batch: tokens and labels of the micro batch.
+        Returns the loss: cross entropy summed over supervised positions, a float32 scalar.
         """
 
     def backward(self, loss: torch.Tensor, is_last: bool) -> None:
-        """Run backward for one micro batch and accumulate its gradient.
+        """Run backward on a micro batch's share of the global mean loss, and accumulate its gradient.
 
-        Args:
-            loss: the micro batch's share of the global mean loss.
-            is_last: True for the last micro batch of the step.
+        ``is_last`` is True for the last micro batch of the step.
         """
 
     def update(self) -> Update:
@@ -60,8 +60,8 @@ class Engine(Protocol):
     def moved_share(self) -> float | None:
         """Return the share of the sampled weights, over all ranks, that the last update changed.
 
-        None if no sampled weight was meant to change. ``toolkit.optim.update_monitor.UpdateMonitor`` defines the
-        sample, and warns in the log if rounding loses the updates.
+        None if none was expected to change. ``toolkit.optim.update_monitor.UpdateMonitor`` defines the sample, and
+        warns in the log if rounding loses the updates.
         """
 
     def train(self, mode: bool) -> None:
@@ -73,13 +73,10 @@ class Engine(Protocol):
     def gathered_bytes(self) -> int:
         """Return the additional bytes that ``gathered`` needs on this rank."""
 
-    def masters(self) -> dict[str, torch.Tensor]:
-        """Return the trained tensors by name, float32 on the CPU of rank 0; an empty dict on other ranks."""
-        return gather_kind(MASTER, self.fragments(), self.shapes, self.is_replicated, self.world)
-
     @property
     def schedule_step(self) -> int:
         """Return the number of steps that the learning-rate scheduler has done."""
+        return self._scheduler.last_epoch
 
     def fragments(self) -> list[Fragment]:
         """Return this rank's fragments of the optimizer state; before the first update the moments are zeros."""
@@ -90,6 +87,51 @@ class Engine(Protocol):
         Called after loading a checkpoint or the state of an earlier phase. The parameters must hold the rounded
         masters already.
         """
+
+    def masters(self) -> dict[str, torch.Tensor]:
+        """Return copies of the trained tensors by name, float32 on the CPU of rank 0; an empty dict on other ranks."""
+        return self._gather(MASTER, self.fragments())
+
+    def states(self) -> dict[str, AdamState]:
+        """Return copies of all optimizer state by tensor name on rank 0, an empty dict on other ranks."""
+        fragments = self.fragments()
+        masters, averages, squares = (self._gather(kind, fragments) for kind in KINDS)
+        updates: dict[str, int] = {}
+        for counts in self.world.all_gather_object({fragment.name: fragment.state.updates for fragment in fragments}):
+            updates |= counts
+        return {name: AdamState(masters[name], averages[name], squares[name], updates[name]) for name in masters}
+
+    @torch.no_grad()
+    def _gather(self, kind: str, fragments: Sequence[Fragment]) -> dict[str, torch.Tensor]:
+        """Return one of ``KINDS`` for all tensors on rank 0; every rank calls it."""
+        local = {fragment.name: fragment for fragment in fragments}
+        whole = {}
+        for name, shape in self.shapes.items():
+            if self.is_replicated or self.world.size == 1:
+                full = local[name].state.read()[kind] if self.world.is_main else torch.empty(0)
+            else:
+                full = torch.zeros(shape.numel(), device=self.world.device)
+                if name in local:
+                    full[local[name].start : local[name].stop].copy_(local[name].state.read()[kind])
+                dist.all_reduce(full)
+            if self.world.is_main:
+                whole[name] = full.detach().to("cpu", copy=True).view(shape)
+        return whole
+
+    def load_states(self, states: Mapping[str, AdamState], step: int) -> None:
+        """Load states of an earlier phase, which rank 0 holds, before the first update; then ``continue_at(step)``.
+
+        Tensors without an entry keep theirs. All tensors of a parameter group must have the same number of updates.
+        """
+        local = {fragment.name: fragment for fragment in self.fragments()}
+        updates_by_name = self.world.broadcast_object({name: state.updates for name, state in states.items()})
+        for name, updates in updates_by_name.items():
+            kinds, shape = KINDS if updates else (MASTER,), self.shapes[name]
+            full = {kind: self.world.broadcast_tensor(getattr(states.get(name), kind, None), shape) for kind in kinds}
+            if name in local:
+                part = slice(local[name].start, local[name].stop)
+                local[name].state.write({kind: values.view(-1)[part] for kind, values in full.items()}, updates)
+        self.continue_at(step)
 
     def release(self) -> dict[str, torch.Tensor]:
         """Free all state; return, by name, the suffix's tensors that the engine had moved to memory of its own.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -14,10 +13,9 @@ from toolkit.config.schema import OptimConfig, TrainConfig
 from toolkit.data.batches import Batch
 from toolkit.engine.base import Engine, Update
 from toolkit.mask.layer_mask import ParameterGroup
-from toolkit.optim.flat_buffers import FlatState, TensorState
-from toolkit.optim.groups import build_scheduler, current_rate, embedding_tables, parameter_groups, set_scheduler_step
+from toolkit.optim.groups import build_scheduler, current_rate, embedding_ids, parameter_groups, set_scheduler_step
 from toolkit.optim.master_adamw import MasterAdamW
-from toolkit.optim.state_fragments import KINDS, Fragment, FragmentState
+from toolkit.optim.state_fragments import Fragment
 from toolkit.optim.update_monitor import UpdateMonitor
 from toolkit.runtime.distributed import World
 from toolkit.split.suffix import Suffix
@@ -53,11 +51,11 @@ class LocalEngine(Engine):
         self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self._train = train
         self.world = world
-        settings = parameter_groups(parameters, groups, train, optim)
+        param_groups = parameter_groups(parameters, groups, train, optim)
         accumulates = train.gradient_accumulation_steps > 1
         self._optimizer = MasterAdamW(
-            parameters, settings, train.max_grad_norm, accumulates, world.size, name=optim.name,
-            tables=embedding_tables(suffix.model),
+            parameters, param_groups, train.max_grad_norm, accumulates, world.size, name=optim.name,
+            embedding_ids=embedding_ids(suffix.model),
         )  # fmt: skip
         self._update_monitor, self._rate = UpdateMonitor(self._optimizer.sample), 0.0
         self._scheduler = build_scheduler(self._optimizer, train, total_steps)
@@ -83,7 +81,8 @@ class LocalEngine(Engine):
 
     @override
     def moved_share(self) -> float | None:
-        return self._update_monitor.judge(*self._update_monitor.counts(), self._rate)  # all ranks hold and see the same
+        monitor = self._update_monitor
+        return monitor.changed_share(*monitor.counts(), self._rate)  # all ranks hold and see the same
 
     @override
     def train(self, mode: bool) -> None:
@@ -99,15 +98,7 @@ class LocalEngine(Engine):
 
     @override
     def fragments(self) -> list[Fragment]:
-        return [
-            Fragment(name, 0, state.master.numel(), _WholeTensorState(state, self.shapes[name]))
-            for name, state in self._optimizer.by_name.items()
-        ]
-
-    @property
-    @override
-    def schedule_step(self) -> int:
-        return self._scheduler.last_epoch
+        return [Fragment(name, 0, self.shapes[name].numel(), state) for name, state in self._optimizer.by_name.items()]
 
     @override
     def continue_at(self, step: int) -> None:
@@ -119,27 +110,3 @@ class LocalEngine(Engine):
     def release(self) -> dict[str, torch.Tensor]:
         del self._optimizer, self._scheduler, self._update_monitor  # the parameters stay as they are: nothing was moved
         return {}
-
-
-@dataclass(frozen=True)
-class _WholeTensorState(FragmentState):
-    """The state of a whole tensor as one fragment; ``FragmentState`` documents the methods."""
-
-    tensor_state: TensorState
-    shape: torch.Size
-
-    @property
-    def updates(self) -> int:
-        return int(self.tensor_state.step)
-
-    def read(self) -> Mapping[str, torch.Tensor]:
-        return {kind: getattr(self.tensor_state, kind).detach().reshape(-1) for kind in KINDS}
-
-    def write(self, tensors: Mapping[str, torch.Tensor], updates: int) -> None:
-        self.tensor_state.write({kind: values.view(self.shape) for kind, values in tensors.items()}, updates)
-
-    def raw(self) -> dict[str, torch.Tensor]:
-        return {} if isinstance(self.tensor_state, FlatState) else self.tensor_state.raw()
-
-    def set_raw(self, raw: Mapping[str, torch.Tensor]) -> None:
-        self.tensor_state.set_raw(raw)

@@ -42,20 +42,13 @@ class Gradients:
     Args:
         group: index of the parameter group.
         parameters: contiguous tensors on one device.
-        scratch: float32 workspace of ``piece`` elements, or of the elements of all parameters if they are fewer.
-        piece: elements updated by one kernel call.
+        scratch: float32 workspace, as long as the longest slice: the elements updated by one kernel call.
         accumulates: True if a step has more than one backward pass.
         ranks: number of processes over which gradients are summed.
     """
 
     def __init__(
-        self,
-        group: int,
-        parameters: Sequence[nn.Parameter],
-        scratch: torch.Tensor,
-        piece: int,
-        accumulates: bool,
-        ranks: int,
+        self, group: int, parameters: Sequence[nn.Parameter], scratch: torch.Tensor, accumulates: bool, ranks: int
     ) -> None:
         self.group, self.parameters = group, list(parameters)
         self.is_low = parameters[0].dtype != torch.float32
@@ -65,18 +58,18 @@ class Gradients:
         self.gradients: list[torch.Tensor] = []
         """From ``begin`` to ``end``: the parameters' gradients, or the one fp32 accumulation buffer."""
         self._accumulated: torch.Tensor | None = None
-        self._ends = list(accumulate(p.numel() for p in parameters))
+        self.sizes = [p.numel() for p in parameters]
+        self._ends = list(accumulate(self.sizes))
         self.total, self.device = self._ends[-1], parameters[0].device
-        self.slices = [
-            self._slice(start, min(start + piece, self.total), scratch) for start in range(0, self.total, piece)
-        ]
+        starts = range(0, self.total, scratch.numel())
+        self.slices = [self._slice(start, min(start + starts.step, self.total), scratch) for start in starts]
 
     def collect(self) -> None:
         """Add the parameters' gradients to the fp32 accumulation buffer and free them."""
         is_first = self._accumulated is None
         if self._accumulated is None:
             self._accumulated = torch.empty(self.total, device=self.device)
-        gradients = self._take()
+        gradients = self._pop_gradients()
         for part in self.slices:
             buffer = self._accumulated[part.start : part.stop]
             if is_first:
@@ -88,7 +81,7 @@ class Gradients:
         """Fill ``gradients`` for a step; a parameter without a gradient counts as zero."""
         if self.is_summed and self._accumulated is None:
             self._accumulated = torch.zeros(self.total, device=self.device)
-        self.gradients = self._take() if self._accumulated is None else [self._accumulated]
+        self.gradients = self._pop_gradients() if self._accumulated is None else [self._accumulated]
 
     def gradient(self, part: GradientSlice) -> torch.Tensor:
         """Return the gradient of a slice, float32 [elements]; valid until the next call."""
@@ -100,7 +93,7 @@ class Gradients:
         """Free the gradients after a step."""
         self.gradients, self._accumulated = [], None
 
-    def _take(self) -> list[torch.Tensor]:
+    def _pop_gradients(self) -> list[torch.Tensor]:
         """Return the parameters' gradients, zeros for those without one, and set ``p.grad`` to None."""
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
         for parameter in self.parameters:
@@ -110,24 +103,24 @@ class Gradients:
     def _slice(self, start: int, stop: int, scratch: torch.Tensor) -> GradientSlice:
         """Build the slice [start, stop) of all elements, with its views of the scratch."""
         members = tuple(self._members(start, stop))
+        shapes = [
+            self.parameters[index].shape if part is None else torch.Size([part.stop - part.start])
+            for index, part in members
+        ]
         workspace = scratch[: stop - start]
-        shapes = []
-        for index, inside in members:
-            parameter = self.parameters[index]
-            shapes.append(parameter.shape if inside is None else torch.Size([inside.stop - inside.start]))
         parts = workspace.split_with_sizes([shape.numel() for shape in shapes])
         upcast = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
         return GradientSlice(start, stop, members, workspace, upcast)
 
     def _members(self, start: int, stop: int) -> Iterator[tuple[int, slice | None]]:
-        """Yield the index of each parameter that overlaps [start, stop), and the range of its elements in there."""
+        """Yield ``GradientSlice.members`` of the slice [start, stop)."""
         for index in range(bisect_right(self._ends, start), len(self._ends)):
-            size = self.parameters[index].numel()
+            size = self.sizes[index]
             begin = self._ends[index] - size
             if begin >= stop:
                 return
-            inside = slice(max(start - begin, 0), min(stop - begin, size))
-            yield index, None if inside == slice(0, size) else inside
+            part = slice(max(start - begin, 0), min(stop - begin, size))
+            yield index, None if part == slice(0, size) else part
 
 
 class Clipping:

@@ -20,15 +20,11 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return the parameter groups for AdamW, each with learning rate, weight decay, betas and eps.
 
-    Tensors of fewer than two dimensions (biases, norms) decay only in a group with a weight decay of its own.
-
-    Args:
-        parameters: trainable parameters by name.
-        groups: disjoint groups of the mask that together name all of ``parameters``.
-        train: the recipe's training section, with learning rate and weight decay of groups that set none.
-        optim: the recipe's optimizer section, with betas and eps.
+    The groups of the mask are disjoint and name all of ``parameters``; they take a learning rate or weight decay that
+    they do not set from ``train``. Tensors of fewer than two dimensions (biases, norms) decay only in a group with a
+    weight decay of its own.
     """
-    settings = []
+    param_groups = []
     for group in groups:
         learning_rate = train.learning_rate if group.learning_rate is None else group.learning_rate
         members = [parameters[name] for name in group.names]
@@ -37,15 +33,15 @@ def parameter_groups(
             decays = [(members, group.weight_decay)]
         else:
             decays = [(matrices, train.weight_decay), (vectors, 0.0)]
-        settings += [
+        param_groups += [
             {"params": p, "lr": learning_rate, "weight_decay": decay, "betas": optim.betas, "eps": optim.eps}
             for p, decay in decays
             if p
         ]
-    return settings
+    return param_groups
 
 
-def embedding_tables(model: nn.Module) -> frozenset[int]:
+def embedding_ids(model: nn.Module) -> frozenset[int]:
     """Return the ``id`` of each embedding weight of ``model``, a tied head included.
 
     Their gradients are uneven: rows that occur get large ones and the others none. 8-bit moments would share scales
@@ -63,11 +59,6 @@ def current_rate(scheduler: LRScheduler, train: TrainConfig) -> float:
     return train.learning_rate * float(scheduler.get_last_lr()[0]) / float(scheduler.base_lrs[0])
 
 
-def warmup_steps(train: TrainConfig, total_steps: int) -> int:
-    """Return the number of warmup steps, rounded up."""
-    return math.ceil(train.warmup_ratio * total_steps)
-
-
 def is_rate_always_zero(train: TrainConfig, total_steps: int) -> bool:
     """Return True if the learning rate is 0 at every step of a run, as in a run of one step that is all warmup."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
@@ -82,7 +73,7 @@ def build_scheduler(optimizer: torch.optim.Optimizer, train: TrainConfig, total_
     scheduler: LRScheduler = get_scheduler(
         train.scheduler,
         optimizer,
-        num_warmup_steps=warmup_steps(train, total_steps),
+        num_warmup_steps=math.ceil(train.warmup_ratio * total_steps),
         num_training_steps=total_steps,
     )
     return scheduler

@@ -10,14 +10,14 @@ from torch import nn
 from typing_extensions import override
 
 from toolkit.optim.flat_buffers import OptimizerState
-from toolkit.optim.gradients import Clipping, GradientSlice
-from toolkit.optim.moments import MOMENTS, MomentFormat
+from toolkit.optim.gradients import Clipping
+from toolkit.optim.moments import MomentFormat
 from toolkit.optim.rounding import join_halves, split_halves
-from toolkit.optim.update_monitor import sampled_indices
+from toolkit.optim.state_fragments import KINDS, MASTER, MOMENTS, FragmentState
 
 
-class LowBitState(OptimizerState):
-    """The low-bit state of one tensor: an ``OptimizerState`` and a ``TensorState``.
+class LowBitState(OptimizerState, FragmentState):
+    """The low-bit state of one tensor: an ``OptimizerState`` of one fragment, itself.
 
     The master is the parameter itself if that is float32; else an fp32 copy, or with ``join_buffer`` a split master:
     the bfloat16 parameter and the 16 low bits that it lacks, which is the same number in 4 bytes instead of 6.
@@ -25,10 +25,8 @@ class LowBitState(OptimizerState):
     Args:
         group: index of the parameter group.
         parameter: a contiguous tensor.
-        scratch: float32 workspace of ``piece`` elements, or of the parameter's elements if they are fewer.
-        piece: elements updated by one kernel call; a multiple of ``toolkit.optim.moments.BLOCK``.
-        accumulates: True if a step has more than one backward pass.
-        ranks: number of processes over which gradients are summed.
+        scratch: as for ``Gradients``, its length a multiple of ``toolkit.optim.moments.BLOCK`` if there are several
+            slices; like the two arguments after it.
         moment_format: storage format of the moments.
         join_buffer: workspace like ``scratch`` in which split masters are joined; None keeps an fp32 copy instead.
     """
@@ -38,25 +36,18 @@ class LowBitState(OptimizerState):
         group: int,
         parameter: nn.Parameter,
         scratch: torch.Tensor,
-        piece: int,
         accumulates: bool,
         ranks: int,
         moment_format: MomentFormat,
         join_buffer: torch.Tensor | None = None,
     ) -> None:
-        super().__init__(group, [parameter], scratch, piece, accumulates, ranks)
+        super().__init__(group, [parameter], scratch, accumulates, ranks)
         self._format, self._step, self._join_buffer = moment_format, 0, join_buffer
         self._moments = moment_format.create(self.total, self.device)
-        self._flat_weight = parameter.detach().view(-1)
-        self._master: torch.Tensor | None = None
-        self._low_bits: torch.Tensor | None = None
-        self._sample_index: torch.Tensor | None = None
-        if not self.is_low:
-            self._master = self._flat_weight
-        elif join_buffer is None:
-            self._master = self._flat_weight.float()
-        else:
-            self._low_bits = torch.zeros(self.total, dtype=torch.int16, device=self.device)
+        self._weight = parameter.detach().view(-1)
+        is_split = self.is_low and join_buffer is not None
+        self._master = None if is_split else self._weight.float()  # ``float`` returns a float32 tensor itself
+        self._low_bits = torch.zeros(self.total if is_split else 0, dtype=torch.int16, device=self.device)
 
     @property
     @override
@@ -64,103 +55,66 @@ class LowBitState(OptimizerState):
         return [self]
 
     @property
-    def own_bytes(self) -> tuple[int, int]:
-        """Return the bytes held besides the parameter: for its master, and for the moments."""
-        beside = [t for t in (self._master, self._low_bits) if t is not None and t is not self._flat_weight]
-        return sum(t.nbytes for t in beside), sum(t.nbytes for t in self._moments.values())
+    @override
+    def updates(self) -> int:
+        return self._step
 
-    @property
-    def master(self) -> torch.Tensor:
-        """Return the fp32 master weight in the tensor's shape; a copy if it is a split master."""
-        shape = self.parameters[0].shape
-        if self._master is not None:
-            return self._master.view(shape)
-        assert self._low_bits is not None
-        return join_halves(self._flat_weight, self._low_bits, torch.empty(self.total, device=self.device)).view(shape)
-
-    @property
-    def exp_avg(self) -> torch.Tensor:
-        """Return a float32 copy of the first moment, in the tensor's shape."""
-        return self._format.read(self._moments)[0].view(self.parameters[0].shape)
-
-    @property
-    def exp_avg_sq(self) -> torch.Tensor:
-        """Return a float32 copy of the second moment, in the tensor's shape."""
-        return self._format.read(self._moments)[1].view(self.parameters[0].shape)
-
-    @property
-    def step(self) -> torch.Tensor:
-        """Return the number of updates done: a float32 scalar."""
-        return torch.tensor(float(self._step))
+    @override
+    def read(self) -> dict[str, torch.Tensor]:
+        masters_and_moments = self._master_at(slice(None)), *self._format.read(self._moments)
+        return dict(zip(KINDS, masters_and_moments, strict=True))
 
     @torch.no_grad()
-    def write(self, values: Mapping[str, torch.Tensor], step: float | None = None) -> None:
-        """Set the given kinds of state, and the step if given.
-
-        Both moments are requantised if either is given.
-        """
-        if "master" in values:
-            flat = values["master"].detach().to(self.device, torch.float32, copy=True).flatten()
+    @override
+    def write(self, tensors: Mapping[str, torch.Tensor], updates: int) -> None:
+        if MASTER in tensors:
+            master = tensors[MASTER].detach().to(self.device, torch.float32, copy=True)
             if self._master is not None:
-                self._master.copy_(flat)
+                self._master.copy_(master)
             else:
-                assert self._low_bits is not None
-                split_halves(flat, self._flat_weight, self._low_bits)
-        if values.keys() & set(MOMENTS):
-            stored = dict(zip(MOMENTS, self._format.read(self._moments), strict=True))
-            self._format.write(self._moments, *(values.get(kind, stored[kind]).flatten() for kind in MOMENTS))
-        if step is not None:
-            self._step = int(step)
+                split_halves(master, self._weight, self._low_bits)
+        if MOMENTS[0] in tensors:
+            self._format.write(self._moments, *(tensors[kind] for kind in MOMENTS))
+        self._step = updates
 
+    @override
     def raw(self) -> dict[str, torch.Tensor]:
-        """Return the step, and the moments in their stored format: flat codes and scales, or bfloat16 numbers."""
-        return {**self._moments, "step": self.step}
+        return {**self._moments, "step": torch.tensor(float(self._step))}
 
+    @override
     def set_raw(self, raw: Mapping[str, torch.Tensor]) -> None:
-        """Set moments and step from the result of ``raw``."""
         for kind, stored in self._moments.items():
             stored.copy_(raw[kind])
         self._step = int(raw["step"])
 
     @override
-    def update(self, settings: dict[str, Any], clipping: Clipping) -> None:
+    def update(self, param_group: dict[str, Any], clipping: Clipping) -> None:
         factor = clipping.factor
         if factor is None:  # the gradient's norm is not finite
             return
         self._step += 1
         for part in self.slices:
             span = slice(part.start, part.stop)
-            exact = self._master_slice(part)
-            gradient = self.gradient(part)
-            self._format.update(self._moments, span, exact, gradient, settings, self._step, factor)
-            if self._low_bits is not None:
-                split_halves(exact, self._flat_weight[span], self._low_bits[span])
+            master = self._master_at(span, self._join_buffer)
+            self._format.update(self._moments, span, master, self.gradient(part), param_group, self._step, factor)
+            if self._master is None:
+                split_halves(master, self._weight[span], self._low_bits[span])
         self.write_back()
 
     @override
     def write_back(self) -> None:
         """Copy the master into the parameter, rounded; a split master needs no copy."""
-        if self._master is not None and self._master is not self._flat_weight:
-            self._flat_weight.copy_(self._master)
+        if self._master is not None and self.is_low:
+            self._weight.copy_(self._master)
 
     @override
     def sample(self) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._sample_index is None:
-            self._sample_index = sampled_indices([self.total]).to(self.device)
-        index = self._sample_index
-        if self._master is not None:
-            values = self._master.index_select(0, index)
-        else:
-            assert self._low_bits is not None
-            parts = self._flat_weight.index_select(0, index), self._low_bits.index_select(0, index)
-            values = join_halves(*parts, torch.empty(index.numel(), device=self.device))
-        return values, self._format.moving(self._moments, index)
+        return self._master_at(self.sample_index), self._format.is_moving(self._moments, self.sample_index)
 
-    def _master_slice(self, part: GradientSlice) -> torch.Tensor:
-        """Return the master of a slice, float32: a view of the copy, or a split master joined in the workspace."""
-        span = slice(part.start, part.stop)
+    def _master_at(self, index: slice | torch.Tensor, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        """Return elements of the fp32 master, a view for a slice; a split one is joined in ``buffer``, or a new one."""
         if self._master is not None:
-            return self._master[span]
-        assert self._low_bits is not None
-        assert self._join_buffer is not None
-        return join_halves(self._flat_weight[span], self._low_bits[span], self._join_buffer[: part.stop - part.start])
+            return self._master[index]
+        weight, low_bits = self._weight[index], self._low_bits[index]
+        out = torch.empty_like(weight, dtype=torch.float32) if buffer is None else buffer[: weight.numel()]
+        return join_halves(weight, low_bits, out)

@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch import nn
 
 from toolkit.config.schema import OptimName
-from toolkit.optim.flat_buffers import FlatBuffers, FlatState, OptimizerState, TensorState
+from toolkit.optim.flat_buffers import FlatBuffers, OptimizerState
 from toolkit.optim.gradients import Clipping
 from toolkit.optim.low_bit_state import LowBitState
-from toolkit.optim.moments import BLOCK, SMALLEST, moment_format
+from toolkit.optim.moments import BLOCK, has_float32_moments, moment_format
+from toolkit.optim.state_fragments import FragmentState
 
 LARGEST_PIECE = 2**22
 """Elements updated at once on a GPU, where that takes longer than launching three kernels; on a CPU the upper limit."""
@@ -29,7 +30,7 @@ def piece_size(device: torch.device) -> int:
     return min(2**17 * torch.get_num_threads(), LARGEST_PIECE) if device.type == "cpu" else LARGEST_PIECE
 
 
-class MasterAdamW(torch.optim.AdamW):
+class MasterAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) on float32 masters of low-precision parameters.
 
     bfloat16 keeps 8 bits of mantissa: at a learning rate of 1e-5 most AdamW updates are smaller than half a unit in
@@ -45,46 +46,36 @@ class MasterAdamW(torch.optim.AdamW):
 
     Args:
         parameters: trainable parameters by name, contiguous and all on one device.
-        settings: parameter groups as torch.optim.AdamW takes them; they hold all of ``parameters``.
+        param_groups: parameter groups as torch.optim.AdamW takes them; they hold all of ``parameters``.
         max_norm: largest 2-norm of the gradient after clipping; 0 turns clipping off.
         accumulates: True if a step has more than one backward pass, whose gradients are accumulated in float32.
         ranks: number of processes of the default group; with more than one, gradients are summed over it in float32.
         piece: elements updated at once, a multiple of ``BLOCK`` unless ``name`` is ``adamw``; None for ``piece_size``.
         name: the recipe's ``optim.name``, which sets how moments and masters are stored.
-        tables: ``id`` of each embedding weight; the 8-bit optimizers keep float32 moments for these.
+        embedding_ids: ``id`` of each embedding weight; the 8-bit optimizers keep float32 moments for these.
     """
 
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
-        settings: Sequence[dict[str, Any]],
+        param_groups: Sequence[dict[str, Any]],
         max_norm: float,
         accumulates: bool = False,
         ranks: int = 1,
         piece: int | None = None,
         name: OptimName = "adamw",
-        tables: Collection[int] = (),
+        embedding_ids: Collection[int] = (),
     ) -> None:
+        super().__init__(param_groups, {})
         self._max_norm, self._ranks = max_norm, ranks
         device = next(iter(parameters.values())).device
         piece = piece or piece_size(device)
         assert name == "adamw" or piece % BLOCK == 0
-        longest = min(piece, sum(p.numel() for p in parameters.values()))
-        self._scratch = torch.empty(longest, device=device)
-        self._states: list[OptimizerState] = []
-        create_states = _StateFactory(name, tables, self._scratch, piece, accumulates, ranks)
-        groups = []
-        for index, group in enumerate(settings):
-            created = list(create_states(index, group["params"]))
-            self._states += created
-            groups.append({**group, "params": [tensor for state in created for tensor in _updated_tensors(state)]})
-        super().__init__(groups, fused=True)
-        states = {p: one for state in self._states for p, one in zip(state.parameters, state.states, strict=True)}
-        self.by_name: dict[str, TensorState] = {name: states[parameter] for name, parameter in parameters.items()}
+        self._scratch = torch.empty(min(piece, sum(p.numel() for p in parameters.values())), device=device)
+        self._states = list(_create_states(param_groups, name, embedding_ids, self._scratch, accumulates, ranks))
+        by_parameter = {p: one for state in self._states for p, one in zip(state.parameters, state.states, strict=True)}
+        self.by_name: dict[str, FragmentState] = {name: by_parameter[p] for name, p in parameters.items()}
         """State of each tensor, in the order of ``parameters``."""
-        for one in states.values():
-            if isinstance(one, FlatState):  # as torch.optim.AdamW keeps it
-                self.state[one.master] = {kind: getattr(one, kind) for kind in ("step", "exp_avg", "exp_avg_sq")}
         self._squares = torch.zeros(sum(len(state.slices) for state in self._states), device=device)
         self.grad_norm = torch.zeros((), device=device)
         """2-norm of the last step's gradient before clipping; reading it waits for the device."""
@@ -146,41 +137,24 @@ def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
     return norm
 
 
-class _StateFactory:
-    """Create the optimizer states of a parameter group, in the storage that ``optim.name`` asks for.
-
-    Args:
-        name: the recipe's ``optim.name``.
-        tables: ``id`` of each embedding weight.
-        scratch: as for ``Gradients``, like the arguments after it.
-    """
-
-    def __init__(
-        self, name: OptimName, tables: Collection[int], scratch: torch.Tensor, piece: int, accumulates: bool, ranks: int
-    ) -> None:
-        self._name, self._tables = name, tables
-        self._gradient_options = scratch, piece, accumulates, ranks
-        self._format = None if name == "adamw" else moment_format(name, scratch.numel(), scratch.device)
-        self._join_buffer = torch.empty_like(scratch) if name == "adamw_bf16" else None
-
-    def __call__(self, index: int, parameters: Sequence[nn.Parameter]) -> Iterator[OptimizerState]:
-        """Yield the states of parameter group ``index``: flat buffers by precision, then low-bit states by tensor."""
-        flat = [p for p in parameters if self._has_float32_state(p)]
-        for is_float32 in (False, True):
-            if members := [p for p in flat if (p.dtype == torch.float32) is is_float32]:
-                yield FlatBuffers(index, members, *self._gradient_options)
-        for parameter in parameters:
-            if not self._has_float32_state(parameter):
-                assert self._format is not None
-                yield LowBitState(index, parameter, *self._gradient_options, self._format, self._join_buffer)
-
-    def _has_float32_state(self, parameter: nn.Parameter) -> bool:
-        """Return True if a tensor keeps float32 moments; small tensors and embeddings do in 8-bit optimizers too."""
-        if self._name in ("adamw", "adamw_bf16"):
-            return self._name == "adamw"
-        return parameter.numel() < SMALLEST or id(parameter) in self._tables
-
-
-def _updated_tensors(state: OptimizerState) -> list[torch.Tensor]:
-    """Return the tensors to list in ``param_groups``: masters in flat buffers, else the parameters themselves."""
-    return [s.master if isinstance(s, FlatState) else p for s, p in zip(state.states, state.parameters, strict=True)]
+def _create_states(
+    param_groups: Sequence[dict[str, Any]], name: OptimName, embedding_ids: Collection[int],
+    scratch: torch.Tensor, accumulates: bool, ranks: int,
+) -> Iterator[OptimizerState]:  # fmt: skip
+    """Yield the state of each parameter group: flat buffers by precision, then low-bit states by tensor."""
+    low_bit_format = None if name == "adamw" else moment_format(name, scratch.numel(), scratch.device)
+    join_buffer = torch.empty_like(scratch) if name == "adamw_bf16" else None
+    for index, group in enumerate(param_groups):
+        flat: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+        low_bit = []
+        for p in group["params"]:
+            if has_float32_moments(name, p.numel(), id(p) in embedding_ids):
+                flat[p.dtype == torch.float32].append(p)
+            else:
+                low_bit.append(p)
+        for members in flat.values():
+            if members:
+                yield FlatBuffers(index, members, scratch, accumulates, ranks)
+        for p in low_bit:
+            assert low_bit_format is not None
+            yield LowBitState(index, p, scratch, accumulates, ranks, low_bit_format, join_buffer)

@@ -15,7 +15,8 @@ from typing_extensions import override
 
 from toolkit.config.schema import OptimName
 from toolkit.frozen.quantization import bitsandbytes_functional
-from toolkit.optim.rounding import Noise, stochastic_round
+from toolkit.optim.rounding import stochastic_round
+from toolkit.optim.state_fragments import MOMENTS
 
 BLOCK = 256
 """Elements that share a scale in 8 bits, as in bitsandbytes."""
@@ -25,8 +26,6 @@ SMALLEST = 4096
 
 _PAGED_FROM = 100_000
 """Elements from which on bitsandbytes keeps a tensor's moments in paged memory."""
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 MomentState = dict[str, torch.Tensor]
 
@@ -39,7 +38,7 @@ class MomentFormat(Protocol):
 
     def update(
         self, state: MomentState, span: slice, master: torch.Tensor, gradient: torch.Tensor,
-        settings: Mapping[str, Any], step: int, factor: float,
+        param_group: Mapping[str, Any], step: int, factor: float,
     ) -> None:  # fmt: skip
         """Take one step of AdamW on a slice.
 
@@ -48,7 +47,7 @@ class MomentFormat(Protocol):
             span: range of the slice, which starts at a multiple of ``BLOCK``.
             master: float32 master weights of the slice, changed in place.
             gradient: float32 gradient of the slice; may be overwritten.
-            settings: parameter group with lr, betas, eps and weight_decay.
+            param_group: parameter group with lr, betas, eps and weight_decay.
             step: number of updates including this one.
             factor: multiplier that clips the gradient.
         """
@@ -59,43 +58,45 @@ class MomentFormat(Protocol):
     def write(self, state: MomentState, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> None:
         """Store both moments from float32 [n], rounded to the nearest."""
 
-    def moving(self, state: MomentState, index: torch.Tensor) -> torch.Tensor:
+    def is_moving(self, state: MomentState, index: torch.Tensor) -> torch.Tensor:
         """Return for each element of ``index`` whether its first moment is not zero, so that an update moves it."""
 
 
-def moment_bytes(name: OptimName, size: int, is_table: bool = False) -> int:
-    """Return the bytes of both moments of ``size`` elements.
+def has_float32_moments(name: OptimName, size: int, is_embedding: bool) -> bool:
+    """Return True if a tensor, or ZeRO partition, of ``size`` elements has float32 moments.
 
-    Args:
-        name: the recipe's ``optim.name``.
-        size: elements of a tensor, or of a ZeRO partition.
-        is_table: True for an embedding table, whose moments stay in float32 in the 8-bit optimizers.
+    In the 8-bit optimizers embeddings and small tensors have them, too.
     """
-    if name == "adamw_bf16":
-        return 4 * size
-    if name == "adamw" or is_table or size < SMALLEST:
+    return name == "adamw" or (name != "adamw_bf16" and (is_embedding or size < SMALLEST))
+
+
+def moment_bytes(name: OptimName, size: int, is_embedding: bool = False) -> int:
+    """Return the bytes of both moments of a tensor, or ZeRO partition, of ``size`` elements."""
+    if has_float32_moments(name, size, is_embedding):
         return 8 * size
-    return 2 * size + 8 * math.ceil(size / BLOCK)
+    return 4 * size if name == "adamw_bf16" else 2 * size + 8 * math.ceil(size / BLOCK)
 
 
 class Float32(MomentFormat):
     """Both moments in float32."""
 
+    _dtype = torch.float32
+
     @override
     def create(self, size: int, device: torch.device) -> MomentState:
-        return {kind: torch.zeros(size, device=device) for kind in MOMENTS}
+        return {kind: torch.zeros(size, dtype=self._dtype, device=device) for kind in MOMENTS}
 
     @override
     def update(
         self, state: MomentState, span: slice, master: torch.Tensor, gradient: torch.Tensor,
-        settings: Mapping[str, Any], step: int, factor: float,
+        param_group: Mapping[str, Any], step: int, factor: float,
     ) -> None:  # fmt: skip
         exp_avg, exp_avg_sq = (state[kind][span] for kind in MOMENTS)
-        fused_adamw(master, gradient, exp_avg, exp_avg_sq, settings, step, factor)
+        fused_adamw(master, gradient, exp_avg, exp_avg_sq, param_group, step, factor)
 
     @override
     def read(self, state: MomentState) -> tuple[torch.Tensor, torch.Tensor]:
-        return state["exp_avg"], state["exp_avg_sq"]
+        return state["exp_avg"].float(), state["exp_avg_sq"].float()  # float32 tensors themselves, not copies
 
     @override
     def write(self, state: MomentState, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> None:
@@ -103,7 +104,7 @@ class Float32(MomentFormat):
         state["exp_avg_sq"].copy_(exp_avg_sq)
 
     @override
-    def moving(self, state: MomentState, index: torch.Tensor) -> torch.Tensor:
+    def is_moving(self, state: MomentState, index: torch.Tensor) -> torch.Tensor:
         return state["exp_avg"].index_select(0, index) != 0
 
 
@@ -118,36 +119,45 @@ class BFloat16(Float32):
         device: device of the moments.
     """
 
+    _dtype = torch.bfloat16
+
     def __init__(self, longest: int, device: torch.device) -> None:
         self._float32 = torch.empty(2, longest, device=device)
-        self._noise = Noise(longest, device)
-
-    @override
-    def create(self, size: int, device: torch.device) -> MomentState:
-        return {kind: torch.zeros(size, dtype=torch.bfloat16, device=device) for kind in MOMENTS}
+        self._noise = torch.zeros(2, longest, dtype=torch.int32, device=device)
+        self._noise_step: int | None = None
+        self._generator = None if device.type == "meta" else torch.Generator(device)
 
     @override
     def update(
         self, state: MomentState, span: slice, master: torch.Tensor, gradient: torch.Tensor,
-        settings: Mapping[str, Any], step: int, factor: float,
+        param_group: Mapping[str, Any], step: int, factor: float,
     ) -> None:  # fmt: skip
         size = master.numel()
         stored, exact = [state[kind][span] for kind in MOMENTS], self._float32[:, :size]
         for low, high in zip(stored, exact, strict=True):
             high.copy_(low)
-        fused_adamw(master, gradient, exact[0], exact[1], settings, step, factor)
-        for low, high, noise in zip(stored, exact, self._noise.of(step), strict=True):
+        fused_adamw(master, gradient, exact[0], exact[1], param_group, step, factor)
+        for low, high, noise in zip(stored, exact, self._noise_of(step), strict=True):
             stochastic_round(high, noise[:size], low)
 
-    @override
-    def read(self, state: MomentState) -> tuple[torch.Tensor, torch.Tensor]:
-        return state["exp_avg"].float(), state["exp_avg_sq"].float()
+    def _noise_of(self, step: int) -> torch.Tensor:
+        """Return random numbers for ``stochastic_round``, int32 [2 moments, longest].
+
+        They depend on the step alone, so that a resumed run repeats them. One draw serves all slices of a step: that
+        each element's roundings are independent from step to step is enough.
+        """
+        if step != self._noise_step:
+            self._noise_step = step
+            if self._generator is not None:
+                self._generator.manual_seed(step)
+            self._noise.random_(0, 1 << 16, generator=self._generator)
+        return self._noise
 
 
 class EightBit(MomentFormat):
     """Both moments in 8 bits, ``BLOCK`` elements to a float32 scale (Dettmers et al., arXiv 2110.02861).
 
-    Kernels, code tables and paged memory are bitsandbytes'.
+    Kernels, codebooks and paged memory are bitsandbytes'.
 
     Args:
         device: device of the moments.
@@ -155,10 +165,9 @@ class EightBit(MomentFormat):
     """
 
     def __init__(self, device: torch.device, paged: bool = False) -> None:
-        functional = bitsandbytes_functional()
-        self._functional = functional
-        self._codes = [functional.create_dynamic_map(signed).to(device) for signed in (True, False)]
-        self._zero_code = int((self._codes[0] == 0).nonzero()[0])
+        self._functional = bitsandbytes_functional()
+        self._codebooks = [self._functional.create_dynamic_map(signed).to(device) for signed in (True, False)]
+        self._index_of_zero = int((self._codebooks[0] == 0).nonzero()[0])
         self._paged = paged and device.type == "cuda"
         self._device = device
 
@@ -166,25 +175,30 @@ class EightBit(MomentFormat):
     def create(self, size: int, device: torch.device) -> MomentState:
         state = {}
         for kind in MOMENTS:
-            state[kind] = self._create_codes(size, device)
+            if self._paged and size >= _PAGED_FROM:
+                state[kind] = self._functional.get_paged(size, dtype=torch.uint8, device=device)
+                self._functional.fill(state[kind], 0)
+            else:
+                state[kind] = torch.zeros(size, dtype=torch.uint8, device=device)
+            # while a scale is zero, so are the moments
             state[f"{kind}_scales"] = torch.zeros(math.ceil(size / BLOCK), device=device)
         return state
 
     @override
     def update(
         self, state: MomentState, span: slice, master: torch.Tensor, gradient: torch.Tensor,
-        settings: Mapping[str, Any], step: int, factor: float,
+        param_group: Mapping[str, Any], step: int, factor: float,
     ) -> None:  # fmt: skip
         blocks = slice(span.start // BLOCK, math.ceil(span.stop / BLOCK))
         if span.start == 0 and self._is_paged(state):
             for kind in MOMENTS:
                 self._functional.prefetch_tensor(state[kind])
-        codes = [_slice_codes(state[kind], span) for kind in MOMENTS]
+        quantized = [_slice_quantized(state[kind], span) for kind in MOMENTS]
         scales = [state[f"{kind}_scales"][blocks] for kind in MOMENTS]
-        beta1, beta2 = settings["betas"]
+        beta1, beta2 = param_group["betas"]
         self._functional.optimizer_update_8bit_blockwise(
-            "adam", gradient, master, *codes, beta1, beta2, 0.0, 0.0, settings["eps"], step, settings["lr"],
-            *self._codes, *scales, settings["weight_decay"], gnorm_scale=factor,
+            "adam", gradient, master, *quantized, beta1, beta2, 0.0, 0.0, param_group["eps"], step, param_group["lr"],
+            *self._codebooks, *scales, param_group["weight_decay"], gnorm_scale=factor,
         )  # fmt: skip
 
     @override
@@ -192,38 +206,30 @@ class EightBit(MomentFormat):
         self._synchronize(state)
         first, second = (
             self._functional.dequantize_blockwise(
-                state[kind].to(self._device), absmax=state[f"{kind}_scales"], code=code, blocksize=BLOCK
+                state[kind].to(self._device), absmax=state[f"{kind}_scales"], code=codebook, blocksize=BLOCK
             )
-            for kind, code in zip(MOMENTS, self._codes, strict=True)
+            for kind, codebook in zip(MOMENTS, self._codebooks, strict=True)
         )
         return first, second
 
     @override
     def write(self, state: MomentState, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> None:
         self._synchronize(state)
-        for kind, exact, code in zip(MOMENTS, (exp_avg, exp_avg_sq), self._codes, strict=True):
-            flat = exact.to(self._device, torch.float32).flatten()
-            codes, found = self._functional.quantize_blockwise(flat, code=code, blocksize=BLOCK)
-            state[kind].copy_(codes)
-            state[f"{kind}_scales"].copy_(found.absmax)
+        for kind, exact, codebook in zip(MOMENTS, (exp_avg, exp_avg_sq), self._codebooks, strict=True):
+            flat = exact.to(self._device, torch.float32)
+            quantized, quant_state = self._functional.quantize_blockwise(flat, code=codebook, blocksize=BLOCK)
+            state[kind].copy_(quantized)
+            state[f"{kind}_scales"].copy_(quant_state.absmax)
 
     @override
-    def moving(self, state: MomentState, index: torch.Tensor) -> torch.Tensor:
-        """Return for each element whether its stored first moment is not zero.
+    def is_moving(self, state: MomentState, index: torch.Tensor) -> torch.Tensor:
+        """Return for each element of ``index`` whether its stored first moment is not zero.
 
         A moment below a millionth of its block's largest is stored as zero.
         """
-        codes, scales = state["exp_avg"], state["exp_avg_scales"]
-        moved = codes.index_select(0, index.to(codes.device)).to(index.device) != self._zero_code
-        return moved & (scales.index_select(0, index // BLOCK) != 0)
-
-    def _create_codes(self, size: int, device: torch.device) -> torch.Tensor:
-        """Return uint8 codes of new moments, paged if large; their value is arbitrary while their scale is zero."""
-        if not self._paged or size < _PAGED_FROM:
-            return torch.zeros(size, dtype=torch.uint8, device=device)
-        pages: torch.Tensor = self._functional.get_paged(size, dtype=torch.uint8, device=device)
-        self._functional.fill(pages, 0)
-        return pages
+        quantized, scales = state["exp_avg"], state["exp_avg_scales"]
+        is_nonzero = quantized.index_select(0, index.to(quantized.device)).to(index.device) != self._index_of_zero
+        return is_nonzero & (scales.index_select(0, index // BLOCK) != 0)
 
     def _is_paged(self, state: MomentState) -> bool:
         return getattr(state["exp_avg"], "is_paged", False)
@@ -236,34 +242,28 @@ class EightBit(MomentFormat):
 
 def fused_adamw(
     master: torch.Tensor, gradient: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
-    settings: Mapping[str, Any], step: int, factor: float,
+    param_group: Mapping[str, Any], step: int, factor: float,
 ) -> None:  # fmt: skip
     """Take one step of torch's fused AdamW on float32 [n], in place, with the gradient multiplied by ``factor``."""
-    beta1, beta2 = settings["betas"]
+    beta1, beta2 = param_group["betas"]
     divisor = torch.full((), 1 / factor, device=master.device) if factor != 1 else None
     torch._fused_adamw_(
         [master], [gradient], [exp_avg], [exp_avg_sq], [], [torch.full((), float(step), device=master.device)],
-        lr=settings["lr"], beta1=beta1, beta2=beta2, weight_decay=settings["weight_decay"], eps=settings["eps"],
-        amsgrad=False, maximize=False, grad_scale=divisor, found_inf=None,
+        lr=param_group["lr"], beta1=beta1, beta2=beta2, weight_decay=param_group["weight_decay"],
+        eps=param_group["eps"], amsgrad=False, maximize=False, grad_scale=divisor, found_inf=None,
     )  # fmt: skip
 
 
 def moment_format(name: OptimName, longest: int, device: torch.device) -> MomentFormat:
-    """Return the moment format of an optimizer whose moments are not float32.
-
-    Args:
-        name: ``adamw_8bit``, ``paged_adamw_8bit`` or ``adamw_bf16``.
-        longest: elements of the longest slice updated at once.
-        device: device of the moments.
-    """
+    """Return the moment format of an optimizer whose moments are not float32, for slices of up to ``longest``."""
     if name == "adamw_bf16":
         return BFloat16(longest, device)
     return EightBit(device, paged=name == "paged_adamw_8bit")
 
 
-def _slice_codes(codes: torch.Tensor, span: slice) -> torch.Tensor:
-    """Return a slice of ``codes``, with the attributes by which bitsandbytes recognises paged tensors."""
-    part = codes[span]
-    if getattr(codes, "is_paged", False):
-        part.is_paged, part.page_deviceid = True, codes.page_deviceid  # type: ignore[attr-defined]
+def _slice_quantized(quantized: torch.Tensor, span: slice) -> torch.Tensor:
+    """Return a slice of 8-bit moments, with the attributes by which bitsandbytes recognises paged tensors."""
+    part = quantized[span]
+    if getattr(quantized, "is_paged", False):
+        part.is_paged, part.page_deviceid = True, quantized.page_deviceid  # type: ignore[attr-defined]
     return part

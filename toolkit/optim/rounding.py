@@ -49,28 +49,3 @@ def stochastic_round(exact: torch.Tensor, noise: torch.Tensor, out: torch.Tensor
         out: result, bfloat16 [n], written to.
     """
     out.view(torch.int16).copy_(exact.view(torch.int32).add_(noise).bitwise_right_shift_(16))
-
-
-class Noise:
-    """Random numbers for ``stochastic_round``, a function of the step alone, so that a resumed run repeats them.
-
-    One draw serves all slices of a step: that each element's roundings are independent from step to step is enough.
-
-    Args:
-        size: elements of the longest slice.
-        device: device of the random numbers.
-    """
-
-    def __init__(self, size: int, device: torch.device) -> None:
-        self._pair = torch.zeros(2, size, dtype=torch.int32, device=device)
-        self._generator = None if device.type == "meta" else torch.Generator(device)
-        self._step: int | None = None
-
-    def of(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the two int32 [size], uniform in 0 … 65535, for update number ``step``: one for each moment."""
-        if step != self._step:
-            self._step = step
-            if self._generator is not None:
-                self._generator.manual_seed(step)
-            self._pair.random_(0, 1 << 16, generator=self._generator)
-        return self._pair[0], self._pair[1]

@@ -34,7 +34,7 @@ class UpdateMonitor:
     """Compare a fixed sample of the master weights before and after each update.
 
     It samples fp32 masters or split masters, not the bfloat16 copies that compute, of which most stay the same from
-    step to step however well the run learns. An element counts as meant to move if its first moment is not zero, which
+    step to step however well the run learns. An element is expected to change if its first moment is not zero, which
     leaves out rows of an embedding table that never occur and the padding of ZeRO's partitions. The share is the
     fraction of those elements that changed.
 
@@ -62,34 +62,30 @@ class UpdateMonitor:
     @torch.no_grad()
     def after(self) -> None:
         """Sample the weights after an update. Does not wait for the device."""
-        now, counts = [], []
+        values_after, counts = [], []
         assert self._last is not None
-        for (values, meant), last in zip(self._sample(), self._last, strict=True):
-            counts.append(torch.stack((((values != last) & meant).sum(), meant.sum())))
-            now.append(values.clone())
-        self._last = now
+        for (values, is_expected), last in zip(self._sample(), self._last, strict=True):
+            counts.append(torch.stack((((values != last) & is_expected).sum(), is_expected.sum())))
+            values_after.append(values.clone())
+        self._last = values_after
         self._counts = torch.stack([count.to(counts[0].device) for count in counts]).sum(0) if counts else None
 
     def counts(self) -> tuple[int, int]:
-        """Return how many sampled elements the last update changed and was meant to change; waits for the device."""
+        """Return how many sampled elements the last update changed, and should have changed; waits for the device."""
         if self._counts is None:
             return 0, 0
-        moved, meant = self._counts.tolist()
-        return moved, meant
+        changed, expected = self._counts.tolist()
+        return changed, expected
 
-    def judge(self, moved: float, meant: float, learning_rate: float) -> float | None:
-        """Return the share that moved; None if no element was meant to. Warn once if it stays low.
+    def changed_share(self, changed: float, expected: float, learning_rate: float) -> float | None:
+        """Return ``changed / expected``, the ``counts`` of the last update; None if 0 / 0. Warn once if it stays low.
 
-        The caller sums ``moved`` and ``meant`` over ranks if each has its own partitions.
-
-        Args:
-            moved: number of sampled elements that the last update changed.
-            meant: number of sampled elements that were meant to move.
-            learning_rate: learning rate of that update; 0, as in the first step of a warmup, moves nothing.
+        The caller sums the counts over ranks if each has its own partitions. At a learning rate of 0, as in the first
+        step of a warmup, no change is expected and the result is None.
         """
-        if not meant or learning_rate == 0:
+        if not expected or learning_rate == 0:
             return None
-        share = moved / meant
+        share = changed / expected
         self._shares.append(share)
         mean = sum(self._shares) / len(self._shares)
         if not self._warned and len(self._shares) == STEPS and mean < TOO_LOW:

@@ -27,9 +27,9 @@ def plan_run(invocation: Invocation, ranks: int, budget: int | None) -> tuple[Pl
     """
     config = invocation.config
     meta = meta_model(config.model)
-    ds = load_ds_config(invocation.deepspeed, config, ranks, meta.hidden_size)
+    ds_config = load_ds_config(invocation.deepspeed, config, ranks, meta.hidden_size)
     with redirect_stdout(sys.stderr):  # DeepSpeed logs to the stdout of its import, and a plan in JSON goes there
-        spec = engine_spec(ds, ranks, config.train.gradient_accumulation_steps, config.optim.name)
+        spec = engine_spec(ds_config, ranks, config.train.gradient_accumulation_steps, config.optim.name)
     workload = read_workload(config, meta.positions)
     planners = phase_planners(config, meta, workload, _passes_by_phase(config, workload, ranks))
     plans = [planner.plan(choose_variant(planner, spec, budget)) for planner in planners]

@@ -54,20 +54,20 @@ class EngineSpec:
 
 
 def engine_spec(
-    ds: dict[str, Any] | None,
+    ds_config: dict[str, Any] | None,
     ranks: int,
     accumulation: int,
     optimizer: OptimName = "adamw",
     host_is_device: bool = False,
 ) -> EngineSpec:
-    """Return the engine of a resolved DeepSpeed configuration; ``ds`` is None for the engine without DeepSpeed.
+    """Return the engine of a resolved DeepSpeed configuration; ``ds_config`` is None for the engine without DeepSpeed.
 
     Raises:
         ConfigError: DeepSpeed refuses the configuration.
     """
-    if ds is None:
+    if ds_config is None:
         return EngineSpec(None, ranks, accumulation > 1, optimizer=optimizer)
-    zero = zero_config(ds)
+    zero = zero_config(ds_config)
     state, weights = zero.offload_optimizer, zero.offload_param
     buckets = 2 if zero.overlap_comm and zero.stage != 3 else 1
     return EngineSpec(
@@ -176,7 +176,7 @@ def unpartitioned_moments(name: OptimName, tensors: TensorSizes) -> int:
     """Return the bytes of the moments of all trained tensors without partitioning."""
     tables, size = Counter(tensors.tables), 0
     for elements in tensors.trained:
-        size += moment_bytes(name, elements, is_table=tables[elements] > 0)
+        size += moment_bytes(name, elements, is_embedding=tables[elements] > 0)
         tables[elements] -= 1
     return size
 
@@ -187,7 +187,7 @@ def _partitioned_moments(name: OptimName, tensors: TensorSizes, part: Callable[[
         return moment_bytes(name, part(tensors.trained))
     others = list((Counter(tensors.trained) - Counter(tensors.tables)).elements())
     kinds = ([size for size in others if (size < SMALLEST) is small] for small in (True, False))
-    return moment_bytes(name, part(tensors.tables), is_table=True) + sum(moment_bytes(name, part(k)) for k in kinds)
+    return moment_bytes(name, part(tensors.tables), is_embedding=True) + sum(moment_bytes(name, part(k)) for k in kinds)
 
 
 def _local_engine(spec: EngineSpec, tensors: TensorSizes, weights: EngineMemory) -> EngineMemory:

@@ -15,7 +15,7 @@ from toolkit.mask.apply import apply_mask, trainable_parameters
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.varlen import VARLEN
-from toolkit.optim.groups import embedding_tables
+from toolkit.optim.groups import embedding_ids
 from toolkit.planning.engine_memory import TensorSizes
 from toolkit.planning.meta_model import MetaModel
 from toolkit.planning.trace import BatchShape, Trace, trace
@@ -92,5 +92,5 @@ def _tensor_sizes(prefix: Prefix | None, suffix: Suffix, trained: dict[str, nn.P
         trained=tuple(parameter.numel() for parameter in trained.values()),
         frozen=tuple(p.numel() for p in suffix.parameters() if not p.requires_grad),
         width=next(suffix.parameters()).element_size(),
-        tables=tuple(p.numel() for p in trained.values() if id(p) in embedding_tables(suffix.model)),
+        tables=tuple(p.numel() for p in trained.values() if id(p) in embedding_ids(suffix.model)),
     )

@@ -30,7 +30,7 @@ from toolkit.mask.apply import apply_mask, replace_parameters, trainable_paramet
 from toolkit.mask.audit import audit_table
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.mask.schedule import Phase
-from toolkit.optim.state_fragments import AdamState, gather_states, load_fragments
+from toolkit.optim.state_fragments import AdamState
 from toolkit.planning.planner import Plan, Planner
 from toolkit.runtime import malloc
 from toolkit.split.activation_checkpointing import checkpoint_blocks
@@ -108,18 +108,17 @@ def build_phase(context: RunContext, model: ModelHandle, phase: Phase, handover:
     engine = _build_engine(context, cut_model)
     plans = list(handover.plans if handover else context.plans)
     plans[phase.index] = cut_model.plan
-    resting = _continue_training(context, phase, engine, handover) if handover else {}
+    resting = _continue_training(phase, engine, handover) if handover else {}
     return PhaseState(**vars(cut_model), engine=engine, plans=tuple(plans), resting=resting)
 
 
-def end_phase(context: RunContext, model: ModelHandle, state: PhaseState) -> Handover:
+def end_phase(model: ModelHandle, state: PhaseState) -> Handover:
     """Free the engine, put its tensors back into the model, and return the training state; every rank calls it.
 
     ``state`` cannot be used afterwards, and its memory is freed once no variable refers to it.
     """
     engine = state.engine
-    states = gather_states(engine.fragments(), engine.shapes, engine.is_replicated, context.world)
-    schedule_step = engine.schedule_step
+    states, schedule_step = engine.states(), engine.schedule_step
     if isinstance(state.prefix, CachedPrefix):
         log.info("%s", state.prefix.close())
     replace_parameters(model.loaded.model, engine.release())
@@ -224,15 +223,12 @@ def _build_engine(context: RunContext, cut_model: _CutModel) -> Engine:
     return ZeroEngine(*shared, copies, context.ds_config)
 
 
-def _continue_training(
-    context: RunContext, phase: Phase, engine: Engine, handover: Handover
-) -> dict[str, torch.Tensor]:
+def _continue_training(phase: Phase, engine: Engine, handover: Handover) -> dict[str, torch.Tensor]:
     """Load the state of the phase before into the engine; return the masters of tensors that are frozen in this one."""
     masters = handover.masters
     continuing = [name for name in phase.mask.names if name in masters]
     states = {name: handover.states.get(name, AdamState(masters[name])) for name in continuing}
-    load_fragments(engine.fragments(), engine.shapes, states, context.world)
-    engine.continue_at(handover.schedule_step)
+    engine.load_states(states, handover.schedule_step)
     return {name: master for name, master in masters.items() if name not in phase.trained_since}
 
 

@@ -90,7 +90,7 @@ class Trainer:
         """Free the current phase of the mask's schedule and build the next one; every rank calls it."""
         ended, self.current = self.state, None
         phase = self.context.schedule.phases[ended.phase.index + 1]
-        handover = end_phase(self.context, self._model, ended)
+        handover = end_phase(self._model, ended)
         del ended  # nothing may refer to the ended phase while the next one is built
         self.current = build_phase(self.context, self._model, phase, handover)
 

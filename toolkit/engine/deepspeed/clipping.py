@@ -18,17 +18,17 @@ from toolkit.optim.master_adamw import piece_size, total_norm
 from toolkit.runtime.distributed import World
 
 
-def without_norm_and_clipping(ds: dict[str, Any]) -> dict[str, Any] | None:
-    """Return a copy of ``ds`` with DeepSpeed's grad norm, overflow check and clipping turned off.
+def without_norm_and_clipping(ds_config: dict[str, Any]) -> dict[str, Any] | None:
+    """Return a copy of ``ds_config`` with DeepSpeed's grad norm, overflow check and clipping turned off.
 
     None if DeepSpeed cannot turn them off: without ZeRO, with ZeRO-3, optimizer offload or ZenFlow, for fp32 gradient
-    accumulation of a bfloat16 model with ZeRO-1, and in versions that lack ``compute_grad_norm``.
-
-    Args:
-        ds: DeepSpeed configuration as ``resolve_ds_config`` returns it.
+    accumulation of a bfloat16 model with ZeRO-1, and in versions that lack ``compute_grad_norm``. ``ds_config`` is
+    the result of ``resolve_ds_config``.
     """
-    zero = zero_config(ds)
-    accumulates_fp32 = ds.get("data_types", {}).get("grad_accum_dtype") == "fp32" and ds["bf16"]["enabled"]
+    zero = zero_config(ds_config)
+    accumulates_fp32 = (
+        ds_config.get("data_types", {}).get("grad_accum_dtype") == "fp32" and ds_config["bf16"]["enabled"]
+    )
     if (
         zero.stage not in (1, 2)
         or (zero.offload_optimizer and zero.offload_optimizer.device != "none")
@@ -37,7 +37,7 @@ def without_norm_and_clipping(ds: dict[str, Any]) -> dict[str, Any] | None:
         or not hasattr(zero, "compute_grad_norm")
     ):
         return None
-    without_norm = copy.deepcopy(ds)
+    without_norm = copy.deepcopy(ds_config)
     without_norm["gradient_clipping"] = 0.0
     without_norm["zero_optimization"]["compute_grad_norm"] = False
     without_norm["bf16"]["check_grad_overflow"] = False
@@ -47,10 +47,8 @@ def without_norm_and_clipping(ds: dict[str, Any]) -> dict[str, Any] | None:
 def partitioned_norm(zero: Any, world: World) -> torch.Tensor:
     """Return the 2-norm of the whole gradient over all ranks, a float32 scalar on the device; every rank calls it.
 
-    Args:
-        zero: DeepSpeed's ZeRO-1 or 2 optimizer after the step's last backward pass, with this rank's partitions in
-            ``averaged_gradients``.
-        world: this process among the ranks that hold the other partitions.
+    ``zero`` is DeepSpeed's ZeRO-1 or 2 optimizer after the step's last backward pass, with this rank's partitions in
+    ``averaged_gradients``.
     """
     gradients = [gradient for group in zero.averaged_gradients.values() for gradient in group]
     norm = torch.stack(list(_piece_norms(gradients))).norm() if world.device.type == "cpu" else total_norm(gradients)

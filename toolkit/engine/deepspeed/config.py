@@ -64,10 +64,9 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def zero_stage(ds: dict[str, Any]) -> int:
+def zero_stage(ds_config: dict[str, Any]) -> int:
     """Return the ZeRO stage that a DeepSpeed configuration asks for."""
-    zero = ds.get("zero_optimization")
-    return int(zero.get("stage", 0)) if isinstance(zero, dict) else 0
+    return int(ds_config.get("zero_optimization", {}).get("stage", 0))
 
 
 def load_ds_config(path: Path | None, config: RunConfig, ranks: int, hidden_size: int) -> dict[str, Any] | None:
@@ -75,13 +74,11 @@ def load_ds_config(path: Path | None, config: RunConfig, ranks: int, hidden_size
     return None if path is None else resolve_ds_config(read_ds_config(path), config, ranks, hidden_size, path)
 
 
-def zero_config(ds: dict[str, Any]) -> Any:
+def zero_config(ds_config: dict[str, Any]) -> Any:
     """Return DeepSpeed's own reading of ``zero_optimization``, a ``DeepSpeedZeroConfig``; imports DeepSpeed.
 
-    It fills defaults and replaces deprecated keys (``cpu_offload``).
-
-    Args:
-        ds: DeepSpeed configuration as ``resolve_ds_config`` returns it.
+    It fills defaults and replaces deprecated keys (``cpu_offload``). ``ds_config`` is the result of
+    ``resolve_ds_config``.
 
     Raises:
         ConfigError: DeepSpeed refuses the section.
@@ -89,41 +86,40 @@ def zero_config(ds: dict[str, Any]) -> Any:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     try:
-        return DeepSpeedZeroConfig(**ds["zero_optimization"])
+        return DeepSpeedZeroConfig(**ds_config["zero_optimization"])
     except (ValidationError, AssertionError) as error:
         raise ConfigError([" ".join(str(error).split())], "DeepSpeed file, as DeepSpeed reads it") from None
 
 
 def resolve_ds_config(
-    ds: dict[str, Any], config: RunConfig, ranks: int, hidden_size: int, path: Path
+    ds_config: dict[str, Any], config: RunConfig, ranks: int, hidden_size: int, path: Path
 ) -> dict[str, Any]:
-    """Return the configuration for ``deepspeed.initialize``: ``ds`` with the values that the recipe owns filled in.
+    """Return the configuration for ``deepspeed.initialize``: ``ds_config`` with the recipe's values filled in.
 
     The recipe owns batch sizes, precision, clipping, optimizer and schedule. A value in the file that says otherwise
     is a contradiction, never an override. ``optimizer`` and ``scheduler`` blocks are checked and dropped, because
-    ``toolkit.optim.groups`` builds both.
-
-    Args:
-        ds: DeepSpeed configuration as ``read_ds_config`` returns it; left unchanged.
-        config: the recipe.
-        ranks: world size.
-        hidden_size: width of the model, from which ZeRO's bucket sizes follow as in transformers.
-        path: path of the DeepSpeed file, for messages.
+    ``toolkit.optim.groups`` builds both. ZeRO's bucket sizes follow from the model's ``hidden_size`` as in
+    transformers. ``ds_config`` is the content of the file ``path``; it is left unchanged.
 
     Raises:
         ConfigError: the file contradicts the recipe, or has an "auto" that nothing fills; lists all faults.
     """
-    resolved = copy.deepcopy(ds)
+    resolved = copy.deepcopy(ds_config)
     faults = list(_check_sections(resolved))
     if faults:
         raise ConfigError(faults, f"DeepSpeed file {path}")
-    for key, value, owner in _recipe_values(config, ranks):
-        faults += _fill_value(resolved, key, value, owner)
-    faults += _check_optimizer(resolved.pop("optimizer", None), config)
-    faults += _check_scheduler(resolved.pop("scheduler", None), config)
+    zero = resolved.setdefault("zero_optimization", {})
+    faults += _fill_recipe_values(resolved, config, ranks)
+    faults += _check_and_drop_blocks(resolved, config)
     faults += _check_optim_name(resolved, config)
-    _fill_buckets(resolved.setdefault("zero_optimization", {}), hidden_size)
-    faults += check_nvme_paths(resolved["zero_optimization"])
+    for key, elements in {
+        "reduce_bucket_size": hidden_size**2,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }.items():
+        if zero.get(key) == "auto":
+            zero[key] = elements
+    faults += check_nvme_paths(resolved)
     faults += _check_schedule(resolved) if config.mask.schedule else ()
     faults += [
         f'{where} is "auto", but nothing in the recipe fills it; give a value' for where in _find_autos(resolved)
@@ -139,68 +135,78 @@ def resolve_ds_config(
     return resolved
 
 
-def _recipe_values(config: RunConfig, ranks: int) -> Iterator[tuple[str, Any, str]]:
-    """Yield each DeepSpeed key that the recipe owns: dotted key, value, and the recipe setting it comes from."""
+def _fill_recipe_values(ds_config: dict[str, Any], config: RunConfig, ranks: int) -> Iterator[str]:
+    """Set the keys that the recipe owns; yield a fault for each that the file sets to another value."""
     train = config.train
     micro, accumulation = train.micro_batch_size, train.gradient_accumulation_steps
-    yield "train_micro_batch_size_per_gpu", micro, "train.micro_batch_size"
-    yield "gradient_accumulation_steps", accumulation, "train.gradient_accumulation_steps"
-    yield "train_batch_size", global_batch(micro, accumulation, ranks), f"micro batch x accumulation x {ranks} ranks"
-    yield "gradient_clipping", train.max_grad_norm, "train.max_grad_norm"
-    yield "bf16.enabled", config.model.dtype == "bfloat16", "model.dtype"
-    yield "fp16.enabled", False, "model.dtype"
+    batch = global_batch(micro, accumulation, ranks)
+    for section, key, value, owner in (
+        ("", "train_micro_batch_size_per_gpu", micro, "train.micro_batch_size"),
+        ("", "gradient_accumulation_steps", accumulation, "train.gradient_accumulation_steps"),
+        ("", "train_batch_size", batch, f"micro batch x accumulation x {ranks} ranks"),
+        ("", "gradient_clipping", train.max_grad_norm, "train.max_grad_norm"),
+        ("bf16", "enabled", config.model.dtype == "bfloat16", "model.dtype"),
+        ("fp16", "enabled", False, "model.dtype"),
+    ):
+        target = ds_config.setdefault(section, {}) if section else ds_config
+        in_file = target.get(key, "auto")
+        if in_file not in ("auto", value):
+            name = f"{section}.{key}" if section else key
+            yield f'{name} is {in_file!r}, the recipe\'s {owner} makes it {value!r}; write "auto" or change the recipe'
+        target[key] = value
 
 
-def _fill_value(ds: dict[str, Any], dotted: str, value: Any, owner: str) -> Iterator[str]:
-    """Set one dotted key of ``ds``; yield a fault if the file has another value than "auto" or ``value``."""
-    section, _, key = dotted.rpartition(".")
-    target = ds.setdefault(section, {}) if section else ds
-    found = target.get(key, "auto")
-    if found not in ("auto", value):
-        yield f'{dotted} is {found!r}, the recipe\'s {owner} makes it {value!r}; write "auto" or change the recipe'
-    target[key] = value
-
-
-def _check_sections(ds: dict[str, Any]) -> Iterator[str]:
+def _check_sections(ds_config: dict[str, Any]) -> Iterator[str]:
     """Yield faults of sections that are not objects, or hold settings under which training would go wrong."""
     for section in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "data_types"):
-        if section in ds and not isinstance(ds[section], dict):
-            yield f"{section} is {ds[section]!r}; expected an object"
-    bf16 = ds.get("bf16")
-    for key in bf16 if isinstance(bf16, dict) else ():
+        if not isinstance(ds_config.get(section, {}), dict):
+            yield f"{section} is {ds_config[section]!r}; expected an object"
+    bf16, zero = (
+        section if isinstance(section, dict) else {}
+        for section in (ds_config.get("bf16"), ds_config.get("zero_optimization"))
+    )
+    for key in bf16:
         if key not in ("enabled", "check_grad_overflow", "immediate_grad_update"):
             yield f"bf16.{key} would take the float32 masters away that low-precision training needs; remove it"
-    if isinstance(bf16, dict) and bf16.get("check_grad_overflow", True) is not True:
+    if bf16.get("check_grad_overflow", True) is not True:
         yield f"bf16.check_grad_overflow is {bf16['check_grad_overflow']!r}: a NaN would reach the weights; remove it"
-    zero = ds.get("zero_optimization")
-    if isinstance(zero, dict) and zero.get("compute_grad_norm", True) is not True:
+    if zero.get("compute_grad_norm", True) is not True:
         yield (
             f"zero_optimization.compute_grad_norm is {zero['compute_grad_norm']!r}: nobody would know whether the "
             "gradient is finite; remove it"
         )
-    stage = ds["zero_optimization"].get("stage", 0) if isinstance(ds.get("zero_optimization"), dict) else 0
+    stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         yield f"zero_optimization.stage is {stage!r}; expected 0, 1, 2 or 3"
 
 
-def _check_optimizer(block: dict[str, Any] | None, config: RunConfig) -> Iterator[str]:
-    """Yield contradictions between the file's ``optimizer`` block and the recipe."""
-    if block is None:
-        return
-    if block.get("type") != "AdamW":
-        yield f"optimizer.type is {block.get('type')!r}; frostline builds the recipe's optimizer, AdamW: drop the block"
-    expected = {
-        "lr": config.train.learning_rate,
-        "weight_decay": config.train.weight_decay,
-        "betas": list(config.optim.betas),
-        "eps": config.optim.eps,
-    }
-    yield from _check_params(block, "optimizer", expected)
+def _check_and_drop_blocks(ds_config: dict[str, Any], config: RunConfig) -> Iterator[str]:
+    """Remove the ``optimizer`` and ``scheduler`` blocks; yield what in them contradicts the recipe."""
+    train = config.train
+    optimizer, scheduler = ds_config.pop("optimizer", None), ds_config.pop("scheduler", None)
+    if optimizer is not None:
+        if optimizer.get("type") != "AdamW":
+            yield (
+                f"optimizer.type is {optimizer.get('type')!r}; frostline builds the recipe's optimizer, AdamW: "
+                "drop the block"
+            )
+        expected = {
+            "lr": train.learning_rate, "weight_decay": train.weight_decay,
+            "betas": list(config.optim.betas), "eps": config.optim.eps,
+        }  # fmt: skip
+        yield from _check_params(optimizer, "optimizer", expected)
+    if scheduler is not None:
+        if scheduler.get("type") != "WarmupDecayLR" or train.scheduler != "linear":
+            yield (
+                f"scheduler.type is {scheduler.get('type')!r}, the recipe's train.scheduler is {train.scheduler!r}; "
+                "drop the block, frostline builds the schedule"
+            )
+        yield from _check_params(scheduler, "scheduler", {"warmup_min_lr": 0, "warmup_max_lr": train.learning_rate})
 
 
-def _check_optim_name(ds: dict[str, Any], config: RunConfig) -> Iterator[str]:
+def _check_optim_name(ds_config: dict[str, Any], config: RunConfig) -> Iterator[str]:
     """Yield settings that DeepSpeed 0.19 does not support with the recipe's ``optim.name``."""
-    name, zero = config.optim.name, ds.get("zero_optimization", {})
+    name, zero = config.optim.name, ds_config["zero_optimization"]
     offload = zero.get("offload_optimizer")
     offload = offload if isinstance(offload, dict) else {}
     if offload.get("ratio", 1.0) != 1.0:
@@ -220,31 +226,19 @@ def _check_optim_name(ds: dict[str, Any], config: RunConfig) -> Iterator[str]:
             f"zero_optimization.zenflow needs DeepSpeed's own CPU Adam, the recipe's optim.name is {name!r}: "
             "drop the block"
         )
-    if zero_stage(ds) == 0:
+    if zero_stage(ds_config) == 0:
         yield (
             f"zero_optimization.stage is 0 and the recipe's optim.name is {name!r}; without ZeRO DeepSpeed divides "
             "nothing and takes one step with zero gradients at the start: leave out --ds, or write 1, 2 or 3"
         )
 
 
-def _check_schedule(ds: dict[str, Any]) -> Iterator[str]:
+def _check_schedule(ds_config: dict[str, Any]) -> Iterator[str]:
     """Yield settings under which weights and optimizer state cannot move to the next phase of a mask schedule."""
-    if "offload_param" in dict(nvme_sections(ds["zero_optimization"])):
+    if "offload_param" in nvme_sections(ds_config):
         yield "zero_optimization.offload_param.device is 'nvme', and mask.schedule moves weights; write 'cpu'"
-    if zero_stage(ds) == 0:
+    if zero_stage(ds_config) == 0:
         yield "zero_optimization.stage is 0; mask.schedule needs 1, 2 or 3, or no --ds at all"
-
-
-def _check_scheduler(block: dict[str, Any] | None, config: RunConfig) -> Iterator[str]:
-    """Yield contradictions between the file's ``scheduler`` block and the recipe."""
-    if block is None:
-        return
-    if block.get("type") != "WarmupDecayLR" or config.train.scheduler != "linear":
-        yield (
-            f"scheduler.type is {block.get('type')!r}, the recipe's train.scheduler is {config.train.scheduler!r}; "
-            "drop the block, frostline builds the schedule"
-        )
-    yield from _check_params(block, "scheduler", {"warmup_min_lr": 0, "warmup_max_lr": config.train.learning_rate})
 
 
 def _check_params(block: dict[str, Any], name: str, expected: dict[str, Any]) -> Iterator[str]:
@@ -252,28 +246,16 @@ def _check_params(block: dict[str, Any], name: str, expected: dict[str, Any]) ->
     params = block.get("params", "auto")
     if params != "auto" and not isinstance(params, dict):
         yield f"{name}.params is {params!r}; expected an object"
-    for key, found in params.items() if isinstance(params, dict) else ():
-        if found == "auto":
+    for key, value in params.items() if isinstance(params, dict) else ():
+        if value == "auto":
             continue
         if key not in expected:
-            yield f'{name}.params.{key} is {found!r}; the recipe has no such setting: drop it or write "auto"'
-        elif found != expected[key]:
+            yield f'{name}.params.{key} is {value!r}; the recipe has no such setting: drop it or write "auto"'
+        elif value != expected[key]:
             yield (
-                f"{name}.params.{key} is {found!r}, the recipe makes it {expected[key]!r}; "
+                f"{name}.params.{key} is {value!r}, the recipe makes it {expected[key]!r}; "
                 'write "auto" or change the recipe'
             )
-
-
-def _fill_buckets(zero: dict[str, Any], hidden_size: int) -> None:
-    """Replace "auto" bucket sizes in the ``zero_optimization`` section by those that transformers would set."""
-    sizes = {
-        "reduce_bucket_size": hidden_size**2,
-        "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
-        "stage3_param_persistence_threshold": 10 * hidden_size,
-    }
-    for key, value in sizes.items():
-        if zero.get(key) == "auto":
-            zero[key] = value
 
 
 def _find_autos(value: Any, where: str = "") -> Iterator[str]:

@@ -19,14 +19,14 @@ from toolkit.data.batches import Batch
 from toolkit.engine.base import Engine, Update
 from toolkit.engine.deepspeed.clipping import partitioned_norm, without_norm_and_clipping
 from toolkit.engine.deepspeed.config import zero_stage
-from toolkit.engine.deepspeed.gathering import balanced_module_stack, drain_prefetches, gathered, gathered_bytes
+from toolkit.engine.deepspeed.gathering import balanced_module_stack, drain_prefetches, gathered
 from toolkit.engine.deepspeed.nvme_state import NvmeSwapper, SwappedFragmentState
 from toolkit.engine.deepspeed.optimizers import PartitionedAdamW, PartitionMoments, build_optimizer
 from toolkit.mask.layer_mask import ParameterGroup
 from toolkit.optim.gradients import Clipping
-from toolkit.optim.groups import build_scheduler, current_rate, embedding_tables, set_scheduler_step
+from toolkit.optim.groups import build_scheduler, current_rate, embedding_ids, set_scheduler_step
 from toolkit.optim.master_adamw import total_norm
-from toolkit.optim.state_fragments import KINDS, MASTER, MOMENTS, FlatFragmentState, Fragment, FragmentState
+from toolkit.optim.state_fragments import KINDS, MASTER, MOMENTS, FlatState, Fragment, FragmentState
 from toolkit.optim.update_monitor import UpdateMonitor, sampled_indices
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import ConfigError
@@ -37,12 +37,7 @@ class ZeroEngine(Engine):
     """Train the suffix with AdamW on ZeRO's partitioned fp32 masters.
 
     Args:
-        suffix: suffix on its device, with the mask applied.
-        parameters: trainable parameters of the suffix, by their names in the whole model.
-        groups: parameter groups of the mask, which together name all of ``parameters``.
-        train: the recipe's training section.
-        optim: the recipe's optimizer section.
-        total_steps: optimizer steps of the whole run, for the learning-rate schedule.
+        suffix: as for ``LocalEngine``, like the arguments after it.
         world: this process among all ranks; its process group must be initialised, even for one rank.
         copies: the prefix's copies of trained tensors, such as a tied embedding, by name; refreshed after each update.
         ds_config: DeepSpeed configuration as ``resolve_ds_config`` returns it.
@@ -70,7 +65,7 @@ class ZeroEngine(Engine):
         self._train = train
         self._copies, self._parameters = copies, parameters
         self._suffix = suffix
-        optimizer = build_optimizer(parameters, groups, train, optim, embedding_tables(suffix.model))
+        optimizer = build_optimizer(parameters, groups, train, optim, embedding_ids(suffix.model))
         ds_without_norm = without_norm_and_clipping(ds_config)
         self._computes_norm = ds_without_norm is not None
         self._scheduler = build_scheduler(optimizer, train, total_steps)
@@ -122,8 +117,8 @@ class ZeroEngine(Engine):
 
     @override
     def moved_share(self) -> float | None:
-        moved, meant = self.world.sum(*self._update_monitor.counts())  # each rank sees its own partitions
-        return self._update_monitor.judge(moved, meant, self._rate)
+        changed, expected = self.world.sum(*self._update_monitor.counts())  # each rank sees its own partitions
+        return self._update_monitor.changed_share(changed, expected, self._rate)
 
     def _sample(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield ``OptimizerState.sample`` for this rank's partitions; one on NVMe has no elements in memory."""
@@ -132,15 +127,16 @@ class ZeroEngine(Engine):
             size = flat.numel()
             if size not in self._sample_indices:
                 self._sample_indices[size] = sampled_indices([size]).to(flat.device)
-            chosen = self._sample_indices[size]
-            values = flat.detach().view(-1).index_select(0, chosen)
+            index = self._sample_indices[size]
+            values = flat.detach().view(-1).index_select(0, index)
             if not size or not adamw.state.get(flat):
-                meant = torch.zeros_like(values, dtype=torch.bool)
+                is_moving = torch.zeros_like(values, dtype=torch.bool)
             elif isinstance(adamw, PartitionedAdamW):
-                meant = adamw.moving(flat, group, chosen)
+                moment_format, state = adamw.moment_state(flat, group)
+                is_moving = moment_format.is_moving(state, index)
             else:
-                meant = adamw.state[flat]["exp_avg"].view(-1).index_select(0, chosen) != 0
-            yield values, meant
+                is_moving = adamw.state[flat]["exp_avg"].view(-1).index_select(0, index) != 0
+            yield values, is_moving
 
     def _compute_grad_norm(self) -> torch.Tensor | None:
         """Return the gradient norm if DeepSpeed does not compute it, and set up clipping by it; else return None.
@@ -180,17 +176,15 @@ class ZeroEngine(Engine):
 
     @override
     def gathered_bytes(self) -> int:
-        return gathered_bytes(self._suffix)
+        partitioned = (p for p in self._suffix.parameters() if hasattr(p, "ds_numel"))
+        return sum(int(p.ds_numel) * p.element_size() for p in partitioned)
 
     @override
     def fragments(self) -> list[Fragment]:
         fragments: list[Fragment] = []
         adamw = self._adamw
-        self._partition_moments = (
-            {flat: PartitionMoments(adamw, flat, group) for flat, group in self._partitions()}
-            if isinstance(adamw, PartitionedAdamW)
-            else {}
-        )
+        partitions = self._partitions() if isinstance(adamw, PartitionedAdamW) else ()
+        self._partition_moments = {flat: PartitionMoments(adamw, flat, group) for flat, group in partitions}
         for name, parameter in self._parameters.items():
             flat, offset, start, stop = self._locate(parameter)
             if flat is None or start >= stop:
@@ -202,9 +196,9 @@ class ZeroEngine(Engine):
                 fragment_state = SwappedFragmentState(self._swapper, flat, part)
             else:
                 state = self._state_of(flat)
-                tensors = {MASTER: flat, **{kind: state[kind] for kind in MOMENTS}}
+                tensors = {MASTER: flat, **state}
                 views = {kind: tensors[kind].detach().view(-1)[part] for kind in KINDS}
-                fragment_state = FlatFragmentState(views, state["step"])
+                fragment_state = FlatState(views, state["step"])
             fragments.append(Fragment(name, start, stop, fragment_state))
         return fragments
 
@@ -213,16 +207,15 @@ class ZeroEngine(Engine):
         """Return the AdamW that DeepSpeed wraps; at stage 0 in float32 DeepSpeed uses it without a wrapper."""
         return getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
 
-    def _partitions(self) -> Iterator[tuple[torch.Tensor, int]]:
-        """Yield this rank's flat float32 masters, each with the index of its parameter group."""
-        zero = self._engine.optimizer
+    def _partitions(self) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+        """Yield this rank's flat float32 masters, each with its parameter group."""
+        zero, groups = self._engine.optimizer, self._adamw.param_groups
         if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3 splits large groups into sub-groups
-            yield from (
-                (flat, zero.sub_group_to_group_id[i]) for i, flat in enumerate(zero.fp32_partitioned_groups_flat)
-            )
+            for index, flat in enumerate(zero.fp32_partitioned_groups_flat):
+                yield flat, groups[zero.sub_group_to_group_id[index]]
         else:
-            for index, group in enumerate(self._adamw.param_groups):
-                yield from ((flat, index) for flat in group["params"])
+            for group in groups:
+                yield from ((flat, group) for flat in group["params"])
 
     def _locate(self, parameter: Any) -> tuple[torch.Tensor | None, int, int, int]:
         """Locate this rank's part of a master: flat fp32 tensor, offset in it, start and stop in the parameter.
@@ -255,11 +248,6 @@ class ZeroEngine(Engine):
             state["step"] = torch.zeros((), device=master.device)
             state |= {moment: torch.zeros_like(master) for moment in MOMENTS}
         return state
-
-    @property
-    @override
-    def schedule_step(self) -> int:
-        return int(self._scheduler.last_epoch)
 
     @override
     def continue_at(self, step: int) -> None:

@@ -22,11 +22,6 @@ def gathered(target: nn.Module | nn.Parameter) -> AbstractContextManager[object]
     return context
 
 
-def gathered_bytes(module: nn.Module) -> int:
-    """Return the additional bytes that ``gathered`` needs on this rank."""
-    return sum(int(p.ds_numel) * p.element_size() for p in module.parameters() if hasattr(p, "ds_numel"))
-
-
 def drain_prefetches(engine: Any) -> None:
     """Wait for the parameters that ZeRO-3 has prefetched, and partition them again.
 

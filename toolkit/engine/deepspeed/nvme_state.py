@@ -52,7 +52,7 @@ class NvmeSwapper:
         return {MASTER: flat.detach().view(-1), **{kind: state[kind].view(-1) for kind in MOMENTS}}
 
     def write(self, flat: torch.Tensor, part: slice, tensors: Mapping[str, torch.Tensor], updates: int) -> None:
-        """Set the values of a slice; they reach the files with ``close`` or when another master is swapped in."""
+        """Set the values of a slice by kind; they reach the files with ``close`` or the next master's ``swap_in``."""
         views = self.swap_in(flat)
         for kind, values in tensors.items():
             views[kind][part].copy_(values)
@@ -74,7 +74,7 @@ class NvmeSwapper:
 
 @dataclass(frozen=True)
 class SwappedFragmentState(FragmentState):
-    """State of a fragment whose float32 values are on NVMe; ``FragmentState`` documents the methods."""
+    """State of a fragment whose float32 values are on NVMe."""
 
     swapper: NvmeSwapper
     flat: torch.Tensor
