@@ -70,10 +70,7 @@ class StorageFormat:
         return SourceFiles(self.source, self.revision)
 
     def read(self, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """Read the model; return it and transformers' loading information.
-
-        Args:
-            options: arguments for ``from_pretrained``, ``output_loading_info`` among them.
+        """Read the model with ``options`` of ``from_pretrained``; return it and the loading information asked for.
 
         Raises:
             OSError: the checkpoint cannot be found.

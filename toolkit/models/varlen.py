@@ -32,19 +32,11 @@ def varlen_attention(
 ) -> tuple[torch.Tensor, None]:
     """Compute causal attention inside each sample of a packed row, and transformers' ``sdpa`` for everything else.
 
-    Args:
-        module: attention layer of the model.
-        query: [1, heads, T, size] of a packed row.
-        key: [1, key heads, T, size] of a packed row; longer than the query where a cache holds what came before.
-        value: the same shape as ``key``.
-        attention_mask: [.., 1, T, keys], True or 0 where a token is attended to; of a packed row, only the part within
-            each sample is used.
-        sample_lengths: tokens of each sample, T in all; None if rows are not packed.
-        sliding_window: number of tokens that a token attends to, itself included; None for all before it.
-        kwargs: what else the model passes to its attention, such as scaling.
-
-    Returns:
-        [1, T, heads, size], and no attention weights.
+    Of ``query`` [1, heads, T, size], ``key`` and ``value`` [1, key heads, T, size] it returns [1, T, heads, size], and
+    no attention weights; keys are more than T where a cache holds what came before. ``sample_lengths`` are the tokens
+    of each sample, T in all; None if rows are not packed. Of ``attention_mask`` [.., 1, T, keys], True or 0 where a
+    token is attended to, only the part within each sample is used. A token attends to ``sliding_window`` tokens, itself
+    included, or to all before it.
 
     Raises:
         ValueError: the model adds a bias of its own to the scores, which would have to be cut as well.
