@@ -6,12 +6,13 @@ import json
 import re
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from helpers import metrics, reseal, tiny_flags, train
 
 from toolkit.data.batches import BatchPlan
-from toolkit.training.run_record import MemoryUse, resident_bytes
+from toolkit.training.run_record import MemoryUse
 
 
 def test_a_run_that_max_steps_cuts_short_says_how_much_of_its_epochs_it_does() -> None:
@@ -39,7 +40,7 @@ def test_the_peak_of_memory_is_told_by_what_it_holds() -> None:
 
 
 def test_memory_is_measured() -> None:
-    now = MemoryUse.measure(torch.device("cpu"), resident_bytes())
+    now = MemoryUse.measure(torch.device("cpu"), psutil.Process().memory_info().rss)
     assert now.libraries is not None
     assert 0.05 < now.libraries < 1.1 * now.peak  # the kernel counts both in batches of pages
 

@@ -28,7 +28,7 @@ from toolkit.optim.update_monitor import STEPS, UpdateMonitor
 from toolkit.planning.engine_memory import TensorSizes, engine_memory, engine_spec
 from toolkit.planning.prefix_memory import PrefixMemory
 from toolkit.runtime.errors import ConfigError
-from toolkit.training.frozen_weights import check_schedule_allowed
+from toolkit.training.loading import check_schedule_allowed
 
 NAMES = get_args(OptimName)
 LEAN = ("adamw_8bit", "adamw_bf16")

@@ -50,14 +50,14 @@ def verify(checkpoint: Path) -> None:
     faults = [
         f"{name} is not in {MANIFEST_FILE}" for name in sorted(present - {MANIFEST_FILE, EVALUATION_FILE} - set(files))
     ]
-    for name, found in hash_files(checkpoint, sorted(files)).items():
+    for name, actual in hash_files(checkpoint, sorted(files)).items():
         expected = files[name]
-        if isinstance(found, str):
-            faults.append(f"{name} {found}")
-        elif found.size != expected.size:
-            faults.append(f"{name} has {found.size:,} bytes, expected {expected.size:,}")
-        elif found.sha256 != expected.sha256:
-            faults.append(f"{name} has SHA-256 {found.sha256[:12]}…, expected {expected.sha256[:12]}…")
+        if isinstance(actual, str):
+            faults.append(f"{name} {actual}")
+        elif actual.size != expected.size:
+            faults.append(f"{name} has {actual.size:,} bytes, expected {expected.size:,}")
+        elif actual.sha256 != expected.sha256:
+            faults.append(f"{name} has SHA-256 {actual.sha256[:12]}…, expected {expected.sha256[:12]}…")
     if faults:
         raise damaged(checkpoint, faults)
 

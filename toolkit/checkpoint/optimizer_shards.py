@@ -45,11 +45,12 @@ def fragments_of_rank(fragments: Sequence[Fragment], is_replicated: bool, rank: 
     """Return the fragments that this rank writes: all it holds, or its share of them if every rank holds the same."""
     if not is_replicated:
         return list(fragments)
-    total, share, done = sum(f.stop - f.start for f in fragments), [], 0
+    total = sum(fragment.stop - fragment.start for fragment in fragments)
+    share, elements = [], 0
     for fragment in fragments:
-        if done * ranks // max(total, 1) == rank:
+        if elements * ranks // max(total, 1) == rank:
             share.append(fragment)
-        done += fragment.stop - fragment.start
+        elements += fragment.stop - fragment.start
     return share
 
 

@@ -183,7 +183,7 @@ def _read_run(path: Path, config: RunConfig, ranks: int, override: bool) -> RunD
     state = read_state(checkpoint)
     refused, harmless = recipe_differences(state, config, ranks)
     if refused or (harmless and not override):
-        raise CheckpointError(_refusal(path, checkpoint, refused, harmless))
+        raise CheckpointError(_other_recipe_message(path, checkpoint, refused, harmless))
     for difference in harmless:
         log.warning("overridden: %s", difference)
     finished = state.step >= state.resumed_total_steps(config, ranks)
@@ -192,7 +192,7 @@ def _read_run(path: Path, config: RunConfig, ranks: int, override: bool) -> RunD
     return RunDirectory(path, checkpoint, state, finished)
 
 
-def _refusal(path: Path, checkpoint: Path, refused: list[str], harmless: list[str]) -> str:
+def _other_recipe_message(path: Path, checkpoint: Path, refused: list[str], harmless: list[str]) -> str:
     """Return the message for a directory whose run has another recipe."""
     lines = [f"{path} holds a run of another recipe:", *(f"  - {difference}" for difference in refused + harmless)]
     if refused:

@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -36,10 +37,9 @@ from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import PlanError
 from toolkit.split.activation_checkpointing import free_bytes
 from toolkit.training.fingerprints import fingerprints
-from toolkit.training.frozen_weights import check_schedule_allowed, effective_prefix, load_for_training
+from toolkit.training.loading import check_schedule_allowed, effective_prefix, load_for_training, load_rows
 from toolkit.training.preflight import check_config
-from toolkit.training.rows import load_rows
-from toolkit.training.run_record import resident_bytes, unused_settings
+from toolkit.training.run_record import unused_settings
 
 log = logging.getLogger("frostline")
 
@@ -134,7 +134,7 @@ def prepare(
         log.warning("%s", warning)
     if invocation.deepspeed is not None:
         import_module("toolkit.engine.deepspeed.engine")  # counts as a library; only runs that use DeepSpeed import it
-    library_bytes = resident_bytes()
+    library_bytes = psutil.Process().memory_info().rss
     loaded = _load_model(config, tokenizer, dataset, world)
     world.raise_if_stopping()
     base = Base(config.model, world.on_main(lambda: fingerprint(loaded.model, loaded.on_disk)))

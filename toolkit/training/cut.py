@@ -34,7 +34,7 @@ from toolkit.runtime.errors import ConfigError, ModelError
 from toolkit.split.prefix import Prefix
 from toolkit.split.suffix import Suffix, split, split_is_exact
 from toolkit.training.context import RunContext
-from toolkit.training.frozen_weights import effective_prefix, load_for_training
+from toolkit.training.loading import effective_prefix, load_for_training
 
 log = logging.getLogger("frostline")
 
@@ -51,8 +51,8 @@ def cut(context: RunContext, loaded: LoadedModel, phase: Phase) -> tuple[HiddenS
     """
     settings = context.config.prefix
     loaded.model.train()
-    refused = refuse_cache(settings, mask_obstacle(phase.mask))
-    store = _open_cache(context, loaded, phase) if refused is None else None
+    decision = refuse_cache(settings, mask_obstacle(phase.mask))
+    store = _open_cache(context, loaded, phase) if decision is None else None
     if store is not None and (output_counts := _cached_output_counts(store, context)) is not None:
         log.info("activation cache: all samples are in %s; the prefix is not needed", store.directory)
         suffix = Suffix(loaded.model, loaded.anatomy, phase.mask.boundary, output_counts)
@@ -60,13 +60,13 @@ def cut(context: RunContext, loaded: LoadedModel, phase: Phase) -> tuple[HiddenS
         return cached, _detach_from_file(suffix, context.world.device)
     prefix, suffix = _split(context, loaded, phase)
     if store is not None:
-        filled, refused = _fill_cache(context, loaded, phase, prefix, store)
+        filled, decision = _fill_cache(context, loaded, phase, prefix, store)
         if filled is not None:
             if not context.mask_changes and filled.release(context.examples):
                 suffix = _detach_from_file(suffix, context.world.device)
             return filled, suffix
         store.close()
-    log.info("activation cache: %s", refused.reason if refused else "")
+    log.info("activation cache: %s", decision.reason if decision else "")
     return prefix, suffix
 
 

@@ -113,8 +113,8 @@ class StepGuard:
 
     def _last_checkpoint_text(self) -> str:
         """Return the sentence that names the last checkpoint."""
-        kept = latest_checkpoint(self._run)
-        return f"The last good checkpoint, {kept}, is kept" if kept else "There is no checkpoint yet"
+        checkpoint = latest_checkpoint(self._run)
+        return f"The last good checkpoint, {checkpoint}, is kept" if checkpoint else "There is no checkpoint yet"
 
     def _describe_step_rows(self, result: StepResult, micro_batches: Sequence[Batch]) -> str:
         """Describe the rows of a step on all ranks; every rank calls it."""

@@ -212,15 +212,15 @@ def _build_engine(context: RunContext, cut_model: _CutModel) -> Engine:
     config, suffix, prefix, plan = context.config, cut_model.suffix, cut_model.prefix, cut_model.plan
     parameters = trainable_parameters(suffix.model, cut_model.mask)
     groups = cut_model.phase.groups
-    shared = (suffix, parameters, groups, config.train, config.optim, context.total_steps, context.world)
+    arguments = (suffix, parameters, groups, config.train, config.optim, context.total_steps, context.world)
     if context.ds_config is None:
-        return LocalEngine(*shared)
+        return LocalEngine(*arguments)
     from toolkit.engine.deepspeed.engine import ZeroEngine  # DeepSpeed is imported only by runs that use it
 
     prepare_swap_folders(context.ds_config, context.world, plan.memory.files if plan else 0)
     below = prefix.model.named_parameters() if isinstance(prefix, Prefix) else ()
     copies = {name: parameter for name, parameter in below if name in parameters}
-    return ZeroEngine(*shared, copies, context.ds_config)
+    return ZeroEngine(*arguments, copies, context.ds_config)
 
 
 def _continue_training(phase: Phase, engine: Engine, handover: Handover) -> dict[str, torch.Tensor]:

@@ -62,8 +62,8 @@ class Progress:
 
     def epoch_losses(self) -> list[float | None]:
         """Return the mean loss of each epoch so far, None where it is unknown: before a resume from an old version."""
-        done = [self.totals.get(_mean_loss(epoch)) for epoch in range(self.epoch)]
-        return [*done, self.epoch_loss] if self.totals["epoch_finite"] else done
+        losses = [self.totals.get(_mean_loss(epoch)) for epoch in range(self.epoch)]
+        return [*losses, self.epoch_loss] if self.totals["epoch_finite"] else losses
 
     def add(self, result: StepResult, global_batch: int) -> None:
         """Count a step of at most ``global_batch`` rows."""

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
 from toolkit.config.schema import RunConfig
@@ -49,11 +48,6 @@ class MemoryUse:
         else:
             parts.append(f"{since:.2f} since, where {planned:.2f} of tensors were planned")
         return f"{what} {self.peak:.2f} GiB ({', '.join(parts)})"
-
-
-def resident_bytes() -> int:
-    """Return the memory that this process has now."""
-    return int(psutil.Process().memory_info().rss)
 
 
 def save_record(run: Path, schedule: Schedule, dataset: Dataset, plan: Plan | None) -> None:
