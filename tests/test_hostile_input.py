@@ -140,7 +140,7 @@ def test_a_chat_template_reaches_nothing_outside_its_sandbox(
 
 def test_a_chat_template_that_loops_for_ever_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sandbox bounds one loop, not loops in loops."""
-    monkeypatch.setattr("toolkit.data.chat_turns._MOST_SECONDS", 0.2)
+    monkeypatch.setattr("toolkit.data.chat_turns._RENDER_SECONDS", 0.2)
     loop = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
     with pytest.raises(DataError, match=r"chat template fails .* takes longer than any conversation needs \(0.2 s\)"):
         Encoder(make_tokenizer(template=loop), 256)

@@ -56,9 +56,11 @@ class CachedPrefix:
         """Return the hidden states [B, T, hidden_size] that enter block b, zeros at padding."""
         stored = [self.store.read(key) for key in _keys(batch.examples)]
         missing = [example for example, row in zip(batch.examples, stored, strict=True) if row is None]
-        computed = iter(self._compute_and_store(missing))
-        device = self._world.device
-        rows = [next(computed) if row is None else row.to(device, non_blocking=True) for row in stored]
+        computed = self._run_prefix(missing) if missing else []
+        if missing:
+            self.store.write({key: row.cpu() for key, row in zip(_keys(missing), computed, strict=True)})
+        device, remaining = self._world.device, iter(computed)
+        rows = [next(remaining) if row is None else row.to(device, non_blocking=True) for row in stored]
         return lay_out(rows, batch)
 
     def stored_or_random(self, batch: Batch) -> torch.Tensor:
@@ -144,14 +146,6 @@ class CachedPrefix:
         """Close the store; return what it did, as a line for the log."""
         self.store.close()
         return self.store.summary()
-
-    def _compute_and_store(self, missing: list[Example]) -> list[torch.Tensor]:
-        """Run the prefix on samples that the store lacks, and store their hidden states; each is [T, hidden_size]."""
-        if not missing:
-            return []
-        rows = self._run_prefix(missing)
-        self.store.write({key: row.cpu() for key, row in zip(_keys(missing), rows, strict=True)})
-        return rows
 
     def _run_prefix(self, examples: list[Example]) -> list[torch.Tensor]:
         """Run the prefix on one batch, loaded again if it was released; return each sample's [T, hidden_size]."""

@@ -98,12 +98,8 @@ def open_store(
     limit = settings.cache_limit_gib
     namespace = Namespace(fingerprints, int(model.config.get_text_config().hidden_size), model.dtype)
     limit_bytes = None if limit is None else int(limit * 2**30)
-    return ActivationStore(cache_path(settings), namespace, limit_bytes, writer=cache_writer(world))
-
-
-def cache_path(settings: PrefixConfig) -> Path:
-    """Return the root directory of the cache: ``prefix.cache_dir``, else ``activations`` in the cache directory."""
-    return Path(settings.cache_dir) if settings.cache_dir else cache_root() / "activations"
+    root = Path(settings.cache_dir) if settings.cache_dir else cache_root() / "activations"
+    return ActivationStore(root, namespace, limit_bytes, writer=cache_writer(world))
 
 
 def save_split_check(store: ActivationStore, output_counts: Sequence[int | None]) -> None:

@@ -42,7 +42,6 @@ class StoreStatistics:
     """Counts of one process since it opened its store."""
 
     hits: int = 0
-    """Entries read."""
     misses: int = 0
     """Reads that found no entry."""
     computed: int = 0
@@ -56,7 +55,6 @@ class StoreStatistics:
     evicted: int = 0
     """Shards evicted to keep to the limit."""
     read_bytes: int = 0
-    """Bytes of the entries read."""
     written_bytes: int = 0
     """Bytes of the shards written, headers included."""
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
+from types import FrameType
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from toolkit.data.chat_rendering import Rendering, date_parts, prints_date
-from toolkit.data.time_limit import time_limit
 from toolkit.runtime.errors import DataError
 from toolkit.tasks.pubmedqa import RowFaultError
 
-_MOST_SECONDS = 10.0
-"""Time limit for rendering one conversation; templates take a millisecond."""
+_RENDER_SECONDS = 10.0
+"""Time limit for rendering one conversation, in wall-clock time; templates take a millisecond."""
 
 _DATE_MACRO = (
     "{% macro strftime_now(format) %}{% set own = namespace(text=format) %}{% for key, value in own_date.items() %}"
@@ -71,7 +74,14 @@ class Turns:
         self._before_any_answer, self._before_answer, self._after_answer, self._reopens = "", "", "", False
         self._as_parts = False
         if self._template:
-            self._choose_content_form()
+            try:
+                self._find_affixes()
+            except DataError as fault:  # a processor's template expects content as a list of parts
+                self._as_parts = True
+                try:
+                    self._find_affixes()
+                except DataError:
+                    raise fault from None
 
     def prompt(self, question: str) -> str:
         """Return the text that an answer to ``question`` is generated from."""
@@ -116,17 +126,6 @@ class Turns:
         except DataError:
             return ""
         return text[text.rfind(_YES) + len(_YES) :]
-
-    def _choose_content_form(self) -> None:
-        """Choose between content as text and content as a list of parts, which a processor's template expects."""
-        try:
-            self._find_affixes()
-        except DataError as fault:
-            self._as_parts = True
-            try:
-                self._find_affixes()
-            except DataError:
-                raise fault from None
 
     def _turn(self, role: str, content: str) -> dict[str, Any]:
         """Return a message for ``apply_chat_template``."""
@@ -188,7 +187,7 @@ class Turns:
                 "own_date": date_parts(now),
             }
         try:
-            with time_limit(_MOST_SECONDS, "it takes longer than any conversation needs"):
+            with _time_limit():
                 return str(
                     self._tokenizer.apply_chat_template(
                         list(turns), tokenize=False, add_generation_prompt=generation, **template_arguments
@@ -196,6 +195,34 @@ class Turns:
                 )
         except Exception as error:  # a template is a program of the model's author; it can raise anything
             raise DataError(f"the tokenizer's chat template fails on a user and an assistant turn: {error}") from None
+
+
+@contextmanager
+def _time_limit() -> Iterator[None]:
+    """Raise TimeoutError in the body after ``_RENDER_SECONDS`` of wall-clock time.
+
+    Works on the main thread of systems with SIGALRM, if nothing else uses that signal; otherwise it sets no limit. A
+    single call into C, such as the product of a text and a huge number, is not cut short.
+    """
+    can_use_alarm = (
+        hasattr(signal, "setitimer")
+        and threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+    )
+    if not can_use_alarm:
+        yield
+        return
+
+    def raise_timeout(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"it takes longer than any conversation needs ({_RENDER_SECONDS:g} s)")
+
+    signal.signal(signal.SIGALRM, raise_timeout)
+    signal.setitimer(signal.ITIMER_REAL, _RENDER_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
 def _common_prefix(one: str, other: str) -> str:

@@ -64,7 +64,9 @@ class Encoder:
         known = dict.fromkeys(end for end in ends if 0 <= end < len(tokenizer))
         self._word_ends = tuple(end for end in known if self._pieces.is_word(end))
         self._ends = tuple(end for end in known if end not in self._word_ends)
-        self._closing_marks = tuple(i for i in self._pieces.encode(self.turns.closing) if self._is_mark(i))
+        marks = {*self._ends, tokenizer.eos_token_id}  # tokens that are special or end a text, not pieces of a word
+        closing = self._pieces.encode(self.turns.closing)
+        self._closing_marks = tuple(token for token in closing if token in marks or self._pieces.is_mark(token))
         self._appended_end = () if self._closing_marks else (self._choose_end(),)
 
     def prompt_ids(self, sample: Sample) -> tuple[int, ...]:
@@ -166,10 +168,6 @@ class Encoder:
         if len(answer_ids) == len(self._appended_end):
             raise RowFaultError("has an answer without tokens; expected text that the tokenizer knows")
         return Example(prompt + answer_ids, len(prompt), reasons=conversation.reasons, control_token=control)
-
-    def _is_mark(self, token: int) -> bool:
-        """Return whether the token is special or ends a text, rather than being a piece of a word."""
-        return self._pieces.is_mark(token) or token in self._ends or token == self.tokenizer.eos_token_id
 
     def _choose_end(self) -> int:
         """Choose the token to append to an answer if the template closes it with no mark.

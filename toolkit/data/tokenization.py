@@ -90,7 +90,8 @@ class Pieces:
         The ids are cut where ``before`` ends. A token that spans the cut is replaced: ``before`` keeps the ids that it
         has alone, from which generation starts, and the rest of the token's text is encoded as a continuation.
         """
-        before = self._since_last_mark(before)
+        if self._control_pattern:  # tokenizers encode what follows a control token independently
+            before = before[max((mark.start() for mark in self._control_pattern.finditer(before)), default=0) :]
         first, whole = self.encode(before), self.encode(before + text)
         if whole[: len(first)] == first:
             return whole[len(first) :]
@@ -99,11 +100,6 @@ class Pieces:
             if self._decode(first + cut) == self._decode(whole):
                 return cut
         return tuple(token for piece in text.split(_SEPARATOR) for token in self._encode_continuation(piece))
-
-    def _since_last_mark(self, text: str) -> str:
-        """Return the end of a text from its last control token on; tokenizers encode what follows one independently."""
-        marks = list(self._control_pattern.finditer(text)) if self._control_pattern else []
-        return text[marks[-1].start() :] if marks else text
 
     def _cut_at_offsets(self, before: str, text: str) -> tuple[int, ...]:
         """Encode ``before + text`` at once and return the ids of ``text``, by the tokens' character offsets."""
