@@ -80,7 +80,7 @@ def test_a_run_goes_on_and_is_evaluated_with_the_date_on_which_it_began(
     model = make_model(tmp_path / "model", style, template="Today: {{ strftime_now('%x') }}\n" + style.template)
     flags = tiny_flags(model, tmp_path / "run", "--data.validation", "0.25", "--output.save_every_steps", "5")
     with monkeypatch.context() as patch:
-        patch.setattr("toolkit.training.rows.datetime", Past)
+        patch.setattr("toolkit.training.loading.datetime", Past)
         assert train(*flags, "--train.epochs", "1") == 0
     assert evaluate_source(str(tmp_path / "run"), None, "train", 1, None, None).loss > 0
     checkpoint = next((tmp_path / "run" / "checkpoints").glob("step-*"))
