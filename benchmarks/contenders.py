@@ -1,4 +1,4 @@
-"""The contenders and how each is run: one process a run, from which times, losses and memory are read."""
+"""Run each contender in a process of its own, and read times, losses and memory from it."""
 
 from __future__ import annotations
 
@@ -29,47 +29,47 @@ class Outcome:
     begin: float
     """When training began: its first step, or the filling of the cache before it."""
     process_seconds: float
-    """The whole process, with imports, loading and set-up."""
+    """Seconds of the whole process, with imports, loading and set-up."""
     peak_bytes: int
     """Most resident memory, or memory held on the GPU where there is one."""
     epochs: int
 
     @property
     def run(self) -> float:
-        """Seconds from the beginning of training to the end of its last step, with all that lies between the steps."""
+        """Return the seconds from the beginning of training to the end of its last step, pauses included."""
         return self.record.ends[-1] - self.begin
 
     def epoch(self, number: int) -> float:
-        """Seconds from the start of the first step of epoch ``number`` (from 0) to the end of its last."""
+        """Return the seconds from the start of the first step of epoch ``number`` (from 0) to the end of its last."""
         steps = len(self.record.ends) // self.epochs
         return self.record.ends[(number + 1) * steps - 1] - self.record.starts[number * steps]
 
     @property
     def first_epoch(self) -> float:
-        """Seconds of the first epoch with the filling of the cache."""
+        """Return the seconds of the first epoch with the filling of the cache."""
         return self.record.ends[len(self.record.ends) // self.epochs - 1] - self.begin
 
     @property
     def later_epoch(self) -> float:
-        """Mean seconds of the epochs after the first; of the first, where there is one only."""
+        """Return the mean seconds of the epochs after the first; those of the first if it is the only one."""
         later = [self.epoch(number) for number in range(1, self.epochs)] or [self.epoch(0)]
         return sum(later) / len(later)
 
     @property
     def losses(self) -> list[float]:
-        """Mean loss of each epoch."""
+        """Return the mean loss of each epoch."""
         steps = len(self.record.losses) // self.epochs
         return [sum(self.record.losses[e * steps : (e + 1) * steps]) / steps for e in range(self.epochs)]
 
 
 def recipe_flags() -> str:
-    """The help of the toolkit's training command: which recipe keys it has."""
+    """Return the help of the training command, which lists the recipe keys."""
     command = [sys.executable, str(ROOT / "launch" / "train.py"), "--help"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def importable(python: str, module: str) -> bool:
-    """Whether ``python`` has the package ``module``."""
+    """Return whether the interpreter ``python`` has the package ``module``."""
     code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
     return subprocess.run([python, "-c", code], capture_output=True).returncode == 0
 
@@ -85,10 +85,10 @@ def run_peer(workload: Path, scratch: Path, script: str, switches: tuple[str, ..
     record = scratch / "record.json"
     command = [python or sys.executable, str(PEERS / script), str(workload), str(record), str(scratch), *switches]
     log = scratch / "log.txt"
-    finished = checked(run_process(command, log, environment={"TOKENIZERS_PARALLELISM": "false"}), log)
-    told = Record.read(record)
+    finished = require_success(run_process(command, log, environment={"TOKENIZERS_PARALLELISM": "false"}), log)
+    steps = Record.read(record)
     epochs = len(Workload.read(workload).orders)
-    return Outcome(told, told.starts[0], finished.seconds, told.gpu_peak or finished.peak_bytes, epochs)
+    return Outcome(steps, steps.starts[0], finished.seconds, steps.gpu_peak or finished.peak_bytes, epochs)
 
 
 def run_toolkit(workload: Workload, scratch: Path, *flags: str) -> Outcome:
@@ -117,7 +117,7 @@ def run_toolkit(workload: Workload, scratch: Path, *flags: str) -> Outcome:
         *(str(word) for item in given.items() for word in item),
     ]
     train = ["--mask.train", f"last:{workload.last}", "head"]
-    finished = checked(run_process([*command, *train, *flags], log, [metrics]), log)
+    finished = require_success(run_process([*command, *train, *flags], log, [metrics]), log)
     record, begin, peak = Record(), None, 0.0
     for seen, line in finished.lines[metrics]:
         row = json.loads(line)
@@ -143,8 +143,8 @@ def thread_variables(threads: int | None) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def checked(finished: Finished, log: Path) -> Finished:
-    """``finished``, if it went well.
+def require_success(finished: Finished, log: Path) -> Finished:
+    """Return ``finished`` if its exit code is 0.
 
     Raises:
         DoesNotFitError: it ran out of memory.

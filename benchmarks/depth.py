@@ -27,7 +27,7 @@ from benchmarks.workload import Workload, add_flags, prepare  # noqa: E402
 
 DEPTHS = (6, 12, 24, 48)
 Runs = dict[int, list[tuple[Outcome, Outcome]]]
-"""For each depth and round, the run on the cold cache and the one on the warm."""
+"""By depth, for each round: the run that fills the cache, and the one that finds it full."""
 
 
 def measure(workloads: dict[int, Workload], folder: Path, rounds: int) -> Runs:
@@ -47,7 +47,7 @@ def measure(workloads: dict[int, Workload], folder: Path, rounds: int) -> Runs:
 
 
 def step_seconds(outcomes: Sequence[Outcome], first: bool = True, later: bool = True) -> float:
-    """Median seconds of a step, in the first epoch, the later ones or both."""
+    """Return the median seconds of a step, in the first epoch, the later ones or both."""
     seconds = []
     for outcome in outcomes:
         record, size = outcome.record, len(outcome.record.ends) // outcome.epochs
@@ -57,7 +57,7 @@ def step_seconds(outcomes: Sequence[Outcome], first: bool = True, later: bool = 
 
 
 def result_table(runs: Runs) -> str:
-    """One row a depth; each x is relative to the shallowest."""
+    """Format one row a depth; each x is relative to the shallowest."""
     measures: list[tuple[str, str, Callable[[list[Outcome], list[Outcome]], float]]] = [
         ("cold: first epoch, ms a step", ".0f", lambda cold, warm: 1e3 * step_seconds(cold, later=False)),
         ("later epochs, ms a step", ".0f", lambda cold, warm: 1e3 * step_seconds(cold, first=False)),
@@ -85,7 +85,7 @@ def result_table(runs: Runs) -> str:
 
 
 def bounds(runs: Runs) -> dict[str, bool]:
-    """For each doubling among the depths, whether a later epoch keeps its cost."""
+    """Return for each doubling of the depth whether a later epoch costs the same."""
     found = {}
     for depth in sorted(runs):
         if 2 * depth in runs:

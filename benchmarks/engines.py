@@ -35,16 +35,16 @@ _LEFT_OUT = ("data", "prefix or cache read")
 
 @dataclass(frozen=True)
 class Round:
-    """One engine's steps. Seconds."""
+    """Times of one engine's steps, in seconds."""
 
     phases: dict[str, list[float]]
-    """Of each step, the warm-up left out."""
+    """By phase, for each step after the warm-up."""
     update: dict[str, float]
-    """Of the update of a step, by kind of operation."""
+    """A step's update, by kind of operation."""
 
     @property
     def steps(self) -> list[float]:
-        """What each step took, without data and prefix."""
+        """Return the seconds of each step, without data and prefix."""
         counted = [times for phase, times in self.phases.items() if phase not in _LEFT_OUT]
         return [sum(times) for times in zip(*counted, strict=True)]
 
@@ -78,7 +78,7 @@ def run(engine: str, workload: Path, steps: int, folder: Path) -> Round:
 
 
 def report(rounds: dict[str, list[Round]]) -> tuple[str, dict[str, float]]:
-    """The tables, and each engine's ratio to the step without DeepSpeed."""
+    """Return the tables, and each engine's ratio to the step without DeepSpeed."""
     names = list(rounds)
     ratios = {
         name: [

@@ -19,7 +19,7 @@ read and write float32 master and both moments, write the weight."""
 
 @dataclass(frozen=True)
 class Products:
-    """The matrix products of the linear layers that train, measured alone."""
+    """Times of the matrix products of the linear layers that train, measured alone."""
 
     forward: float
     """Seconds of ``x Wᵀ`` of all layers together."""
@@ -32,7 +32,7 @@ class Products:
 
 
 def best_seconds(work: Callable[[], object], device: torch.device) -> float:
-    """The shortest time of several runs of ``work``, after one that does not count."""
+    """Return the shortest seconds of several runs of ``work``, after one that does not count."""
     times = []
     for _ in range(_REPEATS + 1):
         started = time.perf_counter()
@@ -43,7 +43,7 @@ def best_seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its queue."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -68,6 +68,6 @@ def measure_products(layers: Iterable[tuple[nn.Linear, int]], device: torch.devi
 
 
 def memory_bandwidth(device: torch.device, numel: int = 2**26) -> float:
-    """Bytes a second that ``a += b`` reads and writes in float32, on arrays far larger than a cache."""
+    """Return the bytes a second that ``a += b`` reads and writes in float32, on arrays far larger than a cache."""
     a, b = torch.zeros(numel, device=device), torch.ones(numel, device=device)
     return 12 * numel / best_seconds(lambda: a.add_(b), device)

@@ -37,7 +37,7 @@ class Row:
     value: str
     bound: str = ""
     holds: bool | None = None
-    """Whether the bound holds; none where there is none."""
+    """Whether the bound holds; None for a row without a bound."""
 
     @property
     def cells(self) -> list[str]:
@@ -47,7 +47,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large everything is that is measured."""
+    """Sizes of what is measured."""
 
     copied: int
     """Bytes of the tensor that is copied within the device."""
@@ -114,7 +114,7 @@ def median_ms(work: Callable[[], object], device: torch.device, repeats: int = 5
 
 
 def has_bitsandbytes() -> bool:
-    """Return whether what keeps numbers in 8 or 4 bits can be measured."""
+    """Return whether bitsandbytes is installed, which the 8-bit optimizers and 4-bit weights need."""
     return importlib.util.find_spec("bitsandbytes") is not None
 
 

@@ -136,7 +136,7 @@ def compare(field: Field, names: list[str], rounds: int) -> dict[str, list[Resul
 
 
 def result_table(results: dict[str, list[Result]], epochs: int) -> str:
-    """One row a contender; ratios are medians of those within a round."""
+    """Format one row a contender; ratios are medians of those within a round."""
     base = [result for result in results.get("masters", []) if isinstance(result, Outcome)]
     measures: list[tuple[str, Callable[[Outcome], float], str]] = [
         ("run s", lambda o: o.run, ".1f"), ("first s", lambda o: o.first_epoch, ".1f"),
@@ -159,13 +159,13 @@ def result_table(results: dict[str, list[Result]], epochs: int) -> str:
 
 
 def ratio(base: list[Outcome], outcomes: list[Outcome], measure: Callable[[Outcome], float]) -> str:
-    """Median over the rounds of the masters loop's measure divided by the contender's."""
+    """Format the median over the rounds of the masters loop's measure divided by the contender's."""
     pairs = list(zip(base, outcomes, strict=False))
     return f"{statistics.median(measure(a) / measure(b) for a, b in pairs):.2f}" if pairs else "–"
 
 
 def bounds(results: dict[str, list[Result]], speed: bool) -> dict[str, bool]:
-    """What is claimed of the contenders that ran, and whether it holds."""
+    """Return whether each claim about the contenders that ran holds."""
     ran = {NAMES[name]: [r for r in runs if isinstance(r, Outcome)] for name, runs in results.items()}
     ran = {name: runs for name, runs in ran.items() if runs}
     found: dict[str, bool] = {}

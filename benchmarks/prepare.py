@@ -28,7 +28,7 @@ SEED = 42
 
 
 def first_rows(source: Path, count: int, directory: Path) -> Path:
-    """The first rows of a .jsonl file, or of a .json object keyed by row, as a file of the same form."""
+    """Write the first rows of a .jsonl file, or of a .json object keyed by row, as a file of the same form."""
     target = directory / f"rows{source.suffix}"
     text = source.read_text(encoding="utf-8")
     if source.suffix == ".json":
@@ -39,7 +39,7 @@ def first_rows(source: Path, count: int, directory: Path) -> Path:
 
 
 def write_random_model(shape: Shape, directory: Path, tokenizer: Path | None, hollow: int = 0) -> None:
-    """A model directory of random weights with a tokenizer, by default the bundled one."""
+    """Write a model directory of random weights with a tokenizer, by default the bundled one."""
     config = ModelConfig(name_or_path=str(tokenizer)) if tokenizer else ModelConfig()
     write_model(shape, directory, hollow)
     load_tokenizer(config).save_pretrained(directory)

@@ -18,7 +18,7 @@ class Finished:
 
     code: int
     seconds: float
-    """From its start to its end, imports and loading included."""
+    """Wall-clock time from start to end, imports and loading included."""
     peak_bytes: int
     """Most resident memory it ever had (ru_maxrss)."""
     lines: dict[Path, list[tuple[float, str]]]
@@ -32,7 +32,7 @@ class _Tail:
         self.path, self.lines, self._offset = path, list[tuple[float, str]](), 0
 
     def look(self) -> None:
-        """Take the lines that are new."""
+        """Append new lines to ``lines`` with the present time."""
         if not self.path.exists() or self.path.stat().st_size == self._offset:
             return
         now = time.perf_counter()

@@ -30,10 +30,10 @@ EPOCHS, SEED = 3, 42
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run."""
+    """Result of one run."""
 
     losses: list[float]
-    """Mean of each epoch."""
+    """Mean loss of each epoch."""
     exported: float
     """Mean loss over the same rows after training, above the original prefix."""
     planned: int
@@ -45,7 +45,7 @@ class Outcome:
 
     @property
     def gain(self) -> float:
-        """How far the loss fell from the first epoch to the last."""
+        """Return the fall of the loss from the first epoch to the last."""
         return self.losses[0] - self.losses[-1]
 
 

@@ -1,4 +1,4 @@
-"""What a contender writes down about its own run: when each step started and ended, and its loss."""
+"""Record the start, end and loss of each step of a contender's run, from within its process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 SAME_LEARNING = 0.015
-"""Most root mean square of the step losses' differences of two bfloat16 loops that learn the same.
+"""Largest RMS of the step losses' differences at which two bfloat16 loops count as learning the same.
 
 Rounding gave 0.0076 and 0.0075 with the gradients in float32 and in bfloat16 (20 rows, 3 epochs); the largest
 difference of a step, 0.018 and 0.025 there, hangs on a single rounding. AdamW on bfloat16 weights, which loses its
@@ -26,7 +26,7 @@ def rms(found: Sequence[float], expected: Sequence[float]) -> float:
 
 @dataclass
 class Record:
-    """Filled in by a training process step by step, in seconds of its own clock."""
+    """Times and losses of the steps, in seconds of the training process's own clock."""
 
     starts: list[float] = field(default_factory=list)
     ends: list[float] = field(default_factory=list)
@@ -37,11 +37,11 @@ class Record:
     """Most bytes held on the GPU; 0 without one."""
 
     def start(self) -> None:
-        """A step begins."""
+        """Note that a step begins."""
         self.starts.append(time.perf_counter())
 
     def end(self) -> None:
-        """The step is done, on the device too."""
+        """Note that a step has ended; call it once the device has finished, too."""
         self.ends.append(time.perf_counter())
 
     def save(self, path: Path) -> None:
@@ -50,5 +50,5 @@ class Record:
 
     @staticmethod
     def read(path: Path) -> Record:
-        """What ``save`` wrote."""
+        """Read a record that ``save`` wrote."""
         return Record(**json.loads(path.read_text(encoding="utf-8")))

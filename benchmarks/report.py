@@ -18,7 +18,7 @@ PACKAGES = ("torch", "transformers", "accelerate")
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, its columns padded to be read as text; the first column is left-aligned."""
+    """Format a Markdown table, its columns padded to be read as text; the first column is left-aligned."""
     cells = [list(columns), *map(list, rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
 
@@ -34,13 +34,13 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def spread(values: Sequence[float], form: str = ".1f") -> str:
-    """The median, and the range where there are several values."""
+    """Format the median, and the range if there are several values."""
     middle = format(statistics.median(values), form)
     return middle if len(values) == 1 else f"{middle} ({min(values):{form}}–{max(values):{form}})"
 
 
 def gpu_name() -> str | None:
-    """Name of the first GPU; asked of the driver, so that nothing has to import torch."""
+    """Return the name of the first GPU, by its driver, without importing torch; None without a GPU."""
     try:
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         names = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
@@ -50,7 +50,7 @@ def gpu_name() -> str | None:
 
 
 def hardware() -> str:
-    """GPU, if any, processor, its matrix instructions, cores and memory."""
+    """Describe GPU (if any), processor, its matrix instructions, cores and memory."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = re.search(r"model name\s*: (.*)", info)
     found = [name for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512 bf16")) if f" {flag}" in info]
@@ -61,7 +61,7 @@ def hardware() -> str:
 
 
 def versions(packages: Iterable[str] = PACKAGES) -> str:
-    """Installed versions of the packages, those that are missing left out."""
+    """List the versions of those ``packages`` that are installed."""
     found = []
     for package in packages:
         try:
@@ -72,7 +72,7 @@ def versions(packages: Iterable[str] = PACKAGES) -> str:
 
 
 def head_lines(more: str = "") -> str:
-    """What stands above every table: date, machine, versions, threads and the command."""
+    """Return the lines above every table: date, machine, versions, threads and the command."""
     threads = os.environ.get("OMP_NUM_THREADS", "all")
     lines = [
         f"{date.today()}, {hardware()}",
@@ -94,5 +94,5 @@ def save(name: str, text: str) -> Path:
 
 
 def bounds_text(bounds: dict[str, bool]) -> str:
-    """One line a bound: whether it holds."""
+    """Format one line a bound: whether it holds."""
     return "\n".join(f"{'ok  ' if holds else 'MISS'} {bound}" for bound, holds in bounds.items())

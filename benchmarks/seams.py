@@ -1,4 +1,4 @@
-"""Clocks on the seams of the toolkit's training step: its engine's methods, its last block, its backward pass."""
+"""Time the phases of a training step between its engine's methods, its last block and its backward pass."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ class Seams:
             undo()
 
     def begin(self) -> None:
-        """A step begins."""
+        """Begin a step."""
         for times in self.seconds.values():
             times.append(0.0)
         self._last = time.perf_counter()
 
     def mark(self, phase: str) -> None:
-        """What went by since the last mark was ``phase``; several micro batches add up."""
+        """Add the time since the last mark to ``phase`` of the current step."""
         synchronise(self._device)
         now = time.perf_counter()
         if self.seconds[phase]:
@@ -117,7 +117,7 @@ class Seams:
 
 
 def update_kinds(events: Iterable[Any], attribute: str) -> dict[str, float]:
-    """Seconds of the operations inside the engine's update by what they do, told by their names.
+    """Return the seconds of the operations inside the engine's update by kind, which their names tell.
 
     Args:
         events: of torch's profiler.

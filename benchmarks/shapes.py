@@ -25,7 +25,7 @@ class Shape:
     vocabulary: int
 
     def config(self) -> LlamaConfig:
-        """The configuration of transformers."""
+        """Return the configuration of transformers."""
         return LlamaConfig(
             hidden_size=self.hidden, num_hidden_layers=self.blocks, num_attention_heads=self.heads,
             num_key_value_heads=self.key_heads, intermediate_size=self.feed_forward, vocab_size=self.vocabulary,
@@ -34,7 +34,7 @@ class Shape:
         )  # fmt: skip
 
     def block(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of each tensor of a block."""
+        """Return name and shape of each tensor of a block."""
         keys, wide, narrow = self.key_heads * self.hidden // self.heads, self.feed_forward, self.hidden
         return {
             "input_layernorm": (narrow,), "post_attention_layernorm": (narrow,),
@@ -45,7 +45,7 @@ class Shape:
 
     @property
     def bytes(self) -> int:
-        """Size of all weights."""
+        """Return the bytes of all weights."""
         block = sum(torch.Size(shape).numel() for shape in self.block().values())
         return 2 * (self.blocks * block + 2 * self.vocabulary * self.hidden + self.hidden)
 
@@ -56,7 +56,7 @@ EXAONE_2_4B = Shape(2560, 30, 32, 8, 7168, 102_400)
 
 
 def named_shape(name: str) -> Shape:
-    """The shape of ``--shape``.
+    """Return the shape that ``--shape`` names.
 
     Raises:
         SystemExit: ``larger-than-gpu`` without a GPU.
@@ -69,7 +69,7 @@ def named_shape(name: str) -> Shape:
 
 
 def larger_than(shape: Shape, memory: int) -> Shape:
-    """``shape`` with so many blocks that its weights are a tenth larger than ``memory`` bytes."""
+    """Return ``shape`` with so many blocks that its weights are a tenth larger than ``memory`` bytes."""
     one_more = replace(shape, blocks=shape.blocks + 1).bytes - shape.bytes
     ends = shape.bytes - shape.blocks * one_more
     return replace(shape, blocks=max(shape.blocks, -(-(memory * 11 // 10 - ends) // one_more)))
@@ -100,7 +100,7 @@ def write_model(shape: Shape, directory: Path, hollow: int = 0) -> None:
 
 
 def _parts(shape: Shape, hollow: int) -> Iterator[tuple[dict[str, tuple[int, ...]], bool]]:
-    """The tensors of each file, and whether it is hollow."""
+    """Yield the tensors of each file, and whether it is hollow."""
     tables = ("model.embed_tokens.weight", "lm_head.weight")
     ends: dict[str, tuple[int, ...]] = dict.fromkeys(tables, (shape.vocabulary, shape.hidden))
     norms = {"model.norm.weight": (shape.hidden,)}
@@ -118,7 +118,7 @@ def _values(size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
 
 
 def _write_zeros(tensors: dict[str, tuple[int, ...]], path: Path) -> None:
-    """A safetensors file whose data is a hole: 8 bytes of header length, header, and nothing up to its size."""
+    """Write a safetensors file whose data is a hole: 8 bytes of header length, header, and nothing up to its size."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, size in tensors.items():

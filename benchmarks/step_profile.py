@@ -44,7 +44,7 @@ WARM_UP, PROFILED = 2, 3
 
 @dataclass(frozen=True)
 class Floors:
-    """What the step cannot be faster than on this machine."""
+    """Lower bounds of a step's time on this machine."""
 
     flops: float
     """Floating point operations of suffix forward and backward, a step."""
@@ -54,7 +54,7 @@ class Floors:
 
 
 def set_up_run(workload: Workload, more: Sequence[str], folder: Path) -> Trainer:
-    """The toolkit's set-up of a run on ``workload``, with ``more`` flags of launch/train.py."""
+    """Set up a run on ``workload``, with ``more`` flags of launch/train.py."""
     set_up_memory()
     given = [
         "--model.name_or_path", workload.model, "--data.path", workload.data, "--data.validation", "none",
@@ -70,7 +70,7 @@ def set_up_run(workload: Workload, more: Sequence[str], folder: Path) -> Trainer
 
 
 def batches(trainer: Trainer) -> Iterator[list[Batch]]:
-    """The micro batches of step after step, as the loop takes them."""
+    """Yield the micro batches of each step, in the order of a run."""
     for epoch in range(trainer.context.config.train.epochs):
         order = epoch_order(trainer.context.batch_plan.rows, trainer.context.config.train.seed, epoch)
         yield from step_batches(
@@ -79,7 +79,7 @@ def batches(trainer: Trainer) -> Iterator[list[Batch]]:
 
 
 def measure_phases(trainer: Trainer, upcoming: Iterator[list[Batch]], steps: int) -> dict[str, list[float]]:
-    """Seconds of every phase in each of ``steps`` steps."""
+    """Return the seconds of every phase in each of ``steps`` steps."""
     with Seams(trainer) as seams:
         for _ in range(steps):
             seams.begin()
@@ -91,7 +91,7 @@ def measure_phases(trainer: Trainer, upcoming: Iterator[list[Batch]], steps: int
 
 
 def measure_operations(trainer: Trainer, upcoming: Iterator[list[Batch]]) -> tuple[list[list[str]], dict[str, float]]:
-    """The costliest operations (name, calls and ms a step), and the parts of the update by kind, in seconds a step."""
+    """Return the costliest operations (name, calls and ms a step), and the update's seconds a step by kind."""
     on_gpu = trainer.context.world.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     micro = [next(upcoming) for _ in range(PROFILED)]
@@ -127,7 +127,7 @@ def measure_floors(trainer: Trainer, micro: list[Batch], trained: int) -> Floors
 def report(
     seconds: dict[str, list[float]], operations: list[list[str]], kinds: dict[str, float], floors: Floors
 ) -> str:
-    """The three tables."""
+    """Format the four tables."""
     typical = {phase: sorted(times)[len(times) // 2] for phase in PHASES if (times := seconds[phase][WARM_UP:])}
     total = sum(typical.values())
     rows = [[name, f"{value * 1e3:.1f}", f"{value / total:.0%}"] for name, value in typical.items()]

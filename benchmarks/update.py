@@ -35,8 +35,8 @@ SHAPES = [*BLOCK * 4, (49152, 576)]
 Step = Callable[[], object]
 
 
-class Bytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the storages that are made while it is entered: those still alive, and the most at once."""
+class StorageBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Count the bytes of storages that are allocated while it is entered: those still alive, and the peak."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -54,16 +54,16 @@ class Bytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.known.add(key)
                 self.now += storage.nbytes()
                 self.most = max(self.most, self.now)
-                weakref.finalize(storage, self._gone, key, storage.nbytes())
+                weakref.finalize(storage, self._release, key, storage.nbytes())
         return out
 
-    def _gone(self, key: int, size: int) -> None:
+    def _release(self, key: int, size: int) -> None:
         self.known.discard(key)
         self.now -= size
 
 
 def by_hand(parameters: list[nn.Parameter], make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Step:
-    """Float32 masters, their gradients and one of torch's or DeepSpeed's optimizers, as a plain loop has them."""
+    """Return a step of a plain loop: float32 masters, their gradients and one of torch's or DeepSpeed's optimizers."""
     masters = [nn.Parameter(p.detach().float()) for p in parameters]
     optimizer = make(masters)
 
@@ -83,8 +83,8 @@ def by_hand(parameters: list[nn.Parameter], make: Callable[[list[nn.Parameter]],
 Make = Callable[[list[nn.Parameter]], Step]
 
 
-def ways(device: torch.device) -> dict[str, Make]:
-    """From bfloat16 parameters to a step on them, by name."""
+def step_builders(device: torch.device) -> dict[str, Make]:
+    """Return functions that build a step on bfloat16 parameters, by name."""
     options: dict[str, Any] = {"lr": LR, "weight_decay": DECAY, "betas": (0.9, 0.999), "eps": 1e-8}
 
     def ours(own: list[nn.Parameter]) -> Step:
@@ -101,7 +101,7 @@ def ways(device: torch.device) -> dict[str, Make]:
 
 
 def deepspeed_cpu_adam() -> Callable[..., torch.optim.Optimizer] | None:
-    """DeepSpeed's optimizer for CPUs, if it is installed and compiles here."""
+    """Return DeepSpeed's optimizer for CPUs, if it is installed and compiles here."""
     try:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -114,7 +114,7 @@ def deepspeed_cpu_adam() -> Callable[..., torch.optim.Optimizer] | None:
 
 
 def seconds(step: Step, device: torch.device) -> float:
-    """Wall-clock time of one step, the device's work included."""
+    """Return the wall-clock seconds of one step, the device's work included."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()
@@ -131,22 +131,22 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", help="default: cpu")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    makers = ways(device)
+    makers = step_builders(device)
     gradients = [torch.randn(shape, device=device).mul_(1e-4).bfloat16() for shape in SHAPES]
     steps: dict[str, tuple[list[nn.Parameter], Step]] = {}
-    memory: dict[str, Bytes] = {}
+    memory: dict[str, StorageBytes] = {}
     times: dict[str, list[float]] = {name: [] for name in makers}
     for name, make in makers.items():  # the first step makes what is missing; its time does not count
-        with Bytes() as memory[name]:
+        with StorageBytes() as memory[name]:
             own = [nn.Parameter(torch.randn(shape, device=device).mul_(0.02).bfloat16()) for shape in SHAPES]
             steps[name] = own, make(own)
             memory[name].most = 0
-            give(own, gradients)
+            set_gradients(own, gradients)
             steps[name][1]()
             memory[name].held = memory[name].now
     for _ in range(arguments.rounds):
         for name, (own, step) in steps.items():
-            give(own, gradients)
+            set_gradients(own, gradients)
             times[name].append(seconds(step, device))
     total = sum(gradient.numel() for gradient in gradients)
     print(f"torch {torch.__version__}, {device.type}, {torch.get_num_threads()} threads, {total / 1e6:.1f} M elements")
@@ -159,8 +159,8 @@ def main() -> int:
     return 0
 
 
-def give(parameters: list[nn.Parameter], gradients: list[torch.Tensor]) -> None:
-    """Fresh copies of ``gradients``, as backward leaves them."""
+def set_gradients(parameters: list[nn.Parameter], gradients: list[torch.Tensor]) -> None:
+    """Set fresh copies of ``gradients``, as backward does."""
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient.clone()
 

@@ -32,23 +32,23 @@ class Workload:
     orders: list[list[int]]
     """For each epoch, the order of the rows."""
     seed: int
-    """Gives ``orders`` in the toolkit."""
+    """The toolkit's ``train.seed``, from which ``orders`` follow."""
     learning_rate: float = 1e-5
     last: int = 4
     """Blocks that train, beside the head."""
 
     @property
     def sequence(self) -> list[Row]:
-        """The rows of all epochs, in order, one for each step."""
+        """Return the rows of all epochs in order, one a step."""
         return [self.rows[index] for order in self.orders for index in order]
 
     @property
     def warmup_steps(self) -> int:
-        """A tenth of all steps, rounded up."""
+        """Return a tenth of all steps, rounded up."""
         return -(-len(self.sequence) // 10)
 
     def trains(self, name: str, blocks: int) -> bool:
-        """Whether the tensor ``name`` of a Llama with so many blocks trains."""
+        """Return whether the tensor ``name`` of a Llama with ``blocks`` blocks trains."""
         words = name.split(".")
         return name == "lm_head.weight" or (words[1] == "layers" and int(words[2]) >= blocks - self.last)
 
@@ -58,7 +58,7 @@ class Workload:
 
     @staticmethod
     def read(path: Path) -> Workload:
-        """What ``save`` wrote."""
+        """Read a workload that ``save`` wrote."""
         values = json.loads(path.read_text(encoding="utf-8"))
         return Workload(**{**values, "rows": [(ids, start) for ids, start in values["rows"]]})
 
@@ -75,7 +75,7 @@ def add_flags(parser: argparse.ArgumentParser, epochs: int = EPOCHS) -> None:
 
 
 def flags(arguments: argparse.Namespace) -> list[str]:
-    """The command line of ``add_flags`` that gives ``arguments`` again."""
+    """Return the command line that ``add_flags`` parses to ``arguments``."""
     names = ("data", "rows", "epochs", "shape", "tokenizer")
     return [word for name in names if (value := getattr(arguments, name)) for word in (f"--{name}", str(value))]
 
@@ -91,7 +91,7 @@ def prepare(folder: Path, arguments: argparse.Namespace, *more: str) -> Workload
 
 
 def shown_command(words: list[str] | None = None) -> str:
-    """The command line as a reader would type it: paths by their last part."""
+    """Return the command line with paths shortened to their last part, for a report."""
     words = sys.argv if words is None else words
     shown = [Path(word).name if "/" in word else word for word in words[1:]]
     return " ".join(["python", f"benchmarks/{Path(words[0]).name}", *shown])

@@ -13,7 +13,7 @@ from helpers import ROOT, run_script
 from transformers import AutoModelForCausalLM
 
 from benchmarks import depth, partial_finetuning, step_profile
-from benchmarks.contenders import DoesNotFitError, Outcome, checked
+from benchmarks.contenders import DoesNotFitError, Outcome, require_success
 from benchmarks.plain_loop import plain_loop
 from benchmarks.prepare import SAMPLE, prepare, write_random_model
 from benchmarks.process import run_process
@@ -159,9 +159,11 @@ def test_a_process_that_fails_is_told_from_one_that_does_not_fit(tmp_path: Path)
     assert [line for _, line in fine.lines[watched]] == ["one", "two"]
     assert fine.peak_bytes > 0
     with pytest.raises(RuntimeError, match=r"exit code 3.*\n.*no such tensor"):
-        checked(run_process([sys.executable, "-c", code, "no such tensor"], tmp_path / "log"), tmp_path / "log")
+        require_success(run_process([sys.executable, "-c", code, "no such tensor"], tmp_path / "log"), tmp_path / "log")
     with pytest.raises(DoesNotFitError):
-        checked(run_process([sys.executable, "-c", code, "CUDA out of memory"], tmp_path / "log"), tmp_path / "log")
+        require_success(
+            run_process([sys.executable, "-c", code, "CUDA out of memory"], tmp_path / "log"), tmp_path / "log"
+        )
 
 
 def outcome(first: float, later: float, peak: int) -> Outcome:

@@ -14,7 +14,7 @@ from benchmarks.workload import Workload
 
 
 def arguments(*switches: str) -> argparse.Namespace:
-    """The command line of a peer: workload, record, a scratch directory, and its switches."""
+    """Parse the command line of a peer: workload, record, a scratch directory, and its switches."""
     parser = argparse.ArgumentParser()
     for name in ("workload", "record", "scratch"):
         parser.add_argument(name, type=Path)
@@ -24,13 +24,13 @@ def arguments(*switches: str) -> argparse.Namespace:
 
 
 def load_model(workload: Workload) -> Any:
-    """The workload's model in bfloat16, on the GPU if there is one."""
+    """Load the workload's model in bfloat16, on the GPU if there is one."""
     model: Any = AutoModelForCausalLM.from_pretrained(workload.model, dtype=torch.bfloat16)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def labelled_rows(workload: Workload) -> list[dict[str, list[int]]]:
-    """The rows of all epochs, one after the other, with -100 as the label of what is not supervised."""
+    """Return the rows of all epochs, one after the other, with -100 as the label of what is not supervised."""
     return [
         {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * start + ids[start:]}
         for ids, start in workload.sequence
@@ -38,7 +38,7 @@ def labelled_rows(workload: Workload) -> list[dict[str, list[int]]]:
 
 
 def trainer_settings(workload: Workload, scratch: Path) -> dict[str, Any]:
-    """The workload as transformers' TrainingArguments name it; the epochs lie end to end in one."""
+    """Return the workload as transformers' TrainingArguments name it; the epochs lie end to end in one."""
     return {
         "output_dir": str(scratch), "num_train_epochs": 1, "per_device_train_batch_size": 1,
         "learning_rate": workload.learning_rate, "warmup_steps": workload.warmup_steps,
