@@ -70,21 +70,21 @@ def fit_device(planner: Planner, variant: RunVariant, budget: int) -> DeviceFit:
             if after <= budget:
                 return DeviceFit(budget, needed, ((text, after),))
     changes: list[tuple[str, int]] = []
-    now, before = needed, needed + 1
-    while budget < now < before:  # a change may help, or help again, once another moment is the peak
-        before = now
+    current, previous = needed, needed + 1
+    while budget < current < previous:  # a change may help, or help again, once another moment is the peak
+        previous = current
         for propose in _useful_proposals(planner, variant):
             best = None
             for text, changed in propose(planner, variant):
                 after = planner.memory(changed).peak + RESERVE
-                if after < 0.99 * (best[1] if best else now):
+                if after < 0.99 * (best[1] if best else current):
                     best = (text, after, changed)
                 if after <= budget:
                     break
             if best:
                 changes.append(best[:2])
-                now, variant = best[1], best[2]
-            if now <= budget:
+                current, variant = best[1], best[2]
+            if current <= budget:
                 break
     return DeviceFit(budget, needed, tuple(changes))
 

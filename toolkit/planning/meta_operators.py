@@ -1,12 +1,14 @@
-"""Run operators on meta tensors, each worked out once for each shape."""
+"""Run operators on meta tensors: each worked out once for each shape, and attention as its fused kernels allocate."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from operator import itemgetter
 from typing import Any
 
 import torch
+from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
 _repeats: dict[Any, Callable[[tuple[Any, ...]], Any] | None] = {}
@@ -50,3 +52,50 @@ def _repeat(
         return None
     size, stride, dtype = out.shape, out.stride(), out.dtype
     return lambda _: torch.empty_strided(size, stride, dtype=dtype, device="meta")
+
+
+@contextmanager
+def meta_attention(count: Callable[[int, int], None]) -> Iterator[None]:
+    """Replace scaled_dot_product_attention by ``_MetaAttention`` in the context, and ``count`` its FLOPs and tokens.
+
+    On the meta device the original would materialise T x T scores. A TorchFunctionMode is not enough: it is not active
+    in autograd's backward, where activation checkpointing recomputes.
+    """
+    original = functional.scaled_dot_product_attention
+
+    def attention(query: Any, key: Any, value: Any, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if attn_mask is not None and attn_mask.dtype != query.dtype:  # a boolean mask becomes a bias
+            attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)
+        return _MetaAttention.apply(query, key, value, attn_mask, count)  # type: ignore[no-untyped-call]
+
+    functional.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = original
+
+
+class _MetaAttention(torch.autograd.Function):
+    """Attention that allocates and counts like the fused kernels (Dao et al., arXiv 2205.14135), without results.
+
+    Forward saves one logsumexp for each token and head instead of the scores; backward recomputes the scores, which
+    makes five products for the two of forward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Any, key: Any, value: Any, bias: Any, count: Callable[[int, int], None]
+    ) -> torch.Tensor:
+        batch, heads, length, size = query.shape
+        out: torch.Tensor = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+        logsumexp = query.new_empty(batch, heads, length, dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, bias, out, logsumexp)
+        ctx.pairs, ctx.count = batch * heads * length * key.shape[-2], count
+        count(2 * ctx.pairs * (size + value.shape[-1]), length)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        query, key, value, *_ = ctx.saved_tensors
+        ctx.count(2 * ctx.pairs * (3 * query.shape[-1] + 2 * value.shape[-1]), query.shape[2])
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None, None

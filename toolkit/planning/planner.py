@@ -20,7 +20,7 @@ from toolkit.planning.memory import Memory, checkpoint_bytes, memory_by_kind
 from toolkit.planning.meta_model import MetaModel
 from toolkit.planning.prefix_memory import PrefixMemory, prefix_memory
 from toolkit.planning.trace import BatchShape, Trace
-from toolkit.planning.traced_split import MetaSplit, meta_split
+from toolkit.planning.traced_split import MetaSplit
 from toolkit.planning.workload import Workload
 from toolkit.runtime.errors import PlanError
 from toolkit.split.logit_processing import MODEL_CODE_ERRORS
@@ -76,6 +76,8 @@ class Plan:
     audit: tuple[AuditRow, ...]
     audit_text: str
     variant: RunVariant
+    shape: BatchShape
+    """Shape of the largest micro batch."""
     workload: Workload
     is_cut: bool
     """False where the architecture cannot be cut, so that the frozen blocks run inside the suffix."""
@@ -108,8 +110,8 @@ class Planner:
     """Whether micro batches are packed; None to decide by recipe and rows, without the check that the run makes."""
     cached: bool | None = None
     """Whether the prefix is cached; None to decide likewise."""
-    shortcuts: Shortcuts = Shortcuts(True, True, True)
-    """Shortcuts to take at the top of the suffix, where the structure allows them."""
+    shortcuts: Shortcuts | None = None
+    """Shortcuts that the run takes at the top of the suffix; None chooses them as the run does."""
     untied: bool = False
     """True if the head is untied because another phase's mask asks for it."""
     is_phase: bool = False
@@ -125,13 +127,14 @@ class Planner:
             PlanError: the architecture cannot be traced without data.
         """
         train = self.config.train
-        uncached = RunVariant(
+        plain = RunVariant(
             selectors=tuple(self.config.mask.train), rows=train.micro_batch_size,
             accumulation=train.gradient_accumulation_steps, tokens=self.workload.tokens,
-            supervised=self.workload.supervised, checkpointing=checkpointing, packed=self._decide_packing(), spec=spec,
+            supervised=self.workload.supervised, checkpointing=checkpointing, packed=False, spec=spec,
             frozen=self.config.prefix, cached=False,
         )  # fmt: skip
-        return replace(uncached, cached=self._decide_caching(uncached))
+        variant = replace(plain, packed=self._decide_packing(plain))
+        return replace(variant, cached=self._decide_caching(variant))
 
     def memory(self, variant: RunVariant) -> Memory:
         """Return the memory of a variant on one rank.
@@ -161,30 +164,45 @@ class Planner:
 
         Raises:
             MaskError: the mask is at fault.
-            PlanError: the architecture cannot be traced without data.
+            PlanError: the architecture cannot be traced without data, or not be cut although the recipe quantises or
+                offloads its prefix.
         """
         memory = self.memory(variant)
         split = self._split(variant)
+        if not split.is_cut and (variant.frozen.precision, variant.frozen.placement) != ("model", "device"):
+            raise PlanError(
+                f"{type(self.meta.model).__name__} cannot be cut at block {split.mask.boundary}, so it has no prefix "
+                "of its own to store otherwise; leave out prefix.precision and prefix.placement"
+            )
         plain = self._trace_twice(replace(variant, checkpointing=False))
         checkpointed = self._trace_twice(variant) if variant.checkpointing else None
         return Plan(
             model=self.config.model.name_or_path, source=self.meta.note, mask=split.mask,
             audit=tuple(audit(split.mask, self.meta.anatomy)),
-            audit_text=audit_table(split.mask, self.meta.anatomy), variant=variant, workload=self.workload,
-            is_cut=split.prefix is not None or not split.mask.has_prefix, memory=memory, frozen=self.frozen(variant),
+            audit_text=audit_table(split.mask, self.meta.anatomy), variant=variant,
+            shape=_batch_shape(variant, self.workload), workload=self.workload,
+            is_cut=split.is_cut, memory=memory, frozen=self.frozen(variant),
             flops=count_flops(plain, checkpointed),
             token_bytes=self.meta.hidden_size * split.tensors.width,
             checkpoint=checkpoint_bytes(variant.spec, split.tensors), keep=self.config.output.keep,
         )  # fmt: skip
 
-    def _decide_packing(self) -> bool:
-        """Return what ``choose_packing`` will decide in the run, if the model keeps packed samples apart."""
+    def _decide_packing(self, variant: RunVariant) -> bool:
+        """Return what ``choose_packing`` will decide in the run, as far as that can be known without weights."""
         if self.packed is not None:
             return self.packed
         mode, lengths = self.config.data.packing, self.workload.distinct
         if refuse_packing(mode, self.config.train.micro_batch_size, lengths):
             return False
-        return bool(packing_attentions(mode, self.meta.model.config._attn_implementation))
+        attentions = packing_attentions(mode, self.meta.model.config._attn_implementation)
+        if not attentions or mode == "on":  # where it is on, the run refuses what it finds not to be exact
+            return bool(attentions)
+        if self.meta.model._is_stateful:  # a recurrent layer hands its state on to the next sample
+            return False
+        try:
+            return not self._trace(replace(variant, packed=True, checkpointing=False)).mixes_samples
+        except PlanError:  # the model's code refuses packed rows
+            return False
 
     def _decide_caching(self, variant: RunVariant) -> bool:
         """Return whether the run will cache the prefix, if the cache is empty and the disk has room."""
@@ -210,11 +228,12 @@ class Planner:
         if self.untied:
             mask = replace(mask, tied="untie")
         boundary = mask.boundary if self.cut and mask.has_prefix else None
-        key = (repr(variant.selectors), variant.packed, boundary, self.shortcuts)
-        if whole or key not in self._splits:
+        key = (repr(variant.selectors), variant.packed, boundary)
+        split = self._splits.get(key)
+        if whole or split is None or self.shortcuts not in (None, split.shortcuts):
             boundary = None if whole else boundary
-            self._splits[key] = meta_split(self.meta, mask, boundary, variant.packed, self.shortcuts)
-        return self._splits[key]
+            split = self._splits[key] = MetaSplit(self.meta, mask, boundary, variant.packed, self.shortcuts)
+        return split
 
     def _trace_twice(self, variant: RunVariant) -> list[Trace]:
         """Trace with two numbers of supervised positions, for ``count_flops``."""
@@ -243,19 +262,11 @@ class Planner:
         return self._trace(variant, supervised)
 
 
-def packed_lengths(variant: RunVariant, workload: Workload) -> tuple[int, ...]:
-    """Return the row lengths of the longest packed micro batch; empty if rows are not packed or there is only one."""
-    if not variant.packed or variant.rows == 1:
-        return ()
-    if workload.lengths is None:
-        return (variant.tokens,) * variant.rows
-    longest = sorted((tokens for tokens, _ in workload.lengths), reverse=True)[: variant.rows]
-    return tuple(min(tokens, variant.tokens) for tokens in longest)
-
-
 def _batch_shape(variant: RunVariant, workload: Workload) -> BatchShape:
     """Return the shape of the largest micro batch of ``variant``."""
     supervised = variant.rows * variant.supervised
-    if packed := packed_lengths(variant, workload):
-        return BatchShape(1, sum(packed), min(supervised, sum(packed)), packed)
-    return BatchShape(variant.rows, variant.tokens, supervised)
+    if not variant.packed or variant.rows == 1:
+        return BatchShape(variant.rows, variant.tokens, supervised)
+    lengths = [tokens for tokens, _ in workload.lengths or ((variant.tokens, 0),) * variant.rows]
+    packed = tuple(min(tokens, variant.tokens) for tokens in sorted(lengths, reverse=True)[: variant.rows])
+    return BatchShape(1, sum(packed), min(supervised, sum(packed)), packed)

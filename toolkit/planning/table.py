@@ -8,7 +8,7 @@ from toolkit.config.policy import global_batch
 from toolkit.planning.device_fit import RESERVE, DeviceFit
 from toolkit.planning.flops import PASSES
 from toolkit.planning.memory import KINDS
-from toolkit.planning.planner import Plan, packed_lengths
+from toolkit.planning.planner import Plan
 
 
 def as_text(plan: Plan, fit: DeviceFit | None = None) -> str:
@@ -59,7 +59,7 @@ def as_dict(plan: Plan, fit: DeviceFit | None = None) -> dict[str, Any]:
         },
         "micro_batch": {
             "rows": variant.rows,
-            "packed": bool(packed_lengths(variant, plan.workload)),
+            "packed": bool(plan.shape.packed),
             "tokens": variant.tokens,
             "supervised": variant.supervised,
             "accumulation": variant.accumulation,
@@ -116,8 +116,8 @@ def _memory_text(plan: Plan) -> str:
     def line(kind: str, most: str, at_peak: str, host: str) -> str:
         return f"{kind:<16}{most:>14}{at_peak:>14}" + (f"{host:>14}" if memory.host else "")
 
-    if lengths := packed_lengths(variant, plan.workload):
-        rows = f"of {len(lengths)} rows packed into one of {sum(lengths):,} tokens"
+    if plan.shape.packed:
+        rows = f"of {len(plan.shape.packed)} rows packed into one of {plan.shape.tokens:,} tokens"
     else:
         rows = f"{variant.rows} x {variant.tokens:,} tokens"
     engine = f"engine {spec.name}, {spec.ranks} rank(s), {spec.optimizer}"
@@ -142,6 +142,10 @@ def _memory_text(plan: Plan) -> str:
     if variant.cached:
         then = "its weights stay for the next phases" if plan.phases else "then its weights are freed"
         lines.append(f"prefix cached: a first pass computes its hidden states; {then}")
+    assumptions = ["the cache is empty and the disk has room for it"] if variant.cached else []
+    assumptions += ["the model keeps packed rows apart"] if plan.shape.packed else []
+    if assumptions:
+        lines.append(f"taken for granted, the run will try: {'; '.join(assumptions)}")
     return "\n".join(lines)
 
 

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from toolkit.data.batches import Batch
 from toolkit.data.examples import Example
-from toolkit.planning.meta_operators import infer
+from toolkit.planning.meta_operators import infer, meta_attention
+from toolkit.split.loss_head import Shortcuts
 from toolkit.split.prefix import Prefix
 from toolkit.split.suffix import Suffix
 from toolkit.split.supervised_loss import supervised_loss, tile_width
@@ -73,6 +72,8 @@ class Trace:
     """Number of events until the end of forward and loss."""
     most_in_prefix: int
     """Peak bytes of the prefix alone."""
+    mixes_samples: bool
+    """True if attention ran over several packed samples at once."""
 
     def kept(self, kind: Kind) -> int:
         """Return the bytes of ``kind`` that are held between forward and backward."""
@@ -116,11 +117,8 @@ def trace(
         RuntimeError: the model reads the content of a tensor, which a meta tensor lacks; includes NotImplementedError.
     """
     batch = _meta_batch(shape)
-    width = tile_width(shape.supervised, vocabulary, next(suffix.parameters()).element_size())
-    parts = [part for part in (prefix, suffix) if part is not None]
-    persistent = (t for part in parts for t in (*part.parameters(), *part.buffers()))
-    log = _AllocationLog(shape, {vocabulary, width, vocabulary % width}, persistent)
-    with log, _meta_attention(log):
+    log = _allocation_log(prefix, suffix, shape, vocabulary)
+    with log, meta_attention(log.count_attention):
         hidden = prefix(batch) if prefix is not None else None
         most_in_prefix = max(accumulate(sign * held.bytes for held, sign in log.events), default=0)
         log.phase = "forward"
@@ -133,7 +131,43 @@ def trace(
             if parameter.grad is not None:
                 log.mark(parameter.grad, "gradients")
                 parameter.grad = None
-    return Trace(shape, tuple(log.events), dict(log.flops), end_of_forward, most_in_prefix)
+    mixes_samples = bool(shape.packed) and not log.attention_lengths <= set(shape.packed)
+    return Trace(shape, tuple(log.events), dict(log.flops), end_of_forward, most_in_prefix, mixes_samples)
+
+
+def choose_shortcuts(prefix: Prefix | None, suffix: Suffix, shape: BatchShape) -> Shortcuts:
+    """Choose the shortcuts of a suffix on the meta device, as a run does on a batch of its own.
+
+    Raises:
+        RuntimeError: as ``trace``; also if the suffix needs more than hidden states from below the frost line, so that
+            the model cannot be cut there.
+    """
+    batch = _meta_batch(shape)
+    log = _allocation_log(prefix, suffix, shape, vocabulary=1)
+    with log, meta_attention(log.count_attention):
+        hidden = prefix(batch) if prefix is not None else None
+        if hidden is not None and _reads_embeddings(suffix, hidden, batch):
+            raise RuntimeError("above the frost line, the model reads its input embeddings again")
+        return suffix.choose_shortcuts(hidden, batch)
+
+
+def _reads_embeddings(suffix: Suffix, hidden: torch.Tensor, batch: Batch) -> bool:
+    """Return whether a gradient reaches the zeros that a suffix gives its model as input embeddings.
+
+    ``hidden[b]`` replaces what becomes of them at the frost line, unless the model reads them elsewhere, too.
+    """
+    embeddings: list[torch.Tensor] = []
+
+    def require_gradient(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        embeddings.append(kwargs["inputs_embeds"].requires_grad_())
+        return args, kwargs | {"inputs_embeds": embeddings[-1].clone()}  # some models scale it in place
+
+    handle = suffix.model.register_forward_pre_hook(require_gradient, with_kwargs=True)
+    try:
+        logits = suffix.logits(hidden, batch)
+    finally:
+        handle.remove()
+    return any(gradient is not None for gradient in torch.autograd.grad(logits.sum(), embeddings, allow_unused=True))
 
 
 def _meta_batch(shape: BatchShape) -> Batch:
@@ -152,7 +186,15 @@ def _meta_batch(shape: BatchShape) -> Batch:
     )
 
 
-class _AllocationLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
+def _allocation_log(prefix: Prefix | None, suffix: Suffix, shape: BatchShape, vocabulary: int) -> AllocationLog:
+    """Return a log for a micro batch of ``shape`` in both halves of a model."""
+    width = tile_width(shape.supervised, vocabulary, next(suffix.parameters()).element_size())
+    parts = [part for part in (prefix, suffix) if part is not None]
+    persistent = (t for part in parts for t in (*part.parameters(), *part.buffers()))
+    return AllocationLog(shape, {vocabulary, width, vocabulary % width}, persistent)
+
+
+class AllocationLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Record when each storage is allocated and released, and count FLOPs by pass.
 
     Args:
@@ -166,6 +208,8 @@ class _AllocationLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.phase: Pass = "prefix"
         self.events: list[Event] = []
         self.flops: Counter[tuple[Pass, Product]] = Counter()
+        self.attention_lengths: set[int] = set()
+        """Tokens of each sequence that attention ran over."""
         self._shape, self._logit_widths = shape, logit_widths
         self._persistent = {tensor.untyped_storage()._cdata for tensor in persistent}
         self._live: dict[int, Allocation] = {}
@@ -198,9 +242,10 @@ class _AllocationLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if held.kind == "workspace":
                 held.kind = "activations"
 
-    def count_attention(self, flops: int) -> None:
-        """Add the FLOPs of a fused attention kernel, which ``_MetaAttention`` reports."""
+    def count_attention(self, flops: int, tokens: int) -> None:
+        """Add the FLOPs of a fused attention kernel over ``tokens`` tokens, which ``_MetaAttention`` reports."""
         self.flops[self.phase, "attention"] += flops
+        self.attention_lengths.add(tokens)
 
     def _record_allocation(self, tensor: torch.Tensor) -> None:
         """Record the storage of ``tensor`` if it is new."""
@@ -223,48 +268,3 @@ class _AllocationLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
         square = (self._shape.tokens, self._shape.tokens)
         batched = [t for t in (*args, out) if isinstance(t, torch.Tensor) and t.dim() == 3]
         return "attention" if any(tuple(t.shape[-2:]) == square for t in batched) else "matrices"
-
-
-@contextmanager
-def _meta_attention(log: _AllocationLog) -> Iterator[None]:
-    """Replace scaled_dot_product_attention by ``_MetaAttention`` within the context.
-
-    On the meta device the original would materialise T x T scores. A TorchFunctionMode is not enough: it is not active
-    in autograd's backward, where activation checkpointing recomputes.
-    """
-    original = functional.scaled_dot_product_attention
-
-    def meta_attention(query: Any, key: Any, value: Any, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if attn_mask is not None and attn_mask.dtype != query.dtype:  # a boolean mask becomes a bias
-            attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)
-        return _MetaAttention.apply(query, key, value, attn_mask, log)  # type: ignore[no-untyped-call]
-
-    functional.scaled_dot_product_attention = meta_attention
-    try:
-        yield
-    finally:
-        functional.scaled_dot_product_attention = original
-
-
-class _MetaAttention(torch.autograd.Function):
-    """Attention that allocates and counts like the fused kernels (Dao et al., arXiv 2205.14135), without results.
-
-    Forward saves one logsumexp for each token and head instead of the scores; backward recomputes the scores, which
-    makes five products for the two of forward.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, query: Any, key: Any, value: Any, bias: Any, log: _AllocationLog) -> torch.Tensor:
-        batch, heads, length, size = query.shape
-        out: torch.Tensor = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
-        logsumexp = query.new_empty(batch, heads, length, dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, bias, out, logsumexp)
-        ctx.pairs, ctx.log = batch * heads * length * key.shape[-2], log
-        log.count_attention(2 * ctx.pairs * (size + value.shape[-1]))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        query, key, value, *_ = ctx.saved_tensors
-        ctx.log.count_attention(2 * ctx.pairs * (3 * query.shape[-1] + 2 * value.shape[-1]))
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None, None

@@ -39,6 +39,7 @@ from toolkit.split.module_tree import (
     with_hidden,
 )
 from toolkit.split.prefix import Prefix
+from toolkit.split.same_computation import same_computation
 from toolkit.split.supervised_loss import cross_entropy
 from toolkit.split.supervised_rows import RowsBlock, RowsMLP, SupervisedRows, dense_mlp
 
@@ -141,12 +142,17 @@ class Suffix(nn.Module):
     def choose_shortcuts(self, hidden: torch.Tensor | None, batch: Batch) -> Shortcuts:
         """Take from now on, and return, the shortcuts that give the loss of plain logits on ``batch`` up to rounding.
 
-        One short row will do: an MLP that reads other positions too differs there as well.
+        One short row will do: an MLP that reads other positions too differs there as well. On the meta device, where a
+        loss has no value, those are taken that the model's code runs with.
         """
-        tokens = len(batch.targets)
+
+        def mean_loss() -> float:
+            loss = self(hidden, batch)
+            return 0.0 if loss.is_meta else float(loss) / len(batch.targets)
+
         self.shortcuts = exact = Shortcuts()
         with evaluation_mode(self):
-            plain_loss = float(self(hidden, batch)) / tokens
+            plain_loss = mean_loss()
             tolerance = max(10 * torch.finfo(next(self.parameters()).dtype).eps, 1e-5) * max(1.0, plain_loss)
             candidates = self._available
             if not self._norm_leads_to_head(hidden, batch):
@@ -154,25 +160,25 @@ class Suffix(nn.Module):
             for name in (field.name for field in fields(exact) if getattr(candidates, field.name)):
                 self.shortcuts = replace(exact, **{name: True})
                 with contextlib.suppress(*MODEL_CODE_ERRORS):
-                    if abs(float(self(hidden, batch)) / tokens - plain_loss) <= tolerance:
+                    if abs(mean_loss() - plain_loss) <= tolerance:
                         exact = self.shortcuts
         self.shortcuts = exact
         return exact
-
-    def set_shortcuts(self, shortcuts: Shortcuts) -> None:
-        """Take those of ``shortcuts`` that the structure allows; for a meta model, where none can be tried."""
-        self.shortcuts = Shortcuts(
-            *(getattr(shortcuts, field.name) and getattr(self._available, field.name) for field in fields(shortcuts))
-        )
 
     def _norm_leads_to_head(self, hidden: torch.Tensor | None, batch: Batch) -> bool:
         """Return whether the head's input is the final norm of the last block's output, bit for bit.
 
         OPT projects it, MiniCPM 3 scales it; a norm elsewhere can look like the final one (BART's).
         """
+        on_meta = batch.input_ids.is_meta
+        if on_meta and not self._has_last_block:  # no pass of the model's own code ends at a norm, to compare with
+            return True
         try:
-            head_input = hidden_of(*self._run_until(self.anatomy.head, hidden, batch))
-            return torch.equal(head_input, self._apply_norm(self._run_last_block(hidden, batch, None)))
+            return same_computation(
+                lambda: hidden_of(*self._run_until(self.anatomy.head, hidden, batch)),
+                lambda: self._apply_norm(self._run_last_block(hidden, batch, None)),
+                on_meta,
+            )
         except MODEL_CODE_ERRORS:
             return False
 
