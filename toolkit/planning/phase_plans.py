@@ -19,11 +19,7 @@ _MASTER = 4
 def phase_planners(config: RunConfig, meta: MetaModel, workload: Workload, passes: Sequence[float]) -> list[Planner]:
     """Return a planner for each phase of the mask schedule; a single one without a schedule.
 
-    Args:
-        config: the recipe.
-        meta: the meta model.
-        workload: lengths of the rows.
-        passes: passes over the training rows in each phase.
+    ``passes`` are the passes over the training rows in each phase.
 
     Raises:
         MaskError: the mask of a phase is invalid.

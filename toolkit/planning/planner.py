@@ -137,12 +137,7 @@ class Planner:
         return replace(variant, cached=self._decide_caching(variant))
 
     def memory(self, variant: RunVariant) -> Memory:
-        """Return the memory of a variant on one rank.
-
-        Raises:
-            MaskError: the mask is at fault.
-            PlanError: the architecture cannot be traced without data.
-        """
+        """Return the memory of a variant on one rank; raises as ``variant``."""
         trace, frozen = self._trace(variant), self.frozen(variant)
         is_freed = variant.cached and not self.is_phase  # a later phase may train blocks below this frost line
         fill_ratio = FILL_TOKENS / (trace.shape.rows * trace.shape.tokens) if is_freed else None
@@ -153,7 +148,6 @@ class Planner:
         """Return the bytes of the prefix's weights, by place.
 
         Raises:
-            MaskError: the mask is at fault.
             ModelError: the recipe quantises them, and this architecture does not allow it.
         """
         split = self._split(variant)
@@ -163,7 +157,6 @@ class Planner:
         """Return the plan of a variant.
 
         Raises:
-            MaskError: the mask is at fault.
             PlanError: the architecture cannot be traced without data, or not be cut although the recipe quantises or
                 offloads its prefix.
         """

@@ -47,11 +47,8 @@ def workload_of(dataset: Dataset) -> Workload:
 def read_workload(config: RunConfig, positions: int | None) -> Workload:
     """Return the row lengths of the recipe's data if file and tokenizer are local and the file is small, else a bound.
 
-    The bound is rows of ``data.max_length`` tokens, all of them supervised.
-
-    Args:
-        config: the recipe.
-        positions: the model's longest input in tokens; None if unlimited.
+    The bound is rows of ``data.max_length`` tokens, all of them supervised, or of ``positions``, the model's longest
+    input in tokens (None if unlimited).
     """
     reason = _reason_not_to_read(config)
     if reason is None:
