@@ -17,6 +17,13 @@ LAUNCHERS = {
 DS = ("none", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 
 GROUP = [{"select": ["blocks:3"], "learning_rate": 1e-4, "weight_decay": 0.1}, "blocks:5"]
+ADAPTERS = {"lora": {"select": ["last:3"], "rank": 4, "alpha": 12, "dropout": 0.1, "rslora": True, "init": "gaussian"}}
+MAGNITUDES = {
+    "lora": {
+        "select": ["last:2"], "targets": ["q_proj", "mlp.down_proj"], "rank": 2, "dora": True, "learning_rate": 1e-4,
+        "weight_decay": 0.1,
+    }
+}  # fmt: skip
 VALUES: dict[str, dict[str, Any]] = {
     "model.delta": {"none": None, "a run": "DELTA"},
     "model.dtype": {"bfloat16": "bfloat16", "float32": "float32"},
@@ -57,7 +64,8 @@ VALUES: dict[str, dict[str, Any]] = {
     "output.resume": {"auto": "auto", "must": "must"},
     "mask.train": {
         "last blocks and head": ["last:2", "head"], "head": ["head"], "blocks": ["blocks:3,5"], "groups": GROUP,
-        "parts of blocks": ["last:3/mlp"], "all": ["all"],
+        "parts of blocks": ["last:3/mlp"], "all": ["all"], "adapters": [ADAPTERS],
+        "adapters and head": [MAGNITUDES, "head"],
     },
     "mask.freeze": {"nothing": [], "norms": ["last:3/norms", "norm"]},
     "mask.schedule": {
@@ -95,7 +103,7 @@ def _refused(message: str, *cells: tuple[str, tuple[str, ...]]) -> dict[Pair, st
     return {frozenset(combination): message for combination in chosen}
 
 
-HEADS = ("mask.train", ("last blocks and head", "head"))
+HEADS = ("mask.train", ("last blocks and head", "head", "adapters and head"))
 SCHEDULES = ("mask.schedule", ("a step", "an epoch"))
 STORED = ("prefix.precision", ("int8", "nf4"))
 PLACED = ("prefix.placement", ("cpu", "disk") if torch.cuda.is_available() else ("disk",))  # a CPU's host is its device

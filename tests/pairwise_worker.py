@@ -33,6 +33,7 @@ from toolkit.config import flags  # noqa: E402
 from toolkit.config.recipe import dump  # noqa: E402
 from toolkit.config.schema import RunConfig  # noqa: E402
 from toolkit.inference.open_model import open_model  # noqa: E402
+from toolkit.mask.apply import merge_adapters  # noqa: E402
 from toolkit.runtime import distributed, signals  # noqa: E402
 from toolkit.runtime.distributed import World  # noqa: E402
 from toolkit.runtime.errors import UsageError  # noqa: E402
@@ -141,7 +142,10 @@ def use(folder: Path, run: Path, row: dict[str, str]) -> None:
     require(bool(answer), "no answer")
     target = run / "export"
     command("export", run, "--output", target, *trusted)
-    ours = open_model(str(run), None, None, bool(trusted)).loaded.model.eval()
+    opened = open_model(str(run), None, None, bool(trusted))
+    assert opened.delta is not None
+    ours = opened.loaded.model.eval()
+    merge_adapters(ours, opened.delta.tensors)
     attention = ours.config._attn_implementation
     theirs = AutoModelForCausalLM.from_pretrained(target, dtype=ours.dtype, attn_implementation=attention).eval()
     ids = torch.arange(5, 45)[None]

@@ -81,8 +81,8 @@ def test_a_bare_key_is_led_to_its_section() -> None:
         ("model", "did you mean model.name_or_path?"),
         ("mask.train.0.wd", "did you mean mask.train.0.weight_decay?"),
         ("train.warmup_steps", "warmup is a share of all steps: train.warmup_ratio"),
-        ("lora_r", "adapters (LoRA and its kin) are not in this version: mask.train trains whole tensors"),
-        ("lora.r", "adapters (LoRA and its kin) are not in this version: mask.train trains whole tensors"),
+        ("lora_r", "adapters are an entry of mask.train: {lora: {select: last:8, rank: 16}} (docs/adapters.md)"),
+        ("lora.r", "adapters are an entry of mask.train: {lora: {select: last:8, rank: 16}} (docs/adapters.md)"),
         ("train.nonsense", ""),
     ],
 )

@@ -7,7 +7,7 @@ A delta is a directory with ``trained.safetensors`` (float32 masters unless expo
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -94,7 +94,7 @@ def read_delta(directory: Path) -> Delta:
 
 def mask_difference(saved: LayerMask, own: LayerMask) -> str | None:
     """Return how a checkpoint's mask differs from this run's; None if they are equal."""
-    if asdict(saved) == asdict(own):
+    if saved == own:
         return None
     only_saved = [name for name in saved.names if name not in own.names]
     only_own = [name for name in own.names if name not in saved.names]

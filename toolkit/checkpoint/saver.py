@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -236,7 +236,7 @@ def _files_of_rank(content: CheckpointContent, world: World) -> _RankFiles:
     if world.is_main:
         documents |= {
             STATE_FILE: content.state.model_dump(),
-            MASK_FILE: asdict(content.mask),
+            MASK_FILE: content.mask.as_dict(),
             BASE_FILE: base_as_dict(content.base),
         }
     shard = optimizer_shards.shard_name(world.rank, world.size, "safetensors")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 
 class Section(BaseModel):
@@ -29,7 +29,7 @@ def _as_phase_list(value: Any) -> Any:
 def _as_selector_list(value: Any) -> Any:
     """Wrap a single selector or group in a list, and reject numbers, which come from an unquoted comma."""
     value = [value] if isinstance(value, (str, dict)) else value
-    allowed = (str, dict, MaskGroup)
+    allowed = (str, dict, Section)
     if isinstance(value, list) and (other := [item for item in value if not isinstance(item, allowed)]):
         raise ValueError(f"{other[0]!r} is not a selector; quote one that holds a comma, as in 'blocks:10-13,28'")
     return value
@@ -47,11 +47,79 @@ class MaskGroup(Section):
     weight_decay: Annotated[float, Field(ge=0)] | None = None
     """Weight decay of every tensor of the group; none takes train.weight_decay, and 0 for biases and norms."""
 
+    def __str__(self) -> str:
+        """Return the selectors, for lists of runs."""
+        return "+".join(self.select)
+
+
+LoraInit = Literal["kaiming", "gaussian"]
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (LoRA, arXiv 2106.09685) beside frozen linear layers."""
+
+    select: Annotated[list[str], BeforeValidator(_as_selector_list), Field(min_length=1)]
+    """Selectors of blocks; the linear layers among what they select get an adapter."""
+
+    targets: Annotated[list[str], BeforeValidator(_as_selector_list), Field(min_length=1)] | None = None
+    """Ends of the names of the layers to adapt, such as q_proj or mlp.down_proj; none adapts every linear layer."""
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    """Rank of the update."""
+
+    alpha: Annotated[int, Field(ge=1)] | None = None
+    """The update is scaled by alpha / rank, with rslora by alpha / sqrt(rank); none takes twice the rank."""
+
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout of the adapters' input; the frozen prefix stays exact, because all adapters stand above it."""
+
+    rslora: bool = False
+    """Scale by the square root of the rank (rank-stabilised LoRA, arXiv 2312.03732)."""
+
+    dora: bool = False
+    """Train the magnitude of each output apart from its direction (DoRA, arXiv 2402.09353)."""
+
+    init: LoraInit = "kaiming"
+    """Random start of A; B starts at zero, so that training starts from the base model. Starts that change the base's
+    weights (PiSSA, OLoRA) are left out, because frozen weights stay as they are."""
+
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate of the adapters; none takes train.learning_rate."""
+
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Weight decay of the adapters; none takes train.weight_decay, and 0 for DoRA's magnitudes."""
+
+
+class LoraEntry(Section):
+    """Adapters as an entry of mask.train."""
+
+    lora: LoraConfig
+
+    def __str__(self) -> str:
+        """Return kind, rank and selectors, for lists of runs."""
+        return f"{'dora' if self.lora.dora else 'lora'}{self.lora.rank} {'+'.join(self.lora.select)}"
+
+
+def _kind_of_entry(value: Any) -> str:
+    """Return which of the union of mask.train's entries a value is, so that its faults are those of that one alone."""
+    if isinstance(value, (LoraEntry, dict)) and (isinstance(value, LoraEntry) or "lora" in value):
+        return LoraEntry.__name__
+    return MaskGroup.__name__ if isinstance(value, (MaskGroup, dict)) else "str"
+
+
+MaskEntry = Annotated[
+    Annotated[str, Tag("str")]
+    | Annotated[MaskGroup, Tag(MaskGroup.__name__)]
+    | Annotated[LoraEntry, Tag(LoraEntry.__name__)],
+    Discriminator(_kind_of_entry),
+]
+"""An entry of mask.train: a selector, a group of selectors with settings, or adapters."""
+
 
 class MaskPhase(Section):
     """A mask that holds at first, and until when."""
 
-    train: Annotated[list[str | MaskGroup], BeforeValidator(_as_selector_list), Field(min_length=1)]
+    train: Annotated[list[MaskEntry], BeforeValidator(_as_selector_list), Field(min_length=1)]
     """What trains in this phase; as mask.train."""
 
     freeze: Annotated[list[str], BeforeValidator(_as_selector_list)] = []
@@ -83,11 +151,12 @@ class MaskPhase(Section):
 class MaskConfig(Section):
     """Which tensors train; everything else is frozen."""
 
-    train: Annotated[list[str | MaskGroup], BeforeValidator(_as_selector_list), Field(min_length=1)] = [
+    train: Annotated[list[MaskEntry], BeforeValidator(_as_selector_list), Field(min_length=1)] = [
         "last:4",
         "head",
     ]
-    """What trains: selectors such as last:N, blocks:LIST, head, glob:PATTERN (docs/layer-mask.md), or groups."""
+    """What trains: selectors such as last:N, blocks:LIST, head, glob:PATTERN (docs/layer-mask.md), groups, or adapters
+    (docs/adapters.md)."""
 
     freeze: Annotated[list[str], BeforeValidator(_as_selector_list)] = []
     """Selectors of what stays frozen though mask.train selects it."""

@@ -57,8 +57,22 @@ _NAMES_BY_KEY: Mapping[str, tuple[str, ...]] = {
 EQUIVALENT_KEYS: Mapping[str, str] = {name: key for key, names in _NAMES_BY_KEY.items() for name in names}
 """Key of ours by a name that others give it."""
 
+_NAMES_BY_LORA_KEY: Mapping[str, tuple[str, ...]] = {
+    "select": ("layers", "layers_to_transform"),
+    "targets": ("lora_target", "lora_target_modules", "target_modules"),
+    "rank": ("r", "lora_r", "lora_rank"),
+    "alpha": ("lora_alpha",),
+    "dropout": ("lora_dropout",),
+    "rslora": ("use_rslora",),
+    "dora": ("use_dora",),
+    "init": ("init_lora_weights",),
+}
+
+LORA_KEYS: Mapping[str, str] = {name: key for key, names in _NAMES_BY_LORA_KEY.items() for name in names}
+"""Key of ``mask.train``'s ``lora`` entries by a name that peft and other trainers give it."""
+
 _NAMES_BY_ANSWER: Mapping[str, tuple[str, ...]] = {
-    "adapters (LoRA and its kin) are not in this version: mask.train trains whole tensors": (
+    "adapters are an entry of mask.train: {lora: {select: last:8, rank: 16}} (docs/adapters.md)": (
         "adapter", "finetuning_type", "lora", "lora_r", "lora_rank", "lora_alpha", "lora_dropout", "lora_target",
         "lora_target_modules", "lora_target_linear", "lora_modules_to_save", "lora_attn_modules", "lora_model_dir",
         "target_modules", "use_peft", "use_dora", "use_rslora", "peft_config", "adapter_name_or_path",

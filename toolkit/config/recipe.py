@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from toolkit.config import peer_keys
-from toolkit.config.mask_schema import MaskGroup, MaskPhase, Section
+from toolkit.config.mask_schema import LoraConfig, LoraEntry, MaskGroup, MaskPhase, Section
 from toolkit.config.schema import RunConfig
 from toolkit.runtime.errors import ConfigError
 from toolkit.runtime.redact import find_secrets
@@ -133,7 +133,7 @@ def build_config(values: Mapping[str, Any], source: str, faults: Iterable[str] =
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        all_faults += [_describe_fault(fault) for fault in error.errors() if not _is_duplicate(fault)]
+        all_faults += [_describe_fault(fault) for fault in error.errors()]
     if all_faults or config is None:
         raise ConfigError(list(dict.fromkeys(all_faults)), source)
     return config
@@ -141,27 +141,33 @@ def build_config(values: Mapping[str, Any], source: str, faults: Iterable[str] =
 
 def _describe_fault(fault: Any) -> str:
     """Turn a pydantic error (an item of ``ValidationError.errors()``) into one line of the message."""
-    union_branches = ("function-", "float", "str", "constrained", MaskGroup.__name__)
+    union_branches = ("function-", "float", "str", "constrained", MaskGroup.__name__, LoraEntry.__name__)
     parts = [str(part) for part in fault["loc"] if not str(part).startswith(union_branches)]
     where = ".".join(parts)
     if fault["type"] == "extra_forbidden":
         valid = list(field_paths())
-        for section in (MaskPhase, MaskGroup):  # a recipe may hold several, so their keys are not in field_paths()
-            if section.__name__ in fault["loc"] or (section is MaskPhase and parts[:2] == ["mask", "schedule"]):
+        # a recipe may hold several of these sections, so their keys are not in field_paths()
+        sections: dict[str, type[Section]] = {
+            "schedule": MaskPhase,
+            MaskGroup.__name__: MaskGroup,
+            LoraEntry.__name__: LoraEntry,
+            "lora": LoraConfig,
+        }
+        for part, section in sections.items():
+            if part in fault["loc"]:
                 valid = [".".join([*parts[:-1], key]) for key in section.model_fields]
+        if "lora" in fault["loc"] and parts[-1] in peer_keys.LORA_KEYS:
+            return f"{where}: unknown key (did you mean {'.'.join([*parts[:-1], peer_keys.LORA_KEYS[parts[-1]]])}?)"
         return f"{where}: unknown key{did_you_mean(where, valid)}"
     if fault["type"] == "model_type" and where in RunConfig.model_fields:
         first = next(path for path in field_paths() if path.startswith(f"{where}."))
         return f"{where} is {_SHORT_REPR.repr(fault['input'])}; expected keys under it, such as {first}"
+    if fault["type"] == "missing":
+        return f"{where} is missing"
     message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if fault["type"] == "value_error":
         return f"{where}: {message}"
     return f"{where} is {_SHORT_REPR.repr(fault['input'])}; expected {message}"
-
-
-def _is_duplicate(fault: Any) -> bool:
-    """Return True for the error of a ``mask.train`` group read as a string; the error as a group is reported too."""
-    return fault["loc"][0] == "mask" and fault["loc"][-1] == "str" and isinstance(fault["input"], dict)
 
 
 def dump(config: RunConfig) -> str:

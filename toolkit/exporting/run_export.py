@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from toolkit.checkpoint.choice import ChosenCheckpoint, Step
 from toolkit.checkpoint.delta import Delta, save_delta
 from toolkit.config.recipe import dump
-from toolkit.inference.open_model import open_model, read_run
-from toolkit.mask.apply import trainable_parameters
+from toolkit.inference.open_model import cast_weights, open_model, read_run
+from toolkit.mask.apply import merge_adapters, parameters_by_name, round_to_nearest
 from toolkit.mask.audit import audit_markdown
 from toolkit.models.load import Dtype
 from toolkit.models.weight_files import Comparison, join_names
@@ -40,16 +40,15 @@ def export_model(
     Trained tensors come from the fp32 masters; an untied head is saved as its own tensor, with
     ``tie_word_embeddings: false``. See ``toolkit.export`` for arguments and errors.
     """
-    _check_paths(run, target)
-    opened = open_model(str(run), step, base, trust_remote_code, dtype)
+    check_paths(run, target)
+    opened = open_model(str(run), step, base, trust_remote_code)
     delta, choice = opened.delta, opened.choice
     assert delta is not None  # the source is a run
     assert choice is not None
-    if rounding == "stochastic":
-        _round_stochastically(opened.loaded.model, delta)
+    _write_masters(opened.loaded.model, delta, dtype, rounding)
     opened.loaded.model.config.use_cache = True
     audit = audit_markdown(delta.mask, opened.loaded.anatomy)
-    with _staging_directory(target) as staging:
+    with staging_directory(target) as staging:
         comparison = opened.loaded.save(staging, opened.encoder.stop_ids())
         card = _model_card(choice, delta, audit, dump(opened.config), comparison)
         (staging / "README.md").write_text(card, encoding="utf-8")
@@ -57,34 +56,48 @@ def export_model(
 
 def export_delta(run: Path, target: Path, dtype: Dtype = "float32", step: Step | None = None) -> None:
     """Write the trained tensors alone, with the mask, and name and hash of the base model; see ``toolkit.export``."""
-    _check_paths(run, target)
+    check_paths(run, target)
     _, delta = read_run(run, step)
     tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in delta.tensors.items()}
-    with _staging_directory(target) as staging:
+    with staging_directory(target) as staging:
         save_delta(Delta(tensors, delta.mask, delta.base), staging)
 
 
-def _round_stochastically(model: PreTrainedModel, delta: Delta) -> None:
-    """Overwrite the model's bfloat16 weights with the masters of ``delta``, rounded stochastically by a fixed seed.
+@torch.no_grad()
+def _write_masters(model: PreTrainedModel, delta: Delta, dtype: Dtype | None, rounding: Rounding) -> None:
+    """Cast the model to ``dtype``, with the masters of ``delta`` and its merged adapters rounded to that only once.
 
-    Each goes up or down with probabilities that preserve it on average, so that small updates survive in some weights.
+    Stochastic rounding goes up or down, by a fixed seed, with probabilities that preserve the value on average, so that
+    small updates survive in some weights.
 
     Raises:
-        UsageError: the model is not bfloat16.
+        UsageError: ``rounding`` is stochastic, and the model is not to be bfloat16.
     """
-    if model.dtype != torch.bfloat16:
-        raise UsageError(
-            f"--rounding stochastic rounds to bfloat16, and this export is {str(model.dtype).removeprefix('torch.')}; "
-            "add --dtype bfloat16, or leave out --rounding"
-        )
-    parameters, generator = trainable_parameters(model, delta.mask), torch.Generator().manual_seed(0)
-    for name, master in sorted(delta.tensors.items()):
-        if parameters[name].dtype == torch.bfloat16:  # some models keep a few weights in float32
-            noise = torch.randint(1 << 16, master.shape, generator=generator, dtype=torch.int32)
-            stochastic_round(master.float().clone(), noise, parameters[name].detach())
+    target: torch.dtype = getattr(torch, dtype) if dtype is not None else model.dtype
+    round_into, generator = round_to_nearest, torch.Generator().manual_seed(0)
+    if rounding == "stochastic":
+        if target != torch.bfloat16:
+            raise UsageError(
+                f"--rounding stochastic rounds to bfloat16, and this export is {str(target).removeprefix('torch.')}; "
+                "add --dtype bfloat16, or leave out --rounding"
+            )
+
+        def round_into(exact: torch.Tensor, out: torch.Tensor) -> None:
+            if out.dtype != torch.bfloat16:  # some models keep a few weights in float32
+                round_to_nearest(exact, out)
+            else:
+                noise = torch.randint(1 << 16, exact.shape, generator=generator, dtype=torch.int32)
+                stochastic_round(exact.float().clone(), noise, out)
+
+    merge_adapters(model, delta.tensors, target, round_into)
+    cast_weights(model, target)
+    merged = {f"{module}.weight" for adapter in delta.mask.adapters for module in adapter.modules}
+    for name, parameter in sorted(parameters_by_name(model).items()):
+        if name in delta.tensors and name not in merged:
+            round_into(delta.tensors[name], parameter.detach())
 
 
-def _check_paths(run: Path, target: Path) -> None:
+def check_paths(run: Path, target: Path) -> None:
     """Raise CheckpointError if ``run`` is no run directory or ``target`` is not empty; create its parent."""
     if not (run / "config.yaml").is_file():
         raise CheckpointError(f"{run} is not a run directory (no config.yaml); expected one such as runs/quickstart")
@@ -94,7 +107,7 @@ def _check_paths(run: Path, target: Path) -> None:
 
 
 @contextmanager
-def _staging_directory(target: Path) -> Iterator[Path]:
+def staging_directory(target: Path) -> Iterator[Path]:
     """Yield a path at which the body creates a directory; it becomes ``target``, or is removed if the body fails.
 
     Raises:

@@ -18,7 +18,9 @@ from toolkit.config.recipe import build_config, read_recipe
 from toolkit.config.schema import ModelConfig, RunConfig
 from toolkit.data.chat_rendering import Rendering, read_rendering
 from toolkit.data.examples import Encoder
-from toolkit.mask.apply import apply_mask, trainable_parameters
+from toolkit.inference.peft_adapter import apply_peft_adapter, is_peft_adapter
+from toolkit.mask.adapters import adapted_weight
+from toolkit.mask.apply import apply_mask, merge_adapters, trainable_parameters
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.models.load import Dtype, LoadedModel, fingerprint, load, stored_dtype
@@ -91,7 +93,7 @@ def open_model(
     dtype = dtype or stored_dtype(source)
     model = ModelConfig(name_or_path=source, dtype="bfloat16" if dtype == "bfloat16" else "float32")
     loaded = load_base(model)
-    _cast_weights(loaded.model, dtype)
+    cast_weights(loaded.model, getattr(torch, dtype))
     return OpenedModel(loaded, RunConfig(model=model), None, None, None)
 
 
@@ -159,10 +161,17 @@ def load_base(
     """
     if config.delta is None:
         return load(config, tokenizer, anatomy, blocks_on_disk)
+    if is_peft_adapter(Path(config.delta)):
+        loaded = load(config, tokenizer)
+        apply_peft_adapter(loaded, Path(config.delta))
+        return replace(loaded, anatomy=detect_anatomy(loaded.model))
     delta = read_trained(Path(config.delta))
     base_config = config.model_copy(update={"delta": delta.base.config.delta})  # which may itself be a delta
     loaded = load_base(base_config, tokenizer, anatomy, blocks_on_disk)
     _apply_delta(loaded, delta, config)
+    if delta.mask.adapters:
+        log.info("model.delta: its adapters are merged into their layers, rounded to %s", config.dtype)
+        merge_adapters(loaded.model, delta.tensors)
     return replace(loaded, anatomy=detect_anatomy(loaded.model))  # the delta may have untied its head
 
 
@@ -174,25 +183,25 @@ def _apply_delta(loaded: LoadedModel, delta: Delta, config: ModelConfig, dtype: 
             f"these tensors were trained on other weights than {config.name_or_path} holds now as "
             f"{config.dtype} (SHA-256 differs); name the original model and its model.dtype"
         )
-    if absent := [name for name in delta.tensors if name in loaded.on_disk]:
+    if absent := [name for name in delta.tensors if adapted_weight(name) in loaded.on_disk]:
         raise CheckpointError(
             f"model.delta trained {absent[0]}, which prefix.placement: disk leaves on disk; choose another "
             "prefix.placement, or export the trained model and start from that"
         )
     if dtype is not None:
-        _cast_weights(loaded.model, dtype)
+        cast_weights(loaded.model, getattr(torch, dtype))
     apply_mask(loaded.model, delta.mask, loaded.anatomy)
     parameters = trainable_parameters(loaded.model, delta.mask)
     for name, tensor in delta.tensors.items():
         parameters[name].copy_(tensor)
 
 
-def _cast_weights(model: PreTrainedModel, dtype: Dtype) -> None:
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Cast the weights that have the model's dtype; buffers (rotary frequencies) and weights kept in float32 stay."""
     stored_as = model.dtype
     for parameter in model.parameters():
         if parameter.dtype == stored_as:
-            parameter.data = parameter.data.to(getattr(torch, dtype))
+            parameter.data = parameter.data.to(dtype)
 
 
 def _refuse_inside_run(path: Path) -> None:

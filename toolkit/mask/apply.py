@@ -1,13 +1,17 @@
-"""Apply a mask to a model: untie the head if the mask does, and set ``requires_grad``."""
+"""Apply a mask to a model: untie the head and add adapters if the mask does, and set ``requires_grad``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from toolkit.mask.adapters import Adapter
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.models.anatomy import Anatomy
 
@@ -28,18 +32,101 @@ def untie_head(model: PreTrainedModel, anatomy: Anatomy) -> None:
     model._tied_weights_keys = None
 
 
-def apply_mask(model: PreTrainedModel, mask: LayerMask, anatomy: Anatomy) -> None:
-    """Set ``requires_grad`` on exactly the mask's tensors, after untying the head if the mask does."""
+def apply_mask(model: PreTrainedModel, mask: LayerMask, anatomy: Anatomy, seed: int = 0) -> None:
+    """Set ``requires_grad`` on exactly the mask's tensors, after untying the head and adding adapters if the mask does.
+
+    Args:
+        model: model to change in place.
+        mask: mask to apply.
+        anatomy: parts of ``model``, found before any mask was applied.
+        seed: seed of new adapters' random start.
+    """
     if mask.tied == "untie":
         untie_head(model, anatomy)
+    add_adapters(model, mask.adapters, seed)
     model.requires_grad_(False)
     for parameter in trainable_parameters(model, mask).values():
         parameter.requires_grad_(True)
 
 
+def add_adapters(model: PreTrainedModel, adapters: Sequence[Adapter], seed: int) -> None:
+    """Put peft's low-rank adapters beside those of the layers that have none yet, in the layers' precision.
+
+    Names of the layers' own tensors get ``base_layer`` in them, which ``parameters_by_name`` takes out again.
+    """
+    for adapter in adapters:
+        present = dict(model.named_modules())
+        new = [module for module in adapter.modules if f"{module}.base_layer" not in present]
+        if not new:
+            continue
+        from peft import LoraConfig, inject_adapter_in_model  # takes seconds to import
+
+        config = LoraConfig(
+            r=adapter.rank, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout, use_rslora=adapter.rslora,
+            use_dora=adapter.dora, init_lora_weights=True if adapter.init == "kaiming" else adapter.init,
+            target_modules=new, fan_in_fan_out=isinstance(present[new[0]], Conv1D),
+        )  # fmt: skip
+        was_training = model.training
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            inject_adapter_in_model(config, model)
+        model.train(was_training)
+        del model.peft_config  # peft's record of a model that it saves itself
+
+
+Rounding = Callable[[torch.Tensor, torch.Tensor], object]
+"""Copies a float32 tensor into one of another precision."""
+
+
+def round_to_nearest(exact: torch.Tensor, out: torch.Tensor) -> None:
+    """Copy ``exact`` into ``out``, rounded to the nearest value of its precision."""
+    out.copy_(exact)
+
+
+@torch.no_grad()
+def merge_adapters(
+    model: PreTrainedModel, masters: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None,
+    rounding: Rounding = round_to_nearest,
+) -> None:  # fmt: skip
+    """Add the adapters' updates to their layers' weights, and take the adapters out.
+
+    The sum is computed in float32, from the masters and the weights as they are stored, and rounded once.
+
+    Args:
+        model: model with adapters, changed in place.
+        masters: float32 values of trained tensors by name; an adapter without them keeps its rounded ones.
+        dtype: precision of merged weights that have the model's; None keeps it.
+        rounding: rounds a sum.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    stored_as = model.dtype
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, LoraLayer):
+            continue
+        exact: Any = copy.deepcopy(layer)
+        exact.float()
+        for inner, parameter in parameters_by_name(exact).items():
+            if f"{name}.{inner}" in masters:
+                parameter.copy_(masters[f"{name}.{inner}"])
+        exact.merge()
+        plain: Any = layer.get_base_layer()
+        own = plain.weight.dtype
+        merged = torch.empty_like(plain.weight, dtype=dtype if dtype is not None and own == stored_as else own)
+        rounding(exact.get_base_layer().weight, merged)
+        plain.weight = nn.Parameter(merged, requires_grad=False)
+        model.set_submodule(name, plain)
+
+
+def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return all parameters by the names that they have without adapters beside them; a tied one under each name."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {name.replace("base_layer.", ""): parameter for name, parameter in named}
+
+
 def replace_parameters(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     """Replace parameters by new frozen ones that hold ``tensors``; a tied one is replaced under all of its names."""
-    old = dict(model.named_parameters(remove_duplicate=False))
+    old = parameters_by_name(model)
     new = {id(old[name]): nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
     for module in model.modules():
         for key, parameter in module._parameters.items():
@@ -49,5 +136,5 @@ def replace_parameters(model: nn.Module, tensors: Mapping[str, torch.Tensor]) ->
 
 def trainable_parameters(model: nn.Module, mask: LayerMask) -> dict[str, nn.Parameter]:
     """Return the mask's parameters by name, in the mask's order; ``model`` may also be a suffix of it."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = parameters_by_name(model)
     return {name: parameters[name] for name in mask.names}

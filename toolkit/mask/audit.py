@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
+from toolkit.mask.adapters import adapted_weight
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.models.anatomy import Anatomy, TensorInfo
 
@@ -35,12 +36,20 @@ def audit(mask: LayerMask, anatomy: Anatomy) -> list[AuditRow]:
     """Return the rows of the table from input to head; a tied tensor is counted once, in its first part."""
     names = set(mask.names)
     tied = anatomy.tied_head
+    adapters: dict[str, list[int]] = {}  # sizes of the adapters' tensors beside each weight
+    for tensor in mask.trainable:
+        if tensor.name not in anatomy.by_name:
+            adapters.setdefault(adapted_weight(tensor.name), []).append(tensor.parameters)
     rows = []
     for part, tensors in _tensors_by_part(anatomy):
         counted = [t for t in tensors if t.alias_of is None or (mask.tied == "untie" and t == tied)]
         note = _tied_note(mask, tied) if tied is not None and tied in tensors else ""
-        trained = sum(t.parameters for t in counted if t.name in names)
-        rows.append(AuditRow(part, len(counted), sum(t.parameters for t in counted), trained, note))
+        beside = [size for t in counted for size in adapters.get(t.name, ())]
+        if beside:
+            note = f"{sum(beside):,} in adapters"
+        trained = sum(t.parameters for t in counted if t.name in names) + sum(beside)
+        parameters = sum(t.parameters for t in counted) + sum(beside)
+        rows.append(AuditRow(part, len(counted) + len(beside), parameters, trained, note))
     return list(_merge_blocks(rows))
 
 
@@ -111,12 +120,13 @@ def _merge_blocks(rows: list[AuditRow]) -> Iterator[AuditRow]:
     """Merge neighbouring blocks in the same state into one row."""
 
     def key(row: AuditRow) -> tuple[object, ...]:
-        return ("block", row.state) if row.part.startswith("block ") else (row.part,)
+        return ("block", row.state, row.note) if row.part.startswith("block ") else (row.part,)
 
     for _, group in groupby(rows, key):
         first, *others = group
         if others:
             last = others[-1].part.removeprefix("block ")
-            yield _sum_rows(f"blocks {first.part.removeprefix('block ')}–{last}", [first, *others])
+            note = f"{first.note} each" if first.note else ""
+            yield replace(_sum_rows(f"blocks {first.part.removeprefix('block ')}–{last}", [first, *others]), note=note)
         else:
             yield first

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from toolkit.config.mask_schema import MaskConfig, MaskGroup
+from toolkit.config.mask_schema import LoraEntry, MaskConfig, MaskGroup
+from toolkit.mask.adapters import Adapter, adapted_weight, adapter_of, select_layers
 from toolkit.mask.selectors import resolve
 from toolkit.models.anatomy import Anatomy
 from toolkit.runtime.errors import MaskError
@@ -59,6 +61,8 @@ class LayerMask:
     shared tensor, ``head_only`` trains it through the head alone; ``no`` if the mask does not select it."""
     groups: tuple[ParameterGroup, ...]
     """Disjoint groups that together hold all trainable tensors."""
+    adapters: tuple[Adapter, ...] = ()
+    """Low-rank adapters, whose tensors are among ``trainable``."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -77,16 +81,24 @@ class LayerMask:
 
     def save(self, path: Path) -> None:
         """Write the mask as JSON."""
-        replace_text(path, json.dumps(asdict(self), indent=1))
+        replace_text(path, json.dumps(self.as_dict(), indent=1))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the mask as JSON values; without adapters, they are those of versions that knew none."""
+        values = asdict(self)
+        if not self.adapters:
+            del values["adapters"]
+        return values
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> LayerMask:
-        """Restore a mask from its ``dataclasses.asdict``."""
+        """Restore a mask from its ``as_dict``."""
         trainable = tuple(
             TrainableTensor(tensor["name"], tuple(tensor["shape"]), tensor["dtype"]) for tensor in values["trainable"]
         )
         groups = tuple(ParameterGroup(**{**group, "names": tuple(group["names"])}) for group in values["groups"])
-        return LayerMask(trainable, values["boundary"], values["block_count"], values["tied"], groups)
+        adapters = tuple(map(Adapter.from_dict, values.get("adapters", ())))
+        return LayerMask(trainable, values["boundary"], values["block_count"], values["tied"], groups, adapters)
 
 
 def build_mask(config: MaskConfig, anatomy: Anatomy) -> LayerMask:
@@ -104,8 +116,10 @@ def build_mask(config: MaskConfig, anatomy: Anatomy) -> LayerMask:
         for item in config.train
         if isinstance(item, MaskGroup)
     ]
+    entries = [item.lora for item in config.train if isinstance(item, LoraEntry)]
+    layers = [select_layers(entry, frozen, anatomy) for entry in entries]
     all_names = frozenset(name for group in selected for name in group.names) - frozen
-    if not all_names:
+    if not all_names and not entries:
         raise MaskError(
             "the mask leaves nothing to train: mask.freeze takes away all that mask.train selects, or it is integer "
             "tables, which have no gradient"
@@ -116,11 +130,37 @@ def build_mask(config: MaskConfig, anatomy: Anatomy) -> LayerMask:
     for group in selected:
         canonical = _resolve_aliases(all_names & set(group.names), tied, anatomy)
         groups.append(replace(group, names=tuple(t.name for t in anatomy.tensors if t.name in canonical)))
+    adapters = tuple(adapter_of(entry, adapted) for entry, adapted in zip(entries, layers, strict=True))
+    low_rank: dict[str, list[TrainableTensor]] = {}
+    for entry, adapter, adapted in zip(entries, adapters, layers, strict=True):
+        beside = {t.name: [TrainableTensor(*made, t.dtype) for made in adapter.tensors(t)] for t in adapted}
+        _refuse_adapted_twice(beside, low_rank, all_names)
+        low_rank |= beside
+        names = tuple(tensor.name for tensors in beside.values() for tensor in tensors)
+        groups.append(ParameterGroup(names, entry.learning_rate, entry.weight_decay))
     _refuse_overlap(groups)
     trained = {name for group in groups for name in group.names}
-    trainable = tuple(TrainableTensor(t.name, t.shape, t.dtype) for t in anatomy.tensors if t.name in trained)
-    boundary = _lowest_trained_block(trained, tied, anatomy)
-    return LayerMask(trainable, boundary, anatomy.block_count, tied, tuple(g for g in groups if g.names))
+    trainable: list[TrainableTensor] = []
+    for t in anatomy.tensors:
+        trainable += [TrainableTensor(t.name, t.shape, t.dtype)] if t.name in trained else low_rank.get(t.name, [])
+    boundary = _lowest_trained_block({adapted_weight(name) for name in trained}, tied, anatomy)
+    return LayerMask(
+        tuple(trainable), boundary, anatomy.block_count, tied, tuple(g for g in groups if g.names), adapters
+    )
+
+
+def _refuse_adapted_twice(entry: Mapping[str, Any], others: Mapping[str, Any], whole: frozenset[str]) -> None:
+    """Raise MaskError if a layer of a ``lora`` entry is in another one, or trains whole as well."""
+    if both := [name for name in entry if name in others]:
+        raise MaskError(
+            f"two lora entries of mask.train adapt {both[0]} and {len(both) - 1} more layers; expected one adapter a "
+            "layer: let their select or targets not overlap"
+        )
+    if both := [name for name in entry if name in whole]:
+        raise MaskError(
+            f"mask.train trains {both[0]} and {len(both) - 1} more layers whole and through an adapter; expected one "
+            "of the two: take them out of the selectors, or out of lora.select"
+        )
 
 
 def _refuse_overlap(groups: list[ParameterGroup]) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from toolkit.config.schema import MaskConfig
+from toolkit.mask.adapters import adapted_weight, union_of_adapters
 from toolkit.mask.layer_mask import LayerMask, ParameterGroup, build_mask
 from toolkit.models.anatomy import Anatomy
 from toolkit.runtime.errors import ConfigError, MaskError
@@ -59,12 +60,14 @@ class Schedule:
     @property
     def sha256(self) -> str:
         """SHA-256 of every phase's start and mask; equal for runs with the same schedule."""
-        content = [(phase.start, asdict(phase.mask)) for phase in self.phases]
+        content = [(phase.start, phase.mask.as_dict()) for phase in self.phases]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def as_list(self) -> list[dict[str, object]]:
         """Return the phases as JSON values: first and last step, counted from 1, and the mask."""
-        return [{"first_step": phase.start + 1, "last_step": phase.end, **asdict(phase.mask)} for phase in self.phases]
+        return [
+            {"first_step": phase.start + 1, "last_step": phase.end, **phase.mask.as_dict()} for phase in self.phases
+        ]
 
 
 def phase_key(config: MaskConfig, index: int) -> str:
@@ -154,8 +157,10 @@ def phase_ends(config: MaskConfig, steps_per_epoch: int, total_steps: int) -> li
 def _union_of_masks(masks: Sequence[LayerMask], anatomy: Anatomy) -> LayerMask:
     """Return a mask of all tensors that any of ``masks`` trains, in one group."""
     by_name = {tensor.name: tensor for mask in masks for tensor in mask.trainable}
-    trainable = tuple(by_name[tensor.name] for tensor in anatomy.tensors if tensor.name in by_name)
+    order = {tensor.name: index for index, tensor in enumerate(anatomy.tensors)}
+    trainable = tuple(sorted(by_name.values(), key=lambda tensor: order[adapted_weight(tensor.name)]))
     tied = next((mask.tied for mask in masks if mask.tied != "no"), masks[0].tied)
     names = tuple(tensor.name for tensor in trainable)
     boundary = min(mask.boundary for mask in masks)
-    return LayerMask(trainable, boundary, masks[0].block_count, tied, (ParameterGroup(names),))
+    adapters = union_of_adapters(adapter for mask in masks for adapter in mask.adapters)
+    return LayerMask(trainable, boundary, masks[0].block_count, tied, (ParameterGroup(names),), adapters)

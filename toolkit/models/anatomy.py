@@ -23,6 +23,8 @@ class TensorInfo:
     """Index of the block it belongs to, counted from the input; None outside the blocks."""
     component: Component | None = None
     """Part of the block that it belongs to; None outside the blocks, and for anything that is none of the three."""
+    linear: tuple[int, int] | None = None
+    """Input and output features of the linear layer whose weight this is; None for any other tensor."""
     alias_of: str | None = None
     """Canonical name of the tensor if its weight is tied and ``name`` is another name of it; else None."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from toolkit.models.anatomy import Anatomy, Component, Part, TensorInfo
 from toolkit.models.probe import probe_blocks
@@ -104,10 +105,20 @@ def _describe_tensors(model: nn.Module, blocks: str, parts: list[tuple[str, Part
             part=part_of[name],
             block=block_of.get(name),
             component=_component_of(model, blocks, block_of[name], name) if name in block_of else None,
+            linear=_linear_features(model, name),
             alias_of=None if canonical[parameter] == name else canonical[parameter],
         )
         for name, parameter in named
     )
+
+
+def _linear_features(model: nn.Module, name: str) -> tuple[int, int] | None:
+    """Return input and output features if ``name`` is the weight of a linear layer (GPT-2's Conv1D is one)."""
+    module, _, leaf = name.rpartition(".")
+    layer = model.get_submodule(module)
+    if leaf != "weight" or not isinstance(layer, (nn.Linear, Conv1D)):
+        return None
+    return (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
 
 
 def _component_of(model: nn.Module, blocks: str, block: int, name: str) -> Component | None:

@@ -64,6 +64,11 @@ def llama_name(name: str) -> str:
     return _rename(name, _EXAONE_TO_LLAMA)
 
 
+def exaone_name(name: str) -> str:
+    """Return the name that a tensor of the equivalent Llama has in an EXAONE 3.x checkpoint."""
+    return _rename(name, _LLAMA_TO_EXAONE)
+
+
 def _rename(name: str, patterns: dict[str, str]) -> str:
     """Replace the first pattern that matches ``name``."""
     for pattern, replacement in patterns.items():
@@ -132,7 +137,7 @@ class ExaoneFormat(StorageFormat):
         return {name: llama_name(name) for name in stored.entries}
 
     def _to_stored_layout(self, model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {_rename(name, _LLAMA_TO_EXAONE): tensor for name, tensor in state.items()}
+        return {exaone_name(name): tensor for name, tensor in state.items()}
 
     def _config_to_write(self, config: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
         """Return EXAONE's config with nothing new but tying and precision."""

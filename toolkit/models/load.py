@@ -181,6 +181,21 @@ def resolve_source(name: str, needs_weights: bool = True) -> str:
     return name
 
 
+def is_exaone_source(source: str, config: ModelConfig) -> bool:
+    """Return True if ``source`` is an EXAONE 3.x model, which is loaded as the equivalent Llama.
+
+    Raises:
+        ModelError: the model has no readable config.
+    """
+    try:
+        return is_exaone(source, config.revision) and not config.trust_remote_code
+    except (OSError, ValueError) as error:
+        text = " ".join(str(error).split())[:400]
+        raise ModelError(
+            explain_hub_error(source, error) or f"model.name_or_path {source!r}: no readable config.json. {text}"
+        ) from None
+
+
 def explain_hub_error(source: str, error: BaseException) -> str | None:
     """Return a message for the user if the Hub or the network caused ``error``; None if the model did."""
     return None if is_directory(source) else hub.explain(error, source)

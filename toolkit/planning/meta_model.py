@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Pre
 from toolkit.config.schema import ModelConfig
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.anatomy_detection import detect_anatomy
-from toolkit.models.exaone import is_exaone, llama_name, read_exaone_config
-from toolkit.models.load import LoadedModel, explain_hub_error, resolve_source
+from toolkit.models.exaone import llama_name, read_exaone_config
+from toolkit.models.load import LoadedModel, is_exaone_source, resolve_source
 from toolkit.models.quirks import turn_off_layerdrop
 from toolkit.models.storage_format import refuse_kernels
 from toolkit.models.weight_files import open_weights
@@ -53,11 +53,7 @@ def meta_model(config: ModelConfig) -> MetaModel:
         PlanError: the model's class cannot be built on the meta device.
     """
     source = resolve_source(config.name_or_path, needs_weights=False)
-    try:  # an EXAONE 3.x model is loaded as the equivalent Llama
-        exaone = is_exaone(source, config.revision) and not config.trust_remote_code
-    except (OSError, ValueError) as error:
-        no_config = f"model.name_or_path {source!r}: no readable config.json. {_one_line(error)}"
-        raise ModelError(explain_hub_error(source, error) or no_config) from None
+    exaone = is_exaone_source(source, config)
     try:
         with torch.device("meta"):
             model = _build_on_meta(source, config, exaone)

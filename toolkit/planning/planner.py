@@ -9,7 +9,7 @@ from toolkit.activation_cache.cached_prefix import FILL_TOKENS
 from toolkit.activation_cache.namespace import bytes_of
 from toolkit.activation_cache.packing import packing_attentions
 from toolkit.activation_cache.policy import has_dropout, limit_obstacle, mask_obstacle
-from toolkit.config.mask_schema import MaskGroup
+from toolkit.config.mask_schema import MaskEntry
 from toolkit.config.policy import decide_cache, refuse_packing
 from toolkit.config.schema import PrefixConfig, RunConfig
 from toolkit.mask.audit import AuditRow, audit, audit_table
@@ -31,7 +31,7 @@ from toolkit.split.loss_head import Shortcuts
 class RunVariant:
     """The settings of a run that its memory depends on: the recipe's own, or those of a change to propose."""
 
-    selectors: tuple[str | MaskGroup, ...]
+    selectors: tuple[MaskEntry, ...]
     rows: int
     """Rows of a micro batch."""
     accumulation: int

@@ -160,7 +160,7 @@ def _reload_base(context: RunContext, phase: Phase) -> LoadedModel:
             f"the weights of {context.config.model.name_or_path} changed while the run read them; "
             "restore them and start the same command again"
         )
-    apply_mask(fresh.model, phase.mask, fresh.anatomy)
+    apply_mask(fresh.model, phase.mask, fresh.anatomy, context.config.train.seed)
     fresh.model.train()
     return fresh
 

@@ -180,7 +180,7 @@ def content_of(context: RunContext, phase_state: PhaseState, progress: Progress)
 def _cut_model(context: RunContext, model: ModelHandle, phase: Phase, packing: Decision | None) -> _CutModel:
     """Apply the mask, cut the model, and decide on shortcuts, packing and activation checkpointing."""
     loaded, phases = model.loaded, context.schedule.phases
-    apply_mask(loaded.model, phase.mask, loaded.anatomy)
+    apply_mask(loaded.model, phase.mask, loaded.anatomy, context.config.train.seed)
     if context.mask_changes:
         log.info("phase %d of %d: steps %d to %d", phase.index + 1, len(phases), phase.start + 1, phase.end)
     name = context.config.model.name_or_path

@@ -134,7 +134,7 @@ def _hparams(trainer: Trainer) -> dict[str, str | float]:
     config, train = context.config, context.config.train
     return {
         "model": config.model.name_or_path,
-        "mask": ", ".join(s if isinstance(s, str) else "+".join(s.select) for s in config.mask.train),
+        "mask": ", ".join(map(str, config.mask.train)),
         "boundary": state.mask.boundary,
         "learning_rate": train.learning_rate,
         "optimizer": config.optim.name,

@@ -1,0 +1,122 @@
+"""What adapters above the frost line cost: the toolkit beside peft's LoRA under transformers' Trainer.
+
+    python benchmarks/adapters.py --data PATH/TO/ori_pqal.json [--rounds 3] [--save]
+
+LoRA of rank 16 beside every linear layer, in the last eight blocks and in all, of SmolLM2-135M (or of a --shape of
+random weights), on the same rows in the same order: bfloat16, batch 1, AdamW 5e-4, 10 % linear warmup, linear decay,
+clipping at 1.0. Columns and rounds are those of partial_finetuning.py; x is peft's run divided by this one.
+
+Exits 1 if a bound is missed. With --shape, only the bounds on the losses count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.contenders import Outcome, run_peer, run_toolkit, thread_variables  # noqa: E402
+from benchmarks.report import bounds_text, head_lines, save, spread, table  # noqa: E402
+from benchmarks.workload import Workload, add_flags, prepare  # noqa: E402
+
+BLOCKS, RATE = 8, 5e-4
+TOP_PEER, TOP_COLD, TOP_WARM = (
+    "peft + Trainer, last 8",
+    "frostline, last 8, cold cache",
+    "frostline, last 8, warm cache",
+)
+ALL_PEER, ALL_OURS = "peft + Trainer, all blocks", "frostline, all blocks"
+NAMES = (TOP_PEER, TOP_COLD, TOP_WARM, ALL_PEER, ALL_OURS)
+
+
+def run(name: str, workload: Workload, folder: Path, number: int) -> Outcome:
+    """Run a contender once; the warm cache is that of the cold run before it."""
+    scratch = folder / f"{number}-{NAMES.index(name)}"
+    if name in (TOP_PEER, ALL_PEER):
+        switches = ("--everywhere",) if name == ALL_PEER else ()
+        return run_peer(folder / "workload.json", scratch, "peft_trainer.py", switches)
+    selector = "all" if name == ALL_OURS else f"last:{BLOCKS}"
+    entry = json.dumps({"lora": {"select": selector, "rank": 16, "alpha": 32}})
+    cached = () if name == ALL_OURS else ("--prefix.cache", "on", "--prefix.cache_dir", str(folder / f"cache-{number}"))
+    return run_toolkit(workload, scratch, "--mask.train", entry, *cached)
+
+
+def result_table(results: dict[str, list[Outcome]], epochs: int) -> str:
+    """One row a contender; ratios are medians of those within a round."""
+    measures: list[tuple[str, Callable[[Outcome], float], str]] = [
+        ("run s", lambda o: o.run, ".1f"), ("first s", lambda o: o.first_epoch, ".1f"),
+        ("later s", lambda o: o.later_epoch, ".1f"), ("process s", lambda o: o.process_seconds, ".1f"),
+        ("peak GiB", lambda o: o.peak_bytes / 2**30, ".2f"),
+    ]  # fmt: skip
+    losses = [f"loss {epoch + 1}" for epoch in range(epochs)]
+    rows = []
+    for name, runs in results.items():
+        row = [name]
+        for _, measure, form in measures:
+            row += [spread([measure(one) for one in runs], form), f"{ratio(results, name, measure):.2f}"]
+        rows.append([*row, *(f"{loss:.4f}" for loss in runs[0].losses)])
+    return table(["contender", *(word for measure in measures for word in (measure[0], "x")), *losses], rows)
+
+
+def ratio(results: dict[str, list[Outcome]], name: str, measure: Callable[[Outcome], float]) -> float:
+    """Median over the rounds of peft's measure, of the same adapters, divided by the contender's."""
+    peer = ALL_PEER if name in (ALL_PEER, ALL_OURS) else TOP_PEER
+    return statistics.median(measure(a) / measure(b) for a, b in zip(results[peer], results[name], strict=True))
+
+
+def bounds(results: dict[str, list[Outcome]], speed: bool) -> dict[str, bool]:
+    """What is claimed, and whether it holds."""
+    found = {}
+    for peer, ours in ((TOP_PEER, TOP_COLD), (ALL_PEER, ALL_OURS)):
+        counts = [results[name][0].record.trainable for name in (peer, ours)]
+        found[f"{ours} trains as many parameters as {peer} ({counts[1]:,} and {counts[0]:,})"] = counts[0] == counts[1]
+        apart = abs(results[ours][0].losses[-1] - results[peer][0].losses[-1])
+        found[f"{ours} ends within 0.05 of the loss of {peer} ({apart:.4f})"] = apart < 0.05
+    claims: list[tuple[str, float, str, Callable[[Outcome], float]]] = [
+        (TOP_COLD, 2.0, "run", lambda o: o.run), (TOP_COLD, 3.0, "later epoch", lambda o: o.later_epoch),
+        (TOP_WARM, 2.0, "peak memory", lambda o: o.peak_bytes), (TOP_COLD, 2.0, "peak memory", lambda o: o.peak_bytes),
+        (ALL_OURS, 1.0, "run", lambda o: o.run), (ALL_OURS, 1.0, "peak memory", lambda o: o.peak_bytes),
+    ]  # fmt: skip
+    for name, factor, what, measure in claims if speed else []:
+        times = ratio(results, name, measure)
+        found[f"{what}: {name} {factor}x below peft + Trainer (measured {times:.2f}x)"] = times >= factor
+    return found
+
+
+def main() -> int:
+    """Prepare the workload, run the rounds, print and save the table, check the bounds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser)
+    parser.add_argument("--rounds", type=int, default=1, help="how often each contender runs; default: 1")
+    parser.add_argument("--threads", type=int, help="threads of each process; default: one a core")
+    parser.add_argument("--directory", type=Path, help="where models, caches and runs go; default: a temporary one")
+    parser.add_argument("--save", action="store_true", help="write the result under benchmarks/results/")
+    given = parser.parse_args()
+    thread_variables(given.threads)
+    results: dict[str, list[Outcome]] = {name: [] for name in NAMES}
+    with tempfile.TemporaryDirectory(dir=given.directory) as folder:
+        workload = replace(prepare(Path(folder), given), last=BLOCKS, learning_rate=RATE)
+        workload.save(Path(folder) / "workload.json")
+        for number in range(given.rounds):
+            for name in NAMES:
+                results[name].append(run(name, workload, Path(folder), number))
+                print(f"round {number + 1}: {name}: run {results[name][-1].run:.1f} s", file=sys.stderr, flush=True)
+    above = head_lines(f"; {given.shape or 'SmolLM2-135M'}, {given.rows} rows, {given.epochs} epochs")
+    held = bounds(results, speed=given.shape is None)
+    text = f"{above}\n{result_table(results, given.epochs)}\n\n{bounds_text(held)}"
+    print(text)
+    if given.save:
+        save(f"adapters{f'-{given.shape}' if given.shape else ''}", text)
+    return 0 if all(held.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""Export a run's adapters as a directory that peft's ``PeftModel.from_pretrained`` loads, vLLM's form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from toolkit.checkpoint.choice import Step
+from toolkit.checkpoint.delta import Delta
+from toolkit.config.schema import ModelConfig
+from toolkit.exporting.run_export import check_paths, staging_directory
+from toolkit.inference.open_model import read_run
+from toolkit.mask.adapters import Adapter, adapted_weight
+from toolkit.models.exaone import exaone_name
+from toolkit.models.load import Dtype, is_exaone_source, resolve_source
+from toolkit.runtime.errors import CheckpointError
+from toolkit.runtime.safetensors_io import write_safetensors
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+def export_adapter(
+    run: Path, target: Path, dtype: Dtype = "float32", step: Step | None = None, base: str | None = None
+) -> None:
+    """Write the adapters of a run, and what else trained, for peft.
+
+    Whole tensors beside the adapters become ``modules_to_save``. The names of modules are those of the base model's own
+    class, as EXAONE's remote code has them.
+
+    Args:
+        run: the run directory.
+        target: target directory, empty or not existing.
+        dtype: precision of the saved tensors; float32 keeps the masters.
+        step: checkpoint, by its number or as ``latest`` or ``best``; None takes the latest.
+        base: new path of the base model, if it moved.
+
+    Raises:
+        CheckpointError: ``run`` is not a run directory, it trained no adapters, or what it trained cannot be said in
+            peft's form; or ``target`` is not empty.
+        DiskError: ``target`` cannot be written.
+    """
+    check_paths(run, target)
+    _, delta = read_run(run, step)
+    model = delta.base.config.model_copy(update={"name_or_path": base} if base else {})
+    exaone = is_exaone_source(resolve_source(model.name_or_path, needs_weights=False), model)
+
+    def renamed(name: str) -> str:
+        return exaone_name(f"{name}.").removesuffix(".") if exaone else name
+
+    config = _peft_config(delta, model, renamed)
+    tensors = {
+        f"base_model.model.{renamed(_peft_name(name))}": tensor.to(getattr(torch, dtype))
+        for name, tensor in delta.tensors.items()
+    }
+    with staging_directory(target) as staging:
+        staging.mkdir()
+        config.save_pretrained(str(staging))
+        write_safetensors(staging / "adapter_model.safetensors", tensors)
+
+
+def _peft_name(name: str) -> str:
+    """Return the name that peft's files give to a tensor of an adapter; the name of any other tensor as it is."""
+    if adapted_weight(name) == name:
+        return name
+    return name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector").replace(".default.", ".")
+
+
+def _peft_config(delta: Delta, base: ModelConfig, renamed: Callable[[str], str]) -> LoraConfig:
+    """Return peft's configuration of a delta.
+
+    Raises:
+        CheckpointError: it has no adapters, or peft cannot express it.
+    """
+    from peft import LoraConfig
+
+    adapters, instead = delta.mask.adapters, "export it as a model, or with --delta"
+    if not adapters:
+        raise CheckpointError(f"this run trained no adapters; {instead}")
+    if base.delta is not None:
+        raise CheckpointError(f"this run's adapters belong to a model with {base.delta} laid onto it; {instead}")
+    if delta.mask.tied in ("both", "head_only"):
+        raise CheckpointError(
+            f"this run also trained the tensor that head and embeddings share (mask.tied: {delta.mask.tied}), and "
+            f"peft's directory has no place for it; {instead}"
+        )
+    first = adapters[0]
+    if other := next((one for one in adapters if _shared(one) != _shared(first)), None):
+        raise CheckpointError(
+            f"this run trained adapters with different settings beside {first.modules[0]} and {other.modules[0]}, and "
+            f"peft's directory holds one dropout, rslora, dora and init for all; {instead}"
+        )
+    whole = [name for name in delta.mask.names if adapted_weight(name) == name]
+    return LoraConfig(
+        task_type="CAUSAL_LM", base_model_name_or_path=base.name_or_path, revision=base.revision,
+        inference_mode=True, r=first.rank, lora_alpha=first.alpha, lora_dropout=first.dropout,
+        use_rslora=first.rslora, use_dora=first.dora,
+        target_modules=[renamed(module) for adapter in adapters for module in adapter.modules],
+        modules_to_save=sorted({renamed(name.rpartition(".")[0]) for name in whole}) or None,
+        rank_pattern={renamed(m): a.rank for a in adapters for m in a.modules if a.rank != first.rank},
+        alpha_pattern={renamed(m): a.alpha for a in adapters for m in a.modules if a.alpha != first.alpha},
+    )  # fmt: skip
+
+
+def _shared(adapter: Adapter) -> Adapter:
+    """Return an adapter's settings without those that peft takes for each module."""
+    return replace(adapter, modules=(), rank=0, alpha=0)
