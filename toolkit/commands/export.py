@@ -1,8 +1,9 @@
-"""Export a run as a model directory for transformers, or as a delta of the trained tensors alone.
+"""Export a run as a model directory for transformers, as a peft adapter, or as a delta of the trained tensors alone.
 
 python launch/export.py runs/quickstart                      # -> runs/quickstart/export
 python launch/export.py runs/quickstart --dtype float32 --output my-model
 python launch/export.py runs/quickstart --delta              # -> runs/quickstart/export-delta
+python launch/export.py runs/adapters --adapter              # -> runs/adapters/export-adapter
 """
 
 from __future__ import annotations
@@ -25,19 +26,22 @@ def export(
     output: str | Path | None = None,
     *,
     delta: bool = False,
+    adapter: bool = False,
     dtype: Dtype | None = None,
     rounding: Rounding | None = None,
     step: Step | None = None,
     base: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> Path:
-    """Write a trained model that ``from_pretrained`` loads, or its trained tensors alone; return the directory.
+    """Write a trained model that ``from_pretrained`` loads, or what trained alone; return the directory.
 
     Args:
         run: run directory.
-        output: target directory, empty or not existing. Defaults to ``export`` or ``export-delta`` in ``run``.
+        output: target directory, empty or not existing. Defaults to ``export``, ``export-delta`` or
+            ``export-adapter`` in ``run``.
         delta: write the trained tensors alone.
-        dtype: precision of the weights. Defaults to the run's for a model, to float32 for a delta.
+        adapter: write the trained adapters as a directory that peft's ``PeftModel.from_pretrained`` loads.
+        dtype: precision of the weights. Defaults to the run's for a model, to float32 for a delta or an adapter.
         rounding: how a model's fp32 masters are rounded to bfloat16. ``nearest``, the default, gives the weights of
             the training; ``stochastic`` preserves the masters on average (docs/fp32-masters.md).
         step: checkpoint of the run, by its number or as ``latest`` or ``best``. Defaults to the latest.
@@ -45,20 +49,30 @@ def export(
         trust_remote_code: run code that ships with the base model, if the run was trained with it.
 
     Raises:
-        CheckpointError: ``run`` is not a run directory, ``output`` is not empty, or the base model changed.
+        CheckpointError: ``run`` is not a run directory, ``output`` is not empty, the base model changed, or the run
+            cannot be said as a peft adapter.
         DiskError: ``output`` cannot be written.
-        UsageError: ``rounding``, ``base`` or ``trust_remote_code`` is given for a delta, or ``rounding`` is
+        UsageError: both ``delta`` and ``adapter``, or an argument that changes nothing for them; or ``rounding`` is
             ``stochastic`` for weights that are not bfloat16.
     """
-    if delta and rounding:
-        raise UsageError("--rounding goes with a whole model; a delta holds the float32 masters")
+    if delta and adapter:
+        raise UsageError("--delta and --adapter are two forms of what trained; choose one")
+    if (delta or adapter) and rounding:
+        raise UsageError("--rounding goes with a whole model; a delta or adapter holds the float32 masters")
+    if adapter and trust_remote_code:
+        raise UsageError("--trust-remote-code goes with a whole model; an adapter is written without the base's code")
     if delta and (base is not None or trust_remote_code):
         raise UsageError("--base and --trust-remote-code go with a whole model; a delta is written without the base")
     from toolkit.exporting.run_export import export_delta, export_model
 
     run = Path(run)
-    target = Path(output) if output is not None else run / ("export-delta" if delta else "export")
-    if delta:
+    name = "export-delta" if delta else "export-adapter" if adapter else "export"
+    target = Path(output) if output is not None else run / name
+    if adapter:
+        from toolkit.exporting.adapter_directory import export_adapter
+
+        export_adapter(run, target, dtype or "float32", step, base)
+    elif delta:
         export_delta(run, target, dtype or "float32", step)
     else:
         export_model(run, target, dtype, step, base, trust_remote_code, rounding or "nearest")
@@ -71,9 +85,10 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
 
     parser = verb_parser(__doc__, program)
     parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("--output", type=Path, help="target directory; default: RUN/export, or RUN/export-delta")
+    parser.add_argument("--output", type=Path, help="target directory; default: RUN/export, -delta or -adapter")
     parser.add_argument("--delta", action="store_true", help="write the trained tensors alone")
-    flags.add_open_model_flags(parser, "precision of the weights; default: the run's for a model, float32 for a delta")
+    parser.add_argument("--adapter", action="store_true", help="write the adapters as peft loads them")
+    flags.add_open_model_flags(parser, "precision of the weights; default: the run's for a model, else float32")
     parser.add_argument(
         "--rounding",
         choices=("nearest", "stochastic"),
