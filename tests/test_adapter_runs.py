@@ -25,7 +25,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from toolkit.exporting.adapter_directory import export_adapter
+from toolkit.commands.export import export
 from toolkit.inference.open_model import open_model
 from toolkit.mask.adapters import adapted_weight
 from toolkit.runtime.errors import CheckpointError, UsageError
@@ -124,7 +124,7 @@ def test_the_export_is_the_model_merged_and_peft_loads_the_adapters(
     assert not any("lora" in name for name in merged.state_dict())
     assert float((logits(merged) - ours).abs().max()) < 1e-4 * float(ours.abs().max())
     assert not merged.config.tie_word_embeddings
-    export_adapter(run, tmp_path / "adapter")
+    export(run, tmp_path / "adapter", adapter=True)
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     untrained = logits(base)
     loaded = logits(PeftModel.from_pretrained(base, str(tmp_path / "adapter")))
@@ -148,7 +148,7 @@ def test_rounding_to_bfloat16_happens_once(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_begins_from_a_run_or_from_pefts_directory_alike(run: Path, tiny_model: Path, tmp_path: Path) -> None:
-    export_adapter(run, tmp_path / "adapter")
+    export(run, tmp_path / "adapter", adapter=True)
     losses = []
     for name, source in (("run", run), ("peft", tmp_path / "adapter")):
         flags = tiny_flags(tiny_model, tmp_path / name, "--train.epochs", 1, "--model.delta", source, *mask("last:1"))
@@ -159,7 +159,7 @@ def test_a_run_begins_from_a_run_or_from_pefts_directory_alike(run: Path, tiny_m
 
 
 def test_an_adapter_of_another_model_is_refused(run: Path, tmp_path: Path) -> None:
-    export_adapter(run, tmp_path / "adapter")
+    export(run, tmp_path / "adapter", adapter=True)
     other = make_tiny_model(tmp_path / "other")
     config = json.loads((other / "config.json").read_text()) | {"num_hidden_layers": 4}
     (other / "config.json").write_text(json.dumps(config))
