@@ -309,3 +309,42 @@ def test_state_on_the_host_is_proposed_before_shorter_rows(tmp_path: Path) -> No
     )  # fmt: skip
     planner = Planner(config, meta_model(config.model), Workload(2048, 64, None, "a test"))
     assert first_change(planner, just_below).startswith("--ds ds_configs/zero2_offload.json (slower")
+
+
+def test_masks_are_compared_side_by_side(tiny_model: Path) -> None:
+    """Each row is that mask's own plan; adapters need no DeepSpeed file, weight or schedule."""
+    masks = ["last:2 head", "lora last:3", "dora last:1 head", '{select: "blocks:4"}']
+    flags = [*tiny_flags(tiny_model, Path("unused")), "--train.epochs", "3"]
+    found = run_here("plan.py", *flags, "--compare", *masks, "--json", "--tflops", "2")
+    rows = json.loads(found.stdout)
+    assert [row["mask"] for row in rows] == masks
+    assert [row["boundary"] for row in rows] == [4, 3, 5, 4]
+    adapters, magnitudes = "{lora: {select: last:3}}", "{lora: {select: last:1, dora: true}}"
+    for row, entries in zip(rows, [["last:2", "head"], [adapters], [magnitudes, "head"], masks[3:]], strict=True):
+        own = run_here("plan.py", *flags, "--json", "--mask.train", *entries)
+        values = json.loads(own.stdout)
+        assert row["memory"] == values["memory"]["peak"]
+        assert row["flops"] == values["flops"]["first_epoch"] + 2 * values["flops"]["later_epoch"]
+        assert row["seconds"] == row["flops"] / 2e12
+        assert row["disk"] == values["disk"]["most"] + values["disk"]["cache"]
+    table = run_here("plan.py", *flags, "--compare", *masks, "--gpu-memory", "2GiB").stdout.splitlines()
+    assert all(line.endswith(("fits", "does not fit")) for line in table[1:5])
+    assert sum(line.count("*") for line in table[1:5]) == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--compare", "lora"], "'lora' is no mask"),
+        (["--compare", "{lora: 3}"], "is no mask"),
+        (["--compare", "last:2 'head"], "is no mask"),
+        (["--compare", "last:99"], "1 to 6"),
+        (["--compare", "last:2", "--suggest", "spectrum"], "leave out --suggest"),
+        (["--tflops", "3"], "--tflops is for the time in --compare"),
+        (["--compare", "last:2", "--mask.schedule", "{train: head, until_step: 1}"], "--compare compares masks"),
+    ],
+)
+def test_a_comparison_that_cannot_be_made_says_why(given: list[str], message: str, tiny_model: Path) -> None:
+    found = run_here("plan.py", *tiny_flags(tiny_model, Path("unused")), *given)
+    assert found.returncode == 2
+    assert message in found.stderr

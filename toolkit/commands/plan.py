@@ -3,6 +3,7 @@
     python launch/plan.py --config recipes/quickstart.yaml
     python launch/plan.py --ds ds_configs/zero2.json --world-size 8 --gpu-memory 24GiB --png plan.png
 
+    python launch/plan.py --compare "last:4 head" "lora last:8" "lora all"
     python launch/plan.py --suggest spectrum --budget 0.25
 
 Takes every flag of launch/train.py. A model directory may hold a config.json alone; --suggest loads the weights, ranks
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.commands.cli import verb_parser
+from toolkit.runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from toolkit.config.flags import Invocation
@@ -104,17 +106,38 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     parser.add_argument("--gpu-memory", metavar="SIZE", help="memory of one GPU, such as 24GiB: say whether it fits")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     parser.add_argument("--png", type=Path, metavar="FILE", help="also draw layers and memory (needs matplotlib)")
+    parser.add_argument(
+        "--compare", nargs="+", metavar="MASK",
+        help="plan several masks side by side in place of mask.train: the selectors of each in one word, with lora, "
+        "rslora or dora before the selector of adapters, or entries in YAML",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tflops", type=flags.positive_number, help="rate that all ranks sustain, for the time in --compare"
+    )
     parser.add_argument("--suggest", choices=("spectrum", "gradient"), help="rank the blocks instead, and print a mask")
     parser.add_argument("--budget", type=float, default=0.25, help="share of blocks to suggest; default: 0.25")
     parser.add_argument("--rows", type=flags.positive_int, default=8, help="rows that gradient looks at; default: 8")
     invocation = flags.parse(parser, shipped_file(QUICKSTART), words)
     arguments = invocation.arguments
+    if arguments.compare and (arguments.suggest or arguments.png):
+        raise UsageError("--compare prints a table of masks; leave out --suggest and --png, or --compare")
+    if arguments.tflops and not arguments.compare:
+        raise UsageError("--tflops is for the time in --compare; add that, or leave it out")
     if arguments.suggest:
         from toolkit.planning.suggest import suggest_for
 
         print(suggest_for(invocation.config, arguments.suggest, arguments.budget, arguments.rows).table())
         return 0
     gc.disable()  # garbage collection during imports takes a fifth of this short process
+    if arguments.compare:
+        from toolkit.planning.command import plan_masks
+        from toolkit.planning.comparison import comparison_rows, comparison_text, parse_mask
+
+        masks = [parse_mask(text, invocation.config.mask) for text in arguments.compare]
+        budget = flags.byte_size(arguments.gpu_memory) if arguments.gpu_memory else None
+        plans = plan_masks(invocation, arguments.world_size, budget, masks)
+        print(comparison_text(comparison_rows(arguments.compare, plans, arguments.tflops), arguments.json))
+        return 0
     report = _plan(invocation, arguments.world_size, arguments.gpu_memory)
     if arguments.png is not None:
         report.draw(arguments.png)

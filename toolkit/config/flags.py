@@ -176,6 +176,14 @@ def temperature(text: str) -> float:
     return value
 
 
+def positive_number(text: str) -> float:
+    """Parse a number above 0; for ``add_argument(type=…)``."""
+    value = temperature(text)
+    if not value:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
 def _union_members(annotation: Any) -> list[Any]:
     """Return the members of a union type, or the type itself, without ``Annotated``."""
     if typing.get_origin(annotation) is typing.Annotated:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def export_adapter(
-    run: Path, target: Path, dtype: Dtype = "float32", step: Step | None = None, base: str | None = None
+    run: Path, target: Path, dtype: Dtype = "float32", step: Step | None = None, base: str | Path | None = None
 ) -> None:
     """Write the adapters of a run, and what else trained, for peft.
 
@@ -46,7 +46,7 @@ def export_adapter(
     """
     check_paths(run, target)
     _, delta = read_run(run, step)
-    model = delta.base.config.model_copy(update={"name_or_path": base} if base else {})
+    model = delta.base.config.model_copy(update={"name_or_path": str(base)} if base else {})
     exaone = is_exaone_source(resolve_source(model.name_or_path, needs_weights=False), model)
 
     def renamed(name: str) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from itertools import pairwise
 
 from toolkit.config.flags import Invocation
+from toolkit.config.mask_schema import MaskConfig
 from toolkit.config.schema import RunConfig
 from toolkit.data.batches import BatchPlan
 from toolkit.engine.deepspeed.config import load_ds_config
@@ -25,19 +27,28 @@ def plan_run(invocation: Invocation, ranks: int, budget: int | None) -> tuple[Pl
     Raises:
         UsageError: recipe, flags, DeepSpeed file, model or mask is invalid.
     """
+    return plan_masks(invocation, ranks, budget, [invocation.config.mask])[0]
+
+
+def plan_masks(
+    invocation: Invocation, ranks: int, budget: int | None, masks: Sequence[MaskConfig]
+) -> list[tuple[Plan, DeviceFit | None]]:
+    """Return what ``plan_run`` does for each of several mask sections in the place of the recipe's."""
     config = invocation.config
     meta = meta_model(config.model)
     ds_config = load_ds_config(invocation.deepspeed, config, ranks, meta.hidden_size)
     with redirect_stdout(sys.stderr):  # DeepSpeed logs to the stdout of its import, and a plan in JSON goes there
         spec = engine_spec(ds_config, ranks, config.train.gradient_accumulation_steps, config.optim.name)
     workload = read_workload(config, meta.positions)
-    planners = phase_planners(config, meta, workload, _passes_by_phase(config, workload, ranks))
-    plans = [planner.plan(choose_variant(planner, spec, budget)) for planner in planners]
-    plan = combine_plans(plans, config.mask)
-    if budget is None:
-        return plan, None
-    largest, planner = max(zip(plans, planners, strict=True), key=lambda pair: pair[0].memory.peak)
-    return plan, fit_device(planner, largest.variant, budget)
+    found: list[tuple[Plan, DeviceFit | None]] = []
+    for mask in masks:
+        masked = config.model_copy(update={"mask": mask})
+        planners = phase_planners(masked, meta, workload, _passes_by_phase(masked, workload, ranks))
+        plans = [planner.plan(choose_variant(planner, spec, budget)) for planner in planners]
+        largest, planner = max(zip(plans, planners, strict=True), key=lambda pair: pair[0].memory.peak)
+        fit = None if budget is None else fit_device(planner, largest.variant, budget)
+        found.append((combine_plans(plans, mask), fit))
+    return found
 
 
 def _passes_by_phase(config: RunConfig, workload: Workload, ranks: int) -> list[float]:

@@ -91,6 +91,8 @@ class Plan:
     """Bytes of one checkpoint on disk."""
     keep: int
     """Number of checkpoints kept on disk."""
+    passes: float
+    """Passes over the training rows."""
     phases: tuple[PhaseSummary, ...] = ()
     """Phases of the mask schedule, in order; empty without a schedule."""
 
@@ -178,6 +180,7 @@ class Planner:
             flops=count_flops(plain, checkpointed),
             token_bytes=self.meta.hidden_size * split.tensors.width,
             checkpoint=checkpoint_bytes(variant.spec, split.tensors), keep=self.config.output.keep,
+            passes=self.passes,
         )  # fmt: skip
 
     def _decide_packing(self, variant: RunVariant) -> bool:

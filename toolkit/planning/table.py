@@ -27,13 +27,13 @@ def as_text(plan: Plan, fit: DeviceFit | None = None) -> str:
 
 def _fit_text(fit: DeviceFit) -> str:
     """Return the text that says whether the run fits a GPU, and what to change if not."""
-    reserve = f"with {_gib(RESERVE)} set aside for the CUDA context and the allocator"
-    sizes = f"{_gib(fit.needed)} of {_gib(fit.budget)}, {reserve}"
+    reserve = f"with {gib(RESERVE)} set aside for the CUDA context and the allocator"
+    sizes = f"{gib(fit.needed)} of {gib(fit.budget)}, {reserve}"
     if fit.fits:
         return f"fits: {sizes}"
     lines = [f"does not fit: {sizes}"]
     for number, (text, after) in enumerate(fit.changes):
-        lines.append(f"{'first' if number == 0 else 'then'}: {text} -> {_gib(after)}")
+        lines.append(f"{'first' if number == 0 else 'then'}: {text} -> {gib(after)}")
     if not fit.helps:
         lines.append("that is still too much: train fewer tensors, use a smaller model, or a GPU with more memory")
     return "\n".join(lines)
@@ -105,7 +105,7 @@ def _phases_text(plan: Plan) -> str:
     for number, phase in enumerate(plan.phases, start=1):
         line = f"{phase.boundary} of {plan.mask.block_count}"
         mark = "  what follows is about this one" if phase.is_most else ""
-        lines.append(f"{number:<8}{phase.end:<14}{line:<14}{phase.trained:>16,}{_gib(phase.peak):>14}{mark}")
+        lines.append(f"{number:<8}{phase.end:<14}{line:<14}{phase.trained:>16,}{gib(phase.peak):>14}{mark}")
     return "\n".join(lines)
 
 
@@ -127,17 +127,17 @@ def _memory_text(plan: Plan) -> str:
         f"({plan.workload.source})",
         line("kind", "at most", "at the peak", "on the host"),
         *(
-            line(kind, _gib(memory.most[kind]), _gib(memory.at_peak[kind]), _gib(memory.host.get(kind, 0)))
+            line(kind, gib(memory.most[kind]), gib(memory.at_peak[kind]), gib(memory.host.get(kind, 0)))
             for kind in KINDS
         ),
-        line("total", "", _gib(memory.peak), _gib(sum(memory.host.values()))) + f"  in {memory.moment}",
+        line("total", "", gib(memory.peak), gib(sum(memory.host.values()))) + f"  in {memory.moment}",
     ]
     if memory.files:
-        lines.append(f"in the files of ZeRO-3's offload to NVMe {_gib(memory.files)} of each rank")
+        lines.append(f"in the files of ZeRO-3's offload to NVMe {gib(memory.files)} of each rank")
     frozen = variant.frozen
     if (frozen.precision, frozen.placement) != ("model", "device"):
         place = {"device": "", "cpu": " on the host", "disk": " on disk"}[frozen.placement]
-        offloaded = f", {_gib(plan.frozen.offloaded)}{place}" if place else ""
+        offloaded = f", {gib(plan.frozen.offloaded)}{place}" if place else ""
         lines.append(f"prefix kept in {frozen.precision} precision{offloaded}")
     if variant.cached:
         then = "its weights stay for the next phases" if plan.phases else "then its weights are freed"
@@ -154,18 +154,18 @@ def _compute_text(plan: Plan) -> str:
     columns = _flops_columns(plan)
     lines = [f"{'compute':<16}" + "".join(f"{column:>14}" for column in columns)]
     for name in PASSES:
-        lines.append(f"{name:<16}" + "".join(f"{_flops_text(flops.get(name)):>14}" for flops in columns.values()))
-    totals = (_flops_text(sum(flops.values()) if flops else None) for flops in columns.values())
+        lines.append(f"{name:<16}" + "".join(f"{flops_text(flops.get(name)):>14}" for flops in columns.values()))
+    totals = (flops_text(sum(flops.values()) if flops else None) for flops in columns.values())
     return "\n".join([*lines, f"{'total':<16}" + "".join(f"{total:>14}" for total in totals)])
 
 
 def _disk_text(plan: Plan) -> str:
     """Return the lines on disk space for checkpoints and cached hidden states."""
     kept = f"{plan.keep} kept and one being written" if plan.keep > 1 else "one kept and one being written"
-    lines = [f"checkpoint on disk {_gib(plan.checkpoint)}; {_gib(_most_on_disk(plan))} with {kept}"]
+    lines = [f"checkpoint on disk {gib(plan.checkpoint)}; {gib(_most_on_disk(plan))} with {kept}"]
     if plan.variant.cached:
         size = _cache_bytes(plan)
-        total = f", {_gib(size)} for the training rows" if size is not None else ""
+        total = f", {gib(size)} for the training rows" if size is not None else ""
         lines.append(f"hidden states on disk {plan.token_bytes / 2**10:.2f} KiB a token{total}")
     return "\n".join(lines)
 
@@ -203,11 +203,12 @@ def _flops_columns(plan: Plan) -> dict[str, dict[str, float]]:
     }
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """Format bytes in GiB."""
     return f"{size / 2**30:,.2f} GiB"
 
 
-def _flops_text(count: float | None) -> str:
+def flops_text(count: float | None) -> str:
     """Format a number of FLOPs with its unit; a dash if it is unknown."""
     if count is None:
         return "-"
