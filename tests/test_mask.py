@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from toolkit.config.schema import MaskConfig
 from toolkit.mask.apply import apply_mask
 from toolkit.mask.audit import audit, audit_markdown, audit_table
 from toolkit.mask.layer_mask import LayerMask, build_mask
-from toolkit.mask.selectors import resolve
+from toolkit.mask.selectors import resolve_selectors
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.runtime.errors import MaskError
@@ -53,12 +54,12 @@ def blocks(anatomy: Anatomy, *indices: int) -> set[str]:
 def test_block_selectors_resolve_to_exactly_those_blocks(
     untied: Anatomy, selector: str, indices: tuple[int, ...]
 ) -> None:
-    assert resolve([selector], untied) == blocks(untied, *indices)
+    assert resolve_selectors([selector], untied) == blocks(untied, *indices)
 
 
 def test_parts_of_blocks_divide_a_block() -> None:
     anatomy = detect_anatomy(tiny_llama(tied=False))
-    attention, mlp, norms = (resolve([f"last:2/{part}"], anatomy) for part in ("attention", "mlp", "norms"))
+    attention, mlp, norms = (resolve_selectors([f"last:2/{part}"], anatomy) for part in ("attention", "mlp", "norms"))
     assert attention == {f"model.layers.{i}.self_attn.{x}_proj.weight" for i in (4, 5) for x in "qkvo"}
     assert mlp == {f"model.layers.{i}.mlp.{x}_proj.weight" for i in (4, 5) for x in ("gate", "up", "down")}
     assert norms == blocks(anatomy, 4, 5) - attention - mlp
@@ -71,31 +72,41 @@ def test_norms_within_the_attention_are_norms() -> None:
         intermediate_size=32, vocab_size=64,
     )  # fmt: skip
     anatomy = detect_anatomy(Qwen3ForCausalLM(config))
-    assert {name.split(".")[-2] for name in resolve(["last:1/norms"], anatomy)} == {
+    assert {name.split(".")[-2] for name in resolve_selectors(["last:1/norms"], anatomy)} == {
         "q_norm", "k_norm", "input_layernorm", "post_attention_layernorm",
     }  # fmt: skip
-    assert not any("norm" in name for name in resolve(["last:1/attention"], anatomy))
+    assert not any("norm" in name for name in resolve_selectors(["last:1/attention"], anatomy))
 
 
 def test_all_is_every_tensor(untied: Anatomy) -> None:
-    assert resolve(["all"], untied) == set(untied.by_name)
+    assert resolve_selectors(["all"], untied) == set(untied.by_name)
 
 
 def test_a_substring_that_reaches_further_blocks_is_refused() -> None:
     config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=12, num_attention_heads=2, vocab_size=16)
     anatomy = detect_anatomy(LlamaForCausalLM(config))
     with pytest.raises(MaskError) as error:
-        resolve(["contains:layers.1"], anatomy)
+        resolve_selectors(["contains:layers.1"], anatomy)
     assert "also matches model.layers.10." in str(error.value)
     assert "Write blocks:1" in str(error.value)
-    assert resolve(["contains:layers.1."], anatomy) == resolve(["blocks:1"], anatomy)
+    assert resolve_selectors(["contains:layers.1."], anatomy) == resolve_selectors(["blocks:1"], anatomy)
 
 
 def test_freeze_takes_away_from_what_train_selects(untied: Anatomy) -> None:
     mask = build_mask(MaskConfig(train=["last:2", "head"], freeze=["blocks:4", "last:6/norms"]), untied)
-    expected = resolve(["blocks:5/attention", "blocks:5/mlp", "head"], untied)
+    expected = resolve_selectors(["blocks:5/attention", "blocks:5/mlp", "head"], untied)
     assert set(mask.names) == expected
     assert mask.boundary == 5
+
+
+@pytest.mark.parametrize("policy", ["both", "head_only"])
+def test_a_tied_tensor_that_is_frozen_under_its_other_name_is_refused(tied: Anatomy, policy: Any) -> None:
+    with pytest.raises(
+        MaskError, match=rf"freeze keeps model\.embed_tokens\.weight frozen.*mask\.tied: {policy} trains"
+    ):
+        build_mask(MaskConfig(train=["last:1", "head"], freeze=["embeddings"], tied=policy), tied)
+    untied = build_mask(MaskConfig(train=["last:1", "head"], freeze=["embeddings"], tied="untie"), tied)
+    assert "model.embed_tokens.weight" not in untied.names
 
 
 def test_a_mask_that_freezes_all_it_trains_is_refused(untied: Anatomy) -> None:
@@ -139,19 +150,19 @@ def test_head_only_keeps_the_frost_line_of_the_blocks(tied: Anatomy) -> None:
 
 
 def test_part_selectors_resolve_to_exactly_that_part(untied: Anatomy) -> None:
-    assert resolve(["head"], untied) == {"lm_head.weight"}
-    assert resolve(["embeddings"], untied) == {"model.embed_tokens.weight"}
-    assert resolve(["norm"], untied) == {"model.norm.weight"}
+    assert resolve_selectors(["head"], untied) == {"lm_head.weight"}
+    assert resolve_selectors(["embeddings"], untied) == {"model.embed_tokens.weight"}
+    assert resolve_selectors(["norm"], untied) == {"model.norm.weight"}
 
 
 def test_selectors_unite_in_any_order(untied: Anatomy) -> None:
-    assert resolve(["head", "last:1", "blocks:5"], untied) == resolve(["blocks:5", "head"], untied)
+    assert resolve_selectors(["head", "last:1", "blocks:5"], untied) == resolve_selectors(["blocks:5", "head"], untied)
 
 
 def test_patterns_match_whole_names_only(untied: Anatomy) -> None:
     with pytest.raises(MaskError, match="matches none of the 57 tensors"):
-        resolve(["re:layers.2"], untied)
-    assert resolve(["glob:*.layers.2.*"], untied) == blocks(untied, 2)
+        resolve_selectors(["re:layers.2"], untied)
+    assert resolve_selectors(["glob:*.layers.2.*"], untied) == blocks(untied, 2)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +194,7 @@ def test_patterns_match_whole_names_only(untied: Anatomy) -> None:
 )
 def test_a_selector_that_cannot_be_meant_is_refused_with_a_remedy(untied: Anatomy, selector: str, message: str) -> None:
     with pytest.raises(MaskError) as error:
-        resolve([selector], untied)
+        resolve_selectors([selector], untied)
     assert message in str(error.value)
 
 
@@ -192,7 +203,7 @@ def test_a_part_the_model_lacks_is_refused(untied: Anatomy) -> None:
         untied.embeddings, untied.blocks, 6, None, untied.head, tuple(t for t in untied.tensors if t.part != "norm")
     )
     with pytest.raises(MaskError, match="matches nothing"):
-        resolve(["norm"], bare)
+        resolve_selectors(["norm"], bare)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from toolkit.config.schema import MaskConfig
 from toolkit.mask.apply import apply_mask
 from toolkit.mask.layer_mask import LayerMask, build_mask
-from toolkit.mask.selectors import resolve
+from toolkit.mask.selectors import resolve_selectors
 from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.runtime.errors import MaskError
 
@@ -53,9 +53,9 @@ def names(train: list[str], freeze: list[str] | None = None) -> set[str]:
 
 @given(lists, lists)
 def test_freezing_is_set_difference_and_selection_is_union(train: list[str], freeze: list[str]) -> None:
-    one_by_one = set().union(*(resolve([selector], ANATOMY) for selector in train))
+    one_by_one = set().union(*(resolve_selectors([selector], ANATOMY) for selector in train))
     assert names(train) == one_by_one
-    assert names(train, freeze) == one_by_one - resolve(freeze, ANATOMY)
+    assert names(train, freeze) == one_by_one - resolve_selectors(freeze, ANATOMY)
 
 
 @given(lists, lists, st.randoms())
@@ -85,13 +85,13 @@ def test_only_named_tensors_ever_require_gradients(train: list[str], freeze: lis
         return
     apply_mask(model, mask, ANATOMY)
     requiring = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert requiring == resolve(train, ANATOMY) - resolve(freeze, ANATOMY)
+    assert requiring == resolve_selectors(train, ANATOMY) - resolve_selectors(freeze, ANATOMY)
 
 
 @given(st.text(max_size=30))
 def test_any_text_resolves_or_is_refused_with_a_clear_error(text: str) -> None:
     try:
-        resolved = resolve([text], ANATOMY)
+        resolved = resolve_selectors([text], ANATOMY)
     except MaskError as error:
         assert "mask selector" in str(error)
     else:
@@ -111,4 +111,4 @@ def test_any_argument_resolves_or_is_refused_with_a_clear_error(kind: str, argum
 )
 def test_nasty_arguments_are_refused(text: str) -> None:
     with pytest.raises(MaskError):
-        resolve([text], ANATOMY)
+        resolve_selectors([text], ANATOMY)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import ENGLISH, ROOT, metrics, run_script, tiny_flags, tiny_llama, train
+from helpers import ENGLISH, ROOT, invocation, metrics, run_script, set_up, tiny_flags, tiny_llama, train
 from test_packing import ROWS, choose
 from test_plan_reality import _LiveBytes
 
@@ -51,6 +51,14 @@ def test_twenty_steps_have_the_same_losses_packed(tiny_model: Path, tmp_path: Pa
     assert packed == pytest.approx(padded, abs=1e-5)
     assert metrics(results["auto"], "tokens") == metrics(results["off"], "tokens")
     assert metrics(results["auto"], "eval_loss") == pytest.approx(metrics(results["off"], "eval_loss"), abs=1e-5)
+
+
+def test_the_trial_of_packing_counts_as_no_use_of_the_cache(tiny_model: Path, tmp_path: Path) -> None:
+    flags = ["--train.micro_batch_size", 3, "--train.epochs", 4, "--prefix.cache", "on"]
+    trainer = set_up(invocation(*tiny_flags(tiny_model, tmp_path / "run", *flags)))
+    assert trainer.state.packing.on
+    statistics = trainer.state.prefix.store.statistics
+    assert (statistics.hits, statistics.misses) == (1, 0)  # the row that the short cuts are tried on
 
 
 @pytest.mark.distributed

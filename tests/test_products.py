@@ -132,6 +132,8 @@ def test_what_was_measured_is_kept_and_only_asked_of_bfloat16_on_a_cpu(
         float32_gradients._saved_or_measured.cache_clear()
         gains = iter([1.3])
         assert float32_is_faster(torch.bfloat16, cpu)
+        others = unusable.keys() - {float32_gradients.machine()} if isinstance(unusable, dict) else set()
+        assert set(json.loads(path.read_text())) == {float32_gradients.machine(), *others}
     float32_gradients._saved_or_measured.cache_clear()
 
 

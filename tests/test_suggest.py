@@ -10,7 +10,7 @@ from helpers import ENGLISH, run_here
 from toolkit.config.schema import DataConfig, MaskConfig, ModelConfig
 from toolkit.data.dataset import load_dataset
 from toolkit.data.examples import Example
-from toolkit.mask.selectors import resolve
+from toolkit.mask.selectors import resolve_selectors
 from toolkit.models.load import LoadedModel, load
 from toolkit.planning.suggest import Suggestion, gradient_scores, signal_to_noise, spectrum_scores, suggest
 from toolkit.runtime.errors import ConfigError
@@ -73,7 +73,7 @@ def test_a_suggestion_is_a_mask_that_the_recipe_takes(
     assert len(suggestion.chosen) == 3
     assert set(suggestion.chosen) == set(suggestion.ranking[:3])
     config = MaskConfig(**yaml.safe_load(suggestion.mask_block())["mask"])
-    chosen = resolve([str(item) for item in config.train], loaded.anatomy)
+    chosen = resolve_selectors([str(item) for item in config.train], loaded.anatomy)
     assert {loaded.anatomy.by_name[name].block for name in chosen} == set(suggestion.chosen)
     assert f"frost line: block {min(suggestion.chosen)} of 6" in suggestion.table()
     assert suggestion.table().count("chosen") == 3

@@ -64,14 +64,15 @@ class CachedPrefix:
         return lay_out(rows, batch)
 
     def stored_or_random(self, batch: Batch) -> torch.Tensor:
-        """Return hidden states as a call does, but random ones for samples that are not stored; the prefix never runs.
+        """Return stored hidden states, and normal random ones for samples without; the prefix never runs.
 
-        For trials that need plausible hidden states, whatever their values; those of a sample are the same each time.
+        For the trial of packing, which compares two layouts of the same states; a sample's are the same each time, and
+        no hit or miss is counted.
         """
         width, dtype, device = self.store.namespace.width, self.store.namespace.dtype, self._world.device
         rows = []
         for example, key in zip(batch.examples, _keys(batch.examples), strict=True):
-            row = self.store.read(key)
+            row = self.store.peek(key)
             if row is None:
                 generator = torch.Generator().manual_seed(int(key[:15], 16))
                 row = torch.randn(len(example), width, generator=generator).to(dtype)

@@ -112,7 +112,7 @@ class ActivationStore:
             missing = self._index.missing(keys)
         return missing
 
-    def read(self, key: str) -> torch.Tensor | None:
+    def peek(self, key: str) -> torch.Tensor | None:
         """Return what was last stored under ``key``, [T, width] in the namespace's dtype; None if nothing was.
 
         The tensor maps the file's pages, without a copy; writing to it changes this process's pages only. Its bytes
@@ -122,6 +122,11 @@ class ActivationStore:
         if tensor is None and self._index.may_be_stale():
             self._index.refresh()
             tensor = self._read_newest(key)
+        return tensor
+
+    def read(self, key: str) -> torch.Tensor | None:
+        """Return what ``peek`` does, and count a hit or a miss."""
+        tensor = self.peek(key)
         with self._lock:
             if tensor is None:
                 self.statistics.misses += 1

@@ -51,7 +51,7 @@ class ModelConfig(Section):
     """Run Python code that ships with the model. Off unless you have read that code."""
 
     @model_validator(mode="after")
-    def _requires_pinned_revision(self) -> ModelConfig:
+    def _require_pinned_revision(self) -> ModelConfig:
         """Require a full commit hash where code of a Hub model is run."""
         on_hub = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", self.name_or_path) and not is_directory(self.name_or_path)
         if self.trust_remote_code and on_hub and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
@@ -91,7 +91,7 @@ class DataConfig(Section):
     cost of padding. auto does so where the model keeps them apart, on stops where it does not, off pads."""
 
     @model_validator(mode="after")
-    def _checks_validation(self) -> DataConfig:
+    def _check_validation(self) -> DataConfig:
         """Check the held-out fraction, and that validation_split belongs to a data set."""
         if isinstance(self.validation, float) and not 0 < self.validation < 1:
             raise ValueError(f"validation is {self.validation}; as a fraction it lies between 0 and 1")

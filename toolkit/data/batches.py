@@ -57,16 +57,16 @@ class Batch:
         packed = f"{len(self.examples)} rows packed into " if self.is_packed else ""
         return f"{packed}{rows} {'row' if rows == 1 else 'rows'} x {tokens} tokens"
 
-    def forward_inputs(self, with_lengths: bool = False) -> dict[str, Any]:
+    def forward_inputs(self, with_position_ids: bool = False) -> dict[str, Any]:
         """Return the arguments, beside the token ids, of a transformers model's forward pass on this batch.
 
         For a packed row they say where samples begin in each form that some layer reads: positions (rotary or learned,
         masks), flash attention's cumulative lengths, a recurrence's sample numbers, and ``sample_lengths`` for
-        ``toolkit.models.varlen``. ``with_lengths`` gives position ids for a padded batch too; padding repeats the last
+        ``toolkit.models.varlen``. ``with_position_ids`` gives them for a padded batch too; padding repeats the last
         position of its row.
         """
         if self.position_ids is None:
-            if with_lengths and self.attention_mask is not None:
+            if with_position_ids and self.attention_mask is not None:
                 return {"attention_mask": self.attention_mask, "position_ids": self.attention_mask.cumsum(-1) - 1}
             return {"attention_mask": self.attention_mask}
         return {

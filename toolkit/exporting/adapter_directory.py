@@ -14,7 +14,7 @@ from toolkit.checkpoint.delta import Delta
 from toolkit.config.schema import ModelConfig
 from toolkit.exporting.run_export import check_paths, staging_directory
 from toolkit.inference.open_model import read_run
-from toolkit.mask.adapters import Adapter, adapted_weight
+from toolkit.mask.adapters import Adapter, is_adapter_tensor
 from toolkit.models.exaone import exaone_name
 from toolkit.models.load import Dtype, is_exaone_source, resolve_source
 from toolkit.runtime.errors import CheckpointError
@@ -49,12 +49,12 @@ def export_adapter(
     model = delta.base.config.model_copy(update={"name_or_path": str(base)} if base else {})
     exaone = is_exaone_source(resolve_source(model.name_or_path, needs_weights=False), model)
 
-    def renamed(name: str) -> str:
+    def base_name(name: str) -> str:
         return exaone_name(f"{name}.").removesuffix(".") if exaone else name
 
-    config = _peft_config(delta, model, renamed)
+    config = _peft_config(delta, model, base_name)
     tensors = {
-        f"base_model.model.{renamed(_peft_name(name))}": tensor.to(getattr(torch, dtype))
+        f"base_model.model.{base_name(_peft_name(name))}": tensor.to(getattr(torch, dtype))
         for name, tensor in delta.tensors.items()
     }
     with staging_directory(target) as staging:
@@ -65,44 +65,44 @@ def export_adapter(
 
 def _peft_name(name: str) -> str:
     """Return the name that peft's files give to a tensor of an adapter; the name of any other tensor as it is."""
-    if adapted_weight(name) == name:
+    if not is_adapter_tensor(name):
         return name
     return name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector").replace(".default.", ".")
 
 
-def _peft_config(delta: Delta, base: ModelConfig, renamed: Callable[[str], str]) -> LoraConfig:
-    """Return peft's configuration of a delta.
+def _peft_config(delta: Delta, base: ModelConfig, base_name: Callable[[str], str]) -> LoraConfig:
+    """Return peft's configuration of a delta; ``base_name`` maps a module's name to that in the base's own class.
 
     Raises:
         CheckpointError: it has no adapters, or peft cannot express it.
     """
     from peft import LoraConfig
 
-    adapters, instead = delta.mask.adapters, "export it as a model, or with --delta"
+    adapters, advice = delta.mask.adapters, "export it as a model, or with --delta"
     if not adapters:
-        raise CheckpointError(f"this run trained no adapters; {instead}")
+        raise CheckpointError(f"this run trained no adapters; {advice}")
     if base.delta is not None:
-        raise CheckpointError(f"this run's adapters belong to a model with {base.delta} laid onto it; {instead}")
+        raise CheckpointError(f"this run's adapters belong to a model with {base.delta} laid onto it; {advice}")
     if delta.mask.tied in ("both", "head_only"):
         raise CheckpointError(
             f"this run also trained the tensor that head and embeddings share (mask.tied: {delta.mask.tied}), and "
-            f"peft's directory has no place for it; {instead}"
+            f"peft's directory has no place for it; {advice}"
         )
     first = adapters[0]
     if other := next((one for one in adapters if _shared(one) != _shared(first)), None):
         raise CheckpointError(
             f"this run trained adapters with different settings beside {first.modules[0]} and {other.modules[0]}, and "
-            f"peft's directory holds one dropout, rslora, dora and init for all; {instead}"
+            f"peft's directory holds one dropout, rslora, dora and init for all; {advice}"
         )
-    whole = [name for name in delta.mask.names if adapted_weight(name) == name]
+    whole = [name for name in delta.mask.names if not is_adapter_tensor(name)]
     return LoraConfig(
         task_type="CAUSAL_LM", base_model_name_or_path=base.name_or_path, revision=base.revision,
         inference_mode=True, r=first.rank, lora_alpha=first.alpha, lora_dropout=first.dropout,
         use_rslora=first.rslora, use_dora=first.dora,
-        target_modules=[renamed(module) for adapter in adapters for module in adapter.modules],
-        modules_to_save=sorted({renamed(name.rpartition(".")[0]) for name in whole}) or None,
-        rank_pattern={renamed(m): a.rank for a in adapters for m in a.modules if a.rank != first.rank},
-        alpha_pattern={renamed(m): a.alpha for a in adapters for m in a.modules if a.alpha != first.alpha},
+        target_modules=[base_name(module) for adapter in adapters for module in adapter.modules],
+        modules_to_save=sorted({base_name(name.rpartition(".")[0]) for name in whole}) or None,
+        rank_pattern={base_name(m): a.rank for a in adapters for m in a.modules if a.rank != first.rank},
+        alpha_pattern={base_name(m): a.alpha for a in adapters for m in a.modules if a.alpha != first.alpha},
     )  # fmt: skip
 
 

@@ -88,7 +88,7 @@ def quantise(weight: torch.Tensor, spec: QuantizationSpec) -> dict[str, torch.Te
     int8 [N, K]: codes = round(127 · w / scales), scales [N] = max |w| of each output. nf4: the nearest of 16 quantiles
     of a normal distribution, times the largest magnitude of 64 weights, which is kept in 8 bits itself.
     """
-    functional = bitsandbytes_functional()
+    functional = import_bitsandbytes()
     matrix = (weight.t() if spec.transposed else weight).reshape(-1, spec.inputs).contiguous()
     if spec.precision == "int8":
         codes, scales, _ = functional.int8_vectorwise_quant(matrix.to(torch.float16))
@@ -109,7 +109,7 @@ def dequantise(parts: Mapping[str, torch.Tensor], spec: QuantizationSpec) -> tor
         size = math.prod(spec.shape)
         # bitsandbytes' CPU kernel takes the wrong scales where a row is not a whole number of blocks (0.50.2)
         rows = (size // _BLOCK, _BLOCK) if size % _BLOCK == 0 else (1, size)
-        functional = bitsandbytes_functional()
+        functional = import_bitsandbytes()
         codebook, scale_codebook = _nf4_codebooks(parts["codes"].device)
         scale_state = functional.QuantState(
             absmax=parts["scales_of_scales"], code=scale_codebook, blocksize=_OUTER, dtype=torch.float32
@@ -151,13 +151,13 @@ def check_quantisable(blocks: Iterable[nn.Module], precision: Precision) -> str:
 @cache
 def _nf4_codebooks(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the [16] values of nf4's codes, and the [256] values of the codes of its scales."""
-    functional = bitsandbytes_functional()
+    functional = import_bitsandbytes()
     return functional.get_4bit_type("nf4", device=device), functional.create_dynamic_map().to(device)
 
 
 @cache
-def bitsandbytes_functional() -> ModuleType:
-    """Import bitsandbytes.functional, which only runs that quantise need."""
+def import_bitsandbytes() -> ModuleType:
+    """Import and return bitsandbytes.functional, which only quantised weights and 8-bit optimizers need."""
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     logger.setLevel(logging.ERROR)  # it warns of a missing package for 4-bit products, which are not used here
     import bitsandbytes.functional

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from toolkit.config.mask_schema import LoraConfig, LoraInit
-from toolkit.mask.selectors import resolve
+from toolkit.mask.selectors import resolve_selectors
 from toolkit.models.anatomy import Anatomy, TensorInfo
 from toolkit.runtime.errors import MaskError
 
@@ -53,6 +53,11 @@ def adapted_weight(name: str) -> str:
     return f"{module}.weight" if is_adapter else name
 
 
+def is_adapter_tensor(name: str) -> bool:
+    """Return True for a tensor of an adapter, False for one of the base model."""
+    return ".lora_" in name
+
+
 def union_of_adapters(adapters: Iterable[Adapter]) -> tuple[Adapter, ...]:
     """Return adapters beside all layers that any of ``adapters`` stands beside.
 
@@ -83,10 +88,10 @@ def select_layers(config: LoraConfig, frozen: frozenset[str], anatomy: Anatomy) 
         anatomy: parts and tensors of the model.
 
     Raises:
-        MaskError: a selector is invalid (see ``selectors.resolve``), there is no such layer, or no layer has the name
+        MaskError: a selector is invalid (see ``resolve_selectors``), there is no such layer, or no layer has the name
             that ``targets`` gives.
     """
-    selected = resolve(config.select, anatomy) - frozen
+    selected = resolve_selectors(config.select, anatomy) - frozen
     layers = [t for t in anatomy.tensors if t.name in selected and t.linear and t.part == "block"]
     if not layers:
         raise MaskError(

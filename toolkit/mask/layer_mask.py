@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 
 from toolkit.config.mask_schema import LoraEntry, MaskConfig, MaskGroup
 from toolkit.mask.adapters import Adapter, adapted_weight, adapter_of, select_layers
-from toolkit.mask.selectors import resolve
+from toolkit.mask.selectors import resolve_selectors
 from toolkit.models.anatomy import Anatomy
 from toolkit.runtime.errors import MaskError
 from toolkit.runtime.paths import replace_text
@@ -105,14 +105,15 @@ def build_mask(config: MaskConfig, anatomy: Anatomy) -> LayerMask:
     """Resolve the recipe's mask section: the union of ``train``, minus ``freeze`` and integer tensors.
 
     Raises:
-        MaskError: a selector is invalid (see ``selectors.resolve``), nothing is left to train, a tensor is in two
-            groups, or a selected tensor is shared with an unselected part and ``config.tied`` is ``error``.
+        MaskError: a selector is invalid (see ``resolve_selectors``), nothing is left to train, a tensor is in two
+            groups, or one that is shared with another part is selected and not selected, or trained and frozen.
     """
-    frozen = resolve(config.freeze, anatomy) | {tensor.name for tensor in anatomy.tensors if not tensor.can_train}
+    integers = {tensor.name for tensor in anatomy.tensors if not tensor.can_train}
+    frozen = resolve_selectors(config.freeze, anatomy) | integers
     plain = [item for item in config.train if isinstance(item, str)]
-    selected = [ParameterGroup(tuple(resolve(plain, anatomy)))]
+    selected = [ParameterGroup(tuple(resolve_selectors(plain, anatomy)))]
     selected += [
-        ParameterGroup(tuple(resolve(item.select, anatomy)), item.learning_rate, item.weight_decay)
+        ParameterGroup(tuple(resolve_selectors(item.select, anatomy)), item.learning_rate, item.weight_decay)
         for item in config.train
         if isinstance(item, MaskGroup)
     ]
@@ -129,6 +130,11 @@ def build_mask(config: MaskConfig, anatomy: Anatomy) -> LayerMask:
     groups = []
     for group in selected:
         canonical = _resolve_aliases(all_names & set(group.names), tied, anatomy)
+        if both := sorted(canonical & frozen):
+            raise MaskError(
+                f"mask.freeze keeps {both[0]} frozen, but head and embeddings share that tensor, and mask.tied: {tied} "
+                "trains it; take it out of mask.freeze, or write mask.tied: untie to train a copy as the head"
+            )
         groups.append(replace(group, names=tuple(t.name for t in anatomy.tensors if t.name in canonical)))
     adapters = tuple(adapter_of(entry, adapted) for entry, adapted in zip(entries, layers, strict=True))
     low_rank: dict[str, list[TrainableTensor]] = {}

@@ -37,17 +37,19 @@ FORMS = (
 """All forms of a selector, for messages."""
 
 
-def resolve(selectors: Sequence[str], anatomy: Anatomy) -> frozenset[str]:
-    """Return the names of all tensors that any selector selects, aliases of tied tensors included.
+def resolve_selectors(selectors: Sequence[str], anatomy: Anatomy) -> frozenset[str]:
+    """Return the union of the tensor names that the selectors match.
+
+    A tied tensor has several names; each is returned only if it matches itself.
 
     Raises:
-        MaskError: a selector is malformed, out of range, or matches nothing; the message names similar ones.
+        MaskError: a selector is malformed, out of range, or matches nothing.
     """
     return frozenset(name for selector in selectors for name in _resolve_one(selector.strip(), anatomy))
 
 
 def _resolve_one(selector: str, anatomy: Anatomy) -> set[str]:
-    """Return the tensor names of one selector; see ``resolve``."""
+    """Return the tensor names of one selector; see ``resolve_selectors``."""
     if selector == "all":
         return set(anatomy.by_name)
     if selector in _PARTS:

@@ -214,17 +214,20 @@ def float32_is_faster(dtype: torch.dtype, device: torch.device) -> bool:
 
 @cache
 def _saved_or_measured(path: Path) -> bool:
-    """Return the answer that the file at ``path`` holds for this machine; measure and save it if there is none."""
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))[machine()]
-        if isinstance(saved, bool):
-            return saved
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    """Return whether float32 products are enough faster here, as saved at ``path``; measure and save it if it is not.
+
+    The file keeps the answers of all machines that share it.
+    """
+    saved: Any = None
+    with suppress(OSError, ValueError):
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    by_machine = saved if isinstance(saved, dict) else {}
+    if isinstance(faster := by_machine.get(machine()), bool):
+        return faster
     faster = _measure_speedup() >= _LEAST_SPEEDUP
-    with suppress(OSError):  # a cache that cannot be written is measured again
+    with suppress(OSError):  # where it cannot be saved, the next run measures again
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps({machine(): faster}))
+        replace_text(path, json.dumps({**by_machine, machine(): faster}))
     return faster
 
 

@@ -67,7 +67,7 @@ def load(
     """Load the model and tokenizer that ``config`` names.
 
     Weights are read from safetensors only: pickled checkpoints can run code. Those of the first ``blocks_on_disk``
-    blocks stay in their files, which needs ``anatomy``.
+    blocks stay in their files if ``anatomy`` says which they are.
 
     Raises:
         ModelError: nothing of that name, no safetensors, weights missing from the checkpoint, quantised weights, or

@@ -16,7 +16,7 @@ def make_rotary_per_sample(model: nn.Module) -> None:
     """Let each rotary module of ``model`` whose frequencies depend on the length choose them sample by sample.
 
     Samples are told apart by their positions, which begin at 0. Padding must repeat its sample's last position, as
-    ``Batch.forward_inputs`` gives it to such a model (``needs_lengths``).
+    ``Batch.forward_inputs`` gives it to such a model (``needs_position_ids``).
     """
     for module in model.modules():
         if _depends_on_length(module):
@@ -26,7 +26,7 @@ def make_rotary_per_sample(model: nn.Module) -> None:
             )
 
 
-def needs_lengths(model: nn.Module) -> bool:
+def needs_position_ids(model: nn.Module) -> bool:
     """Return whether ``model`` must be told by position ids where each sample of a padded batch ends."""
     return any(isinstance(module, _PerSampleRotary) for module in model.modules())
 

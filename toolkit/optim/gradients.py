@@ -113,7 +113,7 @@ class Gradients:
         return GradientSlice(start, stop, members, workspace, upcast)
 
     def _members(self, start: int, stop: int) -> Iterator[tuple[int, slice | None]]:
-        """Yield ``GradientSlice.members`` of the slice [start, stop)."""
+        """Yield index and covered range of each tensor that [start, stop) overlaps; None if it covers the whole one."""
         for index in range(bisect_right(self._ends, start), len(self._ends)):
             size = self.sizes[index]
             begin = self._ends[index] - size

@@ -112,7 +112,7 @@ class LowBitState(OptimizerState, FragmentState):
         return self._master_at(self.sample_index), self._format.is_moving(self._moments, self.sample_index)
 
     def _master_at(self, index: slice | torch.Tensor, buffer: torch.Tensor | None = None) -> torch.Tensor:
-        """Return elements of the fp32 master, a view for a slice; a split one is joined in ``buffer``, or a new one."""
+        """Return elements of the fp32 master: views if it is kept whole, else copies, joined into ``buffer``."""
         if self._master is not None:
             return self._master[index]
         weight, low_bits = self._weight[index], self._low_bits[index]

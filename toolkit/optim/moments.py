@@ -14,7 +14,7 @@ import torch
 from typing_extensions import override
 
 from toolkit.config.schema import OptimName
-from toolkit.frozen.quantization import bitsandbytes_functional
+from toolkit.frozen.quantization import import_bitsandbytes
 from toolkit.optim.rounding import stochastic_round
 from toolkit.optim.state_fragments import MOMENTS
 
@@ -165,7 +165,7 @@ class EightBit(MomentFormat):
     """
 
     def __init__(self, device: torch.device, paged: bool = False) -> None:
-        self._functional = bitsandbytes_functional()
+        self._functional = import_bitsandbytes()
         self._codebooks = [self._functional.create_dynamic_map(signed).to(device) for signed in (True, False)]
         self._index_of_zero = int((self._codebooks[0] == 0).nonzero()[0])
         self._paged = paged and device.type == "cuda"

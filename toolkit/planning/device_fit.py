@@ -133,10 +133,10 @@ def _propose_micro_batch(planner: Planner, variant: RunVariant) -> Proposals:
 def _propose_precision(planner: Planner, variant: RunVariant) -> Proposals:
     """Propose a prefix quantised to 8, then 4 bits."""
     stronger = {"model": ("int8", "nf4"), "int8": ("nf4",), "nf4": ()}
-    for precision in stronger[variant.frozen.precision]:
-        changed = replace(variant, frozen=variant.frozen.model_copy(update={"precision": precision}))
+    for precision in stronger[variant.prefix.precision]:
+        changed = replace(variant, prefix=variant.prefix.model_copy(update={"precision": precision}))
         try:
-            planner.frozen(changed)
+            planner.prefix_memory(changed)  # raises if this architecture does not allow it
         except ModelError:  # too few weights of these blocks can be quantised
             return
         yield f"prefix.precision: {precision}", changed
@@ -144,11 +144,11 @@ def _propose_precision(planner: Planner, variant: RunVariant) -> Proposals:
 
 def _propose_placement(planner: Planner, variant: RunVariant) -> Proposals:
     """Propose to offload the prefix to the host."""
-    if variant.frozen.placement == "device":
-        frozen = variant.frozen.model_copy(update={"placement": "cpu"})
+    if variant.prefix.placement == "device":
+        offloaded = variant.prefix.model_copy(update={"placement": "cpu"})
         yield (
             "prefix.placement: cpu (slower: the frozen blocks are copied for each batch)",
-            replace(variant, frozen=frozen),
+            replace(variant, prefix=offloaded),
         )
 
 

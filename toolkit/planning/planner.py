@@ -44,7 +44,7 @@ class RunVariant:
     packed: bool
     """True if the rows of a micro batch are packed, False if they are padded."""
     spec: EngineSpec
-    frozen: PrefixConfig
+    prefix: PrefixConfig
     """Precision and placement of the prefix's weights."""
     cached: bool
     """True if a first pass over the data caches the prefix's hidden states, after which its weights are freed."""
@@ -82,7 +82,7 @@ class Plan:
     is_cut: bool
     """False where the architecture cannot be cut, so that the frozen blocks run inside the suffix."""
     memory: Memory
-    frozen: PrefixMemory
+    prefix_memory: PrefixMemory
     """Bytes of the prefix's weights by place."""
     flops: StepFlops
     token_bytes: int
@@ -133,27 +133,27 @@ class Planner:
             selectors=tuple(self.config.mask.train), rows=train.micro_batch_size,
             accumulation=train.gradient_accumulation_steps, tokens=self.workload.tokens,
             supervised=self.workload.supervised, checkpointing=checkpointing, packed=False, spec=spec,
-            frozen=self.config.prefix, cached=False,
+            prefix=self.config.prefix, cached=False,
         )  # fmt: skip
         variant = replace(plain, packed=self._decide_packing(plain))
         return replace(variant, cached=self._decide_caching(variant))
 
     def memory(self, variant: RunVariant) -> Memory:
         """Return the memory of a variant on one rank; raises as ``variant``."""
-        trace, frozen = self._trace(variant), self.frozen(variant)
+        trace, below = self._trace(variant), self.prefix_memory(variant)
         is_freed = variant.cached and not self.is_phase  # a later phase may train blocks below this frost line
         fill_ratio = FILL_TOKENS / (trace.shape.rows * trace.shape.tokens) if is_freed else None
-        engine = engine_memory(variant.spec, self._split(variant).tensors, frozen)
-        return memory_by_kind(engine, trace, frozen.streamed, fill_ratio)
+        engine = engine_memory(variant.spec, self._split(variant).tensors, below)
+        return memory_by_kind(engine, trace, below.streamed, fill_ratio)
 
-    def frozen(self, variant: RunVariant) -> PrefixMemory:
+    def prefix_memory(self, variant: RunVariant) -> PrefixMemory:
         """Return the bytes of the prefix's weights, by place.
 
         Raises:
             ModelError: the recipe quantises them, and this architecture does not allow it.
         """
         split = self._split(variant)
-        return prefix_memory(split.prefix, split.suffix, split.anatomy, split.mask.boundary, variant.frozen)
+        return prefix_memory(split.prefix, split.suffix, split.anatomy, split.mask.boundary, variant.prefix)
 
     def plan(self, variant: RunVariant) -> Plan:
         """Return the plan of a variant.
@@ -164,7 +164,7 @@ class Planner:
         """
         memory = self.memory(variant)
         split = self._split(variant)
-        if not split.is_cut and (variant.frozen.precision, variant.frozen.placement) != ("model", "device"):
+        if not split.is_cut and (variant.prefix.precision, variant.prefix.placement) != ("model", "device"):
             raise PlanError(
                 f"{type(self.meta.model).__name__} cannot be cut at block {split.mask.boundary}, so it has no prefix "
                 "of its own to store otherwise; leave out prefix.precision and prefix.placement"
@@ -176,7 +176,7 @@ class Planner:
             audit=tuple(audit(split.mask, self.meta.anatomy)),
             audit_text=audit_table(split.mask, self.meta.anatomy), variant=variant,
             shape=_batch_shape(variant, self.workload), workload=self.workload,
-            is_cut=split.is_cut, memory=memory, frozen=self.frozen(variant),
+            is_cut=split.is_cut, memory=memory, prefix_memory=self.prefix_memory(variant),
             flops=count_flops(plain, checkpointed),
             token_bytes=self.meta.hidden_size * split.tensors.width,
             checkpoint=checkpoint_bytes(variant.spec, split.tensors), keep=self.config.output.keep,

@@ -67,9 +67,9 @@ def as_dict(plan: Plan, fit: DeviceFit | None = None) -> dict[str, Any]:
             "source": plan.workload.source,
         },
         "prefix": {
-            "precision": variant.frozen.precision,
-            "placement": variant.frozen.placement,
-            "away_from_the_device": plan.frozen.offloaded,
+            "precision": variant.prefix.precision,
+            "placement": variant.prefix.placement,
+            "away_from_the_device": plan.prefix_memory.offloaded,
             "cached": variant.cached,
         },
         "memory": _attributes(plan.memory, "peak", "moment", "most", "at_peak", "host", "files"),
@@ -134,11 +134,11 @@ def _memory_text(plan: Plan) -> str:
     ]
     if memory.files:
         lines.append(f"in the files of ZeRO-3's offload to NVMe {gib(memory.files)} of each rank")
-    frozen = variant.frozen
-    if (frozen.precision, frozen.placement) != ("model", "device"):
-        place = {"device": "", "cpu": " on the host", "disk": " on disk"}[frozen.placement]
-        offloaded = f", {gib(plan.frozen.offloaded)}{place}" if place else ""
-        lines.append(f"prefix kept in {frozen.precision} precision{offloaded}")
+    prefix = variant.prefix
+    if (prefix.precision, prefix.placement) != ("model", "device"):
+        place = {"device": "", "cpu": " on the host", "disk": " on disk"}[prefix.placement]
+        offloaded = f", {gib(plan.prefix_memory.offloaded)}{place}" if place else ""
+        lines.append(f"prefix kept in {prefix.precision} precision{offloaded}")
     if variant.cached:
         then = "its weights stay for the next phases" if plan.phases else "then its weights are freed"
         lines.append(f"prefix cached: a first pass computes its hidden states; {then}")

@@ -10,7 +10,7 @@ from toolkit.data.batches import Batch
 from toolkit.frozen.weight_offload import FrozenWeights
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.probe import probe_blocks
-from toolkit.models.rotary import needs_lengths
+from toolkit.models.rotary import needs_position_ids
 from toolkit.split.module_tree import Absent, PrefixEnd, StopForward, copy_module_tree, entry_name, hidden_of
 
 
@@ -33,7 +33,7 @@ class Prefix(nn.Module):
         placeholders[entry] = PrefixEnd(entry)
         self.model = copy_module_tree(model, placeholders, own_parameters=True)
         self._blocks = list(self.model.get_submodule(anatomy.blocks).children())[:boundary]
-        self._with_lengths = needs_lengths(model)
+        self._with_position_ids = needs_position_ids(model)
         self.frozen = frozen
         if frozen is not None:
             frozen.attach(self.model)
@@ -54,7 +54,7 @@ class Prefix(nn.Module):
         an exception.
         """
         try:
-            self.model(input_ids=batch.input_ids, **batch.forward_inputs(self._with_lengths), use_cache=False)
+            self.model(input_ids=batch.input_ids, **batch.forward_inputs(self._with_position_ids), use_cache=False)
         except StopForward as stop:
             return hidden_of(*stop.call)
         raise RuntimeError("the prefix never reached the frost line")

@@ -22,7 +22,7 @@ from toolkit.frozen.weight_offload import FrozenWeights
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.float32_gradients import uses_float32_gradients
 from toolkit.models.probe import evaluation_mode
-from toolkit.models.rotary import needs_lengths
+from toolkit.models.rotary import needs_position_ids
 from toolkit.runtime.errors import ModelError
 from toolkit.split.logit_processing import MODEL_CODE_ERRORS, find_logit_processing
 from toolkit.split.loss_head import LossHead, Shortcuts
@@ -70,7 +70,7 @@ class Suffix(nn.Module):
         self.shortcuts = Shortcuts()
         """Shortcuts that are taken above the last attention; see ``choose_shortcuts``."""
         self._embedding_size = int(model.get_input_embeddings().weight.shape[1])
-        self._with_lengths = needs_lengths(model)
+        self._with_position_ids = needs_position_ids(model)
         self._in_float32 = uses_float32_gradients(self.model)
         self._processing = find_logit_processing(model, anatomy)
         self._has_last_block = (boundary or 0) < anatomy.block_count
@@ -233,7 +233,7 @@ class Suffix(nn.Module):
         else:  # only the shape counts: _inject replaces it at the frost line
             inputs = {"inputs_embeds": hidden.new_zeros(*hidden.shape[:2], self._embedding_size)}
         try:
-            return self.model(**inputs, **batch.forward_inputs(self._with_lengths), use_cache=False)
+            return self.model(**inputs, **batch.forward_inputs(self._with_position_ids), use_cache=False)
         finally:
             self._hidden = None
 

@@ -51,17 +51,23 @@ class SpikeDetector:
 
 
 class StepGuard:
-    """Watch the steps of a run. Every rank calls each method at the same step.
+    """Watch the results of a run's steps. Every rank calls each method at the same step.
 
-    ``max_skipped`` steps skipped in a row end the run; messages name the last checkpoint of ``run``.
+    The step itself skips an update that is not finite; the guard warns of it and of loss spikes, and ends the run.
+
+    Args:
+        run_dir: run directory, whose last checkpoint the messages name.
+        max_skipped: number of skipped steps in a row at which the run ends.
+        world: all ranks.
     """
 
-    def __init__(self, run: Path, max_skipped: int, world: World) -> None:
-        self._run, self._max_skipped, self._world = run, max_skipped, world
+    def __init__(self, run_dir: Path, max_skipped: int, world: World) -> None:
+        self._run_dir, self._max_skipped, self._world = run_dir, max_skipped, world
         self._skipped_in_a_row = 0
         self._spikes = SpikeDetector()
-        self._last_batch: Batch | None = None
-        """First micro batch of the last step that changed the weights; None since the run began or resumed."""
+        self._batch_to_recheck: Batch | None = None
+        """First micro batch of the last step that was not skipped, on which ``require_sound`` computes the loss again
+        before a checkpoint; None until such a step."""
 
     def check_step(self, step: int, result: StepResult, micro_batches: Sequence[Batch]) -> None:
         """Check the result of step number ``step``: warn of a loss spike or a skipped step.
@@ -71,7 +77,7 @@ class StepGuard:
         """
         if not result.skipped:
             self._skipped_in_a_row = 0
-            self._last_batch = micro_batches[0]
+            self._batch_to_recheck = micro_batches[0]
             median_loss = self._spikes.spiked(result.loss)
             if median_loss is not None:
                 rows = self._describe_step_rows(result, micro_batches)
@@ -99,13 +105,13 @@ class StepGuard:
         Raises:
             TrainingStoppedError: the loss is not finite on some rank.
         """
-        if self._last_batch is None:
+        if self._batch_to_recheck is None:
             return
-        with explain_out_of_memory("the check before a checkpoint", self._last_batch.shape_text):
-            batch = self._last_batch.to(self._world.device)
+        with explain_out_of_memory("the check before a checkpoint", self._batch_to_recheck.shape_text):
+            batch = self._batch_to_recheck.to(self._world.device)
             loss = float(forward(prefix(batch) if prefix else None, batch))
         if self._world.max(float(not math.isfinite(loss))):
-            rows = self._describe_rows([(_row_names(self._last_batch), loss)])
+            rows = self._describe_rows([(_row_names(self._batch_to_recheck), loss)])
             raise TrainingStoppedError(
                 f"the weights after step {step} give no finite loss on rows they learned from, so they are not saved. "
                 f"{self._last_checkpoint_text()}. Lower train.learning_rate, or look at the rows: {rows}"
@@ -113,7 +119,7 @@ class StepGuard:
 
     def _last_checkpoint_text(self) -> str:
         """Return the sentence that names the last checkpoint."""
-        checkpoint = latest_checkpoint(self._run)
+        checkpoint = latest_checkpoint(self._run_dir)
         return f"The last good checkpoint, {checkpoint}, is kept" if checkpoint else "There is no checkpoint yet"
 
     def _describe_step_rows(self, result: StepResult, micro_batches: Sequence[Batch]) -> str:

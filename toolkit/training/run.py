@@ -83,26 +83,26 @@ def train_in_group(invocation: Invocation, world: World, on_directory: Callable[
 
 
 def _train(trainer: Trainer, directory: RunDirectory) -> int:
-    """Begin or resume, train with everything open that shows and saves the run, and report."""
+    """Begin or resume, train with monitor and saver open, and report; return the exit code, ``STOPPED`` or 0."""
     context, run_dir = trainer.context, directory.path
     world, output = context.world, context.config.output
     trainer.begin(directory.checkpoint)
-    first_step = trainer.progress.step
+    steps_done = trainer.progress.step
     if directory.checkpoint:
-        log.info("continuing %s after step %d of %d", run_dir, first_step, context.total_steps)
+        log.info("continuing %s after step %d of %d", run_dir, steps_done, context.total_steps)
     if world.is_main:
         with explain_refused_write(run_dir):
             write_config(run_dir, context.config)
             save_record(run_dir, context.schedule, context.dataset, trainer.plan)
     log.info("writing to %s (watch: tensorboard --logdir %s)", run_dir, run_dir.parent)
     with (
-        Monitor(run_dir, world.is_main, context.total_steps, first_step) as monitor,
+        Monitor(run_dir, world.is_main, context.total_steps, steps_done) as monitor,
         Saver(run_dir, world, output.keep, output.async_save) as saver,
     ):
         monitor.board.hparams(_hparams(trainer))
-        if not first_step:
+        if not steps_done:
             monitor.board.text("recipe", f"```yaml\n{dump(context.config)}```", 0)
-        if first_step <= trainer.state.phase.start:
+        if steps_done <= trainer.state.phase.start:  # a resume in the middle of a phase has shown its mask before
             trainer.show_phase(monitor)
         monitor.planned_gib = trainer.planned_gib
         if not trainer.run(monitor, saver):
