@@ -192,6 +192,16 @@ def test_a_wrong_entry_is_one_clear_error(entries: list[Any], message: str, tiny
         set_up(invocation(*tiny_flags(tiny_model, tmp_path / "run", *mask(*entries))))
 
 
+def test_what_is_frozen_gets_no_adapter(tiny_model: Path, tmp_path: Path) -> None:
+    """mask.freeze takes layers away from an entry, and says so if none is left."""
+    entry = {"lora": {"select": "last:2", "rank": 2}}
+    flags = tiny_flags(tiny_model, tmp_path / "run", *mask(entry), "--mask.freeze", "last:2/attention", "blocks:4")
+    assert {name.split(".")[3] for name in set_up(invocation(*flags)).state.mask.names} == {"mlp"}
+    flags = tiny_flags(tiny_model, tmp_path / "run", *mask(entry), "--mask.freeze", "all")
+    with pytest.raises(UsageError, match="takes away all 14 linear layers"):
+        set_up(invocation(*flags))
+
+
 def test_a_layer_that_a_phase_trains_whole_gets_an_adapter_in_the_next(tiny_model: Path, tmp_path: Path) -> None:
     """Both updates are in the checkpoint and in the export; settings of a layer may not change between phases."""
     first = json.dumps({"train": ["blocks:5/mlp"], "until_step": 3})

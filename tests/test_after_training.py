@@ -141,7 +141,7 @@ def test_stochastic_rounding_keeps_on_average_what_the_nearest_bfloat16_loses(tr
     ("flags", "reason"),
     [
         (("--dtype", "float32"), "--rounding stochastic rounds to bfloat16, and this export is float32"),
-        (("--delta",), "--rounding goes with a whole model; a delta holds the float32 masters"),
+        (("--delta",), "--rounding goes with a whole model; a delta or adapter holds the float32 masters"),
     ],
 )
 def test_stochastic_rounding_is_refused_where_it_would_do_nothing(

@@ -91,14 +91,17 @@ def select_layers(config: LoraConfig, frozen: frozenset[str], anatomy: Anatomy) 
         MaskError: a selector is invalid (see ``resolve_selectors``), there is no such layer, or no layer has the name
             that ``targets`` gives.
     """
-    selected = resolve_selectors(config.select, anatomy) - frozen
-    layers = [t for t in anatomy.tensors if t.name in selected and t.linear and t.part == "block"]
-    if not layers:
+    selected = resolve_selectors(config.select, anatomy)
+    linear = [t for t in anatomy.tensors if t.name in selected and t.linear and t.part == "block"]
+    if not linear:
         raise MaskError(
             f"mask.train: lora selects {' '.join(config.select)}, among which no block has a linear layer; adapters "
             "stand beside the linear layers of blocks. Expected selectors such as last:8; the head trains whole, as an "
             "entry of its own"
         )
+    layers = [layer for layer in linear if layer.name not in frozen]
+    if not layers:
+        raise MaskError(f"mask.freeze takes away all {len(linear)} linear layers that lora selects; expected some left")
     if config.targets is None:
         return layers
     for target in config.targets:

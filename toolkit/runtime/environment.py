@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 _SAME_NAME = (
-    "accelerate", "bitsandbytes", "datasets", "deepspeed", "filelock", "huggingface_hub", "numpy", "psutil", "pyarrow",
+    "accelerate", "bitsandbytes", "datasets", "deepspeed", "filelock", "huggingface_hub", "numpy", "peft", "psutil", "pyarrow",
     "pydantic", "safetensors", "tensorboard", "torch", "tqdm", "transformers", "typing_extensions", "xxhash",
 )  # fmt: skip
 PACKAGES = {**{name: name for name in _SAME_NAME}, "pillow": "PIL", "pyyaml": "yaml"}
