@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,17 @@ def test_a_model_is_loaded_from_its_revision_through_the_redirect_of_its_weights
     loaded = load(ModelConfig(name_or_path=MODEL, revision=COMMIT, dtype="float32"))
     assert loaded.anatomy.block_count == 6
     assert any(line.startswith("GET /cdn/") and line.endswith("model.safetensors") for line in hub.requests)
+
+
+def test_an_adapter_on_the_hub_is_not_taken_for_its_base(hub: StubHub, stored: Path, tmp_path: Path) -> None:
+    shutil.copytree(stored / "model", tmp_path / "adapter")
+    named = {"peft_type": "LORA", "base_model_name_or_path": "org/somebody-elses"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(named))
+    hub.repositories["models/org/adapter"] = Repository(tmp_path / "adapter", COMMIT)
+    for name in ("org/adapter", str(tmp_path / "adapter")):
+        with pytest.raises(ModelError, match=r"holds an adapter .*name that model.* in model\.delta"):
+            load(ModelConfig(name_or_path=name, dtype="float32"))
+    assert not any("somebody-elses" in line for line in hub.requests)
 
 
 def test_a_model_and_a_data_set_that_moved_are_followed(hub: StubHub) -> None:

@@ -9,6 +9,12 @@ from typing import Any
 
 from toolkit.runtime.errors import ModelError
 
+IS_ADAPTER = (
+    "holds an adapter (adapter_config.json), which stands for another model; name that model, and a directory with the "
+    "adapter in model.delta, or remove the file"
+)
+"""What is said of a source that transformers would replace by the base model that it names."""
+
 _INDEX_FILE = "model.safetensors.index.json"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -42,15 +48,12 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def _find_faults(directory: Path, needs_weights: bool) -> Iterator[str]:
     """Yield each reason against loading the directory, as a clause for the error message."""
+    if (directory / "adapter_config.json").is_file():
+        yield IS_ADAPTER
     if not (directory / "config.json").is_file():
         yield "has no config.json; expected a model saved with save_pretrained"
         return
     _read_object(directory / "config.json")
-    if (directory / "adapter_config.json").is_file():  # transformers would load the base that it names in its place
-        yield (
-            "holds an adapter (adapter_config.json), which stands for another model; merge it into that model first, "
-            "or remove the file"
-        )
     if not needs_weights:
         return
     if not any(directory.glob("*.safetensors")):

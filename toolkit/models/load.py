@@ -20,7 +20,7 @@ from toolkit.models.anatomy import Anatomy
 from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.models.bundled import bundled_directory, cache_root
 from toolkit.models.checkpoint_contents import check_contents
-from toolkit.models.directory import check_directory
+from toolkit.models.directory import IS_ADAPTER, check_directory
 from toolkit.models.disk_offload import OnDisk, detach_offloaded, device_map, silence_accelerate
 from toolkit.models.exaone import ExaoneFormat, is_exaone
 from toolkit.models.quirks import turn_off_layerdrop
@@ -260,6 +260,8 @@ def _load_weights(source: str, config: ModelConfig, extra: dict[str, Any]) -> tu
     }
     try:
         storage_format = _choose_format(source, config)
+        if storage_format.files.find("adapter_config.json"):  # transformers would load the base that it names
+            raise ModelError(f"{source} (model.name_or_path) {IS_ADAPTER}")
         model, info = storage_format.read(options)
     except Exception as error:  # a damaged config or checkpoint makes transformers raise anything
         if isinstance(error, FrostlineError) or is_out_of_memory(error):
