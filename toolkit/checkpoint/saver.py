@@ -32,7 +32,7 @@ _SLACK = 2**20
 
 @dataclass(frozen=True)
 class CheckpointContent:
-    """What a checkpoint is written from."""
+    """The content of a checkpoint, before it is written."""
 
     state: CheckpointState
     engine: Engine

@@ -17,7 +17,7 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether a feature is on, and why."""
+    """A decision to turn a feature on or off, with its reason."""
 
     on: bool
     reason: str

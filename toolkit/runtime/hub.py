@@ -35,7 +35,7 @@ _RETRIED_STATUSES = (500, 502, 503, 504)
 
 @dataclass
 class _Hosts:
-    """What this process knows of the hosts it has asked."""
+    """The state of the hosts that this process has asked."""
 
     down: dict[str, str] = field(default_factory=dict)
     """Hosts that are no longer asked, and the fault of each as a sentence."""
