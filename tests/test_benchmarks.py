@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from helpers import ROOT, run_script
 from transformers import AutoModelForCausalLM
 
-from benchmarks import depth, partial_finetuning, step_profile
+from benchmarks import depth, partial_finetuning, quality, step_profile
 from benchmarks.contenders import DoesNotFitError, Outcome, require_success
 from benchmarks.plain_loop import plain_loop
 from benchmarks.prepare import SAMPLE, prepare, write_random_model
@@ -229,3 +230,27 @@ def test_saved_results_name_date_and_hardware() -> None:
         first = path.read_text(encoding="utf-8").splitlines()[0]
         assert path.name.startswith(first[:10]), path
         assert " of " in first or "NVIDIA" in first, path
+
+
+def test_quality_searches_first_then_repeats_the_best_rate_and_runs_nothing_twice(tmp_path: Path) -> None:
+    cells: dict[str, Any] = {}
+    done = []
+    while (cell := next(quality.next_cells(cells), None)) is not None:
+        mask, rate, seed = cell
+        best = quality.MASKS[mask][1][1]
+        losses = [2.7, 2.6 + abs(rate - best)]
+        cells[quality.cell_key(*cell)] = {
+            "validation": losses, "seconds": [10.0, 20.0], "peak_gib": 1.0, "trained": 7, "test": 2.5 + seed / 100,
+        }  # fmt: skip
+        done.append(cell)
+    masks = len(quality.MASKS)
+    assert len(done) == len(set(done)) == 3 * masks + 3 * masks
+    assert [seed for _, _, seed in done] == [0] * 3 * masks + [1] * masks + [2] * masks + [3] * masks
+    assert all(rate == quality.MASKS[mask][1][1] for mask, rate, seed in done if seed)
+    assert quality.result_table(cells).count("2.520 (2.510–2.530)") == masks
+    assert "20 s" in quality.equal_cost(cells)
+    quality.save(cells, tmp_path / "cells.json")
+    assert json.loads((tmp_path / "cells.json").read_text()) == cells
+    some = {key: cell for key, cell in cells.items() if key.startswith("top 4 |")}
+    assert quality.chosen_rate(some, "top 8") is None
+    assert next(quality.next_cells(some))[0] != "top 4"
