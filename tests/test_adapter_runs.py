@@ -13,6 +13,7 @@ from helpers import (
     ENGLISH,
     invocation,
     make_tiny_model,
+    make_tokenizer,
     masters_of,
     metrics,
     run_here,
@@ -24,6 +25,7 @@ from helpers import (
 from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
+from zoo import make
 
 from toolkit.commands.export import export
 from toolkit.inference.open_model import open_model
@@ -248,3 +250,41 @@ def test_two_ranks_learn_what_one_process_learns_and_one_process_goes_on(
     alone = tiny_flags(tiny_model, tmp_path / "two", "--train.gradient_accumulation_steps", 2, *common)
     assert train(*alone, "--resume-override") == 0
     assert metrics(tmp_path / "two") == pytest.approx(metrics(tmp_path / "one"), abs=1e-5)
+
+
+def save_with_tokenizer(model: Any, directory: Path) -> None:
+    """Save a model of the zoo with room for the sample rows and their tokens."""
+    model.resize_token_embeddings(512)
+    model.config.max_position_embeddings = 512
+    model.save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+
+
+def test_a_layer_that_the_model_computes_past_is_refused(tmp_path: Path) -> None:
+    """Mamba multiplies with the weight of dt_proj itself; the other layers are adapted and exported."""
+    model = make("mamba")
+    save_with_tokenizer(model, tmp_path / "mamba")
+    with pytest.raises(UsageError, match=r"dt_proj and 1 more layers that this model never calls.*lora\.targets"):
+        set_up(invocation(*tiny_flags(tmp_path / "mamba", tmp_path / "x", *mask({"lora": {"select": "last:2"}}))))
+    entry = {"lora": {"select": "last:2", "rank": 2, "targets": ["in_proj", "x_proj", "out_proj"]}}
+    flags = tiny_flags(tmp_path / "mamba", tmp_path / "run", "--train.max_steps", 3, *mask(entry))
+    assert train(*flags) == 0
+    ours = logits(open_model(str(tmp_path / "run")).loaded.model)
+    export(tmp_path / "run", tmp_path / "merged")
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), ours, atol=1e-4)
+
+
+def test_adapters_that_peft_would_take_for_experts_are_not_exported_in_its_form(tmp_path: Path) -> None:
+    model = make("deepseek_v3")
+    save_with_tokenizer(model, tmp_path / "moe")
+    entry = {"lora": {"select": "last:2", "rank": 2}}
+    assert train(*tiny_flags(tmp_path / "moe", tmp_path / "run", "--train.max_steps", 2, *mask(entry))) == 0
+    names = masters_of(checkpoint_of(tmp_path / "run"))
+    assert any("shared_experts.gate_proj" in name for name in names)
+    with pytest.raises(
+        CheckpointError, match="takes some of the adapted layers of deepseek_v3 models for fused experts"
+    ):
+        export(tmp_path / "run", tmp_path / "adapter", adapter=True)
+    export(tmp_path / "run", tmp_path / "merged")
+    ours = logits(open_model(str(tmp_path / "run")).loaded.model)
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), ours, atol=1e-4)

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from zoo import make
+from zoo import CUT, make
 
 from toolkit.config.schema import MaskConfig, OptimConfig, TrainConfig
 from toolkit.data.batches import Batch, collate
 from toolkit.data.examples import Example
 from toolkit.engine.local import LocalEngine
-from toolkit.mask.apply import apply_mask, trainable_parameters
+from toolkit.mask.apply import apply_mask, merge_adapters, trainable_parameters, unused_adapters
 from toolkit.mask.layer_mask import LayerMask, build_mask
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.anatomy_detection import detect_anatomy
@@ -123,3 +123,36 @@ def test_adapters_above_the_frost_line_learn_what_pefts_own_learn_on_the_whole_m
     for tensor, parameter in trainable_parameters(model, mask).items():
         assert torch.allclose(parameter, tensors[tensor], atol=1e-5), tensor
         assert not torch.equal(parameter, start[tensor]), tensor
+
+
+PAST_ADAPTERS = {"falcon_mamba": {"dt_proj"}, "jamba": {"dt_proj"}, "mamba": {"dt_proj"}}
+"""Types that compute with a layer's weight themselves."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CUT)
+def test_every_types_adapters_take_part(name: str, batches: list[Batch]) -> None:
+    """The gradient reaches every adapter, nothing else changes, and the merged model computes what the adapters do."""
+    model = make(name)
+    mask, anatomy = build(model, {"lora": {"select": "last:2", "rank": 4}})
+    apply_mask(model, mask, anatomy, seed=3)
+    prefix, suffix = split(model.eval(), anatomy, mask.boundary)
+    assert prefix is not None
+    unused = unused_adapters(suffix.model, lambda: suffix.logits(prefix(batches[0]), batches[0]))
+    assert {layer.rpartition(".")[2] for layer in unused} == PAST_ADAPTERS.get(name, set())
+    for batch in batches:
+        suffix(prefix(batch), batch).backward()
+    gradients = {key: p.grad for key, p in trainable_parameters(model, mask).items() if "lora_B" in key}
+    unreached = [key for key, grad in gradients.items() if grad is None or not grad.any()]
+    assert {key.removesuffix(".lora_B.default.weight") for key in unreached} == set(unused)
+    assert all(p.grad is None for key, p in model.named_parameters() if ".lora_" not in key)
+    with torch.no_grad():
+        for key, parameter in trainable_parameters(model, mask).items():
+            if "lora_B" in key and key not in unreached:
+                parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(len(key)))
+        inputs = {"input_ids": batches[0].input_ids, "attention_mask": batches[0].attention_mask, "use_cache": False}
+        adapted = model(**inputs).logits
+        merge_adapters(model, {})
+        merged = model(**inputs).logits
+    assert not any(".lora_" in key or "base_layer" in key for key in model.state_dict())
+    assert torch.allclose(adapted, merged, atol=1e-4 * float(adapted.abs().max()))

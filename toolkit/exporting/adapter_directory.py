@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
+from transformers import PretrainedConfig
 
 from toolkit.checkpoint.choice import Step
 from toolkit.checkpoint.delta import Delta
@@ -47,12 +51,15 @@ def export_adapter(
     check_paths(run, target)
     _, delta = read_run(run, step)
     model = delta.base.config.model_copy(update={"name_or_path": str(base)} if base else {})
-    exaone = is_exaone_source(resolve_source(model.name_or_path, needs_weights=False), model)
+    source = resolve_source(model.name_or_path, needs_weights=False)
+    exaone = is_exaone_source(source, model)
 
     def base_name(name: str) -> str:
         return exaone_name(f"{name}.").removesuffix(".") if exaone else name
 
     config = _peft_config(delta, model, base_name)
+    values, _ = PretrainedConfig.get_config_dict(source, revision=model.revision)
+    _require_same_targets(config, values.get("model_type"))
     tensors = {
         f"base_model.model.{base_name(_peft_name(name))}": tensor.to(getattr(torch, dtype))
         for name, tensor in delta.tensors.items()
@@ -104,6 +111,27 @@ def _peft_config(delta: Delta, base: ModelConfig, base_name: Callable[[str], str
         rank_pattern={base_name(m): a.rank for a in adapters for m in a.modules if a.rank != first.rank},
         alpha_pattern={base_name(m): a.alpha for a in adapters for m in a.modules if a.alpha != first.alpha},
     )  # fmt: skip
+
+
+def _require_same_targets(config: LoraConfig, model_type: str | None) -> None:
+    """Raise CheckpointError if peft would read the targets otherwise for a model of this type.
+
+    Of some mixtures of experts it takes dense layers called gate_proj for experts of transformers 4, which are fused.
+    """
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    read, model = copy.deepcopy(config), SimpleNamespace(config=SimpleNamespace(model_type=model_type))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            convert_peft_config_for_transformers(read, model, None)  # type: ignore[arg-type]
+        except ValueError:  # it needs all of the experts' layers
+            read.target_modules = None
+    if set(read.target_modules or ()) != set(config.target_modules or ()):
+        raise CheckpointError(
+            f"peft takes some of the adapted layers of {model_type} models for fused experts, so it would load this "
+            "adapter wrong; export it as a model, or with --delta"
+        )
 
 
 def _shared(adapter: Adapter) -> Adapter:

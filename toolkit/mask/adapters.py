@@ -99,6 +99,12 @@ def select_layers(config: LoraConfig, frozen: frozenset[str], anatomy: Anatomy) 
             "stand beside the linear layers of blocks. Expected selectors such as last:8; the head trains whole, as an "
             "entry of its own"
         )
+    shared = {alias.alias_of for alias in anatomy.tensors if alias.alias_of}
+    if tied := [layer.name for layer in linear if layer.alias_of or layer.name in shared]:
+        raise MaskError(
+            f"mask.train: lora selects {tied[0]}, whose weight the model uses in several places; an adapter would "
+            "stand in one of them. Leave its blocks out, or train it whole"
+        )
     layers = [layer for layer in linear if layer.name not in frozen]
     if not layers:
         raise MaskError(f"mask.freeze takes away all {len(linear)} linear layers that lora selects; expected some left")

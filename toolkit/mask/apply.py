@@ -52,26 +52,49 @@ def apply_mask(model: PreTrainedModel, mask: LayerMask, anatomy: Anatomy, seed: 
 def add_adapters(model: PreTrainedModel, adapters: Sequence[Adapter], seed: int) -> None:
     """Put peft's low-rank adapters beside those of the layers that have none yet, in the layers' precision.
 
-    Names of the layers' own tensors get ``base_layer`` in them, which ``parameters_by_name`` takes out again.
+    Names of the layers' own tensors get ``base_layer`` in them, which ``parameters_by_name`` takes out again. Each
+    layer is wrapped by itself: peft's way through the whole model exchanges the targets of some mixtures of experts.
     """
+    present = dict(model.named_modules())
     for adapter in adapters:
-        present = dict(model.named_modules())
         new = [module for module in adapter.modules if f"{module}.base_layer" not in present]
         if not new:
             continue
-        from peft import LoraConfig, inject_adapter_in_model  # takes seconds to import
+        from peft import LoraConfig  # takes seconds to import
+        from peft.tuners.lora import Linear
 
-        config = LoraConfig(
-            r=adapter.rank, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout, use_rslora=adapter.rslora,
-            use_dora=adapter.dora, init_lora_weights=True if adapter.init == "kaiming" else adapter.init,
-            target_modules=new, fan_in_fan_out=isinstance(present[new[0]], Conv1D),
-        )  # fmt: skip
-        was_training = model.training
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            inject_adapter_in_model(config, model)
-        model.train(was_training)
-        del model.peft_config  # peft's record of a model that it saves itself
+            for name in new:
+                layer = present[name]
+                transposed = isinstance(layer, Conv1D)
+                config = LoraConfig(
+                    lora_dropout=adapter.dropout, use_rslora=adapter.rslora, use_dora=adapter.dora,
+                    init_lora_weights=True if adapter.init == "kaiming" else adapter.init, fan_in_fan_out=transposed,
+                )  # fmt: skip
+                wrapped: nn.Module = Linear(
+                    layer, "default", config, r=adapter.rank, lora_alpha=adapter.alpha,
+                    is_target_conv_1d_layer=transposed,
+                )  # fmt: skip
+                model.set_submodule(name, wrapped.train(layer.training))
+
+
+def unused_adapters(model: nn.Module, run: Callable[[], object]) -> list[str]:
+    """Return the adapted layers that are not called while ``run`` runs ``model``, although what holds them is.
+
+    Such a model computes with the layer's weight itself (Mamba's time steps, fused kernels), past the adapter.
+    """
+    modules = dict(model.named_modules())
+    adapted = [name.removesuffix(".base_layer") for name in modules if name.endswith(".base_layer")]
+    called: set[nn.Module] = set()
+    watched = {modules[part] for name in adapted for part in (name, name.rpartition(".")[0])}
+    hooks = [module.register_forward_pre_hook(lambda module, args: called.add(module)) for module in watched]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [n for n in adapted if modules[n] not in called and modules[n.rpartition(".")[0]] in called]
 
 
 Rounding = Callable[[torch.Tensor, torch.Tensor], object]

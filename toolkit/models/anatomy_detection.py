@@ -116,7 +116,8 @@ def _linear_features(model: nn.Module, name: str) -> tuple[int, int] | None:
     """Return input and output features if ``name`` is the weight of a linear layer (GPT-2's Conv1D is one)."""
     module, _, leaf = name.rpartition(".")
     layer = model.get_submodule(module)
-    if leaf != "weight" or not isinstance(layer, (nn.Linear, Conv1D)):
+    is_router = "router" in type(layer).__name__.lower()  # a Linear by class that returns a tuple (Llama 4, PhiMoE)
+    if leaf != "weight" or not isinstance(layer, (nn.Linear, Conv1D)) or is_router:
         return None
     return (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
 

@@ -22,17 +22,19 @@ from toolkit.checkpoint.restore import Checkpoint
 from toolkit.checkpoint.saver import CheckpointContent
 from toolkit.checkpoint.state import CheckpointState
 from toolkit.config.policy import Decision
-from toolkit.data.batches import collate
+from toolkit.data.batches import Batch, collate
 from toolkit.engine.base import Engine
 from toolkit.engine.deepspeed.nvme_files import prepare_swap_folders
 from toolkit.engine.local import LocalEngine
-from toolkit.mask.apply import apply_mask, replace_parameters, trainable_parameters
+from toolkit.mask.apply import apply_mask, replace_parameters, trainable_parameters, unused_adapters
 from toolkit.mask.audit import audit_table
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.mask.schedule import Phase
+from toolkit.models.probe import evaluation_mode
 from toolkit.optim.state_fragments import AdamState
 from toolkit.planning.planner import Plan, Planner
 from toolkit.runtime import malloc
+from toolkit.runtime.errors import MaskError
 from toolkit.split.activation_checkpointing import checkpoint_blocks
 from toolkit.split.joined_model import JoinedModel
 from toolkit.split.prefix import Prefix
@@ -188,7 +190,10 @@ def _cut_model(context: RunContext, model: ModelHandle, phase: Phase, packing: D
     prefix, suffix = cut(context, loaded, phase)
     device = context.world.device
     row = collate([min(context.dataset.train, key=len)], pad_id=0).to(device)
-    log.info("supervised positions: %s", suffix.choose_shortcuts(prefix(row) if prefix else None, row).text)
+    hidden = prefix(row) if prefix else None
+    if phase.mask.adapters:
+        _require_used_adapters(suffix, hidden, row)
+    log.info("supervised positions: %s", suffix.choose_shortcuts(hidden, row).text)
     if packing is None:
         mode, rows = context.config.data.packing, context.config.train.micro_batch_size
         packing = choose_packing(mode, rows, prefix, suffix, context.examples, device)
@@ -205,6 +210,17 @@ def _cut_model(context: RunContext, model: ModelHandle, phase: Phase, packing: D
         checkpoint_blocks(suffix.blocks(phase.mask.boundary))
     joined = JoinedModel(loaded.model, loaded.anatomy, None if prefix is None else phase.mask.boundary)
     return _CutModel(phase, prefix, suffix, joined, packing, planner, plan)
+
+
+def _require_used_adapters(suffix: Suffix, hidden: torch.Tensor | None, row: Batch) -> None:
+    """Raise MaskError if the model computes past an adapter, which would then learn nothing."""
+    with evaluation_mode(suffix):
+        unused = unused_adapters(suffix.model, lambda: suffix.logits(hidden, row))
+    if unused:
+        raise MaskError(
+            f"mask.train: lora adapts {unused[0]} and {len(unused) - 1} more layers that this model never calls: it "
+            "computes with their weights itself, past an adapter. Name the other layers in lora.targets"
+        )
 
 
 def _build_engine(context: RunContext, cut_model: _CutModel) -> Engine:
