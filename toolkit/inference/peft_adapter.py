@@ -42,16 +42,21 @@ def apply_peft_adapter(loaded: LoadedModel, directory: Path) -> None:
     if loaded.anatomy.tied_head and f"{loaded.anatomy.head}.weight" in tensors:
         untie_head(model, loaded.anatomy)
     adapters = _adapters(config, tensors)
-    add_adapters(model, adapters, seed=0)
-    parameters = parameters_by_name(model)
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    if wrong := [name for name, tensor in tensors.items() if shapes.get(name) != tuple(tensor.shape)]:
+    layers = {f"{module}.weight" for adapter in adapters for module in adapter.modules}
+    weights = loaded.anatomy.by_name
+    wrong = [name for name in layers if name not in weights or weights[name].linear is None]
+    if not wrong:
+        add_adapters(model, adapters, seed=0)
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters_by_name(model).items()}
+        wrong = [name for name, tensor in tensors.items() if shapes.get(name) != tuple(tensor.shape)]
+    if wrong:
         raise CheckpointError(
             f"{directory} does not fit {model.config.name_or_path or type(model).__name__}: {wrong[0]} and "
             f"{len(wrong) - 1} more of its {len(tensors)} tensors are not there, or have another shape; expected the "
             f"base model that it was trained on ({config.base_model_name_or_path}), and LoRA, rsLoRA or DoRA on linear "
             "layers"
         )
+    parameters = parameters_by_name(model)
     for name, tensor in tensors.items():
         parameters[name].copy_(tensor)
     merge_adapters(model, tensors)
