@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_runs import logits, mask, save_of_zoo
 from helpers import (
     ENGLISH,
     invocation,
     make_tiny_model,
-    make_tokenizer,
     masters_of,
     metrics,
     run_here,
@@ -25,7 +25,6 @@ from helpers import (
 from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
-from zoo import make
 
 from toolkit.commands.export import export
 from toolkit.inference.open_model import open_model
@@ -38,17 +37,6 @@ pytestmark = [  # peft's own
 ]
 
 ENTRY = {"lora": {"select": "last:3", "rank": 4, "alpha": 12, "dropout": 0.2}}
-IDS = torch.arange(5, 65).reshape(2, 30)
-
-
-def mask(*entries: Any) -> list[str]:
-    return ["--mask.train", *(entry if isinstance(entry, str) else json.dumps(entry) for entry in entries)]
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model.eval()(IDS).logits
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +168,9 @@ def test_an_adapter_of_another_model_is_refused(run: Path, tmp_path: Path) -> No
     [
         ([{"lora": {"select": "last:2", "targets": ["q_prj"]}}], "Did you mean q_proj"),
         ([{"lora": {"select": "head"}}], "no block has a linear layer"),
+        ([{"lora": {"select": ["last:2", "head"]}}], "lora.select has 'head', among which no block"),
+        ([{"lora": "last:2"}], "expected keys under it, such as {select: last:8}"),
+        ([{"dora": {"select": "last:2"}}], "expected {lora: {select: …, dora: true}}"),
         ([{"lora": {"select": "last:2/norms"}}], "no block has a linear layer"),
         ([{"lora": {"select": "last:2"}}, "last:1"], "whole and through an adapter"),
         ([{"lora": {"select": "last:2"}}, {"lora": {"select": "last:1"}}], "one adapter a layer"),
@@ -252,18 +243,9 @@ def test_two_ranks_learn_what_one_process_learns_and_one_process_goes_on(
     assert metrics(tmp_path / "two") == pytest.approx(metrics(tmp_path / "one"), abs=1e-5)
 
 
-def save_with_tokenizer(model: Any, directory: Path) -> None:
-    """Save a model of the zoo with room for the sample rows and their tokens."""
-    model.resize_token_embeddings(512)
-    model.config.max_position_embeddings = 512
-    model.save_pretrained(directory)
-    make_tokenizer().save_pretrained(directory)
-
-
 def test_a_layer_that_the_model_computes_past_is_refused(tmp_path: Path) -> None:
     """Mamba multiplies with the weight of dt_proj itself; the other layers are adapted and exported."""
-    model = make("mamba")
-    save_with_tokenizer(model, tmp_path / "mamba")
+    save_of_zoo("mamba", tmp_path / "mamba")
     with pytest.raises(UsageError, match=r"dt_proj and 1 more layers that this model never calls.*lora\.targets"):
         set_up(invocation(*tiny_flags(tmp_path / "mamba", tmp_path / "x", *mask({"lora": {"select": "last:2"}}))))
     entry = {"lora": {"select": "last:2", "rank": 2, "targets": ["in_proj", "x_proj", "out_proj"]}}
@@ -275,8 +257,7 @@ def test_a_layer_that_the_model_computes_past_is_refused(tmp_path: Path) -> None
 
 
 def test_adapters_that_peft_would_take_for_experts_are_not_exported_in_its_form(tmp_path: Path) -> None:
-    model = make("deepseek_v3")
-    save_with_tokenizer(model, tmp_path / "moe")
+    save_of_zoo("deepseek_v3", tmp_path / "moe")
     entry = {"lora": {"select": "last:2", "rank": 2}}
     assert train(*tiny_flags(tmp_path / "moe", tmp_path / "run", "--train.max_steps", 2, *mask(entry))) == 0
     names = masters_of(checkpoint_of(tmp_path / "run"))
@@ -288,3 +269,29 @@ def test_adapters_that_peft_would_take_for_experts_are_not_exported_in_its_form(
     export(tmp_path / "run", tmp_path / "merged")
     ours = logits(open_model(str(tmp_path / "run")).loaded.model)
     assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), ours, atol=1e-4)
+
+
+def test_an_untrained_dora_is_the_base_whatever_the_precision(tiny_model: Path, tmp_path: Path) -> None:
+    """In bfloat16 the norms are rounded in training, so they are when adapters are merged."""
+    entry = {"lora": {"select": "all", "rank": 2, "dora": True}}
+    flags = [*mask(entry), "--model.dtype", "bfloat16", "--train.learning_rate", "1e-12", "--train.max_steps", 1]
+    assert train(*tiny_flags(tiny_model, tmp_path / "run", *flags)) == 0
+    export(tmp_path / "run", tmp_path / "merged")
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).state_dict()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    assert all(torch.equal(merged[name], tensor) for name, tensor in base.items())
+
+
+def test_each_layer_draws_its_own_start_and_what_rests_drops_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    entries = [{"lora": {"select": f"blocks:{n}", "rank": 4}} for n in (4, 5)]
+    starts = []
+    for chosen in (entries, [{"lora": {"select": "blocks:4-5", "rank": 4}}]):
+        trainer = set_up(invocation(*tiny_flags(tiny_model, tmp_path / "run", *mask(*chosen))))
+        named = trainer.state.engine.masters().items()
+        starts.append({name: tensor.clone() for name, tensor in named if "lora_A" in name})
+    assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])
+    assert len({tuple(tensor.flatten()[:3].tolist()) for tensor in starts[0].values()}) == len(starts[0])
+    first = json.dumps({"train": [{"lora": {"select": "last:3", "rank": 2, "dropout": 0.4}}], "until_epoch": 1})
+    flags = ["--mask.schedule", first, "--train.epochs", 3, "--prefix.cache", "on"]
+    flags += mask({"lora": {"select": "last:1", "rank": 2, "dropout": 0.4}})
+    assert train(*tiny_flags(tiny_model, tmp_path / "scheduled", *flags)) == 0

@@ -119,10 +119,9 @@ def test_adapters_above_the_frost_line_learn_what_pefts_own_learn_on_the_whole_m
     expected, tensors = learn_with_peft(reference, config, start, anatomy.head, batches)
     found = learn(model, mask, anatomy, batches, checkpointed)
     assert found == pytest.approx(expected, abs=1e-5)
-    assert abs(found[-1] - found[0]) > 0.05
     for tensor, parameter in trainable_parameters(model, mask).items():
         assert torch.allclose(parameter, tensors[tensor], atol=1e-5), tensor
-        assert not torch.equal(parameter, start[tensor]), tensor
+        assert float((parameter - start[tensor]).abs().max()) > 1e-3, tensor
 
 
 PAST_ADAPTERS = {"falcon_mamba": {"dt_proj"}, "jamba": {"dt_proj"}, "mamba": {"dt_proj"}}

@@ -327,6 +327,10 @@ def test_masks_are_compared_side_by_side(tiny_model: Path) -> None:
         assert row["flops"] == values["flops"]["first_epoch"] + 2 * values["flops"]["later_epoch"]
         assert row["seconds"] == row["flops"] / 2e12
         assert row["disk"] == values["disk"]["most"] + values["disk"]["cache"]
+    short = ["--compare", "last:2 head", "--json", "--prefix.cache", "off"]
+    (part,) = json.loads(run_here("plan.py", *flags, *short, "--train.max_steps", "5").stdout)
+    (whole,) = json.loads(run_here("plan.py", *flags, *short).stdout)
+    assert part["flops"] == pytest.approx(whole["flops"] * 5 / 60, rel=1e-3)
     table = run_here("plan.py", *flags, "--compare", *masks, "--gpu-memory", "2GiB").stdout.splitlines()
     assert all(line.endswith(("fits", "does not fit")) for line in table[1:5])
     assert sum(line.count("*") for line in table[1:5]) == 4

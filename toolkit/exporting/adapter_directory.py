@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import PretrainedConfig
@@ -21,6 +21,8 @@ from toolkit.inference.open_model import read_run
 from toolkit.mask.adapters import Adapter, is_adapter_tensor
 from toolkit.models.exaone import exaone_name
 from toolkit.models.load import Dtype, is_exaone_source, resolve_source
+from toolkit.models.source_files import SourceFiles
+from toolkit.models.weight_files import StoredTensors
 from toolkit.runtime.errors import CheckpointError
 from toolkit.runtime.safetensors_io import write_safetensors
 
@@ -60,6 +62,8 @@ def export_adapter(
     config = _peft_config(delta, model, base_name)
     values, _ = PretrainedConfig.get_config_dict(source, revision=model.revision)
     _require_same_targets(config, values.get("model_type"))
+    stored = StoredTensors(SourceFiles(source, model.revision)).entries
+    _require_whole_modules([base_name(name) for name in delta.mask.names], config, stored)
     tensors = {
         f"base_model.model.{base_name(_peft_name(name))}": tensor.to(getattr(torch, dtype))
         for name, tensor in delta.tensors.items()
@@ -99,12 +103,12 @@ def _peft_config(delta: Delta, base: ModelConfig, base_name: Callable[[str], str
     if other := next((one for one in adapters if _shared(one) != _shared(first)), None):
         raise CheckpointError(
             f"this run trained adapters with different settings beside {first.modules[0]} and {other.modules[0]}, and "
-            f"peft's directory holds one dropout, rslora, dora and init for all; {advice}"
+            f"peft's directory holds one dropout, rslora and dora for all; {advice}"
         )
     whole = [name for name in delta.mask.names if not is_adapter_tensor(name)]
     return LoraConfig(
         task_type="CAUSAL_LM", base_model_name_or_path=base.name_or_path, revision=base.revision,
-        inference_mode=True, r=first.rank, lora_alpha=first.alpha, lora_dropout=first.dropout,
+        inference_mode=True, r=first.rank, lora_alpha=cast(int, first.alpha), lora_dropout=first.dropout,
         use_rslora=first.rslora, use_dora=first.dora,
         target_modules=[base_name(module) for adapter in adapters for module in adapter.modules],
         modules_to_save=sorted({base_name(name.rpartition(".")[0]) for name in whole}) or None,
@@ -134,6 +138,32 @@ def _require_same_targets(config: LoraConfig, model_type: str | None) -> None:
         )
 
 
+def _require_whole_modules(trained: Sequence[str], config: LoraConfig, stored: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if peft cannot keep the tensors that trained whole as modules of their own.
+
+    Args:
+        trained: names of all trained tensors in the base model's own class.
+        config: peft's configuration, with the modules that trained whole and the adapted ones.
+        stored: the base model's tensors by name, which may lack the first parts of names.
+    """
+    adapted = set(config.target_modules or ())
+    suffixes = {f".{name}" for name in stored}
+    if absent := [name for name in adapted if not any(f".{name}.weight".endswith(one) for one in suffixes)]:
+        raise CheckpointError(f"the base model has no layer {absent[0]}; name the one that the run was trained on")
+    for module in config.modules_to_save or ():
+        if inside := [name for name in adapted if f"{name}.".startswith(f"{module}.")]:
+            raise CheckpointError(
+                f"this run trained tensors of {module} whole and {inside[0]} through an adapter, and peft's directory "
+                "cannot hold both; export it as a model, or with --delta"
+            )
+        own = {one for one in suffixes if f".{module}".endswith(one.rpartition(".")[0])}
+        if part := sorted(one for one in own if not any(f".{name}".endswith(one) for name in trained)):
+            raise CheckpointError(
+                f"this run trained a part of {module} (not its {part[0].rpartition('.')[2]}), and peft's directory "
+                "holds whole modules; export it as a model, or with --delta"
+            )
+
+
 def _shared(adapter: Adapter) -> Adapter:
     """Return an adapter's settings without those that peft takes for each module."""
-    return replace(adapter, modules=(), rank=0, alpha=0)
+    return replace(adapter, modules=(), rank=0, alpha=0, init="kaiming")

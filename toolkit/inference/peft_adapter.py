@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from toolkit.mask.adapters import Adapter, adapted_weight
 from toolkit.mask.apply import add_adapters, merge_adapters, parameters_by_name, untie_head
-from toolkit.models.exaone import llama_name
+from toolkit.models.exaone import ExaoneFormat, llama_name
 from toolkit.models.load import LoadedModel
 from toolkit.runtime.errors import CheckpointError
 from toolkit.runtime.safetensors_io import SafetensorsFile
@@ -19,6 +20,15 @@ from toolkit.runtime.safetensors_io import SafetensorsFile
 log = logging.getLogger("frostline")
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_UNDERSTOOD = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "lora_dropout", "use_rslora", "use_dora", "target_modules",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "ensure_weight_tying",
+    "fan_in_fan_out", "init_lora_weights", "eva_config", "runtime_config",
+}  # fmt: skip
+"""Settings that need nothing here, or are followed; any other that is set changes what the adapter computes."""
+_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+"""Values of ``init_lora_weights`` that leave the base model's weights as they are."""
 
 
 def is_peft_adapter(directory: Path) -> bool:
@@ -35,44 +45,50 @@ def apply_peft_adapter(loaded: LoadedModel, directory: Path) -> None:
         directory: adapter_config.json and adapter_model.safetensors.
 
     Raises:
-        CheckpointError: a file is missing or damaged, it is no LoRA, or it does not fit the model.
+        CheckpointError: a file is missing or damaged, it is no plain LoRA or DoRA, or it does not fit the model.
     """
-    config, tensors = _read(directory)
-    model = loaded.model
-    if loaded.anatomy.tied_head and f"{loaded.anatomy.head}.weight" in tensors:
-        untie_head(model, loaded.anatomy)
-    adapters = _adapters(config, tensors)
+    config, stored = _read(directory)
+    rename = llama_name if isinstance(loaded.storage_format, ExaoneFormat) else str
+    names = {name: _model_name(name, rename) for name in stored}
+    tensors = {names[name]: tensor for name, tensor in stored.items()}
+    adapters = _adapters(config, stored, names, directory)
+    _untie_as_peft(loaded, config, tensors)
     layers = {f"{module}.weight" for adapter in adapters for module in adapter.modules}
     weights = loaded.anatomy.by_name
     wrong = [name for name in layers if name not in weights or weights[name].linear is None]
     if not wrong:
-        add_adapters(model, adapters, seed=0)
-        shapes = {name: tuple(parameter.shape) for name, parameter in parameters_by_name(model).items()}
+        add_adapters(loaded.model, adapters, seed=0)
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters_by_name(loaded.model).items()}
         wrong = [name for name, tensor in tensors.items() if shapes.get(name) != tuple(tensor.shape)]
     if wrong:
         raise CheckpointError(
-            f"{directory} does not fit {model.config.name_or_path or type(model).__name__}: {wrong[0]} and "
-            f"{len(wrong) - 1} more of its {len(tensors)} tensors are not there, or have another shape; expected the "
-            f"base model that it was trained on ({config.base_model_name_or_path}), and LoRA, rsLoRA or DoRA on linear "
-            "layers"
+            f"{directory} does not fit {loaded.model.config.name_or_path or type(loaded.model).__name__}: {wrong[0]} "
+            f"and {len(wrong) - 1} more are no linear layers there, are missing, or have another shape; expected the "
+            f"base model that it was trained on ({config.base_model_name_or_path}), and adapters on linear layers"
         )
-    parameters = parameters_by_name(model)
+    needed = {name for adapter in adapters for layer in adapter.modules for name in _needed(adapter, layer)}
+    if lacking := sorted(needed - tensors.keys()):
+        raise CheckpointError(f"{directory} lacks {lacking[0]} and {len(lacking) - 1} more tensors; it is damaged")
+    parameters = parameters_by_name(loaded.model)
     for name, tensor in tensors.items():
         parameters[name].copy_(tensor)
-    merge_adapters(model, tensors)
-    log.info(
-        "model.delta: the adapters of %s are merged into %d layers", directory, sum(len(a.modules) for a in adapters)
-    )
+    merge_adapters(loaded.model, tensors)
+    log.info("model.delta: the adapters of %s are merged into %d layers", directory, len(layers))
 
 
 def _read(directory: Path) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Return peft's configuration, and the tensors by the names that they have in a model with adapters.
+    """Return peft's configuration, and the tensors by the names that its file has.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or it is no LoRA.
+        CheckpointError: a file is missing or damaged, or it is no LoRA that this version understands.
     """
     from peft import LoraConfig, PeftConfig
 
+    if not (directory / _TENSORS).is_file() and any(directory.glob("adapter_model.bin")):
+        raise CheckpointError(
+            f"{directory} holds adapter_model.bin, and pickled weights are not loaded; load it with peft once and call "
+            "save_pretrained"
+        )
     try:
         config = PeftConfig.from_pretrained(str(directory))
         file = SafetensorsFile(directory / _TENSORS)
@@ -84,28 +100,69 @@ def _read(directory: Path) -> tuple[Any, dict[str, torch.Tensor]]:
         ) from None
     if not isinstance(config, LoraConfig):
         raise CheckpointError(f"{directory} holds a {config.peft_type}; expected LoRA, rsLoRA or DoRA")
-    return config, {_model_name(name): tensor for name, tensor in stored.items()}
+    plain, values = vars(LoraConfig()), vars(config)
+    if config.init_lora_weights not in _STARTS:
+        raise CheckpointError(
+            f"{directory} began with init_lora_weights {config.init_lora_weights!r}, which changes the base model's "
+            "weights; merge it with peft first, and name the merged model"
+        )
+    if others := [key for key, value in values.items() if key not in _UNDERSTOOD and value != plain.get(key)]:
+        raise CheckpointError(
+            f"{directory} sets {others[0]} ({values[others[0]]!r}), which is not supported; expected LoRA, rsLoRA or "
+            "DoRA on linear layers. Merge it with peft first, and name the merged model"
+        )
+    return config, stored
 
 
-def _model_name(name: str) -> str:
-    """Return the name of a tensor of peft's file in a model with adapters."""
-    module, is_adapter, rest = llama_name(name.removeprefix("base_model.model.")).partition(".lora_")
+def _model_name(name: str, rename: Any) -> str:
+    """Return the name that a tensor of peft's file has in a model with adapters."""
+    module, is_adapter, rest = rename(name.removeprefix("base_model.model.")).partition(".lora_")
     if not is_adapter:
-        return module
+        return str(module)
     return f"{module}.lora_{rest.removesuffix('.weight')}.default.weight"
 
 
-def _adapters(config: Any, tensors: Mapping[str, torch.Tensor]) -> list[Adapter]:
-    """Return an adapter for each rank and alpha, beside the layers of ``tensors``."""
+def _needed(adapter: Adapter, layer: str) -> tuple[str, ...]:
+    """Return the names of the tensors of an adapter beside ``layer``."""
+    kinds = ("lora_A", "lora_B", *(["lora_magnitude_vector"] if adapter.dora else []))
+    return tuple(f"{layer}.{kind}.default.weight" for kind in kinds)
+
+
+def _adapters(
+    config: Any, stored: Mapping[str, torch.Tensor], names: Mapping[str, str], directory: Path
+) -> list[Adapter]:
+    """Return an adapter for each rank and alpha, beside the layers of ``stored``.
+
+    Patterns of alpha are looked up by the names that the file has, ranks are those of its tensors.
+
+    Raises:
+        CheckpointError: there is none, or its alphas are no numbers.
+    """
     from peft.utils.other import get_pattern_key
 
-    found: dict[tuple[int, int], list[str]] = {}
-    for name, tensor in tensors.items():
-        if name.endswith(".lora_A.default.weight"):
-            module = adapted_weight(name).removesuffix(".weight")
-            alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha)
-            found.setdefault((tensor.shape[0], alpha), []).append(module)
+    found: dict[tuple[int, float], list[str]] = {}
+    try:
+        for name, tensor in stored.items():
+            if name.endswith(".lora_A.weight"):
+                module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+                key = get_pattern_key(list(config.alpha_pattern or {}), module)
+                alpha = float((config.alpha_pattern or {}).get(key, config.lora_alpha))
+                layer = adapted_weight(names[name]).removesuffix(".weight")
+                found.setdefault((tensor.shape[0], alpha), []).append(layer)
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        raise CheckpointError(f"{directory}: its alpha cannot be read ({error}); restore {_CONFIG}") from None
+    if not found:
+        raise CheckpointError(f"{directory} holds no adapter of a linear layer; expected lora_A and lora_B of each")
     return [
         Adapter(tuple(modules), rank, alpha, 0.0, bool(config.use_rslora), bool(config.use_dora), "kaiming")
         for (rank, alpha), modules in found.items()
     ]
+
+
+def _untie_as_peft(loaded: LoadedModel, config: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Untie a tied head where peft keeps the two apart: it saves one of them, or both as modules of their own."""
+    tied = loaded.anatomy.tied_head
+    if tied is None or config.ensure_weight_tying:
+        return
+    if tied.name in tensors or tied.alias_of in tensors:
+        untie_head(loaded.model, loaded.anatomy)

@@ -20,7 +20,7 @@ class Adapter:
     modules: tuple[str, ...]
     """Names of the linear layers, in the model's order."""
     rank: int
-    alpha: int
+    alpha: float
     dropout: float
     rslora: bool
     dora: bool
@@ -91,14 +91,18 @@ def select_layers(config: LoraConfig, frozen: frozenset[str], anatomy: Anatomy) 
         MaskError: a selector is invalid (see ``resolve_selectors``), there is no such layer, or no layer has the name
             that ``targets`` gives.
     """
-    selected = resolve_selectors(config.select, anatomy)
-    linear = [t for t in anatomy.tensors if t.name in selected and t.linear and t.part == "block"]
-    if not linear:
-        raise MaskError(
-            f"mask.train: lora selects {' '.join(config.select)}, among which no block has a linear layer; adapters "
-            "stand beside the linear layers of blocks. Expected selectors such as last:8; the head trains whole, as an "
-            "entry of its own"
-        )
+    selected: set[str] = set()
+    for selector in config.select:
+        tensors = [anatomy.by_name[name] for name in resolve_selectors([selector], anatomy)]
+        adaptable = {tensor.name for tensor in tensors if tensor.linear and tensor.part == "block"}
+        if not adaptable:
+            raise MaskError(
+                f"mask.train: lora.select has {selector!r}, among which no block has a linear layer; adapters stand "
+                "beside the linear layers of blocks. Expected selectors such as last:8; the head trains whole, as an "
+                "entry of its own"
+            )
+        selected |= adaptable
+    linear = [tensor for tensor in anatomy.tensors if tensor.name in selected]
     shared = {alias.alias_of for alias in anatomy.tensors if alias.alias_of}
     if tied := [layer.name for layer in linear if layer.alias_of or layer.name in shared]:
         raise MaskError(

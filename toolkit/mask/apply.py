@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -47,6 +48,11 @@ def apply_mask(model: PreTrainedModel, mask: LayerMask, anatomy: Anatomy, seed: 
     model.requires_grad_(False)
     for parameter in trainable_parameters(model, mask).values():
         parameter.requires_grad_(True)
+    rates = {module: adapter.dropout for adapter in mask.adapters for module in adapter.modules}
+    for name, module in model.named_modules():
+        layer, is_dropout, _ = name.partition(".lora_dropout.")
+        if is_dropout and isinstance(module, nn.Dropout):
+            module.p = rates.get(layer, 0.0)  # an adapter that trained in an earlier phase is frozen, and draws nothing
 
 
 def add_adapters(model: PreTrainedModel, adapters: Sequence[Adapter], seed: int) -> None:
@@ -64,8 +70,8 @@ def add_adapters(model: PreTrainedModel, adapters: Sequence[Adapter], seed: int)
         from peft.tuners.lora import Linear
 
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
             for name in new:
+                torch.manual_seed((seed << 32) + zlib.crc32(name.encode()))  # of its own, whatever is adapted beside it
                 layer = present[name]
                 transposed = isinstance(layer, Conv1D)
                 config = LoraConfig(
@@ -73,28 +79,29 @@ def add_adapters(model: PreTrainedModel, adapters: Sequence[Adapter], seed: int)
                     init_lora_weights=True if adapter.init == "kaiming" else adapter.init, fan_in_fan_out=transposed,
                 )  # fmt: skip
                 wrapped: nn.Module = Linear(
-                    layer, "default", config, r=adapter.rank, lora_alpha=adapter.alpha,
+                    layer, "default", config, r=adapter.rank, lora_alpha=cast(int, adapter.alpha),
                     is_target_conv_1d_layer=transposed,
                 )  # fmt: skip
                 model.set_submodule(name, wrapped.train(layer.training))
 
 
 def unused_adapters(model: nn.Module, run: Callable[[], object]) -> list[str]:
-    """Return the adapted layers that are not called while ``run`` runs ``model``, although what holds them is.
+    """Return the adapted layers that are not called while ``run`` runs ``model``.
 
-    Such a model computes with the layer's weight itself (Mamba's time steps, fused kernels), past the adapter.
+    Such a model computes with the layer's weight itself (Mamba's time steps, fused kernels), past the adapter, or not
+    at all (the attention to an encoder that is not there). Experts, of which a router chooses some, are left out.
     """
     modules = dict(model.named_modules())
     adapted = [name.removesuffix(".base_layer") for name in modules if name.endswith(".base_layer")]
+    adapted = [name for name in adapted if "expert" not in name]
     called: set[nn.Module] = set()
-    watched = {modules[part] for name in adapted for part in (name, name.rpartition(".")[0])}
-    hooks = [module.register_forward_pre_hook(lambda module, args: called.add(module)) for module in watched]
+    hooks = [modules[n].register_forward_pre_hook(lambda module, args: called.add(module)) for n in adapted]
     try:
         run()
     finally:
         for hook in hooks:
             hook.remove()
-    return [n for n in adapted if modules[n] not in called and modules[n.rpartition(".")[0]] in called]
+    return [name for name in adapted if modules[name] not in called]
 
 
 Rounding = Callable[[torch.Tensor, torch.Tensor], object]
@@ -132,6 +139,8 @@ def merge_adapters(
         for inner, parameter in parameters_by_name(exact).items():
             if f"{name}.{inner}" in masters:
                 parameter.copy_(masters[f"{name}.{inner}"])
+        if exact.lora_magnitude_vector:  # divided in training by the norm as it is rounded there, not by the exact one
+            exact.lora_magnitude_vector["default"].weight.mul_(_dora_norm(exact) / _dora_norm(layer))
         exact.merge()
         plain: Any = layer.get_base_layer()
         own = plain.weight.dtype
@@ -139,6 +148,14 @@ def merge_adapters(
         rounding(exact.get_base_layer().weight, merged)
         plain.weight = nn.Parameter(merged, requires_grad=False)
         model.set_submodule(name, plain)
+
+
+def _dora_norm(layer: Any) -> torch.Tensor:
+    """Return the norm [out] by which DoRA divides each output of a layer, in the precision of its weights."""
+    weight = layer.get_base_layer().weight
+    update = layer.scaling["default"] * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight)
+    norm: torch.Tensor = torch.linalg.norm((weight.T if layer.fan_in_fan_out else weight) + update, dim=1)
+    return norm.to(weight.dtype).float()
 
 
 def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:

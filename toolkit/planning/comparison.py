@@ -59,7 +59,7 @@ def comparison_rows(
     for text, (plan, fit) in zip(masks, plans, strict=True):
         values = as_dict(plan)
         first, later = values["flops"]["first_epoch"], values["flops"]["later_epoch"]
-        total = None if first is None else round(first + later * max(0.0, plan.passes - 1))
+        total = None if first is None else round(first - later + later * plan.passes)  # the first fills the cache
         rows.append(
             {
                 "mask": text,

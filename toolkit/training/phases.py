@@ -213,13 +213,13 @@ def _cut_model(context: RunContext, model: ModelHandle, phase: Phase, packing: D
 
 
 def _require_used_adapters(suffix: Suffix, hidden: torch.Tensor | None, row: Batch) -> None:
-    """Raise MaskError if the model computes past an adapter, which would then learn nothing."""
+    """Raise MaskError if the model does not call an adapted layer, whose adapter would then learn nothing."""
     with evaluation_mode(suffix):
         unused = unused_adapters(suffix.model, lambda: suffix.logits(hidden, row))
     if unused:
         raise MaskError(
             f"mask.train: lora adapts {unused[0]} and {len(unused) - 1} more layers that this model never calls: it "
-            "computes with their weights itself, past an adapter. Name the other layers in lora.targets"
+            "computes past an adapter there, or not at all. Name the other layers in lora.targets"
         )
 
 
