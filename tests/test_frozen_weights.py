@@ -186,7 +186,7 @@ def test_on_disk_no_weight_is_held_but_a_blocks_own_while_it_computes(model: Pat
     watch = Watch(trainer)
     assert torch.equal(trainer.state.prefix(first_batch(trainer)), expected)
     assert watch.most == lower // 10
-    assert trainer.plan.frozen.streamed == 2 * watch.most, "the plan allows for one more that is on its way"
+    assert trainer.plan.prefix_memory.streamed == 2 * watch.most, "the plan allows for one more that is on its way"
     kept = {path.name for path in cache.iterdir()} - {"float32-gradients.json"}
     assert not kept, "files without a name vanish with the process"
 
