@@ -102,9 +102,9 @@ class LoraEntry(Section):
 
 def _kind_of_entry(value: Any) -> str:
     """Return which of the union of mask.train's entries a value is, so that its faults are those of that one alone."""
-    if isinstance(value, (LoraEntry, dict)) and (isinstance(value, LoraEntry) or "lora" in value):
-        return LoraEntry.__name__
-    return MaskGroup.__name__ if isinstance(value, (MaskGroup, dict)) else "str"
+    if isinstance(value, dict):
+        return LoraEntry.__name__ if "lora" in value else MaskGroup.__name__
+    return type(value).__name__
 
 
 MaskEntry = Annotated[

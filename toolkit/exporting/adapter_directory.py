@@ -1,4 +1,4 @@
-"""Export a run's adapters as a directory that peft's ``PeftModel.from_pretrained`` loads, vLLM's form."""
+"""Export a run's adapters as a directory that peft's ``PeftModel.from_pretrained`` loads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import PretrainedConfig
 
 from toolkit.checkpoint.choice import Step
 from toolkit.checkpoint.delta import Delta
@@ -60,10 +59,9 @@ def export_adapter(
         return exaone_name(f"{name}.").removesuffix(".") if exaone else name
 
     config = _peft_config(delta, model, base_name)
-    values, _ = PretrainedConfig.get_config_dict(source, revision=model.revision)
-    _require_same_targets(config, values.get("model_type"))
-    stored = StoredTensors(SourceFiles(source, model.revision)).entries
-    _require_whole_modules([base_name(name) for name in delta.mask.names], config, stored)
+    files = SourceFiles(source, model.revision)
+    _require_same_targets(config, files.read_json("config.json").get("model_type"))
+    _require_whole_modules([base_name(name) for name in delta.mask.names], config, StoredTensors(files).entries)
     tensors = {
         f"base_model.model.{base_name(_peft_name(name))}": tensor.to(getattr(torch, dtype))
         for name, tensor in delta.tensors.items()

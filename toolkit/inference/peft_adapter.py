@@ -53,12 +53,13 @@ def apply_peft_adapter(loaded: LoadedModel, directory: Path) -> None:
     tensors = {names[name]: tensor for name, tensor in stored.items()}
     adapters = _adapters(config, stored, names, directory)
     _untie_as_peft(loaded, config, tensors)
-    layers = {f"{module}.weight" for adapter in adapters for module in adapter.modules}
+    modules = [(module, adapter) for adapter in adapters for module in adapter.modules]
     weights = loaded.anatomy.by_name
-    wrong = [name for name in layers if name not in weights or weights[name].linear is None]
+    names_of_weights = [f"{module}.weight" for module, _ in modules]
+    wrong = [name for name in names_of_weights if name not in weights or weights[name].linear is None]
     if not wrong:
-        add_adapters(loaded.model, adapters, seed=0)
-        shapes = {name: tuple(parameter.shape) for name, parameter in parameters_by_name(loaded.model).items()}
+        low_rank = dict(t for module, adapter in modules for t in adapter.tensors(module, loaded.anatomy))
+        shapes = {**{name: tensor.shape for name, tensor in weights.items()}, **low_rank}
         wrong = [name for name, tensor in tensors.items() if shapes.get(name) != tuple(tensor.shape)]
     if wrong:
         raise CheckpointError(
@@ -66,14 +67,14 @@ def apply_peft_adapter(loaded: LoadedModel, directory: Path) -> None:
             f"and {len(wrong) - 1} more are no linear layers there, are missing, or have another shape; expected the "
             f"base model that it was trained on ({config.base_model_name_or_path}), and adapters on linear layers"
         )
-    needed = {name for adapter in adapters for layer in adapter.modules for name in _needed(adapter, layer)}
-    if lacking := sorted(needed - tensors.keys()):
+    if lacking := sorted(low_rank.keys() - tensors.keys()):
         raise CheckpointError(f"{directory} lacks {lacking[0]} and {len(lacking) - 1} more tensors; it is damaged")
+    add_adapters(loaded.model, adapters, seed=0)
     parameters = parameters_by_name(loaded.model)
     for name, tensor in tensors.items():
         parameters[name].copy_(tensor)
     merge_adapters(loaded.model, tensors)
-    log.info("model.delta: the adapters of %s are merged into %d layers", directory, len(layers))
+    log.info("model.delta: the adapters of %s are merged into %d layers", directory, len(modules))
 
 
 def _read(directory: Path) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -120,12 +121,6 @@ def _model_name(name: str, rename: Any) -> str:
     if not is_adapter:
         return str(module)
     return f"{module}.lora_{rest.removesuffix('.weight')}.default.weight"
-
-
-def _needed(adapter: Adapter, layer: str) -> tuple[str, ...]:
-    """Return the names of the tensors of an adapter beside ``layer``."""
-    kinds = ("lora_A", "lora_B", *(["lora_magnitude_vector"] if adapter.dora else []))
-    return tuple(f"{layer}.{kind}.default.weight" for kind in kinds)
 
 
 def _adapters(

@@ -31,11 +31,11 @@ class Adapter:
         """Restore an adapter from its ``dataclasses.asdict``."""
         return Adapter(**{**values, "modules": tuple(values["modules"])})
 
-    def tensors(self, layer: TensorInfo) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yield name and shape of each tensor that trains beside the linear layer with weight ``layer``."""
-        assert layer.linear is not None
-        inputs, outputs = layer.linear
-        module = module_of(layer)
+    def tensors(self, module: str, anatomy: Anatomy) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield name and shape of each tensor that trains beside one of ``modules``."""
+        features = anatomy.by_name[f"{module}.weight"].linear
+        assert features is not None
+        inputs, outputs = features
         yield f"{module}.lora_A.default.weight", (self.rank, inputs)
         yield f"{module}.lora_B.default.weight", (outputs, self.rank)
         if self.dora:
@@ -79,8 +79,8 @@ def union_of_adapters(adapters: Iterable[Adapter]) -> tuple[Adapter, ...]:
     )
 
 
-def select_layers(config: LoraConfig, frozen: frozenset[str], anatomy: Anatomy) -> list[TensorInfo]:
-    """Return the weights of the linear layers that a recipe's ``lora`` entry adapts.
+def resolve_adapter(config: LoraConfig, frozen: frozenset[str], anatomy: Anatomy) -> Adapter:
+    """Resolve a ``lora`` entry of the recipe: the linear layers that it adapts, with its settings.
 
     Args:
         config: the entry.
@@ -91,6 +91,15 @@ def select_layers(config: LoraConfig, frozen: frozenset[str], anatomy: Anatomy) 
         MaskError: a selector is invalid (see ``resolve_selectors``), there is no such layer, or no layer has the name
             that ``targets`` gives.
     """
+    layers = _select_layers(config, frozen, anatomy)
+    return Adapter(
+        modules=tuple(module_of(layer) for layer in layers), rank=config.rank, alpha=config.alpha or 2 * config.rank,
+        dropout=config.dropout, rslora=config.rslora, dora=config.dora, init=config.init,
+    )  # fmt: skip
+
+
+def _select_layers(config: LoraConfig, frozen: frozenset[str], anatomy: Anatomy) -> list[TensorInfo]:
+    """Return the weights of the linear layers that ``resolve_adapter`` adapts."""
     selected: set[str] = set()
     for selector in config.select:
         tensors = [anatomy.by_name[name] for name in resolve_selectors([selector], anatomy)]
@@ -129,16 +138,3 @@ def select_layers(config: LoraConfig, frozen: frozenset[str], anatomy: Anatomy) 
 def _is_target(layer: TensorInfo, targets: list[str]) -> bool:
     """Return True if the name of a layer is one of ``targets``, or ends in one after a dot."""
     return any(f".{module_of(layer)}".endswith(f".{target}") for target in targets)
-
-
-def adapter_of(config: LoraConfig, layers: list[TensorInfo]) -> Adapter:
-    """Return the adapter of a ``lora`` entry beside ``layers``."""
-    return Adapter(
-        tuple(module_of(layer) for layer in layers),
-        config.rank,
-        config.alpha or 2 * config.rank,
-        config.dropout,
-        config.rslora,
-        config.dora,
-        config.init,
-    )

@@ -91,17 +91,22 @@ def unused_adapters(model: nn.Module, run: Callable[[], object]) -> list[str]:
     Such a model computes with the layer's weight itself (Mamba's time steps, fused kernels), past the adapter, or not
     at all (the attention to an encoder that is not there). Experts, of which a router chooses some, are left out.
     """
-    modules = dict(model.named_modules())
-    adapted = [name.removesuffix(".base_layer") for name in modules if name.endswith(".base_layer")]
-    adapted = [name for name in adapted if "expert" not in name]
+    adapted = {name: layer for name, layer in _adapted_layers(model).items() if "expert" not in name}
     called: set[nn.Module] = set()
-    hooks = [modules[n].register_forward_pre_hook(lambda module, args: called.add(module)) for n in adapted]
+    hooks = [layer.register_forward_pre_hook(lambda module, args: called.add(module)) for layer in adapted.values()]
     try:
         run()
     finally:
         for hook in hooks:
             hook.remove()
-    return [name for name in adapted if modules[name] not in called]
+    return [name for name, layer in adapted.items() if layer not in called]
+
+
+def _adapted_layers(model: nn.Module) -> dict[str, Any]:
+    """Return the layers that an adapter stands beside, as peft wraps them, by name."""
+    modules = dict(model.named_modules())
+    names = [name.removesuffix(".base_layer") for name in modules if name.endswith(".base_layer")]
+    return {name: modules[name] for name in names}
 
 
 Rounding = Callable[[torch.Tensor, torch.Tensor], object]
@@ -128,12 +133,8 @@ def merge_adapters(
         dtype: precision of merged weights that have the model's; None keeps it.
         rounding: rounds a sum.
     """
-    from peft.tuners.lora import LoraLayer
-
     stored_as = model.dtype
-    for name, layer in list(model.named_modules()):
-        if not isinstance(layer, LoraLayer):
-            continue
+    for name, layer in _adapted_layers(model).items():
         exact: Any = copy.deepcopy(layer)
         exact.float()
         for inner, parameter in parameters_by_name(exact).items():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from toolkit.config.mask_schema import LoraEntry, MaskConfig, MaskGroup
-from toolkit.mask.adapters import Adapter, adapted_weight, adapter_of, select_layers
+from toolkit.mask.adapters import Adapter, adapted_weight, resolve_adapter
 from toolkit.mask.selectors import resolve_selectors
 from toolkit.models.anatomy import Anatomy
 from toolkit.runtime.errors import MaskError
@@ -118,7 +118,7 @@ def build_mask(config: MaskConfig, anatomy: Anatomy) -> LayerMask:
         if isinstance(item, MaskGroup)
     ]
     entries = [item.lora for item in config.train if isinstance(item, LoraEntry)]
-    layers = [select_layers(entry, frozen, anatomy) for entry in entries]
+    adapters = tuple(resolve_adapter(entry, frozen, anatomy) for entry in entries)
     all_names = frozenset(name for group in selected for name in group.names) - frozen
     if not all_names and not entries:
         raise MaskError(
@@ -136,10 +136,12 @@ def build_mask(config: MaskConfig, anatomy: Anatomy) -> LayerMask:
                 "trains it; take it out of mask.freeze, or write mask.tied: untie to train a copy as the head"
             )
         groups.append(replace(group, names=tuple(t.name for t in anatomy.tensors if t.name in canonical)))
-    adapters = tuple(adapter_of(entry, adapted) for entry, adapted in zip(entries, layers, strict=True))
     low_rank: dict[str, list[TrainableTensor]] = {}
-    for entry, adapter, adapted in zip(entries, adapters, layers, strict=True):
-        beside = {t.name: [TrainableTensor(*made, t.dtype) for made in adapter.tensors(t)] for t in adapted}
+    for entry, adapter in zip(entries, adapters, strict=True):
+        beside: dict[str, list[TrainableTensor]] = {}
+        for module in adapter.modules:
+            dtype = anatomy.by_name[f"{module}.weight"].dtype
+            beside[f"{module}.weight"] = [TrainableTensor(*made, dtype) for made in adapter.tensors(module, anatomy)]
         _refuse_adapted_twice(beside, low_rank, all_names)
         low_rank |= beside
         names = tuple(tensor.name for tensors in beside.values() for tensor in tensors)
