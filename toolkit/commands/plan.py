@@ -136,7 +136,8 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         masks = [parse_mask(text, invocation.config.mask) for text in arguments.compare]
         budget = flags.byte_size(arguments.gpu_memory) if arguments.gpu_memory else None
         plans = plan_masks(invocation, arguments.world_size, budget, masks)
-        print(comparison_text(comparison_rows(arguments.compare, plans, arguments.tflops), arguments.json))
+        rows = comparison_rows(arguments.compare, plans, arguments.tflops)
+        print(json.dumps(rows, indent=1) if arguments.json else comparison_text(rows))
         return 0
     report = _plan(invocation, arguments.world_size, arguments.gpu_memory)
     if arguments.png is not None:

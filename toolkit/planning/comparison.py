@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pydantic import ValidationError
-
 from toolkit.config.mask_schema import MaskConfig
-from toolkit.config.recipe import parse_yaml
+from toolkit.config.recipe import build_config, parse_yaml
 from toolkit.planning.device_fit import DeviceFit
 from toolkit.planning.planner import Plan
 from toolkit.planning.table import as_dict, flops_text, gib
@@ -38,11 +35,12 @@ def parse_mask(text: str, mask: MaskConfig) -> MaskConfig:
                 entries += parse_yaml(word)
             else:
                 entries.append(parse_yaml(word) if word.startswith("{") else word)
-        return MaskConfig.model_validate({**mask.model_dump(), "train": entries})
-    except (ValueError, ValidationError, StopIteration, TypeError):
-        raise ConfigError(
-            [f"--compare {text!r} is no mask; expected words such as 'last:4 head', 'lora last:8', or YAML in braces"]
-        ) from None
+        return build_config({"mask": {**mask.model_dump(), "train": entries}}, text).mask
+    except (ValueError, StopIteration, TypeError):
+        detail = "expected words such as 'last:4 head', 'lora last:8', or YAML in braces"
+    except ConfigError as error:
+        detail = "; ".join(error.faults)
+    raise ConfigError([f"--compare {text!r} is no mask: {detail}"])
 
 
 def comparison_rows(
@@ -76,10 +74,8 @@ def comparison_rows(
     return rows
 
 
-def comparison_text(rows: Sequence[dict[str, Any]], as_json: bool) -> str:
+def comparison_text(rows: Sequence[dict[str, Any]]) -> str:
     """Format ``comparison_rows``; the lowest value of each column is marked with a star."""
-    if as_json:
-        return json.dumps(list(rows), indent=1)
     forms: dict[str, Callable[[Any], str]] = {
         "trained": lambda count: f"{count:,}", "memory": gib, "disk": gib, "flops": flops_text, "seconds": _duration,
     }  # fmt: skip

@@ -114,7 +114,7 @@ def trace(
         vocabulary: vocabulary size, the rows of the head.
 
     Raises:
-        RuntimeError: the model reads the content of a tensor, which a meta tensor lacks; includes NotImplementedError.
+        RuntimeError: the model reads the content of a tensor, which a meta tensor lacks.
     """
     batch = _meta_batch(shape)
     log = _allocation_log(prefix, suffix, shape, vocabulary)

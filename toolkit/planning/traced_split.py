@@ -41,9 +41,7 @@ class MetaSplit:
             set_attention(self.model, VARLEN)
         apply_mask(self.model, mask, self.anatomy)
         self.model.train()
-        with AllocationLog(
-            BatchShape(1, 2, 0), set(), ()
-        ):  # answers what the probe over two tokens asks of a meta tensor
+        with _probe_log():
             self.prefix, self.suffix = split(self.model, self.anatomy, boundary)
         if self.prefix is None and mask.tied == "head_only":
             self.suffix.detach_embeddings()
@@ -59,7 +57,7 @@ class MetaSplit:
     @cached_property
     def _checkpointed(self) -> Suffix:
         """Return a second suffix on the same model, with activation checkpointing from the frost line up."""
-        with AllocationLog(BatchShape(1, 2, 0), set(), ()):
+        with _probe_log():
             _, suffix = split(self.model, self.anatomy, self._boundary)
         checkpoint_blocks(suffix.blocks(self.mask.boundary))
         return suffix
@@ -75,6 +73,11 @@ class MetaSplit:
             vocabulary = int(self.model.get_output_embeddings().weight.shape[0])
             self._traces[key] = trace(self.prefix, suffix, self._trained.values(), shape, vocabulary)
         return self._traces[key]
+
+
+def _probe_log() -> AllocationLog:
+    """Return a log that answers what ``split``'s probe over two tokens asks of a meta tensor."""
+    return AllocationLog(BatchShape(1, 2, 0), set(), ())
 
 
 def _tensor_sizes(prefix: Prefix | None, suffix: Suffix, trained: dict[str, nn.Parameter]) -> TensorSizes:
