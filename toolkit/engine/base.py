@@ -90,33 +90,40 @@ class Engine(Protocol):
 
     def masters(self) -> dict[str, torch.Tensor]:
         """Return copies of the trained tensors by name, float32 on the CPU of rank 0; an empty dict on other ranks."""
-        return self._gather(MASTER, self.fragments())
+        return {name: tensors[MASTER] for name, tensors in self._gather(self.fragments(), [MASTER]).items()}
 
     def states(self) -> dict[str, AdamState]:
         """Return copies of all optimizer state by tensor name on rank 0, an empty dict on other ranks."""
         fragments = self.fragments()
-        masters, averages, squares = (self._gather(kind, fragments) for kind in KINDS)
         updates: dict[str, int] = {}
         for counts in self.world.all_gather_object({fragment.name: fragment.state.updates for fragment in fragments}):
             updates |= counts
-        return {name: AdamState(masters[name], averages[name], squares[name], updates[name]) for name in masters}
+        states = {}
+        for name, tensors in self._gather(fragments, KINDS).items():
+            master, exp_avg, exp_avg_sq = (tensors[kind] for kind in KINDS)
+            states[name] = AdamState(master, exp_avg, exp_avg_sq, updates[name])
+        return states
 
     @torch.no_grad()
-    def _gather(self, kind: str, fragments: Sequence[Fragment]) -> dict[str, torch.Tensor]:
-        """Return one of ``KINDS`` for all tensors on rank 0; every rank calls it."""
+    def _gather(self, fragments: Sequence[Fragment], kinds: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:
+        """Return some of ``KINDS`` of each whole tensor on rank 0, {} on other ranks; every rank calls it."""
         local = {fragment.name: fragment for fragment in fragments}
-        whole = {}
+        is_whole = self.is_replicated or self.world.size == 1
+        gathered: dict[str, dict[str, torch.Tensor]] = {}
         for name, shape in self.shapes.items():
-            if self.is_replicated or self.world.size == 1:
-                full = local[name].state.read()[kind] if self.world.is_main else torch.empty(0)
-            else:
-                full = torch.zeros(shape.numel(), device=self.world.device)
-                if name in local:
-                    full[local[name].start : local[name].stop].copy_(local[name].state.read()[kind])
-                dist.all_reduce(full)
-            if self.world.is_main:
-                whole[name] = full.detach().to("cpu", copy=True).view(shape)
-        return whole
+            values = local[name].state.read() if name in local and (self.world.is_main or not is_whole) else {}
+            for kind in kinds:
+                if is_whole:
+                    full = values.get(kind)
+                else:
+                    full = torch.zeros(shape.numel(), device=self.world.device)
+                    if values:
+                        full[local[name].start : local[name].stop].copy_(values[kind])
+                    dist.all_reduce(full)
+                if self.world.is_main:
+                    assert full is not None
+                    gathered.setdefault(name, {})[kind] = full.detach().to("cpu", copy=True).view(shape)
+        return gathered
 
     def load_states(self, states: Mapping[str, AdamState], step: int) -> None:
         """Load states of an earlier phase, which rank 0 holds, before the first update; then ``continue_at(step)``.
