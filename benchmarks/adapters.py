@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable
@@ -23,8 +22,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.contenders import Outcome, run_peer, run_toolkit, thread_variables  # noqa: E402
-from benchmarks.report import bounds_text, head_lines, save, spread, table  # noqa: E402
+from benchmarks.contenders import (  # noqa: E402
+    Outcome,
+    outcome_columns,
+    outcome_row,
+    ratio,
+    run_peer,
+    run_toolkit,
+    thread_variables,
+)
+from benchmarks.report import bounds_text, head_lines, save, table  # noqa: E402
 from benchmarks.workload import Workload, add_flags, prepare  # noqa: E402
 
 BLOCKS, RATE = 8, 5e-4
@@ -49,31 +56,19 @@ def run(name: str, workload: Workload, folder: Path, number: int) -> Outcome:
     return run_toolkit(workload, scratch, "--mask.train", entry, *cached)
 
 
+def peer_of(name: str) -> str:
+    """Return the peer with the same adapters."""
+    return ALL_PEER if name in (ALL_PEER, ALL_OURS) else TOP_PEER
+
+
 def result_table(results: dict[str, list[Outcome]], epochs: int) -> str:
-    """One row a contender; ratios are medians of those within a round."""
-    measures: list[tuple[str, Callable[[Outcome], float], str]] = [
-        ("run s", lambda o: o.run, ".1f"), ("first s", lambda o: o.first_epoch, ".1f"),
-        ("later s", lambda o: o.later_epoch, ".1f"), ("process s", lambda o: o.process_seconds, ".1f"),
-        ("peak GiB", lambda o: o.peak_bytes / 2**30, ".2f"),
-    ]  # fmt: skip
-    losses = [f"loss {epoch + 1}" for epoch in range(epochs)]
-    rows = []
-    for name, runs in results.items():
-        row = [name]
-        for _, measure, form in measures:
-            row += [spread([measure(one) for one in runs], form), f"{ratio(results, name, measure):.2f}"]
-        rows.append([*row, *(f"{loss:.4f}" for loss in runs[0].losses)])
-    return table(["contender", *(word for measure in measures for word in (measure[0], "x")), *losses], rows)
-
-
-def ratio(results: dict[str, list[Outcome]], name: str, measure: Callable[[Outcome], float]) -> float:
-    """Median over the rounds of peft's measure, of the same adapters, divided by the contender's."""
-    peer = ALL_PEER if name in (ALL_PEER, ALL_OURS) else TOP_PEER
-    return statistics.median(measure(a) / measure(b) for a, b in zip(results[peer], results[name], strict=True))
+    """Format one row a contender; ratios are medians of those within a round."""
+    rows = [outcome_row(name, runs, results[peer_of(name)]) for name, runs in results.items()]
+    return table(outcome_columns(epochs), rows)
 
 
 def bounds(results: dict[str, list[Outcome]], speed: bool) -> dict[str, bool]:
-    """What is claimed, and whether it holds."""
+    """Return whether each claim holds."""
     found = {}
     for peer, ours in ((TOP_PEER, TOP_COLD), (ALL_PEER, ALL_OURS)):
         counts = [results[name][0].record.trainable for name in (peer, ours)]
@@ -86,7 +81,7 @@ def bounds(results: dict[str, list[Outcome]], speed: bool) -> dict[str, bool]:
         (ALL_OURS, 1.0, "run", lambda o: o.run), (ALL_OURS, 1.0, "peak memory", lambda o: o.peak_bytes),
     ]  # fmt: skip
     for name, factor, what, measure in claims if speed else []:
-        times = ratio(results, name, measure)
+        times = ratio(results[peer_of(name)], results[name], measure)
         found[f"{what}: {name} {factor}x below peft + Trainer (measured {times:.2f}x)"] = times >= factor
     return found
 

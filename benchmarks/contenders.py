@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import statistics
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.process import Finished, run_process
 from benchmarks.record import Record
+from benchmarks.report import spread
 from benchmarks.workload import ROOT, Workload
 
 PEERS = ROOT / "benchmarks" / "peers"
@@ -60,6 +64,35 @@ class Outcome:
         """Return the mean loss of each epoch."""
         steps = len(self.record.losses) // self.epochs
         return [sum(self.record.losses[e * steps : (e + 1) * steps]) / steps for e in range(self.epochs)]
+
+
+MEASURES: tuple[tuple[str, Callable[[Outcome], float], str], ...] = (
+    ("run s", lambda outcome: outcome.run, ".1f"), ("first s", lambda outcome: outcome.first_epoch, ".1f"),
+    ("later s", lambda outcome: outcome.later_epoch, ".1f"),
+    ("process s", lambda outcome: outcome.process_seconds, ".1f"),
+    ("peak GiB", lambda outcome: outcome.peak_bytes / 2**30, ".2f"),
+)  # fmt: skip
+"""Name, value and format of what the tables of outcomes compare."""
+
+
+def outcome_columns(epochs: int) -> list[str]:
+    """Return the columns of a table of outcomes: each measure, with its ratio beside it, and the losses."""
+    losses = [f"loss {epoch + 1}" for epoch in range(epochs)]
+    return ["contender", *(word for name, _, _ in MEASURES for word in (name, "x")), *losses]
+
+
+def outcome_row(name: str, outcomes: Sequence[Outcome], base: Sequence[Outcome]) -> list[str]:
+    """Format the outcomes of a contender's rounds, with ratios to ``base``, and the losses of the first round."""
+    row = [name]
+    for _, measure, form in MEASURES:
+        row.append(spread([measure(outcome) for outcome in outcomes], form))
+        row.append(f"{ratio(base, outcomes, measure):.2f}" if base else "–")
+    return [*row, *(f"{loss:.4f}" for loss in outcomes[0].losses)]
+
+
+def ratio(base: Sequence[Outcome], outcomes: Sequence[Outcome], measure: Callable[[Outcome], float]) -> float:
+    """Return the median over the rounds of a measure of ``base`` divided by that of ``outcomes``."""
+    return statistics.median(measure(a) / measure(b) for a, b in zip(base, outcomes, strict=False))
 
 
 def recipe_flags() -> str:
@@ -129,7 +162,7 @@ def run_toolkit(workload: Workload, scratch: Path, *flags: str) -> Outcome:
     if fills:
         begin = _line_time(finished.lines[log], r"(?i)\bfilling\b") or _line_time(finished.lines[log], r"\] engine ")
     mask = json.loads((run / "mask.json").read_text(encoding="utf-8"))
-    record.trainable = sum(_numel(tensor["shape"]) for tensor in mask["trainable"])
+    record.trainable = sum(math.prod(tensor["shape"]) for tensor in mask["trainable"])
     on_gpu = _line_time(finished.lines[log], r"rank\(s\) on cuda") is not None
     return Outcome(
         record, min(begin or record.starts[0], record.starts[0]), finished.seconds,
@@ -160,10 +193,3 @@ def require_success(finished: Finished, log: Path) -> Finished:
 
 def _line_time(lines: list[tuple[float, str]], pattern: str) -> float | None:
     return next((seen for seen, line in lines if re.search(pattern, line)), None)
-
-
-def _numel(shape: list[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

@@ -21,7 +21,6 @@ Exits 1 if a bound is missed. With --shape, only the bounds on the losses count.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable
@@ -34,13 +33,16 @@ from benchmarks.contenders import (  # noqa: E402
     DoesNotFitError,
     Outcome,
     importable,
+    outcome_columns,
+    outcome_row,
+    ratio,
     recipe_flags,
     run_peer,
     run_toolkit,
     thread_variables,
 )
 from benchmarks.record import SAME_LEARNING, rms  # noqa: E402
-from benchmarks.report import bounds_text, head_lines, save, spread, table  # noqa: E402
+from benchmarks.report import bounds_text, head_lines, save, table  # noqa: E402
 from benchmarks.workload import Workload, add_flags, prepare  # noqa: E402
 
 MASTERS = "plain loop, fp32 masters"
@@ -136,32 +138,15 @@ def compare(field: Field, names: list[str], rounds: int) -> dict[str, list[Resul
 
 
 def result_table(results: dict[str, list[Result]], epochs: int) -> str:
-    """Format one row a contender; ratios are medians of those within a round."""
+    """Format one row for each contender; ratios are medians of those within a round."""
     base = [result for result in results.get("masters", []) if isinstance(result, Outcome)]
-    measures: list[tuple[str, Callable[[Outcome], float], str]] = [
-        ("run s", lambda o: o.run, ".1f"), ("first s", lambda o: o.first_epoch, ".1f"),
-        ("later s", lambda o: o.later_epoch, ".1f"), ("process s", lambda o: o.process_seconds, ".1f"),
-        ("peak GiB", lambda o: o.peak_bytes / 2**30, ".2f"),
-    ]  # fmt: skip
-    losses = [f"loss {epoch + 1}" for epoch in range(epochs)]
-    columns = ["contender", *(word for measure in measures for word in (measure[0], "x")), *losses]
+    columns = outcome_columns(epochs)
     rows = []
     for name, runs in results.items():
         outcomes = [result for result in runs if isinstance(result, Outcome)]
-        if not outcomes:
-            rows.append([NAMES[name], str(runs[0]), *[""] * (len(columns) - 2)])
-            continue
-        row = [NAMES[name]]
-        for _, measure, form in measures:
-            row += [spread([measure(outcome) for outcome in outcomes], form), ratio(base, outcomes, measure)]
-        rows.append([*row, *(f"{loss:.4f}" for loss in outcomes[0].losses)])
+        missing = [NAMES[name], str(runs[0]), *[""] * (len(columns) - 2)]
+        rows.append(outcome_row(NAMES[name], outcomes, base) if outcomes else missing)
     return table(columns, rows)
-
-
-def ratio(base: list[Outcome], outcomes: list[Outcome], measure: Callable[[Outcome], float]) -> str:
-    """Format the median over the rounds of the masters loop's measure divided by the contender's."""
-    pairs = list(zip(base, outcomes, strict=False))
-    return f"{statistics.median(measure(a) / measure(b) for a, b in pairs):.2f}" if pairs else "–"
 
 
 def bounds(results: dict[str, list[Result]], speed: bool) -> dict[str, bool]:
@@ -190,7 +175,7 @@ def bounds(results: dict[str, list[Result]], speed: bool) -> dict[str, bool]:
     ]  # fmt: skip
     for ours, other, factor, what, measure in claims if speed else []:
         if ours in ran and other in ran:
-            times = statistics.median(measure(a) / measure(b) for a, b in zip(ran[other], ran[ours], strict=False))
+            times = ratio(ran[other], ran[ours], measure)
             found[f"{what}: {ours} {factor}x below {other} (measured {times:.2f}x)"] = times >= factor
     return found
 

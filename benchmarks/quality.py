@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -31,16 +30,17 @@ import tempfile
 import time
 from collections.abc import Iterator
 from datetime import date
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.contenders import require_success, thread_variables  # noqa: E402
-from benchmarks.process import run_process  # noqa: E402
+from benchmarks.contenders import run_toolkit, thread_variables  # noqa: E402
 from benchmarks.report import hardware, head_lines, table, versions  # noqa: E402
+from benchmarks.workload import Workload  # noqa: E402
+from toolkit.runtime.paths import replace_text  # noqa: E402
 
 CELLS = ROOT / "benchmarks" / "results" / "quality.json"
 TRAIN, VALIDATION, TEST = 200, 100, 100
@@ -92,29 +92,23 @@ def run_cell(folder: Path, mask: str, rate: float, seed: int, with_test: bool) -
         DoesNotFitError: it ran out of memory.
         RuntimeError: it failed otherwise.
     """
-    run, cache, log = folder / "run", folder / "cache", folder / "log.txt"
-    for old in (run, cache):
-        shutil.rmtree(old, ignore_errors=True)
+    scratch = folder / "scratch"
+    shutil.rmtree(scratch, ignore_errors=True)
     entries, _ = MASKS[mask]
-    flags = {
-        "--config": ROOT / "recipes" / "quickstart.yaml", "--mask.tied": "both" if mask == "full" else "untie",
-        "--data.path": folder / "train.json", "--data.validation": folder / "validation.json",
-        "--train.epochs": EPOCHS, "--train.learning_rate": rate, "--train.seed": seed, "--output.dir": run,
-        "--output.sample_answers": 0, "--output.keep": EPOCHS, "--prefix.cache_dir": cache,
-    }  # fmt: skip
-    command = [sys.executable, str(ROOT / "launch" / "train.py"), *(str(w) for item in flags.items() for w in item)]
-    metrics = run / "metrics.jsonl"
-    finished = require_success(run_process([*command, "--mask.train", *entries], log, [metrics]), log)
-    rows = [json.loads(line) for _, line in finished.lines[metrics]]
-    steps = [row["seconds"] for row in rows if "loss" in row]
-    losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
-    filling = _seconds_of_filling(finished.lines[log])
-    size = len(steps) // EPOCHS
+    model, data, orders = "bundled:smollm2-135m", str(folder / "train.json"), [list(range(TRAIN))] * EPOCHS
+    outcome = run_toolkit(
+        Workload(model, data, [], orders, seed, rate), scratch, "--mask.train", *entries,
+        "--mask.tied", "both" if mask == "full" else "untie", "--data.validation", str(folder / "validation.json"),
+        "--output.sample_answers", "0", "--output.keep", str(EPOCHS), "--prefix.cache_dir", str(scratch / "cache"),
+    )  # fmt: skip
+    run, record, size = scratch / "run", outcome.record, len(outcome.record.losses) // EPOCHS
+    rows = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    steps = [end - start for start, end in zip(record.starts, record.ends, strict=True)]
+    filling = record.starts[0] - outcome.begin
     cell: Cell = {
-        "validation": losses,
+        "validation": [row["eval_loss"] for row in rows if "eval_loss" in row],
         "seconds": [round(filling + sum(steps[: (epoch + 1) * size]), 1) for epoch in range(EPOCHS)],
-        "peak_gib": round(finished.peak_bytes / 2**30, 3),
-        "trained": sum(_numel(t["shape"]) for t in json.loads((run / "mask.json").read_text())["trainable"]),
+        "peak_gib": round(outcome.peak_bytes / 2**30, 3), "trained": record.trainable,
         "date": str(date.today()), "machine": hardware(), "versions": versions(("torch", "transformers", "peft")),
     }  # fmt: skip
     if with_test:
@@ -127,21 +121,6 @@ def evaluate(source: str, data: Path, *flags: str) -> float:
     command = [sys.executable, str(ROOT / "launch" / "evaluate.py"), source, "--data.path", str(data), *flags]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return float(json.loads(printed.splitlines()[-1])["loss"])
-
-
-def _seconds_of_filling(log: list[tuple[float, str]]) -> float:
-    """Return the seconds from the log line that announces the filling of the cache to the next; 0 without a cache."""
-    for (begin, line), (end, _) in pairwise(log):
-        if re.search(r"; filling it", line):
-            return end - begin
-    return 0.0
-
-
-def _numel(shape: list[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def chosen_rate(cells: dict[str, Cell], mask: str) -> float | None:
@@ -168,9 +147,7 @@ def next_cells(cells: dict[str, Cell]) -> Iterator[tuple[str, float, int]]:
 
 def save(cells: dict[str, Cell], path: Path) -> None:
     """Write the cells at once or not at all."""
-    staging = path.with_suffix(".new")
-    staging.write_text(json.dumps(cells, indent=1) + "\n", encoding="utf-8")
-    staging.replace(path)
+    replace_text(path, json.dumps(cells, indent=1) + "\n")
 
 
 def result_table(cells: dict[str, Cell]) -> str:
