@@ -1,6 +1,7 @@
 """What is learned, for what: masks beside each other on rows that none of them trained on.
 
     python benchmarks/quality.py --data PATH/TO/ori_pqal.json --minutes 60      # does the next runs, keeps them
+    python benchmarks/quality.py --data PATH/TO/ori_pqal.json --prices          # times each mask: on a quiet machine
     python benchmarks/quality.py --data PATH/TO/ori_pqal.json                   # prints what there is
     python benchmarks/quality.py --data PATH/TO/ori_pqal.json --png quality.png
 
@@ -12,6 +13,11 @@ Search: every mask gets the same number of learning rates, one seed each, and ke
 validation rows. Result: with that rate, three other seeds; the epoch of the lowest validation loss is scored on the
 test rows, which nothing has looked at until then. Each run is a cell of benchmarks/results/quality.json with date,
 machine and versions; a cell that is there is not run again.
+
+Losses do not depend on what else the machine does, seconds do. So they are measured apart: --prices trains each mask on
+a fifth of the training rows, of evenly spread lengths and the longest among them, for two epochs on an empty cache;
+seconds are scaled to the text of all rows. adapters.py has peft under transformers' Trainer beside two of the masks:
+the same losses, for other seconds.
 
     test        mean loss on the test rows, with the range over the seeds; base is the model before training
     seconds     training alone, the filling of an empty cache included, validations left out
@@ -43,8 +49,12 @@ from benchmarks.workload import Workload  # noqa: E402
 from toolkit.runtime.paths import replace_text  # noqa: E402
 
 CELLS = ROOT / "benchmarks" / "results" / "quality.json"
-TRAIN, VALIDATION, TEST = 200, 100, 100
+MODEL = "bundled:smollm2-135m"
+PARTS = {"train": 200, "validation": 100, "test": 100}
+"""Rows of each part of the file, in its order."""
 EPOCHS = 2
+PRICE_EVERY = 5
+"""One in so many training rows is trained to measure seconds."""
 SEEDS = (1, 2, 3)
 """Of the result; the search has seed 0."""
 WHOLE, LOW_RANK = (3e-5, 1e-4, 3e-4), (2e-4, 5e-4, 1e-3)
@@ -78,15 +88,37 @@ def cell_key(mask: str, rate: float, seed: int) -> str:
     return f"{mask} | {rate:g} | seed {seed}"
 
 
-def write_rows(data: Path, folder: Path) -> None:
-    """Write train.json, validation.json and test.json: the file's first rows, the next and the ones after."""
+def price_key(mask: str) -> str:
+    """Return the name that the seconds and the memory of a mask are kept under."""
+    return f"{mask} | price"
+
+
+def write_rows(data: Path, folder: Path) -> float:
+    """Write train.json, validation.json and test.json: the file's first rows, the next and the ones after.
+
+    Also writes price.json, a fifth of train.json; returns how many times the characters of it train.json has.
+    """
     rows = iter(json.loads(data.read_text(encoding="utf-8")).items())
-    for name, count in (("train", TRAIN), ("validation", VALIDATION), ("test", TEST)):
-        (folder / f"{name}.json").write_text(json.dumps(dict(islice(rows, count))), encoding="utf-8")
+    parts = {name: dict(islice(rows, count)) for name, count in PARTS.items()}
+    by_length = sorted(parts["train"].items(), key=lambda item: len(json.dumps(item[1])))
+    parts["price"] = dict(by_length[PRICE_EVERY - 1 :: PRICE_EVERY])
+    for name, part in parts.items():
+        (folder / f"{name}.json").write_text(json.dumps(part), encoding="utf-8")
+    return len(json.dumps(parts["train"])) / len(json.dumps(parts["price"]))
+
+
+def provenance() -> Cell:
+    """Return date, machine and versions of a cell."""
+    return {"date": str(date.today()), "machine": hardware(), "versions": versions(("torch", "transformers", "peft"))}
+
+
+def mask_flags(mask: str) -> tuple[str, ...]:
+    """Return the flags of launch/train.py that train a mask."""
+    return ("--mask.train", *MASKS[mask][0], "--mask.tied", "both" if mask == "full" else "untie")
 
 
 def run_cell(folder: Path, mask: str, rate: float, seed: int, with_test: bool) -> Cell:
-    """Train once on an empty cache; return losses, seconds and memory.
+    """Train once; return the losses. Runs share a cache, which does not change them.
 
     Raises:
         DoesNotFitError: it ran out of memory.
@@ -94,26 +126,36 @@ def run_cell(folder: Path, mask: str, rate: float, seed: int, with_test: bool) -
     """
     scratch = folder / "scratch"
     shutil.rmtree(scratch, ignore_errors=True)
-    entries, _ = MASKS[mask]
-    model, data, orders = "bundled:smollm2-135m", str(folder / "train.json"), [list(range(TRAIN))] * EPOCHS
+    data, orders = str(folder / "train.json"), [list(range(PARTS["train"]))] * EPOCHS
     outcome = run_toolkit(
-        Workload(model, data, [], orders, seed, rate), scratch, "--mask.train", *entries,
-        "--mask.tied", "both" if mask == "full" else "untie", "--data.validation", str(folder / "validation.json"),
-        "--output.sample_answers", "0", "--output.keep", str(EPOCHS), "--prefix.cache_dir", str(scratch / "cache"),
+        Workload(MODEL, data, [], orders, seed, rate), scratch, *mask_flags(mask),
+        "--data.validation", str(folder / "validation.json"), "--output.sample_answers", "0",
+        "--output.keep", str(EPOCHS), "--prefix.cache_dir", str(folder / "cache"),
     )  # fmt: skip
-    run, record, size = scratch / "run", outcome.record, len(outcome.record.losses) // EPOCHS
+    run = scratch / "run"
     rows = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    steps = [end - start for start, end in zip(record.starts, record.ends, strict=True)]
-    filling = record.starts[0] - outcome.begin
-    cell: Cell = {
-        "validation": [row["eval_loss"] for row in rows if "eval_loss" in row],
-        "seconds": [round(filling + sum(steps[: (epoch + 1) * size]), 1) for epoch in range(EPOCHS)],
-        "peak_gib": round(outcome.peak_bytes / 2**30, 3), "trained": record.trainable,
-        "date": str(date.today()), "machine": hardware(), "versions": versions(("torch", "transformers", "peft")),
-    }  # fmt: skip
+    losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    cell: Cell = {"validation": losses, "trained": outcome.record.trainable, **provenance()}
     if with_test:
         cell["test"] = evaluate(str(run), folder / "test.json", "--step", "best")
     return cell
+
+
+def measure_price(folder: Path, mask: str, scale: float) -> Cell:
+    """Train price.json on an empty cache; return the seconds at the end of each epoch of all rows, and the memory."""
+    scratch = folder / "scratch"
+    shutil.rmtree(scratch, ignore_errors=True)
+    rows = json.loads((folder / "price.json").read_text(encoding="utf-8"))
+    workload = Workload(MODEL, str(folder / "price.json"), [], [list(range(len(rows)))] * EPOCHS, 0, 1e-5)
+    outcome = run_toolkit(workload, scratch, *mask_flags(mask), "--prefix.cache_dir", str(scratch / "cache"))
+    steps = [end - start for start, end in zip(outcome.record.starts, outcome.record.ends, strict=True)]
+    seconds = [
+        outcome.record.starts[0] - outcome.begin + sum(steps[: (epoch + 1) * len(rows)]) for epoch in range(EPOCHS)
+    ]
+    return {
+        "seconds": [round(scale * value, 1) for value in seconds], "peak_gib": round(outcome.peak_bytes / 2**30, 3),
+        **provenance(),
+    }  # fmt: skip
 
 
 def evaluate(source: str, data: Path, *flags: str) -> float:
@@ -159,16 +201,17 @@ def result_table(cells: dict[str, Cell]) -> str:
         results = [cells[key] for seed in SEEDS if rate and (key := cell_key(mask, rate, seed)) in cells]
         every = [*search, *results]
         if not every:
-            rows.append([mask, *["–"] * 7])
+            rows.append([mask, *["–"] * (5 + EPOCHS)])
             continue
         tests = sorted(cell["test"] for cell in results)
         test = f"{sum(tests) / len(tests):.3f} ({tests[0]:.3f}–{tests[-1]:.3f})" if tests else "–"
         best = min(search, key=lambda cell: min(cell["validation"]))
+        price = cells.get(price_key(mask))
         rows.append(
             [
                 mask, f"{every[0]['trained']:,}", f"{rate:g}" if rate else f"{len(search)} of {len(rates)}",
                 *(f"{loss:.3f}" for loss in best["validation"]), test,
-                f"{min(cell['seconds'][-1] for cell in every):.0f}", f"{min(cell['peak_gib'] for cell in every):.2f}",
+                *([f"{price['seconds'][-1]:.0f}", f"{price['peak_gib']:.2f}"] if price else ["–", "–"]),
             ]
         )  # fmt: skip
     epochs = [f"validation {epoch + 1}" for epoch in range(EPOCHS)]
@@ -178,18 +221,17 @@ def result_table(cells: dict[str, Cell]) -> str:
 def equal_cost(cells: dict[str, Cell]) -> str:
     """Format the lowest validation loss that each mask of the search reaches within a time, and within a memory."""
     points = [
-        (mask, seconds, cell["peak_gib"], loss)
+        (mask, seconds, price["peak_gib"], loss)
         for mask, (_, rates) in MASKS.items()
+        if (price := cells.get(price_key(mask)))
         for rate in rates
         if (cell := cells.get(cell_key(mask, rate, 0)))
-        for seconds, loss in zip(cell["seconds"], cell["validation"], strict=True)
+        for seconds, loss in zip(price["seconds"], cell["validation"], strict=True)
     ]
     if not points:
         return ""
-    times = sorted(
-        {round(max(p[1] for p in points if p[0] == mask)) for mask in MASKS if any(p[0] == mask for p in points)}
-    )
-    sizes = sorted({round(min(p[2] for p in points if p[0] == mask) + 0.05, 1) for mask in {p[0] for p in points}})
+    times = sorted({round(max(p[1] for p in points if p[0] == mask)) for mask in {p[0] for p in points}})
+    sizes = sorted({round(p[2] + 0.05, 1) for p in points})
     columns = ["mask", *(f"{limit} s" for limit in times), *(f"{limit} GiB" for limit in sizes)]
     rows = []
     for mask in {p[0]: None for p in points}:
@@ -210,11 +252,12 @@ def draw(cells: dict[str, Cell], path: Path) -> None:
     figure, (by_time, by_memory) = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
     for mask, (_, rates) in MASKS.items():
         search = [cells[key] for rate in rates if (key := cell_key(mask, rate, 0)) in cells]
-        if search:
+        price = cells.get(price_key(mask))
+        if search and price:
             best = min(search, key=lambda cell: min(cell["validation"]))
             style = {"marker": "o", "label": mask, "linestyle": "-" if mask.startswith("LoRA") else "--"}
-            by_time.plot(best["seconds"], best["validation"], **style)
-            by_memory.plot([best["peak_gib"]], [min(best["validation"])], **style)
+            by_time.plot(price["seconds"], best["validation"], **style)
+            by_memory.plot([price["peak_gib"]], [min(best["validation"])], **style)
     by_time.set(xlabel="seconds of training", ylabel="validation loss")
     by_memory.set(xlabel="peak memory, GiB")
     by_memory.legend(fontsize="small")
@@ -227,6 +270,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="PubMedQA's ori_pqal.json")
     parser.add_argument("--minutes", type=float, default=0, help="start runs for so long; default: 0, print alone")
+    parser.add_argument("--prices", action="store_true", help="measure seconds and memory of every mask anew")
     parser.add_argument("--cells", type=Path, default=CELLS, help="where runs are kept; default: benchmarks/results")
     parser.add_argument("--threads", type=int, help="threads of each process; default: one a core")
     parser.add_argument("--png", type=Path, help="also draw the picture")
@@ -236,19 +280,23 @@ def main() -> int:
     end = time.monotonic() + 60 * given.minutes
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_rows(given.data, folder)
+        scale = write_rows(given.data, folder)
         if given.minutes and "base" not in cells:
-            model = "bundled:smollm2-135m"
-            cells["base"] = {part: evaluate(model, folder / f"{part}.json") for part in ("validation", "test")}
+            cells["base"] = {part: evaluate(MODEL, folder / f"{part}.json") for part in ("validation", "test")}
             save(cells, given.cells)
+        for mask in MASKS if given.prices else ():
+            cells[price_key(mask)] = measure_price(folder, mask, scale)
+            save(cells, given.cells)
+            print(f"{price_key(mask)}: {cells[price_key(mask)]['seconds']} s", file=sys.stderr, flush=True)
         while time.monotonic() < end and (cell := next(next_cells(cells), None)):
             mask, rate, seed = cell
             cells[cell_key(*cell)] = run_cell(folder, mask, rate, seed, with_test=seed in SEEDS)
             save(cells, given.cells)
             print(f"{cell_key(*cell)}: {cells[cell_key(*cell)]['validation']}", file=sys.stderr, flush=True)
-    done = sum(key != "base" for key in cells)
+    done = sum("validation" in cell for key, cell in cells.items() if key != "base")
     base = cells.get("base", {"validation": float("nan"), "test": float("nan")})
-    print(head_lines(f"; {TRAIN} training, {VALIDATION} validation and {TEST} test rows; {done} runs so far"))
+    counts = ", ".join(f"{count} {part}" for part, count in PARTS.items())
+    print(head_lines(f"; rows: {counts}; {done} runs so far"))
     print(f"base: validation {base['validation']:.3f}, test {base['test']:.3f}\n")
     print(f"{result_table(cells)}\n\n{equal_cost(cells)}")
     if given.png:

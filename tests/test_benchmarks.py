@@ -239,18 +239,30 @@ def test_quality_searches_first_then_repeats_the_best_rate_and_runs_nothing_twic
         mask, rate, seed = cell
         best = quality.MASKS[mask][1][1]
         losses = [2.7, 2.6 + abs(rate - best)]
-        cells[quality.cell_key(*cell)] = {
-            "validation": losses, "seconds": [10.0, 20.0], "peak_gib": 1.0, "trained": 7, "test": 2.5 + seed / 100,
-        }  # fmt: skip
+        cells[quality.cell_key(*cell)] = {"validation": losses, "trained": 7, "test": 2.5 + seed / 100}
         done.append(cell)
     masks = len(quality.MASKS)
     assert len(done) == len(set(done)) == 3 * masks + 3 * masks
     assert [seed for _, _, seed in done] == [0] * 3 * masks + [1] * masks + [2] * masks + [3] * masks
     assert all(rate == quality.MASKS[mask][1][1] for mask, rate, seed in done if seed)
     assert quality.result_table(cells).count("2.520 (2.510–2.530)") == masks
+    assert quality.equal_cost(cells) == ""
+    cells |= {quality.price_key(mask): {"seconds": [10.0, 20.0], "peak_gib": 1.0} for mask in quality.MASKS}
     assert "20 s" in quality.equal_cost(cells)
+    assert next(quality.next_cells(cells), None) is None
     quality.save(cells, tmp_path / "cells.json")
     assert json.loads((tmp_path / "cells.json").read_text()) == cells
     some = {key: cell for key, cell in cells.items() if key.startswith("top 4 |")}
     assert quality.chosen_rate(some, "top 8") is None
     assert next(quality.next_cells(some))[0] != "top 4"
+
+
+def test_quality_measures_seconds_on_a_fifth_of_the_rows_with_the_longest_among_them(tmp_path: Path) -> None:
+    rows = {str(n): {"QUESTION": "q" * (n % 37)} for n in range(450)}
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    scale = quality.write_rows(tmp_path / "rows.json", tmp_path)
+    parts = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in (*quality.PARTS, "price")}
+    assert {name: len(part) for name, part in parts.items()} == {**quality.PARTS, "price": 40}
+    assert max(map(len, (row["QUESTION"] for row in parts["price"].values()))) == 36
+    assert 4.5 < scale < 5.5
+    assert not set(parts["train"]) & (set(parts["validation"]) | set(parts["test"]))
