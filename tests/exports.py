@@ -43,6 +43,26 @@ torch.save(found, sys.argv[1])
 """
 """A program for any version of transformers: where to, token ids, and the directories of models."""
 
+ADAPTER_READER = """
+import json, sys, warnings; warnings.filterwarnings("ignore")
+import torch, transformers
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+transformers.logging.set_verbosity(60)
+ids = torch.tensor(json.loads(sys.argv[2]))
+found = {"version": transformers.__version__}
+for directory in sys.argv[3:]:
+    for form in ("base", "merged", "adapter"):
+        source = directory + ("/merged" if form == "merged" else "/base")
+        model = AutoModelForCausalLM.from_pretrained(source, torch_dtype=torch.float32)
+        if form == "adapter":
+            model = PeftModel.from_pretrained(model, directory + "/adapter")
+        with torch.no_grad():
+            found[directory, form] = model.eval()(input_ids=ids, use_cache=False).logits
+torch.save(found, sys.argv[1])
+"""
+"""The same with folders that hold a base, a merged export and peft's directory of adapters."""
+
 
 def make_base(directory: Path, name: str, tokenizer: Path) -> Path:
     """A model directory as transformers 5 saves it, with rotary bases that are no default."""
