@@ -41,6 +41,15 @@ def test_exaone_recipe_is_the_reference_recipe_pinned_and_without_remote_code() 
     assert not config.model.trust_remote_code
 
 
+def test_the_recipe_of_adapters_differs_from_the_reference_in_what_trains_and_how_fast() -> None:
+    reference, adapters = (
+        build_config(read_recipe(ROOT / "recipes" / f"exaone35_pubmedqa_ko{kind}.yaml"), kind) for kind in ("", "_lora")
+    )
+    assert (adapters.model, adapters.data) == (reference.model, reference.data)
+    assert adapters.train == reference.train.model_copy(update={"learning_rate": 2e-4})
+    assert [str(entry) for entry in adapters.mask.train] == ["lora16 last:8"]
+
+
 def test_flags_win_over_the_recipe_which_wins_over_defaults(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("train: {epochs: 7, learning_rate: 2e-5}\n")
