@@ -167,9 +167,9 @@ def load_base(
     if config.delta is None:
         return load(config, tokenizer, anatomy, blocks_on_disk)
     if is_peft_adapter(Path(config.delta)):
-        loaded = load(config.model_copy(update={"add_tokens": []}), tokenizer)
+        loaded = load(config, tokenizer)
         apply_peft_adapter(loaded, Path(config.delta))
-        return _with_new_anatomy(loaded, config)
+        return replace(loaded, anatomy=replace(detect_anatomy(loaded.model), added=loaded.anatomy.added))
     delta = read_trained(Path(config.delta))
     below = {"delta": delta.base.config.delta, "add_tokens": delta.base.config.add_tokens}
     base_config = config.model_copy(update=below)  # which may itself be a delta
