@@ -36,7 +36,7 @@ def export_adapter(
 ) -> None:
     """Write the adapters and rows of a run, and what else trained, for peft.
 
-    Whole tensors beside them become ``modules_to_save``, and the tokenizer is written if tokens were added. The names of
+    Whole tensors beside them become ``modules_to_save``, and a tokenizer with added tokens is written. The names of
     modules are those of the base model's own class, as EXAONE's remote code has them.
 
     Args:

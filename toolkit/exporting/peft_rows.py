@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from toolkit.checkpoint.delta import Delta
 from toolkit.config.schema import ModelConfig
@@ -88,5 +88,6 @@ def require_sayable_rows(delta: Delta, config: PretrainedConfig, stored: Mapping
 def _embeddings(config: PretrainedConfig) -> str:
     """Return the module name of the token embeddings of a model with this configuration."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    table = model.get_input_embeddings()
+    return str(next(name for name, module in model.named_modules() if module is table))
