@@ -170,3 +170,20 @@ def test_no_gradient_as_large_as_the_table_is_made(tied: str, tiled: bool, batch
     assert (4, 32) in shapes.seen
     gradients = {name: parameter.grad for name, parameter in suffix.model.named_parameters()}
     assert {name for name, grad in gradients.items() if grad is not None} == set(mask.names)
+
+
+def test_many_equal_tokens_add_up_in_float32() -> None:
+    """In bfloat16, where torch's own lookup loses a part of the sum; the padding row of a table gets no gradient."""
+    model = tiny("llama", tied=False).to(torch.bfloat16)
+    mask, anatomy = build(model, [{"rows": {"select": "embeddings", "ids": [0, 7]}}])
+    apply_mask(model, mask, anatomy)
+    table = model.get_input_embeddings()
+    assert table.padding_idx == 0
+    ids = torch.tensor([[7] * 1000 + [0] * 5 + [8] * 3])
+    gradient = torch.randn(1, ids.numel(), 32, generator=torch.Generator().manual_seed(0)).bfloat16() + 0.5
+    table(ids).backward(gradient)
+    (rows,) = trainable_parameters(model, mask).values()
+    assert rows.grad is not None
+    exact = gradient[0, :1000].double().sum(0)
+    assert torch.equal(rows.grad[1], exact.to(torch.bfloat16))
+    assert not rows.grad[0].any()

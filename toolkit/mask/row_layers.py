@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from toolkit.mask.rows import TableRows
@@ -89,6 +90,27 @@ class TableWithRows(nn.Module):
             vars(self).update(hidden)
 
 
+class _LookUp(torch.autograd.Function):
+    """``values[places]``, whose gradient is summed up in float32 and rounded once; ``padding`` gets none (-1: no row).
+
+    torch's own sums up in bfloat16 on a CPU: of 2,000 equal tokens it was off by 30 %.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, places: torch.Tensor, padding: int) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        ctx.padding, ctx.rows, ctx.dtype = padding, len(values), values.dtype
+        return values.index_select(0, places)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        (places,) = ctx.saved_tensors
+        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        summed = torch.ops.aten.embedding_dense_backward(wide, places, ctx.rows, ctx.padding, False)
+        return summed.to(ctx.dtype), None, None
+
+
 class EmbeddingWithRows(TableWithRows):
     """Extends the class of an embedding table."""
 
@@ -99,9 +121,10 @@ class EmbeddingWithRows(TableWithRows):
         values, places = self.trained_rows()
         place = torch.searchsorted(places.numbers, ids).clamp_(max=len(places.ids) - 1)
         is_own = places.numbers[place] == ids
-        padding = places.ids.index(self.padding_idx) if self.padding_idx in places.ids else None
-        with self._in_place_of_weight(weight=values, padding_idx=padding):
-            own = super().forward(place, *args, **kwargs)
+        padding = places.ids.index(self.padding_idx) if self.padding_idx in places.ids else -1
+        looked_up = _LookUp.apply(values, place.flatten(), padding)  # type: ignore[no-untyped-call]
+        with self._in_place_of_weight(weight=looked_up, padding_idx=None):
+            own = super().forward(torch.arange(ids.numel(), device=ids.device).view(ids.shape), *args, **kwargs)
         return torch.where(is_own.unsqueeze(-1), own, super().forward(ids, *args, **kwargs))
 
 
