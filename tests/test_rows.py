@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from zoo import make
+from zoo import CUT, OTHER, UNCUT, make
 
 from toolkit.config.schema import MaskConfig, OptimConfig, TrainConfig
 from toolkit.data.batches import Batch, collate
@@ -17,10 +18,12 @@ from toolkit.data.examples import Example
 from toolkit.engine.local import LocalEngine
 from toolkit.mask.apply import apply_mask, trainable_parameters
 from toolkit.mask.layer_mask import LayerMask, build_mask
-from toolkit.mask.row_layers import merge_rows
+from toolkit.mask.row_layers import TrainedRows, merge_rows
+from toolkit.models.added_tokens import add_token_rows
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.runtime.distributed import World
+from toolkit.runtime.errors import ModelError
 from toolkit.split import supervised_loss as loss_module
 from toolkit.split.suffix import split, split_is_exact
 from toolkit.split.supervised_loss import supervised_loss
@@ -187,3 +190,62 @@ def test_many_equal_tokens_add_up_in_float32() -> None:
     exact = gradient[0, :1000].double().sum(0)
     assert torch.equal(rows.grad[1], exact.to(torch.bfloat16))
     assert not rows.grad[0].any()
+
+
+@pytest.mark.parametrize("in_float32", [False, True])
+@pytest.mark.parametrize("width", [16, 64])
+def test_the_loss_of_rows_is_that_of_the_table_with_the_rows_put_in(width: int, in_float32: bool) -> None:
+    """In bfloat16, to within its rounding; the rows lie in two tiles, next to one another and apart."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, table, values = (torch.randn(n, 24, generator=generator).bfloat16() for n in (9, 64, 4))
+    bias, targets = torch.randn(64, generator=generator).bfloat16(), torch.tensor([7, 8, 30, 40, 5, 7, 63, 0, 30])
+    inputs = [tensor.clone().requires_grad_() for tensor in (hidden, values)]
+    rows = TrainedRows(inputs[1], RowPlaces(IDS, torch.tensor(IDS)))
+    loss = loss_module.linear_cross_entropy(
+        inputs[0], table, bias, targets, lambda logits: logits / 4, 2 * width * 9, in_float32, rows
+    )
+    loss.backward()
+    exact = [tensor.double().requires_grad_() for tensor in (hidden, values)]
+    whole = table.double().index_copy(0, torch.tensor(IDS), exact[1])
+    expected = torch.nn.functional.cross_entropy((exact[0] @ whole.T + bias.double()) / 4, targets, reduction="sum")
+    expected.backward()
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=5e-3)
+    for found, right in zip(inputs, exact, strict=True):
+        assert found.grad is not None
+        assert right.grad is not None
+        assert float((found.grad - right.grad).abs().max()) < 0.03 * float(right.grad.abs().max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*CUT, *UNCUT, *OTHER])
+def test_every_types_rows_take_part_and_new_ones_have_room(name: str, batches: list[Batch]) -> None:
+    """A model with rows computes what it does with the rows put in, and the gradient reaches those that occur."""
+    model = make(name, vocab_size=72, vocab_size_per_layer_input=72).eval()
+    inputs = {"input_ids": batches[0].input_ids, "use_cache": False}
+    with torch.no_grad():
+        before = model(**inputs).logits
+    try:
+        add_token_rows(model, (72, 73))
+    except ModelError as error:
+        assert re.search("which transformers does not lengthen|which cannot be lengthened", str(error))
+        assert name in ("gemma3n_text", "gemma4_text:per layer", "cpmant")
+        return
+    with torch.no_grad():
+        assert torch.allclose(model(**inputs).logits[..., :72], before, atol=1e-5), "old tokens as before"
+    mask, anatomy = build(model, [{"rows": {"select": ["embeddings", "head"], "ids": [*IDS, 73]}}], tied="both")
+    apply_mask(model, mask, anatomy)
+    trained = trainable_parameters(model, mask)
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    inputs["input_ids"] = torch.cat((batches[0].input_ids, torch.tensor([[73, *IDS], [*IDS, 73]])), 1)
+    logits = model(**inputs).logits
+    assert logits.shape[-1] == 74
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs["input_ids"].flatten()).backward()
+    for key, parameter in trained.items():
+        assert parameter.grad is not None
+        assert parameter.grad.any(1).all(), key
+    merge_rows(model, {}, lambda exact, out: out.copy_(exact))
+    with torch.no_grad():
+        merged = model(**inputs).logits
+    assert torch.allclose(logits.detach(), merged, atol=1e-4 * float(merged.abs().max()))

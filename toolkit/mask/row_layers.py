@@ -142,6 +142,26 @@ class HeadWithRows(TableWithRows):
         return logits.index_copy(-1, places.numbers, own)
 
 
+def unused_rows(model: nn.Module, run: Callable[[], object]) -> list[str]:
+    """Return the tables with rows that are not called while ``run`` runs ``model``: it computes with the weight itself.
+
+    Of a tied head and the embeddings one is enough; a suffix does not look tokens up.
+    """
+    tables = {name: module for name, module in model.named_modules() if isinstance(module, TableWithRows)}
+    called: set[nn.Parameter | None] = set()
+
+    def remember(module: nn.Module, args: Any) -> None:
+        called.add(module._parameters["weight"])
+
+    hooks = [table.register_forward_pre_hook(remember) for table in tables.values()]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [name for name, table in tables.items() if table._parameters["weight"] not in called]
+
+
 def add_rows(model: PreTrainedModel, rows: Sequence[TableRows]) -> None:
     """Put rows beside their tables, with the tables' values, unless they are there; a tied head shares them.
 

@@ -62,6 +62,7 @@ def add_token_rows(model: PreTrainedModel, ids: Sequence[int]) -> None:
     """
     old, length, first = _table(model).shape[0], max(ids) + 1, min(ids)
     if length > old:
+        _refuse_other_tables(model, old)
         with torch.random.fork_rng(devices=[]):  # transformers draws a start that is replaced
             model.resize_token_embeddings(length, mean_resizing=False)
     new = sorted({*ids, *range(old, length)})
@@ -76,6 +77,22 @@ def add_token_rows(model: PreTrainedModel, ids: Sequence[int]) -> None:
             )
         if not table.is_meta:
             table[new] = _mean_of_rows(table[: min(first, old)]).to(table.dtype)
+
+
+def _refuse_other_tables(model: PreTrainedModel, length: int) -> None:
+    """Raise ModelError if something else has one row for each of ``length`` tokens, which transformers leaves short.
+
+    Such are embeddings for each layer (Gemma 3n and 4), and tables that choose experts by token.
+    """
+    head: Any = model.get_output_embeddings()
+    known = {id(weight) for weight in (_table(model), head.weight, head.bias) if weight is not None}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        is_table = tensor.ndim > 0 and tensor.shape[0] == length and id(tensor) not in known
+        if is_table and not any(word in name for word in ("position", "wpe")):
+            raise ModelError(
+                f"model.add_tokens lengthens the tables of {type(model).__name__}, and {name} has one row for each "
+                "token as well, which transformers does not lengthen; expected a model without such a table"
+            )
 
 
 def _table(model: PreTrainedModel) -> nn.Parameter:
