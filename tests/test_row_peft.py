@@ -81,7 +81,7 @@ def test_a_damaged_or_foreign_directory_with_rows_is_refused(tiny_model: Path, t
     settings = tmp_path / "adapter" / "adapter_config.json"
     values = json.loads(settings.read_text())
     for wrong, message in (
-        ({"embed_tokens": [3]}, "holds 2 rows of model.embed_tokens"),
+        ({"embed_tokens": [3]}, "holds 2 rows of base_model.model.model.embed_tokens"),
         ({"other": [3, 5]}, "its trainable_token_indices name None"),
         ({"embed_tokens": [3, 900]}, "does not fit"),
     ):

@@ -18,7 +18,7 @@ from toolkit.data.examples import Example
 from toolkit.engine.local import LocalEngine
 from toolkit.mask.apply import apply_mask, trainable_parameters
 from toolkit.mask.layer_mask import LayerMask, build_mask
-from toolkit.mask.row_layers import TrainedRows, merge_rows
+from toolkit.mask.row_layers import RowPlaces, TrainedRows, merge_rows
 from toolkit.models.added_tokens import add_token_rows
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.anatomy_detection import detect_anatomy

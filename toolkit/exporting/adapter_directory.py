@@ -130,6 +130,8 @@ def _require_same_targets(config: LoraConfig, model_type: str | None) -> None:
 
     Of some mixtures of experts it takes dense layers called gate_proj for experts of transformers 4, which are fused.
     """
+    if not _targets(config):
+        return
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
     read, model = copy.deepcopy(config), SimpleNamespace(config=SimpleNamespace(model_type=model_type))
@@ -139,7 +141,7 @@ def _require_same_targets(config: LoraConfig, model_type: str | None) -> None:
             convert_peft_config_for_transformers(read, model, None)  # type: ignore[arg-type]
         except ValueError:  # it needs all of the experts' layers
             read.target_modules = None
-    if read.target_modules != config.target_modules and set(read.target_modules or ()) != set(_targets(config)):
+    if set(_targets(read)) != set(_targets(config)):
         raise CheckpointError(
             f"peft takes some of the adapted layers of {model_type} models for fused experts, so it would load this "
             "adapter wrong; export it as a model, or with --delta"

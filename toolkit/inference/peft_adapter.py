@@ -54,7 +54,7 @@ def apply_peft_adapter(loaded: LoadedModel, directory: Path) -> None:
     names = {name: _model_name(name, rename) for name in stored}
     tensors = {names[name]: tensor for name, tensor in stored.items()}
     adapters = _adapters(config, stored, names, directory)
-    rows = _take_rows(tensors, config, directory)
+    rows = _take_rows(tensors, names, config, directory)
     _untie_as_peft(loaded, config, tensors, rows)
     modules = [(module, adapter) for adapter in adapters for module in adapter.modules]
     weights = loaded.anatomy.by_name
@@ -87,30 +87,28 @@ def apply_peft_adapter(loaded: LoadedModel, directory: Path) -> None:
 
 
 def _take_rows(
-    tensors: dict[str, torch.Tensor], config: Any, directory: Path
+    tensors: dict[str, torch.Tensor], names: Mapping[str, str], config: Any, directory: Path
 ) -> dict[str, tuple[list[int], torch.Tensor]]:
     """Take the rows of tables out of ``tensors``; return ids and values [R, H] by the table's module.
+
+    ``names`` maps the names in the file, by which the configuration goes, to those in the model.
 
     Raises:
         CheckpointError: the configuration does not say which rows they are.
     """
     rows = {}
     told = config.trainable_token_indices
-    for name in [name for name in tensors if name.endswith(f".{_ROWS_KEY}")]:
-        module, values = name.removesuffix(f".{_ROWS_KEY}"), tensors.pop(name)
-        ids = told
+    for stored in [name for name in names if name.endswith(f".{_ROWS_KEY}")]:
+        values, table, ids = tensors.pop(names[stored]), stored.removesuffix(f".{_ROWS_KEY}"), told
         if isinstance(told, dict):
-            ids = next((own for key, own in told.items() if f".{module}".endswith(f".{key}")), None)
-        if (
-            not isinstance(ids, list)
-            or len(ids) != len(values)
-            or not all(type(row) is int and row >= 0 for row in ids)
-        ):
+            ids = next((own for key, own in told.items() if table.endswith(f".{key}")), None)
+        are_rows = isinstance(ids, list) and all(type(row) is int and row >= 0 for row in ids)
+        if not are_rows or len(ids) != len(values):
             raise CheckpointError(
-                f"{directory} holds {len(values)} rows of {module}, and its trainable_token_indices name {ids}; "
+                f"{directory} holds {len(values)} rows of {table}, and its trainable_token_indices name {ids}; "
                 f"expected as many: restore {_CONFIG}"
             )
-        rows[module] = ids, values
+        rows[names[stored].removesuffix(f".{_ROWS_KEY}")] = ids, values
     return rows
 
 
