@@ -63,7 +63,7 @@ def export_adapter(
     config = _peft_config(delta, model, base_name)
     files = SourceFiles(source, model.revision)
     stored = StoredTensors(files).entries
-    require_sayable_rows(delta, load_config(source, model), stored)
+    require_sayable_rows(delta, model, load_config(source, model), stored)
     _require_same_targets(config, files.read_json("config.json").get("model_type"))
     _require_whole_modules([base_name(name) for name in delta.mask.names], config, stored)
     tensors = {_peft_name(name): tensor for name, tensor in delta.tensors.items() if not is_rows_tensor(name)}

@@ -46,13 +46,14 @@ def rows_by_table(delta: Delta) -> dict[str, tuple[tuple[int, ...], torch.Tensor
     }
 
 
-def require_sayable_rows(delta: Delta, config: PretrainedConfig, stored: Mapping[str, Any]) -> None:
+def require_sayable_rows(delta: Delta, base: ModelConfig, config: PretrainedConfig, stored: Mapping[str, Any]) -> None:
     """Refuse rows that peft would load otherwise, and say what it needs for those of added tokens.
 
     Args:
         delta: what the run trained.
-        config: the base model's configuration.
-        stored: the base model's tensors by name.
+        base: the base model, where it is now.
+        config: its configuration.
+        stored: its tensors by name.
 
     Raises:
         CheckpointError: an untied head would follow the embeddings; the head of the rows has a bias, which peft leaves
@@ -67,7 +68,6 @@ def require_sayable_rows(delta: Delta, config: PretrainedConfig, stored: Mapping
         )
     if biased := [module for module in tables if any(f".{name}".endswith(f".{module}.bias") for name in stored)]:
         raise CheckpointError(f"{biased[0]} has a bias, which peft leaves out where rows of it train; {_ADVICE}")
-    base = delta.base.config
     if not base.add_tokens:
         return
     added = set(token_ids(load_tokenizer(base), base.add_tokens))
