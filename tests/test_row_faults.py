@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from adapter_runs import mask
-from helpers import invocation, run_here, set_up, tiny_flags, tiny_llama
-from row_runs import ADD, FULL, full_model, rows
+from helpers import invocation, make_tokenizer, run_here, set_up, tiny_flags, tiny_llama
+from row_runs import ADD, FULL, TOKENS, full_model, rows
 
-from toolkit.models.added_tokens import add_token_rows
-from toolkit.runtime.errors import UsageError
+from toolkit.mask.row_layers import add_rows, unused_rows
+from toolkit.mask.rows import TableRows
+from toolkit.models.added_tokens import add_token_rows, add_tokens
+from toolkit.runtime.errors import MaskError, ModelError, UsageError
 from toolkit.training.preflight import preflight
 
 
@@ -132,3 +134,36 @@ def test_a_plan_says_what_the_run_would(tiny_model: Path, tmp_path: Path) -> Non
     result = run_here("plan.py", *flags)
     assert result.returncode == 2
     assert "has 512 rows" in result.stderr
+
+
+def test_a_table_that_the_model_computes_past_is_refused(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own code multiplies with the head's weight instead of calling the head."""
+    model = tiny_llama(tied=False)
+    add_rows(model, [TableRows("lm_head.weight", ((5, 7),))])
+    assert unused_rows(model, lambda: model(input_ids=torch.arange(5)[None])) == []
+    assert unused_rows(model, lambda: model.model(input_ids=torch.arange(5)[None])) == ["lm_head"]
+    flags = tiny_flags(tiny_model, tmp_path / "run", "--mask.tied", "untie", *mask(rows("head", ids=[5, 6])))
+    monkeypatch.setattr("toolkit.training.phases.unused_rows", lambda model, run: ["lm_head"])
+    with pytest.raises(UsageError, match="some of lm_head, which this model never calls: it computes with its weight"):
+        set_up(invocation(*flags))
+
+
+def test_a_head_of_an_unknown_class_gets_no_rows() -> None:
+    class Head(torch.nn.Module):
+        def __init__(self, weight: torch.nn.Parameter) -> None:
+            super().__init__()
+            self.weight = weight
+
+    model = tiny_llama(tied=False)
+    model.lm_head = Head(model.lm_head.weight)
+    with pytest.raises(MaskError, match=r"lm_head.weight, which is a Head here; expected an nn.Embedding or nn.Linear"):
+        add_rows(model, [TableRows("lm_head.weight", ((3, 5),))])
+
+
+def test_what_a_tokenizer_does_not_take_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = make_tokenizer()
+    monkeypatch.setattr(tokenizer, "add_tokens", lambda tokens: 1)
+    with pytest.raises(ModelError, match="the tokenizer took 1 of the 2 tokens"):
+        add_tokens(tokenizer, TOKENS)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_runs import logits, mask
+from adapter_runs import logits, mask, save_of_zoo
 from helpers import tiny_flags, train
 from peft import LoraConfig, PeftModel, get_peft_model
 from row_runs import ADD, FULL, TOKENS, full_model, rows, rows_with_tokens
@@ -72,6 +72,15 @@ def test_rows_that_peft_would_load_otherwise_are_not_exported_in_its_form(tmp_pa
         assert train(*common, *map(str, flags)) == 0
         with pytest.raises(CheckpointError, match=message):
             export(tmp_path / name, tmp_path / "adapter", adapter=True)
+
+
+@pytest.mark.slow
+def test_rows_of_a_head_with_a_bias_are_not_exported_in_pefts_form(tmp_path: Path) -> None:
+    save_of_zoo("phi", tmp_path / "phi")
+    flags = tiny_flags(tmp_path / "phi", tmp_path / "run", "--train.max_steps", 2, *mask(rows("head", ids=[7])))
+    assert train(*flags) == 0
+    with pytest.raises(CheckpointError, match="lm_head has a bias, which peft leaves out where rows of it train"):
+        export(tmp_path / "run", tmp_path / "adapter", adapter=True)
 
 
 def test_a_damaged_or_foreign_directory_with_rows_is_refused(tiny_model: Path, tmp_path: Path) -> None:

@@ -180,6 +180,20 @@ def test_rows_of_the_head_alone_keep_the_whole_prefix_and_its_cache(model: Path,
     assert losses["on"] == losses["off"]
 
 
+def test_the_cache_knows_a_model_with_more_tokens(model: Path, data: Path, tmp_path: Path) -> None:
+    """Under one cache directory: the same rows of data are other ids, and the embeddings another table."""
+    shared = ("--prefix.cache_dir", tmp_path / "cache", "--mask.tied", "error", *mask("last:2"))
+    plain = ("--data.path", data, "--data.validation", "0.25", "--train.epochs", 2, "--prefix.cache", "on", *shared)
+    assert train(*tiny_flags(model, tmp_path / "without", *plain)) == 0
+    losses = {}
+    for cache in ("on", "off", "on again"):
+        more = ("--prefix.cache", cache.split()[0], *shared)
+        assert train(*flags_of(model, tmp_path / cache.replace(" ", "-"), data, *more)) == 0
+        losses[cache] = metrics(tmp_path / cache.replace(" ", "-"))
+    assert losses["on"] == losses["off"] == losses["on again"]
+    assert losses["on"] != metrics(tmp_path / "without")
+
+
 def test_rows_may_train_in_some_phases(model: Path, data: Path, tmp_path: Path) -> None:
     """They rest at what they learned, train on from there, and belong to one entry in all phases."""
     phases = [{"train": [rows("embeddings", "head")], "until_step": 4}, {"train": ["last:1"], "until_step": 7}]
@@ -207,7 +221,8 @@ def test_rows_may_train_in_some_phases(model: Path, data: Path, tmp_path: Path) 
 def test_two_ranks_learn_what_one_process_learns_and_one_process_goes_on(
     stage: int, model: Path, data: Path, tmp_path: Path
 ) -> None:
-    common = ["--output.save_every_steps", 10, "--output.keep", 9, *mask(rows("embeddings", "head"), "last:1/norms")]
+    common = ["--train.epochs", 4, "--train.max_steps", 30, "--output.save_every_steps", 10, "--output.keep", 9]
+    common += mask(rows("embeddings", "head"), "last:1/norms")
     alone = flags_of(model, tmp_path / "one", data, "--train.gradient_accumulation_steps", 2, *common)
     assert train(*alone) == 0
     flags = flags_of(model, tmp_path / "two", data, "--ds", f"ds_configs/zero{stage}.json", *common)
