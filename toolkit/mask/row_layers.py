@@ -57,8 +57,10 @@ class TableWithRows(nn.Module):
     weight: nn.Parameter
     row_ids: dict[str, tuple[int, ...]]
     """Ids of the rows that each attribute holds."""
+    ascending_ids: tuple[int, ...]
+    """All of these ids."""
     row_index: torch.Tensor
-    """[R], all ids, ascending."""
+    """``ascending_ids`` as a tensor [R]."""
     row_order: torch.Tensor
     """[R], which of the rows, one attribute after the other, has the n-th id."""
 
@@ -66,15 +68,16 @@ class TableWithRows(nn.Module):
         """Return the rows in the order of their ids, with gradients to each attribute that holds some."""
         held = [getattr(self, name) for name in self.row_ids]
         values = held[0] if len(held) == 1 else torch.cat(held).index_select(0, self.row_order)
-        return TrainedRows(values, RowPlaces(tuple(sorted(chain(*self.row_ids.values()))), self.row_index))
+        return TrainedRows(values, RowPlaces(self.ascending_ids, self.row_index))
 
     def hold_rows(self, attribute: str, values: nn.Parameter, ids: tuple[int, ...]) -> None:
         """Hold rows in an attribute, beside those held so far."""
         self.register_parameter(attribute, values)
         self.row_ids = {**self.row_ids, attribute: ids}
         held = list(chain(*self.row_ids.values()))
+        self.ascending_ids = tuple(sorted(held))
         order = sorted(range(len(held)), key=held.__getitem__)
-        for name, numbers in (("row_index", sorted(held)), ("row_order", order)):
+        for name, numbers in (("row_index", self.ascending_ids), ("row_order", order)):
             self.register_buffer(name, torch.tensor(numbers, device=values.device), persistent=False)
 
     @contextmanager
@@ -224,6 +227,6 @@ def merge_rows(
     for module in modules.values():
         for buffer in ("row_index", "row_order"):
             del module._buffers[buffer]
-        del module.row_ids
+        del module.row_ids, module.ascending_ids
         for kind in _EXTENSIONS.values():
             restore_class(module, kind)
