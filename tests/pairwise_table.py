@@ -24,8 +24,11 @@ MAGNITUDES = {
         "weight_decay": 0.1,
     }
 }  # fmt: skip
+ROWS = {"rows": {"select": ["embeddings"], "from": 5, "to": 90, "learning_rate": 1e-3, "weight_decay": 0.1}}
+HEAD_ROWS = {"rows": {"select": ["head"], "ids": [3, 8, 40]}}
 VALUES: dict[str, dict[str, Any]] = {
     "model.delta": {"none": None, "a run": "DELTA"},
+    "model.add_tokens": {"none": [], "two": ["<triage>", "<urgent>"]},
     "model.dtype": {"bfloat16": "bfloat16", "float32": "float32"},
     "model.attn_implementation": {"none": None, "eager": "eager", "sdpa": "sdpa"},
     "model.trust_remote_code": {"false": False, "true": True},
@@ -65,7 +68,8 @@ VALUES: dict[str, dict[str, Any]] = {
     "mask.train": {
         "last blocks and head": ["last:2", "head"], "head": ["head"], "blocks": ["blocks:3,5"], "groups": GROUP,
         "parts of blocks": ["last:3/mlp"], "all": ["all"], "adapters": [ADAPTERS],
-        "adapters and head": [MAGNITUDES, "head"],
+        "adapters and head": [MAGNITUDES, "head"], "rows of the embeddings": [ROWS],
+        "rows of the head": [HEAD_ROWS, "last:2/attention"],
     },
     "mask.freeze": {"nothing": [], "norms": ["last:3/norms", "norm"]},
     "mask.schedule": {
@@ -103,19 +107,19 @@ def _refused(message: str, *cells: tuple[str, tuple[str, ...]]) -> dict[Pair, st
     return {frozenset(combination): message for combination in chosen}
 
 
-HEADS = ("mask.train", ("last blocks and head", "head", "adapters and head"))
+HEADS = ("mask.train", ("last blocks and head", "head", "adapters and head", "rows of the head"))
 SCHEDULES = ("mask.schedule", ("a step", "an epoch"))
 STORED = ("prefix.precision", ("int8", "nf4"))
 PLACED = ("prefix.placement", ("cpu", "disk") if torch.cuda.is_available() else ("disk",))  # a CPU's host is its device
 CACHED = ("prefix.cache", ("on",))
-ALL = ("mask.train", ("all",))
+ALL = ("mask.train", ("all", "rows of the embeddings"))
 BOTH = ("mask.tied", ("both",))
 MOVES = "mask.schedule moves the frost line"
 AT_BLOCK_0 = r"leaves no block frozen below what trains \(the frost line is at block 0\)"
 NOTHING_FROZEN = "prefix.cache is on, but nothing below the trained tensors is frozen"
 REFUSALS: dict[Pair, str] = {
     **_refused("bad.jsonl", ("data.path", ("one bad row",)), ("data.on_bad_row", ("error",))),
-    **_refused("share one tensor", ("mask.tied", ("error",)), ("mask.train", (*HEADS[1], "all"))),
+    **_refused("share one tensor", ("mask.tied", ("error",)), ("mask.train", (*HEADS[1], *ALL[1]))),
     **_refused("mask.tied is head_only, but the mask selects the embeddings", ("mask.tied", ("head_only",)), ALL),
     **_refused("never frees memory that it paged", ("optim.name", ("paged_adamw_8bit",)), SCHEDULES),
     **_refused(MOVES, STORED, SCHEDULES),

@@ -20,7 +20,7 @@ from helpers import ENGLISH, make_tiny_model, run_script
 from pairwise_table import DS, LAUNCHERS, NOT_COMBINED, REFUSALS, TABLE, USUAL, VALUES
 from pydantic import BaseModel
 
-from toolkit.config.mask_schema import LoraConfig, MaskGroup, MaskPhase
+from toolkit.config.mask_schema import LoraConfig, MaskGroup, MaskPhase, RowsConfig
 from toolkit.config.schema import RunConfig
 
 PART = 4
@@ -96,6 +96,7 @@ def test_every_recipe_key_is_combined_or_says_why_not() -> None:
     groups = json.dumps(VALUES["mask.train"])
     assert all(f'"{name}"' in groups for name in MaskGroup.model_fields)
     assert all(f'"{name}"' in groups for name in LoraConfig.model_fields)
+    assert all(f'"{field.alias or name}"' in groups for name, field in RowsConfig.model_fields.items())
     phases = json.dumps(VALUES["mask.schedule"])
     assert all(f'"{name}"' in phases for name in MaskPhase.model_fields)
 

@@ -49,8 +49,10 @@ def save_delta(delta: Delta, directory: Path) -> None:
 
 
 def base_as_dict(base: Base) -> dict[str, object]:
-    """Return the content of ``base.json``."""
-    return {"model": base.config.model_dump(mode="json"), "sha256": base.sha256}
+    """Return the content of ``base.json``; without added tokens, it is that of versions that knew none."""
+    values = base.config.model_dump(mode="json")
+    model = {key: value for key, value in values.items() if value or key != "add_tokens"}
+    return {"model": model, "sha256": base.sha256}
 
 
 def read_mask_and_base(directory: Path) -> tuple[LayerMask, Base]:

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    model_serializer,
+    model_validator,
+)
 
 
 class Section(BaseModel):
@@ -100,20 +110,91 @@ class LoraEntry(Section):
         return f"{'dora' if self.lora.dora else 'lora'}{self.lora.rank} {'+'.join(self.lora.select)}"
 
 
+def _as_first_row(value: Any) -> Any:
+    """Reject what is neither a row's number nor the word added; flags arrive as strings."""
+    number = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
+    if value is None or value == "added" or (isinstance(number, int) and not isinstance(number, bool) and number >= 0):
+        return number
+    raise ValueError(f"{value!r} is no row; expected a number from 0 on, or added (the rows of model.add_tokens)")
+
+
+class RowsConfig(Section):
+    """Some rows of tables that have one row for each token; the other rows stay as they are."""
+
+    select: Annotated[list[str], BeforeValidator(_as_selector_list), Field(min_length=1)]
+    """Selectors of the tables: embeddings, head, or both."""
+
+    from_: Annotated[int | Literal["added"] | None, BeforeValidator(_as_first_row)] = Field(None, alias="from")
+    """First row that trains, a token's id; added takes the rows of the tokens that model.add_tokens adds."""
+
+    to: Annotated[int, Field(ge=0)] | None = None
+    """Last row that trains; none trains all rows from ``from`` on."""
+
+    ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    """Rows that train, in the place of from and to."""
+
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate of the rows; none takes train.learning_rate."""
+
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Weight decay of the rows; none takes train.weight_decay."""
+
+    @model_validator(mode="after")
+    def _names_rows_once(self) -> RowsConfig:
+        """Require exactly one of from and ids, to only after a number, and rows that do not run backwards."""
+        if (self.from_ is None) == (self.ids is None):
+            found = "neither from nor ids" if self.ids is None else "both from and ids"
+            raise ValueError(f"it has {found}; expected one of them, such as from: added")
+        if self.to is None:
+            return self
+        if not isinstance(self.from_, int):
+            raise ValueError(
+                f"to is {self.to} without a number as from; expected from: FIRST beside it, or leave it out"
+            )
+        if self.to < self.from_:
+            raise ValueError(f"it runs from {self.from_} to {self.to}, backwards; expected the first row first")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _with_the_recipes_key(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write the key ``from``, which is no name in Python."""
+        return {{"from_": "from"}.get(key, key): value for key, value in handler(self).items()}
+
+
+class RowsEntry(Section):
+    """Rows of tables as an entry of mask.train."""
+
+    rows: RowsConfig
+
+    def __str__(self) -> str:
+        """Return the rows and the selectors, for lists of runs."""
+        rows = self.rows
+        if rows.ids is not None:
+            which = ",".join(map(str, rows.ids))
+        else:
+            which = "added" if rows.from_ == "added" else f"{rows.from_}-{rows.to or ''}"
+        return f"rows {which} of {'+'.join(rows.select)}"
+
+
+_ENTRY_OF_KEY = {"lora": LoraEntry, "rows": RowsEntry}
+"""Entries that are recognised by their one key."""
+
+
 def _kind_of_entry(value: Any) -> str:
     """Return which of the union of mask.train's entries a value is, so that its faults are those of that one alone."""
     if isinstance(value, dict):
-        return LoraEntry.__name__ if "lora" in value else MaskGroup.__name__
+        return next((kind for key, kind in _ENTRY_OF_KEY.items() if key in value), MaskGroup).__name__
     return type(value).__name__
 
 
 MaskEntry = Annotated[
     Annotated[str, Tag("str")]
     | Annotated[MaskGroup, Tag(MaskGroup.__name__)]
-    | Annotated[LoraEntry, Tag(LoraEntry.__name__)],
+    | Annotated[LoraEntry, Tag(LoraEntry.__name__)]
+    | Annotated[RowsEntry, Tag(RowsEntry.__name__)],
     Discriminator(_kind_of_entry),
 ]
-"""An entry of mask.train: a selector, a group of selectors with settings, or adapters."""
+"""An entry of mask.train: a selector, a group of selectors with settings, adapters, or rows of tables."""
 
 
 class MaskPhase(Section):
@@ -155,8 +236,8 @@ class MaskConfig(Section):
         "last:4",
         "head",
     ]
-    """What trains: selectors such as last:N, blocks:LIST, head, glob:PATTERN (docs/layer-mask.md), groups, or adapters
-    (docs/adapters.md)."""
+    """What trains: selectors such as last:N, blocks:LIST, head, glob:PATTERN (docs/layer-mask.md), groups, adapters
+    (docs/adapters.md), or rows of tables (docs/rows.md)."""
 
     freeze: Annotated[list[str], BeforeValidator(_as_selector_list)] = []
     """Selectors of what stays frozen though mask.train selects it."""

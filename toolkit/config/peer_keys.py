@@ -19,6 +19,7 @@ _NAMES_BY_KEY: Mapping[str, tuple[str, ...]] = {
     "data.path": (
         "dataset", "datasets", "dataset_name", "dataset_path", "train_file", "train_data", "data_path", "data_files",
     ),
+    "model.add_tokens": ("new_tokens", "add_special_tokens", "new_special_tokens", "additional_special_tokens"),
     "data.split": ("dataset_split", "dataset_train_split"),
     "data.validation": (
         "eval_dataset", "validation_file", "validation_split", "val_size", "val_set_size", "test_datasets",
@@ -80,6 +81,9 @@ _NAMES_BY_ANSWER: Mapping[str, tuple[str, ...]] = {
     ),
     "frozen weights can be kept in fewer bits, trained ones cannot: prefix.precision": (
         "load_in_8bit", "load_in_4bit", "quantization_bit", "quantization_config", "bnb_4bit_quant_type",
+    ),
+    "rows of tables are an entry of mask.train: {rows: {select: embeddings, from: added}} (docs/rows.md)": (
+        "trainable_token_indices", "trainable_tokens", "token_indices", "resize_vocab", "fix_untrained_tokens",
     ),
     "selectors say what trains, such as last:4 or 're:PATTERN': mask.train (docs/layer-mask.md)": (
         "freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules", "unfrozen_parameters",

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from toolkit.config import peer_keys
-from toolkit.config.mask_schema import LoraConfig, LoraEntry, MaskGroup, MaskPhase, Section
+from toolkit.config.mask_schema import LoraConfig, LoraEntry, MaskGroup, MaskPhase, RowsConfig, RowsEntry, Section
 from toolkit.config.schema import RunConfig
 from toolkit.runtime.errors import ConfigError
 from toolkit.runtime.redact import find_secrets
@@ -141,7 +141,8 @@ def build_config(values: Mapping[str, Any], source: str, faults: Iterable[str] =
 
 def _describe_fault(fault: Any) -> str:
     """Turn a pydantic error (an item of ``ValidationError.errors()``) into one line of the message."""
-    union_branches = ("function-", "float", "str", "constrained", MaskGroup.__name__, LoraEntry.__name__)
+    tags = (MaskGroup.__name__, LoraEntry.__name__, RowsEntry.__name__)
+    union_branches = ("function-", "float", "str", "constrained", *tags)
     parts = [str(part) for part in fault["loc"] if not str(part).startswith(union_branches)]
     where = ".".join(parts)
     if fault["type"] == "extra_forbidden":
@@ -152,10 +153,13 @@ def _describe_fault(fault: Any) -> str:
             MaskGroup.__name__: MaskGroup,
             LoraEntry.__name__: LoraEntry,
             "lora": LoraConfig,
+            RowsEntry.__name__: RowsEntry,
+            "rows": RowsConfig,
         }
         for part, section in sections.items():
             if part in fault["loc"]:
-                valid = [".".join([*parts[:-1], key]) for key in section.model_fields]
+                keys = [field.alias or key for key, field in section.model_fields.items()]
+                valid = [".".join([*parts[:-1], key]) for key in keys]
         if "lora" in fault["loc"] and parts[-1] in peer_keys.LORA_KEYS:
             return f"{where}: unknown key (did you mean {'.'.join([*parts[:-1], peer_keys.LORA_KEYS[parts[-1]]])}?)"
         if parts[-1] in ("dora", "rslora") and MaskGroup.__name__ in fault["loc"]:
@@ -164,8 +168,9 @@ def _describe_fault(fault: Any) -> str:
     if fault["type"] == "model_type" and where in RunConfig.model_fields:
         first = next(path for path in field_paths() if path.startswith(f"{where}."))
         return f"{where} is {_SHORT_REPR.repr(fault['input'])}; expected keys under it, such as {first}"
-    if fault["type"] == "model_type" and parts[-1] == "lora":
-        return f"{where} is {_SHORT_REPR.repr(fault['input'])}; expected keys under it, such as {{select: last:8}}"
+    examples = {"lora": "{select: last:8}", "rows": "{select: embeddings, from: added}"}
+    if fault["type"] == "model_type" and parts[-1] in examples:
+        return f"{where} is {_SHORT_REPR.repr(fault['input'])}; expected keys under it, such as {examples[parts[-1]]}"
     if fault["type"] == "missing":
         return f"{where} is missing"
     message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")

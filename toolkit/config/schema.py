@@ -28,6 +28,17 @@ def _number_if_numeric(value: Any) -> Any:
     return value
 
 
+def _as_token_list(value: Any) -> Any:
+    """Wrap a single token in a list; reject what is no text, is blank, or is there twice."""
+    value = [value] if isinstance(value, str) else value
+    for index, token in enumerate(value if isinstance(value, list) else ()):
+        if not isinstance(token, str) or not token.strip():
+            raise ValueError(f'{token!r} is no token; expected a text such as "<triage>"')
+        if token in value[:index]:
+            raise ValueError(f"{token!r} is there twice; expected each token once")
+    return value
+
+
 class ModelConfig(Section):
     """Which model is tuned, and how it is loaded."""
 
@@ -40,6 +51,10 @@ class ModelConfig(Section):
     delta: str | None = None
     """Start from what an earlier run trained: the directory of a run, one of its checkpoints or an exported delta. Its
     tensors are laid onto the model; optimizer, schedule and row order begin anew, and the mask may be another."""
+
+    add_tokens: Annotated[list[str], BeforeValidator(_as_token_list)] = Field(default=[])
+    """Tokens to add to the tokenizer, each with a row in the embeddings and in the head that starts as the mean of the
+    others; mask.train: {rows: {select: embeddings, from: added}} trains them (docs/rows.md)."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the weights in the forward and backward pass; the optimizer's masters are always float32."""

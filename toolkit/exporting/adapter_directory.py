@@ -15,11 +15,13 @@ import torch
 from toolkit.checkpoint.choice import Step
 from toolkit.checkpoint.delta import Delta
 from toolkit.config.schema import ModelConfig
+from toolkit.exporting.peft_rows import ROWS_KEY, load_config, require_sayable_rows, rows_by_table
 from toolkit.exporting.run_export import check_paths, staging_directory
 from toolkit.inference.open_model import read_run
 from toolkit.mask.adapters import Adapter, is_adapter_tensor
+from toolkit.mask.rows import is_rows_tensor
 from toolkit.models.exaone import exaone_name
-from toolkit.models.load import Dtype, is_exaone_source, resolve_source
+from toolkit.models.load import Dtype, is_exaone_source, load_tokenizer, resolve_source
 from toolkit.models.source_files import SourceFiles
 from toolkit.models.weight_files import StoredTensors
 from toolkit.runtime.errors import CheckpointError
@@ -32,10 +34,10 @@ if TYPE_CHECKING:
 def export_adapter(
     run: Path, target: Path, dtype: Dtype = "float32", step: Step | None = None, base: str | Path | None = None
 ) -> None:
-    """Write the adapters of a run, and what else trained, for peft.
+    """Write the adapters and rows of a run, and what else trained, for peft.
 
-    Whole tensors beside the adapters become ``modules_to_save``. The names of modules are those of the base model's own
-    class, as EXAONE's remote code has them.
+    Whole tensors beside them become ``modules_to_save``, and a tokenizer with added tokens is written. The names of
+    modules are those of the base model's own class, as EXAONE's remote code has them.
 
     Args:
         run: the run directory.
@@ -60,16 +62,21 @@ def export_adapter(
 
     config = _peft_config(delta, model, base_name)
     files = SourceFiles(source, model.revision)
+    stored = StoredTensors(files).entries
+    require_sayable_rows(delta, model, load_config(source, model), stored)
     _require_same_targets(config, files.read_json("config.json").get("model_type"))
-    _require_whole_modules([base_name(name) for name in delta.mask.names], config, StoredTensors(files).entries)
+    _require_whole_modules([base_name(name) for name in delta.mask.names], config, stored)
+    tensors = {_peft_name(name): tensor for name, tensor in delta.tensors.items() if not is_rows_tensor(name)}
+    tensors |= {f"{table}.{ROWS_KEY}": values for table, (_, values) in rows_by_table(delta).items()}
     tensors = {
-        f"base_model.model.{base_name(_peft_name(name))}": tensor.to(getattr(torch, dtype))
-        for name, tensor in delta.tensors.items()
+        f"base_model.model.{base_name(name)}": tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()
     }
     with staging_directory(target) as staging:
         staging.mkdir()
         config.save_pretrained(str(staging))
         write_safetensors(staging / "adapter_model.safetensors", tensors)
+        if model.add_tokens:
+            load_tokenizer(model).save_pretrained(str(staging))
 
 
 def _peft_name(name: str) -> str:
@@ -86,29 +93,32 @@ def _peft_config(delta: Delta, base: ModelConfig, base_name: Callable[[str], str
         CheckpointError: it has no adapters, or peft cannot express it.
     """
     from peft import LoraConfig
+    from peft.utils.constants import DUMMY_TARGET_MODULES
 
     adapters, advice = delta.mask.adapters, "export it as a model, or with --delta"
-    if not adapters:
+    if not (adapters or delta.mask.rows):
         raise CheckpointError(f"this run trained no adapters; {advice}")
     if base.delta is not None:
         raise CheckpointError(f"this run's adapters belong to a model with {base.delta} laid onto it; {advice}")
-    if delta.mask.tied in ("both", "head_only"):
+    if delta.mask.tied in ("both", "head_only") and not delta.mask.rows:
         raise CheckpointError(
             f"this run also trained the tensor that head and embeddings share (mask.tied: {delta.mask.tied}), and "
             f"peft's directory has no place for it; {advice}"
         )
-    first = adapters[0]
+    first = adapters[0] if adapters else Adapter((), 1, 1, 0.0, False, False, "kaiming")
     if other := next((one for one in adapters if _shared(one) != _shared(first)), None):
         raise CheckpointError(
             f"this run trained adapters with different settings beside {first.modules[0]} and {other.modules[0]}, and "
             f"peft's directory holds one dropout, rslora and dora for all; {advice}"
         )
-    whole = [name for name in delta.mask.names if not is_adapter_tensor(name)]
+    whole = [name for name in delta.mask.names if not (is_adapter_tensor(name) or is_rows_tensor(name))]
+    rows = {base_name(table): list(ids) for table, (ids, _) in rows_by_table(delta).items()}
     return LoraConfig(
         task_type="CAUSAL_LM", base_model_name_or_path=base.name_or_path, revision=base.revision,
         inference_mode=True, r=first.rank, lora_alpha=cast(int, first.alpha), lora_dropout=first.dropout,
         use_rslora=first.rslora, use_dora=first.dora,
-        target_modules=[base_name(module) for adapter in adapters for module in adapter.modules],
+        target_modules=[base_name(module) for one in adapters for module in one.modules] or DUMMY_TARGET_MODULES,
+        trainable_token_indices=rows or None,
         modules_to_save=sorted({base_name(name.rpartition(".")[0]) for name in whole}) or None,
         rank_pattern={base_name(m): a.rank for a in adapters for m in a.modules if a.rank != first.rank},
         alpha_pattern={base_name(m): a.alpha for a in adapters for m in a.modules if a.alpha != first.alpha},
@@ -120,6 +130,8 @@ def _require_same_targets(config: LoraConfig, model_type: str | None) -> None:
 
     Of some mixtures of experts it takes dense layers called gate_proj for experts of transformers 4, which are fused.
     """
+    if not _targets(config):
+        return
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
     read, model = copy.deepcopy(config), SimpleNamespace(config=SimpleNamespace(model_type=model_type))
@@ -129,7 +141,7 @@ def _require_same_targets(config: LoraConfig, model_type: str | None) -> None:
             convert_peft_config_for_transformers(read, model, None)  # type: ignore[arg-type]
         except ValueError:  # it needs all of the experts' layers
             read.target_modules = None
-    if set(read.target_modules or ()) != set(config.target_modules or ()):
+    if set(_targets(read)) != set(_targets(config)):
         raise CheckpointError(
             f"peft takes some of the adapted layers of {model_type} models for fused experts, so it would load this "
             "adapter wrong; export it as a model, or with --delta"
@@ -144,7 +156,7 @@ def _require_whole_modules(trained: Sequence[str], config: LoraConfig, stored: M
         config: peft's configuration, with the modules that trained whole and the adapted ones.
         stored: the base model's tensors by name, which may lack the first parts of names.
     """
-    adapted = set(config.target_modules or ())
+    adapted = set(_targets(config))
     suffixes = {f".{name}" for name in stored}
     if absent := [name for name in adapted if not any(f".{name}.weight".endswith(one) for one in suffixes)]:
         raise CheckpointError(f"the base model has no layer {absent[0]}; name the one that the run was trained on")
@@ -160,6 +172,11 @@ def _require_whole_modules(trained: Sequence[str], config: LoraConfig, stored: M
                 f"this run trained a part of {module} (not its {part[0].rpartition('.')[2]}), and peft's directory "
                 "holds whole modules; export it as a model, or with --delta"
             )
+
+
+def _targets(config: LoraConfig) -> list[str]:
+    """Return the adapted layers; peft has a word for none."""
+    return [] if isinstance(config.target_modules, str) else list(config.target_modules or ())
 
 
 def _shared(adapter: Adapter) -> Adapter:

@@ -17,6 +17,7 @@ from toolkit.config.recipe import dump
 from toolkit.inference.open_model import cast_weights, open_model, read_run
 from toolkit.mask.apply import merge_adapters, parameters_by_name, round_to_nearest
 from toolkit.mask.audit import audit_markdown
+from toolkit.mask.row_layers import merge_rows
 from toolkit.models.load import Dtype
 from toolkit.models.weight_files import Comparison, join_names
 from toolkit.optim.rounding import stochastic_round
@@ -91,6 +92,7 @@ def _write_masters(model: PreTrainedModel, delta: Delta, dtype: Dtype | None, ro
 
     merge_adapters(model, delta.tensors, target, round_into)
     cast_weights(model, target)
+    merge_rows(model, delta.tensors, round_into)
     merged = {f"{module}.weight" for adapter in delta.mask.adapters for module in adapter.modules}
     for name, parameter in sorted(parameters_by_name(model).items()):
         if name in delta.tensors and name not in merged:

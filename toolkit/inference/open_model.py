@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from toolkit.checkpoint import manifest
 from toolkit.checkpoint.catalog import checkpoints_of
 from toolkit.checkpoint.choice import ChosenCheckpoint, Step, choose_checkpoint
-from toolkit.checkpoint.delta import Delta, is_delta, read_delta
+from toolkit.checkpoint.delta import Delta, is_delta, read_delta, read_mask_and_base
 from toolkit.checkpoint.restore import Checkpoint
 from toolkit.config.recipe import build_config, read_recipe
 from toolkit.config.schema import ModelConfig, RunConfig
@@ -20,10 +20,12 @@ from toolkit.data.chat_rendering import Rendering, read_rendering
 from toolkit.data.examples import Encoder
 from toolkit.inference.peft_adapter import apply_peft_adapter, is_peft_adapter
 from toolkit.mask.adapters import adapted_weight
-from toolkit.mask.apply import apply_mask, merge_adapters, trainable_parameters
+from toolkit.mask.apply import apply_mask, merge_adapters, round_to_nearest, trainable_parameters
+from toolkit.mask.row_layers import merge_rows
+from toolkit.models.added_tokens import add_token_rows, token_ids
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.anatomy_detection import detect_anatomy
-from toolkit.models.load import Dtype, LoadedModel, fingerprint, load, stored_dtype
+from toolkit.models.load import Dtype, LoadedModel, fingerprint, load, load_tokenizer, stored_dtype
 from toolkit.runtime.errors import CheckpointError, ModelError, UsageError
 
 log = logging.getLogger("frostline")
@@ -155,24 +157,67 @@ def load_base(
 ) -> LoadedModel:
     """Load a model as ``toolkit.models.load.load`` does, with the tensors of ``config.delta`` in place.
 
+    ``tokenizer`` is that of ``load_tokenizer_of``; None loads it.
+
     Raises:
         CheckpointError: the delta cannot be read, was trained on other weights, or holds a block that is not loaded.
         ModelError: the model cannot be loaded.
     """
+    tokenizer = tokenizer or load_tokenizer_of(config)
     if config.delta is None:
         return load(config, tokenizer, anatomy, blocks_on_disk)
     if is_peft_adapter(Path(config.delta)):
         loaded = load(config, tokenizer)
         apply_peft_adapter(loaded, Path(config.delta))
-        return replace(loaded, anatomy=detect_anatomy(loaded.model))
+        return replace(loaded, anatomy=replace(detect_anatomy(loaded.model), added=loaded.anatomy.added))
     delta = read_trained(Path(config.delta))
-    base_config = config.model_copy(update={"delta": delta.base.config.delta})  # which may itself be a delta
+    below = {"delta": delta.base.config.delta, "add_tokens": delta.base.config.add_tokens}
+    base_config = config.model_copy(update=below)  # which may itself be a delta
     loaded = load_base(base_config, tokenizer, anatomy, blocks_on_disk)
     _apply_delta(loaded, delta, config)
     if delta.mask.adapters:
         log.info("model.delta: its adapters are merged into their layers, rounded to %s", config.dtype)
         merge_adapters(loaded.model, delta.tensors)
-    return replace(loaded, anatomy=detect_anatomy(loaded.model))  # the delta may have untied its head
+    merge_rows(loaded.model, delta.tensors, round_to_nearest)
+    return _with_new_anatomy(loaded, config)
+
+
+def _with_new_anatomy(loaded: LoadedModel, config: ModelConfig) -> LoadedModel:
+    """Add the rows of ``config.add_tokens`` to a model with a delta, and describe it: the head may be untied now."""
+    if own := token_ids(loaded.tokenizer, config.add_tokens):
+        add_token_rows(loaded.model, own)
+    added = token_ids(loaded.tokenizer, all_added_tokens(config))
+    return replace(loaded, anatomy=replace(detect_anatomy(loaded.model), added=added))
+
+
+def load_tokenizer_of(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer with the tokens that ``config`` and the runs behind ``config.delta`` add.
+
+    Raises:
+        ModelError: as ``load_tokenizer``.
+        CheckpointError: ``config.delta`` is none, or damaged.
+    """
+    return load_tokenizer(config.model_copy(update={"add_tokens": all_added_tokens(config)}))
+
+
+def all_added_tokens(config: ModelConfig) -> list[str]:
+    """Return the tokens that the runs behind ``config.delta`` add, and then those of ``config``.
+
+    Raises:
+        CheckpointError: ``config.delta`` is none, or damaged.
+    """
+    if config.delta is None or is_peft_adapter(Path(config.delta)):
+        return config.add_tokens
+    return [*all_added_tokens(_base_of(Path(config.delta))), *config.add_tokens]
+
+
+def _base_of(path: Path) -> ModelConfig:
+    """Return the model that a run, checkpoint or delta began from; raises as ``read_trained``."""
+    holder = path if is_delta(path) else next(iter(checkpoints_of(path)), path)
+    try:
+        return read_mask_and_base(holder)[1].config
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return read_trained(path).base.config  # which says what is wrong
 
 
 @torch.no_grad()

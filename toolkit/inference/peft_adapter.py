@@ -24,9 +24,11 @@ _UNDERSTOOD = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "lora_dropout", "use_rslora", "use_dora", "target_modules",
     "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "ensure_weight_tying",
-    "fan_in_fan_out", "init_lora_weights", "eva_config", "runtime_config",
+    "fan_in_fan_out", "init_lora_weights", "eva_config", "runtime_config", "trainable_token_indices",
 }  # fmt: skip
 """Settings that need nothing here, or are followed; any other that is set changes what the adapter computes."""
+_ROWS_KEY = "token_adapter.trainable_tokens_delta"
+"""End of the name of a tensor that holds rows of a table."""
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 """Values of ``init_lora_weights`` that leave the base model's weights as they are."""
 
@@ -52,7 +54,8 @@ def apply_peft_adapter(loaded: LoadedModel, directory: Path) -> None:
     names = {name: _model_name(name, rename) for name in stored}
     tensors = {names[name]: tensor for name, tensor in stored.items()}
     adapters = _adapters(config, stored, names, directory)
-    _untie_as_peft(loaded, config, tensors)
+    rows = _take_rows(tensors, names, config, directory)
+    _untie_as_peft(loaded, config, tensors, rows)
     modules = [(module, adapter) for adapter in adapters for module in adapter.modules]
     weights = loaded.anatomy.by_name
     names_of_weights = [f"{module}.weight" for module, _ in modules]
@@ -61,6 +64,9 @@ def apply_peft_adapter(loaded: LoadedModel, directory: Path) -> None:
         low_rank = dict(t for module, adapter in modules for t in adapter.tensors(module, loaded.anatomy))
         shapes = {**{name: tensor.shape for name, tensor in weights.items()}, **low_rank}
         wrong = [name for name, tensor in tensors.items() if shapes.get(name) != tuple(tensor.shape)]
+        wrong += [
+            module for module, (ids, values) in rows.items() if not _fits(shapes.get(f"{module}.weight"), ids, values)
+        ]
     if wrong:
         raise CheckpointError(
             f"{directory} does not fit {loaded.model.config.name_or_path or type(loaded.model).__name__}: {wrong[0]} "
@@ -74,7 +80,41 @@ def apply_peft_adapter(loaded: LoadedModel, directory: Path) -> None:
     for name, tensor in tensors.items():
         parameters[name].copy_(tensor)
     merge_adapters(loaded.model, tensors)
+    for module, (ids, values) in rows.items():
+        weight = loaded.model.get_parameter(f"{module}.weight")
+        weight[list(ids)] = values.to(weight.dtype)
     log.info("model.delta: the adapters of %s are merged into %d layers", directory, len(modules))
+
+
+def _take_rows(
+    tensors: dict[str, torch.Tensor], names: Mapping[str, str], config: Any, directory: Path
+) -> dict[str, tuple[list[int], torch.Tensor]]:
+    """Take the rows of tables out of ``tensors``; return ids and values [R, H] by the table's module.
+
+    ``names`` maps the names in the file, by which the configuration goes, to those in the model.
+
+    Raises:
+        CheckpointError: the configuration does not say which rows they are.
+    """
+    rows = {}
+    told = config.trainable_token_indices
+    for stored in [name for name in names if name.endswith(f".{_ROWS_KEY}")]:
+        values, table, ids = tensors.pop(names[stored]), stored.removesuffix(f".{_ROWS_KEY}"), told
+        if isinstance(told, dict):
+            ids = next((own for key, own in told.items() if table.endswith(f".{key}")), None)
+        are_rows = isinstance(ids, list) and all(type(row) is int and row >= 0 for row in ids)
+        if not are_rows or len(ids) != len(values):
+            raise CheckpointError(
+                f"{directory} holds {len(values)} rows of {table}, and its trainable_token_indices name {ids}; "
+                f"expected as many: restore {_CONFIG}"
+            )
+        rows[names[stored].removesuffix(f".{_ROWS_KEY}")] = ids, values
+    return rows
+
+
+def _fits(table: tuple[int, ...] | None, ids: list[int], values: torch.Tensor) -> bool:
+    """Return True if a table of this shape has these rows."""
+    return table is not None and len(table) == 2 and table[1:] == values.shape[1:] and max(ids, default=0) < table[0]
 
 
 def _read(directory: Path) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -146,7 +186,7 @@ def _adapters(
                 found.setdefault((tensor.shape[0], alpha), []).append(layer)
     except (TypeError, ValueError, AttributeError, re.error) as error:
         raise CheckpointError(f"{directory}: its alpha cannot be read ({error}); restore {_CONFIG}") from None
-    if not found:
+    if not found and not config.trainable_token_indices:
         raise CheckpointError(f"{directory} holds no adapter of a linear layer; expected lora_A and lora_B of each")
     return [
         Adapter(tuple(modules), rank, alpha, 0.0, bool(config.use_rslora), bool(config.use_dora), "kaiming")
@@ -154,10 +194,15 @@ def _adapters(
     ]
 
 
-def _untie_as_peft(loaded: LoadedModel, config: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Untie a tied head where peft keeps the two apart: it saves one of them, or both as modules of their own."""
+def _untie_as_peft(
+    loaded: LoadedModel, config: Any, tensors: Mapping[str, torch.Tensor], rows: Mapping[str, Any]
+) -> None:
+    """Untie a tied head where peft keeps the two apart: it saves one of them, or both as modules of their own.
+
+    Rows of the embeddings are the head's too, and those of the head its own.
+    """
     tied = loaded.anatomy.tied_head
     if tied is None or config.ensure_weight_tying:
         return
-    if tied.name in tensors or tied.alias_of in tensors:
+    if tied.name in tensors or tied.alias_of in tensors or loaded.anatomy.head in rows:
         untie_head(loaded.model, loaded.anatomy)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from toolkit.config.mask_schema import LoraConfig, LoraInit
+from toolkit.mask.rows import table_of_rows
 from toolkit.mask.selectors import resolve_selectors
 from toolkit.models.anatomy import Anatomy, TensorInfo
 from toolkit.runtime.errors import MaskError
@@ -48,9 +49,9 @@ def module_of(tensor: TensorInfo) -> str:
 
 
 def adapted_weight(name: str) -> str:
-    """Return the weight beside which an adapter's tensor stands; the name of any other tensor as it is."""
+    """Return the weight beside which a tensor of an adapter or of rows stands; the name of any other as it is."""
     module, is_adapter, _ = name.partition(".lora_")
-    return f"{module}.weight" if is_adapter else name
+    return f"{module}.weight" if is_adapter else table_of_rows(name)
 
 
 def is_adapter_tensor(name: str) -> bool:

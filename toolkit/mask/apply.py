@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from toolkit.mask.adapters import Adapter
 from toolkit.mask.layer_mask import LayerMask
+from toolkit.mask.row_layers import add_rows
 from toolkit.models.anatomy import Anatomy
 
 
@@ -34,7 +35,7 @@ def untie_head(model: PreTrainedModel, anatomy: Anatomy) -> None:
 
 
 def apply_mask(model: PreTrainedModel, mask: LayerMask, anatomy: Anatomy, seed: int = 0) -> None:
-    """Set ``requires_grad`` on exactly the mask's tensors, after untying the head and adding adapters if the mask does.
+    """Set ``requires_grad`` on exactly the mask's tensors, after untying the head and adding adapters and rows.
 
     Args:
         model: model to change in place.
@@ -45,6 +46,7 @@ def apply_mask(model: PreTrainedModel, mask: LayerMask, anatomy: Anatomy, seed: 
     if mask.tied == "untie":
         untie_head(model, anatomy)
     add_adapters(model, mask.adapters, seed)
+    add_rows(model, mask.rows)
     model.requires_grad_(False)
     for parameter in trainable_parameters(model, mask).values():
         parameter.requires_grad_(True)

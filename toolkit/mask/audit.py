@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from toolkit.mask.adapters import adapted_weight
+from toolkit.mask.adapters import adapted_weight, is_adapter_tensor
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.models.anatomy import Anatomy, TensorInfo
 
@@ -38,8 +38,9 @@ def audit(mask: LayerMask, anatomy: Anatomy) -> list[AuditRow]:
     tied = anatomy.tied_head
     adapters: dict[str, list[int]] = {}  # sizes of the adapters' tensors beside each weight
     for tensor in mask.trainable:
-        if tensor.name not in anatomy.by_name:
+        if is_adapter_tensor(tensor.name):
             adapters.setdefault(adapted_weight(tensor.name), []).append(tensor.parameters)
+    sizes = {tensor.name: tensor.parameters for tensor in mask.trainable}
     rows = []
     for part, tensors in _tensors_by_part(anatomy):
         counted = [t for t in tensors if t.alias_of is None or (mask.tied == "untie" and t == tied)]
@@ -48,6 +49,10 @@ def audit(mask: LayerMask, anatomy: Anatomy) -> list[AuditRow]:
         if beside:
             note = f"{sum(beside):,} in adapters"
         trained = sum(t.parameters for t in counted if t.name in names) + sum(beside)
+        own = [rows for rows in mask.rows if any(t.name == rows.table for t in counted) and rows.name in sizes]
+        if own:  # they take the place of the table's
+            note = "; ".join(filter(None, (f"{sum(rows.count for rows in own):,} rows train", note)))
+            trained += sum(sizes[rows.name] for rows in own)
         parameters = sum(t.parameters for t in counted) + sum(beside)
         rows.append(AuditRow(part, len(counted) + len(beside), parameters, trained, note))
     return list(_merge_blocks(rows))

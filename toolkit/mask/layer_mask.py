@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
-from toolkit.config.mask_schema import LoraEntry, MaskConfig, MaskGroup
+from toolkit.config.mask_schema import LoraEntry, MaskConfig, MaskGroup, RowsEntry
 from toolkit.mask.adapters import Adapter, adapted_weight, resolve_adapter
+from toolkit.mask.rows import TableRows, refuse_shared_rows, resolve_rows, select_tables
 from toolkit.mask.selectors import resolve_selectors
 from toolkit.models.anatomy import Anatomy
 from toolkit.runtime.errors import MaskError
@@ -63,6 +64,8 @@ class LayerMask:
     """Disjoint groups that together hold all trainable tensors."""
     adapters: tuple[Adapter, ...] = ()
     """Low-rank adapters, whose tensors are among ``trainable``."""
+    rows: tuple[TableRows, ...] = ()
+    """Rows of frozen tables, whose tensors are among ``trainable``."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -84,11 +87,8 @@ class LayerMask:
         replace_text(path, json.dumps(self.as_dict(), indent=1))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the mask as JSON values; without adapters, they are those of versions that knew none."""
-        values = asdict(self)
-        if not self.adapters:
-            del values["adapters"]
-        return values
+        """Return the mask as JSON values; without adapters and rows, they are those of versions that knew none."""
+        return {key: value for key, value in asdict(self).items() if value or key not in ("adapters", "rows")}
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> LayerMask:
@@ -98,7 +98,8 @@ class LayerMask:
         )
         groups = tuple(ParameterGroup(**{**group, "names": tuple(group["names"])}) for group in values["groups"])
         adapters = tuple(map(Adapter.from_dict, values.get("adapters", ())))
-        return LayerMask(trainable, values["boundary"], values["block_count"], values["tied"], groups, adapters)
+        rows = tuple(map(TableRows.from_dict, values.get("rows", ())))
+        return LayerMask(trainable, values["boundary"], values["block_count"], values["tied"], groups, adapters, rows)
 
 
 def build_mask(config: MaskConfig, anatomy: Anatomy) -> LayerMask:
@@ -114,47 +115,83 @@ def build_mask(config: MaskConfig, anatomy: Anatomy) -> LayerMask:
     selected = [ParameterGroup(tuple(resolve_selectors(plain, anatomy)))]
     selected += [
         ParameterGroup(tuple(resolve_selectors(item.select, anatomy)), item.learning_rate, item.weight_decay)
-        for item in config.train
-        if isinstance(item, MaskGroup)
+        for item in _entries(config, MaskGroup)
     ]
-    entries = [item.lora for item in config.train if isinstance(item, LoraEntry)]
-    adapters = tuple(resolve_adapter(entry, frozen, anatomy) for entry in entries)
+    adapters = [(item.lora, resolve_adapter(item.lora, frozen, anatomy)) for item in _entries(config, LoraEntry)]
+    tables = [(item.rows, select_tables(item.rows, frozen, anatomy)) for item in _entries(config, RowsEntry)]
     all_names = frozenset(name for group in selected for name in group.names) - frozen
-    if not all_names and not entries:
+    if not (all_names or adapters or tables):
         raise MaskError(
             "the mask leaves nothing to train: mask.freeze takes away all that mask.train selects, or it is integer "
             "tables, which have no gradient"
         )
-    tied = _tied_treatment(all_names, config.tied, anatomy)
-    _refuse_partly_selected_ties(all_names, anatomy)
+    touched = all_names.union(*(names for _, names in tables))
+    tied = _tied_treatment(touched, config.tied, anatomy)
+    _refuse_partly_selected_ties(touched, anatomy)
+    _refuse_frozen_ties(touched, frozen, tied, anatomy)
     groups = []
     for group in selected:
         canonical = _resolve_aliases(all_names & set(group.names), tied, anatomy)
-        if both := sorted(canonical & frozen):
-            raise MaskError(
-                f"mask.freeze keeps {both[0]} frozen, but head and embeddings share that tensor, and mask.tied: {tied} "
-                "trains it; take it out of mask.freeze, or write mask.tied: untie to train a copy as the head"
-            )
         groups.append(replace(group, names=tuple(t.name for t in anatomy.tensors if t.name in canonical)))
-    low_rank: dict[str, list[TrainableTensor]] = {}
-    for entry, adapter in zip(entries, adapters, strict=True):
-        beside: dict[str, list[TrainableTensor]] = {}
-        for module in adapter.modules:
-            dtype = anatomy.by_name[f"{module}.weight"].dtype
-            beside[f"{module}.weight"] = [TrainableTensor(*made, dtype) for made in adapter.tensors(module, anatomy)]
-        _refuse_adapted_twice(beside, low_rank, all_names)
-        low_rank |= beside
-        names = tuple(tensor.name for tensors in beside.values() for tensor in tensors)
-        groups.append(ParameterGroup(names, entry.learning_rate, entry.weight_decay))
+    rows: list[TableRows] = []
+    for entry, names in tables:
+        own = [resolve_rows(entry, table, anatomy) for table in sorted(_resolve_aliases(names, tied, anatomy))]
+        groups.append(ParameterGroup(tuple(part.name for part in own), entry.learning_rate, entry.weight_decay))
+        rows += own
+    refuse_shared_rows(rows, _resolve_aliases(all_names, tied, anatomy))
+    beside = _tensors_of_rows(rows, anatomy)
+    for lora, adapter in adapters:
+        low_rank = _tensors_of_adapter(adapter, anatomy)
+        _refuse_adapted_twice(low_rank, beside, all_names)
+        beside |= low_rank
+        trained_beside = tuple(tensor.name for tensors in low_rank.values() for tensor in tensors)
+        groups.append(ParameterGroup(trained_beside, lora.learning_rate, lora.weight_decay))
     _refuse_overlap(groups)
     trained = {name for group in groups for name in group.names}
     trainable: list[TrainableTensor] = []
     for t in anatomy.tensors:
-        trainable += [TrainableTensor(t.name, t.shape, t.dtype)] if t.name in trained else low_rank.get(t.name, [])
+        trainable += [TrainableTensor(t.name, t.shape, t.dtype)] if t.name in trained else beside.get(t.name, [])
     boundary = _lowest_trained_block({adapted_weight(name) for name in trained}, tied, anatomy)
     return LayerMask(
-        tuple(trainable), boundary, anatomy.block_count, tied, tuple(g for g in groups if g.names), adapters
-    )
+        tuple(trainable), boundary, anatomy.block_count, tied, tuple(g for g in groups if g.names),
+        tuple(adapter for _, adapter in adapters), tuple(rows),
+    )  # fmt: skip
+
+
+_Entry = TypeVar("_Entry", MaskGroup, LoraEntry, RowsEntry)
+
+
+def _entries(config: MaskConfig, kind: type[_Entry]) -> list[_Entry]:
+    """Return the entries of ``mask.train`` of one kind."""
+    return [item for item in config.train if isinstance(item, kind)]
+
+
+def _tensors_of_rows(rows: Sequence[TableRows], anatomy: Anatomy) -> dict[str, list[TrainableTensor]]:
+    """Return the tensors of rows by the table that they stand beside."""
+    beside: dict[str, list[TrainableTensor]] = {}
+    for own in rows:
+        table = anatomy.by_name[own.table]
+        made = TrainableTensor(own.name, (own.count, *table.shape[1:]), table.dtype)
+        beside.setdefault(own.table, []).append(made)
+    return beside
+
+
+def _tensors_of_adapter(adapter: Adapter, anatomy: Anatomy) -> dict[str, list[TrainableTensor]]:
+    """Return the tensors of an adapter by the weight that they stand beside."""
+    beside: dict[str, list[TrainableTensor]] = {}
+    for module in adapter.modules:
+        dtype = anatomy.by_name[f"{module}.weight"].dtype
+        beside[f"{module}.weight"] = [TrainableTensor(*made, dtype) for made in adapter.tensors(module, anatomy)]
+    return beside
+
+
+def _refuse_frozen_ties(selected: frozenset[str], frozen: frozenset[str], tied: Tied, anatomy: Anatomy) -> None:
+    """Raise MaskError if ``mask.freeze`` names a tensor that trains under another name."""
+    if both := sorted(_resolve_aliases(selected, tied, anatomy) & frozen):
+        raise MaskError(
+            f"mask.freeze keeps {both[0]} frozen, but head and embeddings share that tensor, and mask.tied: {tied} "
+            "trains it; take it out of mask.freeze, or write mask.tied: untie to train a copy as the head"
+        )
 
 
 def _refuse_adapted_twice(entry: Mapping[str, Any], others: Mapping[str, Any], whole: frozenset[str]) -> None:

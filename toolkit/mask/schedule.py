@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from toolkit.config.schema import MaskConfig
 from toolkit.mask.adapters import adapted_weight, union_of_adapters
 from toolkit.mask.layer_mask import LayerMask, ParameterGroup, build_mask
+from toolkit.mask.rows import union_of_rows
 from toolkit.models.anatomy import Anatomy
 from toolkit.runtime.errors import ConfigError, MaskError
 
@@ -163,4 +164,5 @@ def _union_of_masks(masks: Sequence[LayerMask], anatomy: Anatomy) -> LayerMask:
     names = tuple(tensor.name for tensor in trainable)
     boundary = min(mask.boundary for mask in masks)
     adapters = union_of_adapters(adapter for mask in masks for adapter in mask.adapters)
-    return LayerMask(trainable, boundary, masks[0].block_count, tied, (ParameterGroup(names),), adapters)
+    rows = union_of_rows((own for mask in masks for own in mask.rows), names)
+    return LayerMask(trainable, boundary, masks[0].block_count, tied, (ParameterGroup(names),), adapters, rows)

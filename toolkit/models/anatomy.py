@@ -57,6 +57,10 @@ class Anatomy:
     """Name of the module that turns hidden states into logits."""
     tensors: tuple[TensorInfo, ...] = field(repr=False)
     """Every parameter name in the model's order, aliases of tied tensors included."""
+    token_table: str | None = None
+    """Module name of the embedding table with one row for each token."""
+    added: tuple[int, ...] = ()
+    """Ids of the tokens that ``model.add_tokens`` added to the model and its deltas."""
 
     @cached_property
     def by_name(self) -> dict[str, TensorInfo]:

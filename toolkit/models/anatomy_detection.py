@@ -48,7 +48,9 @@ def detect_anatomy(model: PreTrainedModel) -> Anatomy:
     parts: list[tuple[str, Part]] = [(blocks, "block"), (head, "head"), *((name, "embeddings") for name in embeddings)]
     if norm is not None:
         parts.append((norm, "norm"))
-    return Anatomy(embeddings, blocks, len(blocks_module), norm, head, _describe_tensors(model, blocks, parts))
+    tensors = _describe_tensors(model, blocks, parts)
+    table = names.get(model.get_input_embeddings())
+    return Anatomy(embeddings, blocks, len(blocks_module), norm, head, tensors, token_table=table)
 
 
 def _find_blocks(model: nn.Module) -> nn.ModuleList | None:

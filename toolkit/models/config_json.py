@@ -51,9 +51,19 @@ def config_to_write(config: dict[str, Any], model: PreTrainedModel) -> dict[str,
     for old_key, key in text.attribute_map.items():  # such as num_experts, which is num_local_experts in 5
         if "expert" in key and key in levels[-1]:
             levels[-1].setdefault(old_key, levels[-1][key])
+    set_vocabulary(levels[-1], text)
     if not export_config.get("architectures"):
         export_config["architectures"] = [type(model).__name__]
     return export_config
+
+
+def set_vocabulary(level: dict[str, Any], config: PretrainedConfig) -> None:
+    """Set ``vocab_size`` of a config.json if the tables of the model with this ``config`` became longer."""
+    length = getattr(config, "vocab_size", None)
+    if length != level.get("vocab_size", length) or (
+        "vocab_size" not in level and "vocab_size" in config.to_diff_dict()
+    ):
+        level["vocab_size"] = length
 
 
 def is_tied(model: PreTrainedModel) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 
-from toolkit.models.config_json import is_tied
+from toolkit.models.config_json import is_tied, set_vocabulary
 from toolkit.models.storage_format import StorageFormat
 from toolkit.models.weight_files import StoredTensors
 
@@ -140,10 +140,11 @@ class ExaoneFormat(StorageFormat):
         return {exaone_name(name): tensor for name, tensor in state.items()}
 
     def _config_to_write(self, config: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
-        """Return EXAONE's config with nothing new but tying and precision."""
+        """Return EXAONE's config with nothing new but tying, precision and the length of the tables."""
         tied = is_tied(model)
         if config.get("tie_word_embeddings", _DEFAULTS["tie_word_embeddings"]) != tied:
             config["tie_word_embeddings"] = tied
+        set_vocabulary(config, model.config)
         for key in [key for key in ("torch_dtype", "dtype") if key in config] or ["torch_dtype"]:
             config[key] = str(model.dtype).removeprefix("torch.")
         return config

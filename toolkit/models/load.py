@@ -7,7 +7,7 @@ import logging
 import tempfile
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.config.schema import ModelConfig
+from toolkit.models.added_tokens import add_token_rows, add_tokens, token_ids, write_tokens
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.models.bundled import bundled_directory, cache_root
@@ -55,7 +56,10 @@ class LoadedModel:
 
     def save(self, directory: Path, ends: Collection[int] = ()) -> Comparison:
         """Write model and tokenizer in the format that they were read from; see ``StorageFormat.write``."""
-        return self.storage_format.write(self.model, self.tokenizer, directory, ends)
+        comparison = self.storage_format.write(self.model, self.tokenizer, directory, ends)
+        if self.anatomy.added:
+            write_tokens(self.tokenizer, directory)
+        return comparison
 
 
 def load(
@@ -66,15 +70,17 @@ def load(
 ) -> LoadedModel:
     """Load the model and tokenizer that ``config`` names.
 
-    Weights are read from safetensors only: pickled checkpoints can run code. Those of the first ``blocks_on_disk``
+    Tables get rows for ``config.add_tokens``, which a given ``tokenizer`` has already; it may have more. Weights are
+    read from safetensors only: pickled checkpoints can run code. Those of the first ``blocks_on_disk``
     blocks stay in their files if ``anatomy`` says which they are.
 
     Raises:
         ModelError: nothing of that name, no safetensors, weights missing from the checkpoint, quantised weights, or
-            not a causal language model.
+            not a causal language model; or as ``add_tokens`` and ``add_token_rows``.
     """
     source = resolve_source(config.name_or_path)
     tokenizer = tokenizer or load_tokenizer(config)
+    added = token_ids(tokenizer, config.add_tokens)
     on_disk: dict[str, OnDisk] = {}
     if anatomy is not None and blocks_on_disk:
         model, storage_format, on_disk = _load_with_blocks_on_disk(source, config, anatomy, blocks_on_disk)
@@ -83,12 +89,14 @@ def load(
     turn_off_layerdrop(model)
     make_rotary_per_sample(model)
     model.config.use_cache = False  # a key-value cache serves generation, not training
-    ends = storage_format.files.end_tokens()
-    return LoadedModel(model, tokenizer, anatomy or detect_anatomy(model), storage_format, on_disk, ends)
+    if added:
+        add_token_rows(model, added)
+    anatomy = anatomy or replace(detect_anatomy(model), added=added)
+    return LoadedModel(model, tokenizer, anatomy, storage_format, on_disk, storage_format.files.end_tokens())
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """Load the model's tokenizer, with one chat template at most.
+    """Load the model's tokenizer with ``config.add_tokens``, and with one chat template at most.
 
     A missing padding token falls back to the end-of-text token, and a missing template to chat_template.json, which
     transformers reads for processors alone.
@@ -113,6 +121,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if config.add_tokens:
+        add_tokens(tokenizer, config.add_tokens)
     return tokenizer
 
 

@@ -42,13 +42,14 @@ def parameter_groups(
 
 
 def embedding_ids(model: nn.Module) -> frozenset[int]:
-    """Return the ``id`` of each embedding weight of ``model``, a tied head included.
+    """Return the ``id`` of each embedding table of ``model``, a tied head and rows that train by themselves included.
 
     Their gradients are uneven: rows that occur get large ones and the others none. 8-bit moments would share scales
     between those rows, so the 8-bit optimizers keep float32 moments for these tensors
     (Dettmers et al., arXiv 2110.02861, section 2.3).
     """
-    return frozenset(id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding))
+    tables = (module for module in model.modules() if isinstance(module, nn.Embedding))
+    return frozenset(id(parameter) for table in tables for parameter in table.parameters(recurse=False))
 
 
 def current_rate(scheduler: LRScheduler, train: TrainConfig) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from toolkit.config.schema import ModelConfig
+from toolkit.inference.open_model import all_added_tokens, load_tokenizer_of
+from toolkit.models.added_tokens import add_token_rows, token_ids
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.models.exaone import llama_name, read_exaone_config
@@ -49,7 +51,8 @@ def meta_model(config: ModelConfig) -> MetaModel:
     """Build the model of a recipe from its config.json alone, and compare it with the headers of its safetensors.
 
     Raises:
-        ModelError: the model is missing, transformers cannot build its config, or its weights have other shapes.
+        ModelError: the model is missing, transformers cannot build its config, or its weights have other shapes; or as
+            ``load_tokenizer``, if tokens are added.
         PlanError: the model's class cannot be built on the meta device.
     """
     source = resolve_source(config.name_or_path, needs_weights=False)
@@ -74,6 +77,10 @@ def meta_model(config: ModelConfig) -> MetaModel:
         raise ModelError(
             f"the weights in {source} cannot be read ({type(error).__name__}: {error}); restore them"
         ) from None
+    if all_added_tokens(config):  # the weights in the files have no rows for them
+        added = token_ids(load_tokenizer_of(config), all_added_tokens(config))
+        add_token_rows(model, added)
+        anatomy = replace(detect_anatomy(model), added=added)
     return MetaModel(model, anatomy, note)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import Dataset, load_dataset
-from toolkit.models.load import load_tokenizer, resolve_source
+from toolkit.inference.open_model import load_tokenizer_of
+from toolkit.models.load import resolve_source
 from toolkit.models.source_files import SourceFiles
 from toolkit.runtime.errors import UsageError
 from toolkit.runtime.shipped import find_file
@@ -55,7 +56,7 @@ def read_workload(config: RunConfig, positions: int | None) -> Workload:
         try:
             source = resolve_source(config.model.name_or_path, needs_weights=False)
             ends = SourceFiles(source, config.model.revision).end_tokens()
-            return workload_of(load_dataset(config.data, load_tokenizer(config.model), config.train.seed, ends=ends))
+            return workload_of(load_dataset(config.data, load_tokenizer_of(config.model), config.train.seed, ends=ends))
         except UsageError as error:
             first_bad_row = str(error).splitlines()[:2]
             reason = " ".join(line.strip(" -") for line in first_bad_row)

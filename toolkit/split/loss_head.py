@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from toolkit.mask.row_layers import HeadWithRows
 from toolkit.split.module_tree import EndOfPass
 from toolkit.split.supervised_loss import LogitFunction, linear_cross_entropy
 
@@ -54,6 +55,7 @@ class LossHead(EndOfPass):
         if targets is None:
             return super().forward(hidden, *args, **kwargs)
         linear: Any = self  # with targets, this class extends nn.Linear
+        rows = self.trained_rows() if isinstance(self, HeadWithRows) else None
         return linear_cross_entropy(
-            hidden.squeeze(0), linear.weight, linear.bias, targets, processing, in_float32=in_float32
+            hidden.squeeze(0), linear.weight, linear.bias, targets, processing, in_float32=in_float32, rows=rows
         )

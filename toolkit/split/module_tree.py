@@ -47,12 +47,6 @@ def final_norm(model: nn.Module, anatomy: Anatomy) -> str | None:
     return anatomy.norm or (without_parameters[0] if len(without_parameters) == 1 else None)
 
 
-def extend_class(module: nn.Module, extension: type[nn.Module]) -> None:
-    """Put the methods of ``extension`` before those of the module's class; its parameters keep their names."""
-    original_class = type(module)
-    module.__class__ = type(f"{extension.__name__}{original_class.__name__}", (extension, original_class), {})
-
-
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of a module's call, positional and by keyword."""
 

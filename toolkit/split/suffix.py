@@ -19,8 +19,10 @@ from transformers import PreTrainedModel
 
 from toolkit.data.batches import Batch
 from toolkit.frozen.weight_offload import FrozenWeights
+from toolkit.mask.row_layers import HeadWithRows
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.float32_gradients import uses_float32_gradients
+from toolkit.models.module_class import extend_class, extended_class
 from toolkit.models.probe import evaluation_mode
 from toolkit.models.rotary import needs_position_ids
 from toolkit.runtime.errors import ModelError
@@ -32,7 +34,6 @@ from toolkit.split.module_tree import (
     StopForward,
     copy_module_tree,
     entry_name,
-    extend_class,
     final_norm,
     hidden_of,
     placeholders_below,
@@ -84,9 +85,8 @@ class Suffix(nn.Module):
     def _extend_top(self) -> Shortcuts:
         """Extend the classes of the modules that this class calls itself; return the shortcuts that this allows."""
         head, mlp = self._head, None
-        tiled = (
-            type(head).forward is nn.Linear.forward and self._processing is not None and self._processing.elementwise
-        )
+        plain = extended_class(head, HeadWithRows).forward is nn.Linear.forward
+        tiled = plain and self._processing is not None and self._processing.elementwise
         extend_class(head, LossHead)
         if self._has_last_block:
             block = self._last_block

@@ -9,6 +9,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from toolkit.data.batches import Batch
+from toolkit.mask.row_layers import RowPlaces, TrainedRows
 from toolkit.models.float32_gradients import gradient_of_states, gradient_of_weight, linear
 
 SuffixLoss = Callable[[torch.Tensor | None, Batch], torch.Tensor]
@@ -55,6 +56,7 @@ def linear_cross_entropy(
     processing: LogitFunction | None = None,
     tile_bytes: int = TILE_BYTES,
     in_float32: bool = False,
+    rows: TrainedRows | None = None,
 ) -> torch.Tensor:
     """Sum ``cross_entropy(processing(hidden @ weight.T + bias).float(), targets)`` without all of its logits.
 
@@ -71,13 +73,15 @@ def linear_cross_entropy(
         processing: function of the logits, applied before the softmax; None leaves them as they are.
         tile_bytes: most bytes of a tile of logits, which has at least one column.
         in_float32: True computes products in float32 and rounds once (see ``toolkit.models.float32_gradients``).
+        rows: rows that take the place of some of ``weight``'s, with a gradient of their own size; None if none do.
 
     Returns:
         A float32 scalar (float64 for float64 inputs).
     """
     width = tile_width(len(targets), len(weight), hidden.element_size(), tile_bytes)
+    values, places = rows or (None, None)
     loss: torch.Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, processing, width, in_float32
+        hidden, weight, bias, targets, values, processing, width, in_float32, places
     )
     return loss
 
@@ -117,34 +121,36 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         targets: torch.Tensor,
+        values: torch.Tensor | None,
         processing: LogitFunction | None,
         width: int,
         in_float32: bool,
+        places: RowPlaces | None,
     ) -> torch.Tensor:
         softmax_dtype = torch.promote_types(hidden.dtype, torch.float32)
         normaliser = hidden.new_full((len(targets),), -torch.inf, dtype=softmax_dtype)
         target_logits = torch.zeros_like(normaliser)
-        keep_logits = width >= len(weight) and any(ctx.needs_input_grad[:3])
+        keep_logits = width >= len(weight) and any(ctx.needs_input_grad[:5])
         kept = None
         for tile in _tiles(len(weight), width):
-            logits = linear(hidden, weight[tile], None if bias is None else bias[tile], in_float32)
-            for rows in _row_chunks(logits, processing):
+            logits = _tile_of_logits(hidden, weight, bias, values, places, tile, in_float32)
+            for chunk in _row_chunks(logits, processing):
                 log_sum, tile_target_logits = _log_sum_and_target(
-                    logits[rows], _targets_in_tile(targets[rows], tile), processing
+                    logits[chunk], _targets_in_tile(targets[chunk], tile), processing
                 )
-                normaliser[rows] = torch.logaddexp(normaliser[rows], log_sum)
-                target_logits[rows] += tile_target_logits
+                normaliser[chunk] = torch.logaddexp(normaliser[chunk], log_sum)
+                target_logits[chunk] += tile_target_logits
             kept = logits if keep_logits else None
             del logits  # before the next tile is made
-        ctx.save_for_backward(hidden, weight, bias, targets, normaliser, kept)
-        ctx.processing, ctx.width, ctx.in_float32 = processing, width, in_float32
+        ctx.save_for_backward(hidden, weight, bias, targets, values, normaliser, kept)
+        ctx.processing, ctx.width, ctx.in_float32, ctx.places = processing, width, in_float32, places
         return (normaliser - target_logits).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        hidden, weight, bias, targets, normaliser, kept = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        hidden, weight, bias, targets, values, normaliser, kept = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias, _, needs_values, *_ = ctx.needs_input_grad
         # The incoming gradient, a scalar, is folded into the softmax's exponent (magnitude) and into hidden (sign).
         # This saves a multiplication of [S, V] or [V, H], and the products see each value rounded once.
         magnitude, sign = gradient.abs(), gradient.sign().to(hidden.dtype)
@@ -152,26 +158,62 @@ class _LinearCrossEntropy(torch.autograd.Function):
         signed_hidden = hidden * sign
         d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else None
         d_bias = torch.empty_like(bias) if needs_bias else None
+        d_values = torch.empty_like(values) if needs_values else None
         d_hidden = None
         for tile in _tiles(len(weight), ctx.width):
             logits = kept
             if logits is None:
-                logits = linear(hidden, weight[tile], None if bias is None else bias[tile], ctx.in_float32)
-            for rows in _row_chunks(logits, ctx.processing):
+                logits = _tile_of_logits(hidden, weight, bias, values, ctx.places, tile, ctx.in_float32)
+            for chunk in _row_chunks(logits, ctx.processing):
                 _logits_to_gradient(
-                    logits[rows], shift[rows], magnitude, _targets_in_tile(targets[rows], tile), ctx.processing
+                    logits[chunk], shift[chunk], magnitude, _targets_in_tile(targets[chunk], tile), ctx.processing
                 )
             if d_weight is not None:
                 gradient_of_weight(logits, signed_hidden, d_weight[tile], ctx.in_float32)
             if d_bias is not None:
                 d_bias[tile] = logits.sum(0, dtype=shift.dtype) * sign
+            from_rows = _gradients_of_rows(logits, signed_hidden, values, ctx.places, tile, d_values, ctx.in_float32)
             if needs_hidden:
                 from_tile = gradient_of_states(logits, weight[tile], ctx.in_float32)
+                if from_rows is not None:
+                    from_tile = _to_softmax_dtype(from_rows).add_(from_tile)
                 d_hidden = from_tile if kept is not None else _accumulate(d_hidden, from_tile)
             del logits
         if d_hidden is not None:
             d_hidden = d_hidden.to(hidden.dtype) * sign
-        return d_hidden, d_weight, d_bias, None, None, None, None
+        return d_hidden, d_weight, d_bias, None, d_values, None, None, None, None
+
+
+def _tile_of_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, values: torch.Tensor | None,
+    places: RowPlaces | None, tile: slice, in_float32: bool,
+) -> torch.Tensor:  # fmt: skip
+    """Return the logits [S, width] of a tile, of which the columns at ``places`` are those of ``values``."""
+    tile_bias = None if bias is None else bias[tile]
+    logits = linear(hidden, weight[tile], tile_bias, in_float32)
+    if values is not None and places is not None and (within := places.within(tile)):
+        part, columns = within
+        own_bias = None if tile_bias is None else tile_bias[columns]
+        logits[:, columns] = linear(hidden, values[part], own_bias, in_float32)
+    return logits
+
+
+def _gradients_of_rows(
+    gradient: torch.Tensor, hidden: torch.Tensor, values: torch.Tensor | None, places: RowPlaces | None, tile: slice,
+    out: torch.Tensor | None, in_float32: bool,
+) -> torch.Tensor | None:  # fmt: skip
+    """Take the columns of the rows out of a tile's gradient [S, width], which then is that of the frozen table alone.
+
+    Writes the gradient of the rows into ``out``, and returns their part of the states' gradient [S, H].
+    """
+    if values is None or places is None or (within := places.within(tile)) is None:
+        return None
+    part, columns = within
+    own = gradient[:, columns].clone()
+    gradient[:, columns] = 0
+    if out is not None:
+        gradient_of_weight(own, hidden, out[part], in_float32)
+    return gradient_of_states(own, values[part], in_float32)
 
 
 def _accumulate(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:

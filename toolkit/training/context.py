@@ -24,9 +24,10 @@ from toolkit.data.dataset import Dataset
 from toolkit.data.examples import Example
 from toolkit.data.model_limits import check_fit, padding_id
 from toolkit.engine.deepspeed.config import load_ds_config
+from toolkit.inference.open_model import load_tokenizer_of
 from toolkit.mask.schedule import Schedule, build_schedule
 from toolkit.models.float32_gradients import float32_is_faster, use_float32_gradients
-from toolkit.models.load import LoadedModel, fingerprint, load_tokenizer
+from toolkit.models.load import LoadedModel, fingerprint
 from toolkit.models.quirks import training_notes
 from toolkit.planning.engine_memory import EngineSpec, engine_spec
 from toolkit.planning.meta_model import meta_model_of
@@ -39,6 +40,7 @@ from toolkit.split.activation_checkpointing import free_bytes
 from toolkit.training.fingerprints import fingerprints
 from toolkit.training.loading import check_schedule_allowed, effective_prefix, load_for_training, load_rows
 from toolkit.training.preflight import check_config
+from toolkit.training.row_checks import check_rows
 from toolkit.training.run_record import unused_settings
 
 log = logging.getLogger("frostline")
@@ -122,9 +124,12 @@ def prepare(
     """
     config, train = invocation.config, invocation.config.train
     with world.main_first():  # rank 0 fills the download and conversion caches
+        masks = None
         with suppress(PlanError):  # a class that cannot be checked without weights is checked once it is loaded
-            check_config(invocation, world.size)
-        tokenizer = load_tokenizer(config.model)
+            masks = check_config(invocation, world.size)
+        tokenizer = load_tokenizer_of(config.model)
+        if masks is not None:
+            check_rows(*masks, tokenizer, config.model.add_tokens)
     dataset, stop_ids = load_rows(config, tokenizer, world, run_dir)
     world.raise_if_stopping()
     plan = BatchPlan.of_recipe(train, len(dataset.train), world.size, world.rank)
@@ -139,6 +144,8 @@ def prepare(
     world.raise_if_stopping()
     base = Base(config.model, world.on_main(lambda: fingerprint(loaded.model, loaded.on_disk)))
     schedule = build_schedule(config.mask, loaded.anatomy, plan.steps_per_epoch, total_steps)
+    if masks is None:
+        check_rows([phase.mask for phase in schedule.phases], loaded.anatomy, tokenizer, config.model.add_tokens)
     passes = [plan.passes(phase.end, phase.start) for phase in schedule.phases]
     context = RunContext(
         config=config, world=world, dataset=dataset, batch_plan=plan, total_steps=total_steps, schedule=schedule,

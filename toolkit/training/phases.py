@@ -29,6 +29,7 @@ from toolkit.engine.local import LocalEngine
 from toolkit.mask.apply import apply_mask, replace_parameters, trainable_parameters, unused_adapters
 from toolkit.mask.audit import audit_table
 from toolkit.mask.layer_mask import LayerMask
+from toolkit.mask.row_layers import unused_rows
 from toolkit.mask.schedule import Phase
 from toolkit.models.probe import evaluation_mode
 from toolkit.optim.state_fragments import AdamState
@@ -191,7 +192,7 @@ def _cut_model(context: RunContext, model: ModelHandle, phase: Phase, packing: D
     device = context.world.device
     row = collate([min(context.dataset.train, key=len)], pad_id=0).to(device)
     hidden = prefix(row) if prefix else None
-    if phase.mask.adapters:
+    if phase.mask.adapters or phase.mask.rows:
         _require_used_adapters(suffix, hidden, row)
     log.info("supervised positions: %s", suffix.choose_shortcuts(hidden, row).text)
     if packing is None:
@@ -213,9 +214,15 @@ def _cut_model(context: RunContext, model: ModelHandle, phase: Phase, packing: D
 
 
 def _require_used_adapters(suffix: Suffix, hidden: torch.Tensor | None, row: Batch) -> None:
-    """Raise MaskError if the model does not call an adapted layer, whose adapter would then learn nothing."""
+    """Raise MaskError if the model does not call a layer with an adapter or rows, which would then learn nothing."""
     with evaluation_mode(suffix):
         unused = unused_adapters(suffix.model, lambda: suffix.logits(hidden, row))
+        tables = unused_rows(suffix.model, lambda: suffix.logits(hidden, row))
+    if tables:
+        raise MaskError(
+            f"mask.train: rows trains some of {tables[0]}, which this model never calls: it computes with its weight "
+            "past the rows. Train the table whole, or leave it out"
+        )
     if unused:
         raise MaskError(
             f"mask.train: lora adapts {unused[0]} and {len(unused) - 1} more layers that this model never calls: it "

@@ -11,11 +11,14 @@ from toolkit.config.schema import DataConfig
 from toolkit.data.dataset import load_dataset
 from toolkit.data.sources import is_hub_dataset
 from toolkit.engine.deepspeed.config import load_ds_config, read_ds_config
+from toolkit.inference.open_model import load_tokenizer_of
+from toolkit.mask.layer_mask import LayerMask
 from toolkit.mask.schedule import phase_masks
-from toolkit.models.load import load_tokenizer
+from toolkit.models.anatomy import Anatomy
 from toolkit.planning.meta_model import meta_model
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import CheckpointError, PlanError
+from toolkit.training.row_checks import check_rows
 
 log = logging.getLogger("frostline")
 
@@ -29,20 +32,25 @@ def preflight(invocation: Invocation, ranks: int) -> None:
     Raises:
         UsageError: the one that the run itself would end with.
     """
-    config = invocation.config
+    config, masks = invocation.config, None
     try:
-        check_config(invocation, ranks)
+        masks = check_config(invocation, ranks)
     except PlanError as error:
         log.warning("mask and DeepSpeed file are not checked before the job runs: %s", error)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer_of(config.model)
+    if masks is not None:
+        check_rows(*masks, tokenizer, config.model.add_tokens)
     if reason := _too_costly(config.data):
         log.warning("the rows are not checked before the job runs: %s", reason)
     else:
         log.info("data: %s", load_dataset(config.data, tokenizer, config.train.seed).summary())
 
 
-def check_config(invocation: Invocation, ranks: int) -> None:
+def check_config(invocation: Invocation, ranks: int) -> tuple[list[LayerMask], Anatomy]:
     """Check the masks and the DeepSpeed file of a run on ``ranks`` ranks against the model's config.json alone.
+
+    Returns:
+        The mask of each phase, and the parts of the model.
 
     Raises:
         UsageError: DeepSpeed file, model or mask is at fault.
@@ -52,8 +60,9 @@ def check_config(invocation: Invocation, ranks: int) -> None:
     if path is not None:
         read_ds_config(path)  # before a class that cannot be built ends these checks
     meta = meta_model(config.model)
-    phase_masks(config.mask, meta.anatomy)
+    masks = phase_masks(config.mask, meta.anatomy)
     load_ds_config(path, config, ranks, meta.hidden_size)
+    return masks, meta.anatomy
 
 
 def check_writable(run: Path, world: World) -> None:

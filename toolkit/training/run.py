@@ -94,6 +94,8 @@ def _train(trainer: Trainer, directory: RunDirectory) -> int:
         with explain_refused_write(run_dir):
             write_config(run_dir, context.config)
             save_record(run_dir, context.schedule, context.dataset, trainer.plan)
+            if context.config.model.add_tokens:
+                context.tokenizer.save_pretrained(str(run_dir / "tokenizer"))
     log.info("writing to %s (watch: tensorboard --logdir %s)", run_dir, run_dir.parent)
     with (
         Monitor(run_dir, world.is_main, context.total_steps, steps_done) as monitor,
