@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 
 from toolkit.config.mask_schema import LoraEntry, MaskConfig, MaskGroup
 from toolkit.mask.adapters import Adapter, adapted_weight, resolve_adapter
+from toolkit.mask.quantised_layers import QuantisedLayers, resolve_quantised
 from toolkit.mask.selectors import resolve_selectors
 from toolkit.models.anatomy import Anatomy
 from toolkit.runtime.errors import MaskError
@@ -63,6 +64,8 @@ class LayerMask:
     """Disjoint groups that together hold all trainable tensors."""
     adapters: tuple[Adapter, ...] = ()
     """Low-rank adapters, whose tensors are among ``trainable``."""
+    quantised: tuple[QuantisedLayers, ...] = ()
+    """Frozen linear layers of adapted blocks that are held in 8 or 4 bits, in all phases of a schedule."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -84,10 +87,11 @@ class LayerMask:
         replace_text(path, json.dumps(self.as_dict(), indent=1))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the mask as JSON values; without adapters, they are those of versions that knew none."""
+        """Return the mask as JSON values; what it does not have is left out, for versions that knew none of it."""
         values = asdict(self)
-        if not self.adapters:
-            del values["adapters"]
+        for key in ("adapters", "quantised"):
+            if not values[key]:
+                del values[key]
         return values
 
     @staticmethod
@@ -98,7 +102,9 @@ class LayerMask:
         )
         groups = tuple(ParameterGroup(**{**group, "names": tuple(group["names"])}) for group in values["groups"])
         adapters = tuple(map(Adapter.from_dict, values.get("adapters", ())))
-        return LayerMask(trainable, values["boundary"], values["block_count"], values["tied"], groups, adapters)
+        quantised = tuple(map(QuantisedLayers.from_dict, values.get("quantised", ())))
+        boundary, block_count = values["boundary"], values["block_count"]
+        return LayerMask(trainable, boundary, block_count, values["tied"], groups, adapters, quantised)
 
 
 def build_mask(config: MaskConfig, anatomy: Anatomy) -> LayerMask:
@@ -152,9 +158,9 @@ def build_mask(config: MaskConfig, anatomy: Anatomy) -> LayerMask:
     for t in anatomy.tensors:
         trainable += [TrainableTensor(t.name, t.shape, t.dtype)] if t.name in trained else low_rank.get(t.name, [])
     boundary = _lowest_trained_block({adapted_weight(name) for name in trained}, tied, anatomy)
-    return LayerMask(
-        tuple(trainable), boundary, anatomy.block_count, tied, tuple(g for g in groups if g.names), adapters
-    )
+    used = tuple(group for group in groups if group.names)
+    mask = LayerMask(tuple(trainable), boundary, anatomy.block_count, tied, used, adapters)
+    return replace(mask, quantised=resolve_quantised(list(zip(entries, adapters, strict=True)), trained, anatomy))
 
 
 def _refuse_adapted_twice(entry: Mapping[str, Any], others: Mapping[str, Any], whole: frozenset[str]) -> None:
