@@ -15,6 +15,7 @@ import torch
 from toolkit.checkpoint.choice import Step
 from toolkit.checkpoint.delta import Delta
 from toolkit.config.schema import ModelConfig
+from toolkit.exporting.quantised_base import adapter_card
 from toolkit.exporting.run_export import check_paths, staging_directory
 from toolkit.inference.open_model import read_run
 from toolkit.mask.adapters import Adapter, is_adapter_tensor
@@ -34,7 +35,8 @@ def export_adapter(
 ) -> None:
     """Write the adapters of a run, and what else trained, for peft.
 
-    Whole tensors beside the adapters become ``modules_to_save``. The names of modules are those of the base model's own
+    Whole tensors beside the adapters become ``modules_to_save``. A card says how to load a base whose layers were held
+    in fewer bits. The names of modules are those of the base model's own
     class, as EXAONE's remote code has them.
 
     Args:
@@ -61,7 +63,8 @@ def export_adapter(
     config = _peft_config(delta, model, base_name)
     files = SourceFiles(source, model.revision)
     _require_same_targets(config, files.read_json("config.json").get("model_type"))
-    _require_whole_modules([base_name(name) for name in delta.mask.names], config, StoredTensors(files).entries)
+    stored = StoredTensors(files).entries
+    _require_whole_modules([base_name(name) for name in delta.mask.names], config, stored)
     tensors = {
         f"base_model.model.{base_name(_peft_name(name))}": tensor.to(getattr(torch, dtype))
         for name, tensor in delta.tensors.items()
@@ -70,6 +73,8 @@ def export_adapter(
         staging.mkdir()
         config.save_pretrained(str(staging))
         write_safetensors(staging / "adapter_model.safetensors", tensors)
+        if delta.mask.quantised:
+            (staging / "README.md").write_text(adapter_card(delta, stored, base_name), encoding="utf-8")
 
 
 def _peft_name(name: str) -> str:
