@@ -9,10 +9,24 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from adapter_runs import logits, mask, save_of_zoo
-from helpers import ENGLISH, invocation, masters_of, metrics, reseal, run_here, run_script, set_up, tiny_flags, train
+from adapter_runs import IDS, logits, mask, save_of_zoo
+from bitsandbytes.functional import dequantize_4bit
+from helpers import (
+    ENGLISH,
+    invocation,
+    make_tokenizer,
+    masters_of,
+    metrics,
+    reseal,
+    run_here,
+    run_script,
+    set_up,
+    tiny_flags,
+    train,
+)
 from peft import PeftModel
 from test_adapter_runs import back_to, checkpoint_of
+from test_frozen_weights import smooth_llama
 from test_quantised_runs import dequantised, entry
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -37,7 +51,7 @@ def phases(first: dict[str, Any] | str, *last: Any) -> list[str]:
 def test_a_block_keeps_its_codes_in_all_phases(order: str, cache: str, tiny_model: Path, tmp_path: Path) -> None:
     """Also where it is below the frost line, and the cache knows it from the block as it was."""
     whole, losses = dequantised(tiny_model, tmp_path / "model", "nf4"), []
-    common = ["--train.epochs", 3, "--prefix.cache", cache, "--prefix.cache_dir", tmp_path / "cache"]
+    common = ["--train.max_steps", 16, "--prefix.cache", cache, "--prefix.cache_dir", tmp_path / "cache"]
     for precision, model in (("model", tiny_model), ("nf4", tiny_model), ("model", whole)):
         many, few = entry(precision), {"lora": {**entry(precision)["lora"], "select": "last:1"}}
         masks = phases(many, few) if order == "shrinks" else phases(few, many)
@@ -84,7 +98,7 @@ def test_a_checkpoint_from_before_the_key_goes_on(tiny_model: Path, tmp_path: Pa
     assert train(*flags) == 0
     before = metrics(tmp_path / "run")
     back_to(tmp_path / "run", 7)
-    state = checkpoint_of(tmp_path / "run") / "state.json"
+    (state,) = (tmp_path / "run" / "checkpoints").glob("step-*/state.json")
     values = json.loads(state.read_text())
     del values["recipe"]["mask"]["train"][0]["lora"]["base_precision"]
     state.write_text(json.dumps(values))
@@ -93,21 +107,28 @@ def test_a_checkpoint_from_before_the_key_goes_on(tiny_model: Path, tmp_path: Pa
     assert metrics(tmp_path / "run") == before
 
 
-def test_bitsandbytes_loads_the_base_that_the_card_of_the_adapter_names(tiny_model: Path, tmp_path: Path) -> None:
-    """With the names on the card as they are; on the plain base the adapters compute something else."""
-    assert train(*tiny_flags(tiny_model, tmp_path / "run", "--train.epochs", 2, *mask(entry("nf4")))) == 0
+def test_bitsandbytes_loads_the_base_that_the_card_of_the_adapter_names(tmp_path: Path) -> None:
+    """As the card has it; on the plain base the adapters compute something else."""
+    model = tmp_path / "model"
+    smooth_llama().save_pretrained(model)
+    make_tokenizer().save_pretrained(model)
+    assert train(*tiny_flags(model, tmp_path / "run", "--train.epochs", 2, *mask(entry("nf4")))) == 0
     export(tmp_path / "run", tmp_path / "adapter", adapter=True)
-    ours = logits(open_model(str(tmp_path / "run")).loaded.model)
+    opened = open_model(str(tmp_path / "run")).loaded.model
+    ours = logits(opened)
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "peft"
     code = card.split("```python\n")[1].split("```")[0].replace("this directory", str(tmp_path / "adapter"))
-    assert "'model.layers.2'" in code
+    assert "'model.layers.8'" in code
     names: dict[str, Any] = {}
     exec(code, names)
-    loaded = logits(names["model"])
-    apart = float((loaded - ours).abs().max()) / float(ours.abs().max())
-    assert apart < 1e-5
-    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), str(tmp_path / "adapter"))
+    layer = names["base"].get_submodule("model.layers.10.mlp.up_proj").base_layer
+    weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    assert torch.equal(weight, opened.get_submodule("model.layers.10.mlp.up_proj.base_layer").weight)
+    with torch.no_grad():  # in evaluation its kernel for CPUs rounds scales to bfloat16
+        loaded = names["model"].train()(IDS).logits
+    assert float((loaded - ours).abs().max()) / float(ours.abs().max()) < 1e-5
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), str(tmp_path / "adapter"))
     assert float((logits(plain) - ours).abs().max()) / float(ours.abs().max()) > 1e-3
     assert isinstance(names["config"], BitsAndBytesConfig)
 
@@ -148,7 +169,7 @@ def test_phases_that_disagree_and_blocks_with_little_to_quantise_are_refused(tin
         assert said.returncode == 2
         return said.stderr
 
-    assert "give block 5 base_precision int8 and nf4" in message(tiny_model, *phases(entry("int8"), entry("nf4")))
+    assert "give block 3 base_precision int8 and nf4" in message(tiny_model, *phases(entry("int8"), entry("nf4")))
     said = message(tiny_model, *phases("last:1", entry("nf4", select="last:1")))
     assert "base_precision: nf4 can quantise 0 of the" in said
     save_of_zoo("mixtral", tmp_path / "mixtral")

@@ -33,7 +33,8 @@ def adapter_card(delta: Delta, stored: Mapping[str, Mapping[str, Any]], base_nam
     quantised = {base_name(module) for layers in delta.mask.quantised for module in layers.modules}
     if {layers.precision for layers in delta.mask.quantised} == {"nf4"}:
         skipped = _skipped(stored, quantised)
-        how = f"""bitsandbytes loads the base with the same values in these layers and no others:
+        how = f"""bitsandbytes loads the base with the same values in these layers and no others (its kernels may round
+products otherwise):
 
 ```python
 import torch

@@ -74,7 +74,7 @@ def _quantisable(tensors: Sequence[TensorInfo], anatomy: Anatomy) -> list[Tensor
 def _require_most(frozen: Sequence[TensorInfo], layers: Sequence[TensorInfo], precision: str) -> None:
     """Raise MaskError if ``layers`` are less than half of the ``frozen`` parameters of the adapted blocks."""
     quantised, total = (sum(tensor.parameters for tensor in tensors) for tensors in (layers, frozen))
-    if 2 * quantised >= total:
+    if layers and 2 * quantised >= total:
         return
     chosen = {layer.name for layer in layers}
     rest = Counter[str]()
@@ -84,6 +84,6 @@ def _require_most(frozen: Sequence[TensorInfo], layers: Sequence[TensorInfo], pr
     names = ", ".join(f"{name} {size:,}" for name, size in rest.most_common(3))
     raise MaskError(
         f"lora.base_precision: {precision} can quantise {quantised:,} of the {total:,} frozen parameters of the "
-        f"adapted blocks; the rest is in {names}. It quantises linear layers that train whole in no phase, and no "
+        f"adapted blocks; the rest is in {names or 'nothing'}. It quantises linear layers that train whole in no phase, and no "
         "stacked experts: leave it out here"
     )
