@@ -21,9 +21,10 @@ ADAPTERS = {"lora": {"select": ["last:3"], "rank": 4, "alpha": 12, "dropout": 0.
 MAGNITUDES = {
     "lora": {
         "select": ["last:2"], "targets": ["q_proj", "mlp.down_proj"], "rank": 2, "dora": True, "learning_rate": 1e-4,
-        "weight_decay": 0.1,
+        "weight_decay": 0.1, "base_precision": "int8",
     }
 }  # fmt: skip
+QUANTISED = {"lora": {"select": ["last:3"], "rank": 4, "base_precision": "nf4"}}
 VALUES: dict[str, dict[str, Any]] = {
     "model.delta": {"none": None, "a run": "DELTA"},
     "model.dtype": {"bfloat16": "bfloat16", "float32": "float32"},
@@ -65,7 +66,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "mask.train": {
         "last blocks and head": ["last:2", "head"], "head": ["head"], "blocks": ["blocks:3,5"], "groups": GROUP,
         "parts of blocks": ["last:3/mlp"], "all": ["all"], "adapters": [ADAPTERS],
-        "adapters and head": [MAGNITUDES, "head"],
+        "adapters and head": [MAGNITUDES, "head"], "quantised adapters": [QUANTISED],
     },
     "mask.freeze": {"nothing": [], "norms": ["last:3/norms", "norm"]},
     "mask.schedule": {

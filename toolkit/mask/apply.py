@@ -177,7 +177,12 @@ def _dora_norm(layer: Any) -> torch.Tensor:
 def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return all parameters by the names that they have without adapters beside them; a tied one under each name."""
     named = model.named_parameters(remove_duplicate=False)
-    return {name.replace("base_layer.", ""): parameter for name, parameter in named}
+    return {plain_name(name): parameter for name, parameter in named}
+
+
+def plain_name(name: str) -> str:
+    """Return the name that a parameter has without an adapter beside its layer."""
+    return name.replace("base_layer.", "")
 
 
 def replace_parameters(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

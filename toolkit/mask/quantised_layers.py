@@ -81,9 +81,9 @@ def _require_most(frozen: Sequence[TensorInfo], layers: Sequence[TensorInfo], pr
     for tensor in frozen:
         if tensor.name not in chosen:
             rest[".".join(tensor.name.rsplit(".", 2)[-2:])] += tensor.parameters
-    names = ", ".join(f"{name} {size:,}" for name, size in rest.most_common(3))
+    names = ", ".join(f"{name} {size:,}" for name, size in rest.most_common(3)) or "nothing"
     raise MaskError(
         f"lora.base_precision: {precision} can quantise {quantised:,} of the {total:,} frozen parameters of the "
-        f"adapted blocks; the rest is in {names or 'nothing'}. It quantises linear layers that train whole in no phase, and no "
+        f"adapted blocks; the rest is in {names}. It quantises linear layers that train whole in no phase, and no "
         "stacked experts: leave it out here"
     )
