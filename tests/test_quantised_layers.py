@@ -80,6 +80,38 @@ def test_only_the_codes_are_held_also_between_forward_and_backward(precision: An
     output.sum().backward()
 
 
+class Scaled(nn.Linear):
+    """A linear layer with a forward pass of its own."""
+
+    def forward(self, input: torch.Tensor, scale: float = 2.0) -> torch.Tensor:  # noqa: A002
+        return super().forward(input) * scale
+
+
+def test_a_forward_pass_of_a_layers_own_stays() -> None:
+    layer = Scaled(32, 32, bias=False).requires_grad_(False)
+    quantise_layer(layer, "nf4")
+    plain = copy.deepcopy(layer)
+    dequantise_layers(plain)
+    states = torch.randn(4, 32, requires_grad=True)
+    assert torch.equal(layer(states, scale=3.0), plain(states, scale=3.0))
+    assert torch.equal(*(torch.autograd.grad(one(states).sum(), states)[0] for one in (layer, plain)))
+
+
+def test_the_shortcuts_of_the_last_block_are_those_without_codes(batches: list[Batch]) -> None:  # noqa: F811
+    """An MLP without parameters is still one."""
+    taken = []
+    for precision in ("model", "nf4"):
+        model = make("llama")
+        entry = {"select": "last:2", "targets": ["q_proj"], "base_precision": precision}
+        mask, anatomy = build(model, {"lora": entry})
+        apply_mask(model, mask, anatomy)
+        prefix, suffix = split(model, anatomy, mask.boundary)
+        assert prefix is not None
+        taken.append(suffix.choose_shortcuts(prefix(batches[0]), batches[0]))
+    assert taken[0] == taken[1]
+    assert taken[0].mlp
+
+
 def test_casting_the_module_changes_no_scale() -> None:
     """DeepSpeed casts what it is given, buffers too."""
     for precision in PRECISIONS:

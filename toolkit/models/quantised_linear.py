@@ -18,6 +18,9 @@ from transformers.pytorch_utils import Conv1D
 from toolkit.models.float32_gradients import FEWEST_ROWS, Float32Linear, gradient_of_states, padded_linear
 from toolkit.models.quantization import PARTS, Precision, QuantizationSpec, dequantise, quantise
 
+_PRODUCTS = (nn.Linear.forward, Conv1D.forward, Float32Linear.forward)
+"""Forward passes that are a product with the weight and nothing else."""
+
 
 class QuantisedWeight(nn.Module):
     """Extends the class of a linear layer whose frozen weight is quantised; ``quantise_layer`` makes one.
@@ -47,8 +50,13 @@ class QuantisedWeight(nn.Module):
         """Return the bytes of the parts."""
         return sum(int(getattr(self, f"weight_{name}").nbytes) for name in PARTS[self.quantization.precision])
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name for it
-        """Compute the layer's output, [..., inputs] to [..., outputs], in the dtype of ``input``."""
+    def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: A002 - torch's name
+        """Compute the layer's output, [..., inputs] to [..., outputs], in the dtype of ``input``.
+
+        A class with a forward pass of its own keeps that, and autograd the weight that it multiplies with.
+        """
+        if self.plain_class.forward not in _PRODUCTS:
+            return cast(torch.Tensor, super().forward(input, *args, **kwargs))
         output: torch.Tensor = _Product.apply(input, self.bias, self)  # type: ignore[no-untyped-call]
         return output
 
