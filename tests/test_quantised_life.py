@@ -46,6 +46,7 @@ def phases(first: dict[str, Any] | str, *last: Any) -> list[str]:
     return ["--mask.schedule", json.dumps({"train": [first], "until_step": 8}), *mask(*last)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["on", "off"])
 @pytest.mark.parametrize("order", ["shrinks", "grows"])
 def test_a_block_keeps_its_codes_in_all_phases(order: str, cache: str, tiny_model: Path, tmp_path: Path) -> None:
@@ -77,6 +78,7 @@ def test_what_a_phase_trains_whole_is_never_quantised(tiny_model: Path, tmp_path
     assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), ours, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_exactly_and_only_with_the_same_precision(tiny_model: Path, tmp_path: Path) -> None:
     flags = ["--train.epochs", 2, "--output.save_every_steps", 7, "--output.keep", 9]
     flags = tiny_flags(tiny_model, tmp_path / "run", *flags)
@@ -200,4 +202,18 @@ def test_two_ranks_learn_what_one_process_learns_and_one_process_goes_on(
     back_to(tmp_path / "two", 10)
     resumed = tiny_flags(tiny_model, tmp_path / "two", *alone, *mask(entry(precision, **kind), "head"))
     assert train(*resumed, "--resume-override") == 0
+    assert metrics(tmp_path / "two") == pytest.approx(metrics(tmp_path / "one"), abs=1e-5)
+
+
+@pytest.mark.distributed
+def test_zero_3_hands_adapters_over_to_the_next_phase(tmp_path: Path) -> None:
+    """With layers that have biases, which ZeRO-3 partitions, beside codes, which it leaves."""
+    save_of_zoo("qwen2", tmp_path / "qwen2")
+    common = ["--data.path", ENGLISH, "--train.max_steps", 16]
+    common += phases(entry("nf4", select="last:2"), entry("nf4", select="last:1"))
+    alone = ["--train.gradient_accumulation_steps", 2, *common]
+    assert train(*tiny_flags(tmp_path / "qwen2", tmp_path / "one", *alone)) == 0
+    flags = tiny_flags(tmp_path / "qwen2", tmp_path / "two", "--ds", "ds_configs/zero3.json", *common)
+    result = run_script("launch/train.py", *flags, launcher=("deepspeed", "--num_gpus", "2"))
+    assert result.returncode == 0, result.stderr[-3000:]
     assert metrics(tmp_path / "two") == pytest.approx(metrics(tmp_path / "one"), abs=1e-5)
