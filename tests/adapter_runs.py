@@ -27,7 +27,7 @@ def logits(model: Any) -> torch.Tensor:
 
 def save_of_zoo(name: str, directory: Path, **more: Any) -> Path:
     """Save a model of the zoo with room for the sample rows and their tokens."""
-    positions = {key: 512 for key in ("max_position_embeddings", *(["n_positions"] if name == "gpt2" else []))}
+    positions = dict.fromkeys(("max_position_embeddings", *(["n_positions"] if name == "gpt2" else [])), 512)
     make(name, vocab_size=512, **positions, **more).save_pretrained(directory)
     make_tokenizer().save_pretrained(directory)
     return directory

@@ -21,11 +21,12 @@ ADAPTERS = {"lora": {"select": ["last:3"], "rank": 4, "alpha": 12, "dropout": 0.
 MAGNITUDES = {
     "lora": {
         "select": ["last:2"], "targets": ["q_proj", "mlp.down_proj"], "rank": 2, "dora": True, "learning_rate": 1e-4,
-        "weight_decay": 0.1,
+        "weight_decay": 0.1, "base_precision": "int8",
     }
 }  # fmt: skip
 ROWS = {"rows": {"select": ["embeddings"], "from": 5, "to": 90, "learning_rate": 1e-3, "weight_decay": 0.1}}
 HEAD_ROWS = {"rows": {"select": ["head"], "ids": [3, 8, 40]}}
+QUANTISED = {"lora": {"select": ["last:3"], "rank": 4, "base_precision": "nf4"}}
 VALUES: dict[str, dict[str, Any]] = {
     "model.delta": {"none": None, "a run": "DELTA"},
     "model.add_tokens": {"none": [], "two": ["<triage>", "<urgent>"]},
@@ -69,7 +70,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "last blocks and head": ["last:2", "head"], "head": ["head"], "blocks": ["blocks:3,5"], "groups": GROUP,
         "parts of blocks": ["last:3/mlp"], "all": ["all"], "adapters": [ADAPTERS],
         "adapters and head": [MAGNITUDES, "head"], "rows of the embeddings": [ROWS],
-        "rows of the head": [HEAD_ROWS, "last:2/attention"],
+        "rows of the head": [HEAD_ROWS, "last:2/attention"], "quantised adapters": [QUANTISED],
     },
     "mask.freeze": {"nothing": [], "norms": ["last:3/norms", "norm"]},
     "mask.schedule": {

@@ -17,7 +17,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from toolkit.config.schema import ModelConfig
 from toolkit.data.batches import Batch, collate, epoch_order, step_batches
 from toolkit.data.examples import Example
-from toolkit.frozen.quantization import (
+from toolkit.frozen.weight_offload import FrozenWeights
+from toolkit.models.anatomy_detection import detect_anatomy
+from toolkit.models.bundled import cache_root
+from toolkit.models.disk_offload import offload_to_disk
+from toolkit.models.load import fingerprint, load
+from toolkit.models.quantization import (
     QuantizationSpec,
     check_quantisable,
     dequantise,
@@ -25,11 +30,6 @@ from toolkit.frozen.quantization import (
     quantise,
     quantised_bytes,
 )
-from toolkit.frozen.weight_offload import FrozenWeights
-from toolkit.models.anatomy_detection import detect_anatomy
-from toolkit.models.bundled import cache_root
-from toolkit.models.disk_offload import offload_to_disk
-from toolkit.models.load import fingerprint, load
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import ConfigError, ModelError
 from toolkit.split.suffix import split, split_is_exact

@@ -76,6 +76,7 @@ def prefix_fingerprints(
     for key in ("_name_or_path", "tie_word_embeddings", "use_cache"):  # they do not change what the prefix computes
         config.pop(key, None)
     sources = sources_hash(Path(toolkit.__file__).parent, *_PREFIX_SOURCES)
+    is_quantised = settings.precision != "model" or any(name.endswith(".weight_codes") for name in below_boundary)
     return {
         "weights": fingerprint_of(below_boundary, loaded.on_disk),
         "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
@@ -87,7 +88,7 @@ def prefix_fingerprints(
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "frostline": f"{toolkit.__version__} (sources {sources})",
-        **({} if settings.precision == "model" else {"bitsandbytes": metadata.version("bitsandbytes")}),
+        **({"bitsandbytes": metadata.version("bitsandbytes")} if is_quantised else {}),
     }
 
 

@@ -101,7 +101,7 @@ def mask_difference(saved: LayerMask, own: LayerMask) -> str | None:
     only_saved = [name for name in saved.names if name not in own.names]
     only_own = [name for name in own.names if name not in saved.names]
     if not only_saved and not only_own:
-        return "the same names with other shapes, order or untying"
+        return "the same names with other shapes, order, untying or base_precision"
     return (
         f"{len(only_saved)} tensors only there ({', '.join(only_saved[:2])} …), "
         f"{len(only_own)} only in this run ({', '.join(only_own[:2])} …)"

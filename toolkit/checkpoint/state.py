@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from toolkit.checkpoint.manifest import damaged, newer_version
+from toolkit.config.mask_schema import MaskConfig
 from toolkit.config.policy import global_batch
 from toolkit.config.schema import RunConfig
 
@@ -108,7 +109,7 @@ def recipe_differences(state: CheckpointState, config: RunConfig, ranks: int) ->
     refused: list[str] = []
     harmless: list[str] = []
     before = _flatten(RunConfig().model_dump(mode="json"))  # keys newer than the checkpoint count as their defaults
-    old, new = {**before, **_flatten(state.recipe)}, _flatten(config.model_dump(mode="json"))
+    old, new = {**before, **_flatten(_with_defaults(state.recipe))}, _flatten(config.model_dump(mode="json"))
     for key in dict.fromkeys([*new, *old]):
         if key.startswith(_IRRELEVANT) or key in _BATCH_SIZE or old.get(key) == new.get(key):
             continue
@@ -143,6 +144,14 @@ _MEANINGS = {
     "chat_template": "the chat template has changed since",
     "schedule": "it was trained under another mask.schedule: phases begin, end or train otherwise",
 }
+
+
+def _with_defaults(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a checkpoint's recipe with the defaults of keys that entries of its mask did not have yet."""
+    try:
+        return {**recipe, "mask": MaskConfig.model_validate(recipe["mask"]).model_dump(mode="json")}
+    except (KeyError, ValidationError):
+        return recipe
 
 
 def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:

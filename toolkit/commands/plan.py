@@ -109,7 +109,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     parser.add_argument(
         "--compare", nargs="+", metavar="MASK",
         help="plan several masks side by side in place of mask.train: the selectors of each in one word, with lora, "
-        "rslora or dora before the selector of adapters, or entries in YAML",
+        "rslora, dora or qlora before the selector of adapters, or entries in YAML",
     )  # fmt: skip
     parser.add_argument(
         "--tflops", type=flags.positive_number, help="rate that all ranks sustain, for the time in --compare"

@@ -63,6 +63,7 @@ class MaskGroup(Section):
 
 
 LoraInit = Literal["kaiming", "gaussian"]
+BasePrecision = Literal["model", "int8", "nf4"]
 
 
 class LoraConfig(Section):
@@ -93,6 +94,10 @@ class LoraConfig(Section):
     """Random start of A; B starts at zero, so that training starts from the base model. Starts that change the base's
     weights (PiSSA, OLoRA) are left out, because frozen weights stay as they are."""
 
+    base_precision: BasePrecision = "model"
+    """Precision in which the frozen linear layers of the adapted blocks are held: int8 and nf4 quantise them (QLoRA,
+    arXiv 2305.14314), all but those that train whole in some phase; exports hold the dequantised weights."""
+
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate of the adapters; none takes train.learning_rate."""
 
@@ -107,7 +112,8 @@ class LoraEntry(Section):
 
     def __str__(self) -> str:
         """Return kind, rank and selectors, for lists of runs."""
-        return f"{'dora' if self.lora.dora else 'lora'}{self.lora.rank} {'+'.join(self.lora.select)}"
+        base = "" if self.lora.base_precision == "model" else f" {self.lora.base_precision}"
+        return f"{'dora' if self.lora.dora else 'lora'}{self.lora.rank}{base} {'+'.join(self.lora.select)}"
 
 
 def _as_first_row(value: Any) -> Any:

@@ -67,6 +67,7 @@ _NAMES_BY_LORA_KEY: Mapping[str, tuple[str, ...]] = {
     "rslora": ("use_rslora",),
     "dora": ("use_dora",),
     "init": ("init_lora_weights",),
+    "base_precision": ("quantization", "quant_type", "precision"),
 }
 
 LORA_KEYS: Mapping[str, str] = {name: key for key, names in _NAMES_BY_LORA_KEY.items() for name in names}
@@ -79,7 +80,8 @@ _NAMES_BY_ANSWER: Mapping[str, tuple[str, ...]] = {
         "target_modules", "use_peft", "use_dora", "use_rslora", "peft_config", "adapter_name_or_path",
         "apply_lora_to_mlp",
     ),
-    "frozen weights can be kept in fewer bits, trained ones cannot: prefix.precision": (
+    "frozen weights can be kept in fewer bits, trained ones cannot: prefix.precision below the frost line, and "
+    "base_precision of a lora entry in adapted blocks": (
         "load_in_8bit", "load_in_4bit", "quantization_bit", "quantization_config", "bnb_4bit_quant_type",
     ),
     "rows of tables are an entry of mask.train: {rows: {select: embeddings, from: added}} (docs/rows.md)": (

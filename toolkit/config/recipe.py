@@ -162,8 +162,9 @@ def _describe_fault(fault: Any) -> str:
                 valid = [".".join([*parts[:-1], key]) for key in keys]
         if "lora" in fault["loc"] and parts[-1] in peer_keys.LORA_KEYS:
             return f"{where}: unknown key (did you mean {'.'.join([*parts[:-1], peer_keys.LORA_KEYS[parts[-1]]])}?)"
-        if parts[-1] in ("dora", "rslora") and MaskGroup.__name__ in fault["loc"]:
-            return f"{where}: unknown key; expected {{lora: {{select: …, {parts[-1]}: true}}}} (docs/adapters.md)"
+        kinds = {"dora": "dora: true", "rslora": "rslora: true", "qlora": "base_precision: nf4"}
+        if parts[-1] in kinds and MaskGroup.__name__ in fault["loc"]:
+            return f"{where}: unknown key; expected {{lora: {{select: …, {kinds[parts[-1]]}}}}} (docs/adapters.md)"
         return f"{where}: unknown key{did_you_mean(where, valid)}"
     if fault["type"] == "model_type" and where in RunConfig.model_fields:
         first = next(path for path in field_paths() if path.startswith(f"{where}."))

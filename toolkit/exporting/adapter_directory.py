@@ -16,6 +16,7 @@ from toolkit.checkpoint.choice import Step
 from toolkit.checkpoint.delta import Delta
 from toolkit.config.schema import ModelConfig
 from toolkit.exporting.peft_rows import ROWS_KEY, load_config, require_sayable_rows, rows_by_table
+from toolkit.exporting.quantised_base import adapter_card
 from toolkit.exporting.run_export import check_paths, staging_directory
 from toolkit.inference.open_model import read_run
 from toolkit.mask.adapters import Adapter, is_adapter_tensor
@@ -36,8 +37,9 @@ def export_adapter(
 ) -> None:
     """Write the adapters and rows of a run, and what else trained, for peft.
 
-    Whole tensors beside them become ``modules_to_save``, and a tokenizer with added tokens is written. The names of
-    modules are those of the base model's own class, as EXAONE's remote code has them.
+    Whole tensors beside them become ``modules_to_save``, and a tokenizer with added tokens is written. A card says how
+    to load a base whose layers were held in fewer bits. The names of modules are those of the base model's own class,
+    as EXAONE's remote code has them.
 
     Args:
         run: the run directory.
@@ -77,6 +79,8 @@ def export_adapter(
         write_safetensors(staging / "adapter_model.safetensors", tensors)
         if model.add_tokens:
             load_tokenizer(model).save_pretrained(str(staging))
+        if delta.mask.quantised:
+            (staging / "README.md").write_text(adapter_card(delta, stored, base_name), encoding="utf-8")
 
 
 def _peft_name(name: str) -> str:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from toolkit.checkpoint.choice import ChosenCheckpoint, Step
 from toolkit.checkpoint.delta import Delta, save_delta
 from toolkit.config.recipe import dump
+from toolkit.exporting.quantised_base import merged_base_text
 from toolkit.inference.open_model import cast_weights, open_model, read_run
 from toolkit.mask.apply import merge_adapters, parameters_by_name, round_to_nearest
 from toolkit.mask.audit import audit_markdown
@@ -131,11 +132,11 @@ def staging_directory(target: Path) -> Iterator[Path]:
 def _model_card(choice: ChosenCheckpoint, delta: Delta, audit: str, recipe: str, weights: Comparison) -> str:
     """Return the README.md of an exported model, with the mask's ``audit`` as Markdown and the ``recipe`` as YAML."""
     base = delta.base.config
-    untied = (
+    notes = (
         "\n\nThe head is its own tensor here; in the base model it is tied to the embeddings."
         if delta.mask.tied == "untie"
         else ""
-    )
+    ) + merged_base_text(delta.mask)
     return f"""---
 base_model: {base.name_or_path}
 library_name: transformers
@@ -145,7 +146,7 @@ tags: [frostline, partial-fine-tuning]
 # {base.name_or_path}, partially fine-tuned
 
 Fine-tuned with Frostline from {base.name_or_path} (revision {base.revision or "unpinned"}, SHA-256 of its weights as
-{base.dtype} {delta.base.sha256}): only the tensors marked as trained below were updated.{untied}
+{base.dtype} {delta.base.sha256}): only the tensors marked as trained below were updated.{notes}
 
 {_comparison_text(weights)}
 

@@ -18,7 +18,8 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.utils import send_to_device
 from torch import nn
 
-from toolkit.frozen.quantization import (
+from toolkit.models.disk_offload import OnDisk, offload_to_disk, to_meta
+from toolkit.models.quantization import (
     PARTS,
     Precision,
     QuantizationSpec,
@@ -27,7 +28,6 @@ from toolkit.frozen.quantization import (
     quantisable,
     quantise,
 )
-from toolkit.models.disk_offload import OnDisk, offload_to_disk, to_meta
 
 log = logging.getLogger("frostline")
 

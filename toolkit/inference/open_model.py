@@ -233,9 +233,9 @@ def _apply_delta(loaded: LoadedModel, delta: Delta, config: ModelConfig, dtype: 
             f"model.delta trained {absent[0]}, which prefix.placement: disk leaves on disk; choose another "
             "prefix.placement, or export the trained model and start from that"
         )
-    if dtype is not None:
-        cast_weights(loaded.model, getattr(torch, dtype))
     apply_mask(loaded.model, delta.mask, loaded.anatomy)
+    if dtype is not None:  # quantised layers keep the values that trained, whatever precision they compute in
+        cast_weights(loaded.model, getattr(torch, dtype))
     parameters = trainable_parameters(loaded.model, delta.mask)
     for name, tensor in delta.tensors.items():
         parameters[name].copy_(tensor)

@@ -16,6 +16,7 @@ from toolkit.mask.adapters import Adapter
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.mask.row_layers import add_rows
 from toolkit.models.anatomy import Anatomy
+from toolkit.models.quantised_linear import dequantise_layers, quantise_layer
 
 
 def untie_head(model: PreTrainedModel, anatomy: Anatomy) -> None:
@@ -35,7 +36,7 @@ def untie_head(model: PreTrainedModel, anatomy: Anatomy) -> None:
 
 
 def apply_mask(model: PreTrainedModel, mask: LayerMask, anatomy: Anatomy, seed: int = 0) -> None:
-    """Set ``requires_grad`` on exactly the mask's tensors, after untying the head and adding adapters and rows.
+    """Set ``requires_grad`` on exactly the mask's tensors; before that, untie, quantise, add adapters and rows.
 
     Args:
         model: model to change in place.
@@ -45,6 +46,7 @@ def apply_mask(model: PreTrainedModel, mask: LayerMask, anatomy: Anatomy, seed: 
     """
     if mask.tied == "untie":
         untie_head(model, anatomy)
+    _quantise_layers(model, mask)
     add_adapters(model, mask.adapters, seed)
     add_rows(model, mask.rows)
     model.requires_grad_(False)
@@ -55,6 +57,17 @@ def apply_mask(model: PreTrainedModel, mask: LayerMask, anatomy: Anatomy, seed: 
         layer, is_dropout, _ = name.partition(".lora_dropout.")
         if is_dropout and isinstance(module, nn.Dropout):
             module.p = rates.get(layer, 0.0)  # an adapter that trained in an earlier phase is frozen, and draws nothing
+
+
+def _quantise_layers(model: nn.Module, mask: LayerMask) -> None:
+    """Quantise the weights of the mask's layers, one by one, where it was not done before.
+
+    A run does so before it moves the model to its device: codes made on a CPU are the same wherever it trains.
+    """
+    modules = dict(model.named_modules())
+    for layers in mask.quantised:
+        for name in layers.modules:
+            quantise_layer(modules.get(f"{name}.base_layer") or modules[name], layers.precision)
 
 
 def add_adapters(model: PreTrainedModel, adapters: Sequence[Adapter], seed: int) -> None:
@@ -125,9 +138,10 @@ def merge_adapters(
     model: PreTrainedModel, masters: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None,
     rounding: Rounding = round_to_nearest,
 ) -> None:  # fmt: skip
-    """Add the adapters' updates to their layers' weights, and take the adapters out.
+    """Add the adapters' updates to their layers' weights, and take the adapters out; dequantise what is quantised.
 
-    The sum is computed in float32, from the masters and the weights as they are stored, and rounded once.
+    The sum is computed in float32, from the masters and the weights that trained, and rounded once. Those of a
+    quantised layer are the dequantised ones.
 
     Args:
         model: model with adapters, changed in place.
@@ -135,6 +149,7 @@ def merge_adapters(
         dtype: precision of merged weights that have the model's; None keeps it.
         rounding: rounds a sum.
     """
+    dequantise_layers(model)
     stored_as = model.dtype
     for name, layer in _adapted_layers(model).items():
         exact: Any = copy.deepcopy(layer)
@@ -164,7 +179,12 @@ def _dora_norm(layer: Any) -> torch.Tensor:
 def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return all parameters by the names that they have without adapters beside them; a tied one under each name."""
     named = model.named_parameters(remove_duplicate=False)
-    return {name.replace("base_layer.", ""): parameter for name, parameter in named}
+    return {plain_name(name): parameter for name, parameter in named}
+
+
+def plain_name(name: str) -> str:
+    """Return the name that a parameter has without an adapter beside its layer."""
+    return name.replace("base_layer.", "")
 
 
 def replace_parameters(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -36,6 +36,7 @@ def audit(mask: LayerMask, anatomy: Anatomy) -> list[AuditRow]:
     """Return the rows of the table from input to head; a tied tensor is counted once, in its first part."""
     names = set(mask.names)
     tied = anatomy.tied_head
+    held_in = {f"{module}.weight": layers.precision for layers in mask.quantised for module in layers.modules}
     adapters: dict[str, list[int]] = {}  # sizes of the adapters' tensors beside each weight
     for tensor in mask.trainable:
         if is_adapter_tensor(tensor.name):
@@ -48,6 +49,9 @@ def audit(mask: LayerMask, anatomy: Anatomy) -> list[AuditRow]:
         beside = [size for t in counted for size in adapters.get(t.name, ())]
         if beside:
             note = f"{sum(beside):,} in adapters"
+        for precision in dict.fromkeys(held_in[t.name] for t in counted if t.name in held_in):
+            size = sum(t.parameters for t in counted if held_in.get(t.name) == precision)
+            note += f"{', ' if note else ''}{size:,} held in {precision}"
         trained = sum(t.parameters for t in counted if t.name in names) + sum(beside)
         own = [rows for rows in mask.rows if any(t.name == rows.table for t in counted) and rows.name in sizes]
         if own:  # they take the place of the table's

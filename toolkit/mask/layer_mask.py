@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from toolkit.config.mask_schema import LoraEntry, MaskConfig, MaskGroup, RowsEntry
 from toolkit.mask.adapters import Adapter, adapted_weight, resolve_adapter
+from toolkit.mask.quantised_layers import QuantisedLayers, resolve_quantised
 from toolkit.mask.rows import TableRows, refuse_shared_rows, resolve_rows, select_tables
 from toolkit.mask.selectors import resolve_selectors
 from toolkit.models.anatomy import Anatomy
@@ -66,6 +67,8 @@ class LayerMask:
     """Low-rank adapters, whose tensors are among ``trainable``."""
     rows: tuple[TableRows, ...] = ()
     """Rows of frozen tables, whose tensors are among ``trainable``."""
+    quantised: tuple[QuantisedLayers, ...] = ()
+    """Frozen linear layers of adapted blocks that are held in 8 or 4 bits, in all phases of a schedule."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -87,8 +90,9 @@ class LayerMask:
         replace_text(path, json.dumps(self.as_dict(), indent=1))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the mask as JSON values; without adapters and rows, they are those of versions that knew none."""
-        return {key: value for key, value in asdict(self).items() if value or key not in ("adapters", "rows")}
+        """Return the mask as JSON values; what it does not have is left out, for versions that knew none of it."""
+        later = ("adapters", "rows", "quantised")
+        return {key: value for key, value in asdict(self).items() if value or key not in later}
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> LayerMask:
@@ -99,7 +103,10 @@ class LayerMask:
         groups = tuple(ParameterGroup(**{**group, "names": tuple(group["names"])}) for group in values["groups"])
         adapters = tuple(map(Adapter.from_dict, values.get("adapters", ())))
         rows = tuple(map(TableRows.from_dict, values.get("rows", ())))
-        return LayerMask(trainable, values["boundary"], values["block_count"], values["tied"], groups, adapters, rows)
+        quantised = tuple(map(QuantisedLayers.from_dict, values.get("quantised", ())))
+        return LayerMask(
+            trainable, values["boundary"], values["block_count"], values["tied"], groups, adapters, rows, quantised
+        )
 
 
 def build_mask(config: MaskConfig, anatomy: Anatomy) -> LayerMask:
@@ -154,7 +161,7 @@ def build_mask(config: MaskConfig, anatomy: Anatomy) -> LayerMask:
     boundary = _lowest_trained_block({adapted_weight(name) for name in trained}, tied, anatomy)
     return LayerMask(
         tuple(trainable), boundary, anatomy.block_count, tied, tuple(g for g in groups if g.names),
-        tuple(adapter for _, adapter in adapters), tuple(rows),
+        tuple(adapter for _, adapter in adapters), tuple(rows), resolve_quantised(adapters, trained, anatomy),
     )  # fmt: skip
 
 

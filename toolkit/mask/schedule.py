@@ -11,9 +11,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from toolkit.config.mask_schema import LoraEntry
 from toolkit.config.schema import MaskConfig
 from toolkit.mask.adapters import adapted_weight, union_of_adapters
 from toolkit.mask.layer_mask import LayerMask, ParameterGroup, build_mask
+from toolkit.mask.quantised_layers import resolve_quantised
 from toolkit.mask.rows import union_of_rows
 from toolkit.models.anatomy import Anatomy
 from toolkit.runtime.errors import ConfigError, MaskError
@@ -83,13 +85,14 @@ def phase_configs(config: MaskConfig) -> list[MaskConfig]:
 
 
 def phase_masks(config: MaskConfig, anatomy: Anatomy) -> list[LayerMask]:
-    """Build the mask of each phase; a head that is untied in any phase is untied from the start of the run.
+    """Build the mask of each phase; a head is untied, and adapted blocks are quantised, from the start of the run on.
 
     Raises:
         MaskError: the mask of a phase is invalid (see ``build_mask``), or equals that of the phase before it.
     """
     masks: list[LayerMask] = []
-    for index, section in enumerate(phase_configs(config)):
+    sections = phase_configs(config)
+    for index, section in enumerate(sections):
         key = phase_key(config, index)
         try:
             masks.append(build_mask(section, anatomy))
@@ -104,6 +107,12 @@ def phase_masks(config: MaskConfig, anatomy: Anatomy) -> list[LayerMask]:
             )
     if any(mask.tied == "untie" for mask in masks):
         masks = [replace(mask, tied="untie") for mask in masks]
+    if len(masks) > 1:
+        entries = [item.lora for section in sections for item in section.train if isinstance(item, LoraEntry)]
+        adapters = [adapter for mask in masks for adapter in mask.adapters]
+        trained = {name for mask in masks for name in mask.names}
+        quantised = resolve_quantised(list(zip(entries, adapters, strict=True)), trained, anatomy)
+        masks = [replace(mask, quantised=quantised) for mask in masks]
     return masks
 
 
@@ -165,4 +174,6 @@ def _union_of_masks(masks: Sequence[LayerMask], anatomy: Anatomy) -> LayerMask:
     boundary = min(mask.boundary for mask in masks)
     adapters = union_of_adapters(adapter for mask in masks for adapter in mask.adapters)
     rows = union_of_rows((own for mask in masks for own in mask.rows), names)
-    return LayerMask(trainable, boundary, masks[0].block_count, tied, (ParameterGroup(names),), adapters, rows)
+    return LayerMask(
+        trainable, boundary, masks[0].block_count, tied, (ParameterGroup(names),), adapters, rows, masks[0].quantised
+    )

@@ -49,12 +49,12 @@ class Float32Linear(nn.Linear):
         if rows < FEWEST_ROWS or input.dtype != self.weight.dtype:
             return super().forward(input)
         if not torch.is_grad_enabled():
-            return _padded_linear(input, self.weight, self.bias)
+            return padded_linear(input, self.weight, self.bias)
         output: torch.Tensor = _Float32Product.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
         return output
 
 
-def _padded_linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def padded_linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Compute ``linear(states, weight, bias)`` on rows padded with zeros to a multiple of ``FEWEST_ROWS``.
 
     Without padding, oneDNN caches 0.3 MiB for each distinct number of rows (torch 2.13, layers of a few hundred
@@ -72,7 +72,7 @@ class _Float32Product(torch.autograd.Function):
     def forward(ctx: Any, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(states, weight)
         ctx.has_bias = bias is not None
-        return _padded_linear(states, weight, bias)
+        return padded_linear(states, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -199,7 +199,7 @@ def use_float32_gradients(model: PreTrainedModel) -> None:
 
 def uses_float32_gradients(model: nn.Module) -> bool:
     """Return whether ``use_float32_gradients`` was called for ``model``."""
-    return any(type(module) is Float32Linear for module in model.modules())
+    return any(isinstance(module, Float32Linear) for module in model.modules())
 
 
 def float32_is_faster(dtype: torch.dtype, device: torch.device) -> bool:

@@ -14,7 +14,7 @@ import torch
 from typing_extensions import override
 
 from toolkit.config.schema import OptimName
-from toolkit.frozen.quantization import import_bitsandbytes
+from toolkit.models.quantization import import_bitsandbytes
 from toolkit.optim.rounding import stochastic_round
 from toolkit.optim.state_fragments import MOMENTS
 

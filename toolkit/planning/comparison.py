@@ -13,7 +13,9 @@ from toolkit.planning.planner import Plan
 from toolkit.planning.table import as_dict, flops_text, gib
 from toolkit.runtime.errors import ConfigError
 
-_ADAPTERS = {"lora": {}, "rslora": {"rslora": True}, "dora": {"dora": True}}
+_ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {}, "rslora": {"rslora": True}, "dora": {"dora": True}, "qlora": {"base_precision": "nf4"},
+}  # fmt: skip
 """Words that make an entry of adapters of the selector after them."""
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
+from toolkit.config.mask_schema import LoraEntry
 from toolkit.config.policy import decide_checkpointing
 from toolkit.planning.engine_memory import EngineSpec, zero_spec
 from toolkit.planning.planner import Planner, RunVariant
-from toolkit.runtime.errors import ModelError
+from toolkit.runtime.errors import MaskError, ModelError
 
 RESERVE = 2**30
 """Estimated bytes needed besides tensors: CUDA context, library workspaces, allocator fragmentation."""
@@ -57,9 +59,10 @@ def choose_variant(planner: Planner, spec: EngineSpec, budget: int | None) -> Ru
 def fit_device(planner: Planner, variant: RunVariant, budget: int) -> DeviceFit:
     """Compare the peak with ``budget`` bytes, and find changes that make the run fit.
 
-    Changes in order of cost: activation checkpointing, smaller micro batches, the prefix in 8 or 4 bits, prefix
-    offload, optimizer offload, shorter rows, ZeRO and more ranks, fewer trained blocks. A single change that suffices
-    is proposed alone; else changes accumulate in this order, some of them a second time.
+    Changes in order of cost: activation checkpointing, smaller micro batches, the prefix in 8 or 4 bits, then the
+    frozen layers of adapted blocks, prefix offload, optimizer offload, shorter rows, ZeRO and more ranks, fewer trained
+    blocks. A single change that suffices is proposed alone; else changes accumulate in this order, some of them a
+    second time.
     """
     needed = planner.memory(variant).peak + RESERVE
     if needed <= budget:
@@ -142,6 +145,28 @@ def _propose_precision(planner: Planner, variant: RunVariant) -> Proposals:
         yield f"prefix.precision: {precision}", changed
 
 
+def _propose_base_precision(planner: Planner, variant: RunVariant) -> Proposals:
+    """Propose the frozen layers of adapted blocks in 8, then 4 bits."""
+    if planner.is_phase:
+        return  # the blocks of all phases would have to agree
+    precisions: tuple[Literal["int8", "nf4"], ...] = ("int8", "nf4")
+    for precision in precisions:
+        weaker = ("model",) if precision == "int8" else ("model", "int8")
+        selectors = tuple(
+            LoraEntry(lora=entry.lora.model_copy(update={"base_precision": precision}))
+            if isinstance(entry, LoraEntry) and entry.lora.base_precision in weaker
+            else entry
+            for entry in variant.selectors
+        )
+        if selectors != variant.selectors:
+            changed = replace(variant, selectors=selectors)
+            try:
+                planner.prefix_memory(changed)  # builds the mask
+            except MaskError:  # too few weights of these blocks can be quantised
+                return
+            yield f"base_precision: {precision} in the lora entries of mask.train", changed
+
+
 def _propose_placement(planner: Planner, variant: RunVariant) -> Proposals:
     """Propose to offload the prefix to the host."""
     if variant.prefix.placement == "device":
@@ -205,8 +230,8 @@ def _propose_blocks(planner: Planner, variant: RunVariant) -> Proposals:
 
 
 _PROPOSALS: tuple[Callable[[Planner, RunVariant], Proposals], ...] = (
-    _propose_checkpointing, _propose_micro_batch, _propose_precision, _propose_placement, _propose_offload,
-    _propose_length, _propose_ranks, _propose_blocks,
+    _propose_checkpointing, _propose_micro_batch, _propose_precision, _propose_base_precision, _propose_placement,
+    _propose_offload, _propose_length, _propose_ranks, _propose_blocks,
 )  # fmt: skip
 """Cheapest change first."""
 

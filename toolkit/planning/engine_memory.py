@@ -114,6 +114,8 @@ class TensorSizes:
     """Bytes of an element in the model's precision."""
     tables: tuple[int, ...] = ()
     """Those of ``trained`` that are embedding tables."""
+    quantised: int = 0
+    """Bytes of the suffix's layers in 8 or 4 bits, which no engine partitions or offloads."""
 
     @property
     def total(self) -> int:
@@ -152,7 +154,8 @@ def engine_memory(spec: EngineSpec, tensors: TensorSizes, frozen: PrefixMemory) 
     bf16_optimizer.py and fp16/unfused_optimizer.py, and for files swap_tensor/optimizer_utils.py.
     """
     by_stage = {None: _local_engine, 0: _stage_0, 1: _stage_1_or_2, 2: _stage_1_or_2, 3: _stage_3}
-    weights = EngineMemory(frozen.device, (tensors.total + sum(tensors.frozen)) * tensors.width)
+    suffix_weights = (tensors.total + sum(tensors.frozen)) * tensors.width + tensors.quantised
+    weights = EngineMemory(frozen.device, suffix_weights)
     held = by_stage[spec.stage](spec, tensors, weights)
     return _count_host_as_device(held) if spec.host_is_device else held
 
@@ -268,7 +271,7 @@ def _stage_3(spec: EngineSpec, tensors: TensorSizes, weights: EngineMemory) -> E
     summed = 4 if spec.accumulates or not low else width
     held = replace(
         weights, prefix_weights=weights.prefix_weights + tensors.shared * width,
-        suffix_weights=divided + whole * width, masters=4 * part if low else 0,
+        suffix_weights=divided + whole * width + tensors.quantised, masters=4 * part if low else 0,
         moments=_partitioned_moments(spec.optimizer, tensors, parts), accumulated=summed * part,
         update_gradients=(summed + 4) * part, buffers=(spec.bucket + gathered) * width,
         scratch=_partitioned_scratch(spec, part),

@@ -24,14 +24,14 @@ def phase_planners(config: RunConfig, meta: MetaModel, workload: Workload, passe
     Raises:
         MaskError: the mask of a phase is invalid.
     """
-    scheduled = bool(config.mask.schedule)
-    untied = any(mask.tied == "untie" for mask in phase_masks(config.mask, meta.anatomy))
+    sections, masks = phase_configs(config.mask), phase_masks(config.mask, meta.anatomy)
     return [
         Planner(
-            config.model_copy(update={"mask": mask}), meta, workload, phase_passes, untied=untied, is_phase=scheduled
+            config.model_copy(update={"mask": section}), meta, workload, phase_passes,
+            phase_mask=mask if config.mask.schedule else None,
         )
-        for mask, phase_passes in zip(phase_configs(config.mask), passes, strict=True)
-    ]
+        for section, mask, phase_passes in zip(sections, masks, passes, strict=True)
+    ]  # fmt: skip
 
 
 def combine_plans(plans: Sequence[Plan], config: MaskConfig) -> Plan:

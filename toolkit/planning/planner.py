@@ -85,6 +85,8 @@ class Plan:
     prefix_memory: PrefixMemory
     """Bytes of the prefix's weights by place."""
     flops: StepFlops
+    quantised: int
+    """Bytes of the layers above the frost line that are held in 8 or 4 bits."""
     token_bytes: int
     """Bytes of one token's hidden state at the frost line."""
     checkpoint: int
@@ -114,11 +116,14 @@ class Planner:
     """Whether the prefix is cached; None to decide likewise."""
     shortcuts: Shortcuts | None = None
     """Shortcuts that the run takes at the top of the suffix; None chooses them as the run does."""
-    untied: bool = False
-    """True if the head is untied because another phase's mask asks for it."""
-    is_phase: bool = False
-    """True if this is one phase of a mask schedule."""
+    phase_mask: LayerMask | None = None
+    """Mask of a phase, in which the other phases of a schedule have a say; None builds it from the recipe."""
     _splits: dict[tuple[Any, ...], MetaSplit] = field(default_factory=dict)
+
+    @property
+    def is_phase(self) -> bool:
+        """Return True if this is one phase of a mask schedule, whose selectors stay as they are."""
+        return self.phase_mask is not None
 
     def variant(self, spec: EngineSpec, checkpointing: bool) -> RunVariant:
         """Return the variant with the recipe's own settings.
@@ -177,7 +182,7 @@ class Planner:
             audit_text=audit_table(split.mask, self.meta.anatomy), variant=variant,
             shape=_batch_shape(variant, self.workload), workload=self.workload,
             is_cut=split.is_cut, memory=memory, prefix_memory=self.prefix_memory(variant),
-            flops=count_flops(plain, checkpointed),
+            flops=count_flops(plain, checkpointed), quantised=split.tensors.quantised,
             token_bytes=self.meta.hidden_size * split.tensors.width,
             checkpoint=checkpoint_bytes(variant.spec, split.tensors), keep=self.config.output.keep,
             passes=self.passes,
@@ -220,9 +225,8 @@ class Planner:
 
         With ``whole`` it is not cut, in this and all later calls.
         """
-        mask = build_mask(self.config.mask.model_copy(update={"train": list(variant.selectors)}), self.meta.anatomy)
-        if self.untied:
-            mask = replace(mask, tied="untie")
+        section = self.config.mask.model_copy(update={"train": list(variant.selectors)})
+        mask = self.phase_mask or build_mask(section, self.meta.anatomy)
         boundary = mask.boundary if self.cut and mask.has_prefix else None
         key = (repr(variant.selectors), variant.packed, boundary)
         split = self._splits.get(key)

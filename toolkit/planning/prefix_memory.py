@@ -8,8 +8,9 @@ from typing import Literal
 from torch import nn
 
 from toolkit.config.schema import PrefixConfig
-from toolkit.frozen.quantization import check_quantisable, quantisable, quantised_bytes
 from toolkit.models.anatomy import Anatomy
+from toolkit.models.quantised_linear import quantised_layer_bytes
+from toolkit.models.quantization import check_quantisable, quantisable, quantised_bytes
 from toolkit.split.prefix import Prefix
 from toolkit.split.suffix import Suffix
 
@@ -47,7 +48,8 @@ def prefix_memory(
 
     def own_bytes(module: nn.Module) -> int:
         storages = {p.untyped_storage()._cdata: p.nbytes for p in module.parameters()}
-        return sum(size for storage, size in storages.items() if storage not in shared)
+        own = sum(size for storage, size in storages.items() if storage not in shared)
+        return own + quantised_layer_bytes(module)  # of adapted blocks that are below the frost line in this phase
 
     own = own_bytes(prefix.model)
     if (config.precision, config.placement) == ("model", "device") or boundary == 0:

@@ -86,6 +86,11 @@ def as_dict(plan: Plan, fit: DeviceFit | None = None) -> dict[str, Any]:
             "cache": _cache_bytes(plan) if variant.cached else 0,
         },
     }
+    if plan.mask.quantised:
+        values["quantised"] = {
+            "bytes": plan.quantised,
+            "layers": {layers.precision: len(layers.modules) for layers in plan.mask.quantised},
+        }
     if plan.phases:
         values["schedule"] = [_attributes(phase, "end", "boundary", "trained", "peak") for phase in plan.phases]
     if fit is not None:
@@ -139,6 +144,9 @@ def _memory_text(plan: Plan) -> str:
         place = {"device": "", "cpu": " on the host", "disk": " on disk"}[prefix.placement]
         offloaded = f", {gib(plan.prefix_memory.offloaded)}{place}" if place else ""
         lines.append(f"prefix kept in {prefix.precision} precision{offloaded}")
+    for layers in plan.mask.quantised:
+        count = f"{len(layers.modules):,} frozen linear layers of adapted blocks"
+        lines.append(f"{count} held in {layers.precision}, {gib(plan.quantised)} of the suffix weights in all")
     if variant.cached:
         then = "its weights stay for the next phases" if plan.phases else "then its weights are freed"
         lines.append(f"prefix cached: a first pass computes its hidden states; {then}")

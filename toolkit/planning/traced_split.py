@@ -10,6 +10,7 @@ from torch import nn
 from toolkit.activation_cache.packing import set_attention
 from toolkit.mask.apply import apply_mask, trainable_parameters
 from toolkit.mask.layer_mask import LayerMask
+from toolkit.models.quantised_linear import quantised_layer_bytes
 from toolkit.models.varlen import VARLEN
 from toolkit.optim.groups import embedding_ids
 from toolkit.planning.engine_memory import TensorSizes
@@ -94,4 +95,5 @@ def _tensor_sizes(prefix: Prefix | None, suffix: Suffix, trained: dict[str, nn.P
         frozen=tuple(p.numel() for p in suffix.parameters() if not p.requires_grad),
         width=next(suffix.parameters()).element_size(),
         tables=tuple(p.numel() for p in trained.values() if id(p) in tables),
+        quantised=quantised_layer_bytes(suffix),
     )

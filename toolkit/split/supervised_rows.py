@@ -13,6 +13,7 @@ from torch import nn
 
 from toolkit.data.batches import Batch
 from toolkit.models.anatomy import Anatomy
+from toolkit.models.quantised_linear import QuantisedWeight
 from toolkit.split.module_tree import EndOfPass
 
 
@@ -94,5 +95,6 @@ def dense_mlp(block: nn.Module, anatomy: Anatomy) -> str | None:
     (name,) = owners
     mlp = block.get_submodule(name)
     shapes = [parameter.ndim for parameter in mlp.parameters()]
+    shapes += [2 for module in mlp.modules() if isinstance(module, QuantisedWeight)]
     lists = any(isinstance(module, nn.ModuleList) for module in mlp.modules())
     return name if shapes.count(2) >= 2 and max(shapes) == 2 and not lists else None

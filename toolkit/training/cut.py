@@ -166,11 +166,12 @@ def _reload_base(context: RunContext, phase: Phase) -> LoadedModel:
 
 
 def _detach_from_file(suffix: Suffix, device: torch.device) -> Suffix:
-    """Move the suffix to the device; on a CPU clone its tensors, which would keep the whole weight file mapped."""
-    suffix = suffix.to(device)
-    if device.type == "cpu":
-        for tensor in (*suffix.parameters(), *suffix.buffers()):
-            tensor.data = tensor.data.clone()
+    """Move the suffix to the device; on a CPU clone its tensors, which would keep the whole weight file mapped.
+
+    Tensors stay the same objects: the model's other copies share them, and buffers may be large (quantised layers).
+    """
+    for tensor in (*suffix.parameters(), *suffix.buffers()):
+        tensor.data = tensor.data.clone() if device.type == "cpu" else tensor.data.to(device)
     return suffix
 
 

@@ -22,6 +22,7 @@ from toolkit.engine.deepspeed.config import zero_stage
 from toolkit.engine.deepspeed.gathering import balanced_module_stack, drain_prefetches, gathered
 from toolkit.engine.deepspeed.nvme_state import NvmeSwapper, SwappedFragmentState
 from toolkit.engine.deepspeed.optimizers import PartitionedAdamW, PartitionMoments, build_optimizer
+from toolkit.mask.apply import plain_name
 from toolkit.mask.layer_mask import ParameterGroup
 from toolkit.optim.gradients import Clipping
 from toolkit.optim.groups import build_scheduler, current_rate, embedding_ids, set_scheduler_step
@@ -270,7 +271,7 @@ class ZeroEngine(Engine):
         for name, parameter in self._suffix.model.named_parameters():
             if parameter.requires_grad or hasattr(parameter, "ds_id"):
                 with gathered(parameter):
-                    tensors[name] = parameter.detach().clone()
+                    tensors[plain_name(name)] = parameter.detach().clone()
                 parameter.data = parameter.data.new_empty(0)
         vars(zero).clear()  # ZeRO-3's optimizer is still referenced after destroy() (DeepSpeed 0.19): free its tensors
         del self._engine, self._scheduler, self._suffix, self._copies, self._update_monitor, self._swapper

@@ -25,11 +25,11 @@ from toolkit.runtime.errors import ModelError
 
 Precision = Literal["int8", "nf4"]
 
-PARTS: dict[Precision, tuple[str, ...]] = {
-    "int8": ("codes", "scales"),
-    "nf4": ("codes", "scales", "scales_of_scales", "offset"),
+PARTS: dict[Precision, dict[str, torch.dtype]] = {
+    "int8": {"codes": torch.int8, "scales": torch.float32},
+    "nf4": {"codes": torch.uint8, "scales": torch.uint8, "scales_of_scales": torch.float32, "offset": torch.float32},
 }
-"""Names of the tensors that a quantised weight consists of."""
+"""Names and dtypes of the tensors that a quantised weight consists of."""
 
 _BLOCK, _OUTER = 64, 256
 """nf4: number of weights that share a scale, and of scales that share a scale of their own."""
@@ -75,19 +75,31 @@ def quantised_bytes(spec: QuantizationSpec) -> int:
     int8 takes 1 byte for a weight and 4 for an output. nf4 takes half a byte for a weight, 1 for each ``_BLOCK``
     weights, 4 for each ``_OUTER`` such blocks, and 4 for the offset.
     """
+    dtypes = PARTS[spec.precision]
+    return sum(math.prod(shape) * dtypes[part].itemsize for part, shape in _part_shapes(spec).items())
+
+
+def _part_shapes(spec: QuantizationSpec) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors that ``quantise`` makes, by name."""
     size = math.prod(spec.shape)
     if spec.precision == "int8":
-        return size + 4 * (size // spec.inputs)
+        return {"codes": (size // spec.inputs, spec.inputs), "scales": (size // spec.inputs,)}
     scales = math.ceil(size / _BLOCK)
-    return size // 2 + scales + 4 * math.ceil(scales / _OUTER) + 4
+    return {
+        "codes": (size // 2, 1), "scales": (scales,), "scales_of_scales": (math.ceil(scales / _OUTER),), "offset": (1,),
+    }  # fmt: skip
 
 
 def quantise(weight: torch.Tensor, spec: QuantizationSpec) -> dict[str, torch.Tensor]:
     """Quantise ``weight`` into the tensors that ``PARTS`` names, on its device.
 
     int8 [N, K]: codes = round(127 · w / scales), scales [N] = max |w| of each output. nf4: the nearest of 16 quantiles
-    of a normal distribution, times the largest magnitude of 64 weights, which is kept in 8 bits itself.
+    of a normal distribution, times the largest magnitude of 64 weights, which is kept in 8 bits itself. On the meta
+    device the parts have no content.
     """
+    if weight.is_meta:
+        dtypes = PARTS[spec.precision]
+        return {name: weight.new_empty(shape, dtype=dtypes[name]) for name, shape in _part_shapes(spec).items()}
     functional = import_bitsandbytes()
     matrix = (weight.t() if spec.transposed else weight).reshape(-1, spec.inputs).contiguous()
     if spec.precision == "int8":
@@ -105,6 +117,9 @@ def dequantise(parts: Mapping[str, torch.Tensor], spec: QuantizationSpec) -> tor
     if spec.precision == "int8":
         scales = parts["scales"].mul(1 / 127).unsqueeze(1)
         matrix = parts["codes"].to(spec.dtype).mul_(scales)
+    elif parts["codes"].is_meta:  # allocates what bitsandbytes does
+        scales = parts["scales"].to(torch.float32)
+        matrix = scales.new_empty(spec.shape[::-1] if spec.transposed else spec.shape, dtype=spec.dtype)
     else:
         size = math.prod(spec.shape)
         # bitsandbytes' CPU kernel takes the wrong scales where a row is not a whole number of blocks (0.50.2)
