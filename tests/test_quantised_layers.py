@@ -17,6 +17,7 @@ from zoo import make
 from toolkit.data.batches import Batch
 from toolkit.mask.apply import apply_mask, merge_adapters, trainable_parameters, unused_adapters
 from toolkit.models.float32_gradients import Float32Linear
+from toolkit.models.padded_rows import PaddedLinear
 from toolkit.models.quantised_linear import QuantisedWeight, dequantise_layers, quantise_layer, quantised_layer_bytes
 from toolkit.split.suffix import split
 
@@ -29,8 +30,8 @@ def layer_of(kind: str, dtype: torch.dtype) -> Any:
     """A frozen layer whose bias trains."""
     torch.manual_seed(0)
     layer: Any = Conv1D(96, 48) if kind == "Conv1D" else nn.Linear(48, 96, bias=kind != "without bias")
-    if kind == "Float32Linear":
-        layer.__class__ = Float32Linear
+    if kind in ("Float32Linear", "PaddedLinear"):
+        layer.__class__ = {"Float32Linear": Float32Linear, "PaddedLinear": PaddedLinear}[kind]
     layer = layer.to(dtype).requires_grad_(False)
     if layer.bias is not None:
         nn.init.normal_(layer.bias.requires_grad_(True))
@@ -39,7 +40,7 @@ def layer_of(kind: str, dtype: torch.dtype) -> Any:
 
 @pytest.mark.parametrize("rows", [3, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["Linear", "without bias", "Conv1D", "Float32Linear"])
+@pytest.mark.parametrize("kind", ["Linear", "without bias", "Conv1D", "Float32Linear", "PaddedLinear"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_quantised_layer_is_the_plain_one_on_the_dequantised_weight(
     precision: Any, kind: str, dtype: torch.dtype, rows: int

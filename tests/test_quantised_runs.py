@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_runs import logits, mask
-from helpers import invocation, masters_of, metrics, run_here, set_up, tiny_flags, train
+from helpers import invocation, masters_of, metrics, run_here, run_script, set_up, tiny_flags, train
 from test_adapter_runs import checkpoint_of
 from test_frozen_weights import live
 from transformers import AutoModelForCausalLM
@@ -161,3 +161,9 @@ def test_a_run_begins_from_the_merged_dequantised_model(run: Path, tiny_model: P
         assert train(*tiny_flags(source, tmp_path / name, *more, *mask("last:1"))) == 0
         losses.append(metrics(tmp_path / name))
     assert losses[0] == losses[1] == losses[2]
+
+
+@pytest.mark.slow
+def test_a_plan_of_adapters_prints_nothing_of_other_libraries(tiny_model: Path, tmp_path: Path) -> None:
+    done = run_script("launch/plan.py", *tiny_flags(tiny_model, tmp_path / "run"), "--compare", "qlora last:2")
+    assert (done.returncode, done.stderr) == (0, "")

@@ -148,6 +148,7 @@ def _configure_logging(rank: int) -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # toolkit.runtime.hub logs retries and the use of the cache
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels for 4-bit products, unused here
     logging.basicConfig(level=logging.WARNING)
     for other in logging.getLogger().handlers:
         other.setFormatter(RedactingFormatter("%(levelname)s %(name)s: %(message)s"))

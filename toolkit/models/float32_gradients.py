@@ -25,11 +25,12 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from toolkit.models.bundled import cache_root
+from toolkit.models.padded_rows import ROW_MULTIPLE, padded_linear
 from toolkit.runtime.paths import replace_text
 
 log = logging.getLogger("frostline")
 
-FEWEST_ROWS = 32
+FEWEST_ROWS = ROW_MULTIPLE
 """Rows below which converting the weight to float32 costs more time than it saves."""
 
 _CHUNK_ELEMENTS = 2**19
@@ -52,17 +53,6 @@ class Float32Linear(nn.Linear):
             return padded_linear(input, self.weight, self.bias)
         output: torch.Tensor = _Float32Product.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
         return output
-
-
-def padded_linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Compute ``linear(states, weight, bias)`` on rows padded with zeros to a multiple of ``FEWEST_ROWS``.
-
-    Without padding, oneDNN caches 0.3 MiB for each distinct number of rows (torch 2.13, layers of a few hundred
-    columns).
-    """
-    rows = states.flatten(0, -2)
-    padded = nn.functional.pad(rows, (0, 0, 0, -len(rows) % FEWEST_ROWS))
-    return nn.functional.linear(padded, weight, bias)[: len(rows)].view(*states.shape[:-1], -1)
 
 
 class _Float32Product(torch.autograd.Function):

@@ -15,10 +15,11 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from toolkit.models.float32_gradients import FEWEST_ROWS, Float32Linear, gradient_of_states, padded_linear
+from toolkit.models.float32_gradients import FEWEST_ROWS, Float32Linear, gradient_of_states
+from toolkit.models.padded_rows import PaddedLinear, padded_linear
 from toolkit.models.quantization import PARTS, Precision, QuantizationSpec, dequantise, quantise
 
-_PRODUCTS = (nn.Linear.forward, Conv1D.forward, Float32Linear.forward)
+_PRODUCTS = (nn.Linear.forward, Conv1D.forward, Float32Linear.forward, PaddedLinear.forward)
 """Forward passes that are a product with the weight and nothing else."""
 
 
@@ -76,8 +77,10 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, bias: torch.Tensor | None, layer: QuantisedWeight) -> torch.Tensor:
         ctx.layer = layer
-        rows = states.numel() // max(1, states.shape[-1])
-        linear = padded_linear if layer.uses_float32(rows, states.dtype) else nn.functional.linear
+        padded = (
+            issubclass(layer.plain_class, (Float32Linear, PaddedLinear)) and states.dtype == layer.quantization.dtype
+        )
+        linear = padded_linear if padded else nn.functional.linear
         return linear(states, layer.matrix(states.dtype), bias)
 
     @staticmethod

@@ -28,6 +28,7 @@ from toolkit.inference.open_model import load_tokenizer_of
 from toolkit.mask.schedule import Schedule, build_schedule
 from toolkit.models.float32_gradients import float32_is_faster, use_float32_gradients
 from toolkit.models.load import LoadedModel, fingerprint
+from toolkit.models.padded_rows import pad_rows
 from toolkit.models.quirks import training_notes
 from toolkit.planning.engine_memory import EngineSpec, engine_spec
 from toolkit.planning.meta_model import meta_model_of
@@ -195,6 +196,8 @@ def _load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, dataset: 
     world.raise_if_stopping()
     if world.on_main(lambda: float32_is_faster(loaded.model.dtype, world.device)):
         use_float32_gradients(loaded.model)
+    elif world.device.type == "cpu" and loaded.model.dtype == torch.bfloat16:
+        pad_rows(loaded.model)
     return loaded
 
 
