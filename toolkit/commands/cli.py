@@ -57,7 +57,7 @@ def set_up_memory() -> None:
     """
     malloc.keep_freed_memory()
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8")  # 1024 by default
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # the shapes of a step with adapters; default: 1024
     os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")
 
 
