@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,15 @@ from helpers import (
     train,
 )
 from peft import PeftModel
+from row_runs import ADD, TOKENS, rows
 from test_adapter_runs import back_to, checkpoint_of
 from test_frozen_weights import smooth_llama
 from test_quantised_runs import dequantised, entry
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from toolkit.commands.export import export
-from toolkit.inference.open_model import open_model
+from toolkit.config.schema import ModelConfig
+from toolkit.inference.open_model import load_base, open_model
 from toolkit.models.quantised_linear import quantised_layer_bytes
 from toolkit.runtime.errors import CheckpointError, UsageError
 
@@ -112,16 +115,19 @@ def test_a_checkpoint_from_before_the_key_goes_on(tiny_model: Path, tmp_path: Pa
 def test_bitsandbytes_loads_the_base_that_the_card_of_the_adapter_names(tmp_path: Path) -> None:
     """As the card has it; on the plain base the adapters compute something else."""
     model = tmp_path / "model"
-    smooth_llama().save_pretrained(model)
-    make_tokenizer().save_pretrained(model)
-    assert train(*tiny_flags(model, tmp_path / "run", "--train.epochs", 2, *mask(entry("nf4")))) == 0
+    llama, tokenizer = smooth_llama(), make_tokenizer()
+    llama.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    llama.save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    added = [*ADD, "--mask.tied", "both", *mask(rows("embeddings", "head"), entry("nf4"))]
+    assert train(*tiny_flags(model, tmp_path / "run", "--train.epochs", 2, *added)) == 0
     export(tmp_path / "run", tmp_path / "adapter", adapter=True)
     opened = open_model(str(tmp_path / "run")).loaded.model
     ours = logits(opened)
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "peft"
     code = card.split("```python\n")[1].split("```")[0].replace("this directory", str(tmp_path / "adapter"))
-    assert "'model.layers.8'" in code
+    assert "'model.layers.8.self_attn.q_proj'" in code
     names: dict[str, Any] = {}
     exec(code, names)
     layer = names["base"].get_submodule("model.layers.10.mlp.up_proj").base_layer
@@ -130,9 +136,34 @@ def test_bitsandbytes_loads_the_base_that_the_card_of_the_adapter_names(tmp_path
     with torch.no_grad():  # in evaluation its kernel for CPUs rounds scales to bfloat16
         loaded = names["model"].train()(IDS).logits
     assert float((loaded - ours).abs().max()) / float(ours.abs().max()) < 1e-5
-    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), str(tmp_path / "adapter"))
+    base = AutoModelForCausalLM.from_pretrained(model)
+    base.resize_token_embeddings(len(tokenizer) + len(TOKENS))
+    plain = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
     assert float((logits(plain) - ours).abs().max()) / float(ours.abs().max()) > 1e-3
     assert isinstance(names["config"], BitsAndBytesConfig)
+    kept = names["config"].llm_int8_skip_modules
+    linear = [
+        name.removesuffix(".base_layer") for name, layer in opened.named_modules() if hasattr(layer, "in_features")
+    ]
+    layers = [name for name in linear if ".layers." in name and ".lora_" not in name]
+    for rule in (re.match, re.search):  # of transformers 5.14, and of 4: a part of the name
+        assert {name for name in layers if not any(rule(key, name) for key in kept)} == {
+            name for name in layers if int(name.split(".")[2]) >= 9
+        }
+
+
+def test_pefts_directory_of_quantised_layers_is_laid_onto_the_plain_base_with_a_warning(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert train(*tiny_flags(tiny_model, tmp_path / "run", "--train.max_steps", 2, *mask(entry("nf4")))) == 0
+    export(tmp_path / "run", tmp_path / "adapter", adapter=True)
+    with caplog.at_level("WARNING", "frostline"):
+        load_base(ModelConfig(name_or_path=str(tiny_model), dtype="float32", delta=str(tmp_path / "adapter")))
+    assert "trained on layers in nf4" in caplog.text
+    caplog.clear()
+    with caplog.at_level("WARNING", "frostline"):
+        load_base(ModelConfig(name_or_path=str(tiny_model), dtype="float32", delta=str(tmp_path / "run")))
+    assert not caplog.text
 
 
 def test_the_card_of_an_int8_adapter_names_the_merged_export(tiny_model: Path, tmp_path: Path) -> None:

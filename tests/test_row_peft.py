@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from toolkit.commands.export import export
 from toolkit.config.schema import ModelConfig
 from toolkit.inference.open_model import load_base, open_model
-from toolkit.runtime.errors import CheckpointError
+from toolkit.runtime.errors import CheckpointError, ModelError
 
 pytestmark = [  # peft's own
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
@@ -97,3 +97,18 @@ def test_a_damaged_or_foreign_directory_with_rows_is_refused(tiny_model: Path, t
         settings.write_text(json.dumps({**values, "trainable_token_indices": wrong}))
         with pytest.raises(CheckpointError, match=message):
             load_base(ModelConfig(name_or_path=str(tiny_model), dtype="float32", delta=str(tmp_path / "adapter")))
+
+
+def test_what_lacks_or_repeats_the_tokens_of_a_run_is_told_what_to_do(tmp_path: Path) -> None:
+    full_model(tmp_path / "model")
+    data = rows_with_tokens(tmp_path / "rows.jsonl")
+    flags = ["--data.path", data, "--mask.tied", "both", *ADD, "--train.max_steps", 2]
+    flags += mask(rows("embeddings", "head"), LORA)
+    assert train(*tiny_flags(tmp_path / "model", tmp_path / "run", *flags)) == 0
+    export(tmp_path / "run", tmp_path / "adapter", adapter=True)
+    model = ModelConfig(name_or_path=str(tmp_path / "model"), dtype="float32", delta=str(tmp_path / "adapter"))
+    with pytest.raises(CheckpointError, match=r"row 501 of model.embed_tokens, which has 500 rows; .*model.add_tokens"):
+        load_base(model)
+    again = model.model_copy(update={"delta": str(tmp_path / "run"), "add_tokens": list(TOKENS)})
+    with pytest.raises(ModelError, match=r"which the run of model\.delta has added"):
+        load_base(again)

@@ -15,10 +15,11 @@ import torch
 from toolkit.checkpoint.choice import Step
 from toolkit.checkpoint.delta import Delta
 from toolkit.config.schema import ModelConfig
-from toolkit.exporting.peft_rows import ROWS_KEY, load_config, require_sayable_rows, rows_by_table
+from toolkit.exporting.peft_rows import ROWS_KEY, load_config, require_sayable_rows, rows_by_table, rows_needed
 from toolkit.exporting.quantised_base import adapter_card
 from toolkit.exporting.run_export import check_paths, staging_directory
 from toolkit.inference.open_model import read_run
+from toolkit.inference.peft_adapter import BASE_PRECISION
 from toolkit.mask.adapters import Adapter, is_adapter_tensor
 from toolkit.mask.rows import is_rows_tensor
 from toolkit.models.exaone import exaone_name
@@ -76,11 +77,14 @@ def export_adapter(
     with staging_directory(target) as staging:
         staging.mkdir()
         config.save_pretrained(str(staging))
-        write_safetensors(staging / "adapter_model.safetensors", tensors)
+        precisions = ", ".join(layers.precision for layers in delta.mask.quantised)
+        metadata = {"format": "pt", **({BASE_PRECISION: precisions} if precisions else {})}
+        write_safetensors(staging / "adapter_model.safetensors", tensors, metadata)
         if model.add_tokens:
             load_tokenizer(model).save_pretrained(str(staging))
         if delta.mask.quantised:
-            (staging / "README.md").write_text(adapter_card(delta, stored, base_name), encoding="utf-8")
+            card = adapter_card(delta, str(source), rows_needed(model), stored, base_name)
+            (staging / "README.md").write_text(card, encoding="utf-8")
 
 
 def _peft_name(name: str) -> str:

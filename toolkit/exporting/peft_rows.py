@@ -79,10 +79,18 @@ def require_sayable_rows(delta: Delta, base: ModelConfig, config: PretrainedConf
             "this run added tokens whose rows did not all train, in the embeddings and in the head, and peft's "
             f"directory holds what trained alone; {_ADVICE}"
         )
-    log.info(
-        "PeftModel.from_pretrained needs a base with %d rows: call base.resize_token_embeddings(%d) if it has fewer",
-        max(added) + 1, max(added) + 1,
-    )  # fmt: skip
+    rows = rows_needed(base)
+    log.info("PeftModel.from_pretrained needs a base with %d rows: %s", rows, resize_call(rows))
+
+
+def rows_needed(base: ModelConfig) -> int:
+    """Return the rows that the token tables of the base need for ``model.add_tokens``; 0 if it adds none."""
+    return max(token_ids(load_tokenizer(base), base.add_tokens), default=-1) + 1
+
+
+def resize_call(rows: int) -> str:
+    """Return the line of Python that gives a base as many rows, where it has fewer."""
+    return f"base.resize_token_embeddings(max({rows}, base.get_input_embeddings().num_embeddings), mean_resizing=False)"
 
 
 def _embeddings(config: PretrainedConfig) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from toolkit.checkpoint.delta import Delta
+from toolkit.exporting.peft_rows import resize_call
 from toolkit.mask.layer_mask import LayerMask
 
 
@@ -21,11 +21,15 @@ def merged_base_text(mask: LayerMask) -> str:
     )
 
 
-def adapter_card(delta: Delta, stored: Mapping[str, Mapping[str, Any]], base_name: Callable[[str], str]) -> str:
+def adapter_card(
+    delta: Delta, source: str, rows: int, stored: Mapping[str, Mapping[str, Any]], base_name: Callable[[str], str]
+) -> str:
     """Return the README.md of a peft directory whose adapters trained on quantised layers.
 
     Args:
         delta: what trained.
+        source: Hub id or directory of the base model, for transformers.
+        rows: rows that its token tables need for added tokens; 0 if none were added.
         stored: header entries of the base model's files by tensor name, which may lack the first parts of names.
         base_name: maps a module's name to that in the base model's own class.
     """
@@ -33,6 +37,7 @@ def adapter_card(delta: Delta, stored: Mapping[str, Mapping[str, Any]], base_nam
     quantised = {base_name(module) for layers in delta.mask.quantised for module in layers.modules}
     if {layers.precision for layers in delta.mask.quantised} == {"nf4"}:
         skipped = _skipped(stored, quantised)
+        resize = f"\n{resize_call(rows)}" if rows else ""
         how = f"""bitsandbytes loads the base with the same values in these layers and no others (its kernels may round
 products otherwise):
 
@@ -46,7 +51,7 @@ config = BitsAndBytesConfig(
     bnb_4bit_compute_dtype=torch.{base.dtype},
     llm_int8_skip_modules={skipped!r},
 )
-base = AutoModelForCausalLM.from_pretrained({base.name_or_path!r}, dtype=torch.{base.dtype}, quantization_config=config)
+base = AutoModelForCausalLM.from_pretrained({source!r}, dtype=torch.{base.dtype}, quantization_config=config){resize}
 model = PeftModel.from_pretrained(base, "this directory")
 ```"""
     else:
@@ -77,14 +82,13 @@ def _held_text(mask: LayerMask) -> str:
 
 
 def _skipped(stored: Mapping[str, Mapping[str, Any]], quantised: set[str]) -> list[str]:
-    """Return the modules that stay as they are: whole blocks where none of their layers is quantised, and the head."""
+    """Return the modules that stay as they are, each by its whole name, and the head.
+
+    A block's name would do where versions of transformers compare whole parts of names; 5.14 takes model.layers.2 for
+    the beginning of model.layers.26, too.
+    """
     modules = [name.removesuffix(".weight") for name, entry in stored.items() if len(entry["shape"]) == 2]
     first = min(quantised)
     prefix = next((first.removesuffix(module) for module in modules if first.endswith(f".{module}")), "")
-    skipped = ["lm_head"]
-    for module in (f"{prefix}{name}" for name in modules):
-        block = re.match(r".*?\.\d+(?=\.)", module)
-        whole = block is not None and not any(name.startswith(f"{block[0]}.") for name in quantised)
-        if module not in quantised:
-            skipped.append(block[0] if block is not None and whole else module)
-    return list(dict.fromkeys(skipped))
+    kept = (module for module in (f"{prefix}{name}" for name in modules) if module not in quantised)
+    return list(dict.fromkeys(["lm_head", *kept]))

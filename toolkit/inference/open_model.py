@@ -177,6 +177,8 @@ def load_base(
     _apply_delta(loaded, delta, config)
     if delta.mask.adapters:
         log.info("model.delta: its adapters are merged into their layers, rounded to %s", config.dtype)
+        if delta.mask.quantised:
+            log.info("model.delta: quantised layers are dequantised; base_precision of the new mask rounds them anew")
         merge_adapters(loaded.model, delta.tensors)
     merge_rows(loaded.model, delta.tensors, round_to_nearest)
     return _with_new_anatomy(loaded, config)

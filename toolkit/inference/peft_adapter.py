@@ -20,6 +20,8 @@ from toolkit.runtime.safetensors_io import SafetensorsFile
 log = logging.getLogger("frostline")
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
+BASE_PRECISION = "frostline.base_precision"
+"""Metadata of the tensors' file: precisions of the quantised layers beside which they trained."""
 _UNDERSTOOD = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "lora_dropout", "use_rslora", "use_dora", "target_modules",
@@ -67,6 +69,12 @@ def apply_peft_adapter(loaded: LoadedModel, directory: Path) -> None:
         wrong += [
             module for module, (ids, values) in rows.items() if not _fits(shapes.get(f"{module}.weight"), ids, values)
         ]
+    lengths = {module: weights[f"{module}.weight"].shape[0] for module in rows if f"{module}.weight" in weights}
+    if short := [module for module, length in lengths.items() if max(rows[module][0], default=0) >= length]:
+        raise CheckpointError(
+            f"{directory} does not fit: it holds row {max(rows[short[0]][0])} of {short[0]}, which has "
+            f"{lengths[short[0]]:,} rows; expected the tokens that it trained in model.add_tokens, in their order"
+        )
     if wrong:
         raise CheckpointError(
             f"{directory} does not fit {loaded.model.config.name_or_path or type(loaded.model).__name__}: {wrong[0]} "
@@ -134,6 +142,7 @@ def _read(directory: Path) -> tuple[Any, dict[str, torch.Tensor]]:
         config = PeftConfig.from_pretrained(str(directory))
         file = SafetensorsFile(directory / _TENSORS)
         stored = {name: file.tensor(name) for name in file.entries}
+        precision = file.metadata.get(BASE_PRECISION)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{directory} is not a readable peft adapter ({type(error).__name__}: {error}); expected {_CONFIG} and "
@@ -152,6 +161,12 @@ def _read(directory: Path) -> tuple[Any, dict[str, torch.Tensor]]:
             f"{directory} sets {others[0]} ({values[others[0]]!r}), which is not supported; expected LoRA, rsLoRA or "
             "DoRA on linear layers. Merge it with peft first, and name the merged model"
         )
+    if precision is not None:
+        log.warning(
+            "model.delta: the adapters of %s trained on layers in %s, and are merged into plain ones here, which "
+            "computes something near; name the run itself, or its export.py --delta, for what was validated",
+            directory, precision,
+        )  # fmt: skip
     return config, stored
 
 

@@ -28,6 +28,11 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> Non
     Raises:
         ModelError: the tokenizer has one of them.
     """
+    if twice := sorted({token for token in tokens if tokens.count(token) > 1}):
+        raise ModelError(
+            f"model.add_tokens names {', '.join(map(repr, twice))}, which the run of model.delta has added already; "
+            "leave it out"
+        )
     vocabulary = tokenizer.get_vocab()
     if known := [token for token in tokens if token in vocabulary]:
         listed = ", ".join(f"{token!r} (id {vocabulary[token]})" for token in known)
