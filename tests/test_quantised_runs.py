@@ -41,7 +41,7 @@ def dequantised(model: Path, directory: Path, precision: Any, dtype: Any = torch
     return directory
 
 
-@pytest.fixture(scope="module", params=PRECISIONS)
+@pytest.fixture(scope="module", params=[pytest.param("int8", marks=pytest.mark.slow), "nf4"])
 def base(
     request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path]:
@@ -82,8 +82,8 @@ def test_a_run_learns_step_by_step_what_a_run_on_the_dequantised_model_learns(
         assert metrics(tmp_path / "other") != metrics(tmp_path / "codes")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precision", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
 def test_the_float_weights_are_gone_and_the_plan_counts_what_is_held(
     precision: str, dtype: str, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -121,7 +121,7 @@ def test_the_plan_the_audit_and_the_comparison_say_the_precision(tiny_model: Pat
     assert rows[1]["trained"] == rows[0]["trained"]
 
 
-@pytest.fixture(scope="module", params=PRECISIONS)
+@pytest.fixture(scope="module", params=[pytest.param("int8", marks=pytest.mark.slow), "nf4"])
 def run(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bfloat16 run with validation, some of whose quantised layers have no adapter."""
     folder = tmp_path_factory.mktemp("quantised") / request.param

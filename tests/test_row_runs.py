@@ -28,7 +28,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return rows_with_tokens(tmp_path_factory.mktemp("data") / "rows.jsonl")
 
 
-@pytest.fixture(scope="module", params=["tied", "apart"])
+@pytest.fixture(scope="module", params=["tied", pytest.param("apart", marks=pytest.mark.slow)])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return full_model(tmp_path_factory.mktemp(request.param) / "model", tied=request.param == "tied")
 

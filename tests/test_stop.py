@@ -54,7 +54,7 @@ def signals_are_default() -> bool:
 def test_a_signal_in_the_set_up_stops_before_anything_is_written(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    signal_before(monkeypatch, context, "load_tokenizer", 1, number)
+    signal_before(monkeypatch, context, "load_tokenizer_of", 1, number)
     loads = signal_before(monkeypatch, context, "load_for_training", 0)
     assert train(*tiny_flags(tiny_model, tmp_path / "run")) == 75
     assert loads() == 0
