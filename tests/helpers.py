@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +83,24 @@ _PORT_FLAGS = {"deepspeed": "--master_port", "torchrun": "--master_port", "accel
 """Each launcher's own default port may still be in use by the run before."""
 
 
+def _ports_of_this_process() -> Iterator[int]:
+    """Ports below those that the kernel gives to outgoing connections; each process of the tests begins elsewhere."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first, size = 12000 + worker % 4 * 5000, 5000
+    for number in itertools.count(os.getpid()):
+        yield first + number % size
+
+
+_ports = _ports_of_this_process()
+
+
 def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return int(probe.getsockname()[1])
+    """A port that nothing listens on, and that no other test is given in the next seconds."""
+    for port in _ports:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("localhost", port))
+            return port
+    raise AssertionError("there is no free port")
 
 
 may_start_ranks = True
