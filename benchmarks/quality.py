@@ -43,7 +43,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.contenders import run_toolkit, thread_variables  # noqa: E402
+from benchmarks.contenders import Outcome, run_toolkit, thread_variables  # noqa: E402
 from benchmarks.report import hardware, head_lines, table, versions  # noqa: E402
 from benchmarks.workload import Workload  # noqa: E402
 from toolkit.runtime.paths import replace_text  # noqa: E402
@@ -112,27 +112,27 @@ def provenance() -> Cell:
     return {"date": str(date.today()), "machine": hardware(), "versions": versions(("torch", "transformers", "peft"))}
 
 
-def mask_flags(mask: str) -> tuple[str, ...]:
-    """Return the flags of launch/train.py that train a mask."""
-    return ("--mask.train", *MASKS[mask][0], "--mask.tied", "both" if mask == "full" else "untie")
-
-
-def run_cell(folder: Path, mask: str, rate: float, seed: int, with_test: bool) -> Cell:
-    """Train once; return the losses. Runs share a cache, which does not change them.
+def train_mask(folder: Path, part: str, mask: str, rate: float, seed: int, cache: str, *flags: str) -> Outcome:
+    """Train a mask on the rows of ``part`` into ``folder/scratch``; ``cache`` is a folder in ``folder``.
 
     Raises:
         DoesNotFitError: it ran out of memory.
         RuntimeError: it failed otherwise.
     """
-    scratch = folder / "scratch"
-    shutil.rmtree(scratch, ignore_errors=True)
-    data, orders = str(folder / "train.json"), [list(range(PARTS["train"]))] * EPOCHS
-    outcome = run_toolkit(
-        Workload(MODEL, data, [], orders, seed, rate), scratch, *mask_flags(mask),
-        "--data.validation", str(folder / "validation.json"), "--output.sample_answers", "0",
-        "--output.keep", str(EPOCHS), "--prefix.cache_dir", str(folder / "cache"),
+    shutil.rmtree(folder / "scratch", ignore_errors=True)
+    data = folder / f"{part}.json"
+    orders = [list(range(len(json.loads(data.read_text(encoding="utf-8")))))] * EPOCHS
+    return run_toolkit(
+        Workload(MODEL, str(data), [], orders, seed, rate), folder / "scratch", "--mask.train", *MASKS[mask][0],
+        "--mask.tied", "both" if mask == "full" else "untie", "--prefix.cache_dir", str(folder / cache), *flags,
     )  # fmt: skip
-    run = scratch / "run"
+
+
+def run_cell(folder: Path, mask: str, rate: float, seed: int, with_test: bool) -> Cell:
+    """Train once; return the losses. Runs share a cache, which does not change them."""
+    flags = ["--data.validation", str(folder / "validation.json"), "--output.sample_answers", "0"]
+    outcome = train_mask(folder, "train", mask, rate, seed, "cache", *flags, "--output.keep", str(EPOCHS))
+    run = folder / "scratch" / "run"
     rows = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
     cell: Cell = {"validation": losses, "trained": outcome.record.trainable, **provenance()}
@@ -143,19 +143,12 @@ def run_cell(folder: Path, mask: str, rate: float, seed: int, with_test: bool) -
 
 def measure_price(folder: Path, mask: str, scale: float) -> Cell:
     """Train price.json on an empty cache; return the seconds at the end of each epoch of all rows, and the memory."""
-    scratch = folder / "scratch"
-    shutil.rmtree(scratch, ignore_errors=True)
-    rows = json.loads((folder / "price.json").read_text(encoding="utf-8"))
-    workload = Workload(MODEL, str(folder / "price.json"), [], [list(range(len(rows)))] * EPOCHS, 0, 1e-5)
-    outcome = run_toolkit(workload, scratch, *mask_flags(mask), "--prefix.cache_dir", str(scratch / "cache"))
-    steps = [end - start for start, end in zip(outcome.record.starts, outcome.record.ends, strict=True)]
-    seconds = [
-        outcome.record.starts[0] - outcome.begin + sum(steps[: (epoch + 1) * len(rows)]) for epoch in range(EPOCHS)
-    ]
-    return {
-        "seconds": [round(scale * value, 1) for value in seconds], "peak_gib": round(outcome.peak_bytes / 2**30, 3),
-        **provenance(),
-    }  # fmt: skip
+    outcome = train_mask(folder, "price", mask, 1e-5, 0, "scratch/cache")
+    record, size = outcome.record, len(outcome.record.ends) // EPOCHS
+    steps = [end - start for start, end in zip(record.starts, record.ends, strict=True)]
+    filling = record.starts[0] - outcome.begin
+    seconds = [round(scale * (filling + sum(steps[: (epoch + 1) * size])), 1) for epoch in range(EPOCHS)]
+    return {"seconds": seconds, "peak_gib": round(outcome.peak_bytes / 2**30, 3), **provenance()}
 
 
 def evaluate(source: str, data: Path, *flags: str) -> float:
@@ -293,10 +286,9 @@ def main() -> int:
             cells[cell_key(*cell)] = run_cell(folder, mask, rate, seed, with_test=seed in SEEDS)
             save(cells, given.cells)
             print(f"{cell_key(*cell)}: {cells[cell_key(*cell)]['validation']}", file=sys.stderr, flush=True)
-    done = sum("validation" in cell for key, cell in cells.items() if key != "base")
+    done = sum("trained" in cell for cell in cells.values())
     base = cells.get("base", {"validation": float("nan"), "test": float("nan")})
-    counts = ", ".join(f"{count} {part}" for part, count in PARTS.items())
-    print(head_lines(f"; rows: {counts}; {done} runs so far"))
+    print(head_lines(f"; rows: {', '.join(f'{n} {part}' for part, n in PARTS.items())}; {done} runs so far"))
     print(f"base: validation {base['validation']:.3f}, test {base['test']:.3f}\n")
     print(f"{result_table(cells)}\n\n{equal_cost(cells)}")
     if given.png:
