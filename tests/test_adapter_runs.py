@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adapter_runs import logits, mask, save_of_zoo
+from adapter_runs import assert_learned_alike, back_to, checkpoint_of, logits, mask, save_of_zoo
 from helpers import (
     ENGLISH,
     invocation,
@@ -47,10 +46,6 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def checkpoint_of(run: Path) -> Path:
-    return run / "checkpoints" / (run / "checkpoints" / "latest").read_text()
-
-
 def test_the_optimizer_and_the_checkpoint_hold_the_adapters_and_the_head_alone(run: Path, tiny_model: Path) -> None:
     masters = masters_of(checkpoint_of(run))
     assert {name for name in masters if not is_adapter_tensor(name)} == {"lm_head.weight"}
@@ -83,14 +78,6 @@ def test_dropout_above_the_frost_line_leaves_the_cache_exact(tiny_model: Path, t
     assert train(*other) == 0
     starts = [masters_of(checkpoint_of(tmp_path / name)) for name in ("on", "seed")]
     assert not any(torch.equal(starts[0][name], starts[1][name]) for name in starts[0] if "lora_A" in name)
-
-
-def back_to(run: Path, step: int) -> None:
-    """Leave a run as it was after a step that it has a checkpoint of."""
-    (run / "checkpoints" / "latest").write_text(f"step-{step}")
-    for folder in (run / "checkpoints").glob("step-*"):
-        if int(folder.name.removeprefix("step-")) > step:
-            shutil.rmtree(folder)
 
 
 def test_a_run_goes_on_exactly_after_a_stop(run: Path, tiny_model: Path, tmp_path: Path) -> None:
@@ -233,10 +220,7 @@ def test_two_ranks_learn_what_one_process_learns_and_one_process_goes_on(
     flags = tiny_flags(tiny_model, tmp_path / "two", "--ds", f"ds_configs/zero{stage}.json", *common)
     result = run_script("launch/train.py", *flags, launcher=("deepspeed", "--num_gpus", "2"))
     assert result.returncode == 0, result.stderr[-3000:]
-    assert metrics(tmp_path / "two") == pytest.approx(metrics(tmp_path / "one"), abs=1e-5)
-    expected = masters_of(checkpoint_of(tmp_path / "one"))
-    for name, tensor in masters_of(checkpoint_of(tmp_path / "two")).items():
-        assert torch.allclose(tensor, expected[name], atol=2e-5), name
+    assert_learned_alike(tmp_path / "two", tmp_path / "one")
     back_to(tmp_path / "two", 10)
     alone = tiny_flags(tiny_model, tmp_path / "two", "--train.gradient_accumulation_steps", 2, *common)
     assert train(*alone, "--resume-override") == 0

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from adapter_runs import IDS, logits, mask, save_of_zoo
+from adapter_runs import IDS, assert_learned_alike, back_to, checkpoint_of, logits, mask, save_of_zoo
 from bitsandbytes.functional import dequantize_4bit
 from helpers import (
     ENGLISH,
@@ -27,7 +27,6 @@ from helpers import (
 )
 from peft import PeftModel
 from row_runs import ADD, TOKENS, rows
-from test_adapter_runs import back_to, checkpoint_of
 from test_frozen_weights import smooth_llama
 from test_quantised_runs import dequantised, entry
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -226,10 +225,7 @@ def test_two_ranks_learn_what_one_process_learns_and_one_process_goes_on(
     zero = tiny_flags(tiny_model, tmp_path / "two", "--ds", f"ds_configs/zero{stage}.json", *flags)
     result = run_script("launch/train.py", *zero, launcher=("deepspeed", "--num_gpus", "2"))
     assert result.returncode == 0, result.stderr[-3000:]
-    assert metrics(tmp_path / "two") == pytest.approx(metrics(tmp_path / "one"), abs=1e-5)
-    expected = masters_of(checkpoint_of(tmp_path / "one"))
-    found = masters_of(checkpoint_of(tmp_path / "two"))
-    assert all(torch.allclose(found[name], tensor, atol=2e-5) for name, tensor in expected.items())
+    assert_learned_alike(tmp_path / "two", tmp_path / "one")
     back_to(tmp_path / "two", 10)
     resumed = tiny_flags(tiny_model, tmp_path / "two", *alone, *mask(entry(precision, **kind), "head"))
     assert train(*resumed, "--resume-override") == 0

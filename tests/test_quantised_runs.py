@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_runs import logits, mask
+from adapter_runs import checkpoint_of, logits, mask
 from helpers import invocation, masters_of, metrics, run_here, run_script, set_up, tiny_flags, train
-from test_adapter_runs import checkpoint_of
 from test_frozen_weights import live
 from transformers import AutoModelForCausalLM
 

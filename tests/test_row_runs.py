@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adapter_runs import logits, mask
+from adapter_runs import assert_learned_alike, back_to, checkpoint_of, logits, mask
 from helpers import invocation, masters_of, metrics, run_here, run_script, set_up, tiny_flags, train
 from row_runs import ADD, FULL, TOKENS, full_model, rows, rows_with_tokens
 from safetensors import safe_open
@@ -44,10 +43,6 @@ def run(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("rows") / "run"
     assert train(*flags_of(model, folder, data, *BOTH)) == 0
     return folder
-
-
-def checkpoint_of(run: Path) -> Path:
-    return run / "checkpoints" / (run / "checkpoints" / "latest").read_text()
 
 
 def tables_of(model: Any) -> list[torch.Tensor]:
@@ -119,14 +114,6 @@ def test_a_run_goes_on_exactly_after_a_stop(run: Path, model: Path, data: Path, 
     assert metrics(tmp_path / "run") == metrics(run)
     again, expected = masters_of(checkpoint_of(tmp_path / "run")), masters_of(checkpoint_of(run))
     assert all(torch.equal(again[name], expected[name]) for name in expected)
-
-
-def back_to(run: Path, step: int) -> None:
-    """Leave a run as it was after a step that it has a checkpoint of."""
-    (run / "checkpoints" / "latest").write_text(f"step-{step}")
-    for folder in (run / "checkpoints").glob("step-*"):
-        if int(folder.name.removeprefix("step-")) > step:
-            shutil.rmtree(folder)
 
 
 def test_a_run_begins_from_another_one_with_its_tokens_and_adds_more(
@@ -228,10 +215,7 @@ def test_two_ranks_learn_what_one_process_learns_and_one_process_goes_on(
     flags = flags_of(model, tmp_path / "two", data, "--ds", f"ds_configs/zero{stage}.json", *common)
     result = run_script("launch/train.py", *flags, launcher=("deepspeed", "--num_gpus", "2"))
     assert result.returncode == 0, result.stderr[-3000:]
-    assert metrics(tmp_path / "two") == pytest.approx(metrics(tmp_path / "one"), abs=1e-5)
-    expected = masters_of(checkpoint_of(tmp_path / "one"))
-    for name, tensor in masters_of(checkpoint_of(tmp_path / "two")).items():
-        assert torch.allclose(tensor, expected[name], atol=2e-5), name
+    assert_learned_alike(tmp_path / "two", tmp_path / "one")
     export(tmp_path / "two", tmp_path / "export")
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32)
