@@ -15,13 +15,14 @@ import torch
 from toolkit.checkpoint.choice import Step
 from toolkit.checkpoint.delta import Delta
 from toolkit.config.schema import ModelConfig
-from toolkit.exporting.peft_rows import ROWS_KEY, load_config, require_sayable_rows, rows_by_table, rows_needed
+from toolkit.exporting.peft_rows import ROWS_KEY, load_config, require_sayable_rows, rows_by_table
 from toolkit.exporting.quantised_base import adapter_card
 from toolkit.exporting.run_export import check_paths, staging_directory
 from toolkit.inference.open_model import read_run
 from toolkit.inference.peft_adapter import BASE_PRECISION
 from toolkit.mask.adapters import Adapter, is_adapter_tensor
 from toolkit.mask.rows import is_rows_tensor
+from toolkit.models.added_tokens import token_ids
 from toolkit.models.exaone import exaone_name
 from toolkit.models.load import Dtype, is_exaone_source, load_tokenizer, resolve_source
 from toolkit.models.source_files import SourceFiles
@@ -66,7 +67,9 @@ def export_adapter(
     config = _peft_config(delta, model, base_name)
     files = SourceFiles(source, model.revision)
     stored = StoredTensors(files).entries
-    require_sayable_rows(delta, model, load_config(source, model), stored)
+    tokenizer = load_tokenizer(model) if model.add_tokens else None
+    added = token_ids(tokenizer, model.add_tokens) if tokenizer else ()
+    require_sayable_rows(delta, added, load_config(source, model), stored)
     _require_same_targets(config, files.read_json("config.json").get("model_type"))
     _require_whole_modules([base_name(name) for name in delta.mask.names], config, stored)
     tensors = {_peft_name(name): tensor for name, tensor in delta.tensors.items() if not is_rows_tensor(name)}
@@ -80,10 +83,10 @@ def export_adapter(
         precisions = ", ".join(layers.precision for layers in delta.mask.quantised)
         metadata = {"format": "pt", **({BASE_PRECISION: precisions} if precisions else {})}
         write_safetensors(staging / "adapter_model.safetensors", tensors, metadata)
-        if model.add_tokens:
-            load_tokenizer(model).save_pretrained(str(staging))
+        if tokenizer:
+            tokenizer.save_pretrained(str(staging))
         if delta.mask.quantised:
-            card = adapter_card(delta, str(source), rows_needed(model), stored, base_name)
+            card = adapter_card(delta, source, max(added, default=-1) + 1, stored, base_name)
             (staging / "README.md").write_text(card, encoding="utf-8")
 
 

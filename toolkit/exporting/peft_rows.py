@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,9 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from toolkit.checkpoint.delta import Delta
 from toolkit.config.schema import ModelConfig
 from toolkit.mask.adapters import is_adapter_tensor
-from toolkit.models.added_tokens import token_ids
 from toolkit.models.exaone import read_exaone_config
-from toolkit.models.load import is_exaone_source, load_tokenizer
+from toolkit.models.load import is_exaone_source
 from toolkit.runtime.errors import CheckpointError
 
 log = logging.getLogger("frostline")
@@ -46,13 +45,15 @@ def rows_by_table(delta: Delta) -> dict[str, tuple[tuple[int, ...], torch.Tensor
     }
 
 
-def require_sayable_rows(delta: Delta, base: ModelConfig, config: PretrainedConfig, stored: Mapping[str, Any]) -> None:
+def require_sayable_rows(
+    delta: Delta, added: Collection[int], config: PretrainedConfig, stored: Mapping[str, Any]
+) -> None:
     """Refuse rows that peft would load otherwise, and say what it needs for those of added tokens.
 
     Args:
         delta: what the run trained.
-        base: the base model, where it is now.
-        config: its configuration.
+        added: ids of the tokens that the run added.
+        config: configuration of the base model.
         stored: its tensors by name.
 
     Raises:
@@ -68,24 +69,18 @@ def require_sayable_rows(delta: Delta, base: ModelConfig, config: PretrainedConf
         )
     if biased := [module for module in tables if any(f".{name}".endswith(f".{module}.bias") for name in stored)]:
         raise CheckpointError(f"{biased[0]} has a bias, which peft leaves out where rows of it train; {_ADVICE}")
-    if not base.add_tokens:
+    if not added:
         return
-    added = set(token_ids(load_tokenizer(base), base.add_tokens))
     plain = [tensor for tensor in delta.mask.trainable if not is_adapter_tensor(tensor.name)]
     whole = [tensor for tensor in plain if len(tensor.shape) == 2 and tensor.shape[0] > max(added)]
-    complete = len(whole) + sum(added <= set(ids) for ids, _ in tables.values())
+    complete = len(whole) + sum(set(added) <= set(ids) for ids, _ in tables.values())
     if complete < (1 if is_tied and delta.mask.tied != "untie" else 2):
         raise CheckpointError(
             "this run added tokens whose rows did not all train, in the embeddings and in the head, and peft's "
             f"directory holds what trained alone; {_ADVICE}"
         )
-    rows = rows_needed(base)
+    rows = max(added) + 1
     log.info("PeftModel.from_pretrained needs a base with %d rows: %s", rows, resize_call(rows))
-
-
-def rows_needed(base: ModelConfig) -> int:
-    """Return the rows that the token tables of the base need for ``model.add_tokens``; 0 if it adds none."""
-    return max(token_ids(load_tokenizer(base), base.add_tokens), default=-1) + 1
 
 
 def resize_call(rows: int) -> str:

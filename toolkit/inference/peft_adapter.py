@@ -66,9 +66,8 @@ def apply_peft_adapter(loaded: LoadedModel, directory: Path) -> None:
         low_rank = dict(t for module, adapter in modules for t in adapter.tensors(module, loaded.anatomy))
         shapes = {**{name: tensor.shape for name, tensor in weights.items()}, **low_rank}
         wrong = [name for name, tensor in tensors.items() if shapes.get(name) != tuple(tensor.shape)]
-        wrong += [
-            module for module, (ids, values) in rows.items() if not _fits(shapes.get(f"{module}.weight"), ids, values)
-        ]
+        widths = {module: shapes.get(f"{module}.weight", ())[1:] for module in rows}
+        wrong += [module for module, (_, values) in rows.items() if widths[module] != values.shape[1:]]
     lengths = {module: weights[f"{module}.weight"].shape[0] for module in rows if f"{module}.weight" in weights}
     if short := [module for module, length in lengths.items() if max(rows[module][0], default=0) >= length]:
         raise CheckpointError(
@@ -118,11 +117,6 @@ def _take_rows(
             )
         rows[names[stored].removesuffix(f".{_ROWS_KEY}")] = ids, values
     return rows
-
-
-def _fits(table: tuple[int, ...] | None, ids: list[int], values: torch.Tensor) -> bool:
-    """Return True if a table of this shape has these rows."""
-    return table is not None and len(table) == 2 and table[1:] == values.shape[1:] and max(ids, default=0) < table[0]
 
 
 def _read(directory: Path) -> tuple[Any, dict[str, torch.Tensor]]:

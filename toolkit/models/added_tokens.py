@@ -26,7 +26,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> Non
     They are not special, because a special token in a row's text is read as plain text (docs/data.md).
 
     Raises:
-        ModelError: the tokenizer has one of them.
+        ModelError: one is there twice, the tokenizer has one of them, or takes fewer.
     """
     if twice := sorted({token for token in tokens if tokens.count(token) > 1}):
         raise ModelError(

@@ -77,8 +77,8 @@ def meta_model(config: ModelConfig) -> MetaModel:
         raise ModelError(
             f"the weights in {source} cannot be read ({type(error).__name__}: {error}); restore them"
         ) from None
-    if all_added_tokens(config):  # the weights in the files have no rows for them
-        added = token_ids(load_tokenizer_of(config), all_added_tokens(config))
+    if tokens := all_added_tokens(config):  # the weights in the files have no rows for them
+        added = token_ids(load_tokenizer_of(config), tokens)
         add_token_rows(model, added)
         anatomy = replace(detect_anatomy(model), added=added)
     return MetaModel(model, anatomy, note)
