@@ -154,8 +154,7 @@ def engine_memory(spec: EngineSpec, tensors: TensorSizes, frozen: PrefixMemory) 
     bf16_optimizer.py and fp16/unfused_optimizer.py, and for files swap_tensor/optimizer_utils.py.
     """
     by_stage = {None: _local_engine, 0: _stage_0, 1: _stage_1_or_2, 2: _stage_1_or_2, 3: _stage_3}
-    suffix_weights = (tensors.total + sum(tensors.frozen)) * tensors.width + tensors.quantised
-    weights = EngineMemory(frozen.device, suffix_weights)
+    weights = EngineMemory(frozen.device, (tensors.total + sum(tensors.frozen)) * tensors.width + tensors.quantised)
     held = by_stage[spec.stage](spec, tensors, weights)
     return _count_host_as_device(held) if spec.host_is_device else held
 
@@ -294,8 +293,5 @@ def _offload_state(held: EngineMemory, spec: EngineSpec, masters: int, largest: 
         return replace(off, host={"masters": masters, "moments": held.moments,
                                   "gradients": held.update_gradients, "workspace": held.scratch})  # fmt: skip
     group = min(masters // 4, max(spec.swapped, largest))
-    return replace(
-        off,
-        host={"gradients": held.accumulated, "workspace": spec.swap_buffers * 4 * group},
-        files=2 * masters + held.moments,  # float32 gradients are in files, too
-    )
+    host = {"gradients": held.accumulated, "workspace": spec.swap_buffers * 4 * group}
+    return replace(off, host=host, files=2 * masters + held.moments)  # float32 gradients are in files, too
