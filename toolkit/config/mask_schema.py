@@ -178,7 +178,7 @@ class RowsEntry(Section):
         if rows.ids is not None:
             which = ",".join(map(str, rows.ids))
         else:
-            which = "added" if rows.from_ == "added" else f"{rows.from_}-{rows.to or ''}"
+            which = "added" if rows.from_ == "added" else f"{rows.from_}-{'' if rows.to is None else rows.to}"
         return f"rows {which} of {'+'.join(rows.select)}"
 
 
