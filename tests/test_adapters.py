@@ -18,6 +18,7 @@ from toolkit.mask.apply import apply_mask, merge_adapters, trainable_parameters,
 from toolkit.mask.layer_mask import LayerMask, build_mask
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.anatomy_detection import detect_anatomy
+from toolkit.models.probe import called_modules
 from toolkit.runtime.distributed import World
 from toolkit.split.activation_checkpointing import checkpoint_blocks
 from toolkit.split.suffix import split, split_is_exact
@@ -137,7 +138,9 @@ def test_every_types_adapters_take_part(name: str, batches: list[Batch]) -> None
     apply_mask(model, mask, anatomy, seed=3)
     prefix, suffix = split(model.eval(), anatomy, mask.boundary)
     assert prefix is not None
-    unused = unused_adapters(suffix.model, lambda: suffix.logits(prefix(batches[0]), batches[0]))
+    unused = unused_adapters(
+        suffix.model, called_modules(suffix.model, lambda: suffix.logits(prefix(batches[0]), batches[0]))
+    )
     assert {layer.rpartition(".")[2] for layer in unused} == PAST_ADAPTERS.get(name, set())
     for batch in batches:
         suffix(prefix(batch), batch).backward()

@@ -18,6 +18,7 @@ from toolkit.data.batches import Batch
 from toolkit.mask.apply import apply_mask, merge_adapters, trainable_parameters, unused_adapters
 from toolkit.models.float32_gradients import Float32Linear
 from toolkit.models.padded_rows import PaddedLinear
+from toolkit.models.probe import called_modules
 from toolkit.models.quantised_linear import QuantisedWeight, dequantise_layers, quantise_layer, quantised_layer_bytes
 from toolkit.split.suffix import split
 
@@ -195,7 +196,9 @@ def test_a_layer_whose_weight_the_model_reads_itself_computes_alike(batches: lis
         prefix, suffix = split(model.eval(), anatomy, mask.boundary)
         assert prefix is not None
         hidden = prefix(batches[0])
-        assert not unused_adapters(suffix.model, lambda s=suffix, h=hidden: s.logits(h, batches[0]))
+        assert not unused_adapters(
+            suffix.model, called_modules(suffix.model, lambda s=suffix, h=hidden: s.logits(h, batches[0]))
+        )
         loss = suffix(hidden, batches[0])
         loss.backward()
         found.append((loss, [p.grad for p in trainable_parameters(model, mask).values()]))

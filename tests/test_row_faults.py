@@ -14,6 +14,7 @@ from row_runs import ADD, FULL, TOKENS, full_model, rows
 from toolkit.mask.row_layers import add_rows, unused_rows
 from toolkit.mask.rows import TableRows
 from toolkit.models.added_tokens import add_token_rows, add_tokens
+from toolkit.models.probe import called_modules
 from toolkit.runtime.errors import MaskError, ModelError, UsageError
 from toolkit.training.preflight import preflight
 
@@ -142,10 +143,12 @@ def test_a_table_that_the_model_computes_past_is_refused(
     """Its own code multiplies with the head's weight instead of calling the head."""
     model = tiny_llama(tied=False)
     add_rows(model, [TableRows("lm_head.weight", ((5, 7),))])
-    assert unused_rows(model, lambda: model(input_ids=torch.arange(5)[None])) == []
-    assert unused_rows(model, lambda: model.model(input_ids=torch.arange(5)[None])) == ["lm_head"]
+    assert unused_rows(model, called_modules(model, lambda: model(input_ids=torch.arange(5)[None]))) == []
+    assert unused_rows(model, called_modules(model, lambda: model.model(input_ids=torch.arange(5)[None]))) == [
+        "lm_head"
+    ]
     flags = tiny_flags(tiny_model, tmp_path / "run", "--mask.tied", "untie", *mask(rows("head", ids=[5, 6])))
-    monkeypatch.setattr("toolkit.training.phases.unused_rows", lambda model, run: ["lm_head"])
+    monkeypatch.setattr("toolkit.training.phases.unused_rows", lambda model, called: ["lm_head"])
     with pytest.raises(UsageError, match="some of lm_head, which this model never calls: it computes with its weight"):
         set_up(invocation(*flags))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -104,21 +104,14 @@ def add_adapters(model: PreTrainedModel, adapters: Sequence[Adapter], seed: int)
                 model.set_submodule(name, wrapped.train(layer.training))
 
 
-def unused_adapters(model: nn.Module, run: Callable[[], object]) -> list[str]:
-    """Return the adapted layers that are not called while ``run`` runs ``model``.
+def unused_adapters(model: nn.Module, called: Collection[nn.Module]) -> list[str]:
+    """Return the adapted layers that are not among those ``called`` (see ``toolkit.models.probe.called_modules``).
 
     Such a model computes with the layer's weight itself (Mamba's time steps, fused kernels), past the adapter, or not
     at all (the attention to an encoder that is not there). Experts, of which a router chooses some, are left out.
     """
-    adapted = {name: layer for name, layer in _adapted_layers(model).items() if "expert" not in name}
-    called: set[nn.Module] = set()
-    hooks = [layer.register_forward_pre_hook(lambda module, args: called.add(module)) for layer in adapted.values()]
-    try:
-        run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [name for name, layer in adapted.items() if layer not in called]
+    layers = _adapted_layers(model)
+    return [name for name, layer in layers.items() if layer not in called and "expert" not in name]
 
 
 def _adapted_layers(model: nn.Module) -> dict[str, Any]:

@@ -8,7 +8,7 @@ this copies the whole table in each forward pass, and its backward pass makes a 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -145,24 +145,14 @@ class HeadWithRows(TableWithRows):
         return logits.index_copy(-1, places.numbers, own)
 
 
-def unused_rows(model: nn.Module, run: Callable[[], object]) -> list[str]:
-    """Return the tables with rows that are not called while ``run`` runs ``model``: it computes with the weight itself.
+def unused_rows(model: nn.Module, called: Collection[nn.Module]) -> list[str]:
+    """Return the tables with rows that are not among the modules ``called``: the model computes with the weight itself.
 
     Of a tied head and the embeddings one is enough; a suffix does not look tokens up.
     """
     tables = {name: module for name, module in model.named_modules() if isinstance(module, TableWithRows)}
-    called: set[nn.Parameter | None] = set()
-
-    def remember(module: nn.Module, args: Any) -> None:
-        called.add(module._parameters["weight"])
-
-    hooks = [table.register_forward_pre_hook(remember) for table in tables.values()]
-    try:
-        run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [name for name, table in tables.items() if table._parameters["weight"] not in called]
+    used = {table._parameters["weight"] for table in tables.values() if table in called}
+    return [name for name, table in tables.items() if table._parameters["weight"] not in used]
 
 
 def add_rows(model: PreTrainedModel, rows: Sequence[TableRows]) -> None:

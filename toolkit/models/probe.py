@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -59,3 +59,15 @@ def probe_blocks(
         for hook in hooks:
             hook.remove()
     return recorded
+
+
+def called_modules(model: nn.Module, run: Callable[[], object]) -> set[nn.Module]:
+    """Return the modules of ``model`` that are called while ``run`` runs it."""
+    called: set[nn.Module] = set()
+    hooks = [module.register_forward_pre_hook(lambda module, args: called.add(module)) for module in model.modules()]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return called

@@ -31,7 +31,7 @@ from toolkit.mask.audit import audit_table
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.mask.row_layers import unused_rows
 from toolkit.mask.schedule import Phase
-from toolkit.models.probe import evaluation_mode
+from toolkit.models.probe import called_modules, evaluation_mode
 from toolkit.optim.state_fragments import AdamState
 from toolkit.planning.planner import Plan, Planner
 from toolkit.runtime import malloc
@@ -216,9 +216,9 @@ def _cut_model(context: RunContext, model: ModelHandle, phase: Phase, packing: D
 def _require_used_adapters(suffix: Suffix, hidden: torch.Tensor | None, row: Batch) -> None:
     """Raise MaskError if the model does not call a layer with an adapter or rows, which would then learn nothing."""
     with evaluation_mode(suffix):
-        unused = unused_adapters(suffix.model, lambda: suffix.logits(hidden, row))
-        tables = unused_rows(suffix.model, lambda: suffix.logits(hidden, row))
-    if tables:
+        called = called_modules(suffix.model, lambda: suffix.logits(hidden, row))
+    unused = unused_adapters(suffix.model, called)
+    if tables := unused_rows(suffix.model, called):
         raise MaskError(
             f"mask.train: rows trains some of {tables[0]}, which this model never calls: it computes with its weight "
             "past the rows. Train the table whole, or leave it out"
