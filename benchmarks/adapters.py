@@ -1,10 +1,11 @@
 """What adapters above the frost line cost: the toolkit beside peft's LoRA under transformers' Trainer.
 
-    python benchmarks/adapters.py --data PATH/TO/ori_pqal.json [--rounds 3] [--save]
+    python benchmarks/adapters.py --data PATH/TO/ori_pqal.json [--micro-batch 8] [--rounds 3] [--save]
 
 LoRA of rank 16 beside every linear layer, in the last eight blocks and in all, of SmolLM2-135M (or of a --shape of
-random weights), on the same rows in the same order: bfloat16, batch 1, AdamW 5e-4, 10 % linear warmup, linear decay,
-clipping at 1.0. Columns and rounds are those of partial_finetuning.py; x is peft's run divided by this one.
+random weights), on the same rows in the same order: bfloat16, AdamW 5e-4, 10 % linear warmup, linear decay, clipping at
+1.0. Of several rows a step peft + Trainer pads each to the longest, the toolkit packs them, as either does by default.
+Columns and rounds are those of partial_finetuning.py; x is peft's run divided by this one.
 
 Exits 1 if a bound is missed. With --shape, only the bounds on the losses count.
 """
@@ -90,6 +91,7 @@ def main() -> int:
     """Prepare the workload, run the rounds, print and save the table, check the bounds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
+    parser.add_argument("--micro-batch", type=int, default=1, help="rows of a step; default: 1")
     parser.add_argument("--rounds", type=int, default=1, help="how often each contender runs; default: 1")
     parser.add_argument("--threads", type=int, help="threads of each process; default: one a core")
     parser.add_argument("--directory", type=Path, help="where models, caches and runs go; default: a temporary one")
@@ -98,18 +100,21 @@ def main() -> int:
     thread_variables(given.threads)
     results: dict[str, list[Outcome]] = {name: [] for name in NAMES}
     with tempfile.TemporaryDirectory(dir=given.directory) as folder:
-        workload = replace(prepare(Path(folder), given), last=BLOCKS, learning_rate=RATE)
+        workload = prepare(Path(folder), given)
+        workload = replace(workload, last=BLOCKS, learning_rate=RATE, micro_batch=given.micro_batch)
         workload.save(Path(folder) / "workload.json")
         for number in range(given.rounds):
             for name in NAMES:
                 results[name].append(run(name, workload, Path(folder), number))
                 print(f"round {number + 1}: {name}: run {results[name][-1].run:.1f} s", file=sys.stderr, flush=True)
-    above = head_lines(f"; {given.shape or 'SmolLM2-135M'}, {given.rows} rows, {given.epochs} epochs")
+    rows = f"{given.rows} rows, {given.micro_batch} a step"
+    above = head_lines(f"; {given.shape or 'SmolLM2-135M'}, {rows}, {given.epochs} epochs")
     held = bounds(results, speed=given.shape is None)
     text = f"{above}\n{result_table(results, given.epochs)}\n\n{bounds_text(held)}"
     print(text)
     if given.save:
-        save(f"adapters{f'-{given.shape}' if given.shape else ''}", text)
+        rows = f"-{given.micro_batch}-a-step" if given.micro_batch > 1 else ""
+        save(f"adapters{f'-{given.shape}' if given.shape else ''}{rows}", text)
     return 0 if all(held.values()) else 1
 
 

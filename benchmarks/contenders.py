@@ -143,6 +143,7 @@ def run_toolkit(workload: Workload, scratch: Path, *flags: str) -> Outcome:
         "--config": ROOT / "recipes" / "quickstart.yaml", "--model.name_or_path": workload.model,
         "--data.path": workload.data, "--data.validation": "none", "--train.seed": workload.seed,
         "--train.epochs": len(workload.orders), "--train.learning_rate": workload.learning_rate, "--output.dir": run,
+        "--train.micro_batch_size": workload.micro_batch,
     }  # fmt: skip
     command = [
         sys.executable,

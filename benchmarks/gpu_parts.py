@@ -1,121 +1,44 @@
-"""The parts of ``benchmarks/gpu.py`` that measure single operations, and what all its parts share."""
+"""The parts of ``benchmarks/gpu.py`` that measure single operations."""
 
 from __future__ import annotations
 
-import gc
-import importlib.util
 import statistics
-import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.floors import UPDATE_BYTES, synchronise
-from benchmarks.shapes import EXAONE_2_4B, Shape
+from benchmarks.gpu_table import Row, Sizes, has_bitsandbytes, median_ms
 from toolkit.config.schema import OptimName
-from toolkit.optim import master_adamw
+from toolkit.optim.kernel_choice import choose_kernels, kernels_if
 from toolkit.optim.master_adamw import MasterAdamW
-from toolkit.split import supervised_loss
-from toolkit.split.supervised_loss import linear_cross_entropy
+from toolkit.optim.update_kernels import KernelFactory
+from toolkit.split import logit_tiles
+from toolkit.split.supervised_loss import TILE_BYTES, linear_cross_entropy
 
+NEW_LENGTHS = range(301, 310)
 ADAMW = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
-CHUNK = 320 * 65_536
-"""Elements of one launch of torch's multi-tensor kernels: 320 blocks of 65,536."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table."""
-
-    what: str
-    value: str
-    bound: str = ""
-    holds: bool | None = None
-    """Whether the bound holds; None for a row without a bound."""
-
-    @property
-    def cells(self) -> list[str]:
-        """Return the line's cells."""
-        return [self.what, self.value, self.bound, {None: "", True: "ok", False: "MISS"}[self.holds]]
+@contextmanager
+def without_triton() -> Iterator[None]:
+    """Use torch's operations in the place of Triton's kernels."""
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(logit_tiles, "triton_trouble", return_value="left out"))
+        stack.enter_context(mock.patch("toolkit.engine.local.kernels_if", return_value=None))
+        yield
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of what is measured."""
-
-    copied: int
-    """Bytes of the tensor that is copied within the device."""
-    product: int
-    """Rows and columns of the square matrices that are multiplied."""
-    sent: int
-    """Bytes that go from the host to the device."""
-    loss: tuple[int, int, int]
-    """S supervised positions, V tokens of the vocabulary, H hidden size."""
-    updated: int
-    """Elements that an optimizer updates."""
-    shape: Shape
-    """Of the model whose steps are timed."""
-    batches: tuple[tuple[int, int, int], ...]
-    """Rows, tokens a row and supervised tokens a row of each timed batch."""
-    rows: int
-    """Rows of the short runs, of which a quarter is held out."""
-
-
-SIZES = {
-    "cuda": Sizes(
-        2**31, 8192, 8 * 2048 * 2560 * 2, (2048, 102_400, 2560), 214_016 * 2560, EXAONE_2_4B,
-        ((1, 700, 60), (1, 700, 699), (8, 2048, 256), (4, 2048, 2047)), 20,
-    ),
-    "cpu": Sizes(
-        2**20, 64, 2**16, (16, 256, 16), 2**16, Shape(32, 6, 4, 2, 64, 260), ((1, 32, 8), (2, 32, 16)), 4
-    ),
-}  # fmt: skip
-"""By device; on a CPU so small that the script itself is tried."""
-
-
-def measure(parts: Sequence[str], device: str) -> list[Row]:
-    """Measure the named parts one after the other; one that raises is a missed bound, and the others go on."""
-    from benchmarks import gpu_runs
-
-    functions: dict[str, Callable[[torch.device, Sizes], Iterator[Row]]] = {
-        "ceilings": ceilings, "loss": loss, "update": update, "runs": gpu_runs.runs, "steps": gpu_runs.steps,
-    }  # fmt: skip
-    rows: list[Row] = []
-    for part in parts:
-        try:
-            for row in functions[part](torch.device(device), SIZES[device]):
-                print(" ".join(row.cells), file=sys.stderr, flush=True)
-                rows.append(row)
-        except Exception as error:
-            traceback.print_exc()
-            rows.append(Row(f"{part} to its end", type(error).__name__, "no error", holds=False))
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
-    return rows
-
-
-def median_ms(work: Callable[[], object], device: torch.device, repeats: int = 5, warm_up: int = 2) -> float:
-    """Return the median time of several runs in milliseconds, the device's work included."""
-    times = []
-    for _ in range(warm_up + repeats):
-        synchronise(device)
-        started = time.perf_counter()
-        work()
-        synchronise(device)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[warm_up:]) * 1e3
-
-
-def has_bitsandbytes() -> bool:
-    """Return whether bitsandbytes is installed, which the 8-bit optimizers and 4-bit weights need."""
-    return importlib.util.find_spec("bitsandbytes") is not None
+VARIANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {"": nullcontext, ", no Triton": without_triton}
+"""With what loss and steps are timed, as a context."""
 
 
 def ceilings(device: torch.device, sizes: Sizes) -> Iterator[Row]:
@@ -132,6 +55,23 @@ def ceilings(device: torch.device, sizes: Sizes) -> Iterator[Row]:
     for name, memory in memories.items():
         rate = sizes.sent / median_ms(partial(memory.to, device, non_blocking=True), device) / 1e6
         yield Row(f"host to device, {name}, GB/s", f"{rate:.1f}")
+    backends = {"flash": SDPBackend.FLASH_ATTENTION}
+    if device.type == "cuda":
+        backends["cuDNN"] = SDPBackend.CUDNN_ATTENTION  # torch's first choice on an H100, and not of a run
+    for name, backend in backends.items():
+        with sdpa_kernel(backend):
+            taken = [_attention_ms(length, device) for length in NEW_LENGTHS]
+        yield Row(f"{name} attention of a new length, forward and backward, ms", f"{statistics.median(taken):.1f}")
+
+
+def _attention_ms(length: int, device: torch.device) -> float:
+    """Return the milliseconds of attention over one row, forward and backward; the first of its length in a process."""
+    query, key, value = (torch.randn(1, 8, length, 64, device=device).bfloat16().requires_grad_() for _ in range(3))
+    synchronise(device)
+    started = time.perf_counter()
+    torch.autograd.backward(nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).sum())
+    synchronise(device)
+    return (time.perf_counter() - started) * 1e3
 
 
 def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
@@ -141,7 +81,7 @@ def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def loss(device: torch.device, sizes: Sizes) -> Iterator[Row]:
-    """Compare the tiled loss and its gradients with float64, then time it by ``BLOCK_BYTES``."""
+    """Compare the tiled loss and its gradients with float64, then time it with Triton's kernels, and without."""
     for positions, vocabulary, tile in ((37, 1003, 2**27), (700, 4099, 2**18), (700, 4099, 2**27)):
         for dtype, allowed in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
             off = _loss_error(positions, vocabulary, tile, dtype, device)
@@ -152,14 +92,15 @@ def loss(device: torch.device, sizes: Sizes) -> Iterator[Row]:
     weight = (torch.randn(vocabulary, hidden_size, device=device) * 0.02).bfloat16().requires_grad_()
     targets = torch.randint(vocabulary, (positions,), device=device)
 
-    def work() -> None:
-        torch.autograd.backward(linear_cross_entropy(hidden, weight, None, targets))
+    def work(tile: int) -> None:
+        torch.autograd.backward(linear_cross_entropy(hidden, weight, None, targets, tile_bytes=tile))
         hidden.grad = weight.grad = None
 
-    for size in (supervised_loss.BLOCK_BYTES, 2**26, 2**31):
-        with mock.patch.object(supervised_loss, "BLOCK_BYTES", size):
-            taken = median_ms(work, device)
-        yield Row(f"loss forward and backward, S={positions}, blocks of {size:,} bytes, ms", f"{taken:.1f}")
+    for tile in (TILE_BYTES, 2**30):
+        for title, variant in VARIANTS.items():
+            with variant():
+                taken = median_ms(partial(work, tile), device)
+            yield Row(f"loss forward and backward{title}, S={positions}, tiles of {tile:,} bytes, ms", f"{taken:.1f}")
 
 
 def _loss_error(positions: int, vocabulary: int, tile: int, dtype: torch.dtype, device: torch.device) -> float:
@@ -177,50 +118,92 @@ def _loss_error(positions: int, vocabulary: int, tile: int, dtype: torch.dtype, 
     return max(relative_error(a, b) for a, b in pairs if a is not None and b is not None)
 
 
+@dataclass(frozen=True)
+class Way:
+    """One way to update."""
+
+    title: str
+    name: OptimName
+    kernels: KernelFactory | None
+    accumulates: bool = False
+
+
 def update(device: torch.device, sizes: Sizes) -> Iterator[Row]:
-    """Compare each optimizer's masters with the CPU's float32 AdamW, then time an update by its piece."""
-    names: tuple[OptimName, ...] = ("adamw", "adamw_bf16", *(("adamw_8bit",) if has_bitsandbytes() else ()))
-    for name in names:
-        allowed = 1e-6 if name == "adamw" else 2e-2
-        for dtype in (torch.bfloat16, torch.float32):
-            found, steps = masters_after(name, dtype, device)
-            expected, _ = masters_after("adamw", dtype, torch.device("cpu"))
-            off = relative_error(found, expected)
+    """Compare the masters of each way with the CPU's float32 AdamW, then time it for one tensor and for many."""
+    choice = choose_kernels(device)
+    yield Row("update of float32 moments", choice.reason)
+    ways = [Way("adamw by torch's kernels", "adamw", None)]
+    if kernels := kernels_if(choice):
+        ways += [
+            Way("adamw by one kernel", "adamw", kernels),
+            Way("adamw by one kernel, summed", "adamw", kernels, True),
+        ]
+    if has_bitsandbytes():
+        ways.append(Way("adamw_8bit", "adamw_8bit", kernels))
+    for dtype in (torch.bfloat16, torch.float32):
+        expected, _ = masters_after(Way("", "adamw", None), dtype, torch.device("cpu"))
+        for way in ways:
+            found, steps = masters_after(way, dtype, device)
+            off, allowed = relative_error(found, expected), 1e-6 if way.name == "adamw" else 2e-2
             holds = off < allowed and steps == 4
-            yield Row(f"{name}, {_name(dtype)} weights: error of the masters", f"{off:.1e}", f"{allowed:.0e}", holds)
-    weight = nn.Parameter(torch.zeros(sizes.updated // 256, 256, dtype=torch.bfloat16, device=device))
-    gradient = torch.randn_like(weight)
-    for name in names:
-        for piece in (master_adamw.LARGEST_PIECE, CHUNK, 2**27) if name == "adamw" else (master_adamw.LARGEST_PIECE,):
-            settings = [{**ADAMW, "params": [weight]}]
-            optimizer = MasterAdamW({"weight": weight}, settings, 1.0, piece=piece, name=name)
-
-            def work(optimizer: MasterAdamW = optimizer) -> None:
-                weight.grad = gradient
-                optimizer.step()
-
-            what = f"update of {weight.numel() / 1e6:.1f} M elements, {name}, pieces of {piece / 2**20:.0f} Mi, ms"
-            yield Row(what, f"{median_ms(work, device):.2f}")
-            del optimizer, work
+            yield Row(
+                f"{way.title}, {_name(dtype)} weights: error of the masters", f"{off:.1e}", f"{allowed:.0e}", holds
+            )
+    top = [*sizes.shape.block().values()] * 4 + [(sizes.shape.vocabulary, sizes.shape.hidden)]
+    for shapes in ([(sizes.updated // 256, 256)], top):
+        for way in ways:
+            yield _timed_update(shapes, way, device)
     if not has_bitsandbytes():
         yield Row("adamw_8bit", "left out: bitsandbytes is not installed")
-    yield Row("bytes that an update moves, GB", f"{UPDATE_BYTES * weight.numel() / 1e9:.2f}")
+    yield Row("bytes that an update of so many elements moves, GB", f"{UPDATE_BYTES * sizes.updated / 1e9:.2f}")
 
 
-def masters_after(name: OptimName, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, float]:
+def _timed_update(shapes: Sequence[tuple[int, ...]], way: Way, device: torch.device) -> Row:
+    """Time an update of bfloat16 tensors, with norm and clipping."""
+    weights = {str(i): nn.Parameter(torch.zeros(shape, device=device).bfloat16()) for i, shape in enumerate(shapes)}
+    gradients = [torch.randn_like(weight) for weight in weights.values()]
+    optimizer = MasterAdamW(
+        weights, _groups(weights.values()), 1.0, way.accumulates, name=way.name, kernels=way.kernels
+    )
+
+    def work() -> None:
+        for weight, gradient in zip(weights.values(), gradients, strict=True):
+            weight.grad = gradient
+        optimizer.collect()
+        optimizer.step()
+
+    elements = sum(weight.numel() for weight in weights.values())
+    what = f"update of {elements / 1e6:.1f} M elements in {len(weights)} tensor(s), {way.title}, ms"
+    return Row(what, f"{median_ms(work, device):.2f}")
+
+
+def _groups(weights: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """Return the parameter groups of a recipe: matrices, then vectors, which do not decay."""
+    every = list(weights)
+    parts = (
+        ([w for w in every if w.ndim > 1], ADAMW),
+        ([w for w in every if w.ndim < 2], {**ADAMW, "weight_decay": 0.0}),
+    )
+    return [{**settings, "params": members} for members, settings in parts if members]
+
+
+def masters_after(way: Way, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, float]:
     """Return all masters and the number of updates after five steps, of which the third has an infinite gradient."""
     generator = torch.Generator().manual_seed(0)
     weights = {
         str(shape): nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype))
-        for shape in ((300, 256), (257,), (1000, 64))
+        for shape in ((300, 256), (257,), (1000, 64))  # of the vector no end is aligned
     }
-    optimizer = MasterAdamW(weights, [{**ADAMW, "params": list(weights.values())}], 1.0, name=name)
+    optimizer = MasterAdamW(
+        weights, _groups(weights.values()), 1.0, way.accumulates, name=way.name, kernels=way.kernels
+    )
     for step in range(5):
         for weight in weights.values():
             gradient = torch.randn(weight.shape, generator=generator)
             if step == 2:
                 gradient.view(-1)[0] = float("inf")  # this step must change nothing
             weight.grad = gradient.to(device, dtype)
+        optimizer.collect()
         optimizer.step()
     states = list(optimizer.by_name.values())
     return torch.cat([state.read()["master"].cpu() for state in states]), float(states[0].updates)

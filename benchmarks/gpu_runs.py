@@ -1,43 +1,21 @@
-"""The parts of ``benchmarks/gpu.py`` that train: short runs by the public command, and steps of a large shape."""
+"""The part of ``benchmarks/gpu.py`` that trains: short runs by the public command."""
 
 from __future__ import annotations
 
 import json
 import tempfile
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
-from unittest import mock
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import toolkit
-from benchmarks.floors import synchronise
-from benchmarks.gpu_parts import CHUNK, Row, Sizes, has_bitsandbytes, median_ms
+from benchmarks.gpu_table import Row, Sizes, has_bitsandbytes
 from benchmarks.prepare import SAMPLE, first_rows
 from benchmarks.shapes import Shape, write_model
-from benchmarks.update import by_hand
 from benchmarks.workload import ROOT
-from toolkit.activation_cache.cached_prefix import HiddenStates
-from toolkit.config.schema import MaskConfig, OptimConfig, TrainConfig
-from toolkit.data.batches import Batch, collate
-from toolkit.data.examples import Example
-from toolkit.engine.local import LocalEngine
-from toolkit.mask.apply import apply_mask, trainable_parameters
-from toolkit.mask.layer_mask import build_mask
-from toolkit.models.anatomy_detection import detect_anatomy
-from toolkit.optim import master_adamw
-from toolkit.runtime.distributed import World
-from toolkit.split import supervised_loss
-from toolkit.split.suffix import split
-from toolkit.training.step import train_step
 
 SHORT = Shape(128, 6, 4, 2, 256, 260)
 """Of the model of the short runs."""
@@ -50,8 +28,9 @@ RUNS: dict[str, tuple[dict[str, object], float | None]] = {
     "prefix on disk": ({"prefix.cache": "off", "prefix.placement": "disk"}, 2e-2),
     "int8 prefix on the host": ({"prefix.precision": "int8", "prefix.placement": "cpu"}, 0.2),
     "nf4 prefix": ({"prefix.precision": "nf4"}, 0.2),
-    "adamw_bf16": ({"optim.name": "adamw_bf16"}, 5e-2),
     "adamw_8bit": ({"optim.name": "adamw_8bit"}, 5e-2),
+    "adapters": ({"mask.train": [{"lora": {"select": "last:2"}}], "train.learning_rate": 5e-3}, None),
+    "checkpoints in the background": ({"output.save_every_steps": 2}, 2e-2),
     "packed": ({"train.micro_batch_size": 4}, None),
     "padded": ({"train.micro_batch_size": 4, "data.packing": "off"}, None),
 }
@@ -106,86 +85,3 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     return fast
-
-
-def steps(device: torch.device, sizes: Sizes) -> Iterator[Row]:
-    """Time steps of the large shape on cached hidden states beside a plain loop; count kernels and waits."""
-    with device:
-        model = LlamaForCausalLM._from_config(sizes.shape.config(), dtype=torch.bfloat16)
-    model.config.use_cache = False
-    anatomy = detect_anatomy(model.train())
-    mask = build_mask(MaskConfig(train=["last:4", "head"]), anatomy)
-    apply_mask(model, mask, anatomy)
-    prefix, suffix = split(model, anatomy, mask.boundary)
-    assert prefix is not None
-    batches = {case: random_batch(*case, sizes.shape.vocabulary).to(device) for case in sizes.batches}
-    hidden = {case: prefix(batch) for case, batch in batches.items()}
-    first = sizes.batches[0]
-    yield Row("short cuts", suffix.choose_shortcuts(hidden[first], batches[first]).text)
-    weights = trainable_parameters(suffix.model, mask)
-    for fused in (False, True):
-        step = by_hand(list(weights.values()), partial(torch.optim.AdamW, lr=1e-5, fused=fused))
-        for case, batch in batches.items():
-            taken = median_ms(partial(plain_step, model, batch, step), device)
-            yield Row(f"plain loop{', fused AdamW' if fused else ''}, B T S = {case}, ms", f"{taken:.1f}")
-        del step
-    for title, block, piece in (
-        ("as it is", supervised_loss.BLOCK_BYTES, master_adamw.LARGEST_PIECE),
-        ("loss in blocks of 2^31", 2**31, master_adamw.LARGEST_PIECE),
-        ("and the update in whole launches", 2**31, CHUNK),
-    ):
-        with ExitStack() as stack:
-            stack.enter_context(mock.patch.object(supervised_loss, "BLOCK_BYTES", block))
-            stack.enter_context(mock.patch.object(master_adamw, "LARGEST_PIECE", piece))
-            engine = LocalEngine(suffix, weights, mask.groups, TrainConfig(), OptimConfig(), 100, World())
-
-            def cached_step(case: tuple[int, int, int], engine: LocalEngine = engine) -> None:
-                train_step([batches[case]], cast(HiddenStates, lambda batch: hidden[case]), engine, World())
-                engine.moved_share()
-
-            for case in sizes.batches:
-                taken = median_ms(partial(cached_step, case), device)
-                yield Row(f"step {title}, B T S = {case}, ms", f"{taken:.1f}")
-            if device.type == "cuda":
-                yield kernels(partial(cached_step, first), f"step {title}, B T S = {first}", device)
-                yield waits(partial(cached_step, first), f"step {title}: waits for the device")
-            del engine, cached_step
-    if device.type == "cuda":
-        yield Row("most memory of the steps, GiB", f"{torch.cuda.max_memory_allocated() / 2**30:.1f}")
-
-
-def random_batch(rows: int, tokens: int, supervised: int, vocabulary: int) -> Batch:
-    """Return rows of random token ids whose last ones are supervised, on the CPU."""
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(vocabulary, (rows, tokens), generator=generator).tolist()
-    return collate([Example(tuple(row), tokens - supervised) for row in ids], 0)
-
-
-def plain_step(model: Any, batch: Batch, update: Callable[[], object]) -> None:
-    """Take a step as a plain loop does: the whole model, whole logits, float32 masters."""
-    logits = model(input_ids=batch.input_ids, use_cache=False).logits[batch.supervised].float()
-    torch.autograd.backward(torch.nn.functional.cross_entropy(logits, batch.targets))
-    update()
-
-
-def kernels(work: Callable[[], object], what: str, device: torch.device) -> Row:
-    """Count the kernels of a step and add up their time."""
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
-        work()
-        synchronise(device)
-    launched = [event for event in profiled.events() or [] if event.device_type.name == "CUDA"]
-    taken = sum(event.time_range.elapsed_us() for event in launched) / 1e3
-    return Row(f"{what}: kernels and their ms", f"{len(launched)}, {taken:.2f}")
-
-
-def waits(work: Callable[[], object], what: str) -> Row:
-    """List the lines at which a step waits for the device."""
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            work()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    lines = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
-    return Row(what, ", ".join(f"{line} x {count}" for line, count in lines.items()) or "none")

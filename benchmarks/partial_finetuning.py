@@ -26,6 +26,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -164,8 +166,14 @@ def bounds(results: dict[str, list[Result]], speed: bool) -> dict[str, bool]:
             apart <= SAME_LEARNING
         )
     if COLD in ran and WARM in ran:
-        same = all(run.record.losses == ran[COLD][0].record.losses for run in (*ran[COLD], *ran[WARM]))
-        found["every loss is bit-identical between cold and warm cache"] = same
+        first, *others = (run.record.losses for run in (*ran[COLD], *ran[WARM]))
+        if torch.cuda.is_available():  # where the backward pass of flash attention adds up in no fixed order
+            apart = max(rms(first, losses) for losses in others)
+            found[f"losses with cold and warm cache within {SAME_LEARNING} (root mean square {apart:.4f})"] = (
+                apart <= SAME_LEARNING
+            )
+        else:
+            found["every loss is bit-identical between cold and warm cache"] = all(other == first for other in others)
     claims: list[tuple[str, str, float, str, Callable[[Outcome], float]]] = [
         (COLD, MASTERS, 2.5, "run", lambda o: o.run), (COLD, LLAMA_FACTORY, 2.5, "run", lambda o: o.run),
         (COLD, TRAINER_CHECKPOINTED, 5.0, "run", lambda o: o.run),

@@ -55,7 +55,7 @@ def prepare(directory: Path, data: Path | None, rows: int, epochs: int, model: P
         model=str(model),
         data=str(path),
         rows=[(list(example.token_ids), example.answer_start) for example in examples],
-        orders=[epoch_order(len(examples), SEED, epoch) for epoch in range(epochs)],
+        orders=[epoch_order(len(examples), SEED, epoch).tolist() for epoch in range(epochs)],
         seed=SEED,
     )
     workload.save(directory / "workload.json")

@@ -3,7 +3,7 @@
     python benchmarks/quality.py --data PATH/TO/ori_pqal.json --minutes 60      # does the next runs, keeps them
     python benchmarks/quality.py --data PATH/TO/ori_pqal.json --prices          # times each mask: on a quiet machine
     python benchmarks/quality.py --data PATH/TO/ori_pqal.json                   # prints what there is
-    python benchmarks/quality.py --data PATH/TO/ori_pqal.json --png quality.png
+    python benchmarks/quality.py --data PATH/TO/ori_pqal.json --picture why.svg
 
 Full fine-tuning, LoRA (rank 16, every linear layer) everywhere and in the last 4, 8 and 16 blocks, whole top blocks
 with and without the head, and the head alone: SmolLM2-135M on PubMedQA's long answers, bfloat16, batch 1, AdamW, 10 %
@@ -16,12 +16,13 @@ machine and versions; a cell that is there is not run again.
 
 Losses do not depend on what else the machine does, seconds do. So they are measured apart: --prices trains each mask on
 a fifth of the training rows, of evenly spread lengths and the longest among them, for two epochs on an empty cache;
-seconds are scaled to the text of all rows. adapters.py has peft under transformers' Trainer beside two of the masks:
-the same losses, for other seconds.
+seconds are scaled to the text of all rows. What else a machine does only adds: a row's step counts at the faster of its
+epochs, and of several measurements on one machine the fastest is kept. adapters.py has peft under transformers' Trainer
+beside two of the masks: the same losses, for other seconds.
 
     test        mean loss on the test rows, with the range over the seeds; base is the model before training
     seconds     training alone, the filling of an empty cache included, validations left out
-    N s, N GiB  lowest validation loss of the search that takes no more than N seconds, or N GiB
+    within      lowest validation loss of the search that takes no more than these seconds, or this memory
     peak        most resident memory of the process
 """
 
@@ -29,22 +30,34 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import date
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.contenders import Outcome, run_toolkit, thread_variables  # noqa: E402
-from benchmarks.report import hardware, head_lines, table, versions  # noqa: E402
+from benchmarks.quality_cells import (  # noqa: E402
+    EPOCHS,
+    MASKS,
+    SEEDS,
+    Cell,
+    cell_key,
+    cheaper,
+    draw,
+    equal_cost,
+    next_cells,
+    price_key,
+    result_table,
+)
+from benchmarks.report import hardware, head_lines, versions  # noqa: E402
 from benchmarks.workload import Workload  # noqa: E402
 from toolkit.runtime.paths import replace_text  # noqa: E402
 
@@ -52,45 +65,8 @@ CELLS = ROOT / "benchmarks" / "results" / "quality.json"
 MODEL = "bundled:smollm2-135m"
 PARTS = {"train": 200, "validation": 100, "test": 100}
 """Rows of each part of the file, in its order."""
-EPOCHS = 2
 PRICE_EVERY = 5
 """One in so many training rows is trained to measure seconds."""
-SEEDS = (1, 2, 3)
-"""Of the result; the search has seed 0."""
-WHOLE, LOW_RANK = (1e-4, 3e-5, 3e-4), (5e-4, 2e-4, 1e-3)
-"""Learning rates of whole tensors and of adapters, in the order of the search."""
-
-
-def lora(select: str) -> str:
-    """Return the recipe's entry of adapters beside every linear layer of what ``select`` selects."""
-    return json.dumps({"lora": {"select": select, "rank": 16, "alpha": 32}})
-
-
-MASKS: dict[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
-    "LoRA, last 8": ((lora("last:8"),), LOW_RANK),
-    "top 8": (("last:8",), WHOLE),
-    "LoRA, all": ((lora("all"),), LOW_RANK),
-    "top 4 + head": (("last:4", "head"), WHOLE),
-    "LoRA, last 4": ((lora("last:4"),), LOW_RANK),
-    "top 4": (("last:4",), WHOLE),
-    "LoRA, last 16": ((lora("last:16"),), LOW_RANK),
-    "top 8 + head": (("last:8", "head"), WHOLE),
-    "head": (("head",), WHOLE),
-    "full": (("all",), WHOLE),
-}
-"""By name: entries of mask.train, and the learning rates to search."""
-
-Cell = dict[str, Any]
-
-
-def cell_key(mask: str, rate: float, seed: int) -> str:
-    """Return the name that a run is kept under."""
-    return f"{mask} | {rate:g} | seed {seed}"
-
-
-def price_key(mask: str) -> str:
-    """Return the name that the seconds and the memory of a mask are kept under."""
-    return f"{mask} | price"
 
 
 def write_rows(data: Path, folder: Path) -> float:
@@ -112,42 +88,62 @@ def provenance() -> Cell:
     return {"date": str(date.today()), "machine": hardware(), "versions": versions(("torch", "transformers", "peft"))}
 
 
-def train_mask(folder: Path, part: str, mask: str, rate: float, seed: int, cache: str, *flags: str) -> Outcome:
-    """Train a mask on the rows of ``part`` into ``folder/scratch``; ``cache`` is a folder in ``folder``.
+def train_mask(data: Path, scratch: Path, mask: str, rate: float, seed: int, cache: Path, *flags: str) -> Outcome:
+    """Train a mask on the rows of ``data`` into ``scratch``, which is made.
 
     Raises:
         DoesNotFitError: it ran out of memory.
         RuntimeError: it failed otherwise.
     """
-    shutil.rmtree(folder / "scratch", ignore_errors=True)
-    data = folder / f"{part}.json"
     orders = [list(range(len(json.loads(data.read_text(encoding="utf-8")))))] * EPOCHS
     return run_toolkit(
-        Workload(MODEL, str(data), [], orders, seed, rate), folder / "scratch", "--mask.train", *MASKS[mask][0],
-        "--mask.tied", "both" if mask == "full" else "untie", "--prefix.cache_dir", str(folder / cache), *flags,
+        Workload(MODEL, str(data), [], orders, seed, rate), scratch, "--mask.train", *MASKS[mask][0],
+        "--mask.tied", "both" if mask == "full" else "untie", "--prefix.cache_dir", str(cache), *flags,
     )  # fmt: skip
 
 
 def run_cell(folder: Path, mask: str, rate: float, seed: int, with_test: bool) -> Cell:
     """Train once; return the losses. Runs share a cache, which does not change them."""
     flags = ["--data.validation", str(folder / "validation.json"), "--output.sample_answers", "0"]
-    outcome = train_mask(folder, "train", mask, rate, seed, "cache", *flags, "--output.keep", str(EPOCHS))
-    run = folder / "scratch" / "run"
-    rows = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
-    cell: Cell = {"validation": losses, "trained": outcome.record.trainable, **provenance()}
-    if with_test:
-        cell["test"] = evaluate(str(run), folder / "test.json", "--step", "best")
+    flags += ["--output.keep", str(EPOCHS)]
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name) / "scratch"
+        outcome = train_mask(folder / "train.json", scratch, mask, rate, seed, folder / "cache", *flags)
+        rows = map(json.loads, (scratch / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
+        cell: Cell = {"validation": losses, "trained": outcome.record.trainable, **provenance()}
+        if with_test:
+            cell["test"] = evaluate(str(scratch / "run"), folder / "test.json", "--step", "best")
     return cell
+
+
+def run_cells(path: Path, folder: Path, masks: Sequence[str], minutes: float, processes: int) -> None:
+    """Run what is missing in the cells of ``path``, so many at once, and start none after the minutes."""
+    end = time.monotonic() + 60 * minutes
+    running: dict[Future[Cell], tuple[str, float, int]] = {}
+    with ThreadPoolExecutor(processes) as pool:
+        while True:
+            missing = (cell for cell in next_cells(read_cells(path), masks) if cell not in running.values())
+            while len(running) < processes and time.monotonic() < end and (cell := next(missing, None)):
+                running[pool.submit(run_cell, folder, *cell, with_test=cell[2] in SEEDS)] = cell
+            if not running:
+                return
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                keep(path, cell_key(*running.pop(done)), done.result())
 
 
 def measure_price(folder: Path, mask: str, scale: float) -> Cell:
     """Train price.json on an empty cache; return the seconds at the end of each epoch of all rows, and the memory."""
-    outcome = train_mask(folder, "price", mask, 1e-5, 0, "scratch/cache")
-    record, size = outcome.record, len(outcome.record.ends) // EPOCHS
-    steps = [end - start for start, end in zip(record.starts, record.ends, strict=True)]
-    filling = record.starts[0] - outcome.begin
-    seconds = [round(scale * (filling + sum(steps[: (epoch + 1) * size])), 1) for epoch in range(EPOCHS)]
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name) / "scratch"
+        outcome = train_mask(folder / "price.json", scratch, mask, 1e-5, 0, Path(name) / "cache")
+        rows = [json.loads(line) for line in (scratch / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [(row["tokens"], row["seconds"]) for row in rows if "loss" in row]
+    size = len(steps) // EPOCHS
+    by_length = [sorted(steps[size * epoch :][:size]) for epoch in range(EPOCHS)]
+    one_epoch = sum(min(seconds for _, seconds in same_row) for same_row in zip(*by_length, strict=True))
+    filling = outcome.record.starts[0] - outcome.begin
+    seconds = [round(scale * (filling + one_epoch * (epoch + 1)), 1) for epoch in range(EPOCHS)]
     return {"seconds": seconds, "peak_gib": round(outcome.peak_bytes / 2**30, 3), **provenance()}
 
 
@@ -158,104 +154,15 @@ def evaluate(source: str, data: Path, *flags: str) -> float:
     return float(json.loads(printed.splitlines()[-1])["loss"])
 
 
-def chosen_rate(cells: dict[str, Cell], mask: str) -> float | None:
-    """Return the rate of the lowest validation loss in the search; None until all rates have run."""
-    rates = MASKS[mask][1]
-    found = {rate: cells.get(cell_key(mask, rate, 0)) for rate in rates}
-    if not all(found.values()):
-        return None
-    return min(rates, key=lambda rate: min(found[rate]["validation"]))  # type: ignore[index]
+def read_cells(path: Path) -> dict[str, Cell]:
+    """Return the cells that are kept."""
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
-def next_cells(cells: dict[str, Cell]) -> Iterator[tuple[str, float, int]]:
-    """Yield mask, rate and seed of what has not run: the search first, then the seeds of the result."""
-    for turn in range(max(len(rates) for _, rates in MASKS.values())):
-        for mask, (_, rates) in MASKS.items():
-            if cell_key(mask, rates[turn], 0) not in cells:
-                yield mask, rates[turn], 0
-    for seed in SEEDS:
-        for mask in MASKS:
-            rate = chosen_rate(cells, mask)
-            if rate is not None and cell_key(mask, rate, seed) not in cells:
-                yield mask, rate, seed
-
-
-def save(cells: dict[str, Cell], path: Path) -> None:
-    """Write the cells at once or not at all."""
-    replace_text(path, json.dumps(cells, indent=1) + "\n")
-
-
-def result_table(cells: dict[str, Cell]) -> str:
-    """Format one row a mask; a dash where runs are missing."""
-    rows = []
-    for mask, (_, rates) in MASKS.items():
-        search = [cells[key] for rate in rates if (key := cell_key(mask, rate, 0)) in cells]
-        rate = chosen_rate(cells, mask)
-        results = [cells[key] for seed in SEEDS if rate and (key := cell_key(mask, rate, seed)) in cells]
-        every = [*search, *results]
-        if not every:
-            rows.append([mask, *["–"] * (5 + EPOCHS)])
-            continue
-        tests = sorted(cell["test"] for cell in results)
-        test = f"{sum(tests) / len(tests):.3f} ({tests[0]:.3f}–{tests[-1]:.3f})" if tests else "–"
-        best = min(search, key=lambda cell: min(cell["validation"]))
-        price = cells.get(price_key(mask))
-        rows.append(
-            [
-                mask, f"{every[0]['trained']:,}", f"{rate:g}" if rate else f"{len(search)} of {len(rates)}",
-                *(f"{loss:.3f}" for loss in best["validation"]), test,
-                *([f"{price['seconds'][-1]:.0f}", f"{price['peak_gib']:.2f}"] if price else ["–", "–"]),
-            ]
-        )  # fmt: skip
-    epochs = [f"validation {epoch + 1}" for epoch in range(EPOCHS)]
-    return table(["mask", "trained", "rate", *epochs, "test (3 seeds)", "seconds", "peak GiB"], rows)
-
-
-def equal_cost(cells: dict[str, Cell]) -> str:
-    """Format the lowest validation loss that each mask of the search reaches within a time, and within a memory."""
-    points = [
-        (mask, seconds, price["peak_gib"], loss)
-        for mask, (_, rates) in MASKS.items()
-        if (price := cells.get(price_key(mask)))
-        for rate in rates
-        if (cell := cells.get(cell_key(mask, rate, 0)))
-        for seconds, loss in zip(price["seconds"], cell["validation"], strict=True)
-    ]
-    if not points:
-        return ""
-    times = sorted({round(max(p[1] for p in points if p[0] == mask)) for mask in {p[0] for p in points}})
-    sizes = sorted({round(p[2] + 0.05, 1) for p in points})
-    columns = ["mask", *(f"{limit} s" for limit in times), *(f"{limit} GiB" for limit in sizes)]
-    rows = []
-    for mask in {p[0]: None for p in points}:
-        own = [p for p in points if p[0] == mask]
-        within = [[p[3] for p in own if p[1] <= limit + 0.5] for limit in times]
-        within += [[p[3] for p in own if p[2] <= limit] for limit in sizes]
-        rows.append([mask, *(f"{min(losses):.3f}" if losses else "–" for losses in within)])
-    return table(columns, rows)
-
-
-def draw(cells: dict[str, Cell], path: Path) -> None:
-    """Draw the lowest validation loss of each mask against seconds and against memory (needs matplotlib)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (by_time, by_memory) = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
-    for mask, (_, rates) in MASKS.items():
-        search = [cells[key] for rate in rates if (key := cell_key(mask, rate, 0)) in cells]
-        price = cells.get(price_key(mask))
-        if search and price:
-            best = min(search, key=lambda cell: min(cell["validation"]))
-            style = {"marker": "o", "label": mask, "linestyle": "-" if mask.startswith("LoRA") else "--"}
-            by_time.plot(price["seconds"], best["validation"], **style)
-            by_memory.plot([price["peak_gib"]], [min(best["validation"])], **style)
-    by_time.set(xlabel="seconds of training", ylabel="validation loss")
-    by_memory.set(xlabel="peak memory, GiB")
-    by_memory.legend(fontsize="small")
-    figure.tight_layout()
-    figure.savefig(path)
+def keep(path: Path, key: str, cell: Cell) -> None:
+    """Add a cell to those that are kept, also by another process meanwhile; the file is written whole or not at all."""
+    replace_text(path, json.dumps({**read_cells(path), key: cell}, indent=1) + "\n")
+    print(f"{key}: {cell.get('validation') or cell.get('seconds')}", file=sys.stderr, flush=True)
 
 
 def main() -> int:
@@ -264,35 +171,32 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="PubMedQA's ori_pqal.json")
     parser.add_argument("--minutes", type=float, default=0, help="start runs for so long; default: 0, print alone")
     parser.add_argument("--prices", action="store_true", help="measure seconds and memory of every mask anew")
+    parser.add_argument("--masks", nargs="+", choices=MASKS, default=list(MASKS), help="run these alone; default: all")
     parser.add_argument("--cells", type=Path, default=CELLS, help="where runs are kept; default: benchmarks/results")
+    parser.add_argument("--processes", type=int, default=1, help="runs at once, for their losses; default: 1")
     parser.add_argument("--threads", type=int, help="threads of each process; default: one a core")
-    parser.add_argument("--png", type=Path, help="also draw the picture")
+    parser.add_argument("--picture", type=Path, help="also draw, as .svg or .png")
     given = parser.parse_args()
     thread_variables(given.threads)
-    cells: dict[str, Cell] = json.loads(given.cells.read_text()) if given.cells.exists() else {}
-    end = time.monotonic() + 60 * given.minutes
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         scale = write_rows(given.data, folder)
-        if given.minutes and "base" not in cells:
-            cells["base"] = {part: evaluate(MODEL, folder / f"{part}.json") for part in ("validation", "test")}
-            save(cells, given.cells)
-        for mask in MASKS if given.prices else ():
-            cells[price_key(mask)] = measure_price(folder, mask, scale)
-            save(cells, given.cells)
-            print(f"{price_key(mask)}: {cells[price_key(mask)]['seconds']} s", file=sys.stderr, flush=True)
-        while time.monotonic() < end and (cell := next(next_cells(cells), None)):
-            mask, rate, seed = cell
-            cells[cell_key(*cell)] = run_cell(folder, mask, rate, seed, with_test=seed in SEEDS)
-            save(cells, given.cells)
-            print(f"{cell_key(*cell)}: {cells[cell_key(*cell)]['validation']}", file=sys.stderr, flush=True)
+        if given.minutes and "base" not in read_cells(given.cells):
+            losses = {part: evaluate(MODEL, folder / f"{part}.json") for part in ("validation", "test")}
+            keep(given.cells, "base", losses)
+        for mask in given.masks if given.prices else ():
+            keep(
+                given.cells, price_key(mask), cheaper(read_cells(given.cells), mask, measure_price(folder, mask, scale))
+            )
+        run_cells(given.cells, folder, given.masks, given.minutes, given.processes)
+    cells = read_cells(given.cells)
     done = sum("trained" in cell for cell in cells.values())
     base = cells.get("base", {"validation": float("nan"), "test": float("nan")})
     print(head_lines(f"; rows: {', '.join(f'{n} {part}' for part, n in PARTS.items())}; {done} runs so far"))
     print(f"base: validation {base['validation']:.3f}, test {base['test']:.3f}\n")
     print(f"{result_table(cells)}\n\n{equal_cost(cells)}")
-    if given.png:
-        draw(cells, given.png)
+    if given.picture:
+        draw(cells, given.picture)
     return 0
 
 

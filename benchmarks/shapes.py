@@ -53,6 +53,7 @@ class Shape:
 TINY = Shape(32, 6, 4, 2, 64, 49_152)
 SMOLLM2_135M = Shape(576, 30, 9, 3, 1536, 49_152)
 EXAONE_2_4B = Shape(2560, 30, 32, 8, 7168, 102_400)
+EXAONE_32B = Shape(5120, 64, 40, 8, 27_392, 102_400)
 
 
 def named_shape(name: str) -> Shape:

@@ -36,16 +36,18 @@ class Workload:
     learning_rate: float = 1e-5
     last: int = 4
     """Blocks that train, beside the head."""
+    micro_batch: int = 1
+    """Rows of a step; divides the rows of an epoch."""
 
     @property
     def sequence(self) -> list[Row]:
-        """Return the rows of all epochs in order, one a step."""
+        """Return the rows of all epochs in order."""
         return [self.rows[index] for order in self.orders for index in order]
 
     @property
     def warmup_steps(self) -> int:
         """Return a tenth of all steps, rounded up."""
-        return -(-len(self.sequence) // 10)
+        return -(-len(self.sequence) // self.micro_batch // 10)
 
     def trains(self, name: str, blocks: int) -> bool:
         """Return whether the tensor ``name`` of a Llama with ``blocks`` blocks trains."""

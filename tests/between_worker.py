@@ -36,14 +36,14 @@ def stop_at_2() -> None:
 
 def answers_fail() -> None:
     """Let no answer be written on rank 1."""
-    complete = validation.complete
+    complete = validation.complete_together
 
-    def failing(*given: Any, **options: Any) -> str:
+    def failing(*given: Any, **options: Any) -> list[str]:
         if os.environ["RANK"] == "1":
             raise RuntimeError("no room for a\nkey-value cache")
         return complete(*given, **options)
 
-    validation.complete = failing
+    validation.complete_together = failing
 
 
 def main() -> None:

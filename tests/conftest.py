@@ -7,6 +7,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     if (cache_root() / model).is_dir():
         (root / model).symlink_to((cache_root() / model).resolve(), target_is_directory=True)
     if forced := os.environ.get("TEST_FLOAT32_GRADIENTS"):
-        from toolkit.models import float32_gradients
+        from toolkit.models.faster_way import machine
 
-        (root / "float32-gradients.json").write_text(json.dumps({float32_gradients.machine(): forced == "on"}))
+        answers = {machine(): forced == "on"}
+        for kind, power in product(("bfloat16", "float32"), range(6, 12)):
+            answers[f"{machine()}, {kind} attention of {2**power} tokens"] = forced == "on"
+        for name in ("float32-gradients.json", "attention-gradients.json"):
+            (root / name).write_text(json.dumps(answers))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FROSTLINE_CACHE", str(root))
         yield root
@@ -127,3 +132,11 @@ def said() -> Iterator[list[str]]:
     logging.getLogger("frostline").addHandler(handler)
     yield lines
     logging.getLogger("frostline").removeHandler(handler)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A GPU whose memory is the host's and whose streams are fake: ``fake_streams.FakeGpu``."""
+    from fake_streams import install
+
+    return install(monkeypatch)

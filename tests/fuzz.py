@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +29,7 @@ sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in
 from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 
 from toolkit.commands.cli import run_command  # noqa: E402
+from toolkit.models.bundled import cache_root  # noqa: E402
 
 _CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
 _FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect")
@@ -56,7 +58,9 @@ def _writes(arguments: tuple[Any, ...]) -> bool:
 
 def _allowed(name: str) -> bool:
     path = Path(os.path.realpath(name))
-    return path == Path(os.devnull) or path.suffix == ".pyc" or "__pycache__" in name or _watching[0] in path.parents
+    store = Path(os.path.realpath(cache_root() / "tokens"))  # of encoded rows
+    own = any(folder in (path, *path.parents) for folder in (_watching[0], store))
+    return path == Path(os.devnull) or path.suffix == ".pyc" or "__pycache__" in name or own
 
 
 sys.addaudithook(_audit)
@@ -80,7 +84,8 @@ def check(action: Callable[[], object], folder: Path) -> None:
 
     said = io.StringIO()
     _seen.clear()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), _watched(folder):
+    cache = patch.dict(os.environ, FROSTLINE_CACHE=str(folder / "cache"))
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), cache, _watched(folder):
         try:
             code = run_command(command)
         except SystemExit as end:  # argparse

@@ -111,7 +111,9 @@ def tables(folder: Path) -> Target:
     import pyarrow
     import pyarrow.parquet
 
-    from toolkit.data.questions import read_questions
+    from toolkit.config.schema import DataConfig
+    from toolkit.data.questions import questions_of
+    from toolkit.data.sources import read_rows
 
     def target(columns: dict[str, list[Any]]) -> None:
         path = folder / "rows.parquet"
@@ -120,7 +122,7 @@ def tables(folder: Path) -> Target:
         except (pyarrow.ArrowException, UnicodeEncodeError, OverflowError, ValueError, TypeError):
             return  # no table
         rows(folder)(("parquet", path.read_bytes(), "skip"))
-        read_questions(str(path), "train")
+        questions_of(read_rows(str(path), "train"), DataConfig())
 
     return target
 

@@ -28,7 +28,7 @@ from toolkit.training.context import prepare  # noqa: E402
 from toolkit.training.step import train_step  # noqa: E402
 from toolkit.training.trainer import Trainer  # noqa: E402
 
-NAMES = ("adamw_8bit", "adamw_bf16")
+NAMES = ("adamw_8bit",)
 STEPS, SAVED_AFTER = 4, 2
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 
@@ -58,8 +58,9 @@ def steps_of(trainer: Trainer, first: int, last: int) -> tuple[list[float], list
         step_batches(trainer.context.dataset.train, order, trainer.context.batch_plan, trainer.context.pad_id)
     ):
         if first <= index < last:
-            losses.append(train_step(batches, trainer.state.prefix, trainer.state.engine, trainer.context.world).loss)
-            shares.append(trainer.state.engine.moved_share())
+            outcome = train_step(batches, trainer.state.prefix, trainer.state.engine, trainer.context.world)
+            losses.append(outcome.loss)
+            shares.append(outcome.moved_share)
     return losses, shares
 
 

@@ -33,16 +33,38 @@ VALUES: dict[str, dict[str, Any]] = {
     "model.dtype": {"bfloat16": "bfloat16", "float32": "float32"},
     "model.attn_implementation": {"none": None, "eager": "eager", "sdpa": "sdpa"},
     "model.trust_remote_code": {"false": False, "true": True},
-    "data.path": {"jsonl": "rows.jsonl", "csv": "rows.csv", "one bad row": "bad.jsonl"},
+    "data.path": {
+        "jsonl": "rows.jsonl", "csv": "rows.csv", "one bad row": "bad.jsonl", "conversations": "chat.jsonl",
+        "a mixture": [
+            {"path": "rows.jsonl", "weight": 0.5}, {"path": "more_*.jsonl.gz", "weight": 1.5, "task": "long_answer"},
+            {"path": "prompts.jsonl", "task": "prompt_completion"},
+        ],
+    },
+    "data.task": {"auto": "auto", "mapped": {"name": "long_answer", "columns": {"question": "QUESTION"}}},
+    "data.train_on": {"none": None, "last": "last", "all": "all"},
+    "data.chat_template": {"none": None, "chatml": "chatml"},
+    "data.template_kwargs": {"none": {}, "a switch": {"enable_thinking": False}},
+    "data.special_tokens": {"text": "text", "parse": "parse"},
+    "data.normalize": {"nfc": "nfc", "off": "off"},
     "data.split": {"none": None, "train": "train"},
+    "data.encoding": {"none": None, "utf-8": "utf-8"},
+    "data.limit": {"none": None, "3": 3},
+    "data.oversample": {"none": None, "a label": "label"},
     "data.max_length": {"2048": 2048, "260": 260},
     "data.validation": {"none": None, "a share": 0.34, "a file": "held_out.jsonl"},
+    "data.test": {"none": None, "a share": 0.2, "a file": "test.jsonl"},
+    "data.group_by": {"none": None, "a column": "patient"},
+    "data.stratify_by": {"none": None, "a column": "label"},
+    "data.folds": {"none": None, "2": 2},  # the worker trains fold 0
     "data.on_bad_row": {"error": "error", "skip": "skip"},
+    "data.on_identifier": {"warn": "warn", "error": "error", "mask": "mask"},
+    "data.identifier_patterns": {"none": [], "one": ["SNU-[0-9]{4}"]},
     "data.packing": {"auto": "auto", "on": "on", "off": "off"},
     "train.epochs": {"2": 2, "3": 3},
     "train.max_steps": {"none": None, "7": 7},  # more than an epoch has, in which a phase of mask.schedule ends
     "train.micro_batch_size": {"1": 1, "2": 2},
     "train.gradient_accumulation_steps": {"1": 1, "2": 2},
+    "train.micro_batch_tokens": {"none": None, "one long row": 420},
     "train.learning_rate": {"1e-3": 1e-3, "1e-5": 1e-5},
     "train.weight_decay": {"0": 0.0, "0.1": 0.1},
     "train.warmup_ratio": {"0": 0.0, "0.5": 0.5},
@@ -50,8 +72,9 @@ VALUES: dict[str, dict[str, Any]] = {
     "train.max_grad_norm": {"0": 0.0, "1": 1.0},
     "train.max_skipped_steps": {"1": 1, "3": 3},
     "train.gradient_checkpointing": {"auto": "auto", "on": "on", "off": "off"},
+    "train.reduce_dtype": {"none": None, "float32": "float32", "bfloat16": "bfloat16"},
     "train.seed": {"42": 42, "7": 7},
-    "optim.name": {name: name for name in ("adamw", "adamw_8bit", "paged_adamw_8bit", "adamw_bf16")},
+    "optim.name": {name: name for name in ("adamw", "adamw_8bit", "paged_adamw_8bit")},
     "optim.betas": {"usual": [0.9, 0.999], "short": [0.8, 0.95]},
     "optim.eps": {"1e-8": 1e-8, "1e-6": 1e-6},
     "prefix.cache": {"auto": "auto", "on": "on", "off": "off"},
@@ -61,7 +84,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "prefix.placement": {"device": "device", "cpu": "cpu", "disk": "disk"},
     "output.save_every_steps": {"none": None, "1": 1, "2": 2},
     "output.keep": {"1": 1, "2": 2},
-    "output.async_save": {"false": False, "true": True},
+    "output.async_save": {"none": None, "false": False, "true": True},
     "output.evaluate_every_steps": {"none": None, "1": 1, "2": 2},
     "output.sample_answers": {"0": 0, "1": 1, "3": 3},
     "output.sample_tokens": {"2": 2, "5": 5},
@@ -84,8 +107,13 @@ VALUES: dict[str, dict[str, Any]] = {
 NOT_COMBINED = {
     "model.name_or_path": "one tiny model; the model types have tests/test_zoo.py and tests/test_every_type.py",
     "model.revision": "of Hub models alone",
-    "data.task": "has one value",
-    "data.validation_split": "of Hub data sets alone",
+    "data.validation_split": "of sets with several splits alone",
+    "data.test_split": "of sets with several splits alone",
+    "data.fold": "comes with data.folds; several folds in a row have tests/test_folds.py",
+    "data.name": "of Hub data sets and directories alone; tests/test_places.py, tests/test_hub_sets.py",
+    "data.revision": "of Hub data sets alone",
+    "data.separator": "of CSV alone, which is one of the files; tests/test_sources.py",
+    "data.sheet": "of Excel workbooks alone; tests/test_sources.py",
     "output.dir": "every run here has a directory of its own",
 }
 """Recipe keys without values here, and why."""
@@ -118,8 +146,20 @@ BOTH = ("mask.tied", ("both",))
 MOVES = "mask.schedule moves the frost line"
 AT_BLOCK_0 = r"leaves no block frozen below what trains \(the frost line is at block 0\)"
 NOTHING_FROZEN = "prefix.cache is on, but nothing below the trained tensors is frozen"
+NOT_HELD_OUT = ("data.validation", ("none",)), ("data.test", ("none",)), ("data.folds", ("none",))
+NOT_DRAWN = ("data.validation", ("none", "a file")), ("data.test", ("none", "a file")), ("data.folds", ("none",))
 REFUSALS: dict[Pair, str] = {
     **_refused("bad.jsonl", ("data.path", ("one bad row",)), ("data.on_bad_row", ("error",))),
+    **_refused("task long_answer needs the columns", ("data.path", ("conversations",)), ("data.task", ("mapped",))),
+    **_refused("leave out test", ("data.folds", ("2",)), ("data.test", ("a share", "a file"))),
+    **_refused("group_by is set, but nothing is held out", ("data.group_by", ("a column",)), *NOT_HELD_OUT),
+    **_refused("stratify_by is set, but nothing is drawn", ("data.stratify_by", ("a column",)), *NOT_DRAWN),
+    **_refused(
+        "needs at least 2 .* of each value",
+        ("data.folds", ("2",)),
+        ("data.validation", ("a share",)),
+        ("data.stratify_by", ("a column",)),
+    ),
     **_refused("share one tensor", ("mask.tied", ("error",)), ("mask.train", (*HEADS[1], *ALL[1]))),
     **_refused("mask.tied is head_only, but the mask selects the embeddings", ("mask.tied", ("head_only",)), ALL),
     **_refused("never frees memory that it paged", ("optim.name", ("paged_adamw_8bit",)), SCHEDULES),

@@ -24,14 +24,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
+import yaml  # noqa: E402
 from helpers import metrics  # noqa: E402
 from pairwise_table import VALUES  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from toolkit.commands import cli  # noqa: E402
 from toolkit.config import flags  # noqa: E402
-from toolkit.config.recipe import dump  # noqa: E402
-from toolkit.config.schema import RunConfig  # noqa: E402
 from toolkit.inference.open_model import open_model  # noqa: E402
 from toolkit.mask.apply import merge_adapters  # noqa: E402
 from toolkit.runtime import distributed, signals  # noqa: E402
@@ -64,14 +63,24 @@ def recipe(world: World, folder: Path, name: str, row: dict[str, str], resume: b
             value = str(folder / "cache")
         elif isinstance(value, str) and value.endswith((".jsonl", ".csv")):
             value = str(folder / value)
+        elif key == "data.path":
+            value = [{**entry, "path": str(folder / entry["path"])} for entry in value]
         sections.setdefault(section, {})[leaf] = value
+    if row["data.folds"] != "none":
+        sections["data"]["fold"] = 0
+        sections["output"]["dir"] = str(directory(folder, name, row))
     if not resume:
         sections["output"]["resume"] = "auto"
     path = folder / f"{name}.yaml"
     if world.is_main:
-        path.write_text(dump(RunConfig.model_validate(sections)), encoding="utf-8")
+        path.write_text(yaml.safe_dump(sections), encoding="utf-8")  # the command validates it
     world.barrier()
     return path
+
+
+def directory(folder: Path, name: str, row: dict[str, str]) -> Path:
+    """The run directory of a row."""
+    return folder / name / "fold-0" if row["data.folds"] != "none" else folder / name
 
 
 def start(world: World, recipe_file: Path, ds: str, end: str = "nothing") -> int:
@@ -79,11 +88,13 @@ def start(world: World, recipe_file: Path, ds: str, end: str = "nothing") -> int
     given = ["--config", str(recipe_file), *(["--ds", str(ROOT / "ds_configs" / f"{ds}.json")] if ds != "none" else [])]
     after_step = BetweenSteps.after_step
 
-    def ended(self: BetweenSteps, state: PhaseState) -> bool:
+    def ended(self: BetweenSteps, state: PhaseState, is_stopping: bool) -> bool:
         middle = self._progress.step == max(1, self._context.total_steps // 2)
-        if middle and end == "a signal" and world.is_main:
-            signals.request_stop("a test", broadcast=False)
-        stopping = after_step(self, state)
+        if middle and end == "a signal":
+            if world.is_main:
+                signals.request_stop("a test", broadcast=False)
+            is_stopping = True  # as if it had come before the step ended
+        stopping = after_step(self, state, is_stopping)
         if middle and end == "a kill":
             raise Killed
         return stopping
@@ -136,6 +147,11 @@ def use(folder: Path, run: Path, row: dict[str, str]) -> None:
     exact = row["prefix.precision"] == "model"
     if validated:
         require(abs(said["loss"] - validated[-1]) < (0.05 if exact else 1.0), f"{said['loss']} for {validated[-1]}")
+    if row["data.test"] != "none" or row["data.folds"] != "none":
+        tested = json.loads(command("evaluate", run, "--part", "test", *trusted).splitlines()[-1])
+        rows = 8 if row["data.path"] == "a mixture" else 6
+        expected = {"none": rows // 2, "a share": round(0.2 * rows), "a file": 1}[row["data.test"]]  # none: a fold
+        require(tested["rows"] == expected, f"{tested['rows']} test rows, expected {expected}")
     answer = command(
         "generate", run, "--question", "Is it safe?", "--context", "It is.", "--max-new-tokens", 3, *trusted
     )
@@ -156,7 +172,7 @@ def use(folder: Path, run: Path, row: dict[str, str]) -> None:
 
 def live(world: World, folder: Path, name: str, row: dict[str, str]) -> str | None:
     """Take a row through a run's life; what went wrong, or none."""
-    run = folder / name
+    run = directory(folder, name, row)
     try:
         code = start(world, recipe(world, folder, name, row, resume=False), row["ds"], row["ended by"])
         expected = {"a signal": (75, 0), "a kill": (-9,), "nothing": (0,)}[row["ended by"]]

@@ -19,7 +19,7 @@ from toolkit.inference.evaluation import evaluate_source
 from toolkit.inference.generation import answers
 from toolkit.inference.open_model import load_delta, open_model
 from toolkit.runtime.errors import CheckpointError, DataError, ModelError
-from toolkit.tasks.pubmedqa import Sample
+from toolkit.tasks.sample import ask
 
 IDS = torch.arange(3, 60)[None]
 
@@ -246,7 +246,7 @@ def test_held_out_rows_are_not_trusted_once_the_data_changed(tmp_path: Path) -> 
 
 def test_answers_come_from_the_prompt_of_training_and_stop_at_the_turns_end(trained: Path) -> None:
     loaded = open_model(str(trained)).loaded
-    sample = Sample("Why?", ("Because.",))
+    sample = ask("Why?", ("Because.",))
     first, second = (next(answers(loaded, [sample], 512, 12)) for _ in range(2))
     assert first == second
     head = loaded.model.lm_head.weight
@@ -258,9 +258,9 @@ def test_answers_come_from_the_prompt_of_training_and_stop_at_the_turns_end(trai
 
 def test_a_long_prompt_loses_context_and_an_impossible_one_is_named(trained: Path) -> None:
     loaded = open_model(str(trained)).loaded
-    assert len(list(answers(loaded, [Sample("Why?", ("because " * 300,))], 64, 4))) == 1
+    assert len(list(answers(loaded, [ask("Why?", ("because " * 300,))], 64, 4))) == 1
     with pytest.raises(DataError, match="tokens without any context"):
-        list(answers(loaded, [Sample("why " * 200, ())], 64, 4))
+        list(answers(loaded, [ask("why " * 200, ())], 64, 4))
 
 
 def test_generate_answers_a_file_beside_its_references(trained: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from helpers import ENGLISH, ROOT, clean_environment, free_port, make_tokenizer,
 
 from toolkit.config.schema import DataConfig
 from toolkit.data.dataset import load_dataset
+from toolkit.data.rows import shared_rows
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import ConfigError, FrostlineError, OutOfMemoryError
 from toolkit.training.rank_agreement import require_same_rows
@@ -109,3 +111,16 @@ def test_the_same_rows_cost_one_comparison() -> None:
 def test_an_error_arrives_at_other_ranks_as_it_was(error: FrostlineError) -> None:
     received = pickle.loads(pickle.dumps(error))
     assert (type(received), str(received), vars(received)) == (type(error), str(error), vars(error))
+
+
+def test_what_ranks_compare_parses_no_vocabulary_and_parts_without_rows_sort_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer = make_tokenizer()
+    dataset = load_dataset(DataConfig(path=str(ENGLISH)), tokenizer, 0)
+    assert dataset.fingerprint
+    world: Any = SimpleNamespace(size=2, broadcast_object=lambda found: found, sum=lambda *_: (0,))
+    monkeypatch.setattr("json.loads", lambda *_, **__: pytest.fail("a vocabulary was parsed"))
+    monkeypatch.setattr("numpy.unique", lambda *_, **__: pytest.fail("rows were sorted"))
+    require_same_rows(world, dataset, tokenizer)
+    assert not len(shared_rows(dataset.train, dataset.validation))

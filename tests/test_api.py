@@ -19,13 +19,16 @@ from helpers import ENGLISH, QUICKSTART, ROOT, clean_environment, metrics, run_s
 import toolkit
 from toolkit.runtime.errors import CheckpointError, ConfigError, DataError, FrostlineError, UsageError
 
-VERBS = ("train", "plan", "evaluate", "generate", "export")
+VERBS = ("train", "plan", "data_check", "evaluate", "generate", "export")
+
+MASK = ["last:4", "head"]
 
 
 def overrides(model: Path, run: Path) -> dict[str, Any]:
     return {
         "model.name_or_path": model, "model.dtype": "float32", "data.path": ENGLISH, "data.validation": 0.2,
         "train.max_steps": 2, "train.learning_rate": 1e-3, "output.dir": run, "output.sample_answers": 0,
+        "mask.train": MASK,
     }  # fmt: skip
 
 
@@ -117,12 +120,13 @@ def test_a_model_goes_from_a_recipe_to_an_export(tiny_model: Path, tmp_path: Pat
 
 def test_a_recipe_may_be_a_file_a_mapping_or_a_config(tiny_model: Path) -> None:
     nested: dict[str, Any] = {
-        "model": {"name_or_path": tiny_model}, "mask": {"tied": "untie"}, "data": {"path": ENGLISH, "validation": 0.1}
+        "model": {"name_or_path": tiny_model}, "mask": {"tied": "untie", "train": MASK},
+        "data": {"path": ENGLISH, "validation": 0.1}, "train": {"learning_rate": 5e-4},
     }  # fmt: skip
     config = toolkit.RunConfig.model_validate(
         {**nested, "model": {"name_or_path": str(tiny_model)}, "data": {"path": str(ENGLISH), "validation": 0.1}}
     )
-    as_file = {"model.name_or_path": tiny_model, "data.path": ENGLISH}
+    as_file = {"model.name_or_path": tiny_model, "data.path": ENGLISH, "mask.train": MASK}
     reports = [
         toolkit.plan(nested),
         toolkit.plan(config),
@@ -150,7 +154,8 @@ def test_a_signal_stops_a_run_and_the_same_call_goes_on(tiny_model: Path, tmp_pa
 
 @pytest.mark.slow
 def test_one_process_trains_with_deepspeed_again_and_again(tiny_model: Path, tmp_path: Path) -> None:
-    given = {key: str(value) for key, value in overrides(tiny_model, tmp_path).items() if key != "output.dir"}
+    given = overrides(tiny_model, tmp_path)
+    given |= {key: str(given[key]) for key in ("model.name_or_path", "data.path", "output.dir")}
     code = f"""
 import os, toolkit
 names, found = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"), []
@@ -180,7 +185,7 @@ FAULTS: dict[str, tuple[typing.Callable[[Path], object], type[FrostlineError], s
     "code for a delta": (
         lambda tmp: toolkit.export(tmp, delta=True, trust_remote_code=True), UsageError, "written without the base"
     ),
-    "bad question": (lambda tmp: toolkit.generate("x", ["Why?", ""]), DataError, "question 2 has an empty QUESTION"),
+    "bad question": (lambda tmp: toolkit.generate("x", ["Why?", ""]), DataError, "question 2 is empty; expected text"),
     "bad memory": (lambda tmp: toolkit.plan(gpu_memory="plenty"), ConfigError, "expected a size such as 24GiB"),
 }  # fmt: skip
 
@@ -208,7 +213,8 @@ def test_training_outside_the_main_thread_is_refused() -> None:
 
 
 def test_the_example_trains_evaluates_and_exports(tiny_model: Path, tmp_path: Path) -> None:
-    settings = [f"{key}={value}" for key, value in overrides(tiny_model, tmp_path / "run").items()]
+    given = overrides(tiny_model, tmp_path / "run") | {"mask.train": "last:2"}
+    settings = [f"{key}={value}" for key, value in given.items()]
     done = run_script("examples/api.py", *settings, environ={"PYTHONPATH": str(ROOT)}, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "validation loss" in done.stdout

@@ -31,7 +31,10 @@ def run_main(monkeypatch: pytest.MonkeyPatch, script: str, *flags: object) -> in
 
 
 BAD_ROWS: dict[str, tuple[bytes, str]] = {
-    "missing column": (b'{"QUESTION": "q", "CONTEXTS": []}', "line 1 has no column LONG_ANSWER"),
+    "missing column": (
+        b'{"QUESTION": "q", "CONTEXTS": []}',
+        "task long_answer needs the column LONG_ANSWER or answer; the rows have QUESTION, CONTEXTS",
+    ),
     "null": (b'{"QUESTION": "q", "CONTEXTS": [], "LONG_ANSWER": null}', "line 1 has null in LONG_ANSWER"),
     "empty answer": (b'{"QUESTION": "q", "CONTEXTS": [], "LONG_ANSWER": ""}', "line 1 has an empty LONG_ANSWER"),
     "wrong type": (b'{"QUESTION": 1, "CONTEXTS": [], "LONG_ANSWER": "a"}', "line 1 has a int in QUESTION"),
@@ -61,7 +64,7 @@ def test_bad_rows(
 
 FLAGS: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "no such data": (lambda tmp: ["--data.path", tmp / "none.jsonl"], "no such file"),
-    "a directory of data": (lambda tmp: ["--data.path", tmp], "is a directory; name one"),
+    "a directory of data": (lambda tmp: ["--data.path", tmp], "holds no data file"),
     "run directory is a file": (lambda tmp: ["--output.dir", long_rows(tmp)], "cannot be written"),
     "unknown format": (lambda tmp: ["--data.path", ROOT / "README.md"], "unknown data format '.md'"),
     "no such model": (lambda tmp: ["--model.name_or_path", tmp / "none"], "not an existing directory"),

@@ -1,8 +1,10 @@
 import pytest
 import torch
 
-from toolkit.data.batches import BatchPlan, collate, epoch_order, lay_out, pack, step_batches, unpad
+from toolkit.data.batches import BatchPlan, collate, epoch_order, pack, step_batches
 from toolkit.data.examples import Example
+from toolkit.data.layout import lay_out, unpad
+from toolkit.data.rows import Rows
 
 
 def plans(rows: int, micro: int, accumulation: int, ranks: int) -> list[BatchPlan]:
@@ -42,13 +44,28 @@ def test_every_rank_has_the_same_number_of_micro_batches_in_a_short_last_step() 
     assert micro == [[([4], False)], [([4], True)]]
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("stored", [False, True])
+def test_every_rank_knows_the_tokens_of_a_step_of_all_ranks(packed: bool, stored: bool) -> None:
+    """Fillers, which a short last step has, count for nothing."""
+    examples = [Example((1,) * (5 + n), ((2, 3), (4, 5 + n % 3))) for n in range(5)]
+    steps = [
+        list(step_batches(Rows.of(examples) if stored else examples, range(5), plan, 0, packed=packed))
+        for plan in plans(5, 1, 2, 2)
+    ]
+    for of_ranks in zip(*steps, strict=True):
+        batches = [batch for micro_batches in of_ranks for batch in micro_batches]
+        tokens = sum(batch.tokens for batch in batches if not batch.is_filler)
+        assert {batch.of_step for batch in batches} == {(sum(batch.supervised_tokens for batch in batches), tokens)}
+
+
 def test_epochs_shuffle_differently_and_repeat_exactly() -> None:
     assert epoch_order(50, 1, 0) != epoch_order(50, 1, 1) != epoch_order(50, 2, 1)
     assert epoch_order(50, 1, 1) == epoch_order(50, 1, 1)
 
 
 def test_targets_are_the_tokens_after_the_supervised_positions() -> None:
-    batch = collate([Example((5, 6, 7, 8), 2), Example((9, 10), 1)], pad_id=0)
+    batch = collate([Example.with_answer((5, 6, 7, 8), 2), Example.with_answer((9, 10), 1)], pad_id=0)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8], [9, 10, 0, 0]]
     assert batch.supervised.tolist() == [[False, True, True, False], [True, False, False, False]]
     assert batch.targets.tolist() == [7, 8, 10]
@@ -58,11 +75,11 @@ def test_targets_are_the_tokens_after_the_supervised_positions() -> None:
 
 
 def test_a_batch_without_padding_has_no_mask() -> None:
-    assert collate([Example((5, 6), 1), Example((7, 8), 1)], pad_id=0).attention_mask is None
+    assert collate([Example.with_answer((5, 6), 1), Example.with_answer((7, 8), 1)], pad_id=0).attention_mask is None
 
 
 def test_resuming_within_an_epoch_gives_the_batches_that_were_left() -> None:
-    examples = [Example((index + 1, 2, 3), 1) for index in range(7)]
+    examples = [Example.with_answer((index + 1, 2, 3), 1) for index in range(7)]
     plan, order = BatchPlan(7, 2), epoch_order(7, 0, 0)
     whole = [[batch.input_ids for batch in step] for step in step_batches(examples, order, plan, 0)]
     rest = [[batch.input_ids for batch in step] for step in step_batches(examples, order, plan, 0, first_step=2)]
@@ -73,7 +90,9 @@ def test_resuming_within_an_epoch_gives_the_batches_that_were_left() -> None:
 @pytest.mark.parametrize("lengths", [(5, 3, 7), (4, 4), (6,)])
 @pytest.mark.parametrize("packed", [True, False])
 def test_rows_taken_out_of_a_batch_and_laid_out_again_are_the_batch(lengths: tuple[int, ...], packed: bool) -> None:
-    examples = [Example(tuple(range(10 * i + 1, 10 * i + 1 + length)), 2) for i, length in enumerate(lengths)]
+    examples = [
+        Example.with_answer(tuple(range(10 * i + 1, 10 * i + 1 + length)), 2) for i, length in enumerate(lengths)
+    ]
     batch = pack(examples) if packed else collate(examples, pad_id=0)
     assert batch.examples == tuple(examples)
     hidden = torch.stack([batch.input_ids, batch.input_ids + 100], dim=-1)
@@ -86,7 +105,7 @@ def test_rows_taken_out_of_a_batch_and_laid_out_again_are_the_batch(lengths: tup
 
 
 def test_a_packed_row_has_no_padding_and_supervises_the_same_targets_as_padded_rows() -> None:
-    examples = [Example((5, 6, 7, 8), 2), Example((9, 10), 1)]
+    examples = [Example.with_answer((5, 6, 7, 8), 2), Example.with_answer((9, 10), 1)]
     batch, padded = pack(examples), collate(examples, pad_id=0)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 10]]
     assert batch.position_ids is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from helpers import ROOT, run_script
 from transformers import AutoModelForCausalLM
 
-from benchmarks import depth, partial_finetuning, quality, step_profile
+from benchmarks import depth, partial_finetuning, step_profile
 from benchmarks.contenders import DoesNotFitError, Outcome, require_success
 from benchmarks.plain_loop import plain_loop
 from benchmarks.prepare import SAMPLE, prepare, write_random_model
@@ -49,7 +48,7 @@ def loaded(workload: Workload) -> Any:
 def test_the_peers_get_the_toolkits_tokens_order_and_mask(workload: Workload, trainer: Any) -> None:
     examples = load_dataset(DataConfig(path=workload.data), load_tokenizer(ModelConfig(name_or_path=workload.model)), 0)
     assert workload.rows == [(list(example.token_ids), example.answer_start) for example in examples.train]
-    assert workload.orders == [epoch_order(4, workload.seed, epoch) for epoch in range(3)]
+    assert workload.orders == [epoch_order(4, workload.seed, epoch).tolist() for epoch in range(3)]
     names = [name for name, _ in loaded(workload).named_parameters()]
     assert [name for name in names if workload.trains(name, TINY.blocks)] == sorted(
         trainer.state.mask.names, key=names.index
@@ -193,6 +192,20 @@ def test_a_loop_that_loses_its_updates_is_out_of_the_bound_of_same_learning() ->
     )
 
 
+@pytest.mark.parametrize(
+    ("on_gpu", "difference", "holds"), [(False, 1e-6, False), (True, 1e-6, True), (True, 0.1, False)]
+)
+def test_cold_and_warm_losses_are_compared_to_the_bit_on_cpus_alone(
+    on_gpu: bool, difference: float, holds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    results: dict[str, list[Any]] = {}
+    for name, losses in (("cold", [2.0, 1.0]), ("warm", [2.0, 1.0 + difference])):
+        results[name] = [Outcome(Record([0.0, 1], [1.0, 2], losses, 7), 0.0, 4.0, 1, epochs=2)]
+    found = partial_finetuning.bounds(results, speed=False)
+    assert [held for text, held in found.items() if "cold and warm" in text] == [holds]
+
+
 def test_depth_compares_later_epochs_and_holds_them_to_five_percent() -> None:
     gib = 2**30
     runs = {
@@ -232,37 +245,11 @@ def test_saved_results_name_date_and_hardware() -> None:
         assert " of " in first or "NVIDIA" in first, path
 
 
-def test_quality_searches_first_then_repeats_the_best_rate_and_runs_nothing_twice(tmp_path: Path) -> None:
-    cells: dict[str, Any] = {}
-    done = []
-    while (cell := next(quality.next_cells(cells), None)) is not None:
-        mask, rate, seed = cell
-        best = quality.MASKS[mask][1][2]
-        losses = [2.7, 2.6 + abs(rate - best)]
-        cells[quality.cell_key(*cell)] = {"validation": losses, "trained": 7, "test": 2.5 + seed / 100}
-        done.append(cell)
-    masks = len(quality.MASKS)
-    assert len(done) == len(set(done)) == 3 * masks + 3 * masks
-    assert [seed for _, _, seed in done] == [0] * 3 * masks + [1] * masks + [2] * masks + [3] * masks
-    assert all(rate == quality.MASKS[mask][1][2] for mask, rate, seed in done if seed)
-    assert quality.result_table(cells).count("2.520 (2.510–2.530)") == masks
-    assert quality.equal_cost(cells) == ""
-    cells |= {quality.price_key(mask): {"seconds": [10.0, 20.0], "peak_gib": 1.0} for mask in quality.MASKS}
-    assert "20 s" in quality.equal_cost(cells)
-    assert next(quality.next_cells(cells), None) is None
-    quality.save(cells, tmp_path / "cells.json")
-    assert json.loads((tmp_path / "cells.json").read_text()) == cells
-    some = {key: cell for key, cell in cells.items() if key.startswith("top 4 |")}
-    assert quality.chosen_rate(some, "top 8") is None
-    assert next(quality.next_cells(some))[0] != "top 4"
-
-
-def test_quality_measures_seconds_on_a_fifth_of_the_rows_with_the_longest_among_them(tmp_path: Path) -> None:
-    rows = {str(n): {"QUESTION": "q" * (n % 37)} for n in range(450)}
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    scale = quality.write_rows(tmp_path / "rows.json", tmp_path)
-    parts = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in (*quality.PARTS, "price")}
-    assert {name: len(part) for name, part in parts.items()} == {**quality.PARTS, "price": 40}
-    assert max(map(len, (row["QUESTION"] for row in parts["price"].values()))) == 36
-    assert 4.5 < scale < 5.5
-    assert not set(parts["train"]) & (set(parts["validation"]) | set(parts["test"]))
+@pytest.mark.distributed
+def test_of_two_ranks_one_tokenises_and_at_the_next_start_none() -> None:
+    result = run_script("benchmarks/token_store.py", "--rows", 40, "--tokens", 60, "--ranks", 2, "--word-level")
+    assert result.returncode == 0, result.stderr
+    rows = [line.split(" | ") for line in result.stdout.splitlines() if line.startswith("| 40 ")]
+    assert [row[1:3] for row in rows] == [[name, rank] for name in ("first", "second") for rank in "01"]
+    assert sorted(int(row[5]) for row in rows) == [0, 0, 0, 40]
+    assert all(0 < int(row[6].removesuffix(" MiB")) < 2000 for row in rows)

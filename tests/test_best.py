@@ -91,7 +91,7 @@ def test_a_step_of_what_is_not_a_run_is_refused(tiny_model: Path) -> None:
 
 
 def test_a_moved_base_of_a_whole_model_is_refused(tiny_model: Path) -> None:
-    with pytest.raises(UsageError, match=r"--base names the base model of a run or delta, and .* is neither"):
+    with pytest.raises(UsageError, match=r"--base names the base model of a run, delta or adapter, and .* is none"):
         open_model(str(tiny_model), base=str(tiny_model))
 
 

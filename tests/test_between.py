@@ -138,7 +138,7 @@ def test_answers_that_fail_are_said_once_and_training_goes_on(
     def fail(*_: Any, **__: Any) -> str:
         raise error
 
-    monkeypatch.setattr(validation, "complete", fail)
+    monkeypatch.setattr(validation, "complete_together", fail)
     assert train(*flags(tiny_model, tmp_path / "run")) == 0
     words = " ".join(str(error).split())
     assert [line for line in said if "sample answers" in line] == [
@@ -151,15 +151,15 @@ def test_answers_that_fail_are_said_once_and_training_goes_on(
 def test_a_signal_while_answers_are_written_stops_with_the_loss_kept(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path
 ) -> None:
-    complete = validation.complete
+    complete = validation.complete_together
 
-    def signalled(*given: Any, **options: Any) -> str:
+    def signalled(*given: Any, **options: Any) -> list[str]:
         os.kill(os.getpid(), signal.SIGTERM)
         return complete(*given, **options)
 
     given = flags(tiny_model, tmp_path / "run", "--output.save_every_steps", 5)  # the first point commits nothing
     with monkeypatch.context() as patch:
-        patch.setattr(validation, "complete", signalled)
+        patch.setattr(validation, "complete_together", signalled)
         assert train(*given) == 75
     assert metrics(tmp_path / "run", "step") == [1, 2, 2]
     again: list[str] = []

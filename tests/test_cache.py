@@ -260,7 +260,7 @@ def test_masks_without_a_constant_prefix_have_no_cache(
     assert not (tmp_path / "cache").exists()
 
 
-SAMPLES = (Example((1, 2, 3), 1), Example((4, 5), 1), Example((1, 2, 3), 1))
+SAMPLES = (Example.with_answer((1, 2, 3), 1), Example.with_answer((4, 5), 1), Example.with_answer((1, 2, 3), 1))
 
 
 def decide_for(store: ActivationStore, cache: str, passes: float = 3, limit: float | None = None) -> Decision:

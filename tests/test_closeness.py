@@ -38,7 +38,8 @@ def right(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: py
 def test_rounding_passes(
     right: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dealt: tuple[int, int], faster: bool
 ) -> None:
-    monkeypatch.setattr("toolkit.training.context.float32_is_faster", lambda dtype, device: faster)
+    monkeypatch.setattr("toolkit.training.gradient_choice.float32_is_faster", lambda: faster)
+    monkeypatch.setattr("toolkit.training.gradient_choice.blocks_are_faster", lambda *_: faster)
     assert_rounded_alike(run(tiny_model, tmp_path / "run", right.name, dealt), right)
 
 

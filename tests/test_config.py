@@ -6,10 +6,13 @@ import pytest
 import yaml
 from helpers import QUICKSTART, ROOT, invocation, run_here, run_script
 
+from toolkit.commands.invocation import build_invocation
+from toolkit.config.data_schema import PathEntry
 from toolkit.config.mask_schema import MaskGroup
 from toolkit.config.peer_keys import ALTERNATIVES, EQUIVALENT_KEYS
 from toolkit.config.recipe import build_config, did_you_mean, dump, field_paths, read_recipe
 from toolkit.config.schema import RunConfig
+from toolkit.config.section import takes_none
 from toolkit.runtime.errors import ConfigError
 
 
@@ -217,3 +220,28 @@ def test_quickstart_names_nothing_the_repository_lacks() -> None:
     recipe = yaml.safe_load(QUICKSTART.read_text(encoding="utf-8"))
     assert (ROOT / recipe["data"]["path"]).is_file()
     assert recipe["model"]["name_or_path"].startswith("bundled:")
+
+
+OPTIONAL = [key for key, info in field_paths().items() if takes_none(info.annotation)]
+
+
+@pytest.mark.parametrize("word", ["none", "None", "null"])
+def test_the_word_none_means_the_same_in_flags_overrides_and_recipes(word: str) -> None:
+    assert {"data.validation", "data.test", "data.split", "data.folds", "output.async_save"} <= {*OPTIONAL}
+    recipes: dict[str, dict[str, str]] = {}
+    for key in OPTIONAL:
+        section, name = key.split(".")
+        recipes.setdefault(section, {})[name] = word
+    flags = [part for key in OPTIONAL for part in (f"--{key}", word)]
+    for config in (
+        invocation(*flags).config,
+        build_invocation({}, dict.fromkeys(OPTIONAL, word), None).config,
+        build_config(recipes, "recipe"),
+    ):
+        assert {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in OPTIONAL} == (
+            dict.fromkeys(OPTIONAL)
+        )
+    entry = build_config({"data": {"path": [{"path": "a", "split": word, "task": word}]}}, "recipe").data.path[0]
+    assert isinstance(entry, PathEntry)
+    assert (entry.split, entry.task) == (None, None)
+    assert build_config({"data": {"path": word}}, "recipe").data.path == word, "a key that cannot be none"

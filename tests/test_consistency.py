@@ -56,7 +56,7 @@ def test_ranks_that_differ_all_stop_and_say_who_differs_in_what(tmp_path: Path) 
     for code, output in refused:
         assert code == 2
         assert "the ranks do not run the same; rank 0 is on " in output
-        assert "): train.learning_rate is 2e-05, on rank 0 1e-05\n" in output
+        assert "): train.learning_rate is 2e-05, on rank 0 0.0005\n" in output
         assert "): DeepSpeed file is SHA-256 " in output
         assert output.count("  - rank 1 (") == 2
         assert "Give every node the same checkout, environment, recipe and data" in output

@@ -16,7 +16,7 @@ from toolkit.inference.generation import answers
 from toolkit.inference.open_model import open_model
 from toolkit.models.source_files import SourceFiles
 from toolkit.runtime.errors import DataError
-from toolkit.tasks.pubmedqa import Sample
+from toolkit.tasks.sample import ask
 
 ROWS = [
     {"QUESTION": f"what is {name}?", "CONTEXTS": [f"about {name}."], "LONG_ANSWER": f"{name} is {name}."}
@@ -43,7 +43,7 @@ def memorise(model: Path, run: Path, rows: Path, *more: str) -> list[str]:
     flags = tiny_flags(model, run, "--data.path", rows, "--mask.train", "all", "--train.epochs", "40", *more)
     assert train(*flags, "--mask.tied", "both", "--train.learning_rate", "5e-3", "--prefix.cache", "off") == 0
     opened = open_model(str(run))
-    asked = [Sample(row["QUESTION"], tuple(row["CONTEXTS"])) for row in map(json.loads, rows.read_text().splitlines())]
+    asked = [ask(row["QUESTION"], tuple(row["CONTEXTS"])) for row in map(json.loads, rows.read_text().splitlines())]
     return list(answers(opened.loaded, asked, 512, 60, rendering=opened.rendering))
 
 
@@ -90,6 +90,24 @@ def test_a_run_goes_on_and_is_evaluated_with_the_date_on_which_it_began(
     (tmp_path / "run" / "rendering.json").unlink()
     with pytest.raises(DataError, match="have changed since"):
         evaluate_source(str(tmp_path / "run"), None, "train", 1, None, None)
+
+
+def test_rows_of_a_model_that_prints_the_date_are_rendered_anew_on_another_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Tomorrow(datetime.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Tomorrow:
+            return cls(2101, 2, 3)
+
+    style, rows = STYLES["chatml"], write(tmp_path / "rows.jsonl", ROWS)
+    model = make_model(tmp_path / "model", style, template="Today: {{ strftime_now('%x') }}\n" + style.template)
+    monkeypatch.setenv("FROSTLINE_CACHE", str(tmp_path / "cache"))
+    for stores in (1, 1, 2):
+        if stores == 2:
+            monkeypatch.setattr("toolkit.data.token_key.datetime", Tomorrow)
+        assert evaluate_source(str(model), str(rows), None, 1, None, None).rows == 4
+        assert len(list((tmp_path / "cache" / "tokens").glob("*.tokens"))) == stores
 
 
 def test_the_models_list_of_ends_is_read_before_its_weights(tmp_path: Path) -> None:

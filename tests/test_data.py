@@ -10,18 +10,21 @@ import pytest
 from helpers import ENGLISH, KOREAN, make_tokenizer
 
 from toolkit.config.schema import DataConfig
+from toolkit.data.chat_rendering import Rendering
 from toolkit.data.dataset import Dataset, load_dataset
 from toolkit.data.examples import Encoder
-from toolkit.data.questions import from_prompt, read_questions
+from toolkit.data.questions import from_prompt, questions_of
 from toolkit.data.sources import read_rows
 from toolkit.runtime.errors import DataError
-from toolkit.tasks.pubmedqa import RowFaultError, Sample, pubmedqa
+from toolkit.tasks.choose import load_task
+from toolkit.tasks.sample import RowFaultError, ask
 
 GOOD = {
     "QUESTION": "왜 열이 나는가?",
     "CONTEXTS": ["감염은 열을 낸다.", "해열제는 열을 내린다."],
     "LONG_ANSWER": "감염 때문이다.",
 }
+read = load_task("pubmedqa").read
 WIDE = DataConfig().max_length
 
 
@@ -67,12 +70,12 @@ def test_every_format_gives_the_same_samples(
     tmp_path: Path, name: str, write: Callable[[Path, list[dict[str, Any]]], None]
 ) -> None:
     write(tmp_path / name, [GOOD, GOOD])
-    samples = [pubmedqa(row.values) for row in read_rows(str(tmp_path / name))]
-    assert samples == [Sample(GOOD["QUESTION"], tuple(GOOD["CONTEXTS"]), GOOD["LONG_ANSWER"])] * 2
+    samples = [read(row.values) for row in read_rows(str(tmp_path / name))]
+    assert samples == [ask(GOOD["QUESTION"], tuple(GOOD["CONTEXTS"]), GOOD["LONG_ANSWER"])] * 2
 
 
 def test_contexts_may_be_one_string() -> None:
-    assert pubmedqa({**GOOD, "CONTEXTS": "[1] 감염은 열을 낸다."}).contexts == ("[1] 감염은 열을 낸다.",)
+    assert read({**GOOD, "CONTEXTS": "[1] 감염은 열을 낸다."}).contexts == ("[1] 감염은 열을 낸다.",)
 
 
 @pytest.mark.parametrize(
@@ -81,25 +84,29 @@ def test_contexts_may_be_one_string() -> None:
         ({"LONG_ANSWER": None}, "has null in LONG_ANSWER"),
         ({"QUESTION": "  "}, "has an empty QUESTION"),
         ({"LONG_ANSWER": ""}, "has an empty LONG_ANSWER"),
+        ({"LONG_ANSWER": float("nan")}, "has NaN in LONG_ANSWER, as tables print a missing value"),
+        ({"LONG_ANSWER": "\u200b\ufeff"}, "has only invisible characters (U+200B, U+FEFF) in LONG_ANSWER"),
+        ({"CONTEXTS": ["a\0b"]}, "has a NUL character in CONTEXTS"),
+        ({"LONG_ANSWER": "a\ud800"}, "has half of a surrogate pair in LONG_ANSWER"),
+        ({"CONTEXTS": [{"text": "a"}]}, "name the texts' path in data.task, as in CONTEXTS[].text"),
         ({"LONG_ANSWER": "NaN"}, "has NaN in LONG_ANSWER, as tables print a missing value"),
         ({"QUESTION": "<NA>"}, "has <NA> in QUESTION"),
         ({"LONG_ANSWER": 3}, "has a int in LONG_ANSWER"),
         ({"CONTEXTS": 3}, "has int in CONTEXTS"),
         ({"CONTEXTS": ["a", 3]}, "has ['int', 'str'] in CONTEXTS"),
-        ({"CONTEXTS": None}, "has null in CONTEXTS"),
     ],
 )
 def test_a_bad_value_is_named(change: dict[str, Any], fault: str) -> None:
     with pytest.raises(RowFaultError) as error:
-        pubmedqa({**GOOD, **change})
+        read({**GOOD, **change})
     assert fault in str(error.value)
 
 
 def test_a_missing_column_and_a_row_that_is_no_object_are_named() -> None:
-    with pytest.raises(RowFaultError, match="has no column LONG_ANSWER; it has QUESTION, CONTEXTS"):
-        pubmedqa({key: GOOD[key] for key in ("QUESTION", "CONTEXTS")})
+    with pytest.raises(RowFaultError, match="has no column LONG_ANSWER or answer; it has QUESTION, CONTEXTS"):
+        read({key: GOOD[key] for key in ("QUESTION", "CONTEXTS")})
     with pytest.raises(RowFaultError, match="is a list; expected an object"):
-        pubmedqa([1])
+        read([1])
 
 
 def load(path: Path, tokenizer: Any, **data: Any) -> Dataset:
@@ -111,7 +118,7 @@ BAD_LINES = {
     "not json": (b"{nope", "is not valid JSON"),
     "not utf-8": (json.dumps(GOOD, ensure_ascii=False).encode("cp949"), "is not UTF-8 text"),
     "empty answer": (json.dumps({**GOOD, "LONG_ANSWER": " "}).encode(), "empty LONG_ANSWER"),
-    "missing column": (b'{"QUESTION": "q"}', "no column CONTEXTS"),
+    "missing column": (b'{"QUESTION": "q"}', "no column LONG_ANSWER"),
     "wrong type": (b'["q"]', "is a list"),
     "too long": (
         json.dumps({**GOOD, "LONG_ANSWER": "long " * 3000}).encode(),
@@ -145,7 +152,7 @@ def test_skip_counts_and_lists_every_bad_row(tmp_path: Path, tokenizer: Any) -> 
 
 
 def test_skip_still_refuses_a_file_without_a_good_row(tmp_path: Path, tokenizer: Any) -> None:
-    (tmp_path / "rows.jsonl").write_text('{"QUESTION": "q"}\n')
+    (tmp_path / "rows.jsonl").write_text(json.dumps({**GOOD, "QUESTION": ""}) + "\n")
     with pytest.raises(DataError, match="No usable row is left"):
         load(tmp_path / "rows.jsonl", tokenizer, on_bad_row="skip")
 
@@ -158,12 +165,9 @@ def test_skip_still_refuses_a_file_without_a_good_row(tmp_path: Path, tokenizer:
         ("rows.json", b"[]", "holds no rows"),
         ("rows.jsonl", b"\n\n", "holds no rows"),
         ("rows.parquet", b"nope", "not a readable Parquet file"),
-        ("rows.txt", b"x", "unknown data format '.txt'"),
+        ("rows.docx", b"x", "unknown data format '.docx'"),
         ("rows.csv", b'QUESTION,CONTEXTS,LONG_ANSWER\n"open', "not valid CSV"),
-        ("rows.csv", b"QUESTION;CONTEXTS;LONG_ANSWER\nq, r;c;a", "separated by ';'; expected commas"),
-        ("rows.csv", b"QUESTION\tCONTEXTS\tLONG_ANSWER\nq\tc\ta", r"separated by '\t'; expected commas"),
         ("rows.csv", b"QUESTION,CONTEXTS,LONG_ANSWER,QUESTION\nq,c,a,r", "names QUESTION more than once"),
-        ("rows.csv", "QUESTION,CONTEXTS,LONG_ANSWER\nq,c,a".encode("utf-16"), "is UTF-16 text"),
     ],
 )
 def test_an_unreadable_file_is_named_with_its_fault(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -186,7 +190,7 @@ def test_a_csv_row_with_a_field_too_few_is_named(tmp_path: Path, tokenizer: Any)
 
 
 def test_only_the_answer_and_its_end_are_supervised(tokenizer: Any) -> None:
-    example = Encoder(tokenizer, WIDE).encode(pubmedqa(GOOD))
+    example = Encoder(tokenizer, WIDE).encode(read(GOOD))
     assert tokenizer.decode(example.token_ids[example.answer_start :]) == "감염 때문이다.<|end|>"
     prompt = tokenizer.decode(example.token_ids[: example.answer_start])
     assert prompt.startswith("<|user|>\n감염은")
@@ -194,7 +198,7 @@ def test_only_the_answer_and_its_end_are_supervised(tokenizer: Any) -> None:
 
 
 def test_generation_starts_from_the_very_tokens_training_used(tokenizer: Any) -> None:
-    encoder, sample = Encoder(tokenizer, WIDE), pubmedqa(GOOD)
+    encoder, sample = Encoder(tokenizer, WIDE), read(GOOD)
     example = encoder.encode(sample)
     assert encoder.prompt_ids(sample) == example.token_ids[: example.answer_start]
     assert encoder.stop_ids() == [example.token_ids[-1]]
@@ -203,7 +207,7 @@ def test_generation_starts_from_the_very_tokens_training_used(tokenizer: Any) ->
 def test_without_a_chat_template_the_text_stands_alone_and_ends_the_answer() -> None:
     plain = make_tokenizer()
     plain.chat_template = None
-    example = Encoder(plain, WIDE).encode(pubmedqa(GOOD))
+    example = Encoder(plain, WIDE).encode(read(GOOD))
     assert plain.decode(example.token_ids).endswith("왜 열이 나는가?\n\n감염 때문이다.<|end|>")
     assert plain.decode(example.token_ids[example.answer_start :]) == "감염 때문이다.<|end|>"
 
@@ -224,7 +228,7 @@ def test_a_template_that_fails_is_refused() -> None:
 
 @pytest.mark.parametrize("max_length", [60, 90, 100, 120])
 def test_a_long_row_loses_context_and_nothing_else(tokenizer: Any, max_length: int) -> None:
-    sample = pubmedqa({**GOOD, "CONTEXTS": ["처음 문장이다. " * 30, "둘째 문장이다. " * 30]})
+    sample = read({**GOOD, "CONTEXTS": ["처음 문장이다. " * 30, "둘째 문장이다. " * 30]})
     example = Encoder(tokenizer, max_length).encode(sample)
     whole = Encoder(tokenizer, 10_000).encode(sample)
     text = tokenizer.decode(example.token_ids)
@@ -237,7 +241,7 @@ def test_a_long_row_loses_context_and_nothing_else(tokenizer: Any, max_length: i
 
 
 def test_context_is_cut_from_the_end_and_fills_the_length(tokenizer: Any) -> None:
-    sample = pubmedqa({**GOOD, "CONTEXTS": ["one two three four " * 50]})
+    sample = read({**GOOD, "CONTEXTS": ["one two three four " * 50]})
     example = Encoder(tokenizer, 150).encode(sample)
     assert "one two three" in tokenizer.decode(example.token_ids)
     assert len(example.token_ids) > 140
@@ -245,7 +249,7 @@ def test_context_is_cut_from_the_end_and_fills_the_length(tokenizer: Any) -> Non
 
 @pytest.mark.parametrize(("path", "least"), [(KOREAN, 60), (ENGLISH, 20)])
 def test_the_sample_data_is_whole(path: Path, least: int) -> None:
-    samples = [pubmedqa(row.values) for row in read_rows(str(path))]
+    samples = [read(row.values) for row in read_rows(str(path))]
     assert len(samples) >= least
     assert len({sample.question for sample in samples}) == len(samples)
     assert all(sample.contexts for sample in samples)
@@ -254,10 +258,10 @@ def test_the_sample_data_is_whole(path: Path, least: int) -> None:
 def test_questions_need_no_answer_and_keep_one_as_reference(tmp_path: Path) -> None:
     asked = {key: GOOD[key] for key in ("QUESTION", "CONTEXTS")}
     write_jsonl(tmp_path / "q.jsonl", [asked, GOOD])
-    first, second = read_questions(str(tmp_path / "q.jsonl"), "train")
+    first, second = questions_of(read_rows(str(tmp_path / "q.jsonl")), DataConfig())
     assert (first.answer, second.answer) == (None, GOOD["LONG_ANSWER"])
     write_jsonl(tmp_path / "bad.jsonl", [{"QUESTION": ""}])
     with pytest.raises(DataError, match=r"bad\.jsonl line 1 has an empty QUESTION"):
-        read_questions(str(tmp_path / "bad.jsonl"), "train")
+        questions_of(read_rows(str(tmp_path / "bad.jsonl")), DataConfig())
     with pytest.raises(DataError, match="--question is empty"):
-        from_prompt(" ", [])
+        from_prompt(" ", [], DataConfig(), Rendering())

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from faults import largest_file
-from helpers import metrics, tiny_flags, train
+from helpers import ENGLISH, metrics, run_here, tiny_flags, train
 
+from toolkit import evaluate
+from toolkit.data import token_cache
 from toolkit.runtime.errors import CheckpointError, DiskError
 from toolkit.runtime.paths import LineFile, explain_refused_write, replace_text
 from toolkit.training.tensorboard_writer import TensorBoardWriter
@@ -125,3 +128,41 @@ def test_the_mask_is_checked_before_the_model_loads(
     for flags in (["--mask.train", "last:99"], ["--mask.schedule", phase], ["--mask.tied", "error"]):
         with pytest.raises(Exception, match=r"last:99|last:9|share one tensor"):
             train(*tiny_flags(tiny_model, tmp_path / "run", *flags))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_token_store_without_room_is_an_error_that_says_what_to_do(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(token_cache, "encode_all", refuse)
+    monkeypatch.setenv("FROSTLINE_CACHE", str(tmp_path / "cache"))
+    folder = token_cache.root()
+    for done in (
+        run_here("evaluate.py", tiny_model, "--data.path", ENGLISH),
+        run_here("train.py", *tiny_flags(tiny_model, tmp_path / "run")),
+    ):
+        assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+        assert re.search(
+            rf"{folder} \(\d+ MiB free\) has no room for the tokens of the rows: 4 bytes each, and about 110 a row. "
+            "Free some, or set FROSTLINE_CACHE to a directory on another disk",
+            done.stderr,
+        )
+    assert [path.suffix for path in folder.iterdir()] == [".lock"], "one store for both"
+    monkeypatch.setattr(token_cache, "_lock", refuse)
+    done = run_here("evaluate.py", tiny_model, "--data.path", ENGLISH)
+    assert (done.returncode, "has no room" in done.stderr) == (1, True)
+
+
+def test_a_cache_that_cannot_be_written_gives_way_to_a_temporary_file(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    (tmp_path / "cache").write_text("a file, no directory")
+    monkeypatch.setenv("FROSTLINE_CACHE", str(tmp_path / "cache"))
+    assert evaluate(tiny_model, ENGLISH).rows == 20
+    assert [line for line in said if "cannot be used" in line and "tokenised for this process alone" in line]
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    done = run_here("evaluate.py", tiny_model, "--data.path", ENGLISH)
+    assert (done.returncode, "set TMPDIR to a directory on another disk" in done.stderr) == (1, True)

@@ -2,9 +2,13 @@ from __future__ import annotations
 
 import os
 import socket
+from typing import Any
 
 import pytest
+import torch
+from fake_gpu import CUDA, one_gpu
 
+from toolkit.engine.deepspeed.device import device_index_as_local_rank
 from toolkit.runtime import distributed
 from toolkit.runtime.distributed import World, read_world
 from toolkit.runtime.errors import UsageError
@@ -74,7 +78,7 @@ def test_an_address_that_is_set_is_taken_without_scontrol(monkeypatch: pytest.Mo
     variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "12000"}
     for name, value in {**variables, "SLURM_STEP_NODELIST": "n[1-2]", "PATH": "/nowhere"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("torch.distributed.init_process_group", lambda backend, timeout: None)
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda backend, **settings: None)
     distributed.join_process_group(engine_needs_group=True)
     assert os.environ["MASTER_ADDR"] == "10.0.0.1"
 
@@ -86,3 +90,37 @@ def test_a_port_that_another_run_uses_is_one_message(monkeypatch: pytest.MonkeyP
             monkeypatch.setenv(name, value)
         with pytest.raises(UsageError, match=rf"port {port}, which another process uses.* --master_port N"):
             distributed.join_process_group(engine_needs_group=True)
+
+
+def test_one_process_reads_its_own_values_back() -> None:
+    assert World().exchange(torch.tensor([0.5, 2.0], dtype=torch.float64), (True, 3)) == [[0.5, 2.0, 1.0, 3.0]]
+
+
+@pytest.mark.parametrize(
+    ("size", "version", "bound"), [(2, "2.13.0", CUDA), (1, "2.13.0", None), (2, "2.7.0+cu126", None)]
+)
+def test_nccl_is_bound_to_the_gpu_of_a_rank_that_has_peers(
+    size: int, version: str, bound: torch.device | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch 2.6.0 to 2.7.0 can hang with it. The rank sees one GPU, its own, as under srun --gpus-per-task=1."""
+    given: dict[str, Any] = {}
+    environ = {"RANK": str(size - 1), "LOCAL_RANK": str(size - 1), "WORLD_SIZE": str(size), "MASTER_PORT": "12000"}
+    for name, value in {**environ, "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda backend, **settings: given.update(settings))
+    monkeypatch.setattr(torch, "__version__", version)
+    with one_gpu():
+        world = distributed.join_process_group(engine_needs_group=True)
+        assert (world.local_rank, world.device) == (size - 1, CUDA)
+    assert given["device_id"] == bound
+
+
+def test_deepspeed_computes_on_the_device_of_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed takes LOCAL_RANK for the GPU's index, and wants mpirun's variable to be the same."""
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "3")
+    with device_index_as_local_rank(CUDA):
+        assert (os.environ["LOCAL_RANK"], os.environ["OMPI_COMM_WORLD_LOCAL_RANK"]) == ("0", "0")
+    with device_index_as_local_rank(torch.device("cpu")):
+        assert os.environ["LOCAL_RANK"] == "3"
+    assert (os.environ["LOCAL_RANK"], os.environ["OMPI_COMM_WORLD_LOCAL_RANK"]) == ("3", "3")

@@ -9,7 +9,11 @@ from helpers import ROOT
 
 from toolkit.config.schema import RunConfig, TrainConfig
 from toolkit.engine.deepspeed.clipping import without_norm_and_clipping
-from toolkit.engine.deepspeed.config import read_ds_config, resolve_ds_config, zero_stage
+from toolkit.engine.deepspeed.config import read_ds_config, resolve_ds_config, with_fitting_bucket, zero_stage
+from toolkit.planning.engine_memory import engine_memory
+from toolkit.planning.engine_spec import engine_spec, zero_spec
+from toolkit.planning.prefix_memory import PrefixMemory
+from toolkit.planning.tensor_sizes import TensorSizes
 from toolkit.runtime.errors import ConfigError
 
 CONFIG = RunConfig(train=TrainConfig(micro_batch_size=2, gradient_accumulation_steps=3, max_grad_norm=0.5))
@@ -35,11 +39,74 @@ def test_shipped_files_are_auto_and_filled_from_the_recipe(name: str) -> None:
     assert resolved["train_batch_size"] == 24
     assert resolved["gradient_clipping"] == 0.5
     assert resolved["bf16"]["enabled"] is True
-    assert resolved["zero_optimization"]["reduce_bucket_size"] == 10_000
+    is_away = "offload" in name or "nvme" in name
+    assert resolved["zero_optimization"]["reduce_bucket_size"] == (10_000 if is_away else 50_000_000)
     assert resolved["data_types"]["grad_accum_dtype"] == "fp32"
     assert resolved["zero_force_ds_cpu_optimizer"] is False
     assert '"auto"' not in json.dumps(resolved)
     assert '"auto"' in json.dumps(ds_config), "the file's own content is left unchanged"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json")))
+def test_shipped_files_overlap_where_deepspeed_keeps_gradients_until_they_are_read(name: str) -> None:
+    """Its ZeRO-2 frees those of a tensor larger than a bucket while its second stream may read them (0.19.8)."""
+    zero = read_ds_config(ROOT / "ds_configs" / f"{name}.json")["zero_optimization"]
+    assert zero["overlap_comm"] is (zero["stage"] != 2)
+    spec = engine_spec(resolve({"zero_optimization": zero}), 2, 1)
+    shipped = zero_spec(zero["stage"], 2, False, 100, "adamw", "offload_optimizer" in zero)
+    assert (spec.bucket, spec.buckets) == (shipped.bucket, shipped.buckets)
+
+
+def test_a_bucket_is_no_larger_than_what_trains() -> None:
+    resolved = resolve(read_ds_config(ROOT / "ds_configs" / "zero2.json"))
+    for elements, bucket in ((1000, 1000), (10**9, 50_000_000)):
+        fitting = with_fitting_bucket(resolved, elements)
+        assert fitting["zero_optimization"] == {**resolved["zero_optimization"], "reduce_bucket_size": bucket}
+    assert with_fitting_bucket({"zero_optimization": {"stage": 1}}, 7)["zero_optimization"]["reduce_bucket_size"] == 7
+
+
+@pytest.mark.parametrize(
+    ("in_file", "asked", "found"),
+    [
+        (None, None, None), ("auto", None, None), ("fp32", None, "fp32"), (None, "bfloat16", "bf16"),
+        ("auto", "float32", "fp32"), ("BF16", "bfloat16", "bf16"),
+    ],
+)  # fmt: skip
+def test_sums_over_ranks_have_the_precision_of_the_recipe_or_else_of_the_file(
+    in_file: str | None, asked: Any, found: str | None
+) -> None:
+    ds_config = {} if in_file is None else {"communication_data_type": in_file}
+    assert resolve(ds_config, RunConfig(train=TrainConfig(reduce_dtype=asked))).get("communication_data_type") == found
+
+
+def test_a_file_that_sums_in_another_precision_than_the_recipe_is_refused() -> None:
+    config = RunConfig(train=TrainConfig(reduce_dtype="float32"))
+    with pytest.raises(ConfigError, match=r"communication_data_type is 'bf16', the recipe's train\.reduce_dtype makes"):
+        resolve({"communication_data_type": "bf16"}, config)
+
+
+@pytest.mark.parametrize("value", ["float32", 32, ""])
+def test_a_precision_that_deepspeed_does_not_know_is_refused(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"communication_data_type is .*; DeepSpeed sums gradients in 'fp32', 'bf16'"):
+        resolve({"communication_data_type": value})
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_plan_counts_sums_in_float32_of_a_bfloat16_model(stage: int) -> None:
+    tensors = TensorSizes(shared=0, trained=(1000, 200), frozen=(), width=2)
+    buffers = []
+    for asked in (None, "bfloat16", "float32"):
+        config = RunConfig(train=TrainConfig(reduce_dtype=asked), model={"dtype": "bfloat16"})  # type: ignore[arg-type]
+        spec = engine_spec(resolve({"zero_optimization": {"stage": stage}}, config), 2, 1)
+        buffers.append(engine_memory(spec, tensors, PrefixMemory(0, 0, 0)).buffers)
+    more = {3: 2}.get(stage, 4)  # ZeRO-3 has its buckets in that precision, the others sum a copy
+    assert [own - buffers[0] for own in buffers] == [0, 0, 1200 * more]
+
+
+def test_auto_buckets_follow_from_the_hidden_size() -> None:
+    zero = {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto"}
+    resolved = resolve({"zero_optimization": zero})["zero_optimization"]
+    assert (resolved["reduce_bucket_size"], resolved["stage3_prefetch_bucket_size"]) == (10_000, 9_000)
 
 
 def test_offload_to_files_needs_stage_3_and_a_folder() -> None:
@@ -47,6 +114,12 @@ def test_offload_to_files_needs_stage_3_and_a_folder() -> None:
     (stage, folder) = faults_of({"zero_optimization": {"stage": 2, "offload_optimizer": section}})
     assert stage == "zero_optimization.offload_optimizer.device is 'nvme' under stage 2; it needs stage 3"
     assert folder.startswith("zero_optimization.offload_optimizer.nvme_path is 7; expected a folder on the drive, or")
+
+
+def test_deepspeeds_throughput_timer_is_off_unless_the_file_asks_for_it() -> None:
+    assert resolve({})["timers"] == {"throughput": {"enabled": False}}
+    asked = {"throughput": {"enabled": True, "synchronized": False}}
+    assert resolve({"timers": asked})["timers"] == asked
 
 
 def test_float32_turns_bf16_off() -> None:

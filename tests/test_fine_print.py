@@ -18,12 +18,12 @@ from toolkit.inference.generation import answers, complete
 from toolkit.inference.open_model import open_model
 from toolkit.models.quirks import training_notes
 from toolkit.optim.groups import is_rate_always_zero
-from toolkit.planning.engine_memory import engine_spec
+from toolkit.planning.engine_spec import engine_spec
 from toolkit.planning.meta_model import meta_model
 from toolkit.planning.planner import Planner
 from toolkit.planning.workload import Workload
 from toolkit.runtime.errors import DataError, ModelError
-from toolkit.tasks.pubmedqa import Sample
+from toolkit.tasks.sample import ask
 
 SMALL: dict[str, Any] = {
     "vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "eos_token_id": 0,
@@ -123,12 +123,12 @@ def test_rows_and_prompts_beyond_the_positions_are_one_error(few_positions: Path
         evaluate_source(str(few_positions), str(path), "train", 1, None, None)
     loaded = open_model(str(few_positions)).loaded
     with pytest.raises(DataError, match="the model has 64 positions, which leaves none for an answer"):
-        list(answers(loaded, [Sample("why? " * 80, ())], 2048, 4))
+        list(answers(loaded, [ask("why? " * 80, ())], 2048, 4))
 
 
 def test_an_answer_ends_with_the_positions_and_it_is_said(few_positions: Path, said: list[str]) -> None:
     loaded = open_model(str(few_positions)).loaded
-    given = list(answers(loaded, [Sample("why?", ()), Sample("how?", ())], 2048, 500))
+    given = list(answers(loaded, [ask("why?", ()), ask("how?", ())], 2048, 500))
     assert len(given) == 2
     assert said.count("answers end where the model's 64 positions do") == 1
 

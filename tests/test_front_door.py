@@ -48,8 +48,10 @@ def frostline(tmp_path_factory: pytest.TempPathFactory) -> Command:
 
 
 def test_there_is_a_verb_for_each_launch_script_and_each_has_a_function() -> None:
-    assert set(VERBS) == {path.stem for path in (ROOT / "launch").glob("*.py")}
-    assert {name for name in toolkit.__all__ if name.islower()} == set(VERBS) - {"submit"}
+    assert {verb.replace("-", "_") for verb in VERBS} == {path.stem for path in (ROOT / "launch").glob("*.py")}
+    assert {name for name in toolkit.__all__ if name.islower()} == {
+        path.stem for path in (ROOT / "launch").glob("*.py")
+    } - {"submit"}
 
 
 def test_the_launch_scripts_hold_no_logic() -> None:
@@ -74,12 +76,13 @@ def test_help_names_every_verb_and_each_verb_answers_help(frostline: Command) ->
         assert "launch/" not in told.stdout
     wrong = frostline("trian")
     assert wrong.returncode == 2
-    assert "invalid choice: 'trian' (choose from train, plan" in wrong.stderr.replace("'train', 'plan'", "train, plan")
+    assert "invalid choice: trian (choose from train, data-check" in wrong.stderr.replace("'", "")
 
 
 @pytest.mark.slow
 def test_every_verb_works_in_an_empty_folder(frostline: Command, tiny_model: Path, tmp_path: Path) -> None:
     flags = ["--model.name_or_path", tiny_model, "--model.dtype", "float32", "--data.max_length", 512]
+    flags += ["--mask.train", "last:4"]  # the recipe adapts more blocks than the tiny model has
     trained = frostline("train", *flags, "--train.max_steps", 2, cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     assert "no --config given: using " in trained.stderr

@@ -21,7 +21,7 @@ from toolkit.frozen.weight_offload import FrozenWeights
 from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.models.bundled import cache_root
 from toolkit.models.disk_offload import offload_to_disk
-from toolkit.models.load import fingerprint, load
+from toolkit.models.load import load
 from toolkit.models.quantization import (
     QuantizationSpec,
     check_quantisable,
@@ -30,6 +30,7 @@ from toolkit.models.quantization import (
     quantise,
     quantised_bytes,
 )
+from toolkit.models.weight_fingerprint import fingerprint
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import ConfigError, ModelError
 from toolkit.split.suffix import split, split_is_exact
@@ -84,7 +85,8 @@ def live() -> int:
 
 def lower_bytes(trainer: Trainer) -> int:
     """Bytes of the ten frozen blocks as they were."""
-    return sum(p.nbytes for p in trainer.state.prefix.model.model.layers[:10].parameters())  # type: ignore[union-attr]
+    blocks = trainer.state.prefix.model.model.layers[:10]  # type: ignore[union-attr]
+    return sum(p.nbytes for block in blocks for p in block.parameters())
 
 
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
@@ -187,7 +189,7 @@ def test_on_disk_no_weight_is_held_but_a_blocks_own_while_it_computes(model: Pat
     assert torch.equal(trainer.state.prefix(first_batch(trainer)), expected)
     assert watch.most == lower // 10
     assert trainer.plan.prefix_memory.streamed == 2 * watch.most, "the plan allows for one more that is on its way"
-    kept = {path.name for path in cache.iterdir()} - {"float32-gradients.json"}
+    kept = {path.name for path in cache.iterdir()} - {"float32-gradients.json", "attention-gradients.json", "tokens"}
     assert not kept, "files without a name vanish with the process"
 
 
@@ -253,7 +255,7 @@ def test_a_mixture_whose_experts_are_stored_one_by_one_can_stay_on_disk(tmp_path
 def test_any_architecture_borrows_its_lower_weights_unchanged(name: str) -> None:
     model = make(name)
     masked(model, "last:2", "head")
-    anatomy, batch = detect_anatomy(model), collate([Example(tuple(range(3, 20)), 9)], 0)
+    anatomy, batch = detect_anatomy(model), collate([Example.with_answer(tuple(range(3, 20)), 9)], 0)
     prefix, _ = split(model, anatomy, 2)
     assert prefix is not None
     expected = prefix.eval()(batch)

@@ -19,10 +19,10 @@ from toolkit.inference.open_model import open_model
 from toolkit.models.load import load, load_tokenizer
 from toolkit.runtime.errors import ConfigError, DataError, ModelError
 from toolkit.runtime.redact import find_secrets, redact
-from toolkit.tasks.pubmedqa import Sample
+from toolkit.tasks.sample import ask
 
 SECRET = "hf_PlantedSecretThatNobodyMaySee"
-SAMPLE = Sample("question", ("context",), "answer")
+SAMPLE = ask("question", ("context",), "answer")
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_a_chat_template_reaches_nothing_outside_its_sandbox(
 
 def test_a_chat_template_that_loops_for_ever_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sandbox bounds one loop, not loops in loops."""
-    monkeypatch.setattr("toolkit.data.chat_turns._RENDER_SECONDS", 0.2)
+    monkeypatch.setattr("toolkit.data.chat_template._RENDER_SECONDS", 0.2)
     loop = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
     with pytest.raises(DataError, match=r"chat template fails .* takes longer than any conversation needs \(0.2 s\)"):
         Encoder(make_tokenizer(template=loop), 256)

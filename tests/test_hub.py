@@ -16,7 +16,7 @@ from test_bad_input import run_main
 
 from toolkit.config.schema import DataConfig, ModelConfig
 from toolkit.data.dataset import load_dataset
-from toolkit.data.questions import read_questions
+from toolkit.data.questions import questions_of
 from toolkit.data.sources import read_rows
 from toolkit.inference.open_model import open_model
 from toolkit.models.load import load, load_tokenizer, resolve_source, stored_dtype
@@ -88,7 +88,7 @@ def test_the_only_split_is_taken_and_said(hub: StubHub, said: list[str]) -> None
     rows = read_rows(DATA)
     assert rows[0].origin == f"{DATA}[test] row 1"
     assert f"{DATA} has one split, test, which is taken" in said
-    assert len(read_questions(DATA, None)) == len(read_rows(DATA, "test")) == 20
+    assert len(questions_of(read_rows(DATA, None, "--split"), DataConfig())) == len(read_rows(DATA, "test")) == 20
 
 
 def test_of_several_splits_the_usual_one_is_taken_and_said(hub: StubHub, said: list[str]) -> None:

@@ -20,9 +20,10 @@ from toolkit.mask.apply import untie_head
 from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.runtime.errors import ModelError
 from toolkit.split.activation_checkpointing import checkpoint_blocks
+from toolkit.split.logit_tiles import BLOCK_BYTES
 from toolkit.split.loss_head import Shortcuts
 from toolkit.split.suffix import split
-from toolkit.split.supervised_loss import BLOCK_BYTES, linear_cross_entropy, tile_width
+from toolkit.split.supervised_loss import linear_cross_entropy, tile_width
 
 Tensors = list[torch.Tensor]
 
@@ -155,13 +156,17 @@ def test_tiles_have_about_the_same_width_and_cover_the_vocabulary() -> None:
         width = tile_width(1000, vocabulary, 2, 2**20)
         assert width * 1000 * 2 <= 2**20
         assert width * -(-vocabulary // width) - vocabulary < width
+        assert width % 64 == 0 or width in (vocabulary, 2**20 // 2000)
+    assert tile_width(8188, 102400, 2) == 7936, "13 tiles of 7,877 columns take a GPU several times as long"
+    assert tile_width(1, 49153, 2, 2 * 16448) == 16448, "3 tiles"
+    assert tile_width(1, 49153, 2, 2 * 16385) == 12352, "16,384 columns a tile would leave a fourth one of a single one"
 
 
 @pytest.fixture(scope="module")
 def batches() -> list[Batch]:
     generator = torch.Generator().manual_seed(1)
     rows = [tuple(torch.randint(1, 500, (length,), generator=generator).tolist()) for length in (40, 23, 31)]
-    return [collate([Example(rows[0], 30)], 0), collate([Example(row, 15) for row in rows], 0)]
+    return [collate([Example.with_answer(rows[0], 30)], 0), collate([Example.with_answer(row, 15) for row in rows], 0)]
 
 
 def gradients_of(model: Any, batches: list[Batch], boundary: int | None, recompute: bool, settle: bool) -> Any:
@@ -226,7 +231,7 @@ def test_what_looks_at_other_positions_is_not_narrowed(batches: list[Batch]) -> 
     ],
 )
 def test_the_norm_is_narrowed_only_where_the_head_reads_its_output(name: str, expected: Shortcuts) -> None:
-    model, batch = make(name).eval(), collate([Example((5, 9, 23, 7, 4, 11), 3)], 0)
+    model, batch = make(name).eval(), collate([Example.with_answer((5, 9, 23, 7, 4, 11), 3)], 0)
     _, suffix = split(model, detect_anatomy(model), None)
     assert suffix.choose_shortcuts(None, batch) == expected
     logits = model(input_ids=batch.input_ids, use_cache=False).logits.detach()[batch.supervised]

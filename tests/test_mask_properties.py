@@ -51,6 +51,7 @@ def names(train: list[str], freeze: list[str] | None = None) -> set[str]:
         return set()
 
 
+@settings(deadline=None)
 @given(lists, lists)
 def test_freezing_is_set_difference_and_selection_is_union(train: list[str], freeze: list[str]) -> None:
     one_by_one = set().union(*(resolve_selectors([selector], ANATOMY) for selector in train))
@@ -58,6 +59,7 @@ def test_freezing_is_set_difference_and_selection_is_union(train: list[str], fre
     assert names(train, freeze) == one_by_one - resolve_selectors(freeze, ANATOMY)
 
 
+@settings(deadline=None)
 @given(lists, lists, st.randoms())
 def test_order_and_repetition_do_not_matter(train: list[str], freeze: list[str], random: Any) -> None:
     shuffled = [*train, random.choice(train)]
@@ -65,6 +67,7 @@ def test_order_and_repetition_do_not_matter(train: list[str], freeze: list[str],
     assert names(shuffled, freeze[::-1]) == names(train, freeze)
 
 
+@settings(deadline=None)
 @given(lists)
 def test_the_boundary_is_the_lowest_block_with_a_trained_tensor(train: list[str]) -> None:
     mask = build_mask(MaskConfig(train=train), ANATOMY)
@@ -88,6 +91,7 @@ def test_only_named_tensors_ever_require_gradients(train: list[str], freeze: lis
     assert requiring == resolve_selectors(train, ANATOMY) - resolve_selectors(freeze, ANATOMY)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30))
 def test_any_text_resolves_or_is_refused_with_a_clear_error(text: str) -> None:
     try:
@@ -99,6 +103,7 @@ def test_any_text_resolves_or_is_refused_with_a_clear_error(text: str) -> None:
         assert resolved <= set(ANATOMY.by_name)
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(["last", "first", "every", "blocks", "fraction", "contains", "re", "glob"]), st.text(max_size=12)
 )

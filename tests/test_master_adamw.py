@@ -13,8 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from toolkit.optim.master_adamw import MasterAdamW, total_norm
-from toolkit.planning.engine_memory import TensorSizes, engine_memory, engine_spec
+from toolkit.planning.engine_memory import engine_memory
+from toolkit.planning.engine_spec import engine_spec
 from toolkit.planning.prefix_memory import PrefixMemory
+from toolkit.planning.tensor_sizes import TensorSizes
 
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 SHAPES = [(33, 7), (5,), (64, 64), (1,), (129,)]
@@ -218,7 +220,8 @@ def test_the_plan_says_what_is_held_and_what_a_step_adds(dtype: torch.dtype, acc
     parameters = made([(256, 64), (64,)], [dtype])
     sizes = tuple(p.numel() for p in parameters.values())
     tensors = TensorSizes(shared=0, trained=sizes, frozen=(), width=dtype.itemsize)
-    plan = engine_memory(engine_spec(None, ranks=1, accumulation=1 + accumulates), tensors, PrefixMemory(0, 0, 0))
+    spec = engine_spec(None, ranks=1, accumulation=1 + accumulates, host_is_device=True)
+    plan = engine_memory(spec, tensors, PrefixMemory(0, 0, 0))
     with Ops() as made_once:
         optimizer = MasterAdamW(parameters, settings(parameters), 1.0, accumulates)
     assert made_once.bytes == pytest.approx(plan.masters + plan.moments + plan.scratch, abs=256)

@@ -23,7 +23,8 @@ from transformers import (
 from toolkit.config.schema import ModelConfig
 from toolkit.models import bundled
 from toolkit.models.anatomy_detection import detect_anatomy
-from toolkit.models.load import fingerprint, load, resolve_source
+from toolkit.models.load import load, resolve_source
+from toolkit.models.weight_fingerprint import fingerprint
 from toolkit.runtime.errors import ModelError
 
 

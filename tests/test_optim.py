@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import math
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -23,6 +27,28 @@ def test_the_rate_rises_over_a_tenth_and_then_follows_the_recipe(scheduler: str,
         schedule.step()
     assert rates[:11] == pytest.approx([step / 10 for step in range(11)])
     assert rates[-1] == pytest.approx(last, abs=1e-4)
+
+
+@pytest.mark.parametrize("scheduler", ["linear", "cosine", "constant_with_warmup"])
+@pytest.mark.parametrize("total", [1, 2, 7, 120, 999])
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.33, 1.0])
+def test_rates_are_those_of_transformers_to_the_bit(scheduler: str, total: int, ratio: float) -> None:
+    from transformers import get_scheduler
+
+    def factors(schedule: object) -> list[float]:
+        assert isinstance(schedule, LambdaLR)
+        return [schedule.lr_lambdas[0](step) for step in range(total + 3)]
+
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    ours = build_scheduler(optimizer, TrainConfig(scheduler=scheduler, warmup_ratio=ratio), total)
+    theirs = get_scheduler(scheduler, optimizer, num_warmup_steps=math.ceil(ratio * total), num_training_steps=total)
+    assert factors(ours) == factors(theirs)
+
+
+@pytest.mark.slow
+def test_a_run_without_adapters_loads_no_library_for_them() -> None:
+    code = "import sys, toolkit.training.run; sys.exit(bool({'peft', 'bitsandbytes', 'networkx'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize(("total", "ratio", "expected"), [(180, 0.1, 18), (5, 0.1, 1), (10, 0, 0), (3, 1, 3)])

@@ -61,7 +61,9 @@ APART = [name for name in CUT if name not in CROSSES and name not in UNDER_A_MAS
 
 def rows(*lengths: int) -> tuple[Example, ...]:
     generator = torch.Generator().manual_seed(1)
-    return tuple(Example(tuple(torch.randint(3, 60, (n,), generator=generator).tolist()), 5) for n in lengths)
+    return tuple(
+        Example.with_answer(tuple(torch.randint(3, 60, (n,), generator=generator).tolist()), 5) for n in lengths
+    )
 
 
 ROWS = rows(17, 11, 14, 25)

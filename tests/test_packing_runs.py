@@ -18,7 +18,7 @@ from toolkit.mask.apply import apply_mask
 from toolkit.mask.layer_mask import build_mask
 from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.models.load import load
-from toolkit.planning.engine_memory import engine_spec
+from toolkit.planning.engine_spec import engine_spec
 from toolkit.planning.meta_model import meta_model
 from toolkit.planning.planner import Planner
 from toolkit.planning.table import as_dict, as_text

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import gzip
 import json
 import os
 import re
@@ -32,15 +33,32 @@ def seed(usual: str = "all pairs") -> str:
 
 
 def make_files(folder: Path) -> None:
-    """Six rows in two formats, once with a bad one more, two held-out rows, and a model."""
+    """Six rows in three forms, once with a bad one more, two held-out rows, a test row, a mixture, and a model."""
     rows = [json.loads(line) for line in ENGLISH.read_text(encoding="utf-8").splitlines()]
     rows.sort(key=lambda row: len(json.dumps(row)))
+    rows = [{**row, "patient": f"p{at}", "label": "ab"[at % 2]} for at, row in enumerate(rows)]
     lines = [json.dumps(row) for row in rows]
     (folder / "rows.jsonl").write_text("\n".join(lines[:6]), encoding="utf-8")
     (folder / "bad.jsonl").write_text("\n".join([*lines[:6], '{"QUESTION": ""}']), encoding="utf-8")
     (folder / "held_out.jsonl").write_text("\n".join(lines[6:8]), encoding="utf-8")
+    (folder / "test.jsonl").write_text(lines[10], encoding="utf-8")
+    (folder / "more_0.jsonl.gz").write_bytes(gzip.compress(lines[8].encode()))
+    chats = []
+    for row in rows[:6]:
+        texts = ("be brief", row["QUESTION"][:40], "yes", "sure?", row["LONG_ANSWER"][:40])
+        roles = ("system", "user", "assistant", "user", "assistant")
+        messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+        chats.append(json.dumps({"messages": messages, "patient": row["patient"], "label": row["label"]}))
+    (folder / "chat.jsonl").write_text("\n".join(chats), encoding="utf-8")
+    sides = {
+        "prompt": [{"role": "user", "content": rows[9]["QUESTION"]}],
+        "completion": [{"role": "assistant", "content": rows[9]["LONG_ANSWER"]}],
+    }
+    (folder / "prompts.jsonl").write_text(json.dumps({**rows[9], **sides}), encoding="utf-8")
     with (folder / "rows.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, ["QUESTION", "CONTEXTS", "LONG_ANSWER"], extrasaction="ignore")
+        writer = csv.DictWriter(
+            file, ["QUESTION", "CONTEXTS", "LONG_ANSWER", "patient", "label"], extrasaction="ignore"
+        )
         writer.writeheader()
         writer.writerows({**row, "CONTEXTS": json.dumps(row["CONTEXTS"])} for row in rows[:6])
     make_tiny_model(folder / "model")

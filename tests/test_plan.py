@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ROOT, invocation, run_here, tiny_flags
+from helpers import REFERENCE_MASK, ROOT, invocation, run_here, tiny_flags
 from plan_shapes import EXAONE, exaone
 
 from toolkit.commands.plan import main
@@ -18,14 +18,15 @@ from toolkit.config.schema import MaskConfig, ModelConfig, PrefixConfig, RunConf
 from toolkit.engine.deepspeed.config import read_ds_config, resolve_ds_config
 from toolkit.planning.chart import draw
 from toolkit.planning.command import plan_run
-from toolkit.planning.device_fit import RESERVE, choose_variant, fit_device
-from toolkit.planning.engine_memory import engine_spec, zero_spec
+from toolkit.planning.device_fit import choose_variant, fit_device
+from toolkit.planning.engine_spec import engine_spec, zero_spec
 from toolkit.planning.memory import KINDS
 from toolkit.planning.meta_model import meta_model
 from toolkit.planning.planner import Planner
 from toolkit.planning.table import as_dict, as_text
 from toolkit.planning.workload import Workload, read_workload
 from toolkit.runtime.errors import ConfigError, MaskError, ModelError, PlanError
+from toolkit.runtime.free_memory import RESERVE
 from toolkit.split.loss_head import Shortcuts
 
 LOCAL = engine_spec(None, 1, 1)
@@ -35,7 +36,7 @@ OFFLOADED = zero_spec(2, 1, False, 32, "adamw", offload=True)
 @pytest.mark.parametrize("name", EXAONE)
 def test_exaone_is_planned_from_its_config_alone(name: str, tmp_path: Path) -> None:
     directory = exaone(tmp_path / name, name)
-    flags = ("--model.name_or_path", str(directory), "--mask.tied", "untie", "--data.path", "org/none")
+    flags = ("--model.name_or_path", str(directory), *REFERENCE_MASK, "--data.path", "org/none")
     plan = as_dict(*plan_run(invocation(*flags), 1, 80 * 2**30))
     parameters = sum(part["parameters"] for part in plan["mask"]["parts"])
     assert parameters == {"2.4b": 2_667_471_360, "7.8b": 7_818_448_896, "32b": 32_003_200_000}[name]
@@ -52,7 +53,9 @@ def test_a_cached_prefix_is_not_there_beside_the_optimizer(tmp_path: Path) -> No
     directory = exaone(tmp_path / "32b", "32b")
     peaks = {}
     for cache in ("auto", "off"):
-        given = ("--model.name_or_path", str(directory), "--data.path", "org/none", "--prefix.cache", cache)
+        given = (
+            "--model.name_or_path", str(directory), "--data.path", "org/none", "--prefix.cache", cache, *REFERENCE_MASK
+        )  # fmt: skip
         plan = as_dict(*plan_run(invocation(*given), 1, 80 * 2**30))
         assert plan["prefix"]["cached"] is plan["fit"]["fits"] is (cache == "auto")
         peaks[cache] = plan["memory"]["most"]
@@ -188,12 +191,12 @@ def test_headers_that_contradict_the_config_are_an_error(tiny_model: Path, tmp_p
 
 
 def test_rows_that_cannot_be_used_are_named_with_the_first(tiny_model: Path, tmp_path: Path) -> None:
-    (tmp_path / "rows.csv").write_text("question,CONTEXTS,LONG_ANSWER\nq,c,a\n")
+    (tmp_path / "rows.csv").write_text("QUESTION,CONTEXTS,LONG_ANSWER\n,c,a\n")
     load = read_workload(
         invocation(*tiny_flags(tiny_model, tmp_path, "--data.path", tmp_path / "rows.csv")).config, 512
     )
     assert "1 of 1 rows cannot be used" in load.source
-    assert "row 1 has no column QUESTION; it has question" in load.source
+    assert "row 1 has an empty QUESTION; expected text" in load.source
 
 
 def test_a_faulty_mask_is_reported_before_anything_is_traced(tiny_model: Path) -> None:
@@ -344,6 +347,7 @@ def test_masks_are_compared_side_by_side(tiny_model: Path) -> None:
         (["--compare", "last:2 'head"], "is no mask"),
         (["--compare", "last:99"], "1 to 6"),
         (["--compare", "last:2", "--suggest", "spectrum"], "leave out --suggest"),
+        (["--suggest", "spectrum", "--json"], "leave out --json"),
         (["--tflops", "3"], "--tflops is for the time in --compare"),
         (["--compare", "last:2", "--mask.schedule", "{train: head, until_step: 1}"], "--compare compares masks"),
     ],

@@ -26,14 +26,15 @@ from toolkit.engine.local import LocalEngine
 from toolkit.mask.apply import apply_mask, trainable_parameters
 from toolkit.mask.layer_mask import build_mask
 from toolkit.models.load import load
-from toolkit.planning.engine_memory import engine_spec
+from toolkit.planning.engine_spec import engine_spec
 from toolkit.planning.meta_model import MetaModel, meta_model
 from toolkit.planning.planner import Plan, Planner
 from toolkit.planning.workload import Workload
 from toolkit.runtime.distributed import World
 from toolkit.split.activation_checkpointing import checkpoint_blocks
+from toolkit.split.logit_tiles import BLOCK_BYTES
 from toolkit.split.suffix import split
-from toolkit.split.supervised_loss import BLOCK_BYTES, supervised_loss
+from toolkit.split.supervised_loss import supervised_loss
 
 TOKENS, SUPERVISED = 160, 24
 LOCAL = engine_spec(None, 1, 1)

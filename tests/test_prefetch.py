@@ -25,7 +25,7 @@ def test_items_are_those_of_the_source_in_order() -> None:
 
 
 def test_batches_are_those_of_the_source() -> None:
-    examples = [Example(tuple(range(1, 4 + index)), 2) for index in range(7)]
+    examples = [Example.with_answer(tuple(range(1, 4 + index)), 2) for index in range(7)]
     plan, order = BatchPlan(7, 2), range(7)
     plain = list(step_batches(examples, order, plan, 0, first_step=1, packed=True))
     with Prefetcher() as ahead:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,17 +9,10 @@ from helpers import make_tiny_model, metrics, tiny_flags, tiny_llama, train
 from torch import nn
 
 from toolkit.activation_cache.packing import set_attention
-from toolkit.models import float32_gradients
-from toolkit.models.float32_gradients import (
-    FEWEST_ROWS,
-    Float32Linear,
-    float32_is_faster,
-    sdpa,
-    use_float32_gradients,
-    uses_float32_gradients,
-)
+from toolkit.models.attention_gradients import mark_attention, sdpa
+from toolkit.models.float32_gradients import FEWEST_ROWS, Float32Linear, use_float32_gradients, uses_float32_gradients
 from toolkit.models.varlen import VARLEN
-from toolkit.training import context
+from toolkit.training import gradient_choice
 
 
 def three(function: object, *tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -55,7 +47,10 @@ def test_a_layer_gives_what_torch_gives_and_the_exact_gradients_rounded_once(sha
 
 @pytest.mark.parametrize("attention", ["sdpa", VARLEN])
 @pytest.mark.parametrize("padded", [False, True])
-def test_attention_gives_what_torch_gives_and_gradients_as_near_to_the_exact_ones(attention: str, padded: bool) -> None:
+@pytest.mark.parametrize("blocks", [False, True])
+def test_attention_gives_what_torch_gives_and_gradients_as_near_to_the_exact_ones(
+    attention: str, padded: bool, blocks: bool
+) -> None:
     """Of a layer with fewer keys than queries, on rows with padding and without."""
     torch.manual_seed(0)
     model = tiny_llama()
@@ -73,6 +68,7 @@ def test_attention_gives_what_torch_gives_and_gradients_as_near_to_the_exact_one
     model.bfloat16()
     plain = run(model)
     use_float32_gradients(model)
+    mark_attention(model, in_float32=True, in_blocks=blocks)
     ours = run(model)
     assert torch.equal(plain[0], ours[0])
     assert not all(torch.equal(a, b) for a, b in zip(plain, ours, strict=True))
@@ -81,16 +77,17 @@ def test_attention_gives_what_torch_gives_and_gradients_as_near_to_the_exact_one
     assert off[1] <= off[0] * 1.05
 
 
-def test_attention_with_dropout_is_left_as_it_is() -> None:
+@pytest.mark.parametrize("blocks", [False, True])
+def test_attention_with_dropout_is_left_as_it_is(blocks: bool) -> None:
     """It draws anew each time that it runs."""
     states = [torch.randn(1, 2, 8, 16).bfloat16().requires_grad_() for _ in range(3)]
     module = nn.Module()
     module.is_causal = True  # type: ignore[assignment]
-    module._gradient_in_float32 = True  # type: ignore[assignment]
+    mark_attention(module, in_float32=True, in_blocks=blocks)
     for dropout, ours in ((0.5, False), (0.0, True)):
         output, _ = sdpa(module, *states, None, dropout=dropout)
         names = {type(output.grad_fn).__name__, type(output.grad_fn.next_functions[0][0]).__name__}
-        assert any("_Float32Attention" in name for name in names) is ours
+        assert any("Attention" in name for name in names - {"ScaledDotProductFlashAttentionForCpuBackward0"}) is ours
 
 
 def test_a_frozen_weight_and_a_frozen_input_get_no_gradient() -> None:
@@ -113,41 +110,14 @@ def test_all_linear_layers_are_exchanged_but_the_head_which_is_left_to_the_loss(
     assert sum(type(module) is Float32Linear for module in model.modules()) == 6 * 7
 
 
-@pytest.mark.parametrize("gain", [1.5, 1.1])
-def test_what_was_measured_is_kept_and_only_asked_of_bfloat16_on_a_cpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gain: float
-) -> None:
-    monkeypatch.setenv("FROSTLINE_CACHE", str(tmp_path / "new"))
-    gains = iter([gain])
-    monkeypatch.setattr(float32_gradients, "_measure_speedup", lambda: next(gains))
-    cpu = torch.device("cpu")
-    assert not float32_is_faster(torch.float32, cpu)
-    assert not float32_is_faster(torch.bfloat16, torch.device("meta"))
-    assert float32_is_faster(torch.bfloat16, cpu) is (gain > 1.2)
-    float32_gradients._saved_or_measured.cache_clear()
-    assert float32_is_faster(torch.bfloat16, cpu) is (gain > 1.2)  # read: nothing is left to measure
-    (path,) = (tmp_path / "new").iterdir()
-    for unusable in ({"another machine": True}, dict.fromkeys(json.loads(path.read_text()), "yes"), []):
-        path.write_text(json.dumps(unusable))
-        float32_gradients._saved_or_measured.cache_clear()
-        gains = iter([1.3])
-        assert float32_is_faster(torch.bfloat16, cpu)
-        others = unusable.keys() - {float32_gradients.machine()} if isinstance(unusable, dict) else set()
-        assert set(json.loads(path.read_text())) == {float32_gradients.machine(), *others}
-    float32_gradients._saved_or_measured.cache_clear()
-
-
-def test_the_gain_is_measured() -> None:
-    assert float32_gradients._measure_speedup() > 0
-
-
 def test_a_run_with_float32_gradients_learns_the_same_from_the_same_activations(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_tiny_model(tmp_path / "model", tied=False)
 
     def run(name: str, faster: bool) -> Path:
-        monkeypatch.setattr(context, "float32_is_faster", lambda dtype, device: faster)
+        monkeypatch.setattr(gradient_choice, "float32_is_faster", lambda: faster)
+        monkeypatch.setattr(gradient_choice, "blocks_are_faster", lambda tokens, in_float32: faster)
         flags = tiny_flags(model, tmp_path / name, "--train.epochs", 1, "--prefix.cache", "on")
         assert train(*flags, "--model.dtype", "bfloat16", "--prefix.cache_dir", str(tmp_path / "cache")) == 0
         return tmp_path / name

@@ -17,7 +17,7 @@ from helpers import ENGLISH, make_tiny_model, make_tokenizer, masters_of, metric
 
 from toolkit.checkpoint.state import read_state
 from toolkit.inference.open_model import load_delta, open_model, read_trained
-from toolkit.models.load import fingerprint
+from toolkit.models.weight_fingerprint import fingerprint
 from toolkit.runtime.errors import CheckpointError
 from toolkit.runtime.file_lock import RunLock
 from toolkit.training import validation
@@ -114,6 +114,7 @@ def test_other_rows_a_step_are_refused_and_overridden_go_on_with_the_next_row(ti
 HARMLESS: dict[str, object] = {
     "train.learning_rate": 5e-4, "train.weight_decay": 0.5, "train.warmup_ratio": 0.5, "train.scheduler": "cosine",
     "train.max_grad_norm": 0.5, "train.gradient_checkpointing": "on", "data.packing": "off", "optim.eps": 1e-7,
+    "train.reduce_dtype": "bfloat16",
 }  # fmt: skip
 
 

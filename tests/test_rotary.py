@@ -41,7 +41,9 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def rows(*lengths: int) -> list[Example]:
     generator = torch.Generator().manual_seed(0)
-    return [Example(tuple(torch.randint(1, 500, (n,), generator=generator).tolist()), n - 4) for n in lengths]
+    return [
+        Example.with_answer(tuple(torch.randint(1, 500, (n,), generator=generator).tolist()), n - 4) for n in lengths
+    ]
 
 
 ROWS = rows(40, 12, 30, 8)

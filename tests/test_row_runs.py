@@ -153,6 +153,8 @@ def test_the_plan_counts_the_rows(run: Path, model: Path, data: Path, tmp_path: 
     assert trainer.state.plan.mask.parameters == trained
     saved = json.loads((run / "plan.json").read_text())
     again = json.loads(run_here("plan.py", *flags, "--json").stdout)
+    for plan in (again, saved):  # a plan without a run is a GPU's, where the update has another workspace
+        del plan["memory"]["peak"], plan["memory"]["most"]["workspace"], plan["memory"]["at_peak"]["workspace"]
     assert (again["memory"], again["disk"]) == (saved["memory"], saved["disk"])
 
 

@@ -40,7 +40,7 @@ def batches() -> list[Batch]:
     generator = torch.Generator().manual_seed(1)
     rows = [tuple(torch.randint(3, 35, (n,), generator=generator).tolist()) for n in (17, 11, 13, 17) * (STEPS // 2)]
     pairs = zip(rows[::2], rows[1::2], strict=True)
-    return [collate([Example(first, 9), Example(second, 5)], 0) for first, second in pairs]
+    return [collate([Example.with_answer(first, 9), Example.with_answer(second, 5)], 0) for first, second in pairs]
 
 
 def tiny(name: str, tied: bool) -> Any:

@@ -103,7 +103,8 @@ def delta_of(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module", autouse=True)
 def products_that_round_as_a_plain_loops() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("toolkit.training.context.float32_is_faster", lambda *_: False)
+        patch.setattr("toolkit.training.gradient_choice.float32_is_faster", lambda: False)
+        patch.setattr("toolkit.training.gradient_choice.blocks_are_faster", lambda *_: False)
         yield
 
 

@@ -14,7 +14,7 @@ from toolkit.config.schema import MaskConfig, RunConfig
 from toolkit.engine.deepspeed.config import resolve_ds_config
 from toolkit.mask.schedule import build_schedule
 from toolkit.models.anatomy_detection import detect_anatomy
-from toolkit.planning.engine_memory import engine_spec
+from toolkit.planning.engine_spec import engine_spec
 from toolkit.planning.meta_model import MetaModel, meta_model
 from toolkit.planning.phase_plans import combine_plans, phase_planners
 from toolkit.planning.table import as_dict, as_text

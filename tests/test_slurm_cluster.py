@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, clean_environment, metrics, tiny_flags
+from helpers import REFERENCE_MASK, ROOT, clean_environment, metrics, tiny_flags
 from slurm_cluster import Cluster, cluster, missing
 
 from launch import submit as submit_script
@@ -126,7 +126,8 @@ def jobs(slurm: Cluster, tiny_model: Path, tmp_path_factory: pytest.TempPathFact
         recipe = base / f"{name}.yaml"
         recipe.write_text(json.dumps({"mask": {"train": [mask]}, "output": {"dir": str(base / name)}}))
         recipes.append(str(recipe))
-    short = [word for word in tiny_flags(tiny_model, base) if word not in ("--output.dir", str(base))]
+    of_recipes = ("--output.dir", str(base), *REFERENCE_MASK)
+    short = [word for word in tiny_flags(tiny_model, base) if word not in of_recipes]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
             patch.setenv(name, value)  # as in a shell that a launcher opened; sbatch takes it all along

@@ -26,7 +26,7 @@ from toolkit.split.supervised_loss import supervised_loss
 def batches() -> list[Batch]:
     generator = torch.Generator().manual_seed(1)
     ids = [tuple(torch.randint(1, 60, (length,), generator=generator).tolist()) for length in (17, 11, 17)]
-    return [collate([Example(ids[0], 9)], 0), collate([Example(row, 5) for row in ids], 0)]
+    return [collate([Example.with_answer(ids[0], 9)], 0), collate([Example.with_answer(row, 5) for row in ids], 0)]
 
 
 def masked(model: Any, *train: str) -> tuple[LayerMask, Prefix | None, Suffix]:
@@ -161,6 +161,23 @@ def test_checkpointing_and_cutting_change_no_gradient(train: tuple[str, ...], ba
     for other in gradients[1:]:
         assert all(torch.equal(gradients[0][name], other[name]) for name in gradients[0])
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients[0].values())
+
+
+def test_a_pass_builds_no_new_list_of_the_blocks(batches: list[Batch], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, prefix, suffix = masked(tiny_llama(tied=False), "last:2")
+    assert prefix is not None
+    built, original = list[nn.ModuleList](), nn.ModuleList.__init__
+
+    def count(self: nn.ModuleList, *args: Any) -> None:
+        built.append(self)
+        original(self, *args)
+
+    monkeypatch.setattr(nn.ModuleList, "__init__", count)
+    suffix(prefix(batches[1]), batches[1])
+    assert not built
+    suffix.model.model.layers.__class__ = nn.ModuleList
+    suffix(prefix(batches[1]), batches[1])
+    assert len(built) == 1, "as transformers' code does it"
 
 
 def test_the_head_sees_supervised_positions_only(batches: list[Batch]) -> None:

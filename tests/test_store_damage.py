@@ -241,8 +241,8 @@ class Sequences(RuleBasedStateMachine):
     def damage(self, data: st.DataObject) -> None:
         path = data.draw(st.sampled_from(shards(self.root)))
         content = bytearray(path.read_bytes())
-        position = data.draw(st.integers(0, len(content) - 1))
-        match data.draw(st.sampled_from(["flip", "cut", "remove"])):
+        position = data.draw(st.integers(0, max(len(content) - 1, 0)))
+        match data.draw(st.sampled_from(["flip", "cut", "remove"] if content else ["remove"])):
             case "flip":
                 content[position] ^= data.draw(st.integers(1, 255))
                 put(path, content)

@@ -10,7 +10,7 @@ from helpers import ENGLISH, run_here
 from toolkit.config.schema import DataConfig, MaskConfig, ModelConfig
 from toolkit.data.dataset import load_dataset
 from toolkit.data.examples import Example
-from toolkit.mask.selectors import resolve_selectors
+from toolkit.mask.layer_mask import build_mask
 from toolkit.models.load import LoadedModel, load
 from toolkit.planning.suggest import Suggestion, gradient_scores, signal_to_noise, spectrum_scores, suggest
 from toolkit.runtime.errors import ConfigError
@@ -72,9 +72,12 @@ def test_a_suggestion_is_a_mask_that_the_recipe_takes(
     suggestion = suggest(loaded, method, 0.5, examples)  # type: ignore[arg-type]
     assert len(suggestion.chosen) == 3
     assert set(suggestion.chosen) == set(suggestion.ranking[:3])
-    config = MaskConfig(**yaml.safe_load(suggestion.mask_block())["mask"])
-    chosen = resolve_selectors([str(item) for item in config.train], loaded.anatomy)
-    assert {loaded.anatomy.by_name[name].block for name in chosen} == set(suggestion.chosen)
+    sections = yaml.safe_load(suggestion.mask_block())
+    assert sections["train"] == {"learning_rate": 5e-4}
+    config = MaskConfig(**sections["mask"])
+    mask = build_mask(config, loaded.anatomy)
+    adapted = {loaded.anatomy.by_name[f"{name}.weight"].block for one in mask.adapters for name in one.modules}
+    assert adapted == set(suggestion.chosen)
     assert f"frost line: block {min(suggestion.chosen)} of 6" in suggestion.table()
     assert suggestion.table().count("chosen") == 3
     assert all(torch.equal(p, before[name]) for name, p in loaded.model.named_parameters())
@@ -85,7 +88,7 @@ def test_the_command_prints_a_ranking_and_a_mask(tiny_model: Path) -> None:
     result = run_here("launch/plan.py", "--model.name_or_path", tiny_model, *flags)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("chosen") == 3
-    assert "mask:\n  train:\n  - blocks:" in result.stdout
+    assert "mask:\n  train:\n  - lora:\n      select: blocks:" in result.stdout
 
 
 def test_blocks_are_listed_as_ranges() -> None:

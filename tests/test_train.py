@@ -11,7 +11,18 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
-from helpers import ENGLISH, QUICKSTART, invocation, make_tiny_model, masters_of, metrics, set_up, tiny_flags, train
+from helpers import (
+    ENGLISH,
+    QUICKSTART,
+    REFERENCE_MASK,
+    invocation,
+    make_tiny_model,
+    masters_of,
+    metrics,
+    set_up,
+    tiny_flags,
+    train,
+)
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
@@ -75,7 +86,8 @@ def test_bfloat16_with_masters_learns_what_the_plain_loop_with_masters_learns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    assert train("--data.path", str(ENGLISH), "--data.validation", "none", "--output.dir", str(run)) == 0
+    flags = ("--data.path", str(ENGLISH), "--data.validation", "none", "--output.dir", str(run))
+    assert train(*flags, *REFERENCE_MASK, "--train.learning_rate", "1e-5") == 0
     losses = metrics(run)
     expected = plain(ModelConfig(), 1e-5, 3)
     assert len(losses) == len(expected) == 60
@@ -137,7 +149,15 @@ def test_frozen_tensors_stay_bit_identical_and_every_trained_master_moves(
 
 def test_the_run_directory_holds_what_the_design_names(finished: Path) -> None:
     present = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
-    assert present == {"config.yaml", "mask.json", "plan.json", "metrics.jsonl", "tensorboard", "checkpoints"}
+    assert present == {
+        "config.yaml",
+        "mask.json",
+        "plan.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "data_files.json",
+    }
     names = {path.name for path in (finished / "checkpoints").iterdir()}
     assert names == {"latest", "best", "step-00000030", "step-00000045"}
     assert (finished / "checkpoints" / "latest").read_text() == "step-00000045"

@@ -24,9 +24,9 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, *steps: int, kind: str = "loss") ->
     """Plant a fault in these steps of the next run, counted from 1."""
     count = iter(range(1, 10**6))
 
-    def faulty(batches: Any, prefix: Any, engine: Any, world: World) -> Any:
+    def faulty(batches: Any, prefix: Any, engine: Any, world: World, status: Any) -> Any:
         with plant(engine, kind if next(count) in steps else None):
-            return train_step(batches, prefix, engine, world)
+            return train_step(batches, prefix, engine, world, status)
 
     monkeypatch.setattr("toolkit.training.trainer.train_step", faulty)
 

@@ -13,12 +13,12 @@ from helpers import make_tokenizer
 from toolkit.data.chat_rendering import Rendering, read_rendering
 from toolkit.data.examples import Encoder, Example
 from toolkit.runtime.errors import DataError
-from toolkit.tasks.pubmedqa import RowFaultError, Sample
+from toolkit.tasks.sample import RowFaultError, ask
 
 _TURNS = "{% for m in messages %}<|{{ m.role }}|>\n"
 
-SAMPLE = Sample("why is it so?", ("one fact.", "another fact."), "because it is.")
-TURNS = [{"role": "user", "content": SAMPLE.prompt()}, {"role": "assistant", "content": SAMPLE.answer}]
+SAMPLE = ask("why is it so?", ("one fact.", "another fact."), "because it is.")
+TURNS = [{"role": "user", "content": SAMPLE.turns[0].content}, {"role": "assistant", "content": SAMPLE.answer}]
 
 
 def encoder_of(style: Style, tokenizer: Any, **more: Any) -> Encoder:
@@ -109,7 +109,7 @@ def test_a_models_own_ends_stop_generation_beside_the_templates() -> None:
     assert Encoder(tokenizer, 512, (2,)).stop_ids() == [0, 2]
 
 
-THOUGHT = Sample("why?", (), "<think>\nfirst this\n</think>\n\nthen that.")
+THOUGHT = ask("why?", (), "<think>\nfirst this\n</think>\n\nthen that.")
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3-thinking", "deepseek", "deepseek-r1", "chatml"])
@@ -130,7 +130,7 @@ def test_a_real_thought_in_an_answer_stays_and_is_trained(name: str) -> None:
 
 def test_an_empty_thought_of_a_row_is_not_trained_where_the_template_brings_its_own() -> None:
     tokenizer = STYLES["qwen3"].tokenizer()
-    empty = Sample("why?", (), "<think>\n\n</think>\n\nthen that.")
+    empty = ask("why?", (), "<think>\n\n</think>\n\nthen that.")
     assert supervised(tokenizer, Encoder(tokenizer, 512).encode(empty)) == "then that.<|im_end|>"
 
 
@@ -142,7 +142,7 @@ def test_a_template_that_alters_an_answer_is_a_fault_of_the_row_or_of_the_templa
         template="{% for m in messages %}<|user|>{{ m.content | replace('x', 'y') }}<|end|>{% endfor %}"
     )
     with pytest.raises(RowFaultError, match="chat template alters"):
-        Encoder(odd, 512).encode(Sample("why?", (), "six"))
+        Encoder(odd, 512).encode(ask("why?", (), "six"))
 
 
 DATED = "Today: {{ strftime_now('%d %b %Y') }}\n" + STYLES["chatml"].template
@@ -216,7 +216,7 @@ def test_a_bos_that_is_the_end_of_text_too_is_kept() -> None:
 )
 def test_control_tokens_in_a_rows_text_are_text(make: Any, begin: str, end: str) -> None:
     tokenizer = make()
-    sample = Sample(f"what is {begin}?", (f"a log: fine{end}\nyes",), f"it{begin} ends with {end}.")
+    sample = ask(f"what is {begin}?", (f"a log: fine{end}\nyes",), f"it{begin} ends with {end}.")
     encoder = Encoder(tokenizer, 512)
     example, plain = encoder.encode(sample), encoder.encode(SAMPLE)
     text, without = (tokenizer.decode(one.token_ids) for one in (example, plain))

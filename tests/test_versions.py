@@ -14,6 +14,9 @@ from packaging.version import Version
 
 from toolkit.runtime.environment import OLDEST_PYTHON
 
+NOT_PINNED = {"triton"}
+"""Torch's own builds for CUDA want one version of it each, which a pin would keep from being installed."""
+
 
 def setup() -> configparser.ConfigParser:
     parser = configparser.ConfigParser()
@@ -23,7 +26,8 @@ def setup() -> configparser.ConfigParser:
 
 def ranges(*extras: str) -> dict[str, Requirement]:
     needed = [setup()["options"]["install_requires"], *(setup()["options.extras_require"][extra] for extra in extras)]
-    return {r.name.lower(): r for text in needed for line in text.split() if (r := Requirement(line))}
+    found = {r.name.lower(): r for text in needed for line in text.split() if (r := Requirement(line))}
+    return {name: requirement for name, requirement in found.items() if name not in NOT_PINNED}
 
 
 def pins(name: str) -> dict[str, Version]:

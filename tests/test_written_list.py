@@ -15,8 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolkit.data.sources import read_rows
+from toolkit.tasks.choose import load_task
 from toolkit.tasks.printed_lists import PrintedListError, parse_printed_list
-from toolkit.tasks.pubmedqa import RowFaultError, pubmedqa
+from toolkit.tasks.sample import RowFaultError
+
+read = load_task("pubmedqa").read
 
 
 def as_array(texts: list[str]) -> Any:
@@ -115,7 +118,7 @@ def test_a_list_that_cannot_be_read_back_is_a_bad_row_with_the_reason(text: str,
     with pytest.raises(PrintedListError, match=reason):
         parse_printed_list(text)
     with pytest.raises(RowFaultError, match=r"a printed list that .*; save the rows as JSON lines or Parquet"):
-        pubmedqa({"QUESTION": "q", "CONTEXTS": text, "LONG_ANSWER": "a"})
+        read({"QUESTION": "q", "CONTEXTS": text, "LONG_ANSWER": "a"})
 
 
 @pytest.mark.parametrize(
@@ -136,7 +139,7 @@ def test_a_list_that_cannot_be_read_back_is_a_bad_row_with_the_reason(text: str,
     ],
 )
 def test_contexts_are_what_the_field_holds(value: Any, contexts: tuple[str, ...]) -> None:
-    assert pubmedqa({"QUESTION": "q", "CONTEXTS": value, "LONG_ANSWER": "a"}).contexts == contexts
+    assert read({"QUESTION": "q", "CONTEXTS": value, "LONG_ANSWER": "a"}).contexts == contexts
 
 
 @pytest.mark.parametrize(
@@ -150,7 +153,25 @@ def test_contexts_are_what_the_field_holds(value: Any, contexts: tuple[str, ...]
 )
 def test_other_contents_are_named(value: Any, fault: str) -> None:
     with pytest.raises(RowFaultError, match=fault):
-        pubmedqa({"QUESTION": "q", "CONTEXTS": value, "LONG_ANSWER": "a"})
+        read({"QUESTION": "q", "CONTEXTS": value, "LONG_ANSWER": "a"})
+
+
+def test_numbers_are_what_was_printed_also_in_tool_calls_and_flags() -> None:
+    value = {"i": 1, "f": -2.5, "e": 1e-07, "l": [3, "4", None, True], "array": as_array(["a"])}
+    found = parse_printed_list(str(value))
+    assert found == {**value, "array": ["a"]}
+    assert [type(found["i"]), type(found["f"])] == [int, float]
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a", "weight": 0},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "tool_calls": [call], "weight": 1},
+    ]
+    sample = load_task("messages").read({"messages": str(messages)})
+    assert sample == load_task("messages").read({"messages": messages})
+    options = {"question": "q", "options": str({"A": "five", "B": "six", "C": 7}), "answer": "C"}
+    assert "C. 7" in str(load_task("choice").read(options))
 
 
 def test_a_table_that_datasets_wrote_keeps_every_context_apart(tmp_path: Path) -> None:
@@ -161,5 +182,5 @@ def test_a_table_that_datasets_wrote_keeps_every_context_apart(tmp_path: Path) -
         for n in range(1, 20)
     ]
     Dataset.from_list(rows).to_csv(tmp_path / "rows.csv")
-    found = [pubmedqa(row.values).contexts for row in read_rows(str(tmp_path / "rows.csv"))]
+    found = [read(row.values).contexts for row in read_rows(str(tmp_path / "rows.csv"))]
     assert found == [tuple(text.strip() for text in row["CONTEXTS"]) for row in rows]

@@ -27,7 +27,7 @@ def batches() -> list[Batch]:
     """One row alone, and three of which one is padded."""
     generator = torch.Generator().manual_seed(1)
     rows = [tuple(torch.randint(3, 60, (length,), generator=generator).tolist()) for length in (17, 11, 17)]
-    return [collate([Example(rows[0], 9)], 0), collate([Example(row, 5) for row in rows], 0)]
+    return [collate([Example.with_answer(rows[0], 9)], 0), collate([Example.with_answer(row, 5) for row in rows], 0)]
 
 
 def last_two_and_head(model: Any, kind: Kind) -> set[str]:

@@ -16,17 +16,17 @@ from toolkit.data.examples import Example
 from toolkit.mask.apply import apply_mask
 from toolkit.mask.layer_mask import build_mask
 from toolkit.models.anatomy_detection import detect_anatomy
-from toolkit.planning.engine_memory import engine_spec
+from toolkit.planning.engine_spec import engine_spec
 from toolkit.planning.meta_model import MetaModel
 from toolkit.planning.planner import Planner
-from toolkit.planning.table import as_text
+from toolkit.planning.table import as_dict, as_text
 from toolkit.planning.workload import Workload
 from toolkit.runtime.errors import PlanError
 from toolkit.split.loss_head import Shortcuts
 from toolkit.split.suffix import split, split_is_exact
 
 LOCAL = engine_spec(None, 1, 1)
-ROWS = [Example(tuple(range(3, 3 + length)), 5) for length in (17, 11, 14)]
+ROWS = [Example.with_answer(tuple(range(3, 3 + length)), 5) for length in (17, 11, 14)]
 PACKED_ONLY_BY_THE_PLAN = {"llama4_text", "minimax", "xlm-roberta"}
 """Attention in chunks, a recurrence that transformers does not declare, and positions counted over the whole row."""
 FAST = {
@@ -92,3 +92,21 @@ def test_a_prefix_that_cannot_be_cut_off_cannot_be_quantised_either() -> None:
     planner = planner_of(make("hrm_text").bfloat16(), recipe("hrm_text", precision="int8"))
     with pytest.raises(PlanError, match=r"HrmTextForCausalLM cannot be cut at block .*; leave out prefix\.precision"):
         planner.plan(planner.variant(LOCAL, checkpointing=False))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "granitemoe"])
+def test_a_mixture_of_experts_in_float32_is_planned_as_in_bfloat16(name: str) -> None:
+    """torch takes products of experts on the meta device in bfloat16 alone; on real ones in both."""
+    plans = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make(name).to(dtype)
+        planner = planner_of(model, recipe(name))
+        variant = planner.variant(LOCAL, checkpointing=False)
+        part, plan = planner._split(variant), planner.plan(variant)
+        if dtype == torch.float32:
+            planned = (part.is_cut, part.shortcuts, variant.packed, variant.cached)
+            assert planned == decided_by_run(model, recipe(name))
+        plans.append(as_dict(plan))
+    assert plans[0]["flops"] == plans[1]["flops"]
+    activations = [values["memory"]["most"]["activations"] for values in plans]
+    assert 1.5 < activations[0] / activations[1] <= 2.0

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from toolkit.commands.data_check import data_check
     from toolkit.commands.evaluate import evaluate
     from toolkit.commands.export import export
     from toolkit.commands.generate import generate
@@ -27,6 +28,7 @@ __all__ = [
     "RunConfig",
     "SourceEvaluation",
     "TrainResult",
+    "data_check",
     "evaluate",
     "export",
     "generate",
@@ -40,6 +42,7 @@ _MODULES = {
     "RunConfig": "toolkit.config.schema",
     "SourceEvaluation": "toolkit.inference.evaluation",
     "TrainResult": "toolkit.commands.train",
+    "data_check": "toolkit.commands.data_check",
     "evaluate": "toolkit.commands.evaluate",
     "export": "toolkit.commands.export",
     "generate": "toolkit.commands.generate",

@@ -40,7 +40,7 @@ def labelled_rows(workload: Workload) -> list[dict[str, list[int]]]:
 def trainer_settings(workload: Workload, scratch: Path) -> dict[str, Any]:
     """Return the workload as transformers' TrainingArguments name it; the epochs lie end to end in one."""
     return {
-        "output_dir": str(scratch), "num_train_epochs": 1, "per_device_train_batch_size": 1,
+        "output_dir": str(scratch), "num_train_epochs": 1, "per_device_train_batch_size": workload.micro_batch,
         "learning_rate": workload.learning_rate, "warmup_steps": workload.warmup_steps,
         "lr_scheduler_type": "linear", "weight_decay": 0.01, "max_grad_norm": 1.0, "logging_steps": 1,
         "save_strategy": "no", "report_to": "none", "use_cpu": not torch.cuda.is_available(), "disable_tqdm": True,

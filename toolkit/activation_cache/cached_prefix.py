@@ -10,12 +10,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 
 from toolkit.activation_cache.namespace import sample_key
+from toolkit.activation_cache.read_ahead import HiddenAhead, HiddenReader
 from toolkit.activation_cache.store import SHARD_BYTES, ActivationStore
-from toolkit.data.batches import Batch, collate, lay_out, unpad
+from toolkit.data.batches import Batch, collate
 from toolkit.data.examples import Example
+from toolkit.data.layout import lay_out, unpad
+from toolkit.data.rows import Rows
 from toolkit.runtime import signals
 from toolkit.runtime.distributed import World
 from toolkit.runtime.out_of_memory import explain_out_of_memory
@@ -26,6 +30,11 @@ log = logging.getLogger("frostline")
 
 FILL_TOKENS, CPU_FILL_TOKENS = 4096, 512
 """Tokens, padding included, of a batch that fills the cache, on a GPU and on a CPU; enough for efficient products."""
+STREAMED_FILL_TOKENS = {"model": 26_000, "int8": 13_000, "nf4": 6_500}
+"""The same on a GPU to which the prefix's weights are streamed, by their precision.
+
+A token takes 2 operations for each weight and a bfloat16 weight is 2 bytes, so computing and copying take the same time
+at as many tokens as the operations of a second by the bytes of a second: 650e12 / 25e9."""
 
 
 class CachedPrefix:
@@ -54,6 +63,8 @@ class CachedPrefix:
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Return the hidden states [B, T, hidden_size] that enter block b, zeros at padding."""
+        if isinstance(batch.hidden, HiddenAhead) and (hidden := batch.hidden.take(self.store)) is not None:
+            return hidden
         stored = [self.store.read(key) for key in _keys(batch.examples)]
         missing = [example for example, row in zip(batch.examples, stored, strict=True) if row is None]
         computed = self._run_prefix(missing) if missing else []
@@ -83,37 +94,47 @@ class CachedPrefix:
         """Read the hidden states of these samples into memory in the background."""
         self.store.prefetch(_keys(examples))
 
-    def fill(self, examples: Sequence[Example]) -> None:
+    def fill(self, examples: Sequence[Example], tokens: int = FILL_TOKENS) -> None:
         """Compute and store what the store lacks, in large batches, shared among the ranks; every rank calls it.
 
-        Batches are made of all samples, not of the missing ones, and do not depend on the number of ranks: a run that
-        was interrupted and started again stores the same bits.
+        On a GPU a batch has up to ``tokens`` tokens, padding included, on a CPU ``CPU_FILL_TOKENS``. Batches are made
+        of all samples, not of the missing ones, and do not depend on the number of ranks: a run that was interrupted
+        and started again stores the same bits.
 
         Raises:
             StopRequested: a signal came; what was computed is stored, and the next run goes on from there.
         """
-        distinct = dict(zip(_keys(examples), examples, strict=True))
-        tokens = CPU_FILL_TOKENS if self._world.device.type == "cpu" else FILL_TOKENS
-        batches = list(_batches_by_length(sorted(distinct.values(), key=len, reverse=True), tokens))
-        self._compute_missing(batches[self._world.rank :: self._world.size])
+        distinct = Rows.of(examples).distinct()
+        distinct = distinct.take(distinct.longest_first())
+        tokens = CPU_FILL_TOKENS if self._world.device.type == "cpu" else tokens
+        starts = np.fromiter(_starts_by_length(distinct.lengths, tokens), np.int64)
+        batches = np.stack([starts, np.append(starts[1:], len(distinct))], axis=1)
+        self._compute_missing(distinct, batches[self._world.rank :: self._world.size])
         self._world.barrier()
         self._world.raise_if_stopping()
         self.store.refresh()
         if not self.store.statistics.failed:  # another node may have stored what is still missing on a disk of its own
-            self._compute_missing(batches)
+            self._compute_missing(distinct, batches)
             self._world.raise_if_stopping()
 
-    def _compute_missing(self, batches: list[list[Example]]) -> None:
-        """Run the prefix on those batches of which the store lacks a sample, and store the missing samples."""
-        missing = set(self.store.missing(key for batch in batches for key in _keys(batch)))
-        incomplete = [batch for batch in batches if not missing.isdisjoint(_keys(batch))]
+    def _compute_missing(self, samples: Rows, batches: np.ndarray) -> None:
+        """Run the prefix on those batches of which the store lacks a sample, and store the missing samples.
+
+        ``batches`` are [batches, 2]: start and end of each among ``samples``.
+        """
+        lacking = np.zeros(len(samples), bool)
+        for start, end in batches:
+            lacking[start:end] = True
+        lacking[lacking] = self.store.lacking(samples.take(np.flatnonzero(lacking)).keys)
+        incomplete = [(start, end) for start, end in batches if lacking[start:end].any()]
         pending: dict[str, torch.Tensor] = {}
-        with ProgressBar("first pass", sum(map(len, incomplete)), "row", brief=True) as bar:
-            for batch in incomplete:
+        with ProgressBar("first pass", sum(int(end - start) for start, end in incomplete), "row", brief=True) as bar:
+            for start, end in incomplete:
                 if signals.stop_requested():  # this rank's signal; ``fill`` then agrees on it with all ranks
                     break
-                rows = zip(_keys(batch), self._run_prefix(batch), strict=True)
-                pending |= {key: row.cpu() for key, row in rows if key in missing}
+                batch = list(samples[start:end])
+                rows = zip(_keys(batch), lacking[start:end], self._run_prefix(batch), strict=True)
+                pending |= {key: row.cpu() for key, is_missing, row in rows if is_missing}
                 if sum(row.nbytes for row in pending.values()) >= SHARD_BYTES:
                     self.store.write(pending)
                     pending = {}
@@ -123,7 +144,7 @@ class CachedPrefix:
 
     def release(self, examples: Sequence[Example]) -> bool:
         """Release the prefix if the store holds all ``examples``; return True if it is not loaded any more."""
-        if self.prefix is not None and not self.store.missing(_keys(examples)):
+        if self.prefix is not None and not self.store.lacking(Rows.of(examples).keys).any():
             self.prefix = None
         return self.prefix is None
 
@@ -173,13 +194,29 @@ def prefetch_cached(
         yield micro_batches
 
 
-def _batches_by_length(longest_first: list[Example], tokens: int) -> Iterator[list[Example]]:
-    """Yield batches of up to ``tokens`` tokens, padding included, of examples with similar lengths."""
+def read_ahead(
+    current_prefix: Callable[[], HiddenStates | None], steps: Iterable[list[Batch]], reader: HiddenReader
+) -> Iterator[list[Batch]]:
+    """Yield the micro batches of each step; on a GPU, ``reader`` brings their cached hidden states there meanwhile.
+
+    ``current_prefix`` is that of ``prefetch_cached``.
+    """
+    for micro_batches in steps:
+        prefix = current_prefix()
+        if isinstance(prefix, CachedPrefix):
+            store = prefix.store
+            micro_batches = [reader.announce(batch, store) for batch in micro_batches]
+        else:
+            reader.clear()  # of a phase before, whose prefix was cached
+        yield micro_batches
+
+
+def _starts_by_length(longest_first: np.ndarray, tokens: int) -> Iterator[int]:
+    """Yield where each batch of up to ``tokens`` tokens, padding included, begins among lengths in falling order."""
     start = 0
     while start < len(longest_first):
-        rows = max(1, tokens // len(longest_first[start]))
-        yield longest_first[start : start + rows]
-        start += rows
+        yield start
+        start += max(1, tokens // int(longest_first[start]))
 
 
 def _keys(examples: Iterable[Example]) -> list[str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 
-import numpy as np
 import torch
+
+from toolkit.data.sample_key import sample_key as sample_key
 
 FORMAT = "frostline-activations-1"
 """Version of the shard layout; it is hashed into the namespace, so another version uses other directories."""
@@ -62,11 +63,6 @@ class Namespace:
                 f"activation of shape {list(tensor.shape)} in {tensor.dtype}; "
                 f"expected [tokens, {self.width}] in {self.dtype}"
             )
-
-
-def sample_key(token_ids: Sequence[int] | torch.Tensor) -> str:
-    """Return the SHA-256 (64 hexadecimal digits) of a sample's token ids as little-endian 64-bit integers."""
-    return sha256(np.asarray(token_ids, dtype="<i8").tobytes()).hexdigest()
 
 
 def bytes_of(tokens: int, samples: int, width: int, dtype: torch.dtype) -> int:

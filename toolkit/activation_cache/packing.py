@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from toolkit.activation_cache.cached_prefix import CachedPrefix, HiddenStates
 from toolkit.config.policy import Decision, Mode, refuse_packing
-from toolkit.data.batches import Batch, collate, lay_out, pack
+from toolkit.data.batches import Batch, collate, pack
 from toolkit.data.examples import Example
+from toolkit.data.layout import lay_out
+from toolkit.data.rows import Rows
 from toolkit.models.probe import evaluation_mode
 from toolkit.models.varlen import VARLEN, register_varlen
 from toolkit.runtime.errors import ModelError
@@ -43,7 +46,8 @@ def choose_packing(
     Raises:
         ModelError: ``mode`` is ``on``, and the model does not keep packed samples apart.
     """
-    if refusal := refuse_packing(mode, micro_batch_size, {len(example) for example in examples}):
+    rows = Rows.of(examples)
+    if refusal := refuse_packing(mode, micro_batch_size, np.unique(rows.lengths)):
         return refusal
     original, fault = suffix.model.config._attn_implementation, None
     trial = _PackingTrial(prefix, suffix, device, original)
@@ -52,7 +56,7 @@ def choose_packing(
             set_attention(suffix.model, attention)
             if suffix.model.config._attn_implementation != attention:
                 continue  # this model's attention cannot be replaced
-            fault = trial.fault(examples, micro_batch_size)
+            fault = trial.fault(rows, micro_batch_size)
             if fault is None:
                 return Decision(True, f"on ({'auto: ' if mode == 'auto' else ''}exact on rows of this data)")
     set_attention(suffix.model, original)
@@ -105,14 +109,14 @@ class _PackingTrial:
     device: torch.device
     original_attention: str
 
-    def fault(self, examples: Sequence[Example], micro_batch_size: int) -> str | None:
+    def fault(self, rows: Rows, micro_batch_size: int) -> str | None:
         """Return what is wrong with packed rows, as a phrase; None if packing is exact.
 
         There must be rows of at least two lengths: rows of one length are not packed.
         """
-        by_length = {len(example): example for example in examples}
-        shortest, second, *_ = (by_length[length] for length in sorted(by_length))
-        longest = sorted(examples, key=len, reverse=True)[:micro_batch_size]
+        lengths = rows.lengths
+        shortest, second = (rows[int(np.flatnonzero(lengths == length)[-1])] for length in np.unique(lengths)[:2])
+        longest = list(rows.take(rows.longest_first()[:micro_batch_size]))
         longest[-1] = shortest  # some models compute long rows otherwise, and rows of one length would not be packed
         try:
             return self.leak(second, shortest) or self.value_fault(longest)

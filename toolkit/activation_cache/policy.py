@@ -16,15 +16,17 @@ from transformers import PreTrainedModel
 
 import toolkit
 from toolkit.activation_cache.eviction import cache_writer
-from toolkit.activation_cache.namespace import Namespace, bytes_of, sample_key
+from toolkit.activation_cache.namespace import Namespace, bytes_of
 from toolkit.activation_cache.store import ActivationStore
 from toolkit.config.policy import Decision, decide_cache
 from toolkit.config.schema import PrefixConfig
 from toolkit.data.batches import collate
 from toolkit.data.examples import Example
+from toolkit.data.rows import Rows
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.models.bundled import cache_root
-from toolkit.models.load import LoadedModel, fingerprint_of
+from toolkit.models.load import LoadedModel
+from toolkit.models.weight_fingerprint import fingerprint_of
 from toolkit.runtime.distributed import World
 from toolkit.runtime.paths import replace_text, sources_hash
 from toolkit.split.prefix import Prefix
@@ -148,18 +150,19 @@ def decide(settings: PrefixConfig, examples: Sequence[Example], passes: float, s
     Raises:
         ConfigError: ``prefix.cache`` is ``on`` and the samples exceed the limit or the disk.
     """
-    tokens = {sample_key(example.token_ids): len(example) for example in examples}
-    missing = [tokens[key] for key in store.missing(tokens)]
+    samples = Rows.of(examples).distinct()
+    lengths, lacking = samples.lengths, store.lacking(samples.keys)
+    missing = int(lacking.sum())
     width, dtype = store.namespace.width, store.namespace.dtype
-    size = bytes_of(sum(tokens.values()), len(tokens), width, dtype)
-    new = bytes_of(sum(missing), len(missing), width, dtype)
+    size = bytes_of(int(lengths.sum()), len(samples), width, dtype)
+    new = bytes_of(int(lengths[lacking].sum()), missing, width, dtype)
     obstacle, room = limit_obstacle(settings, size), store.available_bytes()
     if obstacle is None and new > room:
         obstacle = f"{format_size(new)} are to be written to {store.directory}, which has room for {format_size(room)}"
     decision = decide_cache(settings, obstacle, passes, is_complete=not missing)
     if not decision.on:
         return decision
-    there = f"{len(tokens) - len(missing)} of {len(tokens)} samples are there"
+    there = f"{len(samples) - missing} of {len(samples)} samples are there"
     return Decision(True, f"{decision.reason}: {format_size(size)}, {there}, {store.directory}")
 
 

@@ -28,7 +28,7 @@ class Base:
     config: ModelConfig
     """The recipe's model section that it was loaded with."""
     sha256: str
-    """SHA-256 of its weights as loaded, before untying and training (``toolkit.models.load.fingerprint``)."""
+    """SHA-256 of its weights as loaded, before untying and training (``toolkit.models.weight_fingerprint``)."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,10 @@ from toolkit.runtime.paths import replace_text
 
 log = logging.getLogger("frostline")
 
+OUT_OF_FOLD_FILE = "out_of_fold.jsonl"
+"""Losses of the rows that a run holds out as its fold; a run of ``data.folds`` ends with it. In the directory
+of all folds, those of all rows."""
+
 
 @dataclass(frozen=True)
 class RunDirectory:
@@ -189,6 +193,8 @@ def _read_run(path: Path, config: RunConfig, ranks: int, override: bool) -> RunD
     finished = state.step >= state.resumed_total_steps(config, ranks)
     if finished and config.data.validation is not None and read_validation_loss(checkpoint) is None:
         finished = False  # the last validation is missing
+    if finished and config.data.fold is not None and not (path / OUT_OF_FOLD_FILE).is_file():
+        finished = False  # the losses of its fold are missing
     return RunDirectory(path, checkpoint, state, finished)
 
 

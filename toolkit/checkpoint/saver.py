@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from toolkit.checkpoint import catalog, optimizer_shards
 from toolkit.checkpoint.delta import BASE_FILE, MASK_FILE, Base, base_as_dict
+from toolkit.checkpoint.host_copy import HostCopy
 from toolkit.checkpoint.manifest import directory_name, write_manifest
 from toolkit.checkpoint.rng import capture, rng_name
 from toolkit.checkpoint.state import STATE_FILE, CheckpointState
@@ -23,6 +25,8 @@ from toolkit.runtime.errors import DiskError, FrostlineError
 from toolkit.runtime.hashed_files import FileHash, explain_disk_errors, write_json, write_tensors
 from toolkit.runtime.paths import replace_text, sync_directory
 from toolkit.runtime.safetensors_io import file_size
+
+log = logging.getLogger("frostline")
 
 _WriteResult = dict[str, FileHash] | FrostlineError
 """Hash of each file that a rank wrote, or the error that stopped it."""
@@ -49,14 +53,23 @@ class Saver:
     """Write the checkpoints of a run, one at a time; every rank makes the same calls.
 
     With ``in_background``, ``save`` copies the state to the CPU and returns; a thread of each rank writes its files
-    while training goes on, and ``poll`` publishes them once all ranks are done. ``keep`` newest checkpoints stay, and
-    the best one.
+    while training goes on, and ``poll`` publishes them once all ranks are done. Without memory for the copy ``save``
+    writes the files itself. ``keep`` newest checkpoints stay, and the best one.
     """
 
     def __init__(self, run: Path, world: World, keep: int, in_background: bool = False) -> None:
         self._run, self._world, self._keep = run, world, keep
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if in_background else None
+        self._copy = HostCopy(world.device.type == "cuda", world.size)
         self._pending: _PendingCheckpoint | None = None
+
+    @property
+    def commits_alone(self) -> bool:
+        """Return whether the thread of a save in the background also publishes it, as no other rank has to join in.
+
+        Then nothing that ends the run, or its validation, loses a checkpoint whose files are written.
+        """
+        return self._world.size == 1
 
     def save(self, content: CheckpointContent, validation_follows: bool = False) -> None:
         """Save a checkpoint, or start to in the background. A kill at any moment leaves the previous one in place.
@@ -71,19 +84,26 @@ class Saver:
         self._require_room(file_size(files.tensors, files.metadata))
         staging = self._run / "checkpoints" / f".{directory_name(content.state.step)}.staging"
         self._on_main(f"checkpoint {staging}", lambda: (staging / optimizer_shards.SHARD_FOLDER).mkdir(parents=True))
-        written: Future[_WriteResult] = Future()
-        if self._executor is None:
-            written.set_result(_write_files(staging, files))
+        pending = _PendingCheckpoint(staging, content.state.step, validation_follows)
+        in_background = self._executor is not None and self._copy.fits(files.tensors)
+        if self._executor is not None and in_background:
+            copies, copied = self._copy.take(files.tensors)
+            pending.commits_alone = self.commits_alone
+            pending.written = self._executor.submit(self._write, pending, replace(files, tensors=copies), copied)
         else:
-            copies = {key: tensor.detach().to("cpu", copy=True) for key, tensor in files.tensors.items()}
-            written = self._executor.submit(_write_files, staging, replace(files, tensors=copies))
-        self._pending = _PendingCheckpoint(staging, content.state.step, validation_follows, written)
-        if self._executor is None:
+            pending.written.set_result(_write_files(staging, files))
+        self._pending = pending
+        if self._executor is None or (self.commits_alone and not in_background):
             self._publish()
 
-    def poll(self) -> None:
-        """Publish the pending checkpoint if every rank has written its files, once a step; raises as ``save``."""
-        if self._pending is not None and not self._world.max(float(not self._pending.written.done())):
+    @property
+    def has_written(self) -> bool:
+        """True if this rank has written its files of the pending checkpoint; False if none is pending."""
+        return self._pending is not None and self._pending.written.done()
+
+    def poll(self, all_have_written: bool) -> None:
+        """Publish the pending checkpoint if ``has_written`` is true on every rank, once a step; raises as ``save``."""
+        if self._pending is not None and all_have_written:
             self._publish()
 
     def wait(self) -> None:
@@ -116,28 +136,49 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is None:
             self.wait()
-        # after an error the pending checkpoint is dropped: publishing it needs all ranks
+        # after an error, what other ranks would have to publish is dropped
         if self._executor is not None:
             self._executor.shutdown()
+        if self._pending is not None and isinstance(failure := self._pending.written.result(), FrostlineError):
+            log.warning("%s", failure)
+
+    def _write(self, pending: _PendingCheckpoint, files: _RankFiles, copied: torch.cuda.Event | None) -> _WriteResult:
+        """Write this rank's files in a thread, and publish the checkpoint if no other rank has to; as _write_files."""
+        result = _write_files(pending.staging, files, copied)
+        if not pending.commits_alone or isinstance(result, FrostlineError):
+            return result
+        try:
+            with explain_disk_errors(f"checkpoint {pending.staging}"):
+                self._commit(pending, [result])
+        except FrostlineError as error:
+            return error
+        except Exception as error:
+            return FrostlineError(f"checkpoint {pending.staging} could not be published ({error!r})")
+        return result
 
     def _publish(self) -> None:
         """Wait until every rank has written its files, then commit the pending checkpoint; every rank calls it."""
         assert self._pending is not None
         pending, self._pending = self._pending, None
         results = self._world.all_gather_object(pending.written.result())
-        self._on_main(f"checkpoint {pending.staging}", lambda: self._commit(pending, results))
 
-    def _commit(self, pending: _PendingCheckpoint, results: Sequence[_WriteResult]) -> None:
+        def commit_unless_done() -> None:
+            written = [result for result in results if not isinstance(result, FrostlineError)]
+            for failure in results:
+                if isinstance(failure, FrostlineError):
+                    raise failure
+            if not pending.commits_alone:
+                self._commit(pending, written)
+
+        self._on_main(f"checkpoint {pending.staging}", commit_unless_done)
+
+    def _commit(self, pending: _PendingCheckpoint, written: Sequence[Mapping[str, FileHash]]) -> None:
         """Write the manifest, sync, rename the staging directory, and remove old checkpoints; on rank 0 only.
 
-        ``results`` are those of all ranks; an error among them is raised.
+        ``written`` are the hashes of each rank's files.
         """
         staging, final = pending.staging, self._run / "checkpoints" / directory_name(pending.step)
-        entries: dict[str, FileHash] = {}
-        for result in results:
-            if isinstance(result, FrostlineError):
-                raise result
-            entries |= result
+        entries = {name: file for of_rank in written for name, file in of_rank.items()}
         write_manifest(staging, pending.step, entries)
         for directory in (*(path for path in staging.iterdir() if path.is_dir()), staging):
             sync_directory(directory)
@@ -185,15 +226,17 @@ class Saver:
         self._world.on_main(work_or_clean_up)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _PendingCheckpoint:
     """A checkpoint whose files are being written."""
 
     staging: Path
     step: int
     validation_follows: bool
-    written: Future[_WriteResult]
+    written: Future[_WriteResult] = field(default_factory=Future)
     """Result of writing this rank's files."""
+    commits_alone: bool = False
+    """True if the thread that writes them publishes the checkpoint too, so that this is done with ``written``."""
 
 
 @dataclass(frozen=True)
@@ -207,12 +250,14 @@ class _RankFiles:
     documents: Mapping[str, object]
 
 
-def _write_files(staging: Path, files: _RankFiles) -> _WriteResult:
-    """Write this rank's files; return their hashes, or the error.
+def _write_files(staging: Path, files: _RankFiles, copied: torch.cuda.Event | None = None) -> _WriteResult:
+    """Write this rank's files once the event ``copied`` has come; return their hashes, or the error.
 
     It returns errors because it runs in a thread, and ``_publish`` tells every rank of them.
     """
     try:
+        if copied is not None:
+            copied.synchronize()
         with explain_disk_errors(f"checkpoint {staging}"):
             entries = {files.shard: write_tensors(staging / files.shard, files.tensors, files.metadata)}
             for name, value in files.documents.items():

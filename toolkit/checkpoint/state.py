@@ -17,14 +17,20 @@ from toolkit.config.schema import RunConfig
 
 STATE_FILE = "state.json"
 
-_IRRELEVANT = ("output.", "prefix.cache", "prefix.placement")
-"""Settings that may differ on resume: where output, cached hidden states and frozen weights are kept."""
-_BATCH_SIZE = ("train.micro_batch_size", "train.gradient_accumulation_steps")
-"""Settings of which only the product with the number of ranks is compared: the rows of one step over all ranks."""
+_IRRELEVANT = ("output.", "prefix.cache", "prefix.placement", "data.task")
+"""Settings that may differ on resume: where output, cached hidden states and frozen weights are kept, and the task, as
+what it makes of the rows is compared itself."""
+_SOURCES = (("data", "path"), ("data", "validation"), ("data", "test"))
+"""Settings that name rows, each source of which may have a task."""
+_BATCH_SIZE = ("train.micro_batch_size", "train.gradient_accumulation_steps", "train.micro_batch_tokens")
+"""Settings that cut a step into micro batches. Of the first two only the product with the number of ranks is compared:
+the rows of one step over all ranks."""
 _HARMLESS = (
     "train.learning_rate", "train.weight_decay", "train.warmup_ratio", "train.scheduler", "train.epochs",
-    "train.max_steps", "train.max_grad_norm", "train.max_skipped_steps", "train.gradient_checkpointing", "optim.",
-    "data.packing", "data.path", "data.split", "data.validation_split", "model.name_or_path", "model.revision",
+    "train.max_steps", "train.max_grad_norm", "train.max_skipped_steps", "train.gradient_checkpointing",
+    "train.reduce_dtype", "optim.",
+    "data.packing", "data.path", "data.split", "data.name", "data.revision", "data.encoding", "data.separator",
+    "data.sheet", "data.validation_split", "data.test", "data.test_split", "model.name_or_path", "model.revision",
     "model.attn_implementation", "model.trust_remote_code",
 )  # fmt: skip
 """Settings that may change with --resume-override: later steps differ, and earlier ones keep their meaning. Paths of
@@ -64,7 +70,7 @@ class CheckpointState(BaseModel):
     totals: dict[str, float] = Field(default_factory=dict)
     """Sums since the run began (tokens, seconds …) and of the epoch that is under way; mean loss of each epoch done."""
     fingerprints: dict[str, str]
-    """SHA-256 of data, tokenizer, chat template, base model and the mask's schedule."""
+    """SHA-256 of data, test rows if there are some, tokenizer, chat template, base model and the mask's schedule."""
     versions: dict[str, str] = Field(default_factory=dict)
     """Versions of Python and the libraries that wrote the checkpoint."""
     recipe: dict[str, Any]
@@ -130,7 +136,11 @@ def fingerprint_differences(state: CheckpointState, now: Mapping[str, str], orde
 
     ``now`` holds this run's fingerprints, ``order`` the SHA-256 of its row order in the checkpoint's epoch.
     """
+    data = state.recipe.get("data", {})
+    is_drawn = data.get("folds") is not None or isinstance(data.get("test"), float)  # another file may be reported on
     for name, meaning in _MEANINGS.items():
+        if name == "test" and not (is_drawn and name in state.fingerprints and name in now):
+            continue
         if state.fingerprints.get(name) != now[name]:
             yield f"{meaning} (SHA-256 {state.fingerprints.get(name, 'unknown')[:12]} then, {now[name][:12]} now)"
     if state.fingerprints.get("data") == now["data"] and state.order != order:
@@ -140,6 +150,7 @@ def fingerprint_differences(state: CheckpointState, now: Mapping[str, str], orde
 _MEANINGS = {
     "base": "the weights of the base model have changed since",
     "data": "the rows, or the ids that this version makes of them, have changed since",
+    "test": "the test rows, or those that the fold holds out, have changed since",
     "tokenizer": "the tokenizer has changed since",
     "chat_template": "the chat template has changed since",
     "schedule": "it was trained under another mask.schedule: phases begin, end or train otherwise",
@@ -154,10 +165,17 @@ def _with_defaults(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
         return recipe
 
 
+def _without_tasks(named: Any) -> Any:
+    """Return what names rows without the sources' own tasks, which count as ``data.task`` does."""
+    if not isinstance(named, list):
+        return named
+    return [{**entry, "task": None} if isinstance(entry, dict) else entry for entry in named]
+
+
 def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a recipe by ``section.key``."""
     return {
-        f"{section}.{key}": value
+        f"{section}.{key}": _without_tasks(value) if (section, key) in _SOURCES else value
         for section, keys in values.items()
         for key, value in (keys.items() if isinstance(keys, dict) else [("", keys)])
     }

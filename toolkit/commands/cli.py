@@ -15,6 +15,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,6 +30,9 @@ sends it to them or, before the ranks are connected, the launcher ends them."""
 
 _MAX_ERROR_CHARACTERS = 300
 """Longest error text that is sent to other ranks."""
+
+_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Variables that configure torch's GPU allocator: by its name since torch 2.9, and before."""
 
 
 def run_command(command: Callable[[], int]) -> int:
@@ -50,15 +54,34 @@ def run_command(command: Callable[[], int]) -> int:
 
 
 def set_up_memory() -> None:
-    """Configure CPU memory of glibc, torch, oneDNN and MKL; call it before their first use, when they read it.
+    """Configure memory of glibc, torch, oneDNN, MKL and cuDNN; call it before their first use, when they read it.
 
     With transparent huge pages (torch >= 2.2) large tensors take 2 MiB pages: a sixth of the page faults, and less
-    resident memory. oneDNN and MKL cache code and buffers for each shape, 0.3 GiB for rows of many lengths.
+    resident memory. oneDNN and MKL cache code and buffers for each shape, 0.3 GiB for rows of many lengths. torch keeps
+    oneDNN's primitives a second time, in a cache of its own (ideep's), at 0.25 MiB each.
+
+    On an H100 or B200 torch 2.11 asks cuDNN for attention first. That builds a plan for each shape, forward and
+    backward, in tenths of a second, and keeps it: every new length of a row would cost that. Flash attention has none.
     """
     malloc.keep_freed_memory()
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # the shapes of a step with adapters; default: 1024
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "64")  # torch's own cache of the same; default: 1024
     os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")
+    os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
+    _expand_gpu_segments()
+
+
+def _expand_gpu_segments() -> None:
+    """Let torch's GPU allocator grow its segments, unless the user configured it.
+
+    Rows differ in length from step to step, and a segment of fixed size that is a little too small for the next one
+    stays behind in pieces. torch 2.9 renamed the variable, and warns of the old name.
+    """
+    if any(name in os.environ for name in _ALLOCATOR_VARIABLES):
+        return
+    version = tuple(int(part) for part in re.findall(r"\d+", metadata.version("torch"))[:2])
+    os.environ[_ALLOCATOR_VARIABLES[version < (2, 9)]] = "expandable_segments:True"
 
 
 def verb_parser(description: str | None, program: str | None) -> argparse.ArgumentParser:
@@ -75,7 +98,9 @@ def verb_parser(description: str | None, program: str | None) -> argparse.Argume
     if program is not None:
         text = re.sub(r"deepspeed launch/(\w+)\.py", r"deepspeed --module toolkit.commands.\1", text)
         text = re.sub(r"\.\.\. launch/(\w+)\.py", r"... -m toolkit.commands.\1", text)
-        parser.description = re.sub(r"(?:python )?launch/(\w+)\.py", r"frostline \1", text)
+        parser.description = re.sub(
+            r"(?:python )?launch/(\w+)\.py", lambda match: f"frostline {match[1].replace('_', '-')}", text
+        )
         parser.prog = program
     return parser
 

@@ -59,8 +59,6 @@ def export(
         raise UsageError("--delta and --adapter are two forms of what trained; choose one")
     if (delta or adapter) and rounding:
         raise UsageError("--rounding goes with a whole model; a delta or adapter holds the float32 masters")
-    if adapter and trust_remote_code:
-        raise UsageError("--trust-remote-code goes with a whole model; an adapter is written without the base's code")
     if delta and (base is not None or trust_remote_code):
         raise UsageError("--base and --trust-remote-code go with a whole model; a delta is written without the base")
     from toolkit.exporting.run_export import export_delta, export_model
@@ -71,7 +69,7 @@ def export(
     if adapter:
         from toolkit.exporting.adapter_directory import export_adapter
 
-        export_adapter(run, target, dtype or "float32", step, base)
+        export_adapter(run, target, dtype or "float32", step, base, trust_remote_code)
     elif delta:
         export_delta(run, target, dtype or "float32", step)
     else:

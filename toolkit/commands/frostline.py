@@ -12,13 +12,14 @@ from toolkit.runtime.environment import require_packages
 
 VERBS = {
     "train": "fine-tune the part of a model that a layer mask selects",
+    "data-check": "look at the data: duplicates, leaks, odd answers, personal identifiers",
     "plan": "print memory, compute and disk of a run before any weight is loaded",
     "evaluate": "print the validation loss of a run, an export, a delta or any model",
     "generate": "answer questions",
     "export": "write a model directory for transformers, or a delta",
     "submit": "train as a SLURM job",
 }
-"""Help text by verb; the module of the same name in this package runs it."""
+"""Help text by verb; the module of the same name, with _ for -, in this package runs it."""
 
 
 def main() -> NoReturn:
@@ -29,7 +30,7 @@ def main() -> NoReturn:
     verb, *words = sys.argv[1:] or ["--help"]
     if verb not in VERBS:
         _build_parser().parse_args([verb])  # exits: --help, --version, or an error
-    command = import_module(f"toolkit.commands.{verb}").main
+    command = import_module(f"toolkit.commands.{verb.replace('-', '_')}").main
     exit_process(run_command(lambda: command(words, f"frostline {verb}")), at_once=verb == "plan")
 
 

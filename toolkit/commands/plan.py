@@ -109,7 +109,8 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     parser.add_argument(
         "--compare", nargs="+", metavar="MASK",
         help="plan several masks side by side in place of mask.train: the selectors of each in one word, with lora, "
-        "rslora, dora or qlora before the selector of adapters, or entries in YAML",
+        "rslora, dora or qlora before the selector of adapters, rows before a table and added, from:N, from:N,to:M or "
+        "ids:N,M, or entries in YAML",
     )  # fmt: skip
     parser.add_argument(
         "--tflops", type=flags.positive_number, help="rate that all ranks sustain, for the time in --compare"
@@ -121,6 +122,8 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     arguments = invocation.arguments
     if arguments.compare and (arguments.suggest or arguments.png):
         raise UsageError("--compare prints a table of masks; leave out --suggest and --png, or --compare")
+    if arguments.suggest and arguments.json:
+        raise UsageError("--suggest prints a ranking and a recipe as text; leave out --json")
     if arguments.tflops and not arguments.compare:
         raise UsageError("--tflops is for the time in --compare; add that, or leave it out")
     if arguments.suggest:

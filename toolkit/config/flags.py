@@ -13,6 +13,7 @@ from typing import Any
 
 from toolkit.config.recipe import build_config, did_you_mean, field_paths, merge, parse_yaml, read_recipe
 from toolkit.config.schema import RunConfig
+from toolkit.config.section import is_none, takes_none
 from toolkit.runtime.errors import ConfigError
 from toolkit.runtime.shipped import find_file
 
@@ -128,8 +129,23 @@ def add_open_model_flags(parser: argparse.ArgumentParser, dtype_help: str) -> No
     )  # fmt: skip
     parser.add_argument("--base", help="where the base model is, if it moved since training")
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the base model's own code, if it was trained with that"
+        "--trust-remote-code",
+        action="store_true",
+        help="run code that ships with the model; with the base of a run or delta, if that was trained with it",
     )
+
+
+def add_source_flags(parser: argparse.ArgumentParser, prefix: str = "") -> None:
+    """Add the flags that say how rows are read, which are keys of a recipe's data section: ``--split`` and others."""
+    for key, text in {
+        "split": "split of a Hub data set, directory or archive; default: its only one, or train",
+        "name": "configuration of a Hub data set, or folder of a directory; default: the only one",
+        "revision": "branch, tag or commit of a Hub data set; default: main",
+        "encoding": "encoding of text files, such as cp949; default: detected",
+        "separator": "character between the fields of a CSV file; default: detected",
+        "sheet": "sheet of an Excel workbook; default: the first visible one that is not empty",
+    }.items():
+        parser.add_argument(f"--{prefix}{key}", dest=key, help=text)
 
 
 def positive_int(text: str) -> int:
@@ -207,8 +223,15 @@ def _parse_flag_value(key: str, annotation: Any, text: str | list[str], faults: 
 
     Of a key that takes a list, ``text`` holds the words, where ``[…]`` and ``{…}`` are read as YAML.
     """
+    if (
+        isinstance(text, list)
+        and len(text) == 1
+        and str in _union_members(annotation)
+        and text[0][:1] + text[0][-1:] not in ("[]", "{}")
+    ):
+        text = text[0]  # of a key that takes one value or a list
     if isinstance(text, str):
-        return None if type(None) in _union_members(annotation) and text.lower() in ("none", "null") else text
+        return None if takes_none(annotation) and is_none(text) else text
 
     def parse_word(word: str) -> Any:
         try:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     SerializerFunctionWrapHandler,
@@ -16,13 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-
-class Section(BaseModel):
-    """Base of recipe sections: immutable, rejects unknown keys, takes each field's help from its docstring."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
-    )
+from toolkit.config.section import Section
 
 
 def _as_phase_list(value: Any) -> Any:
@@ -209,7 +201,7 @@ class MaskPhase(Section):
     train: Annotated[list[MaskEntry], BeforeValidator(_as_selector_list), Field(min_length=1)]
     """What trains in this phase; as mask.train."""
 
-    freeze: Annotated[list[str], BeforeValidator(_as_selector_list)] = []
+    freeze: Annotated[list[str], BeforeValidator(_as_selector_list)] = Field(default=[])
     """Selectors of what stays frozen in this phase though train selects it."""
 
     until_epoch: Annotated[int, Field(ge=1)] | None = None
@@ -238,17 +230,16 @@ class MaskPhase(Section):
 class MaskConfig(Section):
     """Which tensors train; everything else is frozen."""
 
-    train: Annotated[list[MaskEntry], BeforeValidator(_as_selector_list), Field(min_length=1)] = [
-        "last:4",
-        "head",
-    ]
+    train: Annotated[list[MaskEntry], BeforeValidator(_as_selector_list), Field(min_length=1)] = Field(
+        default=["last:4", "head"]
+    )
     """What trains: selectors such as last:N, blocks:LIST, head, glob:PATTERN (docs/layer-mask.md), groups, adapters
     (docs/adapters.md), or rows of tables (docs/rows.md)."""
 
-    freeze: Annotated[list[str], BeforeValidator(_as_selector_list)] = []
+    freeze: Annotated[list[str], BeforeValidator(_as_selector_list)] = Field(default=[])
     """Selectors of what stays frozen though mask.train selects it."""
 
-    schedule: Annotated[list[MaskPhase], BeforeValidator(_as_phase_list)] = []
+    schedule: Annotated[list[MaskPhase], BeforeValidator(_as_phase_list)] = Field(default=[])
     """Phases before the one of mask.train and mask.freeze (docs/schedule.md), each a mapping of train, freeze and
     until_epoch or until_step; none trains one mask throughout."""
 

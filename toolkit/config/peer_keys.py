@@ -21,12 +21,18 @@ _NAMES_BY_KEY: Mapping[str, tuple[str, ...]] = {
     ),
     "model.add_tokens": ("new_tokens", "add_special_tokens", "new_special_tokens", "additional_special_tokens"),
     "data.split": ("dataset_split", "dataset_train_split"),
+    "data.name": ("dataset_config_name", "dataset_config", "subset", "config_name"),
+    "data.revision": ("dataset_revision",),
+    "data.limit": ("max_samples", "max_train_samples", "num_samples"),
     "data.validation": (
         "eval_dataset", "validation_file", "validation_split", "val_size", "val_set_size", "test_datasets",
     ),
     "data.max_length": (
         "cutoff_len", "max_seq_length", "max_seq_len", "model_max_length", "sequence_len", "block_size",
     ),
+    "data.chat_template": ("chat_template_path", "chat_template_jinja"),
+    "data.template_kwargs": ("chat_template_kwargs",),
+    "data.task": ("dataset_format", "datasets_format"),
     "data.packing": ("sample_packing", "padding_free", "packed"),
     "train.epochs": ("num_train_epochs", "num_epochs", "n_epochs"),
     "train.max_steps": ("max_train_steps",),
@@ -46,6 +52,7 @@ _NAMES_BY_KEY: Mapping[str, tuple[str, ...]] = {
     "train.gradient_checkpointing": (
         "activation_checkpointing", "enable_activation_checkpointing", "use_gradient_checkpointing",
     ),
+    "train.reduce_dtype": ("mixed_precision_reduce", "grad_reduce_in_fp32", "communication_data_type"),
     "train.seed": ("random_seed", "data_seed"),
     "optim.name": ("optim", "optimizer", "optimizer_type"),
     "optim.eps": ("adam_epsilon", "epsilon"),
@@ -119,16 +126,19 @@ _NAMES_BY_ANSWER: Mapping[str, tuple[str, ...]] = {
         "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs", "activation_offloading",
     ),
     "a run ends after train.epochs or train.max_steps, and its best checkpoint is kept": ("early_stopping_patience",),
-    "data.task says which columns make prompt and answer, and the model's chat template renders them": (
-        "template", "chat_template", "dataset_text_field", "dataset_kwargs", "prompt_template", "formatting_func",
+    "data.task says which columns make prompt and answer; the model's template or data.chat_template renders them": (
+        "template", "dataset_text_field", "dataset_kwargs", "prompt_template", "formatting_func",
     ),
-    "the answer is learned, never the prompt (docs/supervised-loss.md)": (
+    "answers are learned, never the prompt; data.train_on says whether all or the last (docs/tasks.md)": (
         "train_on_inputs", "train_on_prompt", "completion_only_loss", "assistant_only_loss", "mask_history",
-        "roles_to_train",
+        "roles_to_train", "loss_scale",
     ),
-    "every row of data.path is read before training": (
-        "streaming", "max_samples", "max_train_samples", "dataset_dir", "dataset_config_name", "data_dir",
+    "every row of data.path is read before training": ("streaming",),
+    "data.path takes a directory, a pattern or a list of files as well": ("dataset_dir", "data_dir"),
+    "data.path is a list of {path, weight}: weight 2 takes each row twice in an epoch": (
+        "mix_strategy", "interleave_probs", "interleave_prob", "dataset_mixer", "dataset_weights", "stopping_strategy",
     ),
+    "data.oversample takes rows of rare labels more often": ("class_weights", "label_weights", "class_weight"),
     "rows of one length need not meet: data.packing leaves padding out": ("group_by_length", "packing_strategy"),
     "rows are shuffled in each epoch, by train.seed": ("shuffle", "shuffle_merged_datasets"),
     "batches are made ahead in the background; there is nothing to set": (

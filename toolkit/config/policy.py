@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from toolkit.config.schema import PrefixConfig
+from toolkit.config.schema import PrefixConfig, TrainConfig
 from toolkit.runtime.errors import ConfigError
 
 Mode = Literal["auto", "on", "off"]
@@ -27,6 +27,23 @@ class Decision:
 def global_batch(micro_batch_size: int, accumulation: int, ranks: int) -> int:
     """Return the rows of one optimizer step over all ranks."""
     return micro_batch_size * accumulation * ranks
+
+
+def most_rows_at_once(train: TrainConfig) -> int:
+    """Return the most rows that a micro batch may have: with ``micro_batch_tokens`` all of a rank's in a step."""
+    rows = train.micro_batch_size
+    return rows if train.micro_batch_tokens is None else rows * train.gradient_accumulation_steps
+
+
+def most_micro_batches(train: TrainConfig) -> int:
+    """Return the most micro batches that a rank may have in a step: with ``micro_batch_tokens`` one for each row."""
+    steps = train.gradient_accumulation_steps
+    return steps if train.micro_batch_tokens is None else steps * train.micro_batch_size
+
+
+def reduce_dtype(train: TrainConfig) -> Literal["float32", "bfloat16"]:
+    """Return the precision in which ranks sum gradients without DeepSpeed."""
+    return train.reduce_dtype or "float32"
 
 
 def refuse_cache(settings: PrefixConfig, obstacle: str | None) -> Decision | None:
@@ -62,7 +79,12 @@ def decide_cache(settings: PrefixConfig, obstacle: str | None, passes: float, is
     return Decision(True, "on (auto)")
 
 
-def refuse_packing(mode: Mode, micro_batch_size: int, lengths: Collection[int] | None) -> Decision | None:
+def saves_in_background(setting: bool | None, on_gpu: bool) -> bool:
+    """Return whether checkpoints are written while training goes on: ``output.async_save``, by default on a GPU."""
+    return on_gpu if setting is None else setting
+
+
+def refuse_packing(mode: Mode, micro_batch_size: int, lengths: Iterable[int] | None) -> Decision | None:
     """Decide against packing if it is off or has no effect; None if it depends on the model.
 
     ``mode`` is the recipe's ``data.packing``, ``lengths`` the tokens of each row of the run, None if not known.

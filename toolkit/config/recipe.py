@@ -13,8 +13,10 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from toolkit.config import peer_keys
-from toolkit.config.mask_schema import LoraConfig, LoraEntry, MaskGroup, MaskPhase, RowsConfig, RowsEntry, Section
-from toolkit.config.schema import RunConfig
+from toolkit.config.data_schema import PathEntry
+from toolkit.config.mask_schema import LoraConfig, LoraEntry, MaskGroup, MaskPhase, RowsConfig, RowsEntry
+from toolkit.config.schema import REMOVED_OPTIMIZER, RunConfig
+from toolkit.config.section import Section
 from toolkit.runtime.errors import ConfigError
 from toolkit.runtime.redact import find_secrets
 
@@ -43,6 +45,7 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """
     name = name.lower().replace("-", "_")
     section, _, leaf = name.rpartition(".")
+    valid = list(valid)
     paths = {path.rsplit(".", 1)[-1]: path for path in valid}
 
     def suggestion(key: str) -> str:
@@ -52,12 +55,14 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
         return suggestion(paths[leaf])
     if leaf in peer_keys.EQUIVALENT_KEYS:
         ours = peer_keys.EQUIVALENT_KEYS[leaf]
-        return suggestion(paths.get(ours.rsplit(".", 1)[-1], ours))
+        return suggestion(ours if ours in valid else paths.get(ours.rsplit(".", 1)[-1], ours))
     for word in (leaf, section):
         if word in peer_keys.ALTERNATIVES:
             return f" ({peer_keys.ALTERNATIVES[word]})"
     if not section and (near := difflib.get_close_matches(name, RunConfig.model_fields, n=1)):
         return suggestion(near[0])
+    if near := difflib.get_close_matches(leaf, peer_keys.EQUIVALENT_KEYS, n=1, cutoff=0.9):
+        return suggestion(peer_keys.EQUIVALENT_KEYS[near[0]])
     if near := difflib.get_close_matches(leaf, paths, n=3):
         return suggestion(next((paths[one] for one in near if paths[one].startswith(f"{section}.")), paths[near[0]]))
     if near := difflib.get_close_matches(leaf, peer_keys.EQUIVALENT_KEYS, n=1, cutoff=0.8):
@@ -139,9 +144,24 @@ def build_config(values: Mapping[str, Any], source: str, faults: Iterable[str] =
     return config
 
 
+def read_saved(path: Path) -> RunConfig:
+    """Read the recipe ``path`` of an existing run, to open what it trained.
+
+    An optimizer that later versions removed counts as today's default: with this recipe nothing is trained.
+
+    Raises:
+        ConfigError: the recipe cannot be read, or has faults.
+    """
+    values = read_recipe(path)
+    optim = values.get("optim")
+    if isinstance(optim, dict) and optim.get("name") == REMOVED_OPTIMIZER:
+        values = {**values, "optim": {key: value for key, value in optim.items() if key != "name"}}
+    return build_config(values, f"recipe {path}")
+
+
 def _describe_fault(fault: Any) -> str:
     """Turn a pydantic error (an item of ``ValidationError.errors()``) into one line of the message."""
-    tags = (MaskGroup.__name__, LoraEntry.__name__, RowsEntry.__name__)
+    tags = (MaskGroup.__name__, LoraEntry.__name__, RowsEntry.__name__, PathEntry.__name__)
     union_branches = ("function-", "float", "str", "constrained", *tags)
     parts = [str(part) for part in fault["loc"] if not str(part).startswith(union_branches)]
     where = ".".join(parts)
@@ -155,6 +175,7 @@ def _describe_fault(fault: Any) -> str:
             "lora": LoraConfig,
             RowsEntry.__name__: RowsEntry,
             "rows": RowsConfig,
+            PathEntry.__name__: PathEntry,
         }
         for part, section in sections.items():
             if part in fault["loc"]:
@@ -172,6 +193,8 @@ def _describe_fault(fault: Any) -> str:
     examples = {"lora": "{select: last:8}", "rows": "{select: embeddings, from: added}"}
     if fault["type"] == "model_type" and parts[-1] in examples:
         return f"{where} is {_SHORT_REPR.repr(fault['input'])}; expected keys under it, such as {examples[parts[-1]]}"
+    if fault["type"] == "union_tag_invalid":
+        return f"{where} is {_SHORT_REPR.repr(fault['input'])}; expected text, or a mapping with path and weight"
     if fault["type"] == "missing":
         return f"{where} is missing"
     message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")

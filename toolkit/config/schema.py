@@ -11,21 +11,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from toolkit.config.data_schema import DataConfig as DataConfig
 from toolkit.config.mask_schema import MaskConfig as MaskConfig
-from toolkit.config.mask_schema import Section
+from toolkit.config.section import Section, switch
 from toolkit.runtime.paths import is_directory
-
-
-def _switch(value: Any) -> Any:
-    """Turn the boolean that YAML 1.1 makes of an unquoted on or off back into the word."""
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
-
-
-def _number_if_numeric(value: Any) -> Any:
-    """Turn a numeric string such as "0.1" into a float, because flags arrive as strings; keep paths."""
-    if isinstance(value, str) and re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", value):
-        return float(value)
-    return value
 
 
 def _as_token_list(value: Any) -> Any:
@@ -77,47 +66,6 @@ class ModelConfig(Section):
         return self
 
 
-class DataConfig(Section):
-    """Which rows are learned from, and how they become tokens."""
-
-    path: str = "examples/data/clinical_qa_ko.jsonl"
-    """Data set: a .json, .jsonl, .csv or .parquet file, or a Hub id (org/name)."""
-
-    split: str | None = None
-    """Split of a Hub data set; none takes its only one, or train. Files have one split only, called train."""
-
-    task: Literal["pubmedqa"] = "pubmedqa"
-    """How a row becomes prompt and answer: pubmedqa reads QUESTION, CONTEXTS (list or string) and LONG_ANSWER."""
-
-    max_length: Annotated[int, Field(ge=16)] = 2048
-    """Longest example in tokens; longer rows lose context, never question or answer."""
-
-    validation: Annotated[float | str | None, BeforeValidator(_number_if_numeric)] = None
-    """Held-out rows: a fraction between 0 and 1 of the data, or a file or Hub id of its own; none holds out nothing."""
-
-    validation_split: str | None = None
-    """Split of the Hub data set that validation names; none takes its only one, or validation."""
-
-    on_bad_row: Literal["error", "skip"] = "error"
-    """A row that cannot be used: error stops before training and names it, skip counts and lists it."""
-
-    packing: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
-    """Lay the rows of a micro batch end to end instead of padding them: the same rows, steps and losses, without the
-    cost of padding. auto does so where the model keeps them apart, on stops where it does not, off pads."""
-
-    @model_validator(mode="after")
-    def _check_validation(self) -> DataConfig:
-        """Check the held-out fraction, and that validation_split belongs to a data set."""
-        if isinstance(self.validation, float) and not 0 < self.validation < 1:
-            raise ValueError(f"validation is {self.validation}; as a fraction it lies between 0 and 1")
-        if self.validation_split is not None and not isinstance(self.validation, str):
-            raise ValueError(
-                f"validation_split is {self.validation_split!r}, but validation is {self.validation or 'none'}; "
-                "expected the Hub id there that has this split"
-            )
-        return self
-
-
 class TrainConfig(Section):
     """The training loop."""
 
@@ -132,6 +80,10 @@ class TrainConfig(Section):
 
     gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
     """Micro batches a rank adds up before one optimizer step."""
+
+    micro_batch_tokens: Annotated[int, Field(ge=16)] | None = None
+    """Cut a step into micro batches of up to so many tokens, padding included, instead of a number of rows: many short
+    rows or few long ones. A step still takes micro_batch_size x gradient_accumulation_steps rows for each rank."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     """Peak learning rate."""
@@ -152,24 +104,40 @@ class TrainConfig(Section):
     """A step whose loss or gradient is NaN or infinite on any rank changes nothing and is skipped; stop the run after
     this many in a row."""
 
-    gradient_checkpointing: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
+    gradient_checkpointing: Annotated[Literal["auto", "on", "off"], BeforeValidator(switch)] = "auto"
     """Recompute the trained blocks' activations in backward; auto does so when they would not fit in memory."""
+
+    reduce_dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision in which several ranks sum their gradients; bfloat16 halves what they exchange and rounds every sum.
+    None takes float32, and with --ds what the DeepSpeed file says, or else model.dtype (docs/deepspeed.md)."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of the row order, the validation split and dropout."""
 
 
-OptimName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adamw_bf16"]
+REMOVED_OPTIMIZER = "adamw_bf16"
+"""Value of ``optim.name`` in earlier versions."""
+
+OptimName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 """How AdamW keeps its state."""
+
+
+def _refuse_removed(name: Any) -> Any:
+    """Refuse an optimizer of earlier versions, which ``recipe.read_saved`` reads in finished runs."""
+    if name == REMOVED_OPTIMIZER:
+        raise ValueError(
+            f"{name} was removed; write adamw_8bit, which takes as many bytes. An interrupted run goes on with it and "
+            "--resume-override; finished ones evaluate, generate and export as before (docs/optimizers.md)"
+        )
+    return name
 
 
 class OptimConfig(Section):
     """AdamW: what takes its updates, and in how many bits its two moments are kept."""
 
-    name: OptimName = "adamw"
+    name: Annotated[OptimName, BeforeValidator(_refuse_removed)] = "adamw"
     """adamw keeps masters and moments in float32. adamw_8bit keeps moments in 8 bits (bitsandbytes), paged_adamw_8bit
-    also lets a full GPU push them to the host. adamw_bf16 keeps moments in bfloat16 and, without DeepSpeed, the 16 bits
-    that a bfloat16 weight lacks to float32 in place of a master. All keep small updates (docs/optimizers.md)."""
+    also lets a full GPU push them to the host. All keep small updates (docs/optimizers.md)."""
 
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Decay rates of the first and second moment."""
@@ -181,7 +149,7 @@ class OptimConfig(Section):
 class PrefixConfig(Section):
     """The frozen prefix, what lies below the lowest trained block: how its weights and what they compute are kept."""
 
-    cache: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
+    cache: Annotated[Literal["auto", "on", "off"], BeforeValidator(switch)] = "auto"
     """Compute each sample's hidden states at the frost line once and read them from disk afterwards, also in later
     runs; auto does so where samples are read more than once and the disk has room, on refuses to run without."""
 
@@ -213,9 +181,9 @@ class OutputConfig(Section):
     """How many checkpoints to keep beside the one of the lowest validation loss; older ones are removed after a newer
     one is committed."""
 
-    async_save: bool = False
+    async_save: bool | None = None
     """Write checkpoints in the background: training goes on once the state is copied to the host's memory, which it
-    takes a second time until it is on disk."""
+    takes a second time, page-locked on a GPU; none does so on a GPU and not on a CPU."""
 
     evaluate_every_steps: Annotated[int, Field(ge=1)] | None = None
     """Also compute the validation loss every so many steps; the end of each epoch always does."""

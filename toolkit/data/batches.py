@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from toolkit.config.policy import global_batch
 from toolkit.config.schema import TrainConfig
+from toolkit.data.dealing import deal_by_length, deal_by_tokens
 from toolkit.data.examples import Example
+from toolkit.data.rows import Rows
+from toolkit.runtime.page_locked import pin
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,10 @@ class Batch:
     """[1, T], each token's position in its own sample, if several are packed into one row; else None."""
     cu_seqlens: torch.Tensor | None = None
     """[B + 1] int32 cumulative lengths of the samples of a packed row, from 0; None without packing."""
+    of_step: tuple[int, int] | None = None
+    """Supervised tokens and all tokens of the optimizer step over all ranks; None for a batch made by itself."""
+    hidden: object | None = None
+    """Hidden states that are on their way to the device, for the prefix that has them read ahead; else None."""
 
     @property
     def is_packed(self) -> bool:
@@ -91,7 +100,7 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory, from which ``to`` copies to a GPU without waiting."""
-        return self._map_tensors(lambda tensor: tensor.pin_memory())
+        return self._map_tensors(pin)
 
     def _map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         """Return the batch with ``change`` applied to each of its tensors."""
@@ -103,18 +112,24 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Deals rows to optimizer steps, micro batches and ranks."""
+    """Deals rows to optimizer steps, micro batches and ranks.
+
+    The rows of a step depend on the order and on the size of a step alone, not on ranks, lengths or micro batches.
+    """
 
     rows: int
     micro_batch_size: int
     accumulation: int = 1
     rank: int = 0
     ranks: int = 1
+    micro_batch_tokens: int | None = None
+    """Most tokens of a micro batch, which then has as many rows as fit; None gives it ``micro_batch_size`` rows."""
 
     @classmethod
     def of_recipe(cls, train: TrainConfig, rows: int, ranks: int, rank: int = 0) -> BatchPlan:
         """Make the plan of a run with ``rows`` training rows on ``ranks`` ranks."""
-        return cls(rows, train.micro_batch_size, train.gradient_accumulation_steps, rank, ranks)
+        accumulation, tokens = train.gradient_accumulation_steps, train.micro_batch_tokens
+        return cls(rows, train.micro_batch_size, accumulation, rank, ranks, tokens)
 
     @property
     def global_batch(self) -> int:
@@ -145,29 +160,43 @@ class BatchPlan:
         return (
             f"{steps} steps{' (train.max_steps)' if stops_early else ''} of {self.global_batch} row(s), "
             f"{f'{self.passes(steps):.2g} of ' if stops_early else ''}{epochs} epoch(s) "
-            f"(micro batch {self.micro_batch_size} x accumulation {self.accumulation} x ranks {self.ranks})"
+            f"(micro batch {self.micro_batch_size} x accumulation {self.accumulation} x ranks {self.ranks}"
+            f"{f', cut into micro batches of {self.micro_batch_tokens} tokens' if self.micro_batch_tokens else ''})"
         )
 
-    def micro_batches(self, order: Sequence[int], step: int) -> list[tuple[list[int], bool]]:
+    def rows_of_step(self, order: Sequence[int], step: int) -> Sequence[int]:
+        """Return the row indices of a step over all ranks; ``order`` and ``step`` as for ``micro_batches``."""
+        return order[step * self.global_batch : (step + 1) * self.global_batch]
+
+    def micro_batches(
+        self, order: Sequence[int], step: int, lengths: np.ndarray | None = None, packed: bool = False
+    ) -> list[tuple[list[int], bool]]:
         """Return this rank's rows of one step, as (row indices, is filler) for each micro batch.
 
-        Every rank gets the same number of micro batches, because collectives must match; a rank that a short last
-        step leaves without rows gets a filler.
+        Every rank gets the same number of micro batches, because collectives must match; a rank that is left without
+        rows in one gets a filler, the shortest row of the step.
+
+        Args:
+            order: row indices of the epoch.
+            step: step of the epoch, from 0.
+            lengths: tokens of each row of the data; None if they do not matter, which deals by position.
+            packed: whether rows are packed, for ``micro_batch_tokens``.
         """
-        rows = order[step * self.global_batch : (step + 1) * self.global_batch]
-        size = self.micro_batch_size * self.ranks
-        micro_batches = []
-        for start in range(0, len(rows), size):
-            of_all_ranks = rows[start : start + size]
-            of_this_rank = list(of_all_ranks[self.rank :: self.ranks])
-            micro_batches.append((of_this_rank, False) if of_this_rank else ([of_all_ranks[0]], True))
-        return micro_batches
+        rows = self.rows_of_step(order, step)
+        of_step = np.ones(len(rows), np.int64) if lengths is None else lengths[np.asarray(rows)]
+        if self.micro_batch_tokens is not None and lengths is not None:
+            dealt = deal_by_tokens(of_step, self.micro_batch_tokens, self.ranks, packed)
+        else:
+            dealt = deal_by_length(of_step, self.micro_batch_size, self.ranks)
+        filler = [rows[int(np.argmin(of_step))]]
+        own = [[rows[position] for position in micro_batch[self.rank]] for micro_batch in dealt]
+        return [(indices or filler, not indices) for indices in own]
 
 
-def epoch_order(rows: int, seed: int, epoch: int) -> list[int]:
+def epoch_order(rows: int, seed: int, epoch: int) -> array[int]:
     """Return the permutation of row indices for epoch ``epoch``, counted from 0; the same on every rank."""
     generator = torch.Generator().manual_seed(seed + 1_000_003 * epoch)
-    return torch.randperm(rows, generator=generator).tolist()
+    return array("q", torch.randperm(rows, generator=generator).numpy().tobytes())
 
 
 def collate(examples: Sequence[Example], pad_id: int, is_filler: bool = False) -> Batch:
@@ -179,7 +208,8 @@ def collate(examples: Sequence[Example], pad_id: int, is_filler: bool = False) -
     for row, example in enumerate(examples):
         input_ids[row, : len(example)] = torch.tensor(example.token_ids)
         attention[row, : len(example)] = 1
-        supervised[row, example.answer_start - 1 : len(example) - 1] = True
+        for start, end in example.spans:
+            supervised[row, start - 1 : end - 1] = True
     return Batch(
         input_ids=input_ids,
         attention_mask=None if bool(attention.all()) else attention,
@@ -201,35 +231,22 @@ def pack(examples: Sequence[Example], is_filler: bool = False) -> Batch:
         return collate(examples, pad_id=0, is_filler=is_filler)
     input_ids = torch.tensor([[token for example in examples for token in example.token_ids]])
     supervised = torch.zeros_like(input_ids, dtype=torch.bool)
-    start = 0
+    offset = 0
     for example in examples:  # the last position of a sample has no next token of its own
-        supervised[0, start + example.answer_start - 1 : start + len(example) - 1] = True
-        start += len(example)
+        for start, end in example.spans:
+            supervised[0, offset + start - 1 : offset + end - 1] = True
+        offset += len(example)
     return Batch(
         input_ids=input_ids,
         attention_mask=None,
         supervised=supervised,
         targets=input_ids.roll(-1, dims=1)[supervised],
-        tokens=start,
+        tokens=offset,
         is_filler=is_filler,
         examples=tuple(examples),
         position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32),
     )
-
-
-def unpad(hidden: torch.Tensor, batch: Batch) -> list[torch.Tensor]:
-    """Split hidden states [B, T, H] of a batch, or [1, T, H] of a packed one, into B views [T_i, H] without padding."""
-    if batch.is_packed:
-        return list(torch.split(hidden[0], list(batch.lengths)))
-    return [row[:length] for row, length in zip(hidden, batch.lengths, strict=True)]
-
-
-def lay_out(rows: Sequence[torch.Tensor], batch: Batch) -> torch.Tensor:
-    """Lay B samples [T_i, H] out as [B, T, H] with zeros as padding, or as a packed batch's [1, T, H]."""
-    if batch.is_packed:
-        return torch.cat(list(rows))[None]
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
 
 def step_batches(
@@ -244,9 +261,17 @@ def step_batches(
 
     ``order`` is the epoch's permutation of row indices, as ``epoch_order`` returns it; steps are counted from 0.
     """
+    if isinstance(examples, Rows):
+        lengths, supervised = examples.lengths, examples.supervised
+    else:
+        lengths = np.array(list(map(len, examples)))
+        supervised = np.array([example.supervised_tokens for example in examples])
     for step in range(first_step, plan.steps_per_epoch):
+        of_all_ranks = np.asarray(plan.rows_of_step(order, step))
+        of_step = int(supervised[of_all_ranks].sum()), int(lengths[of_all_ranks].sum())
         micro_batches = []
-        for rows, is_filler in plan.micro_batches(order, step):
+        for rows, is_filler in plan.micro_batches(order, step, lengths, packed):
             row_examples = [examples[index] for index in rows]
-            micro_batches.append(pack(row_examples, is_filler) if packed else collate(row_examples, pad_id, is_filler))
+            batch = pack(row_examples, is_filler) if packed else collate(row_examples, pad_id, is_filler)
+            micro_batches.append(replace(batch, of_step=of_step))
         yield micro_batches

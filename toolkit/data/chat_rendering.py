@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -22,6 +23,12 @@ class Rendering:
     """Date for templates that print one; None is the moment at which they are rendered."""
     reasons: bool = False
     """True if the run's answers begin with a thought, so the prompt must not end with an empty one."""
+    template: str | None = None
+    """Chat template of the run with its switches; None is the model's own."""
+    parses_special: bool = False
+    """True if control tokens in a row's text are read as such (``data.special_tokens: parse``)."""
+    task: str | None = None
+    """Task that ``data.task: auto`` took for the training rows; None if the recipe names it."""
 
     def save(self, folder: Path) -> None:
         """Write the settings into a run directory, unless they are the defaults.
@@ -32,7 +39,11 @@ class Rendering:
         if self == Rendering():
             return
         now = None if self.now is None else self.now.isoformat(timespec="seconds")
-        replace_text(folder / _FILE_NAME, json.dumps({"now": now, "reasons": self.reasons}) + "\n")
+        saved: dict[str, Any] = {"now": now, "reasons": self.reasons}
+        default = Rendering()
+        more = ("template", "parses_special", "task")
+        saved |= {name: getattr(self, name) for name in more if getattr(self, name) != getattr(default, name)}
+        replace_text(folder / _FILE_NAME, json.dumps(saved, ensure_ascii=False) + "\n")
 
 
 def read_rendering(folder: Path) -> Rendering:
@@ -42,9 +53,15 @@ def read_rendering(folder: Path) -> Rendering:
     """
     try:
         saved = json.loads((folder / _FILE_NAME).read_text(encoding="utf-8"))
-        now = saved["now"]
-        return Rendering(None if now is None else datetime.fromisoformat(now), bool(saved["reasons"]))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        now, template, task = saved["now"], saved.get("template"), saved.get("task")
+        return Rendering(
+            None if now is None else datetime.fromisoformat(now),
+            bool(saved["reasons"]),
+            None if template is None else str(template),
+            bool(saved.get("parses_special")),
+            None if task is None else str(task),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return Rendering()
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,11 +14,21 @@ from transformers import PreTrainedTokenizerBase
 
 from toolkit.config.schema import DataConfig
 from toolkit.data.chat_rendering import Rendering
-from toolkit.data.examples import Encoder, Example
-from toolkit.data.sources import Row, read_rows
-from toolkit.runtime.errors import DataError
-from toolkit.runtime.progress_bar import track
-from toolkit.tasks.pubmedqa import TASKS, RowFaultError
+from toolkit.data.examples import Example
+from toolkit.data.part_rows import check_groups, check_overlaps, divide, draw
+from toolkit.data.rows import Rows
+from toolkit.data.screening import Screening
+from toolkit.data.sources import Part, Row, Source, iter_rows, sources_of
+from toolkit.data.token_cache import find_store, remember_fingerprint
+from toolkit.data.token_key import store_key
+from toolkit.data.token_store import TokenStore
+from toolkit.data.tokenising import Encoding
+from toolkit.runtime.errors import DataError, UsageError
+from toolkit.runtime.paths import replace_text
+from toolkit.runtime.progress_bar import ProgressBar
+from toolkit.tasks.choose import AUTO, choose_task, find_task, load_task
+from toolkit.tasks.row_values import COUNTED_OTHERWISE
+from toolkit.tasks.task import Task
 
 log = logging.getLogger("frostline")
 
@@ -29,31 +38,65 @@ _MOST_LISTED = 10
 
 @dataclass(frozen=True)
 class Dataset:
-    """The rows that a run is trained and validated on."""
+    """The rows that a run is trained on, validated on and, at its end, tested on; examples are made when asked for."""
 
-    train: tuple[Example, ...]
-    validation: tuple[Example, ...]
+    train: Rows
+    validation: Rows
     skipped: tuple[Row, ...]
     """Rows left out under ``on_bad_row: skip``, with their faults and without their values."""
+    test: Rows = field(default_factory=lambda: Rows.of(()))
+    """Rows that nothing is chosen by; with ``data.folds`` those that the fold holds out."""
+    screening: Screening = field(default_factory=Screening, compare=False)
+    """What a first look at the rows found."""
+    sources: tuple[Source, ...] = ()
+    """Where the rows were read."""
+    task: str = ""
+    """Name of the task by which the training rows were read."""
+
+    @classmethod
+    def of(cls, train: Sequence[Example], validation: Sequence[Example] = ()) -> Dataset:
+        """Return a data set of examples."""
+        return cls(Rows.of(train), Rows.of(validation), ())
+
+    @cached_property
+    def rows(self) -> Rows:
+        """All rows."""
+        return self.train + self.validation + self.test
 
     def summary(self) -> str:
         """Describe the data set in one line for the log."""
-        tokens = sum(map(len, self.train))
-        supervised = sum(example.supervised_tokens for example in self.train)
-        shortened = sum(example.shortened for example in (*self.train, *self.validation))
+        test = f", {len(self.test)} test rows" if len(self.test) else ""
         return (
-            f"{len(self.train)} training rows ({tokens:,} tokens, {supervised:,} supervised), "
-            f"{len(self.validation)} validation rows; {shortened} rows lost context, {len(self.skipped)} rows skipped"
+            f"{len(self.train)} training rows ({self.train.lengths.sum():,} tokens, "
+            f"{self.train.supervised.sum():,} supervised), {len(self.validation)} validation rows{test}; "
+            f"{self.rows.shortened} rows lost context, {len(self.skipped)} rows skipped"
         )
 
     @cached_property
     def fingerprint(self) -> str:
-        """Return the SHA-256 of the token ids and supervised spans of all rows, in order."""
-        sha = hashlib.sha256()
+        """Return the SHA-256 of the token ids and supervised spans of training and validation rows.
+
+        It is computed once for a token store and a split of it, and kept beside the store.
+        """
+        name = hashlib.sha256()
         for part in (self.train, self.validation):
-            for example in part:
-                sha.update(f"{example.answer_start} {example.token_ids}".encode())
-            sha.update(b"|")
+            name.update(" ".join(store.sha256 for store in part.stores).encode())
+            name.update(part.of_store.tobytes() + part.numbers.tobytes() + b"|")
+        return remember_fingerprint(self.train.stores[0], name.hexdigest(), self._compute_fingerprint)
+
+    @property
+    def test_fingerprint(self) -> str:
+        """Return a SHA-256 of the token ids and supervised spans of the test rows."""
+        return hashlib.sha256(self.test.digests.tobytes()).hexdigest()
+
+    def _compute_fingerprint(self) -> str:
+        sha = hashlib.sha256()
+        with ProgressBar("comparing rows", len(self.train) + len(self.validation), "row", brief=True) as bar:
+            for part in (self.train, self.validation):
+                for example in part:
+                    sha.update(example.content)
+                    bar.advance()
+                sha.update(b"|")
         return sha.hexdigest()
 
     def save_skipped(self, path: Path) -> None:
@@ -63,97 +106,165 @@ class Dataset:
             lines = [json.dumps({"row": row.origin, "fault": row.fault}, ensure_ascii=False) for row in self.skipped]
             path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
+    def save_sources(self, path: Path) -> None:
+        """Write which files the rows were read from as JSON, with their sizes in bytes."""
+        listed = [
+            {
+                "source": source.name,
+                "for": source.default_split,
+                "files": [{"path": str(file.resolve()), "bytes": file.stat().st_size} for file in source.files],
+            }
+            for source in self.sources
+        ]
+        replace_text(path, json.dumps(listed, ensure_ascii=False, indent=1))
+
 
 def load_dataset(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, rows: list[Row] | None = None,
-    ends: Sequence[int] = (), rendering: Rendering = Rendering(),
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, ends: Sequence[int] = (),
+    rendering: Rendering = Rendering(), sources: Sequence[Source] | None = None,
 ) -> Dataset:  # fmt: skip
-    """Read, check, encode and split the rows that ``config`` names.
+    """Read, check, encode and split the rows that ``config`` names, or find them encoded by an earlier run.
 
-    ``rows`` are those of ``config.path``; None reads them. ``ends`` are the end-of-text tokens that the model's config
-    files name. ``seed`` is that of the split, if ``config.validation`` is a fraction.
+    ``ends`` are the end-of-text tokens that the model's config files name. ``seed`` is that of the split, if
+    ``config.validation`` is a fraction. ``sources`` take the place of those that ``config.path`` names.
 
     Raises:
-        DataError: a file cannot be read, rows are bad and ``config.on_bad_row`` is ``error``, or rows of a separate
-            validation set are training rows too; names the first of them.
+        DataError: a file cannot be read, rows are bad and ``config.on_bad_row`` is ``error``, a split is impossible,
+            rows of a separate validation set are training rows too, or test rows are in either; names the first.
+        ConfigError: the task file or mapping is wrong.
+        DiskError: the disk has no room for the encoded rows.
+        StopRequested: a signal came meanwhile.
     """
-    encoder = Encoder(tokenizer, config.max_length, ends, rendering)
-    rows = read_rows(config.path, config.split) if rows is None else rows
-    examples, skipped = encode_rows(rows, encoder, config)
-    validation: list[Example] = []
-    if isinstance(config.validation, float):
-        examples, validation = _hold_out(examples, config.validation, seed)
-        if overlap := _overlap(examples, validation):
-            log.warning("%s; the validation loss is in part that of rows that are trained on", overlap)
-    elif config.validation is not None:
-        held_out = read_rows(config.validation, config.validation_split, "data.validation_split", "validation")
-        validation, skipped_validation = encode_rows(held_out, encoder, config)
-        skipped += skipped_validation
-        if overlap := _overlap(examples, validation):
-            raise DataError(
-                f"{overlap}; their loss says nothing about rows that the model has not seen. Take them out of one of "
-                "the two, name another data.validation or data.validation_split, or hold out a fraction"
-            )
+    encoding = Encoding(config, tokenizer, tuple(ends), rendering)
+    encoder = encoding.encoder()
+    _check_tasks(config)
+    sources = list(sources or sources_of(config, "train"))
+    stores = [_store_of(source, encoding) for source in sources]
+    columns = tuple(stores[0].source_columns)
+    task = _report_tasks(sources, stores, encoding)
+    skipped = _check_rows(stores, config)
+    seen = Rows.of_stores(stores)
+    train, validation, test = divide(config, seen, seed, columns)
+    train = draw(config, sources, seen, train, seed)
+    of_held_out = replace(encoding, config=config.model_copy(update={"oversample": None, "stratify_by": None}))
+    held_out: dict[Part, Rows] = {"validation": validation, "test": test}
+    for part in held_out:
+        if of_part := sources_of(config, part):
+            stores = [_store_of(source, of_held_out) for source in of_part]
+            _report_tasks(of_part, stores, of_held_out, task)
+            sources += of_part
+            skipped += _check_rows(stores, config)
+            held_out[part] = Rows.of_stores(stores)
+            check_groups(config, seen, held_out[part], part, stores[0].source_columns)
+            seen += held_out[part]
+    validation, test = held_out["validation"], held_out["test"]
+    check_overlaps(config, train, validation, test)
+    screening = Screening.of(config, seen)
     for note in encoder.notes():
         log.info("%s", note)
-    if escaped := [example for example in (*examples, *validation) if example.control_token]:
-        log.info(
-            "%s the text of a control token (first: %r in %s); it is encoded as text, not as that token",
-            f"{len(escaped)} rows hold" if len(escaped) > 1 else "1 row holds",
-            escaped[0].control_token,
-            escaped[0].origin,
-        )
-    return Dataset(tuple(examples), tuple(validation), tuple(skipped))
+    dataset = Dataset(train, validation, skipped, test, screening, tuple(sources), task.name)
+    _report_texts(dataset.rows, config)
+    return dataset
 
 
-def encode_rows(rows: list[Row], encoder: Encoder, config: DataConfig) -> tuple[list[Example], list[Row]]:
-    """Encode rows; return the examples, and the rows that cannot be used, with their faults.
+def _check_tasks(config: DataConfig) -> None:
+    """Raise DataError if a source names a task that cannot be used; lists all, before any row is tokenised."""
+    faults = []
+    parts: tuple[Part, ...] = ("train", "validation", "test")
+    for source in (source for part in parts for source in sources_of(config, part)):
+        if source.task is not None and source.task != AUTO:
+            try:
+                load_task(source.task, source.task_key)
+            except UsageError as fault:
+                faults.append(str(fault))
+    if faults:
+        raise DataError("\n".join(dict.fromkeys(faults)))
+
+
+def _report_tasks(
+    sources: Sequence[Source], stores: Sequence[TokenStore], encoding: Encoding, known: Task | None = None
+) -> Task:
+    """Return the task of the first source; log it unless it is ``known``, and the tasks of the others that differ."""
+    first = known
+    for source, store in zip(sources, stores, strict=True):
+        own, columns = _encoding_of(source, encoding), tuple(store.source_columns)
+        if source.task is not None or first is None:
+            task = choose_task(own.config, columns, key=own.task_key)
+            if source.task is not None:
+                log.info("%s: the rows are read by the source's own task, %s", source.name, task.name)
+            first = first or task
+        elif encoding.config.task == AUTO and (task := find_task(own.config, columns)).name != first.name:
+            log.info("data.task: auto takes %s for %s; columns: %s", task.name, source.path, ", ".join(columns))
+    assert first is not None
+    return first
+
+
+def _encoding_of(source: Source, encoding: Encoding) -> Encoding:
+    """Return the encoding of the rows of a source, by its own task if it has one."""
+    encoding = replace(encoding, origin=source.name)
+    if source.task is None:
+        return encoding
+    config = encoding.config.model_copy(update={"task": source.task})
+    return replace(encoding, config=config, task_key=source.task_key)
+
+
+def _store_of(source: Source, encoding: Encoding) -> TokenStore:
+    """Return the encoded rows of a source, which is read if no earlier run has encoded them."""
+    own = _encoding_of(source, encoding)
+    store = find_store(store_key(source, own), lambda: iter_rows(source), own)
+    store.edition = source.edition
+    return store
+
+
+def _check_rows(stores: Sequence[TokenStore], config: DataConfig) -> tuple[Row, ...]:
+    """Return the rows of sources that cannot be used, with their faults.
 
     Raises:
-        DataError: there are bad rows and ``config.on_bad_row`` is ``error``, or no usable row is left.
+        DataError: there are some and ``config.on_bad_row`` is ``error``, or no usable row is left.
     """
-    examples: list[Example] = []
-    bad: list[Row] = []
-    for row in track(rows, "tokenising", "row"):
-        try:
-            if row.fault:
-                raise RowFaultError(row.fault)
-            examples.append(replace(encoder.encode(TASKS[config.task](row.values)), origin=row.origin))
-        except RowFaultError as fault:
-            bad.append(Row(row.origin, fault=str(fault)))
-    if bad and (config.on_bad_row == "error" or not examples):
-        listed = [f"  - {row.origin} {row.fault}" for row in bad[:_MOST_LISTED]]
-        if len(bad) > _MOST_LISTED:
-            listed.append(f"  … and {len(bad) - _MOST_LISTED} more")
-        advice = (
-            "Correct them, or set data.on_bad_row: skip to leave them out"
-            if examples
-            else "No usable row is left; correct them"
+    bad, usable = [row for store in stores for row in store.bad], sum(map(len, stores))
+    is_misread = any(fault.endswith(COUNTED_OTHERWISE) for _, fault in bad)  # and so would those be that are left
+    if bad and (config.on_bad_row == "error" or not usable or is_misread):
+        by_fault: dict[str, list[str]] = {}
+        for origin, fault in bad:
+            by_fault.setdefault(fault, []).append(origin)
+        listed = [
+            f"  - {origins[0]} {fault}" + (f" (and {len(origins) - 1} more rows)" if len(origins) > 1 else "")
+            for fault, origins in list(by_fault.items())[:_MOST_LISTED]
+        ]
+        if len(by_fault) > _MOST_LISTED:
+            listed.append(f"  … and {len(by_fault) - _MOST_LISTED} more faults")
+        advice = "Correct them, or set data.on_bad_row: skip to leave them out"
+        if is_misread or not usable:
+            advice = "Correct the task" if is_misread else "No usable row is left; correct them"
+        raise DataError("\n".join([f"{len(bad)} of {usable + len(bad)} rows cannot be used:", *listed, advice]))
+    return tuple(Row(origin, fault=fault) for origin, fault in bad)
+
+
+def _report_texts(rows: Rows, config: DataConfig) -> None:
+    """Log how many rows hold a control token's text, text in separate letters, and tools that are not shown."""
+    if len(escaped := rows.with_control_token):
+        first = rows[int(escaped[0])]
+        log.info(
+            "%s the text of a control token (first: %r in %s); it is encoded as %s",
+            f"{len(escaped)} rows hold" if len(escaped) > 1 else "1 row holds",
+            first.control_token,
+            first.origin,
+            "text, not as that token" if config.special_tokens == "text" else "that token (data.special_tokens: parse)",
         )
-        raise DataError("\n".join([f"{len(bad)} of {len(rows)} rows cannot be used:", *listed, advice]))
-    return examples, bad
-
-
-def _hold_out(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Split examples at random into training and validation, each in the original order."""
-    count = max(1, round(len(examples) * fraction))
-    if count >= len(examples):
-        raise DataError(
-            f"data.validation {fraction} of {len(examples)} rows leaves none to train on; expected a smaller fraction"
+    if len(composed := rows.normalised):
+        log.info(
+            "%s text in separate letters (Unicode NFD; first: %s); it is composed (data.normalize: nfc)",
+            f"{len(composed)} rows hold" if len(composed) > 1 else "1 row holds",
+            rows.origin(int(composed[0])),
         )
-    held_out = set(random.Random(seed).sample(range(len(examples)), count))
-    train = [example for index, example in enumerate(examples) if index not in held_out]
-    return train, [examples[index] for index in sorted(held_out)]
+    if len(hidden := rows.with_hidden_tools):
+        log.warning("%s", hidden_tools_text(len(hidden), rows.origin(int(hidden[0]))))
 
 
-def _overlap(train: Sequence[Example], validation: Sequence[Example]) -> str | None:
-    """Describe how many validation rows have the tokens of a training row; None if there are none."""
-    origins = {(example.token_ids, example.answer_start): example.origin for example in train}
-    shared = [example for example in validation if (example.token_ids, example.answer_start) in origins]
-    if not shared:
-        return None
-    first = shared[0]
+def hidden_tools_text(rows: int, first: str) -> str:
+    """Describe that so many rows, of which ``first`` is one, declare tools that nothing shows to the model."""
     return (
-        f"{len(shared)} of {len(validation)} validation rows are training rows as well "
-        f"({first.origin} is {origins[first.token_ids, first.answer_start]})"
+        f"{rows} {'row declares' if rows == 1 else 'rows declare'} tools that the chat template does not show (first: "
+        f"{first}); they have no effect. Name in data.chat_template one that shows tools, or leave the column out"
     )

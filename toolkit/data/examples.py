@@ -1,34 +1,46 @@
-"""Encode samples as token ids with a supervised span; long samples lose context, never question or answer."""
+"""Encode samples as token ids with supervised spans; long ones lose contexts and early turns, never the last answer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from toolkit.data.chat_rendering import Rendering
-from toolkit.data.chat_turns import Turns
+from toolkit.data.chat_turns import Piece, Turns
+from toolkit.data.shortening import cut_contexts, without_first_exchange
 from toolkit.data.tokenization import Pieces
 from toolkit.runtime.errors import DataError
-from toolkit.tasks.pubmedqa import RowFaultError, Sample
+from toolkit.tasks.sample import USER, RowFaultError, Sample, Turn
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of one sample: prompt, then answer and end-of-turn token."""
+    """Token ids of one sample: prompt, then answer and end-of-turn token; or a conversation of several turns."""
 
     token_ids: tuple[int, ...]
-    answer_start: int
-    """Index of the first supervised token; all later ones are supervised too."""
+    spans: tuple[tuple[int, int], ...]
+    """Supervised tokens, as (start, end) of each run of them, in order; the first token of a sample is in none."""
     shortened: bool = False
-    """True if context was cut to fit ``max_length``."""
+    """True if contexts or early turns were cut to fit ``max_length``."""
     origin: str = field(default="", compare=False)
     """File and row, for messages: ``answers.jsonl line 12``."""
     reasons: bool = field(default=False, compare=False)
     """True if the answer begins with a thought."""
     control_token: str = field(default="", compare=False)
-    """First control token whose text the row contains, encoded as plain text; empty if there is none."""
+    """First control token whose text the row contains; empty if there is none."""
+    normalised: bool = field(default=False, compare=False)
+    """True if a text of the row was brought into Unicode's composed form."""
+    hides_tools: bool = field(default=False, compare=False)
+    """True if the row declares tools that its tokens do not show."""
+
+    @classmethod
+    def with_answer(cls, token_ids: tuple[int, ...], answer_start: int) -> Example:
+        """Make an example whose tokens from index ``answer_start`` on are supervised, to the end."""
+        return cls(token_ids, ((answer_start, len(token_ids)),))
 
     def __len__(self) -> int:
         """Return the number of tokens."""
@@ -37,7 +49,19 @@ class Example:
     @property
     def supervised_tokens(self) -> int:
         """Return the number of tokens that the loss is taken over."""
-        return len(self) - self.answer_start
+        return sum(end - start for start, end in self.spans)
+
+    @property
+    def answer_start(self) -> int:
+        """Return the index at which the last supervised answer begins; what is before it is the prompt."""
+        return self.spans[-1][0]
+
+    @property
+    def content(self) -> bytes:
+        """Return token ids and supervised spans as bytes, from which fingerprints are taken."""
+        start, end = self.spans[0]
+        spans = start if len(self.spans) == 1 and end == len(self) else self.spans
+        return f"{spans} {self.token_ids}".encode()
 
 
 class Encoder:
@@ -58,9 +82,10 @@ class Encoder:
     ) -> None:  # fmt: skip
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.ends = tuple(ends)
         self.rendering = rendering
         self.turns = Turns(tokenizer, rendering)
-        self._pieces = Pieces(tokenizer)
+        self._pieces = Pieces(tokenizer, rendering.parses_special)
         known = dict.fromkeys(end for end in ends if 0 <= end < len(tokenizer))
         self._word_ends = tuple(end for end in known if self._pieces.is_word(end))
         self._ends = tuple(end for end in known if end not in self._word_ends)
@@ -70,12 +95,14 @@ class Encoder:
         self._appended_end = () if self._closing_marks else (self._choose_end(),)
 
     def prompt_ids(self, sample: Sample) -> tuple[int, ...]:
-        """Encode the prompt up to where the answer begins, with its context cut like an example's.
+        """Encode the prompt up to where the answer begins, with contexts and early turns cut like an example's.
 
         Raises:
-            RowFaultError: the question alone exceeds ``max_length``.
+            RowFaultError: the last question alone exceeds ``max_length``, or the chat template refuses the turns.
         """
-        return self._fit_to_max_length(sample, self._encode_prompt).token_ids
+        if sample.is_text:  # which goes on where it ends
+            return self._encode_prompt(sample).token_ids[-self.max_length :]
+        return self._fit_to_max_length(sample.to_answer(), self._encode_prompt).token_ids
 
     def stop_ids(self) -> list[int]:
         """Return the tokens that end an answer: those that close a turn, and the ends of tokenizer and model."""
@@ -93,10 +120,34 @@ class Encoder:
         """Encode a sample that has an answer.
 
         Raises:
-            RowFaultError: question and answer alone exceed ``max_length``, the answer has no tokens, or the chat
-                template alters it.
+            RowFaultError: the last question and answer alone exceed ``max_length``, as does a plain text, which
+                ``encode_all`` cuts; an answer has no tokens, or the chat template alters it or refuses the turns.
         """
-        return self._fit_to_max_length(sample, self._encode_conversation)
+        if not sample.is_text:
+            return replace(self._fit_to_max_length(sample, self._encode_turns), normalised=sample.normalised)
+        first, *more = self.encode_all(sample)
+        if more:
+            raise RowFaultError(f"is a text of more than data.max_length, {self.max_length} tokens")
+        return first
+
+    def encode_all(self, sample: Sample) -> list[Example]:
+        """Encode a sample that has an answer; a plain text that is longer than ``max_length`` becomes several examples.
+
+        Each begins with the last token of the one before, so that every token but the text's first is learned once.
+
+        Raises:
+            RowFaultError: as ``encode``.
+        """
+        if not sample.is_text:
+            return [self.encode(sample)]
+        (text,), control = self._pieces.escape_control_tokens(sample.turns[0].content)
+        end = self._appended_end or (self.tokenizer.eos_token_id,)
+        ids = self._pieces.encode_with_bos(text) + tuple(token for token in end if token is not None)
+        if len(ids) < 2:
+            raise RowFaultError("is a text without tokens; expected text that the tokenizer knows")
+        starts = range(0, len(ids) - 1, self.max_length - 1)
+        parts = [ids[start : start + self.max_length] for start in starts]
+        return [Example(part, ((1, len(part)),), control_token=control, normalised=sample.normalised) for part in parts]
 
     @property
     def answer_opening(self) -> str:
@@ -117,7 +168,9 @@ class Encoder:
                 f"the chat template puts {turns.lead!r} before answers: it belongs to the prompt, in training and "
                 "generation, and is not trained"
             )
-        if self.tokenizer.chat_template and (bos := self._pieces.bos_ids(turns.prompt("question"))):
+        if self.tokenizer.chat_template and (
+            bos := self._pieces.bos_ids(turns.prompt([Turn(USER, "question")])[0].text)
+        ):
             lines.append(
                 f"the tokenizer begins a text with {self._show(bos[0])} and the chat template does not: it begins "
                 "every row, in training and generation; apply_chat_template alone leaves it out"
@@ -135,39 +188,91 @@ class Encoder:
         return lines
 
     def _fit_to_max_length(self, sample: Sample, encode: Callable[[Sample], Example]) -> Example:
-        """Encode ``sample`` with as much of its context, from the start, as fits; RowFaultError if none does."""
-        example = encode(sample)
-        if len(example) <= self.max_length:
-            return example
-        bare = encode(replace(sample, contexts=()))
+        """Encode ``sample`` with as much of its contexts, from the start, and of its turns, from the end, as fits."""
+        example, shortened = encode(sample), False
+        while len(example) > self.max_length:
+            if sample.contexts:
+                return self._cut_to_max_length(sample, example, encode)
+            later = without_first_exchange(sample)
+            if later is None:
+                raise RowFaultError(
+                    f"needs {len(example)} tokens without any context; data.max_length is {self.max_length}, "
+                    "so nothing could be supervised without cutting question or answer"
+                )
+            sample, shortened = later, True
+            example = encode(sample)
+        return replace(example, shortened=True) if shortened else example
+
+    def _cut_to_max_length(self, sample: Sample, example: Example, encode: Callable[[Sample], Example]) -> Example:
+        """Encode ``sample``, whose encoding ``example`` is too long, with its contexts cut; all of them if need be."""
+        bare = encode(sample.with_contexts(()))
         if len(bare) > self.max_length:
-            raise RowFaultError(
-                f"needs {len(bare)} tokens without any context; data.max_length is {self.max_length}, "
-                "so nothing could be supervised without cutting question or answer"
-            )
+            return replace(self._fit_to_max_length(sample.with_contexts(()), encode), shortened=True)
         context_tokens = len(self._pieces.encode("\n\n".join(sample.contexts)))
         while len(example) > self.max_length and context_tokens > 0:
             context_tokens -= len(example) - self.max_length
-            contexts = _cut_contexts(self.tokenizer, sample.contexts, max(context_tokens, 0))
-            example = encode(replace(sample, contexts=contexts))
+            contexts = cut_contexts(self.tokenizer, sample.contexts, max(context_tokens, 0))
+            example = encode(sample.with_contexts(contexts))
         return replace(example if len(example) <= self.max_length else bare, shortened=True)
 
     def _encode_prompt(self, sample: Sample) -> Example:
         """Encode the prompt alone, with nothing supervised, for generation."""
-        (question,), _ = self._pieces.escape_control_tokens(sample.prompt())
-        ids = self._pieces.encode_with_bos(self.turns.prompt(question))
-        return Example(ids, len(ids))
+        if sample.is_text:
+            (text,), _ = self._pieces.escape_control_tokens(sample.turns[0].content)
+            return Example(self._pieces.encode_with_bos(text), ())
+        turns, tools, _ = self._escaped(sample)
+        return Example(self._encode_pieces(self.turns.prompt(turns, tools))[0], ())
 
-    def _encode_conversation(self, sample: Sample) -> Example:
-        """Encode prompt and answer; the answer and what closes its turn are supervised."""
-        assert sample.answer is not None
-        (question, answer), control = self._pieces.escape_control_tokens(sample.prompt(), sample.answer)
-        conversation = self.turns.conversation(question, answer)
-        prompt = self._pieces.encode_with_bos(conversation.prompt)
-        answer_ids = self._pieces.encode_after(conversation.prompt, conversation.answer) + self._appended_end
-        if len(answer_ids) == len(self._appended_end):
+    def _encode_turns(self, sample: Sample) -> Example:
+        """Encode a conversation; its trained answers and what closes their turns are supervised."""
+        turns, tools, control = self._escaped(sample)
+        conversation = self.turns.conversation(turns, tools)
+        ids, spans = self._encode_pieces(conversation.pieces)
+        if self._appended_end:
+            ids += self._appended_end
+            if conversation.answer.trained:
+                spans[-1] = (spans[-1][0], len(ids))
+        if any(end - start == 0 for start, end in spans) or (
+            spans and spans[-1][1] - spans[-1][0] == len(self._appended_end)
+        ):
             raise RowFaultError("has an answer without tokens; expected text that the tokenizer knows")
-        return Example(prompt + answer_ids, len(prompt), reasons=conversation.reasons, control_token=control)
+        text = "".join(piece.text for piece in conversation.pieces) if sample.tools else ""
+        hides_tools = bool(sample.tools) and not self.turns.template.shows(sample.tools, text)
+        return Example(ids, tuple(spans), reasons=conversation.reasons, control_token=control, hides_tools=hides_tools)
+
+    def _encode_pieces(self, pieces: Sequence[Piece]) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
+        """Encode the pieces of a conversation, and return the spans of those that are trained."""
+        text = pieces[0].text
+        ids, spans = self._pieces.encode_with_bos(text), []
+        for before, piece in pairwise(pieces):
+            start = len(ids)
+            ids += self._pieces.encode_after(text, piece.text)
+            text += piece.text
+            if piece.trained:
+                spans.append((start, len(ids)))
+            elif before.trained and self._appended_end == ids[start : start + 1]:
+                spans[-1] = (spans[-1][0], start + 1)  # the next turn begins with the mark that ends an answer
+        return ids, spans
+
+    def _escaped(self, sample: Sample) -> tuple[list[Turn], list[Mapping[str, Any]], str]:
+        """Return turns and tools with the control tokens in their texts split, and the first of these tokens."""
+        marks: list[str] = []
+
+        def escape(value: Any) -> Any:
+            if isinstance(value, str):
+                (text,), mark = self._pieces.escape_control_tokens(value)
+                marks.append(mark)
+                return text
+            if isinstance(value, Mapping):
+                return {key: escape(one) for key, one in value.items()}
+            return [escape(one) for one in value] if isinstance(value, list | tuple) else value
+
+        turns = [
+            replace(turn, content=escape(turn.content), tool_calls=tuple(escape(turn.tool_calls)))
+            for turn in sample.turns
+        ]
+        tools = [escape(tool) for tool in sample.tools]
+        return turns, tools, next((mark for mark in marks if mark), "")
 
     def _choose_end(self) -> int:
         """Choose the token to append to an answer if the template closes it with no mark.
@@ -189,16 +294,3 @@ class Encoder:
 
     def _show(self, token: int) -> str:
         return f"{self.tokenizer.convert_ids_to_tokens(token)!r} (id {token})"
-
-
-def _cut_contexts(tokenizer: PreTrainedTokenizerBase, contexts: tuple[str, ...], count: int) -> tuple[str, ...]:
-    """Cut the contexts to ``count`` tokens in all; a character whose tokens are cut apart is dropped."""
-    kept: list[str] = []
-    for context in contexts:
-        ids = tokenizer(context, add_special_tokens=False, verbose=False).input_ids
-        if len(ids) > count:
-            cut = tokenizer.decode(ids[:count], skip_special_tokens=False).rstrip("\ufffd").strip()
-            return (*kept, cut) if cut else tuple(kept)
-        kept.append(context)
-        count -= len(ids)
-    return tuple(kept)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.data.examples import Example
+from toolkit.data.rows import Rows
 from toolkit.runtime.errors import DataError, ModelError
 
 
-def check_fit(examples: Iterable[Example], model: PreTrainedModel, remedy: str | None = None) -> None:
+def check_fit(examples: Sequence[Example], model: PreTrainedModel, remedy: str | None = None) -> None:
     """Refuse rows longer than the model's positions and ids beyond its embeddings, before an index error does.
 
     There must be at least one row. The error message advises ``remedy``; None advises to set ``data.max_length``.
@@ -19,15 +20,15 @@ def check_fit(examples: Iterable[Example], model: PreTrainedModel, remedy: str |
         DataError: a row is too long.
         ModelError: the tokenizer belongs to another model.
     """
-    rows = list(examples)
-    longest = max(map(len, rows))
+    rows = Rows.of(examples)
+    longest = int(rows.lengths.max())
     positions = position_limit(model)
     if positions and longest > positions:
         raise DataError(
             f"the longest row has {longest} tokens, the model has {positions} positions; "
             f"{remedy or f'set data.max_length: {positions}'}"
         )
-    require_known_ids(max(max(example.token_ids) for example in rows), model)
+    require_known_ids(rows.largest_id, model)
 
 
 def require_known_ids(largest: int, model: PreTrainedModel) -> None:

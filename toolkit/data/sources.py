@@ -1,223 +1,223 @@
-"""Read rows from a file or a Hub data set; a row that cannot be read carries its fault instead of stopping the read."""
+"""Read rows from files, directories and Hub data sets, in a stream; a row that cannot be read carries its fault."""
 
 from __future__ import annotations
 
-import codecs
-import csv
-import io
-import json
 import logging
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from toolkit.config.data_schema import DataConfig, PathEntry, Paths
+from toolkit.data.readers.content import COMPRESSED
+from toolkit.data.readers.formats import ENDINGS, has_known_ending
+from toolkit.data.readers.hub_set import hub_files, hub_rows, load_hub_set
+from toolkit.data.readers.places import Place, place_of_directory, place_of_file, place_of_pattern
+from toolkit.data.readers.row import ReadOptions, Row
 from toolkit.runtime import hub
 from toolkit.runtime.errors import DataError
 from toolkit.runtime.paths import is_directory, is_file
 from toolkit.runtime.shipped import find_file
-from toolkit.tasks.pubmedqa import ANSWER, CONTEXTS, QUESTION
+
+__all__ = ["ReadOptions", "Row", "Source", "is_hub_dataset", "iter_rows", "read_rows", "sources_of", "task_of"]
 
 log = logging.getLogger("frostline")
 
+Part = Literal["train", "validation", "test"]
+"""What rows of a recipe are for."""
+
+_KEYS: dict[Part, tuple[str, str]] = {
+    "train": ("path", "split"),
+    "validation": ("validation", "validation_split"),
+    "test": ("test", "test_split"),
+}
+"""Recipe keys that name the rows of a part, and their split."""
+
 
 @dataclass(frozen=True)
-class Row:
-    """One row of a file or Hub data set, not checked yet."""
+class Source:
+    """Rows that a recipe names: one file, directory, pattern or Hub data set, of which one split is read."""
 
-    origin: str
-    """File and row, for messages: ``answers.jsonl line 12``."""
-    values: Any = None
-    fault: str | None = None
-    """Why the row could not be read; None if it could."""
+    path: str
+    """As the user wrote it."""
+    split: str | None = None
+    """None takes the only one, else ``default_split``."""
+    configuration: str | None = None
+    """Configuration of a Hub data set, or folder of a directory."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub data set."""
+    weight: float = 1.0
+    """How often each row is taken in an epoch; see ``toolkit.data.mixture``."""
+    options: ReadOptions = field(default_factory=ReadOptions)
+    key: str = "data.split"
+    """Recipe key or flag that sets the split, for messages."""
+    default_split: str = "train"
+    task: str | Mapping[str, Any] | None = None
+    """The source's own task; None takes ``data.task``."""
+
+    @property
+    def name(self) -> str:
+        """Return the source as messages name it."""
+        return self.path + (f":{self.configuration}" if self.configuration else "") + (
+            f"[{self.split}]" if self.split else ""
+        )  # fmt: skip
+
+    @property
+    def task_key(self) -> str:
+        """Return what names the source's task, for messages."""
+        return "data.task" if self.task is None else f"task of {self.name}"
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Return the local files behind the source, in the order in which they are read; a Hub set is downloaded.
+
+        Raises:
+            DataError: as ``iter_rows``.
+        """
+        return self._place.files if isinstance(self._place, Place) else hub_files(self._place[0])
+
+    @property
+    def is_on_hub(self) -> bool:
+        """Return whether it is a Hub data set."""
+        return is_hub_dataset(self.path)
+
+    @property
+    def edition(self) -> str:
+        """Return configuration and revision of a Hub data set, which the origins of its rows do not name."""
+        return f"{self.configuration} {self.revision}" if self.is_on_hub else ""
+
+    def check_there(self) -> None:
+        """Raise DataError, as ``iter_rows``, if nothing that can be read lies at the path."""
+        _ = self._place
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows; see ``iter_rows``."""
+        if isinstance(self._place, Place):
+            return self._place.rows()
+        table, split = self._place
+        return hub_rows(self.path, split, table)
+
+    @cached_property
+    def _place(self) -> Place | tuple[object, str]:
+        """Return what lies at the path, or table and split of a Hub data set."""
+        asked = self.split, self.key, self.default_split
+        file = find_file(self.path)
+        if is_file(file):
+            return place_of_file(file, self.path, *asked, self.options)
+        if is_directory(file):
+            if self.configuration is not None:
+                file, path = self._folder(file), f"{self.path.rstrip('/')}/{self.configuration}"
+                return place_of_directory(file, path, *asked, self.options)
+            return place_of_directory(file, self.path, *asked, self.options)
+        if (place := place_of_pattern(self.path, *asked, self.options)) is not None:
+            return place
+        if self.is_on_hub:
+            return load_hub_set(self.path, self.configuration, self.revision, *asked)
+        raise DataError(
+            f"{self.path}: no such file (from {Path.cwd()}); expected a file that ends in {ENDINGS}, also compressed "
+            f"({', '.join(COMPRESSED)}) or in a .zip, a directory or pattern of such files, or a Hub id (org/name)"
+        )
+
+    def _folder(self, directory: Path) -> Path:
+        """Return the folder of a directory that the configuration names; DataError if there is none."""
+        folders = sorted(folder.name for folder in directory.iterdir() if folder.is_dir() and folder.name[0] != ".")
+        if self.configuration not in folders:
+            listed = f"one of: {', '.join(folders)}" if folders else "none: it has no folders"
+            raise DataError(
+                f"data.name is {self.configuration!r}, but {self.path} has no such folder; set it to {listed}"
+            )
+        return directory / self.configuration
 
 
-def read_rows(path: str, split: str | None = None, key: str = "data.split", default_split: str = "train") -> list[Row]:
-    """Read all rows of a ``.json``, ``.jsonl``, ``.csv`` or ``.parquet`` file, or of a Hub data set (``org/name``).
+def sources_of(config: DataConfig, part: Part) -> list[Source]:
+    """Return the sources that a recipe names for a part; none if it names no rows of their own for it."""
+    paths_key, split_key = _KEYS[part]
+    named = getattr(config, paths_key, None)
+    if named is None or isinstance(named, float):
+        return []
+    options = ReadOptions(config.encoding, config.separator, config.sheet)
+    trained_on = {_place_named(entry.path): entry for entry in reversed(_entries(config.path))}  # of one, the first
+    sources = []
+    for entry in _entries(named):
+        own = trained_on.get(_place_named(entry.path))
+        sources.append(
+            Source(
+                entry.path,
+                entry.split or getattr(config, split_key, None),
+                entry.name or (config.name if own is not None else None),
+                entry.revision or (config.revision if own is not None else None),
+                entry.weight,
+                options,
+                f"data.{split_key}",
+                part,
+                entry.task if entry.task is not None or own is None else own.task,
+            )
+        )
+    return sources
 
-    A ``.json`` file holds a list of rows, or an object of rows by key as PubMedQA is published (keyed by PMID). A
-    ``split`` of None takes the only one of a Hub data set, else ``default_split``. ``key`` is the recipe key or flag
-    that sets the split, for messages.
+
+def task_of(config: DataConfig, path: str | None = None) -> str | Mapping[str, Any]:
+    """Return the task, as a recipe names it, by which rows are read that are named beside it.
+
+    It is that of the source with the same ``path``, however it is written, of the rows held out or else of those
+    trained on; where there is none, that of the first source.
+    """
+    entries = _entries(config.path)
+    place = None if path is None else _place_named(path)
+    held_out = (source for part in ("validation", "test") for source in sources_of(config, part))
+    if named := next((source for source in held_out if _place_named(source.path) == place), None):
+        return config.task if named.task is None else named.task
+    own = next((entry for entry in entries if _place_named(entry.path) == place), entries[0]).task
+    return config.task if own is None else own
+
+
+def _place_named(path: str) -> str:
+    """Return one name for all that a path may be written as: ``rows.jsonl``, ``./rows.jsonl``, in full, by a link."""
+    try:
+        return os.path.realpath(path)
+    except ValueError:  # a NUL in it
+        return path
+
+
+def _entries(named: Paths) -> list[PathEntry]:
+    """Return the sources that a key names, each as a mapping."""
+    return [PathEntry(path=entry) if isinstance(entry, str) else entry
+            for entry in ([named] if isinstance(named, str) else named)]  # fmt: skip
+
+
+def iter_rows(source: Source) -> Iterator[Row]:
+    """Yield the rows of a source in a stream, in the order of its files.
+
+    A row that cannot be read has a fault. No more than a few rows are held, but for a JSON file that is an object with
+    its rows under a key, or one of columns.
 
     Raises:
         DataError: no such file, data set or split, an unknown format, a file that cannot be parsed, or no rows.
     """
-    file = find_file(path)
-    if is_file(file):
-        if split not in (None, "train"):
-            raise DataError(f"{key} is {split!r}, but {path} is a file, and files have one split only: train")
-        reader = _READERS.get(file.suffix.lower())
-        if reader is None:
-            raise DataError(f"{path}: unknown data format {file.suffix!r}; expected {', '.join(_READERS)}")
-        try:
-            rows = list(reader(file))
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error})") from None
-    elif is_hub_dataset(path):
-        rows = list(_read_hub(path, split, key, default_split))
-    elif is_directory(file):
-        raise DataError(f"{path}: is a directory; name one {', '.join(_READERS)} file in it")
-    else:
-        raise DataError(
-            f"{path}: no such file (from {Path.cwd()}); expected a {', '.join(_READERS)} file or a Hub id (org/name)"
-        )
-    if not rows:
-        raise DataError(f"{path}: holds no rows; expected at least one")
-    return rows
+    row = None
+    try:
+        for row in source.rows():
+            yield row
+    except OSError as error:
+        raise DataError(f"{source.path}: cannot be read ({error})") from None
+    if row is None:
+        raise DataError(f"{source.path}: holds no rows; expected at least one")
+
+
+def read_rows(path: str, split: str | None = None, key: str = "data.split", default_split: str = "train") -> list[Row]:
+    """Read all rows of a file, directory, pattern or Hub data set (``org/name``); see ``iter_rows``.
+
+    A ``split`` of None takes the only one, else ``default_split``. ``key`` is the recipe key or flag that sets the
+    split, for messages.
+
+    Raises:
+        DataError: as ``iter_rows``.
+    """
+    return list(iter_rows(Source(path, split, key=key, default_split=default_split)))
 
 
 def is_hub_dataset(path: str) -> bool:
     """Return whether ``path`` names a data set on the Hub (``org/name``) rather than a file."""
-    return hub.is_hub_id(path) and Path(path).suffix.lower() not in _READERS
-
-
-def _read_text(file: Path) -> str:
-    """Read the file as text; bytes that are not UTF-8 become lone surrogates, to be found row by row."""
-    content = file.read_bytes()
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and b"\0" in content:
-        raise DataError(f"{file}: is UTF-16 text (Excel's 'Unicode Text'); save the file as UTF-8")
-    return content.decode("utf-8-sig", errors="surrogateescape")
-
-
-def _make_row(origin: str, values: Any) -> Row:
-    """Make a row of these values, or one with a fault if they are not UTF-8 or nested too deeply."""
-    try:
-        text = json.dumps(values, ensure_ascii=False, skipkeys=True, default=str)
-    except RecursionError:
-        return Row(origin, fault="is nested too deeply; expected columns that hold text or lists of texts")
-    if re.search("[\ud800-\udfff]", text):  # lone surrogates stand for bytes that are not UTF-8
-        return Row(origin, fault="is not UTF-8 text; save the file as UTF-8")
-    return Row(origin, values)
-
-
-def _read_jsonl(file: Path) -> Iterator[Row]:
-    """Yield a row for each line that is not blank; a line that is not JSON gives a row with a fault."""
-    for number, line in enumerate(_read_text(file).split("\n"), start=1):
-        origin = f"{file} line {number}"
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:  # ValueError alone: a number of thousands of digits
-            yield Row(origin, fault=f"is not valid JSON ({error}); expected one object a line")
-        else:
-            yield _make_row(origin, values)
-
-
-def _read_json(file: Path) -> Iterator[Row]:
-    """Yield the rows of a JSON file, a list of rows or an object of rows by key; DataError if it is neither."""
-    try:
-        content = json.loads(_read_text(file))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{file}: not readable JSON ({str(error)[:100]}); expected a list of rows or an object of rows by key"
-        ) from None
-    if isinstance(content, dict) and all(isinstance(row, dict) for row in content.values()):
-        for key, values in content.items():
-            yield _make_row(f"{file} key {key}", values)
-    elif isinstance(content, list):
-        for number, values in enumerate(content, start=1):
-            yield _make_row(f"{file} row {number}", values)
-    else:
-        raise DataError(
-            f"{file}: holds one {type(content).__name__}; expected a list of rows or an object of rows by key"
-        )
-
-
-def _read_csv(file: Path) -> Iterator[Row]:
-    """Yield the rows of a CSV file with a header line; DataError if it is not CSV or its header would be misread."""
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(io.StringIO(_read_text(file), newline=""), strict=True)
-    try:
-        _check_header(file, reader.fieldnames or [])
-        for number, values in enumerate(reader, start=1):
-            origin = f"{file} row {number}"
-            if None in values or None in values.values():
-                yield Row(
-                    origin,
-                    fault=f"has not the {len(reader.fieldnames or [])} fields of the header line; check its quotes",
-                )
-            else:
-                yield _make_row(origin, values)
-    except csv.Error as error:
-        raise DataError(f"{file}: not valid CSV near line {reader.line_num}: {error}") from None
-
-
-def _check_header(file: Path, names: Sequence[str]) -> None:
-    """Raise DataError if fields are not separated by commas, or several columns have the name of one that is used."""
-    if len(names) == 1 and (separators := [mark for mark in (";", "\t", "|") if mark in names[0]]):
-        raise DataError(
-            f"{file}: the header line is separated by {separators[0]!r}; expected commas. Save the file again as CSV "
-            "with commas, or as JSON lines"
-        )
-    if duplicates := [name for name in (QUESTION, CONTEXTS, ANSWER) if names.count(name) > 1]:
-        raise DataError(
-            f"{file}: the header line names {', '.join(duplicates)} more than once; keep one column of each name"
-        )
-
-
-def _read_parquet(file: Path) -> Iterator[Row]:
-    """Yield the rows of a Parquet file; DataError if it cannot be read or a text column is not UTF-8."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(file).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{file}: not a readable Parquet file ({error})") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: a text column is not UTF-8 ({error}); save the file as UTF-8") from None
-    for number, values in enumerate(table, start=1):
-        yield _make_row(f"{file} row {number}", values)
-
-
-def _read_hub(name: str, split: str | None, key: str, default_split: str) -> Iterator[Row]:
-    """Download a Hub data set and yield the rows of one split; DataError if either cannot be loaded."""
-    from datasets import load_dataset_builder
-
-    hub.set_limits()
-    try:
-        builder = load_dataset_builder(name)
-        builder.download_and_prepare()
-        split = _choose_split(name, list(builder.info.splits or ()), split, key, default_split)
-        table = builder.as_dataset(split=split)
-    except DataError:
-        raise
-    except Exception as error:  # datasets raises a dozen unrelated types for: no such set, network, format
-        raise DataError(
-            hub.explain(error, name, "data set")
-            or f"Hub data set {name} cannot be loaded: {type(error).__name__}: {str(error)[:300]}. "
-            "Check the name and the network, or download it and pass the file"
-        ) from None
-    for number, values in enumerate(table, start=1):
-        yield _make_row(f"{name}[{split}] row {number}", values)
-
-
-def _choose_split(name: str, available: list[str], split: str | None, key: str, default_split: str) -> str:
-    """Choose the split of a Hub data set, and log it if the user named none; DataError if there is no such split."""
-    listed = ", ".join(available)
-    if split is not None:
-        named = [part.partition("[")[0].strip() for part in split.split("+")]  # datasets also takes train[:10%]+test
-        if unknown := [part for part in named if part not in (*available, "all")]:
-            raise DataError(
-                f"{key} is {split!r}, but {name} has no split {unknown[0]!r}; set {key} to one of: {listed}"
-            )
-        return split
-    if len(available) == 1:
-        log.info("%s has one split, %s, which is taken", name, listed)
-        return available[0]
-    if default_split not in available:
-        raise DataError(f"{name} has the splits {listed}, and {key} names none of them; set it to the one to read")
-    log.info("%s has the splits %s; %s is taken, as %s names none", name, listed, default_split, key)
-    return default_split
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
+    return hub.is_hub_id(path) and not has_known_ending(path)

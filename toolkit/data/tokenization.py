@@ -8,7 +8,7 @@ from functools import cached_property
 from transformers import PreTrainedTokenizerBase
 
 from toolkit.data.chat_turns import is_thought
-from toolkit.tasks.pubmedqa import RowFaultError
+from toolkit.tasks.sample import RowFaultError
 
 _SEPARATOR = "\ufdd0"
 """Separator of pieces within a text: a code point that Unicode guarantees never to be a character."""
@@ -20,8 +20,8 @@ _ANCHORS = ("\n", ":")
 class Pieces:
     """Tokenises conversations in pieces, so that control tokens within a row's text are encoded as plain text."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, parses_special: bool = False) -> None:
+        self._tokenizer, self._parses_special = tokenizer, parses_special
         self._bos_ids = self._find_bos_ids()
 
     @cached_property
@@ -55,7 +55,8 @@ class Pieces:
     def escape_control_tokens(self, *texts: str) -> tuple[list[str], str]:
         """Split the control tokens in ``texts``, so that ``encode`` reads them as plain text.
 
-        Returns the texts, and the first control token in them, or an empty string.
+        Returns the texts, and the first control token in them, or an empty string. Where control tokens are to be read
+        as such (``parses_special``), the texts are returned as they are.
 
         Raises:
             RowFaultError: a text contains the separator of pieces.
@@ -65,6 +66,8 @@ class Pieces:
         if self._control_pattern:
             for text in texts:
                 if match := self._control_pattern.search(text):
+                    if self._parses_special:
+                        return list(texts), match[0]
                     return [self._split_control_tokens(text) for text in texts], match[0]
         return list(texts), ""
 
@@ -78,7 +81,8 @@ class Pieces:
 
     def encode_with_bos(self, text: str) -> tuple[int, ...]:
         """Encode a text that begins a sample, after the tokens that the tokenizer puts before a text (BOS)."""
-        return self.bos_ids(text) + self.encode(text)
+        ids = self.encode(text)
+        return ids if ids[: len(self._bos_ids)] == self._bos_ids else self._bos_ids + ids
 
     def bos_ids(self, text: str) -> tuple[int, ...]:
         """Return the tokens that the tokenizer puts before a text; none if ``text`` has them (from a template)."""

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from toolkit.data.batches import Batch
 from toolkit.optim.state_fragments import KINDS, MASTER, AdamState, Fragment
+from toolkit.optim.update_monitor import UpdateMonitor
 from toolkit.runtime.distributed import World
 
 
@@ -24,6 +25,8 @@ class Update:
     """Global 2-norm of the gradient before clipping, a float32 scalar; reading it waits for the device."""
     learning_rate: float
     """Learning rate of this step."""
+    moved: torch.Tensor
+    """``toolkit.optim.update_monitor.UpdateMonitor.counts`` of this rank; reading it waits for the device."""
 
 
 class Engine(Protocol):
@@ -37,6 +40,8 @@ class Engine(Protocol):
     """True if every rank holds all of the optimizer state, False if it is partitioned over the ranks."""
     world: World
     _scheduler: LRScheduler
+    _update_monitor: UpdateMonitor
+    _rate: float
 
     def forward_loss(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:
         """Run the suffix and its loss head on the hidden states at the frost line, or on the tokens if they are None.
@@ -57,12 +62,13 @@ class Engine(Protocol):
         which follows the run's steps, advances all the same. ``Update.grad_norm`` is then not finite on every rank.
         """
 
-    def moved_share(self) -> float | None:
-        """Return the share of the sampled weights, over all ranks, that the last update changed.
+    def moved_share(self, changed: float, expected: float) -> float | None:
+        """Return the share of the sampled weights that the last update changed; None if none was expected to change.
 
-        None if none was expected to change. ``toolkit.optim.update_monitor.UpdateMonitor`` defines the sample, and
-        warns in the log if rounding loses the updates.
+        The arguments are ``Update.moved``, summed over all ranks. ``UpdateMonitor`` defines the sample, and warns in
+        the log if rounding loses the updates.
         """
+        return self._update_monitor.changed_share(changed, expected, self._rate)
 
     def train(self, mode: bool) -> None:
         """Set the suffix to training mode or evaluation mode, which turns dropout on or off."""

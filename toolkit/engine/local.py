@@ -9,11 +9,14 @@ import torch
 from torch import nn
 from typing_extensions import override
 
+from toolkit.config.policy import most_micro_batches, reduce_dtype
 from toolkit.config.schema import OptimConfig, TrainConfig
 from toolkit.data.batches import Batch
 from toolkit.engine.base import Engine, Update
 from toolkit.mask.layer_mask import ParameterGroup
+from toolkit.optim.gradient_buckets import GradientBuckets
 from toolkit.optim.groups import build_scheduler, current_rate, embedding_ids, parameter_groups, set_scheduler_step
+from toolkit.optim.kernel_choice import agree_on_kernels, kernels_if
 from toolkit.optim.master_adamw import MasterAdamW
 from toolkit.optim.state_fragments import Fragment
 from toolkit.optim.update_monitor import UpdateMonitor
@@ -22,7 +25,7 @@ from toolkit.split.suffix import Suffix
 
 
 class LocalEngine(Engine):
-    """Train the suffix in its own precision with ``MasterAdamW``, which keeps fp32 or split masters.
+    """Train the suffix in its own precision with ``MasterAdamW``, which keeps fp32 masters.
 
     Args:
         suffix: suffix on its device, with the mask applied.
@@ -52,10 +55,16 @@ class LocalEngine(Engine):
         self._train = train
         self.world = world
         param_groups = parameter_groups(parameters, groups, train, optim)
-        accumulates = train.gradient_accumulation_steps > 1
+        accumulates = most_micro_batches(train) > 1
+        self.kernels = agree_on_kernels(world)
+        """Whether kernels of our own update the state that is float32, and why."""
+        self.buckets: GradientBuckets | None = None
+        """Sums gradients over several ranks; None for one."""
+        if world.size > 1:
+            self.buckets = GradientBuckets(list(parameters.values()), getattr(torch, reduce_dtype(train)))
         self._optimizer = MasterAdamW(
-            parameters, param_groups, train.max_grad_norm, accumulates, world.size, name=optim.name,
-            embedding_ids=embedding_ids(suffix.model),
+            parameters, param_groups, train.max_grad_norm, accumulates, self.buckets, name=optim.name,
+            embedding_ids=embedding_ids(suffix.model), kernels=kernels_if(self.kernels),
         )  # fmt: skip
         self._update_monitor, self._rate = UpdateMonitor(self._optimizer.sample), 0.0
         self._scheduler = build_scheduler(self._optimizer, train, total_steps)
@@ -67,8 +76,8 @@ class LocalEngine(Engine):
 
     @override
     def backward(self, loss: torch.Tensor, is_last: bool) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
-        self._optimizer.collect()
+        with self._optimizer.collecting(is_last):
+            loss.backward()  # type: ignore[no-untyped-call]
 
     @override
     def update(self) -> Update:
@@ -77,12 +86,7 @@ class LocalEngine(Engine):
         self._optimizer.step()
         self._update_monitor.after()
         self._scheduler.step()
-        return Update(self._optimizer.grad_norm, self._rate)
-
-    @override
-    def moved_share(self) -> float | None:
-        monitor = self._update_monitor
-        return monitor.changed_share(*monitor.counts(), self._rate)  # all ranks hold and see the same
+        return Update(self._optimizer.grad_norm, self._rate, self._update_monitor.counts)
 
     @override
     def train(self, mode: bool) -> None:
@@ -108,5 +112,8 @@ class LocalEngine(Engine):
 
     @override
     def release(self) -> dict[str, torch.Tensor]:
+        if self.buckets is not None:
+            self.buckets.close()
+            self.buckets = None
         del self._optimizer, self._scheduler, self._update_monitor  # the parameters stay as they are: nothing was moved
         return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -15,10 +16,12 @@ import torch
 from toolkit.checkpoint.choice import Step
 from toolkit.checkpoint.delta import Delta
 from toolkit.config.schema import ModelConfig
+from toolkit.data.chat_rendering import read_rendering
 from toolkit.exporting.peft_rows import ROWS_KEY, load_config, require_sayable_rows, rows_by_table
 from toolkit.exporting.quantised_base import adapter_card
-from toolkit.exporting.run_export import check_paths, staging_directory
-from toolkit.inference.open_model import read_run
+from toolkit.exporting.run_export import check_paths, staging_directory, write_chat_template
+from toolkit.exporting.vllm_rules import vllm_advice
+from toolkit.inference.open_model import read_run, require_trust
 from toolkit.inference.peft_adapter import BASE_PRECISION
 from toolkit.mask.adapters import Adapter, is_adapter_tensor
 from toolkit.mask.rows import is_rows_tensor
@@ -33,9 +36,16 @@ from toolkit.runtime.safetensors_io import write_safetensors
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+log = logging.getLogger("frostline")
+
 
 def export_adapter(
-    run: Path, target: Path, dtype: Dtype = "float32", step: Step | None = None, base: str | Path | None = None
+    run: Path,
+    target: Path,
+    dtype: Dtype = "float32",
+    step: Step | None = None,
+    base: str | Path | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write the adapters and rows of a run, and what else trained, for peft.
 
@@ -49,15 +59,18 @@ def export_adapter(
         dtype: precision of the saved tensors; float32 keeps the masters.
         step: checkpoint, by its number or as ``latest`` or ``best``; None takes the latest.
         base: new path of the base model, if it moved.
+        trust_remote_code: run code that ships with the base model's config and tokenizer, if it was trained with it.
 
     Raises:
         CheckpointError: ``run`` is not a run directory, it trained no adapters, or what it trained cannot be said in
             peft's form; or ``target`` is not empty.
         DiskError: ``target`` cannot be written.
+        ModelError: the base model cannot be found, or needs its own code without ``trust_remote_code``.
     """
     check_paths(run, target)
     _, delta = read_run(run, step)
     model = delta.base.config.model_copy(update={"name_or_path": str(base)} if base else {})
+    require_trust(model, trust_remote_code)
     source = resolve_source(model.name_or_path, needs_weights=False)
     exaone = is_exaone_source(source, model)
 
@@ -72,11 +85,7 @@ def export_adapter(
     require_sayable_rows(delta, added, load_config(source, model), stored)
     _require_same_targets(config, files.read_json("config.json").get("model_type"))
     _require_whole_modules([base_name(name) for name in delta.mask.names], config, stored)
-    tensors = {_peft_name(name): tensor for name, tensor in delta.tensors.items() if not is_rows_tensor(name)}
-    tensors |= {f"{table}.{ROWS_KEY}": values for table, (_, values) in rows_by_table(delta).items()}
-    tensors = {
-        f"base_model.model.{base_name(name)}": tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()
-    }
+    tensors = _peft_tensors(delta, base_name, getattr(torch, dtype))
     with staging_directory(target) as staging:
         staging.mkdir()
         config.save_pretrained(str(staging))
@@ -85,9 +94,19 @@ def export_adapter(
         write_safetensors(staging / "adapter_model.safetensors", tensors, metadata)
         if tokenizer:
             tokenizer.save_pretrained(str(staging))
+        write_chat_template(read_rendering(run), staging)
         if delta.mask.quantised:
             card = adapter_card(delta, source, max(added, default=-1) + 1, stored, base_name)
             (staging / "README.md").write_text(card, encoding="utf-8")
+    advice, serves = vllm_advice(config, delta.mask)
+    log.log(logging.INFO if serves else logging.WARNING, "%s", advice)
+
+
+def _peft_tensors(delta: Delta, base_name: Callable[[str], str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return what a delta trained by the names that peft's files give it."""
+    tensors = {_peft_name(name): tensor for name, tensor in delta.tensors.items() if not is_rows_tensor(name)}
+    tensors |= {f"{table}.{ROWS_KEY}": values for table, (_, values) in rows_by_table(delta).items()}
+    return {f"base_model.model.{base_name(name)}": tensor.to(dtype) for name, tensor in tensors.items()}
 
 
 def _peft_name(name: str) -> str:

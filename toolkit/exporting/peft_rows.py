@@ -62,7 +62,8 @@ def require_sayable_rows(
     """
     tables = rows_by_table(delta)
     is_tied = bool(config.get_text_config().tie_word_embeddings)
-    if tables and is_tied and delta.mask.tied == "untie" and _embeddings(config) in tables:
+    untied = tables and is_tied and delta.mask.tied == "untie"
+    if untied and _embeddings(config, delta.base.config.trust_remote_code) in tables:
         raise CheckpointError(
             "this run untied the head and trained rows of the embeddings, and peft would use them for both, because "
             f"the base ties them; {_ADVICE}"
@@ -88,9 +89,9 @@ def resize_call(rows: int) -> str:
     return f"base.resize_token_embeddings(max({rows}, base.get_input_embeddings().num_embeddings), mean_resizing=False)"
 
 
-def _embeddings(config: PretrainedConfig) -> str:
+def _embeddings(config: PretrainedConfig, trust_remote_code: bool) -> str:
     """Return the module name of the token embeddings of a model with this configuration."""
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     table = model.get_input_embeddings()
     return str(next(name for name, module in model.named_modules() if module is table))

@@ -14,12 +14,15 @@ from transformers import PreTrainedModel
 from toolkit.checkpoint.choice import ChosenCheckpoint, Step
 from toolkit.checkpoint.delta import Delta, save_delta
 from toolkit.config.recipe import dump
+from toolkit.data.chat_rendering import Rendering, read_rendering
 from toolkit.exporting.quantised_base import merged_base_text
-from toolkit.inference.open_model import cast_weights, open_model, read_run
+from toolkit.inference.model_source import cast_weights
+from toolkit.inference.open_model import open_model, read_run
 from toolkit.mask.apply import merge_adapters, parameters_by_name, round_to_nearest
 from toolkit.mask.audit import audit_markdown
 from toolkit.mask.row_layers import merge_rows
 from toolkit.models.load import Dtype
+from toolkit.models.source_files import TEMPLATES_FOLDER
 from toolkit.models.weight_files import Comparison, join_names
 from toolkit.optim.rounding import stochastic_round
 from toolkit.runtime.errors import CheckpointError, DiskError, UsageError
@@ -52,6 +55,7 @@ def export_model(
     audit = audit_markdown(delta.mask, opened.loaded.anatomy)
     with staging_directory(target) as staging:
         comparison = opened.loaded.save(staging, opened.encoder.stop_ids())
+        write_chat_template(opened.rendering, staging)
         card = _model_card(choice, delta, audit, dump(opened.config), comparison)
         (staging / "README.md").write_text(card, encoding="utf-8")
 
@@ -63,6 +67,16 @@ def export_delta(run: Path, target: Path, dtype: Dtype = "float32", step: Step |
     tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in delta.tensors.items()}
     with staging_directory(target) as staging:
         save_delta(Delta(tensors, delta.mask, delta.base), staging)
+        read_rendering(run).save(staging)
+
+
+def write_chat_template(rendering: Rendering, directory: Path) -> None:
+    """Write the run's own chat template, if it has one, in place of the base model's."""
+    if rendering.template is None:
+        return
+    (directory / "chat_template.json").unlink(missing_ok=True)
+    shutil.rmtree(directory / TEMPLATES_FOLDER, ignore_errors=True)
+    (directory / "chat_template.jinja").write_text(rendering.template, encoding="utf-8")
 
 
 @torch.no_grad()

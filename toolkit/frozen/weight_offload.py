@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,72 +17,15 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.utils import send_to_device
 from torch import nn
 
-from toolkit.models.disk_offload import OnDisk, offload_to_disk, to_meta
-from toolkit.models.quantization import (
-    PARTS,
-    Precision,
-    QuantizationSpec,
-    check_quantisable,
-    dequantise,
-    quantisable,
-    quantise,
-)
+from toolkit.frozen.block_stream import block_stream
+from toolkit.frozen.offload_unit import HOST, OffloadUnit, advise
+from toolkit.models.disk_offload import OnDisk, to_meta
+from toolkit.models.quantization import Precision, QuantizationSpec, check_quantisable, quantisable
+from toolkit.runtime.page_locked import Arena, aligned
 
 log = logging.getLogger("frostline")
 
 Placement = Literal["device", "cpu", "disk"]
-_HOST = torch.device("cpu")
-
-
-@dataclass
-class OffloadUnit:
-    """A module whose weights are loaded together: a block, or an embedding table, whose look-up runs on the host."""
-
-    module: str
-    """Name of the module in the model."""
-    is_block: bool
-    device: torch.device
-    """Device that it computes on."""
-    names: tuple[str, ...]
-    """Names, within the module, of its offloaded parameters."""
-    stored: dict[str, torch.Tensor | OnDisk]
-    """Weights by name, and the parts of quantised ones as ``name:part``."""
-    specs: dict[str, QuantizationSpec] = field(default_factory=dict)
-    """Quantised weights by name."""
-    prefetched: tuple[dict[str, torch.Tensor], torch.cuda.Event] | None = None
-    """Copies of ``stored`` on the device, and the event after which they are complete."""
-
-    def place_weight(self, name: str, spec: QuantizationSpec | None, place: torch.device) -> None:
-        """Move one weight to ``place``; with a ``spec``, quantise it first, on the device."""
-        stored = self.stored[name]
-        if spec is None:
-            if isinstance(stored, torch.Tensor):
-                self.stored[name] = stored.to(place)
-            return
-        del self.stored[name]
-        self.specs[name] = spec
-        for part, tensor in quantise(_as_tensor(stored).to(self.device), spec).items():
-            self.stored[f"{name}:{part}"] = tensor.to(place)
-        _advise([stored], needed=False)
-
-    def move_to_disk(self) -> None:
-        """Move the tensors that are in memory to disk."""
-        in_memory = {key: stored for key, stored in self.stored.items() if isinstance(stored, torch.Tensor)}
-        if in_memory:
-            self.stored |= offload_to_disk(in_memory)
-
-    def copy_to_device(self) -> dict[str, torch.Tensor]:
-        """Copy the stored tensors to the device, without waiting for a GPU."""
-        return {key: _as_tensor(stored).to(self.device, non_blocking=True) for key, stored in self.stored.items()}
-
-    def dequantise(self, copies: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the weights by name, in the model's precision, from ``copies`` of the stored tensors."""
-        return {
-            name: dequantise({part: copies[f"{name}:{part}"] for part in PARTS[spec.precision]}, spec)
-            if (spec := self.specs.get(name))
-            else copies[name]
-            for name in self.names
-        }
 
 
 class FrozenWeights:
@@ -104,14 +46,14 @@ class FrozenWeights:
         named = model.named_parameters(remove_duplicate=False)
         kept = {id(p) for name, p in named if name not in inside or p.requires_grad}
         self.device = device
-        self.units: list[OffloadUnit] = []
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.units = units = list[OffloadUnit]()
+        self._stream = block_stream(device, lambda: max(unit.flat_bytes for unit in units if unit.is_on_host))
         for module, parameters in modules.items():
             stored = {
                 name: on_disk.get(f"{module}.{name}", p.detach()) for name, p in parameters.items() if id(p) not in kept
             }
             if stored:
-                unit_device = device if module in blocks else _HOST
+                unit_device = device if module in blocks else HOST
                 self.units.append(OffloadUnit(module, module in blocks, unit_device, tuple(stored), stored))
         for unit in self.units:
             for name in unit.names:
@@ -141,41 +83,65 @@ class FrozenWeights:
             specs: dict[str, QuantizationSpec] = {}
             if precision != "model" and unit.is_block:
                 specs = quantisable(copy.get_submodule(unit.module), precision)
-            place = unit.device if placement == "device" else _HOST
+            place = unit.device if placement == "device" else HOST
             for name in unit.names:
                 unit.place_weight(name, specs.get(name), place)
             if placement == "disk":
                 unit.move_to_disk()
+        if self._stream is not None:
+            self._stream.free_staging()
+            if placement == "cpu":
+                self._page_lock()
         texts: dict[Placement, str] = {"device": "on the device", "cpu": "on the host", "disk": "on disk"}
         sizes = ", ".join(f"{size / 2**20:,.1f} MiB {texts[place]}" for place, size in self.nbytes().items())
         log.info("prefix weights: %s; a block has its own only while it computes", sizes)
 
-    def load(self, unit: OffloadUnit) -> dict[str, torch.Tensor]:
-        """Return the unit's weights by parameter name, in the model's precision, on the unit's device."""
-        if unit.prefetched is None:
+    def load(self, unit: OffloadUnit, following: OffloadUnit | None) -> dict[str, torch.Tensor]:
+        """Return the unit's weights by parameter name, in the model's precision, on the unit's device.
+
+        On a GPU the next block's are copied meanwhile; it then holds both.
+        """
+        if unit.kept is not None:
+            return unit.kept
+        if self._stream is None:
             return unit.dequantise(unit.copy_to_device())
-        copies, event = unit.prefetched
-        unit.prefetched = None
-        stream = torch.cuda.current_stream(unit.device)
-        stream.wait_event(event)
-        for tensor in copies.values():
-            tensor.record_stream(stream)  # so that its memory is not reused before this stream is done with it
-        return unit.dequantise(copies)
+        streamed = unit.parts(self._stream.take(unit)) if unit.is_on_host else unit.copy_to_device()
+        if following is not None and following.is_on_host and following.kept is None:
+            self._stream.start(following)
+        return unit.dequantise(streamed)
 
     def release(self, unit: OffloadUnit, following: OffloadUnit | None) -> None:
-        """Drop the file pages of ``unit``, whose module has run, and prefetch the weights of the next one.
-
-        On a GPU, the next block's are copied while this one's kernels still run; it then holds both.
-        """
-        _advise(unit.stored.values(), needed=False)
-        if following is None:
+        """End the use of the weights of ``unit``, whose module has run; read those of the next one from its files."""
+        if unit.kept is not None:
             return
-        _advise(following.stored.values(), needed=True)
-        places = {_HOST if isinstance(stored, OnDisk) else stored.device for stored in following.stored.values()}
-        if self._stream is not None and places != {following.device}:
-            with torch.cuda.stream(self._stream):
-                copies = following.copy_to_device()
-            following.prefetched = copies, self._stream.record_event()
+        if self._stream is None:
+            advise(unit.stored.values(), needed=False)
+            if following is not None:
+                advise(following.stored.values(), needed=True)
+            return
+        if unit.is_on_host:
+            self._stream.release()
+        if following is None:
+            self._stream.end()
+
+    @property
+    def is_streamed(self) -> bool:
+        """Return whether the device is a GPU, to which weights on the host or on disk are copied for each pass."""
+        return self._stream is not None
+
+    def forget(self) -> None:
+        """Drop what was held in memory for many passes; the weights stay where ``place_weights`` put them."""
+        for unit in self.units:
+            unit.forget()
+        if self._stream is not None:
+            self._stream.end()
+
+    def _page_lock(self) -> None:
+        """Move the blocks that are on the host into page-locked memory, as far as it is to be had."""
+        blocks = [unit for unit in self.units if unit.is_on_host]
+        arena = Arena(sum(aligned(unit.flat_bytes) for unit in blocks))
+        for unit in blocks:
+            unit.page_lock(arena)
 
     def nbytes(self) -> dict[Placement, int]:
         """Return the bytes that are stored at each placement."""
@@ -208,10 +174,10 @@ class _LoadHook(ModelHook):  # type: ignore[misc]
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Load the weights; the arguments of an embedding table go to the host, where it computes."""
-        for name, weight in self._weights.load(self._unit).items():
+        for name, weight in self._weights.load(self._unit, self._following).items():
             _set_parameter(module, name, nn.Parameter(weight, requires_grad=False))
         if not self._unit.is_block:
-            return send_to_device(args, _HOST), send_to_device(kwargs, _HOST)
+            return send_to_device(args, HOST), send_to_device(kwargs, HOST)
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
@@ -226,15 +192,3 @@ def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> Non
     """Set a parameter of ``module`` by its dotted name."""
     parent, _, leaf = name.rpartition(".")
     module.get_submodule(parent)._parameters[leaf] = parameter
-
-
-def _as_tensor(stored: torch.Tensor | OnDisk) -> torch.Tensor:
-    """Return a stored tensor, read from disk if need be."""
-    return stored.read() if isinstance(stored, OnDisk) else stored
-
-
-def _advise(tensors: Iterable[torch.Tensor | OnDisk], needed: bool) -> None:
-    """Advise the kernel to read those tensors ahead that are on disk, or to drop their pages."""
-    for stored in tensors:
-        if isinstance(stored, OnDisk):
-            stored.file.advise([stored.name], needed)

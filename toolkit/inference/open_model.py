@@ -7,25 +7,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from toolkit.checkpoint import manifest
 from toolkit.checkpoint.catalog import checkpoints_of
 from toolkit.checkpoint.choice import ChosenCheckpoint, Step, choose_checkpoint
 from toolkit.checkpoint.delta import Delta, is_delta, read_delta, read_mask_and_base
 from toolkit.checkpoint.restore import Checkpoint
-from toolkit.config.recipe import build_config, read_recipe
-from toolkit.config.schema import ModelConfig, RunConfig
+from toolkit.checkpoint.run_directory import OUT_OF_FOLD_FILE
+from toolkit.config.recipe import read_saved
+from toolkit.config.schema import DataConfig, ModelConfig, RunConfig
 from toolkit.data.chat_rendering import Rendering, read_rendering
 from toolkit.data.examples import Encoder
-from toolkit.inference.peft_adapter import apply_peft_adapter, is_peft_adapter
+from toolkit.data.sources import task_of
+from toolkit.inference.model_source import cast_weights, load_whole, load_with_adapter
+from toolkit.inference.peft_adapter import apply_peft_adapter, is_adapter_directory, is_peft_adapter
 from toolkit.mask.adapters import adapted_weight
 from toolkit.mask.apply import apply_mask, merge_adapters, round_to_nearest, trainable_parameters
 from toolkit.mask.row_layers import merge_rows
 from toolkit.models.added_tokens import add_token_rows, token_ids
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.anatomy_detection import detect_anatomy
-from toolkit.models.load import Dtype, LoadedModel, fingerprint, load, load_tokenizer, stored_dtype
+from toolkit.models.load import Dtype, LoadedModel, load, load_tokenizer
+from toolkit.models.weight_fingerprint import fingerprint
 from toolkit.runtime.errors import CheckpointError, ModelError, UsageError
 
 log = logging.getLogger("frostline")
@@ -63,40 +67,56 @@ def open_model(
     """Load the model behind ``source``.
 
     Args:
-        source: run directory, checkpoint, delta, model directory, Hub id, or bundled name.
+        source: run directory, checkpoint, delta, peft adapter directory, model directory, Hub id, or bundled name.
         step: checkpoint of a run, by its number or as ``latest`` or ``best``; None takes the latest.
-        base: new path of the base model of a run or delta, if it moved.
-        trust_remote_code: run code that ships with the base model, if the run or delta was trained with it.
+        base: new path of the base model of a run, delta or adapter, if it moved.
+        trust_remote_code: run code that ships with the model: with the base of a run or delta, if that was trained so.
         dtype: precision of the model, to which masters are rounded; None takes that of the training, or that in which a
             model is stored.
 
     Raises:
         CheckpointError: the run has no such checkpoint, it is damaged, or the base model changed.
-        UsageError: ``step`` is given and ``source`` is not a run, or ``base`` and it is neither a run nor a delta.
+        UsageError: ``step`` is given and ``source`` is not a run; ``base`` and it is a whole model; or
+            ``trust_remote_code`` and the model is on the Hub at no pinned commit.
         ModelError: the model cannot be loaded.
     """
     path = Path(source)
     if _is_run(path):
-        config = build_config(read_recipe(path / "config.yaml"), f"recipe {path}/config.yaml")
+        config = read_saved(path / "config.yaml")
         choice, delta = read_run(path, step)
         loaded = load_delta(delta, base, trust_remote_code, dtype)
-        return OpenedModel(loaded, config, path, choice, delta, read_rendering(path))
+        return OpenedModel(loaded, config, path, choice, delta, _rendering_of(path, loaded))
     if step is not None:
         raise UsageError(f"--step {step} names a checkpoint of a run directory, and {source} is none; leave it out")
     if _is_checkpoint(path) or is_delta(path):
         delta = read_trained(path)
         loaded = load_delta(delta, base, trust_remote_code, dtype)
-        # a checkpoint is RUN/checkpoints/step-N; a delta outside a run gets the default format
-        rendering = read_rendering(path.parent.parent)
+        # a checkpoint is RUN/checkpoints/step-N; an exported delta has the run's rendering beside it
+        rendering = _rendering_of(path.parent.parent if _is_checkpoint(path) else path, loaded)
         return OpenedModel(loaded, RunConfig(), None, None, delta, rendering)
-    _refuse_inside_run(path)
-    if base is not None:
-        raise UsageError(f"--base names the base model of a run or delta, and {source} is neither; leave it out")
-    dtype = dtype or stored_dtype(source)
-    model = ModelConfig(name_or_path=source, dtype="bfloat16" if dtype == "bfloat16" else "float32")
-    loaded = load_base(model)
-    cast_weights(loaded.model, getattr(torch, dtype))
+    _refuse_beside_run(path)
+    if is_adapter_directory(path):
+        loaded, model = load_with_adapter(path, base, trust_remote_code, dtype)
+    elif base is not None:
+        raise UsageError(f"--base names the base model of a run, delta or adapter, and {source} is none; leave it out")
+    else:
+        loaded, model = load_whole(source, trust_remote_code, dtype)
     return OpenedModel(loaded, RunConfig(model=model), None, None, None)
+
+
+def data_settings(source: str, rows: str | None = None) -> tuple[DataConfig, Rendering]:
+    """Return how the run, checkpoint or delta behind ``source`` reads and renders rows, without its model.
+
+    ``rows`` is their path; its task is that of the run's source there, see ``task_of``.
+
+    Raises:
+        ConfigError: the run's recipe cannot be read.
+    """
+    path = Path(source)
+    if _is_run(path):
+        config = read_saved(path / "config.yaml")
+        return config.data.model_copy(update={"task": task_of(config.data, rows)}), read_rendering(path)
+    return DataConfig(), read_rendering(path.parent.parent if _is_checkpoint(path) else path)
 
 
 def read_run(run: Path, step: Step | None = None) -> tuple[ChosenCheckpoint, Delta]:
@@ -125,7 +145,7 @@ def read_trained(path: Path) -> Delta:
         choice = choose_checkpoint(path)
         log.info("%s: using %s", path, choice.advice(f"model.delta {choice.better}"))
         return Checkpoint(choice.checkpoint).delta()
-    _refuse_inside_run(path)
+    _refuse_beside_run(path)
     raise CheckpointError(f"{path} is not a run directory, a checkpoint or a delta; expected one of them")
 
 
@@ -139,14 +159,19 @@ def load_delta(
         ModelError: the base model cannot be loaded, or needs its own code without ``trust_remote_code``.
     """
     config = delta.base.config.model_copy(update={"name_or_path": str(base)} if base else {})
+    require_trust(config, trust_remote_code)
+    loaded = load_base(config)
+    _apply_delta(loaded, delta, config, dtype)
+    return loaded
+
+
+def require_trust(config: ModelConfig, trust_remote_code: bool) -> None:
+    """Raise ModelError if ``config``, which a run or delta chose, runs the model's own code and the user does not."""
     if config.trust_remote_code and not trust_remote_code:
         raise ModelError(
             f"these tensors were trained on {config.name_or_path} with its own code (model.trust_remote_code), and "
             "whoever wrote them chose that; if you have read that code, pass --trust-remote-code"
         )
-    loaded = load_base(config)
-    _apply_delta(loaded, delta, config, dtype)
-    return loaded
 
 
 def load_base(
@@ -243,16 +268,21 @@ def _apply_delta(loaded: LoadedModel, delta: Delta, config: ModelConfig, dtype: 
         parameters[name].copy_(tensor)
 
 
-def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast the weights that have the model's dtype; buffers (rotary frequencies) and weights kept in float32 stay."""
-    stored_as = model.dtype
-    for parameter in model.parameters():
-        if parameter.dtype == stored_as:
-            parameter.data = parameter.data.to(dtype)
+def _rendering_of(folder: Path, loaded: LoadedModel) -> Rendering:
+    """Return the rendering of a run or delta, and give the tokenizer its chat template."""
+    rendering = read_rendering(folder)
+    if rendering.template is not None:
+        loaded.tokenizer.chat_template = rendering.template
+    return rendering
 
 
-def _refuse_inside_run(path: Path) -> None:
-    """Raise CheckpointError for a path such as ``RUN/checkpoints/best``, which is a file, and say how to choose."""
+def _refuse_beside_run(path: Path) -> None:
+    """Raise CheckpointError for ``RUN/checkpoints/best``, a file, and a directory of folds, and say how to choose."""
+    if runs := sorted((run.parent for run in path.glob("fold-*/config.yaml")), key=lambda run: (len(run.name), run)):
+        raise CheckpointError(
+            f"{path} holds the runs of data.folds; expected one of them: {', '.join(map(str, runs))}. The loss of each "
+            f"row, from a run that did not see it, is in {path / OUT_OF_FOLD_FILE}"
+        )
     run = path.parent.parent
     if path.parent.name == "checkpoints" and _is_run(run):
         present = ", ".join(checkpoint.name for checkpoint in checkpoints_of(run)) or "none"

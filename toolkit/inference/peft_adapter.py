@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Mapping
@@ -38,6 +39,30 @@ _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 def is_peft_adapter(directory: Path) -> bool:
     """Return True for a directory that peft's ``save_pretrained`` wrote."""
     return (directory / _CONFIG).is_file()
+
+
+def is_adapter_directory(directory: Path) -> bool:
+    """Return True for a directory that peft wrote and that holds no model beside the adapter."""
+    return is_peft_adapter(directory) and not (directory / "config.json").is_file()
+
+
+def base_of_adapter(directory: Path) -> tuple[str, str | None]:
+    """Return the base model's name and revision that a directory of peft's names.
+
+    Raises:
+        CheckpointError: its configuration cannot be read, or names none.
+    """
+    try:
+        values = json.loads((directory / _CONFIG).read_text(encoding="utf-8"))
+        name, revision = values.get("base_model_name_or_path"), values.get("revision")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{directory / _CONFIG} cannot be read ({str(error)[:200]}); restore it") from None
+    if not isinstance(name, str) or not name or not isinstance(revision, str | None):
+        raise CheckpointError(
+            f"{directory} names no base model (its {_CONFIG} has base_model_name_or_path {name!r} and "
+            f"revision {revision!r}); name it with --base"
+        )
+    return name, revision or None
 
 
 @torch.no_grad()
@@ -90,7 +115,7 @@ def apply_peft_adapter(loaded: LoadedModel, directory: Path) -> None:
     for module, (ids, values) in rows.items():
         weight = loaded.model.get_parameter(f"{module}.weight")
         weight[list(ids)] = values.to(weight.dtype)
-    log.info("model.delta: the adapters of %s are merged into %d layers", directory, len(modules))
+    log.info("the adapters of %s are merged into %d layers", directory, len(modules))
 
 
 def _take_rows(
@@ -157,7 +182,7 @@ def _read(directory: Path) -> tuple[Any, dict[str, torch.Tensor]]:
         )
     if precision is not None:
         log.warning(
-            "model.delta: the adapters of %s trained on layers in %s, and are merged into plain ones here, which "
+            "the adapters of %s trained on layers in %s, and are merged into plain ones here, which "
             "computes something near; name the run itself, or its export.py --delta, for what was validated",
             directory, precision,
         )  # fmt: skip

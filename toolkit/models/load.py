@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import tempfile
 from collections.abc import Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
-from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.config.schema import ModelConfig
@@ -95,8 +92,8 @@ def load(
     return LoadedModel(model, tokenizer, anatomy, storage_format, on_disk, storage_format.files.end_tokens())
 
 
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """Load the model's tokenizer with ``config.add_tokens``, and with one chat template at most.
+def load_tokenizer(config: ModelConfig, directory: Path | None = None) -> PreTrainedTokenizerBase:
+    """Load the model's tokenizer, or that in ``directory``, with ``config.add_tokens`` and one chat template at most.
 
     A missing padding token falls back to the end-of-text token, and a missing template to chat_template.json, which
     transformers reads for processors alone.
@@ -104,9 +101,10 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: there is none, it has no end-of-text token, or several templates and none that is the default.
     """
-    source = resolve_source(config.name_or_path)
+    source = str(directory) if directory else resolve_source(config.name_or_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **_choose_format(source, config).tokenizer_options())
+        options = {} if directory else _choose_format(source, config).tokenizer_options()
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:  # as for the weights
         if isinstance(error, FrostlineError) or is_out_of_memory(error):
             raise
@@ -150,14 +148,23 @@ def _choose_chat_template(tokenizer: PreTrainedTokenizerBase, source: str, confi
     return templates["default"]
 
 
-def stored_dtype(name: str) -> Dtype:
+def end_tokens_of(config: ModelConfig) -> tuple[int, ...]:
+    """Return the end-of-text tokens that the model's config files name; its weights need not be there.
+
+    Raises:
+        ModelError: as ``resolve_source``.
+    """
+    return SourceFiles(resolve_source(config.name_or_path, needs_weights=False), config.revision).end_tokens()
+
+
+def stored_dtype(name: str, revision: str | None = None) -> Dtype:
     """Return the precision that config.json says the weights are stored in; bfloat16 if it does not say.
 
     Raises:
         ModelError: as ``resolve_source``.
     """
     try:
-        values, _ = PretrainedConfig.get_config_dict(resolve_source(name))
+        values, _ = PretrainedConfig.get_config_dict(resolve_source(name), revision=revision)
     except OSError:
         values = {}  # ``load`` says what is wrong with it
     for level in config_levels(values):
@@ -209,33 +216,6 @@ def is_exaone_source(source: str, config: ModelConfig) -> bool:
 def explain_hub_error(source: str, error: BaseException) -> str | None:
     """Return a message for the user if the Hub or the network caused ``error``; None if the model did."""
     return None if is_directory(source) else hub.explain(error, source)
-
-
-def fingerprint(model: nn.Module, on_disk: Mapping[str, OnDisk] | None = None) -> str:
-    """Return the ``fingerprint_of`` every parameter, tied ones once; it identifies a base model as it was loaded."""
-    return fingerprint_of(dict(model.named_parameters()), on_disk)
-
-
-def fingerprint_of(tensors: Mapping[str, torch.Tensor], on_disk: Mapping[str, OnDisk] | None = None) -> str:
-    """Hash name, dtype, shape and bytes of ``tensors`` in the order of their names (SHA-256, as hex digits).
-
-    Those of ``on_disk`` are read one by one and not kept in memory.
-    """
-
-    def digest(item: tuple[str, torch.Tensor]) -> bytes:
-        name, tensor = item
-        stored = on_disk.get(name) if on_disk else None
-        if stored is not None:
-            tensor = stored.read()
-        sha = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        if stored is not None:
-            stored.file.advise([stored.name], needed=False)
-        return sha.digest()
-
-    with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(digest, sorted(tensors.items())))
-    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def _choose_format(source: str, config: ModelConfig) -> StorageFormat:

@@ -66,6 +66,11 @@ class QuantisedWeight(nn.Module):
         weight = self.weight.to(dtype)
         return weight.t() if self.quantization.transposed else weight
 
+    def product(self, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute ``linear(states, weight, bias)``, with rows padded where the plain layer pads them."""
+        pads = issubclass(self.plain_class, (Float32Linear, PaddedLinear)) and states.dtype == self.quantization.dtype
+        return (padded_linear if pads else nn.functional.linear)(states, weight, bias)
+
     def uses_float32(self, rows: int, dtype: torch.dtype) -> bool:
         """Return whether the plain layer computes the gradients of so many rows in float32."""
         return issubclass(self.plain_class, Float32Linear) and rows >= FEWEST_ROWS and dtype == self.quantization.dtype
@@ -77,11 +82,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, bias: torch.Tensor | None, layer: QuantisedWeight) -> torch.Tensor:
         ctx.layer = layer
-        padded = (
-            issubclass(layer.plain_class, (Float32Linear, PaddedLinear)) and states.dtype == layer.quantization.dtype
-        )
-        linear = padded_linear if padded else nn.functional.linear
-        return linear(states, layer.matrix(states.dtype), bias)
+        return layer.product(states, layer.matrix(states.dtype), bias)
 
     @staticmethod
     @once_differentiable
@@ -92,8 +93,9 @@ class _Product(torch.autograd.Function):
         in_float32 = layer.uses_float32(len(rows), gradient.dtype)
         d_states = d_bias = None
         if needs_states:
-            product = gradient_of_states(rows, layer.matrix(gradient.dtype), in_float32).to(gradient.dtype)
-            d_states = product.view(*gradient.shape[:-1], -1)
+            weight = layer.matrix(gradient.dtype)
+            product = gradient_of_states(rows, weight, True) if in_float32 else layer.product(rows, weight.t())
+            d_states = product.to(gradient.dtype).view(*gradient.shape[:-1], -1)
         if needs_bias:
             d_bias = (rows.float() if in_float32 else rows).sum(0).to(gradient.dtype)
         return d_states, d_bias, None

@@ -14,7 +14,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from toolkit.models.float32_gradients import sdpa
+from toolkit.models.attention_gradients import sdpa
 
 VARLEN = "frostline_varlen"
 """Name of this attention in ``config._attn_implementation``."""

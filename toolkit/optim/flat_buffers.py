@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from toolkit.optim.gradients import Clipping, Gradients, GradientSlice
+from toolkit.optim.gradients import Clipping, Gradients, GradientSlice, copy_each
 from toolkit.optim.state_fragments import KINDS, FlatState, FragmentState
+from toolkit.optim.update_kernels import KernelFactory
 from toolkit.optim.update_monitor import sampled_indices
 
 
@@ -64,16 +65,21 @@ class StateSlice:
     def write_back(self) -> None:
         """Copy the masters into the parameters, rounded to their precision."""
         if self.weights:
-            torch._foreach_copy_(self.weights, self.masters_by_weight)
+            copy_each(self.weights, self.masters_by_weight)
 
 
 class FlatBuffers(OptimizerState):
-    """Flat float32 masters and moments for tensors of one parameter group, all float32 or all low-precision."""
+    """Flat float32 masters and moments for tensors of one parameter group and one precision."""
 
     def __init__(
-        self, group: int, parameters: Sequence[nn.Parameter], scratch: torch.Tensor, accumulates: bool, ranks: int
+        self,
+        group: int,
+        parameters: Sequence[nn.Parameter],
+        scratch: torch.Tensor | None,
+        accumulates: bool,
+        kernels: KernelFactory | None = None,
     ) -> None:
-        super().__init__(group, parameters, scratch, accumulates, ranks)
+        super().__init__(group, parameters, scratch, accumulates, kernels)
         self._exp_avg, self._exp_avg_sq = (torch.zeros(self.total, device=self.device) for _ in range(2))
         self._step = torch.zeros((), device=self.device)
         self._weights = [p.detach().view(-1) for p in parameters]
@@ -98,10 +104,21 @@ class FlatBuffers(OptimizerState):
     def update(self, param_group: dict[str, Any], clipping: Clipping) -> None:
         """Take one step of AdamW with the clipped gradient; change nothing if the gradient's norm is not finite.
 
-        Calls the kernel of torch.optim.AdamW(fused=True) on each slice; torch 2.13 has no public name for it. The
-        kernel also writes the clipped gradient back, into the scratch or the fp32 accumulation buffer.
+        Without kernels of our own, calls the kernel of torch.optim.AdamW(fused=True) on each slice; torch 2.13 has no
+        public name for it. That kernel also writes the clipped gradient back, into the scratch or the fp32 accumulation
+        buffer.
         """
         self._step += 1
+        if self.kernels:
+            self.kernels.adamw(
+                self.by_tensor(), self._weights, self._master, (self._exp_avg, self._exp_avg_sq), self._step,
+                param_group, clipping.divisor, clipping.found_inf,
+            )  # fmt: skip
+        else:
+            self._update_slices(param_group, clipping)
+        self._step -= clipping.found_inf  # undo the count of a skipped step, without waiting for the device
+
+    def _update_slices(self, param_group: dict[str, Any], clipping: Clipping) -> None:
         beta1, beta2 = param_group["betas"]
         for part in self._state_slices:
             gradients = self.gradient(part.gradients).split_with_sizes([master.numel() for master in part.masters])
@@ -111,12 +128,11 @@ class FlatBuffers(OptimizerState):
                 amsgrad=False, maximize=False, grad_scale=clipping.divisor, found_inf=clipping.found_inf,
             )  # fmt: skip
             part.write_back()
-        self._step -= clipping.found_inf  # undo the count of a skipped step, without waiting for the device
 
     @override
     def write_back(self) -> None:
-        for part in self._state_slices:
-            part.write_back()
+        if self._master is not None:
+            torch._foreach_copy_(self._weights, self._master.split_with_sizes(self.sizes))
 
     @override
     def sample(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
 import torch
 from torch import nn
+
+from toolkit.optim.update_kernels import KernelFactory
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class GradientSlice:
 
     def gather(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
         """Copy the members' gradients into ``scratch``, which upcasts them to float32, and return it."""
-        torch._foreach_copy_(self.upcast, self.cut(gradients))
+        copy_each(self.upcast, self.cut(gradients))
         return self.scratch
 
     def cut(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -42,18 +44,24 @@ class Gradients:
     Args:
         group: index of the parameter group.
         parameters: contiguous tensors on one device.
-        scratch: float32 workspace, as long as the longest slice: the elements updated by one kernel call.
-        accumulates: True if a step has more than one backward pass.
-        ranks: number of processes over which gradients are summed.
+        scratch: float32 workspace, as long as the longest slice: the elements updated by one kernel call. None if
+            ``kernels`` do all; then there are no slices.
+        accumulates: True if a step has more than one backward pass, after each of which ``collect`` is called.
+        kernels: makes kernels that read gradients where they are; then all have one precision. None without them.
     """
 
     def __init__(
-        self, group: int, parameters: Sequence[nn.Parameter], scratch: torch.Tensor, accumulates: bool, ranks: int
+        self,
+        group: int,
+        parameters: Sequence[nn.Parameter],
+        scratch: torch.Tensor | None,
+        accumulates: bool,
+        kernels: KernelFactory | None = None,
     ) -> None:
         self.group, self.parameters = group, list(parameters)
         self.is_low = parameters[0].dtype != torch.float32
         """True for low-precision parameters, which need fp32 masters; float32 ones are their own masters."""
-        self.is_summed = ranks > 1 or (accumulates and self.is_low)
+        self.is_summed = accumulates and self.is_low
         """True if an fp32 buffer accumulates the gradients; autograd accumulates float32 ones in ``p.grad`` already."""
         self.gradients: list[torch.Tensor] = []
         """From ``begin`` to ``end``: the parameters' gradients, or the one fp32 accumulation buffer."""
@@ -61,8 +69,16 @@ class Gradients:
         self.sizes = [p.numel() for p in parameters]
         self._ends = list(accumulate(self.sizes))
         self.total, self.device = self._ends[-1], parameters[0].device
-        starts = range(0, self.total, scratch.numel())
-        self.slices = [self._slice(start, min(start + starts.step, self.total), scratch) for start in starts]
+        self.kernels = kernels(self.sizes, self.device) if kernels else None
+        self.slices: list[GradientSlice] = []
+        if scratch is not None:
+            starts = range(0, self.total, scratch.numel())
+            self.slices = [self._slice(start, min(start + starts.step, self.total), scratch) for start in starts]
+
+    @property
+    def parts(self) -> int:
+        """Return the number of parts whose squares ``square`` adds up."""
+        return self.kernels.count if self.kernels else len(self.slices)
 
     def collect(self) -> None:
         """Add the parameters' gradients to the fp32 accumulation buffer and free them."""
@@ -70,6 +86,9 @@ class Gradients:
         if self._accumulated is None:
             self._accumulated = torch.empty(self.total, device=self.device)
         gradients = self._pop_gradients()
+        if self.kernels:
+            self.kernels.accumulate(gradients, self._accumulated, is_first)
+            return
         for part in self.slices:
             buffer = self._accumulated[part.start : part.stop]
             if is_first:
@@ -77,11 +96,27 @@ class Gradients:
             else:
                 buffer.add_(part.gather(gradients))
 
-    def begin(self) -> None:
-        """Fill ``gradients`` for a step; a parameter without a gradient counts as zero."""
+    def begin(self, given: Mapping[nn.Parameter, torch.Tensor] | None = None) -> None:
+        """Fill ``gradients`` for a step: those ``given``, or the parameters', of which one without counts as zero."""
+        if given is not None:
+            self.gradients = [given[parameter] for parameter in self.parameters]
+            return
         if self.is_summed and self._accumulated is None:
             self._accumulated = torch.zeros(self.total, device=self.device)
         self.gradients = self._pop_gradients() if self._accumulated is None else [self._accumulated]
+
+    def square(self, out: torch.Tensor) -> None:
+        """Set ``out``, float32 [parts], to the sum of the squared gradients of each part."""
+        if self.kernels:
+            self.kernels.squares(self.by_tensor(), out)
+            return
+        for part, square in zip(self.slices, out.unbind(), strict=True):
+            gradient = self.gradient(part)
+            torch.dot(gradient, gradient, out=square)
+
+    def by_tensor(self) -> Sequence[torch.Tensor]:
+        """Return the gradient of each parameter, contiguous: as backward left it, or its accumulated float32 sums."""
+        return self.gradients if self._accumulated is None else self._accumulated.split_with_sizes(self.sizes)
 
     def gradient(self, part: GradientSlice) -> torch.Tensor:
         """Return the gradient of a slice, float32 [elements]; valid until the next call."""
@@ -95,7 +130,7 @@ class Gradients:
 
     def _pop_gradients(self) -> list[torch.Tensor]:
         """Return the parameters' gradients, zeros for those without one, and set ``p.grad`` to None."""
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.contiguous() for p in self.parameters]
         for parameter in self.parameters:
             parameter.grad = None
         return gradients
@@ -121,6 +156,17 @@ class Gradients:
                 return
             part = slice(max(start - begin, 0), min(stop - begin, size))
             yield index, None if part == slice(0, size) else part
+
+
+def copy_each(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copy each tensor to its target, in one call; on a GPU that gives 65,536 elements to a block, and one tensor more.
+
+    A tensor alone is copied by itself, which fills a GPU.
+    """
+    if len(targets) == 1:
+        targets[0].copy_(sources[0])
+    else:
+        torch._foreach_copy_(list(targets), list(sources))
 
 
 class Clipping:

@@ -1,4 +1,4 @@
-"""AdamW state of one tensor with moments in 8 or 16 bits, and optionally a split master instead of an fp32 copy."""
+"""AdamW state of one tensor with moments in 8 bits."""
 
 from __future__ import annotations
 
@@ -12,23 +12,21 @@ from typing_extensions import override
 from toolkit.optim.flat_buffers import OptimizerState
 from toolkit.optim.gradients import Clipping
 from toolkit.optim.moments import MomentFormat
-from toolkit.optim.rounding import join_halves, split_halves
 from toolkit.optim.state_fragments import KINDS, MASTER, MOMENTS, FragmentState
+from toolkit.optim.update_kernels import KernelFactory
 
 
 class LowBitState(OptimizerState, FragmentState):
     """The low-bit state of one tensor: an ``OptimizerState`` of one fragment, itself.
 
-    The master is the parameter itself if that is float32; else an fp32 copy, or with ``join_buffer`` a split master:
-    the bfloat16 parameter and the 16 low bits that it lacks, which is the same number in 4 bytes instead of 6.
+    The master is the parameter itself if that is float32, else an fp32 copy.
 
     Args:
         group: index of the parameter group.
         parameter: a contiguous tensor.
         scratch: as for ``Gradients``, its length a multiple of ``toolkit.optim.moments.BLOCK`` if there are several
-            slices; like the two arguments after it.
+            slices; like ``accumulates``, and ``kernels``, which here serve sums and norms alone.
         moment_format: storage format of the moments.
-        join_buffer: workspace like ``scratch`` in which split masters are joined; None keeps an fp32 copy instead.
     """
 
     def __init__(
@@ -37,17 +35,14 @@ class LowBitState(OptimizerState, FragmentState):
         parameter: nn.Parameter,
         scratch: torch.Tensor,
         accumulates: bool,
-        ranks: int,
         moment_format: MomentFormat,
-        join_buffer: torch.Tensor | None = None,
+        kernels: KernelFactory | None = None,
     ) -> None:
-        super().__init__(group, [parameter], scratch, accumulates, ranks)
-        self._format, self._step, self._join_buffer = moment_format, 0, join_buffer
+        super().__init__(group, [parameter], scratch, accumulates, kernels)
+        self._format, self._step = moment_format, 0
         self._moments = moment_format.create(self.total, self.device)
         self._weight = parameter.detach().view(-1)
-        is_split = self.is_low and join_buffer is not None
-        self._master = None if is_split else self._weight.float()  # ``float`` returns a float32 tensor itself
-        self._low_bits = torch.zeros(self.total if is_split else 0, dtype=torch.int16, device=self.device)
+        self._master = self._weight.float()  # ``float`` returns a float32 tensor itself
 
     @property
     @override
@@ -61,18 +56,13 @@ class LowBitState(OptimizerState, FragmentState):
 
     @override
     def read(self) -> dict[str, torch.Tensor]:
-        masters_and_moments = self._master_at(slice(None)), *self._format.read(self._moments)
-        return dict(zip(KINDS, masters_and_moments, strict=True))
+        return dict(zip(KINDS, (self._master, *self._format.read(self._moments)), strict=True))
 
     @torch.no_grad()
     @override
     def write(self, tensors: Mapping[str, torch.Tensor], updates: int) -> None:
         if MASTER in tensors:
-            master = tensors[MASTER].detach().to(self.device, torch.float32, copy=True)
-            if self._master is not None:
-                self._master.copy_(master)
-            else:
-                split_halves(master, self._weight, self._low_bits)
+            self._master.copy_(tensors[MASTER])
         if MOMENTS[0] in tensors:
             self._format.write(self._moments, *(tensors[kind] for kind in MOMENTS))
         self._step = updates
@@ -95,26 +85,16 @@ class LowBitState(OptimizerState, FragmentState):
         self._step += 1
         for part in self.slices:
             span = slice(part.start, part.stop)
-            master = self._master_at(span, self._join_buffer)
-            self._format.update(self._moments, span, master, self.gradient(part), param_group, self._step, factor)
-            if self._master is None:
-                split_halves(master, self._weight[span], self._low_bits[span])
+            master, gradient = self._master[span], self.gradient(part)
+            self._format.update(self._moments, span, master, gradient, param_group, self._step, factor)
         self.write_back()
 
     @override
     def write_back(self) -> None:
-        """Copy the master into the parameter, rounded; a split master needs no copy."""
-        if self._master is not None and self.is_low:
+        if self.is_low:
             self._weight.copy_(self._master)
 
     @override
     def sample(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._master_at(self.sample_index), self._format.is_moving(self._moments, self.sample_index)
-
-    def _master_at(self, index: slice | torch.Tensor, buffer: torch.Tensor | None = None) -> torch.Tensor:
-        """Return elements of the fp32 master: views if it is kept whole, else copies, joined into ``buffer``."""
-        if self._master is not None:
-            return self._master[index]
-        weight, low_bits = self._weight[index], self._low_bits[index]
-        out = torch.empty_like(weight, dtype=torch.float32) if buffer is None else buffer[: weight.numel()]
-        return join_halves(weight, low_bits, out)
+        index = self.sample_index
+        return self._master.index_select(0, index), self._format.is_moving(self._moments, index)

@@ -1,4 +1,4 @@
-"""Storage formats of AdamW's two moments (float32, bfloat16, 8 bits), each with its own update step.
+"""Storage formats of AdamW's two moments (float32, 8 bits), each with its own update step.
 
 The state of a format is a dict of plain tensors, which an optimizer holds and a checkpoint stores. Masters are float32
 and passed in by the optimizer.
@@ -15,7 +15,6 @@ from typing_extensions import override
 
 from toolkit.config.schema import OptimName
 from toolkit.models.quantization import import_bitsandbytes
-from toolkit.optim.rounding import stochastic_round
 from toolkit.optim.state_fragments import MOMENTS
 
 BLOCK = 256
@@ -59,7 +58,10 @@ class MomentFormat(Protocol):
         """Store both moments from float32 [n], rounded to the nearest."""
 
     def is_moving(self, state: MomentState, index: torch.Tensor) -> torch.Tensor:
-        """Return for each element of ``index`` whether its first moment is not zero, so that an update moves it."""
+        """Return for each element of ``index`` whether its first moment is not zero, so that an update moves it.
+
+        False for all of them if the moments are paged: to look would fetch their pages to the host, and wait.
+        """
 
 
 def has_float32_moments(name: OptimName, size: int, is_embedding: bool) -> bool:
@@ -67,24 +69,22 @@ def has_float32_moments(name: OptimName, size: int, is_embedding: bool) -> bool:
 
     In the 8-bit optimizers embeddings and small tensors have them, too.
     """
-    return name == "adamw" or (name != "adamw_bf16" and (is_embedding or size < SMALLEST))
+    return name == "adamw" or is_embedding or size < SMALLEST
 
 
 def moment_bytes(name: OptimName, size: int, is_embedding: bool = False) -> int:
     """Return the bytes of both moments of a tensor, or ZeRO partition, of ``size`` elements."""
     if has_float32_moments(name, size, is_embedding):
         return 8 * size
-    return 4 * size if name == "adamw_bf16" else 2 * size + 8 * math.ceil(size / BLOCK)
+    return 2 * size + 8 * math.ceil(size / BLOCK)
 
 
 class Float32(MomentFormat):
     """Both moments in float32."""
 
-    _dtype = torch.float32
-
     @override
     def create(self, size: int, device: torch.device) -> MomentState:
-        return {kind: torch.zeros(size, dtype=self._dtype, device=device) for kind in MOMENTS}
+        return {kind: torch.zeros(size, device=device) for kind in MOMENTS}
 
     @override
     def update(
@@ -96,7 +96,7 @@ class Float32(MomentFormat):
 
     @override
     def read(self, state: MomentState) -> tuple[torch.Tensor, torch.Tensor]:
-        return state["exp_avg"].float(), state["exp_avg_sq"].float()  # float32 tensors themselves, not copies
+        return state["exp_avg"], state["exp_avg_sq"]
 
     @override
     def write(self, state: MomentState, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> None:
@@ -106,52 +106,6 @@ class Float32(MomentFormat):
     @override
     def is_moving(self, state: MomentState, index: torch.Tensor) -> torch.Tensor:
         return state["exp_avg"].index_select(0, index) != 0
-
-
-class BFloat16(Float32):
-    """Both moments in bfloat16, rounded stochastically; the update itself is in float32.
-
-    Rounded to the nearest, a second moment with beta2 = 0.999 could only grow: one step changes it by a thousandth,
-    and bfloat16's neighbours are 4 to 8 thousandths apart. Rounded without bias it follows (docs/optimizers.md).
-
-    Args:
-        longest: elements of the longest slice updated at once.
-        device: device of the moments.
-    """
-
-    _dtype = torch.bfloat16
-
-    def __init__(self, longest: int, device: torch.device) -> None:
-        self._float32 = torch.empty(2, longest, device=device)
-        self._noise = torch.zeros(2, longest, dtype=torch.int32, device=device)
-        self._noise_step: int | None = None
-        self._generator = None if device.type == "meta" else torch.Generator(device)
-
-    @override
-    def update(
-        self, state: MomentState, span: slice, master: torch.Tensor, gradient: torch.Tensor,
-        param_group: Mapping[str, Any], step: int, factor: float,
-    ) -> None:  # fmt: skip
-        size = master.numel()
-        stored, exact = [state[kind][span] for kind in MOMENTS], self._float32[:, :size]
-        for low, high in zip(stored, exact, strict=True):
-            high.copy_(low)
-        fused_adamw(master, gradient, exact[0], exact[1], param_group, step, factor)
-        for low, high, noise in zip(stored, exact, self._noise_of(step), strict=True):
-            stochastic_round(high, noise[:size], low)
-
-    def _noise_of(self, step: int) -> torch.Tensor:
-        """Return random numbers for ``stochastic_round``, int32 [2 moments, longest].
-
-        They depend on the step alone, so that a resumed run repeats them. One draw serves all slices of a step: that
-        each element's roundings are independent from step to step is enough.
-        """
-        if step != self._noise_step:
-            self._noise_step = step
-            if self._generator is not None:
-                self._generator.manual_seed(step)
-            self._noise.random_(0, 1 << 16, generator=self._generator)
-        return self._noise
 
 
 class EightBit(MomentFormat):
@@ -227,8 +181,10 @@ class EightBit(MomentFormat):
 
         A moment below a millionth of its block's largest is stored as zero.
         """
+        if self._is_paged(state):
+            return torch.zeros_like(index, dtype=torch.bool)
         quantized, scales = state["exp_avg"], state["exp_avg_scales"]
-        is_nonzero = quantized.index_select(0, index.to(quantized.device)).to(index.device) != self._index_of_zero
+        is_nonzero = quantized.index_select(0, index) != self._index_of_zero
         return is_nonzero & (scales.index_select(0, index // BLOCK) != 0)
 
     def _is_paged(self, state: MomentState) -> bool:
@@ -254,10 +210,8 @@ def fused_adamw(
     )  # fmt: skip
 
 
-def moment_format(name: OptimName, longest: int, device: torch.device) -> MomentFormat:
-    """Return the moment format of an optimizer whose moments are not float32, for slices of up to ``longest``."""
-    if name == "adamw_bf16":
-        return BFloat16(longest, device)
+def moment_format(name: OptimName, device: torch.device) -> MomentFormat:
+    """Return the moment format of an optimizer whose moments are not float32."""
     return EightBit(device, paged=name == "paged_adamw_8bit")
 
 

@@ -33,7 +33,7 @@ def sampled_indices(sizes: Sequence[int]) -> torch.Tensor:
 class UpdateMonitor:
     """Compare a fixed sample of the master weights before and after each update.
 
-    It samples fp32 masters or split masters, not the bfloat16 copies that compute, of which most stay the same from
+    It samples fp32 masters, not the bfloat16 copies that compute, of which most stay the same from
     step to step however well the run learns. An element is expected to change if its first moment is not zero, which
     leaves out rows of an embedding table that never occur and the padding of ZeRO's partitions. The share is the
     fraction of those elements that changed.
@@ -45,7 +45,9 @@ class UpdateMonitor:
     def __init__(self, sample: Sampler) -> None:
         self._sample = sample
         self._last: list[torch.Tensor] | None = None
-        self._counts: torch.Tensor | None = None
+        self.counts = torch.zeros(2, dtype=torch.int64)
+        """How many sampled elements the last update changed, and should have changed: int64 [2], on the weights'
+        device; reading it waits for that."""
         self._shares: deque[float] = deque(maxlen=STEPS)
         self._warned = False
 
@@ -68,20 +70,14 @@ class UpdateMonitor:
             counts.append(torch.stack((((values != last) & is_expected).sum(), is_expected.sum())))
             values_after.append(values.clone())
         self._last = values_after
-        self._counts = torch.stack([count.to(counts[0].device) for count in counts]).sum(0) if counts else None
-
-    def counts(self) -> tuple[int, int]:
-        """Return how many sampled elements the last update changed, and should have changed; waits for the device."""
-        if self._counts is None:
-            return 0, 0
-        changed, expected = self._counts.tolist()
-        return changed, expected
+        if counts:
+            self.counts = torch.stack([count.to(counts[0].device) for count in counts]).sum(0)
 
     def changed_share(self, changed: float, expected: float, learning_rate: float) -> float | None:
         """Return ``changed / expected``, the ``counts`` of the last update; None if 0 / 0. Warn once if it stays low.
 
-        The caller sums the counts over ranks if each has its own partitions. At a learning rate of 0, as in the first
-        step of a warmup, no change is expected and the result is None.
+        The caller sums the counts over ranks, which may have partitions of their own. At a learning rate of 0, as in
+        the first step of a warmup, no change is expected and the result is None.
         """
         if not expected or learning_rate == 0:
             return None

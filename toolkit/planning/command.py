@@ -9,12 +9,13 @@ from itertools import pairwise
 
 from toolkit.config.flags import Invocation
 from toolkit.config.mask_schema import MaskConfig
+from toolkit.config.policy import most_micro_batches, reduce_dtype
 from toolkit.config.schema import RunConfig
 from toolkit.data.batches import BatchPlan
 from toolkit.engine.deepspeed.config import load_ds_config
 from toolkit.mask.schedule import phase_ends
 from toolkit.planning.device_fit import DeviceFit, choose_variant, fit_device
-from toolkit.planning.engine_memory import engine_spec
+from toolkit.planning.engine_spec import engine_spec
 from toolkit.planning.meta_model import meta_model
 from toolkit.planning.phase_plans import combine_plans, phase_planners
 from toolkit.planning.planner import Plan
@@ -38,7 +39,8 @@ def plan_masks(
     meta = meta_model(config.model)
     ds_config = load_ds_config(invocation.deepspeed, config, ranks, meta.hidden_size)
     with redirect_stdout(sys.stderr):  # DeepSpeed logs to the stdout of its import, and a plan in JSON goes there
-        spec = engine_spec(ds_config, ranks, config.train.gradient_accumulation_steps, config.optim.name)
+        accumulation, dtype = most_micro_batches(config.train), reduce_dtype(config.train)
+        spec = engine_spec(ds_config, ranks, accumulation, config.optim.name, reduce_dtype=dtype)
     workload = read_workload(config, meta.positions)
     found: list[tuple[Plan, DeviceFit | None]] = []
     for mask in masks:

@@ -20,7 +20,7 @@ _ADAPTERS: dict[str, dict[str, Any]] = {
 
 
 def parse_mask(text: str, mask: MaskConfig) -> MaskConfig:
-    """Return ``mask`` with what ``text`` trains: selectors as in ``last:4 head``, ``lora last:8``, or entries in YAML.
+    """Return ``mask`` with what ``text`` trains: ``last:4 head``, ``lora last:8``, ``rows head added``, or YAML.
 
     Raises:
         ConfigError: the text cannot be read, or the recipe has a schedule.
@@ -33,16 +33,27 @@ def parse_mask(text: str, mask: MaskConfig) -> MaskConfig:
         for word in (remaining := iter(words)):
             if word in _ADAPTERS:
                 entries.append({"lora": {"select": next(remaining), **_ADAPTERS[word]}})
+            elif word == "rows":
+                entries.append({"rows": {"select": next(remaining).split("+"), **_which_rows(next(remaining))}})
             elif word.startswith("["):
                 entries += parse_yaml(word)
             else:
                 entries.append(parse_yaml(word) if word.startswith("{") else word)
         return build_config({"mask": {**mask.model_dump(), "train": entries}}, text).mask
     except (ValueError, StopIteration, TypeError):
-        detail = "expected words such as 'last:4 head', 'lora last:8', or YAML in braces"
+        detail = "expected words such as 'last:4 head', 'lora last:8', 'rows embeddings added', or YAML in braces"
     except ConfigError as error:
         detail = "; ".join(error.faults)
     raise ConfigError([f"--compare {text!r} is no mask: {detail}"])
+
+
+def _which_rows(word: str) -> dict[str, Any]:
+    """Return the rows that ``added``, ``from:7``, ``from:7,to:9`` or ``ids:7,9`` stand for, as keys of an entry."""
+    if word == "added":
+        return {"from": "added"}
+    if word.startswith("ids:"):
+        return {"ids": parse_yaml(f"[{word.removeprefix('ids:')}]")}
+    return {key: parse_yaml(value) for key, value in (part.split(":") for part in word.split(","))}
 
 
 def comparison_rows(

@@ -9,12 +9,10 @@ from typing import Literal
 
 from toolkit.config.mask_schema import LoraEntry
 from toolkit.config.policy import decide_checkpointing
-from toolkit.planning.engine_memory import EngineSpec, zero_spec
+from toolkit.planning.engine_spec import EngineSpec, zero_spec
 from toolkit.planning.planner import Planner, RunVariant
 from toolkit.runtime.errors import MaskError, ModelError
-
-RESERVE = 2**30
-"""Estimated bytes needed besides tensors: CUDA context, library workspaces, allocator fragmentation."""
+from toolkit.runtime.free_memory import RESERVE
 
 _MIN_LENGTH = 256
 """Smallest data.max_length that is proposed."""
@@ -123,8 +121,12 @@ def _propose_checkpointing(planner: Planner, variant: RunVariant) -> Proposals:
 
 
 def _propose_micro_batch(planner: Planner, variant: RunVariant) -> Proposals:
-    """Propose micro batches of one row, with gradient accumulation instead."""
-    if variant.rows > 1:
+    """Propose micro batches of fewer tokens, or of one row with gradient accumulation instead."""
+    tokens = variant.micro_tokens or 0
+    while tokens > variant.tokens:  # a longer row is a micro batch of its own anyway
+        tokens = max(tokens // 2, variant.tokens)
+        yield f"train.micro_batch_tokens: {tokens}", replace(variant, micro_tokens=tokens)
+    if variant.rows > 1 and variant.micro_tokens is None:
         steps = variant.accumulation * variant.rows
         spec = replace(variant.spec, accumulates=True)
         yield (

@@ -6,121 +6,15 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
 
 from toolkit.config.schema import OptimName
-from toolkit.engine.deepspeed.config import zero_config
-from toolkit.optim.master_adamw import LARGEST_PIECE
+from toolkit.optim.gradient_buckets import BUCKET_BYTES
+from toolkit.optim.master_adamw import GPU_PIECE, LARGEST_PIECE
 from toolkit.optim.moments import SMALLEST, moment_bytes
+from toolkit.optim.update_kernels import table_bytes
+from toolkit.planning.engine_spec import EngineSpec
 from toolkit.planning.prefix_memory import PrefixMemory
-
-Place = Literal["device", "cpu", "nvme"]
-
-
-@dataclass(frozen=True)
-class EngineSpec:
-    """The settings that determine an engine's memory."""
-
-    stage: int | None
-    """ZeRO stage; None for the engine without DeepSpeed."""
-    ranks: int
-    accumulates: bool
-    """True if a step has more than one micro batch."""
-    bucket: int = 0
-    """Elements of one reduction bucket, of which DeepSpeed allocates one, or two where communication overlaps."""
-    persistent: int = 0
-    """ZeRO-3 keeps parameters of up to so many elements whole on every rank."""
-    live: int = 0
-    """Elements that ZeRO-3 may keep gathered at once."""
-    optimizer: OptimName = "adamw"
-    """The recipe's optim.name."""
-    optimizer_at: Place = "device"
-    """Place of masters, moments and gradients."""
-    weights_at: Place = "device"
-    """Place of a rank's partition of the suffix's weights under ZeRO-3."""
-    swapped: int = 0
-    """Elements of a sub-group, in which ZeRO-3 swaps optimizer state from NVMe."""
-    swap_buffers: int = 0
-    """Number of swap buffers of that size in host memory."""
-    weight_buffers: int = 0
-    """Elements of the host buffers through which ZeRO-3 swaps the suffix's weights from NVMe."""
-    host_is_device: bool = False
-    """True if the run computes on a CPU, so that offloading to the host saves nothing."""
-
-    @property
-    def name(self) -> str:
-        """Return the engine's name in the training log."""
-        return "local" if self.stage is None else f"zero-{self.stage}"
-
-
-def engine_spec(
-    ds_config: dict[str, Any] | None,
-    ranks: int,
-    accumulation: int,
-    optimizer: OptimName = "adamw",
-    host_is_device: bool = False,
-) -> EngineSpec:
-    """Return the engine of a resolved DeepSpeed configuration; ``ds_config`` is None for the engine without DeepSpeed.
-
-    Raises:
-        ConfigError: DeepSpeed refuses the configuration.
-    """
-    if ds_config is None:
-        return EngineSpec(None, ranks, accumulation > 1, optimizer=optimizer)
-    zero = zero_config(ds_config)
-    state, weights = zero.offload_optimizer, zero.offload_param
-    buckets = 2 if zero.overlap_comm and zero.stage != 3 else 1
-    return EngineSpec(
-        zero.stage,
-        ranks,
-        accumulation > 1,
-        bucket=buckets * zero.reduce_bucket_size if zero.stage and zero.contiguous_gradients else 0,
-        persistent=zero.param_persistence_threshold,
-        live=zero.max_live_parameters,
-        optimizer=optimizer,
-        optimizer_at=_offload_place(state) if zero.stage else "device",
-        weights_at=_offload_place(weights) if zero.stage == 3 else "device",
-        swapped=zero.sub_group_size,
-        swap_buffers=state.buffer_count if state else 0,
-        weight_buffers=weights.buffer_count * weights.buffer_size if weights else 0,
-        host_is_device=host_is_device,
-    )
-
-
-def _offload_place(section: Any) -> Place:
-    """Return the place that one of DeepSpeed's offload sections names; None offloads nothing."""
-    return "device" if section is None or section.device == "none" else section.device
-
-
-def zero_spec(
-    stage: int, ranks: int, accumulates: bool, hidden_size: int, optimizer: OptimName, offload: bool = False
-) -> EngineSpec:
-    """Return the engine that ``ds_configs/zeroN.json`` of this repository asks for, or ``zeroN_offload.json``."""
-    spec = EngineSpec(stage, ranks, accumulates, hidden_size**2, 10 * hidden_size, int(1e9), optimizer)
-    return replace(spec, optimizer_at="cpu", weights_at="cpu" if stage == 3 else "device") if offload else spec
-
-
-@dataclass(frozen=True)
-class TensorSizes:
-    """Sizes of the tensors of a split model, in elements."""
-
-    shared: int
-    """Elements that prefix and suffix share: a frozen tied embedding."""
-    trained: tuple[int, ...]
-    """Size of each trained tensor."""
-    frozen: tuple[int, ...]
-    """Size of each frozen tensor of the suffix, including shared ones."""
-    width: int
-    """Bytes of an element in the model's precision."""
-    tables: tuple[int, ...] = ()
-    """Those of ``trained`` that are embedding tables."""
-    quantised: int = 0
-    """Bytes of the suffix's layers in 8 or 4 bits, which no engine partitions or offloads."""
-
-    @property
-    def total(self) -> int:
-        """Return the trained elements."""
-        return sum(self.trained)
+from toolkit.planning.tensor_sizes import TensorSizes
 
 
 @dataclass(frozen=True)
@@ -185,7 +79,7 @@ def unpartitioned_moments(name: OptimName, tensors: TensorSizes) -> int:
 
 def _partitioned_moments(name: OptimName, tensors: TensorSizes, part: Callable[[Sequence[int]], int]) -> int:
     """Return the bytes of a rank's partition of the moments; ``part`` gives the partition's size for some tensors."""
-    if name in ("adamw", "adamw_bf16"):
+    if name == "adamw":
         return moment_bytes(name, part(tensors.trained))
     others = list((Counter(tensors.trained) - Counter(tensors.tables)).elements())
     kinds = ([size for size in others if (size < SMALLEST) is small] for small in (True, False))
@@ -193,26 +87,30 @@ def _partitioned_moments(name: OptimName, tensors: TensorSizes, part: Callable[[
 
 
 def _local_engine(spec: EngineSpec, tensors: TensorSizes, weights: EngineMemory) -> EngineMemory:
-    """Return the memory of the local engine: gradients as backward leaves them, or also an fp32 accumulation buffer."""
-    width, total = tensors.width, tensors.total
+    """Return the memory of the local engine: gradients as backward leaves them, as sums over passes, or over ranks."""
+    width, total, largest = tensors.width, tensors.total, max(tensors.trained)
     low = width < 4  # float32 parameters are their own masters where nothing partitions them
-    if spec.accumulates and not low and spec.ranks == 1:  # autograd accumulates in p.grad
-        held, share, update = 4 * (total + max(tensors.trained)), 0.0, 4 * total
-    else:
-        accumulated = 4 * total if spec.ranks > 1 or spec.accumulates else 0
-        held, share, update = accumulated if spec.accumulates else 0, 1.0, width * total + accumulated
-    split_masters = spec.optimizer == "adamw_bf16"
-    scratch = 4 + (4 + 8 + 8 if split_masters else 0)  # gradient; then weights, moments, and random numbers for both
+    held, buffers = 4 * total if spec.accumulates else 0, 0
+    share, update = 1.0, width * total + held
+    if spec.ranks > 1:  # the gradients of a bucket are freed when they are in its sums
+        summed = spec.reduce_width or width
+        share, update = 0.0 if spec.accumulates else summed / width, summed * total
+        buffers = width * min(total, max(largest, BUCKET_BYTES // summed))
+    elif spec.accumulates and not low:  # autograd accumulates in p.grad
+        held, share, update = 4 * (total + largest), 0.0, 4 * total
     return replace(
-        weights, masters=(2 if split_masters else 4) * total if low else 0,
+        weights, masters=4 * total if low else 0,
         moments=unpartitioned_moments(spec.optimizer, tensors), accumulated=held, share=share, update_gradients=update,
-        scratch=scratch * min(total, LARGEST_PIECE),
+        buffers=buffers, scratch=_local_scratch(spec, tensors),
     )  # fmt: skip
 
 
-def _partitioned_scratch(spec: EngineSpec, part: int) -> int:
-    """Return the workspace for updating bfloat16 moments: their float32 copies, and random numbers for rounding."""
-    return (8 + 8) * min(part, LARGEST_PIECE) if spec.optimizer == "adamw_bf16" else 0
+def _local_scratch(spec: EngineSpec, tensors: TensorSizes) -> int:
+    """Return the workspace of ``MasterAdamW``: float32 gradients of a piece, unless kernels read them in place."""
+    gradients = 4 * min(tensors.total, LARGEST_PIECE if spec.host_is_device else GPU_PIECE)
+    if not spec.has_kernels:
+        return gradients
+    return table_bytes(tensors.trained) + (0 if spec.optimizer == "adamw" else gradients)
 
 
 def _stage_0(spec: EngineSpec, tensors: TensorSizes, weights: EngineMemory) -> EngineMemory:
@@ -220,7 +118,7 @@ def _stage_0(spec: EngineSpec, tensors: TensorSizes, weights: EngineMemory) -> E
     return replace(
         weights, masters=4 * total if low else 0, moments=8 * total, share=1.0,
         update_gradients=(width + 4 if low else width) * total,
-        buffers=width * min(total, int(5e8)) if spec.ranks > 1 else 0,
+        buffers=(width + spec.copy_width(width)) * min(total, int(5e8)) if spec.ranks > 1 else 0,
     )  # fmt: skip
 
 
@@ -230,18 +128,19 @@ def _stage_1_or_2(spec: EngineSpec, tensors: TensorSizes, weights: EngineMemory)
     def parts(sizes: Sequence[int]) -> int:
         return 2 * math.ceil(sum(sizes) / (2 * spec.ranks))
 
-    part = parts(tensors.trained)
-    moments, scratch = _partitioned_moments(spec.optimizer, tensors, parts), _partitioned_scratch(spec, part)
+    part, bucket = parts(tensors.trained), min(spec.bucket, tensors.total)
+    moments = _partitioned_moments(spec.optimizer, tensors, parts)
     if spec.optimizer_at != "device":
         # the host holds fp32 gradients, another fp32 accumulation buffer, and weights on their way back
         largest = max(tensors.trained)
         accumulated = 4 * part if spec.accumulates else 0
         return replace(
             weights, accumulated=accumulated if low else 0, update_gradients=accumulated if low else 0,
-            buffers=(spec.bucket + largest) * width,
+            buffers=(spec.buckets * bucket + largest) * width + bucket * spec.copy_width(width),
             host={"masters": 4 * part, "moments": moments, "gradients": 4 * part + (0 if low else accumulated),
-                  "workspace": (part + largest) * width + scratch},
+                  "workspace": (part + largest) * width},
         )  # fmt: skip
+    in_bucket = 4 if spec.accumulates and spec.stage == 1 else width
     if spec.accumulates and low:  # float32 accumulated: of everything under stage 1, of this rank's part under stage 2
         held = 4 * (part * spec.ranks if spec.stage == 1 else part)
         share, update = 0.0, held
@@ -252,7 +151,7 @@ def _stage_1_or_2(spec: EngineSpec, tensors: TensorSizes, weights: EngineMemory)
         update = int(share * width * tensors.total) + width * part + (4 * part if low else 0)
     return replace(
         weights, masters=4 * part, moments=moments, accumulated=held, share=share, update_gradients=update,
-        buffers=spec.bucket * width, scratch=scratch,
+        buffers=bucket * (spec.buckets * in_bucket + spec.copy_width(in_bucket)),
     )  # fmt: skip
 
 
@@ -266,14 +165,13 @@ def _stage_3(spec: EngineSpec, tensors: TensorSizes, weights: EngineMemory) -> E
     everything = (*tensors.trained, *tensors.frozen)
     part, divided = parts(tensors.trained), parts(everything) * width
     whole = sum(size for size in everything if size <= spec.persistent)
-    gathered = min(sum(everything) - whole, spec.live)
+    bucket, gathered = min(spec.bucket, tensors.total), min(sum(everything) - whole, spec.live)
     summed = 4 if spec.accumulates or not low else width
     held = replace(
         weights, prefix_weights=weights.prefix_weights + tensors.shared * width,
         suffix_weights=divided + whole * width + tensors.quantised, masters=4 * part if low else 0,
         moments=_partitioned_moments(spec.optimizer, tensors, parts), accumulated=summed * part,
-        update_gradients=(summed + 4) * part, buffers=(spec.bucket + gathered) * width,
-        scratch=_partitioned_scratch(spec, part),
+        update_gradients=(summed + 4) * part, buffers=bucket * (spec.reduce_width or width) + gathered * width,
     )  # fmt: skip
     if spec.optimizer_at != "device":
         held = _offload_state(held, spec, 4 * part, math.ceil(max(tensors.trained) / spec.ranks))
@@ -288,10 +186,10 @@ def _stage_3(spec: EngineSpec, tensors: TensorSizes, weights: EngineMemory) -> E
 
 def _offload_state(held: EngineMemory, spec: EngineSpec, masters: int, largest: int) -> EngineMemory:
     """Return ``held`` with masters, moments and gradients of ZeRO-3 moved to the host or to files."""
-    off = replace(held, masters=0, moments=0, accumulated=0, update_gradients=0, scratch=0)
+    off = replace(held, masters=0, moments=0, accumulated=0, update_gradients=0)
     if spec.optimizer_at == "cpu":
         return replace(off, host={"masters": masters, "moments": held.moments,
-                                  "gradients": held.update_gradients, "workspace": held.scratch})  # fmt: skip
+                                  "gradients": held.update_gradients})  # fmt: skip
     group = min(masters // 4, max(spec.swapped, largest))
     host = {"gradients": held.accumulated, "workspace": spec.swap_buffers * 4 * group}
     return replace(off, host=host, files=2 * masters + held.moments)  # float32 gradients are in files, too

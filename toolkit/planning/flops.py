@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from toolkit.planning.trace import Pass, Trace
 
 PASSES = ("prefix forward", "suffix forward", "backward", "recomputation")
@@ -23,8 +25,8 @@ class PassFlops(NamedTuple):
     per_supervised: float
     """Head and last MLP, if they run at supervised positions only."""
 
-    def of(self, tokens: int, supervised: int) -> float:
-        """Return the FLOPs of a row of ``tokens`` tokens, ``supervised`` of which are supervised."""
+    def of(self, tokens: np.ndarray, supervised: np.ndarray) -> np.ndarray:
+        """Return the FLOPs of rows of ``tokens`` tokens each, ``supervised`` of which are supervised."""
         return self.per_token * tokens + self.per_square * tokens**2 + self.per_supervised * supervised
 
 
@@ -34,9 +36,10 @@ class StepFlops:
 
     passes: dict[str, PassFlops]
 
-    def of(self, rows: Sequence[tuple[int, int]]) -> dict[str, float]:
-        """Return the FLOPs by pass for rows given as (tokens, supervised tokens), without padding."""
-        return {name: sum(cost.of(*row) for row in rows) for name, cost in self.passes.items()}
+    def of(self, rows: np.ndarray | Sequence[tuple[int, int]]) -> dict[str, float]:
+        """Return the FLOPs by pass for rows, [rows, 2] tokens and supervised tokens, without padding."""
+        tokens, supervised = np.asarray(rows, float).T
+        return {name: float(cost.of(tokens, supervised).sum()) for name, cost in self.passes.items()}
 
 
 def count_flops(plain: Sequence[Trace], checkpointed: Sequence[Trace] | None) -> StepFlops:

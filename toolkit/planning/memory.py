@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from toolkit.planning.engine_memory import EngineMemory, EngineSpec, TensorSizes, unpartitioned_moments
+from toolkit.planning.engine_memory import EngineMemory, unpartitioned_moments
+from toolkit.planning.engine_spec import EngineSpec
+from toolkit.planning.tensor_sizes import TensorSizes
 from toolkit.planning.trace import Trace
 
 KINDS = (

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 _repeats: dict[Any, Callable[[tuple[Any, ...]], Any] | None] = {}
 """Functions that repeat a result, by operator and arguments."""
@@ -23,9 +23,26 @@ def infer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     key = func, _signature(args), _signature(kwargs)
     if repeat := _repeats.get(key):
         return repeat(args)
-    out = func(*args, **kwargs)
+    out = _call(func, args, kwargs)
     _repeats[key] = _repeat(func, args, kwargs, out)
     return out
+
+
+def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call an operator; products of experts in another precision are worked out as if they were in bfloat16.
+
+    torch takes no other for them on the meta device (2.13), and all of them on real ones. Can go when it does.
+    """
+    if func is not torch.ops.aten._grouped_mm.default or args[0].dtype == torch.bfloat16:
+        return func(*args, **kwargs)
+
+    def in_bfloat16(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=torch.bfloat16, device="meta")
+
+    out = func(*tree_map_only(torch.Tensor, in_bfloat16, args), **kwargs)
+    return torch.empty_strided(out.shape, out.stride(), dtype=args[0].dtype, device="meta")
 
 
 def _signature(value: Any) -> Any:

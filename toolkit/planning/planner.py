@@ -5,19 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from toolkit.activation_cache.cached_prefix import FILL_TOKENS
+import numpy as np
+
+from toolkit.activation_cache.cached_prefix import FILL_TOKENS, STREAMED_FILL_TOKENS
 from toolkit.activation_cache.namespace import bytes_of
 from toolkit.activation_cache.packing import packing_attentions
 from toolkit.activation_cache.policy import has_dropout, limit_obstacle, mask_obstacle
 from toolkit.config.mask_schema import MaskEntry
-from toolkit.config.policy import decide_cache, refuse_packing
+from toolkit.config.policy import decide_cache, most_rows_at_once, refuse_packing
 from toolkit.config.schema import PrefixConfig, RunConfig
 from toolkit.mask.audit import AuditRow, audit, audit_table
 from toolkit.mask.layer_mask import LayerMask, build_mask
-from toolkit.planning.engine_memory import EngineSpec, engine_memory
+from toolkit.planning.engine_memory import engine_memory
+from toolkit.planning.engine_spec import EngineSpec
 from toolkit.planning.flops import StepFlops, count_flops
 from toolkit.planning.memory import Memory, checkpoint_bytes, memory_by_kind
 from toolkit.planning.meta_model import MetaModel
+from toolkit.planning.micro_batch import largest_of_rows, largest_of_tokens
 from toolkit.planning.prefix_memory import PrefixMemory, prefix_memory
 from toolkit.planning.trace import BatchShape, Trace
 from toolkit.planning.traced_split import MetaSplit
@@ -33,7 +37,7 @@ class RunVariant:
 
     selectors: tuple[MaskEntry, ...]
     rows: int
-    """Rows of a micro batch."""
+    """Rows of a micro batch; with ``micro_tokens`` those of a step are this times ``accumulation``."""
     accumulation: int
     """Micro batches of a step."""
     tokens: int
@@ -46,8 +50,17 @@ class RunVariant:
     spec: EngineSpec
     prefix: PrefixConfig
     """Precision and placement of the prefix's weights."""
-    cached: bool
+    micro_tokens: int | None = None
+    """Most tokens of a micro batch; None if it has ``rows`` rows."""
+    cached: bool = False
     """True if a first pass over the data caches the prefix's hidden states, after which its weights are freed."""
+
+    def shape(self, workload: Workload) -> BatchShape:
+        """Return the shape of the largest micro batch."""
+        longest, tokens = (self.tokens, self.supervised), self.micro_tokens
+        if tokens is None:
+            return largest_of_rows(workload, longest, self.rows, self.packed)
+        return largest_of_tokens(workload, longest, tokens, self.rows * self.accumulation, self.packed)
 
 
 @dataclass(frozen=True)
@@ -138,7 +151,7 @@ class Planner:
             selectors=tuple(self.config.mask.train), rows=train.micro_batch_size,
             accumulation=train.gradient_accumulation_steps, tokens=self.workload.tokens,
             supervised=self.workload.supervised, checkpointing=checkpointing, packed=False, spec=spec,
-            prefix=self.config.prefix, cached=False,
+            prefix=self.config.prefix, micro_tokens=train.micro_batch_tokens,
         )  # fmt: skip
         variant = replace(plain, packed=self._decide_packing(plain))
         return replace(variant, cached=self._decide_caching(variant))
@@ -147,9 +160,26 @@ class Planner:
         """Return the memory of a variant on one rank; raises as ``variant``."""
         trace, below = self._trace(variant), self.prefix_memory(variant)
         is_freed = variant.cached and not self.is_phase  # a later phase may train blocks below this frost line
-        fill_ratio = FILL_TOKENS / (trace.shape.rows * trace.shape.tokens) if is_freed else None
+        fill_ratio = self.fill_tokens(variant) / (trace.shape.rows * trace.shape.tokens) if is_freed else None
         engine = engine_memory(variant.spec, self._split(variant).tensors, below)
         return memory_by_kind(engine, trace, below.streamed, fill_ratio)
+
+    def fill_tokens(self, variant: RunVariant) -> int:
+        """Return the tokens of a batch of the pass that fills the cache on a GPU.
+
+        Where weights are streamed, a batch is so large that it computes for as long as they are copied, but no larger
+        than what leaves the peak to training, with activation checkpointing unless the recipe has it off.
+        """
+        below = self.prefix_memory(variant)
+        if not below.offloaded:
+            return FILL_TOKENS
+        checkpointing = self.config.train.gradient_checkpointing != "off"
+        trace = self._trace(replace(variant, checkpointing=checkpointing))
+        engine = engine_memory(variant.spec, self._split(variant).tensors, below)
+        training = memory_by_kind(engine, trace, below.streamed, fill_ratio=0.0).beside_weights
+        per_token = trace.most_in_prefix / (trace.shape.rows * trace.shape.tokens)
+        room = int((training - engine.prefix_weights - below.streamed) / max(per_token, 1.0))
+        return max(FILL_TOKENS, min(STREAMED_FILL_TOKENS[variant.prefix.precision], room))
 
     def prefix_memory(self, variant: RunVariant) -> PrefixMemory:
         """Return the bytes of the prefix's weights, by place.
@@ -180,7 +210,7 @@ class Planner:
             model=self.config.model.name_or_path, source=self.meta.note, mask=split.mask,
             audit=tuple(audit(split.mask, self.meta.anatomy)),
             audit_text=audit_table(split.mask, self.meta.anatomy), variant=variant,
-            shape=_batch_shape(variant, self.workload), workload=self.workload,
+            shape=variant.shape(self.workload), workload=self.workload,
             is_cut=split.is_cut, memory=memory, prefix_memory=self.prefix_memory(variant),
             flops=count_flops(plain, checkpointed), quantised=split.tensors.quantised,
             token_bytes=self.meta.hidden_size * split.tensors.width,
@@ -192,8 +222,9 @@ class Planner:
         """Return what ``choose_packing`` will decide in the run, as far as that can be known without weights."""
         if self.packed is not None:
             return self.packed
-        mode, lengths = self.config.data.packing, self.workload.distinct
-        if refuse_packing(mode, self.config.train.micro_batch_size, lengths):
+        mode, distinct = self.config.data.packing, self.workload.distinct
+        lengths = None if distinct is None else np.unique(distinct)
+        if refuse_packing(mode, most_rows_at_once(self.config.train), lengths):
             return False
         attentions = packing_attentions(mode, self.meta.model.config._attn_implementation)
         if not attentions or mode == "on":  # where it is on, the run refuses what it finds not to be exact
@@ -211,9 +242,9 @@ class Planner:
             return self.cached
         settings = self.config.prefix
         obstacle = mask_obstacle(self._split(variant).mask)
-        if obstacle is None and self.workload.distinct is not None:
+        if obstacle is None and (distinct := self.workload.distinct) is not None:
             width, dtype = self.meta.hidden_size, self.meta.model.dtype
-            size = bytes_of(sum(self.workload.distinct), len(self.workload.distinct), width, dtype)
+            size = bytes_of(int(np.sum(distinct)), len(distinct), width, dtype)
             obstacle = limit_obstacle(settings, size)
         if not decide_cache(settings, obstacle, self.passes).on:
             return False
@@ -237,7 +268,7 @@ class Planner:
 
     def _trace_twice(self, variant: RunVariant) -> list[Trace]:
         """Trace with two numbers of supervised positions, for ``count_flops``."""
-        supervised = _batch_shape(variant, self.workload).supervised
+        supervised = variant.shape(self.workload).supervised
         other = supervised // 8 if supervised >= 8 else supervised + 1
         return [self._trace(variant), self._trace(variant, other)]
 
@@ -246,7 +277,7 @@ class Planner:
 
         If the trace fails, trace again with the model uncut.
         """
-        shape = _batch_shape(variant, self.workload)
+        shape = variant.shape(self.workload)
         shape = shape if supervised is None else replace(shape, supervised=supervised)
         split = self._split(variant)
         try:
@@ -260,13 +291,3 @@ class Planner:
                 ) from None
         self._split(variant, whole=True)
         return self._trace(variant, supervised)
-
-
-def _batch_shape(variant: RunVariant, workload: Workload) -> BatchShape:
-    """Return the shape of the largest micro batch of ``variant``."""
-    supervised = variant.rows * variant.supervised
-    if not variant.packed or variant.rows == 1:
-        return BatchShape(variant.rows, variant.tokens, supervised)
-    lengths = [tokens for tokens, _ in workload.lengths or ((variant.tokens, 0),) * variant.rows]
-    packed = tuple(min(tokens, variant.tokens) for tokens in sorted(lengths, reverse=True)[: variant.rows])
-    return BatchShape(1, sum(packed), min(supervised, sum(packed)), packed)

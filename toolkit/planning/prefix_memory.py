@@ -22,7 +22,7 @@ class PrefixMemory:
     device: int
     """Bytes on the device permanently."""
     streamed: int
-    """Additional bytes on the device while the prefix computes: one block, or two if blocks are streamed."""
+    """Additional bytes on the device while the prefix computes: one block, or also two buffers if they are streamed."""
     offloaded: int
     """Bytes on the host or on disk."""
 
@@ -63,9 +63,9 @@ def prefix_memory(
     if config.placement == "device":
         return PrefixMemory(own - sum(whole) + sum(stored), max(whole), 0)
     embeddings = sum(own_bytes(prefix.model.get_submodule(name)) for name in anatomy.embeddings)
-    # a block computes while the next one is copied to the device
-    streamed = [left + right for left, right in zip(whole, [*stored[1:], 0], strict=True)]
-    return PrefixMemory(own - sum(whole) - embeddings, max(streamed), sum(stored) + embeddings)
+    # a block computes from one of two buffers, or from its restored weights, while the next is copied into the other
+    streamed = 2 * max(stored) + (max(whole) if config.precision != "model" else 0)
+    return PrefixMemory(own - sum(whole) - embeddings, streamed, sum(stored) + embeddings)
 
 
 def _saved_bytes(block: nn.Module, precision: Literal["int8", "nf4"]) -> int:

@@ -16,6 +16,7 @@ from toolkit.data.batches import collate
 from toolkit.data.dataset import load_dataset
 from toolkit.data.examples import Example
 from toolkit.data.model_limits import check_fit, padding_id
+from toolkit.data.template_choice import rendering_of
 from toolkit.inference.open_model import load_base
 from toolkit.models.load import LoadedModel
 from toolkit.runtime.distributed import World
@@ -24,6 +25,8 @@ from toolkit.split.suffix import Suffix
 from toolkit.split.supervised_loss import supervised_loss
 
 Method = Literal["spectrum", "gradient"]
+ADAPTER_RATE = 5e-4
+"""Best of three learning rates for adapters in most masks of docs/why.md."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +45,22 @@ class Suggestion:
         return sorted(range(len(self.scores)), key=lambda block: (-self.scores[block], -block))
 
     def mask_block(self) -> str:
-        """Return a ``mask:`` section for a recipe that trains the chosen blocks."""
-        return yaml.safe_dump({"mask": {"train": [f"blocks:{_ranges(self.chosen)}"]}}, sort_keys=False)
+        """Return sections of a recipe that trains adapters in the chosen blocks, at the rate of docs/why.md."""
+        entry = {"lora": {"select": f"blocks:{_ranges(self.chosen)}", "rank": 16}}
+        return yaml.safe_dump({"mask": {"train": [entry]}, "train": {"learning_rate": ADAPTER_RATE}}, sort_keys=False)
 
     def table(self) -> str:
-        """Return the ranking as aligned text, followed by the frost line and the ``mask:`` section."""
+        """Return the ranking as aligned text, followed by the frost line and the sections of a recipe."""
         lines = [f"{'rank':>4}  {'block':>5}  {self.method:>12}"]
         for rank, block in enumerate(self.ranking, start=1):
             mark = "  chosen" if block in self.chosen else ""
             lines.append(f"{rank:>4}  {block:>5}  {self.scores[block]:>12.5g}{mark}")
-        line = f"# frost line: block {self.chosen[0]} of {len(self.scores)}; what lies below it costs no backward pass"
-        return "\n".join([*lines, "", line, self.mask_block()])
+        below = "what lies below it costs no backward pass" if self.chosen[0] else "nothing lies below it"
+        line = f"# frost line: block {self.chosen[0]} of {len(self.scores)}; {below}"
+        whole = (
+            f"# these blocks whole learn as much, in more memory: mask.train [blocks:{_ranges(self.chosen)}] at 1e-4"
+        )
+        return "\n".join([*lines, "", line, whole, self.mask_block()])
 
 
 def suggest(loaded: LoadedModel, method: Method, budget: float, examples: Sequence[Example]) -> Suggestion:
@@ -86,7 +94,9 @@ def suggest_for(config: RunConfig, method: Method, budget: float, rows: int) -> 
     loaded = load_base(config.model)
     examples: Sequence[Example] = ()
     if method == "gradient":
-        examples = load_dataset(config.data, loaded.tokenizer, config.train.seed, ends=loaded.ends).train[:rows]
+        tokenizer, seed = loaded.tokenizer, config.train.seed
+        rendering = rendering_of(config.data, tokenizer)
+        examples = load_dataset(config.data, tokenizer, seed, ends=loaded.ends, rendering=rendering).train[:rows]
     return suggest(loaded, method, budget, examples)
 
 
@@ -96,14 +106,16 @@ def spectrum_scores(loaded: LoadedModel) -> list[float]:
 
     The singular values of a matrix above the Marchenko-Pastur edge of its noise count as signal, the rest as noise;
     their ratio is divided by the largest one. Matrices of the same name are scaled to a largest ratio of 1 over the
-    blocks, so that no kind outweighs another, and a block's score is the mean over its matrices.
+    blocks, so that no kind outweighs another, and a block's score is the mean over its matrices. One matrix at a time
+    is on the GPU, where there is one.
     """
+    device = World().device
     ratios: defaultdict[str, dict[int, float]] = defaultdict(dict)
     parameters = dict(loaded.model.named_parameters())
     for tensor in loaded.anatomy.tensors:
         if tensor.block is not None and len(tensor.shape) >= 2 and tensor.name in parameters:
             name_in_block = tensor.name.removeprefix(f"{loaded.anatomy.blocks}.{tensor.block}.")
-            ratios[name_in_block][tensor.block] = signal_to_noise(parameters[tensor.name])
+            ratios[name_in_block][tensor.block] = signal_to_noise(parameters[tensor.name].to(device))
     scores: list[list[float]] = [[] for _ in range(loaded.anatomy.block_count)]
     for by_block in ratios.values():
         largest = max(by_block.values()) or 1.0

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from toolkit.config.policy import global_batch
-from toolkit.planning.device_fit import RESERVE, DeviceFit
+from toolkit.planning.device_fit import DeviceFit
 from toolkit.planning.flops import PASSES
 from toolkit.planning.memory import KINDS
 from toolkit.planning.planner import Plan
+from toolkit.runtime.free_memory import RESERVE
 
 
 def as_text(plan: Plan, fit: DeviceFit | None = None) -> str:
@@ -59,6 +62,7 @@ def as_dict(plan: Plan, fit: DeviceFit | None = None) -> dict[str, Any]:
         },
         "micro_batch": {
             "rows": variant.rows,
+            **({"tokens_at_most": variant.micro_tokens} if variant.micro_tokens else {}),
             "packed": bool(plan.shape.packed),
             "tokens": variant.tokens,
             "supervised": variant.supervised,
@@ -124,7 +128,9 @@ def _memory_text(plan: Plan) -> str:
     if plan.shape.packed:
         rows = f"of {len(plan.shape.packed)} rows packed into one of {plan.shape.tokens:,} tokens"
     else:
-        rows = f"{variant.rows} x {variant.tokens:,} tokens"
+        rows = f"{plan.shape.rows} x {plan.shape.tokens:,} tokens"
+    if variant.micro_tokens is not None:
+        rows += f" (train.micro_batch_tokens: {variant.micro_tokens})"
     engine = f"engine {spec.name}, {spec.ranks} rank(s), {spec.optimizer}"
     lines = [
         f"memory of each rank: {engine}, gradient checkpointing {'on' if variant.checkpointing else 'off'}",
@@ -180,8 +186,8 @@ def _disk_text(plan: Plan) -> str:
 
 def _cache_bytes(plan: Plan) -> int | None:
     """Return the bytes of the cached hidden states of all training rows; None if the rows are unknown."""
-    lengths = plan.workload.lengths
-    return plan.token_bytes * sum(tokens for tokens, _ in lengths) if lengths else None
+    known = plan.workload.lengths is not None
+    return plan.token_bytes * int(plan.workload.tokens_of_rows.sum()) if known else None
 
 
 def _most_on_disk(plan: Plan) -> int:
@@ -199,15 +205,16 @@ def _flops_columns(plan: Plan) -> dict[str, dict[str, float]]:
 
     Where the rows are unknown, all are as long as possible. A cached prefix runs in the first epoch alone.
     """
-    rows = plan.workload.lengths or ((plan.variant.tokens, plan.variant.supervised),)
+    known = plan.workload.lengths is not None
+    rows = np.asarray(plan.workload.lengths if known else ((plan.variant.tokens, plan.variant.supervised),))
     epoch = plan.flops.of(rows)
-    tokens = sum(length for length, _ in rows)
+    tokens = int(rows[:, 0].sum())
     from_cache = {"prefix forward": 0.0} if plan.variant.cached else {}
     return {
         "a token": {name: value / tokens for name, value in epoch.items()},
         "a step": {name: value / len(rows) * _rows_per_step(plan) for name, value in epoch.items()} | from_cache,
-        "first epoch": epoch if plan.workload.lengths else {},
-        "later epochs": epoch | from_cache if plan.workload.lengths else {},
+        "first epoch": epoch if known else {},
+        "later epochs": epoch | from_cache if known else {},
     }
 
 

@@ -180,7 +180,7 @@ def _meta_batch(shape: BatchShape) -> Batch:
         supervised=torch.zeros(size, dtype=torch.bool, device="meta"),
         targets=torch.zeros(shape.supervised, dtype=torch.long, device="meta"),
         tokens=shape.rows * shape.tokens,
-        examples=tuple(Example((0,) * length, 1) for length in shape.packed),
+        examples=tuple(Example.with_answer((0,) * length, 1) for length in shape.packed),
         position_ids=ids if shape.packed else None,
         cu_seqlens=torch.zeros(len(shape.packed) + 1, dtype=torch.int32, device="meta") if shape.packed else None,
     )

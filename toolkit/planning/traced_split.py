@@ -13,8 +13,8 @@ from toolkit.mask.layer_mask import LayerMask
 from toolkit.models.quantised_linear import quantised_layer_bytes
 from toolkit.models.varlen import VARLEN
 from toolkit.optim.groups import embedding_ids
-from toolkit.planning.engine_memory import TensorSizes
 from toolkit.planning.meta_model import MetaModel
+from toolkit.planning.tensor_sizes import TensorSizes
 from toolkit.planning.trace import AllocationLog, BatchShape, Trace, choose_shortcuts, trace
 from toolkit.split.activation_checkpointing import checkpoint_blocks
 from toolkit.split.loss_head import Shortcuts

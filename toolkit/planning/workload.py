@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import Dataset, load_dataset
+from toolkit.data.sources import sources_of
+from toolkit.data.template_choice import rendering_of
 from toolkit.inference.open_model import load_tokenizer_of
-from toolkit.models.load import resolve_source
-from toolkit.models.source_files import SourceFiles
+from toolkit.models.load import end_tokens_of, resolve_source
 from toolkit.runtime.errors import UsageError
-from toolkit.runtime.shipped import find_file
 
 _QUICK_BYTES = 4 * 2**20
-"""A data file up to this size is read and tokenised for a plan; it takes about a second."""
+"""Data files up to this size are read and tokenised for a plan; it takes about a second."""
+
+
+Lengths = np.ndarray | Sequence[tuple[int, int]]
+"""Tokens and supervised tokens of rows."""
 
 
 @dataclass(frozen=True)
@@ -25,24 +32,30 @@ class Workload:
     """Tokens of the longest row."""
     supervised: int
     """Supervised tokens of the row that has most."""
-    lengths: tuple[tuple[int, int], ...] | None
-    """(tokens, supervised tokens) of each training row; None if the data was not read."""
+    lengths: Lengths | None = field(compare=False)
+    """[rows, 2]: tokens and supervised tokens of each training row; None if the data was not read."""
     source: str
     """Phrase that says where the lengths come from."""
-    distinct: tuple[int, ...] | None = None
+    distinct: np.ndarray | Sequence[int] | None = field(default=None, compare=False)
     """Tokens of each distinct row, validation rows included; None if the data was not read."""
+
+    @property
+    def tokens_of_rows(self) -> np.ndarray:
+        """[rows] tokens of each training row, which must have been read."""
+        return np.asarray(self.lengths)[:, 0]
+
+    @property
+    def supervised_of_rows(self) -> np.ndarray:
+        """[rows] supervised tokens of each training row, which must have been read."""
+        return np.asarray(self.lengths)[:, 1]
 
 
 def workload_of(dataset: Dataset) -> Workload:
     """Return the row lengths of a loaded data set."""
-    lengths = tuple((len(example.token_ids), example.supervised_tokens) for example in dataset.train)
-    return Workload(
-        max(tokens for tokens, _ in lengths),
-        max(supervised for _, supervised in lengths),
-        lengths,
-        f"the longest of {len(lengths):,} training rows",
-        tuple(len(ids) for ids in {example.token_ids for example in (*dataset.train, *dataset.validation)}),
-    )
+    lengths = np.stack([dataset.train.lengths, dataset.train.supervised], axis=1)
+    tokens, supervised = lengths.max(axis=0).tolist()
+    source = f"the longest of {len(lengths):,} training rows"
+    return Workload(tokens, supervised, lengths, source, dataset.rows.distinct().lengths)
 
 
 def read_workload(config: RunConfig, positions: int | None) -> Workload:
@@ -54,9 +67,10 @@ def read_workload(config: RunConfig, positions: int | None) -> Workload:
     reason = _reason_not_to_read(config)
     if reason is None:
         try:
-            source = resolve_source(config.model.name_or_path, needs_weights=False)
-            ends = SourceFiles(source, config.model.revision).end_tokens()
-            return workload_of(load_dataset(config.data, load_tokenizer_of(config.model), config.train.seed, ends=ends))
+            ends = end_tokens_of(config.model)
+            tokenizer = load_tokenizer_of(config.model)
+            rendering = rendering_of(config.data, tokenizer)
+            return workload_of(load_dataset(config.data, tokenizer, config.train.seed, ends=ends, rendering=rendering))
         except UsageError as error:
             first_bad_row = str(error).splitlines()[:2]
             reason = " ".join(line.strip(" -") for line in first_bad_row)
@@ -66,11 +80,15 @@ def read_workload(config: RunConfig, positions: int | None) -> Workload:
 
 def _reason_not_to_read(config: RunConfig) -> str | None:
     """Return why the data is not read for a plan; None if it is read."""
-    path = find_file(config.data.path)
-    if not path.is_file():
-        return f"{path} is no file here"
-    if path.stat().st_size > _QUICK_BYTES:
-        return f"{path} is larger than {_QUICK_BYTES // 2**20} MiB"
+    for rows in (*sources_of(config.data, "train"), *sources_of(config.data, "validation")):
+        if rows.is_on_hub:
+            return f"{rows.path} is no file here"
+        try:
+            size = sum(file.stat().st_size for file in rows.files)
+        except UsageError as error:
+            return str(error)
+        if size > _QUICK_BYTES:
+            return f"{rows.path} is larger than {_QUICK_BYTES // 2**20} MiB"
     source = Path(resolve_source(config.model.name_or_path, needs_weights=False))
     if not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         return f"{config.model.name_or_path} has no tokenizer here"

@@ -57,6 +57,23 @@ class World:
         dist.all_reduce(reduced, op=operation)
         return [float(value) for value in reduced.tolist()]
 
+    def exchange(self, measured: torch.Tensor, known: Sequence[float] = ()) -> list[list[float]]:
+        """Return by rank, on every rank, what the ranks measured on their devices and what their hosts know.
+
+        ``measured`` is float64 [n] on this rank's device, and ``known`` as long on every rank. One collective and one
+        wait for the device, or the wait alone for a single rank.
+        """
+        if self.size == 1:
+            return [[*measured.tolist(), *map(float, known)]]
+        host = torch.tensor(known, dtype=torch.float64)
+        if measured.device.type == "cuda":
+            host = host.pin_memory().to(measured.device, non_blocking=True)
+        by_rank = measured.new_zeros(self.size, len(measured) + len(host))
+        by_rank[self.rank] = torch.cat((measured, host))
+        dist.all_reduce(by_rank)  # a sum with zeros gathers, on every backend
+        rows: list[list[float]] = by_rank.tolist()
+        return rows
+
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.size > 1:
@@ -195,7 +212,7 @@ def join_process_group(engine_needs_group: bool = False) -> World:
     if not dist.is_initialized():
         backend = "nccl" if world.device.type == "cuda" else "gloo"
         try:
-            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+            dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=_bound_device(world))
         except dist.DistNetworkError as error:
             if "EADDRINUSE" not in str(error):
                 raise
@@ -205,6 +222,17 @@ def join_process_group(engine_needs_group: bool = False) -> World:
                 "--main_process_port N (accelerate)"
             ) from None
     return world
+
+
+def _bound_device(world: World) -> torch.device | None:
+    """Return the GPU to bind the process group to, so that NCCL connects at once and does not guess; None for none.
+
+    A single rank has no peer to connect to. torch 2.6.0 to 2.7.0 can hang with it (pytorch issue 153960).
+    """
+    release = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:3])
+    if world.device.type != "cuda" or world.size == 1 or (2, 6, 0) <= release < (2, 7, 1):
+        return None
+    return world.device
 
 
 def leave_process_group() -> None:

@@ -26,15 +26,16 @@ class FileLock:
     Not filelock's: on a file system without locks, that falls back to a lock file which a killed process leaves
     behind, and it cannot test whether a lock is held without acquiring it.
 
-    The file is created if it does not exist; ``flags`` are further ones of ``os.open``, such as ``os.O_EXCL``.
+    The file is created if it does not exist, with ``mode`` less the umask; ``flags`` are further ones of ``os.open``,
+    such as ``os.O_EXCL``.
 
     Raises:
         OSError: the file cannot be opened for writing.
     """
 
-    def __init__(self, path: Path, flags: int = 0) -> None:
+    def __init__(self, path: Path, flags: int = 0, mode: int = 0o666) -> None:
         self.path = path
-        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | flags, mode)
 
     def acquire(self, wait: bool = False) -> bool:
         """Acquire the lock; return False if another process holds it and this one is not to ``wait``.

@@ -20,20 +20,21 @@ is_file, is_directory = os.path.isfile, os.path.isdir
 """False also for an invalid or unreadable path (too long, a NUL in it), where those of pathlib raise."""
 
 
-def replace_text(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str, mode: int = 0o666) -> None:
     """Write ``text`` to ``path`` atomically, see ``publish``; of several processes at once the last one wins."""
-    publish(text.encode(), path, path.with_name(f".{path.name}.{uuid.uuid4().hex}.staging"))
+    publish(text.encode(), path, path.with_name(f".{path.name}.{uuid.uuid4().hex}.staging"), mode)
 
 
-def publish(content: bytes, final: Path, staging: Path) -> None:
+def publish(content: bytes, final: Path, staging: Path, mode: int = 0o666) -> None:
     """Write a file atomically and durably: a reader sees the old content or the new, also after a power cut.
 
-    It is written at ``staging``, an unused path on the same file system, and then renamed to ``final``.
+    It is written at ``staging``, an unused path on the same file system, and then renamed to ``final``. Its mode is
+    ``mode`` less the umask.
 
     Raises:
         OSError: the file cannot be written, as on a full or read-only disk.
     """
-    descriptor = os.open(staging, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    descriptor = os.open(staging, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
     try:
         try:
             unwritten = memoryview(content)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from time import monotonic
 from typing import NoReturn, TypeVar
 
@@ -26,14 +26,15 @@ class ProgressBar:
     On a terminal this is a bar. Elsewhere it is a log line at each tenth of the work, and more if a tenth takes long.
     Of ``brief`` work, which mostly takes a moment, a line appears only after 10 s and a bar after 1 s. ``name`` names
     the work in a word or two, ``unit`` one unit in the singular; ``done`` of the ``total`` were done in an earlier run.
+    A ``total`` of None is not known: then lines appear by time alone.
     """
 
-    def __init__(self, name: str, total: int, unit: str, done: int = 0, brief: bool = False) -> None:
+    def __init__(self, name: str, total: int | None, unit: str, done: int = 0, brief: bool = False) -> None:
         self._name, self._total, self._unit = name, total, unit
         self._done_at_start = self._done = done
         self._brief = brief
         self._started_at = self._logged_at = monotonic()
-        shown = total > done and log.isEnabledFor(logging.INFO)
+        shown = (total is None or total > done) and log.isEnabledFor(logging.INFO)
         self._bar: tqdm[NoReturn] | None = None
         if shown and sys.stderr.isatty():
             self._bar = tqdm(
@@ -54,8 +55,10 @@ class ProgressBar:
             self._bar.close()
 
     def advance(self, by: int = 1, **values: str) -> None:
-        """Count units as done, as far as the total, and show the progress and ``values`` if a line is due."""
-        before, self._done = self._done, min(self._done + by, self._total)
+        """Count ``by`` units as done, 0 or more as far as the total; show progress and ``values`` if a line is due."""
+        before, self._done = self._done, self._done + by
+        if self._total is not None:
+            self._done = min(self._done, self._total)
         if self._bar is not None:
             if values:
                 self._bar.set_postfix(values, refresh=False)
@@ -69,22 +72,26 @@ class ProgressBar:
         now = monotonic()
         shortest = _BRIEF_SILENT_SECONDS if self._brief else _SILENT_SECONDS
         is_long = now - self._logged_at >= min(max(shortest, (now - self._started_at) / _TENTHS), _LONGEST_SILENCE)
+        if self._total is None:
+            return is_long
         if self._brief:
             return is_long and self._done < self._total
         return is_long or self._done * _TENTHS // self._total > before * _TENTHS // self._total
 
     def _progress_text(self) -> str:
         """Return how much is done, and an estimate of the time left."""
+        if self._total is None:
+            return f"{self._name}: {self._done:,} {self._unit}s"
         text = f"{self._name}: {self._done:,} of {self._total:,} {self._unit}s"
-        if self._done < self._total:
+        if self._done_at_start < self._done < self._total:
             seconds_per_unit = (monotonic() - self._started_at) / (self._done - self._done_at_start)
-            text += f", about {_duration(seconds_per_unit * (self._total - self._done))} left"
+            text += f", about {duration(seconds_per_unit * (self._total - self._done))} left"
         return text
 
 
-def track(items: Sequence[Item], name: str, unit: str) -> Iterator[Item]:
-    """Yield ``items`` and show a progress bar for brief work meanwhile."""
-    with ProgressBar(name, len(items), unit, brief=True) as bar:
+def track(items: Iterable[Item], name: str, unit: str, total: int) -> Iterator[Item]:
+    """Yield ``items``, of which there are ``total``, and show a progress bar for brief work meanwhile."""
+    with ProgressBar(name, total, unit, brief=True) as bar:
         for item in items:
             yield item
             bar.advance()
@@ -103,7 +110,7 @@ class LogHandler(logging.Handler):
             self.handleError(record)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Format seconds in a readable unit: s, min or h."""
     if seconds < 100:
         return f"{seconds:.0f} s"

@@ -28,13 +28,13 @@ def shipped_file(name: str) -> Path:
 
 def launch_script(verb: str) -> Path | None:
     """Return the launch script of a verb; None in an installation, which has no ``launch`` directory."""
-    script = PACKAGE.parent / "launch" / f"{verb}.py"
+    script = PACKAGE.parent / "launch" / f"{verb.replace('-', '_')}.py"
     return script if script.is_file() else None
 
 
 def command_line(verb: str) -> str:
     """Return the command that runs a verb: its launch script in a checkout, else the ``frostline`` command."""
-    return f"python launch/{verb}.py" if launch_script(verb) else f"frostline {verb}"
+    return f"python launch/{verb.replace('-', '_')}.py" if launch_script(verb) else f"frostline {verb}"
 
 
 def find_file(path: str | Path) -> Path:

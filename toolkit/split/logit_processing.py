@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.probe import evaluation_mode
+from toolkit.split.logit_tiles import LogitFunction
 from toolkit.split.module_tree import Placeholder, copy_module_tree
-from toolkit.split.supervised_loss import LogitFunction
 
 MODEL_CODE_ERRORS = (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError)
 """Exceptions that a model's own code raises if it needs something that a placeholder does not have."""

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from toolkit.mask.row_layers import HeadWithRows
+from toolkit.split.logit_tiles import LogitFunction
 from toolkit.split.module_tree import EndOfPass
-from toolkit.split.supervised_loss import LogitFunction, linear_cross_entropy
+from toolkit.split.supervised_loss import linear_cross_entropy
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,11 @@ from transformers import PreTrainedModel
 from toolkit.data.batches import Batch
 from toolkit.frozen.weight_offload import FrozenWeights
 from toolkit.models.anatomy import Anatomy
+from toolkit.models.mask_checks import masks_without_checks
+from toolkit.models.module_class import extend_class
 from toolkit.models.probe import probe_blocks
 from toolkit.models.rotary import needs_position_ids
-from toolkit.split.module_tree import Absent, PrefixEnd, StopForward, copy_module_tree, entry_name, hidden_of
+from toolkit.split.module_tree import Absent, BlockList, PrefixEnd, StopForward, copy_module_tree, entry_name, hidden_of
 
 
 class Prefix(nn.Module):
@@ -32,6 +34,7 @@ class Prefix(nn.Module):
             placeholders[model.get_submodule(above)] = Absent()
         placeholders[entry] = PrefixEnd(entry)
         self.model = copy_module_tree(model, placeholders, own_parameters=True)
+        extend_class(self.model.get_submodule(anatomy.blocks), BlockList)
         self._blocks = list(self.model.get_submodule(anatomy.blocks).children())[:boundary]
         self._with_position_ids = needs_position_ids(model)
         self.frozen = frozen
@@ -54,7 +57,8 @@ class Prefix(nn.Module):
         an exception.
         """
         try:
-            self.model(input_ids=batch.input_ids, **batch.forward_inputs(self._with_position_ids), use_cache=False)
+            with masks_without_checks(batch.is_packed):
+                self.model(input_ids=batch.input_ids, **batch.forward_inputs(self._with_position_ids), use_cache=False)
         except StopForward as stop:
             return hidden_of(*stop.call)
         raise RuntimeError("the prefix never reached the frost line")

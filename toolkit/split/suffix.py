@@ -22,13 +22,16 @@ from toolkit.frozen.weight_offload import FrozenWeights
 from toolkit.mask.row_layers import HeadWithRows
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.float32_gradients import uses_float32_gradients
+from toolkit.models.mask_checks import masks_without_checks
 from toolkit.models.module_class import extend_class, extended_class
 from toolkit.models.probe import evaluation_mode
 from toolkit.models.rotary import needs_position_ids
 from toolkit.runtime.errors import ModelError
 from toolkit.split.logit_processing import MODEL_CODE_ERRORS, find_logit_processing
+from toolkit.split.logit_tiles import kernel_text
 from toolkit.split.loss_head import LossHead, Shortcuts
 from toolkit.split.module_tree import (
+    BlockList,
     Call,
     EndOfPass,
     StopForward,
@@ -67,6 +70,7 @@ class Suffix(nn.Module):
         super().__init__()
         placeholders = {} if boundary is None else placeholders_below(model, anatomy, boundary, output_counts)
         self.model = copy_module_tree(model, placeholders)
+        extend_class(self.model.get_submodule(anatomy.blocks), BlockList)
         self.anatomy = anatomy
         self.shortcuts = Shortcuts()
         """Shortcuts that are taken above the last attention; see ``choose_shortcuts``."""
@@ -130,6 +134,12 @@ class Suffix(nn.Module):
             targets=batch.targets, processing=self._processing.function, in_float32=self._in_float32,
         )  # fmt: skip
         return loss
+
+    @property
+    def loss_text(self) -> str:
+        """Describe for the log how the loss is computed: the shortcuts that are taken, and on a GPU by what."""
+        tiled, device = self.shortcuts.tiled and self._processing, next(self.parameters()).device
+        return self.shortcuts.text + (kernel_text(device, tiled.function) if tiled else "")
 
     def logits(self, hidden: torch.Tensor | None, batch: Batch, shortcuts: Shortcuts = Shortcuts()) -> torch.Tensor:
         """Return logits [S, vocabulary] of the supervised positions, in the model's dtype."""
@@ -233,7 +243,8 @@ class Suffix(nn.Module):
         else:  # only the shape counts: _inject replaces it at the frost line
             inputs = {"inputs_embeds": hidden.new_zeros(*hidden.shape[:2], self._embedding_size)}
         try:
-            return self.model(**inputs, **batch.forward_inputs(self._with_position_ids), use_cache=False)
+            with masks_without_checks(batch.is_packed):
+                return self.model(**inputs, **batch.forward_inputs(self._with_position_ids), use_cache=False)
         finally:
             self._hidden = None
 

@@ -11,19 +11,15 @@ from torch.autograd.function import once_differentiable
 from toolkit.data.batches import Batch
 from toolkit.mask.row_layers import RowPlaces, TrainedRows
 from toolkit.models.float32_gradients import gradient_of_states, gradient_of_weight, linear
+from toolkit.split.logit_tiles import LogitFunction, add_statistics, replace_by_gradient, to_softmax_dtype
 
 SuffixLoss = Callable[[torch.Tensor | None, Batch], torch.Tensor]
 """``Suffix.forward``: ``hidden[b]`` (None without a prefix) and a batch to the summed loss, a float32 scalar."""
 
-LogitFunction = Callable[[torch.Tensor], torch.Tensor]
-"""What a model does to its head's output; if it is applied in tiles, it is elementwise, [..., V'] to the same shape."""
-
 TILE_BYTES = 2**27
 """Most bytes of a tile of logits, in the model's precision."""
-BLOCK_BYTES = 2**22
-"""Most bytes of a tile's logits that are converted to float32 at once; small enough for a core's cache."""
-PROCESSED_BYTES = 2**26
-"""The same if the model processes its head's output."""
+COLUMN_MULTIPLE = 64
+"""GPUs multiply a matrix whose rows are no multiple of 16 bytes several times slower."""
 
 
 def supervised_loss(
@@ -45,7 +41,7 @@ def supervised_loss(
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Sum the cross entropy over S positions, with a softmax in float32 of logits [S, V] and targets [S]."""
-    return torch.nn.functional.cross_entropy(_to_softmax_dtype(logits), targets, reduction="sum")
+    return torch.nn.functional.cross_entropy(to_softmax_dtype(logits), targets, reduction="sum")
 
 
 def linear_cross_entropy(
@@ -87,28 +83,22 @@ def linear_cross_entropy(
 
 
 def tile_width(positions: int, vocabulary: int, element_size: int, tile_bytes: int = TILE_BYTES) -> int:
-    """Return the columns of a tile: as many as fit in ``tile_bytes``, then evened out over the tiles."""
+    """Return the columns of a tile: as many as fit in ``tile_bytes``, then evened out over the tiles.
+
+    Of several tiles all but the last have a multiple of ``COLUMN_MULTIPLE`` columns if they have as many.
+    """
     most = max(1, tile_bytes // (max(1, positions) * element_size))
+    if most < vocabulary:
+        most -= most % COLUMN_MULTIPLE if most >= COLUMN_MULTIPLE else 0
     tiles = -(-vocabulary // most)
-    return -(-vocabulary // tiles)
+    width = -(-vocabulary // tiles)
+    return min(most, width + -width % COLUMN_MULTIPLE) if tiles > 1 else width
 
 
 def _tiles(vocabulary: int, width: int) -> Iterator[slice]:
     """Yield the vocabulary in slices of ``width`` columns, the last one shorter."""
     for start in range(0, vocabulary, width):
         yield slice(start, min(start + width, vocabulary))
-
-
-def _row_chunks(logits: torch.Tensor, processing: LogitFunction | None) -> Iterator[slice]:
-    """Yield slices of a tile's rows to convert to float32 together; ``processing`` runs Python, so takes more rows."""
-    rows = max(1, (BLOCK_BYTES if processing is None else PROCESSED_BYTES) // (4 * logits.shape[1]))
-    for start in range(0, len(logits), rows):
-        yield slice(start, start + rows)
-
-
-def _to_softmax_dtype(logits: torch.Tensor) -> torch.Tensor:
-    """Convert logits to float32, or float64 if they have it."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -134,12 +124,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         kept = None
         for tile in _tiles(len(weight), width):
             logits = _tile_of_logits(hidden, weight, bias, values, places, tile, in_float32)
-            for chunk in _row_chunks(logits, processing):
-                log_sum, tile_target_logits = _log_sum_and_target(
-                    logits[chunk], _targets_in_tile(targets[chunk], tile), processing
-                )
-                normaliser[chunk] = torch.logaddexp(normaliser[chunk], log_sum)
-                target_logits[chunk] += tile_target_logits
+            add_statistics(logits, targets, tile.start, normaliser, target_logits, processing)
             kept = logits if keep_logits else None
             del logits  # before the next tile is made
         ctx.save_for_backward(hidden, weight, bias, targets, values, normaliser, kept)
@@ -164,10 +149,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = kept
             if logits is None:
                 logits = _tile_of_logits(hidden, weight, bias, values, ctx.places, tile, ctx.in_float32)
-            for chunk in _row_chunks(logits, ctx.processing):
-                _logits_to_gradient(
-                    logits[chunk], shift[chunk], magnitude, _targets_in_tile(targets[chunk], tile), ctx.processing
-                )
+            replace_by_gradient(logits, targets, tile.start, shift, magnitude, ctx.processing)
             if d_weight is not None:
                 gradient_of_weight(logits, signed_hidden, d_weight[tile], ctx.in_float32)
             if d_bias is not None:
@@ -176,7 +158,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if needs_hidden:
                 from_tile = gradient_of_states(logits, weight[tile], ctx.in_float32)
                 if from_rows is not None:
-                    from_tile = _to_softmax_dtype(from_rows).add_(from_tile)
+                    from_tile = to_softmax_dtype(from_rows).add_(from_tile)
                 d_hidden = from_tile if kept is not None else _accumulate(d_hidden, from_tile)
             del logits
         if d_hidden is not None:
@@ -218,46 +200,4 @@ def _gradients_of_rows(
 
 def _accumulate(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
     """Accumulate the gradient of hidden states over tiles, in the precision of the softmax, in place."""
-    return _to_softmax_dtype(part) if total is None else total.add_(part)
-
-
-def _targets_in_tile(targets: torch.Tensor, tile: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each row's target as a column [rows, 1] of the tile (any if it lies elsewhere), and if it is there."""
-    local = targets - tile.start
-    inside = (local >= 0) & (local < tile.stop - tile.start)
-    return local.clamp(0, tile.stop - tile.start - 1).unsqueeze(1), inside
-
-
-def _log_sum_and_target(
-    logits: torch.Tensor, targets: tuple[torch.Tensor, torch.Tensor], processing: LogitFunction | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each row's log-sum-exp over the tile, and its target's logit (0 if that lies in another tile)."""
-    index, inside = targets
-    scores = _to_softmax_dtype(logits if processing is None else processing(logits))
-    return torch.logsumexp(scores, dim=1), scores.gather(1, index).squeeze(1).where(inside, 0.0)
-
-
-def _logits_to_gradient(
-    logits: torch.Tensor,
-    shift: torch.Tensor,
-    magnitude: torch.Tensor,
-    targets: tuple[torch.Tensor, torch.Tensor],
-    processing: LogitFunction | None,
-) -> None:
-    """Overwrite ``logits`` with their gradient: ``magnitude * (softmax - one_hot)``, back through ``processing``."""
-    index, inside = targets
-    if processing is None:
-        head_output = processed = logits
-    else:
-        with torch.enable_grad():
-            head_output = logits.detach().clone().requires_grad_()
-            processed = processing(head_output)
-    softmax_dtype = torch.promote_types(processed.dtype, torch.float32)
-    # copied, as autograd may have saved the output of processing, which is changed in place here
-    scores = processed.detach().to(softmax_dtype, copy=processing is not None)
-    scores.sub_(shift.unsqueeze(1)).exp_()
-    scores.scatter_(1, index, scores.gather(1, index) - magnitude.where(inside, 0.0).unsqueeze(1))
-    if processing is not None:
-        (scores,) = torch.autograd.grad(processed, head_output, scores.to(processed.dtype))
-    if scores.data_ptr() != logits.data_ptr():
-        logits.copy_(scores)
+    return to_softmax_dtype(part) if total is None else total.add_(part)

@@ -169,7 +169,7 @@ class _PrintedValueParser:
         if kind == "gap":
             raise _ParseError("was shortened with … when it was printed, so texts of it are lost")
         if kind == "number":
-            return float("nan")  # any value that is not text; which number does not matter
+            return _number(token)
         if kind == "name" and self._peek().text == "(":
             return self._parse_call(token, depth)
         if kind == "name" and token.rpartition(".")[2] in _CONSTANTS:
@@ -232,6 +232,14 @@ class _PrintedValueParser:
                     raise _ParseError(f"does not end {name}(…) as numpy does")
         self._next()
         return value
+
+
+def _number(token: str) -> int | float:
+    """Return the number that a token is; NaN for what only begins like one, such as a date without quotes."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(token)
+    return float("nan")
 
 
 def _unseparated(token: str) -> str:

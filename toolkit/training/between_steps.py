@@ -59,8 +59,12 @@ class BetweenSteps:
             self._monitor.evaluation(step, progress.passes, saved, perplexity(saved))
         return True
 
-    def after_step(self, state: PhaseState) -> bool:
-        """Save and validate if due after a step; return True if a signal stops the run, with a checkpoint saved."""
+    def after_step(self, state: PhaseState, is_stopping: bool) -> bool:
+        """Save and validate if due after a step; return True if a signal stops the run, with a checkpoint saved.
+
+        ``is_stopping`` is whether a signal had come to any rank when the step ended. The ranks ask one another again
+        only after work that takes long.
+        """
         progress, world = self._progress, self._context.world
         at_end = progress.step == self._context.total_steps
         epoch_ends = progress.is_epoch_done or at_end
@@ -69,16 +73,14 @@ class BetweenSteps:
         if progress.is_epoch_done:
             progress.next_epoch()
         due = self._is_validation_due(epoch_ends)
-        is_saved = (
-            epoch_ends
-            or world.any_stop_requested()
-            or is_due(progress.step, self._context.config.output.save_every_steps)
-        )
+        stopping = world.any_stop_requested() if world.size == 1 else is_stopping  # alone there is nobody to ask
+        is_saved = epoch_ends or stopping or is_due(progress.step, self._context.config.output.save_every_steps)
         if is_saved:
             self._commit(state, validation_follows=due)
-        if due and (at_end or not world.any_stop_requested()):
+            stopping = world.any_stop_requested()
+        if due and (at_end or not stopping):
             self._validate(state, may_stop=not at_end)
-        stopping = world.any_stop_requested()
+            stopping = world.any_stop_requested()
         if stopping and not is_saved:
             self._commit(state, validation_follows=due)
             if progress.eval_loss is not None:
@@ -105,18 +107,25 @@ class BetweenSteps:
         Returns False if a signal stopped it.
         """
         progress = self._progress
-        self._saver.wait()  # commit first, so that a failing validation cannot lose the checkpoint
+        if not self._saver.commits_alone:
+            self._saver.wait()  # commit first, so that a failing validation cannot lose the checkpoint
         with without_dropout(state):
             try:
                 outcome = validate(self._context, state, may_stop)
             except StopRequested:
                 return False
+        self._saver.wait()  # before the loss is told, which belongs to a checkpoint
         progress.eval_loss = outcome.loss
         self._monitor.evaluation(progress.step, progress.passes, outcome.loss, outcome.perplexity)
         if self._committed == progress.step:
             self._saver.record_loss(progress.step, outcome.loss)
         self._show_answers(state)
         return True
+
+    def _epoch_seconds(self) -> float:
+        """Return the seconds that the steps of an epoch take, by those so far."""
+        seconds, steps = self._progress.totals["seconds"], self._progress.step
+        return seconds / max(steps, 1) * self._context.batch_plan.steps_per_epoch
 
     def _show_answers(self, state: PhaseState) -> None:
         """Generate and show sample answers; after a failure, warn once and generate no more."""
@@ -125,7 +134,7 @@ class BetweenSteps:
             return
         try:
             with without_dropout(state):
-                answers = sample_answers(self._context, state, may_stop=True)
+                answers = sample_answers(self._context, state, True, self._epoch_seconds())
             self._monitor.answers(self._progress.step, answers)
         except StopRequested:  # on every rank
             return

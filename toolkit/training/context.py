@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -17,28 +18,29 @@ from transformers import PreTrainedTokenizerBase
 from toolkit.checkpoint.delta import Base
 from toolkit.checkpoint.state import CheckpointState
 from toolkit.config.flags import Invocation
-from toolkit.config.policy import Decision, decide_checkpointing
+from toolkit.config.policy import Decision, decide_checkpointing, most_micro_batches, reduce_dtype
 from toolkit.config.schema import RunConfig
 from toolkit.data.batches import BatchPlan
 from toolkit.data.dataset import Dataset
-from toolkit.data.examples import Example
 from toolkit.data.model_limits import check_fit, padding_id
+from toolkit.data.rows import Rows
 from toolkit.engine.deepspeed.config import load_ds_config
 from toolkit.inference.open_model import load_tokenizer_of
 from toolkit.mask.schedule import Schedule, build_schedule
-from toolkit.models.float32_gradients import float32_is_faster, use_float32_gradients
-from toolkit.models.load import LoadedModel, fingerprint
-from toolkit.models.padded_rows import pad_rows
+from toolkit.models.load import LoadedModel
 from toolkit.models.quirks import training_notes
-from toolkit.planning.engine_memory import EngineSpec, engine_spec
+from toolkit.models.weight_fingerprint import fingerprint
+from toolkit.optim.kernel_choice import choose_kernels
+from toolkit.planning.engine_spec import EngineSpec, engine_spec
 from toolkit.planning.meta_model import meta_model_of
 from toolkit.planning.phase_plans import phase_planners
 from toolkit.planning.planner import Plan, Planner
 from toolkit.planning.workload import workload_of
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import PlanError
-from toolkit.split.activation_checkpointing import free_bytes
+from toolkit.runtime.free_memory import free_bytes
 from toolkit.training.fingerprints import fingerprints
+from toolkit.training.gradient_choice import choose_gradients
 from toolkit.training.loading import check_schedule_allowed, effective_prefix, load_for_training, load_rows
 from toolkit.training.preflight import check_config
 from toolkit.training.row_checks import check_rows
@@ -76,9 +78,10 @@ class RunContext:
     """Expected plan of each phase, before it is built; None where it cannot be planned."""
 
     @property
-    def examples(self) -> tuple[Example, ...]:
-        """Training and validation rows."""
-        return (*self.dataset.train, *self.dataset.validation)
+    def examples(self) -> Rows:
+        """Rows that the run computes with: for training, validation and, in a fold, its test."""
+        rows = self.dataset.train + self.dataset.validation
+        return rows + self.dataset.test if self.config.data.fold is not None else rows
 
     @property
     def mask_changes(self) -> bool:
@@ -88,9 +91,12 @@ class RunContext:
     @property
     def engine_spec(self) -> EngineSpec:
         """The settings of the engine that its planned memory depends on."""
-        accumulation, on_cpu = self.config.train.gradient_accumulation_steps, self.world.device.type == "cpu"
-        name = self.config.optim.name
-        return engine_spec(self.ds_config, self.world.size, accumulation, name, host_is_device=on_cpu)
+        train, on_cpu = self.config.train, self.world.device.type == "cpu"
+        kernels = choose_kernels(self.world.device).on
+        return engine_spec(
+            self.ds_config, self.world.size, most_micro_batches(train), self.config.optim.name, on_cpu, kernels,
+            reduce_dtype(train),
+        )  # fmt: skip
 
 
 class ModelHandle:
@@ -142,6 +148,7 @@ def prepare(
         import_module("toolkit.engine.deepspeed.engine")  # counts as a library; only runs that use DeepSpeed import it
     library_bytes = psutil.Process().memory_info().rss
     loaded = _load_model(config, tokenizer, dataset, world)
+    choose_gradients(loaded.model, int(np.median(dataset.train.lengths)), world, run_dir, resumes=state is not None)
     world.raise_if_stopping()
     base = Base(config.model, world.on_main(lambda: fingerprint(loaded.model, loaded.on_disk)))
     schedule = build_schedule(config.mask, loaded.anatomy, plan.steps_per_epoch, total_steps)
@@ -190,14 +197,10 @@ def _load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, dataset: 
     """Load the model and check that the rows fit it."""
     log.info("loading %s", config.model.name_or_path)
     loaded = load_for_training(config, tokenizer)
-    check_fit((*dataset.train, *dataset.validation), loaded.model)
+    check_fit(dataset.rows, loaded.model)
     for note in training_notes(loaded.model.config):
         log.info("%s", note)
     world.raise_if_stopping()
-    if world.on_main(lambda: float32_is_faster(loaded.model.dtype, world.device)):
-        use_float32_gradients(loaded.model)
-    elif world.device.type == "cpu" and loaded.model.dtype == torch.bfloat16:
-        pad_rows(loaded.model)
     return loaded
 
 

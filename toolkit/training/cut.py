@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from toolkit.activation_cache.cached_prefix import CachedPrefix, HiddenStates
-from toolkit.activation_cache.namespace import sample_key
+from toolkit.activation_cache.cached_prefix import FILL_TOKENS, CachedPrefix, HiddenStates
 from toolkit.activation_cache.policy import (
     decide,
     mask_obstacle,
@@ -28,9 +28,10 @@ from toolkit.frozen.weight_offload import FrozenWeights
 from toolkit.mask.apply import apply_mask
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.mask.schedule import Phase
-from toolkit.models.load import LoadedModel, fingerprint
+from toolkit.models.load import LoadedModel
+from toolkit.models.weight_fingerprint import fingerprint
 from toolkit.runtime.distributed import World
-from toolkit.runtime.errors import ConfigError, ModelError
+from toolkit.runtime.errors import ConfigError, ModelError, PlanError
 from toolkit.split.prefix import Prefix
 from toolkit.split.suffix import Suffix, split, split_is_exact
 from toolkit.training.context import RunContext
@@ -83,8 +84,7 @@ def _cached_output_counts(store: ActivationStore, context: RunContext) -> list[i
     None if some rank lacks a sample or the counts; every rank calls it.
     """
     output_counts = read_split_check(store)
-    keys = [sample_key(example.token_ids) for example in context.examples]
-    is_incomplete = output_counts is None or bool(store.missing(keys))
+    is_incomplete = output_counts is None or bool(store.lacking(context.examples.keys).any())
     return None if context.world.max(float(is_incomplete)) else output_counts
 
 
@@ -103,15 +103,25 @@ def _fill_cache(
     if prefix is None or obstacle:
         return None, refuse_cache(settings, obstacle)
     passes = context.batch_plan.passes(phase.end, phase.start)
+    passes *= context.config.data.folds or 1  # every fold reads the rows again, from the same cache
     decision = world.on_main(lambda: decide(settings, context.examples, passes, store))
     if not decision.on:
         return None, decision
     log.info("activation cache: %s; filling it", decision.reason)
     cached = CachedPrefix(prefix, *_prefix_loaders(context, loaded, phase), store, world)
-    cached.fill(context.examples)
+    cached.fill(context.examples, _fill_tokens(context, phase))
     if world.local_rank == 0:  # nodes may have separate disks
         save_split_check(store, prefix.block_output_counts())
     return cached, None
+
+
+def _fill_tokens(context: RunContext, phase: Phase) -> int:
+    """Return the tokens of a batch of the first pass, as the plan has them."""
+    if context.planners:
+        planner = context.planners[phase.index]
+        with suppress(PlanError):
+            return planner.fill_tokens(planner.variant(context.engine_spec, checkpointing=False))
+    return FILL_TOKENS
 
 
 def _prefix_loaders(
@@ -186,7 +196,7 @@ def _split(context: RunContext, loaded: LoadedModel, phase: Phase) -> tuple[Pref
     prefix, suffix = split(model, loaded.anatomy, mask.boundary if mask.has_prefix else None, frozen)
     if prefix is None:
         return None, suffix
-    row = collate([min(context.dataset.train, key=len)], pad_id=0).to(world.device)
+    row = collate([context.dataset.train.shortest()], pad_id=0).to(world.device)
     exact = split_is_exact(model, prefix, suffix, row)
     name, effect = type(model).__name__, "does not give the same logits when cut at block"
     if frozen is not None:

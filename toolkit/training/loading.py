@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -11,17 +12,20 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from toolkit.config.schema import PrefixConfig, RunConfig
-from toolkit.data.chat_rendering import Rendering, prints_date, read_rendering
+from toolkit.data.chat_rendering import prints_date, read_rendering
 from toolkit.data.dataset import Dataset, load_dataset
 from toolkit.data.examples import Encoder
+from toolkit.data.sources import task_of
+from toolkit.data.template_choice import rendering_of
 from toolkit.inference.open_model import load_base
 from toolkit.mask.layer_mask import build_mask
-from toolkit.models.load import LoadedModel, resolve_source
-from toolkit.models.source_files import SourceFiles
+from toolkit.models.load import LoadedModel, end_tokens_of
 from toolkit.planning.meta_model import meta_model
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import ConfigError
 from toolkit.runtime.paths import explain_refused_write
+from toolkit.runtime.signals import StopRequested
+from toolkit.tasks.choose import AUTO, DEFAULT
 from toolkit.training.rank_agreement import require_same_rows
 
 log = logging.getLogger("frostline")
@@ -40,20 +44,29 @@ def load_rows(
 
     Raises:
         DataError: as ``load_dataset``.
+        StopRequested: a signal came meanwhile; raised on every rank.
         UsageError: as ``require_same_rows``.
         DiskError: the run directory cannot be written.
     """
-    rendering = Rendering()
+    rendering = rendering_of(config.data, tokenizer)
     if prints_date(tokenizer):
         saved = read_rendering(run_dir).now if run_dir is not None else None
-        rendering = Rendering(world.broadcast_object(saved or datetime.now().replace(microsecond=0)))
+        rendering = replace(rendering, now=world.broadcast_object(saved or datetime.now().replace(microsecond=0)))
         log.info("the chat template prints the date; it stays %s for this run", rendering.now)
-    source = resolve_source(config.model.name_or_path, needs_weights=False)
-    ends = SourceFiles(source, config.model.revision).end_tokens()
-    dataset = load_dataset(config.data, tokenizer, config.train.seed, ends=ends, rendering=rendering)
+    ends = end_tokens_of(config.model)
+    with suppress(StopRequested):  # of this rank, which agrees with the others on it now
+        dataset = load_dataset(config.data, tokenizer, config.train.seed, ends=ends, rendering=rendering)
+    world.raise_if_stopping()
     require_same_rows(world, dataset, tokenizer)
     log.info("data: %s", dataset.summary())
-    rendering = replace(rendering, reasons=any(example.reasons for example in dataset.train))
+    log.info("data check: %s", dataset.screening.line())
+    if warning := dataset.screening.warning():
+        log.warning("%s", warning)
+    rendering = replace(
+        rendering,
+        reasons=dataset.train.reasons,
+        task=dataset.task if task_of(config.data) == AUTO and dataset.task != DEFAULT else None,
+    )
     if run_dir is not None and world.is_main:
         with explain_refused_write(run_dir):
             rendering.save(run_dir)

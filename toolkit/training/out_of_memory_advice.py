@@ -41,6 +41,8 @@ def _by_rule(error: OutOfMemoryError, config: RunConfig) -> str:
         return "mask.train: fewer blocks, or more ranks with --ds ds_configs/zero2.json"
     if config.train.gradient_checkpointing != "on" and error.phase in ("forward", "backward"):
         return "train.gradient_checkpointing: on"
-    if config.train.micro_batch_size > 1:
+    if (tokens := config.train.micro_batch_tokens) and not error.shape.startswith("1 row "):
+        return f"train.micro_batch_tokens: {tokens // 2}"
+    if config.train.micro_batch_size > 1 and tokens is None:
         return "train.micro_batch_size: 1, with train.gradient_accumulation_steps in its place"
     return f"data.max_length: less than {config.data.max_length} (longer rows lose context)"

@@ -21,7 +21,7 @@ from toolkit.checkpoint.delta import Delta
 from toolkit.checkpoint.restore import Checkpoint
 from toolkit.checkpoint.saver import CheckpointContent
 from toolkit.checkpoint.state import CheckpointState
-from toolkit.config.policy import Decision
+from toolkit.config.policy import Decision, most_rows_at_once
 from toolkit.data.batches import Batch, collate
 from toolkit.engine.base import Engine
 from toolkit.engine.deepspeed.nvme_files import prepare_swap_folders
@@ -34,7 +34,6 @@ from toolkit.mask.schedule import Phase
 from toolkit.models.probe import called_modules, evaluation_mode
 from toolkit.optim.state_fragments import AdamState
 from toolkit.planning.planner import Plan, Planner
-from toolkit.runtime import malloc
 from toolkit.runtime.errors import MaskError
 from toolkit.split.activation_checkpointing import checkpoint_blocks
 from toolkit.split.joined_model import JoinedModel
@@ -106,8 +105,8 @@ def build_phase(context: RunContext, model: ModelHandle, phase: Phase, handover:
         gc.collect()  # DeepSpeed's objects refer to one another and to the masters, and the parameters refer to them
     cut_model = _cut_model(context, model, phase, handover.packing if handover else None)
     if phase is context.schedule.phases[-1]:
-        model.free()  # what only a later phase would need is to be gone before the engine allocates
-    malloc.release_free_memory()
+        model.free()  # what only a later phase would need is to be gone before anybody looks at what is free
+    cut_model = replace(cut_model, plan=_decide_checkpointing(context, cut_model))
     engine = _build_engine(context, cut_model)
     plans = list(handover.plans if handover else context.plans)
     plans[phase.index] = cut_model.plan
@@ -181,7 +180,7 @@ def content_of(context: RunContext, phase_state: PhaseState, progress: Progress)
 
 
 def _cut_model(context: RunContext, model: ModelHandle, phase: Phase, packing: Decision | None) -> _CutModel:
-    """Apply the mask, cut the model, and decide on shortcuts, packing and activation checkpointing."""
+    """Apply the mask, cut the model, and decide on shortcuts and packing."""
     loaded, phases = model.loaded, context.schedule.phases
     apply_mask(loaded.model, phase.mask, loaded.anatomy, context.config.train.seed)
     if context.mask_changes:
@@ -190,13 +189,14 @@ def _cut_model(context: RunContext, model: ModelHandle, phase: Phase, packing: D
     log.info("layer mask of %s:\n%s", name, audit_table(phase.mask, loaded.anatomy))
     prefix, suffix = cut(context, loaded, phase)
     device = context.world.device
-    row = collate([min(context.dataset.train, key=len)], pad_id=0).to(device)
+    row = collate([context.dataset.train.shortest()], pad_id=0).to(device)
     hidden = prefix(row) if prefix else None
     if phase.mask.adapters or phase.mask.rows:
         _require_used_adapters(suffix, hidden, row)
-    log.info("supervised positions: %s", suffix.choose_shortcuts(hidden, row).text)
+    suffix.choose_shortcuts(hidden, row)
+    log.info("supervised positions: %s", suffix.loss_text)
     if packing is None:
-        mode, rows = context.config.data.packing, context.config.train.micro_batch_size
+        mode, rows = context.config.data.packing, most_rows_at_once(context.config.train)
         packing = choose_packing(mode, rows, prefix, suffix, context.examples, device)
         log.info("packing: %s", packing.reason)
     planner = None
@@ -205,12 +205,17 @@ def _cut_model(context: RunContext, model: ModelHandle, phase: Phase, packing: D
             context.planners[phase.index], cut=prefix is not None, cached=isinstance(prefix, CachedPrefix),
             packed=packing.on, shortcuts=suffix.shortcuts,
         )  # fmt: skip
-    checkpointing, plan = choose_checkpointing(context, planner)
+    joined = JoinedModel(loaded.model, loaded.anatomy, None if prefix is None else phase.mask.boundary)
+    return _CutModel(phase, prefix, suffix, joined, packing, planner, plan=None)
+
+
+def _decide_checkpointing(context: RunContext, cut_model: _CutModel) -> Plan | None:
+    """Decide on activation checkpointing by the memory that is free now, and apply it; return the plan with it."""
+    checkpointing, plan = choose_checkpointing(context, cut_model.planner)
     log.info("gradient checkpointing: %s", checkpointing.reason)
     if checkpointing.on:
-        checkpoint_blocks(suffix.blocks(phase.mask.boundary))
-    joined = JoinedModel(loaded.model, loaded.anatomy, None if prefix is None else phase.mask.boundary)
-    return _CutModel(phase, prefix, suffix, joined, packing, planner, plan)
+        checkpoint_blocks(cut_model.suffix.blocks(cut_model.mask.boundary))
+    return plan
 
 
 def _require_used_adapters(suffix: Suffix, hidden: torch.Tensor | None, row: Batch) -> None:
@@ -237,7 +242,12 @@ def _build_engine(context: RunContext, cut_model: _CutModel) -> Engine:
     groups = cut_model.phase.groups
     arguments = (suffix, parameters, groups, config.train, config.optim, context.total_steps, context.world)
     if context.ds_config is None:
-        return LocalEngine(*arguments)
+        engine = LocalEngine(*arguments)
+        if context.world.device.type == "cuda":
+            log.info("update of float32 moments: %s", engine.kernels.reason)
+        if engine.buckets is not None:
+            log.info("%s", engine.buckets.text)
+        return engine
     from toolkit.engine.deepspeed.engine import ZeroEngine  # DeepSpeed is imported only by runs that use it
 
     prepare_swap_folders(context.ds_config, context.world, plan.memory.files if plan else 0)

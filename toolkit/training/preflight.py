@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from itertools import chain
 from pathlib import Path
 
 from toolkit.config.flags import Invocation
 from toolkit.config.schema import DataConfig
 from toolkit.data.dataset import load_dataset
-from toolkit.data.sources import is_hub_dataset
+from toolkit.data.sources import Part, sources_of
+from toolkit.data.template_choice import rendering_of
 from toolkit.engine.deepspeed.config import load_ds_config, read_ds_config
 from toolkit.inference.open_model import load_tokenizer_of
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.mask.schedule import phase_masks
 from toolkit.models.anatomy import Anatomy
+from toolkit.models.load import end_tokens_of
 from toolkit.planning.meta_model import meta_model
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import CheckpointError, PlanError
@@ -23,7 +26,7 @@ from toolkit.training.row_checks import check_rows
 log = logging.getLogger("frostline")
 
 _QUICK_BYTES = 64 * 2**20
-"""A data file up to this size is read and tokenised row by row; it takes about ten seconds."""
+"""Data files up to this size are read and tokenised row by row; it takes about ten seconds."""
 
 
 def preflight(invocation: Invocation, ranks: int) -> None:
@@ -43,7 +46,9 @@ def preflight(invocation: Invocation, ranks: int) -> None:
     if reason := _too_costly(config.data):
         log.warning("the rows are not checked before the job runs: %s", reason)
     else:
-        log.info("data: %s", load_dataset(config.data, tokenizer, config.train.seed).summary())
+        ends, rendering = end_tokens_of(config.model), rendering_of(config.data, tokenizer)
+        dataset = load_dataset(config.data, tokenizer, config.train.seed, ends=ends, rendering=rendering)
+        log.info("data: %s", dataset.summary())
 
 
 def check_config(invocation: Invocation, ranks: int) -> tuple[list[LayerMask], Anatomy]:
@@ -85,11 +90,10 @@ def check_writable(run: Path, world: World) -> None:
 
 def _too_costly(config: DataConfig) -> str | None:
     """Return why the rows are not checked in advance: on the Hub, or too large; None if they are checked."""
-    for path in (config.path, config.validation):
-        if not isinstance(path, str):
-            continue
-        if is_hub_dataset(path):
-            return f"{path} is a data set on the Hub"
-        if Path(path).is_file() and Path(path).stat().st_size > _QUICK_BYTES:
-            return f"{path} is larger than {_QUICK_BYTES // 2**20} MiB"
+    parts: tuple[Part, ...] = ("train", "validation", "test")
+    for source in chain.from_iterable(sources_of(config, part) for part in parts):
+        if source.is_on_hub:
+            return f"{source.path} is a data set on the Hub"
+        if sum(file.stat().st_size for file in source.files) > _QUICK_BYTES:
+            return f"{source.path} is larger than {_QUICK_BYTES // 2**20} MiB"
     return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from array import array
 from dataclasses import dataclass, field
 
 from toolkit.checkpoint.state import CheckpointState
@@ -94,4 +93,4 @@ def _mean_loss(epoch: int) -> str:
 
 def order_digest(rows: int, seed: int, epoch: int) -> str:
     """Return the SHA-256 of the permutation that an epoch follows."""
-    return hashlib.sha256(array("q", epoch_order(rows, seed, epoch)).tobytes()).hexdigest()
+    return hashlib.sha256(epoch_order(rows, seed, epoch).tobytes()).hexdigest()

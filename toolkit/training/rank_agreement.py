@@ -5,21 +5,20 @@ from __future__ import annotations
 import hashlib
 import platform
 import socket
-from collections.abc import Mapping, Sequence
-from itertools import zip_longest
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 import toolkit
 from toolkit.config.flags import Invocation
 from toolkit.data.dataset import Dataset
-from toolkit.data.examples import Example
-from toolkit.data.sources import Row
+from toolkit.data.tokenizer_digest import digest, tokenizer_rules
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import UsageError
 from toolkit.runtime.paths import sources_hash
-from toolkit.training.fingerprints import digest, tokenizer_digest, version
+from toolkit.training.fingerprints import version
 
 _LIBRARIES = ("torch", "transformers", "deepspeed")
 _DIGEST_BYTES = 8
@@ -83,9 +82,10 @@ def require_same_rows(world: World, dataset: Dataset, tokenizer: PreTrainedToken
     if world.size == 1:
         return
     own = {
-        "tokenizer": tokenizer_digest(tokenizer)[:12],
+        "tokenizer": tokenizer_rules(tokenizer)[:12],
         "chat template": digest(tokenizer.chat_template or "")[:12],
         "rows": dataset.fingerprint,
+        "test": dataset.test_fingerprint,
         "skipped": digest([[row.origin, row.fault] for row in dataset.skipped]),
     }
     reference = world.broadcast_object(own)
@@ -96,37 +96,27 @@ def require_same_rows(world: World, dataset: Dataset, tokenizer: PreTrainedToken
         for name in ("tokenizer", "chat template")
         if own[name] != reference[name]
     ]
-    for name, examples in (("training", dataset.train), ("validation", dataset.validation)):
-        differences += _row_differences(world, name, [_row_digest(row) for row in examples], examples)
-    skipped = [digest([row.origin, row.fault]).encode()[:_DIGEST_BYTES] for row in dataset.skipped]
-    differences += _row_differences(world, "skipped", skipped, dataset.skipped)
+    for name, rows in (("training", dataset.train), ("validation", dataset.validation), ("test", dataset.test)):
+        differences += _row_differences(world, name, rows.digests[:, :_DIGEST_BYTES].tobytes(), rows.origin)
+    skipped = b"".join(digest([row.origin, row.fault]).encode()[:_DIGEST_BYTES] for row in dataset.skipped)
+    differences += _row_differences(world, "skipped", skipped, lambda at: dataset.skipped[at].origin)
     _refuse_differences(world, differences)
 
 
-def _row_differences(
-    world: World, name: str, digests: Sequence[bytes], rows: Sequence[Example] | Sequence[Row]
-) -> list[str]:
-    """Return how this rank's rows differ from rank 0's; every rank calls it."""
-    reference = world.broadcast_object(b"".join(digests))
-    theirs = [reference[at : at + _DIGEST_BYTES] for at in range(0, len(reference), _DIGEST_BYTES)]
-    differing = (at for at, (own, other) in enumerate(zip_longest(digests, theirs)) if own != other)
-    first = next(differing, None)
-    on_main = world.broadcast_object({at: _row_origin(rows, at) for at in world.all_gather_object(first)})
+def _row_differences(world: World, name: str, digests: bytes, origin: Callable[[int], str]) -> list[str]:
+    """Return how this rank's rows differ from rank 0's; every rank calls it. ``digests`` has 8 bytes a row."""
+    own, theirs = (np.frombuffer(content, "<u8") for content in (digests, world.broadcast_object(digests)))
+    common = min(len(own), len(theirs))
+    differing = np.flatnonzero(own[:common] != theirs[:common])
+    first = int(differing[0]) if len(differing) else common if len(own) != len(theirs) else None
+    names = {at: origin(at) if at < len(own) else "none" for at in world.all_gather_object(first) if at is not None}
+    on_main = world.broadcast_object(names)
     if first is None:
         return []
-    counts = f"{len(digests):,} {name} rows, on rank 0 {len(theirs):,}"
-    if (origin := _row_origin(rows, first)) == on_main[first]:
-        return [f"{counts}; the first that differs is {origin}, with other content"]
-    return [f"{counts}; the first that differs is {origin}, on rank 0 {on_main[first]}"]
-
-
-def _row_origin(rows: Sequence[Example] | Sequence[Row], at: int | None) -> str:
-    return rows[at].origin if at is not None and at < len(rows) else "none"
-
-
-def _row_digest(row: Example) -> bytes:
-    """Return a short digest of a row's tokens and of where its answer starts."""
-    return hashlib.sha256(f"{row.answer_start} {row.token_ids}".encode()).digest()[:_DIGEST_BYTES]
+    counts = f"{len(own):,} {name} rows, on rank 0 {len(theirs):,}"
+    if names[first] == on_main[first]:
+        return [f"{counts}; the first that differs is {names[first]}, with other content"]
+    return [f"{counts}; the first that differs is {names[first]}, on rank 0 {on_main[first]}"]
 
 
 def _file_digest(path: Path) -> str:

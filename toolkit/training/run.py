@@ -8,9 +8,10 @@ from pathlib import Path
 
 from toolkit.activation_cache.cached_prefix import CachedPrefix
 from toolkit.checkpoint.catalog import finish_pruning
-from toolkit.checkpoint.run_directory import RunDirectory, claim, write_config
+from toolkit.checkpoint.run_directory import OUT_OF_FOLD_FILE, RunDirectory, claim, write_config
 from toolkit.checkpoint.saver import Saver
 from toolkit.config.flags import Invocation
+from toolkit.config.policy import saves_in_background
 from toolkit.config.recipe import dump
 from toolkit.engine.deepspeed import nvme_files
 from toolkit.runtime import signals
@@ -21,6 +22,7 @@ from toolkit.runtime.paths import explain_refused_write
 from toolkit.runtime.shipped import command_line
 from toolkit.runtime.signals import STOPPED, StopRequested
 from toolkit.training.context import prepare
+from toolkit.training.folds import parent_of_folds, report_folds, save_out_of_fold, train_folds
 from toolkit.training.monitor import Monitor
 from toolkit.training.out_of_memory_advice import advise
 from toolkit.training.preflight import check_writable
@@ -57,6 +59,18 @@ def run(invocation: Invocation, on_directory: Callable[[Path], None] | None = No
 
 def train_in_group(invocation: Invocation, world: World, on_directory: Callable[[Path], None] | None = None) -> int:
     """Train as ``run`` does, in a process group that is up and stays up."""
+    if invocation.config.data.folds is None:
+        return _train_one(invocation, world, on_directory)
+    if on_directory is not None:
+        on_directory(parent_of_folds(invocation))
+    if code := train_folds(invocation, lambda of_fold: _train_one(of_fold, world)):
+        return code
+    report_folds(invocation, world)
+    return 0
+
+
+def _train_one(invocation: Invocation, world: World, on_directory: Callable[[Path], None] | None = None) -> int:
+    """Train one run, a fold of several or the only one."""
     trainer = None
     try:
         with (
@@ -93,13 +107,16 @@ def _train(trainer: Trainer, directory: RunDirectory) -> int:
     if world.is_main:
         with explain_refused_write(run_dir):
             write_config(run_dir, context.config)
+            (run_dir / OUT_OF_FOLD_FILE).unlink(missing_ok=True)  # of a shorter run that this one goes on with
             save_record(run_dir, context.schedule, context.dataset, trainer.plan)
             if context.config.model.add_tokens:
                 context.tokenizer.save_pretrained(str(run_dir / "tokenizer"))
     log.info("writing to %s (watch: tensorboard --logdir %s)", run_dir, run_dir.parent)
     with (
         Monitor(run_dir, world.is_main, context.total_steps, steps_done) as monitor,
-        Saver(run_dir, world, output.keep, output.async_save) as saver,
+        Saver(
+            run_dir, world, output.keep, saves_in_background(output.async_save, world.device.type == "cuda")
+        ) as saver,
     ):
         monitor.board.hparams(_hparams(trainer))
         if not steps_done:
@@ -111,6 +128,14 @@ def _train(trainer: Trainer, directory: RunDirectory) -> int:
             step, why = trainer.progress.step, signals.stop_reason()
             log.info("stopped by a signal after step %d (%s); start the same command again to go on", step, why)
             return STOPPED
+        if context.config.data.fold is not None:
+            try:
+                save_out_of_fold(context, trainer.state, run_dir)
+            except StopRequested:
+                log.info(
+                    "stopped by a signal before the held-out rows were read; start the same command again to go on"
+                )
+                return STOPPED
         monitor.board.finish()
     _report(trainer, run_dir)
     return 0

@@ -51,11 +51,12 @@ class MemoryUse:
 
 
 def save_record(run: Path, schedule: Schedule, dataset: Dataset, plan: Plan | None) -> None:
-    """Write mask, schedule, plan and skipped rows into the run directory."""
+    """Write mask, schedule, plan, the files of the rows and skipped rows into the run directory."""
     schedule.phases[-1].delta_mask.save(run / "mask.json")
     if len(schedule.phases) > 1:
         replace_text(run / "schedule.json", json.dumps(schedule.as_list(), indent=1))
     save_plan(run, plan)
+    dataset.save_sources(run / "data_files.json")
     dataset.save_skipped(run / "skipped_rows.jsonl")
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from toolkit.activation_cache.cached_prefix import CachedPrefix, HiddenStates, prefetch_cached
+from toolkit.activation_cache.cached_prefix import CachedPrefix, HiddenStates, prefetch_cached, read_ahead
+from toolkit.activation_cache.read_ahead import HiddenReader
 from toolkit.checkpoint.saver import Saver
 from toolkit.data.batches import Batch, epoch_order, step_batches
 from toolkit.data.prefetch import Prefetcher, on_device
@@ -15,6 +17,7 @@ from toolkit.mask.audit import audit, audit_markdown
 from toolkit.mask.diagram import draw_mask
 from toolkit.planning.phase_plans import combine_plans
 from toolkit.planning.planner import Plan
+from toolkit.runtime import signals
 from toolkit.runtime.out_of_memory import explain_out_of_memory
 from toolkit.training.between_steps import BetweenSteps
 from toolkit.training.context import ModelHandle, RunContext
@@ -22,6 +25,7 @@ from toolkit.training.guard import StepGuard
 from toolkit.training.monitor import Monitor, StepMetrics, peak_memory_gib
 from toolkit.training.phases import PhaseState, build_phase, end_phase, resume
 from toolkit.training.progress import Progress
+from toolkit.training.rank_status import RankStatus
 from toolkit.training.run_record import save_plan
 from toolkit.training.step import StepResult, seed_step, train_step
 
@@ -72,17 +76,19 @@ class Trainer:
         between = BetweenSteps(context, monitor, progress, saver, guard)
         if not between.catch_up(self.state):
             return False
-        with Prefetcher() as prefetcher:
-            for micro_batches in self._batches(prefetcher):
+        with HiddenReader(world.device) as reader, Prefetcher() as prefetcher:
+            for micro_batches in self._batches(prefetcher, reader):
                 if progress.step == self.state.phase.end:
                     self._change_phase(monitor)
                 seed_step(context.config.train.seed, progress.step, world)
-                result = train_step(micro_batches, self.state.prefix, self.state.engine, world)
+                result = train_step(
+                    micro_batches, self.state.prefix, self.state.engine, world, partial(self._rank_status, saver)
+                )
                 progress.add(result, context.batch_plan.global_batch)
                 monitor.step(self._metrics(result))
                 guard.check_step(progress.step, result, micro_batches)
-                saver.poll()
-                if between.after_step(self.state):
+                saver.poll(bool(result.status.has_written))
+                if between.after_step(self.state, bool(result.status.is_stopping)):
                     return False
         return True
 
@@ -101,7 +107,7 @@ class Trainer:
             monitor.board.text("mask", audit_markdown(phase.mask, anatomy), phase.start)
             monitor.board.image("train/mask", draw_mask(audit(phase.mask, anatomy)), phase.start)
 
-    def _batches(self, prefetcher: Prefetcher) -> Iterator[list[Batch]]:
+    def _batches(self, prefetcher: Prefetcher, reader: HiddenReader) -> Iterator[list[Batch]]:
         """Yield this rank's micro batches of each step that is left, from the exact row where the run stands."""
         context, progress = self.context, self.progress
         for epoch in range(progress.epoch, context.config.train.epochs):
@@ -110,8 +116,8 @@ class Trainer:
             order = epoch_order(progress.rows, context.config.train.seed, epoch)[progress.cursor :]
             plan = replace(context.batch_plan, rows=len(order))
             steps = step_batches(context.dataset.train, order, plan, context.pad_id, packed=self.state.packing.on)
-            batches = on_device(prefetch_cached(self._prefix, steps), context.world.device)
-            for micro_batches in prefetcher(batches):
+            cached = read_ahead(self._prefix, prefetch_cached(self._prefix, steps), reader)
+            for micro_batches in prefetcher(on_device(cached, context.world.device)):
                 yield micro_batches
                 if progress.step == context.total_steps:
                     return
@@ -137,9 +143,14 @@ class Trainer:
         log.info("step %d: phase %d of %d, %s parameters train", self.progress.step + 1, phase.index + 1,
                  len(context.schedule.phases), f"{phase.mask.parameters:,}")  # fmt: skip
 
+    def _rank_status(self, saver: Saver) -> RankStatus:
+        """Return what this rank tells the others at the end of a step."""
+        memory = peak_memory_gib(self.context.world.device)
+        return RankStatus(memory, signals.stop_requested(), saver.has_written)
+
     def _metrics(self, result: StepResult) -> StepMetrics:
-        """Return the metrics of a step for the log; every rank calls it, because memory is the maximum over ranks."""
-        state, progress, world = self.state, self.progress, self.context.world
+        """Return the metrics of a step for the log."""
+        state, progress = self.state, self.progress
         return StepMetrics(
             step=progress.step,
             epoch=progress.passes,
@@ -152,7 +163,7 @@ class Trainer:
             tokens_per_second=result.tokens / result.seconds,
             skipped=result.skipped,
             trained_parameters=state.mask.parameters,
-            peak_memory_gib=world.max(peak_memory_gib(world.device)),
-            moved_share=state.engine.moved_share(),
+            peak_memory_gib=result.status.peak_memory_gib,
+            moved_share=result.moved_share,
             cache_hit_share=state.prefix.hit_rate() if isinstance(state.prefix, CachedPrefix) else None,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -10,18 +11,22 @@ import torch
 
 from toolkit.activation_cache.cached_prefix import CachedPrefix
 from toolkit.data.examples import Example
+from toolkit.frozen.residence import kept_in_memory
 from toolkit.inference.evaluation import Evaluation, evaluate_rows
-from toolkit.inference.generation import complete
+from toolkit.inference.generation import can_complete_together, complete_together
 from toolkit.runtime import signals
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import FrostlineError
-from toolkit.runtime.progress_bar import track
+from toolkit.runtime.progress_bar import ProgressBar
 from toolkit.split.prefix import Prefix
+from toolkit.training.answer_pace import AnswerPace
 from toolkit.training.context import RunContext
 from toolkit.training.monitor import Answer
 from toolkit.training.phases import PhaseState
 
 T = TypeVar("T")
+_MOST_TOGETHER = 8
+"""Sample answers that are generated together, a token of each in every pass: each has a key-value cache."""
 
 
 def validate(context: RunContext, state: PhaseState, may_stop: bool) -> Evaluation:
@@ -32,7 +37,7 @@ def validate(context: RunContext, state: PhaseState, may_stop: bool) -> Evaluati
     """
     return evaluate_rows(
         state.engine.forward_loss, state.prefix, context.dataset.validation, context.batch_plan.micro_batch_size,
-        context.pad_id, context.world, state.packing.on, may_stop,
+        context.pad_id, context.world, state.packing.on, may_stop, context.batch_plan.micro_batch_tokens,
     )  # fmt: skip
 
 
@@ -51,31 +56,34 @@ def without_dropout(state: PhaseState) -> Iterator[None]:
             prefix.train()
 
 
-def sample_answers(context: RunContext, state: PhaseState, may_stop: bool = False) -> list[Answer]:
+def sample_answers(
+    context: RunContext, state: PhaseState, may_stop: bool = False, epoch_seconds: float = math.inf
+) -> list[Answer]:
     """Generate answers to the first validation rows with the current weights; every rank calls it with dropout off.
 
-    The rows are divided among ranks, and every rank returns all answers. A prefix that was freed is read from the
-    model's files, block by block. Under ZeRO-3 the suffix is gathered on each rank for the duration.
+    The rows are divided among ranks, and every rank returns all answers. A prefix that was freed, or lies on the host
+    or in files, is loaded once for all of them, to where it fits. Under ZeRO-3 the suffix is gathered on each rank for
+    the duration. If the answers will take longer than ``epoch_seconds``, the log says so after the first tokens.
 
     Raises:
         FrostlineError: some rank failed; raised on every rank.
         StopRequested: a signal came and ``may_stop`` is True; raised on every rank.
     """
     world = context.world
-    rows = context.dataset.validation[: context.config.output.sample_answers]
+    rows = list(context.dataset.validation[: context.config.output.sample_answers])
     if not rows:
         return []
     _gather_results(world, lambda: _require_gathering_memory(state, world))
     own_rows = rows[world.rank :: world.size]
     with state.engine.gathered():
-        answers_by_rank = _gather_results(world, lambda: _answers(context, state, own_rows, may_stop))
+        answers_by_rank = _gather_results(world, lambda: _answers(context, state, own_rows, may_stop, epoch_seconds))
     if may_stop:
         world.raise_if_stopping()
     texts: dict[int, str] = {}
     for rank, answers in enumerate(answers_by_rank):
         texts |= {rank + world.size * index: text for index, text in enumerate(answers)}
     return [
-        Answer(_decode(context, _prompt_ids(row)), _decode(context, row.token_ids[row.answer_start :]), texts[index])
+        Answer(_decode(context, _prompt_ids(row)), _decode(context, row.token_ids[slice(*row.spans[-1])]), texts[index])
         for index, row in enumerate(rows)
     ]
 
@@ -85,16 +93,32 @@ def _require_gathering_memory(state: PhaseState, world: World) -> None:
     torch.empty(state.engine.gathered_bytes(), dtype=torch.uint8, device=world.device)
 
 
-def _answers(context: RunContext, state: PhaseState, rows: Sequence[Example], may_stop: bool) -> list[str]:
-    """Generate the answers to ``rows``."""
-    stop = signals.stop_requested if may_stop else None
+def _answers(
+    context: RunContext, state: PhaseState, rows: Sequence[Example], may_stop: bool, epoch_seconds: float
+) -> list[str]:
+    """Generate the answers to ``rows``: together where each token copies weights, else one after the other."""
     prefix = state.prefix.offloaded_prefix() if isinstance(state.prefix, CachedPrefix) else state.prefix
     tokenizer, max_tokens = context.tokenizer, context.config.output.sample_tokens
-    with state.joined.with_prefix(prefix) as model:
-        return [
-            complete(model, tokenizer, _prompt_ids(row), context.stop_ids, max_tokens, stop=stop)
-            for row in track(rows, "sample answers", "answer")
-        ]
+    prompts, answers = [_prompt_ids(row) for row in rows], list[str]()
+    with (
+        state.joined.with_prefix(prefix) as model,
+        kept_in_memory(prefix.frozen if prefix else None, context.world.size) as copies_weights,
+        ProgressBar("sample answers", len(rows), "answer", brief=True) as bar,
+    ):
+        together = copies_weights and len(prompts) > 1 and can_complete_together(model, prompts, max_tokens)
+        size = _MOST_TOGETHER if together else 1
+        pace = AnswerPace(-(-len(prompts) // size), max_tokens, epoch_seconds)
+
+        def after_token() -> bool:
+            bar.advance(0, token=f"{pace.token()} of {max_tokens}")
+            return may_stop and signals.stop_requested()
+
+        for start in range(0, len(prompts), size):
+            some = prompts[start : start + size]
+            pace.begin()
+            answers += complete_together(model, tokenizer, some, context.stop_ids, max_tokens, stop=after_token)
+            bar.advance(len(some))
+    return answers
 
 
 def _gather_results(world: World, work: Callable[[], T]) -> list[T]:
@@ -116,7 +140,7 @@ def _gather_results(world: World, work: Callable[[], T]) -> list[T]:
 
 
 def _prompt_ids(row: Example) -> tuple[int, ...]:
-    """Return the tokens of a row before its answer."""
+    """Return the tokens of a row before its last answer."""
     return row.token_ids[: row.answer_start]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from toolkit.config.policy import global_batch
+from toolkit.config.policy import global_batch, most_micro_batches
 from toolkit.config.schema import RunConfig
 from toolkit.engine.deepspeed.nvme_files import check_nvme_paths, nvme_sections
 from toolkit.runtime.errors import ConfigError
@@ -110,6 +110,7 @@ def resolve_ds_config(
         raise ConfigError(faults, f"DeepSpeed file {path}")
     zero = resolved.setdefault("zero_optimization", {})
     faults += _fill_recipe_values(resolved, config, ranks)
+    faults += _fill_reduce_dtype(resolved, config)
     faults += _check_and_drop_blocks(resolved, config)
     faults += _check_optim_name(resolved, config)
     for key, elements in {
@@ -126,23 +127,38 @@ def resolve_ds_config(
     ]
     if faults:
         raise ConfigError(faults, f"DeepSpeed file {path}, read against the recipe")
-    if config.train.gradient_accumulation_steps > 1 and zero_stage(resolved):  # stage 0 knows the model's dtype alone
+    if most_micro_batches(config.train) > 1 and zero_stage(resolved):  # stage 0 knows the model's dtype alone
         resolved.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     resolved.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's fused AdamW runs on offloaded masters too
     if config.optim.name != "adamw":
         resolved["zero_allow_untested_optimizer"] = True  # this repository's tests try them
     resolved.setdefault("steps_per_print", 2**31)  # the progress bar reports steps
+    # its throughput, which nobody prints, would cost two waits for the GPU in every step
+    resolved.setdefault("timers", {"throughput": {"enabled": False}})
     return resolved
+
+
+def with_fitting_bucket(ds_config: dict[str, Any], elements: int) -> dict[str, Any]:
+    """Return ``ds_config`` with a reduction bucket of no more than the ``elements`` that train.
+
+    DeepSpeed allocates all of a bucket, 100 MB for adapters of 5 where a file has the size that suits whole blocks.
+    """
+    zero = ds_config["zero_optimization"]
+    bucket = min(zero_config(ds_config).reduce_bucket_size, elements)
+    return {**ds_config, "zero_optimization": {**zero, "reduce_bucket_size": bucket}}
 
 
 def _fill_recipe_values(ds_config: dict[str, Any], config: RunConfig, ranks: int) -> Iterator[str]:
     """Set the keys that the recipe owns; yield a fault for each that the file sets to another value."""
     train = config.train
-    micro, accumulation = train.micro_batch_size, train.gradient_accumulation_steps
-    batch = global_batch(micro, accumulation, ranks)
+    batch = global_batch(train.micro_batch_size, train.gradient_accumulation_steps, ranks)
+    micro, accumulation = train.micro_batch_size, most_micro_batches(train)
+    owners = ("train.micro_batch_size", "train.gradient_accumulation_steps")
+    if train.micro_batch_tokens is not None:  # the engine is told of each step's last micro batch, however many it has
+        micro, owners = 1, ("train.micro_batch_tokens", "train.micro_batch_tokens")
     for section, key, value, owner in (
-        ("", "train_micro_batch_size_per_gpu", micro, "train.micro_batch_size"),
-        ("", "gradient_accumulation_steps", accumulation, "train.gradient_accumulation_steps"),
+        ("", "train_micro_batch_size_per_gpu", micro, owners[0]),
+        ("", "gradient_accumulation_steps", accumulation, owners[1]),
         ("", "train_batch_size", batch, f"micro batch x accumulation x {ranks} ranks"),
         ("", "gradient_clipping", train.max_grad_norm, "train.max_grad_norm"),
         ("bf16", "enabled", config.model.dtype == "bfloat16", "model.dtype"),
@@ -154,6 +170,22 @@ def _fill_recipe_values(ds_config: dict[str, Any], config: RunConfig, ranks: int
             name = f"{section}.{key}" if section else key
             yield f'{name} is {in_file!r}, the recipe\'s {owner} makes it {value!r}; write "auto" or change the recipe'
         target[key] = value
+
+
+def _fill_reduce_dtype(ds_config: dict[str, Any], config: RunConfig) -> Iterator[str]:
+    """Set the precision of sums over ranks if the recipe has one; yield a fault if the file sets another, or none."""
+    key, words = "communication_data_type", {"float32": "fp32", "bfloat16": "bf16"}
+    asked, in_file = words.get(config.train.reduce_dtype or ""), ds_config.pop(key, None)
+    word = str("auto" if in_file is None else in_file).lower()
+    if asked and word not in ("auto", asked):
+        yield (
+            f"{key} is {in_file!r}, the recipe's train.reduce_dtype makes it {asked!r}; "
+            'write "auto" or change the recipe'
+        )
+    elif word not in ("auto", "fp32", "bf16", "fp16"):
+        yield f"{key} is {in_file!r}; DeepSpeed sums gradients in 'fp32', 'bf16' or 'fp16'"
+    if asked or word != "auto":  # without it DeepSpeed sums in the model's precision
+        ds_config[key] = asked or word
 
 
 def _check_sections(ds_config: dict[str, Any]) -> Iterator[str]:

@@ -18,7 +18,8 @@ from toolkit.config.schema import OptimConfig, TrainConfig
 from toolkit.data.batches import Batch
 from toolkit.engine.base import Engine, Update
 from toolkit.engine.deepspeed.clipping import partitioned_norm, without_norm_and_clipping
-from toolkit.engine.deepspeed.config import zero_stage
+from toolkit.engine.deepspeed.config import with_fitting_bucket, zero_stage
+from toolkit.engine.deepspeed.device import device_index_as_local_rank
 from toolkit.engine.deepspeed.gathering import balanced_module_stack, drain_prefetches, gathered
 from toolkit.engine.deepspeed.nvme_state import NvmeSwapper, SwappedFragmentState
 from toolkit.engine.deepspeed.optimizers import PartitionedAdamW, PartitionMoments, build_optimizer
@@ -69,12 +70,14 @@ class ZeroEngine(Engine):
         optimizer = build_optimizer(parameters, groups, train, optim, embedding_ids(suffix.model))
         ds_without_norm = without_norm_and_clipping(ds_config)
         self._computes_norm = ds_without_norm is not None
+        elements = sum(parameter.numel() for parameter in parameters.values())
         self._scheduler = build_scheduler(optimizer, train, total_steps)
         try:
-            self._engine, *_ = deepspeed.initialize(
-                model=suffix, optimizer=optimizer, lr_scheduler=self._scheduler, config=ds_without_norm or ds_config,
-                dist_init_required=False,
-            )  # fmt: skip
+            with device_index_as_local_rank(world.device):
+                self._engine, *_ = deepspeed.initialize(
+                    model=suffix, optimizer=optimizer, lr_scheduler=self._scheduler,
+                    config=with_fitting_bucket(ds_without_norm or ds_config, elements), dist_init_required=False,
+                )  # fmt: skip
         except (ValidationError, DeepSpeedConfigError) as error:
             raise ConfigError([" ".join(str(error).split())], "DeepSpeed file, as DeepSpeed reads it") from None
         _unlink_shared_memory(world)
@@ -114,12 +117,7 @@ class ZeroEngine(Engine):
         if norm is None:
             reported = self._engine.get_global_grad_norm()
             norm = torch.tensor(float("nan") if reported is None else float(reported), device=self.world.device)
-        return Update(norm, self._rate)
-
-    @override
-    def moved_share(self) -> float | None:
-        changed, expected = self.world.sum(*self._update_monitor.counts())  # each rank sees its own partitions
-        return self._update_monitor.changed_share(changed, expected, self._rate)
+        return Update(norm, self._rate, self._update_monitor.counts)
 
     def _sample(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield ``OptimizerState.sample`` for this rank's partitions; one on NVMe has no elements in memory."""

@@ -35,9 +35,7 @@ def build_optimizer(
     param_groups = parameter_groups(parameters, groups, train, optim)
     if optim.name == "adamw":
         return torch.optim.AdamW(param_groups, lr=train.learning_rate, fused=True)
-    if optim.name != "adamw_bf16":
-        param_groups = list(_split_embeddings(param_groups, embedding_ids))
-    return PartitionedAdamW(param_groups, optim.name)
+    return PartitionedAdamW(list(_split_embeddings(param_groups, embedding_ids)), optim.name)
 
 
 def _split_embeddings(
@@ -52,7 +50,7 @@ def _split_embeddings(
 
 
 class PartitionedAdamW(torch.optim.Optimizer):
-    """AdamW on flat float32 masters with moments in 8 bits or bfloat16.
+    """AdamW on flat float32 masters with moments in 8 bits.
 
     ``state[p]`` holds the tensors of a ``MomentFormat`` and the number of updates. Like torch's fused AdamW, ``step``
     divides gradients by ``grad_scale`` and does nothing if ``found_inf`` is not 0.
@@ -106,7 +104,7 @@ class PartitionedAdamW(torch.optim.Optimizer):
         if has_float32_moments(self._name, p.numel(), group[KEEPS_FLOAT32]):
             return self._float32
         if p.device not in self._formats:
-            self._formats[p.device] = moment_format(self._name, piece_size(p.device), p.device)
+            self._formats[p.device] = moment_format(self._name, p.device)
         return self._formats[p.device]
 
 

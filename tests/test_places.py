@@ -1,0 +1,256 @@
+"""Directories, patterns, saved sets and mixtures: which files are read, of which split, and how often each row."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from data_files import READ, ROWS, as_csv, as_jsonl, as_zip
+from helpers import make_tokenizer
+from test_sources import put, with_lists
+
+from toolkit.config.schema import DataConfig
+from toolkit.data.dataset import Dataset, load_dataset
+from toolkit.data.mixture import draw_rows, label_of
+from toolkit.data.sources import Source, iter_rows, read_rows, sources_of
+from toolkit.runtime.errors import DataError
+
+
+def test_a_directory_is_its_files_in_order_without_hidden_ones_and_what_describes_them(tmp_path: Path) -> None:
+    put(tmp_path / "d" / "sub" / "1.jsonl", as_jsonl(ROWS[3:]))
+    put(tmp_path / "d" / "0.JSONL.gz", READ["rows.jsonl.gz"])
+    put(tmp_path / "d" / "empty.jsonl", "")
+    for name in ("README.md", ".hidden.jsonl", "_SUCCESS", ".git/x.jsonl", "dataset_infos.json", "LICENSE.txt"):
+        put(tmp_path / "d" / name, "{}")
+    source = Source(str(tmp_path / "d"))
+    assert with_lists(list(iter_rows(source))) == [*ROWS, *ROWS[3:]]
+    assert [file.name for file in source.files] == ["0.JSONL.gz", "empty.jsonl", "1.jsonl"]
+
+
+def test_links_are_followed_once_and_a_file_by_two_names_is_read_once(tmp_path: Path) -> None:
+    put(tmp_path / "elsewhere" / "rows.jsonl", as_jsonl())
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "d")
+    (tmp_path / "d" / "again.jsonl").symlink_to(tmp_path / "elsewhere" / "rows.jsonl")
+    assert with_lists(read_rows(str(tmp_path / "d"))) == ROWS
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train.jsonl", "test.jsonl", "dev.jsonl"),
+        ("data/Train-00000-of-00001.jsonl", "data/TEST-00000-of-00001.jsonl", "data/validation-00000-of-00001.jsonl"),
+        ("training/a.jsonl", "testing/a.jsonl", "val/a.jsonl"),
+        ("my_train_set.jsonl", "my_test_set.jsonl", "my_valid_set.jsonl"),
+    ],
+)
+def test_files_and_folders_named_after_splits_are_splits(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for number, name in enumerate(names):
+        put(tmp_path / name, as_jsonl(ROWS[number : number + 1]))
+    put(tmp_path / "all.zip", as_zip({name: as_jsonl(ROWS[n : n + 1]) for n, name in enumerate(names)}))
+    for path in (tmp_path / "all.zip", tmp_path):
+        if path == tmp_path:
+            (tmp_path / "all.zip").unlink()
+        for number, split in enumerate(("train", "test", "validation")):
+            assert with_lists(read_rows(str(path), split)) == [ROWS[number]]
+        assert with_lists(read_rows(str(path))) == [ROWS[0]]
+        assert with_lists(read_rows(str(path), default_split="validation")) == [ROWS[2]]
+        with pytest.raises(DataError, match=r"has no split 'nope'; set data\.split to one of: test, train, validation"):
+            read_rows(str(path), "nope")
+
+
+def test_custom_splits_are_those_of_sharded_names(tmp_path: Path) -> None:
+    for number, split in enumerate(("pqa_a", "pqa_b")):
+        put(tmp_path / f"{split}-00000-of-00001.jsonl", as_jsonl(ROWS[number : number + 1]))
+    assert with_lists(read_rows(str(tmp_path), "pqa_b")) == [ROWS[1]]
+    with pytest.raises(DataError, match=r"has the splits pqa_a, pqa_b, and data\.split names none"):
+        read_rows(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (("a.jsonl", "b.csv"), r"several formats \(.csv, .jsonl\).*name those to read, such as .*/\*\.jsonl"),
+        (("a.csv", "a.csv.gz"), "have one name, so they may be the same rows"),
+        (("train.jsonl", "more.jsonl"), "more.jsonl belongs to no split, and other files belong to train"),
+        (("README.md", "run.py"), r"holds no data file \(README.md, run.py\)"),
+        ((), r"holds no data file \(nothing\)"),
+        (("a.xls", "b.jsonl.7z"), "holds no data file"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(tmp_path: Path, files: tuple[str, ...], message: str) -> None:
+    for name in files:
+        put(tmp_path / "d" / name, READ["rows.csv.gz" if name.endswith("gz") and False else "rows.jsonl"])
+    (tmp_path / "d").mkdir(exist_ok=True)
+    with pytest.raises(DataError, match=message):
+        read_rows(str(tmp_path / "d"))
+
+
+def test_a_file_has_one_split_and_a_directory_without_named_files_too(tmp_path: Path) -> None:
+    put(tmp_path / "d" / "rows.jsonl", as_jsonl())
+    assert len(read_rows(str(tmp_path / "d"), "train")) == 6
+    with pytest.raises(DataError, match=r"no file of .* is named after a split; leave data\.split out"):
+        read_rows(str(tmp_path / "d"), "test")
+    with pytest.raises(DataError, match="is a file, and files have one split only: train"):
+        read_rows(str(tmp_path / "d" / "rows.jsonl"), "test")
+
+
+def test_a_pattern_is_the_files_that_it_matches(tmp_path: Path) -> None:
+    put(tmp_path / "d" / "a.jsonl", as_jsonl(ROWS[:2]))
+    put(tmp_path / "d" / "deep" / "b.jsonl", as_jsonl(ROWS[2:]))
+    put(tmp_path / "d" / "a.csv", as_csv())
+    assert with_lists(read_rows(str(tmp_path / "d" / "*.jsonl"))) == ROWS[:2]
+    assert with_lists(read_rows(str(tmp_path / "d" / "**" / "*.jsonl"))) == ROWS
+    assert with_lists(read_rows(put(tmp_path / "odd[1].jsonl", as_jsonl()))) == ROWS
+    with pytest.raises(DataError, match="matches no file"):
+        read_rows(str(tmp_path / "*.parquet"))
+
+
+def test_a_saved_set_and_its_splits_are_read(tmp_path: Path) -> None:
+    whole = datasets.Dataset.from_list(ROWS)
+    whole.save_to_disk(str(tmp_path / "one"), num_shards=2)
+    datasets.DatasetDict({"train": whole, "test": whole.select([5, 4])}).save_to_disk(str(tmp_path / "both"))
+    assert with_lists(read_rows(str(tmp_path / "one"))) == ROWS
+    assert len(Source(str(tmp_path / "one")).files) == 2
+    assert with_lists(read_rows(str(tmp_path / "both"), "test")) == [ROWS[5], ROWS[4]]
+    assert with_lists(read_rows(str(tmp_path / "both" / "test"))) == [ROWS[5], ROWS[4]]
+    assert len(read_rows(str(tmp_path / "both"))) == 6
+    with pytest.raises(DataError, match=r"has no split 'x'; set data\.split to one of: train, test"):
+        read_rows(str(tmp_path / "both"), "x")
+    (tmp_path / "one" / "state.json").write_text("{")
+    with pytest.raises(DataError, match=r"not a readable directory of Dataset\.save_to_disk"):
+        read_rows(str(tmp_path / "one"))
+
+
+def test_a_name_is_a_folder_of_a_directory(tmp_path: Path) -> None:
+    put(tmp_path / "labeled" / "train.jsonl", as_jsonl(ROWS[:1]))
+    put(tmp_path / "artificial" / "train.jsonl", as_jsonl(ROWS[1:]))
+    assert with_lists(list(iter_rows(Source(str(tmp_path), configuration="labeled")))) == ROWS[:1]
+    with pytest.raises(DataError, match=r"data\.name is 'x', but .* set it to one of: artificial, labeled"):
+        list(iter_rows(Source(str(tmp_path), configuration="x")))
+
+
+def load(**data: Any) -> Dataset:
+    return load_dataset(DataConfig.model_validate(data), make_tokenizer(), seed=1)
+
+
+def questions(dataset: Dataset, part: str = "train") -> Counter[str]:
+    return Counter(example.origin.rpartition("/")[2] for example in getattr(dataset, part))
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> list[dict[str, Any]]:
+    many = [{**ROWS[0], "QUESTION": f"질문 {n}", "LABEL": "yes" if n % 4 else "no"} for n in range(40)]
+    few = [{**ROWS[0], "QUESTION": f"물음 {n}", "label": "maybe"} for n in range(4)]
+    return [
+        {"path": put(tmp_path / "many.jsonl", as_jsonl(many)), "weight": 0.5},
+        {"path": put(tmp_path / "few.csv", as_csv(rows=few)), "weight": 2.25},
+    ]
+
+
+def test_weights_say_how_often_rows_are_taken(two: list[dict[str, Any]], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "frostline")
+    dataset = load(path=two)
+    counts = questions(dataset)
+    assert sorted(count for name, count in counts.items() if "many" in name) == [1] * 20
+    assert sorted(count for name, count in counts.items() if "few" in name) == [2, 2, 2, 3]
+    assert "many.jsonl: an epoch takes 20 rows of 40 (weight 0.5)" in caplog.text
+    assert "few.csv: an epoch takes 9 rows of 4 (weight 2.25)" in caplog.text
+    assert load(path=two).fingerprint == dataset.fingerprint
+    assert (
+        load_dataset(DataConfig.model_validate({"path": two}), make_tokenizer(), 2).fingerprint != dataset.fingerprint
+    )
+
+
+def test_a_list_of_paths_is_all_their_rows_in_order(two: list[dict[str, Any]]) -> None:
+    dataset = load(path=[two[1]["path"], two[0]["path"]])
+    assert [example.origin.rpartition("/")[2].split()[0] for example in dataset.train] == ["few.csv"] * 4 + [
+        "many.jsonl"
+    ] * 40
+
+
+def test_rows_are_held_out_before_any_is_taken_twice(
+    two: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "frostline")
+    dataset = load(path=two, validation=0.25, oversample="label")
+    validation, train = questions(dataset, "validation"), questions(dataset)
+    assert set(validation.values()) == {1}
+    assert len(validation) == 11
+    assert not validation.keys() & train.keys()
+    assert "data.oversample: training rows by label were maybe" in caplog.text
+    assert validation == questions(load(path=two, validation=0.25), "validation")
+
+
+def test_a_limit_takes_some_rows_and_a_larger_one_the_same_and_more(two: list[dict[str, Any]]) -> None:
+    path = two[0]["path"]
+    five, ten = (questions(load(path=path, limit=limit)) for limit in (5, 10))
+    assert (len(five), len(ten)) == (5, 10)
+    assert five.keys() < ten.keys()
+    assert questions(load(path=path, limit=100)) == questions(load(path=path))
+    held_out = load(path=path, limit=5, validation=0.5)
+    assert (len(held_out.train), len(held_out.validation)) == (5, 20)
+
+
+def test_labels_are_as_frequent_as_the_most_frequent(two: list[dict[str, Any]]) -> None:
+    labels = ["yes"] * 6 + ["no"] * 2 + [None, "maybe"]
+    drawn = list(draw_rows([0] * 10, [1.0], labels, None, 7))
+    assert Counter(labels[row] for row in drawn) == {"yes": 6, "no": 6, "maybe": 6, None: 1}
+    assert Counter(drawn)[6] == Counter(drawn)[7] == 3
+    assert drawn == sorted(drawn) == list(draw_rows([0] * 10, [1.0], labels, None, 7))
+    assert list(draw_rows([0] * 3, [1.0], None, None, 7)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"oversample": "nope"}, r"data\.oversample is 'nope', but a row has no such column; it has QUESTION"),
+        ({"oversample": "QUESTION"}, "has 44 different values in 44 rows; expected a column of a few labels"),
+        ({"oversample": "CONTEXTS"}, "but a row has a list there; expected a label"),
+        ({"oversample": "LONG_ANSWER"}, r"has 1 value\(s\); expected at least 2"),
+    ],
+)
+def test_a_column_that_holds_no_labels_is_refused(
+    two: list[dict[str, Any]], data: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        load(path=two, **data)
+
+
+def test_labels_are_found_in_any_case_and_blank_ones_are_none() -> None:
+    assert label_of({"Final_Decision": " yes "}, "final_decision") == "yes"
+    assert [label_of({"a": value}, "a") for value in ("", None, float("nan"), 3)] == [None, None, None, "3"]
+
+
+def test_what_was_read_is_recorded(two: list[dict[str, Any]], tmp_path: Path) -> None:
+    dataset = load(path=two[0]["path"], validation=[two[1]["path"]])
+    dataset.save_sources(tmp_path / "data_files.json")
+    recorded = json.loads((tmp_path / "data_files.json").read_text())
+    assert [(part["for"], part["files"][0]["path"]) for part in recorded] == [
+        ("train", os.path.realpath(two[0]["path"])), ("validation", os.path.realpath(two[1]["path"])),
+    ]  # fmt: skip
+    assert recorded[0]["files"][0]["bytes"] == os.path.getsize(two[0]["path"])  # noqa: PTH202
+
+
+def test_the_sources_of_a_recipe_have_its_options() -> None:
+    config = DataConfig.model_validate(
+        {
+            "path": ["org/a", {"path": "org/b", "name": "own", "split": "s", "weight": 3}], "name": "n",
+            "revision": "r", "split": "t", "encoding": "cp949", "separator": "tab", "sheet": "자료",
+            "validation": ["org/a", {"path": "org/c"}], "validation_split": "v",
+        }
+    )  # fmt: skip
+    first, second = sources_of(config, "train")
+    assert (first.name, first.revision, first.weight, first.options.separator) == ("org/a:n[t]", "r", 1, "\t")
+    assert (second.name, second.revision, second.weight) == ("org/b:own[s]", "r", 3)
+    own, other = sources_of(config, "validation")
+    assert (own.name, own.revision, own.key) == ("org/a:n[v]", "r", "data.validation_split")
+    assert (other.name, other.revision, other.default_split) == ("org/c[v]", None, "validation")
+    assert sources_of(config, "test") == []

@@ -1,0 +1,251 @@
+"""Each form of file gives its rows, or one error that names the file and says what to do."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_files import CELLS, DATED, READ, REFUSED, ROWS, as_csv, as_json, as_jsonl, as_workbook, as_zip
+
+from toolkit.data.readers import content, json_stream, text
+from toolkit.data.readers.row import ReadOptions
+from toolkit.data.sources import Row, Source, iter_rows, read_rows
+from toolkit.runtime.errors import DataError
+from toolkit.tasks.choose import load_task
+
+
+def put(path: Path, data: str | bytes) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return str(path)
+
+
+def with_lists(rows: list[Row]) -> list[Any]:
+    """The values of rows, with lists that a table holds as JSON; a fault in place of what could not be read."""
+    values = [row.fault or dict(row.values) for row in rows]
+    for row in values:
+        if isinstance(row, dict) and isinstance(row.get("CONTEXTS"), str):
+            row["CONTEXTS"] = json.loads(row["CONTEXTS"])
+        if isinstance(row, dict):
+            row.pop("index", None)  # that pandas' table orient writes
+    return values
+
+
+@pytest.mark.parametrize("name", READ)
+def test_every_form_gives_the_same_rows(tmp_path: Path, name: str) -> None:
+    assert with_lists(read_rows(put(tmp_path / name, READ[name]))) == ROWS
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refused_file_is_named_once_with_its_reason_and_none_of_its_rows(tmp_path: Path, name: str) -> None:
+    path = put(tmp_path / name, REFUSED[name][0])
+    with pytest.raises(DataError, match=REFUSED[name][1]) as error:
+        read_rows(path)
+    assert path in str(error.value)
+    assert "열이 나" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("cp949.csv", "is read as cp949, as its bytes suggest; data.encoding names another"),
+        ("utf16.jsonl", "is read as UTF-16, by its byte order mark"),
+        ("utf16_be.csv", "is read as utf-16-be"),
+        ("semicolons.csv", "is read with fields separated by ';'; data.separator names another"),
+        ("commas.tsv", "is read with fields separated by ','"),
+        ("lines.json", "is read as a row a line, by its content"),
+        ("list.jsonl", "is read as one JSON value, by its content"),
+        ("wrapped.json", "holds its rows under the key data"),
+        ("pandas_columns.json", "holds columns, as pandas writes them"),
+        ("parquet_named.csv", "is read as Parquet, by its content"),
+        ("title.xlsx", "begins with a title, which is left out"),
+        ("header_twice.csv", "row 4 repeats the header, and is left out"),
+        ("hidden_sheet_first.xlsx", "has the sheets 숨김, 자료; 자료 is read, as data.sheet names none"),
+        ("rows.zip", "1 other files are not read, such as README.md"),
+    ],
+)
+def test_what_was_detected_is_said_once(tmp_path: Path, name: str, said: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "frostline")
+    read_rows(put(tmp_path / name, READ[name]))
+    assert caplog.text.count(said) == 1
+
+
+def test_nothing_is_said_about_a_usual_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "frostline")
+    for name in ("rows.jsonl", "one_line.json", "rows.csv", "rows.parquet", "rows.tsv", "rows.jsonl.gz", "rows.xlsx"):
+        read_rows(put(tmp_path / name, READ[name]))
+    assert not caplog.text
+
+
+def read(path: str, **options: str) -> list[Row]:
+    return list(iter_rows(Source(path, options=ReadOptions(**options))))
+
+
+def test_encoding_separator_and_sheet_can_be_asked_for(tmp_path: Path) -> None:
+    western = put(tmp_path / "western.csv", "a#b\nnoël, 37°C#x\n".encode("cp1252"))
+    assert read(western, encoding="cp1252", separator="#")[0].values == {"a": "noël, 37°C", "b": "x"}
+    assert with_lists(read(put(tmp_path / "k.csv", as_csv().encode("cp949")), encoding="euc-kr")) == ROWS
+    assert with_lists(read(put(tmp_path / "u.csv", as_csv().encode("utf-16-be")), encoding="utf-16")) == ROWS
+    assert read(put(tmp_path / "t.txt", "a;b\n1;2\n"), separator=";")[0].values == {"a": "1", "b": "2"}
+    book = put(tmp_path / "book.xlsx", as_workbook({"안내": [["x"], ["y"]], "자료": CELLS}))
+    assert with_lists(read(book, sheet="자료")) == ROWS
+    with pytest.raises(DataError, match=r"data\.sheet is 'x', but .* set it to one of: 안내, 자료"):
+        read(book, sheet="x")
+    with pytest.raises(DataError, match=r"data\.encoding is 'nope', which is no encoding of text"):
+        read(western, encoding="nope")
+    with pytest.raises(DataError, match="is not utf-16-le text throughout"):
+        read(put(tmp_path / "not.csv", as_csv().encode("cp949")), encoding="utf-16")
+
+
+def test_a_file_on_one_long_line_is_read_whatever_its_encoding(tmp_path: Path) -> None:
+    """The part of it that is looked at ends within a character."""
+    rows = [{"q": "감염은 열을 낸다" * 50_000, "a": str(n)} for n in range(3)]
+    for at, encoding in enumerate(("utf-8", "cp949", "utf-16")):
+        written = "[" + " " * at + as_json(rows)[1:]
+        assert [row.values for row in read_rows(put(tmp_path / "r.json", written.encode(encoding)))] == rows
+        keyed = as_json({str(n): row for n, row in enumerate(rows)})
+        assert [row.values for row in read_rows(put(tmp_path / "k.json", keyed.encode(encoding)))] == rows
+
+
+def test_a_damaged_character_does_not_hide_an_encoding(tmp_path: Path) -> None:
+    written = as_csv(rows=ROWS * 20).encode("cp949") + b"\xff\xff,b,c\r\n"
+    *rows, bad = read_rows(put(tmp_path / "rows.csv", written))
+    assert with_lists(rows) == ROWS * 20
+    assert bad.fault is not None
+    assert bad.fault.startswith("is not cp949 text")
+
+
+def test_text_that_is_neither_utf8_nor_korean_is_not_guessed(tmp_path: Path) -> None:
+    """37°C in cp1252 is a valid cp949 syllable; a few broken lines of JSON are damage and no encoding."""
+    (row,) = read_rows(put(tmp_path / "western.csv", "a,b\nfever of 37°C,x\n".encode("cp1252")))
+    assert row.fault == "is not UTF-8 text; save the file as UTF-8, or name its encoding in data.encoding"
+    broken = as_jsonl(ROWS[:4]).encode() + as_jsonl(ROWS[4:5]).encode("cp949")
+    assert [row.fault is None for row in read_rows(put(tmp_path / "rows.jsonl", broken))] == [True] * 4 + [False]
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ('{"QUESTION": "a\\ud83d"}', "holds half of a character, the lone surrogate U+D83D in QUESTION"),
+        ('{"QUESTION": "a\\u0000b"}', "holds a NUL character in QUESTION"),
+        ('{"QUESTION": "a\0b"}', "holds a NUL character"),
+        (as_jsonl(ROWS)[:50], "is not valid JSON"),
+    ],
+)
+def test_a_bad_row_is_named_with_its_reason_and_the_others_are_read(tmp_path: Path, line: str, fault: str) -> None:
+    *rows, bad = read_rows(put(tmp_path / "rows.jsonl", as_jsonl() + line))
+    assert with_lists(rows) == ROWS
+    assert bad.origin.endswith("line 7")
+    assert fault in (bad.fault or "")
+
+
+def test_fields_too_many_are_named_with_their_line(tmp_path: Path) -> None:
+    *_, bad = read_rows(put(tmp_path / "rows.csv", as_csv() + "5' 10\" tall,b,c, d\r\n"))
+    assert bad.fault == (
+        "has not the 3 fields of the header line (it has 4, up to line 8); check its quotes and separators"
+    )
+
+
+def test_a_single_object_is_one_row_and_a_conversation_no_list_of_rows(tmp_path: Path) -> None:
+    turns = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "training": False}]}
+    for row in (ROWS[0], turns, {**turns, "tools": []}, {"context": "c", "labels": ["a", "b"]}):
+        for name, value in (("one.json", as_json(row, 1)), ("one.jsonl", as_json(row))):
+            assert [found.values for found in read_rows(put(tmp_path / name, value))] == [row]
+
+
+def test_lines_of_text_are_rows(tmp_path: Path) -> None:
+    rows = read_rows(put(tmp_path / "raw.txt", "환자는 {나았다}.\r\n\n  둘째, 줄\t\n"))
+    assert [row.values for row in rows] == [{"text": "환자는 {나았다}."}, {"text": "둘째, 줄"}]
+
+
+def test_cells_that_are_no_text_keep_their_value_and_dates_become_text(tmp_path: Path) -> None:
+    (row,) = read_rows(put(tmp_path / "dates.xlsx", DATED))
+    assert row.values == {"날짜": "2024-03-01", "시각": "2024-03-01T09:30:00", "점수": 3, "예": True}
+
+
+def test_the_questions_of_a_survey_are_names_of_columns(tmp_path: Path) -> None:
+    asked = "Did you have a fever in the last two weeks?"
+    rows = read_rows(put(tmp_path / "survey.csv", f"id,{asked}\n1,yes\n2,no\n"))
+    assert [row.values[asked] for row in rows] == ["yes", "no"]
+
+
+def test_rows_are_read_in_a_stream(tmp_path: Path) -> None:
+    """Of a compressed file of 20,000 rows, little is decompressed before the first is there."""
+    rows = [{"text": f"{n} " + "열 " * 50} for n in range(20_000)]
+    for name in ("rows.jsonl.gz", "rows.json.gz", "rows.csv.gz"):
+        written = {"jsonl": as_jsonl(rows), "json": as_json(rows), "csv": as_csv(rows=rows)}[name.split(".")[1]]
+        path = put(tmp_path / name, gzip.compress(written.encode(), 1))
+        damaged = put(tmp_path / f"half.{name}", Path(path).read_bytes()[: Path(path).stat().st_size * 3 // 4])
+        reader = iter_rows(Source(damaged))
+        assert next(reader).values == rows[0]
+        with pytest.raises(DataError, match="damaged or cut off"):
+            list(reader)
+
+
+def test_a_bomb_is_stopped_at_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(content, "_FREE_BYTES", 2**20)
+    blank = put(tmp_path / "blank.jsonl.gz", gzip.compress(b"\n" * 2**22))
+    member = put(tmp_path / "bomb.zip", as_zip({"rows.csv": b"a,b\n" * 2**20}))
+    for path in (blank, member):
+        with pytest.raises(DataError, match="decompresses to more than 200 times its"):
+            read_rows(path)
+    monkeypatch.setattr(text, "LONGEST_LINE", 2**16)
+    monkeypatch.setattr(json_stream, "LONGEST_LINE", 2**16)
+    with pytest.raises(DataError, match="line 1 is longer than 65,536 characters"):
+        read_rows(put(tmp_path / "long.csv", b"0" * 2**18))
+    with pytest.raises(DataError, match="a value at line 1 has more than 65,536 characters, or is no JSON"):
+        read_rows(put(tmp_path / "long.json", b'["' + b"0" * 2**19))
+    monkeypatch.setattr(content, "_LARGEST_IN_MEMORY", 100)
+    with pytest.raises(DataError, match="is not read from front to back; unpack it once"):
+        read_rows(put(tmp_path / "rows.parquet.gz", READ["rows.parquet.gz"]))
+
+
+def test_archives_lie_at_most_three_deep_and_touch_nothing_outside(tmp_path: Path) -> None:
+    inner = as_zip({"rows.jsonl": as_jsonl()})
+    for _ in range(3):
+        inner = as_zip({"inner.zip": inner})
+    with pytest.raises(DataError, match="more than 3 archives or compressed files lie within each other"):
+        read_rows(put(tmp_path / "deep.zip", inner))
+    folder = tmp_path / "a" / "b"
+    evil = put(folder / "evil.zip", as_zip({"../../rows.jsonl": as_jsonl(), "/etc/rows2.jsonl": as_jsonl()}))
+    assert len(read_rows(evil)) == 12
+    assert {path.name for path in tmp_path.rglob("*")} == {"a", "deep.zip", "b", "evil.zip"}
+
+
+def test_an_encrypted_archive_is_refused(tmp_path: Path) -> None:
+    path = Path(put(tmp_path / "rows.zip", as_zip({"rows.jsonl": as_jsonl()})))
+    with zipfile.ZipFile(path) as archive:
+        (info,) = archive.infolist()
+    data = bytearray(path.read_bytes())
+    for at, magic in ((6, b"PK\3\4"), (8, b"PK\1\2")):
+        data[data.index(magic) + at] |= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=f"{info.filename} in it is encrypted"):
+        read_rows(str(path))
+
+
+def test_typed_tables_do_not_give_a_call_the_arguments_of_other_functions(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+    from datasets import Dataset
+
+    def row(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        properties = {key: {"type": "string"} for key in arguments}
+        return {
+            "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}],
+            "tools": [{"type": "function", "function": {"name": name, "parameters": {"properties": properties}}}],
+        }
+
+    rows = [row("f", {"x": "1"}), row("g", {"y": "2", "z": "3"})]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    task = load_task("messages")
+    for path in ("rows.parquet", "saved"):
+        found = [task.read(row.values) for row in read_rows(str(tmp_path / path))]
+        assert found == [task.read(row) for row in rows]

@@ -1,0 +1,41 @@
+"""What the sections of a recipe have in common."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+
+class Section(BaseModel):
+    """Base of recipe sections: immutable, rejects unknown keys, takes each field's help from its docstring."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_none(cls, values: Any) -> Any:
+        """Read the word none as no value where a key may have none: in recipes and overrides as in flags."""
+        if not isinstance(values, Mapping):
+            return values
+        optional = {info.alias or name for name, info in cls.model_fields.items() if takes_none(info.annotation)}
+        return {key: None if key in optional and is_none(value) else value for key, value in values.items()}
+
+
+def takes_none(annotation: Any) -> bool:
+    """Return whether a key of this type may have no value."""
+    return type(None) in typing.get_args(annotation)
+
+
+def is_none(value: Any) -> bool:
+    """Return whether a value is the word for no value: none, or YAML's null, in any case."""
+    return isinstance(value, str) and value.lower() in ("none", "null")
+
+
+def switch(value: Any) -> Any:
+    """Turn the boolean that YAML 1.1 makes of an unquoted on or off back into the word."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value

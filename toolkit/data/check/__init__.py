@@ -1,0 +1,1 @@
+"""Look at data without changing it: duplicates, leaks, odd answers, languages, identifiers, lengths."""

@@ -1,0 +1,190 @@
+"""What lies at a path: one file, an archive, a directory or the matches of a pattern, by split."""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+from toolkit.data.readers.columnar import DISK_SPLITS, DISK_STATE, read_saved
+from toolkit.data.readers.content import COMPRESSED, Content, archive_members, is_hidden, open_content
+from toolkit.data.readers.formats import ENDINGS, family_of, has_known_ending, read_content
+from toolkit.data.readers.row import ReadOptions, Row
+from toolkit.data.readers.splits import choose_split, split_of
+from toolkit.runtime.errors import DataError
+from toolkit.runtime.paths import is_file
+
+log = logging.getLogger("frostline")
+
+
+@dataclass(frozen=True)
+class Place:
+    """The files of one split, in the order of their names, and their rows."""
+
+    files: tuple[Path, ...]
+    """Files on the disk."""
+    parts: tuple[partial[Iterator[Row]], ...]
+    """Opens the rows of each file, or of each member of an archive."""
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows of all parts."""
+        for part in self.parts:
+            yield from part()
+
+
+def place_of_file(file: Path, path: str, split: str | None, key: str, default: str, options: ReadOptions) -> Place:
+    """Return what a file or archive holds.
+
+    ``path`` is the file as the user named it, ``key`` names ``split`` in messages, and ``default`` is the split that is
+    taken of several if none is named.
+
+    Raises:
+        DataError: there is no such split, or no file of a known format in the archive.
+    """
+    content = open_content(file, path, file.name)
+    members = archive_members(content)
+    if members is None:
+        if split not in (None, "train"):
+            raise DataError(f"{key} is {split!r}, but {path} is a file, and files have one split only: train")
+        return Place((file,), (partial(read_content, content, options),))
+    return _choose(path, members, split, key, default, options)
+
+
+def place_of_directory(
+    directory: Path, path: str, split: str | None, key: str, default: str, options: ReadOptions
+) -> Place:
+    """Return what a directory holds: files of one format for each split, or what ``Dataset.save_to_disk`` wrote.
+
+    Raises:
+        DataError: as ``place_of_file``, or files of several formats.
+    """
+    if (directory / DISK_STATE).is_file() and (directory / "dataset_info.json").is_file():
+        if split not in (None, "train", own := _saved_split(directory)):
+            raise DataError(f"{key} is {split!r}, but {path} holds one split only: {own or 'train'}")
+        return _saved(directory, path)
+    if (directory / DISK_SPLITS).is_file():
+        splits = json.loads((directory / DISK_SPLITS).read_bytes())["splits"]
+        split = choose_split(path, splits, split, key, default)
+        return _saved(directory / split, f"{path}/{split}")
+    return _choose(path, _contents(_walk(directory), directory, path), split, key, default, options)
+
+
+def place_of_pattern(pattern: str, split: str | None, key: str, default: str, options: ReadOptions) -> Place | None:
+    """Return the files that a pattern such as ``data/*.jsonl`` matches; None if ``pattern`` is none.
+
+    Raises:
+        DataError: as ``place_of_directory``, or nothing matches.
+    """
+    if "\0" in pattern or not glob.has_magic(pattern):
+        return None
+    files = sorted(Path(name) for name in _matches(pattern) if Path(name).is_file())
+    if not files:
+        raise DataError(f"{pattern}: matches no file (from {Path.cwd()}); expected a pattern such as data/*.jsonl")
+    base = Path(os.path.commonpath([file.parent for file in files]))
+    return _choose(pattern, _contents(files, base, str(base)), split, key, default, options)
+
+
+def _matches(pattern: str) -> list[str]:
+    """Return what a pattern matches; ``**`` stands for folders, hidden files are left out."""
+    return glob.glob(pattern, recursive=True)  # noqa: PTH207 - those of pathlib take no absolute pattern
+
+
+def _contents(files: list[Path], base: Path, label: str) -> list[Content]:
+    """Return the content of files below ``base``, and of archives among them, each file once."""
+    contents: list[Content] = []
+    seen: dict[str, Path] = {}
+    for file in files:
+        if (first := seen.setdefault(os.path.realpath(file), file)) != file:
+            log.info("%s is %s by another name, and is read once", file, first)
+            continue
+        name = file.relative_to(base).as_posix()
+        content = open_content(file, f"{label.rstrip('/')}/{name}", name)
+        contents += archive_members(content) or [content]
+    return contents
+
+
+def _walk(directory: Path) -> list[Path]:
+    """Return the files below a directory in the order of their names, without hidden ones; links are followed."""
+    found: list[Path] = []
+    visited: set[str] = set()
+    for folder, folders, names in os.walk(directory, followlinks=True):
+        folders[:] = [name for name in folders if not is_hidden(PurePosixPath(name))]
+        if (real := os.path.realpath(folder)) in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        found += [Path(folder, name) for name in names if not is_hidden(PurePosixPath(name))]
+    return sorted(file for file in found if file.is_file())
+
+
+def _choose(
+    path: str, contents: list[Content], split: str | None, key: str, default: str, options: ReadOptions
+) -> Place:
+    """Return the contents of a known format that belong to the split."""
+    known = [content for content in contents if has_known_ending(content.name) and not _is_description(content)]
+    if not known:
+        listed = ", ".join(content.name for content in contents[:5]) or "nothing"
+        raise DataError(f"{path}: holds no data file ({listed}); expected files that end in {ENDINGS}")
+    if left_out := [content.name for content in contents if content not in known]:
+        log.info("%s: %d other files are not read, such as %s", path, len(left_out), left_out[0])
+    splits: dict[str, list[Content]] = {}
+    for content in known:
+        splits.setdefault(split_of(content.name) or "", []).append(content)
+    unnamed = splits.pop("", [])
+    if unnamed and splits:
+        raise DataError(
+            f"{path}: {unnamed[0].name} belongs to no split, and other files belong to {', '.join(sorted(splits))}; "
+            "rename or move it, or name the files to read, one by one or by a pattern"
+        )
+    if not splits and split not in (None, "train"):
+        raise DataError(f"{key} is {split!r}, but no file of {path} is named after a split; leave {key} out")
+    chosen = splits[choose_split(path, sorted(splits), split, key, default)] if splits else unnamed
+    _check_alike(path, chosen)
+    log.info("%s: %d file%s read, %s", path, len(chosen), "s are" if len(chosen) > 1 else " is",
+             ", ".join(content.name for content in chosen[:3]) + (" …" if len(chosen) > 3 else ""))  # fmt: skip
+    files = dict.fromkeys(content.file for content in chosen)
+    return Place(tuple(files), tuple(partial(read_content, content, options) for content in chosen))
+
+
+def _is_description(content: Content) -> bool:
+    """Return whether a file describes a data set, rather than holding rows."""
+    return PurePosixPath(content.name).name.lower() in ("dataset_info.json", "dataset_infos.json", DISK_STATE) or (
+        content.suffix == ".txt" and PurePosixPath(content.name).stem.lower() in ("readme", "license", "licence")
+    )
+
+
+def _check_alike(path: str, contents: list[Content]) -> None:
+    """Raise DataError if files are of several formats, or one is a copy of another in another form."""
+    families = {family_of(content) for content in contents}
+    names = ", ".join(sorted({content.suffix for content in contents}))
+    if len(families) > 1:
+        pattern = f"{path.rstrip('/')}/*{contents[0].suffix}"
+        remedy = "unpack it and name one of them" if is_file(path) else f"name those to read, such as {pattern}"
+        raise DataError(f"{path}: holds files of several formats ({names}), which may be the same rows; {remedy}")
+    by_stem: dict[str, Content] = {}
+    for content in contents:
+        stem = str(PurePosixPath(content.name).with_suffix(""))
+        if (other := by_stem.setdefault(stem, content)) is not content:
+            raise DataError(
+                f"{path}: {other.label} and {content.label} have one name, so they may be the same rows; name the one "
+                f"to read. Endings of compression ({', '.join(COMPRESSED)}) do not count"
+            )
+
+
+def _saved(directory: Path, label: str) -> Place:
+    """Return what ``Dataset.save_to_disk`` wrote into a directory."""
+    return Place(tuple(sorted(directory.glob("*.arrow"))), (partial(read_saved, directory, label),))
+
+
+def _saved_split(directory: Path) -> str | None:
+    """Return the split that a saved data set says it is."""
+    try:
+        split = json.loads((directory / DISK_STATE).read_bytes()).get("_split")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return split if isinstance(split, str) else None

@@ -1,0 +1,102 @@
+"""Rows of an Excel workbook: one sheet of it, with a header row."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+import zipfile
+from collections.abc import Iterator
+from typing import IO, Any
+
+from toolkit.data.readers.content import Content
+from toolkit.data.readers.row import ReadOptions, Row, plain_value
+from toolkit.data.readers.table import Record, table_rows
+from toolkit.runtime.errors import DataError
+
+log = logging.getLogger("frostline")
+
+_LARGEST_PART = 512 * 2**20
+"""Largest part of a workbook in bytes, decompressed; its texts are held in memory."""
+
+
+def read_workbook(content: Content, options: ReadOptions) -> Iterator[Row]:
+    """Yield the rows of a sheet: the one that ``data.sheet`` names, else the first visible one that is not empty.
+
+    Numbers and booleans stay what they are, dates become ISO text, blank cells are empty text.
+
+    Raises:
+        DataError: the workbook is damaged, too large or has no such sheet.
+    """
+    with content.seekable() as stream:
+        _check_parts(content.label, stream)
+        book = _open(content.label, stream)
+        try:
+            sheet = _choose_sheet(content.label, book, options.sheet)
+            yield from table_rows(content.label, _records(content.label, sheet), may_be_short=True)
+        finally:
+            book.close()
+
+
+def _open(label: str, stream: IO[bytes]) -> Any:
+    """Open a workbook for reading values row by row."""
+    import openpyxl
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about drawings, filters and styles, which are not read
+            return openpyxl.load_workbook(stream, read_only=True, data_only=True)
+    except Exception as error:  # openpyxl lets through what zip files, XML and its own parts raise
+        raise _damaged(label, error) from None
+
+
+def _records(label: str, sheet: Any) -> Iterator[Record]:
+    """Yield the rows of a sheet, the first with number 0."""
+    sheet.reset_dimensions()  # some programs write wrong ones
+    rows = sheet.iter_rows(values_only=True)
+    number = 0
+    while True:
+        try:
+            cells = next(rows, None)
+        except Exception as error:  # as in _open
+            raise _damaged(label, error) from None
+        if cells is None:
+            return
+        yield Record(number, ["" if cell is None else plain_value(cell) for cell in cells])
+        number += 1
+
+
+def _choose_sheet(label: str, book: Any, asked: str | None) -> Any:
+    """Return the sheet to read, and log which if there are several."""
+    sheets = {sheet.title: sheet for sheet in book.worksheets}
+    listed = ", ".join(sheets) or "none"
+    if asked is not None:
+        if asked not in sheets:
+            raise DataError(f"data.sheet is {asked!r}, but {label} has no such sheet; set it to one of: {listed}")
+        return sheets[asked]
+    visible = [sheet for sheet in sheets.values() if sheet.sheet_state == "visible"] or list(sheets.values())
+    for sheet in visible:
+        if any(any(cell != "" for cell in record.cells) for record in _records(label, sheet)):
+            if len(sheets) > 1:
+                log.info("%s has the sheets %s; %s is read, as data.sheet names none", label, listed, sheet.title)
+            return sheet
+    raise DataError(f"{label}: holds no rows; expected at least one in one of its sheets ({listed})")
+
+
+def _check_parts(label: str, stream: IO[bytes]) -> None:
+    """Raise DataError if the workbook is no zip file, or a part of it is too large to be held in memory."""
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            parts = archive.infolist()
+    except (zipfile.BadZipFile, OSError) as error:
+        raise _damaged(label, error) from None
+    if large := [part for part in parts if part.file_size > _LARGEST_PART]:
+        raise DataError(
+            f"{label}: a part of it has {large[0].file_size:,} bytes, more than the {_LARGEST_PART:,} that are read of "
+            "a workbook; save the sheet as CSV"
+        )
+    stream.seek(0)
+
+
+def _damaged(label: str, error: BaseException) -> DataError:
+    """Return the error for a workbook that cannot be read."""
+    return DataError(f"{label}: not a readable Excel workbook ({error}); save it again as .xlsx, or the sheet as CSV")

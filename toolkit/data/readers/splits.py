@@ -1,0 +1,69 @@
+"""Splits of a data set: which of its files belong to which, and which one is read."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+
+from toolkit.runtime.errors import DataError
+
+log = logging.getLogger("frostline")
+
+_SPLIT_WORDS = {
+    "train": "train", "training": "train",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
+"""Split by a word in the name of a file or folder, as ``datasets`` reads them."""
+
+_SHARD = re.compile(r"(.+?)[-_]\d+[-_]of[-_]\d+$")
+
+
+def split_of(name: str) -> str | None:
+    """Return the split that a file belongs to by its path within a data set; None if nothing in it names one.
+
+    The file's own name counts before those of its folders, the nearest first.
+    """
+    path = PurePosixPath(name)
+    stem = path.name.partition(".")[0]
+    for part in (stem, *reversed(path.parts[:-1])):
+        words = [word for word in re.split(r"[^a-z]+", part.lower()) if word]
+        if found := {_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS}:
+            return sorted(found)[0] if len(found) == 1 else None
+    shard = _SHARD.match(stem)
+    return shard[1] if shard and not shard[1].lower().startswith(("data", "part")) else None
+
+
+def choose_split(
+    name: str, available: Sequence[str], split: str | None, key: str, default_split: str, may_slice: bool = False
+) -> str:
+    """Choose the split of a data set, and log it if the user named none.
+
+    Args:
+        name: the data set, for messages.
+        available: its splits.
+        split: the one that the user named.
+        key: recipe key or flag that names the split, for messages.
+        default_split: the one that is taken of several if none is named.
+        may_slice: whether ``split`` may be an expression of ``datasets``, as ``train[:10%]+test``.
+
+    Raises:
+        DataError: there is no such split, or none is named and ``default_split`` is not there.
+    """
+    listed = ", ".join(available)
+    if split is not None:
+        named = [part.partition("[")[0].strip() for part in split.split("+")] if may_slice else [split]
+        if unknown := [part for part in named if part not in (*available, *(("all",) if may_slice else ()))]:
+            raise DataError(
+                f"{key} is {split!r}, but {name} has no split {unknown[0]!r}; set {key} to one of: {listed}"
+            )
+        return split
+    if len(available) == 1:
+        log.info("%s has one split, %s, which is taken", name, listed)
+        return available[0]
+    if default_split not in available:
+        raise DataError(f"{name} has the splits {listed}, and {key} names none of them; set it to the one to read")
+    log.info("%s has the splits %s; %s is taken, as %s names none", name, listed, default_split, key)
+    return default_split

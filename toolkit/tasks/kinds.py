@@ -1,0 +1,51 @@
+"""Find a column's value in a row, and read it as its kind says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from toolkit.tasks.columns import MISSING, find, match
+from toolkit.tasks.row_values import RowValues, unprinted
+from toolkit.tasks.sample import RowFaultError
+from toolkit.tasks.task_file import ColumnSpec
+
+
+def first_value(values: Mapping[str, Any], column: ColumnSpec) -> tuple[str, Any]:
+    """Return the first path of a column that a row has, and its value; the first of all and MISSING if it has none."""
+    found = ((path, find(values, path)) for path in column.path)
+    return next((one for one in found if one[1] is not MISSING), (column.path[0], MISSING))
+
+
+def shown_path(values: Mapping[str, Any], path: str) -> str:
+    """Return a path with the first name as the row has it."""
+    first = path.partition(".")[0].removesuffix("[]").strip()
+    own = match([str(key) for key in values], first) if "," not in path else None
+    return path if own is None else own + path.strip()[len(first) :]
+
+
+def read_kind(column: ColumnSpec, value: Any, shown: str, name: str, reader: RowValues) -> Any:
+    """Return a value as the column's kind says; ``shown`` is its name in the row, ``name`` in the task.
+
+    Raises:
+        RowFaultError: it is not of this kind.
+    """
+    if column.kind == "text":
+        return reader.text(value, shown)
+    if column.kind == "texts":
+        return list(reader.texts(value, shown, name))
+    if column.kind == "options":
+        return list(reader.options(value, shown))
+    if column.kind == "pairs":
+        pairs = unprinted(value, shown)
+        if not isinstance(pairs, Sequence) or not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in pairs):
+            raise RowFaultError(f"has no pairs in {shown}; expected a list of [question, answer]")
+        return [(reader.text(question, shown), reader.text(answer, shown)) for question, answer in pairs]
+    if column.kind == "raw":
+        reader.text(value, shown)  # for its faults; blanks around it stay
+    return reader.clean(value, shown) if isinstance(value, str) else value
+
+
+def empty_value(column: ColumnSpec) -> Any:
+    """Return what a column without a default is where a row lacks it."""
+    return [] if column.kind in ("texts", "pairs", "options", "messages") else ""

@@ -1,0 +1,48 @@
+"""What an answer may be: one of a list of labels, or JSON by a schema."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from toolkit.runtime.errors import UsageError
+from toolkit.tasks.sample import RowFaultError
+from toolkit.tasks.task_file import OutputSpec, TaskSpec
+
+
+def labels_of(spec: TaskSpec) -> tuple[str, ...]:
+    """Return the task's fixed labels; none if it has no list of them."""
+    output = spec.output
+    return tuple(output.labels) if isinstance(output, OutputSpec) and output.labels else ()
+
+
+def check_answer(spec: TaskSpec, answer: str) -> None:
+    """Raise RowFaultError if an answer is none that the task allows.
+
+    Options that a row brings are checked where its answer is read.
+    """
+    labels = labels_of(spec)
+    if labels and answer not in labels and not any(column.kind == "choice" for column in spec.columns.values()):
+        raise RowFaultError(f"has the answer {answer[:60]!r}; expected one of {', '.join(labels)}")
+    if isinstance(spec.output, OutputSpec) and isinstance(spec.output.json_schema, dict):
+        _check_json(answer, spec.output.json_schema)
+
+
+def _check_json(answer: str, schema: Mapping[str, Any]) -> None:
+    """Raise RowFaultError if an answer is not JSON, or breaks the schema."""
+    import jsonschema
+
+    try:
+        value = json.loads(answer)
+    except ValueError as error:
+        raise RowFaultError(f"has an answer that is not JSON ({error})") from None
+    try:
+        jsonschema.validate(value, schema)
+    except jsonschema.ValidationError as error:
+        where = ".".join(map(str, error.absolute_path))
+        raise RowFaultError(
+            f"has an answer that breaks the task's schema{f' at {where}' if where else ''}: {error.message[:200]}"
+        ) from None
+    except jsonschema.SchemaError as error:
+        raise UsageError(f"the task's schema is no JSON schema: {error.message[:200]}") from None
