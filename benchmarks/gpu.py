@@ -153,7 +153,9 @@ def main() -> int:
     texts, missed = [head_lines()], []
     print(texts[0], flush=True)
     sizes = TINY if given.tiny or given.device == "cpu" else FULL
-    for rows in measure(parts, torch.device(given.device), sizes):
+    # with an index, as a run has it: threads that copy take the card of their thread's own
+    device = torch.device("cuda", 0) if given.device == "cuda" else torch.device("cpu")
+    for rows in measure(parts, device, sizes):
         missed += [row.what for row in rows if row.holds is False]
         texts.append(table(COLUMNS, [row.cells for row in rows]) + "\n")
         print(texts[-1], flush=True)  # a run that is cut off has shown what it had
