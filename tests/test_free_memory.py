@@ -18,11 +18,20 @@ from toolkit.training import phases
 from toolkit.training.context import prepare
 
 
+def parameters_alive() -> list[nn.Parameter]:
+    """All parameters of this process that are in memory, also those that other tests keep."""
+    gc.collect()
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Parameter) and not thing.is_meta]
+
+
+def bytes_by_storage(parameters: list[nn.Parameter]) -> dict[int, int]:
+    """The bytes of each storage of these parameters, by its address."""
+    return {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parameters}
+
+
 def blocks_alive() -> int:
     """How many blocks of the tiny model have their weights in memory."""
-    gc.collect()
-    parameters = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Parameter) and not thing.is_meta]
-    return len({p.untyped_storage().data_ptr() for p in parameters if p.shape == (32, 64)})  # mlp.down_proj
+    return len(bytes_by_storage([p for p in parameters_alive() if p.shape == (32, 64)]))  # mlp.down_proj
 
 
 def blocks_at_the_decision(model: Path, tmp_path: Path, monkeypatch: Any, *flags: object) -> list[int]:
@@ -50,6 +59,7 @@ def test_a_card_that_the_plan_fits_exactly_keeps_its_activations(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str], room: int, expected: str
 ) -> None:
     """A fake card as large as the plan's peak: what is free is its size without the weights that are alive."""
+    of_other_tests = parameters_alive()  # kept here, so that no address of theirs is given out again
     words = tiny_flags(tiny_model, tmp_path / "run", "--prefix.cache_dir", tmp_path / "cache", "--mask.train", "last:2")
     context, handle = prepare(invocation(*words), World())
     assert context.plans[0] is not None
@@ -57,12 +67,9 @@ def test_a_card_that_the_plan_fits_exactly_keeps_its_activations(
     suffix_weights = memory.at_peak["suffix weights"]
 
     def look(device: torch.device) -> int:
-        gc.collect()
-        parameters = [
-            thing for thing in gc.get_objects() if issubclass(type(thing), nn.Parameter) and not thing.is_meta
-        ]
-        alive = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parameters}
-        return memory.beside_weights + suffix_weights + room - sum(alive.values())
+        alive = bytes_by_storage(parameters_alive())
+        own = sum(size for address, size in alive.items() if address not in bytes_by_storage(of_other_tests))
+        return memory.beside_weights + suffix_weights + room - own
 
     monkeypatch.setattr(training_context, "free_bytes", look)
     phases.build_phase(context, handle, context.schedule.phases[0])
