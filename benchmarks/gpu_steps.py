@@ -43,7 +43,7 @@ from toolkit.training.step import train_step
 TRAINED = MaskConfig(train=["last:4", "head"])
 EPOCHS = 3
 """Passes over the rows, for the time from an empty cache."""
-LONGEST, NAME_LENGTH = 8, 80
+LONGEST, NAME_LENGTH = 5, 60
 """Kernels of a step that are named, and the characters of a name."""
 
 
@@ -220,8 +220,8 @@ def kernels(work: Callable[[], object], what: str, device: torch.device) -> Iter
         name = re.sub(r"void |at::native::|\(anonymous namespace\)::", "", event.name)[:NAME_LENGTH].replace("|", " ")
         taken[name] += event.time_range.elapsed_us()
     yield Row(f"{what}: kernels and their ms", f"{len(launched)}, {sum(taken.values()) / 1e3:.2f}")
-    longest = "; ".join(f"{name} {spent / 1e3:.2f}" for name, spent in taken.most_common(LONGEST))
-    yield Row(f"{what}: longest kernels, ms", longest)
+    for name, spent in taken.most_common(LONGEST):
+        yield Row(f"{what}: ms of {name}", f"{spent / 1e3:.2f}")
 
 
 def waits(work: Callable[[], object], what: str) -> Row:

@@ -74,7 +74,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     if forced := os.environ.get("TEST_FLOAT32_GRADIENTS"):
         from toolkit.models.faster_way import machine
 
-        answers = {machine(): forced == "on"}
+        answers = {f"{machine()}{what}": forced == "on" for what in ("", ", forward")}
         for kind, power in product(("bfloat16", "float32"), range(6, 12)):
             answers[f"{machine()}, {kind} attention of {2**power} tokens"] = forced == "on"
         for name in ("float32-gradients.json", "attention-gradients.json"):

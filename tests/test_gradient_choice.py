@@ -15,7 +15,7 @@ from helpers import metrics, tiny_flags, tiny_llama, train
 from toolkit.models import attention_gradients, faster_way, float32_gradients
 from toolkit.models.attention_gradients import blocks_are_faster
 from toolkit.models.faster_way import is_faster_here, machine, speedup
-from toolkit.models.float32_gradients import Float32Linear, float32_is_faster
+from toolkit.models.float32_gradients import Float32Linear, float32_is_faster, has_float32_forward
 from toolkit.models.padded_rows import PaddedLinear
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import CheckpointError
@@ -123,6 +123,45 @@ def test_both_ways_are_measured_as_a_run_computes_them() -> None:
     assert attention_gradients._measure_speedup(64, False) > 0
     assert attention_gradients._measure_speedup(64, True) > 0
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_the_forward_pass_follows_where_bfloat16_is_emulated(
+    tmp_path: Path, measured: Measured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes much more than gradients do: with instructions for bfloat16, outputs stay torch's bit for bit."""
+    for number, (gain, forward) in enumerate(((1.1, False), (2.9, False), (3.1, True))):
+        measured(gain, 1.0)
+        monkeypatch.setenv("FROSTLINE_CACHE", str(tmp_path / f"answers {number}"))
+        run = tmp_path / str(number)
+        run.mkdir()
+        for resumes in (False, True):
+            model = tiny_llama().bfloat16()
+            choice = choose_gradients(model, 430, World(), run, resumes)
+            assert choice is not None
+            assert choice.forward_in_float32 is has_float32_forward(model) is forward
+            assert choice.text.startswith("outputs and gradients of linear layers in float32") is forward
+            measured(9.0 - gain, 1.0)  # a resumed run goes on with its own
+
+
+def test_a_record_from_before_the_forward_pass_had_a_choice_goes_on_as_it_did(tmp_path: Path) -> None:
+    (tmp_path / RECORD).write_text(json.dumps({"in_float32": True, "attention_in_blocks": False, "machine": "x"}))
+    choice = choose_gradients(tiny_llama().bfloat16(), 430, World(), tmp_path, resumes=True)
+    assert choice == gradient_choice.GradientChoice(True, False, "x", forward_in_float32=False)
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("sse2 avx2", ""), ("avx2 avx512f", " with AVX-512"), ("avx512f avx512_bf16", " with AVX-512 bf16"),
+        ("avx512f avx512_bf16 amx_bf16", " with AMX"),
+    ],
+)  # fmt: skip
+def test_processors_of_one_name_are_told_apart_by_what_they_have_for_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, flags: str, name: str
+) -> None:
+    text = f"model name\t: AMD EPYC\nflags\t\t: fpu {flags}\n"
+    monkeypatch.setattr(Path, "read_text", lambda self, encoding: text)
+    assert machine() == f"AMD EPYC{name}, torch {torch.__version__}"
 
 
 def chosen(run: Path, resumes: bool = False) -> tuple[bool, bool]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,21 @@ from closeness import assert_rounded_alike
 from helpers import make_tiny_model, metrics, tiny_flags, tiny_llama, train
 from torch import nn
 
+from toolkit import evaluate, generate
 from toolkit.activation_cache.packing import set_attention
+from toolkit.mask.adapters import Adapter
+from toolkit.mask.apply import add_adapters
+from toolkit.models import float32_gradients
 from toolkit.models.attention_gradients import mark_attention, sdpa
-from toolkit.models.float32_gradients import FEWEST_ROWS, Float32Linear, use_float32_gradients, uses_float32_gradients
+from toolkit.models.float32_gradients import (
+    FEWEST_ROWS,
+    Float32Linear,
+    has_float32_forward,
+    use_faster_forward,
+    use_float32_gradients,
+    uses_float32_gradients,
+)
+from toolkit.models.padded_rows import PaddedLinear
 from toolkit.models.varlen import VARLEN
 from toolkit.training import gradient_choice
 
@@ -43,6 +56,75 @@ def test_a_layer_gives_what_torch_gives_and_the_exact_gradients_rounded_once(sha
         assert own.shape == right.shape
         # no bfloat16 numbers are nearer than the exact ones rounded; float32 decides only what lies halfway otherwise
         assert (own - right).norm() <= (right.bfloat16() - right).norm() * 1.001
+
+
+@pytest.mark.parametrize("shape", [(FEWEST_ROWS, 48, 80), (77, 33, 5), (200, 2048, 1500)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_without_bfloat16_instructions_outputs_are_the_exact_ones_rounded_once(
+    shape: tuple[int, int, int], bias: bool
+) -> None:
+    rows, width, out = shape
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(width, out, bias=bias, dtype=torch.bfloat16))
+    states = torch.randn(2, rows // 2 + 1, width).bfloat16()
+    exact = nn.functional.linear(states.double(), layer[0].weight.double(), layer[0].bias.double() if bias else None)
+    plain = layer(states)
+    use_float32_gradients(layer)
+    assert torch.equal(layer(states), plain)
+    assert not has_float32_forward(layer)
+    layer[0].__class__ = nn.Linear
+    use_float32_gradients(layer, forward_too=True)
+    assert has_float32_forward(layer)
+    for graph in (False, True):
+        with torch.set_grad_enabled(graph):
+            own = layer(states)
+        assert (own.dtype, own.shape) == (torch.bfloat16, plain.shape)
+        assert (own - exact).norm() <= (exact.bfloat16() - exact).norm() * 1.001
+    assert torch.equal(layer(states[:, :3]), nn.functional.linear(states[:, :3], layer[0].weight, layer[0].bias))
+
+
+def test_the_adapters_of_such_a_layer_compute_as_it_does() -> None:
+    for forward_too, kind in ((True, Float32Linear), (False, PaddedLinear)):
+        model = tiny_llama().bfloat16()
+        use_float32_gradients(model, forward_too)
+        add_adapters(model, [Adapter(("model.layers.5.mlp.up_proj",), 4, 8.0, 0.0, False, False, "kaiming")], 0)
+        adapted = model.get_submodule("model.layers.5.mlp.up_proj")
+        assert {type(adapted.lora_A["default"]), type(adapted.lora_B["default"])} == {kind}
+        assert has_float32_forward(adapted.lora_A) is has_float32_forward(adapted.lora_B) is forward_too
+
+
+def test_a_model_that_does_not_train_computes_so_where_bfloat16_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for emulated, dtype, device, expected in (
+        (True, torch.bfloat16, cpu, True), (False, torch.bfloat16, cpu, False), (True, torch.float32, cpu, False),
+        (True, torch.bfloat16, gpu, False),
+    ):  # fmt: skip
+        monkeypatch.setattr(float32_gradients, "bfloat16_is_emulated", lambda answer=emulated: answer)
+        model = tiny_llama().to(dtype)
+        use_faster_forward(model, device)
+        assert has_float32_forward(model) is expected
+
+
+def test_evaluation_and_answers_take_the_faster_forward_pass(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exact losses lie nearer to its own than to those of torch's bfloat16 products."""
+    flags = tiny_flags(tiny_model, tmp_path / "run", "--train.epochs", 1, "--model.dtype", "bfloat16")
+    assert train(*flags, "--data.validation", "0.3") == 0
+    seen = Counter[bool]()
+    products = Float32Linear.forward
+
+    def counted(self: Float32Linear, states: torch.Tensor) -> torch.Tensor:
+        seen[self.forward_in_float32] += 1
+        return products(self, states)
+
+    monkeypatch.setattr(Float32Linear, "forward", counted)
+    for emulated in (False, True):
+        seen.clear()
+        monkeypatch.setattr(float32_gradients, "bfloat16_is_emulated", lambda answer=emulated: answer)
+        evaluate(tmp_path / "run")
+        generate(tmp_path / "run", "A question?", max_new_tokens=1)
+        assert set(seen) == ({True} if emulated else set())
 
 
 @pytest.mark.parametrize("attention", ["sdpa", VARLEN])
@@ -115,8 +197,9 @@ def test_a_run_with_float32_gradients_learns_the_same_from_the_same_activations(
 ) -> None:
     model = make_tiny_model(tmp_path / "model", tied=False)
 
-    def run(name: str, faster: bool) -> Path:
+    def run(name: str, faster: bool, emulated: bool = False) -> Path:
         monkeypatch.setattr(gradient_choice, "float32_is_faster", lambda: faster)
+        monkeypatch.setattr(gradient_choice, "bfloat16_is_emulated", lambda: emulated)
         monkeypatch.setattr(gradient_choice, "blocks_are_faster", lambda tokens, in_float32: faster)
         flags = tiny_flags(model, tmp_path / name, "--train.epochs", 1, "--prefix.cache", "on")
         assert train(*flags, "--model.dtype", "bfloat16", "--prefix.cache_dir", str(tmp_path / "cache")) == 0
@@ -126,3 +209,7 @@ def test_a_run_with_float32_gradients_learns_the_same_from_the_same_activations(
     assert metrics(warm) == metrics(cold) != metrics(plain)
     assert_rounded_alike(cold, plain)
     assert len(list((tmp_path / "cache").glob("*/split.json"))) == 1
+    cold, warm = run("cold forward", True, emulated=True), run("warm forward", True, emulated=True)
+    assert metrics(warm) == metrics(cold) != metrics(plain)
+    assert_rounded_alike(cold, plain)
+    assert len(list((tmp_path / "cache").glob("*/split.json"))) == 2, "hidden states of another forward pass"

@@ -31,8 +31,9 @@ def layer_of(kind: str, dtype: torch.dtype) -> Any:
     """A frozen layer whose bias trains."""
     torch.manual_seed(0)
     layer: Any = Conv1D(96, 48) if kind == "Conv1D" else nn.Linear(48, 96, bias=kind != "without bias")
-    if kind in ("Float32Linear", "PaddedLinear"):
-        layer.__class__ = {"Float32Linear": Float32Linear, "PaddedLinear": PaddedLinear}[kind]
+    if kind in ("Float32Linear", "float32 outputs", "PaddedLinear"):
+        layer.__class__ = PaddedLinear if kind == "PaddedLinear" else Float32Linear
+        layer.forward_in_float32 = kind == "float32 outputs"
     layer = layer.to(dtype).requires_grad_(False)
     if layer.bias is not None:
         nn.init.normal_(layer.bias.requires_grad_(True))
@@ -41,7 +42,9 @@ def layer_of(kind: str, dtype: torch.dtype) -> Any:
 
 @pytest.mark.parametrize("rows", [3, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["Linear", "without bias", "Conv1D", "Float32Linear", "PaddedLinear"])
+@pytest.mark.parametrize(
+    "kind", ["Linear", "without bias", "Conv1D", "Float32Linear", "float32 outputs", "PaddedLinear"]
+)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_quantised_layer_is_the_plain_one_on_the_dequantised_weight(
     precision: Any, kind: str, dtype: torch.dtype, rows: int

@@ -25,6 +25,7 @@ from toolkit.data.examples import Example
 from toolkit.data.rows import Rows
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.models.bundled import cache_root
+from toolkit.models.float32_gradients import has_float32_forward
 from toolkit.models.load import LoadedModel
 from toolkit.models.weight_fingerprint import fingerprint_of
 from toolkit.runtime.distributed import World
@@ -91,6 +92,7 @@ def prefix_fingerprints(
         "transformers": transformers.__version__,
         "frostline": f"{toolkit.__version__} (sources {sources})",
         **({"bitsandbytes": metadata.version("bitsandbytes")} if is_quantised else {}),
+        **({"products": "float32"} if has_float32_forward(model) else {}),
     }
 
 

@@ -76,9 +76,11 @@ def _generate_answers(
 ) -> Iterator[str]:
     """Move the model to the GPU, if there is one, and yield the answer to each sample."""
     from toolkit.inference.generation import answers
+    from toolkit.models.float32_gradients import use_faster_forward
     from toolkit.runtime.distributed import World
 
-    opened.loaded.model.to(World().device)
+    device = World().device
+    use_faster_forward(opened.loaded.model.to(device), device)
     max_length = opened.config.data.max_length
     return answers(opened.loaded, samples, max_length, max_new_tokens, temperature, opened.rendering)
 

@@ -24,6 +24,7 @@ from toolkit.data.prefetch import Prefetcher, on_device
 from toolkit.data.rows import Rows
 from toolkit.data.sources import Source, sources_of, task_of
 from toolkit.inference.open_model import OpenedModel, open_model
+from toolkit.models.float32_gradients import use_faster_forward
 from toolkit.models.load import Dtype
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import DataError
@@ -189,6 +190,7 @@ def evaluate_source(
     check_fit(examples, loaded.model, "name rows that fit, or shorten these")
     world = World()
     model = loaded.model.to(world.device).eval()
+    use_faster_forward(model, world.device)
     suffix = Suffix(model, loaded.anatomy, boundary=None)
     pad_id = padding_id(tokenizer, model)
     suffix.choose_shortcuts(None, collate([examples.shortest()], pad_id).to(world.device))

@@ -16,7 +16,7 @@ from toolkit.mask.adapters import Adapter
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.mask.row_layers import add_rows
 from toolkit.models.anatomy import Anatomy
-from toolkit.models.float32_gradients import Float32Linear
+from toolkit.models.float32_gradients import Float32Linear, use_float32_gradients
 from toolkit.models.padded_rows import PaddedLinear, pad_rows
 from toolkit.models.quantised_linear import dequantise_layers, quantise_layer
 
@@ -99,7 +99,9 @@ def add_adapters(model: PreTrainedModel, adapters: Sequence[Adapter], seed: int)
                     layer, "default", config, r=adapter.rank, lora_alpha=cast(int, adapter.alpha),
                     is_target_conv_1d_layer=transposed,
                 )  # fmt: skip
-                if isinstance(layer, (Float32Linear, PaddedLinear)):
+                if isinstance(layer, Float32Linear) and layer.forward_in_float32:
+                    use_float32_gradients(wrapped, forward_too=True)
+                elif isinstance(layer, (Float32Linear, PaddedLinear)):
                     pad_rows(wrapped)
                 model.set_submodule(name, wrapped.train(layer.training))
 

@@ -22,22 +22,26 @@ from toolkit.runtime.paths import replace_text
 LEAST_SPEEDUP = 1.2
 """How many times faster the other way has to be to be taken, so that noise does not decide."""
 _TRIALS = 8
+_INSTRUCTIONS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 bf16", "avx512f": "AVX-512"}
+"""By the flag that the kernel names them with: the first of these that a processor has is part of its key."""
 
 
-def is_faster_here(file: str, what: str, measure: Callable[..., float], *args: Hashable) -> bool:
-    """Return whether ``measure(*args)``, a speed-up, is at least ``LEAST_SPEEDUP`` on this machine.
+def is_faster_here(
+    file: str, what: str, measure: Callable[..., float], *args: Hashable, least: float = LEAST_SPEEDUP
+) -> bool:
+    """Return whether ``measure(*args)``, a speed-up, is at least ``least`` on this machine.
 
     The answer is that saved under ``what`` in ``file`` of the cache directory, which keeps those of all machines that
     share it. Where none is saved, it is measured and saved.
     """
-    return _saved_or_measured(cache_root() / file, f"{machine()}{what}", measure, *args)
+    return _saved_or_measured(cache_root() / file, f"{machine()}{what}", least, measure, *args)
 
 
 @cache
-def _saved_or_measured(path: Path, key: str, measure: Callable[..., float], *args: Hashable) -> bool:
+def _saved_or_measured(path: Path, key: str, least: float, measure: Callable[..., float], *args: Hashable) -> bool:
     if isinstance(faster := _read(path).get(key), bool):
         return faster
-    faster = measure(*args) >= LEAST_SPEEDUP
+    faster = measure(*args) >= least
     by_key = _read(path)  # again: a run that started beside this one may have saved its answers meanwhile
     if isinstance(first := by_key.get(key), bool):
         return first
@@ -56,7 +60,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def machine() -> str:
-    """Name the processor, its tile units (AMX) and torch's version: the key that a measurement is saved under."""
+    """Name the processor, its instructions for bfloat16 and torch's version: the key that a measurement is saved under.
+
+    Of several generations a virtual machine may tell the same name.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -64,8 +71,9 @@ def machine() -> str:
     else:
         pairs = (line.split(":", 1) for line in reversed(lines) if ":" in line)
         fields = {key.strip(): value for key, value in pairs}
-        tiles = " with AMX" if "amx_bf16" in fields.get("flags", "").split() else ""
-        processor = fields.get("model name", platform.machine()).strip() + tiles
+        flags = fields.get("flags", "").split()
+        found = [name for flag, name in _INSTRUCTIONS.items() if flag in flags]
+        processor = fields.get("model name", platform.machine()).strip() + "".join(f" with {name}" for name in found[:1])
     return f"{processor}, torch {torch.__version__}"
 
 

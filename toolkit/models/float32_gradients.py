@@ -1,15 +1,18 @@
-"""Gradients of bfloat16 layers in float32, on processors that compute those faster.
+"""Products of bfloat16 layers in float32, on processors that compute those faster.
 
 A CPU with tile units for bfloat16 (AMX) multiplies it several times faster than float32; many without them are twice as
 slow at it. There the backward pass of a bfloat16 layer is computed from float32 copies, and each gradient is rounded
 once, at its end, which is where a bfloat16 product rounds too. Which is faster is measured once a machine. The forward
 pass of a layer stays torch's own, bit for bit; only the head, which is the loss's, is a float32 product there too.
+
+A CPU without any instruction for bfloat16 (AVX2 alone) is six to eight times as slow at it. There the forward pass is a
+float32 product too, rounded once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,8 +22,14 @@ from transformers import PreTrainedModel
 from toolkit.models.faster_way import is_faster_here, speedup
 from toolkit.models.padded_rows import ROW_MULTIPLE, padded_linear
 
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""Computes ``linear`` of states, a weight and a bias."""
+
 FEWEST_ROWS = ROW_MULTIPLE
 """Rows below which converting the weight to float32 costs more time than it saves."""
+
+FORWARD_SPEEDUP = 3.0
+"""How many times faster float32 has to be for the forward pass: more than with bfloat16 instructions, however slow."""
 
 _CHUNK_ELEMENTS = 2**19
 """Elements of a weight that are converted to float32 at once: 2 MiB, which stay in the processor's caches."""
@@ -29,14 +38,18 @@ _CHUNK_ELEMENTS = 2**19
 class Float32Linear(nn.Linear):
     """``nn.Linear`` of low-precision weights that computes its gradients in float32 and rounds them."""
 
+    forward_in_float32 = False
+    """Whether it computes its output so, too."""
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name for it
         """Compute ``linear(input)``, […, in_features] to […, out_features], in the input's dtype."""
         rows = input.numel() // max(1, input.shape[-1])
         if rows < FEWEST_ROWS or input.dtype != self.weight.dtype:
             return super().forward(input)
+        product = float32_linear if self.forward_in_float32 else padded_linear
         if not torch.is_grad_enabled():
-            return padded_linear(input, self.weight, self.bias)
-        output: torch.Tensor = _Float32Product.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
+            return product(input, self.weight, self.bias)
+        output: torch.Tensor = _Float32Product.apply(input, self.weight, self.bias, product)  # type: ignore[no-untyped-call]
         return output
 
 
@@ -44,16 +57,18 @@ class _Float32Product(torch.autograd.Function):
     """``linear(states, weight, bias)`` whose gradients are computed in float32 and rounded once."""
 
     @staticmethod
-    def forward(ctx: Any, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        ctx: Any, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, product: Product
+    ) -> torch.Tensor:
         ctx.save_for_backward(states, weight)
         ctx.has_bias = bias is not None
-        return padded_linear(states, weight, bias)
+        return product(states, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         states, weight = ctx.saved_tensors
-        needs_states, needs_weight, needs_bias = ctx.needs_input_grad
+        needs_states, needs_weight, needs_bias, _ = ctx.needs_input_grad
         rows = gradient.flatten(0, -2).float()
         d_states = d_weight = None
         if needs_states:
@@ -61,7 +76,12 @@ class _Float32Product(torch.autograd.Function):
         if needs_weight:
             d_weight = torch.empty_like(weight)
             gradient_of_weight(rows, states.flatten(0, -2), d_weight, in_float32=True)
-        return d_states, d_weight, rows.sum(0).to(weight.dtype) if ctx.has_bias and needs_bias else None
+        return d_states, d_weight, rows.sum(0).to(weight.dtype) if ctx.has_bias and needs_bias else None, None
+
+
+def float32_linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Compute ``linear(states, weight, bias)``, […, H] and [V, H] to […, V], in float32; it is rounded once."""
+    return linear(states.flatten(0, -2), weight, bias, in_float32=True).view(*states.shape[:-1], -1)
 
 
 def linear(
@@ -110,16 +130,23 @@ def _row_chunks(weight: torch.Tensor) -> Iterator[slice]:
         yield slice(start, start + rows)
 
 
-def use_float32_gradients(model: PreTrainedModel) -> None:
-    """Let the linear layers of ``model`` compute gradients in float32, before it is cut.
+def use_float32_gradients(model: nn.Module, forward_too: bool = False) -> None:
+    """Let the linear layers of ``model`` compute gradients in float32, before it is cut; ``forward_too`` outputs, too.
 
     The head belongs to the loss, which does the same (``toolkit.split.supervised_loss``), attention to
     ``toolkit.models.attention_gradients``. Layers of other classes than ``nn.Linear``, such as quantised ones, stay.
     """
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     for module in model.modules():
         if type(module) is nn.Linear and module is not head:
             module.__class__ = Float32Linear
+            cast(Float32Linear, module).forward_in_float32 = forward_too
+
+
+def use_faster_forward(model: PreTrainedModel, device: torch.device) -> None:
+    """Let a model that does not train compute in float32, rounded once, on a CPU that has no bfloat16 instructions."""
+    if device.type == "cpu" and model.dtype == torch.bfloat16 and bfloat16_is_emulated():
+        use_float32_gradients(model, forward_too=True)
 
 
 def uses_float32_gradients(model: nn.Module) -> bool:
@@ -127,9 +154,19 @@ def uses_float32_gradients(model: nn.Module) -> bool:
     return any(isinstance(module, Float32Linear) for module in model.modules())
 
 
+def has_float32_forward(model: nn.Module) -> bool:
+    """Return whether ``use_float32_gradients`` was called for ``model``, ``forward_too``."""
+    return any(isinstance(module, Float32Linear) and module.forward_in_float32 for module in model.modules())
+
+
 def float32_is_faster() -> bool:
     """Return whether float32 products are faster than bfloat16 ones on this machine, conversions included."""
     return is_faster_here("float32-gradients.json", "", _measure_speedup)
+
+
+def bfloat16_is_emulated() -> bool:
+    """Return whether this machine is so much slower at bfloat16 products that it has no instructions for them."""
+    return is_faster_here("float32-gradients.json", ", forward", _measure_speedup, least=FORWARD_SPEEDUP)
 
 
 def _measure_speedup() -> float:

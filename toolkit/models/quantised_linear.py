@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from toolkit.models.float32_gradients import FEWEST_ROWS, Float32Linear, gradient_of_states
+from toolkit.models.float32_gradients import FEWEST_ROWS, Float32Linear, float32_linear, gradient_of_states
 from toolkit.models.padded_rows import PaddedLinear, padded_linear
 from toolkit.models.quantization import PARTS, Precision, QuantizationSpec, dequantise, quantise
 
@@ -67,7 +67,9 @@ class QuantisedWeight(nn.Module):
         return weight.t() if self.quantization.transposed else weight
 
     def product(self, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Compute ``linear(states, weight, bias)``, with rows padded where the plain layer pads them."""
+        """Compute ``linear(states, weight, bias)``, in float32 or with rows padded where the plain layer does."""
+        if getattr(self, "forward_in_float32", False) and self.uses_float32(len(states.flatten(0, -2)), states.dtype):
+            return float32_linear(states, weight, bias)
         pads = issubclass(self.plain_class, (Float32Linear, PaddedLinear)) and states.dtype == self.quantization.dtype
         return (padded_linear if pads else nn.functional.linear)(states, weight, bias)
 

@@ -1,4 +1,4 @@
-"""Choose how a bfloat16 model on a CPU computes its gradients: once a run, the same on all ranks and after a resume."""
+"""Choose how a bfloat16 model on a CPU computes its products: once a run, the same on all ranks and after a resume."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from toolkit.models.attention_gradients import QUERIES, blocks_are_faster, mark_attention
 from toolkit.models.faster_way import machine
-from toolkit.models.float32_gradients import float32_is_faster, use_float32_gradients
+from toolkit.models.float32_gradients import bfloat16_is_emulated, float32_is_faster, use_float32_gradients
 from toolkit.models.padded_rows import pad_rows
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import CheckpointError
@@ -25,7 +25,7 @@ _FILE_NAME = "gradients.json"
 
 @dataclass(frozen=True)
 class GradientChoice:
-    """Says how bfloat16 gradients are computed on a CPU. Another choice moves their last bits."""
+    """Says how bfloat16 gradients, and outputs of layers, are computed on a CPU. Another choice moves last bits."""
 
     in_float32: bool
     """Products of layers and head, and attention, in float32, rounded once; else in bfloat16."""
@@ -33,6 +33,8 @@ class GradientChoice:
     """Attention in float32 for some queries at a time, where it is causal without a mask."""
     machine: str
     """Processor and torch that it was measured with."""
+    forward_in_float32: bool = False
+    """Outputs of layers in float32, rounded once, where products are: on a CPU without bfloat16 instructions."""
 
     @property
     def text(self) -> str:
@@ -41,7 +43,8 @@ class GradientChoice:
         attention = "in float32" if self.in_float32 else "in bfloat16"
         if self.attention_in_blocks:
             attention = f"in float32, {QUERIES} queries at a time"
-        return f"gradients of linear layers {layers}, of attention {attention}"
+        outputs = "outputs and " if self.forward_in_float32 else ""
+        return f"{outputs}gradients of linear layers {layers}, gradients of attention {attention}"
 
 
 def choose_gradients(
@@ -60,7 +63,7 @@ def choose_gradients(
         return None
     choice = world.on_main(lambda: _recorded(run_dir) if resumes and run_dir else _measured(tokens, run_dir))
     if choice.in_float32:
-        use_float32_gradients(model)
+        use_float32_gradients(model, choice.forward_in_float32)
     else:
         pad_rows(model)
     mark_attention(model, choice.in_float32, choice.attention_in_blocks)
@@ -70,7 +73,8 @@ def choose_gradients(
 def _measured(tokens: int, run_dir: Path | None) -> GradientChoice:
     """Choose what this machine is faster at, and write it into the run directory."""
     in_float32 = float32_is_faster()
-    choice = GradientChoice(in_float32, blocks_are_faster(tokens, in_float32), machine())
+    forward = in_float32 and bfloat16_is_emulated()
+    choice = GradientChoice(in_float32, blocks_are_faster(tokens, in_float32), machine(), forward)
     if run_dir is not None:
         with explain_refused_write(run_dir):
             replace_text(run_dir / _FILE_NAME, json.dumps(asdict(choice)) + "\n")
@@ -84,14 +88,14 @@ def _recorded(run_dir: Path) -> GradientChoice:
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         choice = GradientChoice(**saved)
-        if [type(value) for value in asdict(choice).values()] != [bool, bool, str]:
+        if [type(value) for value in asdict(choice).values()] != [bool, bool, str, bool]:
             raise ValueError(f"found {saved}")
     except FileNotFoundError:
         choice = GradientChoice(float32_is_faster(), False, machine())
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
-            f"{path} cannot be read ({error}); expected in_float32, attention_in_blocks and machine. "
-            "Restore it; without the file the run goes on as runs did before they had one"
+            f"{path} cannot be read ({error}); expected in_float32, attention_in_blocks, machine and "
+            "forward_in_float32. Restore it; without the file the run goes on as runs did before they had one"
         ) from None
     here = "" if choice.machine == machine() else f" on another machine ({choice.machine}; this is {machine()})"
     log.info("%s: as the run began%s", choice.text, here)
