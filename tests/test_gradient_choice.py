@@ -162,6 +162,22 @@ def test_processors_of_one_name_are_told_apart_by_what_they_have_for_bfloat16(
     text = f"model name\t: AMD EPYC\nflags\t\t: fpu {flags}\n"
     monkeypatch.setattr(Path, "read_text", lambda self, encoding: text)
     assert machine() == f"AMD EPYC{name}, torch {torch.__version__}"
+    before = name if name == " with AMX" else ""
+    assert machine(is_short=True) == f"AMD EPYC{before}, torch {torch.__version__}"
+
+
+def test_a_run_from_before_instructions_were_named_is_on_this_machine(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        gradient_choice, "machine", lambda is_short=False: "a CPU" if is_short else "a CPU with AVX-512"
+    )
+    for named, is_other in (("a CPU", False), ("a CPU with AVX-512", False), ("a CPU with AMX", True)):
+        caplog.clear()
+        record = {"in_float32": True, "attention_in_blocks": False, "machine": named}
+        (tmp_path / RECORD).write_text(json.dumps(record))
+        choose_gradients(tiny_llama().bfloat16(), 430, World(), tmp_path, resumes=True)
+        assert ("on another machine" in caplog.text) is is_other
 
 
 def chosen(run: Path, resumes: bool = False) -> tuple[bool, bool]:
@@ -185,7 +201,7 @@ def test_a_run_keeps_what_it_began_with_on_any_machine(
     measured(*gains)
     assert chosen(tmp_path) == wanted
     assert "this CPU is faster at it" in caplog.text
-    monkeypatch.setattr(gradient_choice, "machine", lambda: "another processor")
+    monkeypatch.setattr(gradient_choice, "machine", lambda is_short=False: "another processor")
     calls = measured(3 - gains[0], 3 - gains[1])
     caplog.clear()
     assert chosen(tmp_path, resumes=True) == wanted

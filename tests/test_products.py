@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from toolkit.models.float32_gradients import (
 )
 from toolkit.models.padded_rows import PaddedLinear
 from toolkit.models.varlen import VARLEN
-from toolkit.training import gradient_choice
+from toolkit.training import cut, gradient_choice
 
 
 def three(function: object, *tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -80,7 +81,12 @@ def test_without_bfloat16_instructions_outputs_are_the_exact_ones_rounded_once(
             own = layer(states)
         assert (own.dtype, own.shape) == (torch.bfloat16, plain.shape)
         assert (own - exact).norm() <= (exact.bfloat16() - exact).norm() * 1.001
-    assert torch.equal(layer(states[:, :3]), nn.functional.linear(states[:, :3], layer[0].weight, layer[0].bias))
+    for tokens, is_torchs in ((1, True), (2, False)):  # two rows of each; from 4 on converting is worth its time
+        few = states[:, :tokens].contiguous()
+        torchs = nn.functional.linear(few, layer[0].weight, layer[0].bias)
+        exact_few = exact[:, :tokens]
+        assert torch.equal(layer(few), torchs if is_torchs else layer(few))
+        assert is_torchs or (layer(few) - exact_few).norm() <= (exact_few.bfloat16() - exact_few).norm() * 1.001
 
 
 def test_the_adapters_of_such_a_layer_compute_as_it_does() -> None:
@@ -100,6 +106,7 @@ def test_a_model_that_does_not_train_computes_so_where_bfloat16_is_emulated(monk
         (True, torch.bfloat16, gpu, False),
     ):  # fmt: skip
         monkeypatch.setattr(float32_gradients, "bfloat16_is_emulated", lambda answer=emulated: answer)
+        monkeypatch.setattr(float32_gradients, "float32_is_faster", lambda: True)
         model = tiny_llama().to(dtype)
         use_faster_forward(model, device)
         assert has_float32_forward(model) is expected
@@ -108,7 +115,6 @@ def test_a_model_that_does_not_train_computes_so_where_bfloat16_is_emulated(monk
 def test_evaluation_and_answers_take_the_faster_forward_pass(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The exact losses lie nearer to its own than to those of torch's bfloat16 products."""
     flags = tiny_flags(tiny_model, tmp_path / "run", "--train.epochs", 1, "--model.dtype", "bfloat16")
     assert train(*flags, "--data.validation", "0.3") == 0
     seen = Counter[bool]()
@@ -119,12 +125,35 @@ def test_evaluation_and_answers_take_the_faster_forward_pass(
         return products(self, states)
 
     monkeypatch.setattr(Float32Linear, "forward", counted)
+    monkeypatch.setattr(float32_gradients, "float32_is_faster", lambda: True)
     for emulated in (False, True):
         seen.clear()
         monkeypatch.setattr(float32_gradients, "bfloat16_is_emulated", lambda answer=emulated: answer)
         evaluate(tmp_path / "run")
         generate(tmp_path / "run", "A question?", max_new_tokens=1)
         assert set(seen) == ({True} if emulated else set())
+
+
+@pytest.mark.parametrize("emulated", [False, True])
+def test_a_prefix_that_is_loaded_again_computes_as_the_run_does(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, emulated: bool
+) -> None:
+    """To answer, and where stored hidden states turn out to be missing."""
+    monkeypatch.setattr(gradient_choice, "float32_is_faster", lambda: True)
+    monkeypatch.setattr(gradient_choice, "bfloat16_is_emulated", lambda: emulated)
+    seen: list[tuple[bool, bool]] = []
+    reload_base = cut._reload_base
+
+    def reloaded(context: Any, phase: Any) -> Any:
+        fresh = reload_base(context, phase)
+        seen.append((uses_float32_gradients(fresh.model), has_float32_forward(fresh.model)))
+        return fresh
+
+    monkeypatch.setattr(cut, "_reload_base", reloaded)
+    flags = tiny_flags(tiny_model, tmp_path / "run", "--train.epochs", 1, "--model.dtype", "bfloat16")
+    flags += ["--prefix.cache", "on", "--prefix.cache_dir", str(tmp_path / "cache"), "--output.sample_answers", "1"]
+    assert train(*flags, "--data.validation", "0.3") == 0
+    assert set(seen) == {(True, emulated)}
 
 
 @pytest.mark.parametrize("attention", ["sdpa", VARLEN])

@@ -16,7 +16,7 @@ from zoo import make
 
 from toolkit.data.batches import Batch
 from toolkit.mask.apply import apply_mask, merge_adapters, trainable_parameters, unused_adapters
-from toolkit.models.float32_gradients import Float32Linear
+from toolkit.models.float32_gradients import Float32Linear, use_float32_gradients
 from toolkit.models.padded_rows import PaddedLinear
 from toolkit.models.probe import called_modules
 from toolkit.models.quantised_linear import QuantisedWeight, dequantise_layers, quantise_layer, quantised_layer_bytes
@@ -67,6 +67,20 @@ def test_a_quantised_layer_is_the_plain_one_on_the_dequantised_weight(
         output.backward(upstream)
         found.append((output, states.grad, layer.bias.grad if layer.bias is not None else output))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_layer_that_was_quantised_before_takes_the_faster_forward_pass(precision: Any) -> None:
+    """As one of an opened run is, which evaluates on a CPU without bfloat16 instructions."""
+    model = nn.Sequential(layer_of("Linear", torch.bfloat16))
+    layer: Any = model[0]
+    quantise_layer(layer, precision)
+    use_float32_gradients(model, forward_too=True)
+    states = torch.randn(40, 48).bfloat16()
+    exact = nn.functional.linear(states.double(), layer.weight.double(), layer.bias.double())
+    assert (layer(states) - exact).norm() <= (exact.bfloat16() - exact).norm() * 1.001
+    dequantise_layers(model)
+    assert type(layer) is Float32Linear
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -59,10 +59,11 @@ def _read(path: Path) -> dict[str, Any]:
     return saved if isinstance(saved, dict) else {}
 
 
-def machine() -> str:
+def machine(is_short: bool = False) -> str:
     """Name the processor, its instructions for bfloat16 and torch's version: the key that a measurement is saved under.
 
-    Of several generations a virtual machine may tell the same name.
+    Of several generations a virtual machine may tell the same name. ``is_short`` names no instructions but AMX, as runs
+    did before.
     """
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -72,8 +73,10 @@ def machine() -> str:
         pairs = (line.split(":", 1) for line in reversed(lines) if ":" in line)
         fields = {key.strip(): value for key, value in pairs}
         flags = fields.get("flags", "").split()
-        found = [name for flag, name in _INSTRUCTIONS.items() if flag in flags]
-        processor = fields.get("model name", platform.machine()).strip() + "".join(f" with {name}" for name in found[:1])
+        found = [name for flag, name in _INSTRUCTIONS.items() if flag in flags and (name == "AMX" or not is_short)]
+        processor = fields.get("model name", platform.machine()).strip() + "".join(
+            f" with {name}" for name in found[:1]
+        )
     return f"{processor}, torch {torch.__version__}"
 
 

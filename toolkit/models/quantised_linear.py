@@ -15,7 +15,13 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from toolkit.models.float32_gradients import FEWEST_ROWS, Float32Linear, float32_linear, gradient_of_states
+from toolkit.models.float32_gradients import (
+    FEWEST_EMULATED_ROWS,
+    FEWEST_ROWS,
+    Float32Linear,
+    float32_linear,
+    gradient_of_states,
+)
 from toolkit.models.padded_rows import PaddedLinear, padded_linear
 from toolkit.models.quantization import PARTS, Precision, QuantizationSpec, dequantise, quantise
 
@@ -34,6 +40,8 @@ class QuantisedWeight(nn.Module):
     quantization: QuantizationSpec
     plain_class: type[nn.Module]
     """The layer's class before its weight was quantised."""
+    forward_in_float32 = False
+    """As ``Float32Linear`` has it."""
 
     @property
     def weight(self) -> torch.Tensor:
@@ -68,14 +76,15 @@ class QuantisedWeight(nn.Module):
 
     def product(self, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Compute ``linear(states, weight, bias)``, in float32 or with rows padded where the plain layer does."""
-        if getattr(self, "forward_in_float32", False) and self.uses_float32(len(states.flatten(0, -2)), states.dtype):
+        if self.forward_in_float32 and self.uses_float32(len(states.flatten(0, -2)), states.dtype):
             return float32_linear(states, weight, bias)
         pads = issubclass(self.plain_class, (Float32Linear, PaddedLinear)) and states.dtype == self.quantization.dtype
         return (padded_linear if pads else nn.functional.linear)(states, weight, bias)
 
     def uses_float32(self, rows: int, dtype: torch.dtype) -> bool:
         """Return whether the plain layer computes the gradients of so many rows in float32."""
-        return issubclass(self.plain_class, Float32Linear) and rows >= FEWEST_ROWS and dtype == self.quantization.dtype
+        fewest = FEWEST_EMULATED_ROWS if self.forward_in_float32 else FEWEST_ROWS
+        return issubclass(self.plain_class, Float32Linear) and rows >= fewest and dtype == self.quantization.dtype
 
 
 class _Product(torch.autograd.Function):

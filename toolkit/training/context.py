@@ -40,7 +40,7 @@ from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import PlanError
 from toolkit.runtime.free_memory import free_bytes
 from toolkit.training.fingerprints import fingerprints
-from toolkit.training.gradient_choice import choose_gradients
+from toolkit.training.gradient_choice import GradientChoice, choose_gradients
 from toolkit.training.loading import check_schedule_allowed, effective_prefix, load_for_training, load_rows
 from toolkit.training.preflight import check_config
 from toolkit.training.row_checks import check_rows
@@ -61,6 +61,8 @@ class RunContext:
     schedule: Schedule
     base: Base
     """The model that the run starts from."""
+    gradients: GradientChoice | None
+    """How that computes on this machine; None where there is no choice."""
     tokenizer: PreTrainedTokenizerBase
     pad_id: int
     """Token that rows are padded with."""
@@ -148,7 +150,8 @@ def prepare(
         import_module("toolkit.engine.deepspeed.engine")  # counts as a library; only runs that use DeepSpeed import it
     library_bytes = psutil.Process().memory_info().rss
     loaded = _load_model(config, tokenizer, dataset, world)
-    choose_gradients(loaded.model, int(np.median(dataset.train.lengths)), world, run_dir, resumes=state is not None)
+    length = int(np.median(dataset.train.lengths))
+    gradients = choose_gradients(loaded.model, length, world, run_dir, resumes=state is not None)
     world.raise_if_stopping()
     base = Base(config.model, world.on_main(lambda: fingerprint(loaded.model, loaded.on_disk)))
     schedule = build_schedule(config.mask, loaded.anatomy, plan.steps_per_epoch, total_steps)
@@ -157,7 +160,8 @@ def prepare(
     passes = [plan.passes(phase.end, phase.start) for phase in schedule.phases]
     context = RunContext(
         config=config, world=world, dataset=dataset, batch_plan=plan, total_steps=total_steps, schedule=schedule,
-        base=base, tokenizer=tokenizer, pad_id=padding_id(tokenizer, loaded.model), stop_ids=stop_ids,
+        base=base, gradients=gradients, tokenizer=tokenizer, stop_ids=stop_ids,
+        pad_id=padding_id(tokenizer, loaded.model),
         fingerprints=fingerprints(dataset, tokenizer, base, schedule), library_bytes=library_bytes,
         ds_config=load_ds_config(
             invocation.deepspeed, config, world.size, int(loaded.model.config.get_text_config().hidden_size)
@@ -167,8 +171,8 @@ def prepare(
     planners: Sequence[Planner | None] = context.planners or [None] * len(schedule.phases)
     expected = [choose_checkpointing(context, planner)[1] for planner in planners]
     world.raise_if_stopping()
-    length = plan.text(total_steps, train.epochs)
-    log.info("engine %s, %d rank(s) on %s: %s", context.engine_spec.name, world.size, world.device.type, length)
+    steps = plan.text(total_steps, train.epochs)
+    log.info("engine %s, %d rank(s) on %s: %s", context.engine_spec.name, world.size, world.device.type, steps)
     return replace(context, plans=tuple(expected)), ModelHandle(loaded)
 
 

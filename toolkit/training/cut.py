@@ -35,6 +35,7 @@ from toolkit.runtime.errors import ConfigError, ModelError, PlanError
 from toolkit.split.prefix import Prefix
 from toolkit.split.suffix import Suffix, split, split_is_exact
 from toolkit.training.context import RunContext
+from toolkit.training.gradient_choice import apply_choice
 from toolkit.training.loading import effective_prefix, load_for_training
 
 log = logging.getLogger("frostline")
@@ -170,6 +171,7 @@ def _reload_base(context: RunContext, phase: Phase) -> LoadedModel:
             f"the weights of {context.config.model.name_or_path} changed while the run read them; "
             "restore them and start the same command again"
         )
+    apply_choice(fresh.model, context.gradients)
     apply_mask(fresh.model, phase.mask, fresh.anatomy, context.config.train.seed)
     fresh.model.train()
     return fresh

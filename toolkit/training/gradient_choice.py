@@ -62,12 +62,19 @@ def choose_gradients(
     if world.device.type != "cpu" or model.dtype != torch.bfloat16:
         return None
     choice = world.on_main(lambda: _recorded(run_dir) if resumes and run_dir else _measured(tokens, run_dir))
+    apply_choice(model, choice)
+    return choice
+
+
+def apply_choice(model: PreTrainedModel, choice: GradientChoice | None) -> None:
+    """Let ``model``, before a mask is applied, compute as a run does; without a choice it stays as it is."""
+    if choice is None:
+        return
     if choice.in_float32:
         use_float32_gradients(model, choice.forward_in_float32)
     else:
         pad_rows(model)
     mark_attention(model, choice.in_float32, choice.attention_in_blocks)
-    return choice
 
 
 def _measured(tokens: int, run_dir: Path | None) -> GradientChoice:
@@ -97,6 +104,10 @@ def _recorded(run_dir: Path) -> GradientChoice:
             f"{path} cannot be read ({error}); expected in_float32, attention_in_blocks, machine and "
             "forward_in_float32. Restore it; without the file the run goes on as runs did before they had one"
         ) from None
-    here = "" if choice.machine == machine() else f" on another machine ({choice.machine}; this is {machine()})"
+    here = (
+        ""
+        if choice.machine in (machine(), machine(is_short=True))
+        else f" on another machine ({choice.machine}; this is {machine()})"
+    )
     log.info("%s: as the run began%s", choice.text, here)
     return choice
