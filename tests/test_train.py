@@ -92,7 +92,7 @@ def test_bfloat16_with_masters_learns_what_the_plain_loop_with_masters_learns(
 ) -> None:
     run, epochs = tmp_path / "run", 1 if bfloat16_is_emulated() else 3  # a plain loop takes ten seconds a step there
     flags = ("--data.path", str(ENGLISH), "--data.validation", "none", "--output.dir", str(run))
-    assert train(*flags, *REFERENCE_MASK, "--train.learning_rate", "1e-5", "--train.epochs", epochs) == 0
+    assert train(*flags, *REFERENCE_MASK, "--train.learning_rate", "1e-5", "--train.epochs", str(epochs)) == 0
     losses = metrics(run)
     expected = plain(ModelConfig(), 1e-5, epochs)
     assert len(losses) == len(expected) == 20 * epochs
