@@ -152,9 +152,8 @@ def test_bfloat16_masters_go_from_phase_to_phase(tiny_model: Path, unfrozen: Pat
     trained = delta_of(unfrozen)
     assert set(trained) == set(masters)
     assert any(not torch.equal(t, t.bfloat16().float()) for t in trained.values()), "these are not rounded copies"
-    apart = torch.cat([(trained[name] - masters[name]).abs().flatten() for name in masters])
-    assert float((apart < LR).double().mean()) > 0.999, "all phases together are apart by less than one full step"
-    assert float(apart.max()) < 3 * LR, "nor by much more where a gradient is near zero"
+    moved = max(float((trained[name] - masters[name]).abs().max()) for name in masters)
+    assert moved < LR, "all phases together are apart by less than one full step"
 
 
 def test_what_stops_training_stays_as_it_is_and_stays_in_the_checkpoints(frozen: Path) -> None:
