@@ -81,12 +81,9 @@ def test_without_bfloat16_instructions_outputs_are_the_exact_ones_rounded_once(
             own = layer(states)
         assert (own.dtype, own.shape) == (torch.bfloat16, plain.shape)
         assert (own - exact).norm() <= (exact.bfloat16() - exact).norm() * 1.001
-    for tokens, is_torchs in ((1, True), (2, False)):  # two rows of each; from 4 on converting is worth its time
-        few = states[:, :tokens].contiguous()
-        torchs = nn.functional.linear(few, layer[0].weight, layer[0].bias)
-        exact_few = exact[:, :tokens]
-        assert torch.equal(layer(few), torchs if is_torchs else layer(few))
-        assert is_torchs or (layer(few) - exact_few).norm() <= (exact_few.bfloat16() - exact_few).norm() * 1.001
+    few, exact_few = states[:, :2].contiguous(), exact[:, :2]  # of 2 rows: from 4 on converting is worth its time
+    assert torch.equal(layer(few[:, :1]), nn.functional.linear(few[:, :1], layer[0].weight, layer[0].bias))
+    assert (layer(few) - exact_few).norm() <= (exact_few.bfloat16() - exact_few).norm() * 1.001
 
 
 def test_the_adapters_of_such_a_layer_compute_as_it_does() -> None:

@@ -43,21 +43,21 @@ class Float32Linear(nn.Linear):
     forward_in_float32 = False
     """Whether it computes its output so, too."""
 
-    @property
-    def fewest_rows(self) -> int:
-        """Return the number of rows from which on it does."""
-        return FEWEST_EMULATED_ROWS if self.forward_in_float32 else FEWEST_ROWS
-
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name for it
         """Compute ``linear(input)``, […, in_features] to […, out_features], in the input's dtype."""
         rows = input.numel() // max(1, input.shape[-1])
-        if rows < self.fewest_rows or input.dtype != self.weight.dtype:
+        if rows < fewest_rows(self.forward_in_float32) or input.dtype != self.weight.dtype:
             return super().forward(input)
         product = float32_linear if self.forward_in_float32 else padded_linear
         if not torch.is_grad_enabled():
             return product(input, self.weight, self.bias)
         output: torch.Tensor = _Float32Product.apply(input, self.weight, self.bias, product)  # type: ignore[no-untyped-call]
         return output
+
+
+def fewest_rows(forward_in_float32: bool) -> int:
+    """Return the number of rows from which on a layer converts its weight to float32."""
+    return FEWEST_EMULATED_ROWS if forward_in_float32 else FEWEST_ROWS
 
 
 class _Float32Product(torch.autograd.Function):

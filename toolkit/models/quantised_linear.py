@@ -15,13 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from toolkit.models.float32_gradients import (
-    FEWEST_EMULATED_ROWS,
-    FEWEST_ROWS,
-    Float32Linear,
-    float32_linear,
-    gradient_of_states,
-)
+from toolkit.models.float32_gradients import Float32Linear, fewest_rows, float32_linear, gradient_of_states
 from toolkit.models.padded_rows import PaddedLinear, padded_linear
 from toolkit.models.quantization import PARTS, Precision, QuantizationSpec, dequantise, quantise
 
@@ -83,8 +77,8 @@ class QuantisedWeight(nn.Module):
 
     def uses_float32(self, rows: int, dtype: torch.dtype) -> bool:
         """Return whether the plain layer computes the gradients of so many rows in float32."""
-        fewest = FEWEST_EMULATED_ROWS if self.forward_in_float32 else FEWEST_ROWS
-        return issubclass(self.plain_class, Float32Linear) and rows >= fewest and dtype == self.quantization.dtype
+        is_enough = rows >= fewest_rows(self.forward_in_float32)
+        return issubclass(self.plain_class, Float32Linear) and is_enough and dtype == self.quantization.dtype
 
 
 class _Product(torch.autograd.Function):
