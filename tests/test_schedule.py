@@ -28,6 +28,10 @@ from toolkit.training.step import train_step
 from toolkit.training.trainer import Trainer
 
 LR, STEPS = 1e-3, 30
+BFLOAT16_EPSILON = 1e-3
+"""AdamW's in bfloat16: a quarter of the gradients' root mean square. With the usual 1e-8 a gradient near zero, whose sign
+bfloat16 decides, makes a full step: in 30,000 elements the largest distance from a plain loop was 1.4 steps, the next
+0.9, and 0.09 with this one."""
 
 Phases = Sequence[tuple[int, Sequence[str]]]
 """For each phase the step it ends with, and its selectors."""
@@ -51,7 +55,7 @@ def flags(model: Path, run: Path, phases: Phases, *more: object) -> list[str]:
     return tiny_flags(model, run, *masks, *more)
 
 
-def plain(model_path: Path, dtype: str, phases: Phases) -> tuple[list[float], dict[str, torch.Tensor]]:
+def plain(model_path: Path, dtype: str, phases: Phases, eps: float = 1e-8) -> tuple[list[float], dict[str, torch.Tensor]]:
     """A plain loop on one AdamW: a tensor joins it when it first trains, has no gradient while it rests, and begins
     anew after a rest. Step losses and masters."""
     loaded = load(ModelConfig(name_or_path=str(model_path), dtype=dtype))
@@ -59,7 +63,7 @@ def plain(model_path: Path, dtype: str, phases: Phases) -> tuple[list[float], di
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     weights = dict(model.named_parameters())
     masters = {name: w if dtype == "float32" else w.detach().float() for name, w in weights.items()}
-    optimizer = torch.optim.AdamW([{"params": [torch.zeros(1, requires_grad=True)]}], lr=LR)
+    optimizer = torch.optim.AdamW([{"params": [torch.zeros(1, requires_grad=True)]}], lr=LR, eps=eps)
     examples = load_dataset(DataConfig(path=str(ENGLISH)), loaded.tokenizer, 42).train
     losses: list[float] = []
     before: set[str] = set()
@@ -113,7 +117,8 @@ def unfrozen(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """Gradual unfreezing in bfloat16, with a checkpoint every four steps, so that two of them are at borders."""
     run = tmp_path_factory.mktemp("unfrozen") / "run"
     every = ("--output.save_every_steps", 4, "--output.keep", 99)
-    assert train(*flags(tiny_model, run, UNFREEZING, "--model.dtype", "bfloat16", *every)) == 0
+    bfloat16 = ("--model.dtype", "bfloat16", "--optim.eps", BFLOAT16_EPSILON)
+    assert train(*flags(tiny_model, run, UNFREEZING, *bfloat16, *every)) == 0
     return run
 
 
@@ -147,13 +152,13 @@ def test_progressive_freezing_is_that_of_a_plain_loop_too(tiny_model: Path, froz
 
 
 def test_bfloat16_masters_go_from_phase_to_phase(tiny_model: Path, unfrozen: Path) -> None:
-    expected, masters = plain(tiny_model, "bfloat16", UNFREEZING)
+    expected, masters = plain(tiny_model, "bfloat16", UNFREEZING, BFLOAT16_EPSILON)
     assert rms(metrics(unfrozen), expected) < BFLOAT16_LOSS
     trained = delta_of(unfrozen)
     assert set(trained) == set(masters)
     assert any(not torch.equal(t, t.bfloat16().float()) for t in trained.values()), "these are not rounded copies"
     moved = max(float((trained[name] - masters[name]).abs().max()) for name in masters)
-    assert moved < LR, "all phases together are apart by less than one full step"
+    assert moved < LR / 4, "all phases together are apart by less than a quarter of a full step"
 
 
 def test_what_stops_training_stays_as_it_is_and_stays_in_the_checkpoints(frozen: Path) -> None:
