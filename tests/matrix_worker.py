@@ -6,6 +6,7 @@ cell is in the folder under its name.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import deepspeed  # noqa: E402, F401
 from closeness import FAULTS, planted  # noqa: E402
 
 from toolkit.commands import cli  # noqa: E402
@@ -61,6 +63,7 @@ def main() -> None:
     local_rank = [word for word in sys.argv[1:] if word.startswith("--local_rank")]
     folder, *rest = [word for word in sys.argv[1:] if word not in local_rank]
     world = distributed.join_process_group(engine_needs_group=True)
+    gc.freeze()  # each run collects garbage several times: not of what is loaded for all of them
 
     def run(engine: str, precision: str, accumulation: int, fault: str = "") -> None:
         given = [

@@ -23,6 +23,7 @@ os.environ.update(TQDM_DISABLE="1", DS_LOG_LEVEL="error", HF_HUB_OFFLINE="1", TO
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import deepspeed  # noqa: E402, F401
 import torch  # noqa: E402
 import yaml  # noqa: E402
 from helpers import metrics  # noqa: E402
@@ -194,6 +195,7 @@ def main() -> None:
     folder = Path(next(word for word in sys.argv[1:] if not word.startswith("--local_rank")))
     warnings.simplefilter("ignore")
     world = distributed.join_process_group()
+    gc.freeze()  # each run collects garbage several times: not of what is loaded for all of them
     plan = json.loads((folder / "plan.json").read_text())
     for dtype in ("float32", "bfloat16"):
         base = {**plan["usual"], "model.dtype": dtype, "mask.train": "parts of blocks", "ds": "none"}

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from toolkit.checkpoint.delta import read_delta
 from toolkit.exporting.run_export import export_delta, export_model
 from toolkit.inference.evaluation import evaluate_source
-from toolkit.inference.generation import answers
+from toolkit.inference.generation import Answerer
 from toolkit.inference.open_model import load_delta, open_model
 from toolkit.runtime.errors import CheckpointError, DataError, ModelError
 from toolkit.tasks.sample import ask
@@ -247,20 +247,20 @@ def test_held_out_rows_are_not_trusted_once_the_data_changed(tmp_path: Path) -> 
 def test_answers_come_from_the_prompt_of_training_and_stop_at_the_turns_end(trained: Path) -> None:
     loaded = open_model(str(trained)).loaded
     sample = ask("Why?", ("Because.",))
-    first, second = (next(answers(loaded, [sample], 512, 12)) for _ in range(2))
+    first, second = (Answerer(loaded, 512, 12).answer(sample) for _ in range(2))
     assert first == second
     head = loaded.model.lm_head.weight
     with torch.no_grad():
         head.zero_()
         loaded.model.model.norm.weight.zero_()
-    assert next(answers(loaded, [sample], 512, 12)) == "", "all logits equal: token 0, the end of a turn, comes first"
+    assert Answerer(loaded, 512, 12).answer(sample) == "", "all logits equal: token 0, the end of a turn, comes first"
 
 
 def test_a_long_prompt_loses_context_and_an_impossible_one_is_named(trained: Path) -> None:
     loaded = open_model(str(trained)).loaded
-    assert len(list(answers(loaded, [ask("Why?", ("because " * 300,))], 64, 4))) == 1
+    assert Answerer(loaded, 64, 4).answer(ask("Why?", ("because " * 300,)))
     with pytest.raises(DataError, match="tokens without any context"):
-        list(answers(loaded, [ask("why " * 200, ())], 64, 4))
+        Answerer(loaded, 64, 4).answer(ask("why " * 200, ()))
 
 
 def test_generate_answers_a_file_beside_its_references(trained: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from chat_templates import STYLES, Style
 from helpers import metrics, tiny_flags, tiny_llama, train
 
 from toolkit.inference.evaluation import evaluate_source
-from toolkit.inference.generation import answers
+from toolkit.inference.generation import Answerer
 from toolkit.inference.open_model import open_model
 from toolkit.models.source_files import SourceFiles
 from toolkit.runtime.errors import DataError
@@ -44,7 +44,8 @@ def memorise(model: Path, run: Path, rows: Path, *more: str) -> list[str]:
     assert train(*flags, "--mask.tied", "both", "--train.learning_rate", "5e-3", "--prefix.cache", "off") == 0
     opened = open_model(str(run))
     asked = [ask(row["QUESTION"], tuple(row["CONTEXTS"])) for row in map(json.loads, rows.read_text().splitlines())]
-    return list(answers(opened.loaded, asked, 512, 60, rendering=opened.rendering))
+    answerer = Answerer(opened.loaded, 512, 60, rendering=opened.rendering)
+    return [answerer.answer(sample) for sample in asked]
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from toolkit.config.schema import RunConfig, TrainConfig
 from toolkit.data.model_limits import padding_id
 from toolkit.inference.evaluation import evaluate_source
-from toolkit.inference.generation import answers, complete
+from toolkit.inference.generation import Answerer, complete_together
 from toolkit.inference.open_model import open_model
 from toolkit.models.quirks import training_notes
 from toolkit.optim.groups import is_rate_always_zero
@@ -123,12 +123,12 @@ def test_rows_and_prompts_beyond_the_positions_are_one_error(few_positions: Path
         evaluate_source(str(few_positions), str(path), "train", 1, None, None)
     loaded = open_model(str(few_positions)).loaded
     with pytest.raises(DataError, match="the model has 64 positions, which leaves none for an answer"):
-        list(answers(loaded, [ask("why? " * 80, ())], 2048, 4))
+        Answerer(loaded, 2048, 4).answer(ask("why? " * 80, ()))
 
 
 def test_an_answer_ends_with_the_positions_and_it_is_said(few_positions: Path, said: list[str]) -> None:
     loaded = open_model(str(few_positions)).loaded
-    given = list(answers(loaded, [ask("why?", ()), ask("how?", ())], 2048, 500))
+    given = list(Answerer(loaded, 2048, 500).in_order(enumerate([ask("why?", ()), ask("how?", ())])))
     assert len(given) == 2
     assert said.count("answers end where the model's 64 positions do") == 1
 
@@ -136,7 +136,7 @@ def test_an_answer_ends_with_the_positions_and_it_is_said(few_positions: Path, s
 def test_a_prompt_with_ids_that_the_model_does_not_embed_is_one_error(few_positions: Path) -> None:
     loaded = open_model(str(few_positions)).loaded
     with pytest.raises(ModelError, match="gives id 512, the model embeds 512 ids"):
-        complete(loaded.model, loaded.tokenizer, [1, 512], [0], 4)
+        complete_together(loaded.model, loaded.tokenizer, [[1, 512]], [0], 4)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -43,7 +42,7 @@ def living(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             most[-1] = max(most[-1], len(alive))
             yield Row(row.origin, values)
 
-    monkeypatch.setattr(sources, "iter_rows", counted)
+    monkeypatch.setattr("toolkit.commands.answers.iter_rows", counted)
     return most
 
 
@@ -63,14 +62,19 @@ def answered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     gc.collect()
     before = count_samples()  # those of other tests
 
-    def answer(opened: Any, samples: Iterable[Sample], *_: Any) -> Iterator[str]:
-        for number, sample in enumerate(samples):
-            if number % 100 == 0:
-                lived.append(count_samples() - before)
-            yield f"answer to {sample.question}"
+    class OneByOne:
+        def in_order(self, samples: Iterable[tuple[int, Sample]]) -> Iterator[tuple[int, str]]:
+            for row, sample in samples:
+                if row % 100 == 0:
+                    lived.append(count_samples() - before)
+                yield row, f"answer to {sample.question}"
 
-    monkeypatch.setattr("toolkit.commands.generate._generate_answers", answer)
-    monkeypatch.setattr("toolkit.inference.open_model.open_model", lambda *_: None)
+        def batches(self, samples: Iterable[tuple[int, Sample]]) -> Iterator[dict[int, str]]:
+            for answer in self.in_order(samples):
+                yield dict([answer])
+
+    monkeypatch.setattr("toolkit.commands.answers.make_answerer", lambda *_: OneByOne())
+    monkeypatch.setattr("toolkit.commands.answers.open_model", lambda *_: None)
     return lived
 
 
@@ -107,8 +111,8 @@ def test_bad_rows_are_listed_before_a_model_loads_and_those_beyond_the_limit_are
 
 def test_answers_may_take_the_place_of_the_questions(tiny_model: Path, tmp_path: Path, answered: list[int]) -> None:
     path = write(tmp_path / "rows.jsonl", 3)
-    os.link(path, tmp_path / "same.jsonl")
-    done = run_here("generate.py", tiny_model, "--input", path, "--output", tmp_path / "same.jsonl")
+    (tmp_path / "same.jsonl").symlink_to(path)
+    done = run_here("generate.py", tiny_model, "--input", path, "--output", tmp_path / "same.jsonl", "--overwrite")
     assert done.returncode == 0, done.stderr
     assert [json.loads(line)["ANSWER"] for line in path.read_text().splitlines()] == [
         f"answer to why {n}?" for n in range(3)
@@ -118,7 +122,8 @@ def test_answers_may_take_the_place_of_the_questions(tiny_model: Path, tmp_path:
 def test_rows_that_change_between_check_and_answer_are_an_error() -> None:
     rows = [Row("line 1", {"QUESTION": "why?"})]
     questions = Questions(lambda: rows, DataConfig())
-    assert [sample.question for sample in questions] == [sample.question for sample in questions] == ["why?"]
+    for _ in range(2):
+        assert [question.sample.question for question in questions] == ["why?"]
     rows[0] = Row("line 1", {"QUESTION": ""})
     with pytest.raises(DataError, match="line 1 has an empty QUESTION; expected text; the rows have changed since"):
         list(questions)

@@ -14,7 +14,7 @@ from transformers import GenerationMixin
 
 from toolkit.config.schema import ModelConfig
 from toolkit.frozen import residence
-from toolkit.inference.generation import can_complete_together, complete, complete_together
+from toolkit.inference.generation import can_complete_together, complete_together
 from toolkit.models.disk_offload import OnDisk
 from toolkit.models.load import load
 from toolkit.runtime.distributed import World
@@ -147,7 +147,7 @@ def test_prompts_that_are_answered_together_have_the_answers_that_they_have_alon
     loaded = load(ModelConfig(name_or_path=str(tiny_model), dtype="float32"))
     model, tokenizer = loaded.model.eval(), loaded.tokenizer
     prompts = [list(range(5, 5 + length)) for length in (3, 17, 9)]
-    alone = [complete(model, tokenizer, prompt, [0], 12) for prompt in prompts]
+    alone = [complete_together(model, tokenizer, [prompt], [0], 12)[0] for prompt in prompts]
     assert complete_together(model, tokenizer, prompts, [0], 12) == alone
     assert can_complete_together(model, prompts, 12)
     assert not can_complete_together(model, [*prompts, list(range(500))], 13), "512 positions leave that one 12"

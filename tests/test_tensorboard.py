@@ -19,7 +19,7 @@ from toolkit.activation_cache.cached_prefix import CachedPrefix
 from toolkit.config.schema import ModelConfig
 from toolkit.data.dataset import load_dataset
 from toolkit.data.examples import Encoder
-from toolkit.inference.generation import complete
+from toolkit.inference.generation import complete_together
 from toolkit.inference.open_model import open_model
 from toolkit.mask.audit import AuditRow
 from toolkit.mask.diagram import draw_mask
@@ -134,7 +134,7 @@ def test_the_shown_answers_are_those_of_the_trained_model(run: Path) -> None:
     ends = Encoder(opened.loaded.tokenizer, 2048).stop_ids()
     for row, line in zip(rows, text.splitlines()[-2:], strict=True):
         prompt, reference = row.token_ids[: row.answer_start], row.token_ids[row.answer_start :]
-        answer = complete(opened.loaded.model.eval(), opened.loaded.tokenizer, prompt, ends, 5)
+        (answer,) = complete_together(opened.loaded.model.eval(), opened.loaded.tokenizer, [prompt], ends, 5)
         decoded = opened.loaded.tokenizer.decode(list(reference), skip_special_tokens=True)
         assert line.endswith(f"| {_cell(decoded)} | {_cell(answer)} |")
 

@@ -192,6 +192,21 @@ def temperature(text: str) -> float:
     return value
 
 
+def probability(text: str) -> float:
+    """Parse a number above 0 and up to 1; for ``add_argument(type=…)``."""
+    value = temperature(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and up to 1")
+    return value
+
+
+def whole_number(text: str) -> int:
+    """Parse an integer of at least 0; for ``add_argument(type=…)``."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
 def positive_number(text: str) -> float:
     """Parse a number above 0; for ``add_argument(type=…)``."""
     value = temperature(text)

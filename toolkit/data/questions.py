@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
+from typing import Any, NamedTuple
 
 from toolkit.config.data_schema import DataConfig
 from toolkit.data.chat_rendering import Rendering
@@ -41,8 +42,19 @@ def from_prompt(
         raise DataError(f"a question alone {fault} (task {task.name}); give rows with --input") from None
 
 
-class Questions(Iterable[Sample]):
-    """The questions of a source as samples by the task of a run; a reference answer is kept if the row has one.
+class Question(NamedTuple):
+    """A row to answer."""
+
+    row: int
+    """Its number in the source, from 0."""
+    sample: Sample
+    """What is asked; a reference answer is kept if the row has one."""
+    values: Any
+    """The row as it was read, with identifiers masked where those of the run's rows were."""
+
+
+class Questions(Iterable[Question]):
+    """The questions of a source by the task of a run.
 
     ``read`` begins to read the rows anew: each pass over the questions is one over the rows, of which a few are held.
     The first pass is this constructor's, which counts and checks them. At most ``limit`` rows are taken, if given.
@@ -51,15 +63,19 @@ class Questions(Iterable[Sample]):
     than the training's are read by the task that fits them. Plain text is continued as it is; a warning says so if the
     run that ``rendering`` is of did not learn plain text.
 
+    Rows without a question are an error, or left out with a warning if ``skips_bad_rows``; either names the first. So
+    are rows that have a column ``answer_column`` already.
+
     Raises:
-        DataError: rows have no question; names the first of them.
+        DataError: rows have no question.
     """
 
     def __init__(
         self, read: Callable[[], Iterable[Row]], data: DataConfig, rendering: Rendering = Rendering(),
-        limit: int | None = None,
+        limit: int | None = None, skips_bad_rows: bool = False, answer_column: str | None = None,
     ) -> None:  # fmt: skip
         self._read, self._limit, self._noter = read, limit, RowNoter(data)
+        self._skips, self._answer_column = skips_bad_rows, answer_column
         rows = self._rows()
         first = list(islice(rows, MOST_ROWS))
         self._task = task_for_questions(data, [row.values for row in first])
@@ -68,17 +84,21 @@ class Questions(Iterable[Sample]):
                 "the rows have text alone, which is continued as it is, without a chat template; to ask it, name "
                 "its column QUESTION, in a file with columns"
             )
+        self._bad = set[int]()
         self._count = self._check(chain(first, rows))
 
     def __len__(self) -> int:
-        return self._count
+        """Return the number of questions."""
+        return self._count - len(self._bad)
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[Question]:
         count = 0
-        for row in self._rows():
+        for number, row in enumerate(self._rows()):
             count += 1
+            if number in self._bad:
+                continue
             try:
-                yield self._sample(row)
+                yield self._question(number, row)
             except RowFaultError as fault:
                 raise DataError(f"{self._fault(row, fault)}; the rows have changed since they were checked") from None
         if count != self._count:
@@ -88,25 +108,32 @@ class Questions(Iterable[Sample]):
         return islice(self._read(), self._limit)
 
     def _check(self, rows: Iterable[Row]) -> int:
-        """Return the number of rows; DataError if some cannot be answered."""
-        bad, first, count = 0, list[str](), 0
-        for row in rows:
+        """Return the number of rows, and keep the numbers of those that cannot be answered; DataError if there are."""
+        first, count = list[str](), 0
+        for number, row in enumerate(rows):
             count += 1
             try:
-                self._sample(row)
+                self._question(number, row)
             except RowFaultError as fault:
-                bad += 1
+                self._bad.add(number)
                 if len(first) < _MOST_LISTED:
                     first.append(f"  - {self._fault(row, fault)}")
-        if bad:
-            raise DataError("\n".join([f"{bad} rows cannot be answered:", *first]))
+        if self._bad:
+            text = "\n".join([f"{len(self._bad)} rows cannot be answered:", *first])
+            if not self._skips or len(self._bad) == count:
+                raise DataError(text)
+            log.warning("%s", text.replace("cannot be answered", "cannot be answered and are skipped", 1))
         return count
 
-    def _sample(self, row: Row) -> Sample:
+    def _question(self, number: int, row: Row) -> Question:
         if row.fault:
             raise RowFaultError(row.fault)
+        if self._answer_column is not None and isinstance(row.values, Mapping) and self._answer_column in row.values:
+            raise RowFaultError(
+                f"has a column {self._answer_column}, where its answer would go; name another with --answer-column"
+            )
         values, _ = self._noter.masked(row.values)
-        return self._task.read(values, with_answer=self._task.has_answer(values))
+        return Question(number, self._task.read(values, with_answer=self._task.has_answer(values)), values)
 
     def _fault(self, row: Row, fault: RowFaultError) -> str:
         return f"{self._noter.origin(row.origin)} {self._noter.fault(str(fault))}"
@@ -115,7 +142,7 @@ class Questions(Iterable[Sample]):
 def questions_of(rows: Iterable[Row], data: DataConfig, rendering: Rendering = Rendering()) -> list[Sample]:
     """Make a sample of each row, all held in memory; see ``Questions``."""
     held = list(rows)
-    return list(Questions(lambda: held, data, rendering))
+    return [question.sample for question in Questions(lambda: held, data, rendering)]
 
 
 def _with_own_task(data: DataConfig, rendering: Rendering) -> DataConfig:

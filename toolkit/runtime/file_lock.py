@@ -16,7 +16,7 @@ import psutil
 from typing_extensions import override
 
 LOCK_FILE_NAME = ".lock"
-_NO_LOCK_ERRORS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
+NO_LOCK_ERRORS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 """Errors of ``flock`` on a file system without locks."""
 
 
@@ -146,7 +146,7 @@ class RunLock(FileLock):
         try:
             acquired: bool | None = self.acquire()
         except OSError as error:
-            if error.errno not in _NO_LOCK_ERRORS:
+            if error.errno not in NO_LOCK_ERRORS:
                 raise
             acquired = None  # unknown: this file system has no locks
         holder = None

@@ -17,17 +17,18 @@ _OUT_OF_MEMORY_TEXT = re.compile(
 
 
 @contextmanager
-def explain_out_of_memory(phase: str, shape: str | None = None) -> Iterator[None]:
+def explain_out_of_memory(phase: str, shape: str | None = None, advice: str | None = None) -> Iterator[None]:
     """Turn a failed allocation of the body into ``OutOfMemoryError``; of nested blocks the innermost names the phase.
 
-    ``phase`` is a phrase such as "the forward pass", ``shape`` the rows x tokens of the micro batch.
+    ``phase`` is a phrase such as "the forward pass", ``shape`` the rows x tokens of the micro batch, ``advice`` the
+    setting to change first.
     """
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemoryError(phase, shape, _first_sentence(error)) from None
+        raise OutOfMemoryError(phase, shape, _first_sentence(error), advice) from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
