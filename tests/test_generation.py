@@ -204,6 +204,11 @@ def test_a_question_that_is_too_long_is_an_error_or_skipped(loaded: LoadedModel,
     assert sum(line.startswith("skipped: question 3, 'why why") for line in said) == 1
 
 
+def test_questions_of_which_none_can_be_answered_are_all_skipped(loaded: LoadedModel) -> None:
+    samples = [(row, ask("why " * 200)) for row in range(40)]
+    assert dict(Answerer(loaded, 100, 4, 4, skips_bad_rows=True).in_order(samples)) == dict.fromkeys(range(40))
+
+
 def test_the_api_answers_together_too(tiny_model: Path, sizes: list[int]) -> None:
     answers = toolkit.generate(tiny_model, list(QUESTIONS), max_new_tokens=4, batch_size=4)
     assert sizes == [4, 3]

@@ -157,14 +157,15 @@ class Answerer:
     def _together(self, prompts: dict[int, tuple[int, ...]]) -> list[list[int]]:
         """Divide the rows into batches of prompts of about the same length, the longest first."""
         rows = sorted(prompts, key=lambda row: (-len(prompts[row]), row))
-        if self.batch_size == 1 or len(rows) == 1:
+        if self.batch_size == 1 or len(rows) <= 1:
             return [[row] for row in rows]
         model, most = self.loaded.model, self.max_new_tokens
         if self._pads is None and room_for_answer(prompts[rows[-1]], model, _PADDING + 1) > _PADDING:
             self._pads = self.world.broadcast_object(self._padding_is_exact(prompts[rows[-1]]))
-        alone = [row for row in rows if not self._pads or room_for_answer(prompts[row], model, most) < most]
-        rest = [row for row in rows if row not in set(alone)]
-        return [[row] for row in alone] + [rest[n : n + self.batch_size] for n in range(0, len(rest), self.batch_size)]
+        rest = [row for row in rows if self._pads and room_for_answer(prompts[row], model, most) == most]
+        padded = set(rest)
+        alone = [[row] for row in rows if row not in padded]
+        return alone + [rest[n : n + self.batch_size] for n in range(0, len(rest), self.batch_size)]
 
     def _padding_is_exact(self, prompt: Sequence[int]) -> bool:
         """Return whether padding on the left leaves a prompt's next token as it is, but for rounding; say if not."""
