@@ -64,9 +64,9 @@ class Answerer:
     """Whether a question that is too long is logged and has no answer; else it is an error."""
 
     def __post_init__(self) -> None:
-        for name, value in (("batch_size", self.batch_size), ("max_new_tokens", self.max_new_tokens)):
-            if value < 1:
-                raise UsageError(f"{name} is {value}; expected a whole number from 1")
+        for name in ("batch_size", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; expected a whole number from 1")
         self._encoder = Encoder(self.loaded.tokenizer, self.max_length, self.loaded.ends, self.rendering)
         for note in self._encoder.notes():
             log.info("%s", note)
@@ -162,10 +162,11 @@ class Answerer:
         model, most = self.loaded.model, self.max_new_tokens
         if self._pads is None and room_for_answer(prompts[rows[-1]], model, _PADDING + 1) > _PADDING:
             self._pads = self.world.broadcast_object(self._padding_is_exact(prompts[rows[-1]]))
-        rest = [row for row in rows if self._pads and room_for_answer(prompts[row], model, most) == most]
-        padded = set(rest)
-        alone = [[row] for row in rows if row not in padded]
-        return alone + [rest[n : n + self.batch_size] for n in range(0, len(rest), self.batch_size)]
+        fits = {row: self._pads and room_for_answer(prompts[row], model, most) == most for row in rows}
+        rest = [row for row in rows if fits[row]]
+        return [[row] for row in rows if not fits[row]] + [
+            rest[n : n + self.batch_size] for n in range(0, len(rest), self.batch_size)
+        ]
 
     def _padding_is_exact(self, prompt: Sequence[int]) -> bool:
         """Return whether padding on the left leaves a prompt's next token as it is, but for rounding; say if not."""
@@ -177,10 +178,8 @@ class Answerer:
             most = _PADDING_TOLERANCE.get(model.dtype, _LOW_PRECISION_TOLERANCE) * float(alone.abs().max())
             exact = float((padded - alone).abs().max()) <= most
         if not exact:
-            self._say_once(
-                logging.INFO, "this model, or its generation_config.json, reads padding too: questions are answered "
-                "one by one", "pads",
-            )  # fmt: skip
+            why = "this model, or its generation_config.json, reads padding too: questions are answered one by one"
+            self._say_once(logging.INFO, why, "pads")
         return exact
 
     def _answer(self, prompts: dict[int, tuple[int, ...]], streamer: Any = None) -> dict[int, str]:
