@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from toolkit.checkpoint.delta import read_delta
 from toolkit.exporting.run_export import export_delta, export_model
+from toolkit.inference.answering import Answerer
 from toolkit.inference.evaluation import evaluate_source
-from toolkit.inference.generation import Answerer
 from toolkit.inference.open_model import load_delta, open_model
 from toolkit.runtime.errors import CheckpointError, DataError, ModelError
 from toolkit.tasks.sample import ask

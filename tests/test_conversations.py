@@ -11,8 +11,8 @@ import pytest
 from chat_templates import STYLES, Style
 from helpers import metrics, tiny_flags, tiny_llama, train
 
+from toolkit.inference.answering import Answerer
 from toolkit.inference.evaluation import evaluate_source
-from toolkit.inference.generation import Answerer
 from toolkit.inference.open_model import open_model
 from toolkit.models.source_files import SourceFiles
 from toolkit.runtime.errors import DataError

@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from toolkit.config.schema import RunConfig, TrainConfig
 from toolkit.data.model_limits import padding_id
+from toolkit.inference.answering import Answerer
 from toolkit.inference.evaluation import evaluate_source
-from toolkit.inference.generation import Answerer, complete_together
+from toolkit.inference.generation import complete_together
 from toolkit.inference.open_model import open_model
 from toolkit.models.quirks import training_notes
 from toolkit.optim.groups import is_rate_always_zero

@@ -17,8 +17,8 @@ from zoo import CUT, OTHER, UNCUT, make
 
 import toolkit
 from toolkit.config.schema import ModelConfig
-from toolkit.inference import generation
-from toolkit.inference.generation import Answerer
+from toolkit.inference import answering
+from toolkit.inference.answering import Answerer
 from toolkit.inference.sampling import Sampling
 from toolkit.models.load import LoadedModel, load
 from toolkit.runtime.errors import DataError, OutOfMemoryError, UsageError
@@ -46,13 +46,13 @@ def loaded(tiny_model: Path) -> LoadedModel:
 def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many prompts were answered together, each time."""
     taken: list[int] = []
-    complete = generation.complete_together
+    complete = answering.complete_together
 
     def counted(model: Any, tokenizer: Any, prompts: Any, *more: Any, **options: Any) -> list[str]:
         taken.append(len(prompts))
         return complete(model, tokenizer, prompts, *more, **options)
 
-    monkeypatch.setattr(generation, "complete_together", counted)
+    monkeypatch.setattr(answering, "complete_together", counted)
     return taken
 
 
@@ -299,7 +299,7 @@ def test_answers_may_take_the_place_of_their_questions_and_a_link_stays_one(tiny
 def interrupted(tiny_model: Path, questions: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A begun file of two batches of two."""
     with monkeypatch.context() as patch:
-        complete, left = generation.complete_together, [0, 1]
+        complete, left = answering.complete_together, [0, 1]
 
         def dies(*given: Any, **options: Any) -> list[str]:
             if not left:
@@ -307,7 +307,7 @@ def interrupted(tiny_model: Path, questions: Path, monkeypatch: pytest.MonkeyPat
             left.pop()
             return complete(*given, **options)
 
-        patch.setattr(generation, "complete_together", dies)
+        patch.setattr(answering, "complete_together", dies)
         assert run_here("generate.py", *flags(tiny_model, questions)).returncode == 130
     return questions.with_name("answers.jsonl.part")
 
@@ -371,7 +371,7 @@ def test_a_skipped_row_that_can_be_answered_now_is_an_error_too(
     rows = lines(questions)
     rows[4]["QUESTION"] = "why " * 3000
     with monkeypatch.context() as patch:
-        patch.setattr(generation, "complete_together", lambda *_, **__: [][0])
+        patch.setattr(answering, "complete_together", lambda *_, **__: [][0])
         result = run_here("generate.py", *flags(tiny_model, write(questions, *rows), "--on-bad-row", "skip"))
     assert result.returncode == 1
     assert len(questions.with_name("answers.jsonl.part").read_text().splitlines()) == 2, "the settings, the skipped row"

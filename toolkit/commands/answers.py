@@ -14,8 +14,8 @@ from toolkit.data.model_limits import position_limit
 from toolkit.data.questions import Question, Questions, from_prompt
 from toolkit.data.sources import ReadOptions, Source, iter_rows
 from toolkit.inference.answer_file import AnswerFile
+from toolkit.inference.answering import Answerer, QuestionError
 from toolkit.inference.chat import Chat
-from toolkit.inference.generation import Answerer, QuestionError
 from toolkit.inference.open_model import OpenedModel, data_settings, open_model
 from toolkit.inference.sampling import Sampling
 from toolkit.models.float32_gradients import use_faster_forward

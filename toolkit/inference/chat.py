@@ -6,7 +6,7 @@ from transformers import TextStreamer
 
 from toolkit.config.data_schema import DataConfig
 from toolkit.data.questions import from_prompt
-from toolkit.inference.generation import Answerer
+from toolkit.inference.answering import Answerer
 from toolkit.tasks.sample import ASSISTANT, SYSTEM, Sample, Turn
 
 
