@@ -79,7 +79,7 @@ def test_all_that_takes_long_is_followed(
     train(*tiny_flags(tiny_model, tmp_path / "run", *flags, "--prefix.cache_dir", tmp_path / "cache"))
     questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
     questions.write_text('{"QUESTION": "Why?", "CONTEXTS": []}\n' * 2)
-    arguments = ["--input", questions, "--output", answers, "--max-new-tokens", 2]
+    arguments = ["--input", questions, "--output", answers, "--max-new-tokens", 2, "--batch-size", 1]
     monkeypatch.setattr("sys.argv", ["generate.py", *map(str, (tiny_model, *arguments))])
     assert runpy.run_path(str(ROOT / "launch" / "generate.py"))["main"]() == 0
     for begins in ("tokenising: 20 rows", "first pass: ", "evaluating: 1 of 2 rows",
