@@ -67,12 +67,13 @@ def answer_rows(arguments: argparse.Namespace, world: World) -> None:
     """Answer the rows of ``--input``, of which those in a begun file are left out."""
     source = _source(arguments)
     with _answer_file(arguments, world) as file:
+        if file is not None:
+            _require_all_rows_fit(arguments, source)
         questions = Questions(
             lambda: iter_rows(source), *data_settings(arguments.source, arguments.input), arguments.limit,
             arguments.on_bad_row == "skip", arguments.answer_column if arguments.output else None,
         )  # fmt: skip
         if file is not None:
-            _require_all_rows_fit(arguments, source)
             file.require_same(questions)
         done: frozenset[int] = world.on_main(lambda: frozenset() if file is None else file.rows)
         answerer = make_answerer(_open_model(arguments, world), arguments, world)

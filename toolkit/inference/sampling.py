@@ -50,7 +50,7 @@ class Sampling:
 class _GumbelNoise(LogitsProcessor):  # type: ignore[misc]
     """Adds to the logits of each row noise by which the largest sum is a draw from their softmax (1411.0030, 2).
 
-    A generator a row, on the CPU: batches, ranks and devices draw the same.
+    A generator a row, on the CPU, so that a row's noise is the same in every batch and on every rank.
     """
 
     def __init__(self, seed: int, rows: Sequence[int]) -> None:
