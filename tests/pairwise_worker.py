@@ -18,6 +18,7 @@ import traceback
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ.update(TQDM_DISABLE="1", DS_LOG_LEVEL="error", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import deepspeed  # noqa: E402, F401
 import torch  # noqa: E402
 import yaml  # noqa: E402
-from helpers import metrics  # noqa: E402
+from helpers import clean_environment, metrics  # noqa: E402
 from pairwise_table import VALUES  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
@@ -112,18 +113,18 @@ def start(world: World, recipe_file: Path, ds: str, end: str = "nothing") -> int
 
 
 def command(script: str, *given: object) -> str:
-    """What a launch script prints, run in this process."""
+    """What a launch script prints, run in this process, which for it is one by itself and no rank."""
     spec = importlib.util.spec_from_file_location(f"launch_{script}", ROOT / "launch" / f"{script}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    before, sys.argv = sys.argv, [f"launch/{script}.py", *map(str, given)]
-    try:
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            code = module.main()
-    finally:
-        sys.argv = before
+    words = [f"launch/{script}.py", *map(str, given)]
+    with (
+        patch.object(sys, "argv", words), patch.dict(os.environ, clean_environment(), clear=True),
+        contextlib.redirect_stdout(io.StringIO()) as out,
+    ):  # fmt: skip
+        code = module.main()
     require(code == 0, f"{script} ended with {code}")
     return out.getvalue()
 

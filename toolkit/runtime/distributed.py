@@ -182,14 +182,17 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
 def join_ranks(engine_needs_group: bool = False) -> Iterator[World]:
     """Join all ranks for the body: the process group, and the connections over which failures are broadcast.
 
-    The process group is not destroyed after an error: that would block while other ranks wait in a collective.
+    The process group is not destroyed after an error: that would block while other ranks wait in a collective. Nor is
+    one that was there before.
     ``engine_needs_group`` and what is raised are those of ``join_process_group``.
     """
+    was_joined = dist.is_available() and dist.is_initialized()
     world = join_process_group(engine_needs_group)
     with connect_ranks(world.rank, world.size, os.environ.get("MASTER_ADDR", ""), world.broadcast_object):
         yield world
         world.barrier()
-    leave_process_group()
+    if not was_joined:
+        leave_process_group()
 
 
 def join_process_group(engine_needs_group: bool = False) -> World:
