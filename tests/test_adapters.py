@@ -21,7 +21,8 @@ from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.models.probe import called_modules
 from toolkit.runtime.distributed import World
 from toolkit.split.activation_checkpointing import checkpoint_blocks
-from toolkit.split.suffix import split, split_is_exact
+from toolkit.split.exactness import split_is_exact
+from toolkit.split.suffix import split
 from toolkit.split.supervised_loss import supervised_loss
 
 TYPES = ("llama", "qwen2", "gemma3_text", "mixtral", "gpt2")

@@ -13,10 +13,10 @@ from helpers import ENGLISH, make_tiny_model, masters_of, run_here, run_script, 
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import toolkit
 from toolkit.checkpoint.delta import read_delta
 from toolkit.exporting.run_export import export_delta, export_model
 from toolkit.inference.answering import Answerer
-from toolkit.inference.evaluation import evaluate_source
 from toolkit.inference.open_model import load_delta, open_model
 from toolkit.runtime.errors import CheckpointError, DataError, ModelError
 from toolkit.tasks.sample import ask
@@ -109,7 +109,7 @@ def test_evaluate_rounds_masters_only_as_it_is_told(trained: Path, tmp_path: Pat
     export_model(trained, tmp_path / "export", "float32")
 
     def loss(source: Path, dtype: Any = None) -> float:
-        return evaluate_source(str(source), str(ENGLISH), "train", 1, None, None, dtype=dtype).loss
+        return toolkit.evaluate(source, ENGLISH, dtype=dtype).loss
 
     assert loss(tmp_path / "export") == loss(trained, "float32") != loss(trained)
     assert loss(tmp_path / "export", "bfloat16") == loss(trained)
@@ -219,7 +219,7 @@ def test_every_kind_of_source_evaluates_the_same(trained: Path, tmp_path: Path) 
     export_model(trained, tmp_path / "export")
     export_delta(trained, tmp_path / "delta")
     losses = [
-        evaluate_source(str(source), str(ENGLISH), "train", batch, None, None).loss
+        toolkit.evaluate(source, ENGLISH, batch_size=batch).loss
         for source, batch in ((trained, 1), (tmp_path / "delta", 1), (tmp_path / "export", 1), (trained, 7))
     ]
     assert losses[0] == losses[1]
@@ -230,7 +230,7 @@ def test_every_kind_of_source_evaluates_the_same(trained: Path, tmp_path: Path) 
 
 def test_evaluating_without_held_out_rows_says_what_to_name(trained: Path) -> None:
     with pytest.raises(DataError, match=r"held no rows out; name some with --data\.path"):
-        evaluate_source(str(trained.parent / "base"), None, "train", 1, None, None)
+        toolkit.evaluate(trained.parent / "base")
 
 
 def test_held_out_rows_are_not_trusted_once_the_data_changed(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_held_out_rows_are_not_trusted_once_the_data_changed(tmp_path: Path) -> 
     assert train(*tiny_flags(model, tmp_path / "run", *flags)) == 0
     data.write_text("\n".join(rows[1:]), encoding="utf-8")
     with pytest.raises(DataError, match="have changed since it was trained"):
-        evaluate_source(str(tmp_path / "run"), None, "train", 1, None, None)
+        toolkit.evaluate(tmp_path / "run")
 
 
 def test_answers_come_from_the_prompt_of_training_and_stop_at_the_turns_end(trained: Path) -> None:

@@ -39,7 +39,7 @@ def in_new_process(code: str) -> Any:
 
 
 def test_the_public_names_are_these() -> None:
-    types = ["FrostlineError", "PlanReport", "RunConfig", "SourceEvaluation", "TrainResult"]
+    types = ["Comparison", "FrostlineError", "PlanReport", "RunConfig", "TrainResult"]
     assert toolkit.__all__ == [*types, *sorted(VERBS)]
     for name in toolkit.__all__:
         assert getattr(toolkit, name).__name__ == name

@@ -11,7 +11,7 @@ from helpers import ROOT
 LAYERS = [
     {"runtime"},
     {"config"},
-    {"tasks", "slurm"},
+    {"tasks", "slurm", "metrics"},
     {"models"},
     {"mask"},
     {"data"},
@@ -22,6 +22,7 @@ LAYERS = [
     {"engine"},
     {"checkpoint"},
     {"inference"},
+    {"evaluation"},
     {"exporting", "planning"},
     {"training"},
     {"commands"},

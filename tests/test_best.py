@@ -9,9 +9,9 @@ import pytest
 import torch
 from helpers import ENGLISH, masters_of, metrics, run_script, tiny_flags, train
 
+import toolkit
 from toolkit.checkpoint.choice import choose_checkpoint
 from toolkit.exporting.run_export import export_delta, export_model
-from toolkit.inference.evaluation import evaluate_source
 from toolkit.inference.open_model import open_model, read_trained
 from toolkit.runtime.errors import CheckpointError, UsageError
 
@@ -47,7 +47,7 @@ def test_every_command_takes_the_checkpoint_that_is_asked_for(
     assert same(opened.delta.tensors, taken, run)
     export_delta(run, tmp_path / "delta", step=asked)  # type: ignore[arg-type]
     assert same(read_trained(tmp_path / "delta").tensors, taken, run)
-    outcome = evaluate_source(str(run), None, None, 1, asked, None)  # type: ignore[arg-type]
+    outcome = toolkit.evaluate(run, step=asked)  # type: ignore[arg-type]
     assert outcome.step == taken
     assert outcome.loss == pytest.approx(metrics(run, "eval_loss")[taken - 1], rel=1e-5)
 
@@ -97,7 +97,7 @@ def test_a_moved_base_of_a_whole_model_is_refused(tiny_model: Path) -> None:
 
 def test_evaluate_says_its_rows_and_whether_they_were_held_out(run: Path, tmp_path: Path, said: list[str]) -> None:
     def rows(source: Path, path: Path | None) -> tuple[str, bool | None]:
-        outcome = evaluate_source(str(source), str(path) if path else None, None, 4, None, None)
+        outcome = toolkit.evaluate(source, path, batch_size=4)
         assert f"evaluating on {outcome.data}" in said
         return outcome.data, outcome.held_out
 

@@ -11,8 +11,8 @@ import pytest
 from chat_templates import STYLES, Style
 from helpers import metrics, tiny_flags, tiny_llama, train
 
+import toolkit
 from toolkit.inference.answering import Answerer
-from toolkit.inference.evaluation import evaluate_source
 from toolkit.inference.open_model import open_model
 from toolkit.models.source_files import SourceFiles
 from toolkit.runtime.errors import DataError
@@ -83,14 +83,14 @@ def test_a_run_goes_on_and_is_evaluated_with_the_date_on_which_it_began(
     with monkeypatch.context() as patch:
         patch.setattr("toolkit.training.loading.datetime", Past)
         assert train(*flags, "--train.epochs", "1") == 0
-    assert evaluate_source(str(tmp_path / "run"), None, "train", 1, None, None).loss > 0
+    assert toolkit.evaluate(tmp_path / "run").loss > 0
     checkpoint = next((tmp_path / "run" / "checkpoints").glob("step-*"))
     assert open_model(str(checkpoint)).rendering.now == datetime.datetime(2001, 2, 3)
     assert train(*flags, "--train.epochs", "2", "--resume-override") == 0
     assert len(metrics(tmp_path / "run", "eval_loss")) == 2
     (tmp_path / "run" / "rendering.json").unlink()
     with pytest.raises(DataError, match="have changed since"):
-        evaluate_source(str(tmp_path / "run"), None, "train", 1, None, None)
+        toolkit.evaluate(tmp_path / "run")
 
 
 def test_rows_of_a_model_that_prints_the_date_are_rendered_anew_on_another_day(
@@ -107,7 +107,7 @@ def test_rows_of_a_model_that_prints_the_date_are_rendered_anew_on_another_day(
     for stores in (1, 1, 2):
         if stores == 2:
             monkeypatch.setattr("toolkit.data.token_key.datetime", Tomorrow)
-        assert evaluate_source(str(model), str(rows), None, 1, None, None).rows == 4
+        assert toolkit.evaluate(model, rows).rows == 4
         assert len(list((tmp_path / "cache" / "tokens").glob("*.tokens"))) == stores
 
 

@@ -44,7 +44,7 @@ def test_the_reference_has_every_public_name_and_every_recipe_key(site: Path) ->
     recipe = html.unescape((site / "recipe.html").read_text(encoding="utf-8"))
     for name in set(toolkit.__all__) - {"FrostlineError", "RunConfig"}:
         assert f'id="toolkit.{name}"' in api
-    for name in ("runtime.errors.FrostlineError", "SourceEvaluation.loss", "PlanReport.plan", "TrainResult.run"):
+    for name in ("runtime.errors.FrostlineError", "Comparison.loss", "PlanReport.plan", "TrainResult.run"):
         assert f'id="toolkit.{name}"' in api
     for path, info in field_paths().items():
         assert f".{path.split('.')[1]}" in recipe

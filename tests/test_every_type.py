@@ -19,7 +19,8 @@ from toolkit.mask.apply import apply_mask, trainable_parameters
 from toolkit.mask.layer_mask import LayerMask, build_mask
 from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.runtime.distributed import World
-from toolkit.split.suffix import split, split_is_exact
+from toolkit.split.exactness import split_is_exact
+from toolkit.split.suffix import split
 from toolkit.split.supervised_loss import supervised_loss
 
 NOT_MADE = {

@@ -15,11 +15,11 @@ from helpers import ENGLISH, tiny_flags, train
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import toolkit
 from toolkit.checkpoint.delta import read_delta
 from toolkit.config.schema import DataConfig, ModelConfig
 from toolkit.data.dataset import load_dataset
 from toolkit.exporting.run_export import export_delta, export_model
-from toolkit.inference.evaluation import evaluate_source
 from toolkit.inference.open_model import load_delta, open_model
 from toolkit.models import weight_files
 from toolkit.models.load import load, load_tokenizer
@@ -154,9 +154,7 @@ def test_training_and_the_export_speak_exaones_chat_format(base: Path, export: P
 def test_run_delta_and_export_are_the_same_model(run: Path, export: Path, tmp_path: Path) -> None:
     export_delta(run, tmp_path / "delta")
     assert torch.equal(logits_of(load_delta(read_delta(tmp_path / "delta"))), logits_of(loaded_from(export)))
-    evaluated = [
-        evaluate_source(str(source), str(ENGLISH), "train", 1, None, None).loss for source in (run, tmp_path / "delta")
-    ]
+    evaluated = [toolkit.evaluate(source, ENGLISH).loss for source in (run, tmp_path / "delta")]
     assert evaluated[0] == evaluated[1]
 
 

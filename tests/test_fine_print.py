@@ -11,10 +11,10 @@ import torch
 from helpers import make_tokenizer, metrics, tiny_flags, tiny_llama, train
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import toolkit
 from toolkit.config.schema import RunConfig, TrainConfig
 from toolkit.data.model_limits import padding_id
 from toolkit.inference.answering import Answerer
-from toolkit.inference.evaluation import evaluate_source
 from toolkit.inference.generation import complete_together
 from toolkit.inference.open_model import open_model
 from toolkit.models.quirks import training_notes
@@ -108,7 +108,7 @@ def test_padding_is_an_id_that_the_model_embeds(pad_beyond_table: Path, tmp_path
     more = ("--train.micro_batch_size", "3", "--data.packing", "off", "--prefix.cache", "off", "--train.max_steps", "2")
     assert train(*tiny_flags(pad_beyond_table, tmp_path / "run", *more)) == 0
     path = str(write_rows(tmp_path / "rows.jsonl", "yes", "no, it is not"))
-    alone, padded = (evaluate_source(str(tmp_path / "run"), path, "train", n, None, None).loss for n in (1, 2))
+    alone, padded = (toolkit.evaluate(tmp_path / "run", path, batch_size=n).loss for n in (1, 2))
     assert padded == pytest.approx(alone, rel=1e-6)
 
 
@@ -121,7 +121,7 @@ def few_positions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_rows_and_prompts_beyond_the_positions_are_one_error(few_positions: Path, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", "word " * 80)
     with pytest.raises(DataError, match="tokens, the model has 64 positions; name rows that fit"):
-        evaluate_source(str(few_positions), str(path), "train", 1, None, None)
+        toolkit.evaluate(few_positions, path)
     loaded = open_model(str(few_positions)).loaded
     with pytest.raises(DataError, match="the model has 64 positions, which leaves none for an answer"):
         Answerer(loaded, 2048, 4).answer(ask("why? " * 80, ()))

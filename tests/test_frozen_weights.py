@@ -33,7 +33,8 @@ from toolkit.models.quantization import (
 from toolkit.models.weight_fingerprint import fingerprint
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import ConfigError, ModelError
-from toolkit.split.suffix import split, split_is_exact
+from toolkit.split.exactness import split_is_exact
+from toolkit.split.suffix import split
 from toolkit.training.trainer import Trainer
 
 

@@ -11,7 +11,7 @@ from data_files import ROWS, as_csv, as_jsonl
 from helpers import make_tiny_model, metrics, tiny_flags, train
 from test_sources import put
 
-from toolkit.inference.evaluation import evaluate_source
+import toolkit
 from toolkit.runtime.errors import CheckpointError
 
 
@@ -57,9 +57,9 @@ def test_another_weight_is_another_run(whole: Path) -> None:
 
 
 def test_what_it_held_out_is_evaluated_again(whole: Path) -> None:
-    found = evaluate_source(str(whole / "run"), None, None, 1, None, None)
+    found = toolkit.evaluate(whole / "run")
     assert found.loss == pytest.approx(metrics(whole / "run", "eval_loss")[-1], abs=1e-5)
     assert found.rows == 4
     assert f"held out of {whole / 'a.jsonl'}, {whole / 'b'}" in found.data
-    trained_on = evaluate_source(str(whole / "run"), str(whole / "b"), None, 1, None, None)
+    trained_on = toolkit.evaluate(whole / "run", whole / "b")
     assert trained_on.held_out is False

@@ -25,7 +25,8 @@ from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import ModelError
 from toolkit.split import supervised_loss as loss_module
-from toolkit.split.suffix import split, split_is_exact
+from toolkit.split.exactness import split_is_exact
+from toolkit.split.suffix import split
 from toolkit.split.supervised_loss import supervised_loss
 
 STEPS, RATE, DECAY = 30, 1e-2, 0.1

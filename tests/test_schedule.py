@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
+import toolkit
 from toolkit.config.schema import DataConfig, ModelConfig
 from toolkit.data.batches import epoch_order, step_batches
 from toolkit.data.dataset import load_dataset
 from toolkit.exporting.run_export import export_model
-from toolkit.inference.evaluation import evaluate_source
 from toolkit.models.load import load
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import CheckpointError
@@ -278,7 +278,7 @@ def test_the_other_policies_for_tied_heads_hold_in_the_phases_that_train_them(
 def test_a_scheduled_run_is_evaluated_and_exported_with_all_that_ever_trained(tiny_model: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert train(*flags(tiny_model, run, FREEZING, "--data.validation", "0.25")) == 0
-    found = evaluate_source(str(run), None, "train", 1, None, None)
+    found = toolkit.evaluate(run)
     assert found.loss == pytest.approx(metrics(run, "eval_loss")[-1], abs=1e-6)
     export_model(run, tmp_path / "export")
     exported = load_file(tmp_path / "export" / "model.safetensors")

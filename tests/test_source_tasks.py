@@ -16,7 +16,6 @@ from toolkit.config.schema import DataConfig
 from toolkit.data import token_cache
 from toolkit.data.dataset import load_dataset
 from toolkit.data.sources import sources_of, task_of
-from toolkit.inference.evaluation import evaluate_source
 from toolkit.inference.open_model import data_settings
 from toolkit.runtime.errors import DataError, UsageError
 
@@ -154,8 +153,8 @@ def test_a_run_goes_on_evaluates_checks_and_answers_by_the_tasks_of_its_sources(
     asked = [str(folder / "a.jsonl"), str(folder / "b.jsonl")]
     assert [data_settings(str(run), path)[0].task for path in asked] == [OWN, "auto"]
     for path in asked:
-        assert evaluate_source(str(run), path, None, 1, None, None).rows == 4
-    assert evaluate_source(str(run), None, None, 1, None, None).rows == 2
+        assert toolkit.evaluate(run, path).rows == 4
+    assert toolkit.evaluate(run).rows == 2
     assert len(toolkit.generate(run, [{"ask": "why?"}, "why?"], max_new_tokens=2)) == 2
     assert toolkit.data_check(config).rows == {"train": 6, "validation": 2, "test": 0}
 

@@ -17,8 +17,9 @@ from toolkit.mask.apply import apply_mask
 from toolkit.mask.layer_mask import LayerMask, build_mask
 from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.split.activation_checkpointing import checkpoint_blocks
+from toolkit.split.exactness import split_is_exact
 from toolkit.split.prefix import Prefix
-from toolkit.split.suffix import Suffix, split, split_is_exact
+from toolkit.split.suffix import Suffix, split
 from toolkit.split.supervised_loss import supervised_loss
 
 

@@ -12,7 +12,6 @@ from helpers import make_tiny_model, metrics, tiny_flags, train
 from transformers import AutoTokenizer
 
 import toolkit
-from toolkit.inference.evaluation import evaluate_source
 from toolkit.inference.open_model import open_model
 
 CHAT = [
@@ -46,14 +45,14 @@ def test_every_kind_of_task_trains_evaluates_generates_and_exports(tmp_path: Pat
     assert train(*tiny_flags(model, run, "--data.path", path, "--train.epochs", "1", *more)) == 0
     assert [line for line in said if f"data.task: auto takes {task}" in line]
     (validated,) = metrics(run, "eval_loss")
-    assert evaluate_source(str(run), None, None, 1, None, None).loss == pytest.approx(validated, rel=1e-3)
+    assert toolkit.evaluate(run).loss == pytest.approx(validated, rel=1e-3)
     assert json.loads((run / "rendering.json").read_text())["task"] == task
     asked = toolkit.generate(run, ROWS[task][:1], max_new_tokens=3)
     if task != "choice":
         asked += toolkit.generate(run, ["what is one?"], max_new_tokens=3)
     assert all(isinstance(answer, str) for answer in asked)
     toolkit.export(run, tmp_path / "export")
-    assert evaluate_source(str(tmp_path / "export"), str(path), None, 1, None, None).loss > 0
+    assert toolkit.evaluate(tmp_path / "export", path).loss > 0
 
 
 @pytest.mark.slow
@@ -68,7 +67,7 @@ def test_a_template_and_its_switches_go_with_the_run_and_with_its_exports(tmp_pa
     opened = open_model(str(run))
     first = opened.encoder.prompt_ids(toolkit_sample())
     assert opened.loaded.tokenizer.decode(first).startswith("LOUD <|im_start|>user")
-    assert evaluate_source(str(run), None, None, 1, None, None).loss > 0
+    assert toolkit.evaluate(run).loss > 0
     toolkit.export(run, tmp_path / "export")
     toolkit.export(run, tmp_path / "delta", delta=True)
     exported = AutoTokenizer.from_pretrained(tmp_path / "export")

@@ -18,7 +18,8 @@ from toolkit.mask.layer_mask import LayerMask, build_mask
 from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import MaskError, ModelError
-from toolkit.split.suffix import split, split_is_exact
+from toolkit.split.exactness import split_is_exact
+from toolkit.split.suffix import split
 from toolkit.split.supervised_loss import supervised_loss
 
 

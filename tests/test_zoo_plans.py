@@ -22,8 +22,9 @@ from toolkit.planning.planner import Planner
 from toolkit.planning.table import as_dict, as_text
 from toolkit.planning.workload import Workload
 from toolkit.runtime.errors import PlanError
+from toolkit.split.exactness import split_is_exact
 from toolkit.split.loss_head import Shortcuts
-from toolkit.split.suffix import split, split_is_exact
+from toolkit.split.suffix import split
 
 LOCAL = engine_spec(None, 1, 1)
 ROWS = [Example.with_answer(tuple(range(3, 3 + length)), 5) for length in (17, 11, 14)]

@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from toolkit.commands.plan import PlanReport, plan
     from toolkit.commands.train import TrainResult, train
     from toolkit.config.schema import RunConfig
-    from toolkit.inference.evaluation import SourceEvaluation
+    from toolkit.evaluation.comparison import Comparison
     from toolkit.runtime.errors import FrostlineError
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Comparison",
     "FrostlineError",
     "PlanReport",
     "RunConfig",
-    "SourceEvaluation",
     "TrainResult",
     "data_check",
     "evaluate",
@@ -37,10 +37,10 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Comparison": "toolkit.evaluation.comparison",
     "FrostlineError": "toolkit.runtime.errors",
     "PlanReport": "toolkit.commands.plan",
     "RunConfig": "toolkit.config.schema",
-    "SourceEvaluation": "toolkit.inference.evaluation",
     "TrainResult": "toolkit.commands.train",
     "data_check": "toolkit.commands.data_check",
     "evaluate": "toolkit.commands.evaluate",

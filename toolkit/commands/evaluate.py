@@ -1,18 +1,19 @@
-"""Print the validation loss and perplexity of a run, an export, a delta or any model.
+"""Compare runs, exports, deltas and any models on rows that they were not trained on.
 
     python launch/evaluate.py runs/quickstart                                  # the rows its run held out
-    python launch/evaluate.py runs/quickstart --part test                      # its test rows (data.test, data.folds)
+    python launch/evaluate.py base runs/quickstart runs/quickstart@best        # each against the base model
+    python launch/evaluate.py base runs/quickstart --part test --answers all   # its test rows, answers too
     python launch/evaluate.py runs/quickstart --data.path other.jsonl          # every row of that file
     python launch/evaluate.py HuggingFaceTB/SmolLM2-135M-Instruct --data.path other.jsonl
 
-Prints a line for people, then one JSON object.
+Prints loss and perplexity for people, a table if there is more to compare, then one JSON object.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,12 +21,13 @@ from toolkit.commands.cli import verb_parser
 
 if TYPE_CHECKING:
     from toolkit.checkpoint.choice import Step
-    from toolkit.inference.evaluation import Part, SourceEvaluation
+    from toolkit.evaluation.comparison import Comparison
+    from toolkit.evaluation.rows import Part
     from toolkit.models.load import Dtype
 
 
 def evaluate(
-    source: str | Path,
+    sources: str | Path | Sequence[str | Path],
     data: str | Path | None = None,
     *,
     split: str | None = None,
@@ -35,18 +37,23 @@ def evaluate(
     separator: str | None = None,
     sheet: str | None = None,
     batch_size: int = 1,
+    answers: int = 0,
+    max_new_tokens: int = 256,
+    shots: int = 0,
+    seed: int = 42,
     step: Step | None = None,
     base: str | Path | None = None,
     trust_remote_code: bool = False,
     dtype: Dtype | None = None,
     part: Part = "validation",
-) -> SourceEvaluation:
-    """Compute the loss of a model: the mean cross entropy over all supervised tokens of the rows.
+) -> Comparison:
+    """Compute the scores of models on the same rows: loss, likelihood of options, and metrics of generated answers.
 
     Args:
-        source: run directory, checkpoint, export, delta, peft adapter, model directory, Hub id or bundled name.
-        data: file, directory, pattern or Hub data set; all its rows are used. Defaults to the rows that the run held
-            out.
+        sources: one or more run directories, each with ``@STEP`` or not, checkpoints, exports, deltas, peft adapters,
+            model directories, Hub ids or bundled names; ``base`` is the model that the first run began from.
+        data: file, directory, pattern or Hub data set; all its rows are used. Defaults to the rows that the first run
+            held out.
         split: split of a Hub data set, directory or archive. Defaults to its only one, or train.
         name: configuration of a Hub data set, or folder of a directory.
         revision: branch, tag or commit of a Hub data set.
@@ -54,32 +61,65 @@ def evaluate(
         separator: character between the fields of a CSV file. Defaults to what is detected.
         sheet: sheet of an Excel workbook. Defaults to the first visible one that is not empty.
         batch_size: rows computed at once.
-        step: checkpoint of a run, by its number or as ``latest`` or ``best``. Defaults to the latest.
-        base: new path of the base model of a run, delta or adapter, if it moved.
+        answers: so many rows, from the first, are answered by generation too.
+        max_new_tokens: longest answer in tokens.
+        shots: answered training rows before each question to the base, which is evaluated with and without them.
+        seed: of resampling, of the shots and of trivial answers.
+        step: checkpoint of a run that names none, by its number or as ``latest`` or ``best``. Defaults to the latest.
+        base: new path of the base model of runs, deltas or adapters, if it moved.
         trust_remote_code: run code that ships with the model; with the base of a run or delta, if that was trained so.
         dtype: precision of the computation. Defaults to the run's, or to that in which a model is stored.
         part: which rows the run held out: ``validation`` (data.validation) or ``test`` (data.test, data.folds).
 
     Raises:
-        DataError: no ``data`` is given and ``source`` held no rows out, or rows are invalid.
-        UsageError: ``source`` cannot be opened.
+        DataError: no ``data`` is given and the first source held no rows out, or rows are invalid.
+        UsageError: a source cannot be opened.
     """
     from toolkit.data.sources import ReadOptions, Source
-    from toolkit.inference.evaluation import evaluate_source
+    from toolkit.evaluation.comparison import compare_models
+    from toolkit.evaluation.outputs import Asked
+    from toolkit.evaluation.sources import OpenOptions
 
     rows = None
     if data is not None:
         rows = Source(str(data), split, name, revision, options=ReadOptions.of(encoding, separator, sheet))
-    return evaluate_source(str(source), rows, split, batch_size, step, base, trust_remote_code, dtype, part)
+    options = OpenOptions(step, base, trust_remote_code, dtype)
+    asked = Asked(batch_size, answers, max_new_tokens)
+    named = [sources] if isinstance(sources, str | Path) else sources
+    return compare_models(list(map(str, named)), rows, part, asked, options, shots, seed)
 
 
 def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     """Parse the command line, then evaluate, and return the exit code; see ``cli.verb_parser`` for ``program``."""
+    arguments = vars(_parse(words, program))
+    from toolkit.evaluation.table import summary, table
+    from toolkit.runtime.paths import make_parent, replace_text
+
+    output = arguments.pop("output")
+    if output is not None:
+        make_parent(output)
+    comparison = evaluate(**arguments)
+    print(summary(comparison))
+    for line in table(comparison):
+        print(line)
+    text = json.dumps(comparison.as_dict(), ensure_ascii=False)
+    if output is not None:
+        replace_text(output, f"{text}\n")
+    print(text)
+    return 0
+
+
+def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespace:
+    """Parse the command line, and end the process if flags contradict each other."""
     from toolkit.config import flags
 
     parser = verb_parser(__doc__, program)
-    parser.add_argument("source", help="run directory, export, delta, peft adapter, model directory or Hub id")
-    parser.add_argument("--data.path", dest="data", help="rows to evaluate on; default: what the run held out")
+    parser.add_argument(
+        "sources", nargs="+", metavar="SOURCE",
+        help="run directory, RUN@STEP, export, delta, peft adapter, model directory or Hub id; base is the model that "
+        "the first run began from",
+    )  # fmt: skip
+    parser.add_argument("--data.path", dest="data", help="rows to evaluate on; default: what the first run held out")
     flags.add_source_flags(parser, "data.")
     parser.add_argument(
         "--part", choices=("validation", "test"), default="validation",
@@ -87,6 +127,21 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         "default: validation",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=flags.positive_int, default=1, help="rows computed at once; default: 1")
+    parser.add_argument(
+        "--answers", type=flags.row_count, default=0, metavar="{N,all}",
+        help="answer so many rows by generation, and score the answers; default: 0",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-new-tokens", type=flags.positive_int, default=256, help="longest answer in tokens; default: 256"
+    )
+    parser.add_argument(
+        "--shots", type=flags.whole_number, default=0,
+        help="answered training rows before each question to the base, which is evaluated with and without them",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seed", type=flags.whole_number, default=42, help="of resampling, shots and trivial answers; default: 42"
+    )
+    parser.add_argument("--output", type=Path, help="file for the JSON, which is printed too; replaced if it exists")
     flags.add_open_model_flags(
         parser, "precision to compute in; default: the run's, or that in which a model is stored"
     )
@@ -96,8 +151,6 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
             parser.error(f"--data.{key} goes with --data.path; the rows that a run held out are those of its recipe")
     if arguments.part == "test" and arguments.data:
         parser.error("--part names rows that a run held out, and --data.path other ones; leave out one of the two")
-    evaluation = evaluate(**vars(arguments))
-    tokens = f"{evaluation.supervised_tokens} supervised tokens of {evaluation.rows} rows"
-    print(f"loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f} over {tokens}")
-    print(json.dumps({**asdict(evaluation), "perplexity": evaluation.perplexity}, ensure_ascii=False))
-    return 0
+    if arguments.max_new_tokens != 256 and not arguments.answers:
+        parser.error("--max-new-tokens goes with --answers; without it nothing is generated")
+    return arguments

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -205,6 +206,16 @@ def whole_number(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
     return int(text)
+
+
+def row_count(text: str) -> int:
+    """Parse a number of rows, or ``all``; for ``add_argument(type=…)``."""
+    if text == "all":
+        return sys.maxsize
+    try:
+        return whole_number(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or all") from None
 
 
 def positive_number(text: str) -> float:

@@ -74,7 +74,7 @@ class Turns:
         self.closing = str(tokenizer.eos_token or "")
         """Text that ends the last answer's turn."""
         self._closing_within = self.closing  # of an answer that another turn follows
-        self._before_any_answer, self._before_answer, self._after_answer, self._reopens = "", "", "", False
+        self._before_any_answer, self.before_answer, self._after_answer, self._reopens = "", "", "", False
         if self.template:
             try:
                 self._find_affixes()
@@ -129,7 +129,7 @@ class Turns:
                 )
         for text in (answer, answer.strip()):  # some templates strip what they are given
             if rendered == answer_prefix + text + self._after_answer:
-                return Conversation(prompt, Piece(self._before_answer + text + self.closing, last.trained))
+                return Conversation(prompt, Piece(self.before_answer + text + self.closing, last.trained))
         if not _THOUGHT_CLOSING.search(answer):
             if not rendered.startswith(answer_prefix):
                 raise RowFaultError(
@@ -266,7 +266,7 @@ class Turns:
             own_lead = without_thought.removeprefix(opening)
             if without_thought.startswith(opening) and own_lead and between.startswith(own_lead):
                 self.lead = own_lead
-        self._before_answer = between[len(self.lead) :]
+        self.before_answer = between[len(self.lead) :]
 
     def _find_closing_within(self) -> str:
         """Find what ends an answer that another turn follows: what the template puts there and at the end alike."""

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from toolkit.data.chat_rendering import Rendering
 from toolkit.data.chat_turns import Piece, Turns
-from toolkit.data.shortening import cut_contexts, without_first_exchange
+from toolkit.data.shortening import fit_to_length
 from toolkit.data.tokenization import Pieces
 from toolkit.runtime.errors import DataError
 from toolkit.tasks.sample import USER, RowFaultError, Sample, Turn
@@ -102,7 +102,31 @@ class Encoder:
         """
         if sample.is_text:  # which goes on where it ends
             return self._encode_prompt(sample).token_ids[-self.max_length :]
-        return self._fit_to_max_length(sample.to_answer(), self._encode_prompt).token_ids
+        return self._fit(sample.to_answer(), self._encode_prompt).token_ids
+
+    def encode_answers(self, sample: Sample, answers: Sequence[str]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+        """Encode the prompt of a question, and each of some answers to it as it goes on from there.
+
+        What closes a turn follows an answer only if the tokens of one of them begin those of another, which no model
+        could tell apart otherwise; then it follows all.
+
+        Raises:
+            RowFaultError: the question alone exceeds ``max_length`` with one of the answers, the chat template refuses
+                the turns, or an answer has no tokens or those of another.
+        """
+        longest = max(len(self._pieces.encode(answer)) for answer in answers)
+        length = self.max_length - longest
+        fitting, prompt = fit_to_length(sample.to_answer(), self._encode_prompt, length, self.tokenizer)
+        before = "".join(piece.text for piece in self.turns.prompt(*self._escaped(fitting)[:2]))
+        for closing in ("", self.turns.closing):
+            texts = [f"{self.turns.before_answer}{answer}{closing}" for answer in answers]
+            ids = [self._pieces.encode_after(before, text) for text in texts]
+            if not closing and any(len(one) == 0 for one in ids):
+                raise RowFaultError(f"has an option without tokens among {', '.join(map(repr, answers))}")
+            begins = [one for one in ids for other in ids if one is not other and one == other[: len(one)]]
+            if not begins:
+                return prompt.token_ids, ids
+        raise RowFaultError(f"has options that are the same tokens: {', '.join(map(repr, answers))}")
 
     def stop_ids(self) -> list[int]:
         """Return the tokens that end an answer: those that close a turn, and the ends of tokenizer and model."""
@@ -124,7 +148,7 @@ class Encoder:
                 ``encode_all`` cuts; an answer has no tokens, or the chat template alters it or refuses the turns.
         """
         if not sample.is_text:
-            return replace(self._fit_to_max_length(sample, self._encode_turns), normalised=sample.normalised)
+            return replace(self._fit(sample, self._encode_turns), normalised=sample.normalised)
         first, *more = self.encode_all(sample)
         if more:
             raise RowFaultError(f"is a text of more than data.max_length, {self.max_length} tokens")
@@ -187,33 +211,10 @@ class Encoder:
             )
         return lines
 
-    def _fit_to_max_length(self, sample: Sample, encode: Callable[[Sample], Example]) -> Example:
-        """Encode ``sample`` with as much of its contexts, from the start, and of its turns, from the end, as fits."""
-        example, shortened = encode(sample), False
-        while len(example) > self.max_length:
-            if sample.contexts:
-                return self._cut_to_max_length(sample, example, encode)
-            later = without_first_exchange(sample)
-            if later is None:
-                raise RowFaultError(
-                    f"needs {len(example)} tokens without any context; data.max_length is {self.max_length}, "
-                    "so nothing could be supervised without cutting question or answer"
-                )
-            sample, shortened = later, True
-            example = encode(sample)
-        return replace(example, shortened=True) if shortened else example
-
-    def _cut_to_max_length(self, sample: Sample, example: Example, encode: Callable[[Sample], Example]) -> Example:
-        """Encode ``sample``, whose encoding ``example`` is too long, with its contexts cut; all of them if need be."""
-        bare = encode(sample.with_contexts(()))
-        if len(bare) > self.max_length:
-            return replace(self._fit_to_max_length(sample.with_contexts(()), encode), shortened=True)
-        context_tokens = len(self._pieces.encode("\n\n".join(sample.contexts)))
-        while len(example) > self.max_length and context_tokens > 0:
-            context_tokens -= len(example) - self.max_length
-            contexts = cut_contexts(self.tokenizer, sample.contexts, max(context_tokens, 0))
-            example = encode(sample.with_contexts(contexts))
-        return replace(example if len(example) <= self.max_length else bare, shortened=True)
+    def _fit(self, sample: Sample, encode: Callable[[Sample], Example]) -> Example:
+        """Encode ``sample`` with as much of its contexts and turns as fits."""
+        fitting, example = fit_to_length(sample, encode, self.max_length, self.tokenizer)
+        return example if fitting is sample else replace(example, shortened=True)
 
     def _encode_prompt(self, sample: Sample) -> Example:
         """Encode the prompt alone, with nothing supervised, for generation."""

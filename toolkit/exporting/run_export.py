@@ -23,7 +23,7 @@ from toolkit.mask.audit import audit_markdown
 from toolkit.mask.row_layers import merge_rows
 from toolkit.models.load import Dtype
 from toolkit.models.source_files import TEMPLATES_FOLDER
-from toolkit.models.weight_files import Comparison, join_names
+from toolkit.models.weight_files import WeightComparison, join_names
 from toolkit.optim.rounding import stochastic_round
 from toolkit.runtime.errors import CheckpointError, DiskError, UsageError
 from toolkit.runtime.paths import make_parent
@@ -143,7 +143,7 @@ def staging_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _model_card(choice: ChosenCheckpoint, delta: Delta, audit: str, recipe: str, weights: Comparison) -> str:
+def _model_card(choice: ChosenCheckpoint, delta: Delta, audit: str, recipe: str, weights: WeightComparison) -> str:
     """Return the README.md of an exported model, with the mask's ``audit`` as Markdown and the ``recipe`` as YAML."""
     base = delta.base.config
     notes = (
@@ -177,7 +177,7 @@ The licence and the intended use are those of the base model. The answers of a l
 """
 
 
-def _comparison_text(weights: Comparison) -> str:
+def _comparison_text(weights: WeightComparison) -> str:
     """Return the paragraph of the model card on how the written files compare with the base model's."""
     counts = [
         (weights.identical, "bit-identical to the base model's"),

@@ -25,7 +25,7 @@ from toolkit.models.quirks import turn_off_layerdrop
 from toolkit.models.rotary import make_rotary_per_sample
 from toolkit.models.source_files import SourceFiles, config_levels
 from toolkit.models.storage_format import StorageFormat
-from toolkit.models.weight_files import Comparison, StoredTensors
+from toolkit.models.weight_files import StoredTensors, WeightComparison
 from toolkit.runtime import hub
 from toolkit.runtime.errors import FrostlineError, ModelError
 from toolkit.runtime.out_of_memory import is_out_of_memory
@@ -51,7 +51,7 @@ class LoadedModel:
     ends: tuple[int, ...] = ()
     """End-of-text tokens that the model's config files name."""
 
-    def save(self, directory: Path, ends: Collection[int] = ()) -> Comparison:
+    def save(self, directory: Path, ends: Collection[int] = ()) -> WeightComparison:
         """Write model and tokenizer in the format that they were read from; see ``StorageFormat.write``."""
         comparison = self.storage_format.write(self.model, self.tokenizer, directory, ends)
         if self.anatomy.added:

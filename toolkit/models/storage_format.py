@@ -15,7 +15,7 @@ from transformers.core_model_loading import WeightConverter, rename_source_key, 
 
 from toolkit.models.config_json import QUANTISATION_KEYS, config_to_write
 from toolkit.models.source_files import SourceFiles, write_model_json
-from toolkit.models.weight_files import Comparison, StoredTensors, write_weights
+from toolkit.models.weight_files import StoredTensors, WeightComparison, write_weights
 
 log = logging.getLogger("frostline")
 
@@ -101,7 +101,7 @@ class StorageFormat:
 
     def write(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, ends: Collection[int] = ()
-    ) -> Comparison:
+    ) -> WeightComparison:
         """Write a model and its tokenizer; return how the written weights compare with the source's.
 
         Args:

@@ -59,7 +59,7 @@ class StoredTensors:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class WeightComparison:
     """Comparison of written tensors with the stored ones that they come from: counts, or names."""
 
     identical: int = 0
@@ -86,7 +86,7 @@ def write_weights(
     model_names: dict[str, str],
     to_stored_layout: StateTransform,
     directory: Path,
-) -> Comparison:
+) -> WeightComparison:
     """Write the weights of ``model`` as safetensors under the names of the source; compare them with the source's.
 
     A tensor that is stored under two names (a tied head) is written under both again. One that the model does not use
@@ -109,7 +109,7 @@ def write_weights(
         kinds[_compare(tensor, stored.read(name)) if name in stored.entries else "added"].append(name)
     carried = sorted({name for name, model_name in model_names.items() if model_name not in state} - tensors.keys())
     _write_shards(tensors | {name: stored.read(name) for name in carried}, directory)
-    return Comparison(
+    return WeightComparison(
         len(kinds["identical"]), len(kinds["same_values"]), len(kinds["rounded"]),
         tuple(kinds["changed"]), tuple(kinds["added"]), tuple(carried),
     )  # fmt: skip
@@ -177,7 +177,7 @@ def _stored_name(name: str, prefix: str, stored: StoredTensors) -> str | None:
 
 
 def _compare(written: torch.Tensor, stored: torch.Tensor) -> str:
-    """Return the kind of a written tensor, a field of ``Comparison``, against the stored tensor of its name."""
+    """Return the kind of a written tensor, a field of ``WeightComparison``, against the stored tensor of its name."""
     if written.shape != stored.shape:
         return "changed"
     if written.dtype == stored.dtype and torch.equal(_raw_bytes(written), _raw_bytes(stored)):

@@ -135,6 +135,22 @@ class Suffix(nn.Module):
         )  # fmt: skip
         return loss
 
+    def losses_by_row(self, hidden: torch.Tensor | None, batch: Batch) -> torch.Tensor:
+        """Return [B] float32, the cross entropy summed over the supervised positions of each sample of ``batch``."""
+        counts = [example.supervised_tokens for example in batch.examples]
+        targets = torch.split(batch.targets, counts)
+        if not self.shortcuts.tiled or self._processing is None:
+            of_rows = torch.split(self.logits(hidden, batch, self.shortcuts), counts)
+            return torch.stack([cross_entropy(*row) for row in zip(of_rows, targets, strict=True)])
+        (states, *args), kwargs = self._head_input(hidden, batch, self.shortcuts)
+        own = {"processing": self._processing.function, "in_float32": self._in_float32}
+        of_rows = torch.split(states, counts, dim=1)
+        losses = [
+            self._head(row, *args, **kwargs, targets=of_row, **own)
+            for row, of_row in zip(of_rows, targets, strict=True)
+        ]  # fmt: skip
+        return torch.stack(losses)
+
     @property
     def loss_text(self) -> str:
         """Describe for the log how the loss is computed: the shortcuts that are taken, and on a GPU by what."""
@@ -273,23 +289,3 @@ def _take_supervised(states: torch.Tensor, rows: SupervisedRows) -> torch.Tensor
         return rows.take(states)
     except TypeError as error:
         raise ModelError(f"this architecture cannot be trained: at its head, {error}") from None
-
-
-def split_is_exact(model: PreTrainedModel, prefix: Prefix, suffix: Suffix, batch: Batch) -> bool:
-    """Return whether the split model gives the whole model's logits on ``batch``, to within its run-to-run noise.
-
-    Some architectures read the token ids, or the first block's output, again above the line; they cannot be cut.
-    """
-    # a suffix too, so that the head runs on the same rows: other shapes round otherwise
-    uncut = Suffix(model, suffix.anatomy, None)
-    # with offloaded weights, the whole model loads the same ones
-    for unit in prefix.frozen.units if prefix.frozen is not None else ():
-        uncut.model.set_submodule(unit.module, prefix.model.get_submodule(unit.module))
-    with evaluation_mode(model, prefix, suffix, uncut):
-        try:
-            whole, repeated = (uncut.logits(None, batch).float() for _ in range(2))
-            cut = suffix.logits(prefix(batch), batch).float()
-        except MODEL_CODE_ERRORS:
-            return False  # the architecture looked for something that the cut removed
-        noise = (whole - repeated).abs().max()  # 0, but for kernels that add up in no fixed order
-        return whole.shape == cut.shape and bool(((whole - cut).abs() <= noise).all())

@@ -29,6 +29,15 @@ def check_answer(spec: TaskSpec, answer: str) -> None:
         _check_json(answer, spec.output.json_schema)
 
 
+def is_answer(spec: TaskSpec, answer: str) -> bool:
+    """Return whether an answer is one that the task allows, see ``check_answer``."""
+    try:
+        check_answer(spec, answer)
+    except RowFaultError:
+        return False
+    return True
+
+
 def _check_json(answer: str, schema: Mapping[str, Any]) -> None:
     """Raise RowFaultError if an answer is not JSON, or breaks the schema."""
     import jsonschema

@@ -74,6 +74,8 @@ class OutputSpec(Section):
 
     labels: list[str] | None = None
     """The only answers that are allowed."""
+    ordered: bool = False
+    """True if the labels are in an order, lowest first, so that one beside the right one is better than one far off."""
     json_schema: Annotated[dict[str, Any] | str | None, Field(alias="schema")] = None
     """JSON schema that an answer keeps to, or a file that holds one."""
 
@@ -82,6 +84,8 @@ class OutputSpec(Section):
         """Require labels or a schema, and distinct labels."""
         if (self.labels is None) == (self.json_schema is None):
             raise ValueError("expected labels: [...] or schema: {...}")
+        if self.ordered and self.labels is None:
+            raise ValueError("ordered goes with labels; a schema's values have no order")
         if self.labels is not None and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
             raise ValueError("labels has the same one twice, or fewer than two; expected different labels")
         return self
@@ -121,6 +125,9 @@ class TaskSpec(Section):
     first_number: int | None = None
     """Number of the first option, in rows that give answers as numbers: 1 where nothing is said. Then an answer that is
     also the text of another option is a bad row."""
+    primary_metric: str | None = None
+    """Metric by which models are compared, declared before any is seen; None is accuracy for labels and options,
+    exact_match for JSON, loss for text. The others are corrected for their number."""
     train_on: Literal["all", "last"] = "all"
     """Answers of a conversation that are learned; data.train_on overrides it."""
     tags: TagsSpec = TagsSpec()

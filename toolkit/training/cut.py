@@ -32,8 +32,9 @@ from toolkit.models.load import LoadedModel
 from toolkit.models.weight_fingerprint import fingerprint
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import ConfigError, ModelError, PlanError
+from toolkit.split.exactness import split_is_exact
 from toolkit.split.prefix import Prefix
-from toolkit.split.suffix import Suffix, split, split_is_exact
+from toolkit.split.suffix import Suffix, split
 from toolkit.training.context import RunContext
 from toolkit.training.gradient_choice import apply_choice
 from toolkit.training.loading import effective_prefix, load_for_training

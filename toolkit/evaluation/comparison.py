@@ -1,0 +1,276 @@
+"""Compare models on the same rows: scores with intervals, paired differences, and what trivial answers score."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from toolkit.data.sources import Source
+from toolkit.evaluation.outputs import Asked, compute_outputs, encoder_for, fitting_shots
+from toolkit.evaluation.rows import EvaluatedRows, Part, rows_for
+from toolkit.evaluation.scoring import Scorer
+from toolkit.evaluation.sources import BASE, BaseModel, ModelName, OpenOptions, boundary_of, open_source
+from toolkit.inference.open_model import OpenedModel
+from toolkit.metrics.metric import Metric
+from toolkit.metrics.resampling import Difference, Interval, bootstrap, claim, compare, holm, resample_weights
+from toolkit.runtime.errors import DataError, UsageError
+from toolkit.tasks.sample import Sample
+
+log = logging.getLogger("frostline")
+
+
+@dataclass(frozen=True)
+class Score(Interval):
+    """A metric of one model, with its 95 % interval, and its difference to the model that it is compared with."""
+
+    difference: Difference | None = None
+    """None for that model itself, for trivial answers, and where one of the two lacks the metric."""
+    verdict: str | None = None
+    """See ``claim``; None without a difference or a better direction."""
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    """All scores of a model or of trivial answers."""
+
+    name: str
+    step: int | None
+    """Step of the checkpoint; None if it is not a run."""
+    is_trivial: bool
+    scores: Mapping[str, Score]
+    """By the metric's name."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Scores of several models on the same rows. Loss and step of its own are those of the first model named."""
+
+    loss: float
+    """Mean cross entropy over all supervised tokens."""
+    perplexity: float
+    """Its exponential."""
+    supervised_tokens: int
+    """Number of those tokens."""
+    step: int | None
+    """Step of the checkpoint; None if the source is not a run."""
+    rows: int
+    """Number of rows."""
+    data: str
+    """Origin of the rows, as a phrase."""
+    held_out: bool | None
+    """True if the run held these rows out; False if it trained on rows of their file, None if that is not known."""
+    units: int
+    """Rows, or groups of ``data.group_by``, that are independent of each other."""
+    answered: int
+    """Rows, from the first, that were answered by generation."""
+    task: str
+    """Task by which the rows were read."""
+    primary: str
+    """Metric that the task declares; verdicts on the others are corrected for their number (Holm)."""
+    against: str | None
+    """Model that the others are compared with; None if there is one only."""
+    models: tuple[ModelScores, ...]
+    """Scores of the models in their order, then of trivial answers."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as JSON takes it; values that are not finite are None."""
+        return dict(_finite(asdict(self)))
+
+
+def compare_models(
+    sources: Sequence[str], named: Source | None, part: Part, asked: Asked, options: OpenOptions, shots: int = 0,
+    seed: int = 42,
+) -> Comparison:  # fmt: skip
+    """Evaluate models on the same rows and compare them, in this one process.
+
+    Args:
+        sources: what to evaluate, as ``ModelName`` reads it; ``base`` is the model that the first run began from.
+        named: the rows; None takes those that the first run held out.
+        part: which of these.
+        asked: what is computed.
+        options: how models are opened.
+        shots: answered training rows that precede each question to the base, which is then evaluated with and without.
+        seed: of resampling, of the shots and of trivial answers.
+
+    Raises:
+        UsageError: the sources are none, twice the same, or ``base`` alone; or shots are asked for and there is no base
+            or no training row.
+        DataError: as ``rows_for`` and ``compute_outputs``.
+    """
+    names = _names(sources, shots)
+    if named is not None:
+        named.check_there()  # before a model loads
+    first = next(name for name in names if not name.is_base)
+    opened = open_source(first, options)
+    base, boundary = BaseModel.of(opened), boundary_of(opened)
+    if base is None and any(name.is_base for name in names):
+        raise UsageError(f"{BASE} is the model that a run began from, and {first.text} is none; name the base itself")
+    rows = rows_for(opened, first.path, named, part)
+    log.info("evaluating on %s", rows.data)
+    examples = _shots(opened, rows, shots, seed)
+    scorer, models = Scorer(rows.rows, rows.train), len(names) + bool(shots)
+    outputs = compute_outputs(opened, rows, asked, boundary, models, is_first=True)
+    entries = {first: _Entry(first.text, scorer.metrics(outputs), opened.choice.step if opened.choice else None)}
+    more: list[_Entry] = []
+    del opened
+    for name in names:
+        if name == first:
+            continue
+        gc.collect()  # the model before is not to be in memory beside this one
+        other = base.open(options) if name.is_base and base is not None else open_source(name, options)
+        line = boundary if name.is_base else boundary_of(other)
+        outputs = compute_outputs(other, rows, asked, line, models)
+        entries[name] = _Entry(name.text, scorer.metrics(outputs), other.choice.step if other.choice else None)
+        if name.is_base and (metrics := scorer.corrected(outputs)):
+            more.append(_Entry(f"{name.text}, prior-corrected", metrics))
+        if name.is_base and examples:
+            outputs = compute_outputs(other, rows, asked, line, models, examples)
+            more.append(_Entry(f"{name.text}, {shots} shots", scorer.metrics(outputs)))
+        del other
+    trivial = scorer.trivial(asked.answers, seed)
+    more += [_Entry(text, metrics, is_trivial=True) for text, metrics in trivial.items()]
+    ordered = [entries[name] for name in names] + more
+    against = next((name.text for name in names if name.is_base), names[0].text) if len(names) > 1 else None
+    return _compare(ordered, entries[first], against, rows, scorer, seed, min(asked.answers, len(rows.rows)))
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A model or trivial method with its metrics."""
+
+    name: str
+    metrics: Mapping[str, Metric]
+    step: int | None = None
+    is_trivial: bool = False
+
+
+def _names(sources: Sequence[str], shots: int) -> list[ModelName]:
+    """Read the names of the sources."""
+    names = [ModelName.parse(source) for source in sources]
+    if twice := [name.text for at, name in enumerate(names) if name in names[:at]]:
+        raise UsageError(f"{twice[0]} is named twice; name each source once")
+    has_base = any(name.is_base for name in names)
+    if all(name.is_base for name in names):
+        raise UsageError(f"expected a source, such as a run; {BASE} is the model that one of them began from")
+    if shots and not has_base:
+        raise UsageError(f"shots are put before the questions to the base; name {BASE} among the sources")
+    return names
+
+
+def _shots(opened: OpenedModel, rows: EvaluatedRows, count: int, seed: int) -> list[Sample]:
+    """Draw training rows to put before questions, of each class in turn where rows have options.
+
+    Raises:
+        UsageError: there are too few, or no question has room for one.
+    """
+    if len(rows.train) < count:
+        raise UsageError(
+            f"{count} shots were asked for, and {len(rows.train)} training rows are known; expected the rows that a "
+            "run held out, which leave its training rows to draw from"
+        )
+    order = np.random.default_rng(seed).permutation(len(rows.train)).tolist()
+    seen = Counter[str | None]()
+    turns = []
+    for at in order:
+        label = rows.train[at].sample.label
+        turns.append((seen[label], at))
+        seen[label] += 1
+    shots = [rows.train[at].sample for _, at in sorted(turns, key=lambda turn: turn[0])[:count]]
+    encoder = encoder_for(opened, rows)
+    fitting = [len(fitting_shots(row.sample, shots, encoder)) for row in rows.rows] if count else []
+    if count and not any(fitting):
+        raise UsageError(
+            f"no question has room for an answered row before it within data.max_length ({rows.config.max_length} "
+            "tokens); leave --shots out"
+        )
+    if count and min(fitting) < count:
+        log.warning(
+            "data.max_length has room for all %d shots before %d of %d questions, on average for %.1f",
+            count, fitting.count(count), len(fitting), float(np.mean(fitting)),
+        )  # fmt: skip
+    return shots
+
+
+def _compare(
+    entries: Sequence[_Entry], first: _Entry, against: str | None, rows: EvaluatedRows, scorer: Scorer, seed: int,
+    answered: int,
+) -> Comparison:  # fmt: skip
+    """Put intervals to all metrics, and compare those of each model with those of ``against``."""
+    if scorer.primary not in first.metrics:
+        raise DataError(
+            f"the task's primary_metric is {scorer.primary}, which is not among {', '.join(first.metrics)}; name one "
+            "of them; metrics of generated answers need --answers"
+        )
+    resampling = _Resampling([row.group for row in rows.rows], seed)
+    reference = next((entry.metrics for entry in entries if entry.name == against), {})
+    models = [
+        ModelScores(
+            entry.name, entry.step, entry.is_trivial,
+            _scores(entry.metrics, {} if entry.is_trivial or entry.name == against else reference, scorer, resampling),
+        )
+        for entry in entries
+    ]  # fmt: skip
+    metrics = first.metrics
+    return Comparison(
+        metrics["loss"].value, metrics["perplexity"].value, int(metrics["loss"].statistics[:, 1].sum()), first.step,
+        len(rows.rows), rows.data, rows.held_out, resampling.units(len(rows.rows)), answered,
+        rows.rows[0].task.name, scorer.primary, against, tuple(models),
+    )  # fmt: skip
+
+
+def _scores(
+    metrics: Mapping[str, Metric], reference: Mapping[str, Metric], scorer: Scorer, resampling: _Resampling
+) -> dict[str, Score]:
+    """Return the scores of a model; verdicts on metrics other than the declared one are corrected for their number."""
+    differences = {
+        name: compare(metric, reference[name], resampling.weights(metric))
+        for name, metric in metrics.items()
+        if name in reference
+    }
+    judged = {name: of.p for name, of in differences.items() if metrics[name].higher_is_better is not None}
+    p_values = {**holm({name: p for name, p in judged.items() if name != scorer.primary})}
+    if scorer.primary in judged:
+        p_values[scorer.primary] = judged[scorer.primary]
+    scores = {}
+    for name, metric in metrics.items():
+        own, difference, verdict = bootstrap(metric, resampling.weights(metric)), differences.get(name), None
+        if difference is not None and metric.higher_is_better is not None:
+            units = resampling.units(len(metric.statistics))
+            verdict = claim(difference, metric.higher_is_better, units, p_values[name])
+        scores[name] = Score(own.value, own.low, own.high, difference, verdict)
+    return scores
+
+
+class _Resampling:
+    """The resamples of the rows, the same for all models, and for metrics of the first rows alone."""
+
+    def __init__(self, groups: Sequence[str | None], seed: int) -> None:
+        self._groups = [group if group is not None else at for at, group in enumerate(groups)]
+        self._seed = seed
+        self._weights: dict[int, np.ndarray] = {}
+
+    def weights(self, metric: Metric) -> np.ndarray:
+        """Return how often each resample takes each row of a metric: [resamples, rows]."""
+        rows = len(metric.statistics)
+        if rows not in self._weights:
+            self._weights[rows] = resample_weights(rows, self._groups[:rows], self._seed)
+        return self._weights[rows]
+
+    def units(self, rows: int) -> int:
+        """Return how many of the first rows, or groups of them, are independent of each other."""
+        return len(set(self._groups[:rows]))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,136 @@
+"""What a model makes of the rows that it is evaluated on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from toolkit.data.examples import Encoder, Example
+from toolkit.data.model_limits import check_fit
+from toolkit.data.row_samples import RowSample
+from toolkit.data.rows import Rows
+from toolkit.evaluation.cut_model import CutModel, cut_for_evaluation
+from toolkit.evaluation.likelihood import answer_losses, option_log_likelihoods, option_query
+from toolkit.evaluation.rows import EvaluatedRows, starts_of
+from toolkit.inference.answering import Answerer
+from toolkit.inference.open_model import OpenedModel
+from toolkit.runtime.distributed import World
+from toolkit.runtime.errors import DataError
+from toolkit.runtime.progress_bar import ProgressBar
+from toolkit.tasks.sample import SYSTEM, RowFaultError, Sample
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is computed of every model."""
+
+    batch_size: int = 1
+    """Rows computed at once."""
+    answers: int = 0
+    """Rows, from the first, that are answered by generation."""
+    max_new_tokens: int = 256
+    """Longest answer in tokens."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model, or a trivial method, gives for each row; what it does not give is None."""
+
+    losses: np.ndarray | None = None
+    """[rows] cross entropy in nats, summed over a row's supervised tokens."""
+    tokens: np.ndarray | None = None
+    """[rows] supervised tokens, with those that end answers."""
+    log_likelihoods: Sequence[np.ndarray] | None = None
+    """[options] of each row, in nats, summed over the option's tokens."""
+    option_tokens: Sequence[np.ndarray] | None = None
+    """[options] of each row: tokens of each option."""
+    answers: Sequence[str] | None = None
+    """Generated answers to the first rows."""
+
+
+def compute_outputs(
+    opened: OpenedModel, rows: EvaluatedRows, asked: Asked, boundary: int | None, models: int,
+    shots: Sequence[Sample] = (), is_first: bool = False,
+) -> Outputs:  # fmt: skip
+    """Compute the losses of the references, the likelihoods of options, and answers, in this one process.
+
+    ``boundary`` and ``models`` are those of ``cut_for_evaluation``; ``shots`` are answered samples that precede every
+    question. Of the model that the rows were read for (``is_first``) the tokens are known.
+
+    Raises:
+        DataError: a row does not fit the model.
+    """
+    encoder = encoder_for(opened, rows)
+    samples = [with_shots(row.sample, fitting_shots(row.sample, shots, encoder)) for row in rows.rows]
+    examples, starts = rows.examples, rows.starts
+    if not is_first:
+        parts = [_encode(encoder, sample, row) for sample, row in zip(samples, rows.rows, strict=True)]
+        examples, starts = Rows.of([example for part in parts for example in part]), starts_of(list(map(len, parts)))
+    has_options = all(row.sample.label is not None for row in rows.rows)
+    queries = [
+        option_query(encoder, sample, row.origin) for sample, row in zip(samples, rows.rows, strict=True) if has_options
+    ]
+    sequences = [example for query in queries for example in query.examples]
+    every = examples + Rows.of(sequences) if sequences else examples
+    check_fit(every, opened.loaded.model, "name rows that fit, or shorten these")
+    model = cut_for_evaluation(opened, boundary, every, encoder, models, World())
+    try:
+        losses = answer_losses(model, examples, asked.batch_size)
+        likelihoods = option_log_likelihoods(model, queries, asked.batch_size)
+    finally:
+        model.close()
+    return Outputs(
+        np.add.reduceat(losses, starts), np.add.reduceat(examples.supervised, starts),
+        likelihoods if has_options else None,
+        [np.array(list(map(len, query.options))) for query in queries] if has_options else None,
+        _answer(opened, samples[: asked.answers], asked, rows.config.max_length, model) if asked.answers else None,
+    )  # fmt: skip
+
+
+def encoder_for(opened: OpenedModel, rows: EvaluatedRows) -> Encoder:
+    """Return what encodes the rows for a model, by its own chat template."""
+    loaded = opened.loaded
+    return Encoder(loaded.tokenizer, rows.config.max_length, loaded.ends, opened.rendering)
+
+
+def fitting_shots(sample: Sample, shots: Sequence[Sample], encoder: Encoder) -> Sequence[Sample]:
+    """Return the last of some answered samples, as many as fit before a question: its contexts are not cut for them."""
+    while shots:
+        try:
+            if not encoder.encode(with_shots(sample, shots)).shortened:
+                break
+        except RowFaultError:
+            pass
+        shots = shots[1:]
+    return shots
+
+
+def with_shots(sample: Sample, shots: Sequence[Sample]) -> Sample:
+    """Return a sample with answered ones before its question; contexts of a sample with shots are not cut any more."""
+    if not shots:
+        return sample
+    system = sample.turns[:1] if sample.turns[0].role == SYSTEM else ()
+    before = [turn for shot in shots for turn in shot.turns if turn.role != SYSTEM]
+    return replace(sample, turns=(*system, *before, *sample.turns[len(system) :]), arrange=None, contexts=())
+
+
+def _encode(encoder: Encoder, sample: Sample, row: RowSample) -> list[Example]:
+    try:
+        return encoder.encode_all(sample)
+    except RowFaultError as fault:
+        raise DataError(f"{row.origin} {fault}") from None
+
+
+def _answer(opened: OpenedModel, samples: Sequence[Sample], asked: Asked, max_length: int, cut: CutModel) -> list[str]:
+    """Generate the answers to samples."""
+    answerer = Answerer(
+        opened.loaded, max_length, asked.max_new_tokens, asked.batch_size, rendering=opened.rendering, world=cut.world
+    )
+    answers = []
+    with ProgressBar("answering", len(samples), "question", brief=True) as bar:
+        for _, answer in answerer.in_order(enumerate(samples)):
+            answers.append(answer or "")
+            bar.advance()
+    return answers

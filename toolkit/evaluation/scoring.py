@@ -1,0 +1,153 @@
+"""Turn what models give for each row into metrics, and score trivial answers by the same ones."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+
+from toolkit.data.row_samples import RowSample
+from toolkit.evaluation.labels import Classes
+from toolkit.evaluation.outputs import Outputs
+from toolkit.evaluation.trivial import trivial_answers
+from toolkit.metrics.calibration import probability_metrics
+from toolkit.metrics.fields import field_metrics
+from toolkit.metrics.labels import label_metrics
+from toolkit.metrics.metric import Metric, mean_metric
+from toolkit.metrics.morphemes import MISSING_KIWI, tokenizer_for
+from toolkit.metrics.numbers import number_metrics
+from toolkit.metrics.overlap import overlap_metrics
+from toolkit.metrics.perplexity import loss_metrics
+from toolkit.tasks.output import is_answer
+from toolkit.tasks.sample import Sample
+
+log = logging.getLogger("frostline")
+
+GENERATED = "generated/"
+"""What precedes the names of metrics of generated answers, for a task whose options are scored by likelihood too."""
+MAJORITY, PRIOR = "majority class", "class prior"
+"""Trivial answers to questions with options."""
+
+ByName = dict[str, Metric]
+"""Metrics by their name."""
+
+
+class Scorer:
+    """Makes the metrics of the rows that models are evaluated on; ``train`` are the training rows, if known."""
+
+    def __init__(self, rows: Sequence[RowSample], train: Sequence[RowSample]) -> None:
+        self._rows = rows
+        self._spec = rows[0].task.spec
+        self.classes = Classes.of(rows, train) if all(row.sample.label is not None for row in rows) else None
+        self._is_json = self._spec.output != "text" and self._spec.output.json_schema is not None
+        self._references = [row.sample.answer or "" for row in rows]
+        self._tokenise = None
+        if self.classes is None and not self._is_json:
+            self._tokenise = tokenizer_for(self._references)
+
+    @property
+    def primary(self) -> str:
+        """Return the metric that the task declares, or the one that its kind has by default."""
+        if self._spec.primary_metric is not None:
+            return self._spec.primary_metric
+        return "accuracy" if self.classes is not None else "exact_match" if self._is_json else "loss"
+
+    def metrics(self, outputs: Outputs) -> ByName:
+        """Return the metrics of what a model gives, by name."""
+        found: list[Metric] = []
+        if outputs.losses is not None and outputs.tokens is not None:
+            texts = np.array([_answer_bytes(row.sample) for row in self._rows])
+            found += loss_metrics(outputs.losses, outputs.tokens, texts)
+        if self.classes is not None and outputs.log_likelihoods is not None:
+            found += self._of_probabilities(self.classes.probabilities(outputs.log_likelihoods))
+            found += self._by_length(outputs)
+        if outputs.answers is not None:
+            found += self._of_answers(outputs.answers)
+        return _by_name(found)
+
+    def corrected(self, outputs: Outputs) -> ByName:
+        """Return the metrics of a model without its own leaning to a class, see ``Classes.corrected``.
+
+        None where there is no prior of training rows to put in its place.
+        """
+        if self.classes is None or outputs.log_likelihoods is None or not self.classes.has_prior:
+            return {}
+        scores = self.classes.corrected(outputs.log_likelihoods)
+        return _by_name(self._of_probabilities(self.classes.probabilities(scores)))
+
+    def trivial(self, answered: int, seed: int) -> dict[str, ByName]:
+        """Return the metrics of trivial answers, by their name; of texts those to the first ``answered`` rows."""
+        if self.classes is not None:
+            prior = self.classes.of_prior()
+            of = "training rows" if self.classes.has_prior else "these rows"
+            labels = label_metrics(self.classes.truth, prior.argmax(1), self.classes.names, self.classes.ordered)
+            return {
+                f"{MAJORITY} of the {of}": _by_name([one for one in labels if one.name != "valid"]),
+                f"{PRIOR} of the {of}": _by_name(probability_metrics(self.classes.truth, prior)),
+            }
+        if self._is_json or not answered:
+            return {}
+        samples = [row.sample for row in self._rows[:answered]]
+        return {name: _by_name(self._of_answers(texts)) for name, texts in trivial_answers(samples, seed).items()}
+
+    def _of_probabilities(self, probabilities: np.ndarray) -> list[Metric]:
+        assert self.classes is not None
+        truth, names = self.classes.truth, self.classes.names
+        labels = label_metrics(truth, probabilities.argmax(1), names, self.classes.ordered)
+        return [one for one in labels if one.name != "valid"] + probability_metrics(truth, probabilities)
+
+    def _by_length(self, outputs: Outputs) -> list[Metric]:
+        """Return the accuracy of likelihoods by an option's length in tokens, and in characters."""
+        assert self.classes is not None
+        assert outputs.log_likelihoods is not None
+        assert outputs.option_tokens is not None
+        characters = [np.array(list(map(len, row.sample.options))) for row in self._rows]
+        found = []
+        for name, lengths in (("token", outputs.option_tokens), ("character", characters)):
+            right = [
+                float(classes[(scores / of_row).argmax()] == truth)
+                for classes, scores, of_row, truth in zip(
+                    self.classes.of_options, outputs.log_likelihoods, lengths, self.classes.truth, strict=True
+                )
+            ]
+            found.append(mean_metric(f"accuracy_per_{name}", np.array(right)))
+        return found
+
+    def _of_answers(self, answers: Sequence[str]) -> list[Metric]:
+        """Return the metrics of answers to the first rows."""
+        rows, references = self._rows[: len(answers)], self._references[: len(answers)]
+        if self.classes is not None:
+            predicted = np.array(
+                [_label_of(*given) for given in zip(answers, rows, self.classes.of_options, strict=False)]
+            )
+            truth = self.classes.truth[: len(answers)]
+            return label_metrics(truth, predicted, self.classes.names, self.classes.ordered, GENERATED)
+        if self._is_json:
+            return field_metrics(answers, references, partial(is_answer, self._spec))
+        if self._tokenise is None:
+            log.warning("%s; they are left out", MISSING_KIWI)
+        found = overlap_metrics(answers, references, self._tokenise)
+        if any(row.sample.contexts for row in rows):
+            found += number_metrics(answers, ["\n".join([*row.sample.contexts, row.sample.question]) for row in rows])
+        return found
+
+
+def _label_of(answer: str, row: RowSample, classes: np.ndarray) -> int:
+    """Return the class of the option that an answer is, but for case, blanks and a full stop; -1 if it is none."""
+    options = [_folded(option) for option in row.sample.options]
+    return int(classes[options.index(_folded(answer))]) if _folded(answer) in options else -1
+
+
+def _folded(text: str) -> str:
+    return text.strip().removesuffix(".").strip().casefold()
+
+
+def _answer_bytes(sample: Sample) -> int:
+    """Return the bytes in UTF-8 of the turns that are learned."""
+    return sum(len(turn.content.encode("utf-8", "surrogatepass")) for turn in sample.turns if turn.trained)
+
+
+def _by_name(metrics: Sequence[Metric]) -> ByName:
+    return {metric.name: metric for metric in metrics}

@@ -1,0 +1,77 @@
+"""Show a comparison as text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from toolkit.evaluation.comparison import Comparison, ModelScores, Score
+
+_DETAILS = ("recall/", "field/")
+"""Parts of the names of metrics that are in the JSON alone."""
+_WIDTH = 40
+"""Most letters of a model's name."""
+
+
+def summary(comparison: Comparison) -> str:
+    """Return the loss of the first model in one line."""
+    tokens = f"{comparison.supervised_tokens} supervised tokens of {comparison.rows} rows"
+    return f"loss {comparison.loss:.4f}, perplexity {comparison.perplexity:.2f} over {tokens}"
+
+
+def table(comparison: Comparison) -> Iterator[str]:
+    """Yield the lines of a table: each metric with the models that have it, the declared one first."""
+    every = dict.fromkeys(name for model in comparison.models for name in model.scores)
+    names = [name for name in every if not any(part in name for part in _DETAILS)]
+    names.sort(key=lambda name: name != comparison.primary)
+    width = min(_WIDTH, max(len(_name(model)) for model in comparison.models))
+    against = f"difference to {comparison.against}" if comparison.against else ""
+    yield f"{'':<{width}}  {'value':>9}  {'95 % interval':>19}  {against}".rstrip()
+    for name in names:
+        yield f"{name}{' (declared by the task)' if name == comparison.primary and len(names) > 1 else ''}"
+        for model in comparison.models:
+            if name in model.scores:
+                yield f"{_shortened(_name(model), width):<{width}}  {_line(model.scores[name])}".rstrip()
+    if comparison.against is not None:
+        yield ""
+        yield from _notes(comparison)
+
+
+def _line(score: Score) -> str:
+    line = f"{number(score.value):>9}  {interval(score.low, score.high):>19}"
+    if score.difference is None:
+        return line
+    of = score.difference
+    return f"{line}  {_signed(of.value)} {interval(of.low, of.high)} {score.verdict or ''}"
+
+
+def _notes(comparison: Comparison) -> Iterator[str]:
+    units = "rows" if comparison.units == comparison.rows else f"groups of {comparison.rows} rows"
+    yield (
+        f"Intervals are of 1,000 resamples of {comparison.units} {units}, differences of the same ones. Verdicts on "
+        f"metrics other than {comparison.primary} are corrected for their number (Holm)."
+    )
+
+
+def interval(low: float, high: float) -> str:
+    """Return an interval as ``[0.512, 0.598]``."""
+    return f"[{number(low)}, {number(high)}]"
+
+
+def number(value: float) -> str:
+    """Return a number with four digits that count; a dash for one that is not defined."""
+    if math.isnan(value):
+        return "–"
+    return f"{value:.4g}" if abs(value) >= 1000 else f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
+
+
+def _signed(value: float) -> str:
+    return ("+" if value > 0 else "") + number(value)
+
+
+def _name(model: ModelScores) -> str:
+    return model.name if model.step is None or "@" in model.name else f"{model.name} (step {model.step})"
+
+
+def _shortened(name: str, width: int) -> str:
+    return name if len(name) <= width else f"…{name[1 - width :]}"

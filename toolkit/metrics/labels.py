@@ -1,0 +1,99 @@
+"""Metrics of labels, all from the sums of a confusion matrix; the same as scikit-learn's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from toolkit.metrics.metric import Metric, divide
+
+
+def label_metrics(
+    truth: np.ndarray, predicted: np.ndarray, labels: Sequence[str], ordered: bool = False, prefix: str = ""
+) -> list[Metric]:
+    """Return the metrics of predicted labels.
+
+    Accuracy, macro-F1, recall of each label and the share of predictions that are labels at all (``valid``). Of
+    ``ordered`` labels also how far off they are: Cohen's kappa with quadratic weights (Cohen 1968), shares within one
+    step of the truth, below it and above it.
+
+    Args:
+        truth: [rows] number of the right label.
+        predicted: [rows] number of the predicted label; -1 where the answer is none, which counts as wrong, and is left
+            out of kappa and of the shares below and above.
+        labels: names by number.
+        ordered: whether a label's number says how far it is from others.
+        prefix: what the names of the metrics begin with.
+    """
+    count = len(labels)
+    cells = np.zeros((len(truth), count, count + 1))
+    cells[np.arange(len(truth)), truth, np.where(predicted < 0, count, predicted)] = 1
+    statistics = cells.reshape(len(truth), -1)
+
+    def metric(name: str, score: object, higher_is_better: bool | None = True) -> Metric:
+        def of_sums(sums: np.ndarray) -> np.ndarray:
+            return score(sums.reshape(*sums.shape[:-1], count, count + 1))  # type: ignore[operator, no-any-return]
+
+        return Metric(f"{prefix}{name}", statistics, of_sums, higher_is_better)
+
+    found = [metric("accuracy", _accuracy), metric("macro_f1", _macro_f1), metric("valid", _valid)]
+    found += [
+        metric(f"recall/{label}", lambda table, at=at: divide(table[..., at, at], table[..., at, :].sum(-1)))
+        for at, label in enumerate(labels)
+    ]
+    if ordered:
+        found += [
+            metric("quadratic_kappa", _quadratic_kappa),
+            metric("within_one", _within_one),
+            metric("under_rate", lambda table: _off(table, below=True), False),
+            metric("over_rate", lambda table: _off(table, below=False), False),
+        ]
+    return found
+
+
+def confusion(truth: np.ndarray, predicted: np.ndarray, labels: int) -> np.ndarray:
+    """Return the confusion matrix [labels, labels + 1] of counts; the last column is for answers that are no label."""
+    table = np.zeros((labels, labels + 1), int)
+    np.add.at(table, (truth, np.where(predicted < 0, labels, predicted)), 1)
+    return table
+
+
+def _hits(table: np.ndarray) -> np.ndarray:
+    return np.diagonal(table[..., :-1], axis1=-2, axis2=-1)
+
+
+def _accuracy(table: np.ndarray) -> np.ndarray:
+    return divide(_hits(table).sum(-1), table.sum((-2, -1)))
+
+
+def _valid(table: np.ndarray) -> np.ndarray:
+    return divide(table[..., :-1].sum((-2, -1)), table.sum((-2, -1)))
+
+
+def _macro_f1(table: np.ndarray) -> np.ndarray:
+    """Return the mean F1 of all labels; that of a label which is neither right nor predicted is 0."""
+    sides = table.sum(-1) + table[..., :-1].sum(-2)
+    return np.asarray(divide(2 * _hits(table), sides, otherwise=0.0).mean(-1))
+
+
+def _quadratic_kappa(table: np.ndarray) -> np.ndarray:
+    square = table[..., :-1]
+    count = square.shape[-1]
+    weights = np.subtract.outer(np.arange(count), np.arange(count)) ** 2
+    right, predicted = square.sum(-1), square.sum(-2)
+    expected = divide(right[..., :, None] * predicted[..., None, :], square.sum((-2, -1))[..., None, None])
+    return 1 - divide((weights * square).sum((-2, -1)), (weights * expected).sum((-2, -1)))
+
+
+def _within_one(table: np.ndarray) -> np.ndarray:
+    count = table.shape[-2]
+    near = np.abs(np.subtract.outer(np.arange(count), np.arange(count))) <= 1
+    return divide((near * table[..., :-1]).sum((-2, -1)), table.sum((-2, -1)))
+
+
+def _off(table: np.ndarray, below: bool) -> np.ndarray:
+    """Return the share of labels below or above the truth."""
+    square = table[..., :-1]
+    part = np.tril(square, -1) if below else np.triu(square, 1)
+    return divide(part.sum((-2, -1)), square.sum((-2, -1)))
