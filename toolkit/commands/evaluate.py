@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from toolkit.commands.cli import verb_parser
 
@@ -36,6 +36,7 @@ def evaluate(
     encoding: str | None = None,
     separator: str | None = None,
     sheet: str | None = None,
+    task: str | Mapping[str, Any] | None = None,
     batch_size: int = 1,
     answers: int = 0,
     max_new_tokens: int = 256,
@@ -60,6 +61,8 @@ def evaluate(
         encoding: encoding of text files. Defaults to what is detected.
         separator: character between the fields of a CSV file. Defaults to what is detected.
         sheet: sheet of an Excel workbook. Defaults to the first visible one that is not empty.
+        task: name or file of a task, or a mapping, by which ``data`` is read. Defaults to the run's, or to the one that
+            fits the columns.
         batch_size: rows computed at once.
         answers: so many rows, from the first, are answered by generation too.
         max_new_tokens: longest answer in tokens.
@@ -82,7 +85,8 @@ def evaluate(
 
     rows = None
     if data is not None:
-        rows = Source(str(data), split, name, revision, options=ReadOptions.of(encoding, separator, sheet))
+        reading = ReadOptions.of(encoding, separator, sheet)
+        rows = Source(str(data), split, name, revision, options=reading, task=task)
     options = OpenOptions(step, base, trust_remote_code, dtype)
     asked = Asked(batch_size, answers, max_new_tokens)
     named = [sources] if isinstance(sources, str | Path) else sources
@@ -122,6 +126,11 @@ def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespa
     parser.add_argument("--data.path", dest="data", help="rows to evaluate on; default: what the first run held out")
     flags.add_source_flags(parser, "data.")
     parser.add_argument(
+        "--data.task", dest="task", type=flags.name_or_mapping, metavar="TASK",
+        help="task by which they are read: a name, a file, or a mapping in YAML; default: the run's, or what fits the "
+        "columns",
+    )  # fmt: skip
+    parser.add_argument(
         "--part", choices=("validation", "test"), default="validation",
         help="rows that the run held out: to choose by (data.validation), or to report on (data.test, data.folds); "
         "default: validation",
@@ -146,7 +155,7 @@ def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespa
         parser, "precision to compute in; default: the run's, or that in which a model is stored"
     )
     arguments = parser.parse_args(words)
-    for key in ("split", "name", "revision", "encoding", "separator", "sheet"):
+    for key in ("split", "name", "revision", "encoding", "separator", "sheet", "task"):
         if getattr(arguments, key) and not arguments.data:
             parser.error(f"--data.{key} goes with --data.path; the rows that a run held out are those of its recipe")
     if arguments.part == "test" and arguments.data:

@@ -208,6 +208,16 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
+def name_or_mapping(text: str) -> Any:
+    """Parse a name, or a mapping as YAML writes it in braces; for ``add_argument(type=…)``."""
+    if not text.startswith("{"):
+        return text
+    try:
+        return parse_yaml(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid YAML: {error}") from None
+
+
 def row_count(text: str) -> int:
     """Parse a number of rows, or ``all``; for ``add_argument(type=…)``."""
     if text == "all":

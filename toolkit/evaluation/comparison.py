@@ -20,7 +20,7 @@ from toolkit.evaluation.sources import BASE, BaseModel, ModelName, OpenOptions, 
 from toolkit.inference.open_model import OpenedModel
 from toolkit.metrics.metric import Metric
 from toolkit.metrics.resampling import Difference, Interval, bootstrap, claim, compare, holm, resample_weights
-from toolkit.runtime.errors import DataError, UsageError
+from toolkit.runtime.errors import UsageError
 from toolkit.tasks.sample import Sample
 
 log = logging.getLogger("frostline")
@@ -115,7 +115,12 @@ def compare_models(
     rows = rows_for(opened, first.path, named, part)
     log.info("evaluating on %s", rows.data)
     examples = _shots(opened, rows, shots, seed)
-    scorer, models = Scorer(rows.rows, rows.train), len(names) + bool(shots)
+    scorer, models, answered = (
+        Scorer(rows.rows, rows.train),
+        len(names) + bool(shots),
+        min(asked.answers, len(rows.rows)),
+    )
+    scorer.require_primary(answered)
     outputs = compute_outputs(opened, rows, asked, boundary, models, is_first=True)
     entries = {first: _Entry(first.text, scorer.metrics(outputs), opened.choice.step if opened.choice else None)}
     more: list[_Entry] = []
@@ -134,11 +139,11 @@ def compare_models(
             outputs = compute_outputs(other, rows, asked, line, models, examples)
             more.append(_Entry(f"{name.text}, {shots} shots", scorer.metrics(outputs)))
         del other
-    trivial = scorer.trivial(asked.answers, seed)
+    trivial = scorer.trivial(answered, seed)
     more += [_Entry(text, metrics, is_trivial=True) for text, metrics in trivial.items()]
     ordered = [entries[name] for name in names] + more
     against = next((name.text for name in names if name.is_base), names[0].text) if len(names) > 1 else None
-    return _compare(ordered, entries[first], against, rows, scorer, seed, min(asked.answers, len(rows.rows)))
+    return _compare(ordered, entries[first], against, rows, scorer, seed, answered)
 
 
 @dataclass(frozen=True)
@@ -203,11 +208,6 @@ def _compare(
     answered: int,
 ) -> Comparison:  # fmt: skip
     """Put intervals to all metrics, and compare those of each model with those of ``against``."""
-    if scorer.primary not in first.metrics:
-        raise DataError(
-            f"the task's primary_metric is {scorer.primary}, which is not among {', '.join(first.metrics)}; name one "
-            "of them; metrics of generated answers need --answers"
-        )
     resampling = _Resampling([row.group for row in rows.rows], seed)
     reference = next((entry.metrics for entry in entries if entry.name == against), {})
     models = [

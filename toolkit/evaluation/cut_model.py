@@ -6,9 +6,17 @@ import logging
 from dataclasses import dataclass
 
 from toolkit.activation_cache.cached_prefix import CachedPrefix, HiddenStates
-from toolkit.activation_cache.policy import decide, open_store, prefix_fingerprints, uncacheable_reason
-from toolkit.data.batches import collate
-from toolkit.data.examples import Encoder, Example
+from toolkit.activation_cache.policy import (
+    decide,
+    open_store,
+    prefix_fingerprints,
+    read_split_check,
+    save_split_check,
+    uncacheable_reason,
+)
+from toolkit.config.policy import refuse_cache
+from toolkit.data.batches import Batch, collate
+from toolkit.data.examples import Encoder
 from toolkit.data.model_limits import padding_id
 from toolkit.data.rows import Rows
 from toolkit.inference.open_model import OpenedModel
@@ -58,38 +66,49 @@ def cut_for_evaluation(
     model = loaded.model.to(world.device).eval()
     use_faster_forward(model, world.device)
     pad_id = padding_id(loaded.tokenizer, model)
-    short = examples.shortest()
-    batch = collate([short], pad_id).to(world.device)
-    prefix: Prefix | None = None
-    suffix = Suffix(model, loaded.anatomy, None)
+    short = collate([examples.shortest()], pad_id).to(world.device)
+    found = None
     if boundary is not None and opened.config.prefix.cache != "off":
-        prefix, cut = split(model, loaded.anatomy, boundary)
-        if prefix is not None and split_is_exact(model, prefix, cut, batch):
-            cached = _cached(opened, boundary, prefix, examples, short, models, world)
-            if cached is not None:
-                cut.eval().choose_shortcuts(prefix.eval()(batch), batch)
-                return CutModel(cut, cached, encoder, pad_id, world)
-    suffix.eval().choose_shortcuts(None, batch)
-    return CutModel(suffix, None, encoder, pad_id, world)
+        found = _cached(opened, boundary, examples, short, models, world)
+    prefix, suffix = found or (None, Suffix(model, loaded.anatomy, None))
+    suffix.eval().choose_shortcuts(prefix(short) if prefix is not None else None, short)
+    return CutModel(suffix, prefix, encoder, pad_id, world)
 
 
 def _cached(
-    opened: OpenedModel, boundary: int, prefix: Prefix, examples: Rows, short: Example, models: int,
-    world: World,
-) -> CachedPrefix | None:  # fmt: skip
-    """Return the prefix with its cache, which holds all examples; None if it does not pay or cannot be."""
-    # evaluation holds the prefix as it was loaded, however training stored it
-    settings = opened.config.prefix.model_copy(update={"precision": "model", "placement": "device"})
-    fingerprints = prefix_fingerprints(opened.loaded, boundary, settings, world.device)
-    store = open_store(settings, fingerprints, opened.loaded.model, world)
-    if (reason := uncacheable_reason(prefix, short, store, world)) is None:
-        decision = decide(settings.model_copy(update={"cache": "auto"}), examples, models, store)
-        if decision.on:
-            log.info("activation cache: %s", decision.reason)
-            cached = CachedPrefix(prefix.eval(), lambda: prefix, lambda: prefix, store, world)
-            cached.fill(examples)
-            return cached
-        reason = decision.reason
-    log.info("activation cache: %s", reason)
-    store.close()
-    return None
+    opened: OpenedModel, boundary: int, examples: Rows, short: Batch, models: int, world: World
+) -> tuple[CachedPrefix, Suffix] | None:
+    """Cut the model, and return the prefix with its cache, which holds all examples; None if that cannot be or pay.
+
+    If the cache holds them already, the prefix never runs.
+    """
+    loaded = opened.loaded
+    # evaluation computes the prefix as it was loaded, however training stored it
+    settings = opened.config.prefix.model_copy(
+        update={"precision": "model", "placement": "device", "cache": "auto"}
+    )  # fmt: skip
+    fingerprints = prefix_fingerprints(loaded, boundary, settings, world.device)
+    store = open_store(settings, fingerprints, loaded.model, world)
+    counts = read_split_check(store)
+    if counts is not None and not store.lacking(examples.keys).any():
+        log.info("activation cache: all rows are in %s; the prefix is not needed", store.directory)
+
+        def load() -> Prefix:
+            return Prefix(loaded.model, loaded.anatomy, boundary).eval()
+
+        return CachedPrefix(None, load, load, store, world), Suffix(loaded.model, loaded.anatomy, boundary, counts)
+    prefix, suffix = split(loaded.model, loaded.anatomy, boundary)
+    assert prefix is not None
+    reason: str | None = "this architecture cannot be cut"
+    if split_is_exact(loaded.model, prefix, suffix, short):
+        reason = uncacheable_reason(prefix, short.examples[0], store, world)
+    decision = decide(settings, examples, models, store) if reason is None else refuse_cache(settings, reason)
+    log.info("activation cache: %s", decision.reason if decision else "")
+    if decision is None or not decision.on:
+        store.close()
+        return None
+    frozen = prefix.eval()
+    cached = CachedPrefix(frozen, lambda: frozen, lambda: frozen, store, world)
+    cached.fill(examples)
+    save_split_check(store, prefix.block_output_counts())
+    return cached, suffix

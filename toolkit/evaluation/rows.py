@@ -62,7 +62,7 @@ def rows_for(opened: OpenedModel, source: str, named: Source | None, part: Part)
     """
     config = opened.config.data
     if named is not None:
-        own = {"path": named.path, "task": task_of(config, named.path)}
+        own = {"path": named.path, "task": task_of(config, named.path) if named.task is None else named.task}
         config = config.model_copy(update={**dict.fromkeys(_OF_THE_RUNS_ROWS), **own})
     else:
         _require_part(source, opened, part)

@@ -20,6 +20,7 @@ from toolkit.metrics.morphemes import MISSING_KIWI, tokenizer_for
 from toolkit.metrics.numbers import number_metrics
 from toolkit.metrics.overlap import overlap_metrics
 from toolkit.metrics.perplexity import loss_metrics
+from toolkit.runtime.errors import DataError
 from toolkit.tasks.output import is_answer
 from toolkit.tasks.sample import Sample
 
@@ -46,6 +47,8 @@ class Scorer:
         self._tokenise = None
         if self.classes is None and not self._is_json:
             self._tokenise = tokenizer_for(self._references)
+            if self._tokenise is None:
+                log.warning("%s; they are left out of the metrics of answers", MISSING_KIWI)
 
     @property
     def primary(self) -> str:
@@ -53,6 +56,17 @@ class Scorer:
         if self._spec.primary_metric is not None:
             return self._spec.primary_metric
         return "accuracy" if self.classes is not None else "exact_match" if self._is_json else "loss"
+
+    def require_primary(self, answered: int) -> None:
+        """Raise DataError if the declared metric is none of those that models will have."""
+        nothing = np.ones(len(self._rows))
+        options = [np.ones(len(row.sample.options)) for row in self._rows]
+        known = self.metrics(Outputs(nothing, nothing, options, options, [""] * answered if answered else None))
+        if self.primary not in known:
+            raise DataError(
+                f"the task's primary_metric is {self.primary}, which is not among {', '.join(known)}; name one of "
+                "them. Metrics of generated answers need --answers"
+            )
 
     def metrics(self, outputs: Outputs) -> ByName:
         """Return the metrics of what a model gives, by name."""
@@ -126,8 +140,6 @@ class Scorer:
             return label_metrics(truth, predicted, self.classes.names, self.classes.ordered, GENERATED)
         if self._is_json:
             return field_metrics(answers, references, partial(is_answer, self._spec))
-        if self._tokenise is None:
-            log.warning("%s; they are left out", MISSING_KIWI)
         found = overlap_metrics(answers, references, self._tokenise)
         if any(row.sample.contexts for row in rows):
             found += number_metrics(answers, ["\n".join([*row.sample.contexts, row.sample.question]) for row in rows])

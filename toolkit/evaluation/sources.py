@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,7 @@ class ModelName:
             return cls(text, text)
         try:
             return cls(text, path, checkpoint_step(step))  # type: ignore[arg-type]
-        except ValueError:
+        except ArgumentTypeError:
             raise UsageError(f"{text}: {step!r} is no step of {path}; expected a number, latest or best") from None
 
     @property

@@ -16,9 +16,10 @@ _NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+")
 def number_metrics(answers: Sequence[str], sources: Sequence[str]) -> list[Metric]:
     """Return the share of answers with a number that is not in their source (``unsupported_numbers``).
 
-    ``sources`` are context and question of each answer. 1,200 is 1200, 0.50 is 0.5, and digits of any script are digits.
+    ``sources`` are context and question of each answer. 1,200 is 1200, 0.50 is 0.5; digits of all scripts are alike.
     """
-    made_up = [bool(numbers_in(answer) - numbers_in(source)) for answer, source in zip(answers, sources, strict=True)]
+    pairs = zip(answers, sources, strict=True)
+    made_up = [bool(numbers_in(answer) - numbers_in(source)) for answer, source in pairs]
     return [mean_metric("unsupported_numbers", np.array(made_up, float), higher_is_better=False)]
 
 

@@ -1,0 +1,322 @@
+"""Models are compared on the same rows: what is computed, what it costs, and what is claimed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import ENGLISH, make_tiny_model, make_tokenizer, metrics, run_here, tiny_flags, tiny_llama, train
+
+import toolkit
+from toolkit.evaluation.labels import Classes
+from toolkit.evaluation.likelihood import option_query
+from toolkit.evaluation.table import table
+from toolkit.evaluation.trivial import trivial_answers
+from toolkit.inference.open_model import open_model
+from toolkit.runtime.errors import DataError, FrostlineError, UsageError
+from toolkit.split.prefix import Prefix
+from toolkit.tasks.choose import load_task
+from toolkit.tasks.sample import ask
+
+LABELS = ("yes", "no", "maybe")
+TASK = {"name": "choice", "columns": {"answer": "decision"}, "output": {"labels": list(LABELS)}}
+
+
+def choice_rows(path: Path, count: int = 60) -> Path:
+    """Questions about numbers, of which the answer follows from the last digit; 6 yes, 3 no and 1 maybe of ten."""
+    rows = [
+        {
+            "question": f"Is {number} good?", "contexts": [f"The value of case {number} was {number % 10}."],
+            "decision": LABELS[0 if number % 10 < 6 else 1 if number % 10 < 9 else 2], "patient": number // 2,
+        }
+        for number in range(count)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on questions with labels, of which 20 are validation rows and 20 test rows."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    make_tiny_model(folder / "model")
+    flags = tiny_flags(
+        folder / "model", folder / "run", "--data.path", choice_rows(folder / "rows.jsonl"), "--data.task",
+        json.dumps(TASK), "--data.validation", 0.34, "--data.test", 0.34, "--train.epochs", 2,
+        "--prefix.cache_dir", folder / "cache", "--train.learning_rate", 1e-2,
+    )  # fmt: skip
+    assert train(*flags) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compared(folder: Path) -> toolkit.Comparison:
+    return toolkit.evaluate(["base", folder / "run"], batch_size=4)
+
+
+def scores_of(comparison: toolkit.Comparison, name: str) -> dict[str, Any]:
+    return dict(next(model.scores for model in comparison.models if model.name == name))
+
+
+def test_the_first_run_gives_the_rows_and_its_own_loss(folder: Path, compared: toolkit.Comparison) -> None:
+    assert compared.loss == pytest.approx(metrics(folder / "run", "eval_loss")[-1], rel=1e-5)
+    assert (compared.rows, compared.held_out, compared.against, compared.primary) == (20, True, "base", "accuracy")
+    names = [model.name for model in compared.models]
+    assert names[:3] == ["base", str(folder / "run"), "base, prior-corrected"]
+    assert names[3:] == ["majority class of the training rows", "class prior of the training rows"]
+    assert scores_of(compared, "base")["loss"].value > compared.loss
+
+
+def test_options_are_scored_as_the_whole_model_scores_them(folder: Path, compared: toolkit.Comparison) -> None:
+    opened = open_model(str(folder / "run"))
+    model = opened.loaded.model.eval()
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    task = load_task(TASK)
+    right, losses = [], []
+    whole = toolkit.evaluate(folder / "run", folder / "rows.jsonl", batch_size=7)
+    for row in rows:
+        sample = task.read(row)
+        prompt, options = opened.encoder.encode_answers(sample, LABELS)
+        likelihoods = []
+        for ids in options:
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + ids])).logits[0].float().log_softmax(-1)
+            at = range(len(prompt) - 1, len(prompt) + len(ids) - 1)
+            likelihoods.append(float(logits[list(at), list(ids)].sum()))
+        right.append(LABELS[int(np.argmax(likelihoods))] == row["decision"])
+        losses.append(np.logaddexp.reduce(likelihoods) - likelihoods[LABELS.index(row["decision"])])
+    scores = scores_of(whole, str(folder / "run"))
+    assert scores["accuracy"].value == pytest.approx(np.mean(right))
+    assert scores["log_loss"].value == pytest.approx(np.mean(losses), abs=1e-4)
+    assert whole.held_out is False
+
+
+def test_options_that_differ_in_their_last_token_take_one_sequence(folder: Path) -> None:
+    encoder = open_model(str(folder / "model")).encoder
+    task = load_task("choice")
+    letters = task.read({"question": "Which?", "options": ["a b", "c", "d", "e"], "answer": 1})
+    query = option_query(encoder, letters, "row 1")
+    assert [len(example.spans) for example in query.examples] == [1]
+    assert all(len(ids) == 1 for ids in query.options)
+
+
+def test_an_option_that_begins_another_is_told_by_its_end(folder: Path) -> None:
+    encoder = open_model(str(folder / "model")).encoder
+    _, (one, ten) = encoder.encode_answers(ask("Which?"), ["1", "10"])
+    end = encoder.stop_ids()
+    assert one[-1] in end or set(one) & set(end)
+    assert set(ten) & set(end)
+    plain = encoder.encode_answers(ask("Which?"), ["a", "b"])[1]
+    assert not any(set(ids) & set(end) for ids in plain)
+
+
+def test_a_prefix_is_computed_once_for_all_models_above_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed = Counter[tuple[int, ...]]()
+    forward = Prefix.forward
+
+    def counted(self: Prefix, batch: Any) -> torch.Tensor:
+        computed.update(example.token_ids for example in batch.examples)
+        return forward(self, batch)
+
+    monkeypatch.setattr(Prefix, "forward", counted)
+    shifted = tmp_path / "rows.jsonl"
+    shifted.write_text((folder / "rows.jsonl").read_text(encoding="utf-8").replace("good", "bad"), encoding="utf-8")
+    first = toolkit.evaluate(["base", folder / "run"], shifted, batch_size=8)
+    shortest = min(computed, key=len)
+    assert {count for ids, count in computed.items() if ids != shortest} == {1}  # the shortest is also tried
+    assert len(computed) == 4 * 60  # with its answer, and with three options of several tokens
+    computed.clear()
+    again = toolkit.evaluate(["base", folder / "run"], shifted, batch_size=8)
+    assert not computed
+    assert again == first
+
+
+def test_the_cache_of_a_recipe_that_has_none_is_not_used(folder: Path, tmp_path: Path) -> None:
+    flags = tiny_flags(
+        folder / "model", tmp_path / "run", "--data.validation", 0.2, "--train.epochs", 1, "--prefix.cache", "off",
+        "--prefix.cache_dir", tmp_path / "cache",
+    )  # fmt: skip
+    assert train(*flags) == 0
+    toolkit.evaluate(["base", tmp_path / "run"])
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_loss_by_itself_has_an_interval_and_nothing_to_compare_with(folder: Path) -> None:
+    alone = toolkit.evaluate(folder / "run", part="test")
+    assert alone.against is None
+    loss = scores_of(alone, str(folder / "run"))["loss"]
+    assert loss.low < loss.value < loss.high
+    assert (loss.difference, loss.verdict) == (None, None)
+    assert alone.loss == loss.value
+
+
+def test_nothing_is_claimed_of_few_rows_and_the_seed_decides_the_interval(folder: Path) -> None:
+    few = toolkit.evaluate(["base", folder / "run"])
+    assert {score.verdict for score in scores_of(few, str(folder / "run")).values()} == {"too few rows"}
+    many = [
+        toolkit.evaluate(["base", folder / "run"], folder / "rows.jsonl", seed=seed, batch_size=8) for seed in (1, 1, 2)
+    ]
+    loss = [scores_of(one, str(folder / "run"))["loss"] for one in many]
+    assert loss[0].verdict == "better"
+    assert loss[0].difference.high < 0
+    assert loss[0] == loss[1]
+    assert loss[0].low != loss[2].low
+
+
+def test_rows_of_one_group_are_drawn_together(folder: Path, tmp_path: Path) -> None:
+    flags = tiny_flags(
+        folder / "model", tmp_path / "run", "--data.path", folder / "rows.jsonl", "--data.task", json.dumps(TASK),
+        "--data.validation", 0.5, "--data.group_by", "patient", "--train.epochs", 1,
+    )  # fmt: skip
+    assert train(*flags) == 0
+    comparison = toolkit.evaluate(["base", tmp_path / "run"])
+    assert (comparison.rows, comparison.units) == (30, 15)
+    assert any("15 groups of 30 rows" in line for line in table(comparison))
+
+
+def test_shots_stand_before_the_question_and_no_context_is_cut_for_them(folder: Path) -> None:
+    comparison = toolkit.evaluate(["base", folder / "run"], shots=2, part="test")
+    shown = [model.name for model in comparison.models]
+    assert "base, 2 shots" in shown
+    assert scores_of(comparison, "base, 2 shots")["loss"].value != scores_of(comparison, "base")["loss"].value
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda at: toolkit.evaluate("base"), UsageError, "expected a source"),
+        (lambda at: toolkit.evaluate([at / "run", at / "run"]), UsageError, "named twice"),
+        (lambda at: toolkit.evaluate(["base", at / "model"], ENGLISH), UsageError, "name the base itself"),
+        (lambda at: toolkit.evaluate([at / "run"], shots=1), UsageError, "name base among the sources"),
+        (lambda at: toolkit.evaluate(["base", at / "run"], shots=30), UsageError, "30 shots were asked for, and 20"),
+        (
+            lambda at: toolkit.evaluate(["base", at / "run"], at / "rows.jsonl", shots=1), UsageError, "1 shots were",
+        ),
+        (lambda at: toolkit.evaluate(f"{at / 'run'}@7.5"), UsageError, "'7.5' is no step of"),
+        (lambda at: toolkit.evaluate(f"{at / 'run'}@7"), FrostlineError, "no checkpoint of step 7"),
+        (
+            lambda at: toolkit.evaluate(
+                at / "model", at / "rows.jsonl", task={**TASK, "primary_metric": "chrf++"}
+            ), DataError, r"primary_metric is chrf\+\+, which is not among loss,",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_compared_is_refused(folder: Path, call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(folder)
+
+
+def test_a_step_of_a_run_is_named_behind_an_at(folder: Path) -> None:
+    run = folder / "run"
+    comparison = toolkit.evaluate([f"{run}@best", f"{run}@latest"])
+    assert comparison.against == f"{run}@best"
+    assert all(isinstance(model.step, int) for model in comparison.models[:2])
+
+
+def test_the_task_declares_the_metric_and_the_order_of_its_labels(folder: Path) -> None:
+    ordered = {**TASK, "primary_metric": "quadratic_kappa", "output": {"labels": list(LABELS), "ordered": True}}
+    comparison = toolkit.evaluate(["base", folder / "run"], folder / "rows.jsonl", task=ordered, batch_size=8)
+    assert comparison.primary == "quadratic_kappa"
+    assert {"quadratic_kappa", "within_one", "under_rate", "over_rate"} <= set(scores_of(comparison, "base"))
+    assert "quadratic_kappa (declared by the task)" in list(table(comparison))[1]
+
+
+def test_generated_labels_are_scored_beside_likelihoods(folder: Path) -> None:
+    comparison = toolkit.evaluate(folder / "run", answers=5, max_new_tokens=3)
+    scores = scores_of(comparison, str(folder / "run"))
+    assert comparison.answered == 5
+    assert 0 <= scores["generated/valid"].value <= 1
+    assert "generated/accuracy" in scores
+
+
+def test_answers_are_scored_beside_trivial_ones(tiny_model: Path, tmp_path: Path) -> None:
+    comparison = toolkit.evaluate([tiny_model], ENGLISH, answers=4, max_new_tokens=4, batch_size=2)
+    names = [model.name for model in comparison.models]
+    assert names == [
+        str(tiny_model), "context's last sentence", "sentence nearest the question",
+        "oracle: sentence nearest the reference", "another row's answer",
+    ]  # fmt: skip
+    wanted = {"chrf++", "bleu", "rouge_l", "token_f1", "exact_match", "unsupported_numbers"}
+    assert all(wanted <= set(model.scores) for model in comparison.models)
+    assert scores_of(comparison, "context's last sentence")["unsupported_numbers"].value == 0
+    oracle = scores_of(comparison, "oracle: sentence nearest the reference")["chrf++"].value
+    assert oracle >= scores_of(comparison, "sentence nearest the question")["chrf++"].value
+
+
+def test_another_rows_answer_is_never_a_rows_own() -> None:
+    samples = [
+        ask(f"question {number}", (f"First. That question {number} here!",), f"answer {number}") for number in range(9)
+    ]
+    for seed in range(5):
+        answers = trivial_answers(samples, seed)["another row's answer"]
+        assert sorted(answers) == sorted(sample.answer or "" for sample in samples)
+        assert not any(answer == sample.answer for answer, sample in zip(answers, samples, strict=True))
+    nearest = trivial_answers(samples, 0)["sentence nearest the question"]
+    assert nearest == [f"That question {number} here!" for number in range(9)]
+    assert set(trivial_answers([ask("why?", (), "so")], 0)) == set()
+
+
+def test_correction_takes_a_leaning_out_and_the_prior_in() -> None:
+    task = load_task(TASK)
+    rows: list[Any] = [
+        type("R", (), {"sample": task.read({"question": "q", "decision": LABELS[at % 3]}), "task": task})()
+        for at in range(6)
+    ]
+    classes = Classes.of(rows, rows[:1] + rows[:1] + rows[1:2] + rows[2:3])
+    assert classes.prior.tolist() == [0.5, 0.25, 0.25]
+    leaning = [np.array([0.0, 0.0, 9.0])] * 6
+    corrected = classes.probabilities(classes.corrected(leaning))
+    assert corrected == pytest.approx(np.tile([0.5, 0.25, 0.25], (6, 1)), abs=1e-6)
+    assert classes.of_prior() == pytest.approx(np.tile([0.5, 0.25, 0.25], (6, 1)), abs=1e-9)
+
+
+def test_the_command_prints_a_table_and_one_json_object(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "scores.json"
+    done = run_here("evaluate", "base", folder / "run", "--output", output, "--batch-size", 4)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("loss ")
+    assert "difference to base" in lines[1]
+    assert "accuracy (declared by the task)" in lines
+    found = json.loads(lines[-1])
+    assert json.loads(output.read_text(encoding="utf-8")) == found
+    assert found["models"][0]["name"] == "base"
+    assert math.isfinite(found["models"][1]["scores"]["log_loss"]["difference"]["p"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--max-new-tokens", "3"), "goes with --answers"),
+        (("--data.task", "choice"), "goes with --data.path"),
+        (("--answers", "some"), "is not a whole number from 0, or all"),
+        (("--data.path", "x.jsonl", "--data.task", "{name: choice"), "is not valid YAML"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(folder: Path, flags: tuple[str, ...], message: str) -> None:
+    done = run_here("evaluate", folder / "run", *flags)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_a_model_of_another_tokenizer_reads_the_same_rows_in_its_own_tokens(folder: Path, tmp_path: Path) -> None:
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    template += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    tiny_llama().save_pretrained(tmp_path / "other")
+    make_tokenizer(template=template).save_pretrained(tmp_path / "other")
+    comparison = toolkit.evaluate([folder / "run", tmp_path / "other"])
+    alone = toolkit.evaluate(tmp_path / "other", folder / "rows.jsonl", task=TASK)
+    other = scores_of(comparison, str(tmp_path / "other"))
+    assert comparison.models[1].name == str(tmp_path / "other")
+    assert other["bits_per_byte"].value == pytest.approx(
+        scores_of(alone, str(tmp_path / "other"))["bits_per_byte"].value, rel=0.2
+    )
+    assert other["loss"].value != scores_of(comparison, str(folder / "run"))["loss"].value
