@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,7 +100,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     from toolkit.evaluation.table import summary, table
     from toolkit.runtime.paths import make_parent, replace_text
 
-    output = arguments.pop("output")
+    output, predictions = arguments.pop("output"), arguments.pop("predictions")
     if output is not None:
         make_parent(output)
     comparison = evaluate(**arguments)
@@ -109,8 +110,30 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     text = json.dumps(comparison.as_dict(), ensure_ascii=False)
     if output is not None:
         replace_text(output, f"{text}\n")
+    if predictions is not None:
+        save_predictions(comparison, predictions)
     print(text)
     return 0
+
+
+def save_predictions(comparison: Comparison, folder: Path) -> None:
+    """Write a file of each model into a folder, as PubMedQA's official script takes them: answers by the row's id.
+
+    Raises:
+        DataError: the rows have no options.
+        DiskError: the folder cannot be written.
+    """
+    from toolkit.runtime.errors import DataError
+    from toolkit.runtime.paths import explain_refused_write, replace_text
+
+    if not comparison.predictions:
+        raise DataError("--predictions writes the option that each row is given, and these rows have no options")
+    with explain_refused_write(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, of_model in comparison.predictions.items():
+            path = folder / f"{re.sub(r'[^A-Za-z0-9@.-]+', '_', name).strip('_')}.json"
+            replace_text(path, json.dumps(of_model, ensure_ascii=False, indent=1) + "\n")
+            print(path)
 
 
 def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespace:
@@ -151,6 +174,11 @@ def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespa
         "--seed", type=flags.whole_number, default=42, help="of resampling, shots and trivial answers; default: 42"
     )
     parser.add_argument("--output", type=Path, help="file for the JSON, which is printed too; replaced if it exists")
+    parser.add_argument(
+        "--predictions", type=Path, metavar="FOLDER",
+        help="folder for a file of each source with the option of each row, by its id, as PubMedQA's official script "
+        "takes them",
+    )  # fmt: skip
     flags.add_open_model_flags(
         parser, "precision to compute in; default: the run's, or that in which a model is stored"
     )

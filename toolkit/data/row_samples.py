@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,16 @@ from toolkit.runtime.errors import DataError
 from toolkit.tasks.choose import find_task
 from toolkit.tasks.sample import RowFaultError, Sample
 from toolkit.tasks.task import Task
+
+_ID_COLUMNS = ("pubid", "pmid", "id")
+"""Columns, in lower case, that may hold the number by which a list of ids names a row."""
+
+
+def row_ids(origin: str, values: Any) -> list[str]:
+    """Return the keys by which a list of ids may name a row: its key in a JSON object, its id columns."""
+    found = re.findall(r" key (\S+)$", origin)
+    columns = values.items() if isinstance(values, Mapping) else ()
+    return [*found, *(str(value) for name, value in columns if str(name).lower() in _ID_COLUMNS)]
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,11 @@ class RowSample:
     """Digest of its value of ``data.group_by``; None without one."""
     values: Any = field(default=None, repr=False, compare=False)
     """Its columns, with identifiers masked where those of the examples are."""
+
+    @property
+    def id(self) -> str:
+        """Return the key by which a list of ids names the row; file and row where it has none."""
+        return next(iter(row_ids(self.origin, self.values)), self.origin)
 
 
 def read_samples(sources: Sequence[Source], config: DataConfig, *parts: Rows) -> list[list[RowSample]]:

@@ -7,7 +7,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -78,10 +78,14 @@ class Comparison:
     """Model that the others are compared with; None if there is one only."""
     models: tuple[ModelScores, ...]
     """Scores of the models in their order, then of trivial answers."""
+    predictions: Mapping[str, Mapping[str, str]] = field(default_factory=dict, repr=False)
+    """Of questions with options: the likeliest one by the row's id, by the model's name."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as JSON takes it; values that are not finite are None."""
-        return dict(_finite(asdict(self)))
+        values = asdict(self)
+        del values["predictions"]  # of each row; the command writes them to files of their own
+        return dict(_finite(values))
 
 
 def compare_models(
@@ -123,6 +127,7 @@ def compare_models(
     scorer.require_primary(answered)
     outputs = compute_outputs(opened, rows, asked, boundary, models, is_first=True)
     entries = {first: _Entry(first.text, scorer.metrics(outputs), opened.choice.step if opened.choice else None)}
+    predictions = {first.text: scorer.predictions(outputs)}
     more: list[_Entry] = []
     del opened
     for name in names:
@@ -133,6 +138,7 @@ def compare_models(
         line = boundary if name.is_base else boundary_of(other)
         outputs = compute_outputs(other, rows, asked, line, models)
         entries[name] = _Entry(name.text, scorer.metrics(outputs), other.choice.step if other.choice else None)
+        predictions[name.text] = scorer.predictions(outputs)
         if name.is_base and (metrics := scorer.corrected(outputs)):
             more.append(_Entry(f"{name.text}, prior-corrected", metrics))
         if name.is_base and examples:
@@ -143,7 +149,8 @@ def compare_models(
     more += [_Entry(text, metrics, is_trivial=True) for text, metrics in trivial.items()]
     ordered = [entries[name] for name in names] + more
     against = next((name.text for name in names if name.is_base), names[0].text) if len(names) > 1 else None
-    return _compare(ordered, entries[first], against, rows, scorer, seed, answered)
+    comparison = _compare(ordered, entries[first], against, rows, scorer, seed, answered)
+    return replace(comparison, predictions=predictions if scorer.classes is not None else {})
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,15 @@ class Scorer:
             found += self._of_answers(outputs.answers)
         return _by_name(found)
 
+    def predictions(self, outputs: Outputs) -> dict[str, str]:
+        """Return the likeliest option of each row by its id; none for rows without options."""
+        if outputs.log_likelihoods is None:
+            return {}
+        return {
+            row.id: row.sample.options[int(scores.argmax())]
+            for row, scores in zip(self._rows, outputs.log_likelihoods, strict=True)
+        }
+
     def corrected(self, outputs: Outputs) -> ByName:
         """Return the metrics of a model without its own leaning to a class, see ``Classes.corrected``.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Sequence, Set
 from contextlib import suppress
@@ -14,13 +13,11 @@ from toolkit.config.schema import DataConfig
 from toolkit.data.examples import Example
 from toolkit.data.identifiers import texts_of
 from toolkit.data.row_notes import RowNoter
+from toolkit.data.row_samples import row_ids
 from toolkit.data.sources import Row
 from toolkit.runtime.errors import DataError
 from toolkit.tasks.choose import choose_task, columns_of
 from toolkit.tasks.sample import RowFaultError, Sample
-
-_ID_COLUMNS = ("pubid", "pmid", "id")
-"""Columns, in lower case, that may hold the number by which a list of test ids names a row."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ def compared(rows: Sequence[Row], config: DataConfig, name: str, ids: Set[str] |
     except DataError:
         task = None
     for row in rows:
-        if row.fault or (ids is not None and not ids & row_ids(row)):
+        if row.fault or (ids is not None and ids.isdisjoint(row_ids(row.origin, row.values))):
             continue
         origin = noter.origin(row.origin)
         read: Sample | None = None
@@ -103,13 +100,6 @@ def compared(rows: Sequence[Row], config: DataConfig, name: str, ids: Set[str] |
         elif text := "\n".join(texts_of(row.values)).strip():
             samples.append(CheckedSample(origin, name, text, (), ""))
     return samples
-
-
-def row_ids(row: Row) -> set[str]:
-    """Return the keys by which a list of ids may name a row: its key in a JSON object, its id columns."""
-    found = re.findall(r" key (\S+)$", row.origin)
-    columns = row.values.items() if isinstance(row.values, dict) else ()
-    return {*found, *(str(value) for name, value in columns if str(name).lower() in _ID_COLUMNS)}
 
 
 def normalise(text: str) -> str:
