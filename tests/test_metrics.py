@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 
@@ -281,5 +280,5 @@ def test_resamples_without_a_value_are_left_out() -> None:
 
 
 def test_a_reference_that_is_no_json_is_an_error() -> None:
-    with pytest.raises(json.JSONDecodeError):
+    with pytest.raises(DataError, match=r"the reference '{' is not JSON"):
         field_metrics(["{}"], ["{"], lambda text: True)

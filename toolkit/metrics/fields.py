@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from toolkit.metrics.metric import Metric, mean_metric
+from toolkit.metrics.metric import Metric, check_rows, mean_metric
+from toolkit.runtime.errors import DataError
 
 _ABSENT = object()
 
@@ -20,12 +21,14 @@ def field_metrics(
 
     ``valid`` is the share that ``is_valid``, and ``exact_match`` that of the reference's value; ``fields`` is the share
     of the reference's fields that the answers have with their value, and ``field/NAME`` that of one at the top. A field
-    within another is one by itself; a list is one value. An answer that is no JSON has no field.
+    within another is one by itself; a list is one value. An answer that is no JSON, or is nested too deeply to be
+    read, has no field.
 
     Raises:
-        ValueError: a reference is no JSON.
+        DataError: a reference is no JSON, or there are no rows, or other answers than references.
     """
-    wanted = [json.loads(reference) for reference in references]
+    check_rows(answers=answers, references=references)
+    wanted = [_reference(reference) for reference in references]
     given = [_parsed(answer) for answer in answers]
     flat = [(_flat(one), _flat(other)) for one, other in zip(given, wanted, strict=True)]
     hits = [[_same(own.get(path, _ABSENT), value) for path, value in of_row.items()] for own, of_row in flat]
@@ -45,11 +48,23 @@ def field_metrics(
     return found
 
 
-def _parsed(text: str) -> Any:
+def _reference(text: str) -> Any:
     try:
         return json.loads(text)
+    except ValueError as error:
+        raise DataError(
+            f"the reference {text[:60]!r} is not JSON ({error}); expected JSON, as in the answers"
+        ) from None
+
+
+def _parsed(text: str) -> Any:
+    """Return the value of an answer; _ABSENT if it is no JSON that can be walked through."""
+    try:
+        value = json.loads(text)
+        _flat(value)  # takes more of the stack than json does: a loop of braces is read, and not walked through
     except (ValueError, RecursionError):
         return _ABSENT
+    return value
 
 
 def _at(value: Any, name: str) -> Any:

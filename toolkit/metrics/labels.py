@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from toolkit.metrics.metric import Metric, divide
+from toolkit.metrics.metric import Metric, check_rows, divide
+from toolkit.runtime.errors import DataError
 
 
 def label_metrics(
@@ -25,18 +26,11 @@ def label_metrics(
         labels: names by number.
         ordered: whether a label's number says how far it is from others.
         prefix: what the names of the metrics begin with.
+
+    Raises:
+        DataError: there are no rows, or other predictions than labels, or a number is out of its range.
     """
-    count = len(labels)
-    cells = np.zeros((len(truth), count, count + 1))
-    cells[np.arange(len(truth)), truth, np.where(predicted < 0, count, predicted)] = 1
-    statistics = cells.reshape(len(truth), -1)
-
-    def metric(name: str, score: object, higher_is_better: bool | None = True) -> Metric:
-        def of_sums(sums: np.ndarray) -> np.ndarray:
-            return score(sums.reshape(*sums.shape[:-1], count, count + 1))  # type: ignore[operator, no-any-return]
-
-        return Metric(f"{prefix}{name}", statistics, of_sums, higher_is_better)
-
+    metric = _metrics_of(truth, predicted, len(labels), prefix)
     found = [metric("accuracy", _accuracy), metric("macro_f1", _macro_f1), metric("valid", _valid)]
     found += [
         metric(f"recall/{label}", lambda table, at=at: divide(table[..., at, at], table[..., at, :].sum(-1)))
@@ -52,11 +46,53 @@ def label_metrics(
     return found
 
 
+def precision_metrics(
+    truth: np.ndarray, predicted: np.ndarray, labels: Sequence[str], prefix: str = ""
+) -> list[Metric]:  # fmt: skip
+    """Return the precision of each label, ``precision/LABEL``; NaN for one that is never predicted.
+
+    Apart from ``label_metrics``, so that they do not count among the metrics whose p-values are adjusted for each
+    other. Arguments and errors are the same.
+    """
+    metric = _metrics_of(truth, predicted, len(labels), prefix)
+    return [
+        metric(f"precision/{label}", lambda table, at=at: divide(table[..., at, at], table[..., :, at].sum(-1)))
+        for at, label in enumerate(labels)
+    ]
+
+
+def label_numbers(given: Sequence[str | None], labels: Sequence[str]) -> np.ndarray:
+    """Return the number of each label, [rows]; -1 for None and for what is no label."""
+    numbers = {label: number for number, label in enumerate(labels)}
+    return np.array([-1 if one is None else numbers.get(one, -1) for one in given], dtype=int)
+
+
 def confusion(truth: np.ndarray, predicted: np.ndarray, labels: int) -> np.ndarray:
     """Return the confusion matrix [labels, labels + 1] of counts; the last column is for answers that are no label."""
     table = np.zeros((labels, labels + 1), int)
     np.add.at(table, (truth, np.where(predicted < 0, labels, predicted)), 1)
     return table
+
+
+def _metrics_of(truth: np.ndarray, predicted: np.ndarray, count: int, prefix: str) -> Callable[..., Metric]:
+    """Return what makes a metric of a name and a score of the confusion matrix [..., count, count + 1]."""
+    check_rows(labels=truth, predictions=predicted)
+    for name, numbers, least in (("right label", truth, 0), ("predicted label", predicted, -1)):
+        if (outside := numbers[(numbers < least) | (numbers >= count)]).size:
+            raise DataError(f"a {name} has the number {outside[0]}; expected one from {least} to {count - 1}")
+    cells = np.zeros((len(truth), count, count + 1))
+    cells[np.arange(len(truth)), truth, np.where(predicted < 0, count, predicted)] = 1
+    statistics = cells.reshape(len(truth), -1)
+
+    def metric(
+        name: str, score: Callable[[np.ndarray], np.ndarray], higher_is_better: bool | None = True
+    ) -> Metric:  # fmt: skip
+        def of_sums(sums: np.ndarray) -> np.ndarray:
+            return score(sums.reshape(*sums.shape[:-1], count, count + 1))
+
+        return Metric(f"{prefix}{name}", statistics, of_sums, higher_is_better)
+
+    return metric
 
 
 def _hits(table: np.ndarray) -> np.ndarray:

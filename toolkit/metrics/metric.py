@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 
 import numpy as np
 
-Score = Callable[[np.ndarray], np.ndarray]
-"""Sums […, K] to values […], NaN where the value is not defined."""
+from toolkit.runtime.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -17,8 +16,9 @@ class Metric:
 
     name: str
     statistics: np.ndarray
-    """[rows, K] float64: what each row adds."""
-    score: Score
+    """[rows, K] float64: what each row adds. A row with NaN leaves all sums, and so the value, undefined."""
+    score: Callable[[np.ndarray], np.ndarray]
+    """Sums [..., K] to values [...]; NaN where the value is not defined."""
     higher_is_better: bool | None = True
     """None for what is described, not judged."""
 
@@ -34,6 +34,18 @@ def mean_metric(
     """Return the mean of a value of each row, or ``sum(values) / sum(weights)`` with a weight of each: [rows] each."""
     of_rows = np.ones(len(values)) if weights is None else weights
     return Metric(name, np.stack([values, of_rows], axis=1).astype(float), ratio, higher_is_better)
+
+
+def check_rows(**given: Sized) -> None:
+    """Check that there is at least one row, and as many of one thing as of another; names are those of the things.
+
+    Raises:
+        DataError: there are none, or their numbers differ.
+    """
+    counts = {name: len(of_rows) for name, of_rows in given.items()}
+    if len(set(counts.values())) > 1 or not all(counts.values()):
+        found = " and ".join(f"{count} {name}" for name, count in counts.items())
+        raise DataError(f"metrics were asked for of {found}; expected one of each for every row, and at least one row")
 
 
 def ratio(sums: np.ndarray) -> np.ndarray:

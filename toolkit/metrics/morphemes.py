@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any
 
 from toolkit.metrics.overlap import Tokenise
+from toolkit.runtime.errors import UsageError
 
 _HANGUL = re.compile("[가-힣]")
 _LETTER = re.compile(r"[^\W\d_]")
@@ -36,8 +37,9 @@ def tokenizer_for(texts: Sequence[str]) -> Tokenise | None:
 
 def is_korean(texts: Sequence[str]) -> bool:
     """Return whether Hangul is much of the letters of some texts."""
-    letters = sum(len(_LETTER.findall(text)) for text in texts)
-    return sum(len(_HANGUL.findall(unicodedata.normalize("NFC", text))) for text in texts) > _KOREAN_SHARE * letters
+    composed = [unicodedata.normalize("NFC", text) for text in texts]  # else a syllable is two or three letters
+    letters = sum(len(_LETTER.findall(text)) for text in composed)
+    return sum(len(_HANGUL.findall(text)) for text in composed) > _KOREAN_SHARE * letters
 
 
 def words(text: str) -> list[str]:
@@ -46,13 +48,20 @@ def words(text: str) -> list[str]:
 
 
 def morphemes(text: str) -> list[str]:
-    """Return the morphemes of a text by Kiwi, without punctuation; what is not Korean in lower case."""
+    """Return the morphemes of a text by Kiwi, without punctuation; what is not Korean in lower case.
+
+    Raises:
+        UsageError: kiwipiepy is not installed.
+    """
     tokens = _kiwi().tokenize(unicodedata.normalize("NFC", text).casefold())
     return [token.form for token in tokens if not token.tag.startswith("S") or token.tag in ("SL", "SN", "SH")]
 
 
 @cache
 def _kiwi() -> Any:
-    from kiwipiepy import Kiwi
-
+    """Load Kiwi and its model once, which takes about a second."""
+    try:
+        from kiwipiepy import Kiwi
+    except ImportError:
+        raise UsageError(MISSING_KIWI) from None
     return Kiwi()

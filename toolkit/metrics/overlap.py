@@ -9,25 +9,34 @@ from typing import Any
 
 import numpy as np
 
-from toolkit.metrics.metric import Metric, mean_metric
+from toolkit.metrics.metric import Metric, check_rows, mean_metric
+from toolkit.runtime.errors import UsageError
 
 Tokenise = Callable[[str], Sequence[str]]
 """Divides a text into tokens."""
 
 
-def overlap_metrics(answers: Sequence[str], references: Sequence[str], tokenise: Tokenise | None) -> list[Metric]:
+def overlap_metrics(
+    answers: Sequence[str], references: Sequence[str], tokenise: Tokenise | None, bleu_tokenizer: str = "13a"
+) -> list[Metric]:
     """Return the metrics of answers with one reference each.
 
     ``chrf++`` (Popović 2017) and ``bleu`` (Papineni 2002) are sacrebleu's, from 0 to 100; ``rouge_l`` (Lin 2004) and
     ``token_f1`` (SQuAD, arXiv 1606.05250) are means over rows, from 0 to 1, on the tokens of ``tokenise``, and are left
     out if that is None; ``exact_match`` is the share of answers that are the reference but for case and blanks.
+    ``bleu_tokenizer`` is sacrebleu's name of one: "13a" parts words at blanks and punctuation, "ko-mecab" Korean ones
+    into morphemes.
+
+    Raises:
+        DataError: there are no rows, or other answers than references.
+        UsageError: sacrebleu has no such tokenizer, or what that needs is not installed.
     """
-    from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 
+    check_rows(answers=answers, references=references)
     found = [
         _of_sacrebleu("chrf++", CHRF(word_order=2), answers, references),
-        _of_sacrebleu("bleu", BLEU(force=True), answers, references),
+        _of_sacrebleu("bleu", _bleu(bleu_tokenizer), answers, references),
     ]
     if tokenise is not None:
         pairs = [(tokenise(one), tokenise(other)) for one, other in zip(answers, references, strict=True)]
@@ -54,8 +63,23 @@ def token_f1(answer: Sequence[str], reference: Sequence[str]) -> float:
     return _f1((Counter(answer) & Counter(reference)).total(), len(answer), len(reference))
 
 
+def _bleu(tokenizer: str) -> Any:
+    from sacrebleu.metrics.bleu import BLEU
+
+    if tokenizer not in BLEU.TOKENIZERS:
+        known = ", ".join(sorted(BLEU.TOKENIZERS))
+        raise UsageError(f"the tokenizer of BLEU is {tokenizer!r}; expected one of sacrebleu's: {known}")
+    try:
+        return BLEU(force=True, tokenize=tokenizer)
+    except (ImportError, RuntimeError) as error:
+        raise UsageError(f"sacrebleu cannot use the tokenizer {tokenizer!r}: {str(error).strip()}") from None
+
+
 def _of_sacrebleu(name: str, metric: Any, answers: Sequence[str], references: Sequence[str]) -> Metric:
-    """Return a metric of sacrebleu's: its own statistics of each row, and its own score of their sums."""
+    """Return a metric of sacrebleu's: its own statistics of each row, and its own score of their sums.
+
+    Both are private to sacrebleu, which has no public way to them; tests hold them to its ``corpus_score``.
+    """
     statistics = np.array(metric._extract_corpus_statistics(list(answers), [list(references)]), float)
 
     def score(sums: np.ndarray) -> np.ndarray:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import numpy as np
-
-from toolkit.metrics.labels import label_metrics
+from toolkit.metrics.labels import label_metrics, label_numbers
 from toolkit.runtime.errors import DataError
 
 LABELS = ("yes", "no", "maybe")
@@ -27,17 +25,27 @@ REASONING_REQUIRED, REASONING_FREE = OfficialScore(0.780, 0.722), OfficialScore(
 def official_score(predictions: Mapping[str, str], truth: Mapping[str, str]) -> OfficialScore:
     """Score predictions as the data set's own script does: over exactly the ids of the truth.
 
+    That script takes the macro-F1 over the answers that the truth or the predictions have at all: if both lack "maybe",
+    it is the mean of two. In the official test set all three are there.
+
     Raises:
-        DataError: the ids are others, or an answer is none of yes, no and maybe.
+        DataError: the ids are others, or none, or an answer is none of yes, no and maybe.
     """
+    if not truth:
+        raise DataError("the truth has no ids; expected those of the official test set with their answers")
     missing, extra = truth.keys() - predictions.keys(), predictions.keys() - truth.keys()
     if missing or extra:
         raise DataError(
             f"the predictions lack {len(missing)} of {len(truth)} ids and have {len(extra)} others; expected exactly "
             "the ids of the official test set"
         )
-    if wrong := sorted({*predictions.values(), *truth.values()} - set(LABELS)):
-        raise DataError(f"{wrong[0]!r} is no answer of PubMedQA; expected one of {', '.join(LABELS)}")
-    pairs = np.array([(LABELS.index(truth[key]), LABELS.index(predictions[key])) for key in truth])
-    found = {metric.name: metric.value for metric in label_metrics(pairs[:, 0], pairs[:, 1], LABELS)}
+    given = {*predictions.values(), *truth.values()}
+    if wrong := sorted(map(repr, given - set(LABELS))):
+        raise DataError(f"{wrong[0]} is no answer of PubMedQA; expected one of {', '.join(LABELS)}")
+    labels = [label for label in LABELS if label in given]
+    right, predicted = (
+        label_numbers(list(truth.values()), labels),
+        label_numbers([predictions[key] for key in truth], labels),
+    )
+    found = {metric.name: metric.value for metric in label_metrics(right, predicted, labels)}
     return OfficialScore(found["accuracy"], found["macro_f1"])
