@@ -84,7 +84,8 @@ def test_it_answers_questions_of_the_set(run: tuple[Path, Any], tmp_path: Path) 
     done = run_script("launch/generate.py", run[0], *flags, environ=run[1])
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [set(row) for row in answers] == [{"QUESTION", "CONTEXTS", "ANSWER", "REFERENCE"}] * 2
+    own = {"LABELS", "MESHES", "YEAR", "LONG_ANSWER", "final_decision"}
+    assert [set(row) for row in answers] == [{"QUESTION", "CONTEXTS", "ANSWER", "REFERENCE", *own}] * 2
 
 
 def test_its_export_is_exaone_again(run: tuple[Path, Any], hub: StubHub) -> None:

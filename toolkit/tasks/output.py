@@ -44,7 +44,7 @@ def _check_json(answer: str, schema: Mapping[str, Any]) -> None:
 
     try:
         value = json.loads(answer)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RowFaultError(f"has an answer that is not JSON ({error})") from None
     try:
         jsonschema.validate(value, schema)
