@@ -320,3 +320,96 @@ def test_a_model_of_another_tokenizer_reads_the_same_rows_in_its_own_tokens(fold
         scores_of(alone, str(tmp_path / "other"))["bits_per_byte"].value, rel=0.2
     )
     assert other["loss"].value != scores_of(comparison, str(folder / "run"))["loss"].value
+
+
+def test_a_run_that_was_trained_on_the_rows_is_not_compared_on_them(folder: Path, tmp_path: Path) -> None:
+    flags = tiny_flags(
+        folder / "model", tmp_path / "all", "--data.path", folder / "rows.jsonl", "--data.task", json.dumps(TASK),
+        "--train.epochs", 1, "--train.max_steps", 1,
+    )  # fmt: skip
+    assert train(*flags) == 0
+    with pytest.raises(DataError, match=r"all was trained on 20 of the 20 rows, of which .*rows.jsonl line \d+ is"):
+        toolkit.evaluate([folder / "run", tmp_path / "all"])
+    named = toolkit.evaluate([folder / "run", tmp_path / "all"], folder / "rows.jsonl", batch_size=8)
+    assert named.rows == 60
+
+
+@pytest.fixture(scope="module")
+def folds(folder: Path) -> Path:
+    """Five folds of 40 rows."""
+    flags = tiny_flags(
+        folder / "model", folder / "folds", "--data.path", choice_rows(folder / "forty.jsonl", 40), "--data.task",
+        json.dumps(TASK), "--data.folds", 5, "--train.epochs", 2, "--prefix.cache_dir", folder / "cache",
+    )  # fmt: skip
+    assert train(*flags) == 0
+    return folder / "folds"
+
+
+def test_folds_predict_every_row_once_by_a_run_that_did_not_see_it(
+    folds: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed = Counter[tuple[int, ...]]()
+    forward = Prefix.forward
+
+    def counted(self: Prefix, batch: Any) -> torch.Tensor:
+        computed.update(example.token_ids for example in batch.examples)
+        return forward(self, batch)
+
+    monkeypatch.setattr(Prefix, "forward", counted)
+    comparison = toolkit.evaluate(["base", folds], batch_size=4)
+    assert (comparison.rows, comparison.held_out) == (40, True)
+    assert comparison.data.endswith("each by that one of the 5 folds of " + f"{folds} that did not see it")
+    lines = (folds / "out_of_fold.jsonl").read_text(encoding="utf-8").splitlines()
+    known = [json.loads(line) for line in lines]
+    loss = sum(row["loss"] * row["tokens"] for row in known) / sum(row["tokens"] for row in known)
+    assert comparison.loss == pytest.approx(loss, abs=1e-5)
+    assert len(comparison.predictions[str(folds)]) == 40
+    often = [ids for ids, count in computed.items() if count > 1]
+    assert len(often) <= 5  # the shortest sequence of each fold is tried before its cache is filled
+    again = toolkit.evaluate(["base", folds], batch_size=4)
+    assert again == comparison
+
+
+def test_folds_are_scored_on_their_own_rows_alone(folds: Path, folder: Path) -> None:
+    with pytest.raises(UsageError, match="holds folds, each scored on the rows that it held out"):
+        toolkit.evaluate(folds, folder / "forty.jsonl")
+    with pytest.raises(UsageError, match="--answers of folds is all or 0"):
+        toolkit.evaluate(folds, answers=3)
+    with pytest.raises(DataError, match="holds folds of other rows than those that are scored"):
+        toolkit.evaluate([folder / "run", folds])
+    (folds / "fold-4").rename(folder / "away")
+    try:
+        with pytest.raises(DataError, match="holds 4 of 5 folds; train the others first"):
+            toolkit.evaluate(folds)
+    finally:
+        (folder / "away").rename(folds / "fold-4")
+
+
+def test_two_runs_of_folds_are_compared_row_by_row(folds: Path, folder: Path) -> None:
+    flags = tiny_flags(
+        folder / "model", folder / "other", "--data.path", folder / "forty.jsonl", "--data.task", json.dumps(TASK),
+        "--data.folds", 2, "--train.epochs", 1, "--prefix.cache_dir", folder / "cache",
+    )  # fmt: skip
+    assert train(*flags) == 0
+    both = toolkit.evaluate([folds, folder / "other"], answers=40, max_new_tokens=2, batch_size=8)
+    alone = toolkit.evaluate(folder / "other", batch_size=8)
+    assert scores_of(both, str(folder / "other"))["loss"].value == pytest.approx(alone.loss, abs=1e-5)
+    assert both.predictions[str(folder / "other")].items() == alone.predictions[str(folder / "other")].items()
+
+
+def test_predictions_are_files_of_each_model_by_the_rows_ids(folder: Path, tmp_path: Path) -> None:
+    rows = {"77": {"question": "Why?", "decision": "yes"}, "78": {"question": "How?", "decision": "no"}}
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    done = run_here(
+        "evaluate", "base", folder / "run", "--data.path", tmp_path / "rows.json", "--predictions", tmp_path / "out"
+    )
+    assert done.returncode == 0, done.stderr
+    files = sorted((tmp_path / "out").iterdir())
+    assert files[-1].name == "base.json" or files[0].name == "base.json"
+    for file in files:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        assert list(found) == ["77", "78"]
+        assert set(found.values()) <= set(LABELS)
+    refused = run_here("evaluate", folder / "model", "--data.path", ENGLISH, "--predictions", tmp_path / "none")
+    assert refused.returncode == 2
+    assert "these rows have no options" in refused.stderr

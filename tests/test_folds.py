@@ -56,7 +56,7 @@ def test_evaluate_agrees_with_the_losses_of_a_fold(run: Path) -> None:
 
 
 def test_the_directory_of_the_folds_is_refused_with_the_runs_in_it(run: Path) -> None:
-    result = run_here("launch/evaluate.py", run, "--part", "test")
+    result = run_here("launch/generate.py", run, "--question", "why?")
     assert result.returncode == 2
     assert f"{run} holds the runs of data.folds; expected one of them: {run}/fold-0, {run}/fold-1, " in result.stderr
     assert f"from a run that did not see it, is in {run / OUT_OF_FOLD_FILE}" in result.stderr

@@ -211,6 +211,12 @@ def _other_recipe_message(path: Path, checkpoint: Path, refused: list[str], harm
     return "\n".join(lines)
 
 
+def fold_runs(path: Path) -> list[Path]:
+    """Return the runs of ``data.folds`` in a directory, in the order of their folds; none if it holds no folds."""
+    runs = (config.parent for config in path.glob("fold-*/config.yaml"))
+    return sorted(runs, key=lambda run: (len(run.name), run))
+
+
 def write_config(path: Path, config: RunConfig) -> None:
     """Write the resolved recipe to ``config.yaml`` with ``output.dir`` set, so that ``--config`` resumes the run."""
     output = config.output.model_copy(update={"dir": str(path)})

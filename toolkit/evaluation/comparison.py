@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 from collections import Counter
@@ -12,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from toolkit.data.examples import Encoder
 from toolkit.data.sources import Source
-from toolkit.evaluation.outputs import Asked, compute_outputs, encoder_for, fitting_shots
-from toolkit.evaluation.rows import EvaluatedRows, Part, rows_for
+from toolkit.evaluation.outputs import Asked, fitting_shots
+from toolkit.evaluation.rows import EvaluatedRows, Part
+from toolkit.evaluation.running import Runner
 from toolkit.evaluation.scoring import Scorer
-from toolkit.evaluation.sources import BASE, BaseModel, ModelName, OpenOptions, boundary_of, open_source
-from toolkit.inference.open_model import OpenedModel
+from toolkit.evaluation.sources import BASE, ModelName, OpenOptions
 from toolkit.metrics.metric import Metric
 from toolkit.metrics.resampling import Difference, Interval, bootstrap, claim, compare, holm, resample_weights
 from toolkit.runtime.errors import UsageError
@@ -112,44 +112,30 @@ def compare_models(
     if named is not None:
         named.check_there()  # before a model loads
     first = next(name for name in names if not name.is_base)
-    opened = open_source(first, options)
-    base, boundary = BaseModel.of(opened), boundary_of(opened)
-    if base is None and any(name.is_base for name in names):
-        raise UsageError(f"{BASE} is the model that a run began from, and {first.text} is none; name the base itself")
-    rows = rows_for(opened, first.path, named, part)
-    log.info("evaluating on %s", rows.data)
-    examples = _shots(opened, rows, shots, seed)
-    scorer, models, answered = (
-        Scorer(rows.rows, rows.train),
-        len(names) + bool(shots),
-        min(asked.answers, len(rows.rows)),
-    )
+    runner = Runner(asked, options, len(names) + bool(shots), needs_base=any(name.is_base for name in names))
+    begun = runner.first(first, named, part)
+    rows, base = begun.rows, begun.base
+    examples = _shots(begun.encoder, rows, shots, seed)
+    scorer, answered = Scorer(rows.rows, rows.train), min(asked.answers, len(rows.rows))
     scorer.require_primary(answered)
-    outputs = compute_outputs(opened, rows, asked, boundary, models, is_first=True)
-    entries = {first: _Entry(first.text, scorer.metrics(outputs), opened.choice.step if opened.choice else None)}
-    predictions = {first.text: scorer.predictions(outputs)}
+    found = {first: begun.compute()}
+    del begun  # and its model
     more: list[_Entry] = []
-    del opened
-    for name in names:
-        if name == first:
-            continue
-        gc.collect()  # the model before is not to be in memory beside this one
-        other = base.open(options) if name.is_base and base is not None else open_source(name, options)
-        line = boundary if name.is_base else boundary_of(other)
-        outputs = compute_outputs(other, rows, asked, line, models)
-        entries[name] = _Entry(name.text, scorer.metrics(outputs), other.choice.step if other.choice else None)
-        predictions[name.text] = scorer.predictions(outputs)
-        if name.is_base and (metrics := scorer.corrected(outputs)):
-            more.append(_Entry(f"{name.text}, prior-corrected", metrics))
-        if name.is_base and examples:
-            outputs = compute_outputs(other, rows, asked, line, models, examples)
-            more.append(_Entry(f"{name.text}, {shots} shots", scorer.metrics(outputs)))
-        del other
+    for name in (name for name in names if name != first):
+        if not name.is_base:
+            found[name] = runner.other(name, rows, is_named=named is not None)
+        elif base is not None:
+            found[name], *with_shots = runner.base(base, rows, examples)
+            if metrics := scorer.corrected(found[name].outputs):
+                more.append(_Entry(f"{name.text}, prior-corrected", metrics))
+            more += [_Entry(f"{name.text}, {shots} shots", scorer.metrics(one.outputs)) for one in with_shots]
     trivial = scorer.trivial(answered, seed)
     more += [_Entry(text, metrics, is_trivial=True) for text, metrics in trivial.items()]
-    ordered = [entries[name] for name in names] + more
+    entries = [_Entry(name.text, scorer.metrics(found[name].outputs), found[name].step) for name in names]
+    own = entries[names.index(first)]
     against = next((name.text for name in names if name.is_base), names[0].text) if len(names) > 1 else None
-    comparison = _compare(ordered, entries[first], against, rows, scorer, seed, answered)
+    comparison = _compare([*entries, *more], own, against, rows, scorer, seed, answered)
+    predictions = {name.text: scorer.predictions(found[name].outputs) for name in names}
     return replace(comparison, predictions=predictions if scorer.classes is not None else {})
 
 
@@ -176,7 +162,7 @@ def _names(sources: Sequence[str], shots: int) -> list[ModelName]:
     return names
 
 
-def _shots(opened: OpenedModel, rows: EvaluatedRows, count: int, seed: int) -> list[Sample]:
+def _shots(encoder: Encoder, rows: EvaluatedRows, count: int, seed: int) -> list[Sample]:
     """Draw training rows to put before questions, of each class in turn where rows have options.
 
     Raises:
@@ -195,7 +181,6 @@ def _shots(opened: OpenedModel, rows: EvaluatedRows, count: int, seed: int) -> l
         turns.append((seen[label], at))
         seen[label] += 1
     shots = [rows.train[at].sample for _, at in sorted(turns, key=lambda turn: turn[0])[:count]]
-    encoder = encoder_for(opened, rows)
     fitting = [len(fitting_shots(row.sample, shots, encoder)) for row in rows.rows] if count else []
     if count and not any(fitting):
         raise UsageError(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
@@ -49,6 +50,40 @@ class Outputs:
     answers: Sequence[str] | None = None
     """Generated answers to the first rows."""
 
+    @classmethod
+    def joined(cls, parts: Sequence[Outputs]) -> Outputs:
+        """Join what models give for one part of the rows each."""
+        return cls(*(_joined([getattr(part, one.name) for part in parts]) for one in fields(cls)))
+
+    def take(self, places: Sequence[int]) -> Outputs:
+        """Return what is given for some of the rows, in this order."""
+        return Outputs(*(_taken(getattr(self, one.name), places) for one in fields(self)))
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    if parts[0] is None:
+        return None
+    return np.concatenate(parts) if isinstance(parts[0], np.ndarray) else [one for part in parts for one in part]
+
+
+def _taken(values: Any, places: Sequence[int]) -> Any:
+    return (
+        None if values is None else values[places] if isinstance(values, np.ndarray) else [values[at] for at in places]
+    )
+
+
+def encode_rows(
+    encoder: Encoder, rows: Sequence[RowSample], samples: Sequence[Sample] | None = None
+) -> tuple[Rows, np.ndarray]:  # fmt: skip
+    """Encode rows, or other samples in their place; return their examples, and the number of each row's first one.
+
+    Raises:
+        DataError: a row cannot be encoded.
+    """
+    every = [row.sample for row in rows] if samples is None else samples
+    parts = [_encode(encoder, sample, row) for sample, row in zip(every, rows, strict=True)]
+    return Rows.of([example for part in parts for example in part]), starts_of(list(map(len, parts)))
+
 
 def compute_outputs(
     opened: OpenedModel, rows: EvaluatedRows, asked: Asked, boundary: int | None, models: int,
@@ -66,8 +101,7 @@ def compute_outputs(
     samples = [with_shots(row.sample, fitting_shots(row.sample, shots, encoder)) for row in rows.rows]
     examples, starts = rows.examples, rows.starts
     if not is_first:
-        parts = [_encode(encoder, sample, row) for sample, row in zip(samples, rows.rows, strict=True)]
-        examples, starts = Rows.of([example for part in parts for example in part]), starts_of(list(map(len, parts)))
+        examples, starts = encode_rows(encoder, rows.rows, samples)
     has_options = all(row.sample.label is not None for row in rows.rows)
     queries = [
         option_query(encoder, sample, row.origin) for sample, row in zip(samples, rows.rows, strict=True) if has_options

@@ -85,6 +85,16 @@ def rows_for(opened: OpenedModel, source: str, named: Source | None, part: Part)
     return EvaluatedRows(tuple(rows), tuple(train), config, examples, _starts(examples), data, held_out)
 
 
+def joined(parts: Sequence[EvaluatedRows], by: str) -> EvaluatedRows:
+    """Join rows that several runs held out, each of which is in one part; ``by`` says which model scores which."""
+    rows = tuple(row for part in parts for row in part.rows)
+    firsts = np.cumsum([0, *(len(part.examples) for part in parts)])
+    starts = np.concatenate([part.starts + first for part, first in zip(parts, firsts, strict=False)])
+    examples = sum((part.examples for part in parts[1:]), parts[0].examples)
+    sources = ", ".join(dict.fromkeys(source.path for source in sources_of(parts[0].config, "train")))
+    return EvaluatedRows(rows, (), parts[0].config, examples, starts, f"{len(rows)} rows of {sources}, {by}", True)
+
+
 def starts_of(counts: Sequence[int]) -> np.ndarray:
     """Return where each of some parts of a sequence begins, from their lengths."""
     return np.cumsum([0, *counts], dtype=np.int64)[:-1]

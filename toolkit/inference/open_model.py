@@ -14,7 +14,7 @@ from toolkit.checkpoint.catalog import checkpoints_of
 from toolkit.checkpoint.choice import ChosenCheckpoint, Step, choose_checkpoint
 from toolkit.checkpoint.delta import Delta, is_delta, read_delta, read_mask_and_base
 from toolkit.checkpoint.restore import Checkpoint
-from toolkit.checkpoint.run_directory import OUT_OF_FOLD_FILE
+from toolkit.checkpoint.run_directory import OUT_OF_FOLD_FILE, fold_runs
 from toolkit.config.recipe import read_saved
 from toolkit.config.schema import DataConfig, ModelConfig, RunConfig
 from toolkit.data.chat_rendering import Rendering, read_rendering
@@ -278,7 +278,7 @@ def _rendering_of(folder: Path, loaded: LoadedModel) -> Rendering:
 
 def _refuse_beside_run(path: Path) -> None:
     """Raise CheckpointError for ``RUN/checkpoints/best``, a file, and a directory of folds, and say how to choose."""
-    if runs := sorted((run.parent for run in path.glob("fold-*/config.yaml")), key=lambda run: (len(run.name), run)):
+    if runs := fold_runs(path):
         raise CheckpointError(
             f"{path} holds the runs of data.folds; expected one of them: {', '.join(map(str, runs))}. The loss of each "
             f"row, from a run that did not see it, is in {path / OUT_OF_FOLD_FILE}"
