@@ -71,6 +71,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "train.scheduler": {name: name for name in ("linear", "cosine", "constant_with_warmup")},
     "train.max_grad_norm": {"0": 0.0, "1": 1.0},
     "train.max_skipped_steps": {"1": 1, "3": 3},
+    "train.early_stopping_patience": {"none": None, "9": 9},
     "train.gradient_checkpointing": {"auto": "auto", "on": "on", "off": "off"},
     "train.reduce_dtype": {"none": None, "float32": "float32", "bfloat16": "bfloat16"},
     "train.seed": {"42": 42, "7": 7},
@@ -105,6 +106,7 @@ VALUES: dict[str, dict[str, Any]] = {
 """By recipe key, its values by name. DELTA and CACHE are replaced by directories, and files by those of the folder."""
 
 NOT_COMBINED = {
+    "train.early_stopping_threshold": "a number beside the patience: test_early_stopping.py",
     "model.name_or_path": "one tiny model; the model types have tests/test_zoo.py and tests/test_every_type.py",
     "model.revision": "of Hub models alone",
     "data.validation_split": "of sets with several splits alone",

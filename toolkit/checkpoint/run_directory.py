@@ -10,6 +10,7 @@ from itertools import count
 from pathlib import Path
 
 from toolkit.checkpoint.catalog import checkpoints_of, newest_usable
+from toolkit.checkpoint.early_stopping import ended_early
 from toolkit.checkpoint.manifest import NewerVersionError
 from toolkit.checkpoint.state import CheckpointState, read_state, recipe_differences
 from toolkit.checkpoint.validation_loss import read_validation_loss
@@ -190,7 +191,7 @@ def _read_run(path: Path, config: RunConfig, ranks: int, override: bool) -> RunD
         raise CheckpointError(_other_recipe_message(path, checkpoint, refused, harmless))
     for difference in harmless:
         log.warning("overridden: %s", difference)
-    finished = state.step >= state.resumed_total_steps(config, ranks)
+    finished = state.step >= state.resumed_total_steps(config, ranks) or ended_early(path, state.step, config.train)
     if finished and config.data.validation is not None and read_validation_loss(checkpoint) is None:
         finished = False  # the last validation is missing
     if finished and config.data.fold is not None and not (path / OUT_OF_FOLD_FILE).is_file():

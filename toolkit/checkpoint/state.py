@@ -28,7 +28,7 @@ the rows of one step over all ranks."""
 _HARMLESS = (
     "train.learning_rate", "train.weight_decay", "train.warmup_ratio", "train.scheduler", "train.epochs",
     "train.max_steps", "train.max_grad_norm", "train.max_skipped_steps", "train.gradient_checkpointing",
-    "train.reduce_dtype", "optim.",
+    "train.reduce_dtype", "train.early_stopping_patience", "train.early_stopping_threshold", "optim.",
     "data.packing", "data.path", "data.split", "data.name", "data.revision", "data.encoding", "data.separator",
     "data.sheet", "data.validation_split", "data.test", "data.test_split", "model.name_or_path", "model.revision",
     "model.attn_implementation", "model.trust_remote_code",

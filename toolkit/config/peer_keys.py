@@ -54,6 +54,7 @@ _NAMES_BY_KEY: Mapping[str, tuple[str, ...]] = {
     ),
     "train.reduce_dtype": ("mixed_precision_reduce", "grad_reduce_in_fp32", "communication_data_type"),
     "train.seed": ("random_seed", "data_seed"),
+    "train.early_stopping_patience": ("early_stopping", "early_stopping_steps"),
     "optim.name": ("optim", "optimizer", "optimizer_type"),
     "optim.eps": ("adam_epsilon", "epsilon"),
     "output.dir": ("output_dir", "save_dir", "out_dir"),
@@ -125,7 +126,6 @@ _NAMES_BY_ANSWER: Mapping[str, tuple[str, ...]] = {
     "only trained blocks are ever recomputed: train.gradient_checkpointing": (
         "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs", "activation_offloading",
     ),
-    "a run ends after train.epochs or train.max_steps, and its best checkpoint is kept": ("early_stopping_patience",),
     "data.task says which columns make prompt and answer; the model's template or data.chat_template renders them": (
         "template", "dataset_text_field", "dataset_kwargs", "prompt_template", "formatting_func",
     ),

@@ -104,6 +104,14 @@ class TrainConfig(Section):
     """A step whose loss or gradient is NaN or infinite on any rank changes nothing and is skipped; stop the run after
     this many in a row."""
 
+    early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
+    """End the run once the validation loss has not fallen below its lowest in so many validations in a row
+    (output.evaluate_every_steps, and each epoch's end). The lowest has a checkpoint, which --step best takes; none
+    trains to the end."""
+
+    early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
+    """By how much the loss must fall to count as lower."""
+
     gradient_checkpointing: Annotated[Literal["auto", "on", "off"], BeforeValidator(switch)] = "auto"
     """Recompute the trained blocks' activations in backward; auto does so when they would not fit in memory."""
 
@@ -210,3 +218,18 @@ class RunConfig(Section):
     optim: OptimConfig = OptimConfig()
     prefix: PrefixConfig = PrefixConfig()
     output: OutputConfig = OutputConfig()
+
+    @model_validator(mode="after")
+    def _check_early_stopping(self) -> RunConfig:
+        """Require validation rows for early stopping."""
+        if self.train.early_stopping_patience is not None and self.data.validation is None:
+            raise ValueError(
+                f"train.early_stopping_patience is {self.train.early_stopping_patience}, but data.validation is none, "
+                "so that there is no validation loss to watch; hold rows out with data.validation"
+            )
+        if self.train.early_stopping_threshold and self.train.early_stopping_patience is None:
+            raise ValueError(
+                f"train.early_stopping_threshold is {self.train.early_stopping_threshold:g} and does nothing without "
+                "train.early_stopping_patience; set that too, or leave both out"
+            )
+        return self

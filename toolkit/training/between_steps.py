@@ -7,7 +7,9 @@ checkpoints are removed, once the loss tells which one is best; sample answers c
 from __future__ import annotations
 
 import logging
+import math
 
+from toolkit.checkpoint.early_stopping import has_stopped_improving
 from toolkit.checkpoint.saver import Saver
 from toolkit.inference.evaluation import perplexity
 from toolkit.runtime import malloc
@@ -38,6 +40,7 @@ class BetweenSteps:
         self._committed = progress.step or None
         """The step of the newest checkpoint that this process committed or resumed from."""
         self._answers_failed = False
+        self._ends_early = False
 
     def catch_up(self, state: PhaseState) -> bool:
         """Complete the validation that was due at the checkpoint a run resumed from; called before the first step.
@@ -52,11 +55,14 @@ class BetweenSteps:
         step = progress.step
         saved, logged = world.on_main(lambda: (self._saver.saved_loss(step), self._monitor.logged_loss(step)))
         if saved is None and logged is None:
-            return self._validate(state, may_stop=not at_end)
+            is_done = self._validate(state, may_stop=not at_end)
+            self._judge(state)
+            return is_done
         if saved is None and logged is not None:
             self._saver.record_loss(step, logged)
         if logged is None and saved is not None:
             self._monitor.evaluation(step, progress.passes, saved, perplexity(saved))
+        self._judge(state)
         return True
 
     def after_step(self, state: PhaseState, is_stopping: bool) -> bool:
@@ -80,12 +86,41 @@ class BetweenSteps:
             stopping = world.any_stop_requested()
         if due and (at_end or not stopping):
             self._validate(state, may_stop=not at_end)
+            is_saved = self._judge(state) or is_saved
             stopping = world.any_stop_requested()
-        if stopping and not is_saved:
-            self._commit(state, validation_follows=due)
-            if progress.eval_loss is not None:
-                self._saver.record_loss(progress.step, progress.eval_loss)
-        return stopping and not at_end
+        if self._ends_early and not epoch_ends:
+            self._monitor.epoch(progress)
+        if (stopping or self._ends_early) and not is_saved:
+            self._commit_with_loss(state, due)
+        return stopping and not at_end and not self._ends_early
+
+    def _judge(self, state: PhaseState) -> bool:
+        """See what the validation losses say of early stopping; return True if the lowest one got a checkpoint now."""
+        progress, train = self._progress, self._context.config.train
+        if train.early_stopping_patience is None:
+            return False
+        losses = self._context.world.on_main(lambda: self._monitor.logged_losses(progress.step))
+        lowest = min(filter(math.isfinite, losses), default=math.nan)
+        self._ends_early = has_stopped_improving(losses, train)
+        if self._ends_early:
+            log.info(
+                "early stopping after step %d: in %d validations the loss was not below %.4f by more than %g",
+                progress.step, train.early_stopping_patience, lowest, train.early_stopping_threshold,
+            )  # fmt: skip
+        if progress.eval_loss is None or progress.eval_loss != lowest or self._committed == progress.step:
+            return False
+        self._commit_with_loss(state, due=True)
+        return True
+
+    def _commit_with_loss(self, state: PhaseState, due: bool) -> None:
+        """Save a checkpoint, with the validation loss if this step has one."""
+        self._commit(state, validation_follows=due)
+        if self._progress.eval_loss is not None:
+            self._saver.record_loss(self._progress.step, self._progress.eval_loss)
+
+    def has_ended_early(self) -> bool:
+        """Return whether the validation losses so far end the run (``train.early_stopping_patience``)."""
+        return self._ends_early
 
     def _is_validation_due(self, epoch_ends: bool) -> bool:
         """Return True if there are validation rows and an epoch or an evaluation interval ends at this step."""

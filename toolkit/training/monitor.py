@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from toolkit.checkpoint.early_stopping import logged_losses
 from toolkit.runtime.paths import LineFile, explain_refused_write, replace_text
 from toolkit.runtime.progress_bar import ProgressBar
 from toolkit.training.progress import Progress
@@ -152,6 +153,10 @@ class Monitor:
             ]
             header = ["| row | question, the end of its prompt | reference | answer |", "|---:|---|---|---|"]
             self.board.text("answers", "\n".join([f"After step {step}:", "", *header, *rows]), step)
+
+    def logged_losses(self, until: int) -> list[float]:
+        """Return the validation losses up to a step, NaN if not finite; on rank 0."""
+        return logged_losses(self._file.lines(), until)
 
     def logged_loss(self, step: int) -> float | None:
         """Return the validation loss after ``step`` steps, NaN if not finite, None if not logged; on rank 0."""

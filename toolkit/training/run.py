@@ -152,7 +152,7 @@ def _report(trainer: Trainer, run_dir: Path) -> None:
         log.info("%s", prefix.close())
     uses = context.world.all_gather_object(MemoryUse.measure(context.world.device, context.library_bytes))
     memory = max(uses, key=lambda use: use.peak).text(trainer.planned_gib)
-    log.info("done: %d steps, %s; next: %s %s", context.total_steps, memory, command_line("export"), run_dir)
+    log.info("done: %d steps, %s; next: %s %s", trainer.progress.step, memory, command_line("export"), run_dir)
 
 
 def _hparams(trainer: Trainer) -> dict[str, str | float]:

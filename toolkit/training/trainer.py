@@ -76,6 +76,8 @@ class Trainer:
         between = BetweenSteps(context, monitor, progress, saver, guard)
         if not between.catch_up(self.state):
             return False
+        if between.has_ended_early():  # by the losses before an interruption
+            return True
         with HiddenReader(world.device) as reader, Prefetcher() as prefetcher:
             for micro_batches in self._batches(prefetcher, reader):
                 if progress.step == self.state.phase.end:
@@ -90,6 +92,8 @@ class Trainer:
                 saver.poll(bool(result.status.has_written))
                 if between.after_step(self.state, bool(result.status.is_stopping)):
                     return False
+                if between.has_ended_early():
+                    break
         return True
 
     def next_phase(self) -> None:
