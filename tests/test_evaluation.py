@@ -16,6 +16,7 @@ from helpers import ENGLISH, make_tiny_model, make_tokenizer, metrics, run_here,
 import toolkit
 from toolkit.evaluation.labels import Classes
 from toolkit.evaluation.likelihood import option_query
+from toolkit.evaluation.outputs import with_shots
 from toolkit.evaluation.table import table
 from toolkit.evaluation.trivial import trivial_answers
 from toolkit.inference.open_model import open_model
@@ -187,6 +188,12 @@ def test_shots_stand_before_the_question_and_no_context_is_cut_for_them(folder: 
     shown = [model.name for model in comparison.models]
     assert "base, 2 shots" in shown
     assert scores_of(comparison, "base, 2 shots")["loss"].value != scores_of(comparison, "base")["loss"].value
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()][:3]
+    asked, *shots = (load_task(TASK).read(row) for row in rows)
+    encoder = open_model(str(folder / "run")).encoder
+    alone, longer = encoder.encode(asked), encoder.encode(with_shots(asked, shots))
+    assert longer.supervised_tokens == alone.supervised_tokens  # the answers before it are not scored
+    assert longer.token_ids[-len(alone) + 1 :] == alone.token_ids[1:]
 
 
 @pytest.mark.parametrize(
@@ -413,3 +420,10 @@ def test_predictions_are_files_of_each_model_by_the_rows_ids(folder: Path, tmp_p
     refused = run_here("evaluate", folder / "model", "--data.path", ENGLISH, "--predictions", tmp_path / "none")
     assert refused.returncode == 2
     assert "these rows have no options" in refused.stderr
+
+
+def test_texts_have_no_answers_to_compare(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.jsonl").write_text('{"text": "one two three"}\n{"text": "four five six"}\n', encoding="utf-8")
+    assert toolkit.evaluate(tiny_model, tmp_path / "texts.jsonl").rows == 2
+    with pytest.raises(DataError, match=r"texts.jsonl line 1 has no answer to compare a generated one with"):
+        toolkit.evaluate(tiny_model, tmp_path / "texts.jsonl", answers=2)

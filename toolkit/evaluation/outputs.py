@@ -146,7 +146,7 @@ def with_shots(sample: Sample, shots: Sequence[Sample]) -> Sample:
     if not shots:
         return sample
     system = sample.turns[:1] if sample.turns[0].role == SYSTEM else ()
-    before = [turn for shot in shots for turn in shot.turns if turn.role != SYSTEM]
+    before = [replace(turn, trained=False) for shot in shots for turn in shot.turns if turn.role != SYSTEM]
     return replace(sample, turns=(*system, *before, *sample.turns[len(system) :]), arrange=None, contexts=())
 
 

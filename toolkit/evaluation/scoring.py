@@ -58,7 +58,11 @@ class Scorer:
         return "accuracy" if self.classes is not None else "exact_match" if self._is_json else "loss"
 
     def require_primary(self, answered: int) -> None:
-        """Raise DataError if the declared metric is none of those that models will have."""
+        """Raise DataError if the declared metric is none of those that models will have, or rows have no answer."""
+        if answered and (row := next((row for row in self._rows if row.sample.answer is None), None)):
+            raise DataError(
+                f"{row.origin} has no answer to compare a generated one with; leave out --answers"
+            )
         nothing = np.ones(len(self._rows))
         options = [np.ones(len(row.sample.options)) for row in self._rows]
         known = self.metrics(Outputs(nothing, nothing, options, options, [""] * answered if answered else None))
