@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,11 @@ import torch
 from helpers import ENGLISH, make_tiny_model, make_tokenizer, metrics, run_here, tiny_flags, tiny_llama, train
 
 import toolkit
+from toolkit.commands.evaluate import save_predictions
 from toolkit.evaluation.labels import Classes
 from toolkit.evaluation.likelihood import option_query
 from toolkit.evaluation.outputs import with_shots
+from toolkit.evaluation.scoring import label_of
 from toolkit.evaluation.table import table
 from toolkit.evaluation.trivial import trivial_answers
 from toolkit.inference.open_model import open_model
@@ -427,3 +431,143 @@ def test_texts_have_no_answers_to_compare(tiny_model: Path, tmp_path: Path) -> N
     assert toolkit.evaluate(tiny_model, tmp_path / "texts.jsonl").rows == 2
     with pytest.raises(DataError, match=r"texts.jsonl line 1 has no answer to compare a generated one with"):
         toolkit.evaluate(tiny_model, tmp_path / "texts.jsonl", answers=2)
+
+
+def test_folds_that_read_the_rows_otherwise_are_not_put_beside(folds: Path, folder: Path) -> None:
+    other = {**TASK, "output": {"labels": list(reversed(LABELS))}}
+    flags = tiny_flags(
+        folder / "model", folder / "reversed", "--data.path", folder / "forty.jsonl", "--data.task", json.dumps(other),
+        "--data.folds", 2, "--train.epochs", 1, "--train.max_steps", 1,
+    )  # fmt: skip
+    assert train(*flags) == 0
+    with pytest.raises(DataError, match=r"reads .* by another task than the first source does"):
+        toolkit.evaluate([folds, folder / "reversed"])
+
+
+@pytest.mark.parametrize("seen_as", ["another prompt", "a checkpoint", "a changed file"])
+def test_rows_that_were_seen_are_known_however_they_were_read(folder: Path, tmp_path: Path, seen_as: str) -> None:
+    file = folder / "rows.jsonl"
+    if seen_as == "a changed file":
+        file = tmp_path / "rows.jsonl"
+        file.write_text((folder / "rows.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
+    task = {**TASK, "system": "You decide."} if seen_as == "another prompt" else TASK
+    flags = tiny_flags(
+        folder / "model", tmp_path / "all", "--data.path", file, "--data.task", json.dumps(task), "--train.epochs", 1,
+        "--train.max_steps", 1,
+    )  # fmt: skip
+    assert train(*flags) == 0
+    source = tmp_path / "all" / "checkpoints" / "step-00000001" if seen_as == "a checkpoint" else tmp_path / "all"
+    if seen_as == "a changed file":
+        choice_rows(file, 10)
+    message = "have changed since it was trained" if seen_as == "a changed file" else "was trained on 20 of the 20 rows"
+    with pytest.raises(DataError, match=message):
+        toolkit.evaluate([folder / "run", source])
+
+
+def test_folds_answer_all_their_rows(tiny_model: Path, tmp_path: Path) -> None:
+    flags = tiny_flags(tiny_model, tmp_path / "folds", "--data.folds", 2, "--train.epochs", 1, "--train.max_steps", 1)
+    assert train(*flags) == 0
+    comparison = toolkit.evaluate(["base", tmp_path / "folds"], answers=sys.maxsize, max_new_tokens=2, batch_size=8)
+    assert comparison.answered == comparison.rows == 20
+    assert "chrf++" in scores_of(comparison, str(tmp_path / "folds"))
+    with pytest.raises(UsageError, match="folds know no training rows that all of them may see"):
+        toolkit.evaluate(["base", tmp_path / "folds"], shots=1)
+
+
+def test_json_is_scored_by_its_fields_where_it_is_answered_and_by_loss_where_not(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"note {number}", "completion": json.dumps({"grade": number})} for number in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    task = {"name": "prompt_completion", "output": {"schema": {"type": "object"}}}
+    assert toolkit.evaluate(tiny_model, tmp_path / "rows.jsonl", task=task).primary == "loss"
+    answered = toolkit.evaluate(tiny_model, tmp_path / "rows.jsonl", task=task, answers=4, max_new_tokens=3)
+    assert answered.primary == "exact_match"
+    assert {"valid", "exact_match", "fields", "field/grade"} <= set(scores_of(answered, str(tiny_model)))
+
+
+def test_rows_of_several_tasks_have_the_loss_in_common(folder: Path, tmp_path: Path) -> None:
+    sources = f"[{{path: {ENGLISH}}}, {{path: {folder / 'rows.jsonl'}, task: {json.dumps(TASK)}}}]"
+    flags = tiny_flags(
+        folder / "model", tmp_path / "run", "--data.path", sources, "--data.validation", 0.5, "--train.epochs", 1,
+        "--train.max_steps", 1,
+    )  # fmt: skip
+    assert train(*flags) == 0
+    comparison = toolkit.evaluate(["base", tmp_path / "run"], batch_size=8)
+    assert set(scores_of(comparison, "base")) == {"loss", "perplexity", "bits_per_byte"}
+    assert comparison.primary == "loss"
+    with pytest.raises(DataError, match=r"read by several tasks .* leave out --answers"):
+        toolkit.evaluate(["base", tmp_path / "run"], answers=2)
+
+
+def test_bits_per_byte_leave_out_rows_whose_turns_were_cut(tiny_model: Path, tmp_path: Path) -> None:
+    turns = [("user", "who?"), ("assistant", "you and me"), ("user", "why?"), ("assistant", "because")]
+    row = {"messages": [{"role": role, "content": text * 3} for role, text in turns]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    flags = tiny_flags(
+        tiny_model,
+        tmp_path / "run",
+        "--data.path",
+        tmp_path / "rows.jsonl",
+        "--data.max_length",
+        40,
+        "--train.epochs",
+        1,
+    )
+    assert train(*flags) == 0
+    cut = scores_of(toolkit.evaluate(tmp_path / "run", tmp_path / "rows.jsonl"), str(tmp_path / "run"))
+    whole = scores_of(toolkit.evaluate(tiny_model, tmp_path / "rows.jsonl"), str(tiny_model))
+    assert math.isnan(cut["bits_per_byte"].value)
+    assert 2 < whole["bits_per_byte"].value < 12
+
+
+def test_a_label_is_read_exactly_before_it_is_read_loosely() -> None:
+    task = load_task("choice")
+    sample = task.read({"question": "Which?", "options": ["A.", "a", "b"], "answer": "b"})
+    sample = dataclasses.replace(sample, allowed=lambda: ("A.", "a", "b"))
+    row: Any = type("R", (), {"sample": sample})()
+    numbers = np.arange(3)
+    assert [label_of(text, row, numbers) for text in ("a", "A.", " B ", "A", "none")] == [1, 0, 2, -1, -1]
+
+
+def test_the_same_option_twice_is_named(folder: Path, tmp_path: Path) -> None:
+    row = {"question": "Which?", "options": ["a", "a", "b"], "answer": 3}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    task = {"name": "choice", "target": "{{ label }}"}
+    with pytest.raises(DataError, match=r"rows.jsonl line 1 has the same option twice: 'a', 'a', 'b'"):
+        toolkit.evaluate(folder / "model", tmp_path / "rows.jsonl", task=task)
+
+
+def test_groups_of_the_recipe_hold_for_named_rows_that_have_them(folder: Path, tmp_path: Path) -> None:
+    flags = tiny_flags(
+        folder / "model", tmp_path / "run", "--data.path", folder / "rows.jsonl", "--data.task", json.dumps(TASK),
+        "--data.validation", 0.5, "--data.group_by", "patient", "--train.epochs", 1, "--train.max_steps", 1,
+    )  # fmt: skip
+    assert train(*flags) == 0
+    named = toolkit.evaluate(tmp_path / "run", folder / "rows.jsonl", batch_size=8)
+    assert (named.rows, named.units) == (60, 30)
+
+
+def test_ids_that_repeat_name_no_row_and_models_of_like_names_have_files_of_their_own(
+    folder: Path, tmp_path: Path
+) -> None:
+    rows = [{"id": 1, "question": f"Why {number}?", "decision": "yes"} for number in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    comparison = toolkit.evaluate(folder / "model", tmp_path / "rows.jsonl", task=TASK)
+    assert len(comparison.predictions[str(folder / "model")]) == 3
+    alike = dataclasses.replace(comparison, predictions={"모델/가": {"1": "yes"}, "모델_가": {"1": "no"}, "/": {}})
+    save_predictions(alike, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "model.json",
+        "모델_가-2.json",
+        "모델_가.json",
+    ]
+
+
+def test_a_moved_base_and_a_step_are_for_the_sources_that_have_one(folder: Path, tmp_path: Path) -> None:
+    make_tiny_model(tmp_path / "moved")
+    comparison = toolkit.evaluate(
+        ["base", folder / "run", folder / "model"], base=tmp_path / "moved", step="best", batch_size=4
+    )
+    assert comparison.models[2].step is None
+    assert isinstance(comparison.models[1].step, int)

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from toolkit.evaluation.comparison import Comparison
     from toolkit.evaluation.rows import Part
     from toolkit.models.load import Dtype
+
+log = logging.getLogger("frostline")
 
 
 def evaluate(
@@ -110,9 +114,9 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     text = json.dumps(comparison.as_dict(), ensure_ascii=False)
     if output is not None:
         replace_text(output, f"{text}\n")
+    print(text)
     if predictions is not None:
         save_predictions(comparison, predictions)
-    print(text)
     return 0
 
 
@@ -130,10 +134,14 @@ def save_predictions(comparison: Comparison, folder: Path) -> None:
         raise DataError("--predictions writes the option that each row is given, and these rows have no options")
     with explain_refused_write(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        taken = set[str]()
         for name, of_model in comparison.predictions.items():
-            path = folder / f"{re.sub(r'[^A-Za-z0-9@.-]+', '_', name).strip('_')}.json"
+            stem = re.sub(r"[^\w@.-]+", "_", name).strip("_.") or "model"
+            free = next(one for one in (stem, *(f"{stem}-{number}" for number in count(2))) if one not in taken)
+            taken.add(free)
+            path = folder / f"{free}.json"
             replace_text(path, json.dumps(of_model, ensure_ascii=False, indent=1) + "\n")
-            print(path)
+            log.info("predictions of %s: %s", name, path)
 
 
 def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespace:
@@ -188,6 +196,10 @@ def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespa
             parser.error(f"--data.{key} goes with --data.path; the rows that a run held out are those of its recipe")
     if arguments.part == "test" and arguments.data:
         parser.error("--part names rows that a run held out, and --data.path other ones; leave out one of the two")
+    if arguments.output is not None and arguments.output.is_dir():
+        parser.error(f"--output {arguments.output} is a directory; expected a file")
+    if arguments.predictions is not None and arguments.predictions.is_file():
+        parser.error(f"--predictions {arguments.predictions} is a file; expected a folder")
     if arguments.max_new_tokens != 256 and not arguments.answers:
         parser.error("--max-new-tokens goes with --answers; without it nothing is generated")
     return arguments

@@ -7,10 +7,12 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from toolkit.checkpoint.run_directory import fold_runs
 from toolkit.data.examples import Encoder
 from toolkit.data.sources import Source
 from toolkit.evaluation.outputs import Asked, fitting_shots
@@ -112,12 +114,11 @@ def compare_models(
     if named is not None:
         named.check_there()  # before a model loads
     first = next(name for name in names if not name.is_base)
-    runner = Runner(asked, options, len(names) + bool(shots), needs_base=any(name.is_base for name in names))
+    runner = Runner(names, asked, options, len(names) + bool(shots))
     begun = runner.first(first, named, part)
     rows, base = begun.rows, begun.base
     examples = _shots(begun.encoder, rows, shots, seed)
-    scorer, answered = Scorer(rows.rows, rows.train), min(asked.answers, len(rows.rows))
-    scorer.require_primary(answered)
+    scorer = Scorer(rows.rows, rows.train, asked.answers)
     found = {first: begun.compute()}
     del begun  # and its model
     more: list[_Entry] = []
@@ -129,12 +130,12 @@ def compare_models(
             if metrics := scorer.corrected(found[name].outputs):
                 more.append(_Entry(f"{name.text}, prior-corrected", metrics))
             more += [_Entry(f"{name.text}, {shots} shots", scorer.metrics(one.outputs)) for one in with_shots]
-    trivial = scorer.trivial(answered, seed)
+    trivial = scorer.trivial(seed)
     more += [_Entry(text, metrics, is_trivial=True) for text, metrics in trivial.items()]
     entries = [_Entry(name.text, scorer.metrics(found[name].outputs), found[name].step) for name in names]
     own = entries[names.index(first)]
     against = next((name.text for name in names if name.is_base), names[0].text) if len(names) > 1 else None
-    comparison = _compare([*entries, *more], own, against, rows, scorer, seed, answered)
+    comparison = _compare([*entries, *more], own, against, rows, scorer, seed, scorer.answered)
     predictions = {name.text: scorer.predictions(found[name].outputs) for name in names}
     return replace(comparison, predictions=predictions if scorer.classes is not None else {})
 
@@ -157,6 +158,8 @@ def _names(sources: Sequence[str], shots: int) -> list[ModelName]:
     has_base = any(name.is_base for name in names)
     if all(name.is_base for name in names):
         raise UsageError(f"expected a source, such as a run; {BASE} is the model that one of them began from")
+    if shots and any(fold_runs(Path(name.path)) for name in names):
+        raise UsageError("folds know no training rows that all of them may see; leave out --shots")
     if shots and not has_base:
         raise UsageError(f"shots are put before the questions to the base; name {BASE} among the sources")
     return names

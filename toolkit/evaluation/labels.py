@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from toolkit.data.row_samples import RowSample
+from toolkit.runtime.errors import DataError
 
 _MOST_CLASSES = 26
 """Most classes that have names of their own; with more, an option's place among those of its row is its class."""
@@ -32,8 +33,15 @@ class Classes:
 
     @classmethod
     def of(cls, rows: Sequence[RowSample], train: Sequence[RowSample]) -> Classes:
-        """Find the classes of rows that all have options; ``train`` are those that were trained on."""
+        """Find the classes of rows that all have options; ``train`` are those that were trained on.
+
+        Raises:
+            DataError: a row has the same option twice.
+        """
         options = [row.sample.options for row in rows]
+        for row, of_row in zip(rows, options, strict=True):
+            if len(set(of_row)) < len(of_row):
+                raise DataError(f"{row.origin} has the same option twice: {', '.join(map(repr, of_row))}")
         names = tuple(dict.fromkeys(option for of_row in options for option in of_row))
         by_place = len(names) > _MOST_CLASSES
         if by_place:

@@ -43,6 +43,8 @@ class Outputs:
     """[rows] cross entropy in nats, summed over a row's supervised tokens."""
     tokens: np.ndarray | None = None
     """[rows] supervised tokens, with those that end answers."""
+    text_bytes: np.ndarray | None = None
+    """[rows] bytes in UTF-8 of the text that these tokens are; 0 where that is not known."""
     log_likelihoods: Sequence[np.ndarray] | None = None
     """[options] of each row, in nats, summed over the option's tokens."""
     option_tokens: Sequence[np.ndarray] | None = None
@@ -117,10 +119,19 @@ def compute_outputs(
         model.close()
     return Outputs(
         np.add.reduceat(losses, starts), np.add.reduceat(examples.supervised, starts),
+        np.array([_text_bytes(row.sample, examples[int(first)]) for row, first in zip(rows.rows, starts, strict=True)]),
         likelihoods if has_options else None,
         [np.array(list(map(len, query.options))) for query in queries] if has_options else None,
         _answer(opened, samples[: asked.answers], asked, rows.config.max_length, model) if asked.answers else None,
     )  # fmt: skip
+
+
+def _text_bytes(sample: Sample, example: Example) -> int:
+    """Return the bytes of the turns that are scored; 0 where turns were cut to fit, or are calls of tools."""
+    trained = [turn for turn in sample.turns if turn.trained]
+    if not sample.is_text and (len(trained) != len(example.spans) or any(turn.tool_calls for turn in trained)):
+        return 0
+    return sum(len(turn.content.encode("utf-8", "surrogatepass")) for turn in trained)
 
 
 def encoder_for(opened: OpenedModel, rows: EvaluatedRows) -> Encoder:

@@ -71,17 +71,18 @@ def rows_for(opened: OpenedModel, source: str, named: Source | None, part: Part)
     seed = opened.config.train.seed
     dataset = load_dataset(config, loaded.tokenizer, seed, loaded.ends, opened.rendering, sources)
     if named is not None:
-        (rows,) = read_samples([named], config, dataset.train)
-        data, held_out = _describe_rows(len(dataset.train), named, opened, part)
+        grouped = config.model_copy(update={"group_by": opened.config.data.group_by})  # where the rows have its column
+        (rows,) = read_samples([named], grouped, dataset.train)
+        data, held_out = _describe_rows(len(rows), named, opened, part)
         return EvaluatedRows(tuple(rows), (), config, dataset.train, _starts(dataset.train), data, held_out)
-    _require_unchanged_rows(dataset, opened, part)
+    require_unchanged_rows(dataset, opened, part)
     examples = dataset.test if part == "test" else dataset.validation
     of_train = sources_of(config, "train")
     if own_sources := sources_of(config, part):
         (rows,), (train,) = read_samples(own_sources, config, examples), read_samples(of_train, config, dataset.train)
     else:
         rows, train = read_samples(of_train, config, examples, dataset.train)
-    data, held_out = _describe_rows(len(examples), None, opened, part)
+    data, held_out = _describe_rows(len(rows), None, opened, part)
     return EvaluatedRows(tuple(rows), tuple(train), config, examples, _starts(examples), data, held_out)
 
 
@@ -153,7 +154,7 @@ def _is_same(path: str, source: Source) -> bool:
     return Path(path).resolve() == Path(source.path).resolve() if is_local else path == source.path
 
 
-def _require_unchanged_rows(dataset: Dataset, opened: OpenedModel, part: Part) -> None:
+def require_unchanged_rows(dataset: Dataset, opened: OpenedModel, part: Part) -> None:
     """Raise DataError if the run's rows changed since: splitting them anew could hold out rows that it trained on."""
     assert opened.choice is not None
     then = read_state(opened.choice.checkpoint).fingerprints

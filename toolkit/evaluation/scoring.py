@@ -22,7 +22,6 @@ from toolkit.metrics.overlap import overlap_metrics
 from toolkit.metrics.perplexity import loss_metrics
 from toolkit.runtime.errors import DataError
 from toolkit.tasks.output import is_answer
-from toolkit.tasks.sample import Sample
 
 log = logging.getLogger("frostline")
 
@@ -36,36 +35,61 @@ ByName = dict[str, Metric]
 
 
 class Scorer:
-    """Makes the metrics of the rows that models are evaluated on; ``train`` are the training rows, if known."""
+    """Makes the metrics of the rows that models are evaluated on.
 
-    def __init__(self, rows: Sequence[RowSample], train: Sequence[RowSample]) -> None:
+    ``train`` are the training rows, if known, and ``answers`` the most rows, from the first, that are answered by
+    generation.
+
+    Raises:
+        DataError: the declared metric is none of those that models will have; a row that is to be answered has no
+            answer to compare with, or another task than the others.
+    """
+
+    def __init__(self, rows: Sequence[RowSample], train: Sequence[RowSample], answers: int = 0) -> None:
         self._rows = rows
+        self.answered = min(answers, len(rows))
         self._spec = rows[0].task.spec
-        self.classes = Classes.of(rows, train) if all(row.sample.label is not None for row in rows) else None
-        self._is_json = self._spec.output != "text" and self._spec.output.json_schema is not None
+        tasks = list(dict.fromkeys(row.task.name for row in rows if row.task.spec != self._spec))
+        with_options = not tasks and all(row.sample.label is not None for row in rows)
+        self.classes = Classes.of(rows, train) if with_options else None
+        self._is_json = not tasks and self._spec.output != "text" and self._spec.output.json_schema is not None
+        self._own_primary = None if tasks else self._spec.primary_metric
+        if tasks:
+            self._refuse_several_tasks([rows[0].task.name, *tasks])
         self._references = [row.sample.answer or "" for row in rows]
         self._tokenise = None
         if self.classes is None and not self._is_json:
             self._tokenise = tokenizer_for(self._references)
             if self._tokenise is None:
                 log.warning("%s; they are left out of the metrics of answers", MISSING_KIWI)
+        self._check()
 
     @property
     def primary(self) -> str:
         """Return the metric that the task declares, or the one that its kind has by default."""
-        if self._spec.primary_metric is not None:
-            return self._spec.primary_metric
-        return "accuracy" if self.classes is not None else "exact_match" if self._is_json else "loss"
+        if self._own_primary is not None:
+            return self._own_primary
+        return "accuracy" if self.classes is not None else "exact_match" if self._is_json and self.answered else "loss"
 
-    def require_primary(self, answered: int) -> None:
-        """Raise DataError if the declared metric is none of those that models will have, or rows have no answer."""
-        if answered and (row := next((row for row in self._rows if row.sample.answer is None), None)):
+    def _refuse_several_tasks(self, tasks: Sequence[str]) -> None:
+        """Say that rows of several tasks have losses alone in common; DataError if they are to be answered."""
+        listed = ", ".join(dict.fromkeys(tasks))
+        if self.answered:
             raise DataError(
-                f"{row.origin} has no answer to compare a generated one with; leave out --answers"
+                f"the rows are read by several tasks ({listed}), and their answers have no metric in common; leave out "
+                "--answers, or name the rows of one source with --data.path"
             )
+        log.info("the rows are read by several tasks (%s), which have the loss alone in common", listed)
+
+    def _check(self) -> None:
+        """Raise DataError, see the class."""
+        if self.answered and (row := next((row for row in self._rows if not row.sample.answer), None)):
+            raise DataError(f"{row.origin} has no answer to compare a generated one with; leave out --answers")
         nothing = np.ones(len(self._rows))
         options = [np.ones(len(row.sample.options)) for row in self._rows]
-        known = self.metrics(Outputs(nothing, nothing, options, options, [""] * answered if answered else None))
+        known = self.metrics(
+            Outputs(nothing, nothing, nothing, options, options, [""] * self.answered if self.answered else None)
+        )
         if self.primary not in known:
             raise DataError(
                 f"the task's primary_metric is {self.primary}, which is not among {', '.join(known)}; name one of "
@@ -76,7 +100,8 @@ class Scorer:
         """Return the metrics of what a model gives, by name."""
         found: list[Metric] = []
         if outputs.losses is not None and outputs.tokens is not None:
-            texts = np.array([_answer_bytes(row.sample) for row in self._rows])
+            unknown = np.zeros(len(outputs.losses))
+            texts = unknown if outputs.text_bytes is None else outputs.text_bytes
             found += loss_metrics(outputs.losses, outputs.tokens, texts)
         if self.classes is not None and outputs.log_likelihoods is not None:
             found += self._of_probabilities(self.classes.probabilities(outputs.log_likelihoods))
@@ -86,12 +111,15 @@ class Scorer:
         return _by_name(found)
 
     def predictions(self, outputs: Outputs) -> dict[str, str]:
-        """Return the likeliest option of each row by its id; none for rows without options."""
+        """Return the likeliest option of each row by its id, or file and row where ids repeat; none without options."""
         if outputs.log_likelihoods is None:
             return {}
+        ids = [row.id for row in self._rows]
+        if len(set(ids)) < len(ids):  # of several files, or not ids at all
+            ids = [row.origin for row in self._rows]
         return {
-            row.id: row.sample.options[int(scores.argmax())]
-            for row, scores in zip(self._rows, outputs.log_likelihoods, strict=True)
+            name: row.sample.options[int(scores.argmax())]
+            for name, row, scores in zip(ids, self._rows, outputs.log_likelihoods, strict=True)
         }
 
     def corrected(self, outputs: Outputs) -> ByName:
@@ -104,19 +132,19 @@ class Scorer:
         scores = self.classes.corrected(outputs.log_likelihoods)
         return _by_name(self._of_probabilities(self.classes.probabilities(scores)))
 
-    def trivial(self, answered: int, seed: int) -> dict[str, ByName]:
-        """Return the metrics of trivial answers, by their name; of texts those to the first ``answered`` rows."""
+    def trivial(self, seed: int) -> dict[str, ByName]:
+        """Return the metrics of trivial answers, by their name; of texts those to the rows that are answered."""
         if self.classes is not None:
             prior = self.classes.of_prior()
-            of = "training rows" if self.classes.has_prior else "these rows"
+            of = "the training rows" if self.classes.has_prior else "these rows"
             labels = label_metrics(self.classes.truth, prior.argmax(1), self.classes.names, self.classes.ordered)
             return {
-                f"{MAJORITY} of the {of}": _by_name([one for one in labels if one.name != "valid"]),
-                f"{PRIOR} of the {of}": _by_name(probability_metrics(self.classes.truth, prior)),
+                f"{MAJORITY} of {of}": _by_name([one for one in labels if one.name != "valid"]),
+                f"{PRIOR} of {of}": _by_name(probability_metrics(self.classes.truth, prior)),
             }
-        if self._is_json or not answered:
+        if self._is_json or not self.answered:
             return {}
-        samples = [row.sample for row in self._rows[:answered]]
+        samples = [row.sample for row in self._rows[: self.answered]]
         return {name: _by_name(self._of_answers(texts)) for name, texts in trivial_answers(samples, seed).items()}
 
     def _of_probabilities(self, probabilities: np.ndarray) -> list[Metric]:
@@ -147,7 +175,7 @@ class Scorer:
         rows, references = self._rows[: len(answers)], self._references[: len(answers)]
         if self.classes is not None:
             predicted = np.array(
-                [_label_of(*given) for given in zip(answers, rows, self.classes.of_options, strict=False)]
+                [label_of(*given) for given in zip(answers, rows, self.classes.of_options, strict=False)]
             )
             truth = self.classes.truth[: len(answers)]
             return label_metrics(truth, predicted, self.classes.names, self.classes.ordered, GENERATED)
@@ -159,19 +187,16 @@ class Scorer:
         return found
 
 
-def _label_of(answer: str, row: RowSample, classes: np.ndarray) -> int:
+def label_of(answer: str, row: RowSample, classes: np.ndarray) -> int:
     """Return the class of the option that an answer is, but for case, blanks and a full stop; -1 if it is none."""
+    if answer in row.sample.options:
+        return int(classes[row.sample.options.index(answer)])
     options = [_folded(option) for option in row.sample.options]
-    return int(classes[options.index(_folded(answer))]) if _folded(answer) in options else -1
+    return int(classes[options.index(_folded(answer))]) if options.count(_folded(answer)) == 1 else -1
 
 
 def _folded(text: str) -> str:
     return text.strip().removesuffix(".").strip().casefold()
-
-
-def _answer_bytes(sample: Sample) -> int:
-    """Return the bytes in UTF-8 of the turns that are learned."""
-    return sum(len(turn.content.encode("utf-8", "surrogatepass")) for turn in sample.turns if turn.trained)
 
 
 def _by_name(metrics: Sequence[Metric]) -> ByName:

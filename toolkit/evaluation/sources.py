@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import ArgumentTypeError
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,14 @@ import torch
 
 from toolkit.activation_cache.policy import mask_obstacle
 from toolkit.checkpoint.choice import Step
+from toolkit.checkpoint.delta import is_delta
+from toolkit.checkpoint.run_directory import fold_runs
 from toolkit.config.flags import checkpoint_step
 from toolkit.config.schema import ModelConfig, RunConfig
 from toolkit.data.chat_rendering import Rendering
 from toolkit.inference.model_source import cast_weights
-from toolkit.inference.open_model import OpenedModel, load_base, open_model, require_trust
+from toolkit.inference.open_model import OpenedModel, is_run, load_base, open_model, require_trust
+from toolkit.inference.peft_adapter import is_adapter_directory
 from toolkit.models.load import Dtype
 from toolkit.runtime.errors import UsageError
 
@@ -35,9 +39,13 @@ class ModelName:
     def parse(cls, text: str) -> ModelName:
         """Read ``SOURCE`` or ``SOURCE@STEP``; a directory whose own name has an @ is taken as it is.
 
+        A checkpoint within a run is a step of that run, whose rows are known.
+
         Raises:
             UsageError: what follows the @ is no step.
         """
+        if (of_run := re.fullmatch(r"(.+)/checkpoints/step-(\d+)/?", text)) and is_run(Path(of_run[1])):
+            return cls(text, of_run[1], int(of_run[2]))
         path, at, step = text.rpartition("@")
         if not at or Path(text).exists() or not Path(path).exists():
             return cls(text, text)
@@ -50,6 +58,17 @@ class ModelName:
     def is_base(self) -> bool:
         """Return whether it stands for the model that another source began from."""
         return self.text == BASE and not Path(BASE).exists()
+
+    @property
+    def is_run(self) -> bool:
+        """Return whether it has steps to choose from."""
+        return is_run(Path(self.path)) or bool(fold_runs(Path(self.path)))
+
+    @property
+    def has_base(self) -> bool:
+        """Return whether it is kept without the model that it began from."""
+        path = Path(self.path)
+        return self.is_run or self.is_base or is_delta(path) or is_adapter_directory(path)
 
 
 @dataclass(frozen=True)

@@ -81,18 +81,18 @@ def open_model(
         ModelError: the model cannot be loaded.
     """
     path = Path(source)
-    if _is_run(path):
+    if is_run(path):
         config = read_saved(path / "config.yaml")
         choice, delta = read_run(path, step)
         loaded = load_delta(delta, base, trust_remote_code, dtype)
         return OpenedModel(loaded, config, path, choice, delta, _rendering_of(path, loaded))
     if step is not None:
         raise UsageError(f"--step {step} names a checkpoint of a run directory, and {source} is none; leave it out")
-    if _is_checkpoint(path) or is_delta(path):
+    if (path / manifest.MANIFEST_FILE).is_file() or is_delta(path):
         delta = read_trained(path)
         loaded = load_delta(delta, base, trust_remote_code, dtype)
         # a checkpoint is RUN/checkpoints/step-N; an exported delta has the run's rendering beside it
-        rendering = _rendering_of(path.parent.parent if _is_checkpoint(path) else path, loaded)
+        rendering = _rendering_of(path.parent.parent if (path / manifest.MANIFEST_FILE).is_file() else path, loaded)
         return OpenedModel(loaded, RunConfig(), None, None, delta, rendering)
     _refuse_beside_run(path)
     if is_adapter_directory(path):
@@ -113,10 +113,10 @@ def data_settings(source: str, rows: str | None = None) -> tuple[DataConfig, Ren
         ConfigError: the run's recipe cannot be read.
     """
     path = Path(source)
-    if _is_run(path):
+    if is_run(path):
         config = read_saved(path / "config.yaml")
         return config.data.model_copy(update={"task": task_of(config.data, rows)}), read_rendering(path)
-    return DataConfig(), read_rendering(path.parent.parent if _is_checkpoint(path) else path)
+    return DataConfig(), read_rendering(path.parent.parent if (path / manifest.MANIFEST_FILE).is_file() else path)
 
 
 def read_run(run: Path, step: Step | None = None) -> tuple[ChosenCheckpoint, Delta]:
@@ -136,12 +136,12 @@ def read_trained(path: Path) -> Delta:
     Raises:
         CheckpointError: ``path`` is none of these, a run has no checkpoint, or the checkpoint is damaged.
     """
-    if _is_checkpoint(path):
+    if (path / manifest.MANIFEST_FILE).is_file():
         manifest.verify(path)
         return Checkpoint(path).delta()
     if is_delta(path):
         return read_delta(path)
-    if _is_run(path):
+    if is_run(path):
         choice = choose_checkpoint(path)
         log.info("%s: using %s", path, choice.advice(f"model.delta {choice.better}"))
         return Checkpoint(choice.checkpoint).delta()
@@ -284,7 +284,7 @@ def _refuse_beside_run(path: Path) -> None:
             f"row, from a run that did not see it, is in {path / OUT_OF_FOLD_FILE}"
         )
     run = path.parent.parent
-    if path.parent.name == "checkpoints" and _is_run(run):
+    if path.parent.name == "checkpoints" and is_run(run):
         present = ", ".join(checkpoint.name for checkpoint in checkpoints_of(run)) or "none"
         raise CheckpointError(
             f"{path} is no checkpoint; present: {present}. Name the run, {run}, and choose with "
@@ -292,9 +292,6 @@ def _refuse_beside_run(path: Path) -> None:
         )
 
 
-def _is_checkpoint(path: Path) -> bool:
-    return (path / manifest.MANIFEST_FILE).is_file()
-
-
-def _is_run(path: Path) -> bool:
+def is_run(path: Path) -> bool:
+    """Return whether a path is a run directory."""
     return (path / "config.yaml").is_file()

@@ -18,9 +18,10 @@ def loss_metrics(losses: np.ndarray, tokens: np.ndarray, text_bytes: np.ndarray)
     Args:
         losses: nats, summed over a row's supervised tokens, with those that end answers.
         tokens: number of those tokens.
-        text_bytes: bytes of the text that they stand for.
+        text_bytes: bytes of the text that they stand for; 0 where not known, which ``bits_per_byte`` leaves out.
     """
-    statistics = np.stack([losses, tokens, text_bytes], axis=1).astype(float)
+    known = np.where(text_bytes > 0, losses, 0.0)
+    statistics = np.stack([losses, tokens, known, text_bytes], axis=1).astype(float)
     return [
         Metric("loss", statistics, ratio, higher_is_better=False),
         Metric("perplexity", statistics, _perplexity, higher_is_better=False),
@@ -34,4 +35,4 @@ def _perplexity(sums: np.ndarray) -> np.ndarray:
 
 
 def _bits_per_byte(sums: np.ndarray) -> np.ndarray:
-    return divide(sums[..., 0] / math.log(2), sums[..., 2])
+    return divide(sums[..., 2] / math.log(2), sums[..., 3])
