@@ -523,7 +523,7 @@ def test_bits_per_byte_leave_out_rows_whose_turns_were_cut(tiny_model: Path, tmp
 
 def test_a_label_is_read_exactly_before_it_is_read_loosely() -> None:
     task = load_task("choice")
-    sample = task.read({"question": "Which?", "options": ["A.", "a", "b"], "answer": "b"})
+    sample = task.read({"question": "Which?", "options": ["A.", "a", "b"], "answer": 3})
     sample = dataclasses.replace(sample, allowed=lambda: ("A.", "a", "b"))
     row: Any = type("R", (), {"sample": sample})()
     numbers = np.arange(3)

@@ -16,7 +16,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,7 +137,8 @@ def save_predictions(comparison: Comparison, folder: Path) -> None:
         taken = set[str]()
         for name, of_model in comparison.predictions.items():
             stem = re.sub(r"[^\w@.-]+", "_", name).strip("_.") or "model"
-            free = next(one for one in (stem, *(f"{stem}-{number}" for number in count(2))) if one not in taken)
+            names = chain([stem], (f"{stem}-{number}" for number in count(2)))
+            free = next(one for one in names if one not in taken)
             taken.add(free)
             path = folder / f"{free}.json"
             replace_text(path, json.dumps(of_model, ensure_ascii=False, indent=1) + "\n")
