@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from fake_gpu import CUDA, one_gpu
 
 from toolkit.engine.deepspeed.device import device_index_as_local_rank
@@ -124,3 +126,13 @@ def test_deepspeed_computes_on_the_device_of_the_rank(monkeypatch: pytest.Monkey
     with device_index_as_local_rank(torch.device("cpu")):
         assert os.environ["LOCAL_RANK"] == "3"
     assert (os.environ["LOCAL_RANK"], os.environ["OMPI_COMM_WORLD_LOCAL_RANK"]) == ("3", "3")
+
+
+def test_a_command_leaves_a_process_group_alone_that_was_there_before_it(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    try:
+        with distributed.join_ranks() as world:
+            assert world.size == 1
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
