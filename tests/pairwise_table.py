@@ -157,6 +157,9 @@ REFUSALS: dict[Pair, str] = {
     **_refused("group_by is set, but nothing is held out", ("data.group_by", ("a column",)), *NOT_HELD_OUT),
     **_refused("stratify_by is set, but nothing is drawn", ("data.stratify_by", ("a column",)), *NOT_DRAWN),
     **_refused(
+        "no validation loss to watch", ("train.early_stopping_patience", ("9",)), ("data.validation", ("none",))
+    ),
+    **_refused(
         "needs at least 2 .* of each value",
         ("data.folds", ("2",)),
         ("data.validation", ("a share",)),

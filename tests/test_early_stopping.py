@@ -117,7 +117,9 @@ def test_a_run_that_ended_early_goes_on_with_more_patience(
 
 
 def test_early_stopping_without_validation_rows_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no validation loss to watch; hold rows out with"):
+    with pytest.raises(
+        ConfigError, match=r"- train.early_stopping_patience is 2.*no validation loss to watch; hold rows out with"
+    ):
         train(*flags(tiny_model, tmp_path / "run", "--data.validation", "none"))
     with pytest.raises(ConfigError, match=r"does nothing without train\.early"):
         train(*tiny_flags(tiny_model, tmp_path / "run", "--train.early_stopping_threshold", 0.1))

@@ -199,7 +199,7 @@ def _describe_fault(fault: Any) -> str:
         return f"{where} is missing"
     message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if fault["type"] == "value_error":
-        return f"{where}: {message}"
+        return f"{where}: {message}" if where else message  # a fault between two sections names its keys itself
     return f"{where} is {_SHORT_REPR.repr(fault['input'])}; expected {message}"
 
 
