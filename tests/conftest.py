@@ -14,6 +14,7 @@ from typing import Any
 
 import helpers
 import pytest
+import torch.distributed as dist
 from helpers import make_tiny_model
 
 from toolkit.models.bundled import cache_root
@@ -113,10 +114,15 @@ def no_wait_for_the_disk() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def own_ranks() -> Iterator[None]:
-    """A test that joins a process group leaves no rank behind for what later tests start."""
+    """A test that joins a process group leaves neither it nor a rank behind for what later tests start."""
+    was_joined = dist.is_initialized()
     yield
+    is_left = dist.is_initialized() and not was_joined
+    if is_left:
+        dist.destroy_process_group()
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
+    assert not is_left, "the test left a process group behind"
 
 
 @pytest.fixture(autouse=True)

@@ -136,3 +136,13 @@ def test_a_command_leaves_a_process_group_alone_that_was_there_before_it(tmp_pat
         assert dist.is_initialized()
     finally:
         dist.destroy_process_group()
+
+
+def test_a_run_that_fails_alone_leaves_no_process_group() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with pytest.raises(KeyError, match="planted"), distributed.join_ranks(engine_needs_group=True):
+        assert dist.is_initialized()
+        raise KeyError("planted")
+    assert not dist.is_initialized()

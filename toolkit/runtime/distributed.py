@@ -182,17 +182,21 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
 def join_ranks(engine_needs_group: bool = False) -> Iterator[World]:
     """Join all ranks for the body: the process group, and the connections over which failures are broadcast.
 
-    The process group is not destroyed after an error: that would block while other ranks wait in a collective. Nor is
-    one that was there before.
+    The process group is not destroyed after an error if there are other ranks: that would block while they wait in a
+    collective. Nor is one that was there before.
     ``engine_needs_group`` and what is raised are those of ``join_process_group``.
     """
     was_joined = dist.is_available() and dist.is_initialized()
     world = join_process_group(engine_needs_group)
-    with connect_ranks(world.rank, world.size, os.environ.get("MASTER_ADDR", ""), world.broadcast_object):
-        yield world
-        world.barrier()
-    if not was_joined:
-        leave_process_group()
+    is_done = False
+    try:
+        with connect_ranks(world.rank, world.size, os.environ.get("MASTER_ADDR", ""), world.broadcast_object):
+            yield world
+            world.barrier()
+        is_done = True
+    finally:
+        if not was_joined and (is_done or world.size == 1):
+            leave_process_group()
 
 
 def join_process_group(engine_needs_group: bool = False) -> World:
