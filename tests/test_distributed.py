@@ -142,7 +142,15 @@ def test_a_run_that_fails_alone_leaves_no_process_group() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    with pytest.raises(KeyError, match="planted"), distributed.join_ranks(engine_needs_group=True):
-        assert dist.is_initialized()
-        raise KeyError("planted")
+    was_joined = False
+
+    def fail() -> None:
+        nonlocal was_joined
+        with distributed.join_ranks(engine_needs_group=True):
+            was_joined = dist.is_initialized()
+            raise KeyError("planted")
+
+    with pytest.raises(KeyError, match="planted"):
+        fail()
+    assert was_joined
     assert not dist.is_initialized()

@@ -423,7 +423,24 @@ def test_predictions_are_files_of_each_model_by_the_rows_ids(folder: Path, tmp_p
         assert set(found.values()) <= set(LABELS)
     refused = run_here("evaluate", folder / "model", "--data.path", ENGLISH, "--predictions", tmp_path / "none")
     assert refused.returncode == 2
-    assert "these rows have no options" in refused.stderr
+    assert "rows without options need --answers N" in refused.stderr
+    assert not (tmp_path / "none").exists()
+
+
+def test_generated_answers_are_lines_beside_what_was_asked(folder: Path, tmp_path: Path) -> None:
+    rows = ["--data.path", ENGLISH, "--data.task", "long_answer"]
+    flags = ["--answers", "3", "--max-new-tokens", "4", "--batch-size", "2"]
+    done = run_here("evaluate", "base", folder / "run", *rows, *flags, "--predictions", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    comparison = toolkit.evaluate(
+        ["base", folder / "run"], ENGLISH, task="long_answer", answers=3, max_new_tokens=4, batch_size=2
+    )
+    asked = [json.loads(line) for line in Path(ENGLISH).read_text(encoding="utf-8").splitlines()[:3]]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "base.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["QUESTION"] for line in lines] == [row["QUESTION"] for row in asked]
+    assert [line["REFERENCE"] for line in lines] == [row["LONG_ANSWER"] for row in asked]
+    assert [line["ANSWER"] for line in lines] == [row.answers["base"] for row in comparison.answered_rows]
+    assert len(list((tmp_path / "out").iterdir())) == 2
 
 
 def test_texts_have_no_answers_to_compare(tiny_model: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import argparse
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from toolkit.commands.cli import verb_parser
 
 if TYPE_CHECKING:
     from toolkit.checkpoint.choice import Step
-    from toolkit.evaluation.comparison import Comparison
+    from toolkit.evaluation.comparison import AnsweredRow, Comparison
     from toolkit.evaluation.rows import Part
     from toolkit.models.load import Dtype
 
@@ -52,6 +52,7 @@ def evaluate(
     trust_remote_code: bool = False,
     dtype: Dtype | None = None,
     part: Part = "validation",
+    keeps_predictions: bool = False,
 ) -> Comparison:
     """Compute the scores of models on the same rows: loss, likelihood of options, and metrics of generated answers.
 
@@ -78,6 +79,7 @@ def evaluate(
         trust_remote_code: run code that ships with the model; with the base of a run or delta, if that was trained so.
         dtype: precision of the computation. Defaults to the run's, or to that in which a model is stored.
         part: which rows the run held out: ``validation`` (data.validation) or ``test`` (data.test, data.folds).
+        keeps_predictions: end before anything is computed if rows have neither options nor answers to keep.
 
     Raises:
         DataError: no ``data`` is given and the first source held no rows out, or rows are invalid.
@@ -93,7 +95,7 @@ def evaluate(
         reading = ReadOptions.of(encoding, separator, sheet)
         rows = Source(str(data), split, name, revision, options=reading, task=task)
     options = OpenOptions(step, base, trust_remote_code, dtype)
-    asked = Asked(batch_size, answers, max_new_tokens)
+    asked = Asked(batch_size, answers, max_new_tokens, keeps_predictions)
     named = [sources] if isinstance(sources, str | Path) else sources
     return compare_models(list(map(str, named)), rows, part, asked, options, shots, seed)
 
@@ -107,7 +109,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     output, predictions = arguments.pop("output"), arguments.pop("predictions")
     if output is not None:
         make_parent(output)
-    comparison = evaluate(**arguments)
+    comparison = evaluate(**arguments, keeps_predictions=predictions is not None)
     print(summary(comparison))
     for line in table(comparison):
         print(line)
@@ -121,28 +123,45 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
 
 
 def save_predictions(comparison: Comparison, folder: Path) -> None:
-    """Write a file of each model into a folder, as PubMedQA's official script takes them: answers by the row's id.
+    """Write what each model gives the rows into a folder.
+
+    Of questions with options a file MODEL.json, as PubMedQA's official script takes it: the likeliest option by the
+    row's id. Of generated answers a file MODEL.jsonl with id, QUESTION, CONTEXTS, REFERENCE and ANSWER.
 
     Raises:
-        DataError: the rows have no options.
         DiskError: the folder cannot be written.
     """
-    from toolkit.runtime.errors import DataError
     from toolkit.runtime.paths import explain_refused_write, replace_text
 
-    if not comparison.predictions:
-        raise DataError("--predictions writes the option that each row is given, and these rows have no options")
+    texts = {
+        (name, ".json"): json.dumps(options, ensure_ascii=False, indent=1) + "\n"
+        for name, options in comparison.predictions.items()
+    }
+    for name in comparison.answered_rows[0].answers if comparison.answered_rows else ():
+        lines = (json.dumps(_answer_line(row, name), ensure_ascii=False) for row in comparison.answered_rows)
+        texts[name, ".jsonl"] = "".join(f"{line}\n" for line in lines)
     with explain_refused_write(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        taken = set[str]()
-        for name, of_model in comparison.predictions.items():
-            stem = re.sub(r"[^\w@.-]+", "_", name).strip("_.") or "model"
-            names = chain([stem], (f"{stem}-{number}" for number in count(2)))
-            free = next(one for one in names if one not in taken)
-            taken.add(free)
-            path = folder / f"{free}.json"
-            replace_text(path, json.dumps(of_model, ensure_ascii=False, indent=1) + "\n")
+        stems = _file_stems([name for name, _ in texts])
+        for (name, suffix), text in texts.items():
+            path = folder / f"{stems[name]}{suffix}"
+            replace_text(path, text)
             log.info("predictions of %s: %s", name, path)
+
+
+def _answer_line(row: AnsweredRow, model: str) -> dict[str, Any]:
+    asked = {"id": row.id, "QUESTION": row.question, "CONTEXTS": list(row.contexts)}
+    return {**asked, "REFERENCE": row.reference, "ANSWER": row.answers[model]}
+
+
+def _file_stems(names: Iterable[str]) -> dict[str, str]:
+    """Return a file name of each model's own, without its suffix."""
+    stems = dict[str, str]()
+    for name in dict.fromkeys(names):
+        stem = re.sub(r"[^\w@.-]+", "_", name).strip("_.") or "model"
+        possible = chain([stem], (f"{stem}-{number}" for number in count(2)))
+        stems[name] = next(one for one in possible if one not in stems.values())
+    return stems
 
 
 def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespace:
@@ -185,8 +204,8 @@ def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespa
     parser.add_argument("--output", type=Path, help="file for the JSON, which is printed too; replaced if it exists")
     parser.add_argument(
         "--predictions", type=Path, metavar="FOLDER",
-        help="folder for a file of each source with the option of each row, by its id, as PubMedQA's official script "
-        "takes them",
+        help="folder for files of each source: the option of each row by its id, as PubMedQA's official script takes "
+        "them (.json), and generated answers (.jsonl)",
     )  # fmt: skip
     flags.add_open_model_flags(
         parser, "precision to compute in; default: the run's, or that in which a model is stored"

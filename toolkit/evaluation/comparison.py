@@ -15,14 +15,14 @@ import numpy as np
 from toolkit.checkpoint.run_directory import fold_runs
 from toolkit.data.examples import Encoder
 from toolkit.data.sources import Source
-from toolkit.evaluation.outputs import Asked, fitting_shots
+from toolkit.evaluation.outputs import Asked, Outputs, fitting_shots
 from toolkit.evaluation.rows import EvaluatedRows, Part
 from toolkit.evaluation.running import Runner
 from toolkit.evaluation.scoring import Scorer
 from toolkit.evaluation.sources import BASE, ModelName, OpenOptions
 from toolkit.metrics.metric import Metric
 from toolkit.metrics.resampling import Difference, Interval, bootstrap, claim, compare, holm, resample_weights
-from toolkit.runtime.errors import UsageError
+from toolkit.runtime.errors import DataError, UsageError
 from toolkit.tasks.sample import Sample
 
 log = logging.getLogger("frostline")
@@ -48,6 +48,19 @@ class ModelScores:
     is_trivial: bool
     scores: Mapping[str, Score]
     """By the metric's name."""
+
+
+@dataclass(frozen=True)
+class AnsweredRow:
+    """A row with the answers that models generated."""
+
+    id: str
+    """Its id, or file and row where it has none."""
+    question: str
+    contexts: tuple[str, ...]
+    reference: str
+    answers: Mapping[str, str]
+    """By the model's name."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +95,13 @@ class Comparison:
     """Scores of the models in their order, then of trivial answers."""
     predictions: Mapping[str, Mapping[str, str]] = field(default_factory=dict, repr=False)
     """Of questions with options: the likeliest one by the row's id, by the model's name."""
+    answered_rows: tuple[AnsweredRow, ...] = field(default=(), repr=False)
+    """The rows that were answered by generation."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything as JSON takes it; values that are not finite are None."""
-        values = asdict(self)
-        del values["predictions"]  # of each row; the command writes them to files of their own
+        """Return everything but what single rows have as JSON takes it; values that are not finite are None."""
+        values = asdict(replace(self, predictions={}, answered_rows=()))
+        del values["predictions"], values["answered_rows"]
         return dict(_finite(values))
 
 
@@ -119,6 +134,8 @@ def compare_models(
     rows, base = begun.rows, begun.base
     examples = _shots(begun.encoder, rows, shots, seed)
     scorer = Scorer(rows.rows, rows.train, asked.answers)
+    if asked.keeps_predictions and scorer.classes is None and not scorer.answered:
+        raise DataError("--predictions keeps what each row is given: rows without options need --answers N")
     found = {first: begun.compute()}
     del begun  # and its model
     more: list[_Entry] = []
@@ -136,8 +153,20 @@ def compare_models(
     own = entries[names.index(first)]
     against = next((name.text for name in names if name.is_base), names[0].text) if len(names) > 1 else None
     comparison = _compare([*entries, *more], own, against, rows, scorer, seed, scorer.answered)
-    predictions = {name.text: scorer.predictions(found[name].outputs) for name in names}
-    return replace(comparison, predictions=predictions if scorer.classes is not None else {})
+    outputs = {name.text: found[name].outputs for name in names}
+    predictions = {name: scorer.predictions(of) for name, of in outputs.items()} if scorer.classes is not None else {}
+    return replace(comparison, predictions=predictions, answered_rows=_answered(scorer, outputs))
+
+
+def _answered(scorer: Scorer, outputs: Mapping[str, Outputs]) -> tuple[AnsweredRow, ...]:
+    """Return the rows that were answered, with the answers of all models."""
+    return tuple(
+        AnsweredRow(
+            key, row.sample.question, row.sample.contexts, row.sample.answer or "",
+            {name: of.answers[at] for name, of in outputs.items() if of.answers is not None},
+        )
+        for at, (key, row) in enumerate(zip(scorer.ids, scorer.rows[: scorer.answered], strict=False))
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

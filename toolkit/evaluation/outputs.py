@@ -33,6 +33,8 @@ class Asked:
     """Rows, from the first, that are answered by generation."""
     max_new_tokens: int = 256
     """Longest answer in tokens."""
+    keeps_predictions: bool = False
+    """Whether what single rows are given is wanted: then it is an error if they have neither options nor answers."""
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class Scorer:
     """
 
     def __init__(self, rows: Sequence[RowSample], train: Sequence[RowSample], answers: int = 0) -> None:
-        self._rows = rows
+        self.rows = rows
         self.answered = min(answers, len(rows))
         self._spec = rows[0].task.spec
         tasks = list(dict.fromkeys(row.task.name for row in rows if row.task.spec != self._spec))
@@ -63,6 +63,12 @@ class Scorer:
             if self._tokenise is None:
                 log.warning("%s; they are left out of the metrics of answers", MISSING_KIWI)
         self._check()
+
+    @property
+    def ids(self) -> list[str]:
+        """Return the id of each row, or file and row where ids repeat: rows of several files, or no ids at all."""
+        ids = [row.id for row in self.rows]
+        return ids if len(set(ids)) == len(ids) else [row.origin for row in self.rows]
 
     @property
     def primary(self) -> str:
@@ -83,10 +89,10 @@ class Scorer:
 
     def _check(self) -> None:
         """Raise DataError, see the class."""
-        if self.answered and (row := next((row for row in self._rows if not row.sample.answer), None)):
+        if self.answered and (row := next((row for row in self.rows if not row.sample.answer), None)):
             raise DataError(f"{row.origin} has no answer to compare a generated one with; leave out --answers")
-        nothing = np.ones(len(self._rows))
-        options = [np.ones(len(row.sample.options)) for row in self._rows]
+        nothing = np.ones(len(self.rows))
+        options = [np.ones(len(row.sample.options)) for row in self.rows]
         known = self.metrics(
             Outputs(nothing, nothing, nothing, options, options, [""] * self.answered if self.answered else None)
         )
@@ -111,15 +117,12 @@ class Scorer:
         return _by_name(found)
 
     def predictions(self, outputs: Outputs) -> dict[str, str]:
-        """Return the likeliest option of each row by its id, or file and row where ids repeat; none without options."""
+        """Return the likeliest option of each row by its id; none without options."""
         if outputs.log_likelihoods is None:
             return {}
-        ids = [row.id for row in self._rows]
-        if len(set(ids)) < len(ids):  # of several files, or not ids at all
-            ids = [row.origin for row in self._rows]
         return {
             name: row.sample.options[int(scores.argmax())]
-            for name, row, scores in zip(ids, self._rows, outputs.log_likelihoods, strict=True)
+            for name, row, scores in zip(self.ids, self.rows, outputs.log_likelihoods, strict=True)
         }
 
     def corrected(self, outputs: Outputs) -> ByName:
@@ -144,7 +147,7 @@ class Scorer:
             }
         if self._is_json or not self.answered:
             return {}
-        samples = [row.sample for row in self._rows[: self.answered]]
+        samples = [row.sample for row in self.rows[: self.answered]]
         return {name: _by_name(self._of_answers(texts)) for name, texts in trivial_answers(samples, seed).items()}
 
     def _of_probabilities(self, probabilities: np.ndarray) -> list[Metric]:
@@ -158,7 +161,7 @@ class Scorer:
         assert self.classes is not None
         assert outputs.log_likelihoods is not None
         assert outputs.option_tokens is not None
-        characters = [np.array(list(map(len, row.sample.options))) for row in self._rows]
+        characters = [np.array(list(map(len, row.sample.options))) for row in self.rows]
         found = []
         for name, lengths in (("token", outputs.option_tokens), ("character", characters)):
             right = [
@@ -172,7 +175,7 @@ class Scorer:
 
     def _of_answers(self, answers: Sequence[str]) -> list[Metric]:
         """Return the metrics of answers to the first rows."""
-        rows, references = self._rows[: len(answers)], self._references[: len(answers)]
+        rows, references = self.rows[: len(answers)], self._references[: len(answers)]
         if self.classes is not None:
             predicted = np.array(
                 [label_of(*given) for given in zip(answers, rows, self.classes.of_options, strict=False)]
