@@ -16,6 +16,7 @@ from toolkit.data.sources import ReadOptions, Source, iter_rows
 from toolkit.inference.answer_file import AnswerFile
 from toolkit.inference.answering import Answerer, QuestionError
 from toolkit.inference.chat import Chat
+from toolkit.inference.constrained import require_format
 from toolkit.inference.open_model import OpenedModel, data_settings, open_model
 from toolkit.inference.sampling import Sampling
 from toolkit.models.float32_gradients import use_faster_forward
@@ -33,7 +34,7 @@ def make_answerer(
     return Answerer(
         opened.loaded, max_length or opened.config.data.max_length, options.max_new_tokens, options.batch_size,
         Sampling(options.temperature, options.top_p, options.seed), opened.rendering, world,
-        options.on_bad_row == "skip",
+        options.on_bad_row == "skip", options.constrain,
     )  # fmt: skip
 
 
@@ -51,6 +52,8 @@ def start_conversation(arguments: argparse.Namespace, world: World) -> None:
 def answer_question(arguments: argparse.Namespace, world: World) -> None:
     """Answer ``--question``."""
     sample = from_prompt(arguments.question, arguments.context, *data_settings(arguments.source))
+    if arguments.constrain:
+        require_format(sample)
     question = Question(0, sample, {})
     with _answer_file(arguments, world) as file:
         if file is not None:
@@ -147,7 +150,7 @@ def _answer_file(arguments: argparse.Namespace, world: World) -> Iterator[Answer
         yield None
         return
     names = ("dtype", "split", "name", "revision", "encoding", "separator", "sheet", "max_new_tokens", "temperature",
-             "top_p", "seed")  # fmt: skip
+             "top_p", "seed", "constrain")  # fmt: skip
     settings = {name: getattr(arguments, name) for name in names} | {"step": _step(arguments)}
     settings |= {name: _place(getattr(arguments, name)) for name in ("source", "base", "input")}
     with AnswerFile(arguments.output, settings, arguments.answer_column, arguments.overwrite) as file:

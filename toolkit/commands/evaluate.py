@@ -45,6 +45,7 @@ def evaluate(
     batch_size: int = 1,
     answers: int = 0,
     max_new_tokens: int = 256,
+    constrain: bool = False,
     shots: int = 0,
     seed: int = 42,
     step: Step | None = None,
@@ -72,6 +73,7 @@ def evaluate(
         batch_size: rows computed at once.
         answers: so many rows, from the first, are answered by generation too.
         max_new_tokens: longest answer in tokens.
+        constrain: generate these answers a second time, as nothing but one of the options, or JSON by the schema.
         shots: answered training rows before each question to the base, which is evaluated with and without them.
         seed: of resampling, of the shots and of trivial answers.
         step: checkpoint of a run that names none, by its number or as ``latest`` or ``best``. Defaults to the latest.
@@ -95,7 +97,7 @@ def evaluate(
         reading = ReadOptions.of(encoding, separator, sheet)
         rows = Source(str(data), split, name, revision, options=reading, task=task)
     options = OpenOptions(step, base, trust_remote_code, dtype)
-    asked = Asked(batch_size, answers, max_new_tokens, keeps_predictions)
+    asked = Asked(batch_size, answers, max_new_tokens, constrain, keeps_predictions)
     named = [sources] if isinstance(sources, str | Path) else sources
     return compare_models(list(map(str, named)), rows, part, asked, options, shots, seed)
 
@@ -195,6 +197,11 @@ def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespa
         "--max-new-tokens", type=flags.positive_int, default=256, help="longest answer in tokens; default: 256"
     )
     parser.add_argument(
+        "--constrain", action="store_true",
+        help="generate --answers a second time, as nothing but one of the options or labels, or JSON by the schema: "
+        "tells format and knowledge apart",
+    )  # fmt: skip
+    parser.add_argument(
         "--shots", type=flags.whole_number, default=0,
         help="answered training rows before each question to the base, which is evaluated with and without them",
     )  # fmt: skip
@@ -222,4 +229,6 @@ def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespa
         parser.error(f"--predictions {arguments.predictions} is a file; expected a folder")
     if arguments.max_new_tokens != 256 and not arguments.answers:
         parser.error("--max-new-tokens goes with --answers; without it nothing is generated")
+    if arguments.constrain and not arguments.answers:
+        parser.error("--constrain goes with --answers; without it nothing is generated")
     return arguments

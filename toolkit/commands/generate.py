@@ -33,6 +33,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 42,
     batch_size: int = 8,
+    constrain: bool = False,
     step: Step | None = None,
     base: str | Path | None = None,
     trust_remote_code: bool = False,
@@ -49,6 +50,7 @@ def generate(
         top_p: with a temperature, draw from the likeliest tokens whose probabilities add up to this.
         seed: seed of the draws: the same gives the same answers, whatever the batch size.
         batch_size: most questions that are answered together.
+        constrain: let an answer be nothing but one of the task's labels or the row's options, or JSON by its schema.
         step: checkpoint of a run, by its number or as ``latest`` or ``best``. Defaults to the latest.
         base: new path of the base model of a run, delta or adapter, if it moved.
         trust_remote_code: run code that ships with the model; with the base of a run or delta, if that was trained so.
@@ -56,7 +58,7 @@ def generate(
 
     Raises:
         DataError: questions are empty or longer than the model's context; the message names each row.
-        UsageError: ``source`` cannot be opened.
+        UsageError: ``source`` cannot be opened, or ``constrain`` is set and the task's answers are free text.
     """
     from toolkit.commands.answers import make_answerer
     from toolkit.data.questions import from_prompt, questions_of
@@ -75,7 +77,7 @@ def generate(
     opened = open_model(str(source), step, base, trust_remote_code, dtype)
     options = argparse.Namespace(
         max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature, top_p=top_p, seed=seed,
-        on_bad_row=None,
+        on_bad_row=None, constrain=constrain,
     )  # fmt: skip
     answerer = make_answerer(opened, options, World())
     return [answer for _, answer in answerer.in_order(enumerate(samples)) if answer is not None]
@@ -162,6 +164,10 @@ def _add_generation_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top-p", type=flags.probability, default=1.0,
         help="with a temperature: draw from the likeliest tokens whose probabilities add up to this; default: 1",
+    )  # fmt: skip
+    parser.add_argument(
+        "--constrain", action="store_true",
+        help="an answer can be nothing but one of the task's labels or the row's options, or JSON by its schema",
     )  # fmt: skip
     parser.add_argument(
         "--seed", type=flags.whole_number, default=42, help="of what is drawn at a temperature; default: 42"

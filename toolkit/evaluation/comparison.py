@@ -133,7 +133,7 @@ def compare_models(
     begun = runner.first(first, named, part)
     rows, base = begun.rows, begun.base
     examples = _shots(begun.encoder, rows, shots, seed)
-    scorer = Scorer(rows.rows, rows.train, asked.answers)
+    scorer = Scorer(rows.rows, rows.train, asked.answers, asked.constrained)
     if asked.keeps_predictions and scorer.classes is None and not scorer.answered:
         raise DataError("--predictions keeps what each row is given: rows without options need --answers N")
     found = {first: begun.compute()}

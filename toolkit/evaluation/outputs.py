@@ -12,7 +12,7 @@ from toolkit.data.examples import Encoder, Example
 from toolkit.data.model_limits import check_fit
 from toolkit.data.row_samples import RowSample
 from toolkit.data.rows import Rows
-from toolkit.evaluation.cut_model import CutModel, cut_for_evaluation
+from toolkit.evaluation.cut_model import cut_for_evaluation
 from toolkit.evaluation.likelihood import answer_losses, option_log_likelihoods, option_query
 from toolkit.evaluation.rows import EvaluatedRows, starts_of
 from toolkit.inference.answering import Answerer
@@ -33,6 +33,8 @@ class Asked:
     """Rows, from the first, that are answered by generation."""
     max_new_tokens: int = 256
     """Longest answer in tokens."""
+    constrained: bool = False
+    """Whether these are answered a second time, by constrained decoding."""
     keeps_predictions: bool = False
     """Whether what single rows are given is wanted: then it is an error if they have neither options nor answers."""
 
@@ -53,6 +55,8 @@ class Outputs:
     """[options] of each row: tokens of each option."""
     answers: Sequence[str] | None = None
     """Generated answers to the first rows."""
+    constrained: Sequence[str] | None = None
+    """Answers to them that constrained decoding gives."""
 
     @classmethod
     def joined(cls, parts: Sequence[Outputs]) -> Outputs:
@@ -124,7 +128,10 @@ def compute_outputs(
         np.array([_text_bytes(row.sample, examples[int(first)]) for row, first in zip(rows.rows, starts, strict=True)]),
         likelihoods if has_options else None,
         [np.array(list(map(len, query.options))) for query in queries] if has_options else None,
-        _answer(opened, samples[: asked.answers], asked, rows.config.max_length, model) if asked.answers else None,
+        *(
+            _answer(opened, samples[: asked.answers], asked, rows.config.max_length, constrains) if wanted else None
+            for constrains, wanted in ((False, asked.answers), (True, asked.answers and asked.constrained))
+        ),
     )  # fmt: skip
 
 
@@ -170,11 +177,14 @@ def _encode(encoder: Encoder, sample: Sample, row: RowSample) -> list[Example]:
         raise DataError(f"{row.origin} {fault}") from None
 
 
-def _answer(opened: OpenedModel, samples: Sequence[Sample], asked: Asked, max_length: int, cut: CutModel) -> list[str]:
-    """Generate the answers to samples."""
+def _answer(
+    opened: OpenedModel, samples: Sequence[Sample], asked: Asked, max_length: int, constrains: bool
+) -> list[str]:  # fmt: skip
+    """Generate the answers to samples, in this one process."""
     answerer = Answerer(
-        opened.loaded, max_length, asked.max_new_tokens, asked.batch_size, rendering=opened.rendering, world=cut.world
-    )
+        opened.loaded, max_length, asked.max_new_tokens, asked.batch_size, rendering=opened.rendering,
+        constrains=constrains,
+    )  # fmt: skip
     answers = []
     with ProgressBar("answering", len(samples), "question", brief=True) as bar:
         for _, answer in answerer.in_order(enumerate(samples)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -12,6 +13,7 @@ from toolkit.data.row_samples import RowSample
 from toolkit.evaluation.labels import Classes
 from toolkit.evaluation.outputs import Outputs
 from toolkit.evaluation.trivial import trivial_answers
+from toolkit.inference.constrained import require_format
 from toolkit.metrics.calibration import probability_metrics
 from toolkit.metrics.fields import field_metrics
 from toolkit.metrics.labels import label_metrics
@@ -25,8 +27,9 @@ from toolkit.tasks.output import is_answer
 
 log = logging.getLogger("frostline")
 
-GENERATED = "generated/"
-"""What precedes the names of metrics of generated answers, for a task whose options are scored by likelihood too."""
+GENERATED, CONSTRAINED = "generated/", "constrained/"
+"""What precedes the names of metrics of generated answers, for a task whose options are scored by likelihood too, and
+of those that constrained decoding gives."""
 MAJORITY, PRIOR = "majority class", "class prior"
 """Trivial answers to questions with options."""
 
@@ -38,15 +41,19 @@ class Scorer:
     """Makes the metrics of the rows that models are evaluated on.
 
     ``train`` are the training rows, if known, and ``answers`` the most rows, from the first, that are answered by
-    generation.
+    generation, and if ``constrained`` a second time by constrained decoding.
 
     Raises:
         DataError: the declared metric is none of those that models will have; a row that is to be answered has no
             answer to compare with, or another task than the others.
+        UsageError: answers are to be constrained and are free text.
     """
 
-    def __init__(self, rows: Sequence[RowSample], train: Sequence[RowSample], answers: int = 0) -> None:
+    def __init__(
+        self, rows: Sequence[RowSample], train: Sequence[RowSample], answers: int = 0, constrained: bool = False
+    ) -> None:
         self.rows = rows
+        self._constrained = constrained
         self.answered = min(answers, len(rows))
         self._spec = rows[0].task.spec
         tasks = list(dict.fromkeys(row.task.name for row in rows if row.task.spec != self._spec))
@@ -91,11 +98,15 @@ class Scorer:
         """Raise DataError, see the class."""
         if self.answered and (row := next((row for row in self.rows if not row.sample.answer), None)):
             raise DataError(f"{row.origin} has no answer to compare a generated one with; leave out --answers")
-        nothing = np.ones(len(self.rows))
+        for row in self.rows[: self.answered] if self._constrained else ():
+            require_format(row.sample)
+        nothing, none_given = np.ones(len(self.rows)), [""] * self.answered if self.answered else None
         options = [np.ones(len(row.sample.options)) for row in self.rows]
         known = self.metrics(
-            Outputs(nothing, nothing, nothing, options, options, [""] * self.answered if self.answered else None)
-        )
+            Outputs(
+                nothing, nothing, nothing, options, options, none_given, none_given if self._constrained else None
+            )
+        )  # fmt: skip
         if self.primary not in known:
             raise DataError(
                 f"the task's primary_metric is {self.primary}, which is not among {', '.join(known)}; name one of "
@@ -113,7 +124,9 @@ class Scorer:
             found += self._of_probabilities(self.classes.probabilities(outputs.log_likelihoods))
             found += self._by_length(outputs)
         if outputs.answers is not None:
-            found += self._of_answers(outputs.answers)
+            found += self._of_answers(outputs.answers, GENERATED if self.classes is not None else "")
+        if outputs.constrained is not None:
+            found += self._of_answers(outputs.constrained, CONSTRAINED)
         return _by_name(found)
 
     def predictions(self, outputs: Outputs) -> dict[str, str]:
@@ -173,17 +186,18 @@ class Scorer:
             found.append(mean_metric(f"accuracy_per_{name}", np.array(right)))
         return found
 
-    def _of_answers(self, answers: Sequence[str]) -> list[Metric]:
-        """Return the metrics of answers to the first rows."""
+    def _of_answers(self, answers: Sequence[str], prefix: str = "") -> list[Metric]:
+        """Return the metrics of answers to the first rows; ``prefix`` precedes their names."""
         rows, references = self.rows[: len(answers)], self._references[: len(answers)]
         if self.classes is not None:
             predicted = np.array(
                 [label_of(*given) for given in zip(answers, rows, self.classes.of_options, strict=False)]
             )
             truth = self.classes.truth[: len(answers)]
-            return label_metrics(truth, predicted, self.classes.names, self.classes.ordered, GENERATED)
+            return label_metrics(truth, predicted, self.classes.names, self.classes.ordered, prefix)
         if self._is_json:
-            return field_metrics(answers, references, partial(is_answer, self._spec))
+            fields = field_metrics(answers, references, partial(is_answer, self._spec))
+            return [replace(metric, name=f"{prefix}{metric.name}") for metric in fields]
         found = overlap_metrics(answers, references, self._tokenise)
         if any(row.sample.contexts for row in rows):
             found += number_metrics(answers, ["\n".join([*row.sample.contexts, row.sample.question]) for row in rows])

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from toolkit.data.chat_rendering import Rendering
 from toolkit.data.examples import Encoder
 from toolkit.data.model_limits import padding_id, room_for_answer
+from toolkit.inference.constrained import Constrained, Constraint, Constraints
 from toolkit.inference.generation import complete_together, looks_back, pad_left
 from toolkit.inference.sampling import Sampling
 from toolkit.models.load import LoadedModel
@@ -33,6 +34,17 @@ _PADDING = 7
 _PADDING_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 """Largest change of a logit that padding may make, of the largest logit; ``_LOW_PRECISION_TOLERANCE`` in 16 bits."""
 _LOW_PRECISION_TOLERANCE = 5e-2
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """The tokens that an answer follows, and what it may be; None if it is free."""
+
+    ids: tuple[int, ...]
+    constraint: Constraint | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 class QuestionError(DataError):
@@ -63,6 +75,8 @@ class Answerer:
     """Ranks that divide the samples."""
     skips_bad_rows: bool = False
     """Whether a question that is too long is logged and has no answer; else it is an error."""
+    constrains: bool = False
+    """Whether answers can be nothing but one of the question's options, or JSON by the task's schema."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_new_tokens"):
@@ -71,6 +85,8 @@ class Answerer:
         self._encoder = Encoder(self.loaded.tokenizer, self.max_length, self.loaded.ends, self.rendering)
         for note in self._encoder.notes():
             log.info("%s", note)
+        vocabulary = self.loaded.model.config.get_text_config().vocab_size
+        self._constraints = Constraints(self._encoder, vocabulary) if self.constrains else None
         self._said = set[str]()
         self._pads: bool | None = None
 
@@ -99,11 +115,12 @@ class Answerer:
         Raises:
             QuestionError: a question alone exceeds ``max_length``, or a prompt the model's positions.
             ModelError: the tokenizer belongs to another model.
+            UsageError: ``constrains`` is set, and nothing says what an answer may be; see ``Constraints.of``.
         """
         rows = iter(samples)
         size = self.batch_size if self.batch_size * self.world.size == 1 else self.batch_size * _SORTED_BATCHES
         while some := list(islice(rows, size * self.world.size)):
-            prompts, skipped = dict[int, tuple[int, ...]](), dict[int, str | None]()
+            prompts, skipped = dict[int, _Prompt](), dict[int, str | None]()
             for row, sample in some:
                 try:
                     prompts[row] = self._prompt(sample, row)
@@ -136,10 +153,11 @@ class Answerer:
         """Return the part of every answer that its prompt holds already."""
         return self._encoder.answer_opening
 
-    def _prompt(self, sample: Sample, row: int) -> tuple[int, ...]:
-        """Return the prompt's tokens; say once what is odd about it."""
+    def _prompt(self, sample: Sample, row: int) -> _Prompt:
+        """Return the prompt; say once what is odd about it."""
         try:
             prompt = self._encoder.prompt_ids(sample)
+            constraint = self._constraints.of(sample) if self._constraints else None
             room = room_for_answer(prompt, self.loaded.model, self.max_new_tokens)
         except (RowFaultError, DataError) as fault:
             between = " " if isinstance(fault, RowFaultError) else " has no answer: "
@@ -153,17 +171,17 @@ class Answerer:
             self._say_once(logging.WARNING, hidden, "tools")
         if room < self.max_new_tokens:
             self._say_once(logging.INFO, f"answers end where the model's {len(prompt) + room} positions do", "room")
-        return prompt
+        return _Prompt(prompt, constraint)
 
-    def _together(self, prompts: dict[int, tuple[int, ...]]) -> list[list[int]]:
+    def _together(self, prompts: dict[int, _Prompt]) -> list[list[int]]:
         """Divide the rows into batches of prompts of about the same length, the longest first."""
         rows = sorted(prompts, key=lambda row: (-len(prompts[row]), row))
         if self.batch_size == 1 or len(rows) <= 1:
             return [[row] for row in rows]
         model, most = self.loaded.model, self.max_new_tokens
-        if self._pads is None and room_for_answer(prompts[rows[-1]], model, _PADDING + 1) > _PADDING:
-            self._pads = self.world.broadcast_object(self._padding_is_exact(prompts[rows[-1]]))
-        fits = {row: self._pads and room_for_answer(prompts[row], model, most) == most for row in rows}
+        if self._pads is None and room_for_answer(prompts[rows[-1]].ids, model, _PADDING + 1) > _PADDING:
+            self._pads = self.world.broadcast_object(self._padding_is_exact(prompts[rows[-1]].ids))
+        fits = {row: self._pads and room_for_answer(prompts[row].ids, model, most) == most for row in rows}
         rest = [row for row in rows if fits[row]]
         return [[row] for row in rows if not fits[row]] + [
             rest[n : n + self.batch_size] for n in range(0, len(rest), self.batch_size)
@@ -183,15 +201,23 @@ class Answerer:
             self._say_once(logging.INFO, why, "pads")
         return exact
 
-    def _answer(self, prompts: dict[int, tuple[int, ...]], streamer: Any = None) -> dict[int, str]:
+    def _answer(self, prompts: dict[int, _Prompt], streamer: Any = None) -> dict[int, str]:
         """Answer one batch."""
         shape = f"{len(prompts)} x {max(map(len, prompts.values()))} tokens"
         advice = f"--batch-size {self.batch_size // 2}" if self.batch_size > 1 else "--max-new-tokens, to fewer"
+        stop_ids, processors = self._encoder.stop_ids(), self.sampling.processors(list(prompts))
+        constraints = [prompt.constraint for prompt in prompts.values() if prompt.constraint is not None]
+        if constraints:
+            processors.insert(0, Constrained(constraints, stop_ids))
+        most = max([self.max_new_tokens, *(constraint.longest for constraint in constraints)])  # an option is not cut
         with explain_out_of_memory("generation", shape, advice):
             texts = complete_together(
-                self.loaded.model.eval(), self.loaded.tokenizer, list(prompts.values()), self._encoder.stop_ids(),
-                self.max_new_tokens, self.sampling.processors(list(prompts)), streamer=streamer,
+                self.loaded.model.eval(), self.loaded.tokenizer, [prompt.ids for prompt in prompts.values()], stop_ids,
+                most, processors, streamer=streamer,
             )  # fmt: skip
+        if not all(constraint.is_whole for constraint in constraints):
+            cut = f"answers ended at {self.max_new_tokens} tokens, before their JSON did; --max-new-tokens allows more"
+            self._say_once(logging.WARNING, cut, "cut")
         opening = self._encoder.answer_opening
         return {row: opening + self._encoder.without_closing(text) for row, text in zip(prompts, texts, strict=True)}
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from transformers import TextStreamer
 
 from toolkit.config.data_schema import DataConfig
 from toolkit.data.questions import from_prompt
 from toolkit.inference.answering import Answerer
-from toolkit.tasks.sample import ASSISTANT, SYSTEM, Sample, Turn
+from toolkit.tasks.sample import ASSISTANT, SYSTEM, Turn
 
 
 class Chat:
@@ -30,7 +32,9 @@ class Chat:
         """
         asked = from_prompt(message, (), self._data, self._answerer.rendering, "the message")
         if self._turns and not asked.is_text:
-            asked = Sample((*self._turns, *(turn for turn in asked.turns if turn.role != SYSTEM)))
+            asked = replace(
+                asked, turns=(*self._turns, *(turn for turn in asked.turns if turn.role != SYSTEM)), arrange=None
+            )
         streamer = None
         if prints:
             print(self._answerer.opening, end="", flush=True)

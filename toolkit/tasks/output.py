@@ -17,6 +17,12 @@ def labels_of(spec: TaskSpec) -> tuple[str, ...]:
     return tuple(output.labels) if isinstance(output, OutputSpec) and output.labels else ()
 
 
+def schema_of(spec: TaskSpec) -> Mapping[str, Any] | None:
+    """Return the JSON schema of the task's answers; None if they are no JSON."""
+    output = spec.output
+    return output.json_schema if isinstance(output, OutputSpec) and isinstance(output.json_schema, dict) else None
+
+
 def check_answer(spec: TaskSpec, answer: str) -> None:
     """Raise RowFaultError if an answer is none that the task allows.
 
@@ -25,8 +31,8 @@ def check_answer(spec: TaskSpec, answer: str) -> None:
     labels = labels_of(spec)
     if labels and answer not in labels and not any(column.kind == "choice" for column in spec.columns.values()):
         raise RowFaultError(f"has the answer {answer[:60]!r}; expected one of {', '.join(labels)}")
-    if isinstance(spec.output, OutputSpec) and isinstance(spec.output.json_schema, dict):
-        _check_json(answer, spec.output.json_schema)
+    if (schema := schema_of(spec)) is not None:
+        check_json(answer, schema)
 
 
 def is_answer(spec: TaskSpec, answer: str) -> bool:
@@ -38,8 +44,8 @@ def is_answer(spec: TaskSpec, answer: str) -> bool:
     return True
 
 
-def _check_json(answer: str, schema: Mapping[str, Any]) -> None:
-    """Raise RowFaultError if an answer is not JSON, or breaks the schema."""
+def check_json(answer: str, schema: Mapping[str, Any]) -> None:
+    """Raise RowFaultError if an answer is not JSON, or breaks the schema; UsageError if that is none."""
     import jsonschema
 
     try:

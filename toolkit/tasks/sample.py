@@ -47,6 +47,8 @@ class Sample:
     """The answer, where it is one of ``options``."""
     allowed: Callable[[], tuple[str, ...]] = field(default=tuple, compare=False, repr=False)
     """Returns ``options``."""
+    schema: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+    """JSON schema that the answer keeps to; None if the task has none."""
     normalised: bool = field(default=False, compare=False)
     """True if a text of the row was not in Unicode's composed form (NFC) and was brought into it."""
     arrange: Callable[[tuple[str, ...]], tuple[Turn, ...]] | None = field(default=None, compare=False, repr=False)

@@ -11,7 +11,7 @@ from toolkit.tasks.columns import MISSING, check_inside, find, find_each, is_the
 from toolkit.tasks.conversation import conversation_of, messages_in, whole_turns
 from toolkit.tasks.kinds import empty_value, first_value, read_kind, shown_path
 from toolkit.tasks.messages import read_messages
-from toolkit.tasks.output import check_answer, labels_of
+from toolkit.tasks.output import check_answer, labels_of, schema_of
 from toolkit.tasks.row_values import LETTERS, Reading, RowValues, choose, is_missing, unprinted, without_gaps
 from toolkit.tasks.sample import ASSISTANT, SYSTEM, TEXT, USER, RowFaultError, Sample, Turn
 from toolkit.tasks.task_file import TaskSpec, used_variables
@@ -52,7 +52,8 @@ class Task:
         if sample is None:
             sample = self._read_columns(values, reader, with_answer)
         tools = sample.tools or self._read_tools(values, self.spec.tools)
-        return replace(sample, tools=tools, normalised=reader.normalised)
+        allowed = partial(labels_of, self.spec) if sample.allowed is tuple else sample.allowed
+        return replace(sample, tools=tools, normalised=reader.normalised, allowed=allowed, schema=schema_of(self.spec))
 
     def ask(self, question: str, contexts: Sequence[str] = ()) -> Sample:
         """Make a sample of a question without a row, as from the command line.
@@ -170,7 +171,7 @@ class Task:
         turns = arrange(contexts)
         if with_answer:
             check_answer(spec, turns[-1].content)
-        allowed = partial(self._allowed, variables, options)
+        allowed = partial(self._allowed, variables, options) if options else tuple
         label = turns[-1].content if options and with_answer else None
         return Sample(turns, contexts, label=label, allowed=allowed, arrange=arrange if spec.cut is not None else None)
 

@@ -1,0 +1,229 @@
+"""Constrained decoding: no answer leaves its format, and a batch gives the answers of one by one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import ENGLISH, make_tiny_model, run_here
+from transformers import AutoModelForCausalLM
+
+import toolkit
+from toolkit.inference.answering import Answerer
+from toolkit.inference.chat import Chat
+from toolkit.inference.constrained import Constrained, OneOfOptions
+from toolkit.inference.open_model import open_model
+from toolkit.inference.sampling import Sampling
+from toolkit.runtime.errors import UsageError
+from toolkit.tasks.choose import load_task
+from toolkit.tasks.output import is_answer
+from toolkit.tasks.sample import Sample, ask
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "term": {"type": "string", "maxLength": 12},
+        "severity": {"enum": ["mild", "심함"]},
+        "serious": {"type": "boolean"},
+        "grades": {"type": "array", "items": {"type": "integer", "minimum": 1, "maximum": 5}, "maxItems": 2},
+    },
+    "required": ["term", "severity", "serious", "grades"],
+    "additionalProperties": False,
+}
+CHOICE = {"name": "choice", "columns": {"answer": "decision"}, "output": {"labels": ["yes", "no", "no idea", "모름"]}}
+EXTRACT = {
+    "name": "extract", "columns": {"note": "note", "answer": "answer"}, "prompt": "{{ note }}",
+    "target": "{{ answer }}", "output": {"schema": SCHEMA},
+}  # fmt: skip
+
+
+def questions(count: int) -> list[dict[str, Any]]:
+    """Of different lengths, so that a batch has padding."""
+    return [{"question": "Is it good? " * (1 + number % 4) + str(number)} for number in range(count)]
+
+
+def answerer_of(model: Path, **options: Any) -> Answerer:
+    opened = open_model(str(model))
+    return Answerer(opened.loaded, 512, options.pop("max_new_tokens", 8), constrains=True, **options)
+
+
+def samples_of(task: Mapping[str, Any], rows: list[dict[str, Any]]) -> list[tuple[int, Sample]]:
+    reader = load_task(task)
+    return [(number, reader.read(row, with_answer=False)) for number, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_answers_are_labels_the_same_in_a_batch_and_alone(tiny_model: Path, temperature: float) -> None:
+    samples = samples_of(CHOICE, questions(12))
+    sampling = Sampling(temperature)
+    together = dict(answerer_of(tiny_model, batch_size=5, sampling=sampling).in_order(samples))
+    alone = dict(answerer_of(tiny_model, sampling=sampling).in_order(samples))
+    assert together == alone
+    assert len(together) == 12
+    assert set(together.values()) <= set(CHOICE["output"]["labels"])  # type: ignore[index]
+    free = toolkit.generate(tiny_model, [row["question"] for row in questions(2)], max_new_tokens=8)
+    assert not set(free) & set(CHOICE["output"]["labels"])  # type: ignore[index]  # untrained, it says anything
+
+
+def test_every_option_can_be_the_answer_also_one_that_begins_another(tiny_model: Path) -> None:
+    """A model that prefers one option's tokens is led to it and ends there."""
+    answerer = answerer_of(tiny_model)
+    ((_, sample),) = samples_of(CHOICE, questions(1))
+    encoder = answerer._encoder
+    _, options = encoder.encode_answers(sample, sample.options)
+    for wanted, ids in zip(sample.options, options, strict=True):
+        constraint = OneOfOptions(options, encoder.stop_ids())
+        given: list[int] = []
+        while not set(given) & set(encoder.stop_ids()):
+            liked = [*ids, *encoder.stop_ids()][len(given)]
+            allowed = constraint.allowed(1000)
+            assert allowed[liked]
+            assert 1 <= int(allowed.sum()) <= len(options) + len(encoder.stop_ids())
+            constraint.take(liked)
+            given.append(liked)
+        text = answerer.loaded.tokenizer.decode(given, skip_special_tokens=True)
+        assert encoder.without_closing(text.strip()) == wanted
+        assert constraint.is_whole
+
+
+def test_options_of_each_row_are_its_own_and_are_not_cut(tiny_model: Path) -> None:
+    rows = [
+        {"question": f"Which {n}?", "options": [f"the long answer number {n}", f"a long answer {n}"]} for n in range(6)
+    ]
+    task = {"name": "choice", "target": "{{ label }}"}
+    answers = dict(answerer_of(tiny_model, batch_size=4, max_new_tokens=1).in_order(samples_of(task, rows)))
+    assert all(answers[number] in row["options"] for number, row in enumerate(rows))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 3.0])
+def test_answers_are_json_by_the_schema_the_same_in_a_batch_and_alone(tiny_model: Path, temperature: float) -> None:
+    rows = [{"note": "headache, 두통 " * (1 + number % 3)} for number in range(6)]
+    samples, task = samples_of(EXTRACT, rows), load_task(EXTRACT)
+    options = {"sampling": Sampling(temperature), "max_new_tokens": 400}
+    together = dict(answerer_of(tiny_model, batch_size=4, **options).in_order(samples))
+    assert together == dict(answerer_of(tiny_model, **options).in_order(samples))
+    assert all(is_answer(task.spec, str(answer)) for answer in together.values())
+    assert all(set(json.loads(str(answer))) == set(SCHEMA["required"]) for answer in together.values())
+
+
+def test_json_that_is_cut_is_said_once(tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    samples = samples_of(EXTRACT, [{"note": "one"}, {"note": "two"}])
+    list(answerer_of(tiny_model, max_new_tokens=3).in_order(samples))
+    assert caplog.text.count("answers ended at 3 tokens, before their JSON did; --max-new-tokens allows more") == 1
+
+
+def test_settings_of_the_model_that_forbid_the_end_do_not_break_the_format(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "model")
+    settings = json.loads((model / "generation_config.json").read_text(encoding="utf-8"))
+    (model / "generation_config.json").write_text(json.dumps({**settings, "min_new_tokens": 7}), encoding="utf-8")
+    ((_, answer),) = answerer_of(model).in_order(samples_of(CHOICE, questions(1)))
+    assert answer in CHOICE["output"]["labels"]  # type: ignore[index]
+
+
+def test_the_closing_of_a_template_ends_an_option(tmp_path: Path) -> None:
+    """Its answers end in words, not in a mark; what ends the text then does."""
+    model = make_tiny_model(tmp_path / "model")
+    opened = open_model(str(model))
+    opened.loaded.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }} ###\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    answerer = Answerer(opened.loaded, 512, 8, constrains=True)
+    ((_, answer),) = answerer.in_order(samples_of(CHOICE, questions(1)))
+    assert answer in CHOICE["output"]["labels"]  # type: ignore[index]
+
+
+def test_padding_after_an_answer_is_no_part_of_it() -> None:
+    constraints = [OneOfOptions([(5,)], [0]), OneOfOptions([(6, 7, 8)], [0])]
+    processor = Constrained(constraints, [0])
+    lines = torch.tensor([[9, 5, 0, 3], [9, 6, 7, 8]])
+    allowed = [processor(lines[:, :width], torch.zeros(2, 10)).isfinite() for width in (1, 2, 3, 4)]  # type: ignore[arg-type]
+    assert [line[1].nonzero().flatten().tolist() for line in allowed] == [[6], [7], [8], [0]]
+    assert [int(line[0].sum()) for line in allowed] == [1, 1, 10, 10]
+    assert all(constraint.is_whole for constraint in constraints)
+
+
+def test_free_text_is_refused_before_the_model_loads(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="answers of this one are free text; leave --constrain out"):
+        list(answerer_of(tiny_model).in_order([(0, ask("Why?"))]))
+    done = run_here("generate", tiny_model, "--question", "Why?", "--constrain")
+    assert done.returncode == 2
+    assert "free text" in done.stderr
+
+    def fail(*given: Any, **options: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    assert run_here("generate", tiny_model, "--question", "Why?", "--constrain").returncode == 2
+
+
+def test_a_schema_that_cannot_be_kept_to_and_a_missing_library_are_one_message(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unknown = {"type": "array", "uniqueItems": True, "items": {"type": "integer"}}
+    samples = samples_of({**EXTRACT, "output": {"schema": unknown}}, [{"note": "one"}])
+    with pytest.raises(UsageError, match=r"cannot hold an answer to .*uniqueItems.* or leave --constrain out"):
+        list(answerer_of(tiny_model).in_order(samples))
+    monkeypatch.setitem(sys.modules, "llguidance.hf", None)
+    with pytest.raises(UsageError, match="pip install"):
+        list(answerer_of(tiny_model).in_order(samples_of(EXTRACT, [{"note": "one"}])))
+    assert list(answerer_of(tiny_model).in_order(samples_of(CHOICE, questions(1))))  # labels need none
+
+
+def test_a_conversation_is_constrained_at_every_message(tiny_model: Path) -> None:
+    opened = open_model(str(tiny_model))
+    config = opened.config.data.model_copy(update={"task": CHOICE})
+    chat = Chat(Answerer(opened.loaded, 512, 8, constrains=True), config)
+    assert {chat.reply("Is it?"), chat.reply("Is it really?")} <= set(CHOICE["output"]["labels"])  # type: ignore[index]
+
+
+def test_evaluation_tells_format_and_knowledge_apart(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [{**row, "decision": "no"} for row in questions(8)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    comparison = toolkit.evaluate(
+        tiny_model, path, task=CHOICE, answers=6, max_new_tokens=6, batch_size=4, constrain=True
+    )
+    scores = comparison.models[0].scores
+    assert (scores["generated/valid"].value, scores["constrained/valid"].value) == (0, 1)
+    given = dict(answerer_of(tiny_model).in_order(samples_of(CHOICE, rows[:6])))
+    assert scores["constrained/accuracy"].value == pytest.approx(list(given.values()).count("no") / 6)
+
+
+def test_json_is_scored_free_and_constrained(tiny_model: Path, tmp_path: Path) -> None:
+    answer = json.dumps({"term": "pain", "severity": "mild", "serious": False, "grades": [1]})
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"note": "pain", "answer": answer}) + "\n", encoding="utf-8")
+    done = run_here(
+        "evaluate", tiny_model, "--data.path", tmp_path / "rows.jsonl", "--data.task", json.dumps(EXTRACT),
+        "--answers", "all", "--max-new-tokens", "400", "--constrain",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    scores = json.loads(done.stdout.splitlines()[-1])["models"][0]["scores"]
+    assert (scores["valid"]["value"], scores["constrained/valid"]["value"]) == (0, 1)
+    assert {"constrained/fields", "constrained/field/term"} <= set(scores)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--constrain",), "--constrain goes with --answers"),
+        (("--constrain", "--answers", "2"), "free text; leave --constrain out"),
+    ],
+)
+def test_evaluation_refuses_what_would_do_nothing(tiny_model: Path, flags: tuple[str, ...], message: str) -> None:
+    done = run_here("evaluate", tiny_model, "--data.path", ENGLISH, "--data.task", "long_answer", *flags)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_a_file_of_questions_is_answered_within_their_options(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"question": "Which?", "options": ["a", "b"]}\n', encoding="utf-8")
+    command = ["generate", tiny_model, "--input", tmp_path / "rows.jsonl", "--output", tmp_path / "out.jsonl"]
+    done = run_here(*command, "--constrain", "--max-new-tokens", "4")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))["ANSWER"] in "AB"
