@@ -106,6 +106,8 @@ VALUES: dict[str, dict[str, Any]] = {
 """By recipe key, its values by name. DELTA and CACHE are replaced by directories, and files by those of the folder."""
 
 NOT_COMBINED = {
+    "output.evaluate_metrics": "what it may name follows from the task: test_validation_metrics.py, with other options",
+    "train.metric_for_best_model": "one of output.evaluate_metrics",
     "train.early_stopping_threshold": "a number beside the patience: test_early_stopping.py",
     "model.name_or_path": "one tiny model; the model types have tests/test_zoo.py and tests/test_every_type.py",
     "model.revision": "of Hub models alone",

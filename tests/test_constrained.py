@@ -227,3 +227,12 @@ def test_a_file_of_questions_is_answered_within_their_options(tiny_model: Path, 
     done = run_here(*command, "--constrain", "--max-new-tokens", "4")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))["ANSWER"] in "AB"
+
+
+def test_the_tokens_of_a_batch_are_counted_as_they_come(tiny_model: Path) -> None:
+    answerer, counted = answerer_of(tiny_model, batch_size=2), list[int]()
+    answerer.on_token = counted.append
+    list(answerer.in_order(samples_of(CHOICE, questions(4))))
+    starts = [at for at, count in enumerate(counted) if count == 1]
+    assert len(starts) == 2
+    assert counted == [*range(1, starts[1] + 1), *range(1, len(counted) - starts[1] + 1)]

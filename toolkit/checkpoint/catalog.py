@@ -10,7 +10,7 @@ from pathlib import Path
 
 from toolkit.checkpoint.manifest import NewerVersionError, verify
 from toolkit.checkpoint.state import read_state
-from toolkit.checkpoint.validation_loss import read_validation_loss
+from toolkit.checkpoint.validation_score import ValidationScore, read_validation_score
 from toolkit.runtime.errors import CheckpointError
 from toolkit.runtime.paths import replace_text
 
@@ -91,13 +91,13 @@ def newest_usable(run: Path, must_be_latest: bool) -> Path | None:
 def prune(run: Path, current: Path, keep: int) -> None:
     """Remove old checkpoints, and write the name of the best one to the file ``best``.
 
-    Keeps the newest ``keep`` and the one with the lowest validation loss. Called after a commit, and after the
+    Keeps the newest ``keep`` and the one with the best validation score. Called after a commit, and after the
     validation if one was due with it. Checkpoints of later steps than ``current`` date from before the run was
     resumed at an earlier step; they are removed too.
     """
     present = checkpoints_of(run)
     valid = [path for path in present if path.name <= current.name]
-    best = best_of(validation_losses(valid))
+    best = best_of(validation_scores(valid))
     try:
         if best is not None:
             replace_text(run / "checkpoints" / _BEST_FILE, best.name)
@@ -134,16 +134,15 @@ def clear_leftovers(run: Path) -> None:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def validation_losses(checkpoints: Iterable[Path]) -> dict[Path, float]:
-    """Return the validation loss of each checkpoint that has a finite one."""
-    return {
-        path: loss for path in checkpoints if (loss := read_validation_loss(path)) is not None and math.isfinite(loss)
-    }
+def validation_scores(checkpoints: Iterable[Path]) -> dict[Path, ValidationScore]:
+    """Return the validation score of each checkpoint that has a finite one."""
+    found = {path: read_validation_score(path) for path in checkpoints}
+    return {path: score for path, score in found.items() if score is not None and math.isfinite(score.rank)}
 
 
-def best_of(losses: Mapping[Path, float]) -> Path | None:
-    """Return the checkpoint with the lowest loss, on a tie the earliest; None if ``losses`` is empty."""
-    return min(losses, key=lambda path: losses[path]) if losses else None
+def best_of(scores: Mapping[Path, ValidationScore]) -> Path | None:
+    """Return the checkpoint with the best score, on a tie the earliest; None if ``scores`` is empty."""
+    return min(scores, key=lambda path: scores[path].rank) if scores else None
 
 
 def _latest_name(run: Path) -> str | None:

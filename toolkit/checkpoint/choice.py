@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from toolkit.checkpoint.catalog import best_of, checkpoints_of, latest_checkpoint, validation_losses
-from toolkit.checkpoint.manifest import directory_name, verify
+from toolkit.checkpoint.catalog import best_of, checkpoints_of, latest_checkpoint, validation_scores
+from toolkit.checkpoint.manifest import directory_name, step_of, verify
+from toolkit.checkpoint.validation_score import ValidationScore
 from toolkit.runtime.errors import CheckpointError
 
 Step = int | Literal["latest", "best"]
-"""How a user names a checkpoint: by its step, as the latest, or as the one with the lowest validation loss."""
+"""How a user names a checkpoint: by its step, as the latest, or as the one with the best validation score."""
 
 
 @dataclass(frozen=True)
@@ -19,36 +20,36 @@ class ChosenCheckpoint:
     """A verified checkpoint of a run, compared with the run's latest and best one."""
 
     checkpoint: Path
-    loss: float | None
-    """Its validation loss; None if it was not computed or is not finite."""
+    score: ValidationScore | None
+    """Its validation score; None if it was not computed or is not finite."""
     is_latest: bool
     best: Path | None
-    """The run's checkpoint with the lowest validation loss; None if no checkpoint has one."""
-    best_loss: float | None
+    """The run's checkpoint with the best validation score; None if no checkpoint has one."""
+    best_score: ValidationScore | None
 
     @property
     def step(self) -> int:
         """Return the number of optimizer steps it was trained for."""
-        return _step_of(self.checkpoint)
+        return step_of(self.checkpoint)
 
     @property
     def better(self) -> Path | None:
-        """Return the best checkpoint if it is another one with a lower validation loss, else None."""
-        is_lower = self.loss is None or (self.best_loss is not None and self.best_loss < self.loss)
-        return self.best if self.best != self.checkpoint and is_lower else None
+        """Return the best checkpoint if it is another one with a better validation score, else None."""
+        is_better = self.score is None or (self.best_score is not None and self.best_score.rank < self.score.rank)
+        return self.best if self.best != self.checkpoint and is_better else None
 
     @property
     def text(self) -> str:
         """Return a description such as ``step 116 (latest; validation loss 0.9060)``."""
         labels = [name for name, true in (("latest", self.is_latest), ("best", self.best == self.checkpoint)) if true]
-        loss = f"validation loss {self.loss:.4f}" if self.loss is not None else "no validation loss"
-        return f"step {self.step} ({'; '.join([*([' and '.join(labels)] if labels else []), loss])})"
+        score = self.score.text if self.score is not None else "no validation loss"
+        return f"step {self.step} ({'; '.join([*([' and '.join(labels)] if labels else []), score])})"
 
     def advice(self, note: str) -> str:
         """Return ``text``, followed by the better checkpoint, if there is one, and a note such as how to choose it."""
-        if self.better is None:
+        if self.better is None or self.best_score is None:
             return self.text
-        return f"{self.text}; best is step {_step_of(self.better)} ({self.best_loss:.4f}): {note}"
+        return f"{self.text}; best is step {step_of(self.better)} ({self.best_score.deciding}): {note}"
 
 
 def choose_checkpoint(run: Path, step: Step | None = None) -> ChosenCheckpoint:
@@ -57,8 +58,8 @@ def choose_checkpoint(run: Path, step: Step | None = None) -> ChosenCheckpoint:
     Raises:
         CheckpointError: the checkpoint is missing (lists those that are present) or damaged.
     """
-    losses, latest = validation_losses(checkpoints_of(run)), latest_checkpoint(run)
-    best = best_of(losses)
+    scores, latest = validation_scores(checkpoints_of(run)), latest_checkpoint(run)
+    best = best_of(scores)
     if latest is None:
         raise CheckpointError(f"{run} has no committed checkpoint yet; expected a run that finished an epoch")
     present = ", ".join(path.name for path in checkpoints_of(run))
@@ -77,10 +78,5 @@ def choose_checkpoint(run: Path, step: Step | None = None) -> ChosenCheckpoint:
         raise CheckpointError(f"{run} has no checkpoint of step {step}; present: {present}")
     verify(checkpoint)
     return ChosenCheckpoint(
-        checkpoint, losses.get(checkpoint), checkpoint == latest, best, losses[best] if best else None
+        checkpoint, scores.get(checkpoint), checkpoint == latest, best, scores[best] if best else None
     )
-
-
-def _step_of(checkpoint: Path) -> int:
-    """Return the step in a checkpoint's directory name."""
-    return int(checkpoint.name.removeprefix("step-"))

@@ -1,4 +1,4 @@
-"""Early stopping: what the validation losses of a run say, so that an interrupted run stops where it would have."""
+"""Early stopping: what the validations of a run say, so that an interrupted run stops where it would have."""
 
 from __future__ import annotations
 
@@ -7,38 +7,56 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
+from toolkit.checkpoint.manifest import step_of
+from toolkit.checkpoint.validation_score import LOSS, ValidationScore, read_validation_score
 from toolkit.config.schema import TrainConfig
 
 METRICS_FILE = "metrics.jsonl"
 """What a run logs, in its directory."""
 
 
-def has_stopped_improving(losses: Iterable[float], train: TrainConfig) -> bool:
-    """Return whether training ends after these validation losses (``train.early_stopping_patience``).
+def has_stopped_improving(ranks: Iterable[float], train: TrainConfig) -> bool:
+    """Return whether training ends after these validations (``train.early_stopping_patience``).
 
-    It does once the loss was not below the lowest one before by more than ``train.early_stopping_threshold`` in so many
-    validations in a row. A loss that is not finite is not below.
+    It does once ``ValidationScore.rank`` was not below the lowest one before by more than
+    ``train.early_stopping_threshold`` in so many validations in a row. A rank that is not finite is not below.
     """
     lowest, in_a_row = math.inf, 0
-    for loss in losses:
-        if loss < lowest - train.early_stopping_threshold or (lowest == math.inf and math.isfinite(loss)):
-            lowest, in_a_row = loss, 0
+    for rank in ranks:
+        if rank < lowest - train.early_stopping_threshold or (lowest == math.inf and math.isfinite(rank)):
+            lowest, in_a_row = rank, 0
         else:
             in_a_row += 1
     return train.early_stopping_patience is not None and in_a_row >= train.early_stopping_patience
 
 
-def logged_losses(lines: Iterable[str], until: int) -> list[float]:
-    """Return the validation losses up to a step in the lines of ``metrics.jsonl``, one a step; NaN if not finite."""
-    rows = map(json.loads, lines)
-    found = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row and row["step"] <= until}
-    return [math.nan if found[step] is None else float(found[step]) for step in sorted(found)]
+def logged_scores(
+    lines: Iterable[str], until: int, metric: str = LOSS, higher_is_better: bool = False
+) -> dict[int, ValidationScore]:
+    """Return the validation scores up to a step in the lines of ``metrics.jsonl``, by step, in their order.
+
+    ``metric`` is the one that decides, which rows before it was asked for lack.
+    """
+    found = {}
+    for row in map(json.loads, lines):
+        if "eval_loss" in row and row["step"] <= until:
+            loss = _number(row["eval_loss"])
+            value = None if metric == LOSS else _number(row.get(f"eval_{metric}"))
+            found[row["step"]] = ValidationScore(loss, metric, value, higher_is_better)
+    return dict(sorted(found.items()))
 
 
-def ended_early(run: Path, step: int, train: TrainConfig) -> bool:
-    """Return whether the run in a directory, whose newest checkpoint is of ``step``, ended there by early stopping."""
+def ended_early(run: Path, checkpoint: Path, train: TrainConfig) -> bool:
+    """Return whether the run in a directory ended by early stopping at its newest checkpoint."""
     if train.early_stopping_patience is None or not (run / METRICS_FILE).is_file():
+        return False
+    if (score := read_validation_score(checkpoint)) is None:
         return False
     lines = (run / METRICS_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
     whole = (line for line in lines if line.endswith("\n"))  # a killed process leaves a part of its last one
-    return has_stopped_improving(logged_losses(whole, step), train)
+    scores = logged_scores(whole, step_of(checkpoint), score.metric, score.higher_is_better)
+    return has_stopped_improving((of.rank for of in scores.values()), train)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)

@@ -15,7 +15,7 @@ from toolkit.runtime.hashed_files import FileHash, as_json, hash_files, write_js
 
 MANIFEST_FILE = "MANIFEST.json"
 EVALUATION_FILE = "evaluation.json"
-"""Written after the commit, so that the manifest does not list it (``toolkit.checkpoint.validation_loss``)."""
+"""Written after the commit, so that the manifest does not list it (``toolkit.checkpoint.validation_score``)."""
 _FORMAT = 1
 
 
@@ -115,6 +115,11 @@ def read_sealed(path: Path) -> tuple[dict[str, Any], str]:
 def directory_name(step: object) -> str:
     """Return the name of the checkpoint after ``step`` steps."""
     return f"step-{step:08d}" if isinstance(step, int) else ""
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step in a checkpoint's directory name."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def damaged(checkpoint: Path, faults: list[str]) -> CheckpointError:

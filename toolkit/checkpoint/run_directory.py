@@ -13,7 +13,7 @@ from toolkit.checkpoint.catalog import checkpoints_of, newest_usable
 from toolkit.checkpoint.early_stopping import ended_early
 from toolkit.checkpoint.manifest import NewerVersionError
 from toolkit.checkpoint.state import CheckpointState, read_state, recipe_differences
-from toolkit.checkpoint.validation_loss import read_validation_loss
+from toolkit.checkpoint.validation_score import read_validation_score
 from toolkit.config.recipe import dump
 from toolkit.config.schema import RunConfig
 from toolkit.runtime.distributed import World
@@ -191,8 +191,8 @@ def _read_run(path: Path, config: RunConfig, ranks: int, override: bool) -> RunD
         raise CheckpointError(_other_recipe_message(path, checkpoint, refused, harmless))
     for difference in harmless:
         log.warning("overridden: %s", difference)
-    finished = state.step >= state.resumed_total_steps(config, ranks) or ended_early(path, state.step, config.train)
-    if finished and config.data.validation is not None and read_validation_loss(checkpoint) is None:
+    finished = state.step >= state.resumed_total_steps(config, ranks) or ended_early(path, checkpoint, config.train)
+    if finished and config.data.validation is not None and read_validation_score(checkpoint) is None:
         finished = False  # the last validation is missing
     if finished and config.data.fold is not None and not (path / OUT_OF_FOLD_FILE).is_file():
         finished = False  # the losses of its fold are missing

@@ -17,7 +17,7 @@ from toolkit.checkpoint.host_copy import HostCopy
 from toolkit.checkpoint.manifest import directory_name, write_manifest
 from toolkit.checkpoint.rng import capture, rng_name
 from toolkit.checkpoint.state import STATE_FILE, CheckpointState
-from toolkit.checkpoint.validation_loss import read_validation_loss, write_validation_loss
+from toolkit.checkpoint.validation_score import ValidationScore, read_validation_score, write_validation_score
 from toolkit.engine.base import Engine
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.runtime.distributed import World
@@ -74,7 +74,7 @@ class Saver:
     def save(self, content: CheckpointContent, validation_follows: bool = False) -> None:
         """Save a checkpoint, or start to in the background. A kill at any moment leaves the previous one in place.
 
-        With ``validation_follows``, older checkpoints are kept until ``record_loss`` has the loss of this one.
+        With ``validation_follows``, older checkpoints are kept until ``record_score`` has that of this one.
 
         Raises:
             DiskError: the disk is full or cannot be written; the previous checkpoint stays.
@@ -111,24 +111,24 @@ class Saver:
         if self._pending is not None:
             self._publish()
 
-    def record_loss(self, step: int, loss: float) -> None:
-        """Write the validation loss of the newest checkpoint, which must be of ``step``; then remove old checkpoints.
+    def record_score(self, step: int, score: ValidationScore) -> None:
+        """Write the validation score of the newest checkpoint, which must be of ``step``; then remove old checkpoints.
 
         Raises:
-            DiskError: the file cannot be written; the checkpoint stays, without its loss.
+            DiskError: the file cannot be written; the checkpoint stays, without it.
         """
         self.wait()
         checkpoint = self._run / "checkpoints" / directory_name(step)
 
         def write_and_prune() -> None:
-            write_validation_loss(checkpoint, loss)
+            write_validation_score(checkpoint, score)
             catalog.prune(self._run, checkpoint, self._keep)
 
-        self._on_main(f"the validation loss of {checkpoint}", write_and_prune)
+        self._on_main(f"the validation score of {checkpoint}", write_and_prune)
 
-    def saved_loss(self, step: int) -> float | None:
-        """Return the validation loss saved with the checkpoint of ``step``; None if there is none."""
-        return read_validation_loss(self._run / "checkpoints" / directory_name(step))
+    def saved_score(self, step: int) -> ValidationScore | None:
+        """Return the validation score saved with the checkpoint of ``step``; None if there is none."""
+        return read_validation_score(self._run / "checkpoints" / directory_name(step))
 
     def __enter__(self) -> Saver:
         return self

@@ -107,6 +107,7 @@ def _take_answers(
         batches = ({row: answer} for row, answer in answerer.in_order(ask()))
     is_silent = not arguments.output and sys.stdout.isatty()
     with ProgressBar("answering", 0 if is_silent else len(questions), "question", len(done), brief=True) as bar:
+        answerer.on_token = lambda tokens: bar.advance(0, token=f"{tokens} of {answerer.max_new_tokens}")
         for batch in batches:
             for row, answer in batch.items():
                 question = asked.pop(row)

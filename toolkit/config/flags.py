@@ -126,7 +126,7 @@ def add_open_model_flags(parser: argparse.ArgumentParser, dtype_help: str) -> No
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help=dtype_help)
     parser.add_argument(
         "--step", type=checkpoint_step, metavar="{N,latest,best}", default=None,
-        help="checkpoint of a run: its step, latest, or best, which has the lowest validation loss; default: latest",
+        help="checkpoint of a run: its step, latest, or best, which has the best validation score; default: latest",
     )  # fmt: skip
     parser.add_argument("--base", help="where the base model is, if it moved since training")
     parser.add_argument(

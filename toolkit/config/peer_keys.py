@@ -54,6 +54,7 @@ _NAMES_BY_KEY: Mapping[str, tuple[str, ...]] = {
     ),
     "train.reduce_dtype": ("mixed_precision_reduce", "grad_reduce_in_fp32", "communication_data_type"),
     "train.seed": ("random_seed", "data_seed"),
+    "train.metric_for_best_model": ("metric_for_best_model",),
     "train.early_stopping_patience": ("early_stopping", "early_stopping_steps"),
     "optim.name": ("optim", "optimizer", "optimizer_type"),
     "optim.eps": ("adam_epsilon", "epsilon"),
@@ -153,8 +154,7 @@ _NAMES_BY_ANSWER: Mapping[str, tuple[str, ...]] = {
         "use_tensorboard", "metric_logger",
     ),
     "each epoch ends with a checkpoint, and the best is kept: output.save_every_steps, output.keep": (
-        "save_strategy", "saves_per_epoch", "save_only_model", "load_best_model_at_end", "metric_for_best_model",
-        "greater_is_better",
+        "save_strategy", "saves_per_epoch", "save_only_model", "load_best_model_at_end", "greater_is_better",
     ),
     "each epoch ends with a validation if data.validation names rows; more often: output.evaluate_every_steps": (
         "eval_strategy", "evaluation_strategy", "evals_per_epoch", "eval_on_start", "do_eval", "do_train",

@@ -104,6 +104,10 @@ class TrainConfig(Section):
     """A step whose loss or gradient is NaN or infinite on any rank changes nothing and is skipped; stop the run after
     this many in a row."""
 
+    metric_for_best_model: str = "loss"
+    """What the best checkpoint is best by, and early stopping watches: the validation loss, or one of
+    output.evaluate_metrics, the higher or the lower of which is better as the metric has it."""
+
     early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
     """End the run once the validation loss has not fallen below its lowest in so many validations in a row
     (output.evaluate_every_steps, and each epoch's end). The lowest has a checkpoint, which --step best takes; none
@@ -186,7 +190,7 @@ class OutputConfig(Section):
     """Also commit a checkpoint every so many steps; the end of each epoch always commits one."""
 
     keep: Annotated[int, Field(ge=1)] = 1
-    """How many checkpoints to keep beside the one of the lowest validation loss; older ones are removed after a newer
+    """How many checkpoints to keep beside the one of the best validation score; older ones are removed after a newer
     one is committed."""
 
     async_save: bool | None = None
@@ -195,6 +199,11 @@ class OutputConfig(Section):
 
     evaluate_every_steps: Annotated[int, Field(ge=1)] | None = None
     """Also compute the validation loss every so many steps; the end of each epoch always does."""
+
+    evaluate_metrics: tuple[str, ...] = ()
+    """Metrics of evaluate.py to compute with each validation loss, such as accuracy or macro_f1 by the likelihood of
+    options; those of generated answers, such as chrf++ or rouge_l, are of output.sample_answers rows
+    (docs/evaluation.md)."""
 
     sample_answers: Annotated[int, Field(ge=0)] = 0
     """With each validation loss, have so many of the held-out questions answered and show the answers beside their
@@ -218,6 +227,22 @@ class RunConfig(Section):
     optim: OptimConfig = OptimConfig()
     prefix: PrefixConfig = PrefixConfig()
     output: OutputConfig = OutputConfig()
+
+    @model_validator(mode="after")
+    def _check_evaluate_metrics(self) -> RunConfig:
+        """Require validation rows for metrics of them, and the metric that checkpoints are chosen by to be one."""
+        chosen, metrics = self.train.metric_for_best_model, self.output.evaluate_metrics
+        if metrics and self.data.validation is None:
+            raise ValueError(
+                f"output.evaluate_metrics is [{', '.join(metrics)}], but data.validation is none, so that there are no "
+                "rows to compute them on; hold rows out with data.validation"
+            )
+        if chosen != "loss" and chosen not in metrics:
+            raise ValueError(
+                f"train.metric_for_best_model is {chosen}, which is not computed; expected loss, or one of "
+                f"output.evaluate_metrics ([{', '.join(metrics)}])"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_early_stopping(self) -> RunConfig:

@@ -134,6 +134,7 @@ def compare_models(
     rows, base = begun.rows, begun.base
     examples = _shots(begun.encoder, rows, shots, seed)
     scorer = Scorer(rows.rows, rows.train, asked.answers, asked.constrained)
+    scorer.require_primary()
     if asked.keeps_predictions and scorer.classes is None and not scorer.answered:
         raise DataError("--predictions keeps what each row is given: rows without options need --answers N")
     found = {first: begun.compute()}

@@ -59,10 +59,13 @@ def answer_losses(model: CutModel, examples: Sequence[Example], batch_size: int)
 
 
 @torch.no_grad()
-def option_log_likelihoods(model: CutModel, queries: Sequence[OptionQuery], batch_size: int) -> list[np.ndarray]:
+def option_log_likelihoods(
+    model: CutModel, queries: Sequence[OptionQuery], batch_size: int, key: str = "--batch-size"
+) -> list[np.ndarray]:  # fmt: skip
     """Compute the log-likelihood of each option of each question: [options] float64, in nats, summed over its tokens.
 
     An option is scored as what follows the prompt, without what closes the turn (see ``Encoder.encode_answers``).
+    ``key`` is what sets the batch size, for a message.
     """
     scores = [np.full(len(query.options), -np.inf) for query in queries]
     asked = [(row, example) for row, query in enumerate(queries) for example in query.examples]
@@ -78,17 +81,17 @@ def option_log_likelihoods(model: CutModel, queries: Sequence[OptionQuery], batc
                 if ids[:-1] == known[: len(ids) - 1]:
                     scores[row][option] = likelihoods[range(len(ids)), ids].sum()
 
-    _run(model, [example for _, example in asked], batch_size, "scoring options", compute)
+    _run(model, [example for _, example in asked], batch_size, "scoring options", compute, key)
     return scores
 
 
 def _run(
     model: CutModel, examples: Sequence[Example], batch_size: int, text: str,
-    compute: Callable[[list[int], torch.Tensor | None, Batch], None],
+    compute: Callable[[list[int], torch.Tensor | None, Batch], None], key: str = "--batch-size",
 ) -> None:  # fmt: skip
     """Call ``compute`` with batches of about the same length, their numbers and hidden states, the longest first."""
     order = Rows.of(examples).longest_first().tolist()
-    advice = f"--batch-size {batch_size // 2}" if batch_size > 1 else "data.max_length, to shorter rows"
+    advice = f"{key} {batch_size // 2}" if batch_size > 1 else "data.max_length, to shorter rows"
     with ProgressBar(text, len(examples), "row", brief=True) as bar:
         for start in range(0, len(order), batch_size):
             at = order[start : start + batch_size]

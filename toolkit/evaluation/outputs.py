@@ -187,6 +187,7 @@ def _answer(
     )  # fmt: skip
     answers = []
     with ProgressBar("answering", len(samples), "question", brief=True) as bar:
+        answerer.on_token = lambda tokens: bar.advance(0, token=f"{tokens} of {asked.max_new_tokens}")
         for _, answer in answerer.in_order(enumerate(samples)):
             answers.append(answer or "")
             bar.advance()

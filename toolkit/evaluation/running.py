@@ -136,9 +136,8 @@ class Runner:
             if 0 < self.asked.answers < len(rows.rows):
                 raise UsageError("--answers of folds is all or 0: each fold answers the rows that it held out")
             encoder = encoder or encoder_for(opened, rows)
-            Scorer(
-                rows.rows, (), self.asked.answers, self.asked.constrained
-            )  # what is asked is right before anything is computed
+            scorer = Scorer(rows.rows, (), self.asked.answers, self.asked.constrained)
+            scorer.require_primary()  # what is asked is right before anything is computed
             parts.append(rows)
             outputs.append(self._compute(opened, rows, is_first=True).outputs)
             del opened

@@ -44,8 +44,7 @@ class Scorer:
     generation, and if ``constrained`` a second time by constrained decoding.
 
     Raises:
-        DataError: the declared metric is none of those that models will have; a row that is to be answered has no
-            answer to compare with, or another task than the others.
+        DataError: a row that is to be answered has no answer to compare with, or another task than the others.
         UsageError: answers are to be constrained and are free text.
     """
 
@@ -53,7 +52,6 @@ class Scorer:
         self, rows: Sequence[RowSample], train: Sequence[RowSample], answers: int = 0, constrained: bool = False
     ) -> None:
         self.rows = rows
-        self._constrained = constrained
         self.answered = min(answers, len(rows))
         self._spec = rows[0].task.spec
         tasks = list(dict.fromkeys(row.task.name for row in rows if row.task.spec != self._spec))
@@ -69,7 +67,11 @@ class Scorer:
             self._tokenise = tokenizer_for(self._references)
             if self._tokenise is None:
                 log.warning("%s; they are left out of the metrics of answers", MISSING_KIWI)
-        self._check()
+        if self.answered and (unanswered := next((row for row in self.rows if not row.sample.answer), None)):
+            raise DataError(f"{unanswered.origin} has no answer to compare a generated one with; leave out --answers")
+        for row in self.rows[: self.answered] if constrained else ():
+            require_format(row.sample)
+        self._constrained = constrained
 
     @property
     def ids(self) -> list[str]:
@@ -94,20 +96,16 @@ class Scorer:
             )
         log.info("the rows are read by several tasks (%s), which have the loss alone in common", listed)
 
-    def _check(self) -> None:
-        """Raise DataError, see the class."""
-        if self.answered and (row := next((row for row in self.rows if not row.sample.answer), None)):
-            raise DataError(f"{row.origin} has no answer to compare a generated one with; leave out --answers")
-        for row in self.rows[: self.answered] if self._constrained else ():
-            require_format(row.sample)
+    def known(self) -> ByName:
+        """Return the metrics that a model which gives everything has, of no meaning but their names and directions."""
         nothing, none_given = np.ones(len(self.rows)), [""] * self.answered if self.answered else None
         options = [np.ones(len(row.sample.options)) for row in self.rows]
-        known = self.metrics(
-            Outputs(
-                nothing, nothing, nothing, options, options, none_given, none_given if self._constrained else None
-            )
-        )  # fmt: skip
-        if self.primary not in known:
+        constrained = none_given if self._constrained else None
+        return self.metrics(Outputs(nothing, nothing, nothing, options, options, none_given, constrained))
+
+    def require_primary(self) -> None:
+        """Raise DataError if the declared metric is none of those that models will have."""
+        if self.primary not in (known := self.known()):
             raise DataError(
                 f"the task's primary_metric is {self.primary}, which is not among {', '.join(known)}; name one of "
                 "them. Metrics of generated answers need --answers"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -77,6 +77,8 @@ class Answerer:
     """Whether a question that is too long is logged and has no answer; else it is an error."""
     constrains: bool = False
     """Whether answers can be nothing but one of the question's options, or JSON by the task's schema."""
+    on_token: Callable[[int], None] | None = None
+    """Called with the number of tokens that the answers of a batch have, after each."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_new_tokens"):
@@ -210,10 +212,17 @@ class Answerer:
         if constraints:
             processors.insert(0, Constrained(constraints, stop_ids))
         most = max([self.max_new_tokens, *(constraint.longest for constraint in constraints)])  # an option is not cut
+        tokens = count(1)
+
+        def after_token() -> bool:
+            if self.on_token is not None:
+                self.on_token(next(tokens))
+            return False
+
         with explain_out_of_memory("generation", shape, advice):
             texts = complete_together(
                 self.loaded.model.eval(), self.loaded.tokenizer, [prompt.ids for prompt in prompts.values()], stop_ids,
-                most, processors, streamer=streamer,
+                most, processors, after_token, streamer,
             )  # fmt: skip
         if not all(constraint.is_whole for constraint in constraints):
             cut = f"answers ended at {self.max_new_tokens} tokens, before their JSON did; --max-new-tokens allows more"

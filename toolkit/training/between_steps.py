@@ -1,7 +1,8 @@
 """Save, validate and show sample answers between two steps, in an order in which nothing can be lost.
 
-First the checkpoint is committed; then validation runs, and its loss is saved with that checkpoint; then old
-checkpoints are removed, once the loss tells which one is best; sample answers come last, and may fail.
+First the checkpoint is committed; then validation runs, and its score is saved with that checkpoint; then old
+checkpoints are removed, once the score tells which one is best; sample answers that no metric needs come last, and may
+fail.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ import math
 
 from toolkit.checkpoint.early_stopping import has_stopped_improving
 from toolkit.checkpoint.saver import Saver
-from toolkit.inference.evaluation import perplexity
+from toolkit.checkpoint.validation_score import ValidationScore
 from toolkit.runtime import malloc
 from toolkit.runtime.out_of_memory import explain_out_of_memory
 from toolkit.runtime.signals import StopRequested
 from toolkit.training.context import RunContext
 from toolkit.training.guard import StepGuard
-from toolkit.training.monitor import Monitor
+from toolkit.training.monitor import Answer, Monitor
 from toolkit.training.phases import PhaseState, content_of
 from toolkit.training.progress import Progress
-from toolkit.training.validation import sample_answers, validate, without_dropout
+from toolkit.training.validation import compute_metrics, sample_answers, validate, without_dropout
 
 log = logging.getLogger("frostline")
 
@@ -28,7 +29,7 @@ log = logging.getLogger("frostline")
 class BetweenSteps:
     """Save checkpoints, validate and show sample answers between steps; every rank makes the same calls.
 
-    The epoch and ``eval_loss`` of ``progress`` are updated.
+    The epoch and ``score`` of ``progress`` are updated.
     """
 
     def __init__(
@@ -53,15 +54,18 @@ class BetweenSteps:
         if not progress.step or not self._is_validation_due(epoch_ends=progress.cursor == 0 or at_end):
             return True
         step = progress.step
-        saved, logged = world.on_main(lambda: (self._saver.saved_loss(step), self._monitor.logged_loss(step)))
+        saved, logged = world.on_main(lambda: (self._saver.saved_score(step), self._logged_scores(step).get(step)))
+        if saved is not None and saved.metric != self._metric:
+            saved = None  # the recipe was changed
         if saved is None and logged is None:
             is_done = self._validate(state, may_stop=not at_end)
             self._judge(state)
             return is_done
         if saved is None and logged is not None:
-            self._saver.record_loss(step, logged)
+            self._saver.record_score(step, logged)
         if logged is None and saved is not None:
-            self._monitor.evaluation(step, progress.passes, saved, perplexity(saved))
+            values = {} if saved.value is None else {saved.metric: saved.value}
+            self._monitor.evaluation(step, progress.passes, saved.loss, values)
         self._judge(state)
         return True
 
@@ -91,35 +95,51 @@ class BetweenSteps:
         if self._ends_early and not epoch_ends:
             self._monitor.epoch(progress)
         if (stopping or self._ends_early) and not is_saved:
-            self._commit_with_loss(state, due)
+            self._commit_with_score(state, due)
         return stopping and not at_end and not self._ends_early
 
     def _judge(self, state: PhaseState) -> bool:
-        """See what the validation losses say of early stopping; return True if the lowest one got a checkpoint now."""
+        """See what the validations say of early stopping; return True if the best one got a checkpoint now."""
         progress, train = self._progress, self._context.config.train
         if train.early_stopping_patience is None:
             return False
-        losses = self._context.world.on_main(lambda: self._monitor.logged_losses(progress.step))
-        lowest = min(filter(math.isfinite, losses), default=math.nan)
-        self._ends_early = has_stopped_improving(losses, train)
+        scores = self._context.world.on_main(lambda: self._logged_scores(progress.step))
+        ranks = [score.rank for score in scores.values()]
+        best = min(filter(math.isfinite, ranks), default=math.nan)
+        self._ends_early = has_stopped_improving(ranks, train)
         if self._ends_early:
+            sign = -1 if self._higher_is_better else 1
             log.info(
-                "early stopping after step %d: in %d validations the loss was not below %.4f by more than %g",
-                progress.step, train.early_stopping_patience, lowest, train.early_stopping_threshold,
+                "early stopping after step %d: in %d validations the %s was not %s %.4f by more than %g",
+                progress.step, train.early_stopping_patience, self._metric, "above" if sign < 0 else "below",
+                sign * best, train.early_stopping_threshold,
             )  # fmt: skip
-        if progress.eval_loss is None or progress.eval_loss != lowest or self._committed == progress.step:
+        if progress.score is None or progress.score.rank != best or self._committed == progress.step:
             return False
-        self._commit_with_loss(state, due=True)
+        self._commit_with_score(state, due=True)
         return True
 
-    def _commit_with_loss(self, state: PhaseState, due: bool) -> None:
-        """Save a checkpoint, with the validation loss if this step has one."""
+    def _commit_with_score(self, state: PhaseState, due: bool) -> None:
+        """Save a checkpoint, with the validation score if this step has one."""
         self._commit(state, validation_follows=due)
-        if self._progress.eval_loss is not None:
-            self._saver.record_loss(self._progress.step, self._progress.eval_loss)
+        if self._progress.score is not None:
+            self._saver.record_score(self._progress.step, self._progress.score)
+
+    @property
+    def _metric(self) -> str:
+        """Return the name of the metric that the best checkpoint is chosen by."""
+        return self._context.config.train.metric_for_best_model
+
+    @property
+    def _higher_is_better(self) -> bool:
+        return self._context.metrics is not None and self._context.metrics.higher_is_better
+
+    def _logged_scores(self, until: int) -> dict[int, ValidationScore]:
+        """Return the validation scores up to a step, by step; on rank 0."""
+        return self._monitor.logged_scores(until, self._metric, self._higher_is_better)
 
     def has_ended_early(self) -> bool:
-        """Return whether the validation losses so far end the run (``train.early_stopping_patience``)."""
+        """Return whether the validations so far end the run (``train.early_stopping_patience``)."""
         return self._ends_early
 
     def _is_validation_due(self, epoch_ends: bool) -> bool:
@@ -137,24 +157,35 @@ class BetweenSteps:
         malloc.release_free_memory()
 
     def _validate(self, state: PhaseState, may_stop: bool) -> bool:
-        """Compute the validation loss, save it with this step's checkpoint, show sample answers.
+        """Compute the validation loss and metrics, save them with this step's checkpoint, show sample answers.
 
         Returns False if a signal stopped it.
         """
-        progress = self._progress
+        progress, metrics = self._progress, self._context.metrics
+        answers: list[Answer] | None = None
+        values: dict[str, float] = {}
         if not self._saver.commits_alone:
             self._saver.wait()  # commit first, so that a failing validation cannot lose the checkpoint
         with without_dropout(state):
             try:
                 outcome = validate(self._context, state, may_stop)
+                if metrics is not None:
+                    if metrics.needs_answers:
+                        answers = sample_answers(self._context, state, may_stop, self._epoch_seconds())
+                    values = compute_metrics(self._context, state, answers or [])
             except StopRequested:
                 return False
         self._saver.wait()  # before the loss is told, which belongs to a checkpoint
-        progress.eval_loss = outcome.loss
-        self._monitor.evaluation(progress.step, progress.passes, outcome.loss, outcome.perplexity)
+        progress.score = ValidationScore(
+            outcome.loss, self._metric, values.get(self._metric), self._higher_is_better
+        )  # fmt: skip
+        self._monitor.evaluation(progress.step, progress.passes, outcome.loss, values)
         if self._committed == progress.step:
-            self._saver.record_loss(progress.step, outcome.loss)
-        self._show_answers(state)
+            self._saver.record_score(progress.step, progress.score)
+        if answers is None:
+            self._show_answers(state)
+        else:
+            self._monitor.answers(progress.step, answers)
         return True
 
     def _epoch_seconds(self) -> float:

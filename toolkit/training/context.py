@@ -22,6 +22,7 @@ from toolkit.config.policy import Decision, decide_checkpointing, most_micro_bat
 from toolkit.config.schema import RunConfig
 from toolkit.data.batches import BatchPlan
 from toolkit.data.dataset import Dataset
+from toolkit.data.examples import Encoder
 from toolkit.data.model_limits import check_fit, padding_id
 from toolkit.data.rows import Rows
 from toolkit.engine.deepspeed.config import load_ds_config
@@ -45,6 +46,7 @@ from toolkit.training.loading import check_schedule_allowed, effective_prefix, l
 from toolkit.training.preflight import check_config
 from toolkit.training.row_checks import check_rows
 from toolkit.training.run_record import unused_settings
+from toolkit.training.validation_metrics import ValidationMetrics
 
 log = logging.getLogger("frostline")
 
@@ -66,8 +68,10 @@ class RunContext:
     tokenizer: PreTrainedTokenizerBase
     pad_id: int
     """Token that rows are padded with."""
-    stop_ids: list[int]
-    """Tokens that end an answer."""
+    encoder: Encoder
+    """What encoded the rows."""
+    metrics: ValidationMetrics | None
+    """What is computed of the validation rows beside their loss; None for nothing."""
     fingerprints: dict[str, str]
     """SHA-256 of rows, tokenizer, chat template, base model and mask schedule, which a checkpoint must match."""
     ds_config: dict[str, Any] | None
@@ -81,8 +85,10 @@ class RunContext:
 
     @property
     def examples(self) -> Rows:
-        """Rows that the run computes with: for training, validation and, in a fold, its test."""
+        """Rows that the run computes with: for training, validation with its metrics and, in a fold, its test."""
         rows = self.dataset.train + self.dataset.validation
+        if self.metrics is not None and self.metrics.examples is not None:
+            rows += self.metrics.examples
         return rows + self.dataset.test if self.config.data.fold is not None else rows
 
     @property
@@ -139,7 +145,8 @@ def prepare(
         tokenizer = load_tokenizer_of(config.model)
         if masks is not None:
             check_rows(*masks, tokenizer, config.model.add_tokens)
-    dataset, stop_ids = load_rows(config, tokenizer, world, run_dir)
+    dataset, encoder = load_rows(config, tokenizer, world, run_dir)
+    metrics = ValidationMetrics.of(config, dataset, encoder)
     world.raise_if_stopping()
     plan = BatchPlan.of_recipe(train, len(dataset.train), world.size, world.rank)
     total_steps = state.resumed_total_steps(config, world.size) if state else plan.steps(train.epochs, train.max_steps)
@@ -150,6 +157,8 @@ def prepare(
         import_module("toolkit.engine.deepspeed.engine")  # counts as a library; only runs that use DeepSpeed import it
     library_bytes = psutil.Process().memory_info().rss
     loaded = _load_model(config, tokenizer, dataset, world)
+    if metrics is not None and metrics.examples is not None:
+        check_fit(metrics.examples, loaded.model)
     length = int(np.median(dataset.train.lengths))
     gradients = choose_gradients(loaded.model, length, world, run_dir, resumes=state is not None)
     world.raise_if_stopping()
@@ -160,8 +169,8 @@ def prepare(
     passes = [plan.passes(phase.end, phase.start) for phase in schedule.phases]
     context = RunContext(
         config=config, world=world, dataset=dataset, batch_plan=plan, total_steps=total_steps, schedule=schedule,
-        base=base, gradients=gradients, tokenizer=tokenizer, stop_ids=stop_ids,
-        pad_id=padding_id(tokenizer, loaded.model),
+        base=base, gradients=gradients, tokenizer=tokenizer, encoder=encoder,
+        metrics=metrics, pad_id=padding_id(tokenizer, loaded.model),
         fingerprints=fingerprints(dataset, tokenizer, base, schedule), library_bytes=library_bytes,
         ds_config=load_ds_config(
             invocation.deepspeed, config, world.size, int(loaded.model.config.get_text_config().hidden_size)

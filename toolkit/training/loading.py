@@ -33,14 +33,14 @@ log = logging.getLogger("frostline")
 
 def load_rows(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, world: World, run_dir: Path | None
-) -> tuple[Dataset, list[int]]:
+) -> tuple[Dataset, Encoder]:
     """Read the rows that ``config`` names, the same on every rank; every rank calls it.
 
     A date that the chat template prints is that of the run's beginning on all ranks and in all later commands, which
     find it in ``run_dir``; None saves nothing.
 
     Returns:
-        The rows, and the tokens that end an answer.
+        The rows, and what encoded them.
 
     Raises:
         DataError: as ``load_dataset``.
@@ -70,7 +70,7 @@ def load_rows(
     if run_dir is not None and world.is_main:
         with explain_refused_write(run_dir):
             rendering.save(run_dir)
-    return dataset, Encoder(tokenizer, config.data.max_length, ends, rendering).stop_ids()
+    return dataset, Encoder(tokenizer, config.data.max_length, ends, rendering)
 
 
 def load_for_training(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:

@@ -8,13 +8,15 @@ import math
 import re
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from toolkit.checkpoint.early_stopping import logged_losses
+from toolkit.checkpoint.early_stopping import logged_scores
+from toolkit.checkpoint.validation_score import ValidationScore
+from toolkit.inference.evaluation import perplexity
 from toolkit.runtime.paths import LineFile, explain_refused_write, replace_text
 from toolkit.runtime.progress_bar import ProgressBar
 from toolkit.training.progress import Progress
@@ -136,13 +138,15 @@ class Monitor:
             steps = int(progress.totals["epoch_finite"])
             log.info("epoch %d: mean loss %.4f over %d steps%s", progress.epoch + 1, progress.epoch_loss, steps, but)
 
-    def evaluation(self, step: int, epoch: float, loss: float, perplexity: float) -> None:
-        """Log a validation."""
+    def evaluation(self, step: int, epoch: float, loss: float, metrics: Mapping[str, float]) -> None:
+        """Log a validation: its loss, and the metrics that ``output.evaluate_metrics`` asks for."""
         if self._is_main:
-            self._write({"step": step, "epoch": epoch, "eval_loss": loss, "eval_perplexity": perplexity})
-            self.board.scalar("eval/loss", loss, step)
-            self.board.scalar("eval/perplexity", perplexity, step)
-            log.info("step %d: validation loss %.4f, perplexity %.2f", step, loss, perplexity)
+            values = {"loss": loss, "perplexity": perplexity(loss), **metrics}
+            self._write({"step": step, "epoch": epoch, **{f"eval_{name}": value for name, value in values.items()}})
+            for name, value in values.items():
+                self.board.scalar(f"eval/{name}", value, step)
+            more = "".join(f", {name} {value:.4f}" for name, value in metrics.items())
+            log.info("step %d: validation loss %.4f, perplexity %.2f%s", step, loss, values["perplexity"], more)
 
     def answers(self, step: int, answers: Sequence[Answer]) -> None:
         """Show sample answers beside their references in TensorBoard's text tab."""
@@ -154,17 +158,9 @@ class Monitor:
             header = ["| row | question, the end of its prompt | reference | answer |", "|---:|---|---|---|"]
             self.board.text("answers", "\n".join([f"After step {step}:", "", *header, *rows]), step)
 
-    def logged_losses(self, until: int) -> list[float]:
-        """Return the validation losses up to a step, NaN if not finite; on rank 0."""
-        return logged_losses(self._file.lines(), until)
-
-    def logged_loss(self, step: int) -> float | None:
-        """Return the validation loss after ``step`` steps, NaN if not finite, None if not logged; on rank 0."""
-        rows = map(json.loads, self._file.lines())
-        losses = [row["eval_loss"] for row in rows if "eval_loss" in row and row["step"] == step]
-        if not losses:
-            return None
-        return math.nan if losses[-1] is None else float(losses[-1])
+    def logged_scores(self, until: int, metric: str, higher_is_better: bool) -> dict[int, ValidationScore]:
+        """Return the validation scores up to a step, by step; on rank 0. See ``early_stopping.logged_scores``."""
+        return logged_scores(self._file.lines(), until, metric, higher_is_better)
 
     def _write(self, row: dict[str, object]) -> None:
         finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 
 from toolkit.checkpoint.state import CheckpointState
+from toolkit.checkpoint.validation_score import ValidationScore
 from toolkit.data.batches import epoch_order
 from toolkit.training.step import StepResult
 
@@ -26,8 +27,8 @@ class Progress:
     """Epochs done."""
     cursor: int = 0
     """Rows of the next epoch that are done, over all ranks, in the order of its permutation."""
-    eval_loss: float | None = None
-    """Validation loss after the last step; None where it was not computed."""
+    score: ValidationScore | None = None
+    """What a validation after the last step gave; None where there was none."""
     totals: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_SUMS, 0.0))
     """Sums since the run began, those named ``epoch_…`` since the epoch began, and the mean loss of each epoch done.
     ``epoch_loss`` sums the ``epoch_finite`` losses that were finite; ``epoch_skipped`` counts steps without effect."""
@@ -68,7 +69,7 @@ class Progress:
         """Count a step of at most ``global_batch`` rows."""
         self.step += 1
         self.cursor = min(self.cursor + global_batch, self.rows)
-        self.eval_loss = None
+        self.score = None
         is_finite = math.isfinite(result.loss)
         amounts = {
             "tokens": result.tokens, "supervised_tokens": result.supervised_tokens, "seconds": result.seconds,

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from toolkit.activation_cache.cached_prefix import CachedPrefix
 from toolkit.data.examples import Example
+from toolkit.evaluation.cut_model import CutModel
 from toolkit.frozen.residence import kept_in_memory
 from toolkit.inference.evaluation import Evaluation, evaluate_rows
 from toolkit.inference.generation import can_complete_together, complete_together
@@ -88,6 +90,28 @@ def sample_answers(
     ]
 
 
+def compute_metrics(context: RunContext, state: PhaseState, answers: Sequence[Answer]) -> dict[str, float]:
+    """Compute the metrics that ``output.evaluate_metrics`` asks for; every rank calls it with dropout off.
+
+    The rows are divided among ranks, and every rank returns the same values. Under ZeRO-3 the suffix is gathered on
+    each rank for the duration. ``answers`` are those to the first validation rows.
+
+    Raises:
+        FrostlineError: some rank failed; raised on every rank.
+    """
+    metrics, world = context.metrics, context.world
+    assert metrics is not None
+    likelihoods: dict[int, np.ndarray] = {}
+    if metrics.queries:
+        model = CutModel(state.suffix, state.prefix, context.encoder, context.pad_id, world)
+        size = context.batch_plan.micro_batch_size
+        _gather_results(world, lambda: _require_gathering_memory(state, world))
+        with state.engine.gathered():
+            for of_rank in _gather_results(world, lambda: metrics.likelihoods(model, size)):
+                likelihoods |= of_rank
+    return metrics.values(likelihoods, [answer.answer for answer in answers])
+
+
 def _require_gathering_memory(state: PhaseState, world: World) -> None:
     """Allocate as much as gathering the suffix will, so that a rank without that memory fails before the collective."""
     torch.empty(state.engine.gathered_bytes(), dtype=torch.uint8, device=world.device)
@@ -98,7 +122,7 @@ def _answers(
 ) -> list[str]:
     """Generate the answers to ``rows``: together where each token copies weights, else one after the other."""
     prefix = state.prefix.offloaded_prefix() if isinstance(state.prefix, CachedPrefix) else state.prefix
-    tokenizer, max_tokens = context.tokenizer, context.config.output.sample_tokens
+    tokenizer, encoder, max_tokens = context.tokenizer, context.encoder, context.config.output.sample_tokens
     prompts, answers = [_prompt_ids(row) for row in rows], list[str]()
     with (
         state.joined.with_prefix(prefix) as model,
@@ -116,9 +140,9 @@ def _answers(
         for start in range(0, len(prompts), size):
             some = prompts[start : start + size]
             pace.begin()
-            answers += complete_together(model, tokenizer, some, context.stop_ids, max_tokens, stop=after_token)
+            answers += complete_together(model, tokenizer, some, encoder.stop_ids(), max_tokens, stop=after_token)
             bar.advance(len(some))
-    return answers
+    return [encoder.answer_opening + encoder.without_closing(answer) for answer in answers]
 
 
 def _gather_results(world: World, work: Callable[[], T]) -> list[T]:
