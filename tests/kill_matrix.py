@@ -36,6 +36,7 @@ from helpers import free_port, invocation, make_tiny_model, masters_of, metrics,
 
 from toolkit.activation_cache.cached_prefix import CachedPrefix  # noqa: E402
 from toolkit.checkpoint.saver import Saver  # noqa: E402
+from toolkit.checkpoint.validation_score import ValidationScore  # noqa: E402
 from toolkit.runtime import distributed  # noqa: E402
 from toolkit.training import context  # noqa: E402
 from toolkit.training.run import train_in_group  # noqa: E402
@@ -113,7 +114,7 @@ def aim(kind: str, point: float, made: list[str]) -> None:
 
         CachedPrefix.fill = filled  # type: ignore[method-assign]
         return
-    save, publish, record, fire = Saver.save, Saver._publish, Saver.record_loss, contextlib.ExitStack()
+    save, publish, record, fire = Saver.save, Saver._publish, Saver.record_score, contextlib.ExitStack()
 
     def saved(self: Saver, content: Any, validation_follows: bool = False) -> None:
         if content.state.step == VICTIM:
@@ -122,9 +123,9 @@ def aim(kind: str, point: float, made: list[str]) -> None:
         if self._executor is None and kind != "validation":
             fire.close()
 
-    def recorded(self: Saver, step: int, loss: float) -> None:
-        record(self, step, loss)
-        fire.close()  # the loss is written and older checkpoints have gone
+    def recorded(self: Saver, step: int, score: ValidationScore) -> None:
+        record(self, step, score)
+        fire.close()  # the score is written and older checkpoints have gone
 
     def published(self: Saver) -> None:
         late = self._executor is not None and self._pending is not None and self._pending.step == VICTIM
@@ -132,7 +133,7 @@ def aim(kind: str, point: float, made: list[str]) -> None:
         if late:  # until here, so that the thread's calls are counted however fast it is
             fire.close()
 
-    Saver.save, Saver._publish, Saver.record_loss = saved, published, recorded  # type: ignore[method-assign]
+    Saver.save, Saver._publish, Saver.record_score = saved, published, recorded  # type: ignore[method-assign]
 
 
 class Range:

@@ -14,7 +14,7 @@ from helpers import metrics, run_script, tiny_flags, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from toolkit.checkpoint import catalog, saver
-from toolkit.checkpoint.validation_loss import read_validation_loss
+from toolkit.checkpoint.validation_score import ValidationScore, read_validation_score
 from toolkit.training import between_steps, validation
 from toolkit.training.monitor import Monitor
 
@@ -62,7 +62,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, before: Callable[[str], None]) -> Non
 
     watched(saver.Saver, "save", "commit")
     watched(between_steps, "validate", "validate")
-    watched(saver, "write_validation_loss", "keep the loss")
+    watched(saver, "write_validation_score", "keep the loss")
     watched(catalog, "prune", "prune")
     watched(Monitor, "evaluation", "tell the loss")
     watched(between_steps, "sample_answers", "answer")
@@ -195,7 +195,7 @@ def test_checkpoints_that_keep_their_loss_in_the_state_are_read_as_ever(
         checkpoint = run / "checkpoints" / f"step-{step:08d}"
         (checkpoint / "evaluation.json").unlink()
         edit_state(checkpoint, eval_loss=loss)
-        assert read_validation_loss(checkpoint) == loss
+        assert read_validation_score(checkpoint) == ValidationScore(loss)
     (run / "checkpoints" / "best").unlink()
     monkeypatch.setattr(between_steps, "validate", lambda *_: pytest.fail("it was validated again"))
     assert train(*flags(tiny_model, run)) == 0
@@ -219,11 +219,11 @@ def test_a_loss_that_was_changed_is_named_and_computed_again(
     assert train(*flags(tiny_model, run)) == 0
     kept = run / "checkpoints" / "step-00000006" / "evaluation.json"
     kept.write_text(damage(kept.read_text()))
-    assert read_validation_loss(kept.parent) is None
+    assert read_validation_score(kept.parent) is None
     assert any("evaluation.json is not used" in line and why in line for line in said)
     assert train(*flags(tiny_model, run)) == 0
     assert metrics(run, "eval_loss") == metrics(whole, "eval_loss")
-    assert read_validation_loss(kept.parent) == metrics(whole, "eval_loss")[-1]
+    assert read_validation_score(kept.parent) == ValidationScore(metrics(whole, "eval_loss")[-1])
 
 
 def test_a_loss_never_speaks_for_another_checkpoint(tiny_model: Path, tmp_path: Path, said: list[str]) -> None:
@@ -231,7 +231,7 @@ def test_a_loss_never_speaks_for_another_checkpoint(tiny_model: Path, tmp_path: 
     assert train(*flags(tiny_model, run, "--output.keep", 9)) == 0
     two, four = (run / "checkpoints" / f"step-{step:08d}" for step in (2, 4))
     (two / "evaluation.json").write_bytes((four / "evaluation.json").read_bytes())
-    assert read_validation_loss(two) is None
+    assert read_validation_score(two) is None
     assert any("it belongs to another checkpoint" in line for line in said)
 
 
