@@ -16,7 +16,7 @@ Step = int | Literal["latest", "best"]
 
 @dataclass(frozen=True)
 class ChosenCheckpoint:
-    """A verified checkpoint of a run, compared with the run's latest and best one."""
+    """A checkpoint of a run, compared with the run's latest and best one."""
 
     checkpoint: Path
     loss: float | None
@@ -57,6 +57,17 @@ def choose_checkpoint(run: Path, step: Step | None = None) -> ChosenCheckpoint:
     Raises:
         CheckpointError: the checkpoint is missing (lists those that are present) or damaged.
     """
+    choice = find_checkpoint(run, step)
+    verify(choice.checkpoint)
+    return choice
+
+
+def find_checkpoint(run: Path, step: Step | None = None) -> ChosenCheckpoint:
+    """Find a checkpoint as ``choose_checkpoint`` does, and read none of its tensors.
+
+    Raises:
+        CheckpointError: the checkpoint is missing; lists those that are present.
+    """
     losses, latest = validation_losses(checkpoints_of(run)), latest_checkpoint(run)
     best = best_of(losses)
     if latest is None:
@@ -75,7 +86,6 @@ def choose_checkpoint(run: Path, step: Step | None = None) -> ChosenCheckpoint:
         )
     if not checkpoint.is_dir():
         raise CheckpointError(f"{run} has no checkpoint of step {step}; present: {present}")
-    verify(checkpoint)
     return ChosenCheckpoint(
         checkpoint, losses.get(checkpoint), checkpoint == latest, best, losses[best] if best else None
     )
