@@ -50,7 +50,8 @@ def _model(run: RunFacts, text: Phrases) -> Iterator[str]:
 def _data(run: RunFacts, text: Phrases) -> Iterator[str]:
     data, seed = run.config.data, run.config.train.seed
     yield text.plain(
-        "m_data", rows=f"{run.rows['train']:,}", source=", ".join(_shown(source.path) for source in sources_of(data, "train")),
+        "m_data", rows=f"{run.rows['train']:,}",
+        source=", ".join(_shown(source.path) for source in sources_of(data, "train")),
         task=run.task, length=data.max_length,
     )  # fmt: skip
     if data.folds is not None:

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from markupsafe import Markup
@@ -188,12 +189,15 @@ def _marked(row: AnsweredRow, base: str | None, own: str) -> tuple[Markup | None
     """Return both answers with the words that differ marked: ``del`` in the base's, ``ins`` in the run's."""
     if base is None:
         return None, Markup.escape(clean(row.answers[own]))
-    old, new = (re.findall(r"\s+|\S+", clean(row.answers[name])) for name in (base, own))
+    old, new = (re.findall(r"(\s*)(\S+)", clean(row.answers[name])) for name in (base, own))
     pieces: tuple[list[Markup], list[Markup]] = ([], [])
-    for what, a, b, c, d in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+    compared = difflib.SequenceMatcher(None, [word for _, word in old], [word for _, word in new], autojunk=False)
+    for what, a, b, c, d in compared.get_opcodes():
         for side, tag, words in zip(pieces, ("del", "ins"), (old[a:b], new[c:d]), strict=True):
-            joined = "".join(words)
-            is_marked = what != "equal" and bool(joined.strip())
+            blank, joined = words[0][0] if words else "", "".join(chain.from_iterable(words))
+            side.append(Markup.escape(blank))
+            joined = joined[len(blank) :]
+            is_marked = what != "equal" and joined
             side.append(Markup(f"<{tag}>{{}}</{tag}>").format(joined) if is_marked else Markup.escape(joined))
     return Markup("").join(pieces[0]), Markup("").join(pieces[1])
 
