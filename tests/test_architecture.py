@@ -24,6 +24,7 @@ LAYERS = [
     {"inference"},
     {"evaluation"},
     {"exporting", "planning"},
+    {"report"},
     {"training"},
     {"commands"},
 ]

@@ -17,7 +17,7 @@ Step = int | Literal["latest", "best"]
 
 @dataclass(frozen=True)
 class ChosenCheckpoint:
-    """A verified checkpoint of a run, compared with the run's latest and best one."""
+    """A checkpoint of a run, compared with the run's latest and best one."""
 
     checkpoint: Path
     score: ValidationScore | None
@@ -58,6 +58,17 @@ def choose_checkpoint(run: Path, step: Step | None = None) -> ChosenCheckpoint:
     Raises:
         CheckpointError: the checkpoint is missing (lists those that are present) or damaged.
     """
+    choice = find_checkpoint(run, step)
+    verify(choice.checkpoint)
+    return choice
+
+
+def find_checkpoint(run: Path, step: Step | None = None) -> ChosenCheckpoint:
+    """Find a checkpoint as ``choose_checkpoint`` does, and read none of its tensors.
+
+    Raises:
+        CheckpointError: the checkpoint is missing; lists those that are present.
+    """
     scores, latest = validation_scores(checkpoints_of(run)), latest_checkpoint(run)
     best = best_of(scores)
     if latest is None:
@@ -76,7 +87,6 @@ def choose_checkpoint(run: Path, step: Step | None = None) -> ChosenCheckpoint:
         )
     if not checkpoint.is_dir():
         raise CheckpointError(f"{run} has no checkpoint of step {step}; present: {present}")
-    verify(checkpoint)
     return ChosenCheckpoint(
         checkpoint, scores.get(checkpoint), checkpoint == latest, best, scores[best] if best else None
     )

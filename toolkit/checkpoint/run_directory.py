@@ -26,6 +26,8 @@ log = logging.getLogger("frostline")
 OUT_OF_FOLD_FILE = "out_of_fold.jsonl"
 """Losses of the rows that a run holds out as its fold; a run of ``data.folds`` ends with it. In the directory
 of all folds, those of all rows."""
+RECORD_FILE = "record.json"
+"""What a run was, as far as no other file says it: parts of the model and what trains of them, rows, hardware."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ VERBS = {
     "plan": "print memory, compute and disk of a run before any weight is loaded",
     "evaluate": "print the validation loss of a run, an export, a delta or any model",
     "generate": "answer questions",
+    "report": "write a run's report as one HTML file: result, curves, answers, cost, methods",
     "export": "write a model directory for transformers, or a delta",
     "submit": "train as a SLURM job",
 }

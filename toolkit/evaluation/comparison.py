@@ -36,6 +36,8 @@ class Score(Interval):
     """None for that model itself, for trivial answers, and where one of the two lacks the metric."""
     verdict: str | None = None
     """See ``claim``; None without a difference or a better direction."""
+    higher_is_better: bool | None = None
+    """None if neither is."""
 
 
 @dataclass(frozen=True)
@@ -269,7 +271,7 @@ def _scores(
         if difference is not None and metric.higher_is_better is not None:
             units = resampling.units(len(metric.statistics))
             verdict = claim(difference, metric.higher_is_better, units, p_values[name])
-        scores[name] = Score(own.value, own.low, own.high, difference, verdict)
+        scores[name] = Score(own.value, own.low, own.high, difference, verdict, metric.higher_is_better)
     return scores
 
 

@@ -21,9 +21,7 @@ def summary(comparison: Comparison) -> str:
 
 def table(comparison: Comparison) -> Iterator[str]:
     """Yield the lines of a table: each metric with the models that have it, the declared one first."""
-    every = dict.fromkeys(name for model in comparison.models for name in model.scores)
-    names = [name for name in every if not any(part in name for part in _DETAILS)]
-    names.sort(key=lambda name: name != comparison.primary)
+    names = [name for name in metric_names(comparison) if not is_detail(name)]
     width = min(_WIDTH, max(len(_name(model)) for model in comparison.models))
     against = f"difference to {comparison.against}" if comparison.against else ""
     yield f"{'':<{width}}  {'value':>9}  {'95 % interval':>19}  {against}".rstrip()
@@ -37,12 +35,23 @@ def table(comparison: Comparison) -> Iterator[str]:
         yield from _notes(comparison)
 
 
+def metric_names(comparison: Comparison) -> list[str]:
+    """Return the names of all metrics, the declared one first."""
+    every = dict.fromkeys(name for model in comparison.models for name in model.scores)
+    return sorted(every, key=lambda name: name != comparison.primary)
+
+
+def is_detail(metric: str) -> bool:
+    """Return True for the metric of one label or field, of which there may be many."""
+    return any(part in metric for part in _DETAILS)
+
+
 def _line(score: Score) -> str:
     line = f"{number(score.value):>9}  {interval(score.low, score.high):>19}"
     if score.difference is None:
         return line
     of = score.difference
-    return f"{line}  {_signed(of.value)} {interval(of.low, of.high)} {score.verdict or ''}"
+    return f"{line}  {signed(of.value)} {interval(of.low, of.high)} {score.verdict or ''}"
 
 
 def _notes(comparison: Comparison) -> Iterator[str]:
@@ -65,7 +74,8 @@ def number(value: float) -> str:
     return f"{value:.4g}" if abs(value) >= 1000 else f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
 
 
-def _signed(value: float) -> str:
+def signed(value: float) -> str:
+    """Return a number with its sign."""
     return ("+" if value > 0 else "") + number(value)
 
 

@@ -14,6 +14,7 @@ from toolkit.config.flags import Invocation
 from toolkit.config.policy import saves_in_background
 from toolkit.config.recipe import dump
 from toolkit.engine.deepspeed import nvme_files
+from toolkit.mask.audit import audit
 from toolkit.runtime import signals
 from toolkit.runtime.distributed import World, join_ranks
 from toolkit.runtime.errors import OutOfMemoryError
@@ -27,7 +28,7 @@ from toolkit.training.monitor import Monitor
 from toolkit.training.out_of_memory_advice import advise
 from toolkit.training.preflight import check_writable
 from toolkit.training.rank_agreement import rank_settings, require_same
-from toolkit.training.run_record import MemoryUse, save_record
+from toolkit.training.run_record import MemoryUse, save_facts, save_record
 from toolkit.training.trainer import Trainer
 
 log = logging.getLogger("frostline")
@@ -109,6 +110,8 @@ def _train(trainer: Trainer, directory: RunDirectory) -> int:
             write_config(run_dir, context.config)
             (run_dir / OUT_OF_FOLD_FILE).unlink(missing_ok=True)  # of a shorter run that this one goes on with
             save_record(run_dir, context.schedule, context.dataset, trainer.plan)
+            mask, anatomy = context.schedule.phases[-1].delta_mask, trainer.state.suffix.anatomy
+            save_facts(run_dir, audit(mask, anatomy), context.dataset, world.device)
             if context.config.model.add_tokens:
                 context.tokenizer.save_pretrained(str(run_dir / "tokenizer"))
     log.info("writing to %s (watch: tensorboard --logdir %s)", run_dir, run_dir.parent)

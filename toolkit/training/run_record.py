@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import os
+import platform
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from toolkit.checkpoint.run_directory import RECORD_FILE
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import Dataset
+from toolkit.mask.audit import AuditRow
 from toolkit.mask.schedule import Schedule
 from toolkit.optim.groups import is_rate_always_zero
 from toolkit.planning.planner import Plan
@@ -58,6 +64,42 @@ def save_record(run: Path, schedule: Schedule, dataset: Dataset, plan: Plan | No
     save_plan(run, plan)
     dataset.save_sources(run / "data_files.json")
     dataset.save_skipped(run / "skipped_rows.jsonl")
+
+
+def save_facts(run: Path, parts: Sequence[AuditRow], dataset: Dataset, device: torch.device) -> None:
+    """Write what the report needs and no other file says: parts of the model, task, numbers of rows, hardware.
+
+    ``parts`` are those of the mask that the run ends with, as a model card states them.
+    """
+    record = {
+        "parts": [asdict(row) for row in parts],
+        "task": dataset.task,
+        "rows": {
+            "train": len(dataset.train),
+            "validation": len(dataset.validation),
+            "test": len(dataset.test),
+            "skipped": len(dataset.skipped),
+            "shortened": dataset.rows.shortened,
+        },
+        "hardware": {
+            "kind": device.type,
+            "device": device_name(device),
+            "cpu_cores": os.cpu_count(),
+            "system": platform.platform(),
+        },
+    }
+    replace_text(run / RECORD_FILE, json.dumps(record, ensure_ascii=False, indent=1))
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of the GPU, or of the CPU as the system tells it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with suppress(OSError):
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        if name := re.search(r"^model name\s*:\s*(.+)$", told, flags=re.M):
+            return name[1]
+    return platform.processor() or platform.machine()
 
 
 def save_plan(run: Path, plan: Plan | None) -> None:
