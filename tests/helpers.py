@@ -143,6 +143,7 @@ def tiny_flags(model: Path, run: Path, *more: object) -> list[str]:
     flags = [
         "--model.name_or_path", model, "--model.dtype", "float32", "--data.path", ENGLISH, "--data.validation", "none",
         *REFERENCE_MASK, "--train.learning_rate", "1e-3", "--output.dir", run, "--output.sample_answers", 0,
+        "--output.report", "[]",
         *more,
     ]  # fmt: skip
     return [str(flag) for flag in flags]

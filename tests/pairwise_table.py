@@ -118,6 +118,8 @@ NOT_COMBINED = {
     "data.revision": "of Hub data sets alone",
     "data.separator": "of CSV alone, which is one of the files; tests/test_sources.py",
     "data.sheet": "of Excel workbooks alone; tests/test_sources.py",
+    "output.report": "written after the run, from its directory: test_report.py",
+    "output.report_answers": "of the report",
     "output.dir": "every run here has a directory of its own",
 }
 """Recipe keys without values here, and why."""

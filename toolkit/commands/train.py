@@ -65,13 +65,16 @@ def train(
         from toolkit.training.run import run
 
         directory: list[Path] = []
-        code = run(build_invocation(recipe, overrides, ds, resume_override), directory.append)
+        invocation = build_invocation(recipe, overrides, ds, resume_override)
+        code = run(invocation, directory.append)
     if ds is not None:
         from toolkit.engine.deepspeed.process_groups import reset_process_groups
 
         reset_process_groups()
     if not directory:
         raise TrainingStoppedError("a signal stopped the run before it had a directory; call again to begin it")
+    if code == 0:
+        _report(directory[0], invocation.config)
     return TrainResult(directory[0], stopped=code == STOPPED)
 
 
@@ -99,7 +102,21 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         invocation = flags.parse(parser, shipped_file(QUICKSTART), words)
         from toolkit.training.run import run  # imports torch, which --help and a faulty recipe need not wait for
 
-        return run(invocation)
+        directory: list[Path] = []
+        code = run(invocation, directory.append)
+    if code == 0 and directory:
+        _report(directory[0], invocation.config)  # a signal ends it at once: the run is whole
+    return code
+
+
+def _report(run: Path, config: RunConfig) -> None:
+    """Write the report of a run that has ended, on rank 0."""
+    from toolkit.runtime.distributed import read_world
+
+    if config.output.report and read_world().is_main:
+        from toolkit.report.after_training import report_after_training
+
+        report_after_training(run, config)
 
 
 if __name__ == "__main__":  # python -m toolkit.commands.train, for launchers where there is no checkout

@@ -212,6 +212,13 @@ class OutputConfig(Section):
     sample_tokens: Annotated[int, Field(ge=1)] = 96
     """Longest sample answer in tokens."""
 
+    report: tuple[Literal["en", "ko"], ...] = ("en",)
+    """Languages of the report that the run ends with, report.html and report.ko.html, for which it is scored beside its
+    base on the validation rows; [] writes none (docs/report.md)."""
+
+    report_answers: Annotated[int, Field(ge=0)] = 20
+    """So many of the validation rows are answered for the report, by the run and by its base."""
+
     resume: Literal["auto", "must", "never"] = "auto"
     """auto continues an interrupted run of the same recipe, from the newest checkpoint that is whole; must insists on
     the latest; never refuses a used directory."""

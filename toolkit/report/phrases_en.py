@@ -9,7 +9,7 @@ ENGLISH = {
     "choice_both": "the latest checkpoint and that with the lowest validation loss ({loss})",
     "choice_other": "neither the latest checkpoint nor that with the lowest validation loss",
     "choice_folds": "the latest checkpoint of each of {count} folds",
-    "better_step": "Step {step} has a lower validation loss ({loss}).",
+    "better_step": "By the validation rows step {step} is better ({score}).",
     "result": "Result",
     "values": "{value} {interval} against {other} {other_interval}, a difference of {difference} {difference_interval}",
     "result_better": "The fine-tuned model is better than {against} in {metric}, the declared metric: {values}.",

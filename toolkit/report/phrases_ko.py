@@ -9,7 +9,7 @@ KOREAN = {
     "choice_both": "마지막이자 검증 손실이 가장 낮은 체크포인트, {loss}",
     "choice_other": "마지막 체크포인트도, 검증 손실이 가장 낮은 체크포인트도 아님",
     "choice_folds": "폴드 {count}개 각각의 마지막 체크포인트",
-    "better_step": "검증 손실은 {step} 스텝이 더 낮습니다({loss}).",
+    "better_step": "검증 행 기준으로는 {step} 스텝이 더 낫습니다({score}).",
     "result": "결과",
     "values": "{value} {interval}, 비교 대상 {other} {other_interval}, 차이 {difference} {difference_interval}",
     "result_better": "미리 정한 지표 {metric}에서 미세조정한 모델이 {against}보다 낫습니다: {values}.",

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from markupsafe import Markup
 
+from toolkit.checkpoint.manifest import step_of
 from toolkit.data.sources import sources_of
 from toolkit.evaluation.table import number
 from toolkit.report.curves import LABEL, draw_learning_rate, draw_losses
@@ -18,9 +19,9 @@ Pair = tuple[str, str]
 
 
 def about(runs: Sequence[RunFacts], text: Phrases) -> Iterator[Markup]:
-    """Yield what the model is, which checkpoint of it, and which would have a lower validation loss."""
+    """Yield what the model is, which checkpoint of it, and which would be better by validation."""
     run, choice = runs[0], runs[0].choice
-    loss = "" if choice.loss is None else f"{choice.loss:.4f}"  # as ChosenCheckpoint.text, which the model card has
+    loss = "" if choice.score is None else choice.score.text.removeprefix("validation loss ")  # as the model card
     is_best = choice.best == choice.checkpoint
     kind = "other" if not (is_best or choice.is_latest) else "both" if is_best and choice.is_latest else ""
     kind = "folds" if len(runs) > 1 else kind or ("best" if is_best else "latest")
@@ -29,8 +30,8 @@ def about(runs: Sequence[RunFacts], text: Phrases) -> Iterator[Markup]:
         "about", base=run.base.config.name_or_path, version=run.state.versions.get("frostline", "?"), step=steps,
         choice=text(f"choice_{kind}", loss=loss, count=len(runs)),
     )  # fmt: skip
-    if len(runs) == 1 and choice.better is not None:
-        yield text("better_step", step=int(choice.better.name.removeprefix("step-")), loss=f"{choice.best_loss:.4f}")
+    if len(runs) == 1 and choice.better is not None and choice.best_score is not None:
+        yield text("better_step", step=step_of(choice.better), score=choice.best_score.deciding)
 
 
 def trained(run: RunFacts, text: Phrases) -> Iterator[Markup]:
