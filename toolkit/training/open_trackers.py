@@ -131,4 +131,4 @@ def _logged_after(step: int, run: Path) -> frozenset[tuple[str, int]]:
     except FileNotFoundError:
         return frozenset()
     rows = (json.loads(line) for line in lines if line.endswith("\n"))  # a killed process leaves a part of its last
-    return frozenset((group(row), row["step"]) for row in rows if row["step"] > step)
+    return frozenset((group(row), row["step"]) for row in rows if row["step"] > step and "event" not in row)

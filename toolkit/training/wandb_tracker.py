@@ -27,6 +27,7 @@ class WandbTracker:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # wandb's own, to its makers; read as it starts
         import wandb
 
+        hooks = sys.exit, sys.excepthook
         chosen = wandb.setup().settings  # by its environment variables and settings files
         is_online = chosen.mode not in ("offline", "dryrun", "disabled")
         if is_online and not wandb.login(prompt=False, verify=False):
@@ -34,7 +35,6 @@ class WandbTracker:
                 "output.report_to names wandb, which has no key; run `wandb login`, set WANDB_API_KEY, or set "
                 "WANDB_MODE=offline to write files alone"
             )
-        hooks = sys.exit, sys.excepthook
         try:
             self._run = wandb.init(
                 id=run_id,
