@@ -20,6 +20,7 @@ from typing import Any
 
 import fake_wandb
 import pytest
+import stub_wandb
 from helpers import ENGLISH, ROOT, invocation, metrics, run_script, tiny_flags, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -364,6 +365,30 @@ def test_wandb_itself_keeps_the_numbers_and_neither_rows_nor_anything_of_the_mac
     for text in (socket.gethostname(), sys.executable, sys.argv[0]):
         assert len(text) < 4 or text.encode() not in content
     assert [path for folder in files for path in (folder.parent / "files").iterdir()] == []
+
+
+@NEEDS_WANDB
+def test_on_the_wire_wandb_sends_the_numbers_and_nothing_of_the_machine(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)
+    with stub_wandb.serve() as (address, received):
+        result = run_script(
+            "launch/train.py", *flags(tiny_model, tmp_path, "wandb"),
+            environ={"WANDB_MODE": "online", "WANDB_BASE_URL": address, "WANDB_API_KEY": "a" * 40},
+        )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    streams = [json.loads(text.split("\n\n", 1)[1]) for path, text in received if path.endswith("file_stream")]
+    files = [stream["files"].get("wandb-history.jsonl", {"content": []}) for stream in streams if "files" in stream]
+    rows = [json.loads(line) for file in files for line in file["content"]]
+    assert [row["train/loss"] for row in rows if "train/loss" in row] == metrics(tmp_path / "run")
+    assert [row["eval/loss"] for row in rows if "eval/loss" in row] == metrics(tmp_path / "run", "eval_loss")
+    assert [(s["complete"], s["exitcode"]) for s in streams if "complete" in s] == [(True, 0)]
+    sent = "\n".join(text for _, text in received)
+    assert not holds_rows(sent.encode())
+    for text in (socket.gethostname(), "train.py", sys.executable, sys.prefix, "psutil"):
+        assert len(text) < 4 or text not in sent, text
+    assert {path.rpartition("/")[2] for path, _ in received} == {"graphql", "file_stream"}
 
 
 KILLS_WANDB = """

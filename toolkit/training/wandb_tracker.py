@@ -45,7 +45,7 @@ class WandbTracker:
                 config=dict(recipe),
                 reinit="create_new",  # leaves runs of whoever calls toolkit.train alone
                 settings=wandb.Settings(
-                    console="off", disable_git=True, disable_code=True, host="-", x_disable_meta=True,
+                    console="off", disable_git=True, disable_code=True, host="-", program="-", x_disable_meta=True,
                     x_disable_machine_info=True, x_disable_stats=True, x_save_requirements=False,
                     stop_fn=lambda: None, quiet=True, finish_timeout=_FINISH_SECONDS, finish_timeout_raises=True,
                 ),
