@@ -89,6 +89,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "output.evaluate_every_steps": {"none": None, "1": 1, "2": 2},
     "output.sample_answers": {"0": 0, "1": 1, "3": 3},
     "output.sample_tokens": {"2": 2, "5": 5},
+    "output.report_to": {"tensorboard": ["tensorboard"], "none": []},
     "output.resume": {"auto": "auto", "must": "must"},
     "mask.train": {
         "last blocks and head": ["last:2", "head"], "head": ["head"], "blocks": ["blocks:3,5"], "groups": GROUP,
@@ -168,6 +169,9 @@ REFUSALS: dict[Pair, str] = {
         ("data.folds", ("2",)),
         ("data.validation", ("a share",)),
         ("data.stratify_by", ("a column",)),
+    ),
+    **_refused(
+        "report_to leaves out tensorboard", ("output.report_to", ("none",)), ("output.sample_answers", ("1", "3"))
     ),
     **_refused("share one tensor", ("mask.tied", ("error",)), ("mask.train", (*HEADS[1], *ALL[1]))),
     **_refused("mask.tied is head_only, but the mask selects the embeddings", ("mask.tied", ("head_only",)), ALL),

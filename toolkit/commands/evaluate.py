@@ -105,10 +105,12 @@ def evaluate(
 def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     """Parse the command line, then evaluate, and return the exit code; see ``cli.verb_parser`` for ``program``."""
     arguments = vars(_parse(words, program))
+    from toolkit.commands.saved_evaluation import runs_among, save_evaluation
     from toolkit.evaluation.table import summary, table
     from toolkit.runtime.paths import make_parent, replace_text
 
     output, predictions = arguments.pop("output"), arguments.pop("predictions")
+    runs = runs_among(arguments["sources"]) if arguments.pop("save") else []
     if output is not None:
         make_parent(output)
     comparison = evaluate(**arguments, keeps_predictions=predictions is not None)
@@ -121,6 +123,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     print(text)
     if predictions is not None:
         save_predictions(comparison, predictions)
+    save_evaluation(comparison, runs)
     return 0
 
 
@@ -209,6 +212,11 @@ def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespa
         "--seed", type=flags.whole_number, default=42, help="of resampling, shots and trivial answers; default: 42"
     )
     parser.add_argument("--output", type=Path, help="file for the JSON, which is printed too; replaced if it exists")
+    parser.add_argument(
+        "--save", action="store_true",
+        help="write the JSON to evaluation.json of each run among the sources, and its scores to its metrics.jsonl and "
+        "to TensorBoard as evaluation/METRIC",
+    )  # fmt: skip
     parser.add_argument(
         "--predictions", type=Path, metavar="FOLDER",
         help="folder for files of each source: the option of each row by its id, as PubMedQA's official script takes "

@@ -62,6 +62,7 @@ _NAMES_BY_KEY: Mapping[str, tuple[str, ...]] = {
     "output.save_every_steps": ("save_steps",),
     "output.evaluate_every_steps": ("eval_steps",),
     "output.keep": ("save_total_limit",),
+    "output.report_to": ("loggers", "logger", "metric_logger"),
 }  # fmt: skip
 
 EQUIVALENT_KEYS: Mapping[str, str] = {name: key for key, names in _NAMES_BY_KEY.items() for name in names}
@@ -149,10 +150,16 @@ _NAMES_BY_ANSWER: Mapping[str, tuple[str, ...]] = {
     "every step is written to metrics.jsonl and TensorBoard; there is nothing to set": (
         "logging_steps", "logging_strategy", "logging_first_step", "log_every_n_steps",
     ),
-    "a run writes metrics.jsonl and TensorBoard's curves into output.dir, and sends nothing anywhere": (
-        "report_to", "logging_dir", "run_name", "wandb_project", "use_wandb", "wandb_run_name", "mlflow_tracking_uri",
-        "use_tensorboard", "metric_logger",
+    "metrics.jsonl and TensorBoard's curves are in output.dir, whose name is the run's": ("logging_dir", "run_name"),
+    "output.report_to: [tensorboard, wandb] sends to wandb, which reads WANDB_PROJECT, WANDB_NAME and its other "
+    "variables (docs/trackers.md)": (
+        "wandb_project", "use_wandb", "wandb_run_name", "wandb_entity", "wandb_name", "wandb_mode", "wandb_run_id",
     ),
+    "output.report_to: [tensorboard, mlflow] sends to MLflow, which reads MLFLOW_TRACKING_URI and "
+    "MLFLOW_EXPERIMENT_NAME (docs/trackers.md)": (
+        "mlflow_tracking_uri", "use_mlflow", "mlflow_experiment_name", "mlflow_run_name",
+    ),
+    "output.report_to has tensorboard unless another list is given": ("use_tensorboard",),
     "each epoch ends with a checkpoint, and the best is kept: output.save_every_steps, output.keep": (
         "save_strategy", "saves_per_epoch", "save_only_model", "load_best_model_at_end", "greater_is_better",
     ),

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from toolkit.config.data_schema import DataConfig as DataConfig
 from toolkit.config.mask_schema import MaskConfig as MaskConfig
-from toolkit.config.section import Section, switch
+from toolkit.config.section import Section, is_none, switch
 from toolkit.runtime.paths import is_directory
 
 
@@ -26,6 +26,17 @@ def _as_token_list(value: Any) -> Any:
         if token in value[:index]:
             raise ValueError(f"{token!r} is there twice; expected each token once")
     return value
+
+
+def _as_trackers(value: Any) -> Any:
+    """Turn one name into a list, and none into an empty one; reject a name that is there twice."""
+    names = [value] if isinstance(value, str) or value is None else value
+    if isinstance(names, list) and len(names) == 1 and (names[0] is None or is_none(names[0])):
+        return []
+    for index, name in enumerate(names if isinstance(names, list) else ()):
+        if name in names[:index]:
+            raise ValueError(f"{name!r} is there twice; expected each tracker once")
+    return names
 
 
 class ModelConfig(Section):
@@ -219,9 +230,25 @@ class OutputConfig(Section):
     report_answers: Annotated[int, Field(ge=0)] = 20
     """So many of the validation rows are answered for the report, by the run and by its base."""
 
+    report_to: Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], BeforeValidator(_as_trackers)] = Field(
+        default=["tensorboard"]
+    )
+    """Where the curves are shown beside metrics.jsonl: tensorboard, wandb, mlflow, several of them, or none. wandb and
+    mlflow get numbers and the recipe, no rows and no answers; each is an extra to install (docs/trackers.md)."""
+
     resume: Literal["auto", "must", "never"] = "auto"
     """auto continues an interrupted run of the same recipe, from the newest checkpoint that is whole; must insists on
     the latest; never refuses a used directory."""
+
+    @model_validator(mode="after")
+    def _require_place_for_answers(self) -> OutputConfig:
+        """Refuse sample answers that nobody would see."""
+        if self.sample_answers and "tensorboard" not in self.report_to:
+            raise ValueError(
+                f"sample_answers is {self.sample_answers}, but report_to leaves out tensorboard, where alone answers "
+                "are shown; add tensorboard to it, or set sample_answers: 0"
+            )
+        return self
 
 
 class RunConfig(Section):

@@ -1,4 +1,4 @@
-"""Log a run to the progress bar, ``metrics.jsonl`` and TensorBoard, on rank 0 only."""
+"""Log a run to the progress bar, ``metrics.jsonl``, TensorBoard and other trackers, on rank 0 only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import re
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from toolkit.runtime.paths import LineFile, explain_refused_write, replace_text
 from toolkit.runtime.progress_bar import ProgressBar
 from toolkit.training.progress import Progress
 from toolkit.training.tensorboard_writer import TensorBoardWriter
+from toolkit.training.trackers import Trackers
 
 log = logging.getLogger("frostline")
 
@@ -88,11 +89,15 @@ class Answer:
 class Monitor:
     """Log a run; a context manager. Without ``is_main``, on other ranks than 0, it does nothing.
 
-    ``first_step`` counts the steps done before a resume; later rows of an interrupted run are dropped.
+    ``first_step`` counts the steps done before a resume; later rows of an interrupted run are dropped. ``report_to`` is
+    that of the recipe, and ``trackers`` are those in it beside TensorBoard, which the caller closes.
     """
 
-    def __init__(self, run: Path, is_main: bool, total_steps: int, first_step: int = 0) -> None:
-        self._is_main = is_main
+    def __init__(
+        self, run: Path, is_main: bool, total_steps: int, first_step: int = 0,
+        report_to: Collection[str] = ("tensorboard",), trackers: Trackers | None = None,
+    ) -> None:  # fmt: skip
+        self._is_main, self._trackers = is_main, trackers or Trackers()
         self.planned_gib: float | None = None
         """The peak that the run was planned to have, of tensors alone; shown beside the measured one."""
         if is_main:
@@ -100,7 +105,8 @@ class Monitor:
                 _drop_rows_after(first_step, run / "metrics.jsonl")
             self._file = LineFile(run / "metrics.jsonl")
             self._bar = ProgressBar("training", total_steps, "step", first_step)
-        self.board = TensorBoardWriter(run / "tensorboard" if is_main else None, first_step + 1 if first_step else 0)
+        has_board = is_main and "tensorboard" in report_to
+        self.board = TensorBoardWriter(run / "tensorboard" if has_board else None, first_step + 1 if first_step else 0)
         """TensorBoard's curves, texts and pictures."""
 
     def __enter__(self) -> Monitor:
@@ -118,11 +124,10 @@ class Monitor:
             return
         row = asdict(metrics)
         self._write(row)
-        for curve, key in _CURVES.items():
-            if row.get(key) is not None:
-                self.board.scalar(curve, row[key], metrics.step)
+        curves = {curve: row[key] for curve, key in _CURVES.items() if row.get(key) is not None}
         if self.planned_gib is not None:
-            self.board.scalar("train/memory_planned_gib", self.planned_gib, metrics.step)
+            curves["train/memory_planned_gib"] = self.planned_gib
+        self._show(metrics.step, curves)
         self._bar.advance(
             loss=f"{metrics.loss:.4f}",
             lr=f"{metrics.learning_rate:.1e}",
@@ -133,7 +138,7 @@ class Monitor:
         """Log the mean of the step losses of the epoch that ends at ``progress``."""
         if self._is_main:
             skipped = int(progress.totals["epoch_skipped"])
-            self.board.scalar("train/epoch_loss", progress.epoch_loss, progress.step)
+            self._show(progress.step, {"train/epoch_loss": progress.epoch_loss})
             but = f", {skipped} skipped" if skipped else ""
             steps = int(progress.totals["epoch_finite"])
             log.info("epoch %d: mean loss %.4f over %d steps%s", progress.epoch + 1, progress.epoch_loss, steps, but)
@@ -143,8 +148,7 @@ class Monitor:
         if self._is_main:
             values = {"loss": loss, "perplexity": perplexity(loss), **metrics}
             self._write({"step": step, "epoch": epoch, **{f"eval_{name}": value for name, value in values.items()}})
-            for name, value in values.items():
-                self.board.scalar(f"eval/{name}", value, step)
+            self._show(step, {f"eval/{name}": value for name, value in values.items()})
             more = "".join(f", {name} {value:.4f}" for name, value in metrics.items())
             log.info("step %d: validation loss %.4f, perplexity %.2f%s", step, loss, values["perplexity"], more)
 
@@ -161,6 +165,12 @@ class Monitor:
     def logged_scores(self, until: int, metric: str, higher_is_better: bool) -> dict[int, ValidationScore]:
         """Return the validation scores up to a step, by step; on rank 0. See ``early_stopping.logged_scores``."""
         return logged_scores(self._file.lines(), until, metric, higher_is_better)
+
+    def _show(self, step: int, curves: Mapping[str, float]) -> None:
+        """Show the values of some curves after a step in TensorBoard and at the other trackers."""
+        for curve, value in curves.items():
+            self.board.scalar(curve, value, step)
+        self._trackers.scalars(step, curves)
 
     def _write(self, row: dict[str, object]) -> None:
         finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}

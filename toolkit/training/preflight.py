@@ -21,6 +21,7 @@ from toolkit.models.load import end_tokens_of
 from toolkit.planning.meta_model import meta_model
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import CheckpointError, PlanError
+from toolkit.training.open_trackers import require_tracker_packages
 from toolkit.training.row_checks import check_rows
 
 log = logging.getLogger("frostline")
@@ -36,6 +37,7 @@ def preflight(invocation: Invocation, ranks: int) -> None:
         UsageError: the one that the run itself would end with.
     """
     config, masks = invocation.config, None
+    require_tracker_packages(config.output.report_to)
     try:
         masks = check_config(invocation, ranks)
     except PlanError as error:

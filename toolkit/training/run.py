@@ -25,10 +25,12 @@ from toolkit.runtime.signals import STOPPED, StopRequested
 from toolkit.training.context import prepare
 from toolkit.training.folds import parent_of_folds, report_folds, save_out_of_fold, train_folds
 from toolkit.training.monitor import Monitor
+from toolkit.training.open_trackers import open_trackers
 from toolkit.training.out_of_memory_advice import advise
 from toolkit.training.preflight import check_writable
 from toolkit.training.rank_agreement import rank_settings, require_same
 from toolkit.training.run_record import MemoryUse, save_facts, save_record
+from toolkit.training.trackers import Trackers
 from toolkit.training.trainer import Trainer
 
 log = logging.getLogger("frostline")
@@ -86,18 +88,20 @@ def _train_one(invocation: Invocation, world: World, on_directory: Callable[[Pat
                 if world.is_main:
                     finish_pruning(directory.path, invocation.config.output.keep)
                 return 0
-            with explain_out_of_memory("the set-up"):
-                context, model = prepare(invocation, world, directory.state, directory.path)
-                nvme_files.assign_swap_folders(context.ds_config, directory.path)
-            trainer = Trainer(context, model, directory.path)
-            code = _train(trainer, directory)
+            with open_trackers(invocation.config, directory, world) as trackers:
+                with explain_out_of_memory("the set-up"):
+                    context, model = prepare(invocation, world, directory.state, directory.path)
+                    nvme_files.assign_swap_folders(context.ds_config, directory.path)
+                trainer = Trainer(context, model, directory.path)
+                code = _train(trainer, directory, trackers)
+                trackers.stopped = code == STOPPED
             nvme_files.remove_swap_folders(context.ds_config, world)
             return code
     except OutOfMemoryError as error:
         raise advise(error, trainer, invocation.config) from None
 
 
-def _train(trainer: Trainer, directory: RunDirectory) -> int:
+def _train(trainer: Trainer, directory: RunDirectory, trackers: Trackers) -> int:
     """Begin or resume, train with monitor and saver open, and report; return the exit code, ``STOPPED`` or 0."""
     context, run_dir = trainer.context, directory.path
     world, output = context.world, context.config.output
@@ -114,9 +118,10 @@ def _train(trainer: Trainer, directory: RunDirectory) -> int:
             save_facts(run_dir, audit(mask, anatomy), context.dataset, world.device)
             if context.config.model.add_tokens:
                 context.tokenizer.save_pretrained(str(run_dir / "tokenizer"))
-    log.info("writing to %s (watch: tensorboard --logdir %s)", run_dir, run_dir.parent)
+    watch = f" (watch: tensorboard --logdir {run_dir.parent})" if "tensorboard" in output.report_to else ""
+    log.info("writing to %s%s", run_dir, watch)
     with (
-        Monitor(run_dir, world.is_main, context.total_steps, steps_done) as monitor,
+        Monitor(run_dir, world.is_main, context.total_steps, steps_done, output.report_to, trackers) as monitor,
         Saver(
             run_dir, world, output.keep, saves_in_background(output.async_save, world.device.type == "cuda")
         ) as saver,
