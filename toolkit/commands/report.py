@@ -42,8 +42,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     report_paths(folder, arguments.language)
     comparison = None if arguments.no_evaluation else _compare(arguments, has_folds=runs[0].path != arguments.run)
     shown = min(max(arguments.answers or 0, ANSWERS), _MOST_SHOWN)
-    step = arguments.step if comparison is None else None
-    for path in write_report(arguments.run, comparison, arguments.language, folder, shown, step):
+    for path in write_report(arguments.run, comparison, arguments.language, folder, shown, arguments.step):
         print(path)
     return 0
 
