@@ -16,7 +16,6 @@ from toolkit.commands.plan import main
 from toolkit.config.flags import byte_size
 from toolkit.config.schema import MaskConfig, ModelConfig, PrefixConfig, RunConfig, TrainConfig
 from toolkit.engine.deepspeed.config import read_ds_config, resolve_ds_config
-from toolkit.planning.chart import draw
 from toolkit.planning.command import plan_run
 from toolkit.planning.device_fit import choose_variant, fit_device
 from toolkit.planning.engine_spec import engine_spec, zero_spec
@@ -25,7 +24,7 @@ from toolkit.planning.meta_model import meta_model
 from toolkit.planning.planner import Planner
 from toolkit.planning.table import as_dict, as_text
 from toolkit.planning.workload import Workload, read_workload
-from toolkit.runtime.errors import ConfigError, MaskError, ModelError, PlanError
+from toolkit.runtime.errors import ConfigError, MaskError, ModelError
 from toolkit.runtime.free_memory import RESERVE
 from toolkit.split.loss_head import Shortcuts
 
@@ -237,17 +236,6 @@ def test_the_table_the_json_and_the_picture_say_the_same(
     values = json.loads(capsys.readouterr().out)
     assert values["fit"]["fits"]
     assert values["engine"] == {"name": "local", "ranks": 2, "gradient_checkpointing": False, "optimizer": "adamw"}
-
-
-def test_without_matplotlib_the_picture_names_the_line_that_installs_it(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    planner = tiny_planner(tiny_model)
-    plan = planner.plan(planner.variant(LOCAL, checkpointing=False))
-    assert as_dict(plan)["engine"]["name"] == "local"
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(PlanError, match=r"pip install -c constraints.txt matplotlib"):
-        draw(plan, tmp_path / "plan.png")
 
 
 def shipped(name: str, ranks: int = 2) -> dict[str, Any]:

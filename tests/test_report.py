@@ -333,12 +333,6 @@ def test_what_cannot_be_reported_is_said(folder: Path, compared: toolkit.Compari
         write_report(run, None, ("ko",))
 
 
-def test_without_matplotlib_it_is_said_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r'a report needs matplotlib.*pip install "frostline'):
-        write_report(folder / "run", None)
-
-
 def test_a_killed_line_is_left_out_and_a_long_run_is_drawn_as_means(tmp_path: Path) -> None:
     rows = [
         {"step": step, "loss": None if step == 5 else step / 1000, "learning_rate": 1e-3, "peak_memory_gib": 1.0}

@@ -44,7 +44,7 @@ def test_tested_versions_lie_in_the_ranges_of_the_package() -> None:
 
 
 def test_the_lowest_versions_that_were_tried_are_the_lower_ends_of_the_ranges() -> None:
-    allowed = ranges("bundled", "plan", "test")
+    allowed = ranges("bundled", "test")
     lower = {name: [Version(s.version) for s in r.specifier if s.operator == ">="] for name, r in allowed.items()}
     assert lower == {name: [version] for name, version in pins("constraints-lowest.txt").items()}
 

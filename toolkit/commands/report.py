@@ -32,18 +32,15 @@ _MOST_SHOWN = 100
 def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     """Parse the command line, then evaluate and write, and return the exit code; see ``cli.verb_parser``."""
     arguments = _parse(words, program)
-    from toolkit.report.curves import require_matplotlib
     from toolkit.report.facts import read_runs
     from toolkit.report.page import report_paths, write_report
 
-    require_matplotlib()  # before a model loads, as all that follows
     folder = arguments.output_dir or arguments.run
     runs = read_runs(arguments.run, arguments.step)
     report_paths(folder, arguments.language)
     comparison = None if arguments.no_evaluation else _compare(arguments, has_folds=runs[0].path != arguments.run)
     shown = min(max(arguments.answers or 0, ANSWERS), _MOST_SHOWN)
-    step = arguments.step if comparison is None else None
-    for path in write_report(arguments.run, comparison, arguments.language, folder, shown, step):
+    for path in write_report(arguments.run, comparison, arguments.language, folder, shown, arguments.step):
         print(path)
     return 0
 

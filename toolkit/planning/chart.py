@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,8 @@ def draw(plan: Plan, path: Path, fit: DeviceFit | None = None) -> None:
     """Draw a plan, with the GPU's memory if ``fit`` is given; the suffix of ``path`` sets the format (png, svg, pdf).
 
     Raises:
-        PlanError: matplotlib is not installed, or the file cannot be written.
+        PlanError: the file cannot be written.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise PlanError('--png needs matplotlib, which is not installed. Run: pip install "frostline[plan]" or '
-                        "pip install -c constraints.txt matplotlib")  # fmt: skip
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

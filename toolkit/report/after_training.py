@@ -12,7 +12,6 @@ from toolkit.config.schema import RunConfig
 from toolkit.evaluation.comparison import Comparison, compare_models
 from toolkit.evaluation.outputs import Asked
 from toolkit.evaluation.sources import BASE, OpenOptions
-from toolkit.report.curves import require_matplotlib
 from toolkit.report.page import report_paths, write_report
 from toolkit.runtime.errors import FrostlineError
 from toolkit.runtime.shipped import command_line
@@ -37,7 +36,6 @@ def report_after_training(run: Path, config: RunConfig) -> None:
     try:
         if all(path.is_file() for path in report_paths(run, languages)):
             return  # of a run that had ended before
-        require_matplotlib()
         if folds or config.data.validation is not None:
             comparison = _score(run, config)
         paths = write_report(run, comparison, languages)

@@ -5,7 +5,6 @@ Labels stand in the page beside the picture. Numbers stay text, which a reader c
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import re
 from collections.abc import Sequence
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from toolkit.report.facts import Curves
-from toolkit.runtime.errors import UsageError
 
 _INK, _QUIET, _TRAIN, _VALIDATION = "#010101", "#020202", "#030303", "#040404"
 _VARIABLES = {_INK: "var(--ink)", _QUIET: "var(--line)", _TRAIN: "var(--train)", _VALIDATION: "var(--validation)"}
@@ -27,15 +25,6 @@ _SIZE = (4.6, 2.5)
 
 LABEL = "@label@"
 """Stands in a picture for what it shows, which is said in the language of the page."""
-
-
-def require_matplotlib() -> None:
-    """Raise UsageError if matplotlib, which draws the curves, is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError(
-            'a report needs matplotlib, which is not installed. Run: pip install "frostline[report]" or '
-            "pip install -c constraints.txt matplotlib"
-        )
 
 
 def draw_losses(runs: Sequence[Curves], best_step: int | None) -> str:

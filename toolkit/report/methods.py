@@ -35,7 +35,7 @@ def _model(run: RunFacts, text: Phrases) -> Iterator[str]:
         "m_model", base=base.name_or_path, revision=base.revision or text.plain("m_unpinned"),
         sha=f"{run.base.sha256[:_DIGITS]}…", version=run.state.versions.get("frostline", "?"),
     )  # fmt: skip
-    line = "m_line" if mask.boundary else "m_line_none"
+    line = "m_line_none" if not mask.boundary else "m_line_head" if mask.tied == "head_only" else "m_line"
     words = {
         "trained": f"{run.trained:,}",
         "mask": ", ".join(map(str, run.config.mask.train)),
@@ -94,7 +94,7 @@ def _evaluation(own: ModelScores, comparison: Comparison, has_folds: bool, text:
     yield text.plain(
         "m_evaluation_folds" if has_folds or own.step is None else "m_evaluation", step=own.step,
         rows=f"{comparison.rows:,}", held_out=text.plain("m_held_out") if comparison.held_out else "",
-        against=text.plain("m_nothing") if against in (None, own.name) else text.model(against or ""),
+        against=text.plain("m_nothing") if against in (None, own.name) else text.named(against or ""),
         metric=comparison.primary,
     )  # fmt: skip
     yield text.plain("m_bootstrap", resamples=f"{RESAMPLES:,}", least=LEAST_UNITS)

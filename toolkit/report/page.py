@@ -13,11 +13,11 @@ from markupsafe import Markup
 import toolkit
 import toolkit.report.run_view as run_view
 import toolkit.report.scores as scores
+from toolkit.checkpoint.choice import Step
 from toolkit.config.recipe import dump
 from toolkit.evaluation.comparison import Comparison, ModelScores
 from toolkit.metrics.resampling import RESAMPLES
 from toolkit.report.clean import clean, clean_title
-from toolkit.report.curves import require_matplotlib
 from toolkit.report.facts import RunFacts, read_runs
 from toolkit.report.mask_picture import draw_parts
 from toolkit.report.methods import methods
@@ -34,7 +34,7 @@ _MODE = 0o600
 
 def write_report(
     run: Path, comparison: Comparison | None, languages: Sequence[Language] = ("en", "ko"), folder: Path | None = None,
-    answers: int = 20, step: int | None = None,
+    answers: int = 20, step: Step | None = None,
 ) -> list[Path]:  # fmt: skip
     """Write the report of a run, or of a directory of folds, and return its files.
 
@@ -45,14 +45,14 @@ def write_report(
         languages: ``en`` gives ``report.html``, ``ko`` gives ``report.ko.html``.
         folder: where they are written. Defaults to the run.
         answers: most rows that are shown with their answers.
-        step: step of the checkpoint. Defaults to the one that was compared, else to the latest.
+        step: checkpoint, by its number or as ``latest`` or ``best``. Defaults to the one that was compared, else to the
+            latest.
 
     Raises:
-        UsageError: matplotlib is missing, the comparison is not of this run, or there is a file of another origin.
+        UsageError: the comparison is not of this run, or there is a file of another origin.
         CheckpointError: ``run`` is no run, has no checkpoint yet, or a file of it is damaged.
         DiskError: a file cannot be written.
     """
-    require_matplotlib()
     own = None if comparison is None else scores.scores_of(run, comparison)
     runs = read_runs(run, own.step if own is not None and own.step is not None else step)
     paths = report_paths(run if folder is None else folder, languages)

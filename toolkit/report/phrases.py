@@ -58,6 +58,10 @@ class Phrases:
             return self._phrases["state_trained" if row.trained else "state_frozen"]
         return self.plain("state_partly", share=f"{row.trained / row.parameters:.1%}")
 
+    def named(self, name: str) -> str:
+        """Return the name of the model that a run is compared with, as it stands in a sentence."""
+        return self._phrases["its_base"] if name == BASE else self.model(name)
+
     def verdict(self, verdict: str | None) -> str:
         """Return what a difference shows."""
         return "" if verdict is None else self._phrases[_VERDICTS[verdict]]

@@ -5,10 +5,11 @@ ENGLISH = {
     "title": "Report of {run}",
     "about": "{base}, fine-tuned in part with Frostline {version}. Weights of step {step}, {choice}.",
     "choice_latest": "the latest checkpoint",
-    "choice_best": "the checkpoint with the lowest validation loss ({loss})",
-    "choice_both": "the latest checkpoint and that with the lowest validation loss ({loss})",
-    "choice_other": "neither the latest checkpoint nor that with the lowest validation loss",
-    "choice_folds": "the latest checkpoint of each of {count} folds",
+    "score": "validation loss {loss}",
+    "choice_best": "of those kept the best by validation ({score})",
+    "choice_both": "the latest, and of those kept the best by validation ({score})",
+    "choice_other": "neither the latest nor, of those kept, the best by validation",
+    "choice_folds": "one checkpoint for each of {count} folds",
     "better_step": "By the validation rows step {step} is better ({score}).",
     "result": "Result",
     "values": "{value} {interval} against {other} {other_interval}, a difference of {difference} {difference_interval}",
@@ -54,7 +55,9 @@ ENGLISH = {
     "quantised": "{count} frozen linear layers were held in {precision}.",
     "tied_untie": "The head is its own tensor; in the base model it is tied to the embeddings.",
     "tied_both": "Head and embeddings are one tensor, which trained as a whole.",
-    "tied_head_only": "Head and embeddings are one tensor, which trained through the head alone.",
+    "tied_head_only": (
+        "Head and embeddings are one tensor, which trained through the head alone; the embeddings moved along."
+    ),
     "phases": "The mask changed while training; parts and numbers are those of all phases together.",
     "phase": "steps {first} to {last}: {parameters} parameters, frost line at block {boundary}",
     "part": "part", "tensors": "tensors", "parameters": "parameters", "state": "state", "total": "total",
@@ -87,7 +90,7 @@ ENGLISH = {
     "verdict_better": "better", "verdict_worse": "worse", "verdict_none": "no difference shown",
     "verdict_few": "too few rows",
     "scores_note": (
-        "Brackets hold 95 % intervals of {resamples} resamples of the rows, or of their groups; differences are of the "
+        "Brackets hold 95% intervals of {resamples} resamples of the rows, or of their groups; differences are of the "
         "same resamples. Verdicts on metrics other than {metric} are corrected for their number (Holm). Intervals say "
         "how results vary over rows, not over training seeds."
     ),
@@ -146,10 +149,11 @@ ENGLISH = {
     "m_mask_share": "Of {total} parameters {trained} ({share}) were trained, selected by {mask}; {line}",
     "m_mask_only": "{trained} parameters were trained, selected by {mask}; {line}",
     "m_line": "embeddings and the lowest {boundary} of {blocks} transformer blocks were frozen.",
+    "m_line_head": "the lowest {boundary} of {blocks} transformer blocks were frozen.",
     "m_line_none": "no block was frozen as a whole.",
     "m_data": (
         "Training took {rows} rows of {source} (task {task}), of at most {length} tokens each; the loss was the mean "
-        "over the tokens of the answers."
+        "over the supervised tokens."
     ),
     "m_validation_share": "{share} of the rows were held out for validation (seed {seed}).",
     "m_validation_set": "A separate set served for validation.",
@@ -165,22 +169,22 @@ ENGLISH = {
     "schedule_cosine": "cosine decay to 0",
     "schedule_constant_with_warmup": "a constant rate",
     "m_epochs": (
-        "Each step took {batch} rows; {steps} steps were done in {epochs} epochs at most, in {dtype} with float32 "
+        "Each step took {batch} rows; {steps} steps, at most {epochs} epochs, were done in {dtype} with float32 "
         "master weights (seed {seed})."
     ),
     "m_evaluation": (
-        "The weights of step {step} were evaluated on {rows} rows{held_out} against {against}. {metric} was declared "
-        "as the metric beforehand."
+        "The weights of step {step} were evaluated on {rows} rows{held_out}, against {against}. The metric declared "
+        "beforehand was {metric}."
     ),
     "m_evaluation_folds": (
-        "The folds were evaluated on {rows} rows{held_out} against {against}. {metric} was declared as the metric "
-        "beforehand."
+        "The folds were evaluated on {rows} rows{held_out}, against {against}. The metric declared beforehand was "
+        "{metric}."
     ),
     "m_held_out": " that were held out from training",
     "m_nothing": "no other model",
     "m_bootstrap": (
-        "Intervals are 95 % percentile intervals of {resamples} bootstrap resamples of the rows, or of their groups; "
-        "differences are paired. Verdicts at 5 % on other metrics were adjusted by Holm's method; below {least} "
+        "Intervals are 95% percentile intervals of {resamples} bootstrap resamples of the rows, or of their groups; "
+        "differences are paired. Verdicts at 5% on other metrics were adjusted by Holm's method; below {least} "
         "independent rows nothing was claimed."
     ),
     "m_versions": "Software: {versions}.",

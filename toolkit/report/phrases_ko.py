@@ -5,10 +5,11 @@ KOREAN = {
     "title": "{run} 보고서",
     "about": "Frostline {version}으로 일부만 미세조정한 {base}. {step} 스텝의 가중치({choice}).",
     "choice_latest": "마지막 체크포인트",
-    "choice_best": "검증 손실이 가장 낮은 체크포인트, {loss}",
-    "choice_both": "마지막이자 검증 손실이 가장 낮은 체크포인트, {loss}",
-    "choice_other": "마지막 체크포인트도, 검증 손실이 가장 낮은 체크포인트도 아님",
-    "choice_folds": "폴드 {count}개 각각의 마지막 체크포인트",
+    "score": "검증 손실 {loss}",
+    "choice_best": "남아 있는 체크포인트 중 검증 기준으로 가장 나은 것, {score}",
+    "choice_both": "마지막 체크포인트이자 남아 있는 것 중 검증 기준으로 가장 나은 것, {score}",
+    "choice_other": "마지막 체크포인트도, 남아 있는 것 중 검증 기준으로 가장 나은 것도 아님",
+    "choice_folds": "폴드 {count}개에서 하나씩",
     "better_step": "검증 행 기준으로는 {step} 스텝이 더 낫습니다({score}).",
     "result": "결과",
     "values": "{value} {interval}, 비교 대상 {other} {other_interval}, 차이 {difference} {difference_interval}",
@@ -50,7 +51,9 @@ KOREAN = {
     "quantised": "고정한 선형층 {count}개를 {precision} 정밀도로 두었습니다.",
     "tied_untie": "출력층(head)은 독립된 텐서입니다. 원본 모델에서는 임베딩과 한 텐서입니다.",
     "tied_both": "출력층(head)과 임베딩이 한 텐서이며, 전체를 학습했습니다.",
-    "tied_head_only": "출력층(head)과 임베딩이 한 텐서이며, 출력층을 통해서만 학습했습니다.",
+    "tied_head_only": (
+        "출력층(head)과 임베딩이 한 텐서이며, 출력층을 통해서만 학습했습니다. 임베딩도 함께 바뀌었습니다."
+    ),
     "phases": "학습 중에 학습 범위가 바뀌었습니다. 그림과 수치는 모든 단계를 합한 것입니다.",
     "phase": "{first}–{last} 스텝: 파라미터 {parameters}개, 동결선은 {boundary}번 블록",
     "part": "부분", "tensors": "텐서", "parameters": "파라미터", "state": "상태", "total": "합계",
@@ -127,14 +130,15 @@ KOREAN = {
     # methods
     "methods": "논문에 붙여 넣을 방법 설명",
     "m_model": "{base}(리비전 {revision}, 가중치 SHA-256 {sha})의 일부를 Frostline {version}으로 미세조정하였다.",
-    "m_unpinned": "지정하지 않음",
+    "m_unpinned": "미지정",
     "m_mask_share": "전체 파라미터 {total}개 중 {mask} 선택자로 고른 {trained}개({share})를 학습하였고, {line}",
     "m_mask_only": "{mask} 선택자로 고른 파라미터 {trained}개를 학습하였고, {line}",
     "m_line": "임베딩과 트랜스포머 블록 {blocks}개 중 아래쪽 {boundary}개는 고정하였다.",
+    "m_line_head": "트랜스포머 블록 {blocks}개 중 아래쪽 {boundary}개는 고정하였다.",
     "m_line_none": "전체가 고정된 블록은 없다.",
     "m_data": (
-        "학습에는 {source}의 {rows}개 행(과제 {task})을 행당 최대 {length} 토큰으로 사용하였으며, 손실은 답변 토큰에 "
-        "대한 평균이다."
+        "학습에는 {source}의 {rows}개 행(과제 {task})을 행당 최대 {length} 토큰으로 사용하였으며, 손실은 지도 대상 "
+        "토큰에 대한 평균이다."
     ),
     "m_validation_share": "전체 행의 {share}를 검증용으로 떼어 두었다(시드 {seed}).",
     "m_validation_set": "검증에는 별도의 데이터를 사용하였다.",
@@ -146,7 +150,7 @@ KOREAN = {
         "옵티마이저는 {optimizer}(β₁ = {beta1}, β₂ = {beta2}, ε = {eps}, 가중치 감쇠 {decay}), 최대 학습률은 "
         "{rate}이며, 전체 스텝의 {warmup} 동안 선형으로 예열한 뒤 {schedule}. 기울기는 {clip}."
     ),
-    "m_clip": "노름 {norm}으로 잘랐다", "m_no_clip": "자르지 않았다",
+    "m_clip": "노름이 {norm} 이하가 되도록 잘랐다", "m_no_clip": "자르지 않았다",
     "schedule_linear": "0까지 선형으로 낮추었다",
     "schedule_cosine": "0까지 코사인 곡선으로 낮추었다",
     "schedule_constant_with_warmup": "일정하게 유지하였다",

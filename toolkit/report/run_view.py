@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from markupsafe import Markup
 
 from toolkit.checkpoint.manifest import step_of
+from toolkit.checkpoint.validation_score import ValidationScore
 from toolkit.data.sources import sources_of
 from toolkit.evaluation.table import number
 from toolkit.report.curves import LABEL, draw_learning_rate, draw_losses
@@ -21,17 +22,24 @@ Pair = tuple[str, str]
 def about(runs: Sequence[RunFacts], text: Phrases) -> Iterator[Markup]:
     """Yield what the model is, which checkpoint of it, and which would be better by validation."""
     run, choice = runs[0], runs[0].choice
-    loss = "" if choice.score is None else choice.score.text.removeprefix("validation loss ")  # as the model card
     is_best = choice.best == choice.checkpoint
     kind = "other" if not (is_best or choice.is_latest) else "both" if is_best and choice.is_latest else ""
     kind = "folds" if len(runs) > 1 else kind or ("best" if is_best else "latest")
     steps = ", ".join(dict.fromkeys(str(one.choice.step) for one in runs))
     yield text(
         "about", base=run.base.config.name_or_path, version=run.state.versions.get("frostline", "?"), step=steps,
-        choice=text(f"choice_{kind}", loss=loss, count=len(runs)),
+        choice=text(f"choice_{kind}", score=_score(choice.score, text), count=len(runs)),
     )  # fmt: skip
     if len(runs) == 1 and choice.better is not None and choice.best_score is not None:
-        yield text("better_step", step=step_of(choice.better), score=choice.best_score.deciding)
+        yield text("better_step", step=step_of(choice.better), score=_score(choice.best_score, text))
+
+
+def _score(score: ValidationScore | None, text: Phrases) -> str:
+    """Return the validation loss, and the metric that decides if that is another; empty if there is none."""
+    if score is None:
+        return ""
+    loss = text.plain("score", loss=f"{score.loss:.4f}")
+    return loss if score.value is None else f"{loss}, {score.metric} {score.value:.4f}"
 
 
 def trained(run: RunFacts, text: Phrases) -> Iterator[Markup]:

@@ -55,14 +55,9 @@ def result(own: ModelScores, comparison: Comparison, text: Phrases) -> Markup:
             difference_interval=interval(of.low, of.high),
         )  # fmt: skip
         first = text(
-            _SENTENCES[score.verdict], metric=metric, against=_named(other.name, text), values=values, least=LEAST_UNITS
+            _SENTENCES[score.verdict], metric=metric, against=text.named(other.name), values=values, least=LEAST_UNITS
         )
     return first + " " + _trivial(comparison, text)
-
-
-def _named(name: str, text: Phrases) -> str:
-    """Return the name of the model that a run is compared with, as it stands in a sentence."""
-    return text.plain("its_base") if name == BASE else text.model(name)
 
 
 def _trivial(comparison: Comparison, text: Phrases) -> Markup:
