@@ -165,7 +165,8 @@ def test_the_model_card_and_the_report_agree(folder: Path, compared: toolkit.Com
         assert f"{trained:,} of {total[2]} parameters trained" in page.text
         choice = choose_checkpoint(run)
         assert f"step {choice.step}" in page.text
-        assert (choice.loss is None) or f"{choice.loss:.4f}" in page.text
+        assert choice.score is None or f"{choice.score.loss:.4f}" in page.text
+        assert (choice.score is None) == (run.name == "lora")
         base = re.search(r"SHA-256 of its weights as\nfloat32 (\w{64})", card)
         assert base is not None
         assert base[1] in page.text
@@ -416,3 +417,59 @@ def test_a_mask_that_changes_is_told_phase_by_phase(folder: Path, tmp_path: Path
     page = read(write_report(tmp_path / "run", None, ("en",))[0])
     assert "The mask changed while training" in page.text
     assert page.text.count("frost line at block") == 2
+
+
+def ended(folder: Path, name: str, *more: object) -> Any:
+    """A run of launch/train.py, which ends with its report."""
+    flags = tiny_flags(
+        folder / "model", folder / name, "--data.path", folder / "rows.jsonl", "--data.task", json.dumps(TASK),
+        "--data.validation", 0.2, "--train.max_steps", 3, "--train.epochs", 1, *more,
+    )  # fmt: skip
+    return run_here("train", *flags)
+
+
+def test_a_run_ends_with_its_report_in_the_languages_of_the_recipe(folder: Path) -> None:
+    done = ended(folder, "reported", "--output.report", "[en, ko]", "--output.report_answers", 2)
+    assert done.returncode == 0, done.stderr
+    run = folder / "reported"
+    assert f"report: {run / 'report.html'}, {run / 'report.ko.html'}" in done.stderr
+    english, korean = read(run / "report.html"), read(run / "report.ko.html")
+    assert "macro_f1" in english.text
+    assert "macro_f1" in korean.text
+    scores = toolkit.evaluate(["base", run], batch_size=8, answers=2).models[0].scores
+    assert f"{scores['loss'].value:.4f}" in english.text
+    before = (run / "report.html").stat().st_mtime_ns
+    again = ended(folder, "reported", "--output.report", "[en, ko]", "--output.report_answers", 2)
+    assert again.returncode == 0
+    assert "scoring the run" not in again.stderr  # it is there
+    assert (run / "report.html").stat().st_mtime_ns == before
+    (run / "report.ko.html").unlink()
+    assert "scoring the run" in ended(folder, "reported", "--output.report", "[ko]").stderr  # a kill had prevented it
+    assert "macro_f1" in read(run / "report.ko.html").text
+
+
+def test_a_run_is_whole_whatever_happens_to_its_report(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: Any, **options: Any) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr("toolkit.report.after_training.compare_models", fail)
+    done = ended(folder, "unscored", "--output.report", "[en]")
+    assert done.returncode == 0
+    assert "could not be scored for its report (RuntimeError: planted); to try again: " in done.stderr
+    page = read(folder / "unscored" / "report.html")
+    assert "macro_f1" not in page.text
+    (folder / "taken").mkdir()
+    (folder / "taken" / "report.html").write_text("mine", encoding="utf-8")
+    done = ended(folder, "taken", "--output.report", "[en]")
+    assert done.returncode == 0
+    assert "no report was written: " in done.stderr
+    assert (folder / "taken" / "report.html").read_text(encoding="utf-8") == "mine"
+    assert ended(folder, "silent").returncode == 0
+    assert not list((folder / "silent").glob("report*"))
+
+
+def test_folds_end_with_one_report_of_all(folder: Path) -> None:
+    done = ended(folder, "of-folds", "--output.report", "[en]", "--data.folds", 2, "--data.validation", "none")
+    assert done.returncode == 0, done.stderr
+    assert "one checkpoint for each of 2 folds" in read(folder / "of-folds" / "report.html").text
+    assert not (folder / "of-folds" / "fold-0" / "report.html").exists()

@@ -9,8 +9,8 @@ from pathlib import Path
 
 _SAME_NAME = (
     "accelerate", "bitsandbytes", "datasets", "deepspeed", "filelock", "huggingface_hub", "jinja2", "jsonschema",
-    "matplotlib", "numpy", "openpyxl", "peft", "psutil", "pyarrow", "pydantic", "sacrebleu", "safetensors", "tensorboard", "torch",
-    "tqdm", "transformers", "typing_extensions", "xxhash",
+    "matplotlib", "numpy", "openpyxl", "peft", "psutil", "pyarrow", "pydantic", "sacrebleu", "safetensors",
+    "tensorboard", "torch", "tqdm", "transformers", "typing_extensions", "xxhash",
 )  # fmt: skip
 PACKAGES = {**{name: name for name in _SAME_NAME}, "pillow": "PIL", "pyyaml": "yaml"}
 """Module to import, by the name of the package that ``setup.cfg`` requires."""
