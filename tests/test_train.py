@@ -176,6 +176,7 @@ def test_the_run_directory_holds_what_the_design_names(finished: Path) -> None:
         "tensorboard",
         "checkpoints",
         "data_files.json",
+        "record.json",
     }
     names = {path.name for path in (finished / "checkpoints").iterdir()}
     assert names == {"latest", "best", "step-00000030", "step-00000045"}
