@@ -93,7 +93,7 @@ def read_sheets(paths: Sequence[Path], key: RatingKey) -> list[FilledSheet]:
                 f"({sheet_id}); expected each sheet once"
             )
         found[sheet_id] = path
-        reader = _Reader(path, _find_ratings(path, tables, key), key, faults)
+        reader = _SheetReader(path, _find_ratings(path, tables, key), key, faults)
         sheets.append(reader.read(key.sheets[sheet_id]))
     if faults:
         more = [f"… and {len(faults) - _MOST_FAULTS} more"] * (len(faults) > _MOST_FAULTS)
@@ -149,7 +149,7 @@ def _find_ratings(path: Path, tables: _Tables, key: RatingKey) -> _Table:
     raise DataError(f"{where}: no column has the header {most[1][0]!r}; expected the headers it was made with")
 
 
-class _Reader:
+class _SheetReader:
     """Reads the rows of one sheet; what is wrong is appended to ``faults``."""
 
     def __init__(self, path: Path, table: _Table, key: RatingKey, faults: list[str]) -> None:
