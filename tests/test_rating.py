@@ -443,6 +443,9 @@ def test_sheets_that_are_not_those_of_the_key_are_refused(tmp_path: Path) -> Non
     twice = change(two, lambda sheet, columns: sheet.cell(1, 20, "Comment"), tmp_path / "twice.xlsx")
     assert "the header 'Comment' stands twice" in refusal(sheets, twice)
     book = openpyxl.load_workbook(two)
+    book.copy_worksheet(book.worksheets[1])
+    book.save(tmp_path / "kept.xlsx")
+    assert "the sheets Ratings and Ratings Copy both have the headers" in refusal(sheets, tmp_path / "kept.xlsx")
     book.remove(book.worksheets[0])
     book.save(tmp_path / "bare.xlsx")
     assert "has no sheet id" in refusal(sheets, tmp_path / "bare.xlsx")
@@ -509,6 +512,10 @@ def test_rows_are_matched_by_id_or_else_by_question_and_contexts(tmp_path: Path)
         pair_answers(a, tmp_path / "none.jsonl")
     with pytest.raises(UsageError, match="is named twice"):
         pair_answers(a, a)
+    write(b, {"pubid": 2, "QUESTION": "q"}, {"pubid": 1, "QUESTION": "p", "CONTEXTS": ["c"]})
+    write(a, {"pubid": 1, "QUESTION": "p", "CONTEXTS": ["c"]}, {"pubid": 2, "QUESTION": "q"})
+    with pytest.raises(DataError, match="--show-reference: no row"):
+        make_sheets(a, b, SheetOptions(shows_reference=True))
     with pytest.raises(DataError, match="gives two columns one header"):
         make_sheets(*write_answers(tmp_path), SheetOptions(criteria=("correct", "정확성"), language="ko"))
 

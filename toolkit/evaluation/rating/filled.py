@@ -133,7 +133,8 @@ def _sheet_id(path: Path, tables: _Tables, key: RatingKey) -> str:
 
 
 def _find_ratings(path: Path, tables: _Tables, key: RatingKey) -> _Table:
-    """Return the sheet whose first row with the headers of the key; columns may have moved, others come between."""
+    """Return the sheet that has a row with all headers of the key; columns may have moved, and others be there too."""
+    found = list[_Table]()
     most: tuple[str, list[str]] = ("", list(key.columns.values()))
     for title, rows in tables.items():
         for at, (_, row) in enumerate(rows):
@@ -143,8 +144,16 @@ def _find_ratings(path: Path, tables: _Tables, key: RatingKey) -> _Table:
                 if twice := [one for one in key.columns.values() if headers.count(one) > 1]:
                     raise DataError(f"{path}, sheet {title}: the header {twice[0]!r} stands twice; expected it once")
                 places = {name: headers.index(header) for name, header in key.columns.items()}
-                return _Table(title, places, rows[at + 1 :])
+                found.append(_Table(title, places, rows[at + 1 :]))
+                break
             most = min(most, (title, missing), key=lambda one: len(one[1]))
+    if len(found) > 1:
+        titles = " and ".join(table.title for table in found)
+        raise DataError(
+            f"{path}: the sheets {titles} both have the headers of ratings; expected one, remove the others"
+        )
+    if found:
+        return found[0]
     where = f"{path}, sheet {most[0]}" if most[0] else str(path)
     raise DataError(f"{where}: no column has the header {most[1][0]!r}; expected the headers it was made with")
 

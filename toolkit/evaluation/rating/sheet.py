@@ -55,13 +55,16 @@ def make_sheets(first: Path, second: Path, options: SheetOptions) -> MadeSheets:
     both files, so that who knows the seed alone cannot compute the sides.
 
     Raises:
-        DataError: the files do not match, all answers are the same, or two columns have one header.
+        DataError: the files do not match, all answers are the same, references are asked for and there are none, or two
+            columns have one header.
         UsageError: both are one file.
     """
     pairs = pair_answers(first, second)
     different = [pair for pair in pairs if not pair.is_same]
     if not different:
         raise DataError(f"all {len(pairs)} rows have the same answer in {first} and {second}; nothing can be compared")
+    if options.shows_reference and not any(pair.reference for pair in different):
+        raise DataError(f"--show-reference: no row of {first} or {second} has a REFERENCE; leave it out")
     columns = column_headers(options.language, options.criteria, options.shows_reference)
     if len(set(columns.values())) < len(columns):
         raise DataError(f"--criteria {','.join(options.criteria)} gives two columns one header; name each once")
