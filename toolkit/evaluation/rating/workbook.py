@@ -106,23 +106,25 @@ def _write_ratings(sheet: Any, rows: Sequence[Mapping[str, str]], form: SheetFor
 
     thin = Side(style="thin", color="BFBFBF")
     border = Border(left=thin, right=thin, top=thin, bottom=thin)
+    head, blank = (PatternFill("solid", fgColor=color) for color in ("D9E2EC", "FFF9E5"))
     widths = {name: _width(name, rows) for name in form.columns}
     for column, (name, header) in enumerate(form.columns.items(), start=1):
         sheet.column_dimensions[get_column_letter(column)].width = widths[name]
         is_text = name in rows[0] or name == "comment"
+        alignment = Alignment(wrap_text=True, vertical="top", horizontal="left" if is_text else "center")
         for number in range(1, len(rows) + 2):
             cell = sheet.cell(number, column)
             cell.border = border
-            cell.alignment = Alignment(wrap_text=True, vertical="top", horizontal="left" if is_text else "center")
+            cell.alignment = alignment
             if number == 1:
                 _put_text(cell, header)
-                cell.font, cell.fill = Font(bold=True), PatternFill("solid", fgColor="D9E2EC")
+                cell.font, cell.fill = Font(bold=True), head
             elif name == "number":
                 cell.value = number - 1
             elif name in rows[0]:
                 _put_text(cell, rows[number - 2][name])
             else:
-                cell.fill = PatternFill("solid", fgColor="FFF9E5")
+                cell.fill = blank
     sheet.row_dimensions[1].height = _LINE_HEIGHT * max(
         _lines(text, widths[name]) for name, text in form.columns.items()
     )
