@@ -15,6 +15,7 @@ VERBS = {
     "data-check": "look at the data: duplicates, leaks, odd answers, personal identifiers",
     "plan": "print memory, compute and disk of a run before any weight is loaded",
     "evaluate": "print the validation loss of a run, an export, a delta or any model",
+    "rate": "have people compare two models' answers: blinded sheets, and what they show",
     "generate": "answer questions",
     "report": "write a run's report as one HTML file: result, curves, answers, cost, methods",
     "export": "write a model directory for transformers, or a delta",

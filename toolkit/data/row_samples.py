@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from toolkit.config.data_schema import DataConfig
+from toolkit.data.readers.row import ID_COLUMNS
 from toolkit.data.row_notes import RowNoter
 from toolkit.data.rows import Rows
 from toolkit.data.sources import Row, Source, iter_rows
@@ -17,15 +18,12 @@ from toolkit.tasks.choose import find_task
 from toolkit.tasks.sample import RowFaultError, Sample
 from toolkit.tasks.task import Task
 
-_ID_COLUMNS = ("pubid", "pmid", "id")
-"""Columns, in lower case, that may hold the number by which a list of ids names a row."""
-
 
 def row_ids(origin: str, values: Any) -> list[str]:
     """Return the keys by which a list of ids may name a row: its key in a JSON object, its id columns."""
     found = re.findall(r" key (\S+)$", origin)
     columns = values.items() if isinstance(values, Mapping) else ()
-    return [*found, *(str(value) for name, value in columns if str(name).lower() in _ID_COLUMNS)]
+    return [*found, *(str(value) for name, value in columns if str(name).lower() in ID_COLUMNS)]
 
 
 @dataclass(frozen=True)

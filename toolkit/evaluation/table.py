@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from toolkit.evaluation.comparison import Comparison, ModelScores, Score
+if TYPE_CHECKING:
+    from toolkit.evaluation.comparison import Comparison, ModelScores, Score
 
 _DETAILS = ("recall/", "field/")
 """Parts of the names of metrics that are in the JSON alone."""

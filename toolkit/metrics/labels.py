@@ -38,7 +38,7 @@ def label_metrics(
     ]
     if ordered:
         found += [
-            metric("quadratic_kappa", _quadratic_kappa),
+            metric("quadratic_kappa", lambda table: _kappa(table, 2)),
             metric("within_one", _within_one),
             metric("under_rate", lambda table: _off(table, below=True), False),
             metric("over_rate", lambda table: _off(table, below=False), False),
@@ -72,6 +72,21 @@ def confusion(truth: np.ndarray, predicted: np.ndarray, labels: int) -> np.ndarr
     table = np.zeros((labels, labels + 1), int)
     np.add.at(table, (truth, np.where(predicted < 0, labels, predicted)), 1)
     return table
+
+
+def cohen_kappa(first: np.ndarray, second: np.ndarray, labels: int, power: int) -> float:
+    """Return Cohen's kappa of two raters (Cohen 1968), by how far apart their labels are: 1 if they always agree.
+
+    Args:
+        first: [ratings] number of the label that one rater gives.
+        second: [ratings] that of the other rater for the same.
+        labels: how many labels there are, given or not.
+        power: a disagreement weighs its distance to this power: 1 is linear, 2 quadratic.
+
+    Returns:
+        NaN where both give one and the same label throughout, or nothing is rated.
+    """
+    return float(_kappa(confusion(first, second, labels), power))
 
 
 def _metrics_of(truth: np.ndarray, predicted: np.ndarray, count: int, prefix: str) -> Callable[..., Metric]:
@@ -113,10 +128,10 @@ def _macro_f1(table: np.ndarray) -> np.ndarray:
     return np.asarray(divide(2 * _hits(table), sides, otherwise=0.0).mean(-1))
 
 
-def _quadratic_kappa(table: np.ndarray) -> np.ndarray:
+def _kappa(table: np.ndarray, power: int) -> np.ndarray:
     square = table[..., :-1]
     count = square.shape[-1]
-    weights = np.subtract.outer(np.arange(count), np.arange(count)) ** 2
+    weights = np.abs(np.subtract.outer(np.arange(count), np.arange(count))) ** power
     right, predicted = square.sum(-1), square.sum(-2)
     expected = divide(right[..., :, None] * predicted[..., None, :], square.sum((-2, -1))[..., None, None])
     return 1 - divide((weights * square).sum((-2, -1)), (weights * expected).sum((-2, -1)))

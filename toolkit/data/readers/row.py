@@ -12,6 +12,9 @@ from typing import Any
 
 from toolkit.runtime.errors import DataError
 
+ID_COLUMNS = ("pubid", "pmid", "id")
+"""Columns, in lower case, that may hold the number by which a list of ids names a row."""
+
 
 @dataclass(frozen=True)
 class Row:

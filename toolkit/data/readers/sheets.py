@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 from toolkit.data.readers.content import Content
@@ -28,7 +28,6 @@ def read_workbook(content: Content, options: ReadOptions) -> Iterator[Row]:
         DataError: the workbook is damaged, too large or has no such sheet.
     """
     with content.seekable() as stream:
-        _check_parts(content.label, stream)
         book = _open(content.label, stream)
         try:
             sheet = _choose_sheet(content.label, book, options.sheet)
@@ -37,10 +36,33 @@ def read_workbook(content: Content, options: ReadOptions) -> Iterator[Row]:
             book.close()
 
 
+def read_cells(label: str, stream: IO[bytes]) -> dict[str, list[tuple[int, Sequence[Any]]]]:
+    """Return the rows that are not blank of every sheet, by its title: the row's number from 1, and its cells.
+
+    A blank cell is None, and what a formula gave is its value. ``label`` names the file in messages.
+
+    Raises:
+        DataError: the workbook is damaged or too large.
+    """
+    book = _open(label, stream)
+    try:
+        found = {}
+        for sheet in book.worksheets:
+            sheet.reset_dimensions()  # some programs write wrong ones
+            numbered = enumerate(sheet.iter_rows(values_only=True), start=1)
+            found[sheet.title] = [(at, row) for at, row in numbered if any(cell not in (None, "") for cell in row)]
+        return found
+    except Exception as error:  # as in _open
+        raise _damaged(label, error) from None
+    finally:
+        book.close()
+
+
 def _open(label: str, stream: IO[bytes]) -> Any:
     """Open a workbook for reading values row by row."""
     import openpyxl
 
+    _check_parts(label, stream)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about drawings, filters and styles, which are not read
