@@ -12,7 +12,7 @@ from toolkit.data.examples import Encoder, Example
 from toolkit.data.model_limits import check_fit
 from toolkit.data.row_samples import RowSample
 from toolkit.data.rows import Rows
-from toolkit.evaluation.cut_model import CutModel, cut_for_evaluation
+from toolkit.evaluation.cut_model import cut_for_evaluation
 from toolkit.evaluation.likelihood import answer_losses, option_log_likelihoods, option_query
 from toolkit.evaluation.rows import EvaluatedRows, starts_of
 from toolkit.inference.answering import Answerer
@@ -124,7 +124,7 @@ def compute_outputs(
         np.array([_text_bytes(row.sample, examples[int(first)]) for row, first in zip(rows.rows, starts, strict=True)]),
         likelihoods if has_options else None,
         [np.array(list(map(len, query.options))) for query in queries] if has_options else None,
-        _answer(opened, samples[: asked.answers], asked, rows.config.max_length, model) if asked.answers else None,
+        generate_answers(opened, samples[: asked.answers], asked, rows.config.max_length) if asked.answers else None,
     )  # fmt: skip
 
 
@@ -170,10 +170,10 @@ def _encode(encoder: Encoder, sample: Sample, row: RowSample) -> list[Example]:
         raise DataError(f"{row.origin} {fault}") from None
 
 
-def _answer(opened: OpenedModel, samples: Sequence[Sample], asked: Asked, max_length: int, cut: CutModel) -> list[str]:
-    """Generate the answers to samples."""
+def generate_answers(opened: OpenedModel, samples: Sequence[Sample], asked: Asked, max_length: int) -> list[str]:
+    """Generate the answers to samples, of prompts of at most ``max_length`` tokens, in this one process."""
     answerer = Answerer(
-        opened.loaded, max_length, asked.max_new_tokens, asked.batch_size, rendering=opened.rendering, world=cut.world
+        opened.loaded, max_length, asked.max_new_tokens, asked.batch_size, rendering=opened.rendering, world=World()
     )
     answers = []
     with ProgressBar("answering", len(samples), "question", brief=True) as bar:
