@@ -49,11 +49,14 @@ class _Python(str):
     """A ``!function`` of a task file, which is Python code."""
 
 
+def _python(loader: yaml.SafeLoader, tag: str, node: yaml.Node) -> _Python:
+    return _Python(f"!{tag} {node.value}")
+
+
 class _Loader(yaml.SafeLoader):
     """Reads ``!function`` and other tags as text that names them."""
 
-
-_Loader.add_multi_constructor("!", lambda loader, tag, node: _Python(f"!{tag} {node.value}"))
+    yaml_multi_constructors = {**yaml.SafeLoader.yaml_multi_constructors, "!": _python}  # noqa: RUF012 - yaml's form
 
 
 @dataclass(frozen=True)
