@@ -17,7 +17,8 @@ from test_evaluation import TASK, choice_rows
 
 import toolkit
 from toolkit.checkpoint.choice import choose_checkpoint
-from toolkit.evaluation.comparison import AnsweredRow, ModelScores
+from toolkit.evaluation.comparison import AnsweredRow
+from toolkit.evaluation.verdicts import ModelScores
 from toolkit.metrics.resampling import Difference
 from toolkit.report import write_report
 from toolkit.report.clean import clean

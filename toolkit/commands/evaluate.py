@@ -4,6 +4,7 @@
     python launch/evaluate.py base runs/quickstart runs/quickstart@best        # each against the base model
     python launch/evaluate.py base runs/quickstart --part test --answers all   # its test rows, answers too
     python launch/evaluate.py runs/quickstart --data.path other.jsonl          # every row of that file
+    python launch/evaluate.py runs/quickstart --drift --forgetting items.jsonl # and what else it did to the model
     python launch/evaluate.py HuggingFaceTB/SmolLM2-135M-Instruct --data.path other.jsonl
 
 Prints loss and perplexity for people, a table if there is more to compare, then one JSON object.
@@ -54,6 +55,10 @@ def evaluate(
     dtype: Dtype | None = None,
     part: Part = "validation",
     keeps_predictions: bool = False,
+    drift: bool = False,
+    drift_max_new_tokens: int = 64,
+    forgetting: str | Path | None = None,
+    forgetting_task: str | Mapping[str, Any] | None = None,
 ) -> Comparison:
     """Compute the scores of models on the same rows: loss, likelihood of options, and metrics of generated answers.
 
@@ -82,14 +87,20 @@ def evaluate(
         dtype: precision of the computation. Defaults to the run's, or to that in which a model is stored.
         part: which rows the run held out: ``validation`` (data.validation) or ``test`` (data.test, data.folds).
         keeps_predictions: end before anything is computed if rows have neither options nor answers to keep.
+        drift: score the base's own answers to everyday prompts under every source, for ``Comparison.drift``.
+        drift_max_new_tokens: longest of these answers in tokens.
+        forgetting: file of labelled items with options, or a task file of lm-eval that names its rows, on which base
+            and sources are compared too, for ``Comparison.forgetting``.
+        forgetting_task: task by which these items are read, or a task file of lm-eval. Defaults to ``choice``.
 
     Raises:
         DataError: no ``data`` is given and the first source held no rows out, or rows are invalid.
-        UsageError: a source cannot be opened.
+        UsageError: a source cannot be opened; or ``drift`` or ``forgetting`` is asked for, and the base of the first
+            source is not known.
     """
     from toolkit.data.sources import ReadOptions, Source
-    from toolkit.evaluation.comparison import compare_models
     from toolkit.evaluation.outputs import Asked
+    from toolkit.evaluation.side_effects import SideEffects, compare_with_side_effects
     from toolkit.evaluation.sources import OpenOptions
 
     rows = None
@@ -99,14 +110,17 @@ def evaluate(
     options = OpenOptions(step, base, trust_remote_code, dtype)
     asked = Asked(batch_size, answers, max_new_tokens, constrain, keeps_predictions)
     named = [sources] if isinstance(sources, str | Path) else sources
-    return compare_models(list(map(str, named)), rows, part, asked, options, shots, seed)
+    side_effects = SideEffects(
+        drift_max_new_tokens if drift else None, None if forgetting is None else str(forgetting), forgetting_task
+    )
+    return compare_with_side_effects(list(map(str, named)), rows, part, asked, options, shots, seed, side_effects)
 
 
 def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     """Parse the command line, then evaluate, and return the exit code; see ``cli.verb_parser`` for ``program``."""
     arguments = vars(_parse(words, program))
     from toolkit.commands.saved_evaluation import runs_among, save_evaluation
-    from toolkit.evaluation.table import summary, table
+    from toolkit.evaluation.table import report, summary
     from toolkit.runtime.paths import make_parent, replace_text
 
     output, predictions = arguments.pop("output"), arguments.pop("predictions")
@@ -115,7 +129,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         make_parent(output)
     comparison = evaluate(**arguments, keeps_predictions=predictions is not None)
     print(summary(comparison))
-    for line in table(comparison):
+    for line in report(comparison):
         print(line)
     text = json.dumps(comparison.as_dict(), ensure_ascii=False)
     if output is not None:
@@ -222,6 +236,7 @@ def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespa
         help="folder for files of each source: the option of each row by its id, as PubMedQA's official script takes "
         "them (.json), and generated answers (.jsonl)",
     )  # fmt: skip
+    _add_side_effects(parser)
     flags.add_open_model_flags(
         parser, "precision to compute in; default: the run's, or that in which a model is stored"
     )
@@ -235,8 +250,35 @@ def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespa
         parser.error(f"--output {arguments.output} is a directory; expected a file")
     if arguments.predictions is not None and arguments.predictions.is_file():
         parser.error(f"--predictions {arguments.predictions} is a file; expected a folder")
+    if arguments.drift_max_new_tokens != 64 and not arguments.drift:
+        parser.error("--drift.max_new_tokens goes with --drift; without it nothing is measured by it")
+    if arguments.forgetting_task is not None and arguments.forgetting is None:
+        parser.error("--forgetting.task goes with --forgetting, which names the items")
     if arguments.max_new_tokens != 256 and not arguments.answers:
         parser.error("--max-new-tokens goes with --answers; without it nothing is generated")
     if arguments.constrain and not arguments.answers:
         parser.error("--constrain goes with --answers; without it nothing is generated")
     return arguments
+
+
+def _add_side_effects(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of what training does to a model beside its task."""
+    from toolkit.config import flags
+
+    parser.add_argument(
+        "--drift", action="store_true",
+        help="score the base's own greedy answers to 60 everyday prompts under every source: how far each has moved",
+    )  # fmt: skip
+    parser.add_argument(
+        "--drift.max_new_tokens", dest="drift_max_new_tokens", type=flags.positive_int, default=64, metavar="N",
+        help="longest of these answers in tokens; default: 64",
+    )  # fmt: skip
+    parser.add_argument(
+        "--forgetting", metavar="FILE",
+        help="labelled items with options, or a task file of lm-eval that names local rows, on which base and sources "
+        "are compared too",
+    )  # fmt: skip
+    parser.add_argument(
+        "--forgetting.task", dest="forgetting_task", type=flags.name_or_mapping, metavar="TASK",
+        help="task by which these items are read, or a task file of lm-eval; default: choice",
+    )  # fmt: skip

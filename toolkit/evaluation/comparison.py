@@ -15,41 +15,17 @@ import numpy as np
 from toolkit.checkpoint.run_directory import fold_runs
 from toolkit.data.examples import Encoder
 from toolkit.data.sources import Source
+from toolkit.evaluation.contamination import contamination_of
 from toolkit.evaluation.outputs import Asked, Outputs, fitting_shots
 from toolkit.evaluation.rows import EvaluatedRows, Part
 from toolkit.evaluation.running import Runner
 from toolkit.evaluation.scoring import Scorer
 from toolkit.evaluation.sources import BASE, ModelName, OpenOptions
-from toolkit.metrics.metric import Metric
-from toolkit.metrics.resampling import Difference, Interval, bootstrap, claim, compare, holm, resample_weights
+from toolkit.evaluation.verdicts import Entry, ModelScores, Resampling, judge
 from toolkit.runtime.errors import DataError, UsageError
 from toolkit.tasks.sample import Sample
 
 log = logging.getLogger("frostline")
-
-
-@dataclass(frozen=True)
-class Score(Interval):
-    """A metric of one model, with its 95 % interval, and its difference to the model that it is compared with."""
-
-    difference: Difference | None = None
-    """None for that model itself, for trivial answers, and where one of the two lacks the metric."""
-    verdict: str | None = None
-    """See ``claim``; None without a difference or a better direction."""
-    higher_is_better: bool | None = None
-    """None if neither is."""
-
-
-@dataclass(frozen=True)
-class ModelScores:
-    """All scores of a model or of trivial answers."""
-
-    name: str
-    step: int | None
-    """Step of the checkpoint; None if it is not a run."""
-    is_trivial: bool
-    scores: Mapping[str, Score]
-    """By the metric's name."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +71,13 @@ class Comparison:
     """Model that the others are compared with; None if there is one only."""
     models: tuple[ModelScores, ...]
     """Scores of the models in their order, then of trivial answers."""
+    contamination: str | None = None
+    """Says that the rows come from a public source, which a base may have seen; None where that is not known."""
+    drift: Comparison | None = None
+    """How far the models moved from their base, on everyday prompts; None if not asked for. Loss and step are those of
+    the base there."""
+    forgetting: Comparison | None = None
+    """Scores on labelled items of another ability; None if not asked for."""
     predictions: Mapping[str, Mapping[str, str]] = field(default_factory=dict, repr=False)
     """Of questions with options: the likeliest one by the row's id, by the model's name."""
     answered_rows: tuple[AnsweredRow, ...] = field(default=(), repr=False)
@@ -102,9 +85,10 @@ class Comparison:
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything but what single rows have as JSON takes it; values that are not finite are None."""
-        values = asdict(replace(self, predictions={}, answered_rows=()))
+        values = asdict(replace(self, predictions={}, answered_rows=(), drift=None, forgetting=None))
         del values["predictions"], values["answered_rows"]
-        return dict(_finite(values))
+        more = {"drift": self.drift, "forgetting": self.forgetting}
+        return dict(_finite(values)) | {name: part and part.as_dict() for name, part in more.items()}
 
 
 def compare_models(
@@ -141,21 +125,21 @@ def compare_models(
         raise DataError("--predictions keeps what each row is given: rows without options need --answers N")
     found = {first: begun.compute()}
     del begun  # and its model
-    more: list[_Entry] = []
+    more: list[Entry] = []
     for name in (name for name in names if name != first):
         if not name.is_base:
             found[name] = runner.other(name, rows, is_named=named is not None)
         elif base is not None:
             found[name], *with_shots = runner.base(base, rows, examples)
             if metrics := scorer.corrected(found[name].outputs):
-                more.append(_Entry(f"{name.text}, prior-corrected", metrics))
-            more += [_Entry(f"{name.text}, {shots} shots", scorer.metrics(one.outputs)) for one in with_shots]
+                more.append(Entry(f"{name.text}, prior-corrected", metrics))
+            more += [Entry(f"{name.text}, {shots} shots", scorer.metrics(one.outputs)) for one in with_shots]
     trivial = scorer.trivial(seed)
-    more += [_Entry(text, metrics, is_trivial=True) for text, metrics in trivial.items()]
-    entries = [_Entry(name.text, scorer.metrics(found[name].outputs), found[name].step) for name in names]
+    more += [Entry(text, metrics, is_trivial=True) for text, metrics in trivial.items()]
+    entries = [Entry(name.text, scorer.metrics(found[name].outputs), found[name].step) for name in names]
     own = entries[names.index(first)]
     against = next((name.text for name in names if name.is_base), names[0].text) if len(names) > 1 else None
-    comparison = _compare([*entries, *more], own, against, rows, scorer, seed, scorer.answered)
+    comparison = _compare([*entries, *more], own, against, rows, scorer, seed)
     outputs = {name.text: found[name].outputs for name in names}
     predictions = {name: scorer.predictions(of) for name, of in outputs.items()} if scorer.classes is not None else {}
     return replace(comparison, predictions=predictions, answered_rows=_answered(scorer, outputs))
@@ -170,16 +154,6 @@ def _answered(scorer: Scorer, outputs: Mapping[str, Outputs]) -> tuple[AnsweredR
         )
         for at, (key, row) in enumerate(zip(scorer.ids, scorer.rows[: scorer.answered], strict=False))
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A model or trivial method with its metrics."""
-
-    name: str
-    metrics: Mapping[str, Metric]
-    step: int | None = None
-    is_trivial: bool = False
 
 
 def _names(sources: Sequence[str], shots: int) -> list[ModelName]:
@@ -231,68 +205,16 @@ def _shots(encoder: Encoder, rows: EvaluatedRows, count: int, seed: int) -> list
 
 
 def _compare(
-    entries: Sequence[_Entry], first: _Entry, against: str | None, rows: EvaluatedRows, scorer: Scorer, seed: int,
-    answered: int,
-) -> Comparison:  # fmt: skip
-    """Put intervals to all metrics, and compare those of each model with those of ``against``."""
-    resampling = _Resampling([row.group for row in rows.rows], seed)
-    reference = next((entry.metrics for entry in entries if entry.name == against), {})
-    models = [
-        ModelScores(
-            entry.name, entry.step, entry.is_trivial,
-            _scores(entry.metrics, {} if entry.is_trivial or entry.name == against else reference, scorer, resampling),
-        )
-        for entry in entries
-    ]  # fmt: skip
-    metrics = first.metrics
+    entries: Sequence[Entry], first: Entry, against: str | None, rows: EvaluatedRows, scorer: Scorer, seed: int
+) -> Comparison:
+    """Judge all entries; ``first`` is that of the first model named."""
+    resampling = Resampling([row.group for row in rows.rows], seed)
+    loss = first.metrics["loss"]
     return Comparison(
-        metrics["loss"].value, metrics["perplexity"].value, int(metrics["loss"].statistics[:, 1].sum()), first.step,
-        len(rows.rows), rows.data, rows.held_out, resampling.units(len(rows.rows)), answered,
-        rows.rows[0].task.name, scorer.primary, against, tuple(models),
+        loss.value, first.metrics["perplexity"].value, int(loss.statistics[:, 1].sum()), first.step, len(rows.rows),
+        rows.data, rows.held_out, resampling.units(len(rows.rows)), scorer.answered, rows.rows[0].task.name,
+        scorer.primary, against, judge(entries, against, scorer.primary, resampling), contamination_of(rows.rows),
     )  # fmt: skip
-
-
-def _scores(
-    metrics: Mapping[str, Metric], reference: Mapping[str, Metric], scorer: Scorer, resampling: _Resampling
-) -> dict[str, Score]:
-    """Return the scores of a model; verdicts on metrics other than the declared one are corrected for their number."""
-    differences = {
-        name: compare(metric, reference[name], resampling.weights(metric))
-        for name, metric in metrics.items()
-        if name in reference
-    }
-    judged = {name: of.p for name, of in differences.items() if metrics[name].higher_is_better is not None}
-    p_values = {**holm({name: p for name, p in judged.items() if name != scorer.primary})}
-    if scorer.primary in judged:
-        p_values[scorer.primary] = judged[scorer.primary]
-    scores = {}
-    for name, metric in metrics.items():
-        own, difference, verdict = bootstrap(metric, resampling.weights(metric)), differences.get(name), None
-        if difference is not None and metric.higher_is_better is not None:
-            units = resampling.units(len(metric.statistics))
-            verdict = claim(difference, metric.higher_is_better, units, p_values[name])
-        scores[name] = Score(own.value, own.low, own.high, difference, verdict, metric.higher_is_better)
-    return scores
-
-
-class _Resampling:
-    """The resamples of the rows, the same for all models, and for metrics of the first rows alone."""
-
-    def __init__(self, groups: Sequence[str | None], seed: int) -> None:
-        self._groups = [group if group is not None else at for at, group in enumerate(groups)]
-        self._seed = seed
-        self._weights: dict[int, np.ndarray] = {}
-
-    def weights(self, metric: Metric) -> np.ndarray:
-        """Return how often each resample takes each row of a metric: [resamples, rows]."""
-        rows = len(metric.statistics)
-        if rows not in self._weights:
-            self._weights[rows] = resample_weights(rows, self._groups[:rows], self._seed)
-        return self._weights[rows]
-
-    def units(self, rows: int) -> int:
-        """Return how many of the first rows, or groups of them, are independent of each other."""
-        return len(set(self._groups[:rows]))
 
 
 def _finite(value: Any) -> Any:

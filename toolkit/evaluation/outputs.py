@@ -129,7 +129,9 @@ def compute_outputs(
         likelihoods if has_options else None,
         [np.array(list(map(len, query.options))) for query in queries] if has_options else None,
         *(
-            _answer(opened, samples[: asked.answers], asked, rows.config.max_length, constrains) if wanted else None
+            generate_answers(opened, samples[: asked.answers], asked, rows.config.max_length, constrains)
+            if wanted
+            else None
             for constrains, wanted in ((False, asked.answers), (True, asked.answers and asked.constrained))
         ),
     )  # fmt: skip
@@ -177,10 +179,10 @@ def _encode(encoder: Encoder, sample: Sample, row: RowSample) -> list[Example]:
         raise DataError(f"{row.origin} {fault}") from None
 
 
-def _answer(
-    opened: OpenedModel, samples: Sequence[Sample], asked: Asked, max_length: int, constrains: bool
+def generate_answers(
+    opened: OpenedModel, samples: Sequence[Sample], asked: Asked, max_length: int, constrains: bool = False
 ) -> list[str]:  # fmt: skip
-    """Generate the answers to samples, in this one process."""
+    """Generate the answers to samples, of prompts of at most ``max_length`` tokens, in this one process."""
     answerer = Answerer(
         opened.loaded, max_length, asked.max_new_tokens, asked.batch_size, rendering=opened.rendering,
         constrains=constrains,

@@ -68,7 +68,7 @@ class Runner:
         """
         if runs := fold_runs(Path(name.path)):
             return self._first_of_folds(name, runs, named)
-        opened = self._open(name)
+        opened = self.open(name)
         base = self._base_of(opened, name)
         rows = rows_for(opened, name.path, named, part)
         log.info("evaluating on %s", rows.data)
@@ -91,7 +91,7 @@ class Runner:
                 if not _is_same_question(row.sample, own.rows.rows[at].sample):
                     raise DataError(f"{name.text} reads {row.origin} by another task than the first source does")
             return Found(own.compute().outputs.take(order), None)
-        opened = self._open(name)
+        opened = self.open(name)
         if opened.run is not None and not is_named:
             _require_unseen(opened, rows, name.text)
         elif opened.run is None and not is_named:
@@ -107,7 +107,7 @@ class Runner:
             found.append(Found(compute_outputs(opened, rows, self.asked, line, self.models, examples), None))
         return found
 
-    def _open(self, name: ModelName) -> OpenedModel:
+    def open(self, name: ModelName) -> OpenedModel:
         """Open a source; of several, those take a step or a base's new place that have one."""
         options = self.options
         if any(one.is_run for one in self.names) and not name.is_run:
@@ -127,7 +127,7 @@ class Runner:
             raise UsageError(f"{name.text} holds folds, each scored on the rows that it held out; name one for others")
         parts, outputs, base, encoder = list[EvaluatedRows](), list[Outputs](), None, None
         for run in runs:
-            opened = self._open(ModelName(str(run), str(run), name.step))
+            opened = self.open(ModelName(str(run), str(run), name.step))
             folds = opened.config.data.folds or 0
             if len(runs) != folds:
                 raise DataError(f"{name.text} holds {len(runs)} of {folds} folds; train the others first")

@@ -11,15 +11,26 @@ import torch
 
 from toolkit.activation_cache.policy import mask_obstacle
 from toolkit.checkpoint.choice import Step
-from toolkit.checkpoint.delta import is_delta
+from toolkit.checkpoint.delta import Delta, is_delta
+from toolkit.checkpoint.manifest import MANIFEST_FILE
 from toolkit.checkpoint.run_directory import fold_runs
 from toolkit.config.flags import checkpoint_step
+from toolkit.config.recipe import read_saved
 from toolkit.config.schema import ModelConfig, RunConfig
 from toolkit.data.chat_rendering import Rendering
 from toolkit.inference.model_source import cast_weights
-from toolkit.inference.open_model import OpenedModel, is_run, load_base, open_model, require_trust
+from toolkit.inference.open_model import (
+    OpenedModel,
+    data_settings,
+    is_run,
+    load_base,
+    open_model,
+    read_run,
+    read_trained,
+    require_trust,
+)
 from toolkit.inference.peft_adapter import is_adapter_directory
-from toolkit.models.load import Dtype
+from toolkit.models.load import Dtype, LoadedModel
 from toolkit.runtime.errors import UsageError
 
 BASE = "base"
@@ -65,6 +76,12 @@ class ModelName:
         return is_run(Path(self.path)) or bool(fold_runs(Path(self.path)))
 
     @property
+    def knows_base(self) -> bool:
+        """Return whether ``BaseModel.read`` finds the model that it began from."""
+        path = Path(self.path)
+        return is_run(path) or (path / MANIFEST_FILE).is_file() or is_delta(path)
+
+    @property
     def has_base(self) -> bool:
         """Return whether it is kept without the model that it began from."""
         path = Path(self.path)
@@ -80,12 +97,24 @@ class OpenOptions:
     base: str | Path | None = None
     trust_remote_code: bool = False
     dtype: Dtype | None = None
+    plain_template: str | None = None
+    """Chat template of models that have none of their own."""
 
 
 def open_source(name: ModelName, options: OpenOptions) -> OpenedModel:
     """Open a source that is not ``base``; raises as ``open_model``."""
-    step = name.step if name.step is not None else options.step
-    return open_model(name.path, step, options.base, options.trust_remote_code, options.dtype)
+    opened = open_model(name.path, _step(name, options), options.base, options.trust_remote_code, options.dtype)
+    _give_template(opened.loaded, options)
+    return opened
+
+
+def _step(name: ModelName, options: OpenOptions) -> Step | None:
+    return name.step if name.step is not None else options.step
+
+
+def _give_template(loaded: LoadedModel, options: OpenOptions) -> None:
+    if not loaded.tokenizer.chat_template and options.plain_template is not None:
+        loaded.tokenizer.chat_template = options.plain_template
 
 
 @dataclass(frozen=True)
@@ -105,6 +134,23 @@ class BaseModel:
             return None
         return cls(opened.delta.base.config, opened.config, opened.rendering, boundary_of(opened))
 
+    @classmethod
+    def read(cls, name: ModelName, options: OpenOptions) -> BaseModel | None:
+        """Return the base of a run, checkpoint or delta, of which no model is loaded; None for another source.
+
+        Raises:
+            CheckpointError: as ``read_run`` and ``read_trained``.
+        """
+        path = Path(name.path)
+        if is_run(path):
+            _, delta = read_run(path, _step(name, options))
+            run = read_saved(path / "config.yaml")
+        elif name.knows_base:
+            delta, run = read_trained(path), RunConfig()
+        else:
+            return None
+        return cls(delta.base.config, run, data_settings(name.path)[1], _boundary(delta))
+
     def open(self, options: OpenOptions) -> OpenedModel:
         """Load the model in the precision in which a run of the same options is computed; raises as ``open_model``."""
         changes = {} if options.base is None else {"name_or_path": str(options.base)}
@@ -115,11 +161,14 @@ class BaseModel:
             cast_weights(loaded.model, getattr(torch, options.dtype))
         if self.rendering.template is not None:
             loaded.tokenizer.chat_template = self.rendering.template
+        _give_template(loaded, options)
         return OpenedModel(loaded, self.run, None, None, None, self.rendering)
 
 
 def boundary_of(opened: OpenedModel) -> int | None:
     """Return the frost line of a run or delta; None if it has no frozen prefix."""
-    if opened.delta is None or mask_obstacle(opened.delta.mask) is not None:
-        return None
-    return opened.delta.mask.boundary
+    return None if opened.delta is None else _boundary(opened.delta)
+
+
+def _boundary(delta: Delta) -> int | None:
+    return None if mask_obstacle(delta.mask) is not None else delta.mask.boundary

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from toolkit.evaluation.comparison import Comparison, ModelScores, Score
+    from toolkit.evaluation.comparison import Comparison
+    from toolkit.evaluation.verdicts import ModelScores, Score
 
 _DETAILS = ("recall/", "field/")
 """Parts of the names of metrics that are in the JSON alone."""
@@ -21,6 +22,17 @@ def summary(comparison: Comparison) -> str:
     return f"loss {comparison.loss:.4f}, perplexity {comparison.perplexity:.2f} over {tokens}"
 
 
+def report(comparison: Comparison) -> Iterator[str]:
+    """Yield the lines of all tables: that of the rows, then drift and forgetting under headings of their own."""
+    yield from table(comparison)
+    if comparison.drift is not None:
+        yield from ("", f"Drift: loss, in nats a token, of {comparison.drift.data}")
+        yield from table(comparison.drift)
+    if comparison.forgetting is not None:
+        yield from ("", f"Forgetting: {comparison.forgetting.data}")
+        yield from table(comparison.forgetting)
+
+
 def table(comparison: Comparison) -> Iterator[str]:
     """Yield the lines of a table: each metric with the models that have it, the declared one first."""
     names = [name for name in metric_names(comparison) if not is_detail(name)]
@@ -32,9 +44,8 @@ def table(comparison: Comparison) -> Iterator[str]:
         for model in comparison.models:
             if name in model.scores:
                 yield f"{_shortened(_name(model), width):<{width}}  {_line(model.scores[name])}".rstrip()
-    if comparison.against is not None:
-        yield ""
-        yield from _notes(comparison)
+    if notes := list(_notes(comparison)):
+        yield from ("", *notes)
 
 
 def metric_names(comparison: Comparison) -> list[str]:
@@ -58,10 +69,15 @@ def _line(score: Score) -> str:
 
 def _notes(comparison: Comparison) -> Iterator[str]:
     units = "rows" if comparison.units == comparison.rows else f"groups of {comparison.rows} rows"
-    yield (
-        f"Intervals are of 1,000 resamples of {comparison.units} {units}, differences of the same ones. Verdicts on "
-        f"metrics other than {comparison.primary} are corrected for their number (Holm)."
-    )
+    verdicts = any(score.verdict for model in comparison.models for score in model.scores.values())
+    if comparison.against is not None:
+        yield f"Intervals are of 1,000 resamples of {comparison.units} {units}, differences of the same ones." + (
+            f" Verdicts on metrics other than {comparison.primary} are corrected for their number (Holm)."
+            if verdicts
+            else ""
+        )
+    if comparison.contamination is not None:
+        yield comparison.contamination
 
 
 def interval(low: float, high: float) -> str:

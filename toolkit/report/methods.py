@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from toolkit.data.sources import sources_of
-from toolkit.evaluation.comparison import Comparison, ModelScores
+from toolkit.evaluation.comparison import Comparison
+from toolkit.evaluation.verdicts import ModelScores
 from toolkit.metrics.resampling import LEAST_UNITS, RESAMPLES
 from toolkit.report.facts import RunFacts
 from toolkit.report.phrases import Phrases

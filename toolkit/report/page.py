@@ -15,7 +15,8 @@ import toolkit.report.run_view as run_view
 import toolkit.report.scores as scores
 from toolkit.checkpoint.choice import Step
 from toolkit.config.recipe import dump
-from toolkit.evaluation.comparison import Comparison, ModelScores
+from toolkit.evaluation.comparison import Comparison
+from toolkit.evaluation.verdicts import ModelScores
 from toolkit.metrics.resampling import RESAMPLES
 from toolkit.report.clean import clean, clean_title
 from toolkit.report.facts import RunFacts, read_runs

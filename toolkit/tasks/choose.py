@@ -22,7 +22,8 @@ AUTO, DEFAULT = "auto", "long_answer"
 """What ``data.task`` is by default, and the task of questions without rows."""
 SHIPPED = ("messages", "sharegpt", "choice", "long_answer", "alpaca", "prompt_completion", "text")
 """Tasks that come with Frostline, in the order in which rows are tried against them."""
-_ALIASES = {"pubmedqa": "long_answer"}
+BY_NAME = (*SHIPPED, "pubmedqa")
+"""All tasks that come with Frostline: also one that the columns of rows cannot tell."""
 MOST_ROWS = 100
 """Rows whose columns are looked at to recognise a task."""
 
@@ -138,7 +139,7 @@ def load_task(task: str | Mapping[str, Any], key: str = "data.task") -> Task:
         DataError: there is no such task or file.
     """
     if isinstance(task, str):
-        return Task(_shipped(name)) if (name := _ALIASES.get(task, task)) in SHIPPED else Task(_from_file(task, key))
+        return Task(_shipped(task) if task in BY_NAME else _from_file(task, key))
     if "dataset_info" in task:
         return load_task(from_dataset_info(task))
     return Task(_built(dict(task), f"{key} of the recipe", {}))
@@ -147,15 +148,17 @@ def load_task(task: str | Mapping[str, Any], key: str = "data.task") -> Task:
 @cache
 def _shipped(name: str) -> TaskSpec:
     values, lines = read_task_file(str(shipped_file(f"recipes/tasks/{name}.yaml")), "data.task")
+    if "extends" in values:
+        return _built(values, f"task file {name}", lines)
     return check_spec(values, f"task file {name}", lines)
 
 
 def _from_file(path: str, key: str) -> TaskSpec:
     """Read the task file of a user."""
     if not path.endswith((".yaml", ".yml", ".json")) and not find_file(path).is_file():
-        near = nearest(path, [*SHIPPED, *_ALIASES])
+        near = nearest(path, BY_NAME)
         raise DataError(
-            f"{key} is {path}, which is no task and no file; expected auto, {', '.join(SHIPPED)}, or a task file "
+            f"{key} is {path}, which is no task and no file; expected auto, {', '.join(BY_NAME)}, or a task file "
             f"(docs/tasks.md){f' (did you mean {near}?)' if near else ''}"
         )
     values, lines = read_task_file(path, key)
@@ -165,23 +168,21 @@ def _from_file(path: str, key: str) -> TaskSpec:
 def _built(values: dict[str, Any], source: str, lines: Mapping[tuple[str, ...], int]) -> TaskSpec:
     """Validate a task's values, over those of the task that it extends: ``extends``, or a ``name`` that is shipped."""
     base = values.pop("extends", None)
-    name = _ALIASES.get(str(values.get("name")), values.get("name"))
-    if base is None and name in SHIPPED:
+    name = values.get("name")
+    if base is None and name in BY_NAME:
         base = name
     if base is None and not lines and "columns" not in values and isinstance(name, str):
-        near = nearest(name, [*SHIPPED, *_ALIASES])
+        near = nearest(name, BY_NAME)
         hint = f" (did you mean {near}?)" if near else ""
         raise ConfigError(
-            [f"name is {name}, which is no task{hint}; expected one of {', '.join(SHIPPED)}, or columns and turns"],
+            [f"name is {name}, which is no task{hint}; expected one of {', '.join(BY_NAME)}, or columns and turns"],
             source,
         )
     own_columns: set[str] = set()
     if base is not None:
         if not isinstance(base, str):
             raise ConfigError([f"extends is {base!r}; expected the name of a task, or its file"], source)
-        known = (
-            _shipped(_ALIASES.get(base, base)) if _ALIASES.get(base, base) in SHIPPED else _from_file(base, "extends")
-        )
+        known = _shipped(base) if base in BY_NAME else _from_file(base, "extends")
         own_columns = set(values.get("columns") or ()) - set(known.columns)
         values = _laid_over(known.model_dump(by_alias=True, exclude_unset=True), values, source)
     spec = check_spec(values, source, lines)

@@ -128,6 +128,8 @@ class TaskSpec(Section):
     primary_metric: str | None = None
     """Metric by which models are compared, declared before any is seen; None is accuracy for labels and options,
     exact_match for JSON, loss for text. The others are corrected for their number."""
+    public_source: str | None = None
+    """Public texts that the rows come from, such as PubMed: a base model may have seen them, which evaluation says."""
     train_on: Literal["all", "last"] = "all"
     """Answers of a conversation that are learned; data.train_on overrides it."""
     tags: TagsSpec = TagsSpec()
