@@ -29,7 +29,19 @@ from toolkit.report.scores import result, scores_of
 from toolkit.runtime.errors import CheckpointError, UsageError
 
 VOID = {"meta", "wbr"}
-SECTIONS = ["result", "trained", "curves", "scores", "answers", "data", "cost", "versions", "repeat", "methods"]
+SECTIONS = [
+    "result",
+    "trained",
+    "curves",
+    "scores",
+    "answers",
+    "forgetting",
+    "data",
+    "cost",
+    "versions",
+    "repeat",
+    "methods",
+]
 
 
 class Page(HTMLParser):
@@ -474,3 +486,24 @@ def test_folds_end_with_one_report_of_all(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "one checkpoint for each of 2 folds" in read(folder / "of-folds" / "report.html").text
     assert not (folder / "of-folds" / "fold-0" / "report.html").exists()
+
+
+def test_drift_forgetting_and_a_public_source_have_their_places(folder: Path, compared: toolkit.Comparison) -> None:
+    page = read(write_report(folder / "run", compared, ("en",), folder / "plain")[0])
+    assert "Neither was measured" in page.text
+    assert "PubMed" not in page.text
+    items = choice_rows(folder / "items.jsonl", 12)
+    more = toolkit.evaluate(
+        ["base", folder / "run"], batch_size=4, drift=True, drift_max_new_tokens=3, forgetting=items,
+        forgetting_task=TASK,
+    )  # fmt: skip
+    more = dataclasses.replace(more, public_sources=("PubMed",))
+    assert more.drift is not None
+    for language, heading in (("en", "Forgetting"), ("ko", "망각")):
+        page = read(write_report(folder / "run", more, (language,), folder / "more")[0])  # type: ignore[arg-type]
+        assert heading in page.text
+        assert "PubMed" in page.text
+        moved = scores_of(folder / "run", more.drift).scores["loss"]
+        assert f"{moved.value:.4f}" in page.text
+    done = run_here("report", folder / "run", "--no-evaluation", "--drift")
+    assert (done.returncode, "goes with an evaluation" in done.stderr) == (2, True)

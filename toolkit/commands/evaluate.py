@@ -185,6 +185,7 @@ def _file_stems(names: Iterable[str]) -> dict[str, str]:
 
 def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespace:
     """Parse the command line, and end the process if flags contradict each other."""
+    from toolkit.commands.side_effect_flags import add_side_effect_flags, check_side_effect_flags
     from toolkit.config import flags
 
     parser = verb_parser(__doc__, program)
@@ -236,7 +237,7 @@ def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespa
         help="folder for files of each source: the option of each row by its id, as PubMedQA's official script takes "
         "them (.json), and generated answers (.jsonl)",
     )  # fmt: skip
-    _add_side_effects(parser)
+    add_side_effect_flags(parser)
     flags.add_open_model_flags(
         parser, "precision to compute in; default: the run's, or that in which a model is stored"
     )
@@ -250,35 +251,9 @@ def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespa
         parser.error(f"--output {arguments.output} is a directory; expected a file")
     if arguments.predictions is not None and arguments.predictions.is_file():
         parser.error(f"--predictions {arguments.predictions} is a file; expected a folder")
-    if arguments.drift_max_new_tokens != 64 and not arguments.drift:
-        parser.error("--drift.max_new_tokens goes with --drift; without it nothing is measured by it")
-    if arguments.forgetting_task is not None and arguments.forgetting is None:
-        parser.error("--forgetting.task goes with --forgetting, which names the items")
+    check_side_effect_flags(parser, arguments)
     if arguments.max_new_tokens != 256 and not arguments.answers:
         parser.error("--max-new-tokens goes with --answers; without it nothing is generated")
     if arguments.constrain and not arguments.answers:
         parser.error("--constrain goes with --answers; without it nothing is generated")
     return arguments
-
-
-def _add_side_effects(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of what training does to a model beside its task."""
-    from toolkit.config import flags
-
-    parser.add_argument(
-        "--drift", action="store_true",
-        help="score the base's own greedy answers to 60 everyday prompts under every source: how far each has moved",
-    )  # fmt: skip
-    parser.add_argument(
-        "--drift.max_new_tokens", dest="drift_max_new_tokens", type=flags.positive_int, default=64, metavar="N",
-        help="longest of these answers in tokens; default: 64",
-    )  # fmt: skip
-    parser.add_argument(
-        "--forgetting", metavar="FILE",
-        help="labelled items with options, or a task file of lm-eval that names local rows, on which base and sources "
-        "are compared too",
-    )  # fmt: skip
-    parser.add_argument(
-        "--forgetting.task", dest="forgetting_task", type=flags.name_or_mapping, metavar="TASK",
-        help="task by which these items are read, or a task file of lm-eval; default: choice",
-    )  # fmt: skip

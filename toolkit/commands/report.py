@@ -70,6 +70,8 @@ def _compare(arguments: argparse.Namespace, has_folds: bool) -> Comparison:
         [BASE, arguments.run], batch_size=arguments.batch_size, answers=answers,
         max_new_tokens=arguments.max_new_tokens, step=arguments.step, base=arguments.base,
         trust_remote_code=arguments.trust_remote_code, dtype=arguments.dtype, part=arguments.part,
+        drift=arguments.drift, drift_max_new_tokens=arguments.drift_max_new_tokens, forgetting=arguments.forgetting,
+        forgetting_task=arguments.forgetting_task,
     )  # fmt: skip
 
 
@@ -85,6 +87,7 @@ def _languages(text: str) -> list[Language]:
 
 def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespace:
     """Parse the command line, and end the process if flags contradict each other."""
+    from toolkit.commands.side_effect_flags import add_side_effect_flags, check_side_effect_flags
     from toolkit.config import flags
 
     parser = verb_parser(__doc__, program)
@@ -111,14 +114,17 @@ def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespa
     parser.add_argument(
         "--no-evaluation", action="store_true", help="load no model: report what the run wrote, without scores"
     )
+    add_side_effect_flags(parser)
     flags.add_open_model_flags(parser, "precision to compute in; default: the run's")
     arguments = parser.parse_args(words)
+    check_side_effect_flags(parser, arguments)
     if arguments.no_evaluation:
         unused = {
             "--answers": arguments.answers is not None, "--part": arguments.part != "validation",
             "--batch-size": arguments.batch_size != 1, "--max-new-tokens": arguments.max_new_tokens != 256,
             "--base": arguments.base is not None, "--trust-remote-code": arguments.trust_remote_code,
-            "--dtype": arguments.dtype is not None,
+            "--dtype": arguments.dtype is not None, "--drift": arguments.drift,
+            "--forgetting": arguments.forgetting is not None,
         }  # fmt: skip
         if given := [name for name, is_given in unused.items() if is_given]:
             parser.error(f"{given[0]} goes with an evaluation; leave out one of it and --no-evaluation")

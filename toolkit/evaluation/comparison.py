@@ -15,7 +15,7 @@ import numpy as np
 from toolkit.checkpoint.run_directory import fold_runs
 from toolkit.data.examples import Encoder
 from toolkit.data.sources import Source
-from toolkit.evaluation.contamination import contamination_of
+from toolkit.evaluation.contamination import public_sources
 from toolkit.evaluation.outputs import Asked, Outputs, fitting_shots
 from toolkit.evaluation.rows import EvaluatedRows, Part
 from toolkit.evaluation.running import Runner
@@ -71,8 +71,8 @@ class Comparison:
     """Model that the others are compared with; None if there is one only."""
     models: tuple[ModelScores, ...]
     """Scores of the models in their order, then of trivial answers."""
-    contamination: str | None = None
-    """Says that the rows come from a public source, which a base may have seen; None where that is not known."""
+    public_sources: tuple[str, ...] = ()
+    """Public sources of the rows, as far as they are known."""
     drift: Comparison | None = None
     """How far the models moved from their base, on everyday prompts; None if not asked for. Loss and step are those of
     the base there."""
@@ -83,12 +83,29 @@ class Comparison:
     answered_rows: tuple[AnsweredRow, ...] = field(default=(), repr=False)
     """The rows that were answered by generation."""
 
+    @property
+    def contamination(self) -> str | None:
+        """Say that the base may have seen the rows before, if their source is public.
+
+        What a base model had seen is not published for most, so that it saw a public source cannot be excluded.
+        """
+        if not self.public_sources:
+            return None
+        return (
+            f"Rows come from {' and '.join(self.public_sources)}, public before the base was made: that it saw them "
+            "cannot be excluded, so both scores may be too high, their difference less so."
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """Return everything but what single rows have as JSON takes it; values that are not finite are None."""
         values = asdict(replace(self, predictions={}, answered_rows=(), drift=None, forgetting=None))
         del values["predictions"], values["answered_rows"]
         more = {"drift": self.drift, "forgetting": self.forgetting}
-        return dict(_finite(values)) | {name: part and part.as_dict() for name, part in more.items()}
+        return (
+            dict(_finite(values))
+            | {"contamination": self.contamination}
+            | {name: part and part.as_dict() for name, part in more.items()}
+        )
 
 
 def compare_models(
@@ -213,7 +230,7 @@ def _compare(
     return Comparison(
         loss.value, first.metrics["perplexity"].value, int(loss.statistics[:, 1].sum()), first.step, len(rows.rows),
         rows.data, rows.held_out, resampling.units(len(rows.rows)), scorer.answered, rows.rows[0].task.name,
-        scorer.primary, against, judge(entries, against, scorer.primary, resampling), contamination_of(rows.rows),
+        scorer.primary, against, judge(entries, against, scorer.primary, resampling), public_sources(rows.rows),
     )  # fmt: skip
 
 

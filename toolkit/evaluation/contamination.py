@@ -15,15 +15,7 @@ def public_source(path: str) -> str | None:
     return next((source for word, source in _OF_PATHS.items() if word in path.lower()), None)
 
 
-def contamination_of(rows: Sequence[RowSample]) -> str | None:
-    """Return a sentence that names the public sources of rows: those of their tasks, or told by their paths.
-
-    What a base model had seen is not published for most, so that it saw a public source cannot be excluded.
-    """
+def public_sources(rows: Sequence[RowSample]) -> tuple[str, ...]:
+    """Return the public sources of rows: those of their tasks, or told by their paths."""
     found = dict.fromkeys(row.task.spec.public_source or public_source(row.origin) for row in rows)
-    if not (sources := [source for source in found if source]):
-        return None
-    return (
-        f"Rows come from {' and '.join(sources)}, public before the base was made: that it saw them cannot be "
-        "excluded, so both scores may be too high, their difference less so."
-    )
+    return tuple(source for source in found if source)

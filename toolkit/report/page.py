@@ -144,7 +144,7 @@ def _of_run(run: Path, runs: Sequence[RunFacts], text: Phrases) -> dict[str, Any
 def _of_scores(own: ModelScores | None, comparison: Comparison | None, text: Phrases, answers: int) -> dict[str, Any]:
     """Return what the page says of scores and answers; empty without a comparison."""
     if own is None or comparison is None:
-        return {"result": "", "cards": []}
+        return {"result": "", "cards": [], "side_effects": []}
     columns = scores.columns(own, comparison, text)
     cards = list(scores.answer_cards(own, comparison, answers))
     note = "answers_plain" if not cards or cards[0].base is None else "answers_note"
@@ -157,6 +157,7 @@ def _of_scores(own: ModelScores | None, comparison: Comparison | None, text: Phr
         "scores_note": text("scores_note", metric=comparison.primary, resamples=f"{RESAMPLES:,}"),
         "answered_note": text("answered_note", answered=comparison.answered) if comparison.answered else "",
         "cards": cards,
+        "side_effects": list(scores.side_effects(own.name, comparison, text)),
         "answers_note": text(note, shown=len(cards), answered=comparison.answered),
         "base_name": scores.base_name(own, comparison, text),
     }

@@ -107,6 +107,20 @@ ENGLISH = {
     "answers_missing": "No answers were generated.",
     "row": "Row {number}", "question": "Question", "contexts": "Context", "reference": "reference",
     "no_answer": "(empty)",
+    "contamination": (
+        "They come from {sources}, public before the base was made: that it saw them cannot be excluded, so both "
+        "scores may be too high, their difference less so."
+    ),
+    # drift and forgetting
+    "forgetting": "Drift and forgetting",
+    "forgetting_missing": "Neither was measured. This measures both, on everyday prompts and on items of yours:",
+    "forgetting_drift": "Drift",
+    "forgetting_drift_note": (
+        "Loss of the base's own answers to {rows} everyday prompts: how far training moved the model where no task "
+        "asked for it. To move is neither better nor worse."
+    ),
+    "forgetting_items": "Forgetting",
+    "forgetting_items_note": "Scores on {rows} labelled items of another ability; {metric} is the declared metric.",
     # data
     "data": "Data check", "data_source": "rows", "data_task": "task", "data_train": "training rows",
     "data_validation": "validation rows", "data_test": "test rows", "data_skipped": "bad rows skipped",

@@ -100,6 +100,20 @@ KOREAN = {
     "answers_plain": "답변을 생성한 {answered}개 행 중 처음 {shown}개입니다.",
     "answers_missing": "생성한 답변이 없습니다.",
     "row": "{number}번째 행", "question": "질문", "contexts": "근거 글", "reference": "정답", "no_answer": "(빈 답변)",
+    "contamination": (
+        "행의 출처({sources})는 원본 모델이 만들어지기 전에 공개된 자료입니다. 원본 모델이 이미 보았을 가능성을 "
+        "배제할 수 없어 두 점수가 모두 높게 나올 수 있으며, 차이는 그 영향을 덜 받습니다."
+    ),
+    # drift and forgetting
+    "forgetting": "드리프트와 망각",
+    "forgetting_missing": "측정하지 않았습니다. 다음 명령은 일상 질문과 정답 있는 문항으로 둘 다 측정합니다.",
+    "forgetting_drift": "드리프트",
+    "forgetting_drift_note": (
+        "일상 질문 {rows}개에 대한 원본 모델 자신의 답변을 채점한 손실입니다. 과제와 무관한 곳에서 모델이 얼마나 "
+        "달라졌는지를 나타내며, 달라진 것 자체는 좋지도 나쁘지도 않습니다."
+    ),
+    "forgetting_items": "망각",
+    "forgetting_items_note": "다른 능력을 묻는 정답 있는 문항 {rows}개의 점수입니다. 미리 정한 지표는 {metric}입니다.",
     # data
     "data": "데이터 점검", "data_source": "데이터", "data_task": "과제", "data_train": "학습 행",
     "data_validation": "검증 행", "data_test": "테스트 행", "data_skipped": "건너뛴 불량 행",

@@ -83,11 +83,13 @@ def rows_text(comparison: Comparison, text: Phrases) -> Markup:
         return text("rows_unknown", rows=comparison.rows)
     if not comparison.held_out:
         return text("rows_seen", rows=comparison.rows)
+    seen = text("contamination", sources=", ".join(comparison.public_sources)) if comparison.public_sources else ""
     named = re.search(r"\(data\.(validation|test)", comparison.data)
     part = text(f"of_{named[1]}" if named else "of_folds")
     said = text("rows_held_out", rows=comparison.rows, part=part)
     is_grouped = comparison.units != comparison.rows
-    return said + " " + text("rows_grouped", units=comparison.units) if is_grouped else said
+    grouped = text("rows_grouped", units=comparison.units) if is_grouped else ""
+    return Markup(" ").join(part for part in (said, grouped, seen) if part)
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,28 @@ def _cell(shows: str, score: Score | None, text: Phrases) -> tuple[str, str, str
     if of is score:
         return number(of.value), interval(of.low, of.high), ""
     return signed(of.value), interval(of.low, of.high), text.verdict(score.verdict)
+
+
+@dataclass(frozen=True)
+class SideEffect:
+    """What training did beside its task, as a table of its own."""
+
+    heading: Markup
+    note: Markup
+    columns: Sequence[Column]
+    lines: Sequence[Line]
+
+
+def side_effects(own: str, comparison: Comparison, text: Phrases) -> Iterator[SideEffect]:
+    """Yield drift and forgetting of the model named ``own``, as far as they were measured."""
+    for key, part in (("drift", comparison.drift), ("items", comparison.forgetting)):
+        if part is not None:
+            model = next(one for one in part.models if one.name == own)
+            table = columns(model, part, text)
+            yield SideEffect(
+                text(f"forgetting_{key}"), text(f"forgetting_{key}_note", rows=part.rows, metric=part.primary), table,
+                lines(table, part, text, details=False),
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
