@@ -12,7 +12,10 @@ from helpers import metrics, run_script
 @pytest.mark.distributed
 @pytest.mark.first_tier
 def test_the_quickstart_trains_the_bundled_model_under_zero2(tmp_path: Path) -> None:
-    flags = ("--ds", "ds_configs/zero2.json", "--train.max_steps", 2, "--output.dir", tmp_path / "run")
+    flags = (
+        "--ds", "ds_configs/zero2.json", "--train.max_steps", 2, "--output.dir", tmp_path / "run",
+        "--output.report_answers", 0,
+    )  # fmt: skip
     result = run_script("launch/train.py", *flags, launcher=("deepspeed",))
     assert result.returncode == 0, result.stderr[-4000:]
     assert "no --config given: using" in result.stderr
@@ -23,3 +26,5 @@ def test_the_quickstart_trains_the_bundled_model_under_zero2(tmp_path: Path) -> 
     assert "█" not in result.stderr
     assert len(metrics(tmp_path / "run")) == 2
     assert len(metrics(tmp_path / "run", "eval_loss")) == 1
+    for name, words in (("report.html", "too few rows"), ("report.ko.html", "행이 너무 적음")):
+        assert words in (tmp_path / "run" / name).read_text(encoding="utf-8")
