@@ -24,6 +24,7 @@ from toolkit.evaluation.scoring import label_of
 from toolkit.evaluation.table import table
 from toolkit.evaluation.trivial import trivial_answers
 from toolkit.inference.open_model import open_model
+from toolkit.runtime.distributed import require_one_process
 from toolkit.runtime.errors import DataError, FrostlineError, UsageError
 from toolkit.split.prefix import Prefix
 from toolkit.tasks.choose import load_task
@@ -588,3 +589,14 @@ def test_a_moved_base_and_a_step_are_for_the_sources_that_have_one(folder: Path,
     )
     assert comparison.models[2].step is None
     assert isinstance(comparison.models[1].step, int)
+
+
+def test_several_ranks_do_not_all_evaluate(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    for command in ("evaluate", "report"):
+        done = run_here(command, folder / "run")
+        assert done.returncode == 2
+        assert not done.stdout
+        with pytest.raises(UsageError, match=f"{command}.py computes in one process, and a launcher has started 2"):
+            require_one_process(f"{command}.py")

@@ -121,8 +121,10 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     arguments = vars(_parse(words, program))
     from toolkit.commands.saved_evaluation import runs_among, save_evaluation
     from toolkit.evaluation.table import report, summary
+    from toolkit.runtime.distributed import require_one_process
     from toolkit.runtime.paths import make_parent, replace_text
 
+    require_one_process("evaluate.py")
     output, predictions = arguments.pop("output"), arguments.pop("predictions")
     runs = runs_among(arguments["sources"]) if arguments.pop("save") else []
     if output is not None:

@@ -34,6 +34,9 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     arguments = _parse(words, program)
     from toolkit.report.facts import read_runs
     from toolkit.report.page import report_paths, write_report
+    from toolkit.runtime.distributed import require_one_process
+
+    require_one_process("report.py")
 
     folder = arguments.output_dir or arguments.run
     runs = read_runs(arguments.run, arguments.step)

@@ -178,6 +178,15 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
     return World(rank, local_rank, size)
 
 
+def require_one_process(command: str) -> None:
+    """Raise UsageError if a launcher has started several ranks of a command that would do the same in each of them."""
+    if (size := read_world().size) > 1:
+        raise UsageError(
+            f"{command} computes in one process, and a launcher has started {size}; start it without one, or with one "
+            "rank (generate.py divides its questions among ranks)"
+        )
+
+
 @contextlib.contextmanager
 def join_ranks(engine_needs_group: bool = False) -> Iterator[World]:
     """Join all ranks for the body: the process group, and the connections over which failures are broadcast.
