@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from toolkit.evaluation.verdicts import is_detail
+
 if TYPE_CHECKING:
     from toolkit.evaluation.comparison import Comparison
     from toolkit.evaluation.verdicts import ModelScores, Score
 
-_DETAILS = ("recall/", "field/")
-"""Parts of the names of metrics that are in the JSON alone."""
 _WIDTH = 40
 """Most letters of a model's name."""
 
@@ -52,11 +52,6 @@ def metric_names(comparison: Comparison) -> list[str]:
     """Return the names of all metrics, the declared one first."""
     every = dict.fromkeys(name for model in comparison.models for name in model.scores)
     return sorted(every, key=lambda name: name != comparison.primary)
-
-
-def is_detail(metric: str) -> bool:
-    """Return True for the metric of one label or field, of which there may be many."""
-    return any(part in metric for part in _DETAILS)
 
 
 def _line(score: Score) -> str:

@@ -13,9 +13,9 @@ from markupsafe import Markup
 
 from toolkit.evaluation.comparison import AnsweredRow, Comparison
 from toolkit.evaluation.sources import BASE, ModelName
-from toolkit.evaluation.table import interval, is_detail, metric_names, number, signed
+from toolkit.evaluation.table import interval, metric_names, number, signed
 from toolkit.evaluation.trivial import NEAREST_TO_REFERENCE
-from toolkit.evaluation.verdicts import ModelScores, Score
+from toolkit.evaluation.verdicts import ModelScores, Score, is_detail
 from toolkit.metrics.resampling import LEAST_UNITS
 from toolkit.report.clean import clean
 from toolkit.report.phrases import Phrases
