@@ -142,8 +142,8 @@ def tiny_flags(model: Path, run: Path, *more: object) -> list[str]:
     """Flags of a short float32 run of the tiny model on the English sample; the mask is the reference's."""
     flags = [
         "--model.name_or_path", model, "--model.dtype", "float32", "--data.path", ENGLISH, "--data.validation", "none",
-        *REFERENCE_MASK, "--train.learning_rate", "1e-3", "--output.dir", run, "--output.sample_answers", 0,
-        "--output.report", "[]",
+        *REFERENCE_MASK, "--train.learning_rate", "1e-3", "--output.dir", run, "--output.report", "[]",
+        "--output.sample_answers", 0,
         *more,
     ]  # fmt: skip
     return [str(flag) for flag in flags]

@@ -88,7 +88,6 @@ def test_every_option_can_be_the_answer_also_one_that_begins_another(tiny_model:
             given.append(liked)
         text = answerer.loaded.tokenizer.decode(given, skip_special_tokens=True)
         assert encoder.without_closing(text.strip()) == wanted
-        assert constraint.is_whole
 
 
 def test_options_of_each_row_are_its_own_and_are_not_cut(tiny_model: Path) -> None:
@@ -139,13 +138,26 @@ def test_the_closing_of_a_template_ends_an_option(tmp_path: Path) -> None:
 
 
 def test_padding_after_an_answer_is_no_part_of_it() -> None:
-    constraints = [OneOfOptions([(5,)], [0]), OneOfOptions([(6, 7, 8)], [0])]
-    processor = Constrained(constraints, [0])
-    lines = torch.tensor([[9, 5, 0, 3], [9, 6, 7, 8]])
-    allowed = [processor(lines[:, :width], torch.zeros(2, 10)).isfinite() for width in (1, 2, 3, 4)]  # type: ignore[arg-type]
+    processor = Constrained([OneOfOptions([(5,)], [0]), OneOfOptions([(6, 7, 8)], [0])], [0])
+    allowed = []
+    for tokens in ([5, 6], [0, 7], [3, 8], [3, 0]):
+        allowed.append(processor(torch.zeros(2, 1), torch.zeros(2, 10)).isfinite())  # type: ignore[arg-type]
+        processor.take(torch.tensor(tokens))
     assert [line[1].nonzero().flatten().tolist() for line in allowed] == [[6], [7], [8], [0]]
     assert [int(line[0].sum()) for line in allowed] == [1, 1, 10, 10]
-    assert all(constraint.is_whole for constraint in constraints)
+
+
+def test_options_are_never_said_to_be_cut_nor_is_whole_json(tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One option begins another here, so that the closing of the turn is among their tokens."""
+    list(answerer_of(tiny_model, batch_size=3).in_order(samples_of(CHOICE, questions(6))))
+    answerer = answerer_of(tiny_model, max_new_tokens=400)
+    ((_, answer),) = answerer.in_order(samples_of(EXTRACT, [{"note": "one"}]))
+    counted: list[int] = []
+    answerer.on_token = counted.append
+    list(answerer.in_order(samples_of(EXTRACT, [{"note": "one"}])))
+    exact = answerer_of(tiny_model, max_new_tokens=len(counted) - 1)  # all but the token that ends it
+    assert list(exact.in_order(samples_of(EXTRACT, [{"note": "one"}]))) == [(0, answer)]
+    assert "answers ended" not in caplog.text
 
 
 def test_free_text_is_refused_before_the_model_loads(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,3 +248,10 @@ def test_the_tokens_of_a_batch_are_counted_as_they_come(tiny_model: Path) -> Non
     starts = [at for at, count in enumerate(counted) if count == 1]
     assert len(starts) == 2
     assert counted == [*range(1, starts[1] + 1), *range(1, len(counted) - starts[1] + 1)]
+
+
+@pytest.mark.parametrize(("ref", "message"), [("#/$defs/nope", "leads nowhere"), ("#", "leads back to itself")])
+def test_a_reference_that_cannot_be_followed_is_one_message(ref: str, message: str) -> None:
+    task = {**EXTRACT, "output": {"schema": {"$ref": ref}}}
+    with pytest.raises(UsageError, match=message):
+        load_task(task).read({"note": "one", "answer": "{}"})

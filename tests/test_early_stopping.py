@@ -65,7 +65,10 @@ def test_a_run_ends_after_its_patience_and_the_best_is_kept(
     assert train(*flags(tiny_model, run)) == 0
     assert len(metrics(run)) == 12
     assert metrics(run, "eval_loss") == list(CURVE[:6])
-    assert "early stopping after step 12: in 2 validations the loss was not below 1.9000 by more than 0" in caplog.text
+    assert (
+        "early stopping after step 12: in 2 validations the loss was not lower than before by over 0; best 1.9000"
+        in caplog.text
+    )
     assert "done: 12 steps" in caplog.text
     assert choose_checkpoint(run, "best").step == 8
     assert choose_checkpoint(run).step == 12

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import make_tiny_model, run_here, tiny_flags, train
+from helpers import ENGLISH, make_tiny_model, run_here, tiny_flags, train
 from test_evaluation import TASK, choice_rows
 
 import toolkit
@@ -459,6 +459,60 @@ def test_a_run_ends_with_its_report_in_the_languages_of_the_recipe(folder: Path)
     (run / "report.ko.html").unlink()
     assert "scoring the run" in ended(folder, "reported", "--output.report", "[ko]").stderr  # a kill had prevented it
     assert "macro_f1" in read(run / "report.ko.html").text
+
+
+def test_a_run_that_goes_on_has_a_new_report(folder: Path) -> None:
+    flags = ("--output.report", "[en]", "--output.report_answers", 0)
+    assert ended(folder, "longer", *flags).returncode == 0
+    assert "step 3" in read(folder / "longer" / "report.html").text
+    assert ended(folder, "longer", *flags, "--train.max_steps", 5, "--resume-override").returncode == 0
+    page = read(folder / "longer" / "report.html")
+    assert "step 5" in page.text
+    assert "step 3" not in page.text
+
+
+def test_folds_that_are_trained_one_at_a_time_are_reported_with_the_last(folder: Path) -> None:
+    for fold in range(2):
+        done = ended(
+            folder, "one-by-one", "--output.report", "[en]", "--data.folds", 2, "--data.fold", fold,
+            "--data.validation", "none",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert (folder / "one-by-one" / "report.html").exists() == bool(fold)
+    page = read(folder / "one-by-one" / "report.html")
+    assert "macro_f1" in page.text
+    assert f"--data.fold none --output.dir {folder / 'one-by-one'}-again" not in page.text  # quoted as one word
+    assert "one-by-one-again --data.fold none" in page.text
+
+
+def test_an_earlier_step_of_a_schedule_is_reported_as_it_was(folder: Path) -> None:
+    schedule = '[{"train": ["head"], "until_step": 2}]'
+    done = ended(
+        folder, "phases", "--mask.schedule", schedule, "--output.save_every_steps", 2, "--output.keep", 9,
+        "--train.max_steps", 4,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert run_here("report", folder / "phases", "--step", 2, "--no-evaluation", "--language", "en").returncode == 0
+    early = read(folder / "phases" / "report.html")
+    facts = read_runs(folder / "phases", 2)[0]
+    assert facts.trained == 16384
+    assert "16,384 parameters were trained, selected by head;" in early.text
+    assert run_here("report", folder / "phases", "--no-evaluation", "--language", "en").returncode == 0
+    late = read(folder / "phases" / "report.html")
+    assert "selected by head; last:" in late.text
+
+
+def test_a_mixture_of_tasks_is_scored_by_its_loss(folder: Path) -> None:
+    path = json.dumps([
+        {"path": str(folder / "rows.jsonl"), "task": TASK}, {"path": str(ENGLISH), "task": "long_answer"},
+    ])  # fmt: skip
+    done = ended(folder, "mixture", "--output.report", "[en]", "--data.path", path, "--data.task", "auto")
+    assert done.returncode == 0, done.stderr
+    assert "could not be scored" not in done.stderr
+    assert "perplexity" in read(folder / "mixture" / "report.html").text
+    assert run_here("report", folder / "mixture", "--language", "en").returncode == 0
+    refused = run_here("report", folder / "mixture", "--answers", 2)
+    assert (refused.returncode, "read by several tasks" in refused.stderr) == (2, True)
 
 
 def test_a_run_is_whole_whatever_happens_to_its_report(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from test_evaluation import TASK, choice_rows
 import toolkit
 from toolkit.checkpoint.choice import choose_checkpoint
 from toolkit.checkpoint.validation_score import ValidationScore
-from toolkit.runtime.errors import ConfigError
+from toolkit.runtime.errors import CheckpointError, ConfigError
 
 NAMES = ("accuracy", "macro_f1", "log_loss", "recall/maybe")
 
@@ -147,9 +147,18 @@ def test_they_are_computed_beside_other_options(more: tuple[Any, ...], tmp_path:
         (("--output.evaluate_metrics", "[generated/accuracy]"), "answers need output.sample_answers"),
         (("--train.metric_for_best_model", "f1"), "train.metric_for_best_model is f1, which is not computed"),
         (("--data.validation", "none"), "data.validation is none"),
+        (("--data.validation", "no_maybe.jsonl", "--train.metric_for_best_model", "recall/maybe"), "has no value on"),
+        (("--data.path", "MIXTURE", "--data.task", "auto"), "read by several tasks, which have the loss alone"),
     ],
 )
-def test_what_cannot_be_computed_is_refused(more: tuple[str, str], message: str, tmp_path: Path) -> None:
+def test_what_cannot_be_computed_is_refused(more: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    rows = [{"question": f"Is {n} bad?", "contexts": [], "decision": "yes", "patient": n} for n in range(4)]
+    (tmp_path / "no_maybe.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    mixture = [{"path": str(tmp_path / "rows.jsonl"), "task": TASK}, {"path": str(ENGLISH), "task": "long_answer"}]
+    files = {"no_maybe.jsonl": str(tmp_path / "no_maybe.jsonl"), "MIXTURE": json.dumps(mixture)}
+    more = tuple(files.get(word, word) for word in more)
+    if "MIXTURE" in files and json.dumps(mixture) in more:
+        more = (*more, "--output.sample_answers", "2")
     with pytest.raises(ConfigError) as error:
         train(*flags_of(tmp_path, "run", *more))
     assert message in str(error.value)
@@ -187,3 +196,14 @@ def test_two_ranks_under_zero3_have_the_metrics_of_one_process(cache: str, tmp_p
     assert best.step == choose_checkpoint(tmp_path / "alone", "best").step
     assert best.score is not None
     assert (best.score.metric, best.score.higher_is_better) == ("accuracy", True)
+
+
+def test_settings_that_the_metric_depends_on_are_kept_on_resume(tmp_path: Path) -> None:
+    answers = [
+        "--output.evaluate_metrics", "[generated/valid]", "--train.metric_for_best_model", "generated/valid",
+        "--output.sample_tokens", 3,
+    ]  # fmt: skip
+    assert train(*flags_of(tmp_path, "run", *answers, "--train.max_steps", 4, "--output.sample_answers", 3)) == 0
+    other = flags_of(tmp_path, "run", *answers, "--train.max_steps", 8, "--output.sample_answers", 2)
+    with pytest.raises(CheckpointError, match=r"output\.sample_answers was 3, is now 2"):
+        train(*other)

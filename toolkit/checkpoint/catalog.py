@@ -141,8 +141,11 @@ def validation_scores(checkpoints: Iterable[Path]) -> dict[Path, ValidationScore
 
 
 def best_of(scores: Mapping[Path, ValidationScore]) -> Path | None:
-    """Return the checkpoint with the best score, on a tie the earliest; None if ``scores`` is empty."""
-    return min(scores, key=lambda path: scores[path].rank) if scores else None
+    """Return the checkpoint with the best score by the newest one's metric, on a tie the earliest; None for none."""
+    if not scores:
+        return None
+    metric = scores[max(scores)].metric
+    return min((path for path in scores if scores[path].metric == metric), key=lambda path: scores[path].rank)
 
 
 def _latest_name(run: Path) -> str | None:

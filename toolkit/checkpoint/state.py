@@ -25,10 +25,13 @@ _SOURCES = (("data", "path"), ("data", "validation"), ("data", "test"))
 _BATCH_SIZE = ("train.micro_batch_size", "train.gradient_accumulation_steps", "train.micro_batch_tokens")
 """Settings that cut a step into micro batches. Of the first two only the product with the number of ranks is compared:
 the rows of one step over all ranks."""
+_SCORED = ("output.sample_answers", "output.sample_tokens")
+"""Settings that the metric may depend on by which the best checkpoint is chosen."""
 _HARMLESS = (
     "train.learning_rate", "train.weight_decay", "train.warmup_ratio", "train.scheduler", "train.epochs",
     "train.max_steps", "train.max_grad_norm", "train.max_skipped_steps", "train.gradient_checkpointing",
-    "train.reduce_dtype", "train.early_stopping_patience", "train.early_stopping_threshold", "optim.",
+    "train.reduce_dtype", "train.early_stopping_patience", "train.early_stopping_threshold",
+    "train.metric_for_best_model", "optim.",
     "data.packing", "data.path", "data.split", "data.name", "data.revision", "data.encoding", "data.separator",
     "data.sheet", "data.validation_split", "data.test", "data.test_split", "model.name_or_path", "model.revision",
     "model.attn_implementation", "model.trust_remote_code",
@@ -117,10 +120,11 @@ def recipe_differences(state: CheckpointState, config: RunConfig, ranks: int) ->
     before = _flatten(RunConfig().model_dump(mode="json"))  # keys newer than the checkpoint count as their defaults
     old, new = {**before, **_flatten(_with_defaults(state.recipe))}, _flatten(config.model_dump(mode="json"))
     for key in dict.fromkeys([*new, *old]):
-        if key.startswith(_IRRELEVANT) or key in _BATCH_SIZE or old.get(key) == new.get(key):
+        is_scored = config.train.metric_for_best_model != "loss" and key in _SCORED
+        if (key.startswith(_IRRELEVANT) and not is_scored) or key in _BATCH_SIZE or old.get(key) == new.get(key):
             continue
         difference = f"{key} was {old.get(key)!r}, is now {new.get(key)!r}"
-        (harmless if key.startswith(_HARMLESS) else refused).append(difference)
+        (harmless if is_scored or key.startswith(_HARMLESS) else refused).append(difference)
     micro, accumulation = config.train.micro_batch_size, config.train.gradient_accumulation_steps
     if (batch := global_batch(micro, accumulation, ranks)) != state.global_batch:
         harmless.append(

@@ -147,7 +147,8 @@ def save_predictions(comparison: Comparison, folder: Path) -> None:
     """Write what each model gives the rows into a folder.
 
     Of questions with options a file MODEL.json, as PubMedQA's official script takes it: the likeliest option by the
-    row's id. Of generated answers a file MODEL.jsonl with id, QUESTION, CONTEXTS, REFERENCE and ANSWER.
+    row's id. Of generated answers a file MODEL.jsonl with id, QUESTION, CONTEXTS, REFERENCE and ANSWER, and
+    MODEL.constrained.jsonl of those that constrained decoding gave.
 
     Raises:
         DiskError: the folder cannot be written.
@@ -158,9 +159,11 @@ def save_predictions(comparison: Comparison, folder: Path) -> None:
         (name, ".json"): json.dumps(options, ensure_ascii=False, indent=1) + "\n"
         for name, options in comparison.predictions.items()
     }
-    for name in comparison.answered_rows[0].answers if comparison.answered_rows else ():
-        lines = (json.dumps(_answer_line(row, name), ensure_ascii=False) for row in comparison.answered_rows)
-        texts[name, ".jsonl"] = "".join(f"{line}\n" for line in lines)
+    rows = comparison.answered_rows
+    for suffix, kind in ((".jsonl", "answers"), (".constrained.jsonl", "constrained")):
+        for name in getattr(rows[0], kind) if rows else ():
+            lines = (json.dumps(_answer_line(row, getattr(row, kind)[name]), ensure_ascii=False) for row in rows)
+            texts[name, suffix] = "".join(f"{line}\n" for line in lines)
     with explain_refused_write(folder):
         folder.mkdir(parents=True, exist_ok=True)
         stems = _file_stems([name for name, _ in texts])
@@ -170,9 +173,9 @@ def save_predictions(comparison: Comparison, folder: Path) -> None:
             log.info("predictions of %s: %s", name, path)
 
 
-def _answer_line(row: AnsweredRow, model: str) -> dict[str, Any]:
+def _answer_line(row: AnsweredRow, answer: str) -> dict[str, Any]:
     asked = {"id": row.id, "QUESTION": row.question, "CONTEXTS": list(row.contexts)}
-    return {**asked, "REFERENCE": row.reference, "ANSWER": row.answers[model]}
+    return {**asked, "REFERENCE": row.reference, "ANSWER": answer}
 
 
 def _file_stems(names: Iterable[str]) -> dict[str, str]:

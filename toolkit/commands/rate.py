@@ -78,6 +78,8 @@ def _read(arguments: argparse.Namespace) -> int:
     if output is not None and output.exists():
         if any(output.samefile(path) for path in (arguments.key, *arguments.sheets) if path.exists()):
             raise UsageError(f"--output {output} is a file that is read; choose another")
+        if output.suffix == ".xlsx":
+            raise UsageError(f"{output} is a workbook, as of a rater; name a file for JSON")
         if not arguments.overwrite:
             raise UsageError(f"{output} exists; --overwrite replaces it, another --output leaves it")
     if output is not None:

@@ -12,7 +12,9 @@ Prints the paths of the files, report.html and report.ko.html, which need no oth
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -41,6 +43,8 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     folder = arguments.output_dir or arguments.run
     runs = read_runs(arguments.run, arguments.step)
     report_paths(folder, arguments.language)
+    if folder.exists() and not os.access(folder, os.W_OK):
+        raise UsageError(f"{folder} cannot be written; name another folder with --output-dir")
     comparison = None if arguments.no_evaluation else _compare(arguments, has_folds=runs[0].path != arguments.run)
     shown = min(max(arguments.answers or 0, ANSWERS), _MOST_SHOWN)
     for path in write_report(arguments.run, comparison, arguments.language, folder, shown, arguments.step):
@@ -56,6 +60,7 @@ def _compare(arguments: argparse.Namespace, has_folds: bool) -> Comparison:
     """
     from toolkit.commands.evaluate import evaluate
     from toolkit.config.recipe import read_saved
+    from toolkit.evaluation.scoring import SeveralTasksError
     from toolkit.evaluation.sources import BASE
 
     if not has_folds:
@@ -69,13 +74,19 @@ def _compare(arguments: argparse.Namespace, has_folds: bool) -> Comparison:
                 "report without scores"
             )
     answers = arguments.answers if arguments.answers is not None else 0 if has_folds else ANSWERS
-    return evaluate(
-        [BASE, arguments.run], batch_size=arguments.batch_size, answers=answers,
-        max_new_tokens=arguments.max_new_tokens, step=arguments.step, base=arguments.base,
+    evaluate_run = partial(
+        evaluate, [BASE, arguments.run], batch_size=arguments.batch_size, max_new_tokens=arguments.max_new_tokens,
+        step=arguments.step, base=arguments.base,
         trust_remote_code=arguments.trust_remote_code, dtype=arguments.dtype, part=arguments.part,
         drift=arguments.drift, drift_max_new_tokens=arguments.drift_max_new_tokens, forgetting=arguments.forgetting,
         forgetting_task=arguments.forgetting_task,
     )  # fmt: skip
+    try:
+        return evaluate_run(answers=answers)
+    except SeveralTasksError:
+        if arguments.answers is not None:
+            raise
+        return evaluate_run(answers=0)  # rows of several tasks have the loss alone in common
 
 
 def _languages(text: str) -> list[Language]:

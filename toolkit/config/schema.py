@@ -7,14 +7,16 @@ language-model head, bfloat16, AdamW at 1e-5, 10 % linear warmup, micro batch 1,
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from toolkit.config.data_schema import DataConfig as DataConfig
 from toolkit.config.mask_schema import MaskConfig as MaskConfig
 from toolkit.config.section import Section, is_none, switch
 from toolkit.runtime.paths import is_directory
+
+T = TypeVar("T")
 
 
 def _as_token_list(value: Any) -> Any:
@@ -120,12 +122,12 @@ class TrainConfig(Section):
     output.evaluate_metrics, the higher or the lower of which is better as the metric has it."""
 
     early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
-    """End the run once the validation loss has not fallen below its lowest in so many validations in a row
-    (output.evaluate_every_steps, and each epoch's end). The lowest has a checkpoint, which --step best takes; none
-    trains to the end."""
+    """End the run once train.metric_for_best_model has not been better than before in so many validations in a row
+    (output.evaluate_every_steps, and each epoch's end). The best has a checkpoint, which --step best takes; none trains
+    to the end."""
 
     early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
-    """By how much the loss must fall to count as lower."""
+    """By how much it must be better to count."""
 
     gradient_checkpointing: Annotated[Literal["auto", "on", "off"], BeforeValidator(switch)] = "auto"
     """Recompute the trained blocks' activations in backward; auto does so when they would not fit in memory."""
@@ -191,6 +193,11 @@ class PrefixConfig(Section):
     in files, and each block comes to the device for its use, so that the model may be larger than the GPU."""
 
 
+def _distinct(values: tuple[T, ...]) -> tuple[T, ...]:
+    """Return values without repetitions."""
+    return tuple(dict.fromkeys(values))
+
+
 class OutputConfig(Section):
     """The run directory: what is written, and when."""
 
@@ -223,7 +230,7 @@ class OutputConfig(Section):
     sample_tokens: Annotated[int, Field(ge=1)] = 96
     """Longest sample answer in tokens."""
 
-    report: tuple[Literal["en", "ko"], ...] = ("en",)
+    report: Annotated[tuple[Literal["en", "ko"], ...], AfterValidator(_distinct)] = ("en",)
     """Languages of the report that the run ends with, report.html and report.ko.html, for which it is scored beside its
     base on the validation rows; [] writes none (docs/report.md)."""
 

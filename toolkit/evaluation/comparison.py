@@ -39,6 +39,8 @@ class AnsweredRow:
     reference: str
     answers: Mapping[str, str]
     """By the model's name."""
+    constrained: Mapping[str, str] = field(default_factory=dict)
+    """Those of constrained decoding, by the model's name; none where it was not asked for."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ def _answered(scorer: Scorer, outputs: Mapping[str, Outputs]) -> tuple[AnsweredR
         AnsweredRow(
             key, row.sample.question, row.sample.contexts, row.sample.answer or "",
             {name: of.answers[at] for name, of in outputs.items() if of.answers is not None},
+            {name: of.constrained[at] for name, of in outputs.items() if of.constrained is not None},
         )
         for at, (key, row) in enumerate(zip(scorer.ids, scorer.rows[: scorer.answered], strict=False))
     )  # fmt: skip

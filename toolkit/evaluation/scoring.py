@@ -37,6 +37,10 @@ ByName = dict[str, Metric]
 """Metrics by their name."""
 
 
+class SeveralTasksError(DataError):
+    """The rows that are to be answered are read by several tasks, whose answers have no metric in common."""
+
+
 class Scorer:
     """Makes the metrics of the rows that models are evaluated on.
 
@@ -90,7 +94,7 @@ class Scorer:
         """Say that rows of several tasks have losses alone in common; DataError if they are to be answered."""
         listed = ", ".join(dict.fromkeys(tasks))
         if self.answered:
-            raise DataError(
+            raise SeveralTasksError(
                 f"the rows are read by several tasks ({listed}), and their answers have no metric in common; leave out "
                 "--answers, or name the rows of one source with --data.path"
             )

@@ -209,14 +209,17 @@ class Answerer:
         advice = f"--batch-size {self.batch_size // 2}" if self.batch_size > 1 else "--max-new-tokens, to fewer"
         stop_ids, processors = self._encoder.stop_ids(), self.sampling.processors(list(prompts))
         constraints = [prompt.constraint for prompt in prompts.values() if prompt.constraint is not None]
-        if constraints:
-            processors.insert(0, Constrained(constraints, stop_ids))
+        constrained = Constrained(constraints, stop_ids) if constraints else None
+        if constrained is not None:
+            processors.insert(0, constrained)
         most = max([self.max_new_tokens, *(constraint.longest for constraint in constraints)])  # an option is not cut
-        tokens = count(1)
+        counted = count(1)
 
-        def after_token() -> bool:
+        def after_token(tokens: torch.Tensor) -> bool:
+            if constrained is not None:
+                constrained.take(tokens)
             if self.on_token is not None:
-                self.on_token(next(tokens))
+                self.on_token(next(counted))
             return False
 
         with explain_out_of_memory("generation", shape, advice):

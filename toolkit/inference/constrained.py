@@ -65,10 +65,8 @@ class OneOfOptions:
         """Note a token that was generated."""
         self._taken += (token,)
 
-    @property
-    def is_whole(self) -> bool:
-        """Return whether what was generated is one of the options."""
-        return any(self._taken[: len(ids)] == ids for ids in self._options)
+    is_whole = True
+    """Options are not cut, see ``longest``."""
 
     @property
     def longest(self) -> int:
@@ -171,25 +169,21 @@ class Constrained(LogitsProcessor):  # type: ignore[misc]
     def __init__(self, constraints: Sequence[Constraint], stop_ids: Sequence[int]) -> None:
         self._constraints, self._stop_ids = constraints, frozenset(stop_ids)
         self._has_ended = [False] * len(constraints)
-        self._is_begun = False
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Return the scores, [rows, vocabulary], with minus infinity for the tokens that may not come next."""
-        if self._is_begun:
-            for row, token in enumerate(input_ids[:, -1].tolist()):
-                self._take(row, token)
-        self._is_begun = True
         allowed = torch.stack([self._allowed(row, scores.shape[1]) for row in range(len(self._constraints))])
         allowed = allowed.to(scores.device)
         left = scores.masked_fill(~allowed, -torch.inf)
         none_left = left.isneginf().all(-1, keepdim=True)  # the model's own settings forbid all of them, as min_length
         return torch.where(none_left & allowed, 0.0, left).to(scores.dtype)  # type: ignore[return-value]
 
-    def _take(self, row: int, token: int) -> None:
-        if self._has_ended[row]:
-            return  # padding, while other rows go on
-        self._has_ended[row] = token in self._stop_ids
-        self._constraints[row].take(token)
+    def take(self, tokens: torch.Tensor) -> None:
+        """Note the newest token of each row, [rows]; after its end, while other rows go on, a row has padding."""
+        for row, token in enumerate(tokens.tolist()):
+            if not self._has_ended[row]:
+                self._has_ended[row] = token in self._stop_ids
+                self._constraints[row].take(token)
 
     def _allowed(self, row: int, vocabulary: int) -> torch.Tensor:
         if self._has_ended[row]:

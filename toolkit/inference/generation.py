@@ -18,20 +18,23 @@ def complete_together(
     stop_ids: Sequence[int],
     max_new_tokens: int,
     processors: LogitsProcessorList | None = None,
-    stop: Callable[[], bool] | None = None,
+    stop: Callable[[torch.Tensor], bool] | None = None,
     streamer: Any = None,
 ) -> list[str]:
     """Generate and decode the continuations of prompts, in token ids, a token of each in every pass.
 
     The model must be in evaluation mode, and allow padding on the left: see ``can_complete_together``. A continuation
-    ends at a token of ``stop_ids``, after ``max_new_tokens``, or when ``stop``, called after every token, returns True.
+    ends at a token of ``stop_ids``, after ``max_new_tokens``, or when ``stop``, called with the
+    newest token of each, [rows], returns True.
     The longest prompt decides how many tokens the model's positions leave for every answer. Tokens are the likeliest
     ones after ``processors`` changed their logits; ``streamer``, transformers', is given those of a single prompt.
     """
     options: dict[str, Any] = {}
     if stop is not None:
         is_stopped = stop  # a name that mypy knows is not None within the lambda
-        options["stopping_criteria"] = [lambda ids, scores: ids.new_full(ids.shape[:1], is_stopped(), dtype=torch.bool)]
+        options["stopping_criteria"] = [
+            lambda ids, scores: ids.new_full(ids.shape[:1], is_stopped(ids[:, -1]), dtype=torch.bool)
+        ]
     if processors:
         options["logits_processor"] = processors
     if streamer is not None:

@@ -50,7 +50,8 @@ class RunFacts:
     mask: LayerMask
     base: Base
     parts: tuple[AuditRow, ...]
-    """Parts of the model from input to head; empty for a run of a version that did not record them."""
+    """Parts of the model from input to head; empty for a run of a version that did not record them, and for a
+    checkpoint before the last phase of a schedule, of which they would be."""
     rows: Mapping[str, int]
     """Numbers of rows: train, and what else was recorded of validation, test, skipped and shortened."""
     task: str
@@ -97,6 +98,7 @@ def read_facts(run: Path, step: Step | None = None) -> RunFacts:
     state, last = read_state(choice.checkpoint), read_state(find_checkpoint(run).checkpoint)
     try:
         mask, base = read_mask_and_base(choice.checkpoint)
+        is_whole = mask == read_mask_and_base(find_checkpoint(run).checkpoint)[0]  # no phase came after it
         record = _read_json(run / RECORD_FILE, {})
         plan = _read_json(run / "plan.json", {})
         phases = _read_json(run / "schedule.json", [])
@@ -108,11 +110,11 @@ def read_facts(run: Path, step: Step | None = None) -> RunFacts:
             last=last,
             mask=mask,
             base=base,
-            parts=_parts(record, plan, is_one_phase=not phases),
+            parts=_parts(record, plan, is_one_phase=not phases) if is_whole else (),
             rows={"train": state.rows, **record.get("rows", {}), "skipped": _count_lines(run / "skipped_rows.jsonl")},
             task=record.get("task") or str(config.data.task),
             hardware=record.get("hardware", {}),
-            phases=phases,
+            phases=[phase for phase in phases if phase["first_step"] <= state.step],
             planned_bytes=plan["memory"]["peak"] if plan else None,
             files=[
                 {"for": source["for"], **file}

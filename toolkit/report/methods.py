@@ -39,13 +39,22 @@ def _model(run: RunFacts, text: Phrases) -> Iterator[str]:
     line = "m_line_none" if not mask.boundary else "m_line_head" if mask.tied == "head_only" else "m_line"
     words = {
         "trained": f"{run.trained:,}",
-        "mask": ", ".join(map(str, run.config.mask.train)),
+        "mask": _selectors(run),
         "line": text.plain(line, boundary=mask.boundary, blocks=mask.block_count),
     }
     if run.total is None:
         yield text.plain("m_mask_only", **words)
     else:
         yield text.plain("m_mask_share", total=f"{run.total:,}", share=f"{run.trained / run.total:.2%}", **words)
+
+
+def _selectors(run: RunFacts) -> str:
+    """Return what selected the trained tensors, of each phase that had begun at this checkpoint."""
+    mask = run.config.mask
+    phases = [phase.train for phase in mask.schedule][: len(run.phases) or None]
+    if len(phases) < len(run.phases) or not phases:
+        phases.append(mask.train)
+    return "; ".join(", ".join(map(str, selectors)) for selectors in phases)
 
 
 def _data(run: RunFacts, text: Phrases) -> Iterator[str]:

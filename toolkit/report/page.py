@@ -74,7 +74,7 @@ def report_paths(folder: Path, languages: Sequence[Language]) -> list[Path]:
     paths = [folder / ("report.html" if language == "en" else f"report.{language}.html") for language in languages]
     for path in paths:
         if path.exists() and not _is_report(path):
-            raise UsageError(f"{path} exists and is no report of Frostline; move it, or choose another --output-dir")
+            raise UsageError(f"{path} exists and is no report of Frostline; move it, or write the report elsewhere")
     return paths
 
 
@@ -117,7 +117,7 @@ def _of_run(run: Path, runs: Sequence[RunFacts], text: Phrases) -> dict[str, Any
     """Return what the page says of the run itself."""
     first = runs[0]
     recipe = shlex.quote(str(first.path / "config.yaml"))
-    other = shlex.quote(f"{first.path}-again")
+    other = shlex.quote(f"{run}-again") + ("" if len(runs) == 1 else " --data.fold none")
     is_plain = first.state.engine == "local" and first.state.ranks == 1
     return {
         "one_run": len(runs) == 1,

@@ -62,7 +62,7 @@ def trained(run: RunFacts, text: Phrases) -> Iterator[Markup]:
         yield text("table_rows", count=f"{rows.count:,}", table=rows.table)
     for layers in mask.quantised:
         yield text("quantised", count=len(layers.modules), precision=layers.precision)
-    if mask.tied != "no":
+    if mask.tied != "no" and not (mask.tied == "both" and mask.rows):  # of which some rows trained, as said
         yield text(f"tied_{mask.tied}")
     if run.phases:
         yield text("phases")

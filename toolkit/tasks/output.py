@@ -47,6 +47,7 @@ def is_answer(spec: TaskSpec, answer: str) -> bool:
 def check_json(answer: str, schema: Mapping[str, Any]) -> None:
     """Raise RowFaultError if an answer is not JSON, or breaks the schema; UsageError if that is none."""
     import jsonschema
+    from referencing.exceptions import Unresolvable
 
     try:
         value = json.loads(answer)
@@ -59,5 +60,9 @@ def check_json(answer: str, schema: Mapping[str, Any]) -> None:
         raise RowFaultError(
             f"has an answer that breaks the task's schema{f' at {where}' if where else ''}: {error.message[:200]}"
         ) from None
+    except Unresolvable as error:
+        raise UsageError(f"the task's schema has a $ref that leads nowhere: {error}") from None
+    except RecursionError:
+        raise UsageError("the task's schema has a $ref that leads back to itself") from None
     except jsonschema.SchemaError as error:
         raise UsageError(f"the task's schema is no JSON schema: {error.message[:200]}") from None

@@ -110,9 +110,9 @@ class BetweenSteps:
         if self._ends_early:
             sign = -1 if self._higher_is_better else 1
             log.info(
-                "early stopping after step %d: in %d validations the %s was not %s %.4f by more than %g",
-                progress.step, train.early_stopping_patience, self._metric, "above" if sign < 0 else "below",
-                sign * best, train.early_stopping_threshold,
+                "early stopping after step %d: in %d validations the %s was not %s than before by over %g; best %.4f",
+                progress.step, train.early_stopping_patience, self._metric, "higher" if sign < 0 else "lower",
+                train.early_stopping_threshold, sign * best,
             )  # fmt: skip
         if progress.score is None or progress.score.rank != best or self._committed == progress.step:
             return False

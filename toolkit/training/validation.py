@@ -133,7 +133,7 @@ def _answers(
         size = _MOST_TOGETHER if together else 1
         pace = AnswerPace(-(-len(prompts) // size), max_tokens, epoch_seconds)
 
-        def after_token() -> bool:
+        def after_token(tokens: torch.Tensor) -> bool:
             bar.advance(0, token=f"{pace.token()} of {max_tokens}")
             return may_stop and signals.stop_requested()
 

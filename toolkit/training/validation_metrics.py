@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,11 +16,13 @@ from toolkit.evaluation.cut_model import CutModel
 from toolkit.evaluation.likelihood import OptionQuery, option_log_likelihoods, option_query
 from toolkit.evaluation.outputs import Outputs
 from toolkit.evaluation.rows import held_out_samples
-from toolkit.evaluation.scoring import Scorer
+from toolkit.evaluation.scoring import Scorer, SeveralTasksError
 from toolkit.runtime.errors import ConfigError
 
 _OF_LOSSES = ("loss", "perplexity", "bits_per_byte")
 """Metrics that are not computed here: every validation has the first two."""
+_SEVERAL_TASKS = "the rows are read by several tasks, which have the loss alone in common; leave it out"
+_NEEDS_ANSWERS = "; metrics of generated answers need output.sample_answers"
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,19 @@ class ValidationMetrics:
         if not names:
             return None
         rows, train = held_out_samples(config.data, dataset, "validation")
-        scorer = Scorer(rows, train, answers)
+        try:
+            scorer = Scorer(rows, train, answers)
+        except SeveralTasksError:
+            raise ConfigError(
+                [f"output.evaluate_metrics is [{', '.join(names)}], but {_SEVERAL_TASKS}"], "recipe"
+            ) from None
         known = {name: metric for name, metric in scorer.known().items() if name not in _OF_LOSSES}
         of_options = {*Scorer(rows, train).known()}
         if unknown := [name for name in names if name not in known]:
             raise ConfigError(
                 [
                     f"output.evaluate_metrics asks for {name}; these rows have {', '.join(known) or 'none'}, beside "
-                    f"the loss{'' if answers else '. Metrics of generated answers need output.sample_answers'}"
+                    f"loss and perplexity, which are always computed{'' if answers else _NEEDS_ANSWERS}"
                     for name in unknown
                 ],
                 "recipe, read against the rows",
@@ -64,6 +72,14 @@ class ValidationMetrics:
         if chosen is not None and chosen.higher_is_better is None:
             raise ConfigError(
                 [f"train.metric_for_best_model is {chosen.name}, of which neither more nor less is better"], "recipe"
+            )
+        if chosen is not None and math.isnan(chosen.value):  # whatever a model gives
+            raise ConfigError(
+                [
+                    f"train.metric_for_best_model is {chosen.name}, which has no value on the validation rows, as none "
+                    "has what it counts; choose by another"
+                ],
+                "recipe, read against the rows",
             )
         wanted = of_options.intersection(names)
         queries = tuple(option_query(encoder, row.sample, row.origin) for row in rows) if wanted else ()
