@@ -561,3 +561,16 @@ def test_drift_forgetting_and_a_public_source_have_their_places(folder: Path, co
         assert f"{moved.value:.4f}" in page.text
     done = run_here("report", folder / "run", "--no-evaluation", "--drift")
     assert (done.returncode, "goes with an evaluation" in done.stderr) == (2, True)
+
+
+def test_rows_that_changed_are_said_with_what_report_can_do(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "run", tmp_path / "run")
+    config = (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")
+    choice_rows(tmp_path / "other.jsonl", 50)
+    moved = config.replace(str(folder / "rows.jsonl"), str(tmp_path / "other.jsonl"))
+    (tmp_path / "run" / "config.yaml").write_text(moved, encoding="utf-8")
+    done = run_here("report", tmp_path / "run")
+    assert done.returncode == 2
+    assert "have changed since it was trained" in done.stderr
+    assert "--no-evaluation makes one without scores" in done.stderr
+    assert not list((tmp_path / "run").glob("report*"))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from toolkit.commands.cli import verb_parser
-from toolkit.runtime.errors import UsageError
+from toolkit.runtime.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from toolkit.evaluation.comparison import Comparison
@@ -87,6 +87,10 @@ def _compare(arguments: argparse.Namespace, has_folds: bool) -> Comparison:
         if arguments.answers is not None:
             raise
         return evaluate_run(answers=0)  # rows of several tasks have the loss alone in common
+    except DataError as error:
+        raise DataError(
+            f"{error}\nA report scores the rows that its run held out; --no-evaluation makes one without scores"
+        ) from None
 
 
 def _languages(text: str) -> list[Language]:
