@@ -190,7 +190,7 @@ def _file_stems(names: Iterable[str]) -> dict[str, str]:
 
 def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespace:
     """Parse the command line, and end the process if flags contradict each other."""
-    from toolkit.commands.side_effect_flags import add_side_effect_flags, check_side_effect_flags
+    from toolkit.commands.side_effect_flags import add_side_effect_flags
     from toolkit.config import flags
 
     parser = verb_parser(__doc__, program)
@@ -247,6 +247,14 @@ def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespa
         parser, "precision to compute in; default: the run's, or that in which a model is stored"
     )
     arguments = parser.parse_args(words)
+    _check(parser, arguments)
+    return arguments
+
+
+def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """End the process if flags contradict each other."""
+    from toolkit.commands.side_effect_flags import check_side_effect_flags
+
     for key in ("split", "name", "revision", "encoding", "separator", "sheet", "task"):
         if getattr(arguments, key) and not arguments.data:
             parser.error(f"--data.{key} goes with --data.path; the rows that a run held out are those of its recipe")
@@ -261,4 +269,3 @@ def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespa
         parser.error("--max-new-tokens goes with --answers; without it nothing is generated")
     if arguments.constrain and not arguments.answers:
         parser.error("--constrain goes with --answers; without it nothing is generated")
-    return arguments

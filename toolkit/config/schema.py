@@ -7,16 +7,14 @@ language-model head, bfloat16, AdamW at 1e-5, 10 % linear warmup, micro batch 1,
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from toolkit.config.data_schema import DataConfig as DataConfig
 from toolkit.config.mask_schema import MaskConfig as MaskConfig
 from toolkit.config.section import Section, is_none, switch
 from toolkit.runtime.paths import is_directory
-
-T = TypeVar("T")
 
 
 def _as_token_list(value: Any) -> Any:
@@ -193,11 +191,6 @@ class PrefixConfig(Section):
     in files, and each block comes to the device for its use, so that the model may be larger than the GPU."""
 
 
-def _distinct(values: tuple[T, ...]) -> tuple[T, ...]:
-    """Return values without repetitions."""
-    return tuple(dict.fromkeys(values))
-
-
 class OutputConfig(Section):
     """The run directory: what is written, and when."""
 
@@ -230,7 +223,7 @@ class OutputConfig(Section):
     sample_tokens: Annotated[int, Field(ge=1)] = 96
     """Longest sample answer in tokens."""
 
-    report: Annotated[tuple[Literal["en", "ko"], ...], AfterValidator(_distinct)] = ("en",)
+    report: tuple[Literal["en", "ko"], ...] = ("en",)
     """Languages of the report that the run ends with, report.html and report.ko.html, for which it is scored beside its
     base on the validation rows; [] writes none (docs/report.md)."""
 

@@ -95,7 +95,7 @@ def require_base(sources: Sequence[str], flag: str) -> None:
 
 @dataclass(frozen=True)
 class _Losses:
-    """What answers cost a model: [answers] nats, tokens and bytes of each."""
+    """Holds what answers cost a model: [answers] nats, tokens and bytes of each."""
 
     losses: np.ndarray
     tokens: np.ndarray

@@ -76,21 +76,14 @@ def rows_for(opened: OpenedModel, source: str, named: Source | None, part: Part)
         data, held_out = _describe_rows(len(rows), named, opened, part)
         return EvaluatedRows(tuple(rows), (), config, dataset.train, _starts(dataset.train), data, held_out)
     require_unchanged_rows(dataset, opened, part)
-    rows, train = held_out_samples(config, dataset, part)
-    examples = dataset.test if part == "test" else dataset.validation
-    data, held_out = _describe_rows(len(rows), None, opened, part)
-    return EvaluatedRows(tuple(rows), tuple(train), config, examples, _starts(examples), data, held_out)
-
-
-def held_out_samples(config: DataConfig, dataset: Dataset, part: Part) -> tuple[list[RowSample], list[RowSample]]:
-    """Read the rows that a recipe holds out, and its training rows, as texts; DataError as ``read_samples``."""
     examples = dataset.test if part == "test" else dataset.validation
     of_train = sources_of(config, "train")
     if own_sources := sources_of(config, part):
         (rows,), (train,) = read_samples(own_sources, config, examples), read_samples(of_train, config, dataset.train)
-        return rows, train
-    rows, train = read_samples(of_train, config, examples, dataset.train)
-    return rows, train
+    else:
+        rows, train = read_samples(of_train, config, examples, dataset.train)
+    data, held_out = _describe_rows(len(rows), None, opened, part)
+    return EvaluatedRows(tuple(rows), tuple(train), config, examples, _starts(examples), data, held_out)
 
 
 def joined(parts: Sequence[EvaluatedRows], by: str) -> EvaluatedRows:

@@ -23,7 +23,7 @@ log = logging.getLogger("frostline")
 
 @dataclass(frozen=True)
 class SideEffects:
-    """What is asked beside the comparison on the rows."""
+    """Says what is asked beside the comparison on the rows."""
 
     drift_max_new_tokens: int | None = None
     """Longest answer of the base to an everyday prompt, in tokens; None measures no drift."""

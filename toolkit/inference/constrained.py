@@ -22,7 +22,7 @@ _WHITESPACE = r"[ \n\t\r]{0,40}"
 
 
 class Constraint(Protocol):
-    """What may follow in one answer, a token at a time."""
+    """Says what may follow in one answer, a token at a time."""
 
     def allowed(self, vocabulary: int) -> torch.Tensor:
         """Return which tokens may come next: [vocabulary] bool."""

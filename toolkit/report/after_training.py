@@ -36,7 +36,7 @@ def report_after_training(run: Path, config: RunConfig) -> None:
     answers ``output.report_answers`` of them. The run is whole whatever happens here: a failure is logged, with the
     command to try again, and a report without scores is written if that can be.
     """
-    languages = config.output.report
+    languages = list(dict.fromkeys(config.output.report))
     if not languages:
         return
     folds, comparison = config.data.folds or 0, None

@@ -23,7 +23,7 @@ from toolkit.runtime.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Curves:
-    """What ``metrics.jsonl`` has of a run, in the order of its steps; NaN where a value was not finite."""
+    """Holds what ``metrics.jsonl`` has of a run, in the order of its steps; NaN where a value was not finite."""
 
     steps: tuple[int, ...] = ()
     losses: tuple[float, ...] = ()
@@ -37,7 +37,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What is known of one run."""
+    """Holds what is known of one run."""
 
     path: Path
     config: RunConfig

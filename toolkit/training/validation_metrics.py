@@ -11,12 +11,13 @@ import numpy as np
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import Dataset
 from toolkit.data.examples import Encoder
+from toolkit.data.row_samples import read_samples
 from toolkit.data.rows import Rows
+from toolkit.data.sources import sources_of
 from toolkit.evaluation.cut_model import CutModel
 from toolkit.evaluation.likelihood import OptionQuery, option_log_likelihoods, option_query
 from toolkit.evaluation.outputs import Outputs
-from toolkit.evaluation.rows import held_out_samples
-from toolkit.evaluation.scoring import Scorer, SeveralTasksError
+from toolkit.evaluation.scoring import GENERATED, Scorer, SeveralTasksError
 from toolkit.runtime.errors import ConfigError
 
 _OF_LOSSES = ("loss", "perplexity", "bits_per_byte")
@@ -50,15 +51,17 @@ class ValidationMetrics:
         names, answers = config.output.evaluate_metrics, config.output.sample_answers
         if not names:
             return None
-        rows, train = held_out_samples(config.data, dataset, "validation")
+        sources = sources_of(config.data, "validation") or sources_of(config.data, "train")
+        (rows,) = read_samples(sources, config.data, dataset.validation)
         try:
-            scorer = Scorer(rows, train, answers)
+            scorer = Scorer(rows, (), answers)
         except SeveralTasksError:
             raise ConfigError(
                 [f"output.evaluate_metrics is [{', '.join(names)}], but {_SEVERAL_TASKS}"], "recipe"
             ) from None
         known = {name: metric for name, metric in scorer.known().items() if name not in _OF_LOSSES}
-        of_options = {*Scorer(rows, train).known()}
+        has_options = scorer.classes is not None
+        of_options = {name for name in known if has_options and not name.startswith(GENERATED)}
         if unknown := [name for name in names if name not in known]:
             raise ConfigError(
                 [

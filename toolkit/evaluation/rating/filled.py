@@ -23,7 +23,7 @@ _MOST_FAULTS = 20
 
 @dataclass(frozen=True)
 class Judgement:
-    """What one rater says of a row."""
+    """Holds what one rater says of a row."""
 
     row: KeyRow
     ratings: Mapping[str, tuple[int | None, int | None]]

@@ -53,7 +53,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class RatingResult:
-    """What the sheets show."""
+    """Holds what the sheets show."""
 
     a: str
     """File of A's answers."""

@@ -19,7 +19,7 @@ from toolkit.runtime.errors import DataError
 
 @dataclass(frozen=True)
 class SheetOptions:
-    """What rating sheets ask, of how many rows and raters."""
+    """Says what rating sheets ask, of how many rows and raters."""
 
     rows: int = 50
     """Most rows of a sheet."""

@@ -26,7 +26,7 @@ _UNSTORABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]"
 
 @dataclass(frozen=True)
 class SheetForm:
-    """What all sheets of one key have in common."""
+    """Holds what all sheets of one key have in common."""
 
     columns: Mapping[str, str]
     """Headers by column, in order."""
