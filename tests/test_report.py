@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import stat
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -104,8 +105,8 @@ def read(path: Path) -> Page:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on questions with labels, of which 20 are validation rows and 20 test rows."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A run on questions with labels, of which 20 are validation rows and 20 test rows; no test adds to the run."""
     folder = tmp_path_factory.mktemp("report")
     make_tiny_model(folder / "model")
     flags = tiny_flags(
@@ -114,7 +115,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--prefix.cache_dir", folder / "cache", "--train.learning_rate", 1e-2,
     )  # fmt: skip
     assert train(*flags) == 0
-    return folder
+    made = sorted((folder / "run").rglob("*"))
+    yield folder
+    assert sorted((folder / "run").rglob("*")) == made
 
 
 @pytest.fixture(scope="module")
@@ -223,10 +226,12 @@ def test_a_lower_trivial_score_is_the_best_where_lower_is_better_and_an_oracle_i
     assert "The best trivial answer (sentence nearest the question) scored 0.1250" in said
 
 
-def test_words_that_differ_are_marked_in_both_answers(folder: Path, compared: toolkit.Comparison) -> None:
+def test_words_that_differ_are_marked_in_both_answers(
+    folder: Path, compared: toolkit.Comparison, tmp_path: Path
+) -> None:
     own = scores_of(folder / "run", compared).name
     row = AnsweredRow("1", "q", (), "r", {"base": "it is not  so bad", own: "it is so\ngood indeed"})
-    path = write_report(folder / "run", dataclasses.replace(compared, answered_rows=(row,)), ("en",))[0]
+    path = write_report(folder / "run", dataclasses.replace(compared, answered_rows=(row,)), ("en",), tmp_path)[0]
     source = read(path).source
     assert ">it is <del>not</del>  so <del>bad</del></p>" in source
     assert ">it is so\n<ins>good indeed</ins></p>" in source
