@@ -76,7 +76,8 @@ def command_line(folder: Path) -> Target:
 
 
 def deepspeed(folder: Path) -> Target:
-    from toolkit.engine.deepspeed.config import load_ds_config, read_ds_config, resolve_ds_config, zero_stage
+    from toolkit.engine.deepspeed.config import load_ds_config, resolve_ds_config
+    from toolkit.engine.deepspeed.json_file import read_ds_config, zero_stage
 
     scheduled = RunConfig(mask=MaskConfig(schedule=[{"train": "head", "until_step": 1}]))  # type: ignore[list-item]
 

@@ -9,7 +9,8 @@ from helpers import ROOT
 
 from toolkit.config.schema import RunConfig, TrainConfig
 from toolkit.engine.deepspeed.clipping import without_norm_and_clipping
-from toolkit.engine.deepspeed.config import read_ds_config, resolve_ds_config, with_fitting_bucket, zero_stage
+from toolkit.engine.deepspeed.config import resolve_ds_config, with_fitting_bucket
+from toolkit.engine.deepspeed.json_file import read_ds_config, zero_stage
 from toolkit.planning.engine_memory import engine_memory
 from toolkit.planning.engine_spec import engine_spec, zero_spec
 from toolkit.planning.prefix_memory import PrefixMemory

@@ -16,7 +16,7 @@ from toolkit.checkpoint.state import read_state
 from toolkit.config.schema import DataConfig, ModelConfig
 from toolkit.data.dataset import load_dataset
 from toolkit.data.sources import read_rows
-from toolkit.engine.deepspeed.config import read_ds_config
+from toolkit.engine.deepspeed.json_file import read_ds_config
 from toolkit.models.load import load, resolve_source
 from toolkit.planning.meta_model import meta_model
 from toolkit.runtime.errors import CheckpointError, ConfigError, DataError, ModelError

@@ -15,7 +15,8 @@ from plan_shapes import EXAONE, exaone
 from toolkit.commands.plan import main
 from toolkit.config.flags import byte_size
 from toolkit.config.schema import MaskConfig, ModelConfig, PrefixConfig, RunConfig, TrainConfig
-from toolkit.engine.deepspeed.config import read_ds_config, resolve_ds_config
+from toolkit.engine.deepspeed.config import resolve_ds_config
+from toolkit.engine.deepspeed.json_file import read_ds_config
 from toolkit.planning.command import plan_run
 from toolkit.planning.device_fit import choose_variant, fit_device
 from toolkit.planning.engine_spec import engine_spec, zero_spec

@@ -13,6 +13,7 @@ from toolkit.commands.conversation import converse
 from toolkit.data.model_limits import position_limit
 from toolkit.data.questions import Question, Questions, from_prompt
 from toolkit.data.sources import ReadOptions, Source, iter_rows
+from toolkit.engine.deepspeed.inference import PartitionedModel, read_inference_config
 from toolkit.inference.answer_file import AnswerFile
 from toolkit.inference.answering import Answerer, QuestionError
 from toolkit.inference.chat import Chat
@@ -29,12 +30,18 @@ from toolkit.tasks.sample import Sample
 def make_answerer(
     opened: OpenedModel, options: argparse.Namespace, world: World, max_length: int | None = None
 ) -> Answerer:
-    """Move the model to the rank's GPU, if there is one, and return what answers samples with it."""
-    use_faster_forward(opened.loaded.model.to(world.device), world.device)
+    """Move the model to the rank's GPU, if there is one, or divide it as ``--ds`` says; return what answers with it."""
+    model = opened.loaded.model.eval()
+    use_faster_forward(model, world.device)
+    partitioned = None
+    if options.ds is None:
+        model.to(world.device)
+    else:
+        partitioned = PartitionedModel(model, world, read_inference_config(options.ds))
     return Answerer(
         opened.loaded, max_length or opened.config.data.max_length, options.max_new_tokens, options.batch_size,
         Sampling(options.temperature, options.top_p, options.seed), opened.rendering, world,
-        options.on_bad_row == "skip", options.constrain,
+        options.on_bad_row == "skip", options.constrain, partitioned,
     )  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def generate(
     opened = open_model(str(source), step, base, trust_remote_code, dtype)
     options = argparse.Namespace(
         max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature, top_p=top_p, seed=seed,
-        on_bad_row=None, constrain=constrain,
+        on_bad_row=None, constrain=constrain, ds=None,
     )  # fmt: skip
     answerer = make_answerer(opened, options, World())
     return [answer for _, answer in answerer.in_order(enumerate(samples)) if answer is not None]
@@ -92,7 +92,13 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
 
     if arguments.output:
         make_parent(arguments.output)
-    with join_ranks() as world:
+    if arguments.ds:
+        from toolkit.engine.deepspeed.inference import read_inference_config
+        from toolkit.engine.deepspeed.process_groups import reset_process_groups
+
+        read_inference_config(arguments.ds)  # before a model loads
+        reset_process_groups()
+    with join_ranks(engine_needs_group=arguments.ds is not None) as world:
         if arguments.input is not None:
             answer_rows(arguments, world)
         elif arguments.question is not None:
@@ -105,6 +111,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
 def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespace:
     """Parse the command line, and end the process if flags contradict each other."""
     from toolkit.config import flags
+    from toolkit.runtime.shipped import find_file
 
     parser = verb_parser(__doc__, program)
     parser.add_argument("source", help="run directory, export, delta, peft adapter, model directory or Hub id")
@@ -122,6 +129,10 @@ def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespa
         help="end at rows that cannot be answered, or name them and answer the others; default: error",
     )  # fmt: skip
     _add_generation_flags(parser)
+    parser.add_argument(
+        "--ds", "--deepspeed", "--deepspeed_config", dest="ds", type=find_file, metavar="FILE",
+        help="DeepSpeed JSON of ZeRO stage 3, as ds_configs/zero3.json, by which the ranks divide the model, too",
+    )  # fmt: skip
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     flags.add_open_model_flags(
         parser, "precision to compute in; default: the run's, or that in which a model is stored"

@@ -88,4 +88,5 @@ def padding_id(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> in
 
 def _embedding_rows(model: PreTrainedModel) -> int:
     """Return the number of rows of the embedding table."""
-    return int(model.get_input_embeddings().weight.shape[0])
+    weight = model.get_input_embeddings().weight
+    return int(getattr(weight, "ds_shape", weight.shape)[0])  # ZeRO-3 leaves an empty tensor between passes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from toolkit.data.chat_rendering import Rendering
 from toolkit.data.examples import Encoder
 from toolkit.data.model_limits import padding_id, room_for_answer
+from toolkit.engine.deepspeed.inference import PartitionedModel
 from toolkit.inference.constrained import Constrained, Constraint, Constraints
 from toolkit.inference.generation import complete_together, looks_back, pad_left
 from toolkit.inference.sampling import Sampling
@@ -77,6 +79,8 @@ class Answerer:
     """Whether a question that is too long is logged and has no answer; else it is an error."""
     constrains: bool = False
     """Whether answers can be nothing but one of the question's options, or JSON by the task's schema."""
+    partitioned: PartitionedModel | None = None
+    """The model again, where ZeRO-3 has divided it among the ranks; else each holds all of it."""
     on_token: Callable[[int], None] | None = None
     """Called with the number of tokens that the answers of a batch have, after each."""
 
@@ -137,6 +141,8 @@ class Answerer:
             for start in range(0, len(batches), self.world.size):
                 own = batches[start : start + self.world.size][self.world.rank :]
                 answered = self._answer({row: prompts[row] for row in own[0]}) if own else {}
+                if self.partitioned is not None:
+                    self.partitioned.wait()
                 together: dict[int, str | None] = {}
                 for of_rank in self.world.all_gather_object(answered):
                     together |= of_rank
@@ -222,7 +228,8 @@ class Answerer:
                 self.on_token(next(counted))
             return False
 
-        with explain_out_of_memory("generation", shape, advice):
+        passes = self.partitioned.passes() if self.partitioned is not None else nullcontext()
+        with explain_out_of_memory("generation", shape, advice), passes:
             texts = complete_together(
                 self.loaded.model.eval(), self.loaded.tokenizer, [prompt.ids for prompt in prompts.values()], stop_ids,
                 most, processors, after_token, streamer,

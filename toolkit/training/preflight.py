@@ -12,7 +12,8 @@ from toolkit.config.schema import DataConfig
 from toolkit.data.dataset import load_dataset
 from toolkit.data.sources import Part, sources_of
 from toolkit.data.template_choice import rendering_of
-from toolkit.engine.deepspeed.config import load_ds_config, read_ds_config
+from toolkit.engine.deepspeed.config import load_ds_config
+from toolkit.engine.deepspeed.json_file import read_ds_config
 from toolkit.inference.open_model import load_tokenizer_of
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.mask.schedule import phase_masks

@@ -1,10 +1,8 @@
-"""Read a DeepSpeed JSON and fill "auto" from the recipe; report all contradictions at once. Imports no torch."""
+"""Fill "auto" in a DeepSpeed JSON from the recipe, and report all contradictions at once. Imports no torch."""
 
 from __future__ import annotations
 
 import copy
-import difflib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,60 +11,15 @@ from pydantic import ValidationError
 
 from toolkit.config.policy import global_batch, most_micro_batches
 from toolkit.config.schema import RunConfig
+from toolkit.engine.deepspeed.json_file import (
+    check_sections,
+    fill_bucket_sizes,
+    find_autos,
+    read_ds_config,
+    zero_stage,
+)
 from toolkit.engine.deepspeed.nvme_files import check_nvme_paths, nvme_sections
 from toolkit.runtime.errors import ConfigError
-from toolkit.runtime.redact import find_secrets
-
-_KNOWN_KEYS = frozenset(
-    [
-        "activation_checkpointing", "aio", "bf16", "checkpoint", "comms_logger", "communication_data_type",
-        "csv_monitor", "data_types", "disable_allgather", "disable_python_gc", "dump_state", "flops_profiler",
-        "fp16", "gradient_accumulation_steps", "gradient_clipping", "gradient_predivide_factor", "log_level",
-        "memory_breakdown", "optimizer", "prescale_gradients", "scheduler", "steps_per_print", "tensorboard",
-        "timers", "train_batch_size", "train_micro_batch_size_per_gpu", "use_node_local_storage",
-        "wall_clock_breakdown", "wandb", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
-        "zero_optimization",
-    ]
-)  # fmt: skip
-"""Top-level keys that are accepted. DeepSpeed ignores unknown keys silently; the keys it knows beyond these act on data
-loaders or gradients, which this package handles itself."""
-
-
-def read_ds_config(path: Path) -> dict[str, Any]:
-    """Return the content of a DeepSpeed JSON file, with "auto" values as they are.
-
-    Raises:
-        ConfigError: the file is missing, not a JSON object, or has keys that DeepSpeed would silently ignore.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            [f"{path}: no such file; --ds takes a DeepSpeed JSON such as ds_configs/zero2.json"]
-        ) from None
-    except OSError as error:
-        raise ConfigError([f"{path}: cannot be read as UTF-8 text ({error})"]) from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError([f"{path}: not valid JSON in UTF-8: {error}"]) from None
-    if not isinstance(content, dict):
-        raise ConfigError([f"{path}: holds a {type(content).__name__}; expected an object"])
-    faults = [
-        f"{where} holds a password or token; no key of it needs one: remove it" for where in find_secrets(content)
-    ]
-    for key in content:
-        if key not in _KNOWN_KEYS:
-            near = difflib.get_close_matches(key, sorted(_KNOWN_KEYS), n=1)
-            faults.append(
-                f"{key}: not a key that can be used here" + (f" (did you mean {near[0]}?)" if near else "; remove it")
-            )
-    if faults:
-        raise ConfigError(faults, f"DeepSpeed file {path}")
-    return content
-
-
-def zero_stage(ds_config: dict[str, Any]) -> int:
-    """Return the ZeRO stage that a DeepSpeed configuration asks for."""
-    return int(ds_config.get("zero_optimization", {}).get("stage", 0))
 
 
 def load_ds_config(path: Path | None, config: RunConfig, ranks: int, hidden_size: int) -> dict[str, Any] | None:
@@ -105,7 +58,7 @@ def resolve_ds_config(
         ConfigError: the file contradicts the recipe, or has an "auto" that nothing fills; lists all faults.
     """
     resolved = copy.deepcopy(ds_config)
-    faults = list(_check_sections(resolved))
+    faults = list(check_sections(resolved))
     if faults:
         raise ConfigError(faults, f"DeepSpeed file {path}")
     zero = resolved.setdefault("zero_optimization", {})
@@ -113,18 +66,10 @@ def resolve_ds_config(
     faults += _fill_reduce_dtype(resolved, config)
     faults += _check_and_drop_blocks(resolved, config)
     faults += _check_optim_name(resolved, config)
-    for key, elements in {
-        "reduce_bucket_size": hidden_size**2,
-        "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
-        "stage3_param_persistence_threshold": 10 * hidden_size,
-    }.items():
-        if zero.get(key) == "auto":
-            zero[key] = elements
+    fill_bucket_sizes(zero, hidden_size)
     faults += check_nvme_paths(resolved)
     faults += _check_schedule(resolved) if config.mask.schedule else ()
-    faults += [
-        f'{where} is "auto", but nothing in the recipe fills it; give a value' for where in _find_autos(resolved)
-    ]
+    faults += [f'{where} is "auto", but nothing in the recipe fills it; give a value' for where in find_autos(resolved)]
     if faults:
         raise ConfigError(faults, f"DeepSpeed file {path}, read against the recipe")
     if most_micro_batches(config.train) > 1 and zero_stage(resolved):  # stage 0 knows the model's dtype alone
@@ -186,30 +131,6 @@ def _fill_reduce_dtype(ds_config: dict[str, Any], config: RunConfig) -> Iterator
         yield f"{key} is {in_file!r}; DeepSpeed sums gradients in 'fp32', 'bf16' or 'fp16'"
     if asked or word != "auto":  # without it DeepSpeed sums in the model's precision
         ds_config[key] = asked or word
-
-
-def _check_sections(ds_config: dict[str, Any]) -> Iterator[str]:
-    """Yield faults of sections that are not objects, or hold settings under which training would go wrong."""
-    for section in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "data_types"):
-        if not isinstance(ds_config.get(section, {}), dict):
-            yield f"{section} is {ds_config[section]!r}; expected an object"
-    bf16, zero = (
-        section if isinstance(section, dict) else {}
-        for section in (ds_config.get("bf16"), ds_config.get("zero_optimization"))
-    )
-    for key in bf16:
-        if key not in ("enabled", "check_grad_overflow", "immediate_grad_update"):
-            yield f"bf16.{key} would take the float32 masters away that low-precision training needs; remove it"
-    if bf16.get("check_grad_overflow", True) is not True:
-        yield f"bf16.check_grad_overflow is {bf16['check_grad_overflow']!r}: a NaN would reach the weights; remove it"
-    if zero.get("compute_grad_norm", True) is not True:
-        yield (
-            f"zero_optimization.compute_grad_norm is {zero['compute_grad_norm']!r}: nobody would know whether the "
-            "gradient is finite; remove it"
-        )
-    stage = zero.get("stage", 0)
-    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-        yield f"zero_optimization.stage is {stage!r}; expected 0, 1, 2 or 3"
 
 
 def _check_and_drop_blocks(ds_config: dict[str, Any], config: RunConfig) -> Iterator[str]:
@@ -288,12 +209,3 @@ def _check_params(block: dict[str, Any], name: str, expected: dict[str, Any]) ->
                 f"{name}.params.{key} is {value!r}, the recipe makes it {expected[key]!r}; "
                 'write "auto" or change the recipe'
             )
-
-
-def _find_autos(value: Any, where: str = "") -> Iterator[str]:
-    """Yield the dotted key of every "auto" that is left in ``value``."""
-    if value == "auto":
-        yield where
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            yield from _find_autos(part, f"{where}.{key}" if where else key)

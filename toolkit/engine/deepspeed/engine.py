@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +16,13 @@ from toolkit.config.schema import OptimConfig, TrainConfig
 from toolkit.data.batches import Batch
 from toolkit.engine.base import Engine, Update
 from toolkit.engine.deepspeed.clipping import partitioned_norm, without_norm_and_clipping
-from toolkit.engine.deepspeed.config import with_fitting_bucket, zero_stage
+from toolkit.engine.deepspeed.config import with_fitting_bucket
 from toolkit.engine.deepspeed.device import device_index_as_local_rank
 from toolkit.engine.deepspeed.gathering import balanced_module_stack, drain_prefetches, gathered
+from toolkit.engine.deepspeed.json_file import zero_stage
 from toolkit.engine.deepspeed.nvme_state import NvmeSwapper, SwappedFragmentState
 from toolkit.engine.deepspeed.optimizers import PartitionedAdamW, PartitionMoments, build_optimizer
+from toolkit.engine.deepspeed.process_groups import unlink_shared_memory
 from toolkit.mask.apply import plain_name
 from toolkit.mask.layer_mask import ParameterGroup
 from toolkit.optim.gradients import Clipping
@@ -80,7 +80,7 @@ class ZeroEngine(Engine):
                 )  # fmt: skip
         except (ValidationError, DeepSpeedConfigError) as error:
             raise ConfigError([" ".join(str(error).split())], "DeepSpeed file, as DeepSpeed reads it") from None
-        _unlink_shared_memory(world)
+        unlink_shared_memory(world)
         if self.is_replicated:  # do not count the step on zero gradients that DeepSpeed 0.19 takes at first in bfloat16
             for state in self._adamw.state.values():
                 state["step"].zero_()
@@ -275,13 +275,3 @@ class ZeroEngine(Engine):
         del self._engine, self._scheduler, self._suffix, self._copies, self._update_monitor, self._swapper
         self._parameters = {}
         return tensors
-
-
-def _unlink_shared_memory(world: World) -> None:
-    """Unlink the shared memory of DeepSpeed's CPU collectives, so that it is freed with the processes, even if killed.
-
-    DeepSpeed never unlinks it (shm.cpp of DeepSpeed 0.19): every run would leave 66 MiB a rank behind.
-    """
-    world.barrier()  # every rank has mapped the others' buffers
-    suffix = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
-    Path(f"/dev/shm/deepspeed_allreduce_buffer_{suffix}_{world.rank}").unlink(missing_ok=True)

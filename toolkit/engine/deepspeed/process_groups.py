@@ -1,10 +1,14 @@
-"""Reset the process groups that DeepSpeed keeps in module globals."""
+"""Clean up what DeepSpeed leaves behind of its process groups: module globals, and shared memory."""
 
 from __future__ import annotations
 
+import os
 from importlib import reload
+from pathlib import Path
 
 import torch.distributed as dist
+
+from toolkit.runtime.distributed import World
 
 
 def reset_process_groups() -> None:
@@ -21,3 +25,13 @@ def reset_process_groups() -> None:
 
     comm.cdb = None
     reload(groups)
+
+
+def unlink_shared_memory(world: World) -> None:
+    """Unlink the shared memory of DeepSpeed's CPU collectives, so that it is freed with the processes, even if killed.
+
+    DeepSpeed never unlinks it (shm.cpp of DeepSpeed 0.19): every run would leave 66 MiB a rank behind.
+    """
+    world.barrier()  # every rank has mapped the others' buffers
+    suffix = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{suffix}_{world.rank}").unlink(missing_ok=True)
