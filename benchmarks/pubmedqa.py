@@ -95,7 +95,7 @@ def train(model: str, task: str, scratch: Path) -> Path:
         "data.task": TASKS[task], "data.validation": min(VALIDATION_ROWS / 500, 10 / rows) if rows < 100 else 0.1,
         "data.test": scratch / "test.json", "data.max_length": 1024, "train.epochs": 1, "train.micro_batch_size": 4,
         "prefix.cache": "on", "prefix.cache_dir": scratch / "cache", "output.dir": scratch / task,
-        "output.sample_answers": 0,
+        "output.sample_answers": 0, "output.report": [],
     })  # fmt: skip
     return result.run
 

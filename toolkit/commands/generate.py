@@ -7,7 +7,7 @@
 The input has the columns of the run's task, as QUESTION and CONTEXTS, or a conversation, in any format that training
 reads. The output is JSON lines with the columns of the input, QUESTION, CONTEXTS, ANSWER, and REFERENCE where the input
 has an answer. It appears when all is answered; the same command goes on after an interruption. Several ranks, as under
-torchrun or deepspeed, divide the questions.
+torchrun or deepspeed, divide the questions, and the model too by --ds ds_configs/zero3.json.
 """
 
 from __future__ import annotations
