@@ -57,8 +57,9 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         directories = tuple(run.path.resolve() for run in runs)
         deepspeed = invocations[0].deepspeed
         job = BatchJob(request, directories, deepspeed, launch_script("train"), Path.cwd(), os.environ)
+        script = render(job)  # refused before anything is written
         if arguments.dry_run:
-            print(render(job), end="")
+            print(script, end="")
             return 0
         for invocation, run in zip(invocations, runs, strict=True):
             # a requeued job starts several times
