@@ -47,7 +47,7 @@ def model(tiny_model: Path, tmp_path: Path) -> Path:
         (["--container", "x\ntouch TRACE\n"], {}),
         ([], {"NCCL_X": "1\n touch TRACE"}),
         ([], {"NCCL_X\ntouch TRACE": "1"}),
-        ([], {"FROSTLINE_CACHE": "/tmp/x\ntouch TRACE"}),
+        ([], {"HF_HUB_CACHE": "/tmp/x\ntouch TRACE"}),
     ],
 )
 def test_no_control_character_reaches_a_jobs_script(
@@ -138,7 +138,7 @@ def test_no_key_value_or_name_of_a_file_moves_the_terminal_or_forges_a_line(
     flags = tiny_flags(tiny_model, tmp_path / "run", "--data.on_bad_row", on_bad_row, "--train.max_steps", 1)
     ended = run_here("train.py", *flags, "--data.path", hostile_rows(tmp_path / "data"))
     assert ended.returncode == (2 if on_bad_row == "error" else 0)
-    assert re.search(r"key 1\\n\[frostline\] done: 3200 steps has an empty QUESTION", ended.stderr)
+    assert re.search(r"key '1\\n\[frostline\] done: 3200 steps'. has an empty QUESTION", ended.stderr)
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u202e]", ended.stdout + ended.stderr)
     assert not re.search(r"^\[frostline\] (done: 3200|forged)", ended.stderr, flags=re.M)
     if on_bad_row == "skip":

@@ -17,7 +17,7 @@ import torch
 from toolkit.config.schema import ModelConfig
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.runtime.errors import CheckpointError
-from toolkit.runtime.paths import read_regular, require_regular
+from toolkit.runtime.paths import read_regular
 from toolkit.runtime.safetensors_io import SafetensorsFile, write_safetensors
 
 MASK_FILE, BASE_FILE = "mask.json", "base.json"
@@ -86,7 +86,6 @@ def read_delta(directory: Path) -> Delta:
     """
     try:
         mask, base = read_mask_and_base(directory)
-        require_regular((directory / _TENSORS_FILE).stat(), directory / _TENSORS_FILE)
         file = SafetensorsFile(directory / _TENSORS_FILE, writable=True)
         tensors = {name: file.tensor(name) for name in file.entries}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:

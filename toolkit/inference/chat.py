@@ -38,7 +38,7 @@ class Chat:
             )
         streamer = None
         if prints:
-            print(self._answerer.opening, end="", flush=True)
+            print(printable(self._answerer.opening), end="", flush=True)
             streamer = _Streamer(self._answerer.loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
         answer = self._answerer.answer(asked, self._messages, streamer)
         self._answerer.report_control_tokens()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ IS_ADAPTER = (
 """What is said of a source that transformers would replace by the base model that it names."""
 
 _MOST = (
-    (re.compile(r"(num_|n_)(hidden_|decoder_|encoder_)?layers?"), 10_000),
+    (re.compile(r"(\w+_)?(num|n)_(\w+_)?layers?"), 10_000),
     (re.compile(r"(num_|n_)(local_|routed_|shared_|attention_|key_value_|kv_)*(experts|heads?)"), 100_000),
     (re.compile(r"\w*(vocab|hidden|intermediate|embd|inner|ffn|head|model|embedding)_?(size|dim|state_size)?"), 10**8),
     (re.compile(r"\w*(max_position_embeddings|n_positions|n_ctx|max_seq_len)"), 10**9),
@@ -81,10 +82,9 @@ def _find_faults(directory: Path, needs_weights: bool) -> Iterator[str]:
     check_sizes(_read_object(directory / "config.json"), str(directory))
     for entry in sorted(directory.iterdir()):
         try:
-            require_regular(entry.stat(), entry)  # a FIFO would be waited for
-        except IsADirectoryError:
-            continue
-        except (OSError, ValueError) as error:
+            with suppress(OSError):  # a folder, or a link that leads nowhere
+                require_regular(entry.stat(), entry)  # a FIFO would be waited for
+        except ValueError as error:
             yield f"cannot be read: {one_line(str(error))}"
             return
     if not needs_weights:

@@ -18,6 +18,11 @@ def printable(text: str) -> str:
     return _CONTROLS.sub(_escape, text)
 
 
+def printable_json(text: str) -> str:
+    """Return JSON with the control characters that may stand in its strings escaped as JSON does."""
+    return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
 def one_line(text: str) -> str:
     """Return text as one line, with every control character in it escaped."""
     return _CONTROLS_AND_BREAKS.sub(_escape, text)

@@ -10,6 +10,7 @@ from typing import Any
 
 from toolkit.config.data_schema import DataConfig
 from toolkit.runtime.errors import ConfigError, DataError
+from toolkit.runtime.paths import read_regular
 from toolkit.runtime.printable import one_line
 from toolkit.runtime.shipped import find_file, shipped_file
 from toolkit.tasks.columns import loose, nearest
@@ -226,7 +227,7 @@ def _laid_over(base: Mapping[str, Any], values: Mapping[str, Any], source: str) 
 
 def _read_schema(path: str) -> dict[str, Any]:
     try:
-        value = json.loads(find_file(path).read_text(encoding="utf-8"))
+        value = json.loads(read_regular(find_file(path), 2**26))
     except (OSError, ValueError) as error:
         raise DataError(f"the task's schema is {path}, which cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):
