@@ -13,6 +13,7 @@ from helpers import ENGLISH, metrics, reseal, tiny_flags, train
 from remote_code import with_remote_code
 from test_bad_input import run_main
 
+from toolkit.exporting.adapter_directory import export_adapter
 from toolkit.inference.open_model import open_model
 from toolkit.runtime.errors import CheckpointError
 
@@ -39,7 +40,7 @@ def test_a_changed_config_is_refused_wherever_the_tensors_are_used(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     run = tmp_path / "run"
-    flags = tiny_flags(model, run, "--train.max_steps", 2, "--output.save_every_steps", 1)
+    flags = tiny_flags(model, run, "--train.max_steps", 2, "--output.save_every_steps", 1, "--output.keep", 2)
     assert train(*flags) == 0
     shutil.rmtree(checkpoint_of(run))  # as if it had been killed before its last checkpoint
     (run / "checkpoints" / "latest").write_text("step-00000001")
@@ -161,3 +162,14 @@ def test_a_delta_that_names_itself_is_one_message(model: Path, tmp_path: Path) -
         open_model(str(delta))
     with pytest.raises(CheckpointError, match="begins from it again"):
         train(*tiny_flags(model, tmp_path / "second", "--model.delta", delta))
+
+
+def test_an_adapter_is_not_written_for_a_base_with_another_config(model: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = tiny_flags(model, run, "--train.max_steps", 1)
+    assert train(*flags, "--mask.train", "{lora: {select: last:2}}") == 0
+    export_adapter(run, tmp_path / "first")
+    change(model / "config.json", **ROPE)
+    with pytest.raises(CheckpointError, match=CONFIG):
+        export_adapter(run, tmp_path / "second")
+    assert not (tmp_path / "second").exists()

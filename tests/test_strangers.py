@@ -302,7 +302,8 @@ MORE_SECRETS = [
     "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U",
     "-----BEGIN RSA PRIVATE KEY-----\nMIIEowIBAAKCAQEA0123456789\n-----END RSA PRIVATE KEY-----",
     "AccountKey=0123456789abcdef0123456789==", "https://hooks.slack.com/services/T0000/B0000/0123456789abcdefghij",
-    "docker run -e DB_PASS=correct-horse-battery image", "WANDB_API_KEY_2=0123456789abcdef0123456789abcdef01234567",
+    "docker run -e DB_PASS=correct-horse-battery image", "--env TOKEN=correct-horse-battery",
+    "db_password=correct-horse-battery", "WANDB_API_KEY_2=0123456789abcdef0123456789abcdef01234567",
     "123456789:AA0123456789abcdefghijklmnopqrstuvw", "wandb_v1_0123456789abcdefghijklmnop",
 ]  # fmt: skip
 
@@ -320,14 +321,16 @@ def test_the_common_vendors_secrets_are_hidden_and_refused(secret: str) -> None:
     "name", ["DB_PASS", "MYSQL_PWD", "HF_TOKEN_2", "TOKEN2", "WANDB_API_KEY_1", "DJANGO_SECRET_KEY", "GITHUB_PAT",
              "SSH_PRIVATE_KEY", "PASSPHRASE", "AWS_SECRET_ACCESS_KEY", "PASS", "db_password_10"],
 )  # fmt: skip
-def test_variables_whose_names_say_so_hold_secrets(name: str) -> None:
+def test_variables_and_keys_whose_names_say_so_hold_secrets(name: str) -> None:
     assert redact("it is correct-horse-battery", {name: "correct-horse-battery"}) == "it is ***"
+    assert find_secrets({"x": {name: "correct-horse-battery"}}, {}) == [f"x.{name}"]
 
 
 @pytest.mark.parametrize(
     "text",
     ["figures/fig_1_results_of_all_experiments_2024.png", "pk_column_of_the_patient_table_2", "sklearn-1.5.2",
-     "org/voyage-multilingual-2-instruct-v1", "eyJ.x.y", "EOS_TOKEN=<|end|>", "the answer is AccountKey",
+     "org/voyage-multilingual-2-instruct-v1", "eyJ.x.y", "EOS_TOKEN=<|end-of-text|>", "--env PWD=/workspace/x",
+     "the answer is AccountKey",
      "runs/key-value-store-with-20-layers", "PASSED 12345678 tests", "d41d8cd98f00b204e9800998ecf8427e"],
 )  # fmt: skip
 def test_what_resembles_a_secret_is_left_as_it_is(text: str) -> None:

@@ -66,7 +66,7 @@ def answer_question(arguments: argparse.Namespace, world: World) -> None:
             file.add(question, answer)
             print(file.publish())
         elif world.is_main:
-            print(printable(answer), flush=True)
+            print(printable(str(answer)), flush=True)
 
 
 def answer_rows(arguments: argparse.Namespace, world: World) -> None:

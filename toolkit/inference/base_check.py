@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from toolkit.checkpoint.base_identity import TO_READ, UNKNOWN_PARTS, differences, identify
 from toolkit.checkpoint.delta import Base
 from toolkit.config.schema import ModelConfig
 from toolkit.data.tokenizer_digest import digest
+from toolkit.models.identity import config_values
 from toolkit.models.load import LoadedModel
 from toolkit.models.weight_fingerprint import fingerprint
 from toolkit.runtime.errors import CheckpointError, ModelError
@@ -49,6 +50,20 @@ def require_same_template(tokenizer: PreTrainedTokenizerBase, base: Base) -> Non
     """
     now = {"chat_template": digest(tokenizer.chat_template or "")}
     _refuse(base.config.name_or_path, differences(base.identity, now, ("chat_template",)))
+
+
+def require_same_config(config: PretrainedConfig, base: Base) -> None:
+    """Refuse a config.json that is not the one of the training; no weights need be there.
+
+    Settings that loading the weights adds or drops are not compared.
+
+    Raises:
+        CheckpointError: a setting is another.
+    """
+    values = config_values(config)
+    if base.config.add_tokens:
+        values.pop("vocab_size", None)  # the tables became longer
+    _refuse(base.config.name_or_path, differences(base.identity, {"config": values}, ("config",)))
 
 
 def require_trust(config: ModelConfig, trust_remote_code: bool) -> None:
