@@ -138,7 +138,7 @@ def test_no_key_value_or_name_of_a_file_moves_the_terminal_or_forges_a_line(
     flags = tiny_flags(tiny_model, tmp_path / "run", "--data.on_bad_row", on_bad_row, "--train.max_steps", 1)
     ended = run_here("train.py", *flags, "--data.path", hostile_rows(tmp_path / "data"))
     assert ended.returncode == (2 if on_bad_row == "error" else 0)
-    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u202e]", ended.stdout + ended.stderr)
+    assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u202e]", ended.stdout + ended.stderr)
     assert not re.search(r"^\[frostline\] (done: 3200|forged)", ended.stderr, flags=re.M)
     if on_bad_row == "error":
         assert re.search(r"key '1\\n\[frostline\] done: 3200 steps'. has an empty QUESTION", ended.stderr)
