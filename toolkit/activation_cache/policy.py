@@ -26,6 +26,7 @@ from toolkit.data.rows import Rows
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.models.bundled import cache_root
 from toolkit.models.float32_gradients import has_float32_forward
+from toolkit.models.identity import config_values, module_classes, remote_code
 from toolkit.models.load import LoadedModel
 from toolkit.models.weight_fingerprint import fingerprint_of
 from toolkit.runtime.distributed import World
@@ -75,14 +76,12 @@ def prefix_fingerprints(
         for name, tensor in model.state_dict(keep_vars=True).items()
         if not name.startswith(tuple(modules_above))
     }
-    config = model.config.to_dict()
-    for key in ("_name_or_path", "tie_word_embeddings", "use_cache"):  # they do not change what the prefix computes
-        config.pop(key, None)
+    config, code = config_values(model.config), remote_code(module_classes(model))
     sources = sources_hash(Path(toolkit.__file__).parent, *_PREFIX_SOURCES)
     is_quantised = settings.precision != "model" or any(name.endswith(".weight_codes") for name in below_boundary)
     return {
         "weights": fingerprint_of(below_boundary, loaded.on_disk),
-        "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
+        "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
         "architecture": type(model).__name__,
         "boundary": str(boundary),
         "attention": str(model.config._attn_implementation),
@@ -92,6 +91,7 @@ def prefix_fingerprints(
         "transformers": transformers.__version__,
         "frostline": f"{toolkit.__version__} (sources {sources})",
         **({"bitsandbytes": metadata.version("bitsandbytes")} if is_quantised else {}),
+        **({"code": json.dumps(code)} if code else {}),
         **({"products": "float32"} if has_float32_forward(model) else {}),
     }
 

@@ -7,18 +7,22 @@ A delta is a directory with ``trained.safetensors`` (float32 masters unless expo
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from toolkit.config.schema import ModelConfig
 from toolkit.mask.layer_mask import LayerMask
 from toolkit.runtime.errors import CheckpointError
+from toolkit.runtime.paths import read_regular
 from toolkit.runtime.safetensors_io import SafetensorsFile, write_safetensors
 
 MASK_FILE, BASE_FILE = "mask.json", "base.json"
 _TENSORS_FILE = "trained.safetensors"
+_LONGEST_JSON = 2**28  # bytes; a mask lists the ids of its rows
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class Base:
     """The recipe's model section that it was loaded with."""
     sha256: str
     """SHA-256 of its weights as loaded, before untying and training (``toolkit.models.weight_fingerprint``)."""
+    identity: Mapping[str, Any] | None = None
+    """Its other parts (``toolkit.checkpoint.base_identity``); None if an earlier version recorded it."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ def base_as_dict(base: Base) -> dict[str, object]:
     """Return the content of ``base.json``; without added tokens, it is that of versions that knew none."""
     values = base.config.model_dump(mode="json")
     model = {key: value for key, value in values.items() if value or key != "add_tokens"}
-    return {"model": model, "sha256": base.sha256}
+    return {"model": model, "sha256": base.sha256, **({"identity": base.identity} if base.identity else {})}
 
 
 def read_mask_and_base(directory: Path) -> tuple[LayerMask, Base]:
@@ -61,9 +67,10 @@ def read_mask_and_base(directory: Path) -> tuple[LayerMask, Base]:
     Raises:
         OSError, ValueError, KeyError, TypeError: a file is missing or damaged.
     """
-    mask = LayerMask.from_dict(json.loads((directory / MASK_FILE).read_text(encoding="utf-8")))
-    base = json.loads((directory / BASE_FILE).read_text(encoding="utf-8"))
-    return mask, Base(ModelConfig(**base["model"]), base["sha256"])
+    mask = LayerMask.from_dict(json.loads(read_regular(directory / MASK_FILE, _LONGEST_JSON)))
+    base = json.loads(read_regular(directory / BASE_FILE, _LONGEST_JSON))
+    identity = base.get("identity")
+    return mask, Base(ModelConfig(**base["model"]), base["sha256"], dict(identity) if identity else None)
 
 
 def is_delta(directory: Path) -> bool:

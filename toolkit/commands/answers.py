@@ -23,6 +23,7 @@ from toolkit.inference.sampling import Sampling
 from toolkit.models.float32_gradients import use_faster_forward
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import DataError, UsageError
+from toolkit.runtime.printable import printable
 from toolkit.runtime.progress_bar import ProgressBar
 from toolkit.tasks.sample import Sample
 
@@ -65,12 +66,14 @@ def answer_question(arguments: argparse.Namespace, world: World) -> None:
     with _answer_file(arguments, world) as file:
         if file is not None:
             file.require_same([question])
-        ((_, answer),) = make_answerer(_open_model(arguments, world), arguments, world).in_order([(0, sample)])
+        answerer = make_answerer(_open_model(arguments, world), arguments, world)
+        ((_, answer),) = answerer.in_order([(0, sample)])
+        answerer.report_control_tokens()
         if file is not None:
             file.add(question, answer)
             print(file.publish())
         elif world.is_main:
-            print(answer, flush=True)
+            print(printable(str(answer)), flush=True)
 
 
 def answer_rows(arguments: argparse.Namespace, world: World) -> None:
@@ -89,6 +92,7 @@ def answer_rows(arguments: argparse.Namespace, world: World) -> None:
         answerer = make_answerer(_open_model(arguments, world), arguments, world)
         try:
             _take_answers(arguments, world, answerer, questions, done, file)
+            answerer.report_control_tokens()
         except QuestionError as error:
             raise DataError(f"{error}; --on-bad-row skip leaves such questions out") from None
         if file is not None:
@@ -121,7 +125,7 @@ def _take_answers(
                 if file is not None:
                     file.add(question, answer)
                 elif world.is_main and answer is not None and not arguments.output:
-                    print(f"Q: {question.sample.question}\nA: {answer}\n", flush=True)
+                    print(printable(f"Q: {question.sample.question}\nA: {answer}\n"), flush=True)
             bar.advance(len(batch))
 
 
@@ -166,11 +170,12 @@ def _answer_file(arguments: argparse.Namespace, world: World) -> Iterator[Answer
 
 
 def _place(name: str | None) -> object:
-    """Return what tells a model or file from others of its name: where it is, and its weights' sizes and times."""
+    """Return what tells a model or file from others of its name: where it is, and its files' sizes and times."""
     if name is None or not Path(name).exists():
         return name
-    weights = ((path.name, path.stat().st_size, path.stat().st_mtime) for path in Path(name).glob("*.safetensors"))
-    return str(Path(name).resolve()), *sorted(weights)
+    kinds = (".safetensors", ".json", ".jinja", ".py") if (Path(name) / "config.json").is_file() else (".safetensors",)
+    files = (path for path in Path(name).glob("*") if path.suffix in kinds and path.is_file())
+    return str(Path(name).resolve()), *sorted((path.name, path.stat().st_size, path.stat().st_mtime) for path in files)
 
 
 def _source(arguments: argparse.Namespace) -> Source:

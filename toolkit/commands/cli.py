@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import faulthandler
 import io
 import json
@@ -20,9 +21,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from toolkit.runtime import failure_broadcast, malloc
-from toolkit.runtime.errors import FrostlineError
+from toolkit.runtime.errors import FrostlineError, UsageError
+from toolkit.runtime.printable import one_line, printable
 from toolkit.runtime.progress_bar import LogHandler
 from toolkit.runtime.redact import RedactingFormatter, redact
+from toolkit.runtime.rust_panic import is_panic, panic_error
 
 _CONNECTED_GRACE_SECONDS, _UNCONNECTED_GRACE_SECONDS = 2.0, 10.0
 """Time for which ranks above 0 hold back an error that all ranks raise, so that rank 0 alone prints it. Rank 0 then
@@ -50,7 +53,20 @@ def run_command(command: Callable[[], int]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        return _report_error(error, rank)
+        return _report_error(_explain(error), rank)
+    except BaseException as error:
+        if is_panic(error):
+            return _report_error(panic_error(error), rank)
+        raise
+
+
+def _explain(error: Exception) -> Exception:
+    """Return a UsageError for a name that no file system takes, which any check of a path may meet first."""
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP) and error.filename is not None:
+        name = os.fsdecode(error.filename)
+        shown = name if len(name) <= 80 else f"{name[:80]}… ({len(name)} characters)"
+        return UsageError(f"{one_line(shown)}: {error.strerror}; expected a shorter path, without a circle of links")
+    return error
 
 
 def set_up_memory() -> None:
@@ -111,7 +127,7 @@ def _report_error(error: Exception, rank: int) -> int:
     if failures is not None and (failure := failures.find_cause(error)) is not None:
         failure_broadcast.print_failure(rank, failure)
         return failure.code
-    last_error = redact(" ".join(f"{type(error).__name__}: {error}".split()))[:_MAX_ERROR_CHARACTERS]
+    last_error = printable(redact(" ".join(f"{type(error).__name__}: {error}".split())))[:_MAX_ERROR_CHARACTERS]
     code = error.exit_code if isinstance(error, FrostlineError) else 1
     if isinstance(error, FrostlineError) and error.on_every_rank and rank:
         if failures is None:
@@ -122,10 +138,11 @@ def _report_error(error: Exception, rank: int) -> int:
                 return code  # the same error, which the other rank has printed
     if isinstance(error, FrostlineError):
         where = f" [rank {rank}]" if rank else ""
-        print(f"error{where}: {redact(str(error))}", file=sys.stderr, flush=True)
+        print(f"error{where}: {printable(redact(str(error)))}", file=sys.stderr, flush=True)
     else:
         print(f"[rank {rank}] unforeseen error", file=sys.stderr)
-        print(redact("".join(traceback.format_exception(error))), file=sys.stderr, end="", flush=True)
+        trace = printable(redact("".join(traceback.format_exception(error))))
+        print(trace, file=sys.stderr, end="", flush=True)
     _write_torchrun_error_file(error, last_error)
     if failures is not None:
         failures.report_failure(last_error, code)

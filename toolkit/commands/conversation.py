@@ -7,6 +7,7 @@ import sys
 
 from toolkit.inference.chat import Chat
 from toolkit.runtime.errors import DataError, UsageError
+from toolkit.runtime.printable import printable
 
 
 def converse(chat: Chat) -> None:
@@ -53,7 +54,7 @@ def _print_reply(chat: Chat, message: str, talks: bool) -> None:
         if sys.stdout.isatty():
             chat.reply(message, prints=True)
         else:
-            print(chat.reply(message), flush=True)
+            print(printable(chat.reply(message)), flush=True)
     except KeyboardInterrupt:
         if not talks:
             raise
@@ -61,4 +62,4 @@ def _print_reply(chat: Chat, message: str, talks: bool) -> None:
     except DataError as error:
         if not talks:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)

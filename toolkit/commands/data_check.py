@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.commands.cli import verb_parser
 from toolkit.runtime.errors import DataError
+from toolkit.runtime.printable import printable
 
 if TYPE_CHECKING:
     from toolkit.config.schema import RunConfig
@@ -74,7 +75,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     from toolkit.data.check.page import page
     from toolkit.data.check.table import table
 
-    print(table(report))
+    print(printable(table(report)))
     if given.json:
         _write(Path(given.json), json.dumps(report.as_dict(), ensure_ascii=False, indent=1))
     if given.html:

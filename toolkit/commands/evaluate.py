@@ -123,6 +123,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     from toolkit.evaluation.table import report, summary
     from toolkit.runtime.distributed import require_one_process
     from toolkit.runtime.paths import make_parent, replace_text
+    from toolkit.runtime.printable import printable, printable_json
 
     require_one_process("evaluate.py")
     output, predictions = arguments.pop("output"), arguments.pop("predictions")
@@ -130,13 +131,12 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     if output is not None:
         make_parent(output)
     comparison = evaluate(**arguments, keeps_predictions=predictions is not None)
-    print(summary(comparison))
-    for line in report(comparison):
-        print(line)
+    for line in (summary(comparison), *report(comparison)):
+        print(printable(line))
     text = json.dumps(comparison.as_dict(), ensure_ascii=False)
     if output is not None:
         replace_text(output, f"{text}\n")
-    print(text)
+    print(printable_json(text))
     if predictions is not None:
         save_predictions(comparison, predictions)
     save_evaluation(comparison, runs)

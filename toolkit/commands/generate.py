@@ -80,7 +80,9 @@ def generate(
         on_bad_row=None, constrain=constrain, ds=None,
     )  # fmt: skip
     answerer = make_answerer(opened, options, World())
-    return [answer for _, answer in answerer.in_order(enumerate(samples)) if answer is not None]
+    answers = [answer for _, answer in answerer.in_order(enumerate(samples)) if answer is not None]
+    answerer.report_control_tokens()
+    return answers
 
 
 def main(words: Sequence[str] | None = None, program: str | None = None) -> int:

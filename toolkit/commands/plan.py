@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.commands.cli import verb_parser
 from toolkit.runtime.errors import UsageError
+from toolkit.runtime.printable import printable
 
 if TYPE_CHECKING:
     from toolkit.config.flags import Invocation
@@ -129,7 +130,8 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     if arguments.suggest:
         from toolkit.planning.suggest import suggest_for
 
-        print(suggest_for(invocation.config, arguments.suggest, arguments.budget, arguments.rows).table())
+        table = suggest_for(invocation.config, arguments.suggest, arguments.budget, arguments.rows).table()
+        print(printable(table))
         return 0
     gc.disable()  # garbage collection during imports takes a fifth of this short process
     if arguments.compare:
@@ -140,10 +142,10 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         budget = flags.byte_size(arguments.gpu_memory) if arguments.gpu_memory else None
         plans = plan_masks(invocation, arguments.world_size, budget, masks)
         rows = comparison_rows(arguments.compare, plans, arguments.tflops)
-        print(json.dumps(rows, indent=1) if arguments.json else comparison_text(rows))
+        print(json.dumps(rows, indent=1) if arguments.json else printable(comparison_text(rows)))
         return 0
     report = _plan(invocation, arguments.world_size, arguments.gpu_memory)
     if arguments.png is not None:
         report.draw(arguments.png)
-    print(json.dumps(report.as_dict(), indent=1) if arguments.json else report)
+    print(json.dumps(report.as_dict(), indent=1) if arguments.json else printable(str(report)))
     return 0

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from toolkit.commands.cli import verb_parser
+from toolkit.runtime.printable import printable, printable_json
 
 log = logging.getLogger("frostline")
 
@@ -90,12 +91,12 @@ def _read(arguments: argparse.Namespace) -> int:
         log.info("%d of %d sheets are read", len(sheets), len(key.sheets))
     result = summarise(sheets, key, arguments.seed)
     for line in table(result):
-        print(line)
+        print(printable(line))
     text = json.dumps(result.as_dict(), ensure_ascii=False)
     if output is not None:
         with explain_refused_write(output.parent):
             replace_text(output, f"{text}\n")
-    print(text)
+    print(printable_json(text))
     return 0
 
 

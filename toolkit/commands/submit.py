@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.commands.cli import verb_parser
 from toolkit.runtime.errors import CheckpointError, ConfigError, SlurmError
+from toolkit.runtime.printable import printable
 from toolkit.runtime.shipped import QUICKSTART, launch_script, shipped_file
 
 if TYPE_CHECKING:
@@ -57,8 +58,9 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         directories = tuple(run.path.resolve() for run in runs)
         deepspeed = invocations[0].deepspeed
         job = BatchJob(request, directories, deepspeed, launch_script("train"), Path.cwd(), os.environ)
+        script = render(job)  # refused before anything is written
         if arguments.dry_run:
-            print(render(job), end="")
+            print(script, end="")
             return 0
         for invocation, run in zip(invocations, runs, strict=True):
             # a requeued job starts several times
@@ -102,6 +104,6 @@ def _check_cluster(request: JobRequest, dry_run: bool) -> None:
     except SlurmError as error:
         if not dry_run:
             raise
-        print(f"not compared with a cluster: {error}", file=sys.stderr)
+        print(f"not compared with a cluster: {printable(str(error))}", file=sys.stderr)
     else:
         cluster.check(request, partitions)

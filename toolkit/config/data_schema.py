@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
+from toolkit.config import yaml_text
 from toolkit.config.section import Section, switch
 
 
@@ -44,8 +45,8 @@ def _parse_mapping(value: Any) -> Any:
     if not isinstance(value, str) or not value.lstrip().startswith("{"):
         return value
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        return yaml_text.load(value)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{value!r} is no mapping: {' '.join(str(error).split())[:200]}") from None
 
 

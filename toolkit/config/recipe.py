@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,17 +13,24 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from toolkit.config import peer_keys
+from toolkit.config import peer_keys, yaml_text
 from toolkit.config.data_schema import PathEntry
 from toolkit.config.mask_schema import LoraConfig, LoraEntry, MaskGroup, MaskPhase, RowsConfig, RowsEntry
 from toolkit.config.schema import REMOVED_OPTIMIZER, RunConfig
 from toolkit.config.section import Section
 from toolkit.runtime.errors import ConfigError
-from toolkit.runtime.redact import find_secrets
+from toolkit.runtime.paths import read_regular
+from toolkit.runtime.printable import has_controls, one_line
+from toolkit.runtime.redact import find_secrets, strings_in
 
 _SHORT_REPR = reprlib.Repr()  # nested YAML anchors can expand a small file to an enormous value
 _SHORT_REPR.maxstring = _SHORT_REPR.maxother = 120
 _SHORT_REPR.maxlevel = 3
+_FREE_TEXT = re.compile(
+    r"data\.(task|template_kwargs|separator|identifier_patterns|oversample|group_by|stratify_by)\b|model\.add_tokens\b"
+    r"|data\.\w+\.task\b"
+)
+"""Keys whose text may have several lines, tabs, or any character: texts of a task, columns, patterns and tokens."""
 
 
 def field_paths(section: type[Section] = RunConfig, prefix: str = "") -> dict[str, FieldInfo]:
@@ -77,7 +85,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         ConfigError: the file is missing, not UTF-8, not YAML, or not a mapping.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_regular(Path(path), yaml_text.MOST_BYTES)
     except FileNotFoundError:
         fault = f"{path}: no such file; --config takes a YAML recipe such as recipes/quickstart.yaml"
         raise ConfigError([fault]) from None
@@ -101,7 +109,7 @@ def parse_yaml(text: str) -> Any:
         ValueError: not valid, in one line.
     """
     try:
-        return yaml.safe_load(text)
+        return yaml_text.load(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
@@ -133,6 +141,11 @@ def build_config(values: Mapping[str, Any], source: str, faults: Iterable[str] =
     all_faults += [
         f"{where} holds a password or token; no key needs one: log in with `hf auth login`, or set HF_TOKEN"
         for where in find_secrets(values)
+    ]
+    all_faults += [  # a path with a line break would end a line of a job's script, and forge one of a log
+        f"{one_line(where)} holds a control character, such as a line break: {_SHORT_REPR.repr(text)}; remove it"
+        for where, text in strings_in(values)
+        if has_controls(text) and not _FREE_TEXT.match(where)
     ]
     config = None
     try:

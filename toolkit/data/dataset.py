@@ -163,7 +163,7 @@ def load_dataset(
     for note in encoder.notes():
         log.info("%s", note)
     dataset = Dataset(train, validation, skipped, test, screening, tuple(sources), task.name)
-    _report_texts(dataset.rows, config)
+    _report_texts(dataset.rows, encoder.rendering.parses_special)
     return dataset
 
 
@@ -241,17 +241,11 @@ def _check_rows(stores: Sequence[TokenStore], config: DataConfig) -> tuple[Row, 
     return tuple(Row(origin, fault=fault) for origin, fault in bad)
 
 
-def _report_texts(rows: Rows, config: DataConfig) -> None:
+def _report_texts(rows: Rows, parses_special: bool) -> None:
     """Log how many rows hold a control token's text, text in separate letters, and tools that are not shown."""
     if len(escaped := rows.with_control_token):
         first = rows[int(escaped[0])]
-        log.info(
-            "%s the text of a control token (first: %r in %s); it is encoded as %s",
-            f"{len(escaped)} rows hold" if len(escaped) > 1 else "1 row holds",
-            first.control_token,
-            first.origin,
-            "text, not as that token" if config.special_tokens == "text" else "that token (data.special_tokens: parse)",
-        )
+        log.info("%s", control_tokens_text(len(escaped), first.control_token, first.origin, parses_special))
     if len(composed := rows.normalised):
         log.info(
             "%s text in separate letters (Unicode NFD; first: %s); it is composed (data.normalize: nfc)",
@@ -260,6 +254,15 @@ def _report_texts(rows: Rows, config: DataConfig) -> None:
         )
     if len(hidden := rows.with_hidden_tools):
         log.warning("%s", hidden_tools_text(len(hidden), rows.origin(int(hidden[0]))))
+
+
+def control_tokens_text(rows: int, token: str, first: str, parses_special: bool) -> str:
+    """Describe that so many rows hold the text of a control token, of which ``first`` holds ``token``."""
+    return (
+        f"{f'{rows} rows hold' if rows > 1 else '1 row holds'} the text of a control token (first: {token!r} in {first}"
+        "); it is encoded as "
+        + ("that token (data.special_tokens: parse)" if parses_special else "text, not as that token")
+    )
 
 
 def hidden_tools_text(rows: int, first: str) -> str:

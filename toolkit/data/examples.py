@@ -104,6 +104,10 @@ class Encoder:
             return self._encode_prompt(sample).token_ids[-self.max_length :]
         return self._fit(sample.to_answer(), self._encode_prompt).token_ids
 
+    def control_token(self, sample: Sample) -> str:
+        """Return the first control token whose text is in a sample; an empty string if there is none."""
+        return self._escaped(sample)[2]
+
     def encode_answers(self, sample: Sample, answers: Sequence[str]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
         """Encode the prompt of a question, and each of some answers to it as it goes on from there.
 
@@ -272,8 +276,7 @@ class Encoder:
             replace(turn, content=escape(turn.content), tool_calls=tuple(escape(turn.tool_calls)))
             for turn in sample.turns
         ]
-        tools = [escape(tool) for tool in sample.tools]
-        return turns, tools, next((mark for mark in marks if mark), "")
+        return turns, [escape(tool) for tool in sample.tools], next((mark for mark in marks if mark), "")
 
     def _choose_end(self) -> int:
         """Choose the token to append to an answer if the template closes it with no mark.

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from toolkit.config.data_schema import DataConfig
 from toolkit.data.chat_rendering import Rendering
 from toolkit.runtime.errors import ConfigError, DataError
+from toolkit.runtime.paths import read_regular
 from toolkit.runtime.shipped import find_file
 
 log = logging.getLogger("frostline")
@@ -26,6 +27,7 @@ NAMED = {
     ),
 }
 """Templates by the names that ``data.chat_template`` takes."""
+_LONGEST_TEMPLATE = 16 * 2**20  # bytes; a tokenizer_config.json may list thousands of tokens beside it
 _MARKS = {"chatml": "<|im_end|>"}
 """The mark that ends a turn, by template."""
 
@@ -75,7 +77,7 @@ def _read_template(path: str) -> str:
     """Read a template file, plain or as chat_template of a tokenizer_config.json."""
     file = find_file(path)
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_regular(file, _LONGEST_TEMPLATE)
     except (OSError, ValueError) as error:
         raise DataError(
             f"data.chat_template is {path}, which is not {' or '.join(NAMED)}, and no file that can be read ({error})"

@@ -8,6 +8,7 @@ from functools import cached_property
 from transformers import PreTrainedTokenizerBase
 
 from toolkit.data.chat_turns import is_thought
+from toolkit.runtime.rust_panic import explain_panic
 from toolkit.tasks.sample import RowFaultError
 
 _SEPARATOR = "\ufdd0"
@@ -108,7 +109,8 @@ class Pieces:
     def _cut_at_offsets(self, before: str, text: str) -> tuple[int, ...]:
         """Encode ``before + text`` at once and return the ids of ``text``, by the tokens' character offsets."""
         both = before + text
-        encoded = self._tokenizer(both, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        with explain_panic():
+            encoded = self._tokenizer(both, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         spans = list(zip(encoded.input_ids, encoded.offset_mapping, strict=True))
         first = next((n for n, (_, (start, _)) in enumerate(spans) if start >= len(before)), len(spans))
         first_start = spans[first][1][0] if first < len(spans) else len(both)
@@ -124,11 +126,13 @@ class Pieces:
 
     def _encode_plain(self, text: str) -> tuple[int, ...]:
         """Encode ``text`` without special tokens around it, separators of pieces included."""
-        return tuple(self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        with explain_panic():
+            return tuple(self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
     def _decode(self, ids: tuple[int, ...]) -> str:
         """Decode ids to text, special tokens included."""
-        return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+        with explain_panic():
+            return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
     def _split_control_tokens(self, text: str) -> str:
         """Put a separator of pieces into the text of each control token in ``text``."""
@@ -139,7 +143,8 @@ class Pieces:
 
     def _find_bos_ids(self) -> tuple[int, ...]:
         """Find the tokens that the tokenizer puts before a text (BOS); the BOS may be the end-of-text token as well."""
-        alone, text = self._encode_plain("a"), tuple(self._tokenizer("a", verbose=False).input_ids)
+        with explain_panic():
+            alone, text = self._encode_plain("a"), tuple(self._tokenizer("a", verbose=False).input_ids)
         for start in range(len(text) - len(alone) + 1):
             if text[start : start + len(alone)] == alone:
                 return text[:start]

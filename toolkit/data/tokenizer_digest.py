@@ -9,6 +9,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from toolkit.models.identity import remote_code
+
 
 def digest(value: object) -> str:
     """Return the SHA-256 of a value as JSON."""
@@ -43,5 +45,7 @@ def tokenizer_code(tokenizer: PreTrainedTokenizerBase) -> str:
     name = f"{kind.__module__}.{kind.__qualname__}"
     if kind.__module__.startswith("transformers."):
         return name
+    if came_with_it := remote_code([kind]):
+        return f"{name} {digest(came_with_it)}"
     source = inspect.getsourcefile(kind)
     return f"{name} {hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else ''}"

@@ -14,6 +14,7 @@ from toolkit.evaluation.outputs import Asked, generate_answers
 from toolkit.inference.open_model import OpenedModel
 from toolkit.models.bundled import cache_root
 from toolkit.models.float32_gradients import use_faster_forward
+from toolkit.models.identity import config_values, module_classes, remote_code
 from toolkit.models.weight_fingerprint import fingerprint
 from toolkit.runtime.distributed import World
 from toolkit.runtime.paths import replace_text
@@ -64,7 +65,8 @@ def _key(opened: OpenedModel, samples: Sequence[Sample], max_new_tokens: int) ->
     settings = {**loaded.model.generation_config.to_dict(), "transformers_version": None}
     parts = [
         fingerprint(loaded.model, loaded.on_disk), str(loaded.model.dtype), max_new_tokens, encoder.stop_ids(),
-        [encoder.prompt_ids(sample) for sample in samples], settings,
+        [encoder.prompt_ids(sample) for sample in samples], settings, config_values(loaded.model.config),
+        remote_code(module_classes(loaded.model)),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 

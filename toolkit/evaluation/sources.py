@@ -11,13 +11,14 @@ import torch
 
 from toolkit.activation_cache.policy import mask_obstacle
 from toolkit.checkpoint.choice import Step
-from toolkit.checkpoint.delta import Delta, is_delta
+from toolkit.checkpoint.delta import Base, Delta, is_delta
 from toolkit.checkpoint.manifest import MANIFEST_FILE
 from toolkit.checkpoint.run_directory import fold_runs
 from toolkit.config.flags import checkpoint_step
 from toolkit.config.recipe import read_saved
 from toolkit.config.schema import ModelConfig, RunConfig
 from toolkit.data.chat_rendering import Rendering
+from toolkit.inference.base_check import require_same_base, require_trust
 from toolkit.inference.model_source import cast_weights
 from toolkit.inference.open_model import (
     OpenedModel,
@@ -27,7 +28,6 @@ from toolkit.inference.open_model import (
     open_model,
     read_run,
     read_trained,
-    require_trust,
 )
 from toolkit.inference.peft_adapter import is_adapter_directory
 from toolkit.models.load import Dtype, LoadedModel
@@ -126,13 +126,15 @@ class BaseModel:
     rendering: Rendering
     boundary: int | None
     """Frost line of the run; None if it has no frozen prefix."""
+    base: Base
+    """What it was when the training began."""
 
     @classmethod
     def of(cls, opened: OpenedModel) -> BaseModel | None:
         """Return the base of a run or delta; None for a whole model."""
         if opened.delta is None:
             return None
-        return cls(opened.delta.base.config, opened.config, opened.rendering, boundary_of(opened))
+        return cls(opened.delta.base.config, opened.config, opened.rendering, boundary_of(opened), opened.delta.base)
 
     @classmethod
     def read(cls, name: ModelName, options: OpenOptions) -> BaseModel | None:
@@ -149,7 +151,7 @@ class BaseModel:
             delta, run = read_trained(path), RunConfig()
         else:
             return None
-        return cls(delta.base.config, run, data_settings(name.path)[1], _boundary(delta))
+        return cls(delta.base.config, run, data_settings(name.path)[1], _boundary(delta), delta.base)
 
     def open(self, options: OpenOptions) -> OpenedModel:
         """Load the model in the precision in which a run of the same options is computed; raises as ``open_model``."""
@@ -157,6 +159,7 @@ class BaseModel:
         config = self.config.model_copy(update=changes)
         require_trust(config, options.trust_remote_code)
         loaded = load_base(config)
+        require_same_base(loaded, self.base, config)
         if options.dtype is not None:
             cast_weights(loaded.model, getattr(torch, options.dtype))
         if self.rendering.template is not None:

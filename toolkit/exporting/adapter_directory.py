@@ -21,7 +21,8 @@ from toolkit.exporting.peft_rows import ROWS_KEY, load_config, require_sayable_r
 from toolkit.exporting.quantised_base import adapter_card
 from toolkit.exporting.run_export import check_paths, staging_directory, write_chat_template
 from toolkit.exporting.vllm_rules import vllm_advice
-from toolkit.inference.open_model import read_run, require_trust
+from toolkit.inference.base_check import require_same_config, require_trust
+from toolkit.inference.open_model import read_run
 from toolkit.inference.peft_adapter import BASE_PRECISION
 from toolkit.mask.adapters import Adapter, is_adapter_tensor
 from toolkit.mask.rows import is_rows_tensor
@@ -82,7 +83,9 @@ def export_adapter(
     stored = StoredTensors(files).entries
     tokenizer = load_tokenizer(model) if model.add_tokens else None
     added = token_ids(tokenizer, model.add_tokens) if tokenizer else ()
-    require_sayable_rows(delta, added, load_config(source, model), stored)
+    model_config = load_config(source, model)
+    require_same_config(model_config, delta.base)
+    require_sayable_rows(delta, added, model_config, stored)
     _require_same_targets(config, files.read_json("config.json").get("model_type"))
     _require_whole_modules([base_name(name) for name in delta.mask.names], config, stored)
     tensors = _peft_tensors(delta, base_name, getattr(torch, dtype))

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from toolkit.data.chat_rendering import Rendering
+from toolkit.data.dataset import control_tokens_text
 from toolkit.data.examples import Encoder
 from toolkit.data.model_limits import padding_id, room_for_answer
 from toolkit.engine.deepspeed.inference import PartitionedModel
@@ -94,6 +95,7 @@ class Answerer:
         vocabulary = self.loaded.model.config.get_text_config().vocab_size
         self._constraints = Constraints(self._encoder, vocabulary) if self.constrains else None
         self._said = set[str]()
+        self._with_control_token = list[tuple[int, str]]()
         self._pads: bool | None = None
 
     def in_order(self, samples: Iterable[tuple[int, Sample]]) -> Iterator[tuple[int, str | None]]:
@@ -156,6 +158,14 @@ class Answerer:
         """
         return self._answer({row: self._prompt(sample, row)}, streamer)[row]
 
+    def report_control_tokens(self) -> None:
+        """Log how many questions so far held the text of a control token, and forget them."""
+        if found := self._with_control_token:
+            row, token = found[0]
+            parses = self.rendering.parses_special
+            log.info("%s", control_tokens_text(len(found), token, f"question {row + 1}", parses))
+            found.clear()
+
     @property
     def opening(self) -> str:
         """Return the part of every answer that its prompt holds already."""
@@ -164,6 +174,8 @@ class Answerer:
     def _prompt(self, sample: Sample, row: int) -> _Prompt:
         """Return the prompt; say once what is odd about it."""
         try:
+            if token := self._encoder.control_token(sample):
+                self._with_control_token.append((row, token))
             prompt = self._encoder.prompt_ids(sample)
             constraint = self._constraints.of(sample) if self._constraints else None
             room = room_for_answer(prompt, self.loaded.model, self.max_new_tokens)

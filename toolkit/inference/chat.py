@@ -9,6 +9,7 @@ from transformers import TextStreamer
 from toolkit.config.data_schema import DataConfig
 from toolkit.data.questions import from_prompt
 from toolkit.inference.answering import Answerer
+from toolkit.runtime.printable import printable
 from toolkit.tasks.sample import ASSISTANT, SYSTEM, Turn
 
 
@@ -37,12 +38,21 @@ class Chat:
             )
         streamer = None
         if prints:
-            print(self._answerer.opening, end="", flush=True)
-            streamer = TextStreamer(self._answerer.loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+            print(printable(self._answerer.opening), end="", flush=True)
+            streamer = _Streamer(self._answerer.loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
         answer = self._answerer.answer(asked, self._messages, streamer)
+        self._answerer.report_control_tokens()
         self._turns, self._messages = (*asked.turns, Turn(ASSISTANT, answer)), self._messages + 1
         return answer
 
     def forget(self) -> None:
         """Begin a new conversation."""
         self._turns = ()
+
+
+class _Streamer(TextStreamer):  # type: ignore[misc]
+    """Prints an answer while it is given, with its control characters escaped."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print a part of the answer."""
+        super().on_finalized_text(printable(text), stream_end)

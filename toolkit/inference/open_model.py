@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from toolkit.checkpoint import manifest
 from toolkit.checkpoint.catalog import checkpoints_of
 from toolkit.checkpoint.choice import ChosenCheckpoint, Step, choose_checkpoint
-from toolkit.checkpoint.delta import Delta, is_delta, read_delta, read_mask_and_base
+from toolkit.checkpoint.delta import Base, Delta, is_delta, read_delta, read_mask_and_base
 from toolkit.checkpoint.restore import Checkpoint
 from toolkit.checkpoint.run_directory import OUT_OF_FOLD_FILE, fold_runs
 from toolkit.config.recipe import read_saved
@@ -20,6 +20,7 @@ from toolkit.config.schema import DataConfig, ModelConfig, RunConfig
 from toolkit.data.chat_rendering import Rendering, read_rendering
 from toolkit.data.examples import Encoder
 from toolkit.data.sources import task_of
+from toolkit.inference.base_check import require_same_base, require_same_template, require_trust
 from toolkit.inference.model_source import cast_weights, load_whole, load_with_adapter
 from toolkit.inference.peft_adapter import apply_peft_adapter, is_adapter_directory, is_peft_adapter
 from toolkit.mask.adapters import adapted_weight
@@ -29,8 +30,7 @@ from toolkit.models.added_tokens import add_token_rows, token_ids
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.models.load import Dtype, LoadedModel, load, load_tokenizer
-from toolkit.models.weight_fingerprint import fingerprint
-from toolkit.runtime.errors import CheckpointError, ModelError, UsageError
+from toolkit.runtime.errors import CheckpointError, UsageError
 
 log = logging.getLogger("frostline")
 
@@ -85,14 +85,16 @@ def open_model(
         config = read_saved(path / "config.yaml")
         choice, delta = read_run(path, step)
         loaded = load_delta(delta, base, trust_remote_code, dtype)
-        return OpenedModel(loaded, config, path, choice, delta, _rendering_of(path, loaded))
+        return OpenedModel(loaded, config, path, choice, delta, _rendering_of(path, loaded, delta.base))
     if step is not None:
         raise UsageError(f"--step {step} names a checkpoint of a run directory, and {source} is none; leave it out")
     if (path / manifest.MANIFEST_FILE).is_file() or is_delta(path):
         delta = read_trained(path)
         loaded = load_delta(delta, base, trust_remote_code, dtype)
         # a checkpoint is RUN/checkpoints/step-N; an exported delta has the run's rendering beside it
-        rendering = _rendering_of(path.parent.parent if (path / manifest.MANIFEST_FILE).is_file() else path, loaded)
+        rendering = _rendering_of(
+            path.parent.parent if (path / manifest.MANIFEST_FILE).is_file() else path, loaded, delta.base
+        )
         return OpenedModel(loaded, RunConfig(), None, None, delta, rendering)
     _refuse_beside_run(path)
     if is_adapter_directory(path):
@@ -161,17 +163,9 @@ def load_delta(
     config = delta.base.config.model_copy(update={"name_or_path": str(base)} if base else {})
     require_trust(config, trust_remote_code)
     loaded = load_base(config)
+    require_same_base(loaded, delta.base, config)
     _apply_delta(loaded, delta, config, dtype)
     return loaded
-
-
-def require_trust(config: ModelConfig, trust_remote_code: bool) -> None:
-    """Raise ModelError if ``config``, which a run or delta chose, runs the model's own code and the user does not."""
-    if config.trust_remote_code and not trust_remote_code:
-        raise ModelError(
-            f"these tensors were trained on {config.name_or_path} with its own code (model.trust_remote_code), and "
-            "whoever wrote them chose that; if you have read that code, pass --trust-remote-code"
-        )
 
 
 def load_base(
@@ -199,6 +193,8 @@ def load_base(
     below = {"delta": delta.base.config.delta, "add_tokens": delta.base.config.add_tokens}
     base_config = config.model_copy(update=below)  # which may itself be a delta
     loaded = load_base(base_config, tokenizer, anatomy, blocks_on_disk)
+    own_tokenizer = load_tokenizer_of(base_config)  # the other may have more tokens
+    require_same_base(replace(loaded, tokenizer=own_tokenizer), delta.base, config)
     _apply_delta(loaded, delta, config)
     if delta.mask.adapters:
         log.info("model.delta: its adapters are merged into their layers, rounded to %s", config.dtype)
@@ -233,9 +229,16 @@ def all_added_tokens(config: ModelConfig) -> list[str]:
     Raises:
         CheckpointError: ``config.delta`` is none, or damaged.
     """
-    if config.delta is None or is_peft_adapter(Path(config.delta)):
-        return config.add_tokens
-    return [*all_added_tokens(_base_of(Path(config.delta))), *config.add_tokens]
+    tokens, seen = list(config.add_tokens), set[Path]()
+    while config.delta is not None and not is_peft_adapter(Path(config.delta)):
+        if (place := Path(config.delta).resolve()) in seen:
+            raise CheckpointError(
+                f"{config.delta}: its base begins from it again (model.delta in base.json); expected another model"
+            )
+        seen.add(place)
+        config = _base_of(Path(config.delta))
+        tokens = [*config.add_tokens, *tokens]
+    return tokens
 
 
 def _base_of(path: Path) -> ModelConfig:
@@ -250,11 +253,6 @@ def _base_of(path: Path) -> ModelConfig:
 @torch.no_grad()
 def _apply_delta(loaded: LoadedModel, delta: Delta, config: ModelConfig, dtype: Dtype | None = None) -> None:
     """Copy the delta's tensors into its base model, untying the head if the mask does; see ``load_base``."""
-    if fingerprint(loaded.model, loaded.on_disk) != delta.base.sha256:
-        raise CheckpointError(
-            f"these tensors were trained on other weights than {config.name_or_path} holds now as "
-            f"{config.dtype} (SHA-256 differs); name the original model and its model.dtype"
-        )
     if absent := [name for name in delta.tensors if adapted_weight(name) in loaded.on_disk]:
         raise CheckpointError(
             f"model.delta trained {absent[0]}, which prefix.placement: disk leaves on disk; choose another "
@@ -268,11 +266,16 @@ def _apply_delta(loaded: LoadedModel, delta: Delta, config: ModelConfig, dtype: 
         parameters[name].copy_(tensor)
 
 
-def _rendering_of(folder: Path, loaded: LoadedModel) -> Rendering:
-    """Return the rendering of a run or delta, and give the tokenizer its chat template."""
+def _rendering_of(folder: Path, loaded: LoadedModel, base: Base) -> Rendering:
+    """Return the rendering of a run or delta, and give the tokenizer its chat template.
+
+    Raises:
+        CheckpointError: the template that comes out is not that of the training.
+    """
     rendering = read_rendering(folder)
     if rendering.template is not None:
         loaded.tokenizer.chat_template = rendering.template
+    require_same_template(loaded.tokenizer, base)
     return rendering
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from toolkit.runtime.errors import ModelError
+from toolkit.runtime.paths import require_regular
+from toolkit.runtime.printable import one_line
 
 IS_ADAPTER = (
     "holds an adapter (adapter_config.json), which stands for another model; name that model, and a directory with the "
@@ -15,6 +19,13 @@ IS_ADAPTER = (
 )
 """What is said of a source that transformers would replace by the base model that it names."""
 
+_MOST = (
+    (re.compile(r"(\w+_)?(num|n)_(\w+_)?layers?"), 10_000),
+    (re.compile(r"(num_|n_)(local_|routed_|shared_|attention_|key_value_|kv_)*(experts|heads?)"), 100_000),
+    (re.compile(r"\w*(vocab|hidden|intermediate|embd|inner|ffn|head|model|embedding)_?(size|dim|state_size)?"), 10**8),
+    (re.compile(r"\w*(max_position_embeddings|n_positions|n_ctx|max_seq_len)"), 10**9),
+)  # fmt: skip
+"""Largest values of keys of a config.json, by their names; far above those of any model."""
 _INDEX_FILE = "model.safetensors.index.json"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -29,6 +40,21 @@ def check_directory(directory: Path, needs_weights: bool) -> None:
     faults = list(_find_faults(directory, needs_weights))
     if faults:
         raise ModelError(f"model directory {directory} {'; it '.join(faults)}")
+
+
+def check_sizes(values: Mapping[str, Any], source: str) -> None:
+    """Refuse a config.json whose sizes no model has, before transformers makes lists and layers of them.
+
+    Raises:
+        ModelError: names the first such key.
+    """
+    pending = [value for value in (values, *values.values()) if isinstance(value, Mapping)]
+    for level in pending:
+        for key, value in level.items():
+            most = next((most for pattern, most in _MOST if pattern.fullmatch(str(key))), None)
+            if most is not None and isinstance(value, int | float) and not -1 <= value <= most:
+                shown = f"{one_line(str(key))} is {str(value)[:30]}"
+                raise ModelError(f"{source}: {shown} in its config.json; expected at most {most:,}. Restore the file")
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -53,7 +79,14 @@ def _find_faults(directory: Path, needs_weights: bool) -> Iterator[str]:
     if not (directory / "config.json").is_file():
         yield "has no config.json; expected a model saved with save_pretrained"
         return
-    _read_object(directory / "config.json")
+    check_sizes(_read_object(directory / "config.json"), str(directory))
+    for entry in sorted(directory.iterdir()):
+        try:
+            with suppress(OSError):  # a folder, or a link that leads nowhere
+                require_regular(entry.stat(), entry)  # a FIFO would be waited for
+        except ValueError as error:
+            yield f"cannot be read: {one_line(str(error))}"
+            return
     if not needs_weights:
         return
     if not any(directory.glob("*.safetensors")):

@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 
 from toolkit.models.config_json import is_tied, set_vocabulary
+from toolkit.models.directory import check_sizes
 from toolkit.models.storage_format import StorageFormat
 from toolkit.models.weight_files import StoredTensors
 
@@ -83,8 +84,10 @@ def is_exaone(source: str, revision: str | None) -> bool:
 
     Raises:
         OSError: the config cannot be found.
+        ModelError: it names sizes that no model has.
     """
     values, _ = PretrainedConfig.get_config_dict(source, revision=revision)
+    check_sizes(values, source)
     return bool(values.get("model_type") == "exaone")
 
 

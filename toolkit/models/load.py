@@ -30,6 +30,7 @@ from toolkit.runtime import hub
 from toolkit.runtime.errors import FrostlineError, ModelError
 from toolkit.runtime.out_of_memory import is_out_of_memory
 from toolkit.runtime.paths import is_directory
+from toolkit.runtime.rust_panic import explain_panic
 
 log = logging.getLogger("frostline")
 
@@ -104,7 +105,8 @@ def load_tokenizer(config: ModelConfig, directory: Path | None = None) -> PreTra
     source = str(directory) if directory else resolve_source(config.name_or_path)
     try:
         options = {} if directory else _choose_format(source, config).tokenizer_options()
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        with explain_panic():
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:  # as for the weights
         if isinstance(error, FrostlineError) or is_out_of_memory(error):
             raise

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from toolkit.runtime.errors import DiskError
+from toolkit.runtime.paths import require_regular
 from toolkit.runtime.safetensors_io import serialize
 
 _CHUNK = 2**24
@@ -88,8 +89,11 @@ def _write_hashed(path: Path, parts: Iterable[memoryview | bytes]) -> FileHash:
 def _hash_file(path: Path) -> FileHash | str:
     """Hash a file, or describe why it cannot be read."""
     try:
+        require_regular(path.stat(), path)
         with path.open("rb", buffering=0) as file:
             sha = hashlib.file_digest(file, "sha256")
             return FileHash(file.tell(), sha.hexdigest())
     except OSError as error:
         return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror or error})"
+    except ValueError as error:
+        return f"cannot be read ({error})"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import logging
 import os
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -18,6 +21,32 @@ log = logging.getLogger("frostline")
 
 is_file, is_directory = os.path.isfile, os.path.isdir
 """False also for an invalid or unreadable path (too long, a NUL in it), where those of pathlib raise."""
+
+
+def read_regular(path: Path, most: int) -> str:
+    """Read a text file in UTF-8 of at most ``most`` bytes.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no regular file, such as a FIFO, which could wait for ever; it is longer, or not UTF-8.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        require_regular(os.fstat(descriptor), path)
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it has more than {most:,} bytes")
+    return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()
+
+
+def require_regular(status: os.stat_result, path: Path) -> None:
+    """Raise ValueError for the status of what is no regular file; a directory is an OSError."""
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(status.st_mode):
+        kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+        kind = kinds.get(stat.S_IFMT(status.st_mode), "no file")
+        raise ValueError(f"{path.name} is {kind}; expected a regular file")
 
 
 def replace_text(path: Path, text: str, mode: int = 0o666) -> None:

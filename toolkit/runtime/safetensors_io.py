@@ -16,6 +16,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from toolkit.runtime.paths import require_regular
+
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -82,6 +84,7 @@ class SafetensorsFile:
     """
 
     def __init__(self, path: Path, writable: bool = False) -> None:
+        require_regular(path.stat(), path)
         with path.open("rb") as file:
             header = read_header(file)
             self.entries, self.metadata = parse_header(header)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from toolkit.runtime.errors import ConfigError
+from toolkit.runtime.printable import has_controls
 from toolkit.runtime.redact import find_secrets
 from toolkit.slurm.request import JobRequest
 
@@ -62,16 +63,29 @@ def render(job: BatchJob) -> str:
     commit a checkpoint and exit with code 75, and the script requeues the job under the same id.
 
     Raises:
-        ConfigError: a forwarded environment variable holds a secret.
+        ConfigError: a forwarded environment variable holds a secret, or anything of the job a control character.
     """
     blocks = [
-        "\n".join(_sbatch_lines(job)),
-        "\n".join(_environment_lines(job)),
+        _join(_sbatch_lines(job)),
+        _join(_environment_lines(job)),
         _RENDEZVOUS_LINES,
-        "\n".join(_srun_lines(job)),
+        _join(_srun_lines(job)),
         _REQUEUE_LINES,
     ]
     return "\n\n".join(blocks) + "\n"
+
+
+def _join(lines: Iterable[str]) -> str:
+    """Join the lines of a block.
+
+    Raises:
+        ConfigError: one holds a control character, such as a line break, after which the shell reads a new line.
+    """
+    lines = list(lines)
+    if faults := [f"{line[:300]!r} would be a line of the job's script" for line in lines if has_controls(line)]:
+        advice = "no path, flag or variable of a job may hold a line break, tab or other control character; rename it"
+        raise ConfigError([f"{fault}: {advice}" for fault in faults], "request")
+    return "\n".join(lines)
 
 
 def _sbatch_lines(job: BatchJob) -> Iterator[str]:

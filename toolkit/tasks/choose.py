@@ -10,6 +10,8 @@ from typing import Any
 
 from toolkit.config.data_schema import DataConfig
 from toolkit.runtime.errors import ConfigError, DataError
+from toolkit.runtime.paths import read_regular
+from toolkit.runtime.printable import one_line
 from toolkit.runtime.shipped import find_file, shipped_file
 from toolkit.tasks.columns import loose, nearest
 from toolkit.tasks.dataset_info import from_dataset_info
@@ -32,7 +34,7 @@ def columns_of(rows: Iterable[Any]) -> list[str]:
     """Return the columns of the first rows that are objects, each once, in order."""
     seen: dict[str, None] = {}
     for _, values in zip(range(MOST_ROWS), (row for row in rows if isinstance(row, Mapping)), strict=False):
-        seen |= dict.fromkeys(str(key) for key in values)
+        seen |= dict.fromkeys(one_line(str(key)) for key in values)
     return list(seen)
 
 
@@ -225,7 +227,7 @@ def _laid_over(base: Mapping[str, Any], values: Mapping[str, Any], source: str) 
 
 def _read_schema(path: str) -> dict[str, Any]:
     try:
-        value = json.loads(find_file(path).read_text(encoding="utf-8"))
+        value = json.loads(read_regular(find_file(path), 2**26))
     except (OSError, ValueError) as error:
         raise DataError(f"the task's schema is {path}, which cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):

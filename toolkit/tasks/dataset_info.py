@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from toolkit.runtime.errors import ConfigError, DataError
+from toolkit.runtime.paths import read_regular
 from toolkit.runtime.shipped import find_file
 from toolkit.tasks.columns import nearest
 
@@ -72,7 +73,7 @@ def _conversations(columns: Mapping[str, Any], tags: Mapping[str, Any]) -> dict[
 def _read(path: str) -> dict[str, Any]:
     """Read the entries of a ``dataset_info.json``."""
     try:
-        entries = json.loads(find_file(path).read_text(encoding="utf-8"))
+        entries = json.loads(read_regular(find_file(path), 2**26))
     except (OSError, ValueError) as error:
         raise DataError(f"data.task names {path}, which cannot be read as JSON ({error})") from None
     if not isinstance(entries, dict):

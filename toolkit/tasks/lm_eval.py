@@ -18,7 +18,9 @@ import yaml
 from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from toolkit.config import yaml_text
 from toolkit.runtime.errors import ConfigError, DataError
+from toolkit.runtime.paths import read_regular
 from toolkit.tasks.sample import RowFaultError
 
 log = logging.getLogger("frostline")
@@ -163,7 +165,7 @@ def read_lm_eval_task(path: str) -> LmEvalTask:
 
 def _read(path: str) -> dict[str, Any]:
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+        values = yaml_text.load(read_regular(Path(path), yaml_text.MOST_BYTES), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); expected a task file of lm-eval") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -7,12 +7,20 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from toolkit.runtime.printable import one_line
+
 SYSTEM, USER, ASSISTANT, TOOL, TEXT = "system", "user", "assistant", "tool", "text"
 """Roles of turns. A turn of the role ``text`` stands alone: it is plain text, which no chat template renders."""
 
 
 class RowFaultError(Exception):
-    """A row cannot be used; the message is a predicate that follows the row's name, as 'has no column QUESTION'."""
+    """A row cannot be used; the message is a predicate that follows the row's name, as 'has no column QUESTION'.
+
+    It may quote the row, so what would move a terminal's cursor or begin a line in a log is escaped.
+    """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(one_line(str(message)))
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,10 @@ import yaml
 from jinja2 import TemplateError, meta
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from toolkit.config import yaml_text
 from toolkit.config.section import Section
 from toolkit.runtime.errors import ConfigError, DataError
+from toolkit.runtime.paths import read_regular
 from toolkit.runtime.shipped import find_file
 from toolkit.tasks.columns import nearest
 from toolkit.tasks.templates import ENVIRONMENT, OWN_VARIABLES
@@ -218,11 +220,11 @@ def read_task_file(path: str, key: str) -> tuple[dict[str, Any], dict[tuple[str,
     """
     file = find_file(path)
     try:
-        text = Path(file).read_text(encoding="utf-8")
+        text = read_regular(Path(file), yaml_text.MOST_BYTES)
     except (OSError, ValueError) as error:
         raise DataError(f"{key} is {path}, which cannot be read ({error})") from None
     try:
-        node, values = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+        node, values = yaml_text.compose(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError([" ".join(str(error).split())[:300]], f"task file {path}") from None
     if not isinstance(values, dict):

@@ -15,6 +15,7 @@ import psutil
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from toolkit.checkpoint.base_identity import identify
 from toolkit.checkpoint.delta import Base
 from toolkit.checkpoint.state import CheckpointState
 from toolkit.config.flags import Invocation
@@ -162,7 +163,7 @@ def prepare(
     length = int(np.median(dataset.train.lengths))
     gradients = choose_gradients(loaded.model, length, world, run_dir, resumes=state is not None)
     world.raise_if_stopping()
-    base = Base(config.model, world.on_main(lambda: fingerprint(loaded.model, loaded.on_disk)))
+    base = Base(config.model, *world.on_main(lambda: (fingerprint(loaded.model, loaded.on_disk), identify(loaded))))
     schedule = build_schedule(config.mask, loaded.anatomy, plan.steps_per_epoch, total_steps)
     if masks is None:
         check_rows([phase.mask for phase in schedule.phases], loaded.anatomy, tokenizer, config.model.add_tokens)

@@ -21,6 +21,7 @@ from toolkit.activation_cache.policy import (
     uncacheable_reason,
 )
 from toolkit.activation_cache.store import ActivationStore
+from toolkit.checkpoint.base_identity import TO_COMPUTE, computing_parts, differences
 from toolkit.config.policy import Decision, refuse_cache
 from toolkit.config.schema import PrefixConfig
 from toolkit.data.batches import collate
@@ -167,9 +168,10 @@ def _reload_base(context: RunContext, phase: Phase) -> LoadedModel:
         ModelError: its weights have changed since the run began.
     """
     fresh = load_for_training(context.config, context.tokenizer)
-    if fingerprint(fresh.model, fresh.on_disk) != context.base.sha256:
+    is_other = fingerprint(fresh.model, fresh.on_disk) != context.base.sha256
+    if is_other or differences(context.base.identity, computing_parts(fresh.model), TO_COMPUTE):
         raise ModelError(
-            f"the weights of {context.config.model.name_or_path} changed while the run read them; "
+            f"weights, config.json or code of {context.config.model.name_or_path} changed while the run read them; "
             "restore them and start the same command again"
         )
     apply_choice(fresh.model, context.gradients)

@@ -17,7 +17,7 @@ from toolkit.data.dataset import Dataset
 from toolkit.data.tokenizer_digest import digest, tokenizer_rules
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import UsageError
-from toolkit.runtime.paths import sources_hash
+from toolkit.runtime.paths import require_regular, sources_hash
 from toolkit.training.fingerprints import version
 
 _LIBRARIES = ("torch", "transformers", "deepspeed")
@@ -122,6 +122,9 @@ def _row_differences(world: World, name: str, digests: bytes, origin: Callable[[
 def _file_digest(path: Path) -> str:
     """Return the digest of a file as text, or why it cannot be read."""
     try:
+        require_regular(path.stat(), path)
         return f"SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
     except OSError as error:
         return f"unreadable ({error.strerror})"
+    except ValueError as error:
+        return f"unreadable ({error})"

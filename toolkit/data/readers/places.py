@@ -18,6 +18,7 @@ from toolkit.data.readers.row import ReadOptions, Row
 from toolkit.data.readers.splits import choose_split, split_of
 from toolkit.runtime.errors import DataError
 from toolkit.runtime.paths import is_file
+from toolkit.runtime.printable import one_line
 
 log = logging.getLogger("frostline")
 
@@ -100,9 +101,9 @@ def _contents(files: list[Path], base: Path, label: str) -> list[Content]:
     seen: dict[str, Path] = {}
     for file in files:
         if (first := seen.setdefault(os.path.realpath(file), file)) != file:
-            log.info("%s is %s by another name, and is read once", file, first)
+            log.info("%s is %s by another name, and is read once", one_line(str(file)), one_line(str(first)))
             continue
-        name = file.relative_to(base).as_posix()
+        name = one_line(file.relative_to(base).as_posix())
         content = open_content(file, f"{label.rstrip('/')}/{name}", name)
         contents += archive_members(content) or [content]
     return contents

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from toolkit.runtime.errors import DataError
+from toolkit.runtime.printable import one_line
 
 ID_COLUMNS = ("pubid", "pmid", "id")
 """Columns, in lower case, that may hold the number by which a list of ids names a row."""
@@ -25,6 +26,12 @@ class Row:
     values: Any = None
     fault: str | None = None
     """Why the row could not be read; None if it could."""
+
+    def __post_init__(self) -> None:
+        """Escape control characters in what is shown of the row: its file and key are a stranger's."""
+        object.__setattr__(self, "origin", one_line(self.origin))
+        if self.fault is not None:
+            object.__setattr__(self, "fault", one_line(self.fault))
 
 
 @dataclass(frozen=True)

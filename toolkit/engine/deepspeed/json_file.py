@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from toolkit.config.yaml_text import unique_keys
 from toolkit.runtime.errors import ConfigError
+from toolkit.runtime.paths import read_regular
 from toolkit.runtime.redact import find_secrets
 
 _KNOWN_KEYS = frozenset(
@@ -33,11 +35,10 @@ def read_ds_config(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, not a JSON object, or has keys that DeepSpeed would silently ignore.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(path, 2**20), object_pairs_hook=unique_keys)
     except FileNotFoundError:
-        raise ConfigError(
-            [f"{path}: no such file; --ds takes a DeepSpeed JSON such as ds_configs/zero2.json"]
-        ) from None
+        fault = f"{path}: no such file; --ds takes a DeepSpeed JSON such as ds_configs/zero2.json"
+        raise ConfigError([fault]) from None
     except OSError as error:
         raise ConfigError([f"{path}: cannot be read as UTF-8 text ({error})"]) from None
     except (ValueError, RecursionError) as error:
