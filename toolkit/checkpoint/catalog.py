@@ -42,11 +42,24 @@ _CONTENT = re.compile(
 
 def checkpoints_of(run: Path) -> list[Path]:
     """Return the committed checkpoints of a run directory, oldest first."""
+    return [path for path in step_directories(run) if _holds_content(path)]
+
+
+def step_directories(run: Path) -> list[Path]:
+    """Return the directories that have a checkpoint's name, oldest first, whatever they hold."""
     try:
         present = sorted((run / "checkpoints").iterdir())
     except OSError:
         return []
     return [path for path in present if _NAME.fullmatch(path.name) and path.is_dir()]
+
+
+def _holds_content(path: Path) -> bool:
+    """Return whether a directory holds any file that a run writes into a checkpoint, which may be damaged."""
+    try:
+        return any(is_content(entry.name) for entry in path.iterdir())
+    except OSError as error:
+        return not isinstance(error, FileNotFoundError)  # unreadable, which is said when it is read
 
 
 def has_own_checkpoint(run: Path) -> bool:

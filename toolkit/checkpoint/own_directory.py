@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from toolkit.checkpoint.catalog import LATEST_FILE, has_own_checkpoint, is_pointer
+from toolkit.checkpoint.catalog import LATEST_FILE, checkpoints_of, has_own_checkpoint, is_pointer, step_directories
 from toolkit.runtime.errors import CheckpointError
 from toolkit.runtime.file_lock import LOCK_FILE_NAME
 from toolkit.runtime.own_files import is_real_directory, is_real_file
@@ -91,6 +91,11 @@ def _require_own_checkpoints(path: Path) -> None:
     if not folder.is_dir():
         what = f"leads to {folder.readlink()}, which is no directory" if folder.is_symlink() else "is no directory"
         raise CheckpointError(f"{folder} {what}; make that directory, or remove {folder.name}")
+    if others := sorted(set(step_directories(path)) - set(checkpoints_of(path))):
+        raise CheckpointError(
+            f"{others[0]} has the name of a checkpoint and holds none; move it, or choose another directory for "
+            "checkpoints"
+        )
     for pointer in (folder / LATEST_FILE, folder / "best"):
         if not os.path.lexists(pointer) or has_own_checkpoint(path):
             continue

@@ -94,7 +94,7 @@ def evaluate_rows(
 def _name_rows(own: Sequence[tuple[list[str], torch.Tensor]], loss: float, world: World) -> None:
     """Warn of the rows whose loss is not finite, of all ranks; every rank calls it."""
     bad = [name for names, share in own if not bool(share.isfinite()) for name in names]
-    found = [name for of_rank in world.all_gather_object(bad) for name in of_rank]
+    found: list[str] = [name for of_rank in world.all_gather_object(bad) for name in of_rank]
     more = f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
     log.warning("the loss of the held-out rows is %s; not finite in the micro batches of: %s%s",
                 loss, ", ".join(found[:_MOST_NAMED]), more)  # fmt: skip

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from toolkit.runtime.errors import DiskError, UsageError
-from toolkit.runtime.own_files import open_own
+from toolkit.runtime.own_files import NotOwnError, open_own
 
 log = logging.getLogger("frostline")
 
@@ -94,9 +94,14 @@ def make_parent(output: Path) -> None:
 
 @contextmanager
 def explain_refused_write(place: Path) -> Iterator[None]:
-    """Turn an OSError of the body into a DiskError with its path, else ``place``, and the free space at ``place``."""
+    """Turn an OSError of the body into a DiskError with its path, else ``place``, and the free space at ``place``.
+
+    What is not ours, and would have to be written, is a UsageError.
+    """
     try:
         yield
+    except NotOwnError as error:
+        raise UsageError(f"{error.filename} is not written: {error.strerror}. Move or remove it") from None
     except OSError as error:
         free = ""
         with suppress(OSError):  # a disk that fails may not tell
