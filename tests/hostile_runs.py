@@ -94,6 +94,16 @@ def make_hostile(run: Path, outside: Path, seed: int) -> list[str]:
     return done
 
 
+def changed(before: dict[str, tuple[object, ...]], folder: Path, run: Path) -> list[str]:
+    """What is not as it was in a folder around a run. A link ``checkpoints`` is one that the user may mean: it gets
+    files of a run."""
+    after, link = snapshot(folder), run / "checkpoints"
+    found = [path for path in before if after.get(path) != before[path]]
+    new = [folder / path for path in sorted(after.keys() - before.keys())]
+    here = link.resolve() if link.is_symlink() else None
+    return found + [str(path) for path in new if here not in path.resolve().parents]
+
+
 def remove(path: Path) -> None:
     """Remove whatever is there; a link itself."""
     if path.is_dir() and not path.is_symlink():
@@ -128,11 +138,10 @@ def main() -> int:
             flags = tiny_flags(model, run, *short, "--train.max_steps", 3, "--output.keep", 1, "--resume-override")
             ended = [run_here("train.py", *flags), run_here("export.py", run, "--delta", "--output", folder / "delta")]
             codes.update(one.returncode for one in ended)
-            after = snapshot(outside)
-            changed = [path for path in before if after.get(path) != before[path]]
+            touched = changed(before, outside, run)
             said = "".join(one.stderr for one in ended)
-            if changed or "Traceback" in said:
-                broken.append(f"seed {seed} ({', '.join(done)}): changed {changed}, said {said[-400:]}")
+            if touched or "Traceback" in said:
+                broken.append(f"seed {seed} ({', '.join(done)}): changed {touched}, said {said[-400:]}")
                 print(broken[-1], flush=True)
             for left in (outside, run, folder / "delta"):
                 remove(left)

@@ -97,6 +97,9 @@ def _show(run: Path, step: int, scores: dict[str, Any]) -> None:
 
     if "tensorboard" not in read_saved(run / "config.yaml").output.report_to:
         return
+    if (run / "tensorboard").is_symlink():
+        log.warning("%s is a symbolic link, which is not followed: it gets no scores", run / "tensorboard")
+        return
     with SummaryWriter(str(run / "tensorboard")) as writer:
         for metric, value in scores.items():
             if value is not None:

@@ -81,6 +81,8 @@ def _begin_all(trackers: Trackers, config: RunConfig, directory: RunDirectory) -
     ids, sent = ({}, frozenset()) if state is None else (_read_ids(run), _logged_after(state.step, run))
     name = run.name if config.data.fold is None else f"{run.parent.name}/{run.name}"
     for kind in (kind for kind in config.output.report_to if kind != "tensorboard"):
+        if links := [path for path in (run / "wandb", run / "mlflow.db") if path.is_symlink()]:
+            raise UsageError(f"{links[0]} is a symbolic link, which is not followed to write; remove it")
         try:
             tracker = _BEGIN[kind](run, name, redacted(config), ids.get(kind))
         except UsageError:
