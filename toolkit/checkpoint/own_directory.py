@@ -19,7 +19,7 @@ _EARLY = re.compile(
 )
 """What a run writes before its config.yaml, and what is no use of a folder: marks of systems, and the output of the
 command itself, as ``> runs/x/train.log`` makes."""
-_MOST_BYTES = 2**20
+_MOST_BYTES = 2**18
 """Largest config.yaml; those of runs have some 5 KiB."""
 
 
@@ -57,6 +57,8 @@ def is_written_config(path: Path) -> bool:
         if not is_real_file(path) or path.stat().st_size > _MOST_BYTES:
             return False
         text = path.read_text(encoding="utf-8")
+        if not text.startswith("model:\n"):
+            return False  # before YAML, which takes long to find out what is none
         values = yaml.safe_load(text)
         is_recipe = isinstance(values, dict) and all(
             isinstance(values.get(section), dict) for section in ("model", "data", "mask", "train", "output")
