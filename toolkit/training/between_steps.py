@@ -156,7 +156,7 @@ class BetweenSteps:
             TrainingStoppedError: every step was skipped, and nothing was learned.
         """
         if self._committed is None and self._progress.step:
-            self._guard.require_learning(self._progress.step)
+            raise self._guard.nothing_learned(self._progress.step)
 
     def _commit_if_changed(self, state: PhaseState, validation_follows: bool) -> None:
         """Save a checkpoint, unless every step since the last one was skipped: it would only take a better one's place.

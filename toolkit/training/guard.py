@@ -86,9 +86,9 @@ class StepGuard:
         """Begin to count anew: the weights as they are now are in a checkpoint."""
         self._losses.clear()
 
-    def require_learning(self, steps: int) -> None:
-        """Raise TrainingStoppedError: all ``steps`` steps of a run were skipped, so there is nothing to keep."""
-        raise TrainingStoppedError(
+    def nothing_learned(self, steps: int) -> TrainingStoppedError:
+        """Return the error of a run whose ``steps`` steps were all skipped, so that there is nothing to keep."""
+        return TrainingStoppedError(
             f"all {steps} steps were skipped: nothing was learned, and there is no checkpoint. Lower "
             f"train.learning_rate, or look at the rows: {self._last_rows or 'named above'}"
         )
