@@ -4,25 +4,72 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
+import os
+import re
+import uuid
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
-from toolkit.checkpoint.manifest import NewerVersionError, verify
+from toolkit.checkpoint.manifest import MANIFEST_FILE, NewerVersionError, verify
 from toolkit.checkpoint.state import read_state
 from toolkit.checkpoint.validation_score import ValidationScore, read_validation_score
 from toolkit.runtime.errors import CheckpointError
+from toolkit.runtime.own_files import (
+    NotOwnError,
+    is_real_directory,
+    is_real_file,
+    remove_own_file,
+    remove_own_tree,
+    require_own_tree,
+)
 from toolkit.runtime.paths import replace_text
 
 log = logging.getLogger("frostline")
 
 LATEST_FILE, _BEST_FILE = "latest", "best"
 """Files in ``checkpoints`` that hold the name of a checkpoint."""
+_NAME = re.compile(r"step-\d{8,}", re.ASCII)
+_LEFT_FOLDER = re.compile(r"\.step-\d{8,}\.(staging|replaced|removed)", re.ASCII)
+_LEFT_FILE = re.compile(r"\.step-\d{8,}\.evaluation\.json|\.(latest|best)\.[0-9a-f]{32}\.staging", re.ASCII)
+_RANK = r"rank-\d{5,}-of-\d{5,}"
+_CONTENT = re.compile(
+    rf"(MANIFEST|evaluation|state|mask|base|rng-\d{{5,}}-of-\d{{5,}})\.json|optimizer(/{_RANK}\.(safetensors|json))?",
+    re.ASCII,
+)
+"""All that is ever written into a checkpoint. Nothing else is deleted, nor a directory that holds it."""
 
 
 def checkpoints_of(run: Path) -> list[Path]:
     """Return the committed checkpoints of a run directory, oldest first."""
-    return sorted(path for path in (run / "checkpoints").glob("step-*") if path.is_dir())
+    return [path for path in step_directories(run) if _holds_content(path)]
+
+
+def step_directories(run: Path) -> list[Path]:
+    """Return the directories that have a checkpoint's name, oldest first, whatever they hold."""
+    try:
+        present = sorted((run / "checkpoints").iterdir())
+    except OSError:
+        return []
+    return [path for path in present if _NAME.fullmatch(path.name) and path.is_dir()]
+
+
+def _holds_content(path: Path) -> bool:
+    """Return whether a directory holds any file that a run writes into a checkpoint, which may be damaged."""
+    try:
+        return any(is_content(entry.name) for entry in path.iterdir())
+    except OSError as error:
+        return not isinstance(error, FileNotFoundError)  # unreadable, which is said when it is read
+
+
+def has_own_checkpoint(run: Path) -> bool:
+    """Return whether a directory holds a checkpoint that a run has published there, whole or damaged."""
+    return any(is_real_directory(path) and is_real_file(path / MANIFEST_FILE) for path in checkpoints_of(run))
+
+
+def is_pointer(text: str) -> bool:
+    """Return whether a text is what ``latest`` and ``best`` hold: the name of a checkpoint."""
+    return _NAME.fullmatch(text.strip()) is not None
 
 
 def latest_checkpoint(run: Path) -> Path | None:
@@ -93,7 +140,7 @@ def prune(run: Path, current: Path, keep: int) -> None:
 
     Keeps the newest ``keep`` and the one with the best validation score. Called after a commit, and after the
     validation if one was due with it. Checkpoints of later steps than ``current`` date from before the run was
-    resumed at an earlier step; they are removed too.
+    resumed at an earlier step; they are removed too. One that is a link, or holds a file of the user's, stays.
     """
     present = checkpoints_of(run)
     valid = [path for path in present if path.name <= current.name]
@@ -103,7 +150,7 @@ def prune(run: Path, current: Path, keep: int) -> None:
             replace_text(run / "checkpoints" / _BEST_FILE, best.name)
         for path in present:
             if path not in valid[-keep:] and path != best:
-                remove(path)
+                _remove_if_own(path)
     except OSError as error:  # the new checkpoint is committed already
         log.warning("an old checkpoint could not be removed: %s", error)
 
@@ -120,18 +167,57 @@ def remove(checkpoint: Path) -> None:
     """Remove a checkpoint; rename it first, so that a partly removed one is never taken for a checkpoint.
 
     Raises:
+        NotOwnError: it is a link, or holds what no run writes; it stays.
         OSError: it cannot be renamed or removed.
     """
+    require_own_tree(checkpoint, is_content)
     aside = checkpoint.with_name(f".{checkpoint.name}.removed")
-    shutil.rmtree(aside, ignore_errors=True)
+    with suppress(OSError):
+        remove_own_tree(aside, is_content)
     checkpoint.rename(aside)
-    shutil.rmtree(aside)
+    remove_own_tree(aside, is_content)
+
+
+def _remove_if_own(checkpoint: Path) -> None:
+    """Remove a checkpoint; say why one stays that is a link or holds a file of the user's."""
+    try:
+        remove(checkpoint)
+    except NotOwnError as error:
+        log.info("%s is kept: %s", checkpoint, error.strerror)
+
+
+def make_way(final: Path) -> None:
+    """Move what is in the place of a checkpoint that is to be published; what is not ours stays under another name.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    if not os.path.lexists(final):
+        return
+    try:
+        require_own_tree(final, is_content)
+        aside = final.with_name(f".{final.name}.replaced")  # written before the run resumed from an earlier step
+    except NotOwnError as error:
+        aside = final.with_name(f"{final.name}-moved-{uuid.uuid4().hex[:8]}")
+        log.warning("%s is in the way of a checkpoint: %s; it is now %s", final, error.strerror, aside.name)
+    final.rename(aside)
+
+
+def is_content(relative: str) -> bool:
+    """Return whether a path below a checkpoint is one that a run writes there."""
+    return _CONTENT.fullmatch(relative) is not None
 
 
 def clear_leftovers(run: Path) -> None:
-    """Remove staging and renamed directories that a killed commit or removal has left."""
-    for path in (run / "checkpoints").glob(".*"):
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    """Remove staging and renamed directories that a killed commit or removal has left; everything else stays."""
+    folder = run / "checkpoints"
+    with suppress(OSError):  # the next time, or a user, clears the rest
+        for path in list(folder.iterdir()):
+            with suppress(OSError):
+                if _LEFT_FOLDER.fullmatch(path.name):
+                    remove_own_tree(path, is_content)
+                elif _LEFT_FILE.fullmatch(path.name):
+                    remove_own_file(path)
 
 
 def validation_scores(checkpoints: Iterable[Path]) -> dict[Path, ValidationScore]:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
-from toolkit.checkpoint.catalog import best_of, checkpoints_of, latest_checkpoint, validation_scores
+from toolkit.checkpoint.catalog import LATEST_FILE, best_of, checkpoints_of, latest_checkpoint, validation_scores
 from toolkit.checkpoint.manifest import directory_name, step_of, verify
 from toolkit.checkpoint.validation_score import ValidationScore
 from toolkit.runtime.errors import CheckpointError
 
+T = TypeVar("T")
 Step = int | Literal["latest", "best"]
 """How a user names a checkpoint: by its step, as the latest, or as the one with the best validation score."""
+_TRIES = 50
+"""Most times to read a run whose checkpoints are removed faster than they are read."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,25 @@ def choose_checkpoint(run: Path, step: Step | None = None) -> ChosenCheckpoint:
     Raises:
         CheckpointError: the checkpoint is missing (lists those that are present) or damaged.
     """
-    choice = find_checkpoint(run, step)
-    verify(choice.checkpoint)
-    return choice
+    return read_checkpoint(run, step, lambda choice: choice)
+
+
+def read_checkpoint(run: Path, step: Step | None, read: Callable[[ChosenCheckpoint], T]) -> T:
+    """Find and verify a checkpoint as ``choose_checkpoint`` does, and return what ``read`` makes of it.
+
+    A run that trains removes checkpoints: where those that are there changed meanwhile, it begins again with the one
+    that is ``latest`` (or ``best``) now.
+
+    Raises:
+        CheckpointError: the checkpoint is missing or damaged; or as ``read``.
+    """
+
+    def read_whole() -> T:
+        choice = _find(run, step)
+        verify(choice.checkpoint)
+        return read(choice)
+
+    return retry_while_rotating(run, read_whole)
 
 
 def find_checkpoint(run: Path, step: Step | None = None) -> ChosenCheckpoint:
@@ -69,6 +90,33 @@ def find_checkpoint(run: Path, step: Step | None = None) -> ChosenCheckpoint:
     Raises:
         CheckpointError: the checkpoint is missing; lists those that are present.
     """
+    return retry_while_rotating(run, lambda: _find(run, step))
+
+
+def retry_while_rotating(run: Path, read: Callable[[], T]) -> T:
+    """Call ``read``, and again after a failure if the run's checkpoints changed meanwhile, as often as ``_TRIES``."""
+    for tries_left in reversed(range(_TRIES)):
+        before = _identities(run)
+        try:
+            return read()
+        except (CheckpointError, OSError):
+            if _identities(run) == before or not tries_left:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _identities(run: Path) -> list[tuple[str, int, int]]:
+    """Return name, inode and time of each checkpoint of a run and of the file ``latest``."""
+    found = []
+    for path in (*checkpoints_of(run), run / "checkpoints" / LATEST_FILE):
+        with suppress(OSError):
+            status = path.stat()
+            found.append((path.name, status.st_ino, status.st_mtime_ns if path.name == LATEST_FILE else 0))
+    return found
+
+
+def _find(run: Path, step: Step | None) -> ChosenCheckpoint:
+    """Find a checkpoint in the directory as it is now; see ``find_checkpoint``."""
     scores, latest = validation_scores(checkpoints_of(run)), latest_checkpoint(run)
     best = best_of(scores)
     if latest is None:

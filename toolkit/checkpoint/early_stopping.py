@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from toolkit.checkpoint.manifest import step_of
+from toolkit.checkpoint.metrics_log import METRICS_FILE, number, read_rows
 from toolkit.checkpoint.validation_score import LOSS, ValidationScore, read_validation_score
 from toolkit.config.schema import TrainConfig
-
-METRICS_FILE = "metrics.jsonl"
-"""What a run logs, in its directory."""
 
 
 def has_stopped_improving(ranks: Iterable[float], train: TrainConfig) -> bool:
@@ -31,17 +29,17 @@ def has_stopped_improving(ranks: Iterable[float], train: TrainConfig) -> bool:
 
 
 def logged_scores(
-    lines: Iterable[str], until: int, metric: str = LOSS, higher_is_better: bool = False
+    rows: Iterable[dict[str, Any]], until: int, metric: str = LOSS, higher_is_better: bool = False
 ) -> dict[int, ValidationScore]:
-    """Return the validation scores up to a step in the lines of ``metrics.jsonl``, by step, in their order.
+    """Return the validation scores up to a step in the rows of ``metrics.jsonl``, by step, in their order.
 
     ``metric`` is the one that decides, which rows before it was asked for lack.
     """
     found = {}
-    for row in map(json.loads, lines):
+    for row in rows:
         if "eval_loss" in row and row["step"] <= until:
-            loss = _number(row["eval_loss"])
-            value = None if metric == LOSS else _number(row.get(f"eval_{metric}"))
+            loss = number(row["eval_loss"])
+            value = None if metric == LOSS else number(row.get(f"eval_{metric}"))
             found[row["step"]] = ValidationScore(loss, metric, value, higher_is_better)
     return dict(sorted(found.items()))
 
@@ -52,11 +50,6 @@ def ended_early(run: Path, checkpoint: Path, train: TrainConfig) -> bool:
         return False
     if (score := read_validation_score(checkpoint)) is None:
         return False
-    lines = (run / METRICS_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = (line for line in lines if line.endswith("\n"))  # a killed process leaves a part of its last one
-    scores = logged_scores(whole, step_of(checkpoint), score.metric, score.higher_is_better)
+    rows = read_rows(run / METRICS_FILE)
+    scores = logged_scores(rows, step_of(checkpoint), score.metric, score.higher_is_better)
     return has_stopped_improving((of.rank for of in scores.values()), train)
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)

@@ -12,6 +12,7 @@ from pathlib import Path
 from toolkit.checkpoint.catalog import checkpoints_of, newest_usable
 from toolkit.checkpoint.early_stopping import ended_early
 from toolkit.checkpoint.manifest import NewerVersionError
+from toolkit.checkpoint.own_directory import require_run_or_unused
 from toolkit.checkpoint.state import CheckpointState, read_state, recipe_differences
 from toolkit.checkpoint.validation_score import read_validation_score
 from toolkit.config.recipe import dump
@@ -69,8 +70,8 @@ def claim(
         override: True to accept the recipe differences that ``recipe_differences`` calls harmless.
 
     Raises:
-        CheckpointError: the directory holds the run of another recipe, is in use, its checkpoints are damaged, or
-            ``output.resume`` forbids it.
+        CheckpointError: the directory holds the run of another recipe or no run, is in use, its checkpoints are
+            damaged, or ``output.resume`` forbids it.
     """
     with ExitStack() as locks:
         directory = world.on_main(
@@ -95,6 +96,7 @@ def _claim_directory(
     output = config.output
     if output.dir:
         path = Path(output.dir)
+        require_run_or_unused(path)
         if holder := locks.enter_context(_locked(path, create)):
             raise CheckpointError(
                 f"{output.dir} is being written by another run: {holder}. Wait for it, or choose another --output.dir"
@@ -113,6 +115,11 @@ def _claim_directory(
                 f"output.resume is must, but no directory up to {path} holds an interrupted run of this recipe; "
                 "name the run with --output.dir"
             )
+        try:
+            require_run_or_unused(path)
+        except CheckpointError as error:
+            log.info("%s is not taken: %s", path, error)
+            continue
         with ExitStack() as lock:
             if lock.enter_context(_locked(path, create)) or held_by(path):
                 continue
@@ -145,7 +152,9 @@ def _locked(path: Path, create: bool) -> Iterator[str | None]:
     try:
         yield None
     finally:
-        is_unused = path in created and {entry.name for entry in path.iterdir()} <= {LOCK_FILE_NAME}
+        is_unused = False
+        with suppress(OSError):  # of a failing disk the first error is told
+            is_unused = path in created and {entry.name for entry in path.iterdir()} <= {LOCK_FILE_NAME}
         lock.release(remove=is_unused)
         if is_unused:
             with suppress(OSError):  # another run has just started to use it

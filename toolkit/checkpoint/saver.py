@@ -83,7 +83,7 @@ class Saver:
         files = _files_of_rank(content, self._world)
         self._require_room(file_size(files.tensors, files.metadata))
         staging = self._run / "checkpoints" / f".{directory_name(content.state.step)}.staging"
-        self._on_main(f"checkpoint {staging}", lambda: (staging / optimizer_shards.SHARD_FOLDER).mkdir(parents=True))
+        self._on_main(f"checkpoint {staging}", lambda: _make_staging(staging))
         pending = _PendingCheckpoint(staging, content.state.step, validation_follows)
         in_background = self._executor is not None and self._copy.fits(files.tensors)
         if self._executor is not None and in_background:
@@ -182,8 +182,7 @@ class Saver:
         write_manifest(staging, pending.step, entries)
         for directory in (*(path for path in staging.iterdir() if path.is_dir()), staging):
             sync_directory(directory)
-        if final.exists():  # written before the run was resumed from an earlier step
-            final.rename(final.with_name(f".{final.name}.replaced"))
+        catalog.make_way(final)
         staging.rename(final)
         sync_directory(final.parent)
         replace_text(final.with_name(catalog.LATEST_FILE), final.name)
@@ -224,6 +223,18 @@ class Saver:
                 raise
 
         self._world.on_main(work_or_clean_up)
+
+
+def _make_staging(staging: Path) -> None:
+    """Create the directory that a checkpoint is written to; a link in its place is not followed."""
+    try:
+        staging.mkdir()
+    except FileExistsError:
+        raise FrostlineError(
+            f"{staging} is in the way of a checkpoint and holds what no run has left there; move it, then start the "
+            "same command again"
+        ) from None
+    (staging / optimizer_shards.SHARD_FOLDER).mkdir()
 
 
 @dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from toolkit.checkpoint.manifest import EVALUATION_FILE, read_manifest, read_sea
 from toolkit.checkpoint.state import read_state
 from toolkit.runtime.errors import CheckpointError
 from toolkit.runtime.hashed_files import as_json
+from toolkit.runtime.own_files import remove_own_file
 from toolkit.runtime.paths import publish
 
 log = logging.getLogger("frostline")
@@ -89,7 +91,8 @@ def write_validation_score(checkpoint: Path, score: ValidationScore) -> None:
     content = {**score.as_json(), "manifest": manifest_sha256}
     # outside, so that no partial file is ever in a checkpoint
     staging = checkpoint.with_name(f".{checkpoint.name}.{EVALUATION_FILE}")
-    staging.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):
+        remove_own_file(staging)
     publish(as_json(sealed(content)).encode(), checkpoint / EVALUATION_FILE, staging)
 
 

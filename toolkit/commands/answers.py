@@ -143,7 +143,8 @@ def _require_all_rows_fit(arguments: argparse.Namespace, source: Source) -> None
 
 def _open_model(arguments: argparse.Namespace, world: World) -> OpenedModel:
     """Open the source that the command line names; of a run the same checkpoint on every rank."""
-    step = world.on_main(lambda: _step(arguments))
+    is_alone = world.size == 1 and arguments.output is None  # then a run that goes on training may have removed it
+    step = arguments.step if is_alone else world.on_main(lambda: _step(arguments))
     return open_model(arguments.source, step, arguments.base, arguments.trust_remote_code, arguments.dtype)
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.commands.cli import verb_parser
 from toolkit.runtime.errors import DataError
+from toolkit.runtime.json_text import to_json
 from toolkit.runtime.printable import printable
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
 
     print(printable(table(report)))
     if given.json:
-        _write(Path(given.json), json.dumps(report.as_dict(), ensure_ascii=False, indent=1))
+        _write(Path(given.json), to_json(report.as_dict(), ensure_ascii=False, indent=1))
     if given.html:
         _write(Path(given.html), page(report))
     return 0

@@ -13,7 +13,6 @@ Prints loss and perplexity for people, a table if there is more to compare, then
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.commands.cli import verb_parser
+from toolkit.runtime.json_text import to_json
 
 if TYPE_CHECKING:
     from toolkit.checkpoint.choice import Step
@@ -133,7 +133,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     comparison = evaluate(**arguments, keeps_predictions=predictions is not None)
     for line in (summary(comparison), *report(comparison)):
         print(printable(line))
-    text = json.dumps(comparison.as_dict(), ensure_ascii=False)
+    text = to_json(comparison.as_dict(), ensure_ascii=False)
     if output is not None:
         replace_text(output, f"{text}\n")
     print(printable_json(text))
@@ -156,13 +156,13 @@ def save_predictions(comparison: Comparison, folder: Path) -> None:
     from toolkit.runtime.paths import explain_refused_write, replace_text
 
     texts = {
-        (name, ".json"): json.dumps(options, ensure_ascii=False, indent=1) + "\n"
+        (name, ".json"): to_json(options, ensure_ascii=False, indent=1) + "\n"
         for name, options in comparison.predictions.items()
     }
     rows = comparison.answered_rows
     for suffix, kind in ((".jsonl", "answers"), (".constrained.jsonl", "constrained")):
         for name in getattr(rows[0], kind) if rows else ():
-            lines = (json.dumps(_answer_line(row, getattr(row, kind)[name]), ensure_ascii=False) for row in rows)
+            lines = (to_json(_answer_line(row, getattr(row, kind)[name]), ensure_ascii=False) for row in rows)
             texts[name, suffix] = "".join(f"{line}\n" for line in lines)
     with explain_refused_write(folder):
         folder.mkdir(parents=True, exist_ok=True)

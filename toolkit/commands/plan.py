@@ -13,7 +13,6 @@ the blocks by the signal in them (spectrum) or by the loss's gradient on a few r
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.commands.cli import verb_parser
 from toolkit.runtime.errors import UsageError
+from toolkit.runtime.json_text import to_json
 from toolkit.runtime.printable import printable
 
 if TYPE_CHECKING:
@@ -142,10 +142,10 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         budget = flags.byte_size(arguments.gpu_memory) if arguments.gpu_memory else None
         plans = plan_masks(invocation, arguments.world_size, budget, masks)
         rows = comparison_rows(arguments.compare, plans, arguments.tflops)
-        print(json.dumps(rows, indent=1) if arguments.json else printable(comparison_text(rows)))
+        print(to_json(rows, indent=1) if arguments.json else printable(comparison_text(rows)))
         return 0
     report = _plan(invocation, arguments.world_size, arguments.gpu_memory)
     if arguments.png is not None:
         report.draw(arguments.png)
-    print(json.dumps(report.as_dict(), indent=1) if arguments.json else printable(str(report)))
+    print(to_json(report.as_dict(), indent=1) if arguments.json else printable(str(report)))
     return 0

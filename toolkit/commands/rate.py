@@ -11,7 +11,6 @@ workbook alone: key.json says which answer is whose, and is needed to read the s
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import re
 import uuid
@@ -19,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from toolkit.commands.cli import verb_parser
+from toolkit.runtime.json_text import to_json
 from toolkit.runtime.printable import printable, printable_json
 
 log = logging.getLogger("frostline")
@@ -92,7 +92,7 @@ def _read(arguments: argparse.Namespace) -> int:
     result = summarise(sheets, key, arguments.seed)
     for line in table(result):
         print(printable(line))
-    text = json.dumps(result.as_dict(), ensure_ascii=False)
+    text = to_json(result.as_dict(), ensure_ascii=False)
     if output is not None:
         with explain_refused_write(output.parent):
             replace_text(output, f"{text}\n")

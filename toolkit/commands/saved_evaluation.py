@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.runtime.errors import CheckpointError, UsageError
 from toolkit.runtime.file_lock import RunLock
+from toolkit.runtime.json_text import to_json
 from toolkit.runtime.paths import LineFile, explain_refused_write, replace_text
 
 if TYPE_CHECKING:
@@ -63,9 +63,9 @@ def save_evaluation(comparison: Comparison, runs: Sequence[ModelName]) -> None:
         about = {"data": values["data"], "rows": values["rows"], "held_out": values["held_out"]}
         row = {"step": model["step"], "event": "evaluation", **about, "scores": scores}
         with _locked(run), explain_refused_write(run):
-            replace_text(run / EVALUATION_FILE, json.dumps(values, ensure_ascii=False) + "\n")
+            replace_text(run / EVALUATION_FILE, to_json(values, ensure_ascii=False) + "\n")
             lines = LineFile(run / "metrics.jsonl")
-            lines.write(json.dumps(row, ensure_ascii=False))
+            lines.write(to_json(row, ensure_ascii=False))
             lines.close()
             _show(run, model["step"], scores)
         log.info("scores of %s: %s", name.text, run / EVALUATION_FILE)
@@ -96,6 +96,9 @@ def _show(run: Path, step: int, scores: dict[str, Any]) -> None:
     from toolkit.config.recipe import read_saved
 
     if "tensorboard" not in read_saved(run / "config.yaml").output.report_to:
+        return
+    if (run / "tensorboard").is_symlink():
+        log.warning("%s is a symbolic link, which is not followed: it gets no scores", run / "tensorboard")
         return
     with SummaryWriter(str(run / "tensorboard")) as writer:
         for metric, value in scores.items():

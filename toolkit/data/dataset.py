@@ -100,11 +100,12 @@ class Dataset:
         return sha.hexdigest()
 
     def save_skipped(self, path: Path) -> None:
-        """Write the skipped rows as JSON lines; remove an older file if there are none."""
-        path.unlink(missing_ok=True)
+        """Write the skipped rows of a run as JSON lines; remove an older file if there are none."""
         if self.skipped:
             lines = [json.dumps({"row": row.origin, "fault": row.fault}, ensure_ascii=False) for row in self.skipped]
-            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            replace_text(path, "\n".join(lines) + "\n")
+        else:
+            path.unlink(missing_ok=True)
 
     def save_sources(self, path: Path) -> None:
         """Write which files the rows were read from as JSON, with their sizes in bytes."""

@@ -41,6 +41,8 @@ KEPT_DAYS = 30
 _POLL_SECONDS = 0.05
 _IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MODE = 0o600
+_OWN_NAME = re.compile(r"[0-9a-f]{64}\.tokens|\.[0-9a-f]{64}-\w+\.partial")
+"""What may be removed from the directory."""
 """Of every file: tokens are as private as the rows."""
 _MOST_FINGERPRINTS = 256
 
@@ -207,7 +209,7 @@ def _remove_unused(folder: Path) -> None:
     oldest = time.time() - KEPT_DAYS * 24 * 3600
     for path in folder.iterdir():
         with suppress(OSError):
-            if path.stat().st_mtime < oldest and path.suffix in (".tokens", ".partial"):
+            if path.lstat().st_mtime < oldest and _OWN_NAME.fullmatch(path.name):
                 path.unlink()
                 for suffix in (".fingerprints", ".lock"):
                     path.with_suffix(suffix).unlink(missing_ok=True)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
+import re
 import shutil
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +31,7 @@ from toolkit.models.source_files import TEMPLATES_FOLDER
 from toolkit.models.weight_files import WeightComparison, join_names
 from toolkit.optim.rounding import stochastic_round
 from toolkit.runtime.errors import CheckpointError, DiskError, UsageError
+from toolkit.runtime.own_files import is_real_directory
 from toolkit.runtime.paths import make_parent
 
 Rounding = Literal["nearest", "stochastic"]
@@ -127,20 +133,56 @@ def check_paths(run: Path, target: Path) -> None:
 def staging_directory(target: Path) -> Iterator[Path]:
     """Yield a path at which the body creates a directory; it becomes ``target``, or is removed if the body fails.
 
+    Each export has a staging directory of its own. Of two into one target the first that is done is published whole.
+
     Raises:
         DiskError: the files cannot be written.
+        CheckpointError: another export was published at ``target`` meanwhile.
     """
-    staging = target.with_name(f".{target.name}.staging")
-    shutil.rmtree(staging, ignore_errors=True)
+    own = target.with_name(f".{target.name}.{uuid.uuid4().hex}.staging")
+    descriptor = None
     try:
-        yield staging
-        if target.exists():
-            target.rmdir()
-        staging.rename(target)
+        _remove_abandoned(target)
+        own.mkdir()
+        descriptor = os.open(own, os.O_RDONLY | os.O_DIRECTORY)
+        with suppress(OSError):  # a file system without locks: what a killed export leaves is the user's to remove
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield own / "export"
+        _publish(own / "export", target)
     except OSError as error:
         raise DiskError(f"{target} cannot be written ({error}); make room, or choose another --output") from None
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(own, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _publish(staging: Path, target: Path) -> None:
+    """Rename a directory to ``target``, which is missing or an empty directory."""
+    try:
+        staging.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise CheckpointError(
+            f"{target} was written by another process while this export ran; it is left as it is. Choose another "
+            "--output, or remove it"
+        ) from None
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what exports into ``target`` left that were killed: staging directories whose lock nobody holds."""
+    name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{32}}\.staging")
+    for left in filter(is_real_directory, list(target.parent.iterdir())):
+        if not name.fullmatch(left.name):
+            continue
+        with suppress(OSError):
+            descriptor = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(descriptor)
 
 
 def _model_card(choice: ChosenCheckpoint, delta: Delta, audit: str, recipe: str, weights: WeightComparison) -> str:

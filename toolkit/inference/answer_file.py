@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from toolkit.data.questions import Question
 from toolkit.runtime.errors import DataError, UsageError
 from toolkit.runtime.file_lock import NO_LOCK_ERRORS, FileLock
+from toolkit.runtime.json_text import to_json
 from toolkit.runtime.paths import explain_refused_write, sync_directory
 
 log = logging.getLogger("frostline")
@@ -111,10 +113,11 @@ class AnswerFile:
         Raises:
             DiskError: the disk is full; what was answered is kept.
         """
-        staging = self.path.with_name(f".{self.path.name}.staging")
+        staging = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.staging")
         with explain_refused_write(self.path.parent):
             try:
-                with open(staging, "wb", opener=lambda name, flags: os.open(name, flags, self._mode)) as out:
+                new = os.O_EXCL | os.O_NOFOLLOW
+                with open(staging, "wb", opener=lambda name, flags: os.open(name, flags | new, self._mode)) as out:
                     out.writelines(map(_encoded, self._lines()))
                     out.flush()
                     os.fsync(out.fileno())
@@ -228,7 +231,7 @@ def _plain(content: Any) -> Any:
 
 def _line(content: Any) -> bytes:
     """Return a JSON line in ASCII, in which every string can be written."""
-    return json.dumps(content, default=str).encode() + b"\n"
+    return to_json(content, default=str).encode() + b"\n"
 
 
 def _parsed(line: bytes) -> Any:
@@ -248,6 +251,6 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 def _encoded(line: Mapping[str, Any]) -> bytes:
     """Return a JSON line; one with half a surrogate pair, which UTF-8 lacks, has escapes in place of its characters."""
     try:
-        return f"{json.dumps(line, ensure_ascii=False)}\n".encode()
+        return f"{to_json(line, ensure_ascii=False)}\n".encode()
     except UnicodeEncodeError:
         return _line(line)

@@ -22,6 +22,9 @@ from toolkit.split.supervised_loss import SuffixLoss, supervised_loss
 
 log = logging.getLogger("frostline")
 
+_MOST_NAMED = 16
+"""Most rows that a message names."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -66,6 +69,7 @@ def evaluate_rows(
     tokens = int(Rows.of(examples).supervised.sum())
     plan = BatchPlan(len(examples), micro_batch_size, 1, world.rank, world.size, micro_batch_tokens)
     local_loss = torch.zeros((), device=world.device)  # this rank's part of the global mean
+    own: list[tuple[list[str], torch.Tensor]] = []  # rows of each micro batch, and its share of the loss
     steps = step_batches(examples, range(len(examples)), plan, pad_id, packed=packed)
     with (
         HiddenReader(world.device) as reader, Prefetcher() as ahead,
@@ -77,10 +81,23 @@ def evaluate_rows(
                     world.raise_if_stopping()
                 with explain_out_of_memory("the evaluation", batch.shape_text):
                     hidden = prefix(batch) if prefix else None
-                    local_loss += supervised_loss(forward, hidden, batch, tokens)
+                    share = supervised_loss(forward, hidden, batch, tokens)
+                local_loss += share
+                own.append(([] if batch.is_filler else [row.origin for row in batch.examples], share))
             bar.advance(plan.global_batch)
     (loss,) = world.sum(float(local_loss))
+    if not math.isfinite(loss):
+        _name_rows(own, loss, world)
     return Evaluation(loss, tokens)
+
+
+def _name_rows(own: Sequence[tuple[list[str], torch.Tensor]], loss: float, world: World) -> None:
+    """Warn of the rows whose loss is not finite, of all ranks; every rank calls it."""
+    bad = [name for names, share in own if not bool(share.isfinite()) for name in names]
+    found: list[str] = [name for of_rank in world.all_gather_object(bad) for name in of_rank]
+    more = f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
+    log.warning("the loss of the held-out rows is %s; not finite in the micro batches of: %s%s",
+                loss, ", ".join(found[:_MOST_NAMED]), more)  # fmt: skip
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from toolkit.checkpoint import manifest
 from toolkit.checkpoint.catalog import checkpoints_of
-from toolkit.checkpoint.choice import ChosenCheckpoint, Step, choose_checkpoint
+from toolkit.checkpoint.choice import ChosenCheckpoint, Step, read_checkpoint
 from toolkit.checkpoint.delta import Base, Delta, is_delta, read_delta, read_mask_and_base
 from toolkit.checkpoint.restore import Checkpoint
 from toolkit.checkpoint.run_directory import OUT_OF_FOLD_FILE, fold_runs
@@ -127,9 +127,9 @@ def read_run(run: Path, step: Step | None = None) -> tuple[ChosenCheckpoint, Del
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    choice = choose_checkpoint(run, step)
+    choice, delta = read_checkpoint(run, step, lambda choice: (choice, Checkpoint(choice.checkpoint).delta()))
     log.info("%s: using %s", run, choice.advice("--step best"))
-    return choice, Checkpoint(choice.checkpoint).delta()
+    return choice, delta
 
 
 def read_trained(path: Path) -> Delta:
@@ -144,9 +144,9 @@ def read_trained(path: Path) -> Delta:
     if is_delta(path):
         return read_delta(path)
     if is_run(path):
-        choice = choose_checkpoint(path)
+        choice, delta = read_checkpoint(path, None, lambda choice: (choice, Checkpoint(choice.checkpoint).delta()))
         log.info("%s: using %s", path, choice.advice(f"model.delta {choice.better}"))
-        return Checkpoint(choice.checkpoint).delta()
+        return delta
     _refuse_beside_run(path)
     raise CheckpointError(f"{path} is not a run directory, a checkpoint or a delta; expected one of them")
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit.checkpoint.choice import ChosenCheckpoint, Step, find_checkpoint
+from toolkit.checkpoint.choice import ChosenCheckpoint, Step, find_checkpoint, retry_while_rotating
 from toolkit.checkpoint.delta import Base, read_mask_and_base
-from toolkit.checkpoint.early_stopping import METRICS_FILE
+from toolkit.checkpoint.metrics_log import METRICS_FILE, number, read_rows
 from toolkit.checkpoint.run_directory import RECORD_FILE, fold_runs
 from toolkit.checkpoint.state import CheckpointState, read_state
 from toolkit.config.recipe import read_saved
@@ -91,7 +90,11 @@ def read_runs(run: Path, step: Step | None = None) -> list[RunFacts]:
 
 
 def read_facts(run: Path, step: Step | None = None) -> RunFacts:
-    """Read the facts of one run; see ``read_runs`` for arguments and errors."""
+    """Read the facts of one run, which may be training; see ``read_runs`` for arguments and errors."""
+    return retry_while_rotating(run, lambda: _read_facts(run, step))
+
+
+def _read_facts(run: Path, step: Step | None) -> RunFacts:
     if not (run / "config.yaml").is_file():
         raise CheckpointError(f"{run} is not a run directory (no config.yaml); expected one such as runs/quickstart")
     config, choice = read_saved(run / "config.yaml"), find_checkpoint(run, step)
@@ -151,35 +154,19 @@ def _parts(record: Mapping[str, Any], plan: Mapping[str, Any], is_one_phase: boo
 
 
 def _count_lines(path: Path) -> int:
-    return len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
 def read_curves(path: Path) -> Curves:
-    """Read ``metrics.jsonl``; the last line of a killed process, which is not whole, is left out."""
-    if not path.is_file():
-        return Curves()
-    rows = list(_whole_rows(path.read_text(encoding="utf-8").splitlines(keepends=True)))
+    """Read ``metrics.jsonl``; what is no row of a run in it is left out."""
+    rows = read_rows(path)
     training = {row["step"]: row for row in rows if "learning_rate" in row}
-    validations = {row["step"]: _number(row["eval_loss"]) for row in rows if "eval_loss" in row}
+    validations = {row["step"]: number(row["eval_loss"]) for row in rows if "eval_loss" in row}
     return Curves(
         tuple(sorted(training)),
-        tuple(_number(training[step]["loss"]) for step in sorted(training)),
-        tuple(_number(training[step]["learning_rate"]) for step in sorted(training)),
+        tuple(number(training[step].get("loss")) for step in sorted(training)),
+        tuple(number(training[step]["learning_rate"]) for step in sorted(training)),
         tuple(sorted(validations)),
         tuple(validations[step] for step in sorted(validations)),
-        max((row["peak_memory_gib"] for row in training.values()), default=None),
+        max((row["peak_memory_gib"] for row in training.values() if row.get("peak_memory_gib")), default=None),
     )
-
-
-def _whole_rows(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(lines, start=1):
-        if line.endswith("\n"):
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{METRICS_FILE} line {number}: {error}") from None
-
-
-def _number(value: float | None) -> float:
-    """Return a number of ``metrics.jsonl``, which has null where one is not finite."""
-    return math.nan if value is None else float(value)

@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 from typing_extensions import override
 
+from toolkit.runtime.own_files import open_own
+
 LOCK_FILE_NAME = ".lock"
 NO_LOCK_ERRORS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 """Errors of ``flock`` on a file system without locks."""
@@ -30,12 +32,13 @@ class FileLock:
     such as ``os.O_EXCL``.
 
     Raises:
+        NotOwnError: it is a link, or no regular file.
         OSError: the file cannot be opened for writing.
     """
 
     def __init__(self, path: Path, flags: int = 0, mode: int = 0o666) -> None:
         self.path = path
-        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | flags, mode)
+        self.descriptor = open_own(path, os.O_RDWR | os.O_CREAT | flags, mode)
 
     def acquire(self, wait: bool = False) -> bool:
         """Acquire the lock; return False if another process holds it and this one is not to ``wait``.
@@ -166,5 +169,6 @@ class RunLock(FileLock):
     def release(self, remove: bool = False) -> None:
         """Release the lock and erase the holder from its file."""
         if self.descriptor >= 0:
-            os.ftruncate(self.descriptor, 0)
+            with suppress(OSError):  # a failing disk: the first error is the one to tell
+                os.ftruncate(self.descriptor, 0)
         super().release(remove)

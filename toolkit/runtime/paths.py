@@ -12,10 +12,11 @@ import stat
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from toolkit.runtime.errors import DiskError, UsageError
+from toolkit.runtime.own_files import NotOwnError, open_own
 
 log = logging.getLogger("frostline")
 
@@ -51,7 +52,12 @@ def require_regular(status: os.stat_result, path: Path) -> None:
 
 def replace_text(path: Path, text: str, mode: int = 0o666) -> None:
     """Write ``text`` to ``path`` atomically, see ``publish``; of several processes at once the last one wins."""
-    publish(text.encode(), path, path.with_name(f".{path.name}.{uuid.uuid4().hex}.staging"), mode)
+    replace_bytes(path, text.encode(), mode)
+
+
+def replace_bytes(path: Path, content: bytes, mode: int = 0o666) -> None:
+    """Write ``content`` to ``path`` as ``replace_text`` does a text."""
+    publish(content, path, path.with_name(f".{path.name}.{uuid.uuid4().hex}.staging"), mode)
 
 
 def publish(content: bytes, final: Path, staging: Path, mode: int = 0o666) -> None:
@@ -76,7 +82,8 @@ def publish(content: bytes, final: Path, staging: Path, mode: int = 0o666) -> No
             os.close(descriptor)
         os.replace(staging, final)  # noqa: PTH105 - a test counts the calls of os
     except BaseException:
-        staging.unlink(missing_ok=True)
+        with suppress(OSError):  # of a failing disk the first error is told
+            staging.unlink()
         raise
     sync_directory(final.parent)
 
@@ -116,15 +123,22 @@ def make_parent(output: Path) -> None:
 
 @contextmanager
 def explain_refused_write(place: Path) -> Iterator[None]:
-    """Turn an OSError of the body into a DiskError with its path, else ``place``, and the free space at ``place``."""
+    """Turn an OSError of the body into a DiskError with its path, else ``place``, and the free space at ``place``.
+
+    What is not ours, and would have to be written, is a UsageError.
+    """
     try:
         yield
+    except NotOwnError as error:
+        raise UsageError(f"{error.filename} is not written: {error.strerror}. Move or remove it") from None
     except OSError as error:
-        folder = next(folder for folder in (place, *place.parents) if folder.exists())  # at the last / or .
+        free = ""
+        with suppress(OSError):  # a disk that fails may not tell
+            folder = next(folder for folder in (place, *place.parents) if folder.exists())  # at the last / or .
+            free = f"; {shutil.disk_usage(folder).free / 2**20:.0f} MiB free there"
         raise DiskError(
-            f"{error.filename or place} cannot be written ({error.strerror or error}); "
-            f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB free there. Committed checkpoints are kept: make room, "
-            "then start the same command again"
+            f"{error.filename or place} cannot be written ({error.strerror or error}){free}. Committed checkpoints "
+            "are kept: make room, then start the same command again"
         ) from None
 
 
@@ -135,49 +149,58 @@ class LineFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._pending: list[str] = []
+        self.path = path
+        self.pending: list[str] = []
+        """Lines that could not be written yet."""
         self._warned = False
 
     def write(self, line: str) -> None:
         """Append a line, after the pending ones."""
-        self._pending.append(line)
+        self.pending.append(line)
         self.flush()
 
     def flush(self) -> None:
         """Try to write the pending lines."""
-        if not self._pending:
+        if not self.pending:
             return
         try:
-            self._append("".join(f"{line}\n" for line in self._pending).encode())
+            self._append("".join(f"{line}\n" for line in self.pending).encode())
         except OSError as error:
             if not self._warned:
                 log.warning("%s cannot be written (%s); training goes on, and what is missing is written once "
-                            "there is room", self._path, error.strerror)  # fmt: skip
+                            "there is room", self.path, error.strerror)  # fmt: skip
             self._warned = True
         else:
-            self._pending.clear()
+            self.pending.clear()
             self._warned = False
 
-    def lines(self) -> list[str]:
-        """Return all lines: those in the file, then the pending ones."""
-        written = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
-        return [*written, *self._pending]
+    def sync(self) -> None:
+        """Let the lines that are written survive a power cut, as far as the disk can; a file of no lines stays away."""
+        self.flush()
+        with suppress(OSError):  # a log must not end the training
+            descriptor = open_own(self.path, os.O_WRONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            sync_directory(self.path.parent)
 
     def close(self) -> None:
         """Try to write the pending lines a last time, and warn if they are lost."""
         self.flush()
-        if self._pending:
-            log.warning("%s lacks its last %d lines: the disk refused them", self._path, len(self._pending))
+        if self.pending:
+            log.warning("%s lacks its last %d lines: the disk refused them", self.path, len(self.pending))
 
     def _append(self, content: bytes) -> None:
         """Append bytes to the file, all or (OSError) none."""
-        with self._path.open("ab", buffering=0) as file:
+        descriptor = open_own(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        with os.fdopen(descriptor, "ab", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
             unwritten = memoryview(content)
             try:
                 while unwritten:
                     unwritten = unwritten[file.write(unwritten) :]
             except OSError:
-                file.truncate(size)  # drop a part of a line
+                with suppress(OSError):  # the first error is the one to tell
+                    file.truncate(size)  # drop a part of a line
                 raise

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-from toolkit.runtime.paths import replace_text
+from toolkit.runtime.errors import SlurmError
+from toolkit.runtime.own_files import is_real_directory
+from toolkit.runtime.paths import replace_bytes, replace_text
 from toolkit.slurm import cluster
 from toolkit.slurm.script import DEEPSPEED_NAME, JOB_FOLDER, BatchJob, log_path, render
 
@@ -38,8 +39,10 @@ def submit(job: BatchJob) -> str:
     """
     for run in job.runs:
         (run / JOB_FOLDER).mkdir(exist_ok=True)
+        if not is_real_directory(run / JOB_FOLDER):
+            raise SlurmError(f"{run / JOB_FOLDER} is a symbolic link, which is not followed; remove it")
         if job.deepspeed_config is not None:
-            shutil.copyfile(job.deepspeed_config, run / JOB_FOLDER / DEEPSPEED_NAME)
+            replace_bytes(run / JOB_FOLDER / DEEPSPEED_NAME, job.deepspeed_config.read_bytes())
     replace_text(job.script_path, render(job))
     job_id = cluster.sbatch(job.script_path)
     for index, run in enumerate(job.runs):

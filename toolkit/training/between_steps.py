@@ -86,7 +86,7 @@ class BetweenSteps:
         stopping = world.any_stop_requested() if world.size == 1 else is_stopping  # alone there is nobody to ask
         is_saved = epoch_ends or stopping or is_due(progress.step, self._context.config.output.save_every_steps)
         if is_saved:
-            self._commit(state, validation_follows=due)
+            self._commit_if_changed(state, validation_follows=due)
             stopping = world.any_stop_requested()
         if due and (at_end or not stopping):
             self._validate(state, may_stop=not at_end)
@@ -116,13 +116,15 @@ class BetweenSteps:
             )  # fmt: skip
         if progress.score is None or progress.score.rank != best or self._committed == progress.step:
             return False
+        if not self._guard.has_changed:
+            return False
         self._commit_with_score(state, due=True)
         return True
 
     def _commit_with_score(self, state: PhaseState, due: bool) -> None:
         """Save a checkpoint, with the validation score if this step has one."""
-        self._commit(state, validation_follows=due)
-        if self._progress.score is not None:
+        self._commit_if_changed(state, validation_follows=due)
+        if self._progress.score is not None and self._committed == self._progress.step:
             self._saver.record_score(self._progress.step, self._progress.score)
 
     @property
@@ -147,13 +149,38 @@ class BetweenSteps:
         every = self._context.config.output.evaluate_every_steps
         return bool(self._context.dataset.validation) and (epoch_ends or is_due(self._progress.step, every))
 
+    def require_learning(self) -> None:
+        """Check at the end that the run has a checkpoint, of this process or of one that it resumed from.
+
+        Raises:
+            TrainingStoppedError: every step was skipped, and nothing was learned.
+        """
+        if self._committed is None and self._progress.step:
+            raise self._guard.nothing_learned(self._progress.step)
+
+    def _commit_if_changed(self, state: PhaseState, validation_follows: bool) -> None:
+        """Save a checkpoint, unless every step since the last one was skipped: it would only take a better one's place.
+
+        The weights are those of the last checkpoint then, and a resume does the skipped steps again.
+        """
+        if self._guard.has_changed:
+            self._commit(state, validation_follows)
+        else:
+            log.warning("step %d: no checkpoint is written, because every step since the last one was skipped",
+                        self._progress.step)  # fmt: skip
+
     def _commit(self, state: PhaseState, validation_follows: bool) -> None:
         """Check the weights, then save a checkpoint; with validation to follow, older checkpoints stay until then."""
+        vocabulary = int(state.suffix.model.config.get_text_config().vocab_size)
         with without_dropout(state):
-            self._guard.require_sound(self._progress.step, state.engine.forward_loss, state.prefix)
+            self._guard.require_sound(
+                self._progress.step, state.engine.forward_loss, state.prefix, state.engine.fragments(), vocabulary
+            )
+        self._monitor.sync()
         with explain_out_of_memory("the checkpoint"):
             self._saver.save(content_of(self._context, state, self._progress), validation_follows)
         self._committed = self._progress.step
+        self._guard.committed()
         malloc.release_free_memory()
 
     def _validate(self, state: PhaseState, may_stop: bool) -> bool:
@@ -180,8 +207,9 @@ class BetweenSteps:
             outcome.loss, self._metric, values.get(self._metric), self._higher_is_better
         )  # fmt: skip
         self._monitor.evaluation(progress.step, progress.passes, outcome.loss, values)
-        if self._committed == progress.step:
-            self._saver.record_score(progress.step, progress.score)
+        committed = self._committed
+        if committed is not None and (committed == progress.step or not self._guard.has_changed):
+            self._saver.record_score(committed, progress.score)  # the weights are those of that checkpoint
         if answers is None:
             self._show_answers(state)
         else:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from toolkit.checkpoint.catalog import checkpoints_of
-from toolkit.checkpoint.run_directory import OUT_OF_FOLD_FILE
+from toolkit.checkpoint.run_directory import OUT_OF_FOLD_FILE, fold_runs
 from toolkit.config.flags import Invocation
 from toolkit.config.recipe import read_saved
 from toolkit.inference.evaluation import row_losses
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import CheckpointError
+from toolkit.runtime.json_text import to_json
 from toolkit.runtime.paths import explain_refused_write, replace_text
 from toolkit.training.context import RunContext
 from toolkit.training.phases import PhaseState
@@ -43,11 +45,15 @@ def train_folds(invocation: Invocation, train: Callable[[Invocation], int]) -> i
     ``train`` trains one run. Fold i is written to ``fold-i`` of ``output.dir``, which is ``runs/RECIPE`` if not set.
 
     Raises:
-        CheckpointError: ``output.dir`` holds a run without folds.
+        CheckpointError: ``output.dir`` holds a run without folds, or a file of another's that the last would replace.
     """
     data = invocation.config.data
     assert data.folds is not None
     parent = parent_of_folds(invocation)
+    if (parent / OUT_OF_FOLD_FILE).exists() and not fold_runs(parent):
+        raise CheckpointError(
+            f"{parent / OUT_OF_FOLD_FILE} is there without folds, and would be overwritten; choose another --output.dir"
+        )
     if checkpoints_of(parent):
         raise CheckpointError(f"{parent} holds a run without folds; choose another --output.dir for data.folds")
     for fold in range(data.folds) if data.fold is None else (data.fold,):
@@ -98,9 +104,7 @@ def report_folds(invocation: Invocation, world: World) -> None:
     if missing := [fold for fold, file in enumerate(files) if not file.is_file()]:
         log.info("the table over all folds comes with the last of them; missing: %s", ", ".join(map(str, missing)))
         return
-    found = [
-        OutOfFoldLoss(**json.loads(line)) for file in files for line in file.read_text(encoding="utf-8").splitlines()
-    ]
+    found = [_read(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     if differences := _recipe_differences([_directory(parent, fold) for fold in range(folds)]):
         log.warning("the folds are not of one recipe, and their losses do not compare: %s", "; ".join(differences))
     with explain_refused_write(parent):
@@ -147,7 +151,13 @@ def _mean(rows: Sequence[OutOfFoldLoss]) -> float:
 
 
 def _write(path: Path, rows: Sequence[OutOfFoldLoss]) -> None:
-    replace_text(path, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows))
+    replace_text(path, "".join(to_json(asdict(row), ensure_ascii=False) + "\n" for row in rows))
+
+
+def _read(line: str) -> OutOfFoldLoss:
+    """Read a line of ``_write``, which has null for a loss that was not finite."""
+    values = json.loads(line)
+    return OutOfFoldLoss(**{**values, "loss": math.nan if values["loss"] is None else values["loss"]})
 
 
 def _directory(parent: Path, fold: int) -> Path:

@@ -14,6 +14,8 @@ import torch
 from toolkit.activation_cache.cached_prefix import HiddenStates
 from toolkit.checkpoint.catalog import latest_checkpoint
 from toolkit.data.batches import Batch
+from toolkit.models.weight_files import join_names
+from toolkit.optim.state_fragments import MASTER, Fragment
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import TrainingStoppedError
 from toolkit.runtime.out_of_memory import explain_out_of_memory
@@ -68,6 +70,28 @@ class StepGuard:
         self._batch_to_recheck: Batch | None = None
         """First micro batch of the last step that was not skipped, on which ``require_sound`` computes the loss again
         before a checkpoint; None until such a step."""
+        self._loss_before = math.inf
+        """Its loss before that step."""
+        self._losses: list[float] = []
+        """Of the steps since the last commit that were not skipped; the first is that of the committed weights."""
+        self._last_rows = ""
+        """Rows of the last skipped step."""
+
+    @property
+    def has_changed(self) -> bool:
+        """Return whether any step since the last commit, or in this process, changed the weights."""
+        return bool(self._losses)
+
+    def committed(self) -> None:
+        """Begin to count anew: the weights as they are now are in a checkpoint."""
+        self._losses.clear()
+
+    def nothing_learned(self, steps: int) -> TrainingStoppedError:
+        """Return the error of a run whose ``steps`` steps were all skipped, so that there is nothing to keep."""
+        return TrainingStoppedError(
+            f"all {steps} steps were skipped: nothing was learned, and there is no checkpoint. Lower "
+            f"train.learning_rate, or look at the rows: {self._last_rows or 'named above'}"
+        )
 
     def check_step(self, step: int, result: StepResult, micro_batches: Sequence[Batch]) -> None:
         """Check the result of step number ``step``: warn of a loss spike or a skipped step.
@@ -78,6 +102,8 @@ class StepGuard:
         if not result.skipped:
             self._skipped_in_a_row = 0
             self._batch_to_recheck = micro_batches[0]
+            self._losses.append(result.loss)
+            self._loss_before = _own_loss(result, micro_batches)
             median_loss = self._spikes.spiked(result.loss)
             if median_loss is not None:
                 rows = self._describe_step_rows(result, micro_batches)
@@ -85,7 +111,7 @@ class StepGuard:
                             step, result.loss, median_loss, rows)  # fmt: skip
             return
         self._skipped_in_a_row += 1
-        rows = self._describe_step_rows(result, micro_batches)
+        rows = self._last_rows = self._describe_step_rows(result, micro_batches)
         what = f"loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}"
         log.warning("step %d is skipped on all ranks: %s; no weight has changed. Its rows: %s", step, what, rows)
         if self._skipped_in_a_row >= self._max_skipped:
@@ -96,17 +122,26 @@ class StepGuard:
             )
 
     @torch.no_grad()
-    def require_sound(self, step: int, forward: SuffixLoss, prefix: HiddenStates | None) -> None:
-        """Check before a checkpoint that the loss on the last micro batch is finite; every rank calls it.
+    def require_sound(
+        self,
+        step: int,
+        forward: SuffixLoss,
+        prefix: HiddenStates | None,
+        fragments: Sequence[Fragment],
+        vocabulary: int,
+    ) -> None:
+        """Check the weights before a checkpoint; every rank calls it. The caller turns dropout off.
 
         A far too high learning rate can break weights that stay finite; such weights must not replace the last good
-        checkpoint. The caller turns dropout off.
+        checkpoint. So the loss on the last micro batch is computed again. It has to be finite, and not to have risen to
+        ln(``vocabulary``), which a model has that knows nothing; and all float32 masters have to be finite.
 
         Raises:
-            TrainingStoppedError: the loss is not finite on some rank.
+            TrainingStoppedError: they are not sound on some rank.
         """
         if self._batch_to_recheck is None:
             return
+        self._require_finite(step, fragments)
         with explain_out_of_memory("the check before a checkpoint", self._batch_to_recheck.shape_text):
             batch = self._batch_to_recheck.to(self._world.device)
             loss = float(forward(prefix(batch) if prefix else None, batch))
@@ -116,6 +151,38 @@ class StepGuard:
                 f"the weights after step {step} give no finite loss on rows they learned from, so they are not saved. "
                 f"{self._last_checkpoint_text()}. Lower train.learning_rate, or look at the rows: {rows}"
             )
+        mean = loss / max(self._batch_to_recheck.supervised_tokens, 1)
+        if self._world.max(float(self._is_ruined(mean, math.log(vocabulary)))):
+            rows = self._describe_rows([(_row_names(self._batch_to_recheck), loss)])
+            raise TrainingStoppedError(
+                f"the weights after step {step} have lost what they knew: loss {mean:.4f} on rows of that step, which "
+                f"was {self._loss_before:.4f} before it; a model that knows nothing has {math.log(vocabulary):.4f}. "
+                f"They are not saved. {self._last_checkpoint_text()}. Lower train.learning_rate, or look at the rows: "
+                f"{rows}"
+            )
+
+    def _require_finite(self, step: int, fragments: Sequence[Fragment]) -> None:
+        """Raise TrainingStoppedError if a master of some rank is not finite; one wait for the device."""
+        bad = [(part.name, ~part.state.read()[MASTER].isfinite().all()) for part in fragments]
+        is_bad = bool(bad) and bool(torch.stack([flag for _, flag in bad]).any())
+        names = [name for name, flag in bad if bool(flag)] if is_bad else []
+        if found := sorted({name for of_rank in self._world.all_gather_object(names) for name in of_rank}):
+            raise TrainingStoppedError(
+                f"the weights after step {step} hold NaN or infinity in {join_names(found, 4)}, so they are not saved. "
+                f"{self._last_checkpoint_text()}. Lower train.learning_rate; or they were so in the base model"
+            )
+
+    def _is_ruined(self, loss: float, uniform: float) -> bool:
+        """Return whether a loss after a step says that the weights lost what the last checkpoint's knew.
+
+        It is as high as that of a uniform distribution over the vocabulary, and the same rows had a lower one before
+        the step, or the weights of the last commit did and most steps since then are as bad.
+        """
+        if loss < 0.999 * uniform:
+            return False
+        first, *later = self._losses or [math.inf]
+        fell = len(later) > 1 and median(later) >= 0.999 * uniform and first < 0.95 * uniform
+        return self._loss_before < 0.95 * uniform or fell
 
     def _last_checkpoint_text(self) -> str:
         """Return the sentence that names the last checkpoint."""
@@ -137,6 +204,14 @@ class StepGuard:
             more = [f"and {len(names) - _MAX_NAMED} more"] if len(names) > _MAX_NAMED else []
             ranks.append(f"rank {rank}: {', '.join([*names[:_MAX_NAMED], *more]) or 'none'}")
         return "; ".join(ranks)
+
+
+def _own_loss(result: StepResult, micro_batches: Sequence[Batch]) -> float:
+    """Return the mean loss over the supervised tokens of a step's first micro batch, before the update."""
+    first = micro_batches[0]
+    if first.is_filler or not first.supervised_tokens or not result.shares:
+        return math.inf
+    return result.shares[0] * result.supervised_tokens / first.supervised_tokens
 
 
 def _row_names(batch: Batch) -> list[str]:

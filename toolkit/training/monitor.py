@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
+import os
 import re
 import resource
 import sys
@@ -15,9 +14,12 @@ from pathlib import Path
 import torch
 
 from toolkit.checkpoint.early_stopping import logged_scores
+from toolkit.checkpoint.metrics_log import METRICS_FILE, LogLine, read_log, row_of, rows_of
 from toolkit.checkpoint.validation_score import ValidationScore
 from toolkit.inference.evaluation import perplexity
-from toolkit.runtime.paths import LineFile, explain_refused_write, replace_text
+from toolkit.runtime.json_text import to_json
+from toolkit.runtime.own_files import NotOwnError, is_real_file
+from toolkit.runtime.paths import LineFile, explain_refused_write, replace_bytes
 from toolkit.runtime.progress_bar import ProgressBar
 from toolkit.training.progress import Progress
 from toolkit.training.tensorboard_writer import TensorBoardWriter
@@ -102,8 +104,8 @@ class Monitor:
         """The peak that the run was planned to have, of tensors alone; shown beside the measured one."""
         if is_main:
             with explain_refused_write(run):
-                _drop_rows_after(first_step, run / "metrics.jsonl")
-            self._file = LineFile(run / "metrics.jsonl")
+                _drop_rows_after(first_step, run / METRICS_FILE)
+            self._file = LineFile(run / METRICS_FILE)
             self._bar = ProgressBar("training", total_steps, "step", first_step)
         has_board = is_main and "tensorboard" in report_to
         self.board = TensorBoardWriter(run / "tensorboard" if has_board else None, first_step + 1 if first_step else 0)
@@ -164,7 +166,14 @@ class Monitor:
 
     def logged_scores(self, until: int, metric: str, higher_is_better: bool) -> dict[int, ValidationScore]:
         """Return the validation scores up to a step, by step; on rank 0. See ``early_stopping.logged_scores``."""
-        return logged_scores(self._file.lines(), until, metric, higher_is_better)
+        pending = (LogLine(line.encode(), row_of(line.encode()), is_whole=True) for line in self._file.pending)
+        rows = rows_of([*read_log(self._file.path), *pending])
+        return logged_scores(rows, until, metric, higher_is_better)
+
+    def sync(self) -> None:
+        """Let what is logged survive a power cut, before the checkpoint that a resume goes on from is committed."""
+        if self._is_main:
+            self._file.sync()
 
     def _show(self, step: int, curves: Mapping[str, float]) -> None:
         """Show the values of some curves after a step in TensorBoard and at the other trackers."""
@@ -173,15 +182,29 @@ class Monitor:
         self._trackers.scalars(step, curves)
 
     def _write(self, row: dict[str, object]) -> None:
-        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-        self._file.write(json.dumps(finite))  # JSON has no NaN
+        self._file.write(to_json(row))
 
 
 def _drop_rows_after(step: int, path: Path) -> None:
-    """Remove from ``metrics.jsonl`` what an interrupted run logged after its last checkpoint."""
-    if path.exists():
-        rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        replace_text(path, "".join(row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step))
+    """Remove from ``metrics.jsonl`` what an interrupted run logged after its last checkpoint; all else stays.
+
+    Lines that are no rows of a run are counted, and kept byte for byte. A part of a row at the end is dropped.
+    """
+    if not os.path.lexists(path):
+        return
+    if not is_real_file(path):
+        raise NotOwnError(path, "is no regular file")
+    kept, unreadable = [], 0
+    for line in read_log(path):
+        if line.row is not None and line.row["step"] > step:
+            continue
+        if not line.is_whole and line.row is None and line.content.startswith(b'{"step": '):
+            continue
+        kept.append(line.content + b"\n")
+        unreadable += line.is_unreadable
+    if unreadable:
+        log.warning("%s: %d lines are no rows of a run; they are kept and not read", path, unreadable)
+    replace_bytes(path, b"".join(kept))
 
 
 def _cell(text: str, end: bool = False) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from toolkit.checkpoint.early_stopping import METRICS_FILE
+from toolkit.checkpoint.metrics_log import METRICS_FILE, read_rows
 from toolkit.checkpoint.run_directory import RunDirectory
 from toolkit.config.schema import RunConfig
 from toolkit.runtime.distributed import World
@@ -81,6 +81,8 @@ def _begin_all(trackers: Trackers, config: RunConfig, directory: RunDirectory) -
     ids, sent = ({}, frozenset()) if state is None else (_read_ids(run), _logged_after(state.step, run))
     name = run.name if config.data.fold is None else f"{run.parent.name}/{run.name}"
     for kind in (kind for kind in config.output.report_to if kind != "tensorboard"):
+        if links := [path for path in (run / "wandb", run / "mlflow.db") if path.is_symlink()]:
+            raise UsageError(f"{links[0]} is a symbolic link, which is not followed to write; remove it")
         try:
             tracker = _BEGIN[kind](run, name, redacted(config), ids.get(kind))
         except UsageError:
@@ -126,9 +128,5 @@ def _read_ids(run: Path) -> dict[str, str]:
 
 def _logged_after(step: int, run: Path) -> frozenset[tuple[str, int]]:
     """Return group and step of what an interrupted run logged after its last checkpoint, which is done again."""
-    try:
-        lines = (run / METRICS_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
-    except FileNotFoundError:
-        return frozenset()
-    rows = (json.loads(line) for line in lines if line.endswith("\n"))  # a killed process leaves a part of its last
+    rows = read_rows(run / METRICS_FILE)
     return frozenset((group(row), row["step"]) for row in rows if row["step"] > step and "event" not in row)

@@ -29,7 +29,7 @@ from toolkit.training.open_trackers import open_trackers
 from toolkit.training.out_of_memory_advice import advise
 from toolkit.training.preflight import check_writable
 from toolkit.training.rank_agreement import rank_settings, require_same
-from toolkit.training.run_record import MemoryUse, save_facts, save_record
+from toolkit.training.run_record import MemoryUse, save_facts, save_record, save_tokenizer
 from toolkit.training.trackers import Trackers
 from toolkit.training.trainer import Trainer
 
@@ -117,7 +117,7 @@ def _train(trainer: Trainer, directory: RunDirectory, trackers: Trackers) -> int
             mask, anatomy = context.schedule.phases[-1].delta_mask, trainer.state.suffix.anatomy
             save_facts(run_dir, audit(mask, anatomy), context.dataset, world.device)
             if context.config.model.add_tokens:
-                context.tokenizer.save_pretrained(str(run_dir / "tokenizer"))
+                save_tokenizer(run_dir, context.tokenizer)
     watch = f" (watch: tensorboard --logdir {run_dir.parent})" if "tensorboard" in output.report_to else ""
     log.info("writing to %s%s", run_dir, watch)
     with (

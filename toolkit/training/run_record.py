@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -10,8 +9,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from toolkit.checkpoint.run_directory import RECORD_FILE
 from toolkit.config.schema import RunConfig
@@ -21,7 +22,9 @@ from toolkit.mask.schedule import Schedule
 from toolkit.optim.groups import is_rate_always_zero
 from toolkit.planning.planner import Plan
 from toolkit.planning.table import as_dict
-from toolkit.runtime.paths import replace_text
+from toolkit.runtime.json_text import to_json
+from toolkit.runtime.own_files import NotOwnError
+from toolkit.runtime.paths import replace_bytes, replace_text
 from toolkit.training.monitor import peak_memory_gib
 
 
@@ -60,7 +63,7 @@ def save_record(run: Path, schedule: Schedule, dataset: Dataset, plan: Plan | No
     """Write mask, schedule, plan, the files of the rows and skipped rows into the run directory."""
     schedule.phases[-1].delta_mask.save(run / "mask.json")
     if len(schedule.phases) > 1:
-        replace_text(run / "schedule.json", json.dumps(schedule.as_list(), indent=1))
+        replace_text(run / "schedule.json", to_json(schedule.as_list(), indent=1))
     save_plan(run, plan)
     dataset.save_sources(run / "data_files.json")
     dataset.save_skipped(run / "skipped_rows.jsonl")
@@ -88,7 +91,19 @@ def save_facts(run: Path, parts: Sequence[AuditRow], dataset: Dataset, device: t
             "system": platform.platform(),
         },
     }
-    replace_text(run / RECORD_FILE, json.dumps(record, ensure_ascii=False, indent=1))
+    replace_text(run / RECORD_FILE, to_json(record, ensure_ascii=False, indent=1))
+
+
+def save_tokenizer(run: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the tokenizer, with its added tokens, into the run directory; links in its place are not followed."""
+    folder = run / "tokenizer"
+    if folder.is_symlink():
+        raise NotOwnError(folder, "is a symbolic link")
+    folder.mkdir(exist_ok=True)
+    with TemporaryDirectory() as staging:
+        tokenizer.save_pretrained(staging)
+        for path in sorted(Path(staging).iterdir()):
+            replace_bytes(folder / path.name, path.read_bytes())
 
 
 def device_name(device: torch.device) -> str:
@@ -105,7 +120,7 @@ def device_name(device: torch.device) -> str:
 def save_plan(run: Path, plan: Plan | None) -> None:
     """Write the plan of the run, if it can be planned."""
     if plan is not None:
-        replace_text(run / "plan.json", json.dumps(as_dict(plan), indent=1))
+        replace_text(run / "plan.json", to_json(as_dict(plan), indent=1))
 
 
 def unused_settings(config: RunConfig, total_steps: int, device: torch.device) -> Iterator[str]:

@@ -14,6 +14,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter, summary
 
+from toolkit.runtime.own_files import NotOwnError
+
 log = logging.getLogger("frostline")
 
 _OUTCOMES = ("eval/loss", "eval/perplexity", "train/epoch_loss", "train/loss")
@@ -36,6 +38,8 @@ class TensorBoardWriter:
         if directory is not None:
             threading.excepthook = self._on_thread_error
             with self._warn_once():
+                if directory.is_symlink():
+                    raise NotOwnError(directory, "is a symbolic link")
                 self._writer = SummaryWriter(str(directory), purge_step=first_step, flush_secs=20)
 
     def scalar(self, curve: str, value: float, step: int) -> None:

@@ -11,7 +11,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Literal, Protocol
 
-from toolkit.checkpoint.early_stopping import METRICS_FILE
+from toolkit.checkpoint.metrics_log import METRICS_FILE
 from toolkit.runtime.redact import redact
 from toolkit.runtime.signals import StopRequested
 

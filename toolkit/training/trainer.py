@@ -94,6 +94,7 @@ class Trainer:
                     return False
                 if between.has_ended_early():
                     break
+        between.require_learning()
         return True
 
     def next_phase(self) -> None:
