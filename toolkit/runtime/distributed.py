@@ -230,7 +230,8 @@ def join_process_group(engine_needs_group: bool = False) -> World:
     if not dist.is_initialized():
         backend = "nccl" if world.device.type == "cuda" else "gloo"
         try:
-            dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=_bound_device(world))
+            with signals.waiting(f"the {world.size} ranks to meet at {os.environ['MASTER_ADDR']}"):
+                dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=_bound_device(world))
         except dist.DistNetworkError as error:
             if "EADDRINUSE" not in str(error):
                 raise

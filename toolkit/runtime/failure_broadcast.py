@@ -254,7 +254,7 @@ def connect_ranks(rank: int, size: int, address: str, broadcast_object: Callable
         except OSError as error:
             log.error("rank %d cannot reach rank 0 at %s, port %d (%s); if another rank fails, this one hears of it "
                       "from its launcher only", rank, address, port, error)  # fmt: skip
-    signals.mark_ranks_connected(failures.report_stop)
+    signals.mark_ranks_connected(failures.report_stop, failures.report_failure)
     try:
         yield
     except Exception as error:

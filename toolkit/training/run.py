@@ -20,6 +20,7 @@ from toolkit.runtime.distributed import World, join_ranks
 from toolkit.runtime.errors import OutOfMemoryError
 from toolkit.runtime.out_of_memory import explain_out_of_memory
 from toolkit.runtime.paths import explain_refused_write
+from toolkit.runtime.privacy import group_files
 from toolkit.runtime.shipped import command_line
 from toolkit.runtime.signals import STOPPED, StopRequested
 from toolkit.training.context import prepare
@@ -46,7 +47,11 @@ def run(invocation: Invocation, on_directory: Callable[[Path], None] | None = No
         UsageError: recipe, data, model, mask or run directory is at fault.
         FrostlineError: training cannot go on.
     """
-    with signals.record_signals(), join_ranks(engine_needs_group=invocation.deepspeed is not None) as world:
+    with (
+        signals.record_signals(),
+        group_files(invocation.config.output.share == "group"),
+        join_ranks(engine_needs_group=invocation.deepspeed is not None) as world,
+    ):
         require_same(world, rank_settings(invocation))
         if not invocation.recipe_was_given:
             log.info("no --config given: using %s", invocation.recipe)
