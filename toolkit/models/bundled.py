@@ -99,7 +99,7 @@ def _is_sound(directory: Path) -> bool:
     """Return whether the converted model is there with the weights that it should have."""
     try:
         status = (directory / _WEIGHTS).stat()
-    except FileNotFoundError:
+    except OSError:  # one that cannot be reached is reported where it would be made
         return False
     if _hash_of_weights(directory / _WEIGHTS, status.st_mtime_ns, status.st_size) == _SHA256:
         return True
