@@ -22,14 +22,14 @@ _PRIVATE_MODE, _GROUP_MODE = 0o700, 0o2770
 
 
 @dataclass
-class _State:
+class _UserUmask:
     """Hold the umask of the user's shell; process-wide, as the umask itself."""
 
     of_user: int | None = None
     """None outside ``private_files``."""
 
 
-_state = _State()
+_state = _UserUmask()
 
 
 @contextmanager
