@@ -41,7 +41,7 @@ _DAY = 24 * 3600
 
 
 @dataclass
-class Entry:
+class KeptEntry:
     """Something that is kept: a file, or a directory with the files in it."""
 
     kind: str
@@ -82,19 +82,19 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     return 0
 
 
-def find_entries(root: Path, cache_dir: Path | None) -> Iterator[Entry]:
+def find_entries(root: Path, cache_dir: Path | None) -> Iterator[KeptEntry]:
     """Yield what is kept in the cache directory ``root``, and the hidden states in another ``cache_dir``."""
     for directory in _matching(cache_dir or root / "activations", re.compile(_HASH), directories=True):
-        yield _with_files(Entry("activations", directory), _matching(directory, _IN_NAMESPACE))
+        yield _with_files(KeptEntry("activations", directory), _matching(directory, _IN_NAMESPACE))
     for kind, folder in (("tokens", "tokens"), ("answers", "base_answers")):
         for path in _matching(root / folder, _NAMES[kind]):
-            yield _with_files(Entry(kind, path), [path])
+            yield _with_files(KeptEntry(kind, path), [path])
     for kind in ("model", "temporary"):
         for directory in _matching(root, _NAMES[kind], directories=True):
-            yield _with_files(Entry(kind, directory), [path for path in directory.rglob("*") if path.is_file()])
+            yield _with_files(KeptEntry(kind, directory), [path for path in directory.rglob("*") if path.is_file()])
 
 
-def _purge(entries: Sequence[Entry]) -> int:
+def _purge(entries: Sequence[KeptEntry]) -> int:
     """Remove entries, and print what was; return 1 if something could not be."""
     count, size, failed = 0, 0, 0
     for entry in entries:
@@ -112,7 +112,7 @@ def _purge(entries: Sequence[Entry]) -> int:
     return 1 if failed else 0
 
 
-def _remove(entry: Entry) -> None:
+def _remove(entry: KeptEntry) -> None:
     if entry.kind in ("model", "temporary"):
         shutil.rmtree(entry.path)
         return
@@ -122,7 +122,7 @@ def _remove(entry: Entry) -> None:
         entry.path.rmdir()  # fails if there is a file of somebody else's
 
 
-def _with_files(entry: Entry, files: Sequence[Path]) -> Entry:
+def _with_files(entry: KeptEntry, files: Sequence[Path]) -> KeptEntry:
     """Fill in an entry from its files."""
     from toolkit.runtime.file_lock import is_locked
 
