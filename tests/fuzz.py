@@ -3,7 +3,8 @@
     python tests/fuzz.py                      # 12,000 inputs and more, prints their number; other ones each time
     python tests/fuzz.py --examples 100 --only rows shards --seed 7
 
-The promise: exit code 0 or 2, no traceback, and nothing written outside the folder it was given.
+The promise: exit code 0 or 2, no traceback, and nothing written outside the folder it was given. Of the ranks' channel
+it is another: a stranger hears nothing, and the ranks meet and hear one another all the same.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from toolkit.models.bundled import cache_root  # noqa: E402
 
 _CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
 _FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect")
+_CHANNEL = "rank_channel"
 _watching: list[Path] = []
 _seen: list[str] = []
 
@@ -126,13 +128,23 @@ def run_target(name: str, examples: int, start: int, derandomize: bool = False) 
     return count
 
 
+def run_channel(examples: int, start: int) -> int:
+    """Send byte streams without the key to the ranks' channel, as ``besiege`` says; the number that was sent."""
+    from fuzz_channel import besiege
+
+    with tempfile.TemporaryDirectory(prefix="frostline-fuzz-") as folder:
+        return besiege(Path(folder), examples, start)
+
+
 def main() -> int:
     """Parse the command line, then fuzz."""
     from fuzz_targets import TARGETS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=1200, help="inputs of each kind; default: 1200")
-    parser.add_argument("--only", nargs="+", choices=TARGETS, default=list(TARGETS), help="kinds; default: all")
+    parser.add_argument("--streams", type=int, default=10_000, help="inputs of the ranks' channel; default: 10,000")
+    kinds = [*TARGETS, _CHANNEL]
+    parser.add_argument("--only", nargs="+", choices=kinds, default=kinds, help="kinds; default: all")
     parser.add_argument("--seed", type=int, help="of the inputs; default: another one each time")
     given_ = parser.parse_args()
     start = secrets.randbits(32) if given_.seed is None else given_.seed
@@ -140,7 +152,8 @@ def main() -> int:
     for name in given_.only:
         began = time.perf_counter()
         try:
-            count = run_target(name, given_.examples, start)
+            channel = name == _CHANNEL
+            count = run_channel(given_.streams, start) if channel else run_target(name, given_.examples, start)
             outcome = "kept"
         except Exception:
             failed.append(name)

@@ -23,15 +23,15 @@ rank, size, folder, deed = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(size)
 
 
-def share(value: object) -> tuple[int, str]:
+def share(value: object) -> tuple[int, bytes]:
     file = folder / "address"
     if isinstance(value, tuple):
-        file.with_suffix(".new").write_text(" ".join(map(str, value)))
+        file.with_suffix(".new").write_text(f"{value[0]} {value[1].hex()}")
         file.with_suffix(".new").replace(file)
     while not file.exists():
         time.sleep(0.01)
-    port, token = file.read_text().split()
-    return int(port), token
+    port, key = file.read_text().split()
+    return int(port), bytes.fromhex(key)
 
 
 def arrive() -> None:

@@ -57,3 +57,6 @@ def test_the_command_prints_how_many_inputs_it_tried(
     monkeypatch.setattr("sys.argv", ["fuzz.py", "--examples", "20", "--only", "deepspeed", "--seed", "1"])
     assert main() == 0
     assert capsys.readouterr().out.splitlines()[-1] == "20 inputs, seed 1: promise kept"
+    monkeypatch.setattr("sys.argv", ["fuzz.py", "--streams", "40", "--only", "rank_channel", "--seed", "1"])
+    assert main() == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "40 inputs, seed 1: promise kept"

@@ -47,7 +47,8 @@ def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[l
 
 
 def signals_are_default() -> bool:
-    return all(signal.getsignal(number) == signal.SIG_DFL for number in signals.SIGNALS)
+    given = {number: signal.getsignal(number) for number in signals.SIGNALS}
+    return given == {**dict.fromkeys(signals.SIGNALS, signal.SIG_DFL), signal.SIGINT: signal.default_int_handler}
 
 
 @pytest.mark.parametrize("number", signals.SIGNALS)
@@ -125,6 +126,17 @@ def test_a_signal_is_noted_from_the_start_and_forgotten_at_the_end() -> None:
     assert signals_are_default()
     with signals.record_signals({}):
         assert not signals.stop_requested()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_was_ignored_when_the_run_began_stays_ignored(number: int) -> None:
+    former = signal.signal(number, signal.SIG_IGN)  # as nohup does, and a script's background
+    try:
+        with signals.record_signals({}):
+            os.kill(os.getpid(), number)
+            assert not signals.stop_requested()
+    finally:
+        signal.signal(number, former)
 
 
 def test_only_launchers_are_watched() -> None:

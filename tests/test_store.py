@@ -86,8 +86,8 @@ def test_what_is_missing_is_named_once_and_in_order(tmp_path: Path) -> None:
 
 
 def test_many_entries_become_several_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "_SHARD_ENTRIES", 3)
-    monkeypatch.setattr(store_module, "SHARD_BYTES", 5 * WIDTH * 2)  # 5 tokens
+    monkeypatch.setattr(shard_module, "_SHARD_ENTRIES", 3)
+    monkeypatch.setattr(shard_module, "SHARD_BYTES", 5 * WIDTH * 2)  # 5 tokens
     with open_store(tmp_path) as store:
         store.write(samples([0, 5, 10, 15, 4, 1, 2]))  # 1 1 1 | 1 | 5 | 2 3 tokens
         assert len(shards(tmp_path)) == 4

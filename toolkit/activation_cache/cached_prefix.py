@@ -15,7 +15,8 @@ import torch
 
 from toolkit.activation_cache.namespace import sample_key
 from toolkit.activation_cache.read_ahead import HiddenAhead, HiddenReader
-from toolkit.activation_cache.store import SHARD_BYTES, ActivationStore
+from toolkit.activation_cache.shard import SHARD_BYTES
+from toolkit.activation_cache.store import ActivationStore
 from toolkit.data.batches import Batch, collate
 from toolkit.data.examples import Example
 from toolkit.data.layout import lay_out, unpad

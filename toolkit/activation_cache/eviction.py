@@ -25,6 +25,8 @@ from toolkit.activation_cache.shard import SHARD_NAME
 from toolkit.runtime.distributed import World
 from toolkit.runtime.file_lock import FileLock, is_locked
 
+_MOST_SECONDS = 60.0
+"""Longest wait for the lock of a root, which is held while files are listed and one shard is written."""
 _LEASE_NAME = re.compile(r"\.([0-9a-f]{16})\.lease")
 _STAGING_NAME = re.compile(r"\.([0-9a-f]{16})-\d+\.partial")
 
@@ -92,11 +94,12 @@ def locked(root: Path) -> Iterator[None]:
     """Hold the lock of the cache's root directory.
 
     Raises:
-        OSError: the directory is read-only, or its file system has no locks.
+        TimeoutError: another process has held it for a minute.
+        OSError: the directory is read-only, its file system has no locks, or the run was asked to stop meanwhile.
     """
-    lock = FileLock(root / ".lock")
+    lock = FileLock(root / ".lock", mode=0o660 & root.stat().st_mode)
     try:
-        lock.acquire(wait=True)
+        lock.wait(_MOST_SECONDS)
         yield
     finally:
         lock.release()

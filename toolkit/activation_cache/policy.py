@@ -104,7 +104,8 @@ def open_store(
     namespace = Namespace(fingerprints, int(model.config.get_text_config().hidden_size), model.dtype)
     limit_bytes = None if limit is None else int(limit * 2**30)
     root = Path(settings.cache_dir) if settings.cache_dir else cache_root() / "activations"
-    return ActivationStore(root, namespace, limit_bytes, writer=cache_writer(world))
+    is_shared = settings.share == "group"
+    return ActivationStore(root, namespace, limit_bytes, writer=cache_writer(world), is_shared=is_shared)
 
 
 def save_split_check(store: ActivationStore, output_counts: Sequence[int | None]) -> None:
@@ -113,7 +114,7 @@ def save_split_check(store: ActivationStore, output_counts: Sequence[int | None]
     A later run whose samples are all stored then need not load the prefix. If the disk refuses, it checks again.
     """
     with suppress(OSError):
-        replace_text(store.directory / _SPLIT_CHECK, json.dumps({"returned": list(output_counts)}))
+        replace_text(store.directory / _SPLIT_CHECK, json.dumps({"returned": list(output_counts)}), 0o600)
 
 
 def read_split_check(store: ActivationStore) -> list[int | None] | None:

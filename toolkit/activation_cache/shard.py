@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,9 @@ from toolkit.runtime.safetensors_io import DTYPE_NAMES, parse_header, read_heade
 
 SHARD_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 """Pattern of a shard's file name."""
+_SHARD_ENTRIES = 64  # a read opens the shard and parses its header: 70 µs with 16 entries, 4 ms with 4096
+SHARD_BYTES = 64 << 20
+"""Most bytes of a shard's data; a write holds one shard in memory."""
 _CHUNK = 1 << 17  # stays in the processor's cache between read and checksum
 
 
@@ -178,3 +181,17 @@ def prefetch_pages(entry: ShardEntry) -> None:
 def _name_of(header: bytes | memoryview) -> str:
     """Return the file name of a shard by its header, which includes the 8 bytes of its length."""
     return f"{xxh3_128_hexdigest(header)}.safetensors"
+
+
+def divide_into_shards(entries: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """Divide ``entries`` into shards of at most ``_SHARD_ENTRIES`` entries and ``SHARD_BYTES`` bytes."""
+    shard: dict[str, torch.Tensor] = {}
+    size = 0
+    for key, tensor in entries.items():
+        if shard and (len(shard) == _SHARD_ENTRIES or size + tensor.nbytes > SHARD_BYTES):
+            yield shard
+            shard, size = {}, 0
+        shard[key] = tensor
+        size += tensor.nbytes
+    if shard:
+        yield shard

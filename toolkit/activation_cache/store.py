@@ -15,7 +15,7 @@ import errno
 import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,18 +25,25 @@ import torch
 
 from toolkit.activation_cache.eviction import CacheQuota, CacheWriter, Lease, mebibytes
 from toolkit.activation_cache.namespace import Namespace
-from toolkit.activation_cache.shard import ShardEntry, ShardError, encode, matches_checksum, prefetch_pages
+from toolkit.activation_cache.shard import (
+    ShardEntry,
+    ShardError,
+    divide_into_shards,
+    encode,
+    matches_checksum,
+    prefetch_pages,
+)
 from toolkit.activation_cache.shard_index import ShardIndex
 from toolkit.runtime.background_loader import BackgroundLoader
 from toolkit.runtime.paths import publish
+from toolkit.runtime.privacy import make_directory, set_access
 from toolkit.runtime.safetensors_io import map_range
 
 log = logging.getLogger("frostline")
 
-_SHARD_ENTRIES = 64  # a read opens the shard and parses its header: 70 µs with 16 entries, 4 ms with 4096
 _KEYS_AT_ONCE = 16_384  # are looked up at a time, so that not all of a large data set are texts at once
-SHARD_BYTES = 64 << 20
-"""Most bytes of a shard's data; a write holds one shard in memory."""
+_MODE = 0o600
+"""Of every file: hidden states are as private as the rows, which can be recovered from them."""
 
 
 @dataclass
@@ -74,7 +81,7 @@ class ActivationStore:
 
     A write that exceeds ``limit_bytes`` for all shards under the root evicts the least recently used ones; None sets
     no limit and evicts nothing. ``keep_free_bytes`` of the disk stay free, for checkpoints. ``writer`` is this process
-    among those of its run; None if it is the only one.
+    among those of its run; None if it is the only one. Nobody else may read it, unless it ``is_shared`` with the group.
     """
 
     def __init__(
@@ -84,7 +91,9 @@ class ActivationStore:
         limit_bytes: int | None = None,
         keep_free_bytes: int = 1 << 30,
         writer: CacheWriter | None = None,
+        is_shared: bool = False,
     ) -> None:
+        self._is_shared = is_shared
         self.statistics = StoreStatistics()
         self.namespace = namespace
         self.directory = root / namespace.sha256
@@ -164,13 +173,16 @@ class ActivationStore:
             self.namespace.check(key, tensor)
         with self._lock:
             self.statistics.computed += len(entries)
-        for shard_entries in _divide_into_shards(entries):
+        for shard_entries in divide_into_shards(entries):
             try:
                 self._write_shard(shard_entries)
             except (OSError, ShardError) as error:
                 with self._lock:
                     self.statistics.failed += len(shard_entries)
                 self._report(f"cannot write to {self.directory}", str(error), "what is not stored is computed again")
+                if isinstance(error, TimeoutError) and self._lease is not None:  # no such wait for every shard
+                    self._lease.release()
+                    self._lease = None
 
     def available_bytes(self) -> int:
         """Return the bytes that could be stored if all that no live run uses were evicted; 0 if nothing can be written.
@@ -209,7 +221,9 @@ class ActivationStore:
     def _take_lease(self, writer: CacheWriter) -> Lease | None:
         """Create the directory and take a lease; None if that fails, after which the store does not write."""
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            make_directory(self.directory.parent, self._is_shared)
+            make_directory(self.directory, self._is_shared)
+            set_access(self.directory, self._is_shared)  # one of an earlier version was for all to read
             lease = Lease(self.directory, writer)
         except OSError as error:
             self._report(f"{self.directory} cannot be claimed", str(error), "it is read but not written")
@@ -217,7 +231,7 @@ class ActivationStore:
         description = self.directory / "namespace.json"
         if not description.exists():
             with suppress(OSError):  # it is for people only
-                publish(self.namespace.text.encode(), description, lease.staging())
+                publish(self.namespace.text.encode(), description, lease.staging(), _MODE)
         return lease
 
     def _read_newest(self, key: str) -> torch.Tensor | None:
@@ -264,7 +278,7 @@ class ActivationStore:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self.directory))
         name, content = encode(entries, self.namespace)
         with self._quota.room(len(content)) as evicted:
-            publish(content, self.directory / name, lease.staging())
+            publish(content, self.directory / name, lease.staging(), _MODE)
         self._index.add(self.directory / name)
         with self._lock:
             self.statistics.evicted += evicted
@@ -284,17 +298,3 @@ class ActivationStore:
             self._reported.add(consequence)
         if is_first:
             log.warning("activation cache: %s (%s); %s. The summary counts such cases", event, reason, consequence)
-
-
-def _divide_into_shards(entries: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-    """Divide ``entries`` into shards of at most ``_SHARD_ENTRIES`` entries and ``SHARD_BYTES`` bytes."""
-    shard: dict[str, torch.Tensor] = {}
-    size = 0
-    for key, tensor in entries.items():
-        if shard and (len(shard) == _SHARD_ENTRIES or size + tensor.nbytes > SHARD_BYTES):
-            yield shard
-            shard, size = {}, 0
-        shard[key] = tensor
-        size += tensor.nbytes
-    if shard:
-        yield shard

@@ -21,6 +21,7 @@ from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import CheckpointError
 from toolkit.runtime.file_lock import LOCK_FILE_NAME, RunLock
 from toolkit.runtime.paths import replace_text
+from toolkit.runtime.privacy import make_directory, set_access
 
 log = logging.getLogger("frostline")
 
@@ -97,7 +98,7 @@ def _claim_directory(
     if output.dir:
         path = Path(output.dir)
         require_run_or_unused(path)
-        if holder := locks.enter_context(_locked(path, create)):
+        if holder := locks.enter_context(_locked(path, create, output.share == "group")):
             raise CheckpointError(
                 f"{output.dir} is being written by another run: {holder}. Wait for it, or choose another --output.dir"
             )
@@ -121,7 +122,7 @@ def _claim_directory(
             log.info("%s is not taken: %s", path, error)
             continue
         with ExitStack() as lock:
-            if lock.enter_context(_locked(path, create)) or held_by(path):
+            if lock.enter_context(_locked(path, create, output.share == "group")) or held_by(path):
                 continue
             if directory := _read_run_if_fits(path, config, ranks):
                 locks.push(lock.pop_all())
@@ -130,7 +131,7 @@ def _claim_directory(
 
 
 @contextmanager
-def _locked(path: Path, create: bool) -> Iterator[str | None]:
+def _locked(path: Path, create: bool, is_shared: bool) -> Iterator[str | None]:
     """Lock a directory within the context; yield None, or a text that names another process that holds the lock.
 
     A missing directory is created, and removed at the end if it is still empty; without ``create`` it stays missing.
@@ -140,7 +141,9 @@ def _locked(path: Path, create: bool) -> Iterator[str | None]:
         return
     created = [folder for folder in (path, *path.parents) if not folder.exists()]  # deepest first
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        make_directory(path, is_shared)
+        if is_shared:
+            set_access(path, True)
         lock = RunLock.take(path)
     except OSError as error:
         raise CheckpointError(

@@ -17,7 +17,7 @@ from toolkit.config.schema import RunConfig
 
 STATE_FILE = "state.json"
 
-_IRRELEVANT = ("output.", "prefix.cache", "prefix.placement", "data.task")
+_IRRELEVANT = ("output.", "prefix.cache", "prefix.share", "prefix.placement", "data.task")
 """Settings that may differ on resume: where output, cached hidden states and frozen weights are kept, and the task, as
 what it makes of the rows is compared itself."""
 _SOURCES = (("data", "path"), ("data", "validation"), ("data", "test"))

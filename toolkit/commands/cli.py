@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import errno
 import faulthandler
+import getpass
 import io
 import json
 import logging
@@ -23,6 +24,7 @@ from typing import NoReturn
 from toolkit.runtime import failure_broadcast, malloc
 from toolkit.runtime.errors import FrostlineError, UsageError
 from toolkit.runtime.printable import one_line, printable
+from toolkit.runtime.privacy import private_files, private_temporary_directory
 from toolkit.runtime.progress_bar import LogHandler
 from toolkit.runtime.redact import RedactingFormatter, redact
 from toolkit.runtime.rust_panic import is_panic, panic_error
@@ -42,13 +44,16 @@ def run_command(command: Callable[[], int]) -> int:
     """Run a command and return its exit code: that of the command, 1 for a failure, 2 for bad usage, 130 for Ctrl-C.
 
     A ``FrostlineError`` prints its message alone, any other exception its traceback. A failure caused by another rank
-    prints one line and returns that rank's exit code.
+    prints one line and returns that rank's exit code. What the command writes is its user's alone, see
+    ``toolkit.runtime.privacy``.
     """
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) or 0)
     _configure_logging(rank)
     set_up_memory()
     try:
-        return command()
+        _name_user()
+        with private_files():
+            return command()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -67,6 +72,17 @@ def _explain(error: Exception) -> Exception:
         shown = name if len(name) <= 80 else f"{name[:80]}… ({len(name)} characters)"
         return UsageError(f"{one_line(shown)}: {error.strerror}; expected a shorter path, without a circle of links")
     return error
+
+
+def _name_user() -> None:
+    """Name home and user for libraries that ask for them, where a user has neither, as in a container (docker -u)."""
+    if "HOME" not in os.environ and os.path.expanduser("~") == "~":  # noqa: PTH111 - which raises
+        os.environ["HOME"] = str(private_temporary_directory())
+        logging.getLogger("frostline").warning("no home directory is known; caches are in %s", os.environ["HOME"])
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = f"uid-{os.geteuid()}"
 
 
 def set_up_memory() -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.commands.cli import verb_parser
 from toolkit.runtime.errors import UsageError
+from toolkit.runtime.privacy import users_umask
 
 if TYPE_CHECKING:
     from toolkit.checkpoint.choice import Step
@@ -93,5 +94,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         help="of a model to bfloat16: nearest, the default, gives the weights that trained; stochastic keeps what the "
         "float32 masters learned beyond them",
     )
-    print(export(**vars(parser.parse_args(words))))
+    arguments = parser.parse_args(words)
+    with users_umask():  # an export is made to be handed out
+        print(export(**vars(arguments)))
     return 0

@@ -20,6 +20,7 @@ VERBS = {
     "report": "write a run's report as one HTML file: result, curves, answers, cost, methods",
     "export": "write a model directory for transformers, or a delta",
     "submit": "train as a SLURM job",
+    "cache": "list or remove what is kept beside the runs: hidden states, tokens, the converted model",
 }
 """Help text by verb; the module of the same name, with _ for -, in this package runs it."""
 

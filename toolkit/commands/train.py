@@ -4,8 +4,8 @@ One process:        python launch/train.py --config recipes/quickstart.yaml
 DeepSpeed ZeRO:     deepspeed launch/train.py --ds ds_configs/zero2.json
 Other launchers:    torchrun | accelerate launch | srun python ... launch/train.py ...
 
-Exit codes: 0 done; 1 failed; 2 bad usage, config or data; 75 stopped by SIGTERM or SIGUSR1 with nothing lost, start
-again to go on.
+Exit codes: 0 done; 1 failed; 2 bad usage, config or data; 75 stopped by SIGTERM, SIGUSR1, SIGHUP or Ctrl-C with
+nothing lost, start again to go on; 130 a second Ctrl-C.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.commands.cli import exit_process, run_command, verb_parser
 from toolkit.runtime.errors import TrainingStoppedError, UsageError
+from toolkit.runtime.privacy import group_files, private_files
 from toolkit.runtime.signals import STOPPED, record_signals
 
 if TYPE_CHECKING:
@@ -45,8 +46,9 @@ def train(
 ) -> TrainResult:
     """Train a run to its end, or continue an interrupted one; under a launcher every rank calls it.
 
-    Meanwhile SIGTERM and SIGUSR1 stop it after it has committed a checkpoint; the former signal handlers are restored
-    afterwards. It logs to the logger ``frostline`` and does not configure logging.
+    Meanwhile SIGTERM, SIGUSR1, SIGHUP and SIGINT stop it after it has committed a checkpoint; the former signal
+    handlers are restored afterwards. Its files are this user's alone, whatever the umask (docs/privacy.md).
+    It logs to the logger ``frostline`` and does not configure logging.
 
     Args:
         recipe: YAML file, nested values, or a ``RunConfig``. Defaults to the quickstart recipe.
@@ -60,7 +62,7 @@ def train(
     """
     if threading.current_thread() is not threading.main_thread():
         raise UsageError("toolkit.train listens to signals, which only the main thread can; call it from there")
-    with record_signals(), _restored_environment():
+    with record_signals(), private_files(), _restored_environment():
         from toolkit.commands.invocation import build_invocation
         from toolkit.training.run import run
 
@@ -116,7 +118,8 @@ def _report(run: Path, config: RunConfig) -> None:
     if config.output.report and read_world().is_main:
         from toolkit.report.after_training import report_after_training
 
-        report_after_training(run, config)
+        with group_files(config.output.share == "group"):
+            report_after_training(run, config)
 
 
 if __name__ == "__main__":  # python -m toolkit.commands.train, for launchers where there is no checkout

@@ -182,6 +182,9 @@ class PrefixConfig(Section):
     cache_limit_gib: Annotated[float, Field(gt=0)] | None = None
     """Most GiB that all hidden states in cache_dir may take; the least recently used go first. None sets no limit."""
 
+    share: Literal["group"] | None = None
+    """Who else may read and write the hidden states, from which rows can be recovered: group is cache_dir's."""
+
     precision: Literal["model", "int8", "nf4"] = "model"
     """How the frozen blocks are stored: model as they are, int8 in half of 16 bits, nf4 in a good quarter. What trains
     keeps its precision, and exports hold the original weights (docs/frozen-weights.md)."""
@@ -196,6 +199,9 @@ class OutputConfig(Section):
 
     dir: str | None = None
     """Run directory; none takes runs/RECIPE, or the next free runs/RECIPE-N beside finished or different runs."""
+
+    share: Literal["group"] | None = None
+    """Who else may read and write the run directory: group is that of the directory (docs/privacy.md)."""
 
     save_every_steps: Annotated[int, Field(ge=1)] | None = None
     """Also commit a checkpoint every so many steps; the end of each epoch always commits one."""

@@ -38,7 +38,8 @@ log = logging.getLogger("frostline")
 
 KEPT_DAYS = 30
 """Days after its last use after which a store is removed."""
-_POLL_SECONDS = 0.05
+_MOST_SECONDS = 1800.0
+"""Longest wait for another process that makes the same store; after it each makes its own."""
 _IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MODE = 0o600
 _OWN_NAME = re.compile(r"[0-9a-f]{64}\.tokens|\.[0-9a-f]{64}-\w+\.partial")
@@ -181,17 +182,20 @@ def _lock(path: Path) -> Iterator[bool]:
 
     Raises:
         StopRequested: a signal came while another process held it.
-        OSError: the directory cannot be written.
+        OSError: the directory cannot be written, or (TimeoutError) another process makes the store for too long.
     """
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock, is_alone = FileLock(path, mode=_MODE), False
     try:
-        with suppress(OSError):  # no locks on this file system: each process makes a file, and the last one stays
-            while not lock.acquire():
-                if signals.stop_requested():
-                    raise signals.StopRequested
-                time.sleep(_POLL_SECONDS)
+        try:
+            lock.wait(_MOST_SECONDS)
             is_alone = True
+        except InterruptedError:
+            raise signals.StopRequested from None
+        except TimeoutError:
+            raise
+        except OSError:  # no locks on this file system: each process makes a file, and the last one stays
+            pass
         yield is_alone
     finally:
         lock.release()

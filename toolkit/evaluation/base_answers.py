@@ -18,6 +18,7 @@ from toolkit.models.identity import config_values, module_classes, remote_code
 from toolkit.models.weight_fingerprint import fingerprint
 from toolkit.runtime.distributed import World
 from toolkit.runtime.paths import replace_text
+from toolkit.runtime.privacy import make_directory
 from toolkit.runtime.shipped import shipped_file
 from toolkit.tasks.sample import Sample, ask
 
@@ -51,8 +52,8 @@ def base_answers(opened: OpenedModel, prompts: Sequence[str], asked: Asked) -> l
     use_faster_forward(opened.loaded.model.to(world.device), world.device)
     answers = generate_answers(opened, samples, asked, MAX_LENGTH)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(_content(key, answers), ensure_ascii=False, indent=1) + "\n")
+        make_directory(path.parent)
+        replace_text(path, json.dumps(_content(key, answers), ensure_ascii=False, indent=1) + "\n", 0o600)
     except OSError as error:
         log.warning("%s cannot be written (%s): the base's answers will be generated again", path, error.strerror)
     return answers

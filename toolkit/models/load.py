@@ -105,7 +105,7 @@ def load_tokenizer(config: ModelConfig, directory: Path | None = None) -> PreTra
     source = str(directory) if directory else resolve_source(config.name_or_path)
     try:
         options = {} if directory else _choose_format(source, config).tokenizer_options()
-        with explain_panic():
+        with explain_panic(), hub.downloads(source):
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:  # as for the weights
         if isinstance(error, FrostlineError) or is_out_of_memory(error):
@@ -207,7 +207,8 @@ def is_exaone_source(source: str, config: ModelConfig) -> bool:
         ModelError: the model has no readable config.
     """
     try:
-        return is_exaone(source, config.revision) and not config.trust_remote_code
+        with hub.downloads(source):
+            return is_exaone(source, config.revision) and not config.trust_remote_code
     except (OSError, ValueError) as error:
         text = " ".join(str(error).split())[:400]
         raise ModelError(
@@ -254,7 +255,8 @@ def _load_weights(source: str, config: ModelConfig, extra: dict[str, Any]) -> tu
         storage_format = _choose_format(source, config)
         if storage_format.files.find("adapter_config.json"):  # transformers would load the base that it names
             raise ModelError(f"{source} (model.name_or_path) {IS_ADAPTER}")
-        model, info = storage_format.read(options)
+        with hub.downloads(source):
+            model, info = storage_format.read(options)
     except Exception as error:  # a damaged config or checkpoint makes transformers raise anything
         if isinstance(error, FrostlineError) or is_out_of_memory(error):
             raise

@@ -16,6 +16,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import cached_file
 from transformers.utils.hub import list_repo_templates
 
+from toolkit.runtime import hub
 from toolkit.runtime.paths import is_directory
 
 log = logging.getLogger("frostline")
@@ -46,7 +47,8 @@ class SourceFiles:
     def find(self, name: str) -> Path | None:
         """Return the path of a file of the source, downloaded if need be; None if the source has no such file."""
         try:
-            path = cached_file(self.source, name, revision=self.revision)
+            with hub.downloads(self.source):
+                path = cached_file(self.source, name, revision=self.revision)
         except OSError:
             return None
         return Path(path) if path else None

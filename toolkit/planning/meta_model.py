@@ -20,6 +20,7 @@ from toolkit.models.load import LoadedModel, is_exaone_source, resolve_source
 from toolkit.models.quirks import turn_off_layerdrop
 from toolkit.models.storage_format import refuse_kernels
 from toolkit.models.weight_files import open_weights
+from toolkit.runtime import hub
 from toolkit.runtime.errors import FrostlineError, ModelError, PlanError
 from toolkit.runtime.out_of_memory import is_out_of_memory
 from toolkit.runtime.safetensors_io import FLOATS
@@ -123,7 +124,8 @@ def _build_on_meta(source: str, config: ModelConfig, exaone: bool) -> PreTrained
         return LlamaForCausalLM._from_config(read_exaone_config(source, config.revision), **options)
     trust = config.trust_remote_code
     try:
-        hf_config = AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=trust)
+        with hub.downloads(source):
+            hf_config = AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=trust)
     except Exception as error:  # transformers validates some values and raises anything on others
         raise ModelError(
             f"the config.json of {source} cannot be used ({type(error).__name__}: {_one_line(error)})"

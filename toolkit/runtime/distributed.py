@@ -18,6 +18,7 @@ import torch.distributed as dist
 from toolkit.runtime import signals
 from toolkit.runtime.errors import FrostlineError, UsageError
 from toolkit.runtime.failure_broadcast import connect_ranks
+from toolkit.runtime.rank_channel import choose_address, node_identity, resolve
 
 T = TypeVar("T")
 
@@ -199,7 +200,8 @@ def join_ranks(engine_needs_group: bool = False) -> Iterator[World]:
     world = join_process_group(engine_needs_group)
     is_done = False
     try:
-        with connect_ranks(world.rank, world.size, os.environ.get("MASTER_ADDR", ""), world.broadcast_object):
+        places = world.all_gather_object((node_identity(), resolve(os.environ.get("MASTER_ADDR", ""))))
+        with connect_ranks(world.rank, world.size, choose_address(places, world.rank), world.broadcast_object):
             yield world
             world.barrier()
         is_done = True
@@ -228,7 +230,8 @@ def join_process_group(engine_needs_group: bool = False) -> World:
     if not dist.is_initialized():
         backend = "nccl" if world.device.type == "cuda" else "gloo"
         try:
-            dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=_bound_device(world))
+            with signals.waiting(f"the {world.size} ranks to meet at {os.environ['MASTER_ADDR']}"):
+                dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=_bound_device(world))
         except dist.DistNetworkError as error:
             if "EADDRINUSE" not in str(error):
                 raise

@@ -3,7 +3,8 @@
 A rank that waits in a collective does not notice that another rank has ended: NCCL waits for half an hour, and gloo
 reports a closed connection, which hides the original error. So each rank keeps one TCP connection to rank 0. A rank
 that fails sends its error there before it exits; the kernel closes the connection of one that is killed. Rank 0
-forwards the failure, and all others exit with the same exit code and one line in the log.
+forwards the failure, and all others exit with the same exit code and one line in the log. Who may connect, and how it
+proves that, is ``toolkit.runtime.rank_channel``'s.
 """
 
 from __future__ import annotations
@@ -12,21 +13,26 @@ import contextlib
 import json
 import logging
 import os
-import secrets
 import selectors
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from typing import Any
 
-from toolkit.runtime import signals
+from toolkit.runtime import rank_channel, signals
+from toolkit.runtime.rank_entrance import Entrance
 
 log = logging.getLogger("frostline")
 
 _CONNECT_SECONDS = 20.0
+_TICK_SECONDS = 1.0
+"""How often rank 0 closes unproved connections, while ranks are missing."""
+_MOST_LINE_BYTES = 1 << 16
+"""Longest message of a rank."""
 _FAILURE_WAIT_SECONDS = 5.0
 """How long a rank whose collective failed waits for the message that another rank has ended."""
 _ERROR_ATTRIBUTE = "frostline_failure_broadcast"
@@ -50,11 +56,10 @@ class RankFailure:
 
 @dataclass
 class _Peer:
-    """The rank at the other end of a connection."""
+    """The rank at the other end of a connection that has proved itself."""
 
     host: str
-    rank: int | None = None
-    """None until it has sent the token."""
+    rank: int
     partial_line: bytes = b""
     """What it sent after the last newline."""
     has_ended: bool = False
@@ -69,7 +74,7 @@ class FailureBroadcast:
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
-        self._token = ""
+        self._entrance: Entrance | None = None
         self._peers: dict[socket.socket, _Peer] = {}
         self._selector = selectors.DefaultSelector()
         self._lock = threading.RLock()
@@ -78,29 +83,27 @@ class FailureBroadcast:
         self._failure: RankFailure | None = None
         self._failure_heard = threading.Event()
 
-    def listen(self) -> tuple[int, str]:
-        """Listen on a free port; called on rank 0.
+    def listen(self, address: str, size: int) -> tuple[int, bytes]:
+        """Listen on a free port of ``address`` until ``size`` ranks are connected; called on rank 0.
 
         Returns:
-            The port, and a random token that the other ranks must send, so that no other process can end the run.
+            The port, and the key with which the other ranks prove themselves, so that no other process can end the run.
         """
-        family = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
-        server = socket.create_server(("", 0), backlog=1024, **family)  # type: ignore[arg-type]
-        self._token = secrets.token_hex(16)
-        self._selector.register(server, selectors.EVENT_READ)
+        server, key = rank_channel.listen(address), rank_channel.new_key()
+        port = int(server.getsockname()[1])
+        self._entrance = Entrance(server, key, self._selector, size)
         self._start_listener()
-        return int(server.getsockname()[1]), self._token
+        return port, key
 
-    def connect(self, address: str, port: int, token: str) -> None:
+    def connect(self, address: str, port: int, key: bytes) -> None:
         """Connect to rank 0; called on every other rank.
 
         Raises:
             OSError: rank 0 cannot be reached.
         """
-        connection = socket.create_connection((address, port), timeout=_CONNECT_SECONDS)
-        connection.settimeout(None)
-        self._add_peer(connection, _Peer(address, rank=0))
-        self.send_to_all({"rank": self._rank, "host": socket.gethostname(), "token": token})
+        connection = rank_channel.connect(address, port, key, self._rank, _CONNECT_SECONDS)
+        self._add_peer(connection, _Peer(address, 0))
+        self.send_to_all({"host": socket.gethostname()})
         self._start_listener()
 
     def send_to_all(self, message: dict[str, Any], exclude: socket.socket | None = None) -> None:
@@ -159,46 +162,55 @@ class FailureBroadcast:
     def _listen(self) -> None:
         """Accept connections and handle what arrives, for ever; the body of the daemon thread."""
         while True:
-            for key, _ in self._selector.select():
-                connection = key.fileobj
-                assert isinstance(connection, socket.socket)
-                if peer := self._peers.get(connection):
-                    self._receive(connection, peer)
-                else:
-                    accepted, (host, *_) = connection.accept()
-                    self._add_peer(accepted, _Peer(str(host)))
+            try:
+                for key, _ in self._selector.select(_TICK_SECONDS if self._entrance else None):
+                    assert isinstance(key.fileobj, socket.socket)
+                    self._serve(key.fileobj)
+                if self._entrance is not None:
+                    self._entrance.tick()
+                    if self._entrance.is_complete:
+                        self._entrance.close()
+                        self._entrance = None
+            except Exception:  # else a failure of another rank would go unheard from now on
+                log.exception("rank %d: unforeseen error of the failure broadcast, which goes on", self._rank)
+                time.sleep(_TICK_SECONDS)
+
+    def _serve(self, connection: socket.socket) -> None:
+        """Handle one connection that has something to read."""
+        entrance = self._entrance
+        if peer := self._peers.get(connection):
+            self._receive(connection, peer)
+        elif entrance is not None and connection is entrance.server:
+            entrance.accept()
+        elif entrance is not None and entrance.holds(connection) and (proved := entrance.receive(connection)):
+            self._add_peer(connection, _Peer(proved[1], proved[0]))
 
     def _receive(self, connection: socket.socket, peer: _Peer) -> None:
-        """Handle the complete lines that a connection has sent; drop the connection if it is closed or invalid."""
+        """Handle the complete lines that a rank has sent; drop its connection if it is closed or invalid."""
         try:
-            received = connection.recv(65536)
+            received = connection.recv(_MOST_LINE_BYTES)
         except OSError:
             received = b""
         *lines, peer.partial_line = (peer.partial_line + received).split(b"\n")
-        for line in lines:
-            try:
+        try:
+            for line in lines:
                 self._handle_message(dict(json.loads(line)), connection, peer)
-            except (ValueError, TypeError):  # not a rank of this run
-                received = b""
-        if not received:
+            is_valid = len(peer.partial_line) < _MOST_LINE_BYTES
+        except (ValueError, TypeError, RecursionError):
+            is_valid = False
+        if not received or not is_valid:
             self._selector.unregister(connection)
             with self._lock:
                 del self._peers[connection]
             connection.close()
-            if peer.rank is not None and not peer.has_ended:
+            if not peer.has_ended:
                 end = f"({peer.host}) ended without a last word: it was killed or crashed"
                 self._end_with_peer(RankFailure(peer.rank, end, 1), connection)
 
     def _handle_message(self, message: dict[str, Any], connection: socket.socket, peer: _Peer) -> None:
-        """Handle one message: the token of a new rank, a stop request, a rank that is done, or a failure.
-
-        Raises:
-            ValueError: the first message of a connection lacks this run's token.
-        """
-        if peer.rank is None:
-            if message.get("token") != self._token:
-                raise ValueError("not one of this run's ranks")
-            peer.rank, peer.host = int(message["rank"]), str(message["host"])
+        """Handle one message: a rank's host name, a stop request, a rank that is done, or a failure."""
+        if "host" in message:
+            peer.host = str(message["host"])
         elif "stop" in message:
             signals.request_stop(str(message["stop"]), broadcast=False)
             self.send_to_all(message, exclude=connection)
@@ -206,7 +218,8 @@ class FailureBroadcast:
             peer.has_ended = True
         elif "failure" in message:
             peer.has_ended = True
-            self._end_with_peer(RankFailure(*message["failure"]), connection)
+            rank, last_error, code = message["failure"]
+            self._end_with_peer(RankFailure(int(rank), str(last_error), int(code)), connection)
 
     def _end_with_peer(self, failure: RankFailure, source: socket.socket) -> None:
         """Forward another rank's failure and exit because of it, unless this rank is ending by itself."""
@@ -226,21 +239,22 @@ def connect_ranks(rank: int, size: int, address: str, broadcast_object: Callable
     """Connect every rank to rank 0 for the body; a collective.
 
     An error of the body carries the connections (``get_broadcast``), so that ``run_command`` can send it to the others.
-    ``address`` is that of rank 0's node, ``broadcast_object`` returns rank 0's argument on every rank.
+    ``address`` is where rank 0 listens and another rank finds it, see ``rank_channel.choose_address``;
+    ``broadcast_object`` returns rank 0's argument on every rank.
     """
     if size == 1:
         signals.mark_ranks_connected()
         yield
         return
     failures = FailureBroadcast(rank)
-    port, token = broadcast_object(failures.listen() if rank == 0 else None)
+    port, key = broadcast_object(failures.listen(address, size) if rank == 0 else None)
     if rank:
         try:
-            failures.connect(address, port, token)
+            failures.connect(address, port, key)
         except OSError as error:
             log.error("rank %d cannot reach rank 0 at %s, port %d (%s); if another rank fails, this one hears of it "
                       "from its launcher only", rank, address, port, error)  # fmt: skip
-    signals.mark_ranks_connected(failures.report_stop)
+    signals.mark_ranks_connected(failures.report_stop, failures.report_failure)
     try:
         yield
     except Exception as error:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import socket
+import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -15,8 +17,13 @@ from pathlib import Path
 import psutil
 from typing_extensions import override
 
+from toolkit.runtime import signals
 from toolkit.runtime.own_files import open_own
+from toolkit.runtime.privacy import share_file
 
+log = logging.getLogger("frostline")
+
+_POLL_SECONDS, _SAY_SECONDS = 0.05, 10.0
 LOCK_FILE_NAME = ".lock"
 NO_LOCK_ERRORS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 """Errors of ``flock`` on a file system without locks."""
@@ -28,29 +35,52 @@ class FileLock:
     Not filelock's: on a file system without locks, that falls back to a lock file which a killed process leaves
     behind, and it cannot test whether a lock is held without acquiring it.
 
-    The file is created if it does not exist, with ``mode`` less the umask; ``flags`` are further ones of ``os.open``,
-    such as ``os.O_EXCL``.
+    The file is created if it does not exist, with ``mode`` less the umask, or for the group too in a directory that is
+    shared with it: who may open a lock may hold it. ``flags`` are further ones of ``os.open``, such as ``os.O_EXCL``.
 
     Raises:
         NotOwnError: it is a link, or no regular file.
         OSError: the file cannot be opened for writing.
     """
 
-    def __init__(self, path: Path, flags: int = 0, mode: int = 0o666) -> None:
+    def __init__(self, path: Path, flags: int = 0, mode: int = 0o600) -> None:
         self.path = path
         self.descriptor = open_own(path, os.O_RDWR | os.O_CREAT | flags, mode)
+        share_file(self.descriptor, path.parent)
 
-    def acquire(self, wait: bool = False) -> bool:
-        """Acquire the lock; return False if another process holds it and this one is not to ``wait``.
+    def acquire(self) -> bool:
+        """Acquire the lock; return False if another process holds it.
 
         Raises:
             OSError: the file system has no locks.
         """
         try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         return True
+
+    def wait(self, seconds: float) -> None:
+        """Acquire the lock; say after 10 s who holds it.
+
+        Raises:
+            TimeoutError: it was held for ``seconds``.
+            InterruptedError: a signal asked the run to stop meanwhile.
+            OSError: the file system has no locks.
+        """
+        began, has_said = time.monotonic(), False
+        while not self.acquire():
+            waited = time.monotonic() - began
+            if signals.stop_requested():
+                raise InterruptedError(errno.EINTR, "the run was asked to stop while it waited", str(self.path))
+            if waited > seconds:
+                fault = f"{describe_holder(self.path)} has held its lock for {waited:.0f} s"
+                raise TimeoutError(errno.ETIMEDOUT, fault, str(self.path))
+            if waited > _SAY_SECONDS and not has_said:
+                has_said = True
+                log.warning("waiting for the lock %s, which %s holds; for %.0f s at most", self.path,
+                            describe_holder(self.path), seconds)  # fmt: skip
+            time.sleep(_POLL_SECONDS)
 
     def release(self, remove: bool = False) -> None:
         """Release the lock and close the file, which ``remove`` deletes; a second call does nothing."""
@@ -63,6 +93,18 @@ class FileLock:
             fcntl.flock(self.descriptor, fcntl.LOCK_UN)
         os.close(self.descriptor)
         self.descriptor = -1
+
+
+def describe_holder(path: Path) -> str:
+    """Name the process of this machine that holds a lock of a file; "another process" if the kernel does not tell."""
+    with suppress(OSError, ValueError, psutil.Error):
+        inode = path.stat().st_ino
+        for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
+            fields = line.split()  # "1: FLOCK ADVISORY WRITE pid major:minor:inode start end"
+            if len(fields) >= 6 and fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == str(inode):
+                process = psutil.Process(int(fields[4]))
+                return f"process {process.pid} ({process.name()}, of {process.username()})"
+    return "another process"
 
 
 def is_locked(path: Path) -> bool:

@@ -12,13 +12,16 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from toolkit.runtime import signals
 from toolkit.runtime.paths import is_directory, is_file
+from toolkit.runtime.privacy import users_umask
 
 log = logging.getLogger("frostline")
 
@@ -75,6 +78,19 @@ def set_limits() -> None:
     from huggingface_hub import set_client_factory
 
     set_client_factory(_client_with_limits)
+
+
+@contextmanager
+def downloads(source: str) -> Iterator[None]:
+    """Say if the body waits long for ``source``, which it reads through transformers or ``huggingface_hub``.
+
+    Files that it downloads get the user's umask, for a cache of models may be shared. Does nothing for a directory.
+    """
+    if is_directory(source):
+        yield
+        return
+    with users_umask(), signals.waiting(f"{source}, from the Hub or another process that downloads it"):
+        yield
 
 
 def explain(error: BaseException, name: str, kind: str = "model") -> str | None:

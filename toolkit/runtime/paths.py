@@ -17,6 +17,7 @@ from pathlib import Path
 
 from toolkit.runtime.errors import DiskError, UsageError
 from toolkit.runtime.own_files import NotOwnError, open_own
+from toolkit.runtime.privacy import share_file
 
 log = logging.getLogger("frostline")
 
@@ -64,7 +65,7 @@ def publish(content: bytes, final: Path, staging: Path, mode: int = 0o666) -> No
     """Write a file atomically and durably: a reader sees the old content or the new, also after a power cut.
 
     It is written at ``staging``, an unused path on the same file system, and then renamed to ``final``. Its mode is
-    ``mode`` less the umask.
+    ``mode`` less the umask, and open to the group in a directory that is shared with it.
 
     Raises:
         OSError: the file cannot be written, as on a full or read-only disk.
@@ -72,6 +73,7 @@ def publish(content: bytes, final: Path, staging: Path, mode: int = 0o666) -> No
     descriptor = os.open(staging, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
     try:
         try:
+            share_file(descriptor, final.parent)
             unwritten = memoryview(content)
             while unwritten:
                 unwritten = unwritten[os.write(descriptor, unwritten) :]
@@ -86,6 +88,15 @@ def publish(content: bytes, final: Path, staging: Path, mode: int = 0o666) -> No
             staging.unlink()
         raise
     sync_directory(final.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Fsync a file that another library has written."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sync_directory(directory: Path) -> None:

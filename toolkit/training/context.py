@@ -156,6 +156,7 @@ def prepare(
         log.warning("%s", warning)
     if invocation.deepspeed is not None:
         import_module("toolkit.engine.deepspeed.engine")  # counts as a library; only runs that use DeepSpeed import it
+        import_module("toolkit.engine.deepspeed.machine").check_machine(world)
     library_bytes = psutil.Process().memory_info().rss
     loaded = _load_model(config, tokenizer, dataset, world)
     if metrics is not None and metrics.examples is not None:

@@ -20,6 +20,7 @@ from toolkit.runtime.distributed import World, join_ranks
 from toolkit.runtime.errors import OutOfMemoryError
 from toolkit.runtime.out_of_memory import explain_out_of_memory
 from toolkit.runtime.paths import explain_refused_write
+from toolkit.runtime.privacy import group_files, make_directory, set_access
 from toolkit.runtime.shipped import command_line
 from toolkit.runtime.signals import STOPPED, StopRequested
 from toolkit.training.context import prepare
@@ -46,7 +47,11 @@ def run(invocation: Invocation, on_directory: Callable[[Path], None] | None = No
         UsageError: recipe, data, model, mask or run directory is at fault.
         FrostlineError: training cannot go on.
     """
-    with signals.record_signals(), join_ranks(engine_needs_group=invocation.deepspeed is not None) as world:
+    with (
+        signals.record_signals(),
+        group_files(invocation.config.output.share == "group"),
+        join_ranks(engine_needs_group=invocation.deepspeed is not None) as world,
+    ):
         require_same(world, rank_settings(invocation))
         if not invocation.recipe_was_given:
             log.info("no --config given: using %s", invocation.recipe)
@@ -64,8 +69,12 @@ def train_in_group(invocation: Invocation, world: World, on_directory: Callable[
     """Train as ``run`` does, in a process group that is up and stays up."""
     if invocation.config.data.folds is None:
         return _train_one(invocation, world, on_directory)
+    parent = parent_of_folds(invocation)
+    if world.is_main and invocation.config.output.share == "group":
+        make_directory(parent, is_shared=True)
+        set_access(parent, is_shared=True)
     if on_directory is not None:
-        on_directory(parent_of_folds(invocation))
+        on_directory(parent)
     if code := train_folds(invocation, lambda of_fold: _train_one(of_fold, world)):
         return code
     report_folds(invocation, world)

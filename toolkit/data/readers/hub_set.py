@@ -10,7 +10,7 @@ from typing import Any
 
 from toolkit.data.readers.row import Row, make_row, without_filled
 from toolkit.data.readers.splits import choose_split
-from toolkit.runtime import hub
+from toolkit.runtime import hub, signals
 from toolkit.runtime.errors import DataError
 
 log = logging.getLogger("frostline")
@@ -28,8 +28,9 @@ def load_hub_set(
 
     hub.set_limits()
     try:
-        builder = load_dataset_builder(name, configuration, revision=revision)
-        builder.download_and_prepare()
+        with signals.waiting(f"the data set {name}, from the Hub or another process that prepares it"):
+            builder = load_dataset_builder(name, configuration, revision=revision)
+            builder.download_and_prepare()
         split = choose_split(name, list(builder.info.splits or ()), split, key, default_split, may_slice=True)
         return builder.as_dataset(split=split), split
     except DataError:
