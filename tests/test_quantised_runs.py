@@ -157,8 +157,8 @@ def test_a_run_begins_from_the_merged_dequantised_model(run: Path, tiny_model: P
         ("run", tiny_model, run), ("delta", tiny_model, tmp_path / "delta"), ("merged", tmp_path / "merged", None),
     ):  # fmt: skip
         more = ["--model.dtype", "bfloat16", "--train.epochs", 1, *(["--model.delta", delta] if delta else [])]
-        assert train(*tiny_flags(source, tmp_path / name, *more, *mask("last:1"))) == 0
-        losses.append(metrics(tmp_path / name))
+        assert train(*tiny_flags(source, tmp_path / f"from-{name}", *more, *mask("last:1"))) == 0
+        losses.append(metrics(tmp_path / f"from-{name}"))
     assert losses[0] == losses[1] == losses[2]
 
 
