@@ -42,7 +42,7 @@ def test_anchors_that_grow_without_end_are_told_in_short(tmp_path: Path) -> None
     levels = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     levels += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
     (tmp_path / "recipe.yaml").write_text("\n".join([*levels, "train: {epochs: *a11}"]))
-    with pytest.raises(ConfigError, match=r"train\.epochs is \[\[") as error:
+    with pytest.raises(ConfigError, match="it stands for more than 100,000 values") as error:
         invocation("--config", str(tmp_path / "recipe.yaml"))
     assert len(str(error.value)) < 200_000
 
@@ -89,6 +89,7 @@ def test_a_shard_with_a_header_without_end_is_damaged(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["..", "../..", "step-00000001/..", "/tmp", "", "step-x"])
 def test_the_pointer_to_the_latest_checkpoint_leads_nowhere_else(tmp_path: Path, name: str) -> None:
     (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-00000001" / "state.json").write_text("{}")
     (tmp_path / "checkpoints" / "latest").write_text(name)
     with pytest.raises(CheckpointError, match="which is not there; checkpoints present: step-00000001"):
         latest_checkpoint(tmp_path)
