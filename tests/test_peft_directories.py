@@ -155,5 +155,5 @@ def test_an_export_names_its_own_base_and_not_another(tiny_model: Path, tmp_path
     flags = tiny_flags(tiny_model, tmp_path / "run", "--train.max_steps", 1, *mask({"lora": {"select": "last:1"}}))
     assert train(*flags) == 0
     save_of_zoo("gpt2", tmp_path / "gpt2")
-    with pytest.raises(CheckpointError, match="config.json has changed: .*model_type was 'llama', is 'gpt2'"):
+    with pytest.raises(CheckpointError, match=r"config\.json has changed: .*model_type was 'llama', is 'gpt2'"):
         export(tmp_path / "run", tmp_path / "adapter", adapter=True, base=tmp_path / "gpt2")
