@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -21,6 +22,12 @@ from toolkit.models.bundled import cache_root
 
 SLOW_FIXTURES = {"frostline", "store_worker"}
 """What takes long to set up: an installation in an environment of its own, writers that are killed at every call."""
+
+
+def pytest_configure() -> None:
+    """Take signals that were ignored when the tests began, as by nohup or in a shell's background: tests send them."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)
