@@ -73,6 +73,9 @@ def answered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             for answer in self.in_order(samples):
                 yield dict([answer])
 
+        def report_control_tokens(self) -> None:
+            pass
+
     monkeypatch.setattr("toolkit.commands.answers.make_answerer", lambda *_: OneByOne())
     monkeypatch.setattr("toolkit.commands.answers.open_model", lambda *_: None)
     return lived

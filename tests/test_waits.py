@@ -167,7 +167,7 @@ def test_the_first_ctrl_c_stops_as_any_signal() -> None:
     _, errors = process.communicate(timeout=LIMIT)
     assert process.returncode == signals.STOPPED
     assert "Ctrl-C again leaves at once" in errors
-    assert errors.endswith("stopped by SIGINT\n")
+    assert "stopped by SIGINT\n" in errors  # before or after it: another thread prints that
 
 
 def test_the_second_ctrl_c_leaves_at_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
