@@ -211,10 +211,10 @@ def read_only(_: Path) -> dict[str, object]:
         directory = Path(public)
         with open_store(directory) as store:
             store.write(samples(range(3)))
-        for path in (directory, *directory.iterdir()):
+        for path in (directory, *directory.rglob("*")):  # its files are its user's alone at first
             path.chmod(0o555)
         result = answer(lambda: as_reader(directory))
-        for path in (directory, *directory.iterdir()):
+        for path in (directory, *directory.rglob("*")):
             path.chmod(0o755)
         return result
 
