@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ class PartitionedModel:
         ds_config = copy.deepcopy(ds_config)
         fill_bucket_sizes(ds_config["zero_optimization"], model.config.get_text_config().hidden_size)
         try:
-            with device_index_as_local_rank(world.device):
+            # standard output is for answers, and DeepSpeed prints there what it compiles
+            with device_index_as_local_rank(world.device), redirect_stdout(sys.stderr):
                 # tensor by tensor: as a whole the model may not fit the device
                 deepspeed.zero.Init(module=model, config_dict_or_path=ds_config, dtype=model.dtype)
                 for module in model.modules():
