@@ -1,7 +1,6 @@
 """Two ranks answer with models that ZeRO-3 divides, and print what each held, gathered and answered.
 
-Started as ``LAUNCHER tests/partitioned_worker.py FOLDER``; FOLDER/sources.json names the models, and those whose
-dtype is not that in which they are stored.
+Started as ``LAUNCHER tests/partitioned_worker.py FOLDER``; FOLDER/sources.json names the models and runs.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from toolkit.runtime.shipped import shipped_file  # noqa: E402
 from toolkit.tasks.sample import ask  # noqa: E402
 
 SAMPLES = [(row, ask("why do they? " * words)) for row, words in enumerate((1, 9, 4, 2, 6))]
-ENDS = 3
-"""Rows that one batch has, so that two ranks have one each and then one has none."""
+BATCH_SIZE = 2
+"""Five samples make three batches: first each rank has one, then rank 1 has none and joins rank 0's passes."""
 
 
 def main(folder: Path) -> None:
@@ -50,7 +49,9 @@ def answer(source: str, world: World, ds_config: dict[str, object] | None) -> tu
     opened = open_model(source)
     model = opened.loaded.model.eval()
     partitioned = None if ds_config is None else PartitionedModel(model, world, ds_config)
-    answerer = Answerer(opened.loaded, 512, 6, ENDS, rendering=opened.rendering, world=world, partitioned=partitioned)
+    answerer = Answerer(
+        opened.loaded, 512, 6, BATCH_SIZE, rendering=opened.rendering, world=world, partitioned=partitioned
+    )
     return [answer for _, answer in answerer.in_order(SAMPLES)], model
 
 

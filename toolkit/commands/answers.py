@@ -13,7 +13,7 @@ from toolkit.commands.conversation import converse
 from toolkit.data.model_limits import position_limit
 from toolkit.data.questions import Question, Questions, from_prompt
 from toolkit.data.sources import ReadOptions, Source, iter_rows
-from toolkit.engine.deepspeed.inference import PartitionedModel, read_inference_config
+from toolkit.engine.deepspeed.inference import PartitionedModel
 from toolkit.inference.answer_file import AnswerFile
 from toolkit.inference.answering import Answerer, QuestionError
 from toolkit.inference.chat import Chat
@@ -35,10 +35,10 @@ def make_answerer(
     model = opened.loaded.model.eval()
     use_faster_forward(model, world.device)
     partitioned = None
-    if options.ds is None:
+    if options.ds_config is None:
         model.to(world.device)
     else:
-        partitioned = PartitionedModel(model, world, read_inference_config(options.ds))
+        partitioned = PartitionedModel(model, world, options.ds_config)
     return Answerer(
         opened.loaded, max_length or opened.config.data.max_length, options.max_new_tokens, options.batch_size,
         Sampling(options.temperature, options.top_p, options.seed), opened.rendering, world,

@@ -77,7 +77,7 @@ def generate(
     opened = open_model(str(source), step, base, trust_remote_code, dtype)
     options = argparse.Namespace(
         max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature, top_p=top_p, seed=seed,
-        on_bad_row=None, constrain=constrain, ds=None,
+        on_bad_row=None, constrain=constrain, ds_config=None,
     )  # fmt: skip
     answerer = make_answerer(opened, options, World())
     answers = [answer for _, answer in answerer.in_order(enumerate(samples)) if answer is not None]
@@ -94,11 +94,12 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
 
     if arguments.output:
         make_parent(arguments.output)
+    arguments.ds_config = None
     if arguments.ds:
         from toolkit.engine.deepspeed.inference import read_inference_config
         from toolkit.engine.deepspeed.process_groups import reset_process_groups
 
-        read_inference_config(arguments.ds)  # before a model loads
+        arguments.ds_config = read_inference_config(arguments.ds)  # before a model loads
         reset_process_groups()
     with join_ranks(engine_needs_group=arguments.ds is not None) as world:
         if arguments.input is not None:

@@ -19,7 +19,7 @@ IsOwn = Callable[[str], bool]
 
 
 class NotOwnError(OSError):
-    """What is to be written or deleted is a link, no file, or holds what is not ours; nothing was changed."""
+    """Says that what is to be written or deleted is a link, no file, or not ours alone; nothing was changed."""
 
     def __init__(self, path: Path, what: str) -> None:
         super().__init__(errno.EPERM, f"it {what}, and only files of our own are written or deleted", str(path))

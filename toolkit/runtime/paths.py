@@ -101,11 +101,7 @@ def sync_file(path: Path) -> None:
 
 def sync_directory(directory: Path) -> None:
     """Fsync a directory, so that renamed and new files in it survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_file(directory)
 
 
 def sources_hash(root: Path, *parts: str) -> str:
