@@ -18,7 +18,7 @@ from helpers import ENGLISH, make_tiny_model, make_tokenizer, metrics, run_here,
 import toolkit
 from toolkit.commands.evaluate import save_predictions
 from toolkit.evaluation.labels import Classes
-from toolkit.evaluation.likelihood import option_query
+from toolkit.evaluation.likelihood import OptionQuery, option_query
 from toolkit.evaluation.outputs import with_shots
 from toolkit.evaluation.scoring import label_of
 from toolkit.evaluation.table import table
@@ -27,6 +27,7 @@ from toolkit.inference.open_model import open_model
 from toolkit.runtime.distributed import require_one_process
 from toolkit.runtime.errors import DataError, FrostlineError, UsageError
 from toolkit.split.prefix import Prefix
+from toolkit.split.suffix import Suffix
 from toolkit.tasks.choose import load_task
 from toolkit.tasks.sample import ask
 
@@ -110,6 +111,36 @@ def test_options_that_differ_in_their_last_token_take_one_sequence(folder: Path)
     query = option_query(encoder, letters, "row 1")
     assert [len(example.spans) for example in query.examples] == [1]
     assert all(len(ids) == 1 for ids in query.options)
+
+
+def test_letters_are_scored_in_the_pass_over_the_right_answer(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {"question": f"Which is {at}?", "options": ["none", "some", "all"], "answer": "ABC"[at % 3]} for at in range(6)
+    ]
+    path = tmp_path / "letters.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    passed = Counter[str]()
+    head_input = Suffix._head_input
+
+    def counted(self: Suffix, hidden: Any, batch: Any, *more: Any) -> Any:
+        passed["rows"] += len(batch.examples)
+        return head_input(self, hidden, batch, *more)
+
+    monkeypatch.setattr(Suffix, "_head_input", counted)
+    found = []
+    for is_apart in (False, True):
+        if is_apart:
+            monkeypatch.setattr(OptionQuery, "is_scored_by", lambda *_: False)
+        passed.clear()
+        compared = toolkit.evaluate(folder / "model", path, task="choice", batch_size=4)
+        found.append(
+            (passed["rows"], {name: m.value for name, m in scores_of(compared, str(folder / "model")).items()})
+        )
+    (once, together), (twice, apart) = found
+    assert twice - once == len(rows)
+    assert together == pytest.approx(apart, abs=1e-5, nan_ok=True)
 
 
 def test_an_option_that_begins_another_is_told_by_its_end(folder: Path) -> None:
