@@ -24,7 +24,7 @@ from toolkit.data.batches import collate
 from toolkit.data.examples import Example
 from toolkit.data.rows import Rows
 from toolkit.mask.layer_mask import LayerMask
-from toolkit.models.bundled import cache_root
+from toolkit.runtime.cache_root import cache_root
 from toolkit.models.float32_gradients import has_float32_forward
 from toolkit.models.identity import config_values, module_classes, remote_code
 from toolkit.models.load import LoadedModel
