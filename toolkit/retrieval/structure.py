@@ -94,7 +94,7 @@ class _Cutter:
         if (article := _ARTICLE.match(text)) and not _REFERENCE.match(text):
             number = article[1] + (f"-{article[2]}" if article[2] else "")
             self._article = f"{self._before}/{number}" if self._before else number
-            self._title = re.sub(r"\s+", "", article[0])
+            self._title = f"제{article[1]}조" + (f"의{article[2]}" if article[2] else "") + (article[3] or "")
             return Unit(self._article, self._place(self._title), line.page), text[article.end() :].strip()
         if part := _PART.match(text):
             self._article = ""
