@@ -70,6 +70,8 @@ class _Cutter:
         units = [Unit("0", "")]
         for line in lines:
             unit, rest = self._head(line)
+            if unit is None and line.page and rest and not self._article and units[-1].page != line.page:
+                unit = Unit(f"p{line.page}", self._place(f"p. {line.page}"), line.page)  # a PDF has no headings
             if unit is not None:
                 units.append(unit)
             if rest and self._article and (clause := _CLAUSE.match(rest)):
