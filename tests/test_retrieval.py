@@ -344,3 +344,14 @@ def test_a_corpus_is_read_once(documents: Path, monkeypatch: pytest.MonkeyPatch,
     assert Retriever(Corpus.open(str(documents))).search("보고", 3) == first
     assert len(read) == 5
     assert len(Retriever(Corpus.open(str(documents)), is_dense=True).search("보고", 3)) == 3
+
+
+def test_purge_removes_what_retrieval_keeps(documents: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from toolkit.commands import cache
+
+    monkeypatch.setenv("FROSTLINE_CACHE", str(tmp_path / "cache"))
+    Retriever(Corpus.open(str(documents)), is_dense=True).search("보고", 3)
+    kept = tmp_path / "cache" / "retrieval"
+    assert {path.suffix for path in kept.iterdir()} == {".bm25", ".json", ".npy", ".lock"}
+    assert cache.main(["purge", "--kind", "retrieval"]) == 0
+    assert list(kept.iterdir()) == []
