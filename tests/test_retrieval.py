@@ -59,7 +59,7 @@ def test_rules_are_cut_at_articles_and_paragraphs_but_not_at_references() -> Non
 
 
 def test_a_long_paragraph_is_cut_at_its_items_after_the_words_that_lead_to_them() -> None:
-    items = [f"{number}. {'긴 조건이 이어진다 ' * 20}" for number in (1, 2)] + ["2의2. 짧은 조건"]
+    items = [f"{number}. {'긴 조건이 이어진다 ' * 40}" for number in (1, 2)] + ["2의2. 짧은 조건"]
     parts = cut(lines_of("\n".join(["제30조(기준) ① 다음과 같다.", *items])))
     assert [part.key for part in parts] == ["30.1.1", "30.1.2", "30.1.2-2"]
     assert parts[-1].text == "① 다음과 같다.\n2의2. 짧은 조건"
@@ -206,7 +206,7 @@ def test_the_index_gives_what_bm25s_gives_for_the_same_terms() -> None:
     for query in ("이상사례를 보고하는 기한", "serious AE, 24 hours", "AST가 올랐다"):
         numbers, scores = other.retrieve(terms_of([query]), k=3, show_progress=False)
         expected = [(int(n), float(s)) for n, s in zip(numbers[0], scores[0], strict=True) if s > 0]
-        assert index.search(query, 3) == pytest.approx(expected)
+        assert index.search(query, 3) == expected
     assert index.search("동의서를", 3)[0][0] == 1  # whatever the particle
     assert index.search("없는 낱말", 3) == []
     assert len(index) == 5
