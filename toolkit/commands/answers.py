@@ -16,6 +16,7 @@ from toolkit.clinical.verification import Check, find_check
 from toolkit.commands.conversation import converse
 from toolkit.data.model_limits import position_limit
 from toolkit.data.questions import Question, Questions, from_prompt
+from toolkit.data.retrieval import dictionary_of
 from toolkit.data.sources import ReadOptions, Source, iter_rows
 from toolkit.engine.deepspeed.inference import PartitionedModel
 from toolkit.inference.answer_file import AnswerFile
@@ -88,13 +89,14 @@ def answer_rows(arguments: argparse.Namespace, world: World) -> None:
     with _answer_file(arguments, world) as file:
         if file is not None:
             _require_all_rows_fit(arguments, source)
+        data, rendering = data_settings(arguments.source, arguments.input)
         questions = Questions(
-            lambda: iter_rows(source), *data_settings(arguments.source, arguments.input), arguments.limit,
+            lambda: iter_rows(source), data, rendering, arguments.limit,
             arguments.on_bad_row == "skip", arguments.answer_column if arguments.output else None,
         )  # fmt: skip
         if file is not None:
             file.require_same(questions)
-        check = _check_of(arguments, questions, None)
+        check = _check_of(arguments, questions, dictionary_of(data) if arguments.verify else None)
         done: frozenset[int] = world.on_main(lambda: frozenset() if file is None else file.rows)
         answerer = make_answerer(_open_model(arguments, world), arguments, world)
         try:
