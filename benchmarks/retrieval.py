@@ -5,8 +5,8 @@
 The passages are those of examples/data/corpus, and made-up rules, each a combination of who, what, when and how, until
 there are as many as asked. Two sets of queries: the notes of the sample cases, whose passages are those that their
 documents cite; and made-up questions, each on one made-up rule, with other particles and endings and without one part.
-Made-up rules are alike, so their recall says how methods compare and nothing of real texts. Times are of one process
-after a first query; the index is built once and then opened.
+Made-up rules are alike, so their recall says how methods compare and nothing of real texts. Times are those of
+the processor, in one process after a first query; the index is built once and then opened.
 """
 
 from __future__ import annotations
@@ -91,9 +91,9 @@ def compare(count: int, questions: int) -> list[str]:
         built, opened[name] = _timed(open_method)
         again, search = _timed(open_method)
         search("처음", _TOP)
-        began = time.perf_counter()
+        began = time.process_time()
         found = [recall(search, queries) for queries in (cases, made_up)]
-        each = (time.perf_counter() - began) / (len(cases) + len(made_up)) * 1000
+        each = (time.process_time() - began) / (len(cases) + len(made_up)) * 1000
         lines.append(f"| {name} | {found[0]:.3f} | {found[1]:.3f} | {each:.2f} | {built:.1f} | {again:.2f} |")
     return lines
 
@@ -171,9 +171,9 @@ def _cases(numbers: dict[str, int]) -> list[tuple[str, set[int]]]:
 
 
 def _timed(action: Callable[[], Search]) -> tuple[float, Search]:
-    began = time.perf_counter()
+    began = time.process_time()
     result = action()
-    return time.perf_counter() - began, result
+    return time.process_time() - began, result
 
 
 if __name__ == "__main__":

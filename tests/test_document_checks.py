@@ -203,3 +203,17 @@ def test_a_document_is_written_with_sources_marks_and_its_use() -> None:
     marked = [run.text for paragraph in paragraphs for run in paragraph.runs if run.font.highlight_color]
     assert marked == ["체온은 39.1도였다 [2].", "근거 없음."]
     assert "[2] P:A/1: 규정 제1조 (2026-01-01 ~): 보고한다." in [paragraph.text for paragraph in paragraphs]
+
+
+def test_evaluation_scores_citations_and_verified_sentences() -> None:
+    from toolkit.data.row_samples import RowSample
+    from toolkit.evaluation.documents import metrics_of_documents
+    from toolkit.tasks.choose import load_task
+
+    task = load_task("grounded_document")
+    samples = [RowSample(row["USUBJID"], task.read(row), task, values=row) for row in rows()[:2]]
+    right = {one.name: one.value for one in metrics_of_documents(samples, [row["DOCUMENT"] for row in rows()[:2]])}
+    assert right == {"citation_precision": 1, "citation_recall": 1, "verified": 1}
+    wrong = {one.name: one.value for one in metrics_of_documents(samples, ["열은 41.7도였다 [NOTE]. 괜찮다.", ""])}
+    cited = sum(len(citations(row["DOCUMENT"])) for row in rows()[:2])
+    assert wrong == {"citation_precision": 1, "citation_recall": 1 / cited, "verified": 1 / 3}
