@@ -12,6 +12,8 @@ LAYERS = [
     {"runtime"},
     {"config"},
     {"tasks", "slurm", "metrics"},
+    {"retrieval"},
+    {"clinical"},
     {"models"},
     {"mask"},
     {"data"},

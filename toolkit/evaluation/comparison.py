@@ -16,6 +16,7 @@ from toolkit.checkpoint.run_directory import fold_runs
 from toolkit.data.examples import Encoder
 from toolkit.data.sources import Source
 from toolkit.evaluation.contamination import public_sources
+from toolkit.evaluation.events import retrieval_note
 from toolkit.evaluation.outputs import Asked, Outputs, fitting_shots
 from toolkit.evaluation.rows import EvaluatedRows, Part
 from toolkit.evaluation.running import Runner
@@ -75,6 +76,8 @@ class Comparison:
     """Scores of the models in their order, then of trivial answers."""
     public_sources: tuple[str, ...] = ()
     """Public sources of the rows, as far as they are known."""
+    retrieval: str | None = None
+    """What the retrieval of a dictionary's terms finds of those of the rows, as a sentence; None without one."""
     drift: Comparison | None = None
     """How far the models moved from their base, on everyday prompts; None if not asked for. Loss and step are those of
     the base there."""
@@ -234,6 +237,7 @@ def _compare(
         loss.value, first.metrics["perplexity"].value, int(loss.statistics[:, 1].sum()), first.step, len(rows.rows),
         rows.data, rows.held_out, resampling.units(len(rows.rows)), scorer.answered, rows.rows[0].task.name,
         scorer.primary, against, judge(entries, against, scorer.primary, resampling), public_sources(rows.rows),
+        retrieval_note(rows),
     )  # fmt: skip
 
 

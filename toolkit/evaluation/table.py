@@ -73,6 +73,8 @@ def _notes(comparison: Comparison) -> Iterator[str]:
         )
     if comparison.contamination is not None:
         yield comparison.contamination
+    if comparison.retrieval is not None:
+        yield comparison.retrieval
 
 
 def interval(low: float, high: float) -> str:

@@ -23,6 +23,9 @@ Kind = Literal["text", "raw", "texts", "messages", "pairs", "options", "choice",
 """How a column is read: a text; a text with the blanks around it; a list of texts; a conversation; pairs of earlier
 questions and answers; the options of a question; the answer that is one of them; anything, as the templates use it."""
 
+Verify = Literal["sdtm_ae", "grounded_document"]
+"""Names of the checks of ``toolkit.clinical.verification.CHECKS``."""
+
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
@@ -132,6 +135,8 @@ class TaskSpec(Section):
     exact_match for JSON, loss for text. The others are corrected for their number."""
     public_source: str | None = None
     """Public texts that the rows come from, such as PubMed: a base model may have seen them, which evaluation says."""
+    verify: Verify | None = None
+    """Name of the check that generated answers go through (``toolkit.clinical.verification.CHECKS``)."""
     train_on: Literal["all", "last"] = "all"
     """Answers of a conversation that are learned; data.train_on overrides it."""
     tags: TagsSpec = TagsSpec()
