@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
-from toolkit.tasks.columns import MISSING, check_inside, find, find_each, is_there, loose, nearest, top_names
+from toolkit.tasks.columns import MISSING, find, find_each, is_there, loose, nearest, top_names
 from toolkit.tasks.conversation import conversation_of, messages_in, whole_turns
-from toolkit.tasks.kinds import empty_value, first_value, read_kind, shown_path
+from toolkit.tasks.kinds import check_found, empty_value, first_value, read_kind, shown_path
 from toolkit.tasks.messages import read_messages
 from toolkit.tasks.output import check_answer, labels_of, schema_of
 from toolkit.tasks.row_values import LETTERS, Reading, RowValues, choose, is_missing, unprinted, without_gaps
@@ -260,8 +260,7 @@ class Task:
         path, value = first_value(values, column)
         if value is MISSING and not column.may_be_missing:
             raise self._no_column(values, name)
-        if value is MISSING and column.kind == "texts":
-            check_inside(values, column.path)
+        check_found(values, column, path, value, self.spec.leaks if name in self._asked else ())
         if value is not MISSING and column.kind == "options" and "," in path:
             value = without_gaps(find_each(values, path))
         is_blank = column.kind == "text" and isinstance(value, str) and not value.strip()

@@ -17,6 +17,7 @@ from toolkit.runtime.errors import ConfigError, DataError
 from toolkit.runtime.paths import read_regular
 from toolkit.runtime.shipped import find_file
 from toolkit.tasks.columns import nearest
+from toolkit.tasks.leaks import require_no_leak
 from toolkit.tasks.templates import ENVIRONMENT, OWN_VARIABLES
 
 Kind = Literal["text", "raw", "texts", "messages", "pairs", "options", "choice", "any"]
@@ -132,6 +133,8 @@ class TaskSpec(Section):
     exact_match for JSON, loss for text. The others are corrected for their number."""
     public_source: str | None = None
     """Public texts that the rows come from, such as PubMed: a base model may have seen them, which evaluation says."""
+    leaks: list[str] = Field(default=[])
+    """Columns of the rows that give the outcome away; what is asked may not use them (``toolkit.tasks.leaks``)."""
     train_on: Literal["all", "last"] = "all"
     """Answers of a conversation that are learned; data.train_on overrides it."""
     tags: TagsSpec = TagsSpec()
@@ -157,6 +160,7 @@ class TaskSpec(Section):
                 raise ValueError(f"{key} is {name}, of kind {self.columns[name].kind}; expected kind {kinds[key]}")
         for name, source in self.templates():
             _check_template(name, source, self.columns)
+        require_no_leak({name: column.path for name, column in self.columns.items()}, self._askers(), self.leaks)
         return self
 
     def templates(self) -> list[tuple[str, str]]:
@@ -164,6 +168,14 @@ class TaskSpec(Section):
         named = [(key, getattr(self, key)) for key in ("text", "system", "prompt", "target")]
         named += [(f"turns.{number}.content", turn.content) for number, turn in enumerate(self.turns or ())]
         return [(key, source) for key, source in named if source is not None]
+
+    def _askers(self) -> dict[str, set[str]]:
+        """Return the columns that each part of the question uses, by that part's key."""
+        answer = "target" if self.turns is None else f"turns.{len(self.turns) - 1}.content"
+        users = {key: used_variables(source) for key, source in self.templates() if key != answer}
+        keys = ("conversation", "history", "tools", "message_tools", "cut")
+        users |= {key: {getattr(self, key)} for key in keys if getattr(self, key) is not None}
+        return users | {"the list of options": {name for name, one in self.columns.items() if one.kind == "options"}}
 
     @property
     def all_turns(self) -> tuple[TurnSpec, ...]:
