@@ -207,7 +207,11 @@ class Scorer:
 
 
 def label_of(answer: str, row: RowSample, classes: np.ndarray) -> int:
-    """Return the class of the option that an answer is, but for case, blanks and a full stop; -1 if it is none."""
+    """Return the class of the option that an answer is, but for case, blanks and a full stop; -1 if it is none.
+
+    Of answers that go on after their option, as with a reason, the first line counts.
+    """
+    answer = answer.strip().partition("\n")[0] if row.sample.explained else answer
     if answer in row.sample.options:
         return int(classes[row.sample.options.index(answer)])
     options = [_folded(option) for option in row.sample.options]
