@@ -15,6 +15,7 @@ Kind = Literal["text", "raw", "texts", "messages", "pairs", "options", "choice",
 """How a column is read: a text; a text with the blanks around it; a list of texts; a conversation; pairs of earlier
 questions and answers; the options of a question; the answer that is one of them; anything, as the templates use it."""
 
+
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -38,21 +39,19 @@ class ColumnSpec(Section):
     optional: bool = False
     """True if rows may lack it."""
 
-    @model_validator(mode="after")
-    def _read_default(self) -> ColumnSpec:
+    @model_validator(mode="before")
+    @classmethod
+    def _read_default(cls, values: Any) -> Any:
         """Take the content of ``default_file`` as the default."""
-        if self.default_file is not None and self.default is None:
-            if self.kind not in ("text", "raw"):
-                raise ValueError(f"default_file goes with kind text or raw; this column is of kind {self.kind}")
-            try:
-                self.default = read_regular(Path(find_file(self.default_file)), 2**24).strip()
-            except (OSError, ValueError) as error:
-                raise ValueError(f"default_file is {self.default_file}, which cannot be read ({error})") from None
-        return self
+        if not isinstance(values, dict) or values.get("default_file") is None or "default" in values:
+            return values
+        file = values["default_file"]
+        try:
+            return {**values, "default": read_regular(Path(find_file(str(file))), 2**24).strip()}
+        except (OSError, ValueError) as error:
+            raise ValueError(f"default_file is {file}, which cannot be read ({error})") from None
 
     @property
     def may_be_missing(self) -> bool:
         """Return whether a row without it is a good one."""
-        return self.optional or not {"default", "default_file"}.isdisjoint(self.model_fields_set)
-
-
+        return self.optional or "default" in self.model_fields_set
