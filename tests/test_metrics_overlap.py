@@ -96,4 +96,4 @@ def test_a_bleu_tokenizer_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPa
 def test_morphemes_without_kiwi_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "kiwipiepy", None)
     with pytest.raises(UsageError, match="pip install kiwipiepy"):
-        module._kiwi.__wrapped__()
+        module.kiwi.__wrapped__()

@@ -24,11 +24,11 @@ from toolkit.data.batches import collate
 from toolkit.data.examples import Example
 from toolkit.data.rows import Rows
 from toolkit.mask.layer_mask import LayerMask
-from toolkit.models.bundled import cache_root
 from toolkit.models.float32_gradients import has_float32_forward
 from toolkit.models.identity import config_values, module_classes, remote_code
 from toolkit.models.load import LoadedModel
 from toolkit.models.weight_fingerprint import fingerprint_of
+from toolkit.runtime.cache_root import cache_root
 from toolkit.runtime.distributed import World
 from toolkit.runtime.paths import replace_text, sources_hash
 from toolkit.split.prefix import Prefix

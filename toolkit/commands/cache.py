@@ -66,7 +66,7 @@ class KeptEntry:
 
 def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     """Parse the command line, list or purge, and return the exit code; see ``cli.verb_parser`` for ``program``."""
-    from toolkit.models.bundled import cache_root
+    from toolkit.runtime.cache_root import cache_root
 
     arguments = _parse(words, program)
     entries = [

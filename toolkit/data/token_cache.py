@@ -27,8 +27,8 @@ from toolkit.data.sources import Row
 from toolkit.data.token_file import DamagedStoreError, StoreWriter
 from toolkit.data.token_store import TokenStore, map_store
 from toolkit.data.tokenising import Encoding, encode_all, source_columns
-from toolkit.models.bundled import cache_root
 from toolkit.runtime import signals
+from toolkit.runtime.cache_root import cache_root
 from toolkit.runtime.errors import DiskError
 from toolkit.runtime.file_lock import FileLock
 from toolkit.runtime.paths import replace_text, sync_directory

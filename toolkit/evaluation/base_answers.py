@@ -12,10 +12,10 @@ from typing import Any
 from toolkit.data.examples import Encoder
 from toolkit.evaluation.outputs import Asked, generate_answers
 from toolkit.inference.open_model import OpenedModel
-from toolkit.models.bundled import cache_root
 from toolkit.models.float32_gradients import use_faster_forward
 from toolkit.models.identity import config_values, module_classes, remote_code
 from toolkit.models.weight_fingerprint import fingerprint
+from toolkit.runtime.cache_root import cache_root
 from toolkit.runtime.distributed import World
 from toolkit.runtime.paths import replace_text
 from toolkit.runtime.privacy import make_directory

@@ -53,13 +53,17 @@ def morphemes(text: str) -> list[str]:
     Raises:
         UsageError: kiwipiepy is not installed.
     """
-    tokens = _kiwi().tokenize(unicodedata.normalize("NFC", text).casefold())
+    tokens = kiwi().tokenize(unicodedata.normalize("NFC", text).casefold())
     return [token.form for token in tokens if not token.tag.startswith("S") or token.tag in ("SL", "SN", "SH")]
 
 
 @cache
-def _kiwi() -> Any:
-    """Load Kiwi and its model once, which takes about a second."""
+def kiwi() -> Any:
+    """Load Kiwi and its model once, which takes about a second.
+
+    Raises:
+        UsageError: kiwipiepy is not installed.
+    """
     try:
         from kiwipiepy import Kiwi
     except ImportError:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-import os
 import re
 import shutil
 import stat
@@ -18,10 +17,11 @@ from functools import cache
 from pathlib import Path
 
 from toolkit.runtime import signals
+from toolkit.runtime.cache_root import cache_root
 from toolkit.runtime.errors import ModelError
 from toolkit.runtime.file_lock import NO_LOCK_ERRORS, FileLock
 from toolkit.runtime.paths import sync_directory, sync_file
-from toolkit.runtime.privacy import make_directory, private_temporary_directory
+from toolkit.runtime.privacy import make_directory
 
 log = logging.getLogger("frostline")
 
@@ -34,21 +34,6 @@ _SHA256 = "27ba5a2de1adeebb4ee608fe1e1b49b37a5ba8261c1e962fa7a202ead53d50bd"
 """Of the converted tensors, see ``toolkit.models.weight_fingerprint``."""
 _MOST_SECONDS = 900.0
 """Longest wait for another process that converts it."""
-
-
-def cache_root() -> Path:
-    """Return the cache directory: $FROSTLINE_CACHE, else $XDG_CACHE_HOME/frostline, else ~/.cache/frostline.
-
-    Where no home directory is known, as for a user without an entry in passwd, it is one of this user's in $TMPDIR.
-    """
-    if configured := os.environ.get("FROSTLINE_CACHE"):
-        return Path(configured)
-    if configured := os.environ.get("XDG_CACHE_HOME"):
-        return Path(configured) / "frostline"
-    try:
-        return Path.home() / ".cache" / "frostline"
-    except RuntimeError:
-        return private_temporary_directory() / "frostline"
 
 
 def bundled_directory(name: str) -> Path:

@@ -16,8 +16,8 @@ from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 
 from toolkit.models.anatomy import Anatomy
-from toolkit.models.bundled import cache_root
 from toolkit.models.weight_files import open_weights
+from toolkit.runtime.cache_root import cache_root
 from toolkit.runtime.errors import ModelError
 from toolkit.runtime.safetensors_io import SafetensorsFile, write_safetensors
 

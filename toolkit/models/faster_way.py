@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from toolkit.models.bundled import cache_root
+from toolkit.runtime.cache_root import cache_root
 from toolkit.runtime.paths import replace_text
 
 LEAST_SPEEDUP = 1.2

@@ -16,7 +16,7 @@ from toolkit.config.schema import ModelConfig
 from toolkit.models.added_tokens import add_token_rows, add_tokens, token_ids, write_tokens
 from toolkit.models.anatomy import Anatomy
 from toolkit.models.anatomy_detection import detect_anatomy
-from toolkit.models.bundled import bundled_directory, cache_root
+from toolkit.models.bundled import bundled_directory
 from toolkit.models.checkpoint_contents import check_contents
 from toolkit.models.directory import IS_ADAPTER, check_directory
 from toolkit.models.disk_offload import OnDisk, detach_offloaded, device_map, silence_accelerate
@@ -27,6 +27,7 @@ from toolkit.models.source_files import SourceFiles, config_levels
 from toolkit.models.storage_format import StorageFormat
 from toolkit.models.weight_files import StoredTensors, WeightComparison
 from toolkit.runtime import hub
+from toolkit.runtime.cache_root import cache_root
 from toolkit.runtime.errors import FrostlineError, ModelError
 from toolkit.runtime.out_of_memory import is_out_of_memory
 from toolkit.runtime.paths import is_directory
