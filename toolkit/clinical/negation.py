@@ -1,6 +1,6 @@
 """Tell whether words of a report are denied in it: ``no chest pain``, ``가슴 통증은 없어요``.
 
-Only forms of a short list count as a denial, and only next to the words, because what is taken for denied is looked at
+Only forms of a short list count as a denial, and only next to the words, because what is denied is looked at
 no further: "no relief from chest pain" and "흉통, 식욕 없음" deny no pain. A comma carries a denial on where ``or`` ends
 the list, and never in Korean. History ("last year"), other people, conditions ("if I get") and irony are not told apart
 from what is so.

@@ -110,7 +110,9 @@ def check_answer(answer: str, row: Mapping[str, Any]) -> list[Violation]:
     if not quotes:
         found.append(Violation(None, "reason", "TR04", reason.strip()[:60], "expected words of the report in “ ”"))
     wrong = [quote for quote in quotes if not quote.strip() or quote not in report]
-    return found + [Violation(None, "reason", "TR03", quote, "expected words as the report has them") for quote in wrong]
+    return found + [
+        Violation(None, "reason", "TR03", quote, "expected words as the report has them") for quote in wrong
+    ]
 
 
 def _shown(flag: RedFlag) -> dict[str, Any]:

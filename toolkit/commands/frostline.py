@@ -17,6 +17,7 @@ VERBS = {
     "evaluate": "print the validation loss of a run, an export, a delta or any model",
     "rate": "have people compare two models' answers: blinded sheets, and what they show",
     "generate": "answer questions",
+    "triage": "decide on patients' reports, or assess adverse event notes; for research, not for care",
     "report": "write a run's report as one HTML file: result, curves, answers, cost, methods",
     "export": "write a model directory for transformers, or a delta",
     "submit": "train as a SLURM job",

@@ -14,6 +14,7 @@ from toolkit.data.sources import Row
 from toolkit.runtime.errors import DataError
 from toolkit.tasks.choose import AUTO, MOST_ROWS, task_for_questions
 from toolkit.tasks.sample import RowFaultError, Sample
+from toolkit.tasks.task import Task
 
 log = logging.getLogger("frostline")
 
@@ -86,6 +87,11 @@ class Questions(Iterable[Question]):
             )
         self._bad = set[int]()
         self._count = self._check(chain(first, rows))
+
+    @property
+    def task(self) -> Task:
+        """Return the task by which they are read."""
+        return self._task
 
     def __len__(self) -> int:
         """Return the number of questions."""
