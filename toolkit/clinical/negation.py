@@ -1,9 +1,9 @@
 """Tell whether words of a report are denied in it: ``no chest pain``, ``가슴 통증은 없어요``.
 
-Only forms of a short list count as a denial, and only next to the words, because what is denied is looked at
-no further: "no relief from chest pain" and "흉통, 식욕 없음" deny no pain. A comma carries a denial on where ``or`` ends
-the list, and never in Korean. History ("last year"), other people, conditions ("if I get") and irony are not told apart
-from what is so.
+Only forms of a short list count as a denial, and only next to the words, because what is denied is looked at no
+further: "no relief from chest pain" and "흉통, 식욕 없음" deny no pain. A comma carries a denial on where ``or`` ends
+the list, and never in Korean. History ("last year"), other people, conditions ("if I get") and irony are not told
+apart from what is so.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _AFTER = re.compile(r"^\s*(?:[:?=–-]|is|was)\s*(?:no\b|none\b|absent|negative|
 
 _KOREAN_FILLERS = (
     r"(?:\s|[:?=()–-]|전혀|아직|지금|현재|오늘|특별히|따로|별로|다|모두|둘|그런|같은|것|거|건|게|증상|증세|소견|느낌|적|일|정도"
-    r"|이나|나|은|는|이|가|도|을|를|의|지|진|한|픈|프지|차지)*"
+    r"|이나|나|은|는|이|가|도|을|를|의|지|진|한|픈|프지|차지|다는|다거나|생각|마음)*"
 )
 _KOREAN_ITEMS = (
     rf"(?:{_KOREAN_FILLERS}(?:이나|나|과|와|하고|이랑|랑|도|및|또는|·|/)\s*[가-힣A-Za-z]{{1,8}}(?:\s[가-힣]{{1,6}})?)*"

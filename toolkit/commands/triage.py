@@ -66,11 +66,8 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         arguments.source, arguments.step, arguments.base, arguments.trust_remote_code, arguments.dtype
     )  # fmt: skip
     asked = list(questions)
-    if kind == "triage":
-        columns = _decide(arguments, opened, asked, least, rules)
-    else:
-        columns = _assess(arguments, opened, asked)
-    lines = (to_json({**_values(one), **own}, ensure_ascii=False) for one, own in zip(asked, columns, strict=True))
+    decided = _decide(arguments, opened, asked, least, rules) if kind == "triage" else _assess(arguments, opened, asked)
+    lines = (to_json({**_values(one), **own}, ensure_ascii=False) for one, own in zip(asked, decided, strict=True))
     replace_text(arguments.output, "".join(f"{line}\n" for line in lines))
     print(arguments.output)
     return 0

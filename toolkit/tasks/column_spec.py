@@ -35,7 +35,7 @@ class ColumnSpec(Section):
     default: Any = None
     """Value where a row has none. A column with ``optional: true`` and no default is then empty."""
     default_file: str | None = None
-    """Text file whose content is the value where a row has none, such as a reference text that all rows share."""
+    """Text file whose content is the default, such as a reference text that all rows share."""
     optional: bool = False
     """True if rows may lack it."""
 
@@ -43,7 +43,7 @@ class ColumnSpec(Section):
     @classmethod
     def _read_default(cls, values: Any) -> Any:
         """Take the content of ``default_file`` as the default."""
-        if not isinstance(values, dict) or values.get("default_file") is None or "default" in values:
+        if not isinstance(values, dict) or values.get("default_file") is None:
             return values
         file = values["default_file"]
         try:
