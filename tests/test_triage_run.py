@@ -24,7 +24,7 @@ PLANTED = {
     "contact": {"phones": [1048217736, "010.4821.7736"], "card": "4000-0000-0000-0002"},
 }
 SECRETS = ("4821", "7736", "min.seo", "clinic.example", "900417", "2184736", "0000-0002", "1048217736")
-PATTERN = r"SNU-\d{4}"
+PATTERN = "SNU-[0-9]{4}"
 
 
 @pytest.fixture(scope="module")

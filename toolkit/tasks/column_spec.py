@@ -47,7 +47,7 @@ class ColumnSpec(Section):
             return values
         file = values["default_file"]
         try:
-            return {**values, "default": read_regular(Path(find_file(str(file))), 2**24).strip()}
+            return {**values, "default": read_regular(Path(find_file(str(file))), 2**24).removeprefix("\ufeff").strip()}
         except (OSError, ValueError) as error:
             raise ValueError(f"default_file is {file}, which cannot be read ({error})") from None
 
