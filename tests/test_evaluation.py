@@ -76,7 +76,10 @@ def test_the_first_run_gives_the_rows_and_its_own_loss(folder: Path, compared: t
     assert (compared.rows, compared.held_out, compared.against, compared.primary) == (20, True, "base", "accuracy")
     names = [model.name for model in compared.models]
     assert names[:3] == ["base", str(folder / "run"), "base, prior-corrected"]
-    assert names[3:] == ["majority class of the training rows", "class prior of the training rows"]
+    assert names[3:] == [
+        "majority class of the training rows", "class prior of the training rows",
+        "TF-IDF + logistic regression of the training rows",
+    ]  # fmt: skip
     assert scores_of(compared, "base")["loss"].value > compared.loss
 
 

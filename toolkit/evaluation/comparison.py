@@ -23,6 +23,8 @@ from toolkit.evaluation.running import Runner
 from toolkit.evaluation.scoring import Scorer
 from toolkit.evaluation.sources import BASE, ModelName, OpenOptions
 from toolkit.evaluation.verdicts import Entry, ModelScores, Resampling, judge
+from toolkit.evaluation.worst_cases import WorstCase
+from toolkit.metrics.abstention import CoveragePoint
 from toolkit.runtime.errors import DataError, UsageError
 from toolkit.tasks.sample import Sample
 
@@ -83,6 +85,10 @@ class Comparison:
     the base there."""
     forgetting: Comparison | None = None
     """Scores on labelled items of another ability; None if not asked for."""
+    worst: Mapping[str, tuple[WorstCase, ...]] = field(default_factory=dict)
+    """Of labels in an order: the rows furthest below and above their class, by the model's name."""
+    abstention: Mapping[str, tuple[CoveragePoint, ...]] = field(default_factory=dict)
+    """Of labels in an order: what abstaining below a confidence gives, by the model's name."""
     predictions: Mapping[str, Mapping[str, str]] = field(default_factory=dict, repr=False)
     """Of questions with options: the likeliest one by the row's id, by the model's name."""
     answered_rows: tuple[AnsweredRow, ...] = field(default=(), repr=False)
@@ -164,7 +170,12 @@ def compare_models(
     comparison = _compare([*entries, *more], own, against, rows, scorer, seed)
     outputs = {name.text: found[name].outputs for name in names}
     predictions = {name: scorer.predictions(of) for name, of in outputs.items()} if scorer.classes is not None else {}
-    return replace(comparison, predictions=predictions, answered_rows=_answered(scorer, outputs))
+    far = {name: scorer.furthest_off(of) for name, of in outputs.items()}
+    return replace(
+        comparison, predictions=predictions, answered_rows=_answered(scorer, outputs),
+        worst={name: worst for name, (worst, _) in far.items() if worst},
+        abstention={name: curve for name, (_, curve) in far.items() if curve},
+    )  # fmt: skip
 
 
 def _answered(scorer: Scorer, outputs: Mapping[str, Outputs]) -> tuple[AnsweredRow, ...]:

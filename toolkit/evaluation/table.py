@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from toolkit.evaluation.verdicts import is_detail
+from toolkit.evaluation.worst_cases import lines
 
 if TYPE_CHECKING:
     from toolkit.evaluation.comparison import Comparison
@@ -75,6 +76,7 @@ def _notes(comparison: Comparison) -> Iterator[str]:
         yield comparison.contamination
     if comparison.retrieval is not None:
         yield comparison.retrieval
+    yield from lines(comparison.worst, comparison.abstention)
 
 
 def interval(low: float, high: float) -> str:

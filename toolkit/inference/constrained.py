@@ -46,16 +46,19 @@ class Constraint(Protocol):
 class OneOfOptions:
     """Allows the tokens by which each option follows its prompt in training, then those that end an answer.
 
-    They are the tokens that the likelihood of an option is taken of. Needs no library, nor a fast tokenizer.
+    They are the tokens that the likelihood of an option is taken of. Needs no library, nor a fast tokenizer. Where
+    answers are ``explained``, anything may follow an option.
     """
 
-    def __init__(self, options: Sequence[tuple[int, ...]], stop_ids: Sequence[int]) -> None:
-        self._options, self._stop_ids = options, stop_ids
+    def __init__(self, options: Sequence[tuple[int, ...]], stop_ids: Sequence[int], explained: bool = False) -> None:
+        self._options, self._stop_ids, self._explained = options, stop_ids, explained
         self._taken: tuple[int, ...] = ()
 
     def allowed(self, vocabulary: int) -> torch.Tensor:
         """Return which tokens may come next: [vocabulary] bool."""
         at = len(self._taken)
+        if self._explained and any(self._taken[: len(ids)] == ids for ids in self._options):
+            return torch.ones(vocabulary, dtype=torch.bool)
         following = {ids[at] for ids in self._options if len(ids) > at and ids[:at] == self._taken}
         mask = torch.zeros(vocabulary, dtype=torch.bool)
         mask[sorted(following or self._stop_ids)] = True
@@ -133,7 +136,7 @@ class Constraints:
         require_format(sample)
         if sample.options:
             _, options = self._encoder.encode_answers(sample, sample.options)
-            return OneOfOptions(options, self._encoder.stop_ids())
+            return OneOfOptions(options, self._encoder.stop_ids(), sample.explained)
         assert sample.schema is not None
         self._tokenizer = self._tokenizer or self._read_tokenizer()
         return JsonBySchema(self._tokenizer, sample.schema, self._encoder.turns.before_answer)
