@@ -17,7 +17,7 @@ from toolkit.data.dataset import control_tokens_text
 from toolkit.data.examples import Encoder
 from toolkit.data.model_limits import padding_id, room_for_answer
 from toolkit.engine.deepspeed.inference import PartitionedModel
-from toolkit.inference.constrained import Constrained, Constraint, Constraints
+from toolkit.inference.constrained import Closing, Constrained, Constraint, Constraints
 from toolkit.inference.generation import complete_together, looks_back, pad_left
 from toolkit.inference.sampling import Sampling
 from toolkit.models.load import LoadedModel
@@ -179,6 +179,7 @@ class Answerer:
             prompt = self._encoder.prompt_ids(sample)
             constraint = self._constraints.of(sample) if self._constraints else None
             room = room_for_answer(prompt, self.loaded.model, self.max_new_tokens)
+            self._require_room(constraint, room)
         except (RowFaultError, DataError) as fault:
             between = " " if isinstance(fault, RowFaultError) else " has no answer: "
             raise QuestionError(f"question {row + 1}, {sample.question[:60]!r},{between}{fault}") from None
@@ -192,6 +193,19 @@ class Answerer:
         if room < self.max_new_tokens:
             self._say_once(logging.INFO, f"answers end where the model's {len(prompt) + room} positions do", "room")
         return _Prompt(prompt, constraint)
+
+    def _require_room(self, constraint: Constraint | None, room: int) -> None:
+        """Raise UsageError if ``max_new_tokens`` are fewer than an answer takes, DataError if the prompt leaves fewer."""
+        shortest = len((constraint and constraint.ending) or ())
+        if shortest > self.max_new_tokens:
+            raise UsageError(
+                f"the shortest answer that was found by the task's JSON schema takes {shortest} tokens, and "
+                f"--max-new-tokens is {self.max_new_tokens}; allow more, or require fewer fields"
+            )
+        if shortest > room:
+            raise DataError(
+                f"its prompt leaves {room} of the model's positions, and the shortest answer takes {shortest}"
+            )
 
     def _together(self, prompts: dict[int, _Prompt]) -> list[list[int]]:
         """Divide the rows into batches of prompts of about the same length, the longest first."""
@@ -231,6 +245,9 @@ class Answerer:
         if constrained is not None:
             processors.insert(0, constrained)
         most = max([self.max_new_tokens, *(constraint.longest for constraint in constraints)])  # an option is not cut
+        if constrained is not None:
+            room = min(room_for_answer(prompt.ids, self.loaded.model, most) for prompt in prompts.values())
+            processors.append(Closing(constrained, room))
         counted = count(1)
 
         def after_token(tokens: torch.Tensor) -> bool:
@@ -247,7 +264,7 @@ class Answerer:
                 most, processors, after_token, streamer,
             )  # fmt: skip
         if not all(constraint.is_whole for constraint in constraints):
-            cut = f"answers ended at {self.max_new_tokens} tokens, before their JSON did; --max-new-tokens allows more"
+            cut = f"answers ended at {self.max_new_tokens} tokens, before their JSON did: no way to end it was found"
             self._say_once(logging.WARNING, cut, "cut")
         opening = self._encoder.answer_opening
         return {row: opening + self._encoder.without_closing(text) for row, text in zip(prompts, texts, strict=True)}

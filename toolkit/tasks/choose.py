@@ -24,8 +24,8 @@ AUTO, DEFAULT = "auto", "long_answer"
 """What ``data.task`` is by default, and the task of questions without rows."""
 SHIPPED = ("messages", "sharegpt", "choice", "long_answer", "alpaca", "prompt_completion", "text")
 """Tasks that come with Frostline, in the order in which rows are tried against them."""
-BY_NAME = (*SHIPPED, "pubmedqa")
-"""All tasks that come with Frostline: also one that the columns of rows cannot tell."""
+BY_NAME = (*SHIPPED, "pubmedqa", "decision", "decision_reasoning_free")
+"""All tasks that come with Frostline: also those that the columns of rows cannot tell."""
 MOST_ROWS = 100
 """Rows whose columns are looked at to recognise a task."""
 
