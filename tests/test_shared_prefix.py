@@ -1,4 +1,4 @@
-"""Several runs over one base: it is loaded once, what prompts begin with alike is computed once, answers are the same."""
+"""Several runs over one base: it is loaded once, common tokens are computed once, and answers are the same."""
 
 from __future__ import annotations
 
