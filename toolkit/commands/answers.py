@@ -169,7 +169,7 @@ def open_answer_file(
         return
     names = ("dtype", "split", "name", "revision", "encoding", "separator", "sheet", "max_new_tokens", "temperature",
              "top_p", "seed", "constrain")  # fmt: skip
-    settings = {name: getattr(arguments, name) for name in names} | models()
+    settings = {**{name: getattr(arguments, name) for name in names}, **models()}
     settings |= {name: place(getattr(arguments, name)) for name in ("base", "input")}
     with AnswerFile(arguments.output, settings, arguments.answer_column, arguments.overwrite) as file:
         yield file
