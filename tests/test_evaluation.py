@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from helpers import ENGLISH, make_tiny_model, make_tokenizer, metrics, run_here, tiny_flags, tiny_llama, train
 
 import toolkit
@@ -26,6 +28,7 @@ from toolkit.evaluation.trivial import trivial_answers
 from toolkit.inference.open_model import open_model
 from toolkit.runtime.distributed import require_one_process
 from toolkit.runtime.errors import DataError, FrostlineError, UsageError
+from toolkit.runtime.privacy import private_files
 from toolkit.split.prefix import Prefix
 from toolkit.split.suffix import Suffix
 from toolkit.tasks.choose import load_task
@@ -187,6 +190,23 @@ def test_the_cache_of_a_recipe_that_has_none_is_not_used(folder: Path, tmp_path:
     assert train(*flags) == 0
     toolkit.evaluate(["base", tmp_path / "run"])
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_strangers_run_names_no_directory_to_write_to_and_shares_no_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, home = Path(shutil.copytree(folder / "run", tmp_path / "run")), tmp_path / "home"
+    (home / ".ssh").mkdir(parents=True)
+    monkeypatch.setenv("FROSTLINE_CACHE", str(home / "cache"))
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    config["prefix"] |= {"cache_dir": str(home / ".ssh"), "share": "group"}
+    (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    with private_files():
+        toolkit.evaluate(["base", run])
+    assert not list((home / ".ssh").iterdir())
+    kept = [path for path in (home / "cache").rglob("*") if path.suffix == ".safetensors"]
+    assert kept
+    assert not [path for path in (home / "cache").rglob("*") if path.stat().st_mode & 0o077]
 
 
 def test_a_loss_by_itself_has_an_interval_and_nothing_to_compare_with(folder: Path) -> None:
