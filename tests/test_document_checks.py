@@ -146,7 +146,8 @@ def test_a_fault_names_its_sentence_and_what_was_expected() -> None:
         "열이 있었다 [NOTE]. 체온은 39.1도였다 [NOTE]. 보고는 2026-04-10까지이다 [P:A/1] [NOTE_DATE].", row
     )
     assert [(fault.field, fault.rule, fault.value) for fault in faults] == [
-        ("sentence 2", "number", "39.1도"), ("sentence 3", "date", "2026-04-10"), ("sentence 3", "deadline", "2026-04-10"),
+        ("sentence 2", "number", "39.1도"), ("sentence 3", "date", "2026-04-10"),
+        ("sentence 3", "deadline", "2026-04-10"),
     ]  # fmt: skip
     assert "2026-04-09" in faults[-1].message
     assert check_answer("", row)[0].rule == "uncited"
