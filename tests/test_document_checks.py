@@ -146,7 +146,8 @@ def test_a_fault_names_its_sentence_and_what_was_expected() -> None:
         "열이 있었다 [NOTE]. 체온은 39.1도였다 [NOTE]. 보고는 2026-04-10까지이다 [P:A/1] [NOTE_DATE].", row
     )
     assert [(fault.field, fault.rule, fault.value) for fault in faults] == [
-        ("sentence 2", "number", "39.1도"), ("sentence 3", "date", "2026-04-10"), ("sentence 3", "deadline", "2026-04-10"),
+        ("sentence 2", "number", "39.1도"), ("sentence 3", "date", "2026-04-10"),
+        ("sentence 3", "deadline", "2026-04-10"),
     ]  # fmt: skip
     assert "2026-04-09" in faults[-1].message
     assert check_answer("", row)[0].rule == "uncited"
@@ -196,6 +197,7 @@ def test_a_document_is_written_with_sources_marks_and_its_use() -> None:
     assert "근거 없음. **⚠ 확인되지 않음: uncited**" in text
     assert "2. P:A/1: 규정 제1조 (2026-01-01 ~): 보고한다." in text
     assert set(unverified(answer, row)) == {3, 4}
+    GroundedDocument.of("열\x1b[31m이 있었다 \x00[NOTE].", row).docx()  # which XML could not hold
     import docx
 
     paragraphs = docx.Document(io.BytesIO(document.docx())).paragraphs

@@ -11,6 +11,7 @@ from toolkit.clinical import RESEARCH_USE
 from toolkit.clinical.document_checks import CaseRecord, unverified
 from toolkit.clinical.document_text import CITATION, Sentence, field_value, sentences
 from toolkit.runtime.errors import UsageError
+from toolkit.runtime.printable import printable
 
 _WORDS = {
     "ko": {
@@ -63,8 +64,12 @@ class GroundedDocument:
         parts = []
         for sentence in sentences(answer):
             shown = CITATION.sub(number, sentence.text)
-            parts.append(_Part(shown.lstrip("# "), _level(sentence), "; ".join(said.get(sentence.number, []))))
-        sources = tuple(_source(name, case, words) for name in numbers)
+            parts.append(
+                _Part(
+                    printable(shown.lstrip("# ")), _level(sentence), printable("; ".join(said.get(sentence.number, [])))
+                )
+            )
+        sources = tuple(printable(_source(name, case, words)) for name in numbers)
         return cls(tuple(parts), sources, words, RESEARCH_USE[language])
 
     def markdown(self) -> str:
