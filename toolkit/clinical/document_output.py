@@ -66,10 +66,10 @@ class GroundedDocument:
             shown = CITATION.sub(number, sentence.text)
             parts.append(
                 _Part(
-                    printable(shown.lstrip("# ")), _level(sentence), printable("; ".join(said.get(sentence.number, [])))
+                    _shown(shown.lstrip("# ")), _level(sentence), _shown("; ".join(said.get(sentence.number, [])))
                 )
             )
-        sources = tuple(printable(_source(name, case, words)) for name in numbers)
+        sources = tuple(_shown(_source(name, case, words)) for name in numbers)
         return cls(tuple(parts), sources, words, RESEARCH_USE[language])
 
     def markdown(self) -> str:
@@ -111,6 +111,11 @@ class GroundedDocument:
         content = io.BytesIO()
         document.save(content)
         return content.getvalue()
+
+
+def _shown(text: str) -> str:
+    """Return a text without what XML cannot hold."""
+    return printable(text).translate({0xFFFE: 0xFFFD, 0xFFFF: 0xFFFD})
 
 
 def _level(sentence: Sentence) -> int:
