@@ -258,6 +258,8 @@ def _missing_text(task: Task, missing: Sequence[str], columns: Sequence[str], wi
     wanted = ", ".join(task.describe(name) for name in missing)
     text = f"task {task.name} needs the column{'s' if len(missing) > 1 else ''} {wanted}; the rows have "
     text += ", ".join(columns)
+    if PASSAGES in missing:
+        text += ". data.retrieval adds passages, as in data.retrieval: {corpus: DIR}"
     for name in missing:
         if near := nearest(task.spec.columns[name].path[0], columns) or nearest(name, columns):
             text += f". {near} is named most like it: {key}: {{name: {task.name}, columns: {{{name}: {near}}}}}"
