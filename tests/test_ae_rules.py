@@ -18,10 +18,19 @@ from toolkit.tasks import task_file
 
 NONE_SERIOUS = dict.fromkeys(CRITERIA, "N")
 BASE = {
-    "STUDYID": "FROST-01", "DOMAIN": "AE", "USUBJID": "FROST-01-001", "AESEQ": 1, "AETERM": "WORN OUT", "AESER": "N",
-}  # fmt: skip
-NOTE = {"NOTE": "3월 8일부터 속이 울렁거림. 구토는 없음. Denies rash.", "NOTE_DATE": "2026-03-12", "STUDYID": "FROST-01",
-        "USUBJID": "FROST-01-001"}  # fmt: skip
+    "STUDYID": "FROST-01",
+    "DOMAIN": "AE",
+    "USUBJID": "FROST-01-001",
+    "AESEQ": 1,
+    "AETERM": "WORN OUT",
+    "AESER": "N",
+}
+NOTE = {
+    "NOTE": "3월 8일부터 속이 울렁거림. 구토는 없음. Denies rash.",
+    "NOTE_DATE": "2026-03-12",
+    "STUDYID": "FROST-01",
+    "USUBJID": "FROST-01-001",
+}
 EVENT = {"AETERM": "속이 울렁거림", "AELLT": "속이 울렁거림", "AESER": "N", "AESTDTC": "2026-03-08"}
 
 GOOD: dict[str, list[dict[str, Any]]] = {
@@ -29,31 +38,42 @@ GOOD: dict[str, list[dict[str, Any]]] = {
     "CG0044": [BASE],
     "CG0304": [BASE],
     "CG0041": [
-        BASE | NONE_SERIOUS | {"AESHOSP": "Y", "AESER": "Y"}, BASE | NONE_SERIOUS, BASE | {"AESER": ""},
+        BASE | NONE_SERIOUS | {"AESHOSP": "Y", "AESER": "Y"},
+        BASE | NONE_SERIOUS,
+        BASE | {"AESER": ""},
         BASE | dict.fromkeys(CRITERIA, "Y") | {"AESER": "Y"},
     ],
     "CG0042": [BASE | NONE_SERIOUS, BASE, BASE | {"AESOD": "Y", "AESER": "Y"}, BASE | {"AESDTH": "Y", "AESER": ""}],
     "CG0428": [BASE | {"AETOX": "CTCAE 5.0", "AETOXGR": "2"}, BASE, BASE | {"AETOXGR": "GRADE 1"}],
     "FB3209": [
-        BASE | {"AESTDTC": "2026-03-01", "AEENDTC": "2026-03-01"}, BASE | {"AESTDTC": "2026-03", "AEENDTC": "2026-03-02"},
-        BASE | {"AESTDTC": "2026-03-05"}, BASE | {"AEENDTC": "2026-03-05"}, BASE | {"AESTDTC": "2025", "AEENDTC": "2026-01"},
+        BASE | {"AESTDTC": "2026-03-01", "AEENDTC": "2026-03-01"},
+        BASE | {"AESTDTC": "2026-03", "AEENDTC": "2026-03-02"},
+        BASE | {"AESTDTC": "2026-03-05"},
+        BASE | {"AEENDTC": "2026-03-05"},
+        BASE | {"AESTDTC": "2025", "AEENDTC": "2026-01"},
         BASE | {"AESTDTC": "2026---20", "AEENDTC": "2026---02"},
     ],
     "FB3409": [BASE | {"AEOUT": "NOT RECOVERED/NOT RESOLVED"}, BASE | {"AEOUT": "FATAL", "AEENDTC": "2026-03-01"}],
-}  # fmt: skip
+}
 BAD: dict[str, list[dict[str, Any]]] = {
     "CG0040": [BASE | {"AEOCCUR": "Y"}, BASE | {"AEOCCUR": ""}],
     "CG0044": [BASE | {"AESTAT": "NOT DONE"}],
     "CG0304": [BASE | {"AEREASND": ""}],
     "CG0041": [BASE | {"AESCAN": "Y"}, BASE | {"AESMIE": "Y", "AESER": ""}, BASE | {"AESLIFE": "Y", "AESER": "U"}],
-    "CG0042": [BASE | {"AESER": "Y"}, BASE | {"AESER": ""}, BASE | NONE_SERIOUS | {"AESER": "Y"}, BASE | {"AESER": "U"}],
+    "CG0042": [
+        BASE | {"AESER": "Y"},
+        BASE | {"AESER": ""},
+        BASE | NONE_SERIOUS | {"AESER": "Y"},
+        BASE | {"AESER": "U"},
+    ],
     "CG0428": [BASE | {"AETOX": "CTCAE 5.0"}, BASE | {"AETOX": "CTCAE 5.0", "AETOXGR": " "}],
     "FB3209": [
-        BASE | {"AESTDTC": "2026-03-02", "AEENDTC": "2026-03-01"}, BASE | {"AESTDTC": "2019", "AEENDTC": "2018-06-14"},
+        BASE | {"AESTDTC": "2026-03-02", "AEENDTC": "2026-03-01"},
+        BASE | {"AESTDTC": "2019", "AEENDTC": "2018-06-14"},
         BASE | {"AESTDTC": "2026-03-02T14:30", "AEENDTC": "2026-03-02T09"},
     ],
     "FB3409": [BASE | {"AEOUT": "NOT RECOVERED/NOT RESOLVED", "AEENDTC": "2026-03-01"}],
-}  # fmt: skip
+}
 FLAGS = dict(zip([f"CG{number:04d}" for number in range(387, 397)], ["AESER", *CRITERIA, "AECONTRT"], strict=True))
 
 
@@ -130,12 +150,20 @@ def test_clean_answers_break_no_rule() -> None:
 @pytest.mark.parametrize(
     ("note", "term", "is_negated"),
     [
-        ("구토 없음", "구토", True), ("구토는 전혀 없었음", "구토", True), ("발열 부인", "발열", True),
-        ("구토(-)", "구토", True), ("no rash", "rash", True), ("denies any rash", "rash", True),
-        ("without fever or rash", "rash", True), ("구토 2회", "구토", False), ("구토 없음. 저녁에 구토", "구토", False),
-        ("rash on the arm, no fever", "rash", False), ("소화가 안 됨", "소화가 안 됨", False), ("구토 있음", "구토", False),
+        ("구토 없음", "구토", True),
+        ("구토는 전혀 없었음", "구토", True),
+        ("발열 부인", "발열", True),
+        ("구토(-)", "구토", True),
+        ("no rash", "rash", True),
+        ("denies any rash", "rash", True),
+        ("without fever or rash", "rash", True),
+        ("구토 2회", "구토", False),
+        ("구토 없음. 저녁에 구토", "구토", False),
+        ("rash on the arm, no fever", "rash", False),
+        ("소화가 안 됨", "소화가 안 됨", False),
+        ("구토 있음", "구토", False),
     ],
-)  # fmt: skip
+)
 def test_a_term_is_negated_where_the_note_says_so_right_beside_it(note: str, term: str, is_negated: bool) -> None:
     found = check_records([{"AETERM": term, "AESER": "N"}], Context(note), only=["AE-NEGATED"])
     assert bool(found) is is_negated
@@ -143,17 +171,30 @@ def test_a_term_is_negated_where_the_note_says_so_right_beside_it(note: str, ter
 
 def test_names_of_cdash_and_its_forms_are_mapped() -> None:
     form = {
-        "aeterm": "worn out", "AESTDAT": "05-MAR-2026", "AESTTIM": "14:30", "AEENDAT": "UN-MAR-2026", "AESER": "No",
-        "AETOXGR": "Grade 2", "AEONGO": "N", "AESDTH": None, "AELLTCD": 900064.0, "AESEQ": "3",
-    }  # fmt: skip
+        "aeterm": "worn out",
+        "AESTDAT": "05-MAR-2026",
+        "AESTTIM": "14:30",
+        "AEENDAT": "UN-MAR-2026",
+        "AESER": "No",
+        "AETOXGR": "Grade 2",
+        "AEONGO": "N",
+        "AESDTH": None,
+        "AELLTCD": 900064.0,
+        "AESEQ": "3",
+    }
     assert to_sdtm(form) == {
-        "AETERM": "worn out", "AESTDTC": "2026-03-05T14:30", "AEENDTC": "2026-03", "AESER": "N", "AETOXGR": "2",
-        "AELLTCD": 900064, "AESEQ": 3,
-    }  # fmt: skip
+        "AETERM": "worn out",
+        "AESTDTC": "2026-03-05T14:30",
+        "AEENDTC": "2026-03",
+        "AESER": "N",
+        "AETOXGR": "2",
+        "AELLTCD": 900064,
+        "AESEQ": 3,
+    }
 
 
 def test_task_files_name_the_checks_that_there_are() -> None:
     assert set(CHECKS) == set(task_file.Verify.__args__)
     assert find_check("sdtm_ae")("[]", NOTE) == []
-    with pytest.raises(UsageError, match="verify is none_such; expected one of .*sdtm_ae"):
+    with pytest.raises(UsageError, match=r"verify is none_such; expected one of .*sdtm_ae"):
         find_check("none_such")
