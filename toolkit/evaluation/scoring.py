@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 
 from toolkit.data.row_samples import RowSample
+from toolkit.evaluation.documents import are_documents, metrics_of_documents
 from toolkit.evaluation.events import PRIMARY, are_events, metrics_of_events, trivial_answers_of_events
 from toolkit.evaluation.labels import Classes
 from toolkit.evaluation.outputs import Outputs
@@ -211,7 +212,9 @@ class Scorer:
             )
             return [replace(metric, name=f"{prefix}{metric.name}") for metric in fields]
         found = overlap_metrics(answers, references, self._tokenise)
-        if any(row.sample.contexts for row in rows):
+        if are_documents(self._spec):
+            found += metrics_of_documents(rows, answers)
+        elif any(row.sample.contexts for row in rows):
             found += number_metrics(answers, ["\n".join([*row.sample.contexts, row.sample.question]) for row in rows])
         return found
 

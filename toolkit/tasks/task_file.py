@@ -23,7 +23,7 @@ Kind = Literal["text", "raw", "texts", "messages", "pairs", "options", "choice",
 """How a column is read: a text; a text with the blanks around it; a list of texts; a conversation; pairs of earlier
 questions and answers; the options of a question; the answer that is one of them; anything, as the templates use it."""
 
-Verify = Literal["sdtm_ae"]
+Verify = Literal["sdtm_ae", "grounded_document"]
 """Names of the checks of ``toolkit.clinical.verification.CHECKS``."""
 
 
