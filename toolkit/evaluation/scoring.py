@@ -14,8 +14,11 @@ from toolkit.evaluation.documents import are_documents, metrics_of_documents
 from toolkit.evaluation.events import PRIMARY, are_events, metrics_of_events, trivial_answers_of_events
 from toolkit.evaluation.labels import Classes
 from toolkit.evaluation.outputs import Outputs
+from toolkit.evaluation.plain_baseline import NAME, plain_probabilities
 from toolkit.evaluation.trivial import trivial_answers
+from toolkit.evaluation.worst_cases import WorstCase, worst_cases
 from toolkit.inference.constrained import require_format
+from toolkit.metrics.abstention import CoveragePoint, coverage_curve, coverage_metrics
 from toolkit.metrics.calibration import probability_metrics
 from toolkit.metrics.fields import field_metrics
 from toolkit.metrics.labels import label_metrics
@@ -57,7 +60,7 @@ class Scorer:
     def __init__(
         self, rows: Sequence[RowSample], train: Sequence[RowSample], answers: int = 0, constrained: bool = False
     ) -> None:
-        self.rows = rows
+        self.rows, self._train = rows, train
         self.answered = min(answers, len(rows))
         self._spec = rows[0].task.spec
         tasks = list(dict.fromkeys(row.task.name for row in rows if row.task.spec != self._spec))
@@ -144,6 +147,14 @@ class Scorer:
             for name, row, scores in zip(self.ids, self.rows, outputs.log_likelihoods, strict=True)
         }
 
+    def furthest_off(self, outputs: Outputs) -> tuple[tuple[WorstCase, ...], tuple[CoveragePoint, ...]]:
+        """Return the worst cases of labels in an order, and what abstaining gives; none of other rows."""
+        if self.classes is None or not self.classes.ordered or outputs.log_likelihoods is None:
+            return (), ()
+        probabilities = self.classes.probabilities(outputs.log_likelihoods)
+        curve = coverage_curve(self.classes.truth, probabilities)
+        return worst_cases(self.classes, self.rows, self.ids, probabilities), curve
+
     def corrected(self, outputs: Outputs) -> ByName:
         """Return the metrics of a model without its own leaning to a class, see ``Classes.corrected``.
 
@@ -160,10 +171,12 @@ class Scorer:
             prior = self.classes.of_prior()
             of = "the training rows" if self.classes.has_prior else "these rows"
             labels = label_metrics(self.classes.truth, prior.argmax(1), self.classes.names, self.classes.ordered)
-            return {
+            found = {
                 f"{MAJORITY} of {of}": _by_name([one for one in labels if one.name != "valid"]),
                 f"{PRIOR} of {of}": _by_name(probability_metrics(self.classes.truth, prior)),
             }
+            plain = plain_probabilities(self.rows, self._train, self.classes)
+            return found if plain is None else {**found, f"{NAME} of {of}": _by_name(self._of_probabilities(plain))}
         if are_events(self._spec) and self._is_json and self.answered:
             texts = trivial_answers_of_events(self.rows[: self.answered])
             return {name: _by_name(self._of_answers(answers)) for name, answers in texts.items()}
@@ -176,7 +189,8 @@ class Scorer:
         assert self.classes is not None
         truth, names = self.classes.truth, self.classes.names
         labels = label_metrics(truth, probabilities.argmax(1), names, self.classes.ordered)
-        return [one for one in labels if one.name != "valid"] + probability_metrics(truth, probabilities)
+        found = [one for one in labels if one.name != "valid"] + probability_metrics(truth, probabilities)
+        return found + (coverage_metrics(truth, probabilities) if self.classes.ordered else [])
 
     def _by_length(self, outputs: Outputs) -> list[Metric]:
         """Return the accuracy of likelihoods by an option's length in tokens, and in characters."""
@@ -220,7 +234,11 @@ class Scorer:
 
 
 def label_of(answer: str, row: RowSample, classes: np.ndarray) -> int:
-    """Return the class of the option that an answer is, but for case, blanks and a full stop; -1 if it is none."""
+    """Return the class of the option that an answer is, but for case, blanks and a full stop; -1 if it is none.
+
+    Of answers that go on after their option, as with a reason, the first line counts.
+    """
+    answer = answer.strip().partition("\n")[0] if row.sample.explained else answer
     if answer in row.sample.options:
         return int(classes[row.sample.options.index(answer)])
     options = [_folded(option) for option in row.sample.options]

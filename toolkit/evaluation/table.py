@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from toolkit.evaluation.verdicts import is_detail
+from toolkit.evaluation.worst_cases import lines
 
 if TYPE_CHECKING:
     from toolkit.evaluation.comparison import Comparison
@@ -25,6 +26,9 @@ def summary(comparison: Comparison) -> str:
 def report(comparison: Comparison) -> Iterator[str]:
     """Yield the lines of all tables: that of the rows, then drift and forgetting under headings of their own."""
     yield from table(comparison)
+    if official := comparison.official:
+        yield from ("", "By PubMedQA's official rule, accuracy and macro-F1:")
+        yield from (f"{name}: {score.accuracy:.1%}, {score.macro_f1:.3f}" for name, score in official.items())
     if comparison.drift is not None:
         yield from ("", f"Drift: loss, in nats a token, of {comparison.drift.data}")
         yield from table(comparison.drift)
@@ -75,6 +79,7 @@ def _notes(comparison: Comparison) -> Iterator[str]:
         yield comparison.contamination
     if comparison.retrieval is not None:
         yield comparison.retrieval
+    yield from lines(comparison.worst, comparison.abstention)
 
 
 def interval(low: float, high: float) -> str:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from markupsafe import Markup
 
+from toolkit.evaluation.plain_baseline import NAME as PLAIN
 from toolkit.evaluation.scoring import MAJORITY, PRIOR
 from toolkit.evaluation.sources import BASE
 from toolkit.evaluation.trivial import ANOTHER_ANSWER, LAST_SENTENCE, NEAREST_TO_QUESTION, NEAREST_TO_REFERENCE
@@ -26,6 +27,7 @@ _VERDICTS = {
 _TRIVIAL = {
     f"{MAJORITY} of the training rows": "trivial_majority", f"{MAJORITY} of these rows": "trivial_majority_here",
     f"{PRIOR} of the training rows": "trivial_prior", f"{PRIOR} of these rows": "trivial_prior_here",
+    f"{PLAIN} of the training rows": "trivial_plain",
     LAST_SENTENCE: "trivial_last", NEAREST_TO_QUESTION: "trivial_question", ANOTHER_ANSWER: "trivial_another",
     NEAREST_TO_REFERENCE: "trivial_oracle",
 }  # fmt: skip

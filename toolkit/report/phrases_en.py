@@ -83,6 +83,7 @@ ENGLISH = {
     "trivial_majority_here": "majority class of these rows",
     "trivial_prior": "class prior of the training rows",
     "trivial_prior_here": "class prior of these rows",
+    "trivial_plain": "TF-IDF + logistic regression, fitted to the training rows",
     "trivial_last": "context's last sentence",
     "trivial_question": "sentence nearest the question",
     "trivial_another": "another row's answer",

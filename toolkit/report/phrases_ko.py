@@ -77,6 +77,7 @@ KOREAN = {
     "trivial_majority_here": "이 행들의 최빈 클래스",
     "trivial_prior": "학습 행의 클래스 비율",
     "trivial_prior_here": "이 행들의 클래스 비율",
+    "trivial_plain": "학습 행에 맞춘 TF-IDF + 로지스틱 회귀",
     "trivial_last": "근거 글의 마지막 문장",
     "trivial_question": "질문에 가장 가까운 문장",
     "trivial_another": "다른 행의 답변",

@@ -5,16 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from toolkit.tasks.columns import MISSING, find, match
+from toolkit.tasks.column_spec import ColumnSpec
+from toolkit.tasks.columns import MISSING, check_inside, find, match
+from toolkit.tasks.leaks import require_none_inside
 from toolkit.tasks.row_values import RowValues, unprinted
 from toolkit.tasks.sample import RowFaultError
-from toolkit.tasks.task_file import ColumnSpec
 
 
 def first_value(values: Mapping[str, Any], column: ColumnSpec) -> tuple[str, Any]:
     """Return the first path of a column that a row has, and its value; the first of all and MISSING if it has none."""
     found = ((path, find(values, path)) for path in column.path)
     return next((one for one in found if one[1] is not MISSING), (column.path[0], MISSING))
+
+
+def check_found(
+    values: Mapping[str, Any], column: ColumnSpec, path: str, value: Any, leaks: Sequence[str] = ()
+) -> None:
+    """Check what ``first_value`` found before it is read.
+
+    Raises:
+        RowFaultError: a path of texts leads to nothing within what the row has there; or the value is an object that
+            holds one of ``leaks``.
+    """
+    if value is MISSING and column.kind == "texts":
+        check_inside(values, column.path)
+    elif value is not MISSING and column.kind != "texts":  # which take one list out of an object
+        require_none_inside(value, leaks, shown_path(values, path))
 
 
 def shown_path(values: Mapping[str, Any], path: str) -> str:

@@ -52,9 +52,11 @@ class Sample:
     tools: tuple[Mapping[str, Any], ...] = ()
     """Functions that the assistant may call, as JSON schemas, for the chat template."""
     label: str | None = None
-    """The answer, where it is one of ``options``."""
+    """The one of ``options`` that the answer is, or begins with."""
     allowed: Callable[[], tuple[str, ...]] = field(default=tuple, compare=False, repr=False)
     """Returns ``options``."""
+    explained: bool = False
+    """True if answers go on after their option, as with a reason in the lines below it."""
     schema: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
     """JSON schema that the answer keeps to; None if the task has none."""
     normalised: bool = field(default=False, compare=False)

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
-from toolkit.tasks.columns import MISSING, check_inside, find, find_each, is_there, loose, nearest, top_names
+from toolkit.tasks.columns import MISSING, find, find_each, is_there, loose, nearest, top_names
 from toolkit.tasks.conversation import conversation_of, messages_in, whole_turns
-from toolkit.tasks.kinds import empty_value, first_value, read_kind, shown_path
+from toolkit.tasks.kinds import check_found, empty_value, first_value, read_kind, shown_path
 from toolkit.tasks.messages import read_messages
+from toolkit.tasks.options import answer_of, answer_variables, answers_of, options_of
 from toolkit.tasks.output import check_answer, labels_of, schema_of
-from toolkit.tasks.row_values import LETTERS, Reading, RowValues, choose, is_missing, unprinted, without_gaps
+from toolkit.tasks.row_values import Reading, RowValues, choose, is_missing, unprinted, without_gaps
 from toolkit.tasks.sample import ASSISTANT, SYSTEM, TEXT, USER, RowFaultError, Sample, Turn
 from toolkit.tasks.task_file import TaskSpec, used_variables
 from toolkit.tasks.templates import render
@@ -135,6 +136,11 @@ class Task:
         return self._columns_of(self.spec.variables(with_answer=False), ("options",))
 
     @cached_property
+    def _beside_option(self) -> frozenset[str]:
+        """Return the columns that the answer alone has beside its option, such as the reason; options go without."""
+        return frozenset(name for name in self._all_needed - self._asked if self.spec.columns[name].kind != "choice")
+
+    @cached_property
     def _whole_turns(self) -> tuple[str, ...]:
         """Return the columns of prompt and target that may be messages."""
         return whole_turns(self.spec)
@@ -157,7 +163,7 @@ class Task:
         if spec.text is not None:
             text = render(spec.text, variables, "text")
             return Sample((Turn(TEXT, text, trained=True),))
-        options = self._options(variables)
+        options = options_of(spec, variables)
         if options and with_answer:
             name = next(name for name, column in spec.columns.items() if column.kind == "choice")
             reading: Reading | None = None if spec.first_number is None else "number"
@@ -165,15 +171,19 @@ class Task:
                 reading = "text"
             first = 1 if spec.first_number is None else spec.first_number
             chosen = choose(variables[name], options, _key(spec, name), first, reading)
-            variables |= _answer_variables(options, chosen)
+            variables |= answer_variables(options, chosen)
         contexts = tuple(variables[spec.cut]) if spec.cut is not None else ()
         arrange = partial(self._arrange, variables, with_answer)
         turns = arrange(contexts)
         if with_answer:
             check_answer(spec, turns[-1].content)
-        allowed = partial(self._allowed, variables, options) if options else tuple
-        label = turns[-1].content if options and with_answer else None
-        return Sample(turns, contexts, label=label, allowed=allowed, arrange=arrange if spec.cut is not None else None)
+        bare = {**variables, **dict.fromkeys(self._beside_option, "")}
+        allowed = partial(answers_of, spec, bare, options) if options else tuple
+        label = answer_of(spec, bare) if options and with_answer else None
+        if label is not None and not turns[-1].content.startswith(label):
+            raise RowFaultError(f"has an answer that does not begin with its option {label!r}; put it first in target")
+        explained, cuttable = bool(options and self._beside_option), arrange if spec.cut is not None else None
+        return Sample(turns, contexts, label=label, allowed=allowed, explained=explained, arrange=cuttable)
 
     def _arrange(self, variables: Mapping[str, Any], with_answer: bool, contexts: tuple[str, ...]) -> tuple[Turn, ...]:
         """Return the turns with these contexts."""
@@ -260,8 +270,7 @@ class Task:
         path, value = first_value(values, column)
         if value is MISSING and not column.may_be_missing:
             raise self._no_column(values, name)
-        if value is MISSING and column.kind == "texts":
-            check_inside(values, column.path)
+        check_found(values, column, path, value, self.spec.leaks if name in self._asked else ())
         if value is not MISSING and column.kind == "options" and "," in path:
             value = without_gaps(find_each(values, path))
         is_blank = column.kind == "text" and isinstance(value, str) and not value.strip()
@@ -272,28 +281,6 @@ class Task:
     def _no_column(self, values: Mapping[str, Any], name: str) -> RowFaultError:
         return RowFaultError(f"has no column {self.describe(name)}; it has {', '.join(map(str, values)) or 'none'}")
 
-    def _options(self, variables: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return the options of a row, or the task's labels; none if the answer is free text."""
-        if not any(column.kind == "choice" for column in self.spec.columns.values()):
-            return ()
-        own = next((name for name, column in self.spec.columns.items() if column.kind == "options"), None)
-        options = tuple(variables.get(own) or ()) if own is not None else ()
-        options = options or labels_of(self.spec)
-        if len(options) < 2:
-            raise RowFaultError(f"has {len(options)} options; expected two or more, or labels in the task's output")
-        return options
-
-    def _allowed(self, variables: Mapping[str, Any], options: Sequence[str]) -> tuple[str, ...]:
-        """Return each option as the answer that it would be."""
-        target = self.spec.all_turns[-1].content
-        known = [{**variables, **_answer_variables(options, number)} for number in range(len(options))]
-        return tuple(render(target, of_option, "target").strip() for of_option in known)
-
 
 def _key(spec: TaskSpec, name: str) -> str:
     return spec.columns[name].path[0]
-
-
-def _answer_variables(options: Sequence[str], chosen: int) -> dict[str, Any]:
-    """Return what a target template knows of the option that is the answer."""
-    return {"label": options[chosen], "number": chosen + 1, "letter": LETTERS[chosen] if chosen < len(LETTERS) else ""}

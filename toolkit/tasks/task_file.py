@@ -16,41 +16,13 @@ from toolkit.config.section import Section
 from toolkit.runtime.errors import ConfigError, DataError
 from toolkit.runtime.paths import read_regular
 from toolkit.runtime.shipped import find_file
+from toolkit.tasks.column_spec import ColumnSpec, as_column
 from toolkit.tasks.columns import nearest
+from toolkit.tasks.leaks import require_no_leak
 from toolkit.tasks.templates import ENVIRONMENT, OWN_VARIABLES
 
-Kind = Literal["text", "raw", "texts", "messages", "pairs", "options", "choice", "any"]
-"""How a column is read: a text; a text with the blanks around it; a list of texts; a conversation; pairs of earlier
-questions and answers; the options of a question; the answer that is one of them; anything, as the templates use it."""
-
-Verify = Literal["sdtm_ae", "grounded_document"]
+Verify = Literal["sdtm_ae", "triage", "ae_triage", "grounded_document"]
 """Names of the checks of ``toolkit.clinical.verification.CHECKS``."""
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-def _as_column(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str | list) else value
-
-
-class ColumnSpec(Section):
-    """Says where a value of a row comes from."""
-
-    path: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
-    """Paths in a row; the first that is there is taken (``toolkit.tasks.columns.find``)."""
-    kind: Kind = "text"
-    """How it is read."""
-    default: Any = None
-    """Value where a row has none. A column with ``optional: true`` and no default is then empty."""
-    optional: bool = False
-    """True if rows may lack it."""
-
-    @property
-    def may_be_missing(self) -> bool:
-        """Return whether a row without it is a good one."""
-        return self.optional or "default" in self.model_fields_set
 
 
 class TurnSpec(Section):
@@ -103,7 +75,7 @@ class TaskSpec(Section):
     """Name for messages."""
     summary: str = ""
     """What the task is for."""
-    columns: dict[str, Annotated[ColumnSpec, BeforeValidator(_as_column)]]
+    columns: dict[str, Annotated[ColumnSpec, BeforeValidator(as_column)]]
     """Values of a row, by the name that templates use."""
     conversation: str | None = None
     """Column of kind messages that is the whole conversation."""
@@ -137,6 +109,8 @@ class TaskSpec(Section):
     """Public texts that the rows come from, such as PubMed: a base model may have seen them, which evaluation says."""
     verify: Verify | None = None
     """Name of the check that generated answers go through (``toolkit.clinical.verification.CHECKS``)."""
+    leaks: list[str] = Field(default=[])
+    """Columns of the rows that give the outcome away; what is asked may not use them (``toolkit.tasks.leaks``)."""
     train_on: Literal["all", "last"] = "all"
     """Answers of a conversation that are learned; data.train_on overrides it."""
     tags: TagsSpec = TagsSpec()
@@ -162,6 +136,7 @@ class TaskSpec(Section):
                 raise ValueError(f"{key} is {name}, of kind {self.columns[name].kind}; expected kind {kinds[key]}")
         for name, source in self.templates():
             _check_template(name, source, self.columns)
+        require_no_leak({name: column.path for name, column in self.columns.items()}, self._askers(), self.leaks)
         return self
 
     def templates(self) -> list[tuple[str, str]]:
@@ -169,6 +144,14 @@ class TaskSpec(Section):
         named = [(key, getattr(self, key)) for key in ("text", "system", "prompt", "target")]
         named += [(f"turns.{number}.content", turn.content) for number, turn in enumerate(self.turns or ())]
         return [(key, source) for key, source in named if source is not None]
+
+    def _askers(self) -> dict[str, set[str]]:
+        """Return the columns that each part of the question uses, by that part's key."""
+        answer = "target" if self.turns is None else f"turns.{len(self.turns) - 1}.content"
+        users = {key: used_variables(source) for key, source in self.templates() if key != answer}
+        keys = ("conversation", "history", "tools", "message_tools", "cut")
+        users |= {key: {getattr(self, key)} for key in keys if getattr(self, key) is not None}
+        return users | {"the list of options": {name for name, one in self.columns.items() if one.kind == "options"}}
 
     @property
     def all_turns(self) -> tuple[TurnSpec, ...]:
