@@ -24,6 +24,10 @@ class Context:
     dictionary: Dictionary | None = None
 
 
+NOTHING_KNOWN = Context()
+"""What records of a file are checked against that has no notes."""
+
+
 def value(record: Record, name: str) -> str:
     """Return a field as text without blanks around it; empty if it is not there."""
     found = record.get(name)

@@ -1,7 +1,7 @@
 """Read a dictionary of adverse events: MedDRA's files from the user's own path, or the toy one, and find its terms.
 
 MedDRA is never shipped. Its codes are the same in every language, so that a Korean term leads to the English preferred
-term. A term is coded at the lowest level (LLT); preferred term (PT) and primary system organ class (SOC) follow from it.
+term. An event is coded at the lowest level (LLT); preferred term (PT) and primary system organ class (SOC) follow.
 """
 
 from __future__ import annotations

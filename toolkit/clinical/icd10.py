@@ -1,4 +1,4 @@
-"""ICD-10-CM as a dictionary, by the package simple-icd-10-cm (an extra), so that retrieval is tried on something big."""
+"""ICD-10-CM as a dictionary, by the package simple-icd-10-cm (an extra): retrieval is tried on something big."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Read MedDRA's distribution files (.asc), which a user with a licence has; nothing of them is kept or shipped.
 
-Fields are separated by $. Read are, by their places: ``llt.asc`` (code, name, code of the preferred term, …, current Y
-or N at the tenth), ``mdhier.asc`` (codes and names of PT, HLT, HLGT and SOC, and Y at the twelfth for the primary path),
-or in its place ``pt.asc`` (its fourth is the primary SOC) and ``soc.asc``. The hierarchy between them (``hlt_pt``,
-``hlgt_hlt``, ``soc_hlgt``) tells a path that does not hold together.
+Fields are separated by $. Read are, by their places: ``llt.asc`` (code, name, code of the preferred term, and at the
+tenth Y or N for current), ``mdhier.asc`` (codes and names of PT, HLT, HLGT and SOC, and at the twelfth Y for the
+primary path), or in its place ``pt.asc`` (its fourth is the primary SOC) and ``soc.asc``. The hierarchy between them
+(``hlt_pt``, ``hlgt_hlt``, ``soc_hlgt``) tells a path that does not hold together.
 """
 
 from __future__ import annotations
@@ -31,9 +31,8 @@ def read_meddra(path: Path) -> tuple[str, list[Term]]:
     Raises:
         DataError: a file is missing, cannot be read, has a line with too few fields, or names a code that is nowhere.
     """
-    folders = sorted(
-        {file.parent for depth in range(4) for file in path.glob("*/" * depth + "[lL][lL][tT].[aA][sS][cC]")}
-    )
+    found = (file for depth in range(4) for file in path.glob("*/" * depth + "[lL][lL][tT].[aA][sS][cC]"))
+    folders = sorted({file.parent for file in found})
     if not folders:
         raise DataError(f"dictionary {path} has no {_LLT}; expected the directory of MedDRA's .asc files")
     main = min(folders, key=lambda folder: (_is_other_language(folder, path), str(folder)))
@@ -143,7 +142,7 @@ def _code(text: str) -> int | str:
 
 
 def _is_other_language(folder: Path, root: Path) -> bool:
-    """Return whether a folder is of another language than English, by its path or by the letters of its first terms."""
+    """Return whether a folder is of another language than English, by its path or by its first terms' letters."""
     names = [part.lower() for part in folder.relative_to(root).parts]
     if any(mark in name.replace("-", "_").split("_") for name in names for mark in _ENGLISH):
         return False
@@ -151,7 +150,7 @@ def _is_other_language(folder: Path, root: Path) -> bool:
 
 
 def _version(path: Path, folder: Path) -> str:
-    """Return the version that a release file or the folder's name states, as ``MedDRA 27.0``; MedDRA if neither does."""
+    """Return the version that a release file or a folder's name states, as ``MedDRA 27.0``; or that none is."""
     release = _file(folder, "meddra_release.asc")
     if release is not None:
         first = _text(release).strip().split("$")[0].strip()

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date, timedelta
 
-from toolkit.clinical.dates import PartialDate
-
 
 @dataclass(frozen=True)
 class DateMention:
@@ -25,6 +23,8 @@ class DateMention:
     """As it stands there."""
     value: str
     """ISO 8601, partial where the text is."""
+    of_note: str
+    """The same, had it been counted from the note's date: another one for what comes after something."""
 
 
 @dataclass(frozen=True)
@@ -153,19 +153,23 @@ def _patterns() -> Iterator[_Pattern]:
     )
     yield form(
         rf"\b(?P<d>\d{{1,2}})(?:st|nd|rd|th)?\s(?:of\s)?(?P<m>{_MONTH_NAME})(?:,?\s(?P<y>\d{{4}}))?",
-        lambda f, a: _english(f, a),
+        _english,
+    )
+    yield form(
+        rf"\b(?P<d>\d{{1,2}})(?=\s?(?:-|–|~|to|and)\s?\d{{1,2}}\s(?P<m>{_MONTH_NAME})(?:,?\s(?P<y>\d{{4}}))?)", _english
     )
     yield form(
         rf"\b(?P<m>{_MONTH_NAME})\s(?P<d>\d{{1,2}})(?:st|nd|rd|th)?\b(?:,?\s(?P<y>\d{{4}}))?",
-        lambda f, a: _english(f, a),
+        _english,
     )
     yield form(r"(?P<which>작년|지난해|올해|금년|재작년)\s?(?P<m>\d{1,2})\s?월(?:\s?(?P<d>\d{1,2})\s?일)?", _named_year)
     yield form(
         r"(?P<which>지난달|저번 달|지난 달|이번 달|이달|전월)\s?(?P<d>\d{1,2})\s?일",
-        lambda f, a: _day_of_month(f, a),
+        _day_of_month,
     )
     yield form(
-        r"(?<!\d)(?P<m>\d{1,2})\s?월\s?(?P<d>\d{1,2})\s?일|(?<![\d/.])(?P<m2>\d{1,2})/(?P<d2>\d{1,2})(?![\d/]|\s?(?:점|mmHg))",
+        r"(?<!\d)(?P<m>\d{1,2})\s?월\s?(?P<d>\d{1,2})\s?일"
+        r"|(?<![\d/.])(?P<m2>\d{1,2})/(?P<d2>\d{1,2})(?![\d/]|\s?(?:점|mmHg))",
         lambda f, a: _without_year(int(f["m"] or f["m2"]), int(f["d"] or f["d2"]), a),
     )
     yield form(
@@ -175,12 +179,14 @@ def _patterns() -> Iterator[_Pattern]:
     yield form(
         r"지난\s?(?P<weekday>[월화수목금토일])요일", lambda f, a: _last_weekday(_KOREAN_WEEKDAYS.index(f["weekday"]), a)
     )
+    yield form(
+        r"(?<![가-힣])(?P<weekday>[월화수목금토일])요일",
+        lambda f, a: _last_weekday(_KOREAN_WEEKDAYS.index(f["weekday"]), a),
+    )
     yield form(rf"\b{_WEEKDAY_NAME}\s(?:of\s)?last\sweek", lambda f, a: _weekday_of_week(-1, _english_weekday(f), a))
     yield form(rf"\blast\s{_WEEKDAY_NAME}", lambda f, a: _last_weekday(_english_weekday(f), a))
-    yield form(
-        rf"(?:(?P<days>{_KOREAN_COUNT_OF_DAYS})|(?<![\d.])(?P<count>\d{{1,3}})\s?일)\s?(?P<way>전|뒤|후|만에|째|간격 후)",
-        _korean_days,
-    )
+    days = rf"(?:(?P<days>{_KOREAN_COUNT_OF_DAYS})|(?<![\d.])(?P<count>\d{{1,3}})\s?일)"
+    yield form(rf"{days}\s?(?P<way>전|뒤|후|만에|째)", _korean_days)
     yield form(rf"(?<![가-힣\d])(?P<count>{_COUNT})\s?주(?:일)?\s?(?P<way>전|뒤|후)", _weeks)
     yield form(
         rf"(?<![가-힣\d])(?P<count>{_COUNT})\s?(?:달|개월)\s?(?P<way>전)",
@@ -201,6 +207,10 @@ def _patterns() -> Iterator[_Pattern]:
     )
     near = "|".join(sorted(map(re.escape, _NEAR_DAYS), key=len, reverse=True))
     yield form(rf"(?<![가-힣a-z])(?:{near})(?![a-z])", lambda f, a: _moved(_NEAR_DAYS[f[0].lower()], a, False))
+    yield form(
+        r"(?<![\d월.])(?<!월\s)(?P<d>\d{1,2})\s?일(?=\s?(?:아침|오전|오후|저녁|밤|새벽|낮|에|부터|까지|경|쯤))",
+        _day_after_last,
+    )
     yield form(r"지난\s?달|저번 달|전월|last month", lambda f, a: _shift_months(a.note, -1))
     yield form(r"이번\s?달|이달|this month", lambda f, a: _shift_months(a.note, 0))
     yield form(r"(?P<which>지지난|지난|저번|이번|다음)\s?주(?![가-힣]*\s?[월화수목금토일]요일)", _week_alone)
@@ -220,6 +230,13 @@ def _english(found: _Found, anchor: _Anchor) -> str | None:
 
 def _english_weekday(found: _Found) -> int:
     return _WEEKDAYS.index(found["weekday"].lower()[:3])
+
+
+def _day_after_last(found: _Found, anchor: _Anchor) -> str | None:
+    """Return a day of the month in which the last date of the note lies; None if there is none before it."""
+    if anchor.last is None or int(found["d"]) < anchor.last.day:
+        return None
+    return _full(anchor.last.year, anchor.last.month, int(found["d"]))
 
 
 def _named_year(found: _Found, anchor: _Anchor) -> str | None:
@@ -255,7 +272,8 @@ def find_dates(text: str, note_date: str) -> list[DateMention]:
         found, resolve = places[start]
         if (value := resolve(found, _Anchor(note, last))) is None:
             continue
-        mentions.append(DateMention(start, found.end(), found[0], value))
+        of_note = resolve(found, _Anchor(note)) or value
+        mentions.append(DateMention(start, found.end(), found[0], value, of_note))
         last = date.fromisoformat(value) if len(value) == 10 else last
     return mentions
 

@@ -21,7 +21,7 @@ _KOREAN_NEGATION = re.compile(
     r"(?:전혀\s?)?(?:없|안\s?(?:함|했|하|했음|보|생|나)|아니|부인|음성|\(-\)|\(−\)|[:=]?\s?(?:-|−|neg\b|N\b))"
 )
 _ENGLISH_NEGATION = re.compile(
-    r"(?:\bno|\bnot|\bwithout|\bdenie[sd](?: any)?|\bdenying|\bnegative for|\bno (?:signs?|evidence|history|complaints?) of)"
+    r"(?:\bno|\bnot|\bwithout|\bdenie[sd]|\bdenying|\bnegative for|\bno (?:signs?|evidence|history|complaints?) of)"
     r"(?: any| new| further| more| of)?\s*(?:[a-z -]{0,24}(?:,| or| nor| and)\s)?$",
     re.IGNORECASE,
 )
@@ -59,8 +59,8 @@ def verbatim(records: Sequence[Record], contexts: Sequence[Context]) -> Places:
 def not_negated(records: Sequence[Record], contexts: Sequence[Context]) -> Places:
     """Return the records whose AETERM the note negates wherever it stands.
 
-    A negation is seen right after a Korean term (없음, 부인, 호소하지 않음 …) or right before an English one (no, denies,
-    without …); one farther away is not seen.
+    A negation is seen right after a Korean term (없음, 부인 …) or right before an English one (no, denies, without …);
+    one farther away is not seen.
     """
     return [
         (at, "AETERM")
@@ -90,7 +90,8 @@ def date_in_note(records: Sequence[Record], contexts: Sequence[Context]) -> Plac
     for at, (record, context) in enumerate(zip(records, contexts, strict=True)):
         if context.note is None or not context.note_date:
             continue
-        known = {context.note_date[:10], *(mention.value for mention in find_dates(context.note, context.note_date))}
+        mentions = find_dates(context.note, context.note_date)
+        known = {context.note_date[:10], *(one for mention in mentions for one in (mention.value, mention.of_note))}
         found += [(at, name) for name in _DATES if not _is_known(value(record, name).split("T")[0], known)]
     return found
 

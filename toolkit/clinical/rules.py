@@ -1,4 +1,4 @@
-"""Check records of adverse events by rules that are data (``rules.yaml``): each violation with row, field, rule, value."""
+"""Check records of adverse events by rules that are data (``rules.yaml``)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.clinical.codelists import values_of
-from toolkit.clinical.context import Context, Record, value
+from toolkit.clinical.context import NOTHING_KNOWN, Context, Record, value
 from toolkit.clinical.dates import parse_partial
 from toolkit.clinical.records import CRITERIA
 from toolkit.clinical.rule_checks import CHECKS
@@ -53,7 +53,7 @@ def _rule(values: Mapping[str, Any], sources: Mapping[str, str]) -> Rule:
 
 
 def check_records(
-    records: Sequence[Record], contexts: Context | Sequence[Context] = Context(),
+    records: Sequence[Record], contexts: Context | Sequence[Context] = NOTHING_KNOWN,
     rows: Sequence[int | str] | None = None, only: Sequence[str] | None = None,
 ) -> list[Violation]:  # fmt: skip
     """Return what some records break, by record and then by rule.

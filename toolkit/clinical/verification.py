@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from toolkit.runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from toolkit.clinical.dictionary import Dictionary
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,12 @@ CHECKS = {
 """Where the check of each name that a task file may give as ``verify`` stands: ``module:function``."""
 
 
-def find_check(name: str) -> Check:
-    """Return the check of a name.
+_WITH_DICTIONARY = ("sdtm_ae",)
+"""Checks that take a dictionary, by which they look at codes too."""
+
+
+def find_check(name: str, dictionary: Dictionary | None = None) -> Check:
+    """Return the check of a name; one of codes looks them up in ``dictionary``, if there is one.
 
     Raises:
         UsageError: there is none of that name.
@@ -54,5 +62,6 @@ def find_check(name: str) -> Check:
     if name not in CHECKS:
         raise UsageError(f"verify is {name}; expected one of {', '.join(sorted(CHECKS))}")
     module, function = CHECKS[name].split(":")
-    check: Check = getattr(import_module(module), function)
-    return check
+    check: Any = getattr(import_module(module), function)
+    found: Check = partial(check, dictionary=dictionary) if name in _WITH_DICTIONARY else check
+    return found

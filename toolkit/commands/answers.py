@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from toolkit.checkpoint.choice import Step, choose_checkpoint
+from toolkit.clinical import RESEARCH_USE
+from toolkit.clinical.dictionary import Dictionary
+from toolkit.clinical.verification import Check, find_check
 from toolkit.commands.conversation import converse
 from toolkit.data.model_limits import position_limit
 from toolkit.data.questions import Question, Questions, from_prompt
@@ -20,12 +24,14 @@ from toolkit.inference.chat import Chat
 from toolkit.inference.constrained import require_format
 from toolkit.inference.open_model import OpenedModel, data_settings, open_model
 from toolkit.inference.sampling import Sampling
+from toolkit.inference.verified import CheckedAnswer, checked_batches
 from toolkit.models.float32_gradients import use_faster_forward
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import DataError, UsageError
 from toolkit.runtime.printable import printable
 from toolkit.runtime.progress_bar import ProgressBar
-from toolkit.tasks.sample import Sample
+
+log = logging.getLogger("frostline")
 
 
 def make_answerer(
@@ -88,10 +94,11 @@ def answer_rows(arguments: argparse.Namespace, world: World) -> None:
         )  # fmt: skip
         if file is not None:
             file.require_same(questions)
+        check = _check_of(arguments, questions, None)
         done: frozenset[int] = world.on_main(lambda: frozenset() if file is None else file.rows)
         answerer = make_answerer(_open_model(arguments, world), arguments, world)
         try:
-            _take_answers(arguments, world, answerer, questions, done, file)
+            _take_answers(arguments, world, answerer, questions, done, file, check)
             answerer.report_control_tokens()
         except QuestionError as error:
             raise DataError(f"{error}; --on-bad-row skip leaves such questions out") from None
@@ -101,32 +108,66 @@ def answer_rows(arguments: argparse.Namespace, world: World) -> None:
 
 def _take_answers(
     arguments: argparse.Namespace, world: World, answerer: Answerer, questions: Questions, done: frozenset[int],
-    file: AnswerFile | None,
+    file: AnswerFile | None, check: Check | None = None,
 ) -> None:  # fmt: skip
-    """Keep the answers to the questions that are not ``done`` as they are given, or print them in order."""
-    asked: dict[int, Question] = {}
+    """Keep the answers to the questions that are not ``done`` as they are given, or print them in order.
 
-    def ask() -> Iterator[tuple[int, Sample]]:
+    With a ``check`` they are checked, asked for again, and flagged.
+    """
+    asked: dict[int, Question] = {}
+    flagged = 0
+
+    def ask() -> Iterator[Question]:
         for question in questions:
             if question.row not in done:
                 asked[question.row] = question
-                yield question.row, question.sample
+                yield question
 
-    if arguments.output:
-        batches = answerer.batches(ask())
+    samples = ((question.row, question.sample) for question in ask())
+    if check is not None:
+        batches = checked_batches(answerer, ask(), check, arguments.verify_tries)
+    elif arguments.output:
+        batches = _unchecked(answerer.batches(samples))
     else:
-        batches = ({row: answer} for row, answer in answerer.in_order(ask()))
+        batches = _unchecked({row: answer} for row, answer in answerer.in_order(samples))
     is_silent = not arguments.output and sys.stdout.isatty()
     with ProgressBar("answering", 0 if is_silent else len(questions), "question", len(done), brief=True) as bar:
         answerer.on_token = lambda tokens: bar.advance(0, token=f"{tokens} of {answerer.max_new_tokens}")
         for batch in batches:
-            for row, answer in batch.items():
+            for row, one in batch.items():
                 question = asked.pop(row)
+                flagged += bool(one.violations)
                 if file is not None:
-                    file.add(question, answer)
-                elif world.is_main and answer is not None and not arguments.output:
-                    print(printable(f"Q: {question.sample.question}\nA: {answer}\n"), flush=True)
+                    file.add(question, one.answer, one.columns() if check is not None else None)
+                elif world.is_main and one.answer is not None and not arguments.output:
+                    broken = "".join(f"\n! {violation}" for violation in one.violations)
+                    print(printable(f"Q: {question.sample.question}\nA: {one.answer}{broken}\n"), flush=True)
             bar.advance(len(batch))
+    if check is not None:
+        log.info(
+            "%d of %d answers break a rule after %d tries, and are flagged for a person (VERIFIED false). %s",
+            flagged, len(questions) - len(done), arguments.verify_tries, RESEARCH_USE["en"],
+        )  # fmt: skip
+
+
+def _unchecked(batches: Iterable[dict[int, str | None]]) -> Iterator[dict[int, CheckedAnswer]]:
+    for batch in batches:
+        yield {row: CheckedAnswer(answer) for row, answer in batch.items()}
+
+
+def _check_of(arguments: argparse.Namespace, questions: Questions, dictionary: Dictionary | None) -> Check | None:
+    """Return the check that ``--verify`` asks for, and constrain answers to their format where they have one.
+
+    Raises:
+        UsageError: the task names no check.
+    """
+    if not arguments.verify:
+        return None
+    spec = questions.task.spec
+    if spec.verify is None:
+        raise UsageError(f"--verify needs a task that names its check (verify: …), and {spec.name} names none")
+    arguments.constrain = arguments.constrain or spec.output != "text"
+    return find_check(spec.verify, dictionary)
 
 
 def _require_all_rows_fit(arguments: argparse.Namespace, source: Source) -> None:
@@ -163,7 +204,7 @@ def _answer_file(arguments: argparse.Namespace, world: World) -> Iterator[Answer
         yield None
         return
     names = ("dtype", "split", "name", "revision", "encoding", "separator", "sheet", "max_new_tokens", "temperature",
-             "top_p", "seed", "constrain")  # fmt: skip
+             "top_p", "seed", "constrain", *(("verify", "verify_tries") if arguments.verify else ()))  # fmt: skip
     settings = {name: getattr(arguments, name) for name in names} | {"step": _step(arguments)}
     settings |= {name: _place(getattr(arguments, name)) for name in ("source", "base", "input")}
     with AnswerFile(arguments.output, settings, arguments.answer_column, arguments.overwrite) as file:

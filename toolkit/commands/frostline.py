@@ -18,6 +18,7 @@ VERBS = {
     "rate": "have people compare two models' answers: blinded sheets, and what they show",
     "generate": "answer questions",
     "triage": "decide on patients' reports, or assess adverse event notes; for research, not for care",
+    "verify": "check records or answers by the rules of a task",
     "report": "write a run's report as one HTML file: result, curves, answers, cost, methods",
     "export": "write a model directory for transformers, or a delta",
     "submit": "train as a SLURM job",

@@ -147,6 +147,8 @@ def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespa
         parser.error(
             f"--answer-column {arguments.answer_column!r} has another meaning in --output; choose another name"
         )
+    if arguments.verify and not arguments.input:
+        parser.error("--verify goes with --input, whose rows answers are checked against")
     if arguments.context and not arguments.question:
         parser.error("--context goes with --question; the rows of --input have contexts of their own")
     for key in ("split", "name", "revision", "encoding", "separator", "sheet", "limit", "on_bad_row"):
@@ -183,6 +185,13 @@ def _add_generation_flags(parser: argparse.ArgumentParser) -> None:
         "--constrain", action="store_true",
         help="an answer can be nothing but one of the task's labels or the row's options, or JSON by its schema",
     )  # fmt: skip
+    parser.add_argument(
+        "--verify", action="store_true",
+        help="with --input: constrain, check each answer by its task's rules, ask again, then flag what breaks one",
+    )  # fmt: skip
+    parser.add_argument(
+        "--verify-tries", type=flags.positive_int, default=3, help="of --verify: most tries a question; default: 3"
+    )
     parser.add_argument(
         "--seed", type=flags.whole_number, default=42, help="of what is drawn at a temperature; default: 42"
     )

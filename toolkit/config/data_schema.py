@@ -9,6 +9,7 @@ import yaml
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from toolkit.config import yaml_text
+from toolkit.config.retrieval_schema import RetrievalConfig
 from toolkit.config.section import Section, switch
 
 
@@ -133,6 +134,10 @@ class DataConfig(Section):
     """How a row becomes a conversation or text: auto goes by the columns; long_answer, messages, sharegpt, alpaca,
     prompt_completion, text or choice; a task file; or a mapping with the name of one and what is otherwise, as in
     {name: long_answer, columns: {question: Q}} (docs/tasks.md)."""
+
+    retrieval: Annotated[RetrievalConfig | None, BeforeValidator(_parse_mapping)] = None
+    """Passages that are added to each row, as in {corpus: DIR, passages: 5, query: [NOTE]}; the task's column passages
+    takes them (docs/grounded-documents.md). none adds none."""
 
     train_on: Literal["all", "last"] | None = None
     """Which answers of a conversation are learned: all, or the last; none takes the task's, which is all unless a task

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from toolkit.config.data_schema import DataConfig
 from toolkit.data.chat_rendering import Rendering
+from toolkit.data.retrieval import passages_for, texts_for
 from toolkit.data.row_notes import RowNoter
 from toolkit.data.sources import Row
 from toolkit.runtime.errors import DataError
@@ -37,6 +38,7 @@ def from_prompt(
         raise DataError(f"{origin} is empty; expected text")
     task = task_for_questions(_with_own_task(data, rendering))
     (question, *contexts), _ = RowNoter(data).masked([question.strip(), *contexts])
+    contexts = contexts or texts_for(data, question)
     try:
         return task.ask(question, tuple(contexts))
     except RowFaultError as fault:
@@ -80,6 +82,7 @@ class Questions(Iterable[Question]):
         rows = self._rows()
         first = list(islice(rows, MOST_ROWS))
         self._task = task_for_questions(data, [row.values for row in first])
+        self._with_passages = passages_for(data, self._task)
         if self._task.spec.text is not None and data.task == AUTO and rendering.task != self._task.name:
             log.warning(
                 "the rows have text alone, which is continued as it is, without a chat template; to ask it, name "
@@ -90,7 +93,7 @@ class Questions(Iterable[Question]):
 
     @property
     def task(self) -> Task:
-        """Return the task by which they are read."""
+        """Return the task by which the rows are read."""
         return self._task
 
     def __len__(self) -> int:
@@ -138,7 +141,7 @@ class Questions(Iterable[Question]):
             raise RowFaultError(
                 f"has a column {self._answer_column}, where its answer would go; name another with --answer-column"
             )
-        values, _ = self._noter.masked(row.values)
+        values = self._with_passages(self._noter.masked(row.values)[0])
         return Question(number, self._task.read(values, with_answer=self._task.has_answer(values)), values)
 
     def _fault(self, row: Row, fault: RowFaultError) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from toolkit.config.data_schema import DataConfig
 from toolkit.data.readers.row import ID_COLUMNS
+from toolkit.data.retrieval import passages_for
 from toolkit.data.row_notes import RowNoter
 from toolkit.data.rows import Rows
 from toolkit.data.sources import Row, Source, iter_rows
@@ -65,10 +66,11 @@ def read_samples(sources: Sequence[Source], config: DataConfig, *parts: Rows) ->
         columns, rows = source_columns(iter_rows(source))
         own = config if source.task is None else config.model_copy(update={"task": source.task})
         task = find_task(own, columns, origin=source.name, key=source.task_key)
+        with_passages = passages_for(config, task)
         for row in rows:
             place = number, noter.origin(row.origin)
             if place in every and row.fault is None:
-                found[place] = _read(row, place[1], task, noter)
+                found[place] = _read(row, place[1], task, noter, with_passages)
     if missing := [origin for number, origin in every if (number, origin) not in found]:
         raise DataError(f"{min(missing)} and {len(missing) - 1} more rows are not there any more; restore their file")
     return [[found[place] for place in places] for places in wanted]
@@ -79,9 +81,12 @@ def _places(part: Rows) -> dict[tuple[int, str], None]:
     return dict.fromkeys((int(part.of_store[at]), part.origin(at)) for at in range(len(part)))
 
 
-def _read(row: Row, origin: str, task: Task, noter: RowNoter) -> RowSample:
+def _read(
+    row: Row, origin: str, task: Task, noter: RowNoter, with_passages: Callable[[Any], Any]
+) -> RowSample:  # fmt: skip
     values, identifiers = noter.masked(row.values)
     try:
+        values = with_passages(values)
         sample = task.read(values)
     except RowFaultError as fault:
         raise DataError(f"{origin} {noter.fault(str(fault))}; it could be read before: restore its file") from None

@@ -12,6 +12,7 @@ from typing import Any
 
 import toolkit
 from toolkit.data.chat_rendering import Rendering
+from toolkit.data.retrieval import retrieval_fingerprint
 from toolkit.data.sources import Source
 from toolkit.data.token_file import MAGIC
 from toolkit.data.tokenising import Encoding
@@ -21,7 +22,7 @@ from toolkit.runtime.paths import sources_hash
 from toolkit.tasks.choose import AUTO, SHIPPED, load_task
 
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
-_SOURCES = ("data", "tasks")
+_SOURCES = ("data", "tasks", "retrieval")
 """Folders of this package that determine what a row becomes."""
 _WITHOUT_EFFECT = (
     "path", "split", "name", "revision", "encoding", "separator", "sheet", "limit", "validation", "validation_split",
@@ -59,6 +60,7 @@ def store_key(source: Source, encoding: Encoding) -> str:
         "ends": list(encoding.ends),
         "rendering": _rendering_identity(encoding.rendering, str(tokenizer.chat_template or "")),
         "versions": {name: metadata.version(name) for name in _LIBRARIES},
+        "retrieval": retrieval_fingerprint(encoding.config),
         "sources": sources_hash(Path(toolkit.__file__).parent, *_SOURCES),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from toolkit.config.schema import DataConfig
 from toolkit.data.chat_rendering import Rendering
 from toolkit.data.examples import Encoder, Example
+from toolkit.data.retrieval import passages_for
 from toolkit.data.row_notes import RowNote, RowNoter
 from toolkit.data.sources import Row
 from toolkit.data.token_file import EncodedRows
@@ -71,6 +72,7 @@ class RowEncoder:
 
     def __init__(self, encoding: Encoding) -> None:
         self._encoder, self._task, self._noter = encoding.encoder(), encoding.task(), RowNoter(encoding.config)
+        self._with_passages = passages_for(encoding.config, self._task)
 
     def encode(self, rows: Sequence[Row]) -> EncodedRows:
         """Encode rows, and list those that cannot be used with their faults.
@@ -87,7 +89,7 @@ class RowEncoder:
                 if row.fault:
                     raise RowFaultError(row.fault)
                 values, identifiers = self._noter.masked(row.values)
-                parts = self._encoder.encode_all(self._task.read(values))
+                parts = self._encoder.encode_all(self._task.read(self._with_passages(values)))
             except RowFaultError as fault:
                 bad.append((origin, self._noter.fault(str(fault))))
                 continue

@@ -77,8 +77,10 @@ class AnswerFile:
         """Numbers of the rows that are there, with an answer or skipped."""
         return frozenset(self._places)
 
-    def add(self, question: Question, answer: str | None) -> None:
+    def add(self, question: Question, answer: str | None, more: Mapping[str, Any] | None = None) -> None:
         """Keep an answer, or that there is none, so that a process that is killed now has not lost it.
+
+        ``more`` are further columns of its line, after the answer.
 
         Raises:
             DiskError: the disk is full.
@@ -88,7 +90,8 @@ class AnswerFile:
                 os.ftruncate(self._lock.descriptor, 0)
                 self._append(self._settings)
             place = self._end
-            self._append({"row": question.row, "columns": _columns(question), "answer": answer})
+            kept = {"row": question.row, "columns": _columns(question), "answer": answer}
+            self._append({**kept, **({"more": dict(more)} if more else {})})
             self._places[question.row] = place
 
     def require_same(self, questions: Iterable[Question]) -> None:
@@ -178,7 +181,7 @@ class AnswerFile:
                 content = _parsed(line)
                 if not line.endswith(b"\n"):
                     break  # the process was killed as it wrote
-                if not (isinstance(content, dict) and content.keys() == {"row", "columns", "answer"}):
+                if not (isinstance(content, dict) and content.keys() - {"more"} == {"row", "columns", "answer"}):
                     raise UsageError(
                         f"{self._part} line {number} is damaged; remove the file, or choose another --output"
                     )
@@ -211,7 +214,7 @@ class AnswerFile:
             for row in sorted(self._places):
                 kept = self._read(file, row)
                 if kept["answer"] is not None:
-                    yield {**kept["columns"], self._answer_column: kept["answer"]}
+                    yield {**kept["columns"], self._answer_column: kept["answer"], **kept.get("more", {})}
 
 
 def _columns(question: Question) -> dict[str, Any]:

@@ -24,8 +24,10 @@ AUTO, DEFAULT = "auto", "long_answer"
 """What ``data.task`` is by default, and the task of questions without rows."""
 SHIPPED = ("messages", "sharegpt", "choice", "long_answer", "alpaca", "prompt_completion", "text")
 """Tasks that come with Frostline, in the order in which rows are tried against them."""
-BY_NAME = (*SHIPPED, "pubmedqa")
+BY_NAME = (*SHIPPED, "pubmedqa", "ae_coding")
 """All tasks that come with Frostline: also one that the columns of rows cannot tell."""
+PASSAGES = "passages"
+"""A task's column that ``data.retrieval`` fills."""
 MOST_ROWS = 100
 """Rows whose columns are looked at to recognise a task."""
 
@@ -74,7 +76,10 @@ def find_task(
             raise DataError(f"{origin}: {fault}") from None
         raise
     task = _with_settings(task, data)
-    if columns and not recognised and (missing := task.missing(columns, with_answer)):
+    missing = [] if recognised or not columns else task.missing(columns, with_answer)
+    if data.retrieval is not None:
+        missing = [name for name in missing if name != PASSAGES]
+    if missing:
         raise DataError(f"{origin}: {_missing_text(task, missing, columns, with_answer, key)}")
     return task
 

@@ -18,6 +18,7 @@ from toolkit.data.dataset import hidden_tools_text
 from toolkit.data.examples import Encoder, Example
 from toolkit.data.identifiers import Identifier, IdentifierFinder, printed_value, texts_of
 from toolkit.data.part_rows import divide, draw
+from toolkit.data.retrieval import passages_for
 from toolkit.data.row_notes import RowNote, RowNoter
 from toolkit.data.rows import Rows
 from toolkit.data.sources import Part, Row, Source, iter_rows, sources_of
@@ -88,6 +89,7 @@ class _Reader:
         own = {} if source.task is None else {"task": source.task}
         columns = columns_of(row.values for row in rows)
         task = choose_task(self._config.model_copy(update=own), columns, origin=source.name, key=source.task_key)
+        with_passages = passages_for(self._config, task)
         for read in track(rows, f"reading {part} rows", "row", len(rows)):
             row = replace(read, origin=self._noter.origin(read.origin))
             try:
@@ -95,8 +97,10 @@ class _Reader:
                     raise RowFaultError(row.fault)
                 self._look(row)
                 values, found = self._noter.masked(row.values)
-                trained = task.read(values)  # other tokens than those shown, if identifiers are trained on
-                sample = task.read(self._finder.mask_values(row.values)) if found else trained
+                trained = task.read(
+                    with_passages(values)
+                )  # other tokens than those shown, if identifiers are trained on
+                sample = task.read(with_passages(self._finder.mask_values(row.values))) if found else trained
                 examples = self._encoder.encode_all(trained)
                 shown = self._encoder.encode_all(sample)[0] if found else examples[0]
                 is_cut = any(example.shortened for example in examples)

@@ -12,6 +12,7 @@ from typing import Any
 from toolkit.config.schema import DataConfig
 from toolkit.data.examples import Example
 from toolkit.data.identifiers import texts_of
+from toolkit.data.retrieval import passages_for
 from toolkit.data.row_notes import RowNoter
 from toolkit.data.row_samples import row_ids
 from toolkit.data.sources import Row
@@ -94,7 +95,8 @@ def compared(rows: Sequence[Row], config: DataConfig, name: str, ids: Set[str] |
         read: Sample | None = None
         with suppress(RowFaultError):
             if task is not None:
-                read = task.read(row.values, with_answer=task.has_answer(row.values))
+                values = passages_for(config, task)(row.values)
+                read = task.read(values, with_answer=task.has_answer(values))
         if read is not None:
             samples.append(CheckedSample(origin, name, read.question, read.contexts, read.answer or ""))
         elif text := "\n".join(texts_of(row.values)).strip():

@@ -1,0 +1,152 @@
+"""Find what can be compared in a text: numbers with their units, dates, spans of time, names of drugs, quotes."""
+
+from __future__ import annotations
+
+import calendar
+import datetime
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_UNITS = {
+    "일간": "day", "일": "day", "days": "day", "day": "day", "시간": "hour", "hours": "hour", "hour": "hour", "h": "hour",
+    "주": "week", "weeks": "week", "week": "week", "개월": "month", "months": "month", "month": "month", "년": "year",
+    "years": "year", "year": "year", "분": "minute", "minutes": "minute", "세": "age", "mg": "mg", "㎎": "mg", "밀리그램": "mg",
+    "g": "g", "mL": "ml", "ml": "ml", "%": "%", "℃": "degree", "°C": "degree", "도": "degree", "회": "times", "times": "times",
+    "정": "tablet", "tablets": "tablet", "tablet": "tablet", "U/L": "u/l", "IU/L": "u/l", "mmHg": "mmhg", "bpm": "bpm",
+    "등급": "grade", "차": "ordinal",
+}  # fmt: skip
+_UNIT = "|".join(re.escape(unit) for unit in sorted(_UNITS, key=len, reverse=True))
+_NUMBER = re.compile(rf"(?<![\w.-])(\d+(?:,\d{{3}})*(?:\.\d+)?)\s*({_UNIT})?(?![A-Za-z])")
+_CODE = re.compile(r"(?<![\w-])[A-Z]{2,}(?:-[A-Z0-9]+)*-?\d{2,}(?![\w-])")
+"""A code such as FRL-101 or AB1234."""
+_MONTHS = {name.lower(): number for number, name in enumerate(calendar.month_name) if name} | {
+    name.lower(): number for number, name in enumerate(calendar.month_abbr) if name
+}
+_MONTH = "|".join(sorted(_MONTHS, key=len, reverse=True))
+_DATES = (
+    re.compile(r"(?<!\d)(?P<y>\d{4})-(?P<m>\d\d)-(?P<d>\d\d)(?!\d)"),
+    re.compile(r"(?<!\d)(?P<y>\d{4})\s*[./]\s*(?P<m>\d{1,2})\s*[./]\s*(?P<d>\d{1,2})(?!\d)\.?"),
+    re.compile(r"(?<!\d)(?:(?P<y>\d{4})년\s*)?(?P<m>\d{1,2})월\s*(?P<d>\d{1,2})일"),
+    re.compile(rf"(?<!\d)(?P<d>\d{{1,2}})(?:st|nd|rd|th)?\s+(?P<name>{_MONTH})\.?(?:,?\s+(?P<y>\d{{4}}))?(?!\w)", re.I),
+    re.compile(rf"(?<!\w)(?P<name>{_MONTH})\.?\s+(?P<d>\d{{1,2}})(?:st|nd|rd|th)?(?:,?\s+(?P<y>\d{{4}}))?(?!\w)", re.I),
+    re.compile(r"(?<!\d)(?P<m>0?[1-9]|1[0-2])/(?P<d>[0-3]?\d)(?![\d/])"),
+)
+_PARTIAL = re.compile(r"(?<![\d-])(\d{4})-(\d\d)(?![\d-])|(?<!\d)(\d{4})년\s*(\d{1,2})월(?!\s*\d)")
+_QUOTE = re.compile(r"“([^”]{2,})”|\"([^\"]{2,})\"|‘([^’]{4,})’")
+_SPAN = re.compile(r"(?<![\w.-])(\d+)\s*(일|days?|시간|hours?|주|weeks?|개월|months?)", re.I)
+_DATA = Path(__file__).parent / "drug_names.yaml"
+_PARTICLES = "(?:은|는|이|가|을|를|의|에|와|과|로|으로|도|만|정|주|인|이나|나|라|복용|투여)?"
+
+
+@dataclass(frozen=True)
+class Date:
+    """A date as it is written; ``year`` is None where it has none."""
+
+    year: int | None
+    month: int
+    day: int
+    written: str
+
+    def is_one_of(self, dates: set[datetime.date]) -> bool:
+        """Return whether it is one of some dates; without a year it is by month and day."""
+        return any((d.month, d.day) == (self.month, self.day) and self.year in (None, d.year) for d in dates)
+
+
+def dates_in(text: str) -> tuple[list[Date], str]:
+    """Return the dates of a text, and the text without them."""
+    found = []
+    for pattern in _DATES:
+        for match in pattern.finditer(text):
+            groups = match.groupdict()
+            month = _MONTHS[groups["name"].lower()] if groups.get("name") else int(groups["m"])
+            year, day = groups.get("y"), int(groups["d"])
+            if 1 <= month <= 12 and 1 <= day <= 31:
+                found.append(Date(int(year) if year else None, month, day, match[0]))
+        text = pattern.sub(" ", text)
+    return found, text
+
+
+def whole_dates(text: str) -> set[datetime.date]:
+    """Return the dates of a text that have a year and exist."""
+    return {date for found in dates_in(text)[0] if (date := _date(found)) is not None}
+
+
+def _date(found: Date) -> datetime.date | None:
+    try:
+        return None if found.year is None else datetime.date(found.year, found.month, found.day)
+    except ValueError:
+        return None
+
+
+def numbers_in(text: str) -> Iterator[tuple[str, str, str]]:
+    """Yield value, unit and the writing of each number of a text that is no part of a date; no unit is empty."""
+    rest = _PARTIAL.sub(" ", _CODE.sub(" ", dates_in(text)[1]))
+    for match in _NUMBER.finditer(rest):
+        value = match[1].replace(",", "")
+        value = value.rstrip("0").rstrip(".") if "." in value else value.lstrip("0") or "0"
+        yield value, _UNITS.get(match[2] or "", ""), match[0].strip()
+
+
+def spans_in(text: str) -> list[tuple[int, str]]:
+    """Return the spans of time in a text, as number and unit: a deadline such as 15 days is among them."""
+    return [(int(match[1]), _UNITS[_known(match[2])]) for match in _SPAN.finditer(text)]
+
+
+def _known(unit: str) -> str:
+    return unit if unit in _UNITS else unit.lower()
+
+
+def later(day: datetime.date, number: int, unit: str) -> datetime.date:
+    """Return the day that is a span after another; hours are counted as days that they begin."""
+    if unit == "month":
+        months = day.month - 1 + number
+        year, month = day.year + months // 12, months % 12 + 1
+        return datetime.date(year, month, min(day.day, calendar.monthrange(year, month)[1]))
+    days = {"day": number, "week": 7 * number, "hour": -(-number // 24)}[unit]
+    return day + datetime.timedelta(days=min(days, 36500))
+
+
+def codes_in(text: str) -> set[str]:
+    """Return the codes of a text, such as that of a trial's drug."""
+    return set(_CODE.findall(text))
+
+
+def quotes_in(text: str) -> list[str]:
+    """Return what stands in quotation marks."""
+    return [next(group for group in match.groups() if group) for match in _QUOTE.finditer(text)]
+
+
+@cache
+def _drugs() -> tuple[re.Pattern[str], dict[str, str]]:
+    """Return what finds names of drugs, and one spelling of each name that has several."""
+    data: dict[str, Any] = yaml.safe_load(_DATA.read_text(encoding="utf-8"))
+    spelled = {name.lower(): group[0].lower() for group in data["names"] for name in group}
+    names = sorted(spelled, key=len, reverse=True)
+    english = "|".join([rf"[a-z]{{2,}}(?:{'|'.join(data['stems_en'])})", *(n for n in names if n.isascii())])
+    korean = "|".join([rf"[가-힣]{{1,8}}?(?:{'|'.join(data['stems_ko'])})", *(n for n in names if not n.isascii())])
+    pattern = rf"(?<![a-z])({english})(?![a-z])|(?<![가-힣])({korean}){_PARTICLES}(?![가-힣])"
+    return re.compile(pattern, re.IGNORECASE), spelled
+
+
+def drugs_in(text: str) -> dict[str, str]:
+    """Return the names of drugs in a text by the spelling that stands for all of a name's.
+
+    They are those of ``drug_names.yaml`` and words that end in a stem of international nonproprietary names.
+    """
+    pattern, spelled = _drugs()
+    found = {}
+    for match in pattern.finditer(text):
+        name = (match[1] or match[2]).lower()
+        found[spelled.get(name, name)] = match[1] or match[2]
+    return found
+
+
+def squeezed(text: str) -> str:
+    """Return a text without blanks, in one case, for comparing quotes that were wrapped otherwise."""
+    return re.sub(r"\s+", "", text).casefold()
