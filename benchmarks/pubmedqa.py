@@ -1,12 +1,13 @@
 """Train on PubMedQA's 500 training questions, and score base and run on the official 500 test questions.
 
-    python benchmarks/pubmedqa.py --data FOLDER [--task labels|long_answer] [--answers N] [--rows N] [--save]
+    python benchmarks/pubmedqa.py --data FOLDER [--task TASK] [--answers N] [--rows N] [--save]
 
 FOLDER holds ori_pqal.json and test_ground_truth.json of PubMedQA. The mask and the rate are those of
 recipes/quickstart.yaml, for one epoch, in float32, on 450 rows; 50 more are validation rows. ``labels`` answers yes, no
-or maybe, and its predictions are scored by the official rule too, beside the human annotators'; ``long_answer`` writes
-the conclusion. Runs and caches are kept in --scratch, where a second start goes on. Exits 1 if the run is not better
-than its base in perplexity.
+or maybe, and its predictions are scored by the official rule too, beside the human annotators'; ``decision`` and
+``decision_reasoning_free`` do so by the task files of PubMedQA's two settings; ``long_answer`` writes the conclusion.
+Runs and caches are kept in --scratch, where a second start goes on. Exits 1 if the run is not better than its base in
+perplexity.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ TASKS: dict[str, Any] = {
         "columns": {"question": "QUESTION", "contexts": "CONTEXTS", "answer": "final_decision"},
         "output": {"labels": list(LABELS)},
     },
+    "decision": "decision",
+    "decision_reasoning_free": "decision_reasoning_free",
     "long_answer": "long_answer",
 }  # fmt: skip
 VALIDATION_ROWS = 50

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,45 @@ def test_changed_remote_code_reads_no_old_cache_and_is_refused(
     with pytest.raises(CheckpointError, match=r"code that comes with the model has changed: helper_code\.py was"):
         open_model(str(tmp_path / "a"), trust_remote_code=True)
     open_model(str(tmp_path / "b"), trust_remote_code=True)
+
+
+def test_code_that_the_models_code_imports_from_elsewhere_is_part_of_it(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, elsewhere = with_remote_code(tiny_model, tmp_path / "model"), tmp_path / "elsewhere"
+    (elsewhere / "frost_layers" / "deep").mkdir(parents=True)
+    (elsewhere / "frost_layers" / "__init__.py").touch()
+    (elsewhere / "frost_layers" / "deep" / "scale.py").write_text("SCALE = 1.0\n")
+    (elsewhere / "frost_alone.py").write_text("BIAS = 0.0\n")
+    code = (model / "tiny_code.py").read_text()
+    own = "import json, torch\nimport frost_alone\nfrom frost_layers.deep.scale import SCALE\n"
+    (model / "tiny_code.py").write_text(own + code)
+    monkeypatch.syspath_prepend(elsewhere)
+    run = tmp_path / "run"
+    assert train(*tiny_flags(model, run, "--model.trust_remote_code", "true", "--train.max_steps", 1)) == 0
+    base = json.loads((checkpoint_of(run) / "base.json").read_text())
+    assert sorted(base["identity"]["code"]) == ["frost_alone", "frost_layers", "tiny_code.py"]
+    (elsewhere / "frost_layers" / "deep" / "scale.py").write_text("SCALE = 2.0\n")
+    with pytest.raises(CheckpointError, match=r"code that comes with the model has changed: frost_layers was"):
+        open_model(str(run), trust_remote_code=True)
+    monkeypatch.delitem(sys.modules, "frost_layers")
+    monkeypatch.delitem(sys.modules, "frost_alone")
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_of_another_repository_is_refused_for_no_commit_of_it_is_pinned(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, file: str
+) -> None:
+    model = with_remote_code(tiny_model, tmp_path / "model")
+    change(model / file, auto_map={"AutoConfig": "org/else--code.C", "AutoTokenizer": ["org/else--code.T", None]})
+    flags = tiny_flags(model, tmp_path / "run", "--model.trust_remote_code", "true")
+    for words in (["train", *flags], ["plan", *flags], ["evaluate", str(model), "--data.path", str(ENGLISH),
+                                                        "--trust-remote-code"]):  # fmt: skip
+        if (words[0], file) == ("plan", "tokenizer_config.json"):
+            continue  # which a plan does not read
+        assert run_main(monkeypatch, *words) == 2
+        assert f"{file} takes code from org/else (auto_map), at no pinned commit" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_run_of_an_earlier_version_is_opened_and_what_is_not_compared_is_said(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,9 +20,9 @@ from toolkit.inference.chat import Chat
 from toolkit.inference.constrained import Constrained, OneOfOptions
 from toolkit.inference.open_model import open_model
 from toolkit.inference.sampling import Sampling
-from toolkit.runtime.errors import UsageError
+from toolkit.runtime.errors import DataError, UsageError
 from toolkit.tasks.choose import load_task
-from toolkit.tasks.output import is_answer
+from toolkit.tasks.output import check_answer, is_answer
 from toolkit.tasks.sample import Sample, ask
 
 SCHEMA = {
@@ -110,10 +111,60 @@ def test_answers_are_json_by_the_schema_the_same_in_a_batch_and_alone(tiny_model
     assert all(set(json.loads(str(answer))) == set(SCHEMA["required"]) for answer in together.values())
 
 
-def test_json_that_is_cut_is_said_once(tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:
-    samples = samples_of(EXTRACT, [{"note": "one"}, {"note": "two"}])
-    list(answerer_of(tiny_model, max_new_tokens=3).in_order(samples))
-    assert caplog.text.count("answers ended at 3 tokens, before their JSON did; --max-new-tokens allows more") == 1
+OPEN = {
+    "type": "object",
+    "properties": {
+        "증상": {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        "onset": {"type": "string", "pattern": "^[0-9]{4}-[0-9]{2}$"},
+        "grade": {"enum": ["가벼움", "심함"]},
+        "count": {"type": ["integer", "null"], "minimum": 10},
+        "note": {"type": "object", "properties": {"text": {"type": "string", "minLength": 9}}, "required": ["text"]},
+    },
+    "required": ["증상", "onset", "grade", "count"],
+    "additionalProperties": False,
+}
+"""Nothing of it is bounded: a model that never ends a text is made to."""
+
+
+@pytest.mark.parametrize(("schema", "temperature"), [(SCHEMA, 0.0), (OPEN, 0.0), (OPEN, 2.0)])
+def test_a_hundred_answers_are_whole_at_any_limit_of_tokens(
+    tiny_model: Path, schema: dict[str, Any], temperature: float
+) -> None:
+    drawn = random.Random(0)
+    task = {**EXTRACT, "output": {"schema": schema}}
+    rows = [
+        {"note": "n" + "".join(drawn.choices('두통 fever 열 \n{}"0', k=drawn.randrange(1, 30)))} for _ in range(100)
+    ]
+    samples, spec = samples_of(task, rows), load_task(task).spec
+    shortest = len(answerer_of(tiny_model)._constraints.of(samples[0][1]).ending or ())  # type: ignore[union-attr]
+    whole = 0
+    for part, more in enumerate((0, 1, 2, 5, 30)):
+        answerer = answerer_of(tiny_model, batch_size=5, max_new_tokens=shortest + more, sampling=Sampling(temperature))
+        for _, answer in answerer.in_order(samples[part * 20 : part * 20 + 20]):
+            check_answer(spec, str(answer))
+            whole += 1
+            assert len(answerer.loaded.tokenizer.encode(str(answer))) <= shortest + more
+    assert whole == 100
+    assert shortest < 60
+
+
+def test_a_limit_that_no_answer_fits_is_said_before_any_is_given(tiny_model: Path) -> None:
+    samples = samples_of(EXTRACT, [{"note": "one"}])
+    with pytest.raises(UsageError, match=r"the task's JSON schema takes \d+ tokens, and --max-new-tokens is 3; allow"):
+        list(answerer_of(tiny_model, max_new_tokens=3).in_order(samples))
+    long = samples_of(EXTRACT, [{"note": "why " * 230}])
+    answerer = Answerer(open_model(str(tiny_model)).loaded, 600, 64, constrains=True)
+    with pytest.raises(
+        DataError, match=r"question 1, .* has no answer: its prompt leaves \d+ of the model's positions"
+    ):
+        list(answerer.in_order(long))
+
+
+def test_an_answer_with_room_is_what_it_was_without_a_limit(tiny_model: Path) -> None:
+    """The end that is kept in mind changes no token while there is room."""
+    samples = samples_of(EXTRACT, [{"note": "one"}, {"note": "이틀 전"}])
+    roomy = dict(answerer_of(tiny_model, max_new_tokens=200).in_order(samples))
+    assert roomy == dict(answerer_of(tiny_model, max_new_tokens=400).in_order(samples))
 
 
 def test_settings_of_the_model_that_forbid_the_end_do_not_break_the_format(tmp_path: Path) -> None:

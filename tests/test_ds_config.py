@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -222,3 +224,17 @@ def test_deepspeed_leaves_clipping_to_us_wherever_it_can(file: str, accumulation
 def test_deepspeed_clips_where_the_old_key_for_offload_is_written() -> None:
     ds = resolve({"zero_optimization": {"stage": 2, "cpu_offload": True}}, RunConfig())
     assert without_norm_and_clipping(ds) is None
+
+
+@pytest.mark.slow
+def test_an_engine_starts_without_the_compiler_that_deepspeed_imports_for_muon() -> None:
+    code = (
+        "import os, sys\n"
+        "from toolkit.engine.deepspeed.muon import import_muon_uncompiled\n"
+        "import_muon_uncompiled()\n"
+        "import deepspeed.runtime.zero.utils\n"
+        "has_muon = 'deepspeed.runtime.zero.muon.original_muon' in sys.modules\n"
+        "print(has_muon, 'torch._inductor.compile_fx' in sys.modules, os.environ.get('TORCHDYNAMO_DISABLE'))\n"
+    )
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert said.splitlines()[-1] == "True False None"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -13,12 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from helpers import ENGLISH, make_tiny_model, make_tokenizer, metrics, run_here, tiny_flags, tiny_llama, train
 
 import toolkit
 from toolkit.commands.evaluate import save_predictions
 from toolkit.evaluation.labels import Classes
-from toolkit.evaluation.likelihood import option_query
+from toolkit.evaluation.likelihood import OptionQuery, option_query
 from toolkit.evaluation.outputs import with_shots
 from toolkit.evaluation.scoring import label_of
 from toolkit.evaluation.table import table
@@ -26,7 +28,9 @@ from toolkit.evaluation.trivial import trivial_answers
 from toolkit.inference.open_model import open_model
 from toolkit.runtime.distributed import require_one_process
 from toolkit.runtime.errors import DataError, FrostlineError, UsageError
+from toolkit.runtime.privacy import private_files
 from toolkit.split.prefix import Prefix
+from toolkit.split.suffix import Suffix
 from toolkit.tasks.choose import load_task
 from toolkit.tasks.sample import ask
 
@@ -115,6 +119,36 @@ def test_options_that_differ_in_their_last_token_take_one_sequence(folder: Path)
     assert all(len(ids) == 1 for ids in query.options)
 
 
+def test_letters_are_scored_in_the_pass_over_the_right_answer(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {"question": f"Which is {at}?", "options": ["none", "some", "all"], "answer": "ABC"[at % 3]} for at in range(6)
+    ]
+    path = tmp_path / "letters.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    passed = Counter[str]()
+    head_input = Suffix._head_input
+
+    def counted(self: Suffix, hidden: Any, batch: Any, *more: Any) -> Any:
+        passed["rows"] += len(batch.examples)
+        return head_input(self, hidden, batch, *more)
+
+    monkeypatch.setattr(Suffix, "_head_input", counted)
+    found = []
+    for is_apart in (False, True):
+        if is_apart:
+            monkeypatch.setattr(OptionQuery, "is_scored_by", lambda *_: False)
+        passed.clear()
+        compared = toolkit.evaluate(folder / "model", path, task="choice", batch_size=4)
+        found.append(
+            (passed["rows"], {name: m.value for name, m in scores_of(compared, str(folder / "model")).items()})
+        )
+    (once, together), (twice, apart) = found
+    assert twice - once == len(rows)
+    assert together == pytest.approx(apart, abs=1e-5, nan_ok=True)
+
+
 def test_an_option_that_begins_another_is_told_by_its_end(folder: Path) -> None:
     encoder = open_model(str(folder / "model")).encoder
     _, (one, ten) = encoder.encode_answers(ask("Which?"), ["1", "10"])
@@ -156,6 +190,23 @@ def test_the_cache_of_a_recipe_that_has_none_is_not_used(folder: Path, tmp_path:
     assert train(*flags) == 0
     toolkit.evaluate(["base", tmp_path / "run"])
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_strangers_run_names_no_directory_to_write_to_and_shares_no_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, home = Path(shutil.copytree(folder / "run", tmp_path / "run")), tmp_path / "home"
+    (home / ".ssh").mkdir(parents=True)
+    monkeypatch.setenv("FROSTLINE_CACHE", str(home / "cache"))
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    config["prefix"] |= {"cache_dir": str(home / ".ssh"), "share": "group"}
+    (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    with private_files():
+        toolkit.evaluate(["base", run])
+    assert not list((home / ".ssh").iterdir())
+    kept = [path for path in (home / "cache").rglob("*") if path.suffix == ".safetensors"]
+    assert kept
+    assert not [path for path in (home / "cache").rglob("*") if path.stat().st_mode & 0o077]
 
 
 def test_a_loss_by_itself_has_an_interval_and_nothing_to_compare_with(folder: Path) -> None:

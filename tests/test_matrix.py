@@ -19,7 +19,7 @@ from toolkit.checkpoint.catalog import latest_checkpoint
 
 pytestmark = pytest.mark.distributed
 
-STEPS = 36
+STEPS = 24
 SEEDS = (42, 1, 2)
 
 
@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags(folder: Path, run: str = "run") -> list[str]:
-    return tiny_flags(folder / "model", folder / run, "--data.path", folder / "odd.jsonl", "--train.epochs", 6)
+    return tiny_flags(folder / "model", folder / run, "--data.path", folder / "odd.jsonl", "--train.epochs", 4)
 
 
 @pytest.fixture(scope="module")

@@ -127,3 +127,9 @@ def test_of_a_failing_disk_the_first_error_is_told(tmp_path: Path, monkeypatch: 
         file.write("a line")
     file.sync()
     assert (tmp_path / "log").read_text() == "a line\n"
+
+
+def test_a_fifo_in_the_place_of_the_log_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(OSError, match="it is no regular file"):
+        read_rows(tmp_path / "metrics.jsonl")

@@ -250,3 +250,23 @@ def test_a_hostile_run_directory_changes_nothing_around_it(
     assert "Traceback" not in ended.stderr, ended.stderr
     assert changed(before, precious, run) == []
     assert ended.returncode != 0 or (run / "checkpoints" / "latest").read_text() == "step-00000003"
+
+
+def test_two_runs_never_share_the_checkpoints_of_one_link(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "checkpoints").symlink_to(tmp_path / "scratch")
+    assert train(*tiny_flags(tiny_model, tmp_path / "a", *SHORT)) == 0
+    before = snapshot(tmp_path)
+    for script, more in (("train.py", ()), ("submit.py", ("--dry-run",))):
+        ended = run_here(script, *tiny_flags(tiny_model, tmp_path / "b", *SHORT), *more)
+        assert ended.returncode == 2, ended.stderr
+        assert f"holds the checkpoints of {tmp_path / 'a'}; each run would remove the other's" in ended.stderr
+    (tmp_path / "b" / ".lock").unlink(missing_ok=True)
+    after = snapshot(tmp_path)
+    assert {name for name in before | after if before.get(name) != after.get(name)} == set()
+    assert train(*tiny_flags(tiny_model, tmp_path / "a", *SHORT)) == 0, "the first may go on"
+    (tmp_path / "a").rename(tmp_path / "moved")
+    assert train(*tiny_flags(tiny_model, tmp_path / "moved", *SHORT)) == 0, "a run that was moved keeps them"
+    assert (tmp_path / "scratch" / ".frostline-run").read_text() == str(tmp_path / "moved")

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import tiny_flags, train
+from helpers import run_here, tiny_flags, train
 from store_samples import NAMESPACE, open_store, samples
 
 from toolkit.commands import cache
 from toolkit.commands.cli import run_command
 from toolkit.runtime import hub
 from toolkit.runtime.file_lock import FileLock
-from toolkit.runtime.privacy import make_directory, private_files, set_access, users_umask
+from toolkit.runtime.privacy import close_directory, make_directory, private_files, set_access, users_umask
 
 
 @pytest.fixture(autouse=True)
@@ -138,3 +139,26 @@ def test_a_lock_can_be_opened_by_those_alone_who_may_write_beside_it(tmp_path: P
     lock = FileLock(tmp_path / "lock")
     lock.release()
     assert modes(tmp_path)["lock"] == 0o600
+
+
+def test_a_run_directory_that_an_earlier_version_left_open_is_closed_and_said(tiny_model: Path, tmp_path: Path) -> None:
+    flags = tiny_flags(tiny_model, tmp_path / "run", "--train.max_steps", 1)
+    assert run_command(lambda: train(*flags)) == 0
+    (tmp_path / "run").chmod(0o755)
+    again = run_here("train.py", *flags)
+    assert again.returncode == 0
+    assert modes(tmp_path)["run"] == 0o700
+    assert "was open to others (mode 755) and is its user's alone now (700)" in again.stderr
+    (tmp_path / "run").chmod(0o2770)  # shared with its group: by output.share, or by its user
+    assert run_command(lambda: train(*flags)) == 0
+    assert modes(tmp_path)["run"] == 0o2770
+
+
+def test_a_file_system_without_modes_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, mode: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+
+    tmp_path.chmod(0o755)
+    monkeypatch.setattr(Path, "chmod", refuse)
+    close_directory(tmp_path)
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755

@@ -22,6 +22,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ENTRY_OVERHEAD = 512
 """Most bytes of an entry beside its data, those of a shard with a single entry."""
 
+NAMESPACE_FILE = "namespace.json"
+"""In the directory of a namespace: the text that its hash is of."""
+
 
 @dataclass(frozen=True)
 class Namespace:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 
 import toolkit
 from toolkit.activation_cache.eviction import cache_writer
-from toolkit.activation_cache.namespace import Namespace, bytes_of
+from toolkit.activation_cache.namespace import NAMESPACE_FILE, SHA256, Namespace, bytes_of
 from toolkit.activation_cache.store import ActivationStore
 from toolkit.config.policy import Decision, decide_cache
 from toolkit.config.schema import PrefixConfig
@@ -30,8 +31,12 @@ from toolkit.models.load import LoadedModel
 from toolkit.models.weight_fingerprint import fingerprint_of
 from toolkit.runtime.cache_root import cache_root
 from toolkit.runtime.distributed import World
+from toolkit.runtime.own_files import is_real_file
 from toolkit.runtime.paths import replace_text, sources_hash
+from toolkit.runtime.privacy import is_shared_with_group
 from toolkit.split.prefix import Prefix
+
+log = logging.getLogger("frostline")
 
 _SPLIT_CHECK = "split.json"
 """File of a namespace, written by ``save_split_check``."""
@@ -103,9 +108,34 @@ def open_store(
     limit = settings.cache_limit_gib
     namespace = Namespace(fingerprints, int(model.config.get_text_config().hidden_size), model.dtype)
     limit_bytes = None if limit is None else int(limit * 2**30)
-    root = Path(settings.cache_dir) if settings.cache_dir else cache_root() / "activations"
     is_shared = settings.share == "group"
-    return ActivationStore(root, namespace, limit_bytes, writer=cache_writer(world), is_shared=is_shared)
+    return ActivationStore(_root(settings), namespace, limit_bytes, writer=cache_writer(world), is_shared=is_shared)
+
+
+def settings_of_a_run(settings: PrefixConfig) -> PrefixConfig:
+    """Return the settings by which a run's cache is opened to evaluate it, whoever wrote the run.
+
+    A directory that it names is used only if it is a cache already, else the default one; modes stay as they are.
+    """
+    if settings.cache_dir and not _namespaces(_root(settings)):
+        log.info("prefix.cache_dir of the run, %s, is no cache here; the default one is used", settings.cache_dir)
+        settings = settings.model_copy(update={"cache_dir": None})
+    root = _root(settings)
+    is_shared = any(map(is_shared_with_group, (root, *_namespaces(root))))
+    return settings.model_copy(update={"share": "group" if is_shared else None})
+
+
+def _root(settings: PrefixConfig) -> Path:
+    return Path(settings.cache_dir) if settings.cache_dir else cache_root() / "activations"
+
+
+def _namespaces(root: Path) -> list[Path]:
+    """Return the directories of hidden states in a cache; none of what is no cache."""
+    try:
+        found = list(root.iterdir())
+    except OSError:
+        return []
+    return [path for path in found if SHA256.fullmatch(path.name) and is_real_file(path / NAMESPACE_FILE)]
 
 
 def save_split_check(store: ActivationStore, output_counts: Sequence[int | None]) -> None:

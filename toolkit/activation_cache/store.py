@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from toolkit.activation_cache.eviction import CacheQuota, CacheWriter, Lease, mebibytes
-from toolkit.activation_cache.namespace import Namespace
+from toolkit.activation_cache.namespace import NAMESPACE_FILE, Namespace
 from toolkit.activation_cache.shard import (
     ShardEntry,
     ShardError,
@@ -228,7 +228,7 @@ class ActivationStore:
         except OSError as error:
             self._report(f"{self.directory} cannot be claimed", str(error), "it is read but not written")
             return None
-        description = self.directory / "namespace.json"
+        description = self.directory / NAMESPACE_FILE
         if not description.exists():
             with suppress(OSError):  # it is for people only
                 publish(self.namespace.text.encode(), description, lease.staging(), _MODE)

@@ -5,8 +5,11 @@ A power cut leaves NUL bytes, a kill a part of a line, people leave blank lines 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +40,13 @@ def read_log(path: Path) -> Iterator[LogLine]:
     """Yield the lines of a log; none of a missing one.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: it cannot be read, or is no regular file, such as a FIFO, which could wait for ever.
     """
     try:
-        content = path.read_bytes()
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "it is no regular file", str(path))
+            content = file.read()
     except FileNotFoundError:
         return
     *whole, last = content.split(b"\n")

@@ -11,7 +11,8 @@ import yaml
 from toolkit.checkpoint.catalog import LATEST_FILE, checkpoints_of, has_own_checkpoint, is_pointer, step_directories
 from toolkit.runtime.errors import CheckpointError
 from toolkit.runtime.file_lock import LOCK_FILE_NAME
-from toolkit.runtime.own_files import is_real_directory, is_real_file
+from toolkit.runtime.own_files import is_real_directory, is_real_file, is_same_directory
+from toolkit.runtime.paths import explain_refused_write, replace_bytes
 
 _EARLY = re.compile(
     r"rendering\.json|gradients\.json|trackers\.json|wandb|mlflow.*|\..+\.[0-9a-f]{32}\.staging|"
@@ -19,6 +20,8 @@ _EARLY = re.compile(
 )
 """What a run writes before its config.yaml, and what is no use of a folder: marks of systems, and the output of the
 command itself, as ``> runs/x/train.log`` makes."""
+_OWNER_FILE = ".frostline-run"
+"""In the directory that a link ``checkpoints`` leads to: the run whose checkpoints it holds."""
 _MOST_BYTES = 2**18
 """Largest config.yaml; those of runs have some 5 KiB."""
 
@@ -27,7 +30,8 @@ def require_run_or_unused(path: Path) -> None:
     """Check that a directory is a run's, or not used yet; a missing one is not.
 
     Raises:
-        CheckpointError: it holds something else, ``checkpoints`` is none, or holds another's files of our names.
+        CheckpointError: it holds something else, ``checkpoints`` is none, or holds another's files of our names, or is
+            a link to the checkpoints of another run.
     """
     if not path.is_dir():
         return
@@ -37,7 +41,7 @@ def require_run_or_unused(path: Path) -> None:
         raise CheckpointError(
             f"run directory {path} cannot be read ({error.strerror}); choose another --output.dir"
         ) from None
-    if not (has_own_checkpoint(path) or is_written_config(path / "config.yaml")):
+    if not holds_run(path):
         others = [name for name in names if not (_EARLY.fullmatch(name) or _is_unused(path / name))]
         if others:
             own = " (a config.yaml is there, but not as a run writes it)" if "config.yaml" in others else ""
@@ -46,6 +50,37 @@ def require_run_or_unused(path: Path) -> None:
                 "expected one that is empty, does not exist, or holds a run. Choose another --output.dir"
             )
     _require_own_checkpoints(path)
+    claim_linked_checkpoints(path, mark=False)
+
+
+def holds_run(path: Path) -> bool:
+    """Return whether a run has written into a directory: a checkpoint, or its config.yaml."""
+    return has_own_checkpoint(path) or is_written_config(path / "config.yaml")
+
+
+def claim_linked_checkpoints(path: Path, mark: bool) -> None:
+    """Refuse a run whose link ``checkpoints`` leads to those of another run, which both would prune.
+
+    ``mark`` writes there which run they belong to, if they are a link's. A run that was moved, or whose link leads
+    elsewhere now, has given them up.
+
+    Raises:
+        CheckpointError: they belong to another run.
+        DiskError: the mark cannot be read or written.
+    """
+    folder = path / "checkpoints"
+    if not folder.is_symlink():
+        return
+    owner_file, own = folder / _OWNER_FILE, os.fsencode(path.resolve())
+    with explain_refused_write(folder):
+        owner = owner_file.read_bytes()[:_MOST_BYTES] if is_real_file(owner_file) else b""
+        if owner != own and is_same_directory(Path(os.fsdecode(owner)) / "checkpoints", folder):
+            raise CheckpointError(
+                f"{folder} leads to {folder.resolve()}, which holds the checkpoints of {os.fsdecode(owner)}; each run "
+                "would remove the other's. Let the link lead to a directory of its own"
+            )
+        if mark and owner != own:
+            replace_bytes(owner_file, own)
 
 
 def is_written_config(path: Path) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from toolkit.checkpoint.catalog import checkpoints_of, newest_usable
 from toolkit.checkpoint.early_stopping import ended_early
 from toolkit.checkpoint.manifest import NewerVersionError
-from toolkit.checkpoint.own_directory import require_run_or_unused
+from toolkit.checkpoint.own_directory import claim_linked_checkpoints, holds_run, require_run_or_unused
 from toolkit.checkpoint.state import CheckpointState, read_state, recipe_differences
 from toolkit.checkpoint.validation_score import read_validation_score
 from toolkit.config.recipe import dump
@@ -21,7 +21,7 @@ from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import CheckpointError
 from toolkit.runtime.file_lock import LOCK_FILE_NAME, RunLock
 from toolkit.runtime.paths import replace_text
-from toolkit.runtime.privacy import make_directory, set_access
+from toolkit.runtime.privacy import close_directory, make_directory, set_access
 
 log = logging.getLogger("frostline")
 
@@ -102,6 +102,7 @@ def _claim_directory(
             raise CheckpointError(
                 f"{output.dir} is being written by another run: {holder}. Wait for it, or choose another --output.dir"
             )
+        claim_linked_checkpoints(path, mark=create)
         if holder := held_by(path):
             raise CheckpointError(
                 f"{output.dir} belongs to {holder}; wait for it, cancel it, or choose another --output.dir"
@@ -125,6 +126,7 @@ def _claim_directory(
             if lock.enter_context(_locked(path, create, output.share == "group")) or held_by(path):
                 continue
             if directory := _read_run_if_fits(path, config, ranks):
+                claim_linked_checkpoints(path, mark=create)
                 locks.push(lock.pop_all())
                 return directory
     raise AssertionError("unreachable")
@@ -144,6 +146,8 @@ def _locked(path: Path, create: bool, is_shared: bool) -> Iterator[str | None]:
         make_directory(path, is_shared)
         if is_shared:
             set_access(path, True)
+        elif holds_run(path):
+            close_directory(path)
         lock = RunLock.take(path)
     except OSError as error:
         raise CheckpointError(

@@ -53,7 +53,7 @@ def event_metrics(
 
     ``events/precision`` and ``events/recall`` are the shares of answered and of wanted events that are in a pair,
     ``events/f1`` their harmonic mean, ``events/exact`` the share of rows whose sets are equal, fields included.
-    ``event/FIELD`` is the share of wanted events, and of paired ones that have the field where it is not wanted, whose
+    ``field/NAME`` is the share of wanted events, and of paired ones that have the field where it is not wanted, whose
     field is right; an event without a pair has none. ``verified`` is the share of answers that break no rule.
     An answer that is no list of events has none, and is not exact.
     """
@@ -71,7 +71,8 @@ def event_metrics(
         mean_metric("events/exact", np.array(exact, float)),
         mean_metric("verified", 1 - np.array(broken, float)),
     ]
-    return found + [_field_metric(name, given, wanted, pairs) for name in ANSWERED]
+    names = [name for name in ANSWERED if any(name in event for of_row in wanted for event in of_row)]
+    return found + [_field_metric(name, given, wanted, pairs) for name in names]
 
 
 def _field_metric(
@@ -88,7 +89,7 @@ def _field_metric(
             if name in event or mine is not None:
                 counted[row] += 1
                 right[row] += name in event and mine == event[name]
-    return mean_metric(f"event/{name}", right, counted)
+    return mean_metric(f"field/{name}", right, counted)
 
 
 def trivial_events(rows: Sequence[Mapping[str, Any]], candidates: Sequence[Sequence[str]]) -> dict[str, list[str]]:

@@ -7,10 +7,11 @@ term. An event is coded at the lowest level (LLT); preferred term (PT) and prima
 from __future__ import annotations
 
 import csv
+import hashlib
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from toolkit.runtime.errors import DataError
 
 TOY = "toy"
 """Name of the dictionary that comes with Frostline, in place of a path."""
+_PER_PART = 2
+"""Terms that are found for each sentence or clause of a note, so that no event takes the places of the others."""
 ICD10 = "icd10cm"
 """Name of the dictionary that the package simple-icd-10-cm has, to try retrieval on something big."""
 
@@ -50,6 +53,17 @@ class Dictionary:
         found = [self._search(part, per_part or most) for part in parts]
         turns = [of_part[place] for place in range(per_part or most) for of_part in found if place < len(of_part)]
         return list(dict.fromkeys(turns))[:most]
+
+    def candidate_names(self, text: str, most: int) -> list[str]:
+        """Return the names of the terms that fit the parts of a note best, in its language where they have one."""
+        language = "ko" if any("가" <= letter <= "힣" for letter in text) else "en"
+        return [term.shown(language) for term in self.candidates(text, most, _PER_PART)]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Return a SHA-256 of the terms, and of how they are found."""
+        names = "\n".join(f"{term}" for term in self.terms)
+        return hashlib.sha256(f"{self._index.fingerprint}\n{self.version}\n{names}".encode()).hexdigest()
 
     def _search(self, text: str, most: int) -> list[Term]:
         """Return the best terms: a term has an entry a language, of which the better counts."""
@@ -83,18 +97,30 @@ def open_dictionary(name: str | Path) -> Dictionary:
         DataError: there are no such files, or they cannot be read.
         UsageError: ``icd10cm`` is named and simple-icd-10-cm is not installed.
     """
-    if str(name) == TOY:
-        return toy()
-    if str(name) == ICD10:
-        from toolkit.clinical.icd10 import read_icd10
-
-        return Dictionary(*read_icd10())
+    if str(name) in (TOY, ICD10):
+        return _shipped(str(name))
     path = Path(name)
     if not path.is_dir():
         raise DataError(
             f"dictionary {name} is no directory; expected one with MedDRA's .asc files, or {TOY} or {ICD10}"
         )
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() == ".asc")
+    return _read(path, tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+@lru_cache(maxsize=2)
+def _read(path: Path, state: tuple[tuple[str, int, int], ...]) -> Dictionary:
+    """Read MedDRA's files, once for each ``state`` of them."""
     return Dictionary(*read_meddra(path))
+
+
+@cache
+def _shipped(name: str) -> Dictionary:
+    if name == TOY:
+        return toy()
+    from toolkit.clinical.icd10 import read_icd10
+
+    return Dictionary(*read_icd10())
 
 
 def toy() -> Dictionary:

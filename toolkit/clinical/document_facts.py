@@ -13,16 +13,16 @@ from typing import Any
 
 import yaml
 
-_UNITS = {
-    "일간": "day", "일": "day", "days": "day", "day": "day", "시간": "hour", "hours": "hour", "hour": "hour", "h": "hour",
-    "주": "week", "weeks": "week", "week": "week", "개월": "month", "months": "month", "month": "month", "년": "year",
-    "years": "year", "year": "year", "분": "minute", "minutes": "minute", "세": "age", "mg": "mg", "㎎": "mg", "밀리그램": "mg",
-    "g": "g", "mL": "ml", "ml": "ml", "%": "%", "℃": "degree", "°C": "degree", "도": "degree", "회": "times", "times": "times",
-    "정": "tablet", "tablets": "tablet", "tablet": "tablet", "U/L": "u/l", "IU/L": "u/l", "mmHg": "mmhg", "bpm": "bpm",
-    "등급": "grade", "차": "ordinal",
+_SPELLINGS = {
+    "day": "일간 일 days day", "hour": "시간 hours hour h", "week": "주 weeks week", "month": "개월 months month",
+    "year": "년 years year", "minute": "분 minutes", "ms": "ms", "age": "세", "mg": "mg ㎎ 밀리그램", "g": "g",
+    "ml": "mL ml", "%": "%", "degree": "℃ °C 도", "times": "회 times", "tablet": "정 tablets tablet",
+    "u/l": "U/L IU/L", "mmhg": "mmHg", "bpm": "bpm", "grade": "등급", "ordinal": "차",
 }  # fmt: skip
+"""Ways of writing each unit."""
+_UNITS = {spelling: unit for unit, spellings in _SPELLINGS.items() for spelling in spellings.split()}
 _UNIT = "|".join(re.escape(unit) for unit in sorted(_UNITS, key=len, reverse=True))
-_NUMBER = re.compile(rf"(?<![\w.-])(\d+(?:,\d{{3}})*(?:\.\d+)?)\s*({_UNIT})?(?![A-Za-z])")
+_NUMBER = re.compile(rf"(?<![\w.-])(\d+(?:,\d{{3}})*(?:\.\d+)?)(?:\s*({_UNIT})(?![A-Za-z]))?")
 _CODE = re.compile(r"(?<![\w-])[A-Z]{2,}(?:-[A-Z0-9]+)*-?\d{2,}(?![\w-])")
 """A code such as FRL-101 or AB1234."""
 _MONTHS = {name.lower(): number for number, name in enumerate(calendar.month_name) if name} | {
@@ -95,11 +95,7 @@ def numbers_in(text: str) -> Iterator[tuple[str, str, str]]:
 
 def spans_in(text: str) -> list[tuple[int, str]]:
     """Return the spans of time in a text, as number and unit: a deadline such as 15 days is among them."""
-    return [(int(match[1]), _UNITS[_known(match[2])]) for match in _SPAN.finditer(text)]
-
-
-def _known(unit: str) -> str:
-    return unit if unit in _UNITS else unit.lower()
+    return [(int(match[1]), _UNITS[match[2].lower()]) for match in _SPAN.finditer(dates_in(text)[1])]
 
 
 def later(day: datetime.date, number: int, unit: str) -> datetime.date:

@@ -13,7 +13,7 @@ from typing import Any
 
 PASSAGE = re.compile(r"\[P:([^\]\s]+)\]")
 FIELD = re.compile(r"\[([A-Z][A-Z_]*)(\d*)(?:\.([A-Z][A-Z0-9_]*))?\]")
-_CITATION = re.compile(rf"{PASSAGE.pattern}|{FIELD.pattern}")
+CITATION = re.compile(rf"{PASSAGE.pattern}|{FIELD.pattern}")
 _END = re.compile(r"(?<=[.!?。])((?:\s*\[[^\]\n]+\])*)\s+(?=\S)")
 _NUMBER_BEFORE = re.compile(r"(?:^|\s)\d+\.$|(?:^|\s)(?:No|Dr|vs|e\.g|i\.e)\.$")
 """A full stop that ends no sentence: of a date such as 2026. 3. 5., of a list, of an abbreviation."""
@@ -32,7 +32,7 @@ class Sentence:
     @property
     def bare(self) -> str:
         """The text without citations and marks of a list or heading."""
-        return re.sub(r"\s+", " ", _CITATION.sub("", self.text)).strip(" #*-")
+        return re.sub(r"\s+", " ", CITATION.sub("", self.text)).strip(" #*-")
 
     @property
     def passages(self) -> list[str]:
@@ -68,7 +68,7 @@ def _divided(line: str) -> list[str]:
 
 def citations(document: str) -> set[str]:
     """Return all that a document cites: ``P:`` and the id of a passage, or a field."""
-    return {found[0][1:-1] for found in _CITATION.finditer(document)}
+    return {found[0][1:-1] for found in CITATION.finditer(document)}
 
 
 def field_value(record: Mapping[str, Any], name: str) -> Any:

@@ -43,6 +43,7 @@ Check = Callable[[str, Mapping[str, Any]], list[Violation]]
 
 CHECKS = {
     "sdtm_ae": "toolkit.clinical.ae_check:check_answer",
+    "grounded_document": "toolkit.clinical.document_checks:check_answer",
     "triage": "toolkit.clinical.triage:check_answer",
     "ae_triage": "toolkit.clinical.ae_triage:check_answer",
 }

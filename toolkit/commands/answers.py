@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from toolkit.clinical.verification import Check, find_check
 from toolkit.commands.conversation import converse
 from toolkit.data.model_limits import position_limit
 from toolkit.data.questions import Question, Questions, from_prompt
+from toolkit.data.retrieval import dictionary_of
 from toolkit.data.sources import ReadOptions, Source, iter_rows
 from toolkit.engine.deepspeed.inference import PartitionedModel
 from toolkit.inference.answer_file import AnswerFile
@@ -69,7 +70,7 @@ def answer_question(arguments: argparse.Namespace, world: World) -> None:
     if arguments.constrain:
         require_format(sample)
     question = Question(0, sample, {})
-    with _answer_file(arguments, world) as file:
+    with open_answer_file(arguments, world, lambda: _model(arguments)) as file:
         if file is not None:
             file.require_same([question])
         answerer = make_answerer(_open_model(arguments, world), arguments, world)
@@ -84,17 +85,18 @@ def answer_question(arguments: argparse.Namespace, world: World) -> None:
 
 def answer_rows(arguments: argparse.Namespace, world: World) -> None:
     """Answer the rows of ``--input``, of which those in a begun file are left out."""
-    source = _source(arguments)
-    with _answer_file(arguments, world) as file:
+    source = source_of(arguments)
+    with open_answer_file(arguments, world, lambda: _model(arguments)) as file:
         if file is not None:
-            _require_all_rows_fit(arguments, source)
+            require_all_rows_fit(arguments, source)
+        data, rendering = data_settings(arguments.source, arguments.input)
         questions = Questions(
-            lambda: iter_rows(source), *data_settings(arguments.source, arguments.input), arguments.limit,
+            lambda: iter_rows(source), data, rendering, arguments.limit,
             arguments.on_bad_row == "skip", arguments.answer_column if arguments.output else None,
         )  # fmt: skip
         if file is not None:
             file.require_same(questions)
-        check = _check_of(arguments, questions, None)
+        check = _check_of(arguments, questions, dictionary_of(data) if arguments.verify else None)
         done: frozenset[int] = world.on_main(lambda: frozenset() if file is None else file.rows)
         answerer = make_answerer(_open_model(arguments, world), arguments, world)
         try:
@@ -170,7 +172,7 @@ def _check_of(arguments: argparse.Namespace, questions: Questions, dictionary: D
     return find_check(spec.verify, dictionary)
 
 
-def _require_all_rows_fit(arguments: argparse.Namespace, source: Source) -> None:
+def require_all_rows_fit(arguments: argparse.Namespace, source: Source) -> None:
     """Raise UsageError if the output takes the input's place and would not hold all its rows, or in another form."""
     output = arguments.output
     if not output.exists() or not any(map(output.samefile, source.files)):
@@ -198,20 +200,30 @@ def _step(arguments: argparse.Namespace) -> Step | None:
 
 
 @contextmanager
-def _answer_file(arguments: argparse.Namespace, world: World) -> Iterator[AnswerFile | None]:
-    """Open the file of ``--output`` on rank 0; None on others, and without one."""
+def open_answer_file(
+    arguments: argparse.Namespace, world: World, models: Callable[[], Mapping[str, object]]
+) -> Iterator[AnswerFile | None]:
+    """Open the file of ``--output`` on rank 0; None on others, and without one.
+
+    ``models`` gives what tells the models that answer from others: source and step.
+    """
     if arguments.output is None or not world.is_main:
         yield None
         return
     names = ("dtype", "split", "name", "revision", "encoding", "separator", "sheet", "max_new_tokens", "temperature",
              "top_p", "seed", "constrain", *(("verify", "verify_tries") if arguments.verify else ()))  # fmt: skip
-    settings = {name: getattr(arguments, name) for name in names} | {"step": _step(arguments)}
-    settings |= {name: _place(getattr(arguments, name)) for name in ("source", "base", "input")}
+    settings = {**{name: getattr(arguments, name) for name in names}, **models()}
+    settings |= {name: place(getattr(arguments, name)) for name in ("base", "input")}
     with AnswerFile(arguments.output, settings, arguments.answer_column, arguments.overwrite) as file:
         yield file
 
 
-def _place(name: str | None) -> object:
+def _model(arguments: argparse.Namespace) -> dict[str, object]:
+    """Return what tells the one model that answers from others."""
+    return {"step": _step(arguments), "source": place(arguments.source)}
+
+
+def place(name: str | None) -> object:
     """Return what tells a model or file from others of its name: where it is, and its files' sizes and times."""
     if name is None or not Path(name).exists():
         return name
@@ -220,7 +232,7 @@ def _place(name: str | None) -> object:
     return str(Path(name).resolve()), *sorted((path.name, path.stat().st_size, path.stat().st_mtime) for path in files)
 
 
-def _source(arguments: argparse.Namespace) -> Source:
+def source_of(arguments: argparse.Namespace) -> Source:
     """Return the rows that the command line names."""
     options = ReadOptions.of(arguments.encoding, arguments.separator, arguments.sheet)
     return Source(arguments.input, arguments.split, arguments.name, arguments.revision, options=options, key="--split")

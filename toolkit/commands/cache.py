@@ -5,9 +5,10 @@
     python launch/cache.py purge --kind activations --unused-days 14
     python launch/cache.py purge --kind model tokens --cache-dir /scratch/hidden-states
 
-Kinds: activations (hidden states), tokens (encoded rows), answers (a base's, to everyday prompts), model (the bundled
-one, converted), temporary (what killed processes left). What a live run uses stays. Only files by the names that
-Frostline gives are removed, and links are not followed. docs/privacy.md says what can be recovered from what.
+Kinds: activations (hidden states), tokens (encoded rows), answers (a base's, to everyday prompts), retrieval (passages
+and indices of corpora and dictionaries), model (the bundled one, converted), temporary (what killed processes left).
+What a live run uses stays. Only files by the names that Frostline gives are removed, and links are not followed.
+docs/privacy.md says what can be recovered from what.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ from pathlib import Path
 
 from toolkit.commands.cli import verb_parser
 
-KINDS = ("activations", "tokens", "answers", "model", "temporary")
-_WITH_ROWS = ("activations", "tokens", "answers", "temporary")
+KINDS = ("activations", "tokens", "answers", "retrieval", "model", "temporary")
+_WITH_ROWS = ("activations", "tokens", "answers", "retrieval", "temporary")
 _HASH = r"[0-9a-f]{64}"
 _NAMES = {
     "tokens": re.compile(rf"{_HASH}\.(tokens|fingerprints|lock)|\.{_HASH}-\w+\.partial"),
     "answers": re.compile(rf"{_HASH}\.json|\.{_HASH}\.json\.[0-9a-f]{{32}}\.staging"),
+    "retrieval": re.compile(
+        rf"{_HASH}(\.passages|\.vectors)?\.(json|npy|lock)|\.{_HASH}\.(passages\.json|vectors\.npy)\.[0-9a-f]{{32}}\.staging"
+    ),
     "model": re.compile(r"smollm2-135m-instruct-bf16"),
     "temporary": re.compile(r"\.offload-\w+|\.smollm2-135m-instruct-bf16-[0-9a-f]{32}"),
 }
@@ -37,6 +41,9 @@ _IN_NAMESPACE = re.compile(
     r"[0-9a-f]{32}\.safetensors|namespace\.json|split\.json|\.split\.json\.[0-9a-f]{32}\.staging"
     r"|\.[0-9a-f]{16}\.lease|\.[0-9a-f]{16}-\d+\.partial"
 )
+_INDEX = re.compile(rf"{_HASH}\.bm25|\.{_HASH}-\w+\.partial")
+_IN_INDEX = re.compile(r"[\w.]+\.index\.(npy|json)")
+"""Names of a directory of bm25s, and of the files in it."""
 _DAY = 24 * 3600
 
 
@@ -86,7 +93,9 @@ def find_entries(root: Path, cache_dir: Path | None) -> Iterator[KeptEntry]:
     """Yield what is kept in the cache directory ``root``, and the hidden states in another ``cache_dir``."""
     for directory in _matching(cache_dir or root / "activations", re.compile(_HASH), directories=True):
         yield _with_files(KeptEntry("activations", directory), _matching(directory, _IN_NAMESPACE))
-    for kind, folder in (("tokens", "tokens"), ("answers", "base_answers")):
+    for directory in _matching(root / "retrieval", _INDEX, directories=True):
+        yield _with_files(KeptEntry("retrieval", directory), _matching(directory, _IN_INDEX))
+    for kind, folder in (("tokens", "tokens"), ("answers", "base_answers"), ("retrieval", "retrieval")):
         for path in _matching(root / folder, _NAMES[kind]):
             yield _with_files(KeptEntry(kind, path), [path])
     for kind in ("model", "temporary"):
@@ -118,7 +127,7 @@ def _remove(entry: KeptEntry) -> None:
         return
     for path in entry.files:
         path.unlink(missing_ok=True)
-    if entry.kind == "activations":
+    if entry.path.is_dir():
         entry.path.rmdir()  # fails if there is a file of somebody else's
 
 

@@ -21,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
+from toolkit.commands.standard_streams import checked_output, open_missing_streams
 from toolkit.runtime import failure_broadcast, malloc
 from toolkit.runtime.errors import FrostlineError, UsageError
 from toolkit.runtime.printable import one_line, printable
@@ -47,12 +48,13 @@ def run_command(command: Callable[[], int]) -> int:
     prints one line and returns that rank's exit code. What the command writes is its user's alone, see
     ``toolkit.runtime.privacy``.
     """
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) or 0)
+    open_missing_streams()
+    rank = _rank()
     _configure_logging(rank)
     set_up_memory()
     try:
         _name_user()
-        with private_files():
+        with private_files(), checked_output():
             return command()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -63,6 +65,12 @@ def run_command(command: Callable[[], int]) -> int:
         if is_panic(error):
             return _report_error(panic_error(error), rank)
         raise
+
+
+def _rank() -> int:
+    """Return the rank that the launcher names; 0 for what is no number, which ``read_world`` reports."""
+    named = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    return int(named) if named.isascii() and named.isdigit() else 0
 
 
 def _explain(error: Exception) -> Exception:

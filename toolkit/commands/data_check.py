@@ -52,6 +52,7 @@ def data_check(
 def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     """Parse the command line, check the data and print the report; see ``cli.verb_parser`` for ``program``."""
     from toolkit.config import flags
+    from toolkit.runtime.paths import output_file
     from toolkit.runtime.shipped import QUICKSTART, shipped_file
 
     parser = verb_parser(__doc__, program)
@@ -67,10 +68,20 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     )
     parser.add_argument("--json", metavar="FILE", help="also write the report as JSON")
     parser.add_argument("--html", metavar="FILE", help="also write the report as one HTML page")
+    parser.add_argument("--overwrite", action="store_true", help="replace --json and --html if they exist")
     invocation = flags.parse(parser, shipped_file(QUICKSTART), words)
     given = invocation.arguments
     if given.test_ids and not given.against:
         parser.error("--test-ids names rows of --against FILE; add that")
+    if given.overwrite and not (given.json or given.html):
+        parser.error("--overwrite goes with --json or --html")
+    data = invocation.config.data
+    reads = [data.path, data.validation, data.test, *given.against, given.test_ids]
+    files = {
+        option: output_file(Path(name), given.overwrite, option, (name for name in reads if isinstance(name, str)))
+        for option, name in (("--json", given.json), ("--html", given.html))
+        if name
+    }
     report = _check(invocation.config, given.against, given.test_ids)
 
     from toolkit.data.check.page import page
@@ -78,9 +89,9 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
 
     print(printable(table(report)))
     if given.json:
-        _write(Path(given.json), to_json(report.as_dict(), ensure_ascii=False, indent=1))
+        _write(files["--json"], to_json(report.as_dict(), ensure_ascii=False, indent=1))
     if given.html:
-        _write(Path(given.html), page(report))
+        _write(files["--html"], page(report))
     return 0
 
 
@@ -109,9 +120,8 @@ def _check(config: RunConfig, against: Sequence[str], test_ids: str | Path | Non
 
 def _write(path: Path, text: str) -> None:
     """Write a report."""
-    from toolkit.runtime.paths import explain_refused_write, make_parent, replace_text
+    from toolkit.runtime.paths import explain_refused_write, replace_text
 
-    make_parent(path)
     with explain_refused_write(path.parent):
         replace_text(path, text)
 

@@ -122,20 +122,23 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     from toolkit.commands.saved_evaluation import runs_among, save_evaluation
     from toolkit.evaluation.table import report, summary
     from toolkit.runtime.distributed import require_one_process
-    from toolkit.runtime.paths import make_parent, replace_text
+    from toolkit.runtime.paths import explain_refused_write, output_file, replace_text, require_unused_folder
     from toolkit.runtime.printable import printable, printable_json
 
     require_one_process("evaluate.py")
-    output, predictions = arguments.pop("output"), arguments.pop("predictions")
-    runs = runs_among(arguments["sources"]) if arguments.pop("save") else []
+    output, predictions, overwrite = (arguments.pop(name) for name in ("output", "predictions", "overwrite"))
     if output is not None:
-        make_parent(output)
+        output = output_file(output, overwrite, reads=(arguments["data"], arguments["forgetting"]))
+    if predictions is not None:
+        require_unused_folder(predictions, overwrite, "--predictions")
+    runs = runs_among(arguments["sources"]) if arguments.pop("save") else []
     comparison = evaluate(**arguments, keeps_predictions=predictions is not None)
     for line in (summary(comparison), *report(comparison)):
         print(printable(line))
     text = to_json(comparison.as_dict(), ensure_ascii=False)
     if output is not None:
-        replace_text(output, f"{text}\n")
+        with explain_refused_write(output.parent):
+            replace_text(output, f"{text}\n")
     print(printable_json(text))
     if predictions is not None:
         save_predictions(comparison, predictions)
@@ -231,7 +234,8 @@ def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespa
     parser.add_argument(
         "--seed", type=flags.whole_number, default=42, help="of resampling, shots and trivial answers; default: 42"
     )
-    parser.add_argument("--output", type=Path, help="file for the JSON, which is printed too; replaced if it exists")
+    parser.add_argument("--output", type=Path, help="file for the JSON, which is printed too")
+    parser.add_argument("--overwrite", action="store_true", help="replace --output, and files in --predictions")
     parser.add_argument(
         "--save", action="store_true",
         help="write the JSON to evaluation.json of each run among the sources, and its scores to its metrics.jsonl and "
@@ -264,6 +268,8 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
         parser.error(f"--output {arguments.output} is a directory; expected a file")
     if arguments.predictions is not None and arguments.predictions.is_file():
         parser.error(f"--predictions {arguments.predictions} is a file; expected a folder")
+    if arguments.overwrite and arguments.output is None and arguments.predictions is None:
+        parser.error("--overwrite goes with --output or --predictions")
     check_side_effect_flags(parser, arguments)
     if arguments.max_new_tokens != 256 and not arguments.answers:
         parser.error("--max-new-tokens goes with --answers; without it nothing is generated")

@@ -3,11 +3,15 @@
     python launch/generate.py runs/quickstart                                  # a conversation in the terminal
     python launch/generate.py runs/quickstart --question "…" --context "…"
     python launch/generate.py runs/quickstart --input questions.jsonl --output answers.jsonl
+    python launch/generate.py runs/triage runs/coding --input notes.jsonl --output answers.jsonl
 
 The input has the columns of the run's task, as QUESTION and CONTEXTS, or a conversation, in any format that training
 reads. The output is JSON lines with the columns of the input, QUESTION, CONTEXTS, ANSWER, and REFERENCE where the input
 has an answer. It appears when all is answered; the same command goes on after an interruption. Several ranks, as under
 torchrun or deepspeed, divide the questions, and the model too by --ds ds_configs/zero3.json.
+
+Several runs over one base answer each row by the task of each, in columns ANSWER_NAME by the names of their
+directories: the base is loaded once, and what their prompts begin with alike passes its frozen blocks once.
 """
 
 from __future__ import annotations
@@ -102,7 +106,11 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         arguments.ds_config = read_inference_config(arguments.ds)  # before a model loads
         reset_process_groups()
     with join_ranks(engine_needs_group=arguments.ds is not None) as world:
-        if arguments.input is not None:
+        if len(arguments.sources) > 1:
+            from toolkit.commands.several_answers import answer_notes
+
+            answer_notes(arguments, world)
+        elif arguments.input is not None:
             answer_rows(arguments, world)
         elif arguments.question is not None:
             answer_question(arguments, world)
@@ -117,7 +125,10 @@ def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespa
     from toolkit.runtime.shipped import find_file
 
     parser = verb_parser(__doc__, program)
-    parser.add_argument("source", help="run directory, export, delta, peft adapter, model directory or Hub id")
+    parser.add_argument(
+        "sources", nargs="+", metavar="SOURCE",
+        help="run directory, export, delta, peft adapter, model directory or Hub id; or several runs over one base",
+    )  # fmt: skip
     questions = parser.add_mutually_exclusive_group()
     questions.add_argument("--question", help="one question; without it and --input: a conversation in the terminal")
     questions.add_argument("--input", help="file, directory, pattern or Hub data set of questions")
@@ -141,6 +152,10 @@ def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespa
         parser, "precision to compute in; default: the run's, or that in which a model is stored"
     )
     arguments = parser.parse_args(words)
+    arguments.source = arguments.sources[0]
+    if len(arguments.sources) > 1:
+        _check_several(parser, arguments)
+    arguments.batch_size = arguments.batch_size or (8 if len(arguments.sources) == 1 else 1)
     if arguments.input == "":
         parser.error("--input is empty; expected a file, directory, pattern or Hub data set")
     if arguments.answer_column in ("", "QUESTION", "CONTEXTS", "REFERENCE"):
@@ -165,12 +180,26 @@ def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespa
     return arguments
 
 
+def _check_several(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """End the process if flags do not go with several sources."""
+    if not arguments.input:
+        parser.error("several sources answer the rows of --input; ask a question or begin a conversation with one")
+    if arguments.ds:
+        parser.error("--ds divides one model among ranks; leave it out with several sources")
+    if arguments.dtype:
+        parser.error(
+            "--dtype goes with one source; several compute as they were trained, over the base as it is loaded"
+        )
+    if arguments.batch_size is not None:
+        parser.error("--batch-size goes with one source; several answer one note after the other")
+
+
 def _add_generation_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say how answers are generated."""
     from toolkit.config import flags
 
     parser.add_argument(
-        "--batch-size", type=flags.positive_int, default=8,
+        "--batch-size", type=flags.positive_int,
         help="most questions that a rank answers together, about as long each; default: 8",
     )  # fmt: skip
     parser.add_argument(

@@ -100,6 +100,7 @@ def _plan(invocation: Invocation, ranks: int, gpu_memory: int | str | None) -> P
 def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     """Parse the command line, then plan, and return the exit code; see ``cli.verb_parser`` for ``program``."""
     from toolkit.config import flags
+    from toolkit.runtime.paths import output_file
     from toolkit.runtime.shipped import QUICKSTART, shipped_file
 
     parser = verb_parser(__doc__, program)
@@ -107,6 +108,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     parser.add_argument("--gpu-memory", metavar="SIZE", help="memory of one GPU, such as 24GiB: say whether it fits")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     parser.add_argument("--png", type=Path, metavar="FILE", help="also draw layers and memory (needs matplotlib)")
+    parser.add_argument("--overwrite", action="store_true", help="replace --png if it exists")
     parser.add_argument(
         "--compare", nargs="+", metavar="MASK",
         help="plan several masks side by side in place of mask.train: the selectors of each in one word, with lora, "
@@ -125,6 +127,9 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         raise UsageError("--compare prints a table of masks; leave out --suggest and --png, or --compare")
     if arguments.suggest and arguments.json:
         raise UsageError("--suggest prints a ranking and a recipe as text; leave out --json")
+    if arguments.overwrite and not arguments.png:
+        raise UsageError("--overwrite goes with --png; leave it out")
+    picture = arguments.png and output_file(arguments.png, arguments.overwrite, "--png")
     if arguments.tflops and not arguments.compare:
         raise UsageError("--tflops is for the time in --compare; add that, or leave it out")
     if arguments.suggest:
@@ -145,7 +150,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         print(to_json(rows, indent=1) if arguments.json else printable(comparison_text(rows)))
         return 0
     report = _plan(invocation, arguments.world_size, arguments.gpu_memory)
-    if arguments.png is not None:
-        report.draw(arguments.png)
+    if picture is not None:
+        report.draw(picture)
     print(to_json(report.as_dict(), indent=1) if arguments.json else printable(str(report)))
     return 0

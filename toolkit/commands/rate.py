@@ -73,18 +73,13 @@ def _read(arguments: argparse.Namespace) -> int:
     from toolkit.evaluation.rating.result import summarise
     from toolkit.evaluation.rating.table import table
     from toolkit.runtime.errors import UsageError
-    from toolkit.runtime.paths import explain_refused_write, make_parent, replace_text
+    from toolkit.runtime.paths import explain_refused_write, output_file, replace_text
 
     output: Path | None = arguments.output
-    if output is not None and output.exists():
-        if any(output.samefile(path) for path in (arguments.key, *arguments.sheets) if path.exists()):
-            raise UsageError(f"--output {output} is a file that is read; choose another")
-        if output.suffix == ".xlsx":
-            raise UsageError(f"{output} is a workbook, as of a rater; name a file for JSON")
-        if not arguments.overwrite:
-            raise UsageError(f"{output} exists; --overwrite replaces it, another --output leaves it")
     if output is not None:
-        make_parent(output)
+        output = output_file(output, arguments.overwrite, reads=(arguments.key, *arguments.sheets))
+        if output.suffix == ".xlsx" and output.exists():
+            raise UsageError(f"{output} is a workbook, as of a rater; name a file for JSON")
     key = read_key(arguments.key)
     sheets = read_sheets(arguments.sheets, key)
     if len(sheets) < len(key.sheets):

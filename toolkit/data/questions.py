@@ -55,6 +55,33 @@ class Question(NamedTuple):
     values: Any
     """The row as it was read, with identifiers masked where those of the run's rows were."""
 
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Return what a file of answers has of it: its columns, and as others what was asked, and the reference."""
+        columns = dict(self.values) if isinstance(self.values, Mapping) else {}
+        asked = {"QUESTION": self.sample.question, "CONTEXTS": list(self.sample.contexts)}
+        if self.sample.answer is not None:
+            asked["REFERENCE"] = self.sample.answer
+        return {**columns, **{name: value for name, value in asked.items() if name not in columns}}
+
+
+class Note(NamedTuple):
+    """A row that several tasks ask about."""
+
+    row: int
+    """Its number in the source, from 0."""
+    samples: Mapping[str, Sample]
+    """What each task asks, by its name."""
+    values: Any
+    """The row as it was read, with identifiers masked where one of the tasks masks them."""
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Return what a file of answers has of it: its columns, and ``REFERENCE_NAME`` of each task that has one."""
+        columns = dict(self.values) if isinstance(self.values, Mapping) else {}
+        found = {f"REFERENCE_{name}": sample.answer for name, sample in self.samples.items() if sample.answer}
+        return {**columns, **{name: value for name, value in found.items() if name not in columns}}
+
 
 class Questions(Iterable[Question]):
     """The questions of a source by the task of a run.
@@ -146,6 +173,34 @@ class Questions(Iterable[Question]):
 
     def _fault(self, row: Row, fault: RowFaultError) -> str:
         return f"{self._noter.origin(row.origin)} {self._noter.fault(str(fault))}"
+
+
+class Notes(Iterable[Note]):
+    """The rows of one source that every task can ask about: ``questions`` of each by its name.
+
+    ``masks`` says which of them mask identifiers: if one does, they are masked in the columns of a note.
+    """
+
+    def __init__(self, questions: Mapping[str, Questions], masks: Mapping[str, bool]) -> None:
+        self._questions = questions
+        self._shown = next((name for name in questions if masks[name]), next(iter(questions)))
+
+    def __len__(self) -> int:
+        """Return the most notes that there can be."""
+        return min(map(len, self._questions.values()))
+
+    def __iter__(self) -> Iterator[Note]:
+        streams = {name: iter(of_task) for name, of_task in self._questions.items()}
+        found = {name: next(stream, None) for name, stream in streams.items()}
+        while all(found.values()):
+            of_task = {name: question for name, question in found.items() if question is not None}
+            last = max(question.row for question in of_task.values())
+            behind = [name for name, question in of_task.items() if question.row < last]  # another task skips a row
+            if not behind:
+                samples = {name: question.sample for name, question in of_task.items()}
+                yield Note(last, samples, of_task[self._shown].values)
+            for name in behind or list(streams):
+                found[name] = next(streams[name], None)
 
 
 def questions_of(rows: Iterable[Row], data: DataConfig, rendering: Rendering = Rendering()) -> list[Sample]:

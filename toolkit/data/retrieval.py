@@ -6,7 +6,9 @@ import datetime
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from toolkit.clinical.dictionary import Dictionary, open_dictionary
 from toolkit.config.data_schema import DataConfig
+from toolkit.config.retrieval_schema import RetrievalConfig
 from toolkit.data.identifiers import texts_of
 from toolkit.retrieval.retriever import open_retriever
 from toolkit.runtime.errors import UsageError
@@ -35,7 +37,7 @@ def passages_for(data: DataConfig, task: Task) -> Callable[[Any], Any]:
             f"data.retrieval adds a column of texts that a task names {PASSAGES}, and task {task.name} has none; name "
             f"one in its columns, as in {PASSAGES}: {{path: PASSAGES, kind: texts}}"
         )
-    name, retriever = column.path[0], open_retriever(config)
+    name, find_texts = column.path[0], _finder(config)
 
     def with_passages(values: Any) -> Any:
         if not isinstance(values, Mapping):
@@ -43,23 +45,39 @@ def passages_for(data: DataConfig, task: Task) -> Callable[[Any], Any]:
         if (own := match([str(key) for key in values], name)) is not None and values[own]:
             raise RowFaultError(f"has a column {own}, which data.retrieval fills; leave one of the two out")
         query = " ".join(text for path in config.query for text in _texts(values, path))
-        found = retriever.search(query, config.passages, None if config.as_of is None else _day(values, config.as_of))
-        return {**values, name: [passage.text_in_prompt() for passage in found]}
+        return {**values, name: find_texts(query, None if config.as_of is None else _day(values, config.as_of))}
 
     return with_passages
+
+
+def _finder(config: RetrievalConfig) -> Callable[[str, str | None], list[str]]:
+    """Return what finds the texts of a query, at a day if one is given: passages of a corpus, or terms."""
+    if config.dictionary is not None:
+        dictionary = open_dictionary(config.dictionary)
+        return lambda query, day: dictionary.candidate_names(query, config.passages)
+    retriever = open_retriever(config)
+    return lambda query, day: [one.text_in_prompt() for one in retriever.search(query, config.passages, day)]
 
 
 def texts_for(data: DataConfig, question: str) -> list[str]:
     """Return the passages of a question that is not a row; none without ``data.retrieval``."""
     if data.retrieval is None:
         return []
-    found = open_retriever(data.retrieval).search(question, data.retrieval.passages)
-    return [passage.text_in_prompt() for passage in found]
+    return _finder(data.retrieval)(question, None)
 
 
 def retrieval_fingerprint(data: DataConfig) -> str:
-    """Return the SHA-256 of the corpus that rows get passages from; empty without one."""
-    return "" if data.retrieval is None else open_retriever(data.retrieval).fingerprint
+    """Return the SHA-256 of the corpus or dictionary that rows get passages from; empty without one."""
+    if data.retrieval is None:
+        return ""
+    named = data.retrieval.dictionary
+    return open_retriever(data.retrieval).fingerprint if named is None else open_dictionary(named).fingerprint
+
+
+def dictionary_of(data: DataConfig) -> Dictionary | None:
+    """Return the dictionary whose terms rows get; None if they get none of one."""
+    named = None if data.retrieval is None else data.retrieval.dictionary
+    return None if named is None else open_dictionary(named)
 
 
 def _texts(values: Mapping[str, Any], path: str) -> list[str]:

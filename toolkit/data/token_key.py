@@ -22,7 +22,7 @@ from toolkit.runtime.paths import sources_hash
 from toolkit.tasks.choose import AUTO, SHIPPED, load_task
 
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
-_SOURCES = ("data", "tasks", "retrieval")
+_SOURCES = ("data", "tasks", "retrieval", "clinical")
 """Folders of this package that determine what a row becomes."""
 _WITHOUT_EFFECT = (
     "path", "split", "name", "revision", "encoding", "separator", "sheet", "limit", "validation", "validation_split",

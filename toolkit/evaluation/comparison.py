@@ -16,6 +16,7 @@ from toolkit.checkpoint.run_directory import fold_runs
 from toolkit.data.examples import Encoder
 from toolkit.data.sources import Source
 from toolkit.evaluation.contamination import public_sources
+from toolkit.evaluation.events import retrieval_note
 from toolkit.evaluation.outputs import Asked, Outputs, fitting_shots
 from toolkit.evaluation.rows import EvaluatedRows, Part
 from toolkit.evaluation.running import Runner
@@ -24,6 +25,7 @@ from toolkit.evaluation.sources import BASE, ModelName, OpenOptions
 from toolkit.evaluation.verdicts import Entry, ModelScores, Resampling, judge
 from toolkit.evaluation.worst_cases import WorstCase
 from toolkit.metrics.abstention import CoveragePoint
+from toolkit.metrics.pubmedqa import OfficialScore, scores_of_task
 from toolkit.runtime.errors import DataError, UsageError
 from toolkit.tasks.sample import Sample
 
@@ -77,6 +79,8 @@ class Comparison:
     """Scores of the models in their order, then of trivial answers."""
     public_sources: tuple[str, ...] = ()
     """Public sources of the rows, as far as they are known."""
+    retrieval: str | None = None
+    """What the retrieval of a dictionary's terms finds of those of the rows, as a sentence; None without one."""
     drift: Comparison | None = None
     """How far the models moved from their base, on everyday prompts; None if not asked for. Loss and step are those of
     the base there."""
@@ -88,6 +92,8 @@ class Comparison:
     """Of labels in an order: what abstaining below a confidence gives, by the model's name."""
     predictions: Mapping[str, Mapping[str, str]] = field(default_factory=dict, repr=False)
     """Of questions with options: the likeliest one by the row's id, by the model's name."""
+    truth: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Of questions with options: the right one by the row's id."""
     answered_rows: tuple[AnsweredRow, ...] = field(default=(), repr=False)
     """The rows that were answered by generation."""
 
@@ -104,14 +110,19 @@ class Comparison:
             "cannot be excluded, so both scores may be too high, their difference less so."
         )
 
+    @property
+    def official(self) -> dict[str, OfficialScore]:
+        """Return PubMedQA's official score of each model and of people, for the task decision; else none."""
+        return scores_of_task(self.task, self.predictions, self.truth)
+
     def as_dict(self) -> dict[str, Any]:
         """Return everything but what single rows have as JSON takes it; values that are not finite are None."""
-        values = asdict(replace(self, predictions={}, answered_rows=(), drift=None, forgetting=None))
-        del values["predictions"], values["answered_rows"]
+        values = asdict(replace(self, predictions={}, truth={}, answered_rows=(), drift=None, forgetting=None))
+        del values["predictions"], values["truth"], values["answered_rows"]
         more = {"drift": self.drift, "forgetting": self.forgetting}
         return (
             dict(_finite(values))
-            | {"contamination": self.contamination}
+            | {"contamination": self.contamination, "official": {k: v._asdict() for k, v in self.official.items()}}
             | {name: part and part.as_dict() for name, part in more.items()}
         )
 
@@ -167,9 +178,11 @@ def compare_models(
     comparison = _compare([*entries, *more], own, against, rows, scorer, seed)
     outputs = {name.text: found[name].outputs for name in names}
     predictions = {name: scorer.predictions(of) for name, of in outputs.items()} if scorer.classes is not None else {}
+    truth = {key: row.sample.label or "" for key, row in zip(scorer.ids, scorer.rows, strict=True)}
+    truth = truth if scorer.classes is not None else {}
     far = {name: scorer.furthest_off(of) for name, of in outputs.items()}
     return replace(
-        comparison, predictions=predictions, answered_rows=_answered(scorer, outputs),
+        comparison, predictions=predictions, truth=truth, answered_rows=_answered(scorer, outputs),
         worst={name: worst for name, (worst, _) in far.items() if worst},
         abstention={name: curve for name, (_, curve) in far.items() if curve},
     )  # fmt: skip
@@ -245,6 +258,7 @@ def _compare(
         loss.value, first.metrics["perplexity"].value, int(loss.statistics[:, 1].sum()), first.step, len(rows.rows),
         rows.data, rows.held_out, resampling.units(len(rows.rows)), scorer.answered, rows.rows[0].task.name,
         scorer.primary, against, judge(entries, against, scorer.primary, resampling), public_sources(rows.rows),
+        retrieval_note(rows),
     )  # fmt: skip
 
 

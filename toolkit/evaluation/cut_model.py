@@ -12,6 +12,7 @@ from toolkit.activation_cache.policy import (
     prefix_fingerprints,
     read_split_check,
     save_split_check,
+    settings_of_a_run,
     uncacheable_reason,
 )
 from toolkit.config.policy import refuse_cache
@@ -84,9 +85,9 @@ def _cached(
     """
     loaded = opened.loaded
     # evaluation computes the prefix as it was loaded, however training stored it
-    settings = opened.config.prefix.model_copy(
+    settings = settings_of_a_run(opened.config.prefix).model_copy(
         update={"precision": "model", "placement": "device", "cache": "auto"}
-    )  # fmt: skip
+    )
     fingerprints = prefix_fingerprints(loaded, boundary, settings, world.device)
     store = open_store(settings, fingerprints, loaded.model, world)
     counts = read_split_check(store)

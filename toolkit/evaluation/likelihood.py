@@ -15,6 +15,7 @@ from toolkit.evaluation.cut_model import CutModel
 from toolkit.runtime.errors import DataError
 from toolkit.runtime.out_of_memory import explain_out_of_memory
 from toolkit.runtime.progress_bar import ProgressBar
+from toolkit.split.supervised_loss import cross_entropy
 from toolkit.tasks.sample import RowFaultError, Sample
 
 
@@ -27,6 +28,16 @@ class OptionQuery:
     examples: tuple[Example, ...]
     """Sequences whose supervised tokens are those that follow the prompt. One will do for all options that differ in
     their last token alone, such as letters."""
+
+    def is_scored_by(self, example: Example) -> bool:
+        """Return whether an answer's own sequence has all logits that score the options, as of letters."""
+        start, known = example.answer_start, example.token_ids[example.answer_start :]
+        prompt = self.examples[0].token_ids[: self.examples[0].answer_start]
+        return (
+            len(example.spans) == 1
+            and example.token_ids[:start] == prompt
+            and all(len(ids) <= example.supervised_tokens and ids[:-1] == known[: len(ids) - 1] for ids in self.options)
+        )
 
 
 def option_query(encoder: Encoder, sample: Sample, origin: str) -> OptionQuery:
@@ -71,18 +82,44 @@ def option_log_likelihoods(
     asked = [(row, example) for row, query in enumerate(queries) for example in query.examples]
 
     def compute(at: list[int], hidden: torch.Tensor | None, batch: Batch) -> None:
-        logits = model.suffix.logits(hidden, batch, model.suffix.shortcuts)
-        counts = [example.supervised_tokens for example in batch.examples]
-        for place, of_example in zip(at, torch.split(logits, counts), strict=True):
+        for place, logits in zip(at, _logits_by_row(model, hidden, batch), strict=True):
             row, example = asked[place]
-            known = example.token_ids[example.answer_start :]
-            likelihoods = of_example.float().log_softmax(-1).double().cpu().numpy()
-            for option, ids in enumerate(queries[row].options):
-                if ids[:-1] == known[: len(ids) - 1]:
-                    scores[row][option] = likelihoods[range(len(ids)), ids].sum()
+            _score_options(queries[row], example, logits, scores[row])
 
     _run(model, [example for _, example in asked], batch_size, "scoring options", compute, key)
     return scores
+
+
+@torch.no_grad()
+def answer_and_option_scores(
+    model: CutModel, examples: Sequence[Example], queries: Sequence[OptionQuery], batch_size: int
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Compute ``answer_losses`` and ``option_log_likelihoods`` in one pass; each query ``is_scored_by`` its example."""
+    losses, scores = np.zeros(len(examples)), [np.full(len(query.options), -np.inf) for query in queries]
+
+    def compute(at: list[int], hidden: torch.Tensor | None, batch: Batch) -> None:
+        targets = torch.split(batch.targets, [example.supervised_tokens for example in batch.examples])
+        for place, logits, of_row in zip(at, _logits_by_row(model, hidden, batch), targets, strict=True):
+            losses[place] = cross_entropy(logits, of_row).double().item()
+            _score_options(queries[place], examples[place], logits, scores[place])
+
+    _run(model, examples, batch_size, "evaluating", compute)
+    return losses, scores
+
+
+def _logits_by_row(model: CutModel, hidden: torch.Tensor | None, batch: Batch) -> tuple[torch.Tensor, ...]:
+    """Return [supervised, vocabulary] logits of each row."""
+    logits = model.suffix.logits(hidden, batch, model.suffix.shortcuts)
+    return torch.split(logits, [example.supervised_tokens for example in batch.examples])
+
+
+def _score_options(query: OptionQuery, example: Example, logits: torch.Tensor, scores: np.ndarray) -> None:
+    """Fill in the scores of those options of a question that a sequence with these logits scores."""
+    known = example.token_ids[example.answer_start :]
+    likelihoods = logits.float().log_softmax(-1).double().cpu().numpy()
+    for option, ids in enumerate(query.options):
+        if ids[:-1] == known[: len(ids) - 1]:
+            scores[option] = likelihoods[range(len(ids)), ids].sum()
 
 
 def _run(

@@ -13,7 +13,13 @@ from toolkit.data.model_limits import check_fit
 from toolkit.data.row_samples import RowSample
 from toolkit.data.rows import Rows
 from toolkit.evaluation.cut_model import cut_for_evaluation
-from toolkit.evaluation.likelihood import answer_losses, option_log_likelihoods, option_query
+from toolkit.evaluation.likelihood import (
+    OptionQuery,
+    answer_and_option_scores,
+    answer_losses,
+    option_log_likelihoods,
+    option_query,
+)
 from toolkit.evaluation.rows import EvaluatedRows, starts_of
 from toolkit.inference.answering import Answerer
 from toolkit.inference.open_model import OpenedModel
@@ -114,13 +120,17 @@ def compute_outputs(
     queries = [
         option_query(encoder, sample, row.origin) for sample, row in zip(samples, rows.rows, strict=True) if has_options
     ]
-    sequences = [example for query in queries for example in query.examples]
+    at_once = len(queries) == len(examples) and all(map(OptionQuery.is_scored_by, queries, examples))
+    sequences = [example for query in queries for example in query.examples if not at_once]
     every = examples + Rows.of(sequences) if sequences else examples
     check_fit(every, opened.loaded.model, "name rows that fit, or shorten these")
     model = cut_for_evaluation(opened, boundary, every, encoder, models, World())
     try:
-        losses = answer_losses(model, examples, asked.batch_size)
-        likelihoods = option_log_likelihoods(model, queries, asked.batch_size)
+        if at_once:
+            losses, likelihoods = answer_and_option_scores(model, examples, queries, asked.batch_size)
+        else:
+            losses = answer_losses(model, examples, asked.batch_size)
+            likelihoods = option_log_likelihoods(model, queries, asked.batch_size)
     finally:
         model.close()
     return Outputs(

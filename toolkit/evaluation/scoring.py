@@ -10,6 +10,8 @@ from functools import partial
 import numpy as np
 
 from toolkit.data.row_samples import RowSample
+from toolkit.evaluation.documents import are_documents, metrics_of_documents
+from toolkit.evaluation.events import PRIMARY, are_events, metrics_of_events, trivial_answers_of_events
 from toolkit.evaluation.labels import Classes
 from toolkit.evaluation.outputs import Outputs
 from toolkit.evaluation.plain_baseline import NAME, plain_probabilities
@@ -91,6 +93,8 @@ class Scorer:
         """Return the metric that the task declares, or the one that its kind has by default."""
         if self._own_primary is not None:
             return self._own_primary
+        if self._is_json and self.answered and are_events(self._spec):
+            return PRIMARY
         return "accuracy" if self.classes is not None else "exact_match" if self._is_json and self.answered else "loss"
 
     def _refuse_several_tasks(self, tasks: Sequence[str]) -> None:
@@ -173,6 +177,9 @@ class Scorer:
             }
             plain = plain_probabilities(self.rows, self._train, self.classes)
             return found if plain is None else {**found, f"{NAME} of {of}": _by_name(self._of_probabilities(plain))}
+        if are_events(self._spec) and self._is_json and self.answered:
+            texts = trivial_answers_of_events(self.rows[: self.answered])
+            return {name: _by_name(self._of_answers(answers)) for name, answers in texts.items()}
         if self._is_json or not self.answered:
             return {}
         samples = [row.sample for row in self.rows[: self.answered]]
@@ -212,10 +219,16 @@ class Scorer:
             truth = self.classes.truth[: len(answers)]
             return label_metrics(truth, predicted, self.classes.names, self.classes.ordered, prefix)
         if self._is_json:
-            fields = field_metrics(answers, references, partial(is_answer, self._spec))
+            fields = (
+                metrics_of_events(self._spec, rows, answers)
+                if are_events(self._spec)
+                else field_metrics(answers, references, partial(is_answer, self._spec))
+            )
             return [replace(metric, name=f"{prefix}{metric.name}") for metric in fields]
         found = overlap_metrics(answers, references, self._tokenise)
-        if any(row.sample.contexts for row in rows):
+        if are_documents(self._spec):
+            found += metrics_of_documents(rows, answers)
+        elif any(row.sample.contexts for row in rows):
             found += number_metrics(answers, ["\n".join([*row.sample.contexts, row.sample.question]) for row in rows])
         return found
 

@@ -26,6 +26,9 @@ def summary(comparison: Comparison) -> str:
 def report(comparison: Comparison) -> Iterator[str]:
     """Yield the lines of all tables: that of the rows, then drift and forgetting under headings of their own."""
     yield from table(comparison)
+    if official := comparison.official:
+        yield from ("", "By PubMedQA's official rule, accuracy and macro-F1:")
+        yield from (f"{name}: {score.accuracy:.1%}, {score.macro_f1:.3f}" for name, score in official.items())
     if comparison.drift is not None:
         yield from ("", f"Drift: loss, in nats a token, of {comparison.drift.data}")
         yield from table(comparison.drift)
@@ -74,6 +77,8 @@ def _notes(comparison: Comparison) -> Iterator[str]:
         )
     if comparison.contamination is not None:
         yield comparison.contamination
+    if comparison.retrieval is not None:
+        yield comparison.retrieval
     yield from lines(comparison.worst, comparison.abstention)
 
 

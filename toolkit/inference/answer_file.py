@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from toolkit.data.questions import Question
+from toolkit.data.questions import Note, Question
 from toolkit.runtime.errors import DataError, UsageError
 from toolkit.runtime.file_lock import NO_LOCK_ERRORS, FileLock
 from toolkit.runtime.json_text import to_json
@@ -77,9 +77,12 @@ class AnswerFile:
         """Numbers of the rows that are there, with an answer or skipped."""
         return frozenset(self._places)
 
-    def add(self, question: Question, answer: str | None, more: Mapping[str, Any] | None = None) -> None:
+    def add(
+        self, question: Question | Note, answer: str | Mapping[str, str] | None, more: Mapping[str, Any] | None = None
+    ) -> None:
         """Keep an answer, or that there is none, so that a process that is killed now has not lost it.
 
+        Answers by name, to a note that several tasks ask about, are in columns of their own, ``ANSWER_NAME``.
         ``more`` are further columns of its line, after the answer.
 
         Raises:
@@ -90,11 +93,11 @@ class AnswerFile:
                 os.ftruncate(self._lock.descriptor, 0)
                 self._append(self._settings)
             place = self._end
-            kept = {"row": question.row, "columns": _columns(question), "answer": answer}
+            kept = {"row": question.row, "columns": question.columns, "answer": answer}
             self._append({**kept, **({"more": dict(more)} if more else {})})
             self._places[question.row] = place
 
-    def require_same(self, questions: Iterable[Question]) -> None:
+    def require_same(self, questions: Iterable[Question | Note]) -> None:
         """Raise DataError if a row that is there is not among ``questions``, or was another one when it was answered.
 
         ``questions`` are not read where no row is there.
@@ -102,7 +105,7 @@ class AnswerFile:
         missing = set(self._places)
         with self._reader() as file:
             for question in questions if missing else ():
-                if question.row in missing and self._read(file, question.row)["columns"] == _plain(_columns(question)):
+                if question.row in missing and self._read(file, question.row)["columns"] == _plain(question.columns):
                     missing.discard(question.row)
         if missing:
             raise DataError(
@@ -214,17 +217,10 @@ class AnswerFile:
             for row in sorted(self._places):
                 kept = self._read(file, row)
                 if kept["answer"] is not None:
-                    yield {**kept["columns"], self._answer_column: kept["answer"], **kept.get("more", {})}
-
-
-def _columns(question: Question) -> dict[str, Any]:
-    """Return what a line holds beside the answer."""
-    sample = question.sample
-    columns = dict(question.values) if isinstance(question.values, Mapping) else {}
-    asked = {"QUESTION": sample.question, "CONTEXTS": list(sample.contexts)}
-    if sample.answer is not None:
-        asked["REFERENCE"] = sample.answer
-    return {**columns, **{name: value for name, value in asked.items() if name not in columns}}
+                    column, answer = self._answer_column, kept["answer"]
+                    named = answer if isinstance(answer, dict) else None
+                    answers = {column: answer} if named is None else {f"{column}_{key}": named[key] for key in named}
+                    yield {**kept["columns"], **answers, **kept.get("more", {})}
 
 
 def _plain(content: Any) -> Any:

@@ -10,14 +10,14 @@ from itertools import count, islice
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from toolkit.data.chat_rendering import Rendering
 from toolkit.data.dataset import control_tokens_text
 from toolkit.data.examples import Encoder
 from toolkit.data.model_limits import padding_id, room_for_answer
 from toolkit.engine.deepspeed.inference import PartitionedModel
-from toolkit.inference.constrained import Constrained, Constraint, Constraints
+from toolkit.inference.constrained import Closing, Constrained, Constraint, Constraints
 from toolkit.inference.generation import complete_together, looks_back, pad_left
 from toolkit.inference.sampling import Sampling
 from toolkit.models.load import LoadedModel
@@ -34,13 +34,13 @@ _SORTED_BATCHES = 8
 _PADDING = 7
 """Tokens of padding before a prompt that the model is tried on."""
 
-_PADDING_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-"""Largest change of a logit that padding may make, of the largest logit; ``_LOW_PRECISION_TOLERANCE`` in 16 bits."""
-_LOW_PRECISION_TOLERANCE = 5e-2
+PADDING_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+"""Largest change of a logit that padding may make, of the largest logit; ``LOW_PRECISION_TOLERANCE`` in 16 bits."""
+LOW_PRECISION_TOLERANCE = 5e-2
 
 
 @dataclass(frozen=True)
-class _Prompt:
+class Prompt:
     """The tokens that an answer follows, and what it may be; None if it is free."""
 
     ids: tuple[int, ...]
@@ -128,10 +128,10 @@ class Answerer:
         rows = iter(samples)
         size = self.batch_size if self.batch_size * self.world.size == 1 else self.batch_size * _SORTED_BATCHES
         while some := list(islice(rows, size * self.world.size)):
-            prompts, skipped = dict[int, _Prompt](), dict[int, str | None]()
+            prompts, skipped = dict[int, Prompt](), dict[int, str | None]()
             for row, sample in some:
                 try:
-                    prompts[row] = self._prompt(sample, row)
+                    prompts[row] = self.prompt(sample, row)
                 except QuestionError as error:
                     if not self.skips_bad_rows:
                         raise
@@ -156,7 +156,11 @@ class Answerer:
         Raises:
             QuestionError, ModelError: as ``batches``.
         """
-        return self._answer({row: self._prompt(sample, row)}, streamer)[row]
+        return self._answer({row: self.prompt(sample, row)}, streamer)[row]
+
+    def answer_prompt(self, prompt: Prompt, row: int, cache: Cache | None = None) -> str:
+        """Return the answer to a prompt by itself, of which ``cache`` holds the first tokens, if given."""
+        return self._answer({row: prompt}, None, cache)[row]
 
     def report_control_tokens(self) -> None:
         """Log how many questions so far held the text of a control token, and forget them."""
@@ -171,7 +175,7 @@ class Answerer:
         """Return the part of every answer that its prompt holds already."""
         return self._encoder.answer_opening
 
-    def _prompt(self, sample: Sample, row: int) -> _Prompt:
+    def prompt(self, sample: Sample, row: int) -> Prompt:
         """Return the prompt; say once what is odd about it."""
         try:
             if token := self._encoder.control_token(sample):
@@ -179,6 +183,7 @@ class Answerer:
             prompt = self._encoder.prompt_ids(sample)
             constraint = self._constraints.of(sample) if self._constraints else None
             room = room_for_answer(prompt, self.loaded.model, self.max_new_tokens)
+            self._require_room(constraint, room)
         except (RowFaultError, DataError) as fault:
             between = " " if isinstance(fault, RowFaultError) else " has no answer: "
             raise QuestionError(f"question {row + 1}, {sample.question[:60]!r},{between}{fault}") from None
@@ -191,9 +196,22 @@ class Answerer:
             self._say_once(logging.WARNING, hidden, "tools")
         if room < self.max_new_tokens:
             self._say_once(logging.INFO, f"answers end where the model's {len(prompt) + room} positions do", "room")
-        return _Prompt(prompt, constraint)
+        return Prompt(prompt, constraint)
 
-    def _together(self, prompts: dict[int, _Prompt]) -> list[list[int]]:
+    def _require_room(self, constraint: Constraint | None, room: int) -> None:
+        """Raise UsageError if an answer takes more than ``max_new_tokens``, DataError if the prompt leaves fewer."""
+        shortest = len((constraint and constraint.ending) or ())
+        if shortest > self.max_new_tokens:
+            raise UsageError(
+                f"the shortest answer that was found by the task's JSON schema takes {shortest} tokens, and "
+                f"--max-new-tokens is {self.max_new_tokens}; allow more, or require fewer fields"
+            )
+        if shortest > room:
+            raise DataError(
+                f"its prompt leaves {room} of the model's positions, and the shortest answer takes {shortest}"
+            )
+
+    def _together(self, prompts: dict[int, Prompt]) -> list[list[int]]:
         """Divide the rows into batches of prompts of about the same length, the longest first."""
         rows = sorted(prompts, key=lambda row: (-len(prompts[row]), row))
         if self.batch_size == 1 or len(rows) <= 1:
@@ -213,16 +231,16 @@ class Answerer:
         exact = not model._is_stateful and not looks_back(model)
         if exact:
             with explain_out_of_memory("generation", f"1 x {len(prompt) + _PADDING} tokens", "a smaller model"):
-                alone, padded = (_next_logits(model, prompt, pad_id, extra) for extra in (0, _PADDING))
-            most = _PADDING_TOLERANCE.get(model.dtype, _LOW_PRECISION_TOLERANCE) * float(alone.abs().max())
+                alone, padded = (next_logits(model, prompt, pad_id, extra) for extra in (0, _PADDING))
+            most = PADDING_TOLERANCE.get(model.dtype, LOW_PRECISION_TOLERANCE) * float(alone.abs().max())
             exact = float((padded - alone).abs().max()) <= most
         if not exact:
             why = "this model, or its generation_config.json, reads padding too: questions are answered one by one"
             self._say_once(logging.INFO, why, "pads")
         return exact
 
-    def _answer(self, prompts: dict[int, _Prompt], streamer: Any = None) -> dict[int, str]:
-        """Answer one batch."""
+    def _answer(self, prompts: dict[int, Prompt], streamer: Any = None, cache: Cache | None = None) -> dict[int, str]:
+        """Answer one batch; ``cache`` has keys and values of the first tokens of a single prompt."""
         shape = f"{len(prompts)} x {max(map(len, prompts.values()))} tokens"
         advice = f"--batch-size {self.batch_size // 2}" if self.batch_size > 1 else "--max-new-tokens, to fewer"
         stop_ids, processors = self._encoder.stop_ids(), self.sampling.processors(list(prompts))
@@ -231,6 +249,9 @@ class Answerer:
         if constrained is not None:
             processors.insert(0, constrained)
         most = max([self.max_new_tokens, *(constraint.longest for constraint in constraints)])  # an option is not cut
+        if constrained is not None:
+            room = min(room_for_answer(prompt.ids, self.loaded.model, most) for prompt in prompts.values())
+            processors.append(Closing(constrained, room))
         counted = count(1)
 
         def after_token(tokens: torch.Tensor) -> bool:
@@ -244,10 +265,10 @@ class Answerer:
         with explain_out_of_memory("generation", shape, advice), passes:
             texts = complete_together(
                 self.loaded.model.eval(), self.loaded.tokenizer, [prompt.ids for prompt in prompts.values()], stop_ids,
-                most, processors, after_token, streamer,
+                most, processors, after_token, streamer, cache,
             )  # fmt: skip
         if not all(constraint.is_whole for constraint in constraints):
-            cut = f"answers ended at {self.max_new_tokens} tokens, before their JSON did; --max-new-tokens allows more"
+            cut = f"answers ended at {self.max_new_tokens} tokens, before their JSON did: no way to end it was found"
             self._say_once(logging.WARNING, cut, "cut")
         opening = self._encoder.answer_opening
         return {row: opening + self._encoder.without_closing(text) for row, text in zip(prompts, texts, strict=True)}
@@ -259,12 +280,18 @@ class Answerer:
 
 
 @torch.no_grad()
-def _next_logits(model: PreTrainedModel, prompt: Sequence[int], pad_id: int, padding: int) -> torch.Tensor:
-    """Return the logits of the first token after ``prompt`` behind ``padding`` tokens, [1, vocabulary], float32."""
+def next_logits(
+    model: PreTrainedModel, prompt: Sequence[int], pad_id: int, padding: int = 0, **options: Any
+) -> torch.Tensor:
+    """Return the logits of the first token after ``prompt`` behind ``padding`` tokens, [1, vocabulary], float32.
+
+    ``options`` are further ones of transformers' ``generate``.
+    """
     ids, mask = pad_left([prompt], pad_id, padding)
     output = model.generate(
         input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=1, do_sample=False,
         num_beams=1, num_return_sequences=1, pad_token_id=pad_id, return_dict_in_generate=True, output_logits=True,
+        **options,
     )  # fmt: skip
     logits: torch.Tensor = output.logits[0].float()
     return logits

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.data.model_limits import padding_id, room_for_answer
 
@@ -20,6 +20,7 @@ def complete_together(
     processors: LogitsProcessorList | None = None,
     stop: Callable[[torch.Tensor], bool] | None = None,
     streamer: Any = None,
+    cache: Cache | None = None,
 ) -> list[str]:
     """Generate and decode the continuations of prompts, in token ids, a token of each in every pass.
 
@@ -27,7 +28,8 @@ def complete_together(
     ends at a token of ``stop_ids``, after ``max_new_tokens``, or when ``stop``, called with the
     newest token of each, [rows], returns True.
     The longest prompt decides how many tokens the model's positions leave for every answer. Tokens are the likeliest
-    ones after ``processors`` changed their logits; ``streamer``, transformers', is given those of a single prompt.
+    ones after ``processors`` changed their logits; ``streamer``, transformers', is given those of a single prompt, of
+    whose first tokens ``cache`` may hold keys and values.
     """
     options: dict[str, Any] = {}
     if stop is not None:
@@ -39,6 +41,8 @@ def complete_together(
         options["logits_processor"] = processors
     if streamer is not None:
         options["streamer"] = streamer
+    if cache is not None:
+        options |= {"past_key_values": cache, "cache_implementation": None}  # a model's own setting would exclude it
     pad_id = padding_id(tokenizer, model)
     lines = next_tokens(model, prompts, stop_ids, max_new_tokens, pad_id, **options)
     return [_decode(tokenizer, line) for line in lines]

@@ -92,8 +92,8 @@ def _cumulative(sums: np.ndarray) -> np.ndarray:
 
 def _aurc(sums: np.ndarray) -> np.ndarray:
     counts = sums.reshape(*sums.shape[:-1], -1, 2)[..., 0]
-    table = _cumulative(sums)
-    risks = divide(table[..., 1], table[..., 0], otherwise=0.0)
+    errors, rows = np.moveaxis(_cumulative(sums)[..., ::-1], -1, 0)
+    risks = divide(errors, rows, otherwise=0.0)
     return divide((counts * risks).sum(-1), counts.sum(-1))
 
 

@@ -20,6 +20,11 @@ class OfficialScore(NamedTuple):
 
 REASONING_REQUIRED, REASONING_FREE = OfficialScore(0.780, 0.722), OfficialScore(0.904, 0.842)
 """Score of a human annotator who reads question and context, and of one who reads the long answer too."""
+_PEOPLE = {
+    "decision": {"annotator, reasoning required (official test set)": REASONING_REQUIRED},
+    "decision_reasoning_free": {"annotator, reasoning free (official test set)": REASONING_FREE},
+}
+"""People's score by the task of their setting."""
 
 
 def official_score(predictions: Mapping[str, str], truth: Mapping[str, str]) -> OfficialScore:
@@ -49,3 +54,18 @@ def official_score(predictions: Mapping[str, str], truth: Mapping[str, str]) -> 
     )
     found = {metric.name: metric.value for metric in label_metrics(right, predicted, labels)}
     return OfficialScore(found["accuracy"], found["macro_f1"])
+
+
+def scores_of_task(
+    task: str, predictions: Mapping[str, Mapping[str, str]], truth: Mapping[str, str]
+) -> dict[str, OfficialScore]:
+    """Return the official score of each model's predictions, of always yes, and of people in the setting of ``task``.
+
+    None where ``task`` is not one of PubMedQA's two settings, or its labels are others. Those of people are of the
+    official test set alone.
+    """
+    given = {*truth.values(), *(answer for of_model in predictions.values() for answer in of_model.values())}
+    if task not in _PEOPLE or not predictions or not given <= set(LABELS):
+        return {}
+    found = {name: official_score(of_model, truth) for name, of_model in predictions.items()}
+    return found | {"always yes": official_score(dict.fromkeys(truth, "yes"), truth)} | _PEOPLE[task]

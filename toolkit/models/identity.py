@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
+import site
 import sys
+import sysconfig
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
+
+from toolkit.runtime.paths import sources_hash
 
 _WITHOUT_MEANING = frozenset({
     "_name_or_path", "transformers_version", "architectures", "auto_map", "dtype", "torch_dtype", "use_cache",
@@ -54,7 +60,8 @@ def module_classes(model: nn.Module) -> set[type]:
 def remote_code(classes: Iterable[type]) -> dict[str, str]:
     """Return the SHA-256 of each source file that came with a model, by its name; empty if no class came so.
 
-    The files are those of ``classes`` and their bases, and what these import from beside them.
+    The files are those of ``classes`` and their bases, and what these import from beside them; and, as one, those of
+    each module or package that they import from elsewhere and that is not installed, as by ``PYTHONPATH``.
     """
     modules = {base.__module__ for kind in classes for base in kind.__mro__}
     pending: list[tuple[Path, Path]] = []
@@ -70,10 +77,39 @@ def remote_code(classes: Iterable[type]) -> dict[str, str]:
             content = file.read_bytes()
             if found.setdefault(name, sha := hashlib.sha256(content).hexdigest()) != sha:
                 found[name] = hashlib.sha256(f"{found[name]}{sha}".encode()).hexdigest()  # of two repositories
+            found |= {name: code for name in _imported(content) if (code := _code_elsewhere(name))}
             imported = [folder / f"{module.replace('.', '/')}.py" for module in get_relative_imports(file)]
             known = {folder / name for name in found} | {path for path, _ in pending}
             pending += [(path, folder) for path in imported if path not in known]
     return dict(sorted(found.items()))
+
+
+def _imported(content: bytes) -> set[str]:
+    """Return the outermost modules that a source file imports, of those not beside it."""
+    try:
+        nodes = list(ast.walk(ast.parse(content)))
+    except (SyntaxError, ValueError):  # it has been run, so its encoding is an unusual one
+        return set()
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    return {name.partition(".")[0] for name in names}
+
+
+def _code_elsewhere(name: str) -> str | None:
+    """Return a digest of a module or package that is loaded; None if it is installed, or has no source."""
+    file = getattr(sys.modules.get(name), "__file__", None)
+    if file is None or not file.endswith(".py") or any(Path(file).is_relative_to(root) for root in _installed()):
+        return None
+    path = Path(file)
+    return sources_hash(path.parent, *(() if path.name == "__init__.py" else (path.name,)))
+
+
+@cache
+def _installed() -> tuple[Path, ...]:
+    """Return where Python is, and what was installed for it."""
+    paths = sysconfig.get_paths()
+    own = {paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    return tuple(Path(path) for path in {*own, *site.getsitepackages(), site.getusersitepackages()})
 
 
 def _with_meaning(value: object) -> object:

@@ -178,6 +178,24 @@ class SourceFiles:
         return path is not None
 
 
+def require_own_code(source: str, revision: str | None, trust_remote_code: bool) -> None:
+    """Refuse a model or tokenizer whose code is in another repository, where it may change: no commit of it is pinned.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: ``auto_map`` names another repository, and ``trust_remote_code`` would run its code.
+    """
+    for name in ("config.json", "tokenizer_config.json") if trust_remote_code else ():
+        values = SourceFiles(source, revision).read_json(name)
+        others = {text.split("--")[0] for text in _auto_references(values) if "--" in text} - {source}
+        if others:
+            raise ValueError(
+                f"Its {name} takes code from {', '.join(sorted(others))} (auto_map), at no pinned commit, so it may be "
+                "other code each time. Copy that code, as you have read it, beside the file, and take the name and -- "
+                "out of auto_map."
+            )
+
+
 def config_levels(config: object) -> list[Mapping[str, Any]]:
     """Return a config, and the text model's config nested in it if there is one; nothing for what is no object."""
     levels = [config, config.get("text_config")] if isinstance(config, Mapping) else []
@@ -216,7 +234,15 @@ def _as_list(value: object) -> list[int]:
 
 def _auto_modules(config: dict[str, Any]) -> Iterator[str]:
     """Yield the modules beside the config that its auto_map names, not those of another repository ("org/name--…")."""
-    for value in (config.get("auto_map") or {}).values():
+    for reference in _auto_references(config):
+        if "--" not in reference:
+            yield reference.rpartition(".")[0]
+
+
+def _auto_references(config: object) -> Iterator[str]:
+    """Yield the classes that an auto_map names, as ``module.Class`` or ``org/name--module.Class``."""
+    named = config.get("auto_map") if isinstance(config, Mapping) else None
+    for value in named.values() if isinstance(named, Mapping) else ():
         for reference in value if isinstance(value, list) else [value]:
-            if reference and "--" not in reference:
-                yield reference.rpartition(".")[0]
+            if isinstance(reference, str) and reference:
+                yield reference

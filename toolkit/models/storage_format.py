@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.core_model_loading import WeightConverter, rename_source_key, revert_weight_conversion
 
 from toolkit.models.config_json import QUANTISATION_KEYS, config_to_write
-from toolkit.models.source_files import SourceFiles, write_model_json
+from toolkit.models.source_files import SourceFiles, require_own_code, write_model_json
 from toolkit.models.weight_files import StoredTensors, WeightComparison, write_weights
 
 log = logging.getLogger("frostline")
@@ -85,6 +85,7 @@ class StorageFormat:
 
     def tokenizer_options(self) -> dict[str, Any]:
         """Return what ``AutoTokenizer.from_pretrained`` needs beside the source; raises as ``read`` does."""
+        require_own_code(self.source, self.revision, self.trust_remote_code)
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
     def model_names(self, model: PreTrainedModel, stored: StoredTensors) -> dict[str, str]:

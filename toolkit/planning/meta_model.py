@@ -18,6 +18,7 @@ from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.models.exaone import llama_name, read_exaone_config
 from toolkit.models.load import LoadedModel, is_exaone_source, resolve_source
 from toolkit.models.quirks import turn_off_layerdrop
+from toolkit.models.source_files import require_own_code
 from toolkit.models.storage_format import refuse_kernels
 from toolkit.models.weight_files import open_weights
 from toolkit.runtime import hub
@@ -125,6 +126,7 @@ def _build_on_meta(source: str, config: ModelConfig, exaone: bool) -> PreTrained
     trust = config.trust_remote_code
     try:
         with hub.downloads(source):
+            require_own_code(source, config.revision, trust)
             hf_config = AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=trust)
     except Exception as error:  # transformers validates some values and raises anything on others
         raise ModelError(

@@ -87,7 +87,8 @@ def _docx(content: bytes) -> Iterator[Line]:
 
 
 def _hwpx(content: bytes) -> Iterator[Line]:
-    for paragraph in _import("hwpx", "python-hwpx").HwpxDocument.open(io.BytesIO(content)).export_text().splitlines():
+    document = _import("hwpx", "python-hwpx").HwpxDocument.open(io.BytesIO(content))
+    for paragraph in document.text.plain().splitlines():
         yield Line(paragraph.strip())
 
 

@@ -65,6 +65,7 @@ def open_retriever(config: RetrievalConfig) -> Retriever:
     Raises:
         DataError, UsageError: as ``Corpus``.
     """
+    assert config.corpus is not None  # which RetrievalConfig has, or a dictionary
     corpus = Corpus.open(config.corpus)
     key = corpus.fingerprint, config.dense
     if key not in _opened:

@@ -70,6 +70,8 @@ class _Cutter:
         units = [Unit("0", "")]
         for line in lines:
             unit, rest = self._head(line)
+            if unit is None and line.page and rest and not self._article and units[-1].page != line.page:
+                unit = Unit(f"p{line.page}", self._place(f"p. {line.page}"), line.page)  # a PDF has no headings
             if unit is not None:
                 units.append(unit)
             if rest and self._article and (clause := _CLAUSE.match(rest)):
@@ -94,7 +96,7 @@ class _Cutter:
         if (article := _ARTICLE.match(text)) and not _REFERENCE.match(text):
             number = article[1] + (f"-{article[2]}" if article[2] else "")
             self._article = f"{self._before}/{number}" if self._before else number
-            self._title = re.sub(r"\s+", "", article[0])
+            self._title = f"제{article[1]}조" + (f"의{article[2]}" if article[2] else "") + (article[3] or "")
             return Unit(self._article, self._place(self._title), line.page), text[article.end() :].strip()
         if part := _PART.match(text):
             self._article = ""

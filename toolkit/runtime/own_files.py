@@ -63,6 +63,14 @@ def is_real_file(path: Path) -> bool:
         return False
 
 
+def is_same_directory(one: Path, other: Path) -> bool:
+    """Return whether two paths lead to one directory; False if either leads nowhere."""
+    try:
+        return one.is_dir() and one.samefile(other)
+    except (OSError, ValueError):
+        return False
+
+
 def remove_own_file(path: Path) -> None:
     """Delete a regular file.
 

@@ -11,12 +11,12 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from toolkit.runtime.errors import DiskError, UsageError
-from toolkit.runtime.own_files import NotOwnError, open_own
+from toolkit.runtime.own_files import NotOwnError, is_real_file, open_own
 from toolkit.runtime.privacy import share_file
 
 log = logging.getLogger("frostline")
@@ -126,6 +126,47 @@ def make_parent(output: Path) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{output.parent} cannot be made ({error.strerror}); choose another --output") from None
+
+
+def output_file(path: Path, overwrite: bool, option: str = "--output", reads: Iterable[str | Path | None] = ()) -> Path:
+    """Make the parent of a file that an option names, before any work is done for it; return what a link leads to.
+
+    Args:
+        path: the file.
+        overwrite: whether one that is there may be replaced.
+        option: the option.
+        reads: files that the command reads, which are never replaced.
+
+    Raises:
+        UsageError: a file is there and may not be replaced, it is no regular file, or its parent cannot be made.
+    """
+    path = Path(os.path.realpath(path))
+    if os.path.lexists(path):
+        if not is_real_file(path):  # as /dev/null, which a rename would replace
+            raise UsageError(f"{option} {path} is no regular file; name one, or leave {option} out")
+        if any(is_file(file) and path.samefile(file) for file in reads if file is not None):
+            raise UsageError(f"{option} {path} is a file that is read; choose another")
+        if not overwrite:
+            raise UsageError(f"{option} {path} exists; --overwrite replaces it, another {option} leaves it")
+    make_parent(path)
+    return path
+
+
+def require_unused_folder(folder: Path, overwrite: bool, option: str = "--output") -> None:
+    """Check that a folder that an option names is not there, or empty; or that files in it may be replaced.
+
+    Raises:
+        UsageError: it holds something and ``overwrite`` is not set, or it cannot be read.
+    """
+    try:
+        found = sorted(entry.name for entry in folder.iterdir()) if folder.exists() and not overwrite else []
+    except OSError as error:
+        raise UsageError(f"{option} {folder} cannot be read ({error.strerror}); choose another") from None
+    if found:
+        raise UsageError(
+            f"{option} {folder} holds {', '.join(found[:3])}{' …' if found[3:] else ''}; --overwrite replaces files "
+            f"of the names that are written, another {option} leaves them"
+        )
 
 
 @contextmanager

@@ -7,6 +7,7 @@ in it belongs to its group. That mode is the mark by which later commands share 
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 import tempfile
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from toolkit.runtime.errors import UsageError
+
+log = logging.getLogger("frostline")
 
 _PRIVATE_UMASK, _GROUP_UMASK = 0o077, 0o007
 _PRIVATE_MODE, _GROUP_MODE = 0o700, 0o2770
@@ -80,6 +83,18 @@ def set_access(directory: Path, is_shared: bool) -> None:
     is_ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
     if is_ours and stat.S_IMODE(status.st_mode) & ~(0 if is_shared else stat.S_ISGID) != mode:  # setgid is inherited
         directory.chmod(mode)
+
+
+def close_directory(directory: Path) -> None:
+    """Close a run directory of an earlier version to others, and say so; one that is shared with its group stays so."""
+    if is_shared_with_group(directory):
+        return
+    before = stat.S_IMODE(directory.stat().st_mode)
+    with suppress(OSError):  # a file system without modes
+        set_access(directory, is_shared=False)
+    if (now := stat.S_IMODE(directory.stat().st_mode)) != before:
+        log.info("%s was open to others (mode %o) and is its user's alone now (%o); output.share: group shares it",
+                 directory, before, now)  # fmt: skip
 
 
 def make_directory(directory: Path, is_shared: bool = False) -> None:

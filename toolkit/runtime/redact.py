@@ -11,6 +11,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 from toolkit.runtime.printable import printable
@@ -54,9 +55,7 @@ _SHORTEST_SECRET = 8
 
 def redact(text: str, environ: Mapping[str, str] = os.environ) -> str:
     """Return ``text`` with every secret in it replaced by ``***``."""
-    secrets = {
-        value for name, value in environ.items() if _SECRET_VARIABLES.search(name) and len(value) >= _SHORTEST_SECRET
-    }
+    secrets = {value for name, value in environ.items() if len(value) >= _SHORTEST_SECRET and _names_a_secret(name)}
     for value in sorted(secrets, key=len, reverse=True):  # longest first, so that no part of one remains
         text = text.replace(value, REDACTED)
     for pattern in _SECRET_PATTERNS:
@@ -78,7 +77,13 @@ def find_secrets(values: Any, environ: Mapping[str, str] = os.environ) -> list[s
 def _is_named_as_secret(name: str, text: str) -> bool:
     """Return whether the key of a value says that it is a secret; a tokenizer's ``eos_token`` and its kin do not."""
     is_tokens = re.search(r"(?:bos|eos|pad|unk|sep|cls|mask|turn|text)_token$", name, re.I)
-    return text != name and len(text) >= _SHORTEST_SECRET and not is_tokens and bool(_SECRET_VARIABLES.search(name))
+    return text != name and len(text) >= _SHORTEST_SECRET and not is_tokens and _names_a_secret(name)
+
+
+@lru_cache(maxsize=4096)
+def _names_a_secret(variable: str) -> bool:
+    """Return whether the name of a variable or key says that its value is a secret; asked for each line of a log."""
+    return bool(_SECRET_VARIABLES.search(variable))
 
 
 class RedactingFormatter(logging.Formatter):

@@ -24,7 +24,10 @@ AUTO, DEFAULT = "auto", "long_answer"
 """What ``data.task`` is by default, and the task of questions without rows."""
 SHIPPED = ("messages", "sharegpt", "choice", "long_answer", "alpaca", "prompt_completion", "text")
 """Tasks that come with Frostline, in the order in which rows are tried against them."""
-BY_NAME = (*SHIPPED, "pubmedqa", "ae_coding", "triage", "triage_en", "ae_triage")
+BY_NAME = (
+    *SHIPPED, "pubmedqa", "decision", "decision_reasoning_free", "triage", "triage_en", "ae_triage", "ae_coding",
+    "grounded_document",
+)  # fmt: skip
 """All tasks that come with Frostline: also one that the columns of rows cannot tell."""
 PASSAGES = "passages"
 """A task's column that ``data.retrieval`` fills."""

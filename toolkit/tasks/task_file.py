@@ -21,7 +21,7 @@ from toolkit.tasks.columns import nearest
 from toolkit.tasks.leaks import require_no_leak
 from toolkit.tasks.templates import ENVIRONMENT, OWN_VARIABLES
 
-Verify = Literal["sdtm_ae", "triage", "ae_triage"]
+Verify = Literal["sdtm_ae", "triage", "ae_triage", "grounded_document"]
 """Names of the checks of ``toolkit.clinical.verification.CHECKS``."""
 
 

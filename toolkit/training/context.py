@@ -193,19 +193,25 @@ def choose_checkpointing(context: RunContext, planner: Planner | None) -> tuple[
     Returns:
         The decision, and the plan of the phase with it; None if it cannot be planned, as without a ``planner``.
     """
-    plans: dict[bool, Plan] = {}
-    if planner is not None:
-        try:
-            plans = {on: planner.plan(planner.variant(context.engine_spec, checkpointing=on)) for on in (False, True)}
-        except PlanError as error:
-            log.warning("%s", error)
-    memory = plans[False].memory if plans else None
+    plan = _plan_with(context, planner, checkpointing=False)
+    memory = plan.memory if plan else None
     free = -int(context.world.max(-free_bytes(context.world.device)))  # the tightest rank decides for all
     decision = decide_checkpointing(
         context.config.train.gradient_checkpointing, memory.beside_weights if memory else None, free,
         in_update=memory is not None and memory.moment == "update",
     )  # fmt: skip
-    return decision, plans.get(decision.on)
+    return decision, _plan_with(context, planner, checkpointing=True) if plan and decision.on else plan
+
+
+def _plan_with(context: RunContext, planner: Planner | None, checkpointing: bool) -> Plan | None:
+    """Return the plan of a phase; None, with a warning, if it cannot be planned."""
+    if planner is None:
+        return None
+    try:
+        return planner.plan(planner.variant(context.engine_spec, checkpointing))
+    except PlanError as error:
+        log.warning("%s", error)
+        return None
 
 
 def _load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, world: World) -> LoadedModel:

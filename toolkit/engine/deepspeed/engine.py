@@ -20,6 +20,7 @@ from toolkit.engine.deepspeed.config import with_fitting_bucket
 from toolkit.engine.deepspeed.device import device_index_as_local_rank
 from toolkit.engine.deepspeed.gathering import balanced_module_stack, drain_prefetches, gathered
 from toolkit.engine.deepspeed.json_file import zero_stage
+from toolkit.engine.deepspeed.muon import import_muon_uncompiled
 from toolkit.engine.deepspeed.nvme_state import NvmeSwapper, SwappedFragmentState
 from toolkit.engine.deepspeed.optimizers import PartitionedAdamW, PartitionMoments, build_optimizer
 from toolkit.engine.deepspeed.process_groups import unlink_shared_memory
@@ -60,6 +61,7 @@ class ZeroEngine(Engine):
         import deepspeed
         from deepspeed.runtime.config import DeepSpeedConfigError
 
+        import_muon_uncompiled()
         stage = zero_stage(ds_config)
         self.name, self.is_replicated = f"zero-{stage}", stage == 0
         self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
