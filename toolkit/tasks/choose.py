@@ -62,7 +62,8 @@ def choose_task(
     task = find_task(data, columns, with_answer, origin, key)
     if data.task == AUTO and columns:
         log.info("%s: auto takes %s (%s); columns: %s", key, task.name, task.spec.summary, ", ".join(columns))
-    for note in task.notes(columns) if columns else ():
+    filled = [task.spec.columns[PASSAGES].path[0]] if data.retrieval and PASSAGES in task.spec.columns else []
+    for note in task.notes([*columns, *filled]) if columns else ():
         log.info("task %s: %s", task.name, note)
     return task
 
