@@ -166,6 +166,9 @@ def test_notes_of_adverse_events_get_fields_a_clock_and_questions_and_each_answe
     """From the recipe: train, evaluate, decide, verify."""
     notes = ROOT / "examples" / "data" / "clinical" / "ae_triage_en.jsonl"
     short = sorted(read(notes), key=lambda row: len(row["NOTE"]))[:8]
+    short = [
+        {**row, "REFERENCE": "expected reactions: nausea, rash"} for row in short
+    ]  # the tiny model has few positions
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in short), encoding="utf-8")
     make_tiny_model(tmp_path / "model")
     run = tmp_path / "run"
