@@ -18,7 +18,7 @@ from toolkit.data.examples import Encoder
 from toolkit.data.model_limits import padding_id, room_for_answer
 from toolkit.engine.deepspeed.inference import PartitionedModel
 from toolkit.inference.constrained import Constrained, Constraint, Constraints
-from toolkit.inference.generation import complete_together, looks_back, pad_left
+from toolkit.inference.generation import complete_together, explain_refused_settings, looks_back, pad_left
 from toolkit.inference.sampling import Sampling
 from toolkit.models.load import LoadedModel
 from toolkit.runtime.distributed import World
@@ -262,9 +262,10 @@ class Answerer:
 def _next_logits(model: PreTrainedModel, prompt: Sequence[int], pad_id: int, padding: int) -> torch.Tensor:
     """Return the logits of the first token after ``prompt`` behind ``padding`` tokens, [1, vocabulary], float32."""
     ids, mask = pad_left([prompt], pad_id, padding)
-    output = model.generate(
-        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=1, do_sample=False,
-        num_beams=1, num_return_sequences=1, pad_token_id=pad_id, return_dict_in_generate=True, output_logits=True,
-    )  # fmt: skip
+    with explain_refused_settings():
+        output = model.generate(
+            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=1, do_sample=False,
+            num_beams=1, num_return_sequences=1, pad_token_id=pad_id, return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
     logits: torch.Tensor = output.logits[0].float()
     return logits
