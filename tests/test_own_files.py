@@ -285,8 +285,9 @@ def test_a_run_whose_directory_is_moved_away_ends_and_begins_none_anew(
     monkeypatch.setattr(Monitor, "step", move_away)
     ended = run_here("train.py", *tiny_flags(tiny_model, tmp_path / "run", *SHORT))
     assert ended.returncode == 1
-    assert f"{tmp_path / 'run' / 'checkpoints'}" in ended.stderr
-    assert "No such file or directory" in ended.stderr
+    said = f"checkpoints in {tmp_path / 'run'} could not be written (No such file or directory)"
+    assert said in ended.stderr
+    assert "put back the directory that was moved or removed" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert not (tmp_path / "run").exists()
 
