@@ -73,10 +73,9 @@ def make_hostile(run: Path, outside: Path, seed: int) -> list[str]:
             if folder.is_symlink() or not folder.is_dir():
                 continue
             path = folder / name
-        if any(parent.is_symlink() for parent in path.relative_to(run).parents if str(parent) != "."):
-            continue
-        if any((run / parent).is_symlink() for parent in path.relative_to(run).parents):
-            continue
+        above = [run / parent for parent in path.relative_to(run).parents]
+        if any(parent.is_symlink() or (parent.exists() and not parent.is_dir()) for parent in above):
+            continue  # spoiled already
         if kind != "foreign" or not os.path.lexists(path):
             remove(path)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ from toolkit.runtime.errors import CheckpointError, UsageError
 from toolkit.runtime.file_lock import RunLock
 from toolkit.runtime.own_files import NotOwnError, open_own, remove_own_file, remove_own_tree
 from toolkit.runtime.paths import LineFile
+from toolkit.training.monitor import Monitor, StepMetrics
 
 SHORT = ("--train.max_steps", 2, "--mask.train", "norm", "--output.save_every_steps", 1, "--output.keep", 1)
 OWN = "our file\n"
@@ -270,3 +271,35 @@ def test_two_runs_never_share_the_checkpoints_of_one_link(tiny_model: Path, tmp_
     (tmp_path / "a").rename(tmp_path / "moved")
     assert train(*tiny_flags(tiny_model, tmp_path / "moved", *SHORT)) == 0, "a run that was moved keeps them"
     assert (tmp_path / "scratch" / ".frostline-run").read_text() == str(tmp_path / "moved")
+
+
+def test_a_run_whose_directory_is_moved_away_ends_and_begins_none_anew(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Monitor.step
+
+    def move_away(self: Monitor, metrics: StepMetrics) -> None:
+        step(self, metrics)
+        (tmp_path / "run").rename(tmp_path / "moved")
+
+    monkeypatch.setattr(Monitor, "step", move_away)
+    ended = run_here("train.py", *tiny_flags(tiny_model, tmp_path / "run", *SHORT))
+    assert ended.returncode == 1
+    said = f"checkpoints in {tmp_path / 'run'} could not be written (No such file or directory)"
+    assert said in ended.stderr
+    assert "put back the directory that was moved or removed" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_export_goes_neither_among_checkpoints_nor_through_a_link_to_nowhere(finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run", symlinks=True))
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    before = snapshot(run)
+    for more in ((), ("--delta",)):
+        ended = run_here("export.py", run, "--output", run / "checkpoints" / "step-00000099", *more)
+        assert (ended.returncode, "would be among the checkpoints of the run" in ended.stderr) == (2, True)
+        ended = run_here("export.py", run, "--output", tmp_path / "link", *more)
+        assert (ended.returncode, "is a link that leads nowhere" in ended.stderr) == (2, True)
+    assert snapshot(run) == before
+    assert not (tmp_path / "nowhere").exists()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,14 @@ from typing import Any
 import datasets
 import pytest
 from data_files import READ, ROWS, as_csv, as_jsonl, as_zip
-from helpers import make_tokenizer
+from helpers import ENGLISH, make_tokenizer, run_here, tiny_flags
 from test_sources import put, with_lists
 
 from toolkit.config.schema import DataConfig
 from toolkit.data.dataset import Dataset, load_dataset
 from toolkit.data.mixture import draw_rows, label_of
+from toolkit.data.readers.places import place_of_pattern
+from toolkit.data.readers.row import ReadOptions
 from toolkit.data.sources import Source, iter_rows, read_rows, sources_of
 from toolkit.runtime.errors import DataError
 
@@ -254,3 +258,30 @@ def test_the_sources_of_a_recipe_have_its_options() -> None:
     assert (own.name, own.revision, own.key) == ("org/a:n[v]", "r", "data.validation_split")
     assert (other.name, other.revision, other.default_split) == ("org/c[v]", None, "validation")
     assert sources_of(config, "test") == []
+
+
+def test_a_pattern_that_takes_long_says_what_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = threading.Event()
+    caplog.handler.addFilter(lambda record: "waiting for the names that" not in record.getMessage() or not said.set())
+
+    def endless(pattern: str, recursive: bool) -> list[str]:
+        assert said.wait(60)
+        return []
+
+    monkeypatch.setattr("toolkit.runtime.signals._SAY_SECONDS", 0.0)
+    monkeypatch.setattr("glob.glob", endless)
+    with pytest.raises(DataError, match="matches no file"), caplog.at_level("WARNING", "frostline"):
+        place_of_pattern("/**/*.jsonl", None, "data.split", "train", ReadOptions())
+    assert "still waiting for the names that /**/*.jsonl matches" in caplog.text
+
+
+def test_a_name_that_is_not_utf_8_is_written_down_as_text(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    shutil.copy(ENGLISH, os.fsencode(tmp_path / "rows") + b"/\xff.jsonl")
+    done = run_here("train.py", *tiny_flags(tiny_model, tmp_path / "run", "--train.max_steps", 1,
+                                            "--data.path", tmp_path / "rows"))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    [source] = json.loads((tmp_path / "run" / "data_files.json").read_text(encoding="utf-8"))
+    assert source["files"][0]["path"].endswith("/rows/\\xff.jsonl")

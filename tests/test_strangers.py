@@ -377,3 +377,12 @@ def test_rows_whose_answers_are_one_token_train_plan_and_evaluate(tiny_model: Pa
     for script, words in (("train.py", flags), ("plan.py", flags), ("evaluate.py", [tmp_path / "run"])):
         ended = run_here(script, *words, "--data.path", path)
         assert ended.returncode == 0, ended.stderr
+
+
+def test_generation_settings_that_transformers_refuses_are_one_message(tiny_model: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    (model / "generation_config.json").write_text(json.dumps({"stop_strings": ["a"], "num_beams": 100_000}))
+    ended = run_here("generate.py", model, "--question", "Why?", "--max-new-tokens", 2)
+    assert ended.returncode == 2
+    assert "settings of the model's generation_config.json" in ended.stderr
+    assert "Traceback" not in ended.stderr

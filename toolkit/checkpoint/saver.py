@@ -196,7 +196,7 @@ class Saver:
 
         def check_free_space() -> None:
             directory = self._run / "checkpoints"
-            directory.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(exist_ok=True)  # without parents: a run that was moved away is not begun anew here
             catalog.clear_leftovers(self._run)
             free = shutil.disk_usage(directory).free
             if free < needed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -113,11 +114,16 @@ class Dataset:
             {
                 "source": source.name,
                 "for": source.default_split,
-                "files": [{"path": str(file.resolve()), "bytes": file.stat().st_size} for file in source.files],
+                "files": [{"path": _as_text(file.resolve()), "bytes": file.stat().st_size} for file in source.files],
             }
             for source in self.sources
         ]
         replace_text(path, json.dumps(listed, ensure_ascii=False, indent=1))
+
+
+def _as_text(path: Path) -> str:
+    r"""Return a path as text; a byte of it that is not UTF-8 as ``\xff``."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def load_dataset(

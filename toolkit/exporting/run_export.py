@@ -126,6 +126,12 @@ def check_paths(run: Path, target: Path) -> None:
         raise CheckpointError(f"{run} is not a run directory (no config.yaml); expected one such as runs/quickstart")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists and is not empty; choose another --output, or remove it")
+    if target.is_symlink() and not target.exists():
+        raise CheckpointError(
+            f"{target} is a link that leads nowhere; make what it leads to, or choose another --output"
+        )
+    if os.path.realpath(target.parent) == os.path.realpath(run / "checkpoints"):
+        raise CheckpointError(f"{target} would be among the checkpoints of the run; choose another --output")
     make_parent(target)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import Cache, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.data.model_limits import padding_id, room_for_answer
+from toolkit.runtime.errors import ModelError
 
 
 def complete_together(
@@ -58,21 +60,39 @@ def next_tokens(
     ``options`` are further ones of transformers' ``generate``.
     """
     ids, mask = pad_left(prompts, pad_id)
-    output = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        max_new_tokens=min(room_for_answer(prompt, model, max_new_tokens) for prompt in prompts),
-        eos_token_id=list(stop_ids),
-        pad_token_id=pad_id,
-        use_cache=True,
-        do_sample=False,
-        num_beams=1,
-        num_return_sequences=1,
-        **options,
-    )
+    with explain_refused_settings():
+        output = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=min(room_for_answer(prompt, model, max_new_tokens) for prompt in prompts),
+            eos_token_id=list(stop_ids),
+            pad_token_id=pad_id,
+            use_cache=True,
+            do_sample=False,
+            num_beams=1,
+            num_return_sequences=1,
+            **options,
+        )
     lines = [line[ids.shape[1] :].tolist() for line in output]
     ends = [next((index for index, token in enumerate(line) if token in stop_ids), len(line)) for line in lines]
     return [line[: end + 1] for line, end in zip(lines, ends, strict=True)]
+
+
+@contextmanager
+def explain_refused_settings() -> Iterator[None]:
+    """Turn what transformers says of the settings of generation_config.json into an error that names the file.
+
+    Raises:
+        ModelError: it refuses them.
+    """
+    try:
+        yield
+    except ValueError as error:
+        said = " ".join(str(error).split())[:400]
+        raise ModelError(
+            f"transformers does not generate with the settings of the model's generation_config.json: {said} "
+            "Correct that file, or remove the setting from it"
+        ) from error
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad_id: int, extra: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

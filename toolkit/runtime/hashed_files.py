@@ -60,6 +60,8 @@ def explain_disk_errors(what: str) -> Iterator[None]:
     except OSError as error:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = "free space or lower output.keep" if is_full else "look after the disk"
+        if error.errno == errno.ENOENT:
+            advice = "put back the directory that was moved or removed"
         raise DiskError(
             f"{what} could not be written ({error.strerror or error}). The checkpoints before it are intact: {advice}, "
             "then start the same command again to go on from the latest"

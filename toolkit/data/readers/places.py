@@ -16,6 +16,7 @@ from toolkit.data.readers.content import COMPRESSED, Content, archive_members, i
 from toolkit.data.readers.formats import ENDINGS, family_of, has_known_ending, read_content
 from toolkit.data.readers.row import ReadOptions, Row
 from toolkit.data.readers.splits import choose_split, split_of
+from toolkit.runtime import signals
 from toolkit.runtime.errors import DataError
 from toolkit.runtime.paths import is_file
 from toolkit.runtime.printable import one_line
@@ -72,7 +73,9 @@ def place_of_directory(
         splits = json.loads((directory / DISK_SPLITS).read_bytes())["splits"]
         split = choose_split(path, splits, split, key, default)
         return _saved(directory / split, f"{path}/{split}")
-    return _choose(path, _contents(_walk(directory), directory, path), split, key, default, options)
+    with signals.waiting(f"the names of the files in {one_line(path)}"):
+        files = _walk(directory)
+    return _choose(path, _contents(files, directory, path), split, key, default, options)
 
 
 def place_of_pattern(pattern: str, split: str | None, key: str, default: str, options: ReadOptions) -> Place | None:
@@ -83,7 +86,8 @@ def place_of_pattern(pattern: str, split: str | None, key: str, default: str, op
     """
     if "\0" in pattern or not glob.has_magic(pattern):
         return None
-    files = sorted(Path(name) for name in _matches(pattern) if Path(name).is_file())
+    with signals.waiting(f"the names that {one_line(pattern)} matches"):  # of /** all that the machine has
+        files = sorted(Path(name) for name in _matches(pattern) if Path(name).is_file())
     if not files:
         raise DataError(f"{pattern}: matches no file (from {Path.cwd()}); expected a pattern such as data/*.jsonl")
     base = Path(os.path.commonpath([file.parent for file in files]))
