@@ -17,16 +17,8 @@ from toolkit.data.dataset import control_tokens_text
 from toolkit.data.examples import Encoder
 from toolkit.data.model_limits import padding_id, room_for_answer
 from toolkit.engine.deepspeed.inference import PartitionedModel
-<<<<<<< HEAD
 from toolkit.inference.constrained import Closing, Constrained, Constraint, Constraints
-from toolkit.inference.generation import complete_together, looks_back, pad_left
-||||||| 6b2301a
-from toolkit.inference.constrained import Constrained, Constraint, Constraints
-from toolkit.inference.generation import complete_together, looks_back, pad_left
-=======
-from toolkit.inference.constrained import Constrained, Constraint, Constraints
 from toolkit.inference.generation import complete_together, explain_refused_settings, looks_back, pad_left
->>>>>>> 3745b8ec15cde4b3241010d5e998ebc7c8788cf1
 from toolkit.inference.sampling import Sampling
 from toolkit.models.load import LoadedModel
 from toolkit.runtime.distributed import World
@@ -296,23 +288,11 @@ def next_logits(
     ``options`` are further ones of transformers' ``generate``.
     """
     ids, mask = pad_left([prompt], pad_id, padding)
-<<<<<<< HEAD
-    output = model.generate(
-        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=1, do_sample=False,
-        num_beams=1, num_return_sequences=1, pad_token_id=pad_id, return_dict_in_generate=True, output_logits=True,
-        **options,
-    )  # fmt: skip
-||||||| 6b2301a
-    output = model.generate(
-        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=1, do_sample=False,
-        num_beams=1, num_return_sequences=1, pad_token_id=pad_id, return_dict_in_generate=True, output_logits=True,
-    )  # fmt: skip
-=======
     with explain_refused_settings():
         output = model.generate(
             input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=1, do_sample=False,
             num_beams=1, num_return_sequences=1, pad_token_id=pad_id, return_dict_in_generate=True, output_logits=True,
+            **options,
         )  # fmt: skip
->>>>>>> 3745b8ec15cde4b3241010d5e998ebc7c8788cf1
     logits: torch.Tensor = output.logits[0].float()
     return logits
