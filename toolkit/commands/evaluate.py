@@ -234,6 +234,18 @@ def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespa
     parser.add_argument(
         "--seed", type=flags.whole_number, default=42, help="of resampling, shots and trivial answers; default: 42"
     )
+    _add_output_flags(parser)
+    add_side_effect_flags(parser)
+    flags.add_open_model_flags(
+        parser, "precision to compute in; default: the run's, or that in which a model is stored"
+    )
+    arguments = parser.parse_args(words)
+    _check(parser, arguments)
+    return arguments
+
+
+def _add_output_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say what is written, and where."""
     parser.add_argument("--output", type=Path, help="file for the JSON, which is printed too")
     parser.add_argument("--overwrite", action="store_true", help="replace --output, and files in --predictions")
     parser.add_argument(
@@ -246,13 +258,6 @@ def _parse(words: Sequence[str] | None, program: str | None) -> argparse.Namespa
         help="folder for files of each source: the option of each row by its id, as PubMedQA's official script takes "
         "them (.json), and generated answers (.jsonl)",
     )  # fmt: skip
-    add_side_effect_flags(parser)
-    flags.add_open_model_flags(
-        parser, "precision to compute in; default: the run's, or that in which a model is stored"
-    )
-    arguments = parser.parse_args(words)
-    _check(parser, arguments)
-    return arguments
 
 
 def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
