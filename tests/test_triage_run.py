@@ -179,7 +179,7 @@ def test_notes_of_adverse_events_get_fields_a_clock_and_questions_and_each_answe
             "--train.epochs", 1, "--output.dir", run, "--output.report", "[]", "--output.sample_answers", 0,
             "--data.stratify_by", "none", "--prefix.cache", "off",
         ),
-        ("evaluate", run, "--answers", 1, "--max-new-tokens", 60, "--constrain", "--output", tmp_path / "scores.json"),
+        ("evaluate", run, "--answers", 1, "--max-new-tokens", 130, "--constrain", "--output", tmp_path / "scores.json"),
         ("triage", run, "--input", tmp_path / "rows.jsonl", "--output", tmp_path / "out.jsonl",
          "--max-new-tokens", 150),
     ]  # fmt: skip
