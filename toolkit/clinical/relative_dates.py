@@ -124,89 +124,101 @@ def _week_alone(found: _Found, anchor: _Anchor) -> str:
     return _common(monday, monday + timedelta(days=6))
 
 
+def _form(pattern: str, resolve: Callable[[_Found, _Anchor], str | None]) -> _Pattern:
+    return re.compile(pattern, re.IGNORECASE), resolve
+
+
 def _patterns() -> Iterator[_Pattern]:
     """Yield the forms of dates, the more particular ones first."""
+    yield from _calendar_forms()
+    yield from _counted_forms()
 
-    def form(pattern: str, resolve: Callable[[_Found, _Anchor], str | None]) -> _Pattern:
-        return re.compile(pattern, re.IGNORECASE), resolve
 
-    yield form(
+def _calendar_forms() -> Iterator[_Pattern]:
+    """Yield dates of the calendar, and days of a named year, month or week."""
+    yield _form(
         r"(?<![\d.])(?P<y>\d{4})\s?[-./년]\s?(?P<m>\d{1,2})\s?[-./월]\s?(?P<d>\d{1,2})(?!\d)일?",
         lambda f, a: _full(int(f["y"]), int(f["m"]), int(f["d"])),
     )
-    yield form(
+    yield _form(
         r"(?P<y>\d{4})\s?년\s?(?P<m>\d{1,2})\s?월(?!\s?\d)|(?<!\d)(?P<y2>\d{4})-(?P<m2>\d{2})(?![\d-])",
         lambda f, a: f"{int(f['y'] or f['y2']):04d}-{int(f['m'] or f['m2']):02d}",
     )
-    yield form(
+    yield _form(
         rf"\b(?P<d>\d{{1,2}})(?:st|nd|rd|th)?\s(?:of\s)?(?P<m>{_MONTH_NAME})(?:,?\s(?P<y>\d{{4}}))?",
         _english,
     )
-    yield form(
+    yield _form(
         rf"\b(?P<d>\d{{1,2}})(?=\s?(?:-|–|~|to|and)\s?\d{{1,2}}\s(?P<m>{_MONTH_NAME})(?:,?\s(?P<y>\d{{4}}))?)", _english
     )
-    yield form(
+    yield _form(
         rf"\b(?P<m>{_MONTH_NAME})\s(?P<d>\d{{1,2}})(?:st|nd|rd|th)?\b(?:,?\s(?P<y>\d{{4}}))?",
         _english,
     )
-    yield form(r"(?P<which>작년|지난해|올해|금년|재작년)\s?(?P<m>\d{1,2})\s?월(?:\s?(?P<d>\d{1,2})\s?일)?", _named_year)
-    yield form(
+    yield _form(
+        r"(?P<which>작년|지난해|올해|금년|재작년)\s?(?P<m>\d{1,2})\s?월(?:\s?(?P<d>\d{1,2})\s?일)?", _named_year
+    )
+    yield _form(
         r"(?P<which>지난달|저번 달|지난 달|이번 달|이달|전월)\s?(?P<d>\d{1,2})\s?일",
         _day_of_month,
     )
-    yield form(
+    yield _form(
         r"(?<!\d)(?P<m>\d{1,2})\s?월\s?(?P<d>\d{1,2})\s?일"
         r"|(?<![\d/.])(?P<m2>\d{1,2})/(?P<d2>\d{1,2})(?![\d/]|\s?(?:점|mmHg))",
         lambda f, a: _without_year(int(f["m"] or f["m2"]), int(f["d"] or f["d2"]), a),
     )
-    yield form(
+    yield _form(
         r"(?P<which>지지난|저저번|지난|저번|이번|금|다음)\s?주\s?(?P<weekday>[월화수목금토일])요일",
         lambda f, a: _weekday_of_week(_WEEKS[f["which"]], _KOREAN_WEEKDAYS.index(f["weekday"]), a),
     )
-    yield form(
+    yield _form(
         r"지난\s?(?P<weekday>[월화수목금토일])요일", lambda f, a: _last_weekday(_KOREAN_WEEKDAYS.index(f["weekday"]), a)
     )
-    yield form(
+    yield _form(
         r"(?<![가-힣])(?P<weekday>[월화수목금토일])요일",
         lambda f, a: _last_weekday(_KOREAN_WEEKDAYS.index(f["weekday"]), a),
     )
-    yield form(rf"\b{_WEEKDAY_NAME}\s(?:of\s)?last\sweek", lambda f, a: _weekday_of_week(-1, _english_weekday(f), a))
-    yield form(rf"\b(?:on|since|from)\s{_WEEKDAY_NAME}", lambda f, a: _last_weekday(_english_weekday(f), a))
-    yield form(rf"\blast\s{_WEEKDAY_NAME}", lambda f, a: _last_weekday(_english_weekday(f), a))
+    yield _form(rf"\b{_WEEKDAY_NAME}\s(?:of\s)?last\sweek", lambda f, a: _weekday_of_week(-1, _english_weekday(f), a))
+    yield _form(rf"\b(?:on|since|from)\s{_WEEKDAY_NAME}", lambda f, a: _last_weekday(_english_weekday(f), a))
+    yield _form(rf"\blast\s{_WEEKDAY_NAME}", lambda f, a: _last_weekday(_english_weekday(f), a))
+
+
+def _counted_forms() -> Iterator[_Pattern]:
+    """Yield what counts from the note or from a date before it, then parts of a date that stand alone."""
     days = rf"(?:(?P<days>{KOREAN_DAYS})|(?<![\d.])(?P<count>\d{{1,3}})\s?일)"
-    yield form(rf"{days}\s?(?P<way>전|뒤|후|만에|째)", _korean_days)
-    yield form(rf"(?<![가-힣\d])(?P<count>{KOREAN_COUNT})\s?주(?:일)?\s?(?P<way>전|뒤|후)", _weeks)
-    yield form(
+    yield _form(rf"{days}\s?(?P<way>전|뒤|후|만에|째)", _korean_days)
+    yield _form(rf"(?<![가-힣\d])(?P<count>{KOREAN_COUNT})\s?주(?:일)?\s?(?P<way>전|뒤|후)", _weeks)
+    yield _form(
         rf"(?<![가-힣\d])(?P<count>{KOREAN_COUNT})\s?(?:달|개월)\s?(?P<way>전)",
         lambda f, a: _shift_months(a.note, -number_of(f["count"])),
     )
-    yield form(r"(?<!\d)(?P<count>\d{1,2})\s?년\s?전", lambda f, a: f"{a.note.year - int(f['count']):04d}")
-    yield form(
+    yield _form(r"(?<!\d)(?P<count>\d{1,2})\s?년\s?전", lambda f, a: f"{a.note.year - int(f['count']):04d}")
+    yield _form(
         rf"\b(?P<count>{ENGLISH_COUNT})\sdays?\s(?P<way>ago|before|earlier|later|after|afterwards)",
         lambda f, a: _moved(_direction(f) * number_of(f["count"]), a, _direction(f) > 0),
     )
-    yield form(rf"\b(?P<count>{ENGLISH_COUNT})\sweeks?\s(?P<way>ago|before|earlier|later|after|afterwards)", _weeks)
-    yield form(
+    yield _form(rf"\b(?P<count>{ENGLISH_COUNT})\sweeks?\s(?P<way>ago|before|earlier|later|after|afterwards)", _weeks)
+    yield _form(
         rf"\b(?P<count>{ENGLISH_COUNT})\smonths?\sago", lambda f, a: _shift_months(a.note, -number_of(f["count"]))
     )
-    yield form(
+    yield _form(
         r"(?<![가-힣])(?:다음\s?날|이튿날|익일|the (?:next|following) day)",
         lambda f, a: _moved(1, a, True),
     )
     near = "|".join(sorted(map(re.escape, _NEAR_DAYS), key=len, reverse=True))
-    yield form(rf"(?<![가-힣a-z])(?:{near})(?![a-z])", lambda f, a: _moved(_NEAR_DAYS[f[0].lower()], a, False))
-    yield form(
+    yield _form(rf"(?<![가-힣a-z])(?:{near})(?![a-z])", lambda f, a: _moved(_NEAR_DAYS[f[0].lower()], a, False))
+    yield _form(
         r"(?<![\d월.])(?<!월\s)(?P<d>\d{1,2})\s?일(?=\s?(?:아침|오전|오후|저녁|밤|새벽|낮|에|부터|까지|경|쯤))",
         _day_after_last,
     )
-    yield form(r"지난\s?달|저번 달|전월|last month", lambda f, a: _shift_months(a.note, -1))
-    yield form(r"이번\s?달|이달|this month", lambda f, a: _shift_months(a.note, 0))
-    yield form(r"(?P<which>지지난|지난|저번|이번|다음)\s?주(?![가-힣]*\s?[월화수목금토일]요일)", _week_alone)
-    yield form(
+    yield _form(r"지난\s?달|저번 달|전월|last month", lambda f, a: _shift_months(a.note, -1))
+    yield _form(r"이번\s?달|이달|this month", lambda f, a: _shift_months(a.note, 0))
+    yield _form(r"(?P<which>지지난|지난|저번|이번|다음)\s?주(?![가-힣]*\s?[월화수목금토일]요일)", _week_alone)
+    yield _form(
         r"(?<!\d)(?P<m>\d{1,2})\s?월\s?(?:초|중순|말|경|쯤)?(?!\s?\d)",
         lambda f, a: _month_without_year(int(f["m"]), a),
     )
-    yield form(r"작년|지난해|last year", lambda f, a: f"{a.note.year - 1:04d}")
+    yield _form(r"작년|지난해|last year", lambda f, a: f"{a.note.year - 1:04d}")
 
 
 def _english(found: _Found, anchor: _Anchor) -> str | None:
