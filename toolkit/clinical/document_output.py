@@ -65,9 +65,7 @@ class GroundedDocument:
         for sentence in sentences(answer):
             shown = CITATION.sub(number, sentence.text)
             parts.append(
-                _Part(
-                    _shown(shown.lstrip("# ")), _level(sentence), _shown("; ".join(said.get(sentence.number, [])))
-                )
+                _Part(_shown(shown.lstrip("# ")), _level(sentence), _shown("; ".join(said.get(sentence.number, []))))
             )
         sources = tuple(_shown(_source(name, case, words)) for name in numbers)
         return cls(tuple(parts), sources, words, RESEARCH_USE[language])
