@@ -40,7 +40,7 @@ SUFFIXES = {
 def task_of(name: str) -> dict[str, Any]:
     column, instruction, _ = SUFFIXES[name]
     return {
-        "name": name, "columns": {"note": "NOTE", "grade": column}, "prompt": "{{ note }}\n\n" + instruction,
+        "name": f"own_{name}", "columns": {"note": "NOTE", "grade": column}, "prompt": "{{ note }}\n\n" + instruction,
         "target": "{{ grade }}",
     }  # fmt: skip
 
