@@ -227,7 +227,9 @@ def _check(step: str) -> Any:
 
 
 SMALL = ("--model.dtype", "float32", "--mask.train", "last:2", "--train.max_steps", 1, "--output.sample_answers", 0,
-         "--output.report", "[]", "--output.evaluate_metrics", "[]", "--prefix.cache", "off")  # fmt: skip
+         "--output.report", "[]", "--output.evaluate_metrics", "[]", "--prefix.cache", "off",
+         "--data.max_length", 2048)  # fmt: skip
+"""The tiny tokenizer has a token for each byte of Korean."""
 
 
 @pytest.fixture(scope="module")
