@@ -17,7 +17,7 @@ from helpers import ROOT, make_tokenizer, run_here, tiny_llama
 from toolkit.clinical.dictionary import toy
 from toolkit.clinical.road import CLOCK, DOCUMENT, RECORDS, STEPS, TRIAGE, Asked, Road, Walked
 from toolkit.clinical.road_scores import StepScore, road_scores, scores_table
-from toolkit.commands.road import write_notes
+from toolkit.commands.road import _parse, _rows, write_notes
 from toolkit.data.sources import read_rows
 from toolkit.evaluation.label_probabilities import label_probabilities
 from toolkit.inference import shared_base, shared_prefix
@@ -327,3 +327,17 @@ def test_probabilities_after_a_shared_prefix_are_those_that_evaluate_scores(foll
     alone = option_probabilities(opened, prompt, options, shared_prefix.SharedNote(None, NoteModels._never), TRIAGE)
     assert alone == pytest.approx(found, abs=1e-5)
     assert torch.tensor(found).sum() == pytest.approx(1)
+
+
+def test_notes_are_texts_and_tables_in_the_order_of_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("S: 속이 울렁거림\nP: 경과 관찰", encoding="utf-8")
+    (tmp_path / "empty.txt").write_text("", encoding="utf-8")
+    (tmp_path / "b.csv").write_text("NOTE,NOTE_DATE\nFever.,2026-03-01\nCough.,\n", encoding="utf-8")
+    words = [*(str(tmp_path / name) for name in ("a.txt", "b.csv", "empty.txt")), "--output", "x", "--triage", "t",
+             "--coding", "c", "--document", "d", "--column", "NOTE_DATE=2026-04-02"]  # fmt: skip
+    rows = list(_rows(_parse(words, "road")))
+    assert [row.values and (row.values["NOTE"][:6], row.values["NOTE_DATE"]) for row in rows] == [
+        ("S: 속이 ", "2026-04-02"), ("Fever.", "2026-03-01"), ("Cough.", "2026-04-02"), None,
+    ]  # fmt: skip
+    assert rows[0].values["PLAN"] == "경과 관찰"
+    assert "is empty; expected a note" in str(rows[3].fault)

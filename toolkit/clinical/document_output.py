@@ -76,7 +76,12 @@ class GroundedDocument:
         """Return it as Markdown, after other sections; what stands in it for marks of Markdown is the answer's own."""
         lines = [f"> {self.research}", ""]
         for heading, items in before:
-            lines += [f"## {heading}", "", *(f"- {_shown(item)}" for item in items), *([""] if items else [])]
+            lines += [
+                f"## {heading}",
+                "",
+                *("- " + _shown(item).replace("\n", "\n  ") for item in items),
+                *([""] if items else []),
+            ]
         for part in self.parts:
             mark = f" **⚠ {self.words['unverified']}: {part.faults}**" if part.faults else ""
             lines += [("#" * part.heading + " " if part.heading else "") + part.text + mark, ""]
