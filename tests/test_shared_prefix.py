@@ -30,7 +30,7 @@ NOTES = [
     )
 ]  # fmt: skip
 SUFFIXES = {
-    "triage": ("A", "How bad is it?", ["last:2"]),
+    "grade": ("A", "How bad is it?", ["last:2"]),
     "coding": ("B", "Where to?", [{"lora": {"select": ["blocks:4", "blocks:5"], "rank": 2}}]),
     "document": ("C", "Write what is to be done now.", ["blocks:3", "head"]),
 }
@@ -40,7 +40,7 @@ SUFFIXES = {
 def task_of(name: str) -> dict[str, Any]:
     column, instruction, _ = SUFFIXES[name]
     return {
-        "name": f"own_{name}", "columns": {"note": "NOTE", "grade": column}, "prompt": "{{ note }}\n\n" + instruction,
+        "name": name, "columns": {"note": "NOTE", "grade": column}, "prompt": "{{ note }}\n\n" + instruction,
         "target": "{{ grade }}",
     }  # fmt: skip
 
@@ -177,7 +177,7 @@ def test_answers_in_a_file_are_those_of_each_run_alone(tied_runs: list[Path], tm
         {name: answers[row] for name, answers in alone.items()} for row in range(2)
     ]
     assert given[0]["NOTE"] == NOTES[0]["NOTE"]
-    assert (given[0]["REFERENCE_triage"], "REFERENCE_coding" in given[0]) == ("mild", False)
+    assert (given[0]["REFERENCE_grade"], "REFERENCE_coding" in given[0]) == ("mild", False)
     assert "--overwrite replaces it" in run_here("generate.py", *words).stderr
     assert len({tuple(answers) for answers in alone.values()}) == 3, "the tasks do answer differently"
 
@@ -238,7 +238,7 @@ def test_other_bases_are_refused(tied_runs: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is no run, checkpoint or delta; several sources answer together"):
         open_together([str(tied_runs[0]), str(other)], torch.device("cpu"), [None, None])
     rows = tied_runs[0].parent / "notes.jsonl"
-    flags = ["--model.name_or_path", other, "--data.path", rows, "--data.task", json.dumps(task_of("triage")),
+    flags = ["--model.name_or_path", other, "--data.path", rows, "--data.task", json.dumps(task_of("grade")),
              "--data.validation", "none", "--mask.train", "last:1", "--output.dir", tmp_path / "run", "--output.report",
              "[]", "--output.sample_answers", 0, "--train.max_steps", 1]  # fmt: skip
     assert train(*map(str, flags)) == 0
@@ -260,8 +260,8 @@ def test_flags_of_one_source_are_refused(flags: list[str], message: str) -> None
 
 
 def test_names_that_are_the_same_are_refused(tmp_path: Path) -> None:
-    done = run_here("generate.py", "x/triage", "y/triage", "--input", "x.jsonl")
-    assert "two sources are named triage, and so would their answers be (ANSWER_triage)" in done.stderr
+    done = run_here("generate.py", "x/grade", "y/grade", "--input", "x.jsonl")
+    assert "two sources are named grade, and so would their answers be (ANSWER_grade)" in done.stderr
 
 
 def test_common_tokens_leave_each_prompt_one_of_its_own() -> None:
