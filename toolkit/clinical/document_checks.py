@@ -30,6 +30,7 @@ from toolkit.clinical.document_facts import (
     dates_in,
     drugs_in,
     later,
+    months_in,
     numbers_in,
     quotes_in,
     spans_in,
@@ -44,7 +45,7 @@ PASSAGES, DOCUMENT = "PASSAGES", "DOCUMENT"
 """Columns of a row that are no part of the case record: what was retrieved, and the reference."""
 _ANSWERS = (PASSAGES, DOCUMENT, "ANSWER", "REFERENCE", "QUESTION", "CONTEXTS")
 _DUE = re.compile(r"까지|기한|마감|이내에?\s*제출|\bby\b|\bdue\b|\bdeadline\b|no later than|\bbefore\b", re.IGNORECASE)
-_SINCE = re.compile(r"부터[^.]{0,8}$")
+_SINCE = re.compile(r"부터\s*$")
 """What makes 까지 the end of a period rather than a due date."""
 _AFTER_DUE = re.compile(r"\s*(?:\([^)]*\))?\s*까지")
 _BEFORE_DUE = re.compile(
@@ -152,12 +153,13 @@ class _Facts:
         self.text = text
         self.quotes, self.drugs, self.codes = quotes_in(text), drugs_in(text), codes_in(text)
         self.dates: Sequence[Date] = dates_in(text)[0]
+        self.months = months_in(text)
         self.numbers = list(numbers_in(text))
 
     @property
     def any(self) -> bool:
         """Whether there is something to compare."""
-        return bool(self.quotes or self.drugs or self.codes or self.dates or self.numbers)
+        return bool(self.quotes or self.drugs or self.codes or self.dates or self.months or self.numbers)
 
     def unsupported(self, case: CaseRecord, cited: Sequence[Passage]) -> Iterator[tuple[str, str, str]]:
         """Yield the facts that stand in neither the cited passages nor the case record; dates that may be due later."""
@@ -181,6 +183,10 @@ class _Facts:
             if code not in sources:
                 yield "code", code, f"expected it {where}"
         known_dates = case.dates | whole_dates(of_passages)
+        known_months = {(day.year, day.month) for day in known_dates} | set(months_in(sources))
+        for month, written in self.months.items():
+            if month not in known_months:
+                yield "date", written, f"expected it {where}"
         due = {day for base in case.dates for day in _due_days(base, cited)}
         for date in self.dates:
             if not date.is_one_of(known_dates) and not date.is_one_of(due):

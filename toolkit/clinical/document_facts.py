@@ -84,6 +84,15 @@ def _date(found: Date) -> datetime.date | None:
         return None
 
 
+def months_in(text: str) -> dict[tuple[int, int], str]:
+    """Return the months that a text names without a day, as year and month, and how each is written."""
+    found = {}
+    for match in _PARTIAL.finditer(dates_in(text)[1]):
+        year, month = (match[1], match[2]) if match[1] else (match[3], match[4])
+        found[int(year), int(month)] = match[0]
+    return found
+
+
 def numbers_in(text: str) -> Iterator[tuple[str, str, str]]:
     """Yield value, unit and the writing of each number of a text that is no part of a date; no unit is empty."""
     rest = _PARTIAL.sub(" ", _CODE.sub(" ", dates_in(text)[1]))
