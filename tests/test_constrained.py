@@ -306,3 +306,17 @@ def test_a_reference_that_cannot_be_followed_is_one_message(ref: str, message: s
     task = {**EXTRACT, "output": {"schema": {"$ref": ref}}}
     with pytest.raises(UsageError, match=message):
         load_task(task).read({"note": "one", "answer": "{}"})
+
+
+def test_after_an_option_that_is_explained_anything_may_follow() -> None:
+    constraint = OneOfOptions([(1, 2), (3, 4)], [9], explained=True)
+    assert constraint.allowed(10).nonzero().flatten().tolist() == [1, 3]
+    constraint.take(1)
+    assert constraint.allowed(10).nonzero().flatten().tolist() == [2]
+    for token in (2, 7, 9):
+        constraint.take(token)
+        assert constraint.allowed(10).all()
+    plain = OneOfOptions([(1, 2), (3, 4)], [9])
+    for token in (1, 2):
+        plain.take(token)
+    assert plain.allowed(10).nonzero().flatten().tolist() == [9]

@@ -107,7 +107,7 @@ def test_right_answers_in_place_of_models_score_one_everywhere() -> None:
     }  # fmt: skip
     assert all(value == (1.0, 1.0) for value in by_name(scores).values()), scores_table(scores)
     assert {one.rows for one in scores} == {3}
-    assert [note.triage and note.triage["CLASS"] for note in notes] == [row["CLASS"] for row in ROWS]
+    assert [note.triage and note.triage["DECISION"] for note in notes] == [row["CLASS"] for row in ROWS]
     assert notes[2].clock is not None
     assert (notes[2].clock["CLOCK"]["days"], notes[2].clock["CLOCK"]["due"]) == (15, "2026-03-27")
     assert notes[0].records is not None
@@ -283,7 +283,7 @@ def test_the_page_is_followed_to_the_letter(followed: dict[str, Any]) -> None:
     lines = [json.loads(line) for line in (folder / "road.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["NUMBER"] for line in lines] == [1, 2, 3]
     for line in lines:
-        assert line["TRIAGE"]["CLASS"] in ("자가 관리", "오늘 연락", "응급", "판단 보류")
+        assert line["TRIAGE"]["DECISION"] in ("자가 관리", "오늘 연락", "응급", "판단 보류")
         assert isinstance(line["RECORDS"]["RECORDS"], list)
         assert set(line["AE_TRIAGE"]["FIELDS"]) == set(FIELDS)
         assert all({"text", "verified", "faults"} == set(one) for one in line["DOCUMENT"]["SENTENCES"])

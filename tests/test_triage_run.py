@@ -12,6 +12,7 @@ import pytest
 from helpers import ROOT, make_tiny_model, make_tokenizer, run_here
 
 from toolkit.clinical.red_flags import read_red_flags
+from toolkit.clinical.reporting import clock_source, reporting_clock, site_questions
 from toolkit.config.recipe import read_saved
 from toolkit.data.dataset import load_dataset
 
@@ -133,11 +134,13 @@ def test_red_flags_override_the_model_and_an_unsure_one_abstains(done: dict[str,
         assert one["NOTICE"] == "For research; not for care."
         assert sum(one["PROBABILITIES"].values()) == pytest.approx(1, abs=1e-3)
         assert max(one["PROBABILITIES"], key=one["PROBABILITIES"].get) == one["MODEL_CLASS"]
+        assert "TR01" not in {violation["rule"] for violation in one["VIOLATIONS"]}  # the answer begins with a class
+        assert one["CLASS"] == row["CLASS"]  # what the row has stays
         if met and met[0].at_least == 2:
-            assert (one["CLASS"], other["CLASS"], other["DECIDED_BY"]) == ("emergency", "emergency", "rule")
+            assert (one["DECISION"], other["DECISION"], other["DECIDED_BY"]) == ("emergency", "emergency", "rule")
             assert all(words in row["NOTE"] for words in one["RED_FLAGS"][0]["words"])
         else:
-            assert (other["CLASS"], other["DECIDED_BY"]) == ("abstain", "nobody")
+            assert (other["DECISION"], other["DECIDED_BY"]) == ("abstain", "nobody")
             assert one["DECIDED_BY"] in ("model", "rule")
 
 
@@ -152,3 +155,45 @@ def test_a_confidence_is_taken_from_the_validation_rows(done: dict[str, Any], tm
     refused = run_here("triage", run, "--input", source, "--output", tmp_path / "out.jsonl")
     assert "a confidence is chosen on validation rows" in refused.stderr
     (run / "evaluation.json").write_text(kept, encoding="utf-8")
+    again = run_here(
+        "triage", run, "--input", done["folder"] / "out" / "sure.jsonl", "--output", tmp_path / "out.jsonl",
+        "--confidence", 0.5,
+    )  # fmt: skip
+    assert "row 1 has a column DECISION, where its decision would go" in again.stderr
+
+
+def test_notes_of_adverse_events_get_fields_a_clock_and_questions_and_each_answer_is_json(tmp_path: Path) -> None:
+    """From the recipe: train, evaluate, decide, verify."""
+    notes = ROOT / "examples" / "data" / "clinical" / "ae_triage_en.jsonl"
+    short = sorted(read(notes), key=lambda row: len(row["NOTE"]))[:8]
+    short = [
+        {**row, "REFERENCE": "expected reactions: nausea, rash"} for row in short
+    ]  # the tiny model has few positions
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in short), encoding="utf-8")
+    make_tiny_model(tmp_path / "model")
+    run = tmp_path / "run"
+    commands: list[tuple[object, ...]] = [
+        (
+            "train", "--config", ROOT / "recipes" / "ae_triage.yaml", "--model.name_or_path", tmp_path / "model",
+            "--model.dtype", "float32", "--data.path", tmp_path / "rows.jsonl", "--mask.train", "last:1",
+            "--train.epochs", 1, "--output.dir", run, "--output.report", "[]", "--output.sample_answers", 0,
+            "--data.stratify_by", "none", "--prefix.cache", "off",
+        ),
+        ("evaluate", run, "--answers", 1, "--max-new-tokens", 130, "--constrain", "--output", tmp_path / "scores.json"),
+        ("triage", run, "--input", tmp_path / "rows.jsonl", "--output", tmp_path / "out.jsonl",
+         "--max-new-tokens", 150),
+    ]  # fmt: skip
+    for verb, *flags in commands:
+        outcome = run_here(str(verb), *flags)
+        assert outcome.returncode == 0, outcome.stderr
+    names = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))["models"][0]["scores"]
+    assert {"fields", "field/serious", "field/causality", "field/expectedness", "constrained/valid"} <= set(names)
+    out = read(tmp_path / "out.jsonl")
+    assert [row["NOTE"] for row in out] == [row["NOTE"] for row in short]
+    for row in out:
+        assert row["FIELDS"] == json.loads(row["ANSWER"])
+        assert row["CLOCK"] == {**reporting_clock(row["FIELDS"], row).as_dict(), "source": clock_source()}
+        asked = [question.id for question in site_questions(row["FIELDS"], row, "en")]
+        assert [question["id"] for question in row["QUESTIONS"]] == asked
+    outcome = run_here("verify", tmp_path / "out.jsonl", "--check", "ae_triage")
+    assert outcome.returncode == (1 if any(row["VIOLATIONS"] for row in out) else 0)

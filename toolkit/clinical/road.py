@@ -145,7 +145,7 @@ class Road:
         walked.triage = decided(
             asked.row, asked.options, probabilities, answer, self.least_confidence, self.red_flags
         )  # fmt: skip
-        by, label = walked.triage["DECIDED_BY"], walked.triage["CLASS"]
+        by, label = walked.triage["DECIDED_BY"], walked.triage["DECISION"]
         if by == "nobody":
             walked.flag(TRIAGE, f"{label}: {own} at {walked.triage['CONFIDENCE']}")
         if by == "rule":

@@ -63,7 +63,7 @@ def _triage(triage: Mapping[str, Any] | None, words: Mapping[str, Any]) -> Seque
     own = f"{words['sure']}: {triage['MODEL_CLASS']} ({triage['CONFIDENCE']:.2f})"
     flags = [f"{one['rule']} {one['name']}: {', '.join(one['words'])}" for one in triage["RED_FLAGS"]]
     reason = [f"{words['quoted']}: {triage['MODEL_REASON']}"] if triage["MODEL_REASON"] else []
-    return [f"{triage['CLASS']} ({words['by'][triage['DECIDED_BY']]})", own, *flags, *reason]
+    return [f"{triage['DECISION']} ({words['by'][triage['DECIDED_BY']]})", own, *flags, *reason]
 
 
 def _records(records: Mapping[str, Any] | None, words: Mapping[str, Any]) -> Sequence[str]:

@@ -39,7 +39,7 @@ class TriageDecision:
     def as_columns(self, language: str = "en") -> dict[str, Any]:
         """Return the columns of an output row."""
         return {
-            "CLASS": self.label, "DECIDED_BY": self.decided_by, "MODEL_CLASS": self.model_label,
+            "DECISION": self.label, "DECIDED_BY": self.decided_by, "MODEL_CLASS": self.model_label,
             "CONFIDENCE": round(self.confidence, 4), "RED_FLAGS": [_shown(flag) for flag in self.red_flags],
             "DENIED": [_shown(flag) for flag in self.denied],
             "NOTICE": RESEARCH_USE.get(language, RESEARCH_USE["en"]),

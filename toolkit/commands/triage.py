@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.commands.cli import verb_parser
-from toolkit.runtime.errors import UsageError
+from toolkit.runtime.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from toolkit.data.questions import Question
@@ -30,8 +30,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("frostline")
 
-_TASKS = ("triage", "ae_triage")
-"""Values of ``verify`` in a task file that this command is for."""
+_COLUMNS = {
+    "triage": (
+        "DECISION", "DECIDED_BY", "MODEL_CLASS", "CONFIDENCE", "RED_FLAGS", "DENIED", "NOTICE", "PROBABILITIES",
+        "MODEL_REASON", "VIOLATIONS",
+    ),
+    "ae_triage": ("ANSWER", "FIELDS", "CLOCK", "QUESTIONS", "NOTICE", "VIOLATIONS"),
+}  # fmt: skip
+"""Columns of the output beside those of the rows, by the ``verify`` of the task files that this command is for."""
 
 
 def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
@@ -54,18 +60,19 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     )  # fmt: skip
     questions = Questions(lambda: iter_rows(source), *data_settings(arguments.source, arguments.input))
     kind = questions.task.spec.verify
-    if kind not in _TASKS:
+    if kind not in _COLUMNS:
         raise UsageError(
             f"{arguments.source} was trained by the task {questions.task.name}, whose verify is {kind or 'not set'}; "
-            f"expected a run of a task with verify: {' or '.join(_TASKS)}"
+            f"expected a run of a task with verify: {' or '.join(_COLUMNS)}"
         )
     rules = read_red_flags(arguments.rules or OWN_RULES)
     least = least_confidence(arguments.source, arguments.confidence, arguments.risk) if kind == "triage" else 0.0
+    asked = list(questions)
+    _require_room(asked, _COLUMNS[kind])
     make_parent(arguments.output)
     opened = open_model(
         arguments.source, arguments.step, arguments.base, arguments.trust_remote_code, arguments.dtype
     )  # fmt: skip
-    asked = list(questions)
     decided = _decide(arguments, opened, asked, least, rules) if kind == "triage" else _assess(arguments, opened, asked)
     lines = (to_json({**_values(one), **own}, ensure_ascii=False) for one, own in zip(asked, decided, strict=True))
     replace_text(arguments.output, "".join(f"{line}\n" for line in lines))
@@ -152,6 +159,13 @@ def least_confidence(source: str, chosen: float | None, risk: float) -> float:
 
 def _values(question: Question) -> dict[str, Any]:
     return dict(question.values) if isinstance(question.values, Mapping) else {}
+
+
+def _require_room(asked: Sequence[Question], columns: Sequence[str]) -> None:
+    """Raise DataError if a row has a column of the output already, as an output does."""
+    for question in asked:
+        if taken := [name for name in columns if name in _values(question)]:
+            raise DataError(f"row {question.row + 1} has a column {taken[0]}, where its decision would go; rename it")
 
 
 def _only(label: str) -> Any:

@@ -60,7 +60,7 @@ class OneOfOptions:
     """Allows the tokens by which each option follows its prompt in training, then those that end an answer.
 
     They are the tokens that the likelihood of an option is taken of. Needs no library, nor a fast tokenizer. Where
-    answers are ``explained``, anything may follow an option.
+    answers are ``explained``, anything may follow an option, which then ends with a line break.
     """
 
     def __init__(self, options: Sequence[tuple[int, ...]], stop_ids: Sequence[int], explained: bool = False) -> None:
@@ -187,7 +187,8 @@ class Constraints:
         """
         require_format(sample)
         if sample.options:
-            _, options = self._encoder.encode_answers(sample, sample.options)
+            lines = [f"{one}\n" for one in sample.options] if sample.explained else sample.options
+            _, options = self._encoder.encode_answers(sample, lines)
             return OneOfOptions(options, self._encoder.stop_ids(), sample.explained)
         assert sample.schema is not None
         self._tokenizer = self._tokenizer or self._read_tokenizer()
