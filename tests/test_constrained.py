@@ -136,16 +136,19 @@ def test_a_hundred_answers_are_whole_at_any_limit_of_tokens(
         {"note": "n" + "".join(drawn.choices('두통 fever 열 \n{}"0', k=drawn.randrange(1, 30)))} for _ in range(100)
     ]
     samples, spec = samples_of(task, rows), load_task(task).spec
-    shortest = len(answerer_of(tiny_model)._constraints.of(samples[0][1]).ending or ())  # type: ignore[union-attr]
-    whole = 0
+    loaded = open_model(str(tiny_model)).loaded
+    whole, shortest = 0, 0
     for part, more in enumerate((0, 1, 2, 5, 30)):
-        answerer = answerer_of(tiny_model, batch_size=5, max_new_tokens=shortest + more, sampling=Sampling(temperature))
+        answerer = Answerer(loaded, 512, 400, 20, Sampling(temperature), constrains=True)
+        shortest = len(answerer.prompt(samples[0][1], 0).constraint.ending or ())  # type: ignore[union-attr]
+        answerer.max_new_tokens, given = shortest + more, list[int]()
+        answerer.on_token = given.append
         for _, answer in answerer.in_order(samples[part * 20 : part * 20 + 20]):
             check_answer(spec, str(answer))
             whole += 1
-            assert len(answerer.loaded.tokenizer.encode(str(answer))) <= shortest + more
+        assert max(given) <= shortest + more
     assert whole == 100
-    assert shortest < 60
+    assert 20 < shortest < 60
 
 
 def test_a_limit_that_no_answer_fits_is_said_before_any_is_given(tiny_model: Path) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_runs import save_of_zoo
 from helpers import make_tiny_model, run_here, train
 from torch import nn
-from zoo import make
 
 from toolkit.commands.generate import generate
 from toolkit.inference import shared_prefix
@@ -203,24 +203,17 @@ def test_an_interrupted_file_goes_on(tied_runs: list[Path], tmp_path: Path, monk
     assert len(out.read_text(encoding="utf-8").splitlines()) == 4
 
 
-def tiny(kind: str, folder: Path) -> Path:
-    """A model of 6 blocks with random weights; Gemma's windows are shorter than the notes."""
-    from helpers import make_tokenizer
-
-    sizes = {"vocab_size": 512, "num_hidden_layers": 6}
-    more = {
-        "gpt2": {"n_layer": 6, "n_positions": 512, "vocab_size": 512},
-        "gemma3_text": {**sizes, "max_position_embeddings": 512, "sliding_window": 8},
-    }[kind]
-    make(kind, **more).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
+LONGER: dict[str, dict[str, Any]] = {
+    "gpt2": {"num_hidden_layers": 6, "n_layer": 6},
+    "gemma3_text": {"num_hidden_layers": 6, "sliding_window": 8},  # windows shorter than the notes
+}
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma3_text", "untied llama"])
 def test_positions_windows_and_heads_of_other_models_are_kept(kind: str, tmp_path: Path) -> None:
     untied = kind == "untied llama"
-    model = make_tiny_model(tmp_path / "model", tied=False) if untied else tiny(kind, tmp_path / "model")
+    folder = tmp_path / "model"
+    model = make_tiny_model(folder, tied=False) if untied else save_of_zoo(kind, folder, **LONGER[kind])
     runs = train_suffixes(model, tmp_path, "error" if untied else "untie")
     opened = together(runs)
     answerers = {run.name: Answerer(one.loaded, 300, 8) for run, one in zip(runs, opened, strict=True)}
