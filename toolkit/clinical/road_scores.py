@@ -84,7 +84,10 @@ def _mean(values: Sequence[float]) -> float:
 
 def _of_triage(notes: Sequence[Walked]) -> Iterator[StepScore]:
     known = _known(notes, TRIAGE)
-    for name, column in (("class of the model", "MODEL_CLASS"), ("class decided, red flags and abstentions", "DECISION")):
+    for name, column in (
+        ("class of the model", "MODEL_CLASS"),
+        ("class decided, red flags and abstentions", "DECISION"),
+    ):
         value = _mean([
             float(note.triage is not None and note.triage[column] == _right(note, TRIAGE).partition("\n")[0].strip())
             for note in known
