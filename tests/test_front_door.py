@@ -58,6 +58,8 @@ def test_there_is_a_verb_for_each_launch_script_and_each_has_a_function() -> Non
         "cache",
         "verify",
         "document",
+        "triage",
+        "road",
     }  # toolkit.report is a package, whose write_report takes a comparison
 
 

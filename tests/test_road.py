@@ -15,7 +15,7 @@ import torch
 from helpers import ROOT, make_tokenizer, run_here, tiny_llama
 
 from toolkit.clinical.dictionary import toy
-from toolkit.clinical.road import CLOCK, DOCUMENT, RECORDS, STEPS, TRIAGE, Asked, Road, Walked
+from toolkit.clinical.road import CLOCK, DOCUMENT, RECORDS, STEPS, TRIAGE, AskedStep, Road, Walked
 from toolkit.clinical.road_scores import StepScore, road_scores, scores_table
 from toolkit.commands.road import _parse, _rows, write_notes
 from toolkit.data.sources import read_rows
@@ -62,7 +62,7 @@ class Oracle:
     def begin(self, number: int, values: Mapping[str, Any]) -> None:
         self.number, self.begun = number, self.begun + 1
 
-    def ask(self, step: str, values: Mapping[str, Any]) -> Asked:
+    def ask(self, step: str, values: Mapping[str, Any]) -> AskedStep:
         right = ROWS[self.number]
         row = {name: value for name, value in values.items() if name not in ("CLASS", "EVENTS", "FIELDS")}
         answer = {
@@ -81,7 +81,7 @@ class Oracle:
             answer = answer.replace(right["CLASS"], label, 1)
         elif wrong is not None:
             answer = wrong
-        return Asked(row, lambda number, forced: answer, reference, options,
+        return AskedStep(row, lambda number, forced: answer, reference, options,
                      lambda: [0.9 if one == label else 0.05 for one in options])  # fmt: skip
 
 
@@ -175,7 +175,7 @@ def test_answers_are_asked_for_again_until_they_break_no_rule() -> None:
     given: list[int] = []
 
     class Second(Oracle):
-        def ask(self, step: str, values: Mapping[str, Any]) -> Asked:
+        def ask(self, step: str, values: Mapping[str, Any]) -> AskedStep:
             asked = super().ask(step, values)
             if step != RECORDS:
                 return asked
@@ -184,7 +184,7 @@ def test_answers_are_asked_for_again_until_they_break_no_rule() -> None:
                 given.append(number)
                 return asked.draw(number, forced) if number > self.number else "no JSON"
 
-            return Asked(asked.row, draw, asked.reference)
+            return AskedStep(asked.row, draw, asked.reference)
 
     notes, _ = walk(Second(), tries=2)
     assert given == [1, 1, 2, 1, 2]
@@ -215,7 +215,7 @@ def test_the_samples_have_right_answers_that_break_no_rule() -> None:
                 continue
             answer = tasks[step].read(seen, with_answer=True).answer
             check = Road(Oracle(), dictionary=toy())._checked(
-                Asked(seen, lambda number, forced, answer=answer: answer or ""), _check(step)
+                AskedStep(seen, lambda number, forced, answer=answer: answer or ""), _check(step)
             )
             assert check[1:] == ([], 1), (row["NOTE"], step)
 

@@ -33,7 +33,7 @@ NOTE_FAULTS = (RowFaultError, DataError, OutOfMemoryError)
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedStep:
     """A step's task about one note."""
 
     row: Mapping[str, Any]
@@ -56,7 +56,7 @@ class Respondent(Protocol):
     def begin(self, number: int, values: Mapping[str, Any]) -> None:
         """Take up the note of row ``number``, from 0."""
 
-    def ask(self, step: str, values: Mapping[str, Any]) -> Asked:
+    def ask(self, step: str, values: Mapping[str, Any]) -> AskedStep:
         """Ask a step's task about the note, by columns of a row; one of ``NOTE_FAULTS`` if it cannot be asked."""
 
 
@@ -77,7 +77,7 @@ class Walked:
     document: dict[str, Any] | None = None
     flags: list[dict[str, str]] = field(default_factory=list)
     """What a person has to look at: step and reason."""
-    asked: dict[str, Asked] = field(default_factory=dict)
+    asked: dict[str, AskedStep] = field(default_factory=dict)
     right_document: str | None = None
     """The document that the right records give; None without them."""
 
@@ -134,7 +134,7 @@ class Road:
                     walked.flag(step, error)
         return walked
 
-    def _ask(self, walked: Walked, step: str, values: Mapping[str, Any]) -> Asked:
+    def _ask(self, walked: Walked, step: str, values: Mapping[str, Any]) -> AskedStep:
         return walked.asked.setdefault(step, self.respondent.ask(step, values))
 
     def _triage(self, walked: Walked) -> None:
@@ -201,7 +201,7 @@ class Road:
                 again = self.respondent.ask(DOCUMENT, {**walked.row, RECORDS_COLUMN: right})
                 walked.right_document = self._checked(again, find_check(STEPS[DOCUMENT]))[0]
 
-    def _checked(self, asked: Asked, check: Check) -> tuple[str, list[Violation], int]:
+    def _checked(self, asked: AskedStep, check: Check) -> tuple[str, list[Violation], int]:
         """Return the first answer that breaks no rule, else the first of those that break the fewest; and the tries."""
         best: tuple[str, list[Violation]] | None = None
         for number in range(1, self.tries + 1):

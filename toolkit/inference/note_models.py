@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from toolkit.clinical.road import NOTE_FAULTS, RECORDS_COLUMN, Asked
+from toolkit.clinical.road import NOTE_FAULTS, RECORDS_COLUMN, AskedStep
 from toolkit.data.questions import RowReader
 from toolkit.data.sources import Row
 from toolkit.inference.answering import Answerer
@@ -55,7 +55,7 @@ class NoteModels:
                 continue
         self._note = self.shared.begin(ids)
 
-    def ask(self, step: str, values: Mapping[str, Any]) -> Asked:
+    def ask(self, step: str, values: Mapping[str, Any]) -> AskedStep:
         """Ask a step's task about the note; raises RowFaultError or DataError if it cannot be asked about."""
         sample, row = self._sample(step, values)
         model = self.models[step]
@@ -67,7 +67,7 @@ class NoteModels:
                 cache = self._note.cache(step, prompt.ids)
                 return model.answerer.answer_prompt(prompt, self._number, cache)
 
-        return Asked(row, draw, sample.answer, sample.options, lambda: self._probabilities(step, sample))
+        return AskedStep(row, draw, sample.answer, sample.options, lambda: self._probabilities(step, sample))
 
     def _sample(self, step: str, values: Mapping[str, Any]) -> tuple[Sample, Mapping[str, Any]]:
         """Read a row for a step, without the right answers of the other steps, which a case record would hold."""
