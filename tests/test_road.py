@@ -17,7 +17,9 @@ from helpers import ROOT, make_tokenizer, run_here, tiny_llama
 from toolkit.clinical.dictionary import toy
 from toolkit.clinical.road import CLOCK, DOCUMENT, RECORDS, STEPS, TRIAGE, AskedStep, Road, Walked
 from toolkit.clinical.road_scores import StepScore, road_scores, scores_table
-from toolkit.commands.road import _parse, _rows, write_notes
+from toolkit.commands.road import _parse, _rows, _walk, write_notes
+from toolkit.config.data_schema import DataConfig
+from toolkit.data.questions import RowReader
 from toolkit.data.sources import read_rows
 from toolkit.evaluation.label_probabilities import label_probabilities
 from toolkit.inference import shared_base, shared_prefix
@@ -341,3 +343,21 @@ def test_notes_are_texts_and_tables_in_the_order_of_the_command_line(tmp_path: P
     ]  # fmt: skip
     assert rows[0].values["PLAN"] == "경과 관찰"
     assert "is empty; expected a note" in str(rows[3].fault)
+
+
+def test_what_one_run_masks_is_in_no_output(tmp_path: Path) -> None:
+    rows = [row | {"NOTE": f"{row['NOTE']} Call 010-4821-7736."} for row in ROWS]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "out").mkdir()
+    words = [str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out"), "--triage", "t", "--coding", "c",
+             "--document", "d"]  # fmt: skip
+    readers = {
+        step: RowReader(DataConfig(task=step, on_identifier="mask" if step == CLOCK else "warn"), load_task(step))
+        for step in STEPS
+    }
+    notes = _walk(_parse(words, "road"), Road(Oracle(), dictionary=toy()), readers)
+    assert len(notes) == 3
+    for path in (tmp_path / "out").iterdir():
+        text = path.read_text(encoding="utf-8")
+        assert "[PHONE]" in text
+        assert "4821" not in text
