@@ -50,8 +50,9 @@ class AskedStep:
 class Respondent(Protocol):
     """Answers the steps' tasks about one note after another."""
 
-    steps: Collection[str]
-    """Steps that it answers."""
+    @property
+    def steps(self) -> Collection[str]:
+        """Steps that it answers."""
 
     def begin(self, number: int, values: Mapping[str, Any]) -> None:
         """Take up the note of row ``number``, from 0."""
