@@ -180,7 +180,8 @@ def _walk(arguments: argparse.Namespace, road: Road, readers: Mapping[str, RowRe
     from toolkit.runtime.progress_bar import ProgressBar
 
     total = min(sum(1 for _ in _rows(arguments)), arguments.limit or 2**62)
-    (arguments.output / LINES).unlink(missing_ok=True)  # of --overwrite
+    for name in (LINES, RECORDS_TABLE, SCORES):  # of --overwrite
+        (arguments.output / name).unlink(missing_ok=True)
     masking, notes = next(iter(readers.values())), []
     with ProgressBar("walking", total, "note", brief=True) as bar:
         for number, row in zip(range(1, total + 1), _rows(arguments), strict=False):
