@@ -50,10 +50,8 @@ def frostline(tmp_path_factory: pytest.TempPathFactory) -> Command:
 def test_there_is_a_verb_for_each_launch_script_and_each_has_a_function() -> None:
     assert {verb.replace("-", "_") for verb in VERBS} == {path.stem for path in (ROOT / "launch").glob("*.py")}
     scripts = {path.stem for path in (ROOT / "launch").glob("*.py")}
-    work_on_files = {"submit", "rate", "cache", "verify", "document", "triage"}
-    functions = (
-        scripts - work_on_files - {"report"}
-    )  # toolkit.report is a package, whose write_report takes a comparison
+    work_on_files = {"submit", "rate", "cache", "verify", "document", "triage", "road"}
+    functions = scripts - work_on_files - {"report"}  # toolkit.report is a package
     assert {name for name in toolkit.__all__ if name.islower()} == functions
 
 

@@ -53,6 +53,12 @@ def complete(answer: str, row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def assessed(answer: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns of a note: the answer, what follows from it (``complete``), and what it breaks."""
+    broken = [violation.as_dict() for violation in check_answer(answer, row)]
+    return {"ANSWER": answer, **complete(answer, row), "VIOLATIONS": broken}
+
+
 def check_answer(answer: str, row: Mapping[str, Any]) -> list[Violation]:
     """Return what an answer of the task ``ae_triage`` breaks, against its note and reference text.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ _WORDS = {
 }  # fmt: skip
 MISSING_DOCX = 'a .docx needs python-docx: pip install python-docx (pip install -e ".[corpus]")'
 _MOST_SHOWN = 200
+Section = tuple[str, Sequence[str]]
+"""A heading, and the items of the list below it."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,16 @@ class GroundedDocument:
         sources = tuple(_shown(_source(name, case, words)) for name in numbers)
         return cls(tuple(parts), sources, words, RESEARCH_USE[language])
 
-    def markdown(self) -> str:
-        """Return it as Markdown; what stands in it for marks of Markdown is the answer's own."""
+    def markdown(self, before: Sequence[Section] = ()) -> str:
+        """Return it as Markdown, after other sections; what stands in it for marks of Markdown is the answer's own."""
         lines = [f"> {self.research}", ""]
+        for heading, items in before:
+            lines += [
+                f"## {heading}",
+                "",
+                *("- " + _shown(item).replace("\n", "\n  ") for item in items),
+                *([""] if items else []),
+            ]
         for part in self.parts:
             mark = f" **⚠ {self.words['unverified']}: {part.faults}**" if part.faults else ""
             lines += [("#" * part.heading + " " if part.heading else "") + part.text + mark, ""]
@@ -80,8 +89,8 @@ class GroundedDocument:
         lines += [f"{number}. {source}" for number, source in enumerate(self.sources, start=1)]
         return "\n".join([*lines, "", f"> {self.words['open']}", ""])
 
-    def docx(self) -> bytes:
-        """Return it as the content of a .docx file; unverified sentences are highlighted.
+    def docx(self, before: Sequence[Section] = ()) -> bytes:
+        """Return it as the content of a .docx file, after other sections; unverified sentences are highlighted.
 
         Raises:
             UsageError: python-docx is not installed.
@@ -93,6 +102,10 @@ class GroundedDocument:
             raise UsageError(MISSING_DOCX) from None
         document = Document()
         document.add_paragraph().add_run(self.research).italic = True
+        for heading, items in before:
+            document.add_heading(heading, 2)
+            for item in items:
+                document.add_paragraph(_shown(item), "List Bullet")
         for part in self.parts:
             if part.heading:
                 document.add_heading(part.text, part.heading)

@@ -82,6 +82,22 @@ def decide(
     return TriageDecision(label, by, labels[top], confidence, tuple(met), tuple(denied))
 
 
+def decided(
+    row: Mapping[str, Any], labels: Sequence[str], probabilities: Sequence[float], answer: str, least_confidence: float,
+    rules: RedFlags | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the columns of a report: the decision (``decide``), the model's reason, and what its answer breaks."""
+    language = str(row.get("LANGUAGE") or "en")
+    report = next((str(row[name]) for name in ("NOTE", "note", "report") if row.get(name)), "")
+    decision = decide(report, labels, probabilities, least_confidence, language, rules)
+    return {
+        **decision.as_columns(language),
+        "PROBABILITIES": {label: round(float(p), 4) for label, p in zip(labels, probabilities, strict=True)},
+        "MODEL_REASON": answer.strip().partition("\n")[2].strip(),
+        "VIOLATIONS": [violation.as_dict() for violation in check_answer(answer, row)],
+    }
+
+
 def require_classes(labels: Sequence[str], rules: RedFlags) -> None:
     """Raise DataError unless a task's labels are the classes of the rules, from the least urgent."""
     if [rules.number(label) for label in labels] != list(range(len(rules.classes))):

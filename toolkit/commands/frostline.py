@@ -20,6 +20,7 @@ VERBS = {
     "verify": "check records or answers by the rules of a task",
     "document": "write grounded documents as Markdown and .docx, with sources and what is not verified",
     "triage": "decide on patients' reports, or assess adverse event notes; for research, not for care",
+    "road": "walk notes from triage and records to a checked document; for research, not for care",
     "report": "write a run's report as one HTML file: result, curves, answers, cost, methods",
     "export": "write a model directory for transformers, or a delta",
     "submit": "train as a SLURM job",

@@ -66,7 +66,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
             f"expected a run of a task with verify: {' or '.join(_COLUMNS)}"
         )
     rules = read_red_flags(arguments.rules or OWN_RULES)
-    least = _least_confidence(arguments) if kind == "triage" else 0.0
+    least = least_confidence(arguments.source, arguments.confidence, arguments.risk) if kind == "triage" else 0.0
     asked = list(questions)
     _require_room(asked, _COLUMNS[kind])
     make_parent(arguments.output)
@@ -84,7 +84,7 @@ def _decide(
     arguments: argparse.Namespace, opened: OpenedModel, asked: Sequence[Question], least: float, rules: Any
 ) -> list[dict[str, Any]]:
     """Return the columns of each report: the decision, who made it, and the reason that the model gives its class."""
-    from toolkit.clinical.triage import check_answer, decide, require_classes
+    from toolkit.clinical.triage import decided, require_classes
     from toolkit.evaluation.label_probabilities import label_probabilities
 
     samples = [question.sample for question in asked]
@@ -97,14 +97,7 @@ def _decide(
     columns = []
     for question, of_row, answer in zip(asked, found, answers, strict=True):
         row, options = _values(question), question.sample.options
-        language = str(row.get("LANGUAGE") or "en")
-        decision = decide(_report(row), options, of_row.tolist(), least, language, rules)
-        columns.append({
-            **decision.as_columns(language),
-            "PROBABILITIES": {label: round(float(p), 4) for label, p in zip(options, of_row, strict=True)},
-            "MODEL_REASON": answer.strip().partition("\n")[2].strip(),
-            "VIOLATIONS": [violation.as_dict() for violation in check_answer(answer, row)],
-        })  # fmt: skip
+        columns.append(decided(row, options, of_row.tolist(), answer, least, rules))
     counts = Counter(one["DECIDED_BY"] for one in columns)
     log.info(
         "%d reports: %d by the model, %d by a red flag, %d left to a person below %.3f",
@@ -117,16 +110,10 @@ def _assess(
     arguments: argparse.Namespace, opened: OpenedModel, asked: Sequence[Question]
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Return the columns of each note: the model's fields, and what follows from them."""
-    from toolkit.clinical.ae_triage import check_answer, complete
+    from toolkit.clinical.ae_triage import assessed
 
-    columns = []
-    for question, answer in zip(
-        asked, _answers(arguments, opened, [one.sample for one in asked]), strict=True
-    ):  # fmt: skip
-        row = _values(question)
-        broken = [violation.as_dict() for violation in check_answer(answer, row)]
-        columns.append({"ANSWER": answer, **complete(answer, row), "VIOLATIONS": broken})
-    return columns
+    answers = _answers(arguments, opened, [one.sample for one in asked])
+    return [assessed(answer, _values(question)) for question, answer in zip(asked, answers, strict=True)]
 
 
 def _answers(arguments: argparse.Namespace, opened: OpenedModel, samples: Sequence[Any]) -> list[str]:
@@ -142,31 +129,31 @@ def _answers(arguments: argparse.Namespace, opened: OpenedModel, samples: Sequen
     return [answer or "" for _, answer in answerer.in_order(enumerate(samples))]
 
 
-def _least_confidence(arguments: argparse.Namespace) -> float:
-    """Return ``--confidence``, or the one that the run's evaluation shows to be right often enough.
+def least_confidence(source: str, chosen: float | None, risk: float) -> float:
+    """Return the ``chosen`` confidence, or the one that the run's evaluation shows to be right often enough.
 
     Raises:
         UsageError: the run has no evaluation on its validation rows with an abstention.
     """
-    if arguments.confidence is not None:
-        return float(arguments.confidence)
-    file = Path(arguments.source) / "evaluation.json"
-    advice = f"name --confidence, or run evaluate.py {arguments.source} --save first, which shows what each would give"
+    if chosen is not None:
+        return chosen
+    file = Path(source) / "evaluation.json"
+    advice = f"name --confidence, or run evaluate.py {source} --save first, which shows what each would give"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-        points = values["abstention"][arguments.source]
+        points = values["abstention"][source]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UsageError(f"{file} holds no abstention of {arguments.source}; {advice}") from None
+        raise UsageError(f"{file} holds no abstention of {source}; {advice}") from None
     if not values["held_out"] or "(data.test" in values["data"]:
         raise UsageError(f"{file} is of {values['data']}; a confidence is chosen on validation rows: {advice}")
-    good = [point["confidence"] for point in points if point["risk"] <= arguments.risk]
+    good = [point["confidence"] for point in points if point["risk"] <= risk]
     if not good:
         log.warning(
             "at no confidence were at most %.0f %% of the answered validation rows wrong: all reports but those with "
-            "a red flag are left to a person", 100 * arguments.risk,
+            "a red flag are left to a person", 100 * risk,
         )  # fmt: skip
         return math.inf
-    log.info("confidence %.3f, chosen on %d validation rows (--risk %s)", min(good), values["rows"], arguments.risk)
+    log.info("confidence %.3f, chosen on %d validation rows (--risk %s)", min(good), values["rows"], risk)
     return float(min(good))
 
 
@@ -179,10 +166,6 @@ def _require_room(asked: Sequence[Question], columns: Sequence[str]) -> None:
     for question in asked:
         if taken := [name for name in columns if name in _values(question)]:
             raise DataError(f"row {question.row + 1} has a column {taken[0]}, where its decision would go; rename it")
-
-
-def _report(row: Mapping[str, Any]) -> str:
-    return next((str(row[name]) for name in ("NOTE", "note", "report") if row.get(name)), "")
 
 
 def _only(label: str) -> Any:

@@ -65,6 +65,31 @@ class Question(NamedTuple):
         return {**columns, **{name: value for name, value in asked.items() if name not in columns}}
 
 
+class RowReader:
+    """Reads a row as what a task asks about it: masked where the run's rows were, with the passages of the recipe."""
+
+    def __init__(self, data: DataConfig, task: Task) -> None:
+        self.task = task
+        self.masks = data.on_identifier == "mask"
+        """Whether it masks identifiers."""
+        self._noter, self._with_passages = RowNoter(data), passages_for(data, task)
+
+    def question(self, number: int, row: Row) -> Question:
+        """Return what is asked about a row; RowFaultError if it cannot be asked about."""
+        if row.fault:
+            raise RowFaultError(row.fault)
+        values = self._with_passages(self.masked(row.values))
+        return Question(number, self.task.read(values, with_answer=self.task.has_answer(values)), values)
+
+    def masked(self, values: Any) -> Any:
+        """Return the values of a row, with identifiers masked where those of the run's rows were."""
+        return self._noter.masked(values)[0]
+
+    def fault(self, row: Row, fault: str) -> str:
+        """Return what is wrong with a row, after its name, without identifiers."""
+        return f"{self._noter.origin(row.origin)} {self._noter.fault(fault)}"
+
+
 class Note(NamedTuple):
     """A row that several tasks ask about."""
 
@@ -104,13 +129,12 @@ class Questions(Iterable[Question]):
         self, read: Callable[[], Iterable[Row]], data: DataConfig, rendering: Rendering = Rendering(),
         limit: int | None = None, skips_bad_rows: bool = False, answer_column: str | None = None,
     ) -> None:  # fmt: skip
-        self._read, self._limit, self._noter = read, limit, RowNoter(data)
+        self._read, self._limit = read, limit
         self._skips, self._answer_column = skips_bad_rows, answer_column
         rows = self._rows()
         first = list(islice(rows, MOST_ROWS))
-        self._task = task_for_questions(data, [row.values for row in first])
-        self._with_passages = passages_for(data, self._task)
-        if self._task.spec.text is not None and data.task == AUTO and rendering.task != self._task.name:
+        self._reader = RowReader(data, task_for_questions(data, [row.values for row in first]))
+        if self.task.spec.text is not None and data.task == AUTO and rendering.task != self.task.name:
             log.warning(
                 "the rows have text alone, which is continued as it is, without a chat template; to ask it, name "
                 "its column QUESTION, in a file with columns"
@@ -121,7 +145,7 @@ class Questions(Iterable[Question]):
     @property
     def task(self) -> Task:
         """Return the task by which the rows are read."""
-        return self._task
+        return self._reader.task
 
     def __len__(self) -> int:
         """Return the number of questions."""
@@ -162,17 +186,14 @@ class Questions(Iterable[Question]):
         return count
 
     def _question(self, number: int, row: Row) -> Question:
-        if row.fault:
-            raise RowFaultError(row.fault)
         if self._answer_column is not None and isinstance(row.values, Mapping) and self._answer_column in row.values:
             raise RowFaultError(
                 f"has a column {self._answer_column}, where its answer would go; name another with --answer-column"
             )
-        values = self._with_passages(self._noter.masked(row.values)[0])
-        return Question(number, self._task.read(values, with_answer=self._task.has_answer(values)), values)
+        return self._reader.question(number, row)
 
     def _fault(self, row: Row, fault: RowFaultError) -> str:
-        return f"{self._noter.origin(row.origin)} {self._noter.fault(str(fault))}"
+        return self._reader.fault(row, str(fault))
 
 
 class Notes(Iterable[Note]):

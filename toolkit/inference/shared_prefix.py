@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,19 +47,22 @@ class SharedPrefix:
             QuestionError, ModelError, UsageError: as ``Answerer.batches``.
         """
         prompts = {name: answerer.prompt(samples[name], row) for name, answerer in self._answerers.items()}
-        ids = {name: prompt.ids for name, prompt in prompts.items()}
-        common = common_length(list(ids.values()))
+        note = self.begin({name: prompt.ids for name, prompt in prompts.items()})
+        return {
+            name: answerer.answer_prompt(prompts[name], row, note.cache(name, prompts[name].ids))
+            for name, answerer in self._answerers.items()
+        }
+
+    def begin(self, ids: Mapping[str, Sequence[int]]) -> SharedNote:
+        """Run what prompts over one note, token ids by the names of their answerers, have in common."""
+        common = common_length(list(ids.values())) if ids else 0
         if self._exact is None and common:
             self._exact = self._first_is_exact(ids, common)
         start = None
         if self._exact and common:
             start = self._start(next(iter(ids.values()))[:common])
             self.shared_tokens += common
-        answers = {}
-        for name, answerer in self._answerers.items():
-            cache = self._cache(name, start) if start is not None else None
-            answers[name] = answerer.answer_prompt(prompts[name], row, cache)
-        return answers
+        return SharedNote(start, self._cache)
 
     def _start(self, ids: Sequence[int]) -> _Start:
         """Run the common tokens through the shared blocks."""
@@ -99,6 +102,25 @@ class SharedPrefix:
         after = next_logits(loaded.model, ids, pad_id, **options)
         most = PADDING_TOLERANCE.get(loaded.model.dtype, LOW_PRECISION_TOLERANCE) * float(alone.abs().max())
         return float((after - alone).abs().max()) <= most
+
+
+class SharedNote:
+    """What the common tokens of one note gave; each task goes on from it, as often as it is asked."""
+
+    def __init__(self, start: _Start | None, run: Callable[[str, _Start], DynamicCache]) -> None:
+        self._start, self._run = start, run
+        self._ids = () if start is None else tuple(start.ids[0].tolist())
+        self._caches: dict[str, DynamicCache] = {}
+
+    def cache(self, name: str, ids: Sequence[int]) -> DynamicCache | None:
+        """Return keys and values of the common tokens for a prompt that goes on from them; None for another prompt."""
+        if self._start is None or len(ids) <= len(self._ids) or tuple(ids[: len(self._ids)]) != self._ids:
+            return None
+        if name not in self._caches:
+            self._caches[name] = self._run(name, self._start)
+        cache = copy.copy(self._caches[name])
+        cache.layers = [copy.copy(layer) for layer in cache.layers]  # updates make new tensors, not longer ones
+        return cache
 
 
 class _Start:

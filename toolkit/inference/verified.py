@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,11 +81,21 @@ def _checked(answer: str | None, question: Question, check: Check, number: int) 
 
 def _draw(answerer: Answerer, samples: Sequence[tuple[int, Any]], number: int) -> Iterator[dict[int, str | None]]:
     """Answer again, by other draws than in the tries before."""
+    with drawing_again(answerer, number):
+        yield from answerer.batches(samples)
+
+
+@contextmanager
+def drawing_again(answerer: Answerer, number: int) -> Iterator[None]:
+    """Have an answerer draw otherwise than in the tries before, of which this is ``number``; the first is as it is."""
     first = answerer.sampling
+    if number == 1:
+        yield
+        return
     answerer.sampling = Sampling(
         max(first.temperature, _LEAST_TEMPERATURE), first.top_p, first.seed + (number - 1) * _SEEDS_APART
     )
     try:
-        yield from answerer.batches(samples)
+        yield
     finally:
         answerer.sampling = first

@@ -38,13 +38,13 @@ def command_line(verb: str) -> str:
 
 
 def find_file(path: str | Path) -> Path:
-    """Return ``path`` if it exists, else the shipped file of that name, and log that it is used.
+    """Return ``path`` if it exists, else the shipped file or folder of that name, and log that it is used.
 
     A path that exists in neither place is returned unchanged, so that the caller's attempt to open it reports it.
     """
     path = Path(path)
     try:
-        if not path.parts or path.parts[0] not in _SHIPPED_FOLDERS or path.exists() or not (PACKAGE / path).is_file():
+        if not path.parts or path.parts[0] not in _SHIPPED_FOLDERS or path.exists() or not (PACKAGE / path).exists():
             return path
     except (OSError, ValueError):  # too long, or a NUL in it
         return path

@@ -118,12 +118,26 @@ class Task:
                 return self.read(values, with_answer=False).turns[-1].role == ASSISTANT
             except RowFaultError:  # which reading it says
                 return False
-        found = [
-            [find(values, path) for path in self.spec.columns[name].path] for name in self._all_needed - self._asked
-        ]
+        columns = [self.spec.columns[name] for name in self._all_needed - self._asked]
+        columns = [column for column in columns if not column.may_be_missing] or columns  # a reason may be missing
+        found = [[find(values, path) for path in column.path] for column in columns]
         return all(
             any(value is not MISSING and value != "" and not is_missing(value) for value in one) for one in found
         )
+
+    @cached_property
+    def asked_columns(self) -> frozenset[str]:
+        """Return the names of the columns of rows that a question is read for."""
+        return self._names_in_rows(self._asked)
+
+    @cached_property
+    def answer_columns(self) -> frozenset[str]:
+        """Return the names of the columns of rows that the answer alone is made of."""
+        return self._names_in_rows(self._all_needed - self._asked)
+
+    def _names_in_rows(self, names: frozenset[str]) -> frozenset[str]:
+        paths = [path for name in names for path in self.spec.columns[name].path]
+        return frozenset(top for path in paths for top in top_names(path))
 
     @cached_property
     def _all_needed(self) -> frozenset[str]:
