@@ -197,6 +197,7 @@ def test_a_document_is_written_with_sources_marks_and_its_use() -> None:
     assert "근거 없음. **⚠ 확인되지 않음: uncited**" in text
     assert "2. P:A/1: 규정 제1조 (2026-01-01 ~): 보고한다." in text
     assert set(unverified(answer, row)) == {3, 4}
+    GroundedDocument.of("열\x1b[31m이 있었다 \x00\ufffe[NOTE].", row).docx()  # which XML could not hold
     import docx
 
     paragraphs = docx.Document(io.BytesIO(document.docx())).paragraphs

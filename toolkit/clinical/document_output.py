@@ -11,6 +11,7 @@ from toolkit.clinical import RESEARCH_USE
 from toolkit.clinical.document_checks import CaseRecord, unverified
 from toolkit.clinical.document_text import CITATION, Sentence, field_value, sentences
 from toolkit.runtime.errors import UsageError
+from toolkit.runtime.printable import printable
 
 _WORDS = {
     "ko": {
@@ -63,8 +64,10 @@ class GroundedDocument:
         parts = []
         for sentence in sentences(answer):
             shown = CITATION.sub(number, sentence.text)
-            parts.append(_Part(shown.lstrip("# "), _level(sentence), "; ".join(said.get(sentence.number, []))))
-        sources = tuple(_source(name, case, words) for name in numbers)
+            parts.append(
+                _Part(_shown(shown.lstrip("# ")), _level(sentence), _shown("; ".join(said.get(sentence.number, []))))
+            )
+        sources = tuple(_shown(_source(name, case, words)) for name in numbers)
         return cls(tuple(parts), sources, words, RESEARCH_USE[language])
 
     def markdown(self) -> str:
@@ -106,6 +109,11 @@ class GroundedDocument:
         content = io.BytesIO()
         document.save(content)
         return content.getvalue()
+
+
+def _shown(text: str) -> str:
+    """Return a text without what XML cannot hold."""
+    return printable(text).translate({0xFFFE: 0xFFFD, 0xFFFF: 0xFFFD})
 
 
 def _level(sentence: Sentence) -> int:

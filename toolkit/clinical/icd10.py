@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib import metadata
 
 from toolkit.clinical.terms import Term
@@ -17,7 +18,9 @@ def read_icd10() -> tuple[str, list[Term]]:
         UsageError: the package is not installed.
     """
     try:
-        import simple_icd_10_cm as icd
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # it reads its data by importlib.resources.read_text
+            import simple_icd_10_cm as icd
     except ImportError:
         raise UsageError('icd10cm needs simple-icd-10-cm: pip install -e ".[icd10]"') from None
     terms = []

@@ -186,6 +186,8 @@ def _check_several(parser: argparse.ArgumentParser, arguments: argparse.Namespac
         parser.error("several sources answer the rows of --input; ask a question or begin a conversation with one")
     if arguments.ds:
         parser.error("--ds divides one model among ranks; leave it out with several sources")
+    if arguments.verify:
+        parser.error("--verify asks one source again; leave it out with several, and check their answers by verify")
     if arguments.dtype:
         parser.error(
             "--dtype goes with one source; several compute as they were trained, over the base as it is loaded"
