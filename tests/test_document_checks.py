@@ -153,6 +153,14 @@ def test_a_fault_names_its_sentence_and_what_was_expected() -> None:
     assert check_answer("", row)[0].rule == "uncited"
 
 
+def test_periods_lists_and_impossible_dates_are_told_apart() -> None:
+    text = "[P:A/1] 규정 제1조 (2026-01-01 ~)\n14일까지 금지한다."
+    row = {"NOTE": "4/20~4/26 복용", "NOTE_DATE": "2026-04-27", "PASSAGES": [text]}
+    assert check_answer("1. 4월 20일부터 4월 26일까지 복용하였고 14일까지 금지한다 [NOTE] [P:A/1].", row) == []
+    for date in ("2026-02-30", "2026-13-01", "4월 41일", "2026. 4. 0."):
+        assert [(one.rule, one.value) for one in check_answer(f"{date} 복용하였다 [NOTE].", row)] == [("date", date)]
+
+
 def test_what_no_rule_sees_is_not_found() -> None:
     row = {"NOTE": "구토는 없음, 열 있음", "NOTE_DATE": "2026-04-02", "PASSAGES": []}
     assert check_answer("구토가 있었다 [NOTE].", row) == []  # a flipped negation: for a person

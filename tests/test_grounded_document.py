@@ -70,6 +70,7 @@ def test_rows_without_passages_need_retrieval(folder: Path, tiny_model: Path) ->
     refused = run_here("train.py", *flags)
     assert refused.returncode == 2
     assert "task grounded_document needs the column PASSAGES" in refused.stderr
+    assert "data.retrieval adds passages, as in data.retrieval: {corpus: DIR}" in refused.stderr
 
 
 SOAP = "S: 속이 울렁거림\n어제부터\nO: 혈압 120/80\nA) 오심\nP. 경과 관찰"

@@ -270,7 +270,12 @@ def settings(folder: Path, **more: Any) -> DataConfig:
     return DataConfig.model_validate({"task": "grounded_document", "retrieval": retrieval})
 
 
-ROW = {"NOTE": "중대한 이상사례를 7일 이내에 보고", "NOTE_DATE": "2026-03-05", "DOCUMENT": "보고한다 [NOTE]."}
+ROW = {
+    "NOTE": "중대한 이상사례를 7일 이내에 보고",
+    "NOTE_DATE": "2026-03-05",
+    "REQUEST": "쓰시오",
+    "DOCUMENT": "보고한다 [NOTE].",
+}
 
 
 def test_rows_get_passages_in_force_on_their_day(documents: Path) -> None:
@@ -297,8 +302,10 @@ def test_questions_get_the_passages_that_training_rows_get(documents: Path) -> N
     (sample,) = questions_of([Row("row 1", {key: value for key, value in ROW.items() if key != "DOCUMENT"})], data)
     expected = passages_for(data, load_task("grounded_document"))(ROW)["PASSAGES"]
     assert sample.contexts == tuple(expected)
-    assert all(text in sample.question for text in expected)
-    assert sample.question.startswith(ROW["NOTE"])
+    prompt = sample.turns[-1].content
+    assert prompt.startswith(ROW["NOTE"])
+    assert all(text in prompt for text in expected)
+    assert prompt.index(expected[-1]) < prompt.index(ROW["REQUEST"])
 
 
 def test_a_question_alone_gets_passages_too(documents: Path) -> None:

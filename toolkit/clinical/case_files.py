@@ -14,6 +14,19 @@ from toolkit.runtime.paths import read_regular
 
 MISSING_FHIR = 'a FHIR bundle needs fhir.resources: pip install fhir.resources (pip install -e ".[fhir]")'
 _MOST_BYTES = 2**26
+REQUESTS = {
+    "ko": {
+        "narrative": "이상사례 서술문을 쓰고, 중대한 이상사례이면 최초 보고 기한을 적어 주세요.",
+        "site_letter": "실시기관에 보낼 서신을 쓰고, 질의의 회신 기한을 적어 주세요.",
+        "deviation_report": "계획서 이탈 보고를 쓰고, 중대한 이탈인지와 보고 기한을 적어 주세요.",
+    },
+    "en": {
+        "narrative": "Write the narrative of the adverse event; if it is serious, say when the initial report is due.",
+        "site_letter": "Write the letter to the site, and say when the query is to be answered.",
+        "deviation_report": "Write the report of the protocol deviation, whether it is major, and when it is due.",
+    },
+}
+"""What is asked for, by language and type of document; with the note it is what passages are found by."""
 _SOAP = {"S": "SUBJECTIVE", "O": "OBJECTIVE", "A": "ASSESSMENT", "P": "PLAN"}
 _SECTION = re.compile(r"^\s*([SOAP])\s*[):.]\s*|^\s*(SUBJECTIVE|OBJECTIVE|ASSESSMENT|PLAN)\s*:\s*", re.IGNORECASE)
 _SHOWN = {

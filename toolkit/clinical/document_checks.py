@@ -44,6 +44,8 @@ PASSAGES, DOCUMENT = "PASSAGES", "DOCUMENT"
 """Columns of a row that are no part of the case record: what was retrieved, and the reference."""
 _ANSWERS = (PASSAGES, DOCUMENT, "ANSWER", "REFERENCE", "QUESTION", "CONTEXTS")
 _DUE = re.compile(r"까지|기한|마감|이내에?\s*제출|\bby\b|\bdue\b|\bdeadline\b|no later than|\bbefore\b", re.IGNORECASE)
+_SINCE = re.compile(r"부터[^.]{0,8}$")
+"""What makes 까지 the end of a period rather than a due date."""
 _AFTER_DUE = re.compile(r"\s*(?:\([^)]*\))?\s*까지")
 _BEFORE_DUE = re.compile(
     r"(?:기한|마감)(?:일)?[은이]?\s*$|(?:\bby|\bdue(?: on| by)?|\bdeadline(?: is| of)?|\bno later than)\s*$",
@@ -209,7 +211,8 @@ def _is_due(text: str, date: Date) -> bool:
     """Return whether a date stands beside a word that makes it a due date."""
     at = text.find(date.written)
     before, after = text[:at], text[at + len(date.written) :]
-    return bool(_AFTER_DUE.match(after) or _BEFORE_DUE.search(before))
+    ends_period = _SINCE.search(before) is not None
+    return bool((_AFTER_DUE.match(after) and not ends_period) or _BEFORE_DUE.search(before))
 
 
 def _due_days(base: datetime.date, cited: Sequence[Passage]) -> Iterator[datetime.date]:

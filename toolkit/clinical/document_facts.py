@@ -66,7 +66,7 @@ def dates_in(text: str) -> tuple[list[Date], str]:
             groups = match.groupdict()
             month = _MONTHS[groups["name"].lower()] if groups.get("name") else int(groups["m"])
             year, day = groups.get("y"), int(groups["d"])
-            if 1 <= month <= 12 and 1 <= day <= 31:
+            if (1 <= month <= 12 and 1 <= day <= 31) or pattern in _DATES[:3]:  # an impossible date is one all the same
                 found.append(Date(int(year) if year else None, month, day, match[0]))
         text = pattern.sub(" ", text)
     return found, text

@@ -15,6 +15,7 @@ PASSAGE = re.compile(r"\[P:([^\]\s]+)\]")
 FIELD = re.compile(r"\[([A-Z][A-Z_]*)(\d*)(?:\.([A-Z][A-Z0-9_]*))?\]")
 CITATION = re.compile(rf"{PASSAGE.pattern}|{FIELD.pattern}")
 _END = re.compile(r"(?<=[.!?。])((?:\s*\[[^\]\n]+\])*)\s+(?=\S)")
+_LIST_MARK = re.compile(r"^(?:\(\d{1,2}\)|\d{1,2}[.)])\s+(?!\d{1,2}\.)")
 _NUMBER_BEFORE = re.compile(r"(?:^|\s)\d+\.$|(?:^|\s)(?:No|Dr|vs|e\.g|i\.e)\.$")
 """A full stop that ends no sentence: of a date such as 2026. 3. 5., of a list, of an abbreviation."""
 
@@ -32,7 +33,7 @@ class Sentence:
     @property
     def bare(self) -> str:
         """The text without citations and marks of a list or heading."""
-        return re.sub(r"\s+", " ", CITATION.sub("", self.text)).strip(" #*-")
+        return _LIST_MARK.sub("", re.sub(r"\s+", " ", CITATION.sub("", self.text)).strip(" #*-"))
 
     @property
     def passages(self) -> list[str]:

@@ -46,10 +46,11 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
 
 
 def _write_rows(arguments: argparse.Namespace) -> None:
-    from toolkit.clinical.case_files import read_case
+    from toolkit.clinical.case_files import REQUESTS, read_case
     from toolkit.runtime.paths import make_parent, replace_text
 
-    more = {"LANGUAGE": arguments.language or "ko", "DOCUMENT_TYPE": arguments.type or "narrative"}
+    language, kind = arguments.language or "ko", arguments.type or "narrative"
+    more = {"LANGUAGE": language, "DOCUMENT_TYPE": kind, "REQUEST": REQUESTS[language][kind]}
     rows = [{**read_case(path), **more} for path in arguments.files]
     _require_new([arguments.rows], arguments.overwrite)
     make_parent(arguments.rows)

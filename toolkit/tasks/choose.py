@@ -62,7 +62,7 @@ def choose_task(
     task = find_task(data, columns, with_answer, origin, key)
     if data.task == AUTO and columns:
         log.info("%s: auto takes %s (%s); columns: %s", key, task.name, task.spec.summary, ", ".join(columns))
-    for note in task.notes(columns) if columns else ():
+    for note in task.notes(_with_passages(columns, task, data)) if columns else ():
         log.info("task %s: %s", task.name, note)
     return task
 
@@ -79,12 +79,15 @@ def find_task(
             raise DataError(f"{origin}: {fault}") from None
         raise
     task = _with_settings(task, data)
-    missing = [] if recognised or not columns else task.missing(columns, with_answer)
-    if data.retrieval is not None:
-        missing = [name for name in missing if name != PASSAGES]
-    if missing:
+    if columns and not recognised and (missing := task.missing(_with_passages(columns, task, data), with_answer)):
         raise DataError(f"{origin}: {_missing_text(task, missing, columns, with_answer, key)}")
     return task
+
+
+def _with_passages(columns: Sequence[str], task: Task, data: DataConfig) -> list[str]:
+    """Return the columns that rows have once ``data.retrieval`` has added passages."""
+    own = task.spec.columns.get(PASSAGES)
+    return [*columns, *(own.path[:1] if data.retrieval is not None and own is not None else ())]
 
 
 def task_for_questions(data: DataConfig, rows: Iterable[Any] = ()) -> Task:
@@ -258,6 +261,8 @@ def _missing_text(task: Task, missing: Sequence[str], columns: Sequence[str], wi
     wanted = ", ".join(task.describe(name) for name in missing)
     text = f"task {task.name} needs the column{'s' if len(missing) > 1 else ''} {wanted}; the rows have "
     text += ", ".join(columns)
+    if PASSAGES in missing:
+        text += ". data.retrieval adds passages, as in data.retrieval: {corpus: DIR}"
     for name in missing:
         if near := nearest(task.spec.columns[name].path[0], columns) or nearest(name, columns):
             text += f". {near} is named most like it: {key}: {{name: {task.name}, columns: {{{name}: {near}}}}}"
