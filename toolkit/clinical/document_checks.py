@@ -25,18 +25,25 @@ from functools import cached_property
 from typing import Any
 
 from toolkit.clinical.document_facts import (
+    TIME,
     Date,
+    Number,
+    alike,
     codes_in,
     dates_in,
     drugs_in,
+    is_same_kind,
     later,
+    months_in,
     numbers_in,
+    plain,
     quotes_in,
     spans_in,
     squeezed,
     whole_dates,
 )  # fmt: skip
 from toolkit.clinical.document_text import Sentence, citations, field_value, sentences
+from toolkit.clinical.relative_dates import find_dates
 from toolkit.clinical.verification import Violation
 from toolkit.retrieval.passages import Passage, passages_of
 
@@ -76,12 +83,23 @@ class CaseRecord:
 
     @cached_property
     def dates(self) -> set[datetime.date]:
-        """The whole dates of the case, also those that its note writes without a year, in that of the note."""
+        """The whole dates of the case, also those that its note writes without a year or relatively, as 사흘 전."""
         day, found = self.day, whole_dates(self.text)
         for date in dates_in(self.text)[0]:
             if date.year is None and day is not None:
                 found |= whole_dates(f"{day.year}-{date.month:02d}-{date.day:02d}")
-        return found
+        return found | {datetime.date.fromisoformat(one) for one in self._of_note if len(one) == 10}
+
+    @cached_property
+    def months(self) -> set[tuple[int, int]]:
+        """The months that the note names as such, also relatively."""
+        return {(int(one[:4]), int(one[5:7])) for one in self._of_note if len(one) == 7}
+
+    @cached_property
+    def _of_note(self) -> list[str]:
+        if self.day is None:
+            return []
+        return [one.value for one in find_dates(str(self.values.get("NOTE") or ""), self.day.isoformat())]
 
     @property
     def day(self) -> datetime.date | None:
@@ -127,7 +145,10 @@ def _subject(sentence: Sentence, case: CaseRecord) -> Iterator[tuple[str, str, s
     prefix, _, number = subject.rpartition("-")
     if not prefix or not number:
         return
-    for found in re.findall(rf"{re.escape(prefix)}-[A-Za-z0-9]+", sentence.text):
+    like = [rf"{re.escape(prefix)}-[A-Za-z0-9]+"]
+    if "-" in prefix:  # another study's; A-1 has the shape of other codes
+        like.append(re.sub(r"\d", r"\\d", re.sub(r"[A-Za-z]+", "[A-Za-z]+", re.escape(subject))))
+    for found in re.findall(rf"(?<![\w-])(?:{'|'.join(like)})(?!\d)", sentence.text):
         if found != subject:
             yield "subject", found, f"expected {subject}, the row's subject"
 
@@ -149,37 +170,36 @@ class _Facts:
     """What of a sentence can be compared."""
 
     def __init__(self, text: str) -> None:
-        self.text = text
+        self.text = text = plain(text)
         self.quotes, self.drugs, self.codes = quotes_in(text), drugs_in(text), codes_in(text)
-        self.dates: Sequence[Date] = dates_in(text)[0]
-        self.numbers = list(numbers_in(text))
+        self.dates, self.months, self.numbers = dates_in(text)[0], months_in(text), numbers_in(text)
 
     @property
     def any(self) -> bool:
         """Whether there is something to compare."""
-        return bool(self.quotes or self.drugs or self.codes or self.dates or self.numbers)
+        return bool(self.quotes or self.drugs or self.codes or self.dates or self.months or self.numbers)
 
     def unsupported(self, case: CaseRecord, cited: Sequence[Passage]) -> Iterator[tuple[str, str, str]]:
         """Yield the facts that stand in neither the cited passages nor the case record; dates that may be due later."""
         of_passages = "\n".join(f"{passage.place}\n{passage.text}" for passage in cited)
+        texts = "\n".join(passage.text for passage in cited)
         sources = f"{case.text}\n{of_passages}"
         where = "in a cited passage or the case record"
         for quote in self.quotes:
             if squeezed(quote) not in squeezed(sources):
                 yield "quote", quote[:80], f"expected the same words {where}"
-        known = set(numbers_in(sources))
-        units = {(value, unit) for value, unit, _ in known}
-        values = {value for value, _, _ in known}
-        bare = {value for value, unit, _ in known if not unit}
-        for value, unit, written in self.numbers:
-            if (value, unit) not in units and (value not in values if not unit else value not in bare):
-                yield "number", written, f"expected it {where}"
+        for written in self._numbers(sources, numbers_in(f"{case.text}\n{texts}", ones=True)):
+            yield "number", written, f"expected it {where}"
         for name, written in self.drugs.items():
             if name not in drugs_in(sources) and squeezed(written) not in squeezed(sources):
                 yield "drug", written, f"expected it {where}"
         for code in sorted(self.codes - codes_in(sources)):
             if code not in sources:
                 yield "code", code, f"expected it {where}"
+        months = {(day.year, day.month) for day in case.dates} | months_in(sources).keys() | case.months
+        for month, written in self.months.items():
+            if month not in months:
+                yield "date", written, f"expected it {where}"
         known_dates = case.dates | whole_dates(of_passages)
         due = {day for base in case.dates for day in _due_days(base, cited)}
         for date in self.dates:
@@ -189,6 +209,21 @@ class _Facts:
                     date.written,
                     f"expected it {where}, or a span of a cited passage after a date of the case",
                 )
+
+
+    def _numbers(self, sources: str, texts: Sequence[Number]) -> Iterator[str]:
+        """Yield the numbers that are not in the sources; one with a unit must be in their texts, headings aside.
+
+        Notes leave units out: 38.6 may be 38.6 ℃, but not where the sources have it with another unit of temperature,
+        and no span of time.
+        """
+        values = {value for value, _, _ in numbers_in(sources, ones=True)}
+        units = {one for value, unit, _ in texts for one in alike(value, unit)}
+        for value, unit, written in self.numbers:
+            is_bare = (value, "") in units and unit not in TIME
+            is_other = any(one == value and is_same_kind(unit, other) for one, other in units)
+            if (value, unit) not in units and (value not in values if not unit else not is_bare or is_other):
+                yield written
 
 
 def _deadlines(

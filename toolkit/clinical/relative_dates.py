@@ -36,7 +36,7 @@ class _Anchor:
     """Last complete date before this place in the note."""
 
 
-_DAYS = {
+DAYS_IN_WORDS = {
     "하루": 1, "이틀": 2, "사흘": 3, "나흘": 4, "닷새": 5, "엿새": 6, "이레": 7, "여드레": 8, "아흐레": 9, "열흘": 10,
     "보름": 15,
 }  # fmt: skip
@@ -57,7 +57,7 @@ _WEEKS = {"지지난": -2, "저저번": -2, "지난": -1, "저번": -1, "이번"
 
 _COUNT = r"(?:\d{1,3}|한|두|세|네|일|이|삼|사|오|육)"
 _ENGLISH_COUNT = r"(?:\d{1,3}|an?|one|two|three|four|five|six|seven|eight|nine|ten)"
-_KOREAN_COUNT_OF_DAYS = "|".join(sorted(_DAYS, key=len, reverse=True))
+_KOREAN_COUNT_OF_DAYS = "|".join(sorted(DAYS_IN_WORDS, key=len, reverse=True))
 _MONTH_NAME = rf"(?:{'|'.join(_MONTHS)})[a-z]*\.?"
 _WEEKDAY_NAME = r"(?P<weekday>mon|tues?|wed(?:nes)?|thu(?:rs)?|fri|sat(?:ur)?|sun)(?:day)?\b"
 
@@ -122,7 +122,7 @@ def _direction(found: _Found) -> int:
 
 
 def _korean_days(found: _Found, anchor: _Anchor) -> str:
-    count = _DAYS[found["days"]] if found["days"] else _number(found["count"])
+    count = DAYS_IN_WORDS[found["days"]] if found["days"] else _number(found["count"])
     if "째" in found["way"]:
         return _moved(1 - count, anchor, False)
     return _moved(_direction(found) * count, anchor, _direction(found) > 0)
@@ -184,6 +184,10 @@ def _patterns() -> Iterator[_Pattern]:
         lambda f, a: _last_weekday(_KOREAN_WEEKDAYS.index(f["weekday"]), a),
     )
     yield form(rf"\b{_WEEKDAY_NAME}\s(?:of\s)?last\sweek", lambda f, a: _weekday_of_week(-1, _english_weekday(f), a))
+    yield form(
+        rf"\b{_WEEKDAY_NAME}\sbefore\slast",
+        lambda f, a: (date.fromisoformat(_last_weekday(_english_weekday(f), a)) - timedelta(weeks=1)).isoformat(),
+    )
     yield form(rf"\blast\s{_WEEKDAY_NAME}", lambda f, a: _last_weekday(_english_weekday(f), a))
     days = rf"(?:(?P<days>{_KOREAN_COUNT_OF_DAYS})|(?<![\d.])(?P<count>\d{{1,3}})\s?일)"
     yield form(rf"{days}\s?(?P<way>전|뒤|후|만에|째)", _korean_days)
@@ -218,7 +222,12 @@ def _patterns() -> Iterator[_Pattern]:
         r"(?<!\d)(?P<m>\d{1,2})\s?월\s?(?:초|중순|말|경|쯤)?(?!\s?\d)",
         lambda f, a: _month_without_year(int(f["m"]), a),
     )
+    yield form(r"(?<![\d.])(?P<y>(?:19|20)\d{2})\s?년(?!\s?[\d전뒤후])|\b(?:in|since|from)\s(?P<y2>(?:19|20)\d{2})\b", _year)
     yield form(r"작년|지난해|last year", lambda f, a: f"{a.note.year - 1:04d}")
+
+
+def _year(found: _Found, anchor: _Anchor) -> str:
+    return f"{found['y'] or found['y2']}"
 
 
 def _english(found: _Found, anchor: _Anchor) -> str | None:
