@@ -129,6 +129,7 @@ def hard_clean() -> list[Output]:
     return coded(ROOT / "tests" / "hard_clean_ae.jsonl") + written(ROOT / "tests" / "hard_clean_documents.jsonl")
 
 
+@cache
 def sample_outputs() -> list[Output]:
     """Return the references of the sample rows: 82 times records, 80 documents."""
     documents = [

@@ -109,7 +109,7 @@ VALUES: dict[str, dict[str, Any]] = {
 """By recipe key, its values by name. DELTA and CACHE are replaced by directories, and files by those of the folder."""
 
 NOT_COMBINED = {
-    "data.retrieval": "needs a task with passages and a corpus: test_retrieval.py, test_grounded_document.py",
+    "data.retrieval": "needs a task with passages, and a corpus or dictionary: test_retrieval.py, test_ae_run.py",
     "output.evaluate_metrics": "what it may name follows from the task: test_validation_metrics.py, with other options",
     "train.metric_for_best_model": "one of output.evaluate_metrics",
     "train.early_stopping_threshold": "a number beside the patience: test_early_stopping.py",

@@ -113,6 +113,7 @@ OWN = {
     "AE-GRADE5": [EVENT | {"AETOXGR": "5"}],
     "AE-DOMAIN": [EVENT | {"DOMAIN": "MH"}],
     "AE-SEQ": [EVENT | {"AESEQ": 1}, EVENT | {"AESEQ": 1, "AESTDTC": "2026-03"}],
+    "AE-SEQ-NUMBER": [EVENT | {"AESEQ": 0}],
     "AE-DUPLICATE": [EVENT, EVENT | {"AESEV": "MILD"}],
     "AE-SUBJECT": [EVENT | {"USUBJID": "FROST-01-002"}],
     "AE-VERBATIM": [EVENT | {"AETERM": "메스꺼움이 심함"}],
@@ -157,6 +158,11 @@ def test_clean_answers_break_no_rule() -> None:
         ("no rash", "rash", True),
         ("denies any rash", "rash", True),
         ("without fever or rash", "rash", True),
+        ("denies nausea, vomiting, rash", "rash", True),
+        ("No fever, rash on both arms", "rash", False),
+        ("두통과 구토 없음", "두통", True),
+        ("두통/구토(-)", "두통", True),
+        ("두통, 열은 없음", "두통", False),
         ("구토 2회", "구토", False),
         ("구토 없음. 저녁에 구토", "구토", False),
         ("rash on the arm, no fever", "rash", False),
@@ -167,6 +173,23 @@ def test_clean_answers_break_no_rule() -> None:
 def test_a_term_is_negated_where_the_note_says_so_right_beside_it(note: str, term: str, is_negated: bool) -> None:
     found = check_records([{"AETERM": term, "AESER": "N"}], Context(note), only=["AE-NEGATED"])
     assert bool(found) is is_negated
+
+
+@pytest.mark.parametrize(
+    ("note", "start", "is_known"),
+    [
+        ("rash x3 days", "2026-03-09", True),
+        ("for two weeks", "2026-02-26", True),
+        ("사흘간 설사", "2026-03-10", True),
+        ("since Monday", "2026-03-09", True),
+        ("C2D8 발진", "2026-03-01", True),
+        ("C2D1 3월 5일 발진", "2026-03-01", False),
+        ("rash x3 days", "2026-03-01", False),
+    ],
+)
+def test_a_date_follows_from_what_the_note_tells(note: str, start: str, is_known: bool) -> None:
+    found = check_records([{"AESTDTC": start}], Context(note, "2026-03-12"), only=["AE-DATE-SOURCE"])
+    assert (not found) is is_known
 
 
 def test_names_of_cdash_and_its_forms_are_mapped() -> None:

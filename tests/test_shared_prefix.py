@@ -14,10 +14,11 @@ from torch import nn
 from zoo import make
 
 from toolkit.commands.generate import generate
+from toolkit.inference import shared_prefix
 from toolkit.inference.answering import Answerer
 from toolkit.inference.open_model import OpenedModel, open_model
 from toolkit.inference.shared_base import open_together
-from toolkit.inference.shared_prefix import SharedPrefix, common_length
+from toolkit.inference.shared_prefix import SharedPrefix, common_length, continue_prefix
 from toolkit.runtime.errors import UsageError
 from toolkit.tasks.choose import load_task
 
@@ -29,7 +30,7 @@ NOTES = [
     )
 ]  # fmt: skip
 SUFFIXES = {
-    "triage": ("A", "How bad is it?", ["last:2"]),
+    "grade": ("A", "How bad is it?", ["last:2"]),
     "coding": ("B", "Where to?", [{"lora": {"select": ["blocks:4", "blocks:5"], "rank": 2}}]),
     "document": ("C", "Write what is to be done now.", ["blocks:3", "head"]),
 }
@@ -51,7 +52,7 @@ def train_suffixes(model: Path, folder: Path, tied: str) -> list[Path]:
     for name, (_, _, mask) in SUFFIXES.items():
         flags = {"model.name_or_path": model, "model.dtype": "float32", "data.path": rows, "output.dir": folder / name,
                  "data.validation": "none", "data.task": json.dumps(task_of(name)), "mask.tied": tied,
-                 "train.learning_rate": 0.03, "train.epochs": 2, "output.report": "[]", "output.sample_answers": 0,
+                 "train.learning_rate": 0.03, "train.max_steps": 4, "output.report": "[]", "output.sample_answers": 0,
                  "prefix.cache": "off"}  # fmt: skip
         words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
         mask_words = [one if isinstance(one, str) else json.dumps(one) for one in mask]
@@ -112,6 +113,27 @@ def test_common_tokens_pass_the_frozen_blocks_once_a_note(tied_runs: list[Path],
         assert block_tokens[5] - block_tokens[0] == 2 * common
 
 
+def test_a_model_that_does_not_go_on_alike_reads_each_note_by_itself(
+    tied_runs: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened = together(tied_runs)
+    answerers = {run.name: Answerer(one.loaded, 300, 3) for run, one in zip(tied_runs, opened, strict=True)}
+    samples = {name: load_task(task_of(name)).read(NOTES[0], with_answer=False) for name in SUFFIXES}
+    good = SharedPrefix(answerers, 3).answer(samples, 0)
+
+    def other(*given: Any) -> Any:
+        cache = continue_prefix(*given)
+        cache.layers[5].values = cache.layers[5].values + 1.0
+        return cache
+
+    monkeypatch.setattr(shared_prefix, "continue_prefix", other)
+    shared = SharedPrefix(answerers, 3)
+    with caplog.at_level("INFO", "frostline"):
+        assert [shared.answer(samples, row) for row in range(2)] == [good, good]
+    assert shared.shared_tokens == 0
+    assert caplog.text.count("does not give the same after a shared prefix") == 1
+
+
 def storages(models: list[nn.Module]) -> dict[int, int]:
     """Bytes of each distinct storage that the tensors of some models lie in."""
     tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
@@ -155,7 +177,7 @@ def test_answers_in_a_file_are_those_of_each_run_alone(tied_runs: list[Path], tm
         {name: answers[row] for name, answers in alone.items()} for row in range(2)
     ]
     assert given[0]["NOTE"] == NOTES[0]["NOTE"]
-    assert (given[0]["REFERENCE_triage"], "REFERENCE_coding" in given[0]) == ("mild", False)
+    assert (given[0]["REFERENCE_grade"], "REFERENCE_coding" in given[0]) == ("mild", False)
     assert "--overwrite replaces it" in run_here("generate.py", *words).stderr
     assert len({tuple(answers) for answers in alone.values()}) == 3, "the tasks do answer differently"
 
@@ -173,8 +195,7 @@ def test_an_interrupted_file_goes_on(tied_runs: list[Path], tmp_path: Path, monk
         return answer(self, samples, row)
 
     monkeypatch.setattr(SharedPrefix, "answer", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run_here("generate.py", *words)
+    assert run_here("generate.py", *words).returncode != 0
     assert not out.exists()
     assert run_here("generate.py", *words[1:]).returncode == 2, "other sources do not go on with it"
     assert run_here("generate.py", *words).returncode == 0
@@ -217,7 +238,7 @@ def test_other_bases_are_refused(tied_runs: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is no run, checkpoint or delta; several sources answer together"):
         open_together([str(tied_runs[0]), str(other)], torch.device("cpu"), [None, None])
     rows = tied_runs[0].parent / "notes.jsonl"
-    flags = ["--model.name_or_path", other, "--data.path", rows, "--data.task", json.dumps(task_of("triage")),
+    flags = ["--model.name_or_path", other, "--data.path", rows, "--data.task", json.dumps(task_of("grade")),
              "--data.validation", "none", "--mask.train", "last:1", "--output.dir", tmp_path / "run", "--output.report",
              "[]", "--output.sample_answers", 0, "--train.max_steps", 1]  # fmt: skip
     assert train(*map(str, flags)) == 0
@@ -239,8 +260,8 @@ def test_flags_of_one_source_are_refused(flags: list[str], message: str) -> None
 
 
 def test_names_that_are_the_same_are_refused(tmp_path: Path) -> None:
-    done = run_here("generate.py", "x/triage", "y/triage", "--input", "x.jsonl")
-    assert "two sources are named triage, and so would their answers be (ANSWER_triage)" in done.stderr
+    done = run_here("generate.py", "x/grade", "y/grade", "--input", "x.jsonl")
+    assert "two sources are named grade, and so would their answers be (ANSWER_grade)" in done.stderr
 
 
 def test_common_tokens_leave_each_prompt_one_of_its_own() -> None:

@@ -168,6 +168,7 @@ def test_an_answer_that_is_no_json_of_the_schema_is_a_fault(tmp_path: Path) -> N
 
 
 def test_turns_of_a_file_of_ones_own_are_templates(tmp_path: Path) -> None:
+    """Also in a file that is called as a task that comes with Frostline, which it does not extend."""
     path = tmp_path / "triage.yaml"
     path.write_text(
         "columns:\n  note: {path: record.note}\n  level: level\nturns:\n- {role: system, content: Be brief.}\n"

@@ -21,9 +21,12 @@ PLANTED = {
     "BASELINE": "chart SNU-4821, born 900417-2184736",
     "EARLIER": ["Sent from +82-10-4821-7736 yesterday"],
     "REASON": "She wrote “chest” from min.seo@clinic.example.",
-    "contact": {"phones": [1048217736, "010.4821.7736"], "card": "4000-0000-0000-0002"},
+    "contact": {"phones": ["010.4821.7736"], "card": "4000-0000-0000-0002"},
 }
-SECRETS = ("4821", "7736", "min.seo", "clinic.example", "900417", "2184736", "0000-0002", "1048217736")
+SECRETS = (
+    "4821-7736", "4821.7736", "SNU-4821", "min.seo", "clinic.example", "900417-2184736", "4000-0000-0000-0002",
+)  # fmt: skip
+"""Long enough to be in no random state by chance."""
 PATTERN = "SNU-[0-9]{4}"
 
 

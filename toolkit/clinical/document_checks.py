@@ -17,13 +17,12 @@ and names of drugs that are no known ones (``drug_names.yaml``). That is for a p
 from __future__ import annotations
 
 import datetime
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
+from toolkit.clinical.case_record import CaseRecord, texts_of
 from toolkit.clinical.document_facts import (
     TIME,
     Date,
@@ -43,73 +42,17 @@ from toolkit.clinical.document_facts import (
     whole_dates,
 )  # fmt: skip
 from toolkit.clinical.document_text import Sentence, citations, field_value, sentences
-from toolkit.clinical.relative_dates import find_dates
 from toolkit.clinical.verification import Violation
-from toolkit.retrieval.passages import Passage, passages_of
+from toolkit.retrieval.passages import Passage
 
-PASSAGES, DOCUMENT = "PASSAGES", "DOCUMENT"
-"""Columns of a row that are no part of the case record: what was retrieved, and the reference."""
-_ANSWERS = (PASSAGES, DOCUMENT, "ANSWER", "REFERENCE", "QUESTION", "CONTEXTS")
 _DUE = re.compile(r"까지|기한|마감|이내에?\s*제출|\bby\b|\bdue\b|\bdeadline\b|no later than|\bbefore\b", re.IGNORECASE)
-_SINCE = re.compile(r"부터[^.]{0,8}$")
+_SINCE = re.compile(r"부터\s*$")
 """What makes 까지 the end of a period rather than a due date."""
 _AFTER_DUE = re.compile(r"\s*(?:\([^)]*\))?\s*까지")
 _BEFORE_DUE = re.compile(
     r"(?:기한|마감)(?:일)?[은이]?\s*$|(?:\bby|\bdue(?: on| by)?|\bdeadline(?: is| of)?|\bno later than)\s*$",
     re.IGNORECASE,
 )
-
-
-@dataclass(frozen=True)
-class CaseRecord:
-    """A row as the sources of a document."""
-
-    values: Mapping[str, Any]
-    """The columns that are the case."""
-    passages: Mapping[str, Passage]
-    """What was retrieved, by id."""
-
-    @classmethod
-    def of(cls, row: Mapping[str, Any]) -> CaseRecord:
-        """Divide the columns of a row."""
-        texts = row.get(PASSAGES) or []
-        values = {key: value for key, value in row.items() if key not in _ANSWERS}
-        return cls(values, passages_of([texts] if isinstance(texts, str) else texts))
-
-    @cached_property
-    def text(self) -> str:
-        """All values as one text."""
-        return "\n".join(_texts(self.values))
-
-    @cached_property
-    def dates(self) -> set[datetime.date]:
-        """The whole dates of the case, also those that its note writes without a year or relatively, as 사흘 전."""
-        day, found = self.day, whole_dates(self.text)
-        for date in dates_in(self.text)[0]:
-            if date.year is None and day is not None:
-                found |= whole_dates(f"{day.year}-{date.month:02d}-{date.day:02d}")
-        return found | {datetime.date.fromisoformat(one) for one in self._of_note if len(one) == 10}
-
-    @cached_property
-    def months(self) -> set[tuple[int, int]]:
-        """The months that the note names as such, also relatively."""
-        return {(int(one[:4]), int(one[5:7])) for one in self._of_note if len(one) == 7}
-
-    @cached_property
-    def _of_note(self) -> list[str]:
-        if self.day is None:
-            return []
-        return [one.value for one in find_dates(str(self.values.get("NOTE") or ""), self.day.isoformat())]
-
-    @property
-    def day(self) -> datetime.date | None:
-        """The document's date; None if the row has none."""
-        for name in ("DOCUMENT_DATE", "NOTE_DATE"):
-            try:
-                return datetime.date.fromisoformat(str(self.values.get(name))[:10])
-            except ValueError:
-                continue
-        return None
 
 
 def check_answer(answer: str, row: Mapping[str, Any]) -> list[Violation]:
@@ -210,7 +153,6 @@ class _Facts:
                     f"expected it {where}, or a span of a cited passage after a date of the case",
                 )
 
-
     def _numbers(self, sources: str, texts: Sequence[Number]) -> Iterator[str]:
         """Yield the numbers that are not in the sources; one with a unit must be in their texts, headings aside.
 
@@ -233,7 +175,7 @@ def _deadlines(
     if not _DUE.search(facts.text) or not any(spans_in(passage.text) for passage in cited):
         return
     values = [field_value(case.values, name) for name in sentence.fields]
-    bases = {day for text in _texts(values) for day in whole_dates(text)} or case.dates
+    bases = {day for text in texts_of(values) for day in whole_dates(text)} or case.dates
     due = {day for base in bases for day in _due_days(base, cited)}
     stated = [date for date in facts.dates if _is_due(facts.text, date)]
     for date in stated:
@@ -254,20 +196,6 @@ def _due_days(base: datetime.date, cited: Sequence[Passage]) -> Iterator[datetim
     for passage in cited:
         for number, unit in spans_in(passage.text):
             yield later(base, number, unit)
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Yield the texts and numbers within values; an object that is not text as JSON."""
-    if isinstance(value, Mapping):
-        for item in value.values():
-            yield from _texts(item)
-    elif isinstance(value, str):
-        yield value
-    elif isinstance(value, Sequence):
-        for item in value:
-            yield from _texts(item)
-    elif value is not None:
-        yield json.dumps(value, default=str)
 
 
 def unverified(answer: str, row: Mapping[str, Any]) -> dict[int, list[str]]:

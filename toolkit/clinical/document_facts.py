@@ -13,13 +13,14 @@ from typing import Any
 
 import yaml
 
-from toolkit.clinical.relative_dates import DAYS_IN_WORDS
+from toolkit.clinical.number_words import DAYS, KOREAN_DAYS
 
 _SPELLINGS = {
     "day": "일간 일 days day", "hour": "시간 hours hour h", "week": "주 weeks week", "month": "개월 months month",
     "year": "년 years year", "minute": "분 minutes", "ms": "ms", "age": "세", "mg": "mg ㎎ 밀리그램", "g": "g",
     "kg": "kg ㎏ 킬로그램", "µg": "µg μg mcg 마이크로그램", "second": "초 seconds sec s", "l": "L", "degree F": "℉ °F",
-    "ml": "mL ml", "%": "%", "degree": "℃ °C 도", "times": "회 번 차례 times", "tablet": "정 알 tablets tablet tabs tab",
+    "ml": "mL ml", "%": "%", "degree": "℃ °C 도", "times": "회 번 차례 times",
+    "tablet": "정 알 tablets tablet tabs tab",
     "u/l": "U/L IU/L", "mmhg": "mmHg", "bpm": "bpm", "grade": "등급", "ordinal": "차",
 }  # fmt: skip
 """Ways of writing each unit."""
@@ -28,13 +29,25 @@ _UNIT = "|".join(re.escape(unit) for unit in sorted(_UNITS, key=len, reverse=Tru
 _NUMBER = re.compile(rf"(?:(?<![\w.-])|(?<![A-Za-z])[x×])(\d+(?:,\d{{3}})*(?:\.\d+)?)(?:\s*({_UNIT})(?![A-Za-z]))?")
 _CODE = re.compile(r"(?<![\w-])[A-Z]{2,}(?:-[A-Z0-9]+)*-?\d{2,}(?![\w-])")
 """A code such as FRL-101 or AB1234."""
-_COUNTS = {word: 1 + at for at, word in enumerate("한 두 세 네 다섯 여섯 일곱 여덟 아홉 열".split())}
-_ENGLISH = {word: 1 + at for at, word in enumerate("one two three four five six seven eight nine ten".split())}
+_COUNTS = {"한": 1, "두": 2, "세": 3, "네": 4, "다섯": 5, "여섯": 6, "일곱": 7, "여덟": 8, "아홉": 9, "열": 10}
+_ENGLISH = {
+    "one": 1,
+    "two": 2,
+    "three": 3,
+    "four": 4,
+    "five": 5,
+    "six": 6,
+    "seven": 7,
+    "eight": 8,
+    "nine": 9,
+    "ten": 10,
+}
+_ENGLISH_UNIT = "|".join(unit for unit in _UNITS if unit.isalpha() and unit.isascii())
 _OFTEN = {"once": 1, "twice": 2, "thrice": 3}
 _WORDS = re.compile(
     rf"(?<![가-힣])(?P<count>{'|'.join(_COUNTS)})\s?(?P<unit>번|회|차례|알|정|시간|주|달|개월)"
-    rf"|(?<![가-힣])(?P<days>{'|'.join(sorted(DAYS_IN_WORDS, key=len, reverse=True))})(?!뿐|살)"
-    rf"|\b(?P<english>{'|'.join(_ENGLISH)})\b(?:\s(?P<of>{'|'.join(one for one in _UNITS if one.isalpha() and one.isascii())})\b)?"
+    rf"|(?<![가-힣])(?P<days>{KOREAN_DAYS})(?!뿐|살)"
+    rf"|\b(?P<english>{'|'.join(_ENGLISH)})\b(?:\s(?P<of>{_ENGLISH_UNIT})\b)?"
     rf"|\b(?P<often>{'|'.join(_OFTEN)})\b",
     re.IGNORECASE,
 )
@@ -60,10 +73,13 @@ _DATES = (
 _PARTIAL = re.compile(r"(?<![\d-])(\d{4})-(\d\d)(?![\d-])|(?<!\d)(\d{4})년\s*(\d{1,2})월(?!\s*\d)")
 _QUOTE = re.compile(r"“([^”]{2,})”|\"([^\"]{2,})\"|‘([^’]{4,})’")
 _SPAN = re.compile(r"(?<![\w.-])(\d+)\s*(일|days?|시간|hours?|주|weeks?|개월|months?)", re.I)
-_KINDS = ("year month week day hour minute second ms", "kg g mg µg", "l ml", "degree,degree F")
-_ALIKE = {unit: kind for kind in _KINDS for unit in (kind.split(",") if "," in kind else kind.split())}
+_KINDS = (
+    ("year", "month", "week", "day", "hour", "minute", "second", "ms"), ("kg", "g", "mg", "µg"), ("l", "ml"),
+    ("degree", "degree F"),
+)  # fmt: skip
+_ALIKE = {unit: kind for kind in _KINDS for unit in kind}
 """What each unit measures: a number with one of them is no other's."""
-TIME = frozenset(_KINDS[0].split())
+TIME = frozenset(_KINDS[0])
 """Units of time, which a note does not leave out."""
 _HOURS = {"hour": 1, "day": 24, "week": 168}
 _DATA = Path(__file__).parent / "drug_names.yaml"
@@ -106,7 +122,9 @@ def dates_in(text: str) -> tuple[Sequence[Date], str]:
             is_capital = groups.get("name", "m")[0].isupper()
             if groups.get("name", "").lower() == "may" and not is_capital:
                 continue  # the verb
-            if (1 <= month <= 12 and 1 <= day <= 31) or pattern in _DATES[:3] or is_capital:  # an impossible date is one
+            if (
+                (1 <= month <= 12 and 1 <= day <= 31) or pattern in _DATES[:3] or is_capital
+            ):  # an impossible date is one
                 found.append(Date(int(year) if year else None, month, day, match[0]))
         text = pattern.sub(" ", text)
     return tuple(found), text
@@ -150,7 +168,7 @@ def _in_words(match: re.Match[str]) -> Number:
     if match["count"]:
         return str(_COUNTS[match["count"]]), _UNITS.get(match["unit"], "month"), match[0]
     if match["days"]:
-        return str(DAYS_IN_WORDS[match["days"]]), "day", match[0]
+        return str(DAYS[match["days"]]), "day", match[0]
     if match["often"]:
         return str(_OFTEN[match["often"].lower()]), "times", match[0]
     return str(_ENGLISH[match["english"].lower()]), _UNITS.get((match["of"] or "").lower(), ""), match[0]

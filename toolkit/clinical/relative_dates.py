@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date, timedelta
 
+from toolkit.clinical.number_words import DAYS, ENGLISH_COUNT, KOREAN_COUNT, KOREAN_DAYS, number_of
+
 
 @dataclass(frozen=True)
 class DateMention:
@@ -36,14 +38,6 @@ class _Anchor:
     """Last complete date before this place in the note."""
 
 
-DAYS_IN_WORDS = {
-    "하루": 1, "이틀": 2, "사흘": 3, "나흘": 4, "닷새": 5, "엿새": 6, "이레": 7, "여드레": 8, "아흐레": 9, "열흘": 10,
-    "보름": 15,
-}  # fmt: skip
-_SMALL = {
-    "한": 1, "두": 2, "세": 3, "네": 4, "일": 1, "이": 2, "삼": 3, "사": 4, "오": 5, "육": 6, "a": 1, "an": 1, "one": 1,
-    "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
-}  # fmt: skip
 _KOREAN_WEEKDAYS = "월화수목금토일"
 _WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
@@ -55,15 +49,8 @@ _NEAR_DAYS = {
 }  # fmt: skip
 _WEEKS = {"지지난": -2, "저저번": -2, "지난": -1, "저번": -1, "이번": 0, "금": 0, "다음": 1}
 
-_COUNT = r"(?:\d{1,3}|한|두|세|네|일|이|삼|사|오|육)"
-_ENGLISH_COUNT = r"(?:\d{1,3}|an?|one|two|three|four|five|six|seven|eight|nine|ten)"
-_KOREAN_COUNT_OF_DAYS = "|".join(sorted(DAYS_IN_WORDS, key=len, reverse=True))
 _MONTH_NAME = rf"(?:{'|'.join(_MONTHS)})[a-z]*\.?"
 _WEEKDAY_NAME = r"(?P<weekday>mon|tues?|wed(?:nes)?|thu(?:rs)?|fri|sat(?:ur)?|sun)(?:day)?\b"
-
-
-def _number(text: str) -> int:
-    return int(text) if text.isdigit() else _SMALL[text.lower()]
 
 
 def _shift_months(day: date, months: int) -> str:
@@ -122,14 +109,14 @@ def _direction(found: _Found) -> int:
 
 
 def _korean_days(found: _Found, anchor: _Anchor) -> str:
-    count = DAYS_IN_WORDS[found["days"]] if found["days"] else _number(found["count"])
+    count = DAYS[found["days"]] if found["days"] else number_of(found["count"])
     if "째" in found["way"]:
         return _moved(1 - count, anchor, False)
     return _moved(_direction(found) * count, anchor, _direction(found) > 0)
 
 
 def _weeks(found: _Found, anchor: _Anchor) -> str:
-    return _moved(7 * _direction(found) * _number(found["count"]), anchor, _direction(found) > 0)
+    return _moved(7 * _direction(found) * number_of(found["count"]), anchor, _direction(found) > 0)
 
 
 def _week_alone(found: _Found, anchor: _Anchor) -> str:
@@ -188,22 +175,23 @@ def _patterns() -> Iterator[_Pattern]:
         rf"\b{_WEEKDAY_NAME}\sbefore\slast",
         lambda f, a: (date.fromisoformat(_last_weekday(_english_weekday(f), a)) - timedelta(weeks=1)).isoformat(),
     )
+    yield form(rf"\b(?:on|since|from)\s{_WEEKDAY_NAME}", lambda f, a: _last_weekday(_english_weekday(f), a))
     yield form(rf"\blast\s{_WEEKDAY_NAME}", lambda f, a: _last_weekday(_english_weekday(f), a))
-    days = rf"(?:(?P<days>{_KOREAN_COUNT_OF_DAYS})|(?<![\d.])(?P<count>\d{{1,3}})\s?일)"
+    days = rf"(?:(?P<days>{KOREAN_DAYS})|(?<![\d.])(?P<count>\d{{1,3}})\s?일)"
     yield form(rf"{days}\s?(?P<way>전|뒤|후|만에|째)", _korean_days)
-    yield form(rf"(?<![가-힣\d])(?P<count>{_COUNT})\s?주(?:일)?\s?(?P<way>전|뒤|후)", _weeks)
+    yield form(rf"(?<![가-힣\d])(?P<count>{KOREAN_COUNT})\s?주(?:일)?\s?(?P<way>전|뒤|후)", _weeks)
     yield form(
-        rf"(?<![가-힣\d])(?P<count>{_COUNT})\s?(?:달|개월)\s?(?P<way>전)",
-        lambda f, a: _shift_months(a.note, -_number(f["count"])),
+        rf"(?<![가-힣\d])(?P<count>{KOREAN_COUNT})\s?(?:달|개월)\s?(?P<way>전)",
+        lambda f, a: _shift_months(a.note, -number_of(f["count"])),
     )
     yield form(r"(?<!\d)(?P<count>\d{1,2})\s?년\s?전", lambda f, a: f"{a.note.year - int(f['count']):04d}")
     yield form(
-        rf"\b(?P<count>{_ENGLISH_COUNT})\sdays?\s(?P<way>ago|before|earlier|later|after|afterwards)",
-        lambda f, a: _moved(_direction(f) * _number(f["count"]), a, _direction(f) > 0),
+        rf"\b(?P<count>{ENGLISH_COUNT})\sdays?\s(?P<way>ago|before|earlier|later|after|afterwards)",
+        lambda f, a: _moved(_direction(f) * number_of(f["count"]), a, _direction(f) > 0),
     )
-    yield form(rf"\b(?P<count>{_ENGLISH_COUNT})\sweeks?\s(?P<way>ago|before|earlier|later|after|afterwards)", _weeks)
+    yield form(rf"\b(?P<count>{ENGLISH_COUNT})\sweeks?\s(?P<way>ago|before|earlier|later|after|afterwards)", _weeks)
     yield form(
-        rf"\b(?P<count>{_ENGLISH_COUNT})\smonths?\sago", lambda f, a: _shift_months(a.note, -_number(f["count"]))
+        rf"\b(?P<count>{ENGLISH_COUNT})\smonths?\sago", lambda f, a: _shift_months(a.note, -number_of(f["count"]))
     )
     yield form(
         r"(?<![가-힣])(?:다음\s?날|이튿날|익일|the (?:next|following) day)",
@@ -222,7 +210,9 @@ def _patterns() -> Iterator[_Pattern]:
         r"(?<!\d)(?P<m>\d{1,2})\s?월\s?(?:초|중순|말|경|쯤)?(?!\s?\d)",
         lambda f, a: _month_without_year(int(f["m"]), a),
     )
-    yield form(r"(?<![\d.])(?P<y>(?:19|20)\d{2})\s?년(?!\s?[\d전뒤후])|\b(?:in|since|from)\s(?P<y2>(?:19|20)\d{2})\b", _year)
+    yield form(
+        r"(?<![\d.])(?P<y>(?:19|20)\d{2})\s?년(?!\s?[\d전뒤후])|\b(?:in|since|from)\s(?P<y2>(?:19|20)\d{2})\b", _year
+    )
     yield form(r"작년|지난해|last year", lambda f, a: f"{a.note.year - 1:04d}")
 
 

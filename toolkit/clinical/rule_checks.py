@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from toolkit.clinical.context import Context, Record, value
 from toolkit.clinical.dates import PartialDate, parse_partial
+from toolkit.clinical.durations import starts_of_durations
 from toolkit.clinical.records import DICTIONARY_VERSION
 from toolkit.clinical.relative_dates import find_dates
 from toolkit.clinical.terms import Term
@@ -17,14 +18,18 @@ Places = list[tuple[int, str]]
 
 _DATES = ("AESTDTC", "AEENDTC")
 _KOREAN_NEGATION = re.compile(
+    r"(?:\s?(?:/|·|및|와|과|이나|나|하고)\s?[가-힣A-Za-z]{1,8}?){0,2}"
     r"(?:\s?(?:증상|소견|징후|호소|발생|반응|병력|여부))?(?:은|는|이|가|을|를|도|의)?\s?"
     r"(?:전혀\s?)?(?:없|안\s?(?:함|했|하|했음|보|생|나)|아니|부인|음성|\(-\)|\(−\)|[:=]?\s?(?:-|−|neg\b|N\b))"
 )
 _ENGLISH_NEGATION = re.compile(
-    r"(?:\bno|\bnot|\bwithout|\bdenie[sd]|\bdenying|\bnegative for|\bno (?:signs?|evidence|history|complaints?) of)"
-    r"(?: any| new| further| more| of)?\s*(?:[a-z -]{0,24}(?:,| or| nor| and)\s)?$",
+    r"(?:\bno|\bnot|\bwithout|\bnegative for|\bno (?:signs?|evidence|history) of)(?: any| new| further| more)?"
+    r"\s(?:[a-z -]{1,24}(?: or| nor|/)\s?){0,3}$"
+    r"|(?:\bdenie[sd]|\bdenying|\bno complaints of)(?: any| new)?\s(?:[a-z -]{1,24}(?:,| or| nor| and|/)\s?){0,4}$",
     re.IGNORECASE,
 )
+_STUDY_DAY = re.compile(r"\bC\d+\s?D(?!1\b)\d+|\bD\s?\+?\s?(?!1\b)\d+\b|\bday\s?(?!1\b)\d+|\d+\s?일차", re.IGNORECASE)
+"""Days of the study, whose dates a note alone does not tell."""
 
 
 def unique_sequence(records: Sequence[Record], contexts: Sequence[Context]) -> Places:
@@ -93,14 +98,16 @@ def not_after_note(records: Sequence[Record], contexts: Sequence[Context]) -> Pl
 def date_in_note(records: Sequence[Record], contexts: Sequence[Context]) -> Places:
     """Return the dates that are neither in the note nor follow from it: from no date there, nor from the note's own.
 
-    A date that is less complete than one of the note's counts as that one.
+    A date that is less complete than one of the note's counts as that one. So do both days on which something may have
+    begun that lasts so many days. A note that names days of the study (C2D8) is not looked at.
     """
     found = []
     for at, (record, context) in enumerate(zip(records, contexts, strict=True)):
-        if context.note is None or not context.note_date:
+        if context.note is None or not context.note_date or _STUDY_DAY.search(context.note):
             continue
         mentions = find_dates(context.note, context.note_date)
         known = {context.note_date[:10], *(one for mention in mentions for one in (mention.value, mention.of_note))}
+        known |= set(starts_of_durations(context.note, context.note_date))
         found += [(at, name) for name in _DATES if not _is_known(value(record, name).split("T")[0], known)]
     return found
 
@@ -136,8 +143,8 @@ def dictionary_version(records: Sequence[Record], contexts: Sequence[Context]) -
 CHECKS: dict[str, Callable[[Sequence[Record], Sequence[Context]], Places]] = {
     one.__name__: one
     for one in (
-        unique_sequence, positive_sequence, no_duplicate, same_subject, verbatim, not_negated, not_after_note, date_in_note,
-        term_in_dictionary, term_code, preferred_term, organ_class, dictionary_version,
+        unique_sequence, positive_sequence, no_duplicate, same_subject, verbatim, not_negated, not_after_note,
+        date_in_note, term_in_dictionary, term_code, preferred_term, organ_class, dictionary_version,
     )
 }  # fmt: skip
 """The checks by the name that ``rules.yaml`` gives them."""

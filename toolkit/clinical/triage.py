@@ -16,6 +16,7 @@ from toolkit.runtime.errors import DataError
 
 ABSTAIN = {"ko": "판단 보류", "en": "abstain"}
 """What stands in place of a class where the model is unsure: a person decides. By language."""
+DecidedBy = Literal["model", "rule", "nobody"]
 _QUOTE = re.compile("“([^”]*)”")
 
 
@@ -25,7 +26,7 @@ class TriageDecision:
 
     label: str
     """The class, or ``ABSTAIN``."""
-    decided_by: Literal["model", "rule", "nobody"]
+    decided_by: DecidedBy
     model_label: str
     """The likeliest class by the model alone."""
     confidence: float
@@ -71,11 +72,14 @@ def decide(
     top = int(np.argmax(probabilities))
     confidence, at_least = float(probabilities[top]), max((flag.at_least for flag in met), default=0)
     is_sure = confidence >= least_confidence
+    by: DecidedBy
     if met and (at_least == len(labels) - 1 or (is_sure and at_least > top)):
-        label, by = labels[at_least], "model" if is_sure and top >= at_least else "rule"
+        label = labels[at_least]
+        by = "model" if is_sure and top >= at_least else "rule"
     else:
-        label, by = (labels[top], "model") if is_sure else (ABSTAIN.get(language, ABSTAIN["en"]), "nobody")
-    return TriageDecision(label, by, labels[top], confidence, tuple(met), tuple(denied))  # type: ignore[arg-type]
+        label = labels[top] if is_sure else ABSTAIN.get(language, ABSTAIN["en"])
+        by = "model" if is_sure else "nobody"
+    return TriageDecision(label, by, labels[top], confidence, tuple(met), tuple(denied))
 
 
 def require_classes(labels: Sequence[str], rules: RedFlags) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import DataError, UsageError
 from toolkit.runtime.printable import printable
 from toolkit.runtime.progress_bar import ProgressBar
+
+log = logging.getLogger("frostline")
 
 
 def answer_notes(arguments: argparse.Namespace, world: World) -> None:
@@ -109,5 +112,5 @@ def _answers(arguments: argparse.Namespace, shared: SharedPrefix, note: Note) ->
     except QuestionError as error:
         if arguments.on_bad_row != "skip":
             raise DataError(f"{error}; --on-bad-row skip leaves such questions out") from None
-        shared.log_skipped(error)
+        log.warning("skipped: %s", error)
         return None

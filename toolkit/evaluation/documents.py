@@ -21,8 +21,8 @@ def are_documents(spec: TaskSpec) -> bool:
 def metrics_of_documents(rows: Sequence[RowSample], answers: Sequence[str]) -> list[Metric]:
     """Return the metrics of answers to the first rows, none of which looks at the wording.
 
-    ``citation_precision`` and ``citation_recall`` are shares of all citations of the answers, or of the references,
-    that both have; ``verified`` is the share of sentences that break no rule, headings apart. See
+    ``citation_precision`` and ``citation_recall`` are shares of the citations of all answers, or references, that both
+    have; ``verified`` is the share of sentences that break no rule, headings apart. See
     ``toolkit.clinical.document_checks`` for what the rules cannot see.
     """
     ours = [citations(answer) for answer in answers]

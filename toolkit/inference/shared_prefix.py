@@ -18,7 +18,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from toolkit.data.model_limits import padding_id
-from toolkit.inference.answering import LOW_PRECISION_TOLERANCE, PADDING_TOLERANCE, Answerer, QuestionError, next_logits
+from toolkit.inference.answering import LOW_PRECISION_TOLERANCE, PADDING_TOLERANCE, Answerer, next_logits
 from toolkit.models.anatomy import Anatomy
 from toolkit.runtime.out_of_memory import explain_out_of_memory
 from toolkit.split.module_tree import StopForward, entry_name, hidden_of
@@ -49,56 +49,54 @@ class SharedPrefix:
         prompts = {name: answerer.prompt(samples[name], row) for name, answerer in self._answerers.items()}
         ids = {name: prompt.ids for name, prompt in prompts.items()}
         common = common_length(list(ids.values()))
-        start = self._start(next(iter(ids.values()))[:common]) if common and self._exact is not False else None
-        if start is not None and self._exact is None:
-            self._exact = all(self._is_exact(name, ids[name], start) for name in ids)
-            if not self._exact:
-                log.info("this model does not give the same after a shared prefix: each task reads the note by itself")
-        if not self._exact:
-            start = None
-        self.shared_tokens += common if start is not None else 0
+        if self._exact is None and common:
+            self._exact = self._first_is_exact(ids, common)
+        start = None
+        if self._exact and common:
+            start = self._start(next(iter(ids.values()))[:common])
+            self.shared_tokens += common
         answers = {}
         for name, answerer in self._answerers.items():
             cache = self._cache(name, start) if start is not None else None
             answers[name] = answerer.answer_prompt(prompts[name], row, cache)
         return answers
 
-    def log_skipped(self, error: QuestionError) -> None:
-        """Log that a note is left out."""
-        log.warning("skipped: %s", error)
-
-    def _start(self, ids: Sequence[int]) -> _Start | None:
+    def _start(self, ids: Sequence[int]) -> _Start:
         """Run the common tokens through the shared blocks."""
-        answerer = next(iter(self._answerers.values()))
-        if answerer.loaded.model._is_stateful:
-            self._exact = False
-            log.info("this model keeps a state in place of keys and values: each task reads the note by itself")
-            return None
+        loaded = next(iter(self._answerers.values())).loaded
         with explain_out_of_memory("generation", f"1 x {len(ids)} tokens", "shorter notes"):
-            return run_prefix(answerer.loaded.model, answerer.loaded.anatomy, self._boundary, ids)
+            return run_prefix(loaded.model, loaded.anatomy, self._boundary, ids)
 
     def _cache(self, name: str, start: _Start) -> DynamicCache:
         """Run the common tokens through a task's own blocks, and return keys and values of all blocks."""
         loaded = self._answerers[name].loaded
-        return continue_prefix(loaded.model, loaded.anatomy, self._boundary, start)
+        with explain_out_of_memory("generation", f"1 x {start.ids.shape[1]} tokens", "shorter notes"):
+            return continue_prefix(loaded.model, loaded.anatomy, self._boundary, start)
+
+    def _first_is_exact(self, ids: Mapping[str, Sequence[int]], common: int) -> bool:
+        """Return whether each prompt of a note has the same next token after the shared prefix; log it if not."""
+        if any(answerer.loaded.model._is_stateful for answerer in self._answerers.values()):
+            log.info("this model keeps a state in place of keys and values: each task reads the note by itself")
+            return False
+        try:
+            start = self._start(next(iter(ids.values()))[:common])
+            exact = all(self._is_exact(name, ids[name], start) for name in ids)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+            log.debug("shared prefix: %s", error)  # of a model's own code, which cannot go on from such a cache
+            exact = False
+        if not exact:
+            log.info("this model does not give the same after a shared prefix: each task reads the note by itself")
+        return exact
 
     def _is_exact(self, name: str, ids: Sequence[int], start: _Start) -> bool:
-        """Return whether a prompt's next token has the same logits after the shared prefix, but for rounding."""
+        """Return whether the logits after a prompt are those without the shared prefix, but for rounding."""
         loaded = self._answerers[name].loaded
         pad_id = padding_id(loaded.tokenizer, loaded.model)
         alone = next_logits(loaded.model, ids, pad_id)
-        try:
-            after = next_logits(
-                loaded.model, ids, pad_id, past_key_values=self._cache(name, start), cache_implementation=None
-            )
-        except (
-            RuntimeError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            IndexError,
-        ):  # a model's own code, with such a cache
-            return False
+        options = {"past_key_values": self._cache(name, start), "cache_implementation": None}
+        after = next_logits(loaded.model, ids, pad_id, **options)
         most = PADDING_TOLERANCE.get(loaded.model.dtype, LOW_PRECISION_TOLERANCE) * float(alone.abs().max())
         return float((after - alone).abs().max()) <= most
 

@@ -15,7 +15,7 @@ _INSTALL = 'pip install {package} (pip install -e ".[corpus]")'
 
 
 @dataclass(frozen=True)
-class Line:
+class TextLine:
     """A line or paragraph of a document."""
 
     text: str
@@ -25,7 +25,7 @@ class Line:
     """Page of a PDF, from 1."""
 
 
-def read_lines(path: Path, content: bytes) -> list[Line]:
+def read_lines(path: Path, content: bytes) -> list[TextLine]:
     """Return the lines of a document with this content, in Unicode's composed form; blank ones as empty texts.
 
     Raises:
@@ -41,24 +41,24 @@ def read_lines(path: Path, content: bytes) -> list[Line]:
         raise DataError(f"{path}: cannot be read as {path.suffix} ({type(error).__name__}: {error})") from None
     if not any(line.text.strip() for line in lines):
         raise DataError(f"{path}: holds no text; a scan needs text recognition first")
-    return [Line(unicodedata.normalize("NFC", line.text), line.heading, line.page) for line in lines]
+    return [TextLine(unicodedata.normalize("NFC", line.text), line.heading, line.page) for line in lines]
 
 
-def _text(content: bytes) -> Iterator[Line]:
+def _text(content: bytes) -> Iterator[TextLine]:
     for line in content.decode("utf-8-sig").splitlines():
-        yield Line(line.strip())
+        yield TextLine(line.strip())
 
 
-def _markdown(content: bytes) -> Iterator[Line]:
+def _markdown(content: bytes) -> Iterator[TextLine]:
     is_code = False
     for raw in content.decode("utf-8-sig").splitlines():
         line = raw.strip()
         is_code ^= line.startswith("```")
         marks = len(line) - len(line.lstrip("#"))
         if 0 < marks <= 6 and line[marks : marks + 1] == " " and not is_code:
-            yield Line(_plain(line[marks:].strip(" #")), marks)
+            yield TextLine(_plain(line[marks:].strip(" #")), marks)
         else:
-            yield Line(_plain(line))
+            yield TextLine(_plain(line))
 
 
 def _plain(line: str) -> str:
@@ -66,30 +66,32 @@ def _plain(line: str) -> str:
     return line.replace("**", "").replace("__", "")
 
 
-def _pdf(content: bytes) -> Iterator[Line]:
+def _pdf(content: bytes) -> Iterator[TextLine]:
     for number, page in enumerate(_import("pypdf", "pypdf").PdfReader(io.BytesIO(content)).pages, start=1):
         for line in page.extract_text().splitlines():
-            yield Line(line.strip(), page=number)
-        yield Line("", page=number)
+            yield TextLine(line.strip(), page=number)
+        yield TextLine("", page=number)
 
 
-def _docx(content: bytes) -> Iterator[Line]:
+def _docx(content: bytes) -> Iterator[TextLine]:
     document = _import("docx", "python-docx").Document(io.BytesIO(content))
     for block in document.iter_inner_content():
         if hasattr(block, "rows"):
             for row in block.rows:
-                yield Line(" | ".join(cell.text.strip() for cell in row.cells))
+                yield TextLine(" | ".join(cell.text.strip() for cell in row.cells))
         else:
             style = str(block.style.name)
             level = style.removeprefix("Heading ") if style.startswith("Heading ") else ""
-            yield from (Line(text.strip(), int(level) if level.isdecimal() else 0) for text in block.text.split("\n"))
-        yield Line("")
+            yield from (
+                TextLine(text.strip(), int(level) if level.isdecimal() else 0) for text in block.text.split("\n")
+            )
+        yield TextLine("")
 
 
-def _hwpx(content: bytes) -> Iterator[Line]:
+def _hwpx(content: bytes) -> Iterator[TextLine]:
     document = _import("hwpx", "python-hwpx").HwpxDocument.open(io.BytesIO(content))
     for paragraph in document.text.plain().splitlines():
-        yield Line(paragraph.strip())
+        yield TextLine(paragraph.strip())
 
 
 def _import(module: str, package: str) -> Any:
@@ -99,7 +101,7 @@ def _import(module: str, package: str) -> Any:
         raise UsageError(f"this kind of file needs {package}: {_INSTALL.format(package=package)}") from None
 
 
-READERS: dict[str, Callable[[bytes], Iterator[Line]]] = {
+READERS: dict[str, Callable[[bytes], Iterator[TextLine]]] = {
     ".txt": _text, ".md": _markdown, ".pdf": _pdf, ".docx": _docx, ".hwpx": _hwpx,
 }  # fmt: skip
 """Reader by the ending of a file's name."""

@@ -175,11 +175,16 @@ def _from_file(path: str, key: str) -> TaskSpec:
             f"(docs/tasks.md){f' (did you mean {near}?)' if near else ''}"
         )
     values, lines = read_task_file(path, key)
-    return _built({"name": path.rpartition("/")[2].rpartition(".")[0], **values}, f"task file {path}", lines)
+    return _built(values, f"task file {path}", lines, path.rpartition("/")[2].rpartition(".")[0])
 
 
-def _built(values: dict[str, Any], source: str, lines: Mapping[tuple[str, ...], int]) -> TaskSpec:
-    """Validate a task's values, over those of the task that it extends: ``extends``, or a ``name`` that is shipped."""
+def _built(
+    values: dict[str, Any], source: str, lines: Mapping[tuple[str, ...], int], file_name: str | None = None
+) -> TaskSpec:
+    """Validate a task's values, over those of the task that it extends: ``extends``, or a ``name`` that is shipped.
+
+    ``file_name`` names a task whose file does not: that extends nothing, whatever the file is called.
+    """
     base = values.pop("extends", None)
     name = values.get("name")
     if base is None and name in BY_NAME:
@@ -191,6 +196,8 @@ def _built(values: dict[str, Any], source: str, lines: Mapping[tuple[str, ...], 
             [f"name is {name}, which is no task{hint}; expected one of {', '.join(BY_NAME)}, or columns and turns"],
             source,
         )
+    if file_name is not None:
+        values.setdefault("name", file_name)
     own_columns: set[str] = set()
     if base is not None:
         if not isinstance(base, str):
