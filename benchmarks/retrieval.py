@@ -5,7 +5,7 @@
 The passages are those of examples/data/corpus, and made-up rules, each a combination of who, what, when and how, until
 there are as many as asked. Two sets of queries: note and request of the sample cases, whose passages are those that
 their documents cite; and made-up questions, each on one made-up rule, with other particles and endings and without one
-part. Made-up rules are alike, so their recall says how methods compare and nothing of real texts. Times are those of the
+part. Made-up rules are alike, so their recall says how methods compare and nothing of real texts. Times are of the
 processor, in one process after a first query; the index is built once and then opened.
 """
 

@@ -161,6 +161,13 @@ def test_periods_lists_and_impossible_dates_are_told_apart() -> None:
         assert [(one.rule, one.value) for one in check_answer(f"{date} 복용하였다 [NOTE].", row)] == [("date", date)]
 
 
+def test_a_month_without_a_day_is_compared_too() -> None:
+    row = {"NOTE": "3월 들어서", "NOTE_DATE": "2026-03-18", "AE": [{"AESTDTC": "2026-03"}], "PASSAGES": []}
+    assert check_answer("2026년 3월에 시작되었다 [AE.AESTDTC].", row) == []
+    assert [one.value for one in check_answer("2026년 4월에 시작되었다 [AE.AESTDTC].", row)] == ["2026년 4월"]
+    assert [one.rule for one in check_answer("2026년 3월에 시작되었다.", row)] == ["uncited"]
+
+
 def test_what_no_rule_sees_is_not_found() -> None:
     row = {"NOTE": "구토는 없음, 열 있음", "NOTE_DATE": "2026-04-02", "PASSAGES": []}
     assert check_answer("구토가 있었다 [NOTE].", row) == []  # a flipped negation: for a person

@@ -22,7 +22,7 @@ from toolkit.retrieval.corpus import Corpus
 from toolkit.retrieval.dense import DenseIndex
 from toolkit.retrieval.index import TextIndex
 from toolkit.retrieval.passages import Passage, passages_of
-from toolkit.retrieval.readers import TextLine
+from toolkit.retrieval.readers import DocumentLine
 from toolkit.retrieval.retriever import Retriever, fuse
 from toolkit.retrieval.structure import cut
 from toolkit.retrieval.terms import terms_of
@@ -45,8 +45,8 @@ RULES = """제1장 총칙
 제1조(시행일) 이 절차는 2026년 3월 1일부터 시행한다."""
 
 
-def lines_of(text: str) -> list[TextLine]:
-    return [TextLine(line) for line in text.split("\n")]
+def lines_of(text: str) -> list[DocumentLine]:
+    return [DocumentLine(line) for line in text.split("\n")]
 
 
 def test_rules_are_cut_at_articles_and_paragraphs_but_not_at_references() -> None:
@@ -67,8 +67,16 @@ def test_a_long_paragraph_is_cut_at_its_items_after_the_words_that_lead_to_them(
 
 
 def test_headings_give_numbers_and_long_sections_are_cut_at_paragraphs() -> None:
-    text = [TextLine("4 Reporting", 1), TextLine("4.1 Immediate", 2), TextLine("a " * 200), TextLine(""), TextLine("b " * 200),
-            TextLine("Notes", 2), TextLine("x")]  # fmt: skip
+    lines = [
+        ("4 Reporting", 1),
+        ("4.1 Immediate", 2),
+        ("a " * 200, 0),
+        ("", 0),
+        ("b " * 200, 0),
+        ("Notes", 2),
+        ("x", 0),
+    ]
+    text = [DocumentLine(*line) for line in lines]
     assert [(part.key, part.place) for part in cut(text)] == [
         ("4.1", "4 Reporting 4.1 Immediate"), ("4.1:2", "4 Reporting 4.1 Immediate"), ("s3", "4 Reporting Notes"),
     ]  # fmt: skip

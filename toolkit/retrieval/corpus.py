@@ -29,7 +29,7 @@ import toolkit
 from toolkit.config import yaml_text
 from toolkit.retrieval.index import alone, root
 from toolkit.retrieval.passages import Passage
-from toolkit.retrieval.readers import READERS, TextLine, read_lines
+from toolkit.retrieval.readers import READERS, DocumentLine, read_lines
 from toolkit.retrieval.structure import cut
 from toolkit.runtime.errors import DataError
 from toolkit.runtime.paths import replace_text, sources_hash
@@ -172,7 +172,7 @@ def _read_document(path: Path, name: str, content: bytes, of_manifest: Mapping[s
     ]  # fmt: skip
 
 
-def _front_matter(lines: list[TextLine], source: str) -> tuple[dict[str, Any], list[TextLine]]:
+def _front_matter(lines: list[DocumentLine], source: str) -> tuple[dict[str, Any], list[DocumentLine]]:
     """Return the keys between two lines of ``---`` at the beginning of a document, and the lines after them."""
     if not lines or lines[0].text != "---":
         return {}, lines

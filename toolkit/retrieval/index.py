@@ -167,7 +167,7 @@ def _load(path: Path) -> Any:
     if not path.is_dir():
         return None
     try:
-        index = _library().BM25.load(path, load_corpus=False, show_progress=False)
+        index = _library().BM25.load(path, load_corpus=False)
         os.utime(path)
         return index
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -180,7 +180,7 @@ def _save(index: Any, path: Path) -> None:
     """Write an index beside ``path``, then rename it, so that there is a whole one or none."""
     staging = Path(tempfile.mkdtemp(prefix=f".{path.stem}-", suffix=".partial", dir=path.parent))  # mode 0700
     try:
-        index.save(staging, show_progress=False)
+        index.save(staging)
         for file in staging.iterdir():
             file.chmod(0o600)
         staging.rename(path)

@@ -15,7 +15,7 @@ _INSTALL = 'pip install {package} (pip install -e ".[corpus]")'
 
 
 @dataclass(frozen=True)
-class TextLine:
+class DocumentLine:
     """A line or paragraph of a document."""
 
     text: str
@@ -25,7 +25,7 @@ class TextLine:
     """Page of a PDF, from 1."""
 
 
-def read_lines(path: Path, content: bytes) -> list[TextLine]:
+def read_lines(path: Path, content: bytes) -> list[DocumentLine]:
     """Return the lines of a document with this content, in Unicode's composed form; blank ones as empty texts.
 
     Raises:
@@ -41,24 +41,24 @@ def read_lines(path: Path, content: bytes) -> list[TextLine]:
         raise DataError(f"{path}: cannot be read as {path.suffix} ({type(error).__name__}: {error})") from None
     if not any(line.text.strip() for line in lines):
         raise DataError(f"{path}: holds no text; a scan needs text recognition first")
-    return [TextLine(unicodedata.normalize("NFC", line.text), line.heading, line.page) for line in lines]
+    return [DocumentLine(unicodedata.normalize("NFC", line.text), line.heading, line.page) for line in lines]
 
 
-def _text(content: bytes) -> Iterator[TextLine]:
+def _text(content: bytes) -> Iterator[DocumentLine]:
     for line in content.decode("utf-8-sig").splitlines():
-        yield TextLine(line.strip())
+        yield DocumentLine(line.strip())
 
 
-def _markdown(content: bytes) -> Iterator[TextLine]:
+def _markdown(content: bytes) -> Iterator[DocumentLine]:
     is_code = False
     for raw in content.decode("utf-8-sig").splitlines():
         line = raw.strip()
         is_code ^= line.startswith("```")
         marks = len(line) - len(line.lstrip("#"))
         if 0 < marks <= 6 and line[marks : marks + 1] == " " and not is_code:
-            yield TextLine(_plain(line[marks:].strip(" #")), marks)
+            yield DocumentLine(_plain(line[marks:].strip(" #")), marks)
         else:
-            yield TextLine(_plain(line))
+            yield DocumentLine(_plain(line))
 
 
 def _plain(line: str) -> str:
@@ -66,32 +66,32 @@ def _plain(line: str) -> str:
     return line.replace("**", "").replace("__", "")
 
 
-def _pdf(content: bytes) -> Iterator[TextLine]:
+def _pdf(content: bytes) -> Iterator[DocumentLine]:
     for number, page in enumerate(_import("pypdf", "pypdf").PdfReader(io.BytesIO(content)).pages, start=1):
         for line in page.extract_text().splitlines():
-            yield TextLine(line.strip(), page=number)
-        yield TextLine("", page=number)
+            yield DocumentLine(line.strip(), page=number)
+        yield DocumentLine("", page=number)
 
 
-def _docx(content: bytes) -> Iterator[TextLine]:
+def _docx(content: bytes) -> Iterator[DocumentLine]:
     document = _import("docx", "python-docx").Document(io.BytesIO(content))
     for block in document.iter_inner_content():
         if hasattr(block, "rows"):
             for row in block.rows:
-                yield TextLine(" | ".join(cell.text.strip() for cell in row.cells))
+                yield DocumentLine(" | ".join(cell.text.strip() for cell in row.cells))
         else:
             style = str(block.style.name)
             level = style.removeprefix("Heading ") if style.startswith("Heading ") else ""
             yield from (
-                TextLine(text.strip(), int(level) if level.isdecimal() else 0) for text in block.text.split("\n")
+                DocumentLine(text.strip(), int(level) if level.isdecimal() else 0) for text in block.text.split("\n")
             )
-        yield TextLine("")
+        yield DocumentLine("")
 
 
-def _hwpx(content: bytes) -> Iterator[TextLine]:
+def _hwpx(content: bytes) -> Iterator[DocumentLine]:
     document = _import("hwpx", "python-hwpx").HwpxDocument.open(io.BytesIO(content))
     for paragraph in document.text.plain().splitlines():
-        yield TextLine(paragraph.strip())
+        yield DocumentLine(paragraph.strip())
 
 
 def _import(module: str, package: str) -> Any:
@@ -101,7 +101,7 @@ def _import(module: str, package: str) -> Any:
         raise UsageError(f"this kind of file needs {package}: {_INSTALL.format(package=package)}") from None
 
 
-READERS: dict[str, Callable[[bytes], Iterator[TextLine]]] = {
+READERS: dict[str, Callable[[bytes], Iterator[DocumentLine]]] = {
     ".txt": _text, ".md": _markdown, ".pdf": _pdf, ".docx": _docx, ".hwpx": _hwpx,
 }  # fmt: skip
 """Reader by the ending of a file's name."""

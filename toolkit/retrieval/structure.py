@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from toolkit.retrieval.readers import TextLine
+from toolkit.retrieval.readers import DocumentLine
 
 MOST_CHARACTERS = 600
 """A 항 or section that is longer is cut at its 호 or paragraphs, where it has such."""
@@ -43,7 +43,7 @@ class Unit:
         return "\n".join(self.lines).strip()
 
 
-def cut(lines: Sequence[TextLine]) -> list[Unit]:
+def cut(lines: Sequence[DocumentLine]) -> list[Unit]:
     """Return the parts of a document that hold text, in order, each with a key of its own."""
     parts = [part for unit in _Cutter().units(lines) if unit.text for part in _shorter(unit)]
     seen: dict[str, int] = {}
@@ -65,7 +65,7 @@ class _Cutter:
         """What precedes the keys of articles: an annex or the supplement that holds them."""
         self._article, self._title = "", ""
 
-    def units(self, lines: Sequence[TextLine]) -> list[Unit]:
+    def units(self, lines: Sequence[DocumentLine]) -> list[Unit]:
         """Return a unit for each head, with the lines up to the next."""
         units = [Unit("0", "")]
         for line in lines:
@@ -83,7 +83,7 @@ class _Cutter:
                 units[-1].lines.append(rest)
         return units
 
-    def _head(self, line: TextLine) -> tuple[Unit | None, str]:
+    def _head(self, line: DocumentLine) -> tuple[Unit | None, str]:
         """Return the unit that a line begins, if it begins one, and what of the line is text."""
         text = line.text.strip()
         if annex := _ANNEX.match(text):
@@ -115,7 +115,7 @@ class _Cutter:
     def _place(self, article: str) -> str:
         return " ".join(part for part in (*self._headings.values(), self._before, article) if part)
 
-    def _clause(self, mark: str, line: TextLine) -> Unit:
+    def _clause(self, mark: str, line: DocumentLine) -> Unit:
         number = ord(mark) - ord("①") + 1
         return Unit(f"{self._article}.{number}", f"{self._place(self._title)} 제{number}항", line.page)
 
