@@ -113,6 +113,7 @@ OWN = {
     "AE-GRADE5": [EVENT | {"AETOXGR": "5"}],
     "AE-DOMAIN": [EVENT | {"DOMAIN": "MH"}],
     "AE-SEQ": [EVENT | {"AESEQ": 1}, EVENT | {"AESEQ": 1, "AESTDTC": "2026-03"}],
+    "AE-SEQ-NUMBER": [EVENT | {"AESEQ": 0}],
     "AE-DUPLICATE": [EVENT, EVENT | {"AESEV": "MILD"}],
     "AE-SUBJECT": [EVENT | {"USUBJID": "FROST-01-002"}],
     "AE-VERBATIM": [EVENT | {"AETERM": "메스꺼움이 심함"}],

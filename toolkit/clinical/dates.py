@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from datetime import date
 
 _PARTIAL = re.compile(
@@ -40,6 +40,10 @@ class PartialDate:
         return cls(day.year, day.month, day.day)
 
     @property
+    def _components(self) -> tuple[int | None, ...]:
+        return self.year, self.month, self.day, self.hour, self.minute, self.second
+
+    @property
     def as_date(self) -> date | None:
         """Return the day, if it is known."""
         if self.year is None or self.month is None or self.day is None:
@@ -48,7 +52,7 @@ class PartialDate:
 
     def is_after(self, other: PartialDate) -> bool:
         """Return whether it is certainly later: by the components that both have, up to the first that one lacks."""
-        for own, of_other in zip(astuple(self), astuple(other), strict=True):
+        for own, of_other in zip(self._components, other._components, strict=True):
             if own is None or of_other is None:
                 return False
             if own != of_other:
@@ -56,8 +60,8 @@ class PartialDate:
         return False
 
     def __str__(self) -> str:
-        year, month, day, hour, minute, second = astuple(self)
-        known = [value is not None for value in astuple(self)]
+        year, month, day, hour, minute, second = self._components
+        known = [value is not None for value in self._components]
         if not any(known):
             return ""
         last = max(place for place, is_known in enumerate(known) if is_known)

@@ -17,21 +17,25 @@ and names of drugs that are no known ones (``drug_names.yaml``). That is for a p
 from __future__ import annotations
 
 import datetime
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
+from toolkit.clinical.case_record import CaseRecord, texts_of
 from toolkit.clinical.document_facts import (
+    TIME,
     Date,
+    Number,
+    alike,
     codes_in,
     dates_in,
     drugs_in,
+    is_same_kind,
     later,
     months_in,
     numbers_in,
+    plain,
     quotes_in,
     spans_in,
     squeezed,
@@ -39,11 +43,8 @@ from toolkit.clinical.document_facts import (
 )  # fmt: skip
 from toolkit.clinical.document_text import Sentence, citations, field_value, sentences
 from toolkit.clinical.verification import Violation
-from toolkit.retrieval.passages import Passage, passages_of
+from toolkit.retrieval.passages import Passage
 
-PASSAGES, DOCUMENT = "PASSAGES", "DOCUMENT"
-"""Columns of a row that are no part of the case record: what was retrieved, and the reference."""
-_ANSWERS = (PASSAGES, DOCUMENT, "ANSWER", "REFERENCE", "QUESTION", "CONTEXTS")
 _DUE = re.compile(r"까지|기한|마감|이내에?\s*제출|\bby\b|\bdue\b|\bdeadline\b|no later than|\bbefore\b", re.IGNORECASE)
 _SINCE = re.compile(r"부터\s*$")
 """What makes 까지 the end of a period rather than a due date."""
@@ -52,47 +53,6 @@ _BEFORE_DUE = re.compile(
     r"(?:기한|마감)(?:일)?[은이]?\s*$|(?:\bby|\bdue(?: on| by)?|\bdeadline(?: is| of)?|\bno later than)\s*$",
     re.IGNORECASE,
 )
-
-
-@dataclass(frozen=True)
-class CaseRecord:
-    """A row as the sources of a document."""
-
-    values: Mapping[str, Any]
-    """The columns that are the case."""
-    passages: Mapping[str, Passage]
-    """What was retrieved, by id."""
-
-    @classmethod
-    def of(cls, row: Mapping[str, Any]) -> CaseRecord:
-        """Divide the columns of a row."""
-        texts = row.get(PASSAGES) or []
-        values = {key: value for key, value in row.items() if key not in _ANSWERS}
-        return cls(values, passages_of([texts] if isinstance(texts, str) else texts))
-
-    @cached_property
-    def text(self) -> str:
-        """All values as one text."""
-        return "\n".join(_texts(self.values))
-
-    @cached_property
-    def dates(self) -> set[datetime.date]:
-        """The whole dates of the case, also those that its note writes without a year, in that of the note."""
-        day, found = self.day, whole_dates(self.text)
-        for date in dates_in(self.text)[0]:
-            if date.year is None and day is not None:
-                found |= whole_dates(f"{day.year}-{date.month:02d}-{date.day:02d}")
-        return found
-
-    @property
-    def day(self) -> datetime.date | None:
-        """The document's date; None if the row has none."""
-        for name in ("DOCUMENT_DATE", "NOTE_DATE"):
-            try:
-                return datetime.date.fromisoformat(str(self.values.get(name))[:10])
-            except ValueError:
-                continue
-        return None
 
 
 def check_answer(answer: str, row: Mapping[str, Any]) -> list[Violation]:
@@ -128,7 +88,10 @@ def _subject(sentence: Sentence, case: CaseRecord) -> Iterator[tuple[str, str, s
     prefix, _, number = subject.rpartition("-")
     if not prefix or not number:
         return
-    for found in re.findall(rf"{re.escape(prefix)}-[A-Za-z0-9]+", sentence.text):
+    like = [rf"{re.escape(prefix)}-[A-Za-z0-9]+"]
+    if "-" in prefix:  # another study's; A-1 has the shape of other codes
+        like.append(re.sub(r"\d", r"\\d", re.sub(r"[A-Za-z]+", "[A-Za-z]+", re.escape(subject))))
+    for found in re.findall(rf"(?<![\w-])(?:{'|'.join(like)})(?!\d)", sentence.text):
         if found != subject:
             yield "subject", found, f"expected {subject}, the row's subject"
 
@@ -150,11 +113,9 @@ class _Facts:
     """What of a sentence can be compared."""
 
     def __init__(self, text: str) -> None:
-        self.text = text
+        self.text = text = plain(text)
         self.quotes, self.drugs, self.codes = quotes_in(text), drugs_in(text), codes_in(text)
-        self.dates: Sequence[Date] = dates_in(text)[0]
-        self.months = months_in(text)
-        self.numbers = list(numbers_in(text))
+        self.dates, self.months, self.numbers = dates_in(text)[0], months_in(text), numbers_in(text)
 
     @property
     def any(self) -> bool:
@@ -164,29 +125,25 @@ class _Facts:
     def unsupported(self, case: CaseRecord, cited: Sequence[Passage]) -> Iterator[tuple[str, str, str]]:
         """Yield the facts that stand in neither the cited passages nor the case record; dates that may be due later."""
         of_passages = "\n".join(f"{passage.place}\n{passage.text}" for passage in cited)
+        texts = "\n".join(passage.text for passage in cited)
         sources = f"{case.text}\n{of_passages}"
         where = "in a cited passage or the case record"
         for quote in self.quotes:
             if squeezed(quote) not in squeezed(sources):
                 yield "quote", quote[:80], f"expected the same words {where}"
-        known = set(numbers_in(sources))
-        units = {(value, unit) for value, unit, _ in known}
-        values = {value for value, _, _ in known}
-        bare = {value for value, unit, _ in known if not unit}
-        for value, unit, written in self.numbers:
-            if (value, unit) not in units and (value not in values if not unit else value not in bare):
-                yield "number", written, f"expected it {where}"
+        for written in self._numbers(sources, numbers_in(f"{case.text}\n{texts}", ones=True)):
+            yield "number", written, f"expected it {where}"
         for name, written in self.drugs.items():
             if name not in drugs_in(sources) and squeezed(written) not in squeezed(sources):
                 yield "drug", written, f"expected it {where}"
         for code in sorted(self.codes - codes_in(sources)):
             if code not in sources:
                 yield "code", code, f"expected it {where}"
-        known_dates = case.dates | whole_dates(of_passages)
-        known_months = {(day.year, day.month) for day in known_dates} | set(months_in(sources))
+        months = {(day.year, day.month) for day in case.dates} | months_in(sources).keys() | case.months
         for month, written in self.months.items():
-            if month not in known_months:
+            if month not in months:
                 yield "date", written, f"expected it {where}"
+        known_dates = case.dates | whole_dates(of_passages)
         due = {day for base in case.dates for day in _due_days(base, cited)}
         for date in self.dates:
             if not date.is_one_of(known_dates) and not date.is_one_of(due):
@@ -196,6 +153,20 @@ class _Facts:
                     f"expected it {where}, or a span of a cited passage after a date of the case",
                 )
 
+    def _numbers(self, sources: str, texts: Sequence[Number]) -> Iterator[str]:
+        """Yield the numbers that are not in the sources; one with a unit must be in their texts, headings aside.
+
+        Notes leave units out: 38.6 may be 38.6 ℃, but not where the sources have it with another unit of temperature,
+        and no span of time.
+        """
+        values = {value for value, _, _ in numbers_in(sources, ones=True)}
+        units = {one for value, unit, _ in texts for one in alike(value, unit)}
+        for value, unit, written in self.numbers:
+            is_bare = (value, "") in units and unit not in TIME
+            is_other = any(one == value and is_same_kind(unit, other) for one, other in units)
+            if (value, unit) not in units and (value not in values if not unit else not is_bare or is_other):
+                yield written
+
 
 def _deadlines(
     sentence: Sentence, facts: _Facts, case: CaseRecord, cited: Sequence[Passage]
@@ -204,7 +175,7 @@ def _deadlines(
     if not _DUE.search(facts.text) or not any(spans_in(passage.text) for passage in cited):
         return
     values = [field_value(case.values, name) for name in sentence.fields]
-    bases = {day for text in _texts(values) for day in whole_dates(text)} or case.dates
+    bases = {day for text in texts_of(values) for day in whole_dates(text)} or case.dates
     due = {day for base in bases for day in _due_days(base, cited)}
     stated = [date for date in facts.dates if _is_due(facts.text, date)]
     for date in stated:
@@ -225,20 +196,6 @@ def _due_days(base: datetime.date, cited: Sequence[Passage]) -> Iterator[datetim
     for passage in cited:
         for number, unit in spans_in(passage.text):
             yield later(base, number, unit)
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Yield the texts and numbers within values; an object that is not text as JSON."""
-    if isinstance(value, Mapping):
-        for item in value.values():
-            yield from _texts(item)
-    elif isinstance(value, str):
-        yield value
-    elif isinstance(value, Sequence):
-        for item in value:
-            yield from _texts(item)
-    elif value is not None:
-        yield json.dumps(value, default=str)
 
 
 def unverified(answer: str, row: Mapping[str, Any]) -> dict[int, list[str]]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from toolkit.clinical import RESEARCH_USE
-from toolkit.clinical.document_checks import CaseRecord, unverified
+from toolkit.clinical.case_record import CaseRecord
+from toolkit.clinical.document_checks import unverified
 from toolkit.clinical.document_text import CITATION, Sentence, field_value, sentences
 from toolkit.runtime.errors import UsageError
 from toolkit.runtime.printable import printable

@@ -16,8 +16,11 @@ FIELD = re.compile(r"\[([A-Z][A-Z_]*)(\d*)(?:\.([A-Z][A-Z0-9_]*))?\]")
 CITATION = re.compile(rf"{PASSAGE.pattern}|{FIELD.pattern}")
 _END = re.compile(r"(?<=[.!?。])((?:\s*\[[^\]\n]+\])*)\s+(?=\S)")
 _LIST_MARK = re.compile(r"^(?:\(\d{1,2}\)|\d{1,2}[.)])\s+(?!\d{1,2}\.)")
-_NUMBER_BEFORE = re.compile(r"(?:^|\s)\d+\.$|(?:^|\s)(?:No|Dr|vs|e\.g|i\.e)\.$")
-"""A full stop that ends no sentence: of a date such as 2026. 3. 5., of a list, of an abbreviation."""
+_NO_END = re.compile(r"^\d+\.$|(?<!\d)\d{4}\.\s?\d{1,2}\.(?:\s?\d{1,2}\.)?$|(?:^|\s)(?:No|Dr|vs|e\.g|i\.e)\.$")
+"""A full stop that ends no sentence: of a list, of a date such as 2026. 3. 5., of an abbreviation."""
+_YEAR, _MONTH = re.compile(r"(?<!\d)\d{4}\.$"), re.compile(r"\d{1,2}\.")
+"""A full stop after a year of such a date, and what follows it."""
+_QUOTE_OVER_LINES = re.compile(r"“[^”\n]*\n[^”\n]+”")
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Sentence:
 def sentences(document: str) -> list[Sentence]:
     """Return the sentences of a document, in order; a line that begins with # is a heading."""
     found: list[tuple[str, bool]] = []
-    for line in document.splitlines():
+    for line in _QUOTE_OVER_LINES.sub(lambda quote: quote[0].replace("\n", " "), document).splitlines():
         line = line.strip()
         if line.startswith("#"):
             found.append((line, True))
@@ -61,7 +64,9 @@ def sentences(document: str) -> list[Sentence]:
 def _divided(line: str) -> list[str]:
     parts, start = [], 0
     for end in _END.finditer(line):
-        if not _NUMBER_BEFORE.search(line[start : end.start()]):
+        before = line[start : end.start()]
+        is_year = _YEAR.search(before) and _MONTH.match(line, end.end())
+        if not is_year and not _NO_END.search(before):
             parts.append(line[start : end.end(1)].strip())
             start = end.end()
     return [*parts, line[start:].strip()]

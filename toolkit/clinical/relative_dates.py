@@ -179,6 +179,10 @@ def _calendar_forms() -> Iterator[_Pattern]:
         lambda f, a: _last_weekday(_KOREAN_WEEKDAYS.index(f["weekday"]), a),
     )
     yield _form(rf"\b{_WEEKDAY_NAME}\s(?:of\s)?last\sweek", lambda f, a: _weekday_of_week(-1, _english_weekday(f), a))
+    yield _form(
+        rf"\b{_WEEKDAY_NAME}\sbefore\slast",
+        lambda f, a: (date.fromisoformat(_last_weekday(_english_weekday(f), a)) - timedelta(weeks=1)).isoformat(),
+    )
     yield _form(rf"\b(?:on|since|from)\s{_WEEKDAY_NAME}", lambda f, a: _last_weekday(_english_weekday(f), a))
     yield _form(rf"\blast\s{_WEEKDAY_NAME}", lambda f, a: _last_weekday(_english_weekday(f), a))
 
@@ -218,7 +222,14 @@ def _counted_forms() -> Iterator[_Pattern]:
         r"(?<!\d)(?P<m>\d{1,2})\s?월\s?(?:초|중순|말|경|쯤)?(?!\s?\d)",
         lambda f, a: _month_without_year(int(f["m"]), a),
     )
+    yield _form(
+        r"(?<![\d.])(?P<y>(?:19|20)\d{2})\s?년(?!\s?[\d전뒤후])|\b(?:in|since|from)\s(?P<y2>(?:19|20)\d{2})\b", _year
+    )
     yield _form(r"작년|지난해|last year", lambda f, a: f"{a.note.year - 1:04d}")
+
+
+def _year(found: _Found, anchor: _Anchor) -> str:
+    return f"{found['y'] or found['y2']}"
 
 
 def _english(found: _Found, anchor: _Anchor) -> str | None:

@@ -37,6 +37,15 @@ def unique_sequence(records: Sequence[Record], contexts: Sequence[Context]) -> P
     return _repeated(records, contexts, ("AESEQ",), "AESEQ")
 
 
+def positive_sequence(records: Sequence[Record], contexts: Sequence[Context]) -> Places:
+    """Return the records whose AESEQ is no number from 1."""
+    return [
+        (at, "AESEQ")
+        for at, record in enumerate(records)
+        if (number := value(record, "AESEQ")) and not (number.isdecimal() and int(number) > 0)
+    ]
+
+
 def no_duplicate(records: Sequence[Record], contexts: Sequence[Context]) -> Places:
     """Return the records that have term, start and end of one before them, of one subject."""
     return _repeated(records, contexts, ("AETERM", "AESTDTC", "AEENDTC"), "AETERM")
@@ -134,8 +143,8 @@ def dictionary_version(records: Sequence[Record], contexts: Sequence[Context]) -
 CHECKS: dict[str, Callable[[Sequence[Record], Sequence[Context]], Places]] = {
     one.__name__: one
     for one in (
-        unique_sequence, no_duplicate, same_subject, verbatim, not_negated, not_after_note, date_in_note,
-        term_in_dictionary, term_code, preferred_term, organ_class, dictionary_version,
+        unique_sequence, positive_sequence, no_duplicate, same_subject, verbatim, not_negated, not_after_note,
+        date_in_note, term_in_dictionary, term_code, preferred_term, organ_class, dictionary_version,
     )
 }  # fmt: skip
 """The checks by the name that ``rules.yaml`` gives them."""
@@ -200,5 +209,8 @@ def _date(text: str) -> PartialDate | None:
 
 
 def _is_known(text: str, known: set[str]) -> bool:
-    """Return whether a date is empty or none (another rule's matter), one of those known, or less complete than one."""
-    return _date(text) is None or any(one == text or one.startswith(f"{text}-") for one in known)
+    """Return whether a date is one of those known, or less complete than one.
+
+    So is what cannot be told: no date, which is another rule's matter, and one that lacks a part in its middle.
+    """
+    return _date(text) is None or "--" in text or any(one == text or one.startswith(f"{text}-") for one in known)
