@@ -67,6 +67,8 @@ def one_step(trainer: Trainer, folder: Path) -> dict[str, Any]:
         iter(step_batches(trainer.context.dataset.train, order, trainer.context.batch_plan, trainer.context.pad_id))
     )
     train_step(batches, trainer.state.prefix, trainer.state.engine, trainer.context.world)
+    folder.mkdir(exist_ok=True)
+    trainer.context.world.barrier()
     Saver(folder, trainer.context.world, keep=1).save(
         content_of(trainer.context, trainer.state, Progress(trainer.context.batch_plan.rows))
     )
