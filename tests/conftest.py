@@ -18,7 +18,7 @@ import pytest
 import torch.distributed as dist
 from helpers import make_tiny_model
 
-from toolkit.models.bundled import cache_root
+from toolkit.runtime.cache_root import cache_root
 
 SLOW_FIXTURES = {"frostline", "store_worker"}
 """What takes long to set up: an installation in an environment of its own, writers that are killed at every call."""

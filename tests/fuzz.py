@@ -30,7 +30,7 @@ sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in
 from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 
 from toolkit.commands.cli import run_command  # noqa: E402
-from toolkit.models.bundled import cache_root  # noqa: E402
+from toolkit.runtime.cache_root import cache_root  # noqa: E402
 
 _CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
 _FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect")

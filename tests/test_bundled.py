@@ -14,8 +14,10 @@ import torch
 
 from toolkit.commands import cli
 from toolkit.models import bundled
-from toolkit.models.bundled import BUNDLED_NAME, bundled_directory, cache_root
+from toolkit.models.bundled import BUNDLED_NAME, bundled_directory
 from toolkit.models.weight_fingerprint import fingerprint_of
+from toolkit.runtime import privacy
+from toolkit.runtime.cache_root import cache_root
 from toolkit.runtime.errors import ModelError, UsageError
 from toolkit.runtime.safetensors_io import write_safetensors
 
@@ -97,4 +99,4 @@ def test_a_user_without_home_and_name_has_a_private_cache(tmp_path: Path, monkey
     assert getpass.getuser().startswith("uid-")
     found.parent.chmod(0o755)
     with pytest.raises(UsageError, match=r"no home directory is known.*set HOME, or FROSTLINE_CACHE"):
-        bundled.private_temporary_directory()
+        privacy.private_temporary_directory()

@@ -19,7 +19,7 @@ from toolkit.evaluation.base_answers import everyday_prompts
 from toolkit.evaluation.contamination import public_sources
 from toolkit.evaluation.table import report
 from toolkit.inference.open_model import open_model
-from toolkit.models.bundled import cache_root
+from toolkit.runtime.cache_root import cache_root
 from toolkit.runtime.errors import ConfigError, DataError, UsageError
 from toolkit.tasks.choose import load_task
 from toolkit.tasks.lm_eval import LmEvalTask, read_lm_eval_task
