@@ -1,5 +1,5 @@
 # make train      set everything up, then run the quickstart
-# make test       set everything up, then run the tests that take less than 10 minutes on 2 cores
+# make test       set everything up, then run the tests that are not marked slow
 # make test-all   all tests: those, then make test-slow
 # make test-paths those of make test as processors with other instructions compute them
 # make docs       build the documentation's site into build/site, strictly

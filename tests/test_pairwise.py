@@ -137,7 +137,7 @@ def test_a_part_of_all_pairs_lives(tmp_path: Path, summarise: Callable[[str], No
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_all_pairs_live(tmp_path: Path, summarise: Callable[[str], None]) -> None:
-    """About eight minutes on two cores."""
+    """The longest test there is: some 75 lives of a run."""
     assert {f"{name}.json" for name in DS if name != "none"} < {path.name for path in Path("ds_configs").iterdir()}
     try_rows(cover(TABLE, seed(), REFUSALS), seed(), tmp_path, summarise)
 

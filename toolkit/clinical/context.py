@@ -14,7 +14,7 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Context:
-    """What the records of a note are held against, as far as it is known."""
+    """Holds what the records of a note are held against, as far as it is known."""
 
     note: str | None = None
     note_date: str | None = None

@@ -110,7 +110,7 @@ def _citations(sentence: Sentence, case: CaseRecord) -> Iterator[tuple[str, str,
 
 
 class _Facts:
-    """What of a sentence can be compared."""
+    """Holds what of a sentence can be compared."""
 
     def __init__(self, text: str) -> None:
         self.text = text = plain(text)
@@ -119,7 +119,7 @@ class _Facts:
 
     @property
     def any(self) -> bool:
-        """Whether there is something to compare."""
+        """Return whether there is something to compare."""
         return bool(self.quotes or self.drugs or self.codes or self.dates or self.months or self.numbers)
 
     def unsupported(self, case: CaseRecord, cited: Sequence[Passage]) -> Iterator[tuple[str, str, str]]:

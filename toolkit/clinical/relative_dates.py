@@ -31,7 +31,7 @@ class DateMention:
 
 @dataclass(frozen=True)
 class _Anchor:
-    """What relative dates are counted from."""
+    """Holds what relative dates are counted from."""
 
     note: date
     last: date | None = None

@@ -63,7 +63,7 @@ class Respondent(Protocol):
 
 @dataclass
 class Walked:
-    """What all steps gave of one note."""
+    """Holds what all steps gave of one note."""
 
     number: int
     """From 1."""

@@ -22,7 +22,7 @@ _QUOTE = re.compile("“([^”]*)”")
 
 @dataclass(frozen=True)
 class TriageDecision:
-    """What is to be done with a report, who said so, and why."""
+    """States what is to be done with a report, who said so, and why."""
 
     label: str
     """The class, or ``ABSTAIN``."""

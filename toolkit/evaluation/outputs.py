@@ -31,7 +31,7 @@ from toolkit.tasks.sample import SYSTEM, RowFaultError, Sample
 
 @dataclass(frozen=True)
 class Asked:
-    """What is computed of every model."""
+    """Says what is computed of every model."""
 
     batch_size: int = 1
     """Rows computed at once."""
@@ -47,7 +47,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model, or a trivial method, gives for each row; what it does not give is None."""
+    """Holds what a model, or a trivial method, gives for each row; None for what it does not give."""
 
     losses: np.ndarray | None = None
     """[rows] cross entropy in nats, summed over a row's supervised tokens."""

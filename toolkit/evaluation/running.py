@@ -29,7 +29,7 @@ log = logging.getLogger("frostline")
 
 @dataclass(frozen=True)
 class Found:
-    """What was computed of a source."""
+    """Holds what was computed of a source."""
 
     outputs: Outputs
     step: int | None

@@ -90,7 +90,7 @@ class ModelName:
 
 @dataclass(frozen=True)
 class OpenOptions:
-    """How models are opened; see ``open_model``."""
+    """Says how models are opened; see ``open_model``."""
 
     step: Step | None = None
     """Checkpoint of the runs that name none of their own."""

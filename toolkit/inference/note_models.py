@@ -26,7 +26,7 @@ from toolkit.tasks.sample import Sample
 
 @dataclass(frozen=True)
 class StepModel:
-    """What answers a step: a run's model, and how it reads rows."""
+    """Answers a step: a run's model, and how it reads rows."""
 
     opened: OpenedModel
     answerer: Answerer
@@ -103,7 +103,7 @@ def option_probabilities(
 ) -> list[float]:
     """Return the probability of each option after a prompt: the same, but for rounding, as ``evaluate.py`` scores.
 
-    The prompt is computed once, from where the note's common tokens end, and each option from where it ends.
+    What the note's common tokens gave is not computed again; the rest of the prompt is, with each option.
     """
     model = opened.loaded.model
     with explain_out_of_memory("scoring options", f"1 x {len(prompt)} tokens", "shorter notes"):

@@ -105,7 +105,7 @@ class SharedPrefix:
 
 
 class SharedNote:
-    """What the common tokens of one note gave; each task goes on from it, as often as it is asked."""
+    """Holds what the common tokens of one note gave; each task goes on from it, as often as it is asked."""
 
     def __init__(self, start: _Start | None, run: Callable[[str, _Start], DynamicCache]) -> None:
         self._start, self._run = start, run
@@ -124,7 +124,7 @@ class SharedNote:
 
 
 class _Start:
-    """What the shared blocks give of common tokens."""
+    """Holds what the shared blocks give of common tokens."""
 
     def __init__(self, ids: torch.Tensor, hidden: torch.Tensor, cache: DynamicCache, forms: list[int | None]) -> None:
         self.ids, self.hidden, self.cache = ids, hidden, cache

@@ -17,7 +17,7 @@ _STEPS = 10
 
 @dataclass(frozen=True)
 class CoveragePoint:
-    """What answering only where a model is sure enough gives."""
+    """States what answering only where a model is sure enough gives."""
 
     confidence: float
     """Least probability of the likeliest class at which the model answers."""

@@ -163,7 +163,7 @@ def _cell(shows: str, score: Score | None, text: Phrases) -> tuple[str, str, str
 
 @dataclass(frozen=True)
 class SideEffect:
-    """What training did beside its task, as a table of its own."""
+    """Shows what training did beside its task, as a table of its own."""
 
     heading: Markup
     note: Markup

@@ -28,7 +28,7 @@ _NEEDS_ANSWERS = "; metrics of generated answers need output.sample_answers"
 
 @dataclass(frozen=True)
 class ValidationMetrics:
-    """What is asked of the validation rows beside their loss."""
+    """Computes what is asked of the validation rows beside their loss."""
 
     names: tuple[str, ...]
     scorer: Scorer
