@@ -26,7 +26,9 @@ from toolkit.retrieval.readers import DocumentLine
 from toolkit.retrieval.retriever import Retriever, fuse
 from toolkit.retrieval.structure import cut
 from toolkit.retrieval.terms import terms_of
+from toolkit.runtime import signals
 from toolkit.runtime.errors import DataError, UsageError
+from toolkit.runtime.file_lock import FileLock
 from toolkit.tasks.choose import load_task
 from toolkit.tasks.sample import RowFaultError
 
@@ -370,3 +372,20 @@ def test_purge_removes_what_retrieval_keeps(documents: Path, monkeypatch: pytest
     assert {path.suffix for path in kept.iterdir()} == {".bm25", ".json", ".npy", ".lock"}
     assert cache.main(["purge", "--kind", "retrieval"]) == 0
     assert list(kept.iterdir()) == []
+
+
+def test_a_stop_is_heard_while_another_process_builds_the_index(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FROSTLINE_CACHE", str(tmp_path))
+    texts = ["one report", "two deviations"]
+    path = index_module.root() / f"{index_module.fingerprint_of(texts)}.lock"
+    path.parent.mkdir(parents=True)
+    holder = FileLock(path)
+    assert holder.acquire()
+    monkeypatch.setattr(signals, "stop_requested", lambda: True)
+    try:
+        with pytest.raises(signals.StopRequested):
+            TextIndex(texts)
+    finally:
+        holder.release()

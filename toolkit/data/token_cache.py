@@ -27,7 +27,6 @@ from toolkit.data.sources import Row
 from toolkit.data.token_file import DamagedStoreError, StoreWriter
 from toolkit.data.token_store import TokenStore, map_store
 from toolkit.data.tokenising import Encoding, encode_all, source_columns
-from toolkit.runtime import signals
 from toolkit.runtime.cache_root import cache_root
 from toolkit.runtime.errors import DiskError
 from toolkit.runtime.file_lock import FileLock
@@ -185,18 +184,9 @@ def _lock(path: Path) -> Iterator[bool]:
         OSError: the directory cannot be written, or (TimeoutError) another process makes the store for too long.
     """
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    lock, is_alone = FileLock(path, mode=_MODE), False
+    lock = FileLock(path, mode=_MODE)
     try:
-        try:
-            lock.wait(_MOST_SECONDS)
-            is_alone = True
-        except InterruptedError:
-            raise signals.StopRequested from None
-        except TimeoutError:
-            raise
-        except OSError:  # no locks on this file system: each process makes a file, and the last one stays
-            pass
-        yield is_alone
+        yield lock.wait_or_do_without(_MOST_SECONDS)  # without locks each process makes a file, and the last one stays
     finally:
         lock.release()
 

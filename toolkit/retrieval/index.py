@@ -105,17 +105,13 @@ def alone(path: Path) -> Iterator[None]:
     """Hold the lock of what is kept at ``path``, whose directory is made; without locks there, go on.
 
     Raises:
+        StopRequested: a signal came while another process held it.
         OSError: the directory cannot be written, or another process holds the lock for too long.
     """
     make_directory(path.parent)
     lock = FileLock(path.with_suffix(".lock"))
     try:
-        try:
-            lock.wait(_MOST_SECONDS)
-        except (TimeoutError, InterruptedError):
-            raise
-        except OSError:  # no locks on this file system: each process makes its own, and the first one stays
-            pass
+        lock.wait_or_do_without(_MOST_SECONDS)  # without locks each process makes its own, and the first one stays
         yield
     finally:
         lock.release()

@@ -82,6 +82,23 @@ class FileLock:
                             describe_holder(self.path), seconds)  # fmt: skip
             time.sleep(_POLL_SECONDS)
 
+    def wait_or_do_without(self, seconds: float) -> bool:
+        """Acquire the lock as ``wait`` does; return False where there can be none, so that others may do the same now.
+
+        Raises:
+            TimeoutError: it was held for ``seconds``.
+            StopRequested: a signal asked the run to stop meanwhile.
+        """
+        try:
+            self.wait(seconds)
+        except InterruptedError:
+            raise signals.StopRequested from None
+        except TimeoutError:
+            raise
+        except OSError:
+            return False
+        return True
+
     def release(self, remove: bool = False) -> None:
         """Release the lock and close the file, which ``remove`` deletes; a second call does nothing."""
         if self.descriptor < 0:
