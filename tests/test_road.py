@@ -17,15 +17,16 @@ from helpers import ROOT, make_tokenizer, run_here, tiny_llama
 from toolkit.clinical.dictionary import toy
 from toolkit.clinical.road import CLOCK, DOCUMENT, RECORDS, STEPS, TRIAGE, AskedStep, Road, Walked
 from toolkit.clinical.road_scores import StepScore, road_scores, scores_table
-from toolkit.commands.road import _parse, _rows, _walk, write_notes
+from toolkit.commands.road import _parse, _rows, _walk
+from toolkit.commands.road_files import open_lines, write_reports
 from toolkit.config.data_schema import DataConfig
 from toolkit.data.questions import RowReader
 from toolkit.data.sources import read_rows
 from toolkit.evaluation.label_probabilities import label_probabilities
 from toolkit.inference import shared_base, shared_prefix
-from toolkit.inference.note_models import NoteModels, _is_anothers, option_probabilities
+from toolkit.inference.note_models import _is_anothers, option_probabilities
 from toolkit.inference.open_model import open_model
-from toolkit.runtime.errors import DataError
+from toolkit.runtime.errors import DataError, UsageError
 from toolkit.tasks.choose import load_task
 from toolkit.tasks.sample import RowFaultError
 
@@ -153,9 +154,9 @@ def test_no_note_is_lost_whatever_fails(tmp_path: Path) -> None:
              for at, step in enumerate((TRIAGE, RECORDS, DOCUMENT))}  # fmt: skip
     notes, road = walk(Oracle({**wrong, (CLOCK, 0): "no JSON"}))
     notes += [road.walk(4, "rows line 4", None, "is not JSON"), road.walk(5, "rows line 5", ["no", "columns"])]
-    write_notes(tmp_path, notes, ("md", "docx"))
-    lines = [json.loads(line) for line in (tmp_path / "road.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [line["NUMBER"] for line in lines] == [1, 2, 3, 4, 5]
+    for note in notes:
+        write_reports(tmp_path, note, ("md", "docx"))
+    lines = [note.results for note in notes]
     reasons = [{flag["step"]: flag["reason"] for flag in line["FLAGS"]} for line in lines]
     assert reasons[0][TRIAGE] == "too long"
     assert reasons[0][CLOCK].startswith("AT01")
@@ -321,12 +322,14 @@ def test_probabilities_after_a_shared_prefix_are_those_that_evaluate_scores(foll
     models = {TRIAGE: opened.loaded}
     boundary = opened.delta.mask.boundary if opened.delta else 0
     start = shared_prefix.run_prefix(opened.loaded.model, opened.loaded.anatomy, boundary, prompt[:20])
-    note = shared_prefix.SharedNote(
-        start, lambda name, of: shared_prefix.continue_prefix(models[name].model, models[name].anatomy, boundary, of)
-    )
+
+    def continued(name: str, of: Any) -> Any:
+        return shared_prefix.continue_prefix(models[name].model, models[name].anatomy, boundary, of)
+
+    note = shared_prefix.SharedNote(start, continued)
     found = option_probabilities(opened, prompt, options, note, TRIAGE)
     assert found == pytest.approx(wanted.tolist(), abs=1e-5)
-    alone = option_probabilities(opened, prompt, options, shared_prefix.SharedNote(None, NoteModels._never), TRIAGE)
+    alone = option_probabilities(opened, prompt, options, shared_prefix.SharedNote(None, continued), TRIAGE)
     assert alone == pytest.approx(found, abs=1e-5)
     assert torch.tensor(found).sum() == pytest.approx(1)
 
@@ -355,9 +358,66 @@ def test_what_one_run_masks_is_in_no_output(tmp_path: Path) -> None:
         step: RowReader(DataConfig(task=step, on_identifier="mask" if step == CLOCK else "warn"), load_task(step))
         for step in STEPS
     }
-    notes = _walk(_parse(words, "road"), Road(Oracle(), dictionary=toy()), readers)
-    assert len(notes) == 3
+    arguments = _parse(words, "road")
+    with open_lines(arguments, {}) as file:
+        assert len(_walk(arguments, Road(Oracle(), dictionary=toy()), readers, file, 3)) == 3
     for path in (tmp_path / "out").iterdir():
         text = path.read_text(encoding="utf-8")
         assert "[PHONE]" in text
         assert "4821" not in text
+
+
+def test_an_interrupted_road_goes_on_and_gives_what_an_undisturbed_one_gives(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    wrong = {(RECORDS, 0): "[]", (CLOCK, 1): DataError("too long")}
+    readers = {step: RowReader(DataConfig(task=step), load_task(step)) for step in STEPS}
+
+    class Killed(Oracle):
+        def ask(self, step: str, values: Mapping[str, Any]) -> AskedStep:
+            if self.number == 2 and step == DOCUMENT:
+                raise KeyboardInterrupt
+            return super().ask(step, values)
+
+    drawn = Counter[int]()
+
+    class Drawn(Oracle):
+        def ask(self, step: str, values: Mapping[str, Any]) -> AskedStep:
+            asked, number = super().ask(step, values), self.number
+
+            def draw(of: int, forced: str | None) -> str:
+                drawn[number] += 1
+                return asked.draw(of, forced)
+
+            return AskedStep(asked.row, draw, asked.reference, asked.options, asked.probabilities)
+
+    def walk_into(name: str, oracle: Oracle, *more: str) -> tuple[list[Walked], list[StepScore]]:
+        (tmp_path / name).mkdir(exist_ok=True)
+        words = [str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / name), "--triage", "t", "--coding", "c",
+                 "--document", "d", "--score", *more]  # fmt: skip
+        arguments = _parse(words, "road")
+        road = Road(oracle, dictionary=toy(), scores=True)
+        with open_lines(arguments, {}) as file:
+            notes = _walk(arguments, road, readers, file, len(ROWS))
+        return notes, road_scores(notes, road)
+
+    whole = walk_into("whole", Oracle(wrong))
+    with pytest.raises(KeyboardInterrupt):
+        walk_into("cut", Killed(wrong))
+    begun = tmp_path / "cut" / "road.jsonl.part"
+    assert len(begun.read_bytes().splitlines()) == 1 + 2
+    assert not (tmp_path / "cut" / "road.jsonl").exists()
+    with pytest.raises(UsageError, match=r"2 answers of a command that was interrupted, which had seed 42 \(now 7\)"):
+        walk_into("cut", Oracle(wrong), "--seed", "7")
+    again = walk_into("cut", Drawn(wrong))
+    assert set(drawn) == {2}, "no model answers for a note that was walked"
+    assert again[1] == whole[1]
+    assert [note.results for note in again[0]] == [note.results for note in whole[0]]
+    files = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "cut").iterdir()} == files
+    assert set(files) == {"road.jsonl", "note-1.md", "note-2.md", "note-3.md"}
+    rows = (tmp_path / "rows.jsonl").read_text(encoding="utf-8")
+    with pytest.raises(KeyboardInterrupt):
+        walk_into("changed", Killed(wrong))
+    (tmp_path / "rows.jsonl").write_text(rows.replace("Heartburn since", "Heartburn from"), encoding="utf-8")
+    with pytest.raises(DataError, match="row 1 is not the one that was answered before an interruption"):
+        walk_into("changed", Oracle(wrong))

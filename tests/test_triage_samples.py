@@ -1,4 +1,4 @@
-"""The hand-written samples of triage and ae_triage: enough of them, different, rightly labelled, of nobody."""
+"""The hand-written samples of triage, ae_triage and choice: enough of them, different, rightly labelled, of nobody."""
 
 from __future__ import annotations
 
@@ -105,3 +105,16 @@ def test_the_option_of_an_explained_answer_is_its_first_line() -> None:
 
     with pytest.raises(RowFaultError, match="does not begin with its option '응급'"):
         load_task(other).read({"NOTE": "두통", "CLASS": "응급", "REASON": "심하다"})
+
+
+def test_each_question_with_options_has_one_right_answer_at_all_places_alike() -> None:
+    read = rows("choice_ko")
+    task = load_task("choice")
+    samples = [task.read(row) for row in read]
+    assert len({row["question"] for row in read}) == len(read) == 30
+    for row, sample in zip(read, samples, strict=True):
+        texts = [row[letter] for letter in "ABCDE"]
+        assert len(set(texts)) == 5
+        assert (sample.options, sample.label) == (tuple("ABCDE"), "ABCDE"[row["answer"] - 1])
+        assert [sample.turns[0].content.count(text) for text in texts].count(0) == 0
+    assert set(Counter(row["answer"] for row in read).values()) == {6}

@@ -7,6 +7,7 @@ answers a step's task, models or others, is given as ``Respondent``.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -91,12 +92,13 @@ class Walked:
         """Have a person look at the note."""
         self.flags.append({"step": step, "reason": str(reason)})
 
-    def as_line(self) -> dict[str, Any]:
-        """Return the line of the output file."""
+    @property
+    def results(self) -> dict[str, Any]:
+        """Return what the output file has of the note beside its row; see ``Road.recall``."""
+        right = {} if self.right_document is None else {"RIGHT_DOCUMENT": self.right_document}
         return {
-            "NUMBER": self.number, "ORIGIN": self.origin, "ROW": dict(self.row), "TRIAGE": self.triage,
-            "RECORDS": self.records, "AE_TRIAGE": self.clock, "DOCUMENT": self.document, "FLAGS": self.flags,
-            "NOTICE": RESEARCH_USE[self.language],
+            "TRIAGE": self.triage, "RECORDS": self.records, "AE_TRIAGE": self.clock, "DOCUMENT": self.document,
+            **right, "FLAGS": self.flags, "NOTICE": RESEARCH_USE[self.language],
         }  # fmt: skip
 
 
@@ -135,11 +137,28 @@ class Road:
                     walked.flag(step, error)
         return walked
 
-    def _ask(self, walked: Walked, step: str, values: Mapping[str, Any]) -> AskedStep:
+    def recall(
+        self, number: int, origin: str, row: Mapping[str, Any], results: Mapping[str, Any], fault: str | None
+    ) -> Walked:
+        """Return a note that was walked before an interruption, by the ``results`` of its line; no model answers."""
+        walked = Walked(
+            number, origin, row, triage=results["TRIAGE"], records=results["RECORDS"], clock=results["AE_TRIAGE"],
+            document=results["DOCUMENT"], flags=results["FLAGS"], right_document=results.get("RIGHT_DOCUMENT"),
+        )  # fmt: skip
+        if self.scores and fault is None:  # which need the right answers
+            self.respondent.begin(number - 1, row)
+            for step in self.respondent.steps:
+                with suppress(*NOTE_FAULTS):  # as before
+                    self._ask(walked, step)
+        return walked
+
+    def _ask(self, walked: Walked, step: str) -> AskedStep:
+        """Ask a step's task; that of the document by the records of the step before."""
+        values = walked.row if step != DOCUMENT else {**walked.row, RECORDS_COLUMN: _events(walked)}
         return walked.asked.setdefault(step, self.respondent.ask(step, values))
 
     def _triage(self, walked: Walked) -> None:
-        asked = self._ask(walked, TRIAGE, walked.row)
+        asked = self._ask(walked, TRIAGE)
         probabilities = list(asked.probabilities())
         own = asked.options[max(range(len(probabilities)), key=probabilities.__getitem__)]
         answer = asked.draw(1, own)
@@ -155,7 +174,7 @@ class Road:
         self._flag_broken(walked, TRIAGE, walked.triage["VIOLATIONS"])
 
     def _records(self, walked: Walked) -> None:
-        asked = self._ask(walked, RECORDS, walked.row)
+        asked = self._ask(walked, RECORDS)
         answer, broken, tries = self._checked(asked, find_check(STEPS[RECORDS], self.dictionary))
         walked.records = {
             "RECORDS": self.records_of(answer, asked.row), "ANSWER": answer, "VERIFIED": not broken,
@@ -171,7 +190,7 @@ class Road:
             return []
 
     def _clock(self, walked: Walked) -> None:
-        asked = self._ask(walked, CLOCK, walked.row)
+        asked = self._ask(walked, CLOCK)
         answer, _, tries = self._checked(asked, find_check(STEPS[CLOCK]))
         walked.clock = {**assessed(answer, asked.row), "TRIES": tries}
         if walked.clock["CLOCK"]["is_provisional"]:
@@ -180,12 +199,9 @@ class Road:
 
     def _document(self, walked: Walked) -> None:
         """Write the document by the records of the step before."""
-        events: list[dict[str, Any]] = []
         if walked.records is None:
             walked.flag(DOCUMENT, f"written without records, for the step {RECORDS} gave none")
-        else:
-            events = events_of_answer(walked.records["ANSWER"])
-        asked = self._ask(walked, DOCUMENT, {**walked.row, RECORDS_COLUMN: events})
+        asked = self._ask(walked, DOCUMENT)
         answer, broken, tries = self._checked(asked, find_check(STEPS[DOCUMENT]))
         walked.document = {
             "TEXT": answer, "SENTENCES": sentences_of(answer, asked.row), "VERIFIED": not broken,
@@ -198,7 +214,7 @@ class Road:
         if self.scores and of_records is not None and of_records.reference is not None:
             right = events_of_answer(of_records.reference)
             walked.right_document = answer
-            if right != events:
+            if right != _events(walked):
                 again = self.respondent.ask(DOCUMENT, {**walked.row, RECORDS_COLUMN: right})
                 walked.right_document = self._checked(again, find_check(STEPS[DOCUMENT]))[0]
 
@@ -218,6 +234,10 @@ class Road:
     def _flag_broken(self, walked: Walked, step: str, violations: Sequence[Mapping[str, Any]]) -> None:
         for one in violations:
             walked.flag(step, f"{one['rule']} {one['field'] or 'answer'}: {one['value']!r}; {one['message']}")
+
+
+def _events(walked: Walked) -> list[dict[str, Any]]:
+    return events_of_answer(walked.records["ANSWER"]) if walked.records else []
 
 
 def events_of_answer(answer: str) -> list[dict[str, Any]]:

@@ -6,9 +6,9 @@
 
 NOTE is a file of rows (.jsonl, .csv, .xlsx …), a directory or Hub data set of them, or a note as a .txt or .md file.
 The runs stand on one base, which is loaded once; a note's common tokens are computed once for all steps. --output gets
-road.jsonl, a line a note with what each step gave, a report a note, and ae.csv with all records. No note is left out:
-what a step cannot do, or what breaks a rule, is flagged for a person with the reason. For research; not for care
-(docs/clinical.md).
+road.jsonl, a line a note with what each step gave, a report a note, and ae.csv with all records; the same command goes
+on after an interruption. No note is left out: what a step cannot do, or what breaks a rule, is flagged for a person
+with the reason. For research; not for care (docs/clinical.md).
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ if TYPE_CHECKING:
     from toolkit.clinical.road import Road, Walked
     from toolkit.data.questions import RowReader
     from toolkit.data.sources import Row
+    from toolkit.inference.answer_file import AnswerFile
     from toolkit.inference.note_models import NoteModels
 
 log = logging.getLogger("frostline")
 
 _TEXTS = (".txt", ".md")
 """Endings of files that are a note each."""
-LINES, RECORDS_TABLE, SCORES = "road.jsonl", "ae.csv", "scores.json"
+RECORDS_TABLE, SCORES = "ae.csv", "scores.json"
 
 
 def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
@@ -40,12 +41,14 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     arguments = _parse(words, program)
     from toolkit.clinical.red_flags import OWN_RULES, read_red_flags
     from toolkit.clinical.road import TRIAGE, Road
+    from toolkit.commands.road_files import LINES, open_lines
     from toolkit.commands.triage import least_confidence
     from toolkit.runtime.distributed import require_one_process
     from toolkit.runtime.paths import explain_refused_write, require_unused_folder
 
     require_one_process("road.py")
-    require_unused_folder(arguments.output, arguments.overwrite)
+    is_begun = (arguments.output / f"{LINES}.part").exists()
+    require_unused_folder(arguments.output, arguments.overwrite or is_begun)
     rules = read_red_flags(arguments.rules or OWN_RULES)
     least = least_confidence(arguments.sources[TRIAGE], arguments.confidence, arguments.risk)
     for source in _sources(arguments):
@@ -53,34 +56,15 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     readers, dictionary = _readers(arguments, rules)
     with explain_refused_write(arguments.output):
         arguments.output.mkdir(parents=True, exist_ok=True)
-    models = _open(arguments, readers)
-    road = Road(models, least, arguments.tries, dictionary, rules, arguments.score)
-    walked = _walk(arguments, road, readers)
+    steps, total = _checkpoints(arguments), _count(arguments)
+    with open_lines(arguments, {"least": least, "checkpoints": steps, "notes": total}) as file:
+        models = _open(arguments, readers, steps)
+        road = Road(models, least, arguments.tries, dictionary, rules, arguments.score)
+        walked = _walk(arguments, road, readers, file, total)
     for model in (models.models[step] for step in models.steps):
         model.answerer.report_control_tokens()
     _summarise(arguments, walked, road, models)
     return 0
-
-
-def write_notes(folder: Path, notes: Sequence[Walked], formats: Sequence[str], width: int = 1) -> None:
-    """Append lines of notes to ``road.jsonl`` in a folder, and write a report of each, in each of some formats.
-
-    Names of reports are the notes' numbers with at least ``width`` digits: ``note-01.md``.
-
-    Raises:
-        UsageError: .docx is asked for and python-docx is not installed.
-        DiskError: a file cannot be written.
-    """
-    from toolkit.clinical.road_report import report_of
-    from toolkit.runtime.json_text import to_json
-    from toolkit.runtime.paths import explain_refused_write, replace_bytes, replace_text
-
-    for note in notes:
-        for kind in formats:
-            report, path = report_of(note, kind), folder / f"note-{note.number:0{width}d}.{kind}"
-            replace_bytes(path, report) if isinstance(report, bytes) else replace_text(path, report)
-        with explain_refused_write(folder), (folder / LINES).open("a", encoding="utf-8") as file:
-            file.write(to_json(note.as_line(), ensure_ascii=False) + "\n")
 
 
 def _sources(arguments: argparse.Namespace) -> list[Any]:
@@ -154,16 +138,25 @@ def _readers(arguments: argparse.Namespace, rules: Any) -> tuple[dict[str, RowRe
     return readers, dictionary
 
 
-def _open(arguments: argparse.Namespace, readers: Mapping[str, RowReader]) -> NoteModels:
+def _checkpoints(arguments: argparse.Namespace) -> list[Any]:
+    """Return the step of each run that is taken; None of a source that is no run."""
+    from toolkit.checkpoint.choice import choose_checkpoint
+    from toolkit.inference.open_model import is_run
+
+    return [
+        choose_checkpoint(Path(source), arguments.step).step if is_run(Path(source)) else None
+        for source in arguments.sources.values()
+    ]
+
+
+def _open(arguments: argparse.Namespace, readers: Mapping[str, RowReader], steps: Sequence[Any]) -> NoteModels:
     """Load the base once, and what each run trained."""
     from toolkit.commands.answers import make_answerer
     from toolkit.inference.note_models import NoteModels, StepModel
-    from toolkit.inference.open_model import is_run
     from toolkit.inference.shared_base import open_together
     from toolkit.runtime.distributed import World
 
     world, sources = World(), list(arguments.sources.values())
-    steps = [arguments.step if is_run(Path(source)) else None for source in sources]
     opened = open_together(sources, world.device, steps, arguments.base, arguments.trust_remote_code)
     models = {}
     for (step, reader), one in zip(readers.items(), opened, strict=True):
@@ -175,13 +168,21 @@ def _open(arguments: argparse.Namespace, readers: Mapping[str, RowReader]) -> No
     return NoteModels(models, min(one.delta.mask.boundary for one in opened if one.delta is not None))
 
 
-def _walk(arguments: argparse.Namespace, road: Road, readers: Mapping[str, RowReader]) -> list[Walked]:
-    """Walk all notes, and write what each gives as it is done; a count of the rows comes first."""
+def _count(arguments: argparse.Namespace) -> int:
+    return min(sum(1 for _ in _rows(arguments)), arguments.limit or 2**62)
+
+
+def _walk(
+    arguments: argparse.Namespace, road: Road, readers: Mapping[str, RowReader], file: AnswerFile, total: int
+) -> list[Walked]:
+    """Walk all notes that ``file`` lacks, keep what each gives as it is done, and publish the file."""
+    from toolkit.commands.road_files import NoteLine, write_reports
     from toolkit.runtime.progress_bar import ProgressBar
 
-    total = min(sum(1 for _ in _rows(arguments)), arguments.limit or 2**62)
-    for name in (LINES, RECORDS_TABLE, SCORES):  # of --overwrite
+    for name in (RECORDS_TABLE, SCORES):  # of --overwrite
         (arguments.output / name).unlink(missing_ok=True)
+    if file.rows:
+        log.info("%d of %d notes were walked before an interruption", len(file.rows), total)
     masking, notes = next(iter(readers.values())), []
     with ProgressBar("walking", total, "note", brief=True) as bar:
         for number, row in zip(range(1, total + 1), _rows(arguments), strict=False):
@@ -189,9 +190,17 @@ def _walk(arguments: argparse.Namespace, road: Road, readers: Mapping[str, RowRe
             for reader in readers.values():  # what one run masks, no step and no output has
                 values, masking = reader.masked(values), reader if reader.masks else masking
             origin, fault = masking.fault(row, "").strip(), row.fault and masking.fault(row, row.fault)
-            notes.append(road.walk(number, origin, values, fault))
-            write_notes(arguments.output, notes[-1:], arguments.format, len(str(total)))
+            given = values if isinstance(values, Mapping) else {}
+            line = NoteLine(number - 1, {"NUMBER": number, "ORIGIN": origin, "ROW": dict(given)})
+            before = file.further_columns(line)
+            if before is not None:
+                notes.append(road.recall(number, origin, given, before, fault))
+            else:
+                notes.append(road.walk(number, origin, values, fault))
+                write_reports(arguments.output, notes[-1], arguments.format, len(str(total)))
+                file.add(line, {}, notes[-1].results)
             bar.advance(1)
+    file.publish()
     return notes
 
 

@@ -9,9 +9,8 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from toolkit.data.questions import Note, Question
 from toolkit.runtime.errors import DataError, UsageError
 from toolkit.runtime.file_lock import NO_LOCK_ERRORS, FileLock
 from toolkit.runtime.json_text import to_json
@@ -21,6 +20,18 @@ log = logging.getLogger("frostline")
 
 _MARK = "frostline answers"
 """First key of a begun file, by which it is known; its value is the version of the form."""
+
+
+class NumberedRow(Protocol):
+    """A row to be answered."""
+
+    @property
+    def row(self) -> int:
+        """Return its number, from 0."""
+
+    @property
+    def columns(self) -> Mapping[str, Any]:
+        """Return what the file has of it beside the answer."""
 
 
 class AnswerFile:
@@ -78,7 +89,7 @@ class AnswerFile:
         return frozenset(self._places)
 
     def add(
-        self, question: Question | Note, answer: str | Mapping[str, str] | None, more: Mapping[str, Any] | None = None
+        self, question: NumberedRow, answer: str | Mapping[str, str] | None, more: Mapping[str, Any] | None = None
     ) -> None:
         """Keep an answer, or that there is none, so that a process that is killed now has not lost it.
 
@@ -97,7 +108,22 @@ class AnswerFile:
             self._append({**kept, **({"more": dict(more)} if more else {})})
             self._places[question.row] = place
 
-    def require_same(self, questions: Iterable[Question | Note]) -> None:
+    def further_columns(self, question: NumberedRow) -> dict[str, Any] | None:
+        """Return the ``more`` that was kept with a row's answer; None if the row has none yet.
+
+        Raises:
+            DataError: the row was another one when it was answered.
+        """
+        if question.row not in self._places:
+            return None
+        with self._reader() as file:
+            kept = self._read(file, question.row)
+        if kept["columns"] != _plain(question.columns):
+            raise self._another_row(question.row)
+        more: dict[str, Any] = kept.get("more", {})
+        return more
+
+    def require_same(self, questions: Iterable[NumberedRow]) -> None:
         """Raise DataError if a row that is there is not among ``questions``, or was another one when it was answered.
 
         ``questions`` are not read where no row is there.
@@ -108,10 +134,7 @@ class AnswerFile:
                 if question.row in missing and self._read(file, question.row)["columns"] == _plain(question.columns):
                     missing.discard(question.row)
         if missing:
-            raise DataError(
-                f"row {min(missing) + 1} is not the one that was answered before an interruption; put the rows back, "
-                f"remove {self._part} to begin anew, or choose another --output"
-            )
+            raise self._another_row(min(missing))
 
     def publish(self) -> Path:
         """Write all lines in the order of their rows, put the file in its place, and return that.
@@ -140,6 +163,12 @@ class AnswerFile:
         """Release the file; what was added stays, and an empty one is removed."""
         is_empty = self._lock.descriptor >= 0 and os.fstat(self._lock.descriptor).st_size == 0
         self._lock.release(remove=is_empty)
+
+    def _another_row(self, row: int) -> DataError:
+        return DataError(
+            f"row {row + 1} is not the one that was answered before an interruption; put the rows back, "
+            f"remove {self._part} to begin anew, or choose another --output"
+        )
 
     def _take(self) -> FileLock:
         """Open and lock the begun file, which is made if there is none."""

@@ -40,20 +40,27 @@ class NoteModels:
         self.steps = list(models)
         self.models = models
         self.shared = SharedPrefix({step: model.answerer for step, model in models.items()}, boundary)
-        self._note = SharedNote(None, self._never)
         self._number = 0
+        self._values: Mapping[str, Any] = {}
+        self._shared_note: SharedNote | None = None
 
     def begin(self, number: int, values: Mapping[str, Any]) -> None:
-        """Run what the prompts of the steps have in common; a document's before it has records."""
-        self._number = number
-        ids = {}
-        for step, model in self.models.items():
-            try:
-                sample = self._sample(step, {**values, RECORDS_COLUMN: []})[0]
-                ids[step] = model.answerer.prompt(sample, number).ids
-            except NOTE_FAULTS:  # which asking the step says
-                continue
-        self._note = self.shared.begin(ids)
+        """Take up a note; nothing is run before a model is to answer."""
+        self._number, self._values, self._shared_note = number, values, None
+
+    @property
+    def _note(self) -> SharedNote:
+        """Run what the prompts of the steps have in common, once a note; a document's before it has records."""
+        if self._shared_note is None:
+            ids = {}
+            for step, model in self.models.items():
+                try:
+                    sample = self._sample(step, {**self._values, RECORDS_COLUMN: []})[0]
+                    ids[step] = model.answerer.prompt(sample, self._number).ids
+                except NOTE_FAULTS:  # which asking the step says
+                    continue
+            self._shared_note = self.shared.begin(ids)
+        return self._shared_note
 
     def ask(self, step: str, values: Mapping[str, Any]) -> AskedStep:
         """Ask a step's task about the note; raises RowFaultError or DataError if it cannot be asked about."""
@@ -84,10 +91,6 @@ class NoteModels:
         model = self.models[step]
         prompt, options = model.opened.encoder.encode_answers(sample, sample.options)
         return option_probabilities(model.opened, prompt, options, self._note, step)
-
-    @staticmethod
-    def _never(step: str, start: Any) -> Any:
-        raise RuntimeError("no note was begun")
 
 
 def _is_anothers(name: str, own: Collection[str], others: Collection[str]) -> bool:
