@@ -19,6 +19,8 @@ def as_text(plan: Plan, fit: DeviceFit | None = None) -> str:
     parts = [f"{plan.model} ({plan.source})"]
     if plan.phases:
         parts.append(_phases_text(plan))
+    if plan.rotation is not None:
+        parts.append(f"{plan.rotation.text()}\nwhat follows is about the turn that needs most")
     parts.append(plan.audit_text)
     if not plan.is_cut:
         parts.append("this architecture is not cut: the frozen blocks run inside the suffix")
@@ -97,6 +99,9 @@ def as_dict(plan: Plan, fit: DeviceFit | None = None) -> dict[str, Any]:
         }
     if plan.phases:
         values["schedule"] = [_attributes(phase, "end", "boundary", "trained", "peak") for phase in plan.phases]
+    if plan.rotation is not None:
+        takes_turns = [part.label for part in plan.rotation.parts]
+        values["rotation"] = {**plan.rotation.config.model_dump(), "takes_turns": takes_turns}
     if fit is not None:
         turns = [{"change": text, "needed": after} for text, after in fit.changes]
         values["fit"] = {"gpu_memory": fit.budget, "needed": fit.needed, "fits": fit.fits, "turns": turns}
