@@ -1,7 +1,7 @@
 """Runs on every rank under a launcher: train scheduled runs under several ZeRO stages. Not a test itself.
 
-Arguments: FOLDER, names of RUNS with commas, then the flags of launch/train.py. Each run is then continued from some of its checkpoints, and the
-folder gets what both gave, and what was still alive of an engine after its phase.
+Arguments: FOLDER, names of RUNS with commas, then the flags of launch/train.py. Each run is then continued from some of
+its checkpoints, and the folder gets what both gave, and what was still alive of an engine after its phase.
 """
 
 from __future__ import annotations

@@ -85,13 +85,13 @@ class Rotation:
         """Return the masks of the turns that may need most memory, to plan them in the place of all.
 
         A turn needs no more than another one whose gradients go as deep and that trains as many parameters. For each
-        lowest part the largest ones above it are taken; of the turns thus found those that another one outdoes in both
-        are left out. Of equal blocks one turn remains.
+        lowest part the largest ones above it are taken, among equal ones the lowest: the last block computes less. Of
+        the turns thus found those that another one outdoes in both are left out. Of equal blocks one turn remains.
         """
         others = self.config.blocks - 1
         chosen: list[tuple[int, int, tuple[int, ...]]] = []
         for lowest in range(len(self.parts) - others):
-            above = sorted(range(lowest + 1, len(self.parts)), key=lambda i: (-self.parts[i].parameters, -i))
+            above = sorted(range(lowest + 1, len(self.parts)), key=lambda i: (-self.parts[i].parameters, i))
             parts = tuple(sorted((lowest, *above[:others])))
             size = sum(self.parts[index].parameters for index in parts)
             chosen.append((0 if self.reaches_bottom else lowest, size, parts))
@@ -110,8 +110,9 @@ class Rotation:
         kind = "parts" if self.drops_moments else "blocks"
         order = f", order {config.order}" if self.drops_moments else ""
         lines = [
-            f"rotation {config.method}: {config.blocks} of {len(self.parts)} {kind} at a time, for {config.every_steps} "
-            f"steps each{order}, seed {config.seed}; {throughout:,} parameters train throughout",
+            f"rotation {config.method}: {config.blocks} of {len(self.parts)} {kind} at a time, "
+            f"for {config.every_steps} steps each{order}, seed {config.seed}; "
+            f"{throughout:,} parameters train throughout",
             f"the frost line is at block {line} of {self.pool.block_count} in all turns"
             + ("" if line else ": nothing below it is frozen throughout, so nothing is cached"),
         ]
@@ -215,9 +216,9 @@ def _require_whole_model(by_part: dict[int | str, list[str]], pool: LayerMask, a
     trained = set(by_part) | ({"head"} if pool.tied == "both" else set())
     wanted: set[int | str] = {"embeddings", "head", *range(anatomy.block_count)}
     if missing := sorted(map(str, (parts & wanted) - trained)):
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise MaskError(
             "mask.rotation.method is lisa, which draws from all blocks and trains embeddings and head throughout, but "
-            f"mask.train leaves out {'block ' if missing[0].isdigit() else 'the '}{missing[0]}"
-            f"{f' and {len(missing) - 1} more' if missing[1:] else ''}. Write train: [all], or method: frostline, which "
-            "draws from the blocks of mask.train above a frost line"
+            f"mask.train leaves out {'block ' if missing[0].isdigit() else 'the '}{missing[0]}{more}. "
+            "Write train: [all], or method: frostline, which draws from the blocks of mask.train above a frost line"
         )

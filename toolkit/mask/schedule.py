@@ -86,7 +86,7 @@ class Schedule:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def as_list(self) -> list[dict[str, object]]:
-        """Return the phases as JSON values: first and last step, counted from 1, and the mask, or what trains in turn."""
+        """Return the phases as JSON values: first and last step, counted from 1, and the mask, of a turn its parts."""
         if self.rotation is not None:
             return [
                 {"first_step": phase.start + 1, "last_step": phase.end, "trains": phase.turn} for phase in self.phases

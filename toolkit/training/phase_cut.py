@@ -103,8 +103,8 @@ def cut_phase(context: RunContext, model: ModelHandle, phase: Phase, packing: De
     planner = None
     if context.planners:
         planner = replace(
-            context.planners[context.planned_as(phase)], cut=prefix is not None, cached=isinstance(prefix, CachedPrefix),
-            packed=packing.on, shortcuts=suffix.shortcuts,
+            context.planners[context.planned_as(phase)], cut=prefix is not None,
+            cached=isinstance(prefix, CachedPrefix), packed=packing.on, shortcuts=suffix.shortcuts,
         )  # fmt: skip
     joined = JoinedModel(loaded.model, loaded.anatomy, None if prefix is None else phase.mask.boundary)
     return CutModel(phase, prefix, suffix, joined, packing, planner, plan=None, checkpointing=False)
