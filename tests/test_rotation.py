@@ -321,4 +321,4 @@ def test_no_turn_is_planned_to_need_more_than_the_one_that_is_shown(tiny_model: 
     assert shown.checkpoint >= 4 * rotation.pool.parameters, "the last one holds the masters of all that trained"
     assert f"rotation {given[1]['method']}: " in as_text(shown)
     assert "what follows is about the turn that needs most" in as_text(shown)
-    assert as_dict(shown)["rotation"]["method"] == given[1]["method"]
+    assert as_dict(shown)["mask"]["rotation"]["method"] == given[1]["method"]

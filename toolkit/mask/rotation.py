@@ -29,7 +29,7 @@ class RotatingPart:
 
 
 @dataclass(frozen=True)
-class Turn:
+class RotationTurn:
     """A span of steps in which the same parts train."""
 
     end: int
@@ -55,7 +55,7 @@ class Rotation:
         """Return True if each turn begins with fresh moments, even of a part that has just trained."""
         return self.config.method == "badam"
 
-    def turns(self, total_steps: int) -> list[Turn]:
+    def turns(self, total_steps: int) -> list[RotationTurn]:
         """Return the turns of a run; if the same blocks are drawn twice in a row, these are one turn.
 
         Raises:
@@ -63,9 +63,9 @@ class Rotation:
         """
         require_turns(self.config, total_steps)
         every = self.config.every_steps
-        turns: list[Turn] = []
+        turns: list[RotationTurn] = []
         for number, start in enumerate(range(0, total_steps, every)):
-            turn = Turn(min(start + every, total_steps), self._drawn(number))
+            turn = RotationTurn(min(start + every, total_steps), self._drawn(number))
             if turns and turns[-1].parts == turn.parts and not self.drops_moments:
                 turns.pop()
             turns.append(turn)
@@ -118,7 +118,11 @@ class Rotation:
         ]
         return "\n".join(lines)
 
-    def labels(self, turn: Turn) -> str:
+    def as_dict(self) -> dict[str, object]:
+        """Return the recipe's keys and what takes turns, as JSON values."""
+        return {**self.config.model_dump(), "takes_turns": [part.label for part in self.parts]}
+
+    def labels(self, turn: RotationTurn) -> str:
         """Return what trains in a turn beside what trains throughout, for the log."""
         return ", ".join(self.parts[index].label for index in turn.parts)
 

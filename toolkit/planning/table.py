@@ -54,6 +54,7 @@ def as_dict(plan: Plan, fit: DeviceFit | None = None) -> dict[str, Any]:
             "boundary": plan.mask.boundary,
             "blocks": plan.mask.block_count,
             "cut": plan.is_cut,
+            **({"rotation": plan.rotation.as_dict()} if plan.rotation else {}),
             "parts": [_attributes(row, "part", "tensors", "parameters", "trained") for row in plan.audit],
         },
         "engine": {
@@ -99,9 +100,6 @@ def as_dict(plan: Plan, fit: DeviceFit | None = None) -> dict[str, Any]:
         }
     if plan.phases:
         values["schedule"] = [_attributes(phase, "end", "boundary", "trained", "peak") for phase in plan.phases]
-    if plan.rotation is not None:
-        takes_turns = [part.label for part in plan.rotation.parts]
-        values["rotation"] = {**plan.rotation.config.model_dump(), "takes_turns": takes_turns}
     if fit is not None:
         turns = [{"change": text, "needed": after} for text, after in fit.changes]
         values["fit"] = {"gpu_memory": fit.budget, "needed": fit.needed, "fits": fit.fits, "turns": turns}

@@ -30,7 +30,7 @@ log = logging.getLogger("frostline")
 
 
 @dataclass(frozen=True)
-class CutModel:
+class PhaseCut:
     """The model as a phase cuts and plans it, before an engine is built."""
 
     phase: Phase
@@ -68,7 +68,7 @@ class KeptCut:
     checkpointing: bool
 
     @classmethod
-    def of(cls, cut_model: CutModel) -> KeptCut:
+    def of(cls, cut_model: PhaseCut) -> KeptCut:
         """Return what is kept of ``cut_model``; no module that an engine has changed."""
         suffix = cut_model.suffix
         return cls(
@@ -77,7 +77,7 @@ class KeptCut:
         )  # fmt: skip
 
 
-def cut_phase(context: RunContext, model: ModelHandle, phase: Phase, packing: Decision | None) -> CutModel:
+def cut_phase(context: RunContext, model: ModelHandle, phase: Phase, packing: Decision | None) -> PhaseCut:
     """Apply the mask, cut the model, and decide on shortcuts and packing; ``packing`` is that of an earlier phase."""
     loaded, phases = model.loaded, context.schedule.phases
     apply_mask(loaded.model, phase.mask, loaded.anatomy, context.config.train.seed)
@@ -107,10 +107,10 @@ def cut_phase(context: RunContext, model: ModelHandle, phase: Phase, packing: De
             cached=isinstance(prefix, CachedPrefix), packed=packing.on, shortcuts=suffix.shortcuts,
         )  # fmt: skip
     joined = JoinedModel(loaded.model, loaded.anatomy, None if prefix is None else phase.mask.boundary)
-    return CutModel(phase, prefix, suffix, joined, packing, planner, plan=None, checkpointing=False)
+    return PhaseCut(phase, prefix, suffix, joined, packing, planner, plan=None, checkpointing=False)
 
 
-def cut_again(context: RunContext, model: ModelHandle, phase: Phase, kept: KeptCut) -> CutModel:
+def cut_again(context: RunContext, model: ModelHandle, phase: Phase, kept: KeptCut) -> PhaseCut:
     """Cut the model for the next turn of a rotation, where the turn before did.
 
     The prefix stays, with its cache open. The weights that trained since change no decision: what the suffix may leave
@@ -126,10 +126,10 @@ def cut_again(context: RunContext, model: ModelHandle, phase: Phase, kept: KeptC
         checkpoint_blocks(suffix.blocks(phase.mask.boundary))
     joined = JoinedModel(loaded.model, loaded.anatomy, None if kept.prefix is None else phase.mask.boundary)
     log.debug("turn %d of %d: %s train", phase.index + 1, len(context.schedule.phases), phase.turn)
-    return CutModel(phase, kept.prefix, suffix, joined, kept.packing, kept.planner, kept.plan, kept.checkpointing)
+    return PhaseCut(phase, kept.prefix, suffix, joined, kept.packing, kept.planner, kept.plan, kept.checkpointing)
 
 
-def with_checkpointing(context: RunContext, cut_model: CutModel) -> CutModel:
+def with_checkpointing(context: RunContext, cut_model: PhaseCut) -> PhaseCut:
     """Decide on activation checkpointing by the memory that is free now, apply it, and plan the phase with it."""
     checkpointing, plan = choose_checkpointing(context, cut_model.planner)
     log.info("gradient checkpointing: %s", checkpointing.reason)

@@ -31,14 +31,14 @@ from toolkit.planning.planner import Plan
 from toolkit.split.prefix import Prefix
 from toolkit.training.context import ModelHandle, RunContext
 from toolkit.training.fingerprints import versions
-from toolkit.training.phase_cut import CutModel, KeptCut, cut_again, cut_phase, with_checkpointing
+from toolkit.training.phase_cut import KeptCut, PhaseCut, cut_again, cut_phase, with_checkpointing
 from toolkit.training.progress import Progress, order_digest
 
 log = logging.getLogger("frostline")
 
 
 @dataclass(frozen=True)
-class PhaseState(CutModel):
+class PhaseState(PhaseCut):
     """The current phase of the mask schedule, ready to train."""
 
     engine: Engine
@@ -153,7 +153,7 @@ def content_of(context: RunContext, phase_state: PhaseState, progress: Progress)
     return CheckpointContent(state, engine, phase_state.resting, phase.delta_mask, context.base)
 
 
-def _build_engine(context: RunContext, cut_model: CutModel) -> Engine:
+def _build_engine(context: RunContext, cut_model: PhaseCut) -> Engine:
     """Build the engine of the recipe for the suffix: DeepSpeed if there is a DeepSpeed file, else local."""
     config, suffix, prefix, plan = context.config, cut_model.suffix, cut_model.prefix, cut_model.plan
     parameters = trainable_parameters(suffix.model, cut_model.mask)
