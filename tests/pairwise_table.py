@@ -104,6 +104,10 @@ VALUES: dict[str, dict[str, Any]] = {
         "none": [], "a step": [{"train": ["blocks:4"], "until_step": 1}],
         "an epoch": [{"train": ["last:1"], "freeze": ["last:1/norms"], "until_epoch": 1}],
     },
+    "mask.rotation": {
+        "none": None, "badam": {"method": "badam", "every_steps": 1, "order": "descending"},
+        "frostline": {"method": "frostline", "every_steps": 1, "blocks": 1, "seed": 3},
+    },
     "mask.tied": {name: name for name in ("error", "untie", "both", "head_only")},
 }  # fmt: skip
 """By recipe key, its values by name. DELTA and CACHE are replaced by directories, and files by those of the folder."""
@@ -147,6 +151,11 @@ def _refused(message: str, *cells: tuple[str, tuple[str, ...]]) -> dict[Pair, st
 
 
 HEADS = ("mask.train", ("last blocks and head", "head", "adapters and head", "rows of the head"))
+ROTATIONS = ("mask.rotation", ("badam", "frostline"))  # lisa takes one mask alone: test_rotation.py
+NOT_WHOLE = (
+    "mask.train",
+    ("adapters", "adapters and head", "rows of the embeddings", "rows of the head", "quantised adapters"),
+)
 SCHEDULES = ("mask.schedule", ("a step", "an epoch"))
 STORED = ("prefix.precision", ("int8", "nf4"))
 PLACED = ("prefix.placement", ("cpu", "disk") if torch.cuda.is_available() else ("disk",))  # a CPU's host is its device
@@ -179,6 +188,12 @@ REFUSALS: dict[Pair, str] = {
     **_refused("share one tensor", ("mask.tied", ("error",)), ("mask.train", (*HEADS[1], *ALL[1]))),
     **_refused("mask.tied is head_only, but the mask selects the embeddings", ("mask.tied", ("head_only",)), ALL),
     **_refused("never frees memory that it paged", ("optim.name", ("paged_adamw_8bit",)), SCHEDULES),
+    **_refused("never frees memory that it paged", ("optim.name", ("paged_adamw_8bit",)), ROTATIONS),
+    **_refused("both say what trains when", ROTATIONS, SCHEDULES),
+    **_refused("lets whole tensors take turns", ROTATIONS, NOT_WHOLE),
+    **_refused("nothing would rotate", ROTATIONS, ("mask.train", ("head",))),
+    **_refused("draws above a frost line", ("mask.rotation", ("frostline",)), ("mask.train", ("all",))),
+    **_refused("draws above a frost line", ("mask.rotation", ("frostline",)), ("mask.train", HEADS[1][:1]), BOTH),
     **_refused(MOVES, STORED, SCHEDULES),
     **_refused(MOVES, PLACED, SCHEDULES),
     **_refused(AT_BLOCK_0, STORED, ALL),

@@ -1,7 +1,7 @@
 """Runs on every rank under a launcher: train scheduled runs under several ZeRO stages. Not a test itself.
 
-Arguments: FOLDER, then the flags of launch/train.py. Each run is then continued from some of its checkpoints, and the
-folder gets what both gave, and what was still alive of an engine after its phase.
+Arguments: FOLDER, names of RUNS with commas, then the flags of launch/train.py. Each run is then continued from some of
+its checkpoints, and the folder gets what both gave, and what was still alive of an engine after its phase.
 """
 
 from __future__ import annotations
@@ -95,9 +95,9 @@ def one(name: str, folder: Path, rest: list[str], world: World) -> dict[str, Any
 
 def main() -> None:
     local_rank = [word for word in sys.argv[1:] if word.startswith("--local_rank")]
-    folder, *rest = [word for word in sys.argv[1:] if word not in local_rank]
+    folder, names, *rest = [word for word in sys.argv[1:] if word not in local_rank]
     world = distributed.join_process_group(engine_needs_group=True)
-    results = {name: one(name, Path(folder), rest, world) for name in RUNS}
+    results = {name: one(name, Path(folder), rest, world) for name in names.split(",")}
     if world.is_main:
         (Path(folder) / "result.json").write_text(json.dumps(results), encoding="utf-8")
     world.barrier()

@@ -22,6 +22,7 @@ from pairwise_table import DS, LAUNCHERS, NOT_COMBINED, REFUSALS, TABLE, USUAL, 
 from pydantic import BaseModel
 
 from toolkit.config.mask_schema import LoraConfig, MaskGroup, MaskPhase, RowsConfig
+from toolkit.config.rotation_schema import RotationConfig
 from toolkit.config.schema import RunConfig
 
 PART = 4
@@ -117,6 +118,8 @@ def test_every_recipe_key_is_combined_or_says_why_not() -> None:
     assert all(f'"{field.alias or name}"' in groups for name, field in RowsConfig.model_fields.items())
     phases = json.dumps(VALUES["mask.schedule"])
     assert all(f'"{name}"' in phases for name in MaskPhase.model_fields)
+    rotations = json.dumps(VALUES["mask.rotation"])
+    assert all(f'"{name}"' in rotations for name in RotationConfig.model_fields)
 
 
 def test_the_rows_have_every_pair_that_is_not_refused() -> None:

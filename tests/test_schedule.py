@@ -43,6 +43,8 @@ FREEZING: Phases = ((7, ["last:4", "head"]), (20, ["last:2", "head"]), (STEPS, [
 BACK_AGAIN: Phases = ((8, ["last:2"]), (17, ["blocks:1", "head"]), (STEPS, ["last:2", "norm", "head"]))
 
 SELECTED: dict[str, Callable[[str], bool]] = {
+    **{f"block {i}": lambda name, i=i: name.startswith(f"model.layers.{i}.") for i in range(6)},  # type: ignore[misc]
+    "embeddings": lambda name: name == "model.embed_tokens.weight",
     "head": lambda name: name == "lm_head.weight",
     "norm": lambda name: name == "model.norm.weight",
     "blocks:1": lambda name: name.startswith("model.layers.1."),
@@ -58,10 +60,10 @@ def flags(model: Path, run: Path, phases: Phases, *more: object) -> list[str]:
 
 
 def plain(
-    model_path: Path, dtype: str, phases: Phases, eps: float = 1e-8
+    model_path: Path, dtype: str, phases: Phases, eps: float = 1e-8, anew: bool = False
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """A plain loop on one AdamW: a tensor joins it when it first trains, has no gradient while it rests, and begins
-    anew after a rest. Step losses and masters."""
+    anew after a rest, or with every phase (``anew``). Step losses and masters."""
     loaded = load(ModelConfig(name_or_path=str(model_path), dtype=dtype))
     model = loaded.model.train()
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
@@ -74,7 +76,7 @@ def plain(
     joined: set[str] = set()
     for end, selectors in phases:
         now = {name for name in weights if any(SELECTED[selector](name) for selector in selectors)}
-        for name in sorted(now - before):
+        for name in sorted(now if anew else now - before):
             if name in joined:
                 del optimizer.state[masters[name]]
             else:

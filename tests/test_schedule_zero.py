@@ -23,7 +23,7 @@ def under_zero(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     """The folder of all runs, and what the worker saw."""
     folder = tmp_path_factory.mktemp("zero")
     given = tiny_flags(tiny_model, folder, *MASK)
-    succeed(run_script("tests/schedule_worker.py", folder, *given, launcher=DEEPSPEED))
+    succeed(run_script("tests/schedule_worker.py", folder, ",".join(RUNS), *given, launcher=DEEPSPEED))
     return folder, json.loads((folder / "result.json").read_text())
 
 

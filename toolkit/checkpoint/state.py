@@ -157,7 +157,7 @@ _MEANINGS = {
     "test": "the test rows, or those that the fold holds out, have changed since",
     "tokenizer": "the tokenizer has changed since",
     "chat_template": "the chat template has changed since",
-    "schedule": "it was trained under another mask.schedule: phases begin, end or train otherwise",
+    "schedule": "it was trained under another mask.schedule or mask.rotation: phases begin, end or train otherwise",
 }
 
 

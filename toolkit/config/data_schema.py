@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from toolkit.config import yaml_text
 from toolkit.config.retrieval_schema import RetrievalConfig
-from toolkit.config.section import Section, switch
+from toolkit.config.section import Section, parse_mapping, switch
 
 
 def _number_if_numeric(value: Any) -> Any:
@@ -41,19 +39,9 @@ def _named_tab(value: Any) -> Any:
     return "\t" if value in ("tab", r"\t") else value
 
 
-def _parse_mapping(value: Any) -> Any:
-    """Read a mapping that was given as text, as flags give it: {name: value}."""
-    if not isinstance(value, str) or not value.lstrip().startswith("{"):
-        return value
-    try:
-        return yaml_text.load(value)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{value!r} is no mapping: {' '.join(str(error).split())[:200]}") from None
-
-
 def _name_or_mapping(value: Any) -> Any:
     """Reject a task that is neither a name nor a mapping."""
-    value = _parse_mapping(value)
+    value = parse_mapping(value)
     if not isinstance(value, str | dict) or not value:
         raise ValueError(
             f"{value!r} is no task; expected auto, a name, a task file, or a mapping with name and columns"
@@ -135,7 +123,7 @@ class DataConfig(Section):
     prompt_completion, text or choice; a task file; or a mapping with the name of one and what is otherwise, as in
     {name: long_answer, columns: {question: Q}} (docs/tasks.md)."""
 
-    retrieval: Annotated[RetrievalConfig | None, BeforeValidator(_parse_mapping)] = None
+    retrieval: Annotated[RetrievalConfig | None, BeforeValidator(parse_mapping)] = None
     """Passages that are added to each row, as in {corpus: DIR, passages: 5, query: [NOTE]}; the task's column passages
     takes them (docs/grounded-documents.md). none adds none."""
 
@@ -147,7 +135,7 @@ class DataConfig(Section):
     """Chat template in place of the model's own: a file, or chatml; none takes the model's. It is saved with the run
     and with what is exported."""
 
-    template_kwargs: Annotated[dict[str, Any], BeforeValidator(_parse_mapping)] = Field(default={})
+    template_kwargs: Annotated[dict[str, Any], BeforeValidator(parse_mapping)] = Field(default={})
     """Switches of the chat template, as in {enable_thinking: false}, in training and generation and in exports."""
 
     special_tokens: Literal["text", "parse"] = "text"

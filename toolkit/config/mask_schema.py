@@ -14,7 +14,8 @@ from pydantic import (
     model_validator,
 )
 
-from toolkit.config.section import Section
+from toolkit.config.rotation_schema import RotationConfig
+from toolkit.config.section import Section, parse_mapping
 
 
 def _as_phase_list(value: Any) -> Any:
@@ -34,6 +35,14 @@ def _as_selector_list(value: Any) -> Any:
     allowed = (str, dict, Section)
     if isinstance(value, list) and (other := [item for item in value if not isinstance(item, allowed)]):
         raise ValueError(f"{other[0]!r} is not a selector; quote one that holds a comma, as in 'blocks:10-13,28'")
+    return value
+
+
+def _as_rotation(value: Any) -> Any:
+    """Read a mapping that was given as text, and reject what is none, such as the name of a method."""
+    value = parse_mapping(value)
+    if value is not None and not isinstance(value, (dict, RotationConfig)):
+        raise ValueError(f"{value!r} is no rotation; expected a mapping such as {{method: lisa, every_steps: 20}}")
     return value
 
 
@@ -243,9 +252,25 @@ class MaskConfig(Section):
     """Phases before the one of mask.train and mask.freeze (docs/schedule.md), each a mapping of train, freeze and
     until_epoch or until_step; none trains one mask throughout."""
 
+    rotation: Annotated[RotationConfig | None, BeforeValidator(_as_rotation)] = None
+    """Blocks of mask.train that take turns, as in {method: lisa, blocks: 2, every_steps: 20}; what else mask.train
+    selects trains throughout (docs/schedule.md). none trains all of it at once."""
+
     tied: Literal["error", "untie", "both", "head_only"] = "error"
     """A selected head that shares the embeddings' tensor: error refuses, untie gives the head a copy, both trains it as
     one tensor, head_only trains it through the head alone."""
+
+    @property
+    def changes(self) -> bool:
+        """Return True if what trains changes during the run."""
+        return bool(self.schedule) or self.rotation is not None
+
+    @model_validator(mode="after")
+    def _changes_in_one_way(self) -> MaskConfig:
+        """Reject a schedule beside a rotation."""
+        if self.schedule and self.rotation is not None:
+            raise ValueError("mask.schedule and mask.rotation both say what trains when; leave out one of them")
+        return self
 
     @model_validator(mode="after")
     def _ends_in_order(self) -> MaskConfig:

@@ -94,12 +94,17 @@ _NAMES_BY_ANSWER: Mapping[str, tuple[str, ...]] = {
     "base_precision of a lora entry in adapted blocks": (
         "load_in_8bit", "load_in_4bit", "quantization_bit", "quantization_config", "bnb_4bit_quant_type",
     ),
+    "blocks take turns by mask.rotation: {method: lisa, blocks: 2, every_steps: 20}, or method: badam "
+    "(docs/schedule.md)": (
+        "lisa_n_layers", "lisa_step_interval", "lisa_activated_layers", "lisa_interval_steps", "use_lisa", "use_badam",
+        "badam_mode", "badam_switch_mode", "badam_switch_interval", "badam_start_layer", "switch_block_every",
+    ),
     "rows of tables are an entry of mask.train: {rows: {select: embeddings, from: added}} (docs/rows.md)": (
         "trainable_token_indices", "trainable_tokens", "token_indices", "resize_vocab", "fix_untrained_tokens",
     ),
     "selectors say what trains, such as last:4 or 're:PATTERN': mask.train (docs/layer-mask.md)": (
         "freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules", "unfrozen_parameters",
-        "num_layer_trainable", "unfreeze_layers", "lisa_n_layers",
+        "num_layer_trainable", "unfreeze_layers",
     ),
     "only the language model trains: mask.train": (
         "freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model",

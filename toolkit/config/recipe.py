@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from toolkit.config import peer_keys, yaml_text
 from toolkit.config.data_schema import PathEntry
 from toolkit.config.mask_schema import LoraConfig, LoraEntry, MaskGroup, MaskPhase, RowsConfig, RowsEntry
+from toolkit.config.rotation_schema import RotationConfig
 from toolkit.config.schema import REMOVED_OPTIMIZER, RunConfig
 from toolkit.config.section import Section
 from toolkit.runtime.errors import ConfigError
@@ -183,6 +184,7 @@ def _describe_fault(fault: Any) -> str:
         # a recipe may hold several of these sections, so their keys are not in field_paths()
         sections: dict[str, type[Section]] = {
             "schedule": MaskPhase,
+            "rotation": RotationConfig,
             MaskGroup.__name__: MaskGroup,
             LoraEntry.__name__: LoraEntry,
             "lora": LoraConfig,

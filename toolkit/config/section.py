@@ -6,7 +6,10 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
 from pydantic import BaseModel, ConfigDict, model_validator
+
+from toolkit.config import yaml_text
 
 
 class Section(BaseModel):
@@ -39,3 +42,13 @@ def is_none(value: Any) -> bool:
 def switch(value: Any) -> Any:
     """Turn the boolean that YAML 1.1 makes of an unquoted on or off back into the word."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+def parse_mapping(value: Any) -> Any:
+    """Read a mapping that was given as text, as flags give it: {name: value}."""
+    if not isinstance(value, str) or not value.lstrip().startswith("{"):
+        return value
+    try:
+        return yaml_text.load(value)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{value!r} is no mapping: {' '.join(str(error).split())[:200]}") from None

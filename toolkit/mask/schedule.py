@@ -1,7 +1,7 @@
 """The mask schedule: the phases of a run, each with its own mask and steps. Imports no torch.
 
 Gradual unfreezing (ULMFiT, Howard and Ruder, arXiv 1801.06146) lets the mask grow, progressive freezing (AutoFreeze,
-Liu et al., arXiv 2102.01386) lets it shrink.
+Liu et al., arXiv 2102.01386) lets it shrink. The turns of a rotation (``toolkit.mask.rotation``) are phases as well.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from toolkit.config.schema import MaskConfig
 from toolkit.mask.adapters import adapted_weight, union_of_adapters
 from toolkit.mask.layer_mask import LayerMask, ParameterGroup, build_mask
 from toolkit.mask.quantised_layers import resolve_quantised
+from toolkit.mask.rotation import Rotation, resolve_rotation
 from toolkit.mask.rows import union_of_rows
 from toolkit.models.anatomy import Anatomy
 from toolkit.runtime.errors import ConfigError, MaskError
@@ -36,6 +37,8 @@ class Phase:
     """Optimizer steps done when each trained tensor last began to train, by tensor name."""
     delta_mask: LayerMask
     """All tensors that trained in this phase or an earlier one, which a checkpoint's delta holds."""
+    turn: str = ""
+    """What trains in this turn of a rotation, beside what trains throughout."""
 
     @property
     def groups(self) -> tuple[ParameterGroup, ...]:
@@ -55,6 +58,17 @@ class Schedule:
     """The phases of a run, one or more."""
 
     phases: tuple[Phase, ...]
+    rotation: Rotation | None = None
+    """The rotation whose turns the phases are; None for phases that the recipe lists, or a single one."""
+
+    @property
+    def moves_line(self) -> bool:
+        """Return True if blocks below the frost line may have trained before, or may train later."""
+        return len(self.phases) > 1 and self.rotation is None
+
+    def shown(self, phase: Phase) -> LayerMask:
+        """Return the mask to show when ``phase`` begins: its own, or that of all turns of a rotation together."""
+        return phase.mask if self.rotation is None else self.rotation.pool
 
     def at(self, step: int) -> Phase:
         """Return the phase of the next step once ``step`` steps are done; after the end, the last phase."""
@@ -62,12 +76,21 @@ class Schedule:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of every phase's start and mask; equal for runs with the same schedule."""
-        content = [(phase.start, phase.mask.as_dict()) for phase in self.phases]
+        """SHA-256 of every phase's start and mask; equal for runs with the same schedule.
+
+        That of a rotation is of what its turns follow from: a longer run has the same ones, and more of them.
+        """
+        content: list[object] = [(phase.start, phase.mask.as_dict()) for phase in self.phases]
+        if self.rotation is not None:
+            content = [self.rotation.config.model_dump(), self.rotation.pool.as_dict()]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def as_list(self) -> list[dict[str, object]]:
-        """Return the phases as JSON values: first and last step, counted from 1, and the mask."""
+        """Return the phases as JSON values: first and last step, counted from 1, and the mask, of a turn its parts."""
+        if self.rotation is not None:
+            return [
+                {"first_step": phase.start + 1, "last_step": phase.end, "trains": phase.turn} for phase in self.phases
+            ]
         return [
             {"first_step": phase.start + 1, "last_step": phase.end, **phase.mask.as_dict()} for phase in self.phases
         ]
@@ -87,9 +110,13 @@ def phase_configs(config: MaskConfig) -> list[MaskConfig]:
 def phase_masks(config: MaskConfig, anatomy: Anatomy) -> list[LayerMask]:
     """Build the mask of each phase; a head is untied, and adapted blocks are quantised, from the start of the run on.
 
+    Of a rotation it is a single mask, of all that trains in some turn.
+
     Raises:
         MaskError: the mask of a phase is invalid (see ``build_mask``), or equals that of the phase before it.
     """
+    if config.rotation is not None:
+        return [resolve_rotation(config, anatomy).pool]
     masks: list[LayerMask] = []
     sections = phase_configs(config)
     for index, section in enumerate(sections):
@@ -120,9 +147,11 @@ def build_schedule(config: MaskConfig, anatomy: Anatomy, steps_per_epoch: int, t
     """Build the schedule of a run of ``total_steps`` optimizer steps from its mask section, before a head is untied.
 
     Raises:
-        ConfigError: phases do not end one after the other, or not before the run does.
-        MaskError: the mask of a phase is invalid (see ``phase_masks``).
+        ConfigError: phases do not end one after the other, or not before the run does; likewise the first turn.
+        MaskError: the mask of a phase is invalid (see ``phase_masks``), or ``mask.rotation`` does not suit the mask.
     """
+    if config.rotation is not None:
+        return _rotating_schedule(resolve_rotation(config, anatomy), total_steps, anatomy)
     ends = phase_ends(config, steps_per_epoch, total_steps)
     phases: list[Phase] = []
     trained_since: dict[str, int] = {}
@@ -134,6 +163,26 @@ def build_schedule(config: MaskConfig, anatomy: Anatomy, steps_per_epoch: int, t
         phases.append(Phase(index, mask, start, end, trained_since, delta_mask))
         start = end
     return Schedule(tuple(phases))
+
+
+def _rotating_schedule(rotation: Rotation, total_steps: int, anatomy: Anatomy) -> Schedule:
+    """Return the turns of a rotation as phases."""
+    phases: list[Phase] = []
+    masks: dict[tuple[int, ...], LayerMask] = {}
+    trained_since: dict[str, int] = {}
+    start = 0
+    for index, turn in enumerate(rotation.turns(total_steps)):
+        if turn.parts not in masks:
+            masks[turn.parts] = rotation.mask(turn.parts)
+        mask = masks[turn.parts]
+        before = {} if rotation.drops_moments else trained_since
+        trained_since = {name: before.get(name, start) for name in mask.names}
+        delta_mask = phases[-1].delta_mask if phases else mask
+        if not set(mask.names).issubset(delta_mask.names):
+            delta_mask = _union_of_masks([delta_mask, mask], anatomy)
+        phases.append(Phase(index, mask, start, turn.end, trained_since, delta_mask, rotation.labels(turn)))
+        start = turn.end
+    return Schedule(tuple(phases), rotation)
 
 
 def phase_ends(config: MaskConfig, steps_per_epoch: int, total_steps: int) -> list[int]:

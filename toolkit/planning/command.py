@@ -13,6 +13,7 @@ from toolkit.config.policy import most_micro_batches, reduce_dtype
 from toolkit.config.schema import RunConfig
 from toolkit.data.batches import BatchPlan
 from toolkit.engine.deepspeed.config import load_ds_config
+from toolkit.mask.rotation import require_turns
 from toolkit.mask.schedule import phase_ends
 from toolkit.planning.device_fit import DeviceFit, choose_variant, fit_device
 from toolkit.planning.engine_spec import engine_spec
@@ -57,10 +58,13 @@ def _passes_by_phase(config: RunConfig, workload: Workload, ranks: int) -> list[
     """Return the number of passes over the training rows in each phase.
 
     Raises:
-        ConfigError: a phase ends before it begins, or after the run.
+        ConfigError: a phase ends before it begins, or after the run; the first turn of a rotation ends after it.
     """
     if workload.lengths is None:  # the steps of an epoch, and so the ends of phases, are unknown: an upper bound
         return [float(config.train.epochs)] * (len(config.mask.schedule) + 1)
     plan = BatchPlan.of_recipe(config.train, len(workload.lengths), ranks)
-    ends = phase_ends(config.mask, plan.steps_per_epoch, plan.steps(config.train.epochs, config.train.max_steps))
+    steps = plan.steps(config.train.epochs, config.train.max_steps)
+    if config.mask.rotation is not None:
+        require_turns(config.mask.rotation, steps)
+    ends = phase_ends(config.mask, plan.steps_per_epoch, steps)
     return [plan.passes(end, start) for start, end in pairwise([0, *ends])]

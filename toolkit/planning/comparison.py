@@ -23,10 +23,11 @@ def parse_mask(text: str, mask: MaskConfig) -> MaskConfig:
     """Return ``mask`` with what ``text`` trains: ``last:4 head``, ``lora last:8``, ``rows head added``, or YAML.
 
     Raises:
-        ConfigError: the text cannot be read, or the recipe has a schedule.
+        ConfigError: the text cannot be read, or the recipe has a schedule or a rotation.
     """
-    if mask.schedule:
-        raise ConfigError(["--compare compares masks, and mask.schedule has several of them; leave it out"])
+    if mask.changes:
+        key = "mask.schedule" if mask.schedule else "mask.rotation"
+        raise ConfigError([f"--compare compares masks, and {key} has several of them; leave it out"])
     entries: list[Any] = []
     try:
         words = [text] if text.startswith(("{", "[")) else shlex.split(text)

@@ -1,4 +1,7 @@
-"""Plan a run with a mask schedule: one plan a phase, and that of the phase that needs most memory for the run."""
+"""Plan a run with a mask schedule: one plan a phase, and that of the phase that needs most memory for the run.
+
+Of a rotation's turns those are planned that may need most.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from dataclasses import replace
 
 from toolkit.config.schema import MaskConfig, RunConfig
 from toolkit.mask.layer_mask import TrainableTensor
+from toolkit.mask.rotation import resolve_rotation
 from toolkit.mask.schedule import phase_configs, phase_masks
 from toolkit.planning.meta_model import MetaModel
 from toolkit.planning.planner import PhaseSummary, Plan, Planner
@@ -19,11 +23,18 @@ _MASTER = 4
 def phase_planners(config: RunConfig, meta: MetaModel, workload: Workload, passes: Sequence[float]) -> list[Planner]:
     """Return a planner for each phase of the mask schedule; a single one without a schedule.
 
-    ``passes`` are the passes over the training rows in each phase.
+    ``passes`` are the passes over the training rows in each phase. A rotation has those of the whole run, under one
+    frost line, and a planner for each turn that may need most memory.
 
     Raises:
         MaskError: the mask of a phase is invalid.
     """
+    if config.mask.rotation is not None:
+        rotation = resolve_rotation(config.mask, meta.anatomy)
+        return [
+            Planner(config, meta, workload, passes[0], phase_mask=mask, rotation=rotation)
+            for mask in rotation.costly_masks()
+        ]
     sections, masks = phase_configs(config.mask), phase_masks(config.mask, meta.anatomy)
     return [
         Planner(
@@ -36,9 +47,12 @@ def phase_planners(config: RunConfig, meta: MetaModel, workload: Workload, passe
 
 def combine_plans(plans: Sequence[Plan], config: MaskConfig) -> Plan:
     """Return the plan of the phase that needs most memory, with summaries of all phases and the largest checkpoint."""
+    index = max(range(len(plans)), key=lambda i: plans[i].memory.peak)
+    if (rotation := plans[index].rotation) is not None:
+        resting = rotation.pool.parameters - plans[index].mask.parameters
+        return replace(plans[index], checkpoint=plans[index].checkpoint + _MASTER * resting)
     if len(plans) == 1:
         return plans[0]
-    index = max(range(len(plans)), key=lambda i: plans[i].memory.peak)
     ends = [phase.end for phase in config.schedule] + ["the end"]
     phases = tuple(
         PhaseSummary(end, plan.mask.boundary, plan.mask.parameters, plan.memory.peak, i == index)

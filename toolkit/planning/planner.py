@@ -16,6 +16,7 @@ from toolkit.config.policy import decide_cache, most_rows_at_once, refuse_packin
 from toolkit.config.schema import PrefixConfig, RunConfig
 from toolkit.mask.audit import AuditRow, audit, audit_table
 from toolkit.mask.layer_mask import LayerMask, build_mask
+from toolkit.mask.rotation import Rotation
 from toolkit.planning.engine_memory import engine_memory
 from toolkit.planning.engine_spec import EngineSpec
 from toolkit.planning.flops import StepFlops, count_flops
@@ -110,6 +111,8 @@ class Plan:
     """Passes over the training rows."""
     phases: tuple[PhaseSummary, ...] = ()
     """Phases of the mask schedule, in order; empty without a schedule."""
+    rotation: Rotation | None = None
+    """The rotation of whose turns this is the one that needs most memory."""
 
 
 @dataclass
@@ -131,6 +134,8 @@ class Planner:
     """Shortcuts that the run takes at the top of the suffix; None chooses them as the run does."""
     phase_mask: LayerMask | None = None
     """Mask of a phase, in which the other phases of a schedule have a say; None builds it from the recipe."""
+    rotation: Rotation | None = None
+    """The rotation of which ``phase_mask`` is a turn."""
     _splits: dict[tuple[Any, ...], MetaSplit] = field(default_factory=dict)
 
     @property
@@ -159,7 +164,8 @@ class Planner:
     def memory(self, variant: RunVariant) -> Memory:
         """Return the memory of a variant on one rank; raises as ``variant``."""
         trace, below = self._trace(variant), self.prefix_memory(variant)
-        is_freed = variant.cached and not self.is_phase  # a later phase may train blocks below this frost line
+        # a later phase of a schedule may train blocks below this frost line
+        is_freed = variant.cached and (not self.is_phase or self.rotation is not None)
         fill_ratio = self.fill_tokens(variant) / (trace.shape.rows * trace.shape.tokens) if is_freed else None
         engine = engine_memory(variant.spec, self._split(variant).tensors, below)
         return memory_by_kind(engine, trace, below.streamed, fill_ratio)
@@ -215,7 +221,7 @@ class Planner:
             flops=count_flops(plain, checkpointed), quantised=split.tensors.quantised,
             token_bytes=self.meta.hidden_size * split.tensors.width,
             checkpoint=checkpoint_bytes(variant.spec, split.tensors), keep=self.config.output.keep,
-            passes=self.passes,
+            passes=self.passes, rotation=self.rotation,
         )  # fmt: skip
 
     def _decide_packing(self, variant: RunVariant) -> bool:

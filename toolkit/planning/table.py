@@ -19,6 +19,8 @@ def as_text(plan: Plan, fit: DeviceFit | None = None) -> str:
     parts = [f"{plan.model} ({plan.source})"]
     if plan.phases:
         parts.append(_phases_text(plan))
+    if plan.rotation is not None:
+        parts.append(f"{plan.rotation.text()}\nwhat follows is about the turn that needs most")
     parts.append(plan.audit_text)
     if not plan.is_cut:
         parts.append("this architecture is not cut: the frozen blocks run inside the suffix")
@@ -52,6 +54,7 @@ def as_dict(plan: Plan, fit: DeviceFit | None = None) -> dict[str, Any]:
             "boundary": plan.mask.boundary,
             "blocks": plan.mask.block_count,
             "cut": plan.is_cut,
+            **({"rotation": plan.rotation.as_dict()} if plan.rotation else {}),
             "parts": [_attributes(row, "part", "tensors", "parameters", "trained") for row in plan.audit],
         },
         "engine": {

@@ -46,6 +46,9 @@ def _model(run: RunFacts, text: Phrases) -> Iterator[str]:
         yield text.plain("m_mask_only", **words)
     else:
         yield text.plain("m_mask_share", total=f"{run.total:,}", share=f"{run.trained / run.total:.2%}", **words)
+    if (rotation := run.config.mask.rotation) is not None:
+        paper = text.plain(f"m_rotation_{rotation.method}")
+        yield text.plain("m_rotation", paper=paper, blocks=rotation.blocks, steps=rotation.every_steps)
 
 
 def _selectors(run: RunFacts) -> str:

@@ -59,6 +59,10 @@ ENGLISH = {
         "Head and embeddings are one tensor, which trained through the head alone; the embeddings moved along."
     ),
     "phases": "The mask changed while training; parts and numbers are those of all phases together.",
+    "rotation": (
+        "The blocks took turns ({method}): {blocks} at a time, for {steps} steps; parts and numbers are those of all "
+        "turns together."
+    ),
     "phase": "steps {first} to {last}: {parameters} parameters, frost line at block {boundary}",
     "part": "part", "tensors": "tensors", "parameters": "parameters", "state": "state", "total": "total",
     "part_embeddings": "embeddings", "part_other": "other", "part_block": "block", "part_blocks": "blocks",
@@ -162,6 +166,10 @@ ENGLISH = {
     ),
     "m_unpinned": "unpinned",
     "m_mask_share": "Of {total} parameters {trained} ({share}) were trained, selected by {mask}; {line}",
+    "m_rotation": "They took turns by {paper}: {blocks} block(s) at a time, for {steps} optimizer steps.",
+    "m_rotation_lisa": "LISA (arXiv 2403.17919), with embeddings and head throughout",
+    "m_rotation_badam": "BAdam (arXiv 2404.02827), each turn with fresh moments",
+    "m_rotation_frostline": "random draws above the frost line",
     "m_mask_only": "{trained} parameters were trained, selected by {mask}; {line}",
     "m_line": "embeddings and the lowest {boundary} of {blocks} transformer blocks were frozen.",
     "m_line_head": "the lowest {boundary} of {blocks} transformer blocks were frozen.",

@@ -55,6 +55,9 @@ KOREAN = {
         "출력층(head)과 임베딩이 한 텐서이며, 출력층을 통해서만 학습했습니다. 임베딩도 함께 바뀌었습니다."
     ),
     "phases": "학습 중에 학습 범위가 바뀌었습니다. 그림과 수치는 모든 단계를 합한 것입니다.",
+    "rotation": (
+        "블록이 번갈아 학습되었습니다({method}): 한 번에 {blocks}개, {steps} 스텝씩. 그림과 수치는 모두 합한 것입니다."
+    ),
     "phase": "{first}–{last} 스텝: 파라미터 {parameters}개, 동결선은 {boundary}번 블록",
     "part": "부분", "tensors": "텐서", "parameters": "파라미터", "state": "상태", "total": "합계",
     "part_embeddings": "임베딩", "part_other": "기타", "part_block": "블록", "part_blocks": "블록",
@@ -147,6 +150,10 @@ KOREAN = {
     "m_model": "{base}(리비전 {revision}, 가중치 SHA-256 {sha})의 일부를 Frostline {version}으로 미세조정하였다.",
     "m_unpinned": "미지정",
     "m_mask_share": "전체 파라미터 {total}개 중 {mask} 선택자로 고른 {trained}개({share})를 학습하였고, {line}",
+    "m_rotation": "블록은 {paper} 방식으로 번갈아 학습하였다(한 번에 {blocks}개, {steps} 옵티마이저 스텝씩).",
+    "m_rotation_lisa": "LISA(arXiv 2403.17919, 임베딩과 헤드는 항상 학습)",
+    "m_rotation_badam": "BAdam(arXiv 2404.02827, 차례마다 모멘트를 새로 시작)",
+    "m_rotation_frostline": "동결선 위 무작위 추출",
     "m_mask_only": "{mask} 선택자로 고른 파라미터 {trained}개를 학습하였고, {line}",
     "m_line": "임베딩과 트랜스포머 블록 {blocks}개 중 아래쪽 {boundary}개는 고정하였다.",
     "m_line_head": "트랜스포머 블록 {blocks}개 중 아래쪽 {boundary}개는 고정하였다.",

@@ -66,6 +66,8 @@ def trained(run: RunFacts, text: Phrases) -> Iterator[Markup]:
         yield text(f"tied_{mask.tied}")
     if run.phases:
         yield text("phases")
+    if (rotation := run.config.mask.rotation) is not None:
+        yield text("rotation", method=rotation.method, blocks=rotation.blocks, steps=rotation.every_steps)
 
 
 def phases(run: RunFacts, text: Phrases) -> Iterator[Markup]:

@@ -72,6 +72,8 @@ class Suffix(nn.Module):
         self.model = copy_module_tree(model, placeholders)
         extend_class(self.model.get_submodule(anatomy.blocks), BlockList)
         self.anatomy = anatomy
+        self.cut_at = boundary, tuple(output_counts)
+        """Arguments of a suffix with the same cut."""
         self.shortcuts = Shortcuts()
         """Shortcuts that are taken above the last attention; see ``choose_shortcuts``."""
         self._embedding_size = int(model.get_input_embeddings().weight.shape[1])

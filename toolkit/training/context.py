@@ -28,7 +28,7 @@ from toolkit.data.model_limits import check_fit, padding_id
 from toolkit.data.rows import Rows
 from toolkit.engine.deepspeed.config import load_ds_config
 from toolkit.inference.open_model import load_tokenizer_of
-from toolkit.mask.schedule import Schedule, build_schedule
+from toolkit.mask.schedule import Phase, Schedule, build_schedule
 from toolkit.models.load import LoadedModel
 from toolkit.models.quirks import training_notes
 from toolkit.models.weight_fingerprint import fingerprint
@@ -78,11 +78,11 @@ class RunContext:
     ds_config: dict[str, Any] | None
     """Resolved DeepSpeed configuration; None trains with torch alone."""
     planners: tuple[Planner, ...]
-    """One for each phase; empty for an architecture that cannot be planned."""
+    """One for each phase, one for all turns of a rotation; empty for an architecture that cannot be planned."""
     library_bytes: int
     """Resident memory of Python and its libraries before the model was loaded."""
     plans: tuple[Plan | None, ...] = ()
-    """Expected plan of each phase, before it is built; None where it cannot be planned."""
+    """Expected plan of each planner, before its phase is built; None where it cannot be planned."""
 
     @property
     def examples(self) -> Rows:
@@ -92,10 +92,15 @@ class RunContext:
             rows += self.metrics.examples
         return rows + self.dataset.test if self.config.data.fold is not None else rows
 
-    @property
-    def mask_changes(self) -> bool:
-        """True for a mask schedule: blocks below the frost line may have trained before, or may train later."""
-        return len(self.schedule.phases) > 1
+    def planned_as(self, phase: Phase) -> int:
+        """Return the index of a phase's planner and plan; all turns of a rotation have the same ones."""
+        return 0 if self.schedule.rotation is not None else phase.index
+
+    def passes(self, phase: Phase) -> float:
+        """Return the passes over the training rows for which the prefix of ``phase`` stays as it is."""
+        is_rotation = self.schedule.rotation is not None
+        start, end = (0, self.total_steps) if is_rotation else (phase.start, phase.end)
+        return self.batch_plan.passes(end, start)
 
     @property
     def engine_spec(self) -> EngineSpec:
@@ -168,7 +173,6 @@ def prepare(
     schedule = build_schedule(config.mask, loaded.anatomy, plan.steps_per_epoch, total_steps)
     if masks is None:
         check_rows([phase.mask for phase in schedule.phases], loaded.anatomy, tokenizer, config.model.add_tokens)
-    passes = [plan.passes(phase.end, phase.start) for phase in schedule.phases]
     context = RunContext(
         config=config, world=world, dataset=dataset, batch_plan=plan, total_steps=total_steps, schedule=schedule,
         base=base, gradients=gradients, tokenizer=tokenizer, encoder=encoder,
@@ -177,14 +181,26 @@ def prepare(
         ds_config=load_ds_config(
             invocation.deepspeed, config, world.size, int(loaded.model.config.get_text_config().hidden_size)
         ),
-        planners=planners_of(config, loaded, dataset, world.device, passes),
+        planners=(),
     )  # fmt: skip
-    planners: Sequence[Planner | None] = context.planners or [None] * len(schedule.phases)
-    expected = [choose_checkpointing(context, planner)[1] for planner in planners]
+    context = _with_plans(context, loaded)
     world.raise_if_stopping()
     steps = plan.text(total_steps, train.epochs)
     log.info("engine %s, %d rank(s) on %s: %s", context.engine_spec.name, world.size, world.device.type, steps)
-    return replace(context, plans=tuple(expected)), ModelHandle(loaded)
+    return context, ModelHandle(loaded)
+
+
+def _with_plans(context: RunContext, loaded: LoadedModel) -> RunContext:
+    """Plan each phase as expected before it is built; of a rotation keep the plan of the turn that needs most."""
+    distinct = context.schedule.phases[:1] if context.schedule.rotation is not None else context.schedule.phases
+    passes = [context.passes(phase) for phase in distinct]
+    planners = planners_of(context.config, loaded, context.dataset, context.world.device, passes)
+    plans = [choose_checkpointing(context, planner)[1] for planner in planners or [None] * len(distinct)]
+    if context.schedule.rotation is not None and planners:
+        peaks = [plan.memory.peak if plan else 0 for plan in plans]
+        most = peaks.index(max(peaks))
+        planners, plans = planners[most : most + 1], plans[most : most + 1]
+    return replace(context, planners=planners, plans=tuple(plans))
 
 
 def choose_checkpointing(context: RunContext, planner: Planner | None) -> tuple[Decision, Plan | None]:

@@ -61,12 +61,17 @@ def cut(context: RunContext, loaded: LoadedModel, phase: Phase) -> tuple[HiddenS
         log.info("activation cache: all samples are in %s; the prefix is not needed", store.directory)
         suffix = Suffix(loaded.model, loaded.anatomy, phase.mask.boundary, output_counts)
         cached = CachedPrefix(None, *_prefix_loaders(context, loaded, phase), store, context.world)
-        return cached, _detach_from_file(suffix, context.world.device)
+        suffix = _detach_from_file(suffix, context.world.device)
+        if context.schedule.rotation is not None:
+            _free_prefix_weights(loaded, phase.mask.boundary, suffix)
+        return cached, suffix
     prefix, suffix = _split(context, loaded, phase)
+    if prefix is not None and context.schedule.rotation is not None:
+        _free_prefix_weights(loaded, phase.mask.boundary, suffix)
     if store is not None:
         filled, decision = _fill_cache(context, loaded, phase, prefix, store)
         if filled is not None:
-            if not context.mask_changes and filled.release(context.examples):
+            if not context.schedule.moves_line and filled.release(context.examples):
                 suffix = _detach_from_file(suffix, context.world.device)
             return filled, suffix
         store.close()
@@ -105,7 +110,7 @@ def _fill_cache(
         obstacle = "another rank found that it cannot be"
     if prefix is None or obstacle:
         return None, refuse_cache(settings, obstacle)
-    passes = context.batch_plan.passes(phase.end, phase.start)
+    passes = context.passes(phase)
     passes *= context.config.data.folds or 1  # every fold reads the rows again, from the same cache
     decision = world.on_main(lambda: decide(settings, context.examples, passes, store))
     if not decision.on:
@@ -121,7 +126,7 @@ def _fill_cache(
 def _fill_tokens(context: RunContext, phase: Phase) -> int:
     """Return the tokens of a batch of the first pass, as the plan has them."""
     if context.planners:
-        planner = context.planners[phase.index]
+        planner = context.planners[context.planned_as(phase)]
         with suppress(PlanError):
             return planner.fill_tokens(planner.variant(context.engine_spec, checkpointing=False))
     return FILL_TOKENS
@@ -135,7 +140,7 @@ def _prefix_loaders(
     Both read the base model's files; under a mask schedule, where training may have changed the prefix, they use the
     model in memory instead.
     """
-    model, anatomy = (loaded.model, loaded.anatomy) if context.mask_changes else (None, None)
+    model, anatomy = (loaded.model, loaded.anatomy) if context.schedule.moves_line else (None, None)
     settings = context.config.prefix.model_copy(update={"placement": "disk"})
     on_disk = replace(context, config=context.config.model_copy(update={"prefix": settings}))
 
@@ -188,6 +193,20 @@ def _detach_from_file(suffix: Suffix, device: torch.device) -> Suffix:
     for tensor in (*suffix.parameters(), *suffix.buffers()):
         tensor.data = tensor.data.clone() if device.type == "cpu" else tensor.data.to(device)
     return suffix
+
+
+def _free_prefix_weights(loaded: LoadedModel, boundary: int, suffix: Suffix) -> None:
+    """Take the weights below the frost line out of a model that is kept to be cut again.
+
+    A prefix has parameters of its own on the same storage, and ``suffix`` may share some.
+    """
+    above = {id(parameter) for parameter in suffix.parameters()}
+    anatomy = loaded.anatomy
+    for name in (*anatomy.embeddings, *(f"{anatomy.blocks}.{index}" for index in range(boundary))):
+        for module in loaded.model.get_submodule(name).modules():
+            for key, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) not in above:
+                    module._parameters[key] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
 def _split(context: RunContext, loaded: LoadedModel, phase: Phase) -> tuple[Prefix | None, Suffix]:

@@ -89,18 +89,20 @@ def check_schedule_allowed(config: RunConfig, device: torch.device) -> None:
     """Refuse to store frozen weights otherwise where a later phase may train them.
 
     Raises:
-        ConfigError: ``mask.schedule`` with ``prefix.precision``, with ``prefix.placement``, or with paged moments.
+        ConfigError: ``mask.schedule`` with ``prefix.precision`` or with ``prefix.placement``; that or
+            ``mask.rotation`` with paged moments.
     """
-    if not config.mask.schedule:
-        return
-    if config.optim.name == "paged_adamw_8bit":
+    if config.mask.changes and config.optim.name == "paged_adamw_8bit":
+        key = "mask.schedule" if config.mask.schedule else "mask.rotation"
         raise ConfigError(
             [
-                "optim.name is paged_adamw_8bit, but mask.schedule exchanges the optimizer, and bitsandbytes never "
-                "frees memory that it paged; write optim.name: adamw_8bit, or leave out the schedule"
+                f"optim.name is paged_adamw_8bit, but {key} exchanges the optimizer, and bitsandbytes never frees "
+                f"memory that it paged; write optim.name: adamw_8bit, or leave out {key}"
             ],
             "recipe",
         )
+    if not config.mask.schedule:
+        return
     prefix = effective_prefix(config.prefix, device)
     if (prefix.precision, prefix.placement) != ("model", "device"):
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 A run without a schedule has one phase. A tensor that stays trainable keeps its fp32 master and moments. One that stops
 training keeps its rounded value in the model, and its master for checkpoints. One that trains again later starts from
-its master, with fresh moments.
+its master, with fresh moments. The turns of a rotation have one frost line, so the cut goes along as well.
 """
 
 from __future__ import annotations
@@ -15,68 +15,35 @@ from pathlib import Path
 
 import torch
 
-from toolkit.activation_cache.cached_prefix import CachedPrefix, HiddenStates
-from toolkit.activation_cache.packing import choose_packing
+from toolkit.activation_cache.cached_prefix import CachedPrefix
 from toolkit.checkpoint.delta import Delta
 from toolkit.checkpoint.restore import Checkpoint
 from toolkit.checkpoint.saver import CheckpointContent
 from toolkit.checkpoint.state import CheckpointState
-from toolkit.config.policy import Decision, most_rows_at_once
-from toolkit.data.batches import Batch, collate
+from toolkit.config.policy import Decision
 from toolkit.engine.base import Engine
 from toolkit.engine.deepspeed.nvme_files import prepare_swap_folders
 from toolkit.engine.local import LocalEngine
-from toolkit.mask.apply import apply_mask, replace_parameters, trainable_parameters, unused_adapters
-from toolkit.mask.audit import audit_table
-from toolkit.mask.layer_mask import LayerMask
-from toolkit.mask.row_layers import unused_rows
+from toolkit.mask.apply import apply_mask, replace_parameters, trainable_parameters
 from toolkit.mask.schedule import Phase
-from toolkit.models.probe import called_modules, evaluation_mode
 from toolkit.optim.state_fragments import AdamState
-from toolkit.planning.planner import Plan, Planner
-from toolkit.runtime.errors import MaskError
-from toolkit.split.activation_checkpointing import checkpoint_blocks
-from toolkit.split.joined_model import JoinedModel
+from toolkit.planning.planner import Plan
 from toolkit.split.prefix import Prefix
-from toolkit.split.suffix import Suffix
-from toolkit.training.context import ModelHandle, RunContext, choose_checkpointing
-from toolkit.training.cut import cut
+from toolkit.training.context import ModelHandle, RunContext
 from toolkit.training.fingerprints import versions
+from toolkit.training.phase_cut import KeptCut, PhaseCut, cut_again, cut_phase, with_checkpointing
 from toolkit.training.progress import Progress, order_digest
 
 log = logging.getLogger("frostline")
 
 
 @dataclass(frozen=True)
-class _CutModel:
-    """The model as a phase cuts and plans it, before an engine is built."""
-
-    phase: Phase
-    prefix: HiddenStates | None
-    """Computes or reads the hidden states at the frost line; None if the model is not cut."""
-    suffix: Suffix
-    joined: JoinedModel
-    """Joins prefix and suffix to one model again, to generate with."""
-    packing: Decision
-    """Whether micro batches are packed; decided in the first phase."""
-    planner: Planner | None
-    """Planner of this phase as it was built; None for an architecture that cannot be planned."""
-    plan: Plan | None
-    """Plan of this phase as it was built; None if it cannot be planned."""
-
-    @property
-    def mask(self) -> LayerMask:
-        """The mask of what trains."""
-        return self.phase.mask
-
-
-@dataclass(frozen=True)
-class PhaseState(_CutModel):
+class PhaseState(PhaseCut):
     """The current phase of the mask schedule, ready to train."""
 
     engine: Engine
     plans: tuple[Plan | None, ...]
-    """Plan of each phase: as built for those that have begun, as expected for those to come."""
+    """Plan of each of ``RunContext.planners``: as built for phases that have begun, as expected for those to come."""
     resting: Mapping[str, torch.Tensor]
     """On rank 0, the fp32 masters of tensors that trained in earlier phases and are frozen now."""
 
@@ -93,6 +60,8 @@ class Handover:
     """On rank 0, masters and moments of the tensors that trained in the phase that ended."""
     schedule_step: int
     """Steps that the learning-rate scheduler has done."""
+    kept: KeptCut | None
+    """The cut, where the next phase is a turn of the same rotation; else None."""
 
 
 def build_phase(context: RunContext, model: ModelHandle, phase: Phase, handover: Handover | None = None) -> PhaseState:
@@ -103,29 +72,34 @@ def build_phase(context: RunContext, model: ModelHandle, phase: Phase, handover:
     """
     if handover is not None:
         gc.collect()  # DeepSpeed's objects refer to one another and to the masters, and the parameters refer to them
-    cut_model = _cut_model(context, model, phase, handover.packing if handover else None)
+    if handover is not None and handover.kept is not None:
+        cut_model = cut_again(context, model, phase, handover.kept)
+    else:
+        cut_model = cut_phase(context, model, phase, handover.packing if handover else None)
     if phase is context.schedule.phases[-1]:
         model.free()  # what only a later phase would need is to be gone before anybody looks at what is free
-    cut_model = replace(cut_model, plan=_decide_checkpointing(context, cut_model))
+    if handover is None or handover.kept is None:
+        cut_model = with_checkpointing(context, cut_model)
     engine = _build_engine(context, cut_model)
     plans = list(handover.plans if handover else context.plans)
-    plans[phase.index] = cut_model.plan
+    plans[context.planned_as(phase)] = cut_model.plan
     resting = _continue_training(phase, engine, handover) if handover else {}
     return PhaseState(**vars(cut_model), engine=engine, plans=tuple(plans), resting=resting)
 
 
-def end_phase(model: ModelHandle, state: PhaseState) -> Handover:
+def end_phase(context: RunContext, model: ModelHandle, state: PhaseState) -> Handover:
     """Free the engine, put its tensors back into the model, and return the training state; every rank calls it.
 
     ``state`` cannot be used afterwards, and its memory is freed once no variable refers to it.
     """
     engine = state.engine
     states, schedule_step = engine.states(), engine.schedule_step
-    if isinstance(state.prefix, CachedPrefix):
+    kept = KeptCut.of(state) if context.schedule.rotation is not None else None
+    if kept is None and isinstance(state.prefix, CachedPrefix):
         log.info("%s", state.prefix.close())
     replace_parameters(model.loaded.model, engine.release())
     masters = {**state.resting, **{name: state_of_tensor.master for name, state_of_tensor in states.items()}}
-    return Handover(state.packing, state.plans, masters, states, schedule_step)
+    return Handover(state.packing, state.plans, masters, states, schedule_step, kept)
 
 
 def resume(context: RunContext, model: ModelHandle, path: Path) -> tuple[PhaseState, Progress]:
@@ -179,63 +153,7 @@ def content_of(context: RunContext, phase_state: PhaseState, progress: Progress)
     return CheckpointContent(state, engine, phase_state.resting, phase.delta_mask, context.base)
 
 
-def _cut_model(context: RunContext, model: ModelHandle, phase: Phase, packing: Decision | None) -> _CutModel:
-    """Apply the mask, cut the model, and decide on shortcuts and packing."""
-    loaded, phases = model.loaded, context.schedule.phases
-    apply_mask(loaded.model, phase.mask, loaded.anatomy, context.config.train.seed)
-    if context.mask_changes:
-        log.info("phase %d of %d: steps %d to %d", phase.index + 1, len(phases), phase.start + 1, phase.end)
-    name = context.config.model.name_or_path
-    log.info("layer mask of %s:\n%s", name, audit_table(phase.mask, loaded.anatomy))
-    prefix, suffix = cut(context, loaded, phase)
-    device = context.world.device
-    row = collate([context.dataset.train.shortest()], pad_id=0).to(device)
-    hidden = prefix(row) if prefix else None
-    if phase.mask.adapters or phase.mask.rows:
-        _require_used_adapters(suffix, hidden, row)
-    suffix.choose_shortcuts(hidden, row)
-    log.info("supervised positions: %s", suffix.loss_text)
-    if packing is None:
-        mode, rows = context.config.data.packing, most_rows_at_once(context.config.train)
-        packing = choose_packing(mode, rows, prefix, suffix, context.examples, device)
-        log.info("packing: %s", packing.reason)
-    planner = None
-    if context.planners:
-        planner = replace(
-            context.planners[phase.index], cut=prefix is not None, cached=isinstance(prefix, CachedPrefix),
-            packed=packing.on, shortcuts=suffix.shortcuts,
-        )  # fmt: skip
-    joined = JoinedModel(loaded.model, loaded.anatomy, None if prefix is None else phase.mask.boundary)
-    return _CutModel(phase, prefix, suffix, joined, packing, planner, plan=None)
-
-
-def _decide_checkpointing(context: RunContext, cut_model: _CutModel) -> Plan | None:
-    """Decide on activation checkpointing by the memory that is free now, and apply it; return the plan with it."""
-    checkpointing, plan = choose_checkpointing(context, cut_model.planner)
-    log.info("gradient checkpointing: %s", checkpointing.reason)
-    if checkpointing.on:
-        checkpoint_blocks(cut_model.suffix.blocks(cut_model.mask.boundary))
-    return plan
-
-
-def _require_used_adapters(suffix: Suffix, hidden: torch.Tensor | None, row: Batch) -> None:
-    """Raise MaskError if the model does not call a layer with an adapter or rows, which would then learn nothing."""
-    with evaluation_mode(suffix):
-        called = called_modules(suffix.model, lambda: suffix.logits(hidden, row))
-    unused = unused_adapters(suffix.model, called)
-    if tables := unused_rows(suffix.model, called):
-        raise MaskError(
-            f"mask.train: rows trains some of {tables[0]}, which this model never calls: it computes with its weight "
-            "past the rows. Train the table whole, or leave it out"
-        )
-    if unused:
-        raise MaskError(
-            f"mask.train: lora adapts {unused[0]} and {len(unused) - 1} more layers that this model never calls: it "
-            "computes past an adapter there, or not at all. Name the other layers in lora.targets"
-        )
-
-
-def _build_engine(context: RunContext, cut_model: _CutModel) -> Engine:
+def _build_engine(context: RunContext, cut_model: PhaseCut) -> Engine:
     """Build the engine of the recipe for the suffix: DeepSpeed if there is a DeepSpeed file, else local."""
     config, suffix, prefix, plan = context.config, cut_model.suffix, cut_model.prefix, cut_model.plan
     parameters = trainable_parameters(suffix.model, cut_model.mask)
@@ -259,8 +177,11 @@ def _build_engine(context: RunContext, cut_model: _CutModel) -> Engine:
 def _continue_training(phase: Phase, engine: Engine, handover: Handover) -> dict[str, torch.Tensor]:
     """Load the state of the phase before into the engine; return the masters of tensors that are frozen in this one."""
     masters = handover.masters
-    continuing = [name for name in phase.mask.names if name in masters]
-    states = {name: handover.states.get(name, AdamState(masters[name])) for name in continuing}
+    states: dict[str, AdamState] = {}
+    for name in phase.mask.names:
+        if name in masters:  # it has trained before, up to this step or to an earlier one
+            begins_anew = phase.trained_since[name] == phase.start or name not in handover.states
+            states[name] = AdamState(masters[name]) if begins_anew else handover.states[name]
     engine.load_states(states, handover.schedule_step)
     return {name: master for name, master in masters.items() if name not in phase.trained_since}
 

@@ -178,7 +178,8 @@ def _hparams(trainer: Trainer) -> dict[str, str | float]:
     config, train = context.config, context.config.train
     return {
         "model": config.model.name_or_path,
-        "mask": ", ".join(map(str, config.mask.train)),
+        "mask": ", ".join(map(str, config.mask.train))
+        + (f"; {rotation}" if (rotation := config.mask.rotation) else ""),
         "boundary": state.mask.boundary,
         "learning_rate": train.learning_rate,
         "optimizer": config.optim.name,

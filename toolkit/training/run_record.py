@@ -63,7 +63,8 @@ def save_record(run: Path, schedule: Schedule, dataset: Dataset, plan: Plan | No
     """Write mask, schedule, plan, the files of the rows and skipped rows into the run directory."""
     schedule.phases[-1].delta_mask.save(run / "mask.json")
     if len(schedule.phases) > 1:
-        replace_text(run / "schedule.json", to_json(schedule.as_list(), indent=1))
+        name = "schedule.json" if schedule.rotation is None else "rotation.json"
+        replace_text(run / name, to_json(schedule.as_list(), indent=1))
     save_plan(run, plan)
     dataset.save_sources(run / "data_files.json")
     dataset.save_skipped(run / "skipped_rows.jsonl")

@@ -52,7 +52,7 @@ class Trainer:
     def plan(self) -> Plan | None:
         """The plan of the run, combined from those of its phases; None if one of them cannot be planned."""
         plans = [plan for plan in self.state.plans if plan is not None]
-        is_complete = len(plans) == len(self.context.schedule.phases)
+        is_complete = len(plans) == len(self.state.plans)
         return combine_plans(plans, self.context.config.mask) if is_complete else None
 
     @property
@@ -101,7 +101,7 @@ class Trainer:
         """Free the current phase of the mask's schedule and build the next one; every rank calls it."""
         ended, self.current = self.state, None
         phase = self.context.schedule.phases[ended.phase.index + 1]
-        handover = end_phase(self._model, ended)
+        handover = end_phase(self.context, self._model, ended)
         del ended  # nothing may refer to the ended phase while the next one is built
         self.current = build_phase(self.context, self._model, phase, handover)
 
@@ -109,8 +109,9 @@ class Trainer:
         """Show the mask of the phase that begins, as a table and as a picture."""
         phase, anatomy = self.state.phase, self.state.suffix.anatomy
         if self.context.world.is_main:
-            monitor.board.text("mask", audit_markdown(phase.mask, anatomy), phase.start)
-            monitor.board.image("train/mask", draw_mask(audit(phase.mask, anatomy)), phase.start)
+            mask = self.context.schedule.shown(phase)
+            monitor.board.text("mask", audit_markdown(mask, anatomy), phase.start)
+            monitor.board.image("train/mask", draw_mask(audit(mask, anatomy)), phase.start)
 
     def _batches(self, prefetcher: Prefetcher, reader: HiddenReader) -> Iterator[list[Batch]]:
         """Yield this rank's micro batches of each step that is left, from the exact row where the run stands."""
@@ -137,6 +138,8 @@ class Trainer:
         context = self.context
         with explain_out_of_memory("the change of phase"):
             self.next_phase()
+        if context.schedule.rotation is not None:  # planned and shown once
+            return
         if context.world.is_main:
             try:
                 save_plan(self._run_dir, self.plan)

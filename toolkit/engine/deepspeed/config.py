@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from toolkit.config.mask_schema import MaskConfig
 from toolkit.config.policy import global_batch, most_micro_batches
 from toolkit.config.schema import RunConfig
 from toolkit.engine.deepspeed.json_file import (
@@ -68,7 +69,7 @@ def resolve_ds_config(
     faults += _check_optim_name(resolved, config)
     fill_bucket_sizes(zero, hidden_size)
     faults += check_nvme_paths(resolved)
-    faults += _check_schedule(resolved) if config.mask.schedule else ()
+    faults += _check_changes(resolved, config.mask) if config.mask.changes else ()
     faults += [f'{where} is "auto", but nothing in the recipe fills it; give a value' for where in find_autos(resolved)]
     if faults:
         raise ConfigError(faults, f"DeepSpeed file {path}, read against the recipe")
@@ -186,12 +187,13 @@ def _check_optim_name(ds_config: dict[str, Any], config: RunConfig) -> Iterator[
         )
 
 
-def _check_schedule(ds_config: dict[str, Any]) -> Iterator[str]:
-    """Yield settings under which weights and optimizer state cannot move to the next phase of a mask schedule."""
+def _check_changes(ds_config: dict[str, Any], mask: MaskConfig) -> Iterator[str]:
+    """Yield settings under which weights and optimizer state cannot move to the next phase of a mask that changes."""
+    key = "mask.schedule" if mask.schedule else "mask.rotation"
     if "offload_param" in nvme_sections(ds_config):
-        yield "zero_optimization.offload_param.device is 'nvme', and mask.schedule moves weights; write 'cpu'"
+        yield f"zero_optimization.offload_param.device is 'nvme', and {key} moves weights; write 'cpu'"
     if zero_stage(ds_config) == 0:
-        yield "zero_optimization.stage is 0; mask.schedule needs 1, 2 or 3, or no --ds at all"
+        yield f"zero_optimization.stage is 0; {key} needs 1, 2 or 3, or no --ds at all"
 
 
 def _check_params(block: dict[str, Any], name: str, expected: dict[str, Any]) -> Iterator[str]:
