@@ -81,6 +81,8 @@ class RunContext:
     """One for each phase; empty for an architecture that cannot be planned."""
     library_bytes: int
     """Resident memory of Python and its libraries before the model was loaded."""
+    shared_by: int = 1
+    """Runs that read the same rows, this one included."""
     plans: tuple[Plan | None, ...] = ()
     """Expected plan of each phase, before it is built; None where it cannot be planned."""
 
@@ -177,7 +179,7 @@ def prepare(
         ds_config=load_ds_config(
             invocation.deepspeed, config, world.size, int(loaded.model.config.get_text_config().hidden_size)
         ),
-        planners=planners_of(config, loaded, dataset, world.device, passes),
+        planners=planners_of(config, loaded, dataset, world.device, passes), shared_by=invocation.shared_by,
     )  # fmt: skip
     planners: Sequence[Planner | None] = context.planners or [None] * len(schedule.phases)
     expected = [choose_checkpointing(context, planner)[1] for planner in planners]
