@@ -22,6 +22,8 @@ from helpers import invocation, metrics, run_here, run_script, tiny_flags
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import toolkit
+from benchmarks import sweep as benchmark
+from benchmarks.process import Finished
 from toolkit.config.schema import RunConfig
 from toolkit.metrics.resampling import Interval
 from toolkit.runtime import signals
@@ -314,6 +316,10 @@ def test_what_cannot_be_swept_is_refused_before_anything_runs(tiny_model: Path, 
     assert "parameters: unknown; expected grid: " in refused("--sweep", tmp_path / "sweep.yaml")
     assert "trial 1 (last:9): " in refused("--sweep.mask.train", "last:9")
     assert "holds no sweep" in refused("--sweep.train.seed", 1, "--output.dir", tmp_path / "used")
+    (tmp_path / "used" / "sweep.json").write_text('{"format": "frostline-sweep-1", "trials": [1], "base": {}}')
+    assert "is of no sweep that this version reads" in refused(
+        "--sweep.train.seed", 1, "--output.dir", tmp_path / "used"
+    )
     assert "data.validation is none" in refused("--sweep.train.seed", 1, "--data.validation", "none")
     assert "data.folds is set" in refused("--sweep.train.seed", 1, "--data.folds", 3)
     assert "--nodes describes a job" in refused("--sweep.train.seed", 1, "--nodes", 2)
@@ -349,3 +355,22 @@ def test_a_sweep_trains_each_trial_in_a_process_of_its_own(tiny_model: Path, tmp
     peaks = [trial["memory_gib"] for trial in state(tmp_path / "sweep")["trials"]]
     assert len(set(peaks)) == 2
     assert "| 2 | last:4 head | 2 | " in done.stdout
+
+
+@pytest.mark.slow
+def test_the_benchmark_compares_the_same_trials(
+    tiny_model: Path, tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def in_turn(command: list[str], log: Path) -> Finished:
+        done = run_here("sweep.py", *command[2:])
+        log.write_text(done.stderr, encoding="utf-8")
+        return Finished(done.returncode, 1.0, 0, {})
+
+    monkeypatch.setattr(benchmark, "run_process", in_turn)
+    uncached, cached = (benchmark.run_sweep(tmp_path, way, 8, 2, str(tiny_model)) for way in ("off", "auto"))
+    assert [trial["settings"] for trial in cached.trials] == [trial["settings"] for trial in uncached.trials]
+    assert len(cached.losses) == 6
+    assert list(benchmark.bounds(uncached, cached).values())[1], "the same losses"
+    assert "\n| all " in benchmark.result_table(uncached, cached)
+    assert "activation cache: off, as the recipe says" in (tmp_path / "log-off.txt").read_text(encoding="utf-8")
+    assert "missing samples begins at block" in (tmp_path / "log-auto.txt").read_text(encoding="utf-8")

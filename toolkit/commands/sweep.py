@@ -13,6 +13,7 @@ cache, filled once. Exit codes: 0 done; 1 a trial failed; 2 bad usage, config or
 from __future__ import annotations
 
 import argparse
+import logging
 import shlex
 import sys
 import threading
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from toolkit.config.schema import RunConfig
     from toolkit.sweeping.definition import SweepDefinition
     from toolkit.sweeping.trials import Sweep
+
+
+log = logging.getLogger("frostline")
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         from toolkit.sweeping.results import score_trials
         from toolkit.sweeping.trials import open_sweep
 
+        log.info("recipe %s", invocation.recipe)
         is_dry = bool(arguments.dry_run)
         with open_sweep(invocation, definition, source, writes=not is_dry) as opened:
             if arguments.slurm:

@@ -21,6 +21,8 @@ def write_report(sweep: Sweep) -> None:
     for trial in sweep.trials:
         if trial.result:
             trial.result["front"] = [cost for cost in COSTS if trial.number in fronts[cost]]
+    for other in sweep.others:  # not in this table
+        other.pop("front", None)
     sweep.save()
     with explain_refused_write(sweep.directory):
         replace_text(sweep.directory / TABLE_FILE, markdown(sweep))

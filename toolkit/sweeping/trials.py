@@ -22,7 +22,7 @@ from toolkit.runtime.errors import CheckpointError, ConfigError, PlanError
 from toolkit.runtime.file_lock import LOCK_FILE_NAME, RunLock
 from toolkit.runtime.json_text import to_json
 from toolkit.runtime.paths import explain_refused_write, read_regular, replace_text
-from toolkit.runtime.privacy import make_directory
+from toolkit.runtime.privacy import group_files, make_directory
 from toolkit.slurm.submission import queued_job
 from toolkit.sweeping.definition import Settings, SweepDefinition, describe, trial_configs
 
@@ -145,7 +145,8 @@ def open_sweep(
     if not writes:
         yield sweep
         return
-    with _held(directory, base.output.share == "group"):
+    is_shared = base.output.share == "group"
+    with group_files(is_shared), _held(directory, is_shared):
         sweep.save()
         yield sweep
 
@@ -203,7 +204,7 @@ def _read_state(directory: Path, recipe: dict[str, Any]) -> dict[str, Any]:
             f"{directory} holds no sweep ({error}); expected a directory that is empty, does not exist, or holds one. "
             "Choose another --output.dir"
         ) from None
-    if held and (not isinstance(state, dict) or state.get("format") != _FORMAT):
+    if held and not _is_state(state):
         raise CheckpointError(f"{directory / STATE_FILE} is of no sweep that this version reads; choose another "
                               "--output.dir")  # fmt: skip
     then: dict[str, Any] = state.get("recipe", recipe)
@@ -218,6 +219,19 @@ def _read_state(directory: Path, recipe: dict[str, Any]) -> dict[str, Any]:
             f"{directory} holds a sweep of another recipe: {'; '.join(differences)}. Choose another --output.dir"
         )
     return dict(state)
+
+
+def _is_state(state: Any) -> bool:
+    """Return whether a JSON value has the form that ``Sweep.save`` writes, as far as it is read again."""
+    if not isinstance(state, dict) or state.get("format") != _FORMAT or not isinstance(state.get("trials"), list):
+        return False
+    needed = {"trial": int, "settings": dict, "wall_seconds": int | float}
+    return isinstance(state.get("base"), dict) and all(
+        isinstance(trial, dict)
+        and {"code", "fault"} <= trial.keys()
+        and all(isinstance(trial.get(key), kind) for key, kind in needed.items())
+        for trial in state["trials"]
+    )
 
 
 def _is_finished(directory: Path, config: RunConfig) -> bool:
