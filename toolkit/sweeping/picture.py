@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from toolkit.sweeping.results import quality_of
-from toolkit.sweeping.table import COSTS, Point, front, points_of
+from toolkit.sweeping.table import COSTS, ScoredTrial, front, points_of
 from toolkit.sweeping.trials import Sweep
 
 _FRONT, _BEHIND, _BASE = "#d55e00", "#0072b2", "#666666"
@@ -38,7 +38,7 @@ def draw(sweep: Sweep) -> str:
     return written.getvalue()
 
 
-def _draw_cost(axes: Any, cost: str, points: list[Point]) -> None:
+def _draw_cost(axes: Any, cost: str, points: list[ScoredTrial]) -> None:
     """Draw quality against one cost."""
     best = front(points, cost)
     for point in points:

@@ -17,7 +17,7 @@ _SEED = "train.seed"
 
 
 @dataclass(frozen=True)
-class Point:
+class ScoredTrial:
     """A trial that has scores."""
 
     trial: Trial
@@ -34,22 +34,22 @@ class Point:
         return float(self.trial.result[key])
 
 
-def points_of(sweep: Sweep) -> list[Point]:
+def points_of(sweep: Sweep) -> list[ScoredTrial]:
     """Return the trials that have scores, in their order."""
     found = []
     for trial in sweep.trials:
         quality = quality_of(trial.result)
         if quality is not None and math.isfinite(quality.value):
-            found.append(Point(trial, quality, trial.result["validation"]["higher_is_better"]))
+            found.append(ScoredTrial(trial, quality, trial.result["validation"]["higher_is_better"]))
     return found
 
 
-def front(points: Sequence[Point], cost: str) -> list[Point]:
+def front(points: Sequence[ScoredTrial], cost: str) -> list[ScoredTrial]:
     """Return the Pareto front, by rising cost: points that no other is as good as for less, or better than for as much.
 
     Of points that are alike in both the first is taken.
     """
-    found: list[Point] = []
+    found: list[ScoredTrial] = []
     for point in sorted(points, key=lambda point: (point.cost(cost), point.rank, point.trial.number)):
         if not found or point.rank < found[-1].rank:
             found.append(point)
@@ -99,9 +99,9 @@ def _notes(sweep: Sweep) -> list[str]:
     return notes
 
 
-def _over_seeds(points: Sequence[Point]) -> list[str]:
+def _over_seeds(points: Sequence[ScoredTrial]) -> list[str]:
     """Return a table of the trials that differ in their seed alone; none if there are no such."""
-    groups: dict[str, list[Point]] = {}
+    groups: dict[str, list[ScoredTrial]] = {}
     for point in points:
         if _SEED in point.trial.settings:
             others = {key: value for key, value in point.trial.settings.items() if key != _SEED}
