@@ -233,9 +233,9 @@ def test_trials_of_several_seeds_say_what_they_held_out(tiny_model: Path, tmp_pa
     result = toolkit.sweep(
         None,
         {
-            "model.name_or_path": tiny_model, "model.dtype": "float32", "data.path": ENGLISH, "data.limit": 6, "data.validation": 0.2,
-            "data.test": 0.15, "mask.train": ["last:2"], "train.epochs": 1, "output.dir": directory,
-            "output.sample_answers": 0, "output.report": [],
+            "model.name_or_path": tiny_model, "model.dtype": "float32", "data.path": ENGLISH, "data.limit": 6,
+            "data.validation": 0.2, "data.test": 0.15, "mask.train": ["last:2"], "train.epochs": 1,
+            "output.dir": directory, "output.sample_answers": 0, "output.report": [],
         },
         grid={"train.seed": [1, 2]},
         test=True,
