@@ -19,7 +19,7 @@ from helpers import ENGLISH, QUICKSTART, ROOT, clean_environment, metrics, run_s
 import toolkit
 from toolkit.runtime.errors import CheckpointError, ConfigError, DataError, FrostlineError, UsageError
 
-VERBS = ("train", "plan", "data_check", "evaluate", "generate", "export")
+VERBS = ("train", "plan", "data_check", "evaluate", "generate", "export", "sweep")
 
 MASK = ["last:4", "head"]
 
@@ -39,7 +39,7 @@ def in_new_process(code: str) -> Any:
 
 
 def test_the_public_names_are_these() -> None:
-    types = ["Comparison", "FrostlineError", "PlanReport", "RunConfig", "TrainResult"]
+    types = ["Comparison", "FrostlineError", "PlanReport", "RunConfig", "SweepResult", "TrainResult"]
     assert toolkit.__all__ == [*types, *sorted(VERBS)]
     for name in toolkit.__all__:
         assert getattr(toolkit, name).__name__ == name

@@ -28,6 +28,7 @@ LAYERS = [
     {"exporting", "planning"},
     {"report"},
     {"training"},
+    {"sweeping"},
     {"commands"},
 ]
 RANK = {name: level for level, names in enumerate(LAYERS) for name in names}

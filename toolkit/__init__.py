@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from toolkit.commands.export import export
     from toolkit.commands.generate import generate
     from toolkit.commands.plan import PlanReport, plan
+    from toolkit.commands.sweep import SweepResult, sweep
     from toolkit.commands.train import TrainResult, train
     from toolkit.config.schema import RunConfig
     from toolkit.evaluation.comparison import Comparison
@@ -27,12 +28,14 @@ __all__ = [
     "FrostlineError",
     "PlanReport",
     "RunConfig",
+    "SweepResult",
     "TrainResult",
     "data_check",
     "evaluate",
     "export",
     "generate",
     "plan",
+    "sweep",
     "train",
 ]
 
@@ -41,12 +44,14 @@ _MODULES = {
     "FrostlineError": "toolkit.runtime.errors",
     "PlanReport": "toolkit.commands.plan",
     "RunConfig": "toolkit.config.schema",
+    "SweepResult": "toolkit.commands.sweep",
     "TrainResult": "toolkit.commands.train",
     "data_check": "toolkit.commands.data_check",
     "evaluate": "toolkit.commands.evaluate",
     "export": "toolkit.commands.export",
     "generate": "toolkit.commands.generate",
     "plan": "toolkit.commands.plan",
+    "sweep": "toolkit.commands.sweep",
     "train": "toolkit.commands.train",
 }
 """Where each public name is defined."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import torch
 
+from toolkit.activation_cache.lower_line import LowerLine
 from toolkit.activation_cache.namespace import sample_key
 from toolkit.activation_cache.read_ahead import HiddenAhead, HiddenReader
 from toolkit.activation_cache.shard import SHARD_BYTES
@@ -95,12 +96,13 @@ class CachedPrefix:
         """Read the hidden states of these samples into memory in the background."""
         self.store.prefetch(_keys(examples))
 
-    def fill(self, examples: Sequence[Example], tokens: int = FILL_TOKENS) -> None:
+    def fill(self, examples: Sequence[Example], tokens: int = FILL_TOKENS, lower: LowerLine | None = None) -> None:
         """Compute and store what the store lacks, in large batches, shared among the ranks; every rank calls it.
 
-        On a GPU a batch has up to ``tokens`` tokens, padding included, on a CPU ``CPU_FILL_TOKENS``. Batches are made
-        of all samples, not of the missing ones, and do not depend on the number of ranks: a run that was interrupted
-        and started again stores the same bits.
+        A batch of which a ``lower`` line holds all samples begins there, the others at their tokens. On a GPU a batch
+        has up to ``tokens`` tokens, padding included, on a CPU ``CPU_FILL_TOKENS``. Batches are made of all samples,
+        not of the missing ones, and do not depend on the number of ranks: a run that was interrupted and started again
+        stores the same bits, and so does one that begins at a lower line.
 
         Raises:
             StopRequested: a signal came; what was computed is stored, and the next run goes on from there.
@@ -110,15 +112,15 @@ class CachedPrefix:
         tokens = CPU_FILL_TOKENS if self._world.device.type == "cpu" else tokens
         starts = np.fromiter(_starts_by_length(distinct.lengths, tokens), np.int64)
         batches = np.stack([starts, np.append(starts[1:], len(distinct))], axis=1)
-        self._compute_missing(distinct, batches[self._world.rank :: self._world.size])
+        self._compute_missing(distinct, batches[self._world.rank :: self._world.size], lower)
         self._world.barrier()
         self._world.raise_if_stopping()
         self.store.refresh()
         if not self.store.statistics.failed:  # another node may have stored what is still missing on a disk of its own
-            self._compute_missing(distinct, batches)
+            self._compute_missing(distinct, batches, lower)
             self._world.raise_if_stopping()
 
-    def _compute_missing(self, samples: Rows, batches: np.ndarray) -> None:
+    def _compute_missing(self, samples: Rows, batches: np.ndarray, lower: LowerLine | None) -> None:
         """Run the prefix on those batches of which the store lacks a sample, and store the missing samples.
 
         ``batches`` are [batches, 2]: start and end of each among ``samples``.
@@ -134,7 +136,7 @@ class CachedPrefix:
                 if signals.stop_requested():  # this rank's signal; ``fill`` then agrees on it with all ranks
                     break
                 batch = list(samples[start:end])
-                rows = zip(_keys(batch), lacking[start:end], self._run_prefix(batch), strict=True)
+                rows = zip(_keys(batch), lacking[start:end], self._run_prefix(batch, lower), strict=True)
                 pending |= {key: row.cpu() for key, is_missing, row in rows if is_missing}
                 if sum(row.nbytes for row in pending.values()) >= SHARD_BYTES:
                     self.store.write(pending)
@@ -170,14 +172,19 @@ class CachedPrefix:
         self.store.close()
         return self.store.summary()
 
-    def _run_prefix(self, examples: list[Example]) -> list[torch.Tensor]:
-        """Run the prefix on one batch, loaded again if it was released; return each sample's [T, hidden_size]."""
+    def _run_prefix(self, examples: list[Example], lower: LowerLine | None = None) -> list[torch.Tensor]:
+        """Run the prefix on one batch, loaded again if it was released; return each sample's [T, hidden_size].
+
+        It begins at the ``lower`` line if that holds all of them.
+        """
         if self.prefix is None:
             log.warning("the activation cache lacks samples that it held; loading the prefix again to compute them")
             self.prefix = self._load()
         batch = collate(examples, pad_id=0)
         with explain_out_of_memory("the first pass, which fills the activation cache", batch.shape_text):
             batch = batch.to(self._world.device)
+            if lower is not None and (rows := lower.read(_keys(examples), self._world.device)) is not None:
+                return unpad(self.prefix.forward_from(lower.boundary, lay_out(rows, batch), batch), batch)
             return unpad(self.prefix(batch), batch)
 
 

@@ -117,11 +117,10 @@ def settings_of_a_run(settings: PrefixConfig) -> PrefixConfig:
 
     A directory that it names is used only if it is a cache already, else the default one; modes stay as they are.
     """
-    if settings.cache_dir and not _namespaces(_root(settings)):
+    if settings.cache_dir and not namespaces_of(settings):
         log.info("prefix.cache_dir of the run, %s, is no cache here; the default one is used", settings.cache_dir)
         settings = settings.model_copy(update={"cache_dir": None})
-    root = _root(settings)
-    is_shared = any(map(is_shared_with_group, (root, *_namespaces(root))))
+    is_shared = any(map(is_shared_with_group, (_root(settings), *namespaces_of(settings))))
     return settings.model_copy(update={"share": "group" if is_shared else None})
 
 
@@ -129,10 +128,10 @@ def _root(settings: PrefixConfig) -> Path:
     return Path(settings.cache_dir) if settings.cache_dir else cache_root() / "activations"
 
 
-def _namespaces(root: Path) -> list[Path]:
+def namespaces_of(settings: PrefixConfig) -> list[Path]:
     """Return the directories of hidden states in a cache; none of what is no cache."""
     try:
-        found = list(root.iterdir())
+        found = list(_root(settings).iterdir())
     except OSError:
         return []
     return [path for path in found if SHA256.fullmatch(path.name) and is_real_file(path / NAMESPACE_FILE)]

@@ -13,6 +13,7 @@ from toolkit.runtime.environment import require_packages
 VERBS = {
     "train": "fine-tune the part of a model that a layer mask selects",
     "data-check": "look at the data: duplicates, leaks, odd answers, personal identifiers",
+    "sweep": "train a recipe with several masks, rates, epochs or seeds, and compare quality and cost",
     "plan": "print memory, compute and disk of a run before any weight is loaded",
     "evaluate": "print the validation loss of a run, an export, a delta or any model",
     "rate": "have people compare two models' answers: blinded sheets, and what they show",

@@ -32,12 +32,24 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     """Parse the command line, check the job, write its files and submit it; return the exit code."""
     invocations = _parse(words, program)
     arguments = invocations[0].arguments
-    from toolkit.slurm import submission
     from toolkit.slurm.request import read_request
+
+    submit_runs(invocations, read_request(arguments), arguments.dry_run)
+    return 0
+
+
+def submit_runs(invocations: Sequence[Invocation], request: JobRequest, dry_run: bool) -> str:
+    """Check runs, write their files and submit them as one job, or as an array; return the job id.
+
+    With ``dry_run`` the script is printed, nothing is written or submitted, and the id is empty.
+
+    Raises:
+        UsageError: a run or the request is at fault, or a run is finished, in use or queued.
+    """
+    from toolkit.slurm import submission
     from toolkit.slurm.script import BatchJob, render
 
-    request = read_request(arguments)
-    _check_cluster(request, arguments.dry_run)
+    _check_cluster(request, dry_run)
     from toolkit.checkpoint.run_directory import claim, write_config
     from toolkit.runtime.distributed import World  # these import torch, which invalid flags need not wait for
     from toolkit.training.preflight import preflight
@@ -47,9 +59,8 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         for invocation in invocations:
             preflight(invocation, request.ranks)
             run_claim = claim(
-                invocation.config, invocation.recipe, World(), submission.queued_job, not arguments.dry_run,
-                request.ranks,
-            )  # fmt: skip
+                invocation.config, invocation.recipe, World(), submission.queued_job, not dry_run, request.ranks
+            )
             runs.append(claims.enter_context(run_claim))
         if finished := [str(run.path) for run in runs if run.finished]:
             raise CheckpointError(
@@ -59,16 +70,16 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         deepspeed = invocations[0].deepspeed
         job = BatchJob(request, directories, deepspeed, launch_script("train"), Path.cwd(), os.environ)
         script = render(job)  # refused before anything is written
-        if arguments.dry_run:
+        if dry_run:
             print(script, end="")
-            return 0
+            return ""
         for invocation, run in zip(invocations, runs, strict=True):
             # a requeued job starts several times
             output = invocation.config.output.model_copy(update={"resume": "auto"})
             write_config(run.path, invocation.config.model_copy(update={"output": output}))
         job_id = submission.submit(job)
     print(submission.how_to_watch(job, job_id))
-    return 0
+    return job_id
 
 
 def _parse(words: Sequence[str] | None, program: str | None) -> list[Invocation]:
@@ -79,6 +90,9 @@ def _parse(words: Sequence[str] | None, program: str | None) -> list[Invocation]
     def parse(recipe: Path) -> Invocation:
         parser = verb_parser(__doc__, program)
         add_flags(parser)
+        parser.add_argument(
+            "--array", nargs="+", metavar="RECIPE", help="one run for each recipe, as one array of jobs"
+        )
         return flags.parse(parser, recipe, words)
 
     first = parse(shipped_file(QUICKSTART))

@@ -101,6 +101,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
 
         parser = verb_parser(__doc__, program)
         flags.add_resume_override(parser)
+        flags.add_shared_by(parser)
         invocation = flags.parse(parser, shipped_file(QUICKSTART), words)
         from toolkit.training.run import run  # imports torch, which --help and a faulty recipe need not wait for
 

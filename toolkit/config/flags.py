@@ -34,6 +34,8 @@ class Invocation:
     """All parsed arguments, with those that only one command has."""
     resume_override: bool
     """True if ``--resume-override`` was passed; False for commands without that flag."""
+    shared_by: int = 1
+    """Runs that read the same rows, this one included: with more than one, even one pass is worth caching."""
 
 
 def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +92,7 @@ def parse(parser: argparse.ArgumentParser, default_recipe: Path, argv: Sequence[
     ]
     recipe = find_file(arguments.config or default_recipe)
     flags = {
-        key: _parse_flag_value(key, fields[key].annotation, text, faults)
+        key: parse_flag_value(key, fields[key].annotation, text, faults)
         for key, text in vars(arguments).items()
         if key in fields
     }
@@ -103,6 +105,7 @@ def parse(parser: argparse.ArgumentParser, default_recipe: Path, argv: Sequence[
         deepspeed=find_file(arguments.ds) if arguments.ds else None,
         arguments=arguments,
         resume_override=getattr(arguments, "resume_override", False),
+        shared_by=getattr(arguments, "shared_by", 1),
     )
 
 
@@ -118,6 +121,14 @@ def add_resume_override(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume-override", action="store_true",
         help="go on with a run although harmless keys (learning rate, epochs, optimizer …) differ, and say which",
+    )  # fmt: skip
+
+
+def add_shared_by(parser: argparse.ArgumentParser) -> None:
+    """Add ``--shared-by``, which ``Invocation.shared_by`` reads."""
+    parser.add_argument(
+        "--shared-by", type=positive_int, default=1, metavar="RUNS",
+        help="runs that read the same rows, this one included: prefix.cache auto counts the passes of all; default: 1",
     )  # fmt: skip
 
 
@@ -254,7 +265,7 @@ def _metavar(members: list[Any]) -> str:
     return "|".join(names).upper() or "VALUE"
 
 
-def _parse_flag_value(key: str, annotation: Any, text: str | list[str], faults: list[str]) -> Any:
+def parse_flag_value(key: str, annotation: Any, text: str | list[str], faults: list[str]) -> Any:
     """Return the value of a recipe key's flag, or its text after a fault is appended to ``faults``.
 
     Of a key that takes a list, ``text`` holds the words, where ``[…]`` and ``{…}`` are read as YAML.

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 
 from toolkit.activation_cache.cached_prefix import CachedPrefix, HiddenStates
+from toolkit.activation_cache.lower_line import best_lower_line, cached_lines_below
 from toolkit.activation_cache.policy import (
     decide,
     open_store,
@@ -110,6 +111,10 @@ def _cached(
         return None
     frozen = prefix.eval()
     cached = CachedPrefix(frozen, lambda: frozen, lambda: frozen, store, world)
-    cached.fill(examples)
+    lines = cached_lines_below(loaded, boundary, settings, store, world)
+    lower = best_lower_line(lines, settings, loaded.model, frozen, store, examples, world)
+    cached.fill(examples, lower=lower)
+    if lower is not None:
+        lower.store.close()
     save_split_check(store, prefix.block_output_counts())
     return cached, suffix

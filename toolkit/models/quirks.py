@@ -35,8 +35,7 @@ def training_notes(config: PretrainedConfig) -> Iterator[str]:
     coefficients = ", ".join(
         f"{key} {value:g}" for key, value in values.items() if value and _ROUTER_LOSS.fullmatch(key)
     )
-    mixture = any(value > 1 for key, value in values.items() if _EXPERTS.fullmatch(key))
-    if coefficients and (mixture or values.get("output_router_logits")):
+    if coefficients and (has_experts(config) or values.get("output_router_logits")):
         transformers_does = (
             "the config has output_router_logits: true, so transformers' own loss would add it"
             if values.get("output_router_logits")
@@ -46,6 +45,11 @@ def training_notes(config: PretrainedConfig) -> Iterator[str]:
             f"the router's balancing loss is left out ({coefficients}): the loss is the answers' cross entropy alone; "
             f"{transformers_does}"
         )
+
+
+def has_experts(config: PretrainedConfig) -> bool:
+    """Return whether the model is a mixture of experts, whose products round by what else is in a batch."""
+    return any(value > 1 for key, value in _numeric_settings(config.to_dict()) if _EXPERTS.fullmatch(key))
 
 
 def _numeric_settings(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -19,15 +19,17 @@ _ADAPTERS: dict[str, dict[str, Any]] = {
 """Words that make an entry of adapters of the selector after them."""
 
 
-def parse_mask(text: str, mask: MaskConfig) -> MaskConfig:
+def parse_mask(text: str, mask: MaskConfig, flag: str = "--compare") -> MaskConfig:
     """Return ``mask`` with what ``text`` trains: ``last:4 head``, ``lora last:8``, ``rows head added``, or YAML.
+
+    ``flag`` names what the text was given to, for messages.
 
     Raises:
         ConfigError: the text cannot be read, or the recipe has a schedule or a rotation.
     """
     if mask.changes:
         key = "mask.schedule" if mask.schedule else "mask.rotation"
-        raise ConfigError([f"--compare compares masks, and {key} has several of them; leave it out"])
+        raise ConfigError([f"{flag} compares masks, and {key} has several of them; leave it out"])
     entries: list[Any] = []
     try:
         words = [text] if text.startswith(("{", "[")) else shlex.split(text)
@@ -45,7 +47,7 @@ def parse_mask(text: str, mask: MaskConfig) -> MaskConfig:
         detail = "expected words such as 'last:4 head', 'lora last:8', 'rows embeddings added', or YAML in braces"
     except ConfigError as error:
         detail = "; ".join(error.faults)
-    raise ConfigError([f"--compare {text!r} is no mask: {detail}"])
+    raise ConfigError([f"{flag} {text!r} is no mask: {detail}"])
 
 
 def _which_rows(word: str) -> dict[str, Any]:

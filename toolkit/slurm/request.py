@@ -86,7 +86,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     job.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="a further option of sbatch, as =--qos=high"
     )
-    job.add_argument("--array", nargs="+", metavar="RECIPE", help="one run for each recipe, as one array of jobs")
     job.add_argument("--dry-run", action="store_true", help="print the script, write and submit nothing")
 
 

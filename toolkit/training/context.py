@@ -81,6 +81,8 @@ class RunContext:
     """One for each phase, one for all turns of a rotation; empty for an architecture that cannot be planned."""
     library_bytes: int
     """Resident memory of Python and its libraries before the model was loaded."""
+    shared_by: int = 1
+    """Runs that read the same rows, this one included."""
     plans: tuple[Plan | None, ...] = ()
     """Expected plan of each planner, before its phase is built; None where it cannot be planned."""
 
@@ -181,7 +183,7 @@ def prepare(
         ds_config=load_ds_config(
             invocation.deepspeed, config, world.size, int(loaded.model.config.get_text_config().hidden_size)
         ),
-        planners=(),
+        planners=(), shared_by=invocation.shared_by,
     )  # fmt: skip
     context = _with_plans(context, loaded)
     world.raise_if_stopping()

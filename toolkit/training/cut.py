@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from toolkit.activation_cache.cached_prefix import FILL_TOKENS, CachedPrefix, HiddenStates
+from toolkit.activation_cache.lower_line import Line, best_lower_line, cached_lines_below
 from toolkit.activation_cache.policy import (
     decide,
     mask_obstacle,
@@ -65,11 +66,14 @@ def cut(context: RunContext, loaded: LoadedModel, phase: Phase) -> tuple[HiddenS
         if context.schedule.rotation is not None:
             _free_prefix_weights(loaded, phase.mask.boundary, suffix)
         return cached, suffix
+    lines: list[Line] = []
+    if store is not None:
+        lines = cached_lines_below(loaded, phase.mask.boundary, settings, store, context.world)
     prefix, suffix = _split(context, loaded, phase)
     if prefix is not None and context.schedule.rotation is not None:
         _free_prefix_weights(loaded, phase.mask.boundary, suffix)
     if store is not None:
-        filled, decision = _fill_cache(context, loaded, phase, prefix, store)
+        filled, decision = _fill_cache(context, loaded, phase, prefix, store, lines)
         if filled is not None:
             if not context.schedule.moves_line and filled.release(context.examples):
                 suffix = _detach_from_file(suffix, context.world.device)
@@ -97,9 +101,13 @@ def _cached_output_counts(store: ActivationStore, context: RunContext) -> list[i
 
 
 def _fill_cache(
-    context: RunContext, loaded: LoadedModel, phase: Phase, prefix: Prefix | None, store: ActivationStore
-) -> tuple[CachedPrefix | None, Decision | None]:
-    """Fill the cache on all ranks and return the cached prefix; or return None and the decision against it."""
+    context: RunContext, loaded: LoadedModel, phase: Phase, prefix: Prefix | None, store: ActivationStore,
+    lines: Sequence[Line],
+) -> tuple[CachedPrefix | None, Decision | None]:  # fmt: skip
+    """Fill the cache on all ranks and return the cached prefix; or return None and the decision against it.
+
+    ``lines`` are the ``cached_lines_below``.
+    """
     settings, world = context.config.prefix, context.world
     obstacle = (
         "this architecture cannot be cut"
@@ -111,13 +119,18 @@ def _fill_cache(
     if prefix is None or obstacle:
         return None, refuse_cache(settings, obstacle)
     passes = context.passes(phase)
-    passes *= context.config.data.folds or 1  # every fold reads the rows again, from the same cache
+    passes *= (context.config.data.folds or 1) * context.shared_by  # folds, and other runs, read the same cache
     decision = world.on_main(lambda: decide(settings, context.examples, passes, store))
     if not decision.on:
         return None, decision
     log.info("activation cache: %s; filling it", decision.reason)
     cached = CachedPrefix(prefix, *_prefix_loaders(context, loaded, phase), store, world)
-    cached.fill(context.examples, _fill_tokens(context, phase))
+    lower = best_lower_line(lines, settings, loaded.model, prefix, store, context.examples, world)
+    try:
+        cached.fill(context.examples, _fill_tokens(context, phase), lower)
+    finally:
+        if lower is not None:
+            lower.store.close()
     if world.local_rank == 0:  # nodes may have separate disks
         save_split_check(store, prefix.block_output_counts())
     return cached, None

@@ -1,0 +1,132 @@
+"""What the trials of a sweep gave, and what each cost: read from their runs, and scored on the rows they held out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from toolkit.checkpoint.choice import find_checkpoint
+from toolkit.checkpoint.metrics_log import METRICS_FILE, number, read_rows
+from toolkit.config.schema import RunConfig
+from toolkit.evaluation.comparison import Comparison, compare_models
+from toolkit.evaluation.outputs import Asked
+from toolkit.evaluation.rows import Part
+from toolkit.evaluation.sources import BASE, OpenOptions
+from toolkit.evaluation.verdicts import ModelScores
+from toolkit.metrics.resampling import Interval
+from toolkit.runtime import signals
+from toolkit.runtime.errors import CheckpointError, FrostlineError
+from toolkit.sweeping.trials import Sweep, Trial
+
+log = logging.getLogger("frostline")
+
+Scores = dict[str, Any]
+"""Value, ends of the 95 % interval, and rows of a metric; whether more of it is better."""
+
+
+def score_trials(sweep: Sweep, with_test: bool = False) -> bool:
+    """Read the costs of the finished trials and score their best checkpoints; return False if a signal came first.
+
+    Each is scored on the rows that it held out: ``data.validation`` as a fraction holds out others for each
+    ``train.seed``. The base is scored once on each such set of rows. ``with_test`` also scores the rows of
+    ``data.test``, by which nothing is chosen. Scores are kept; a trial that cannot be scored says why.
+    """
+    for trial in sweep.trials:
+        if not trial.is_done:
+            continue
+        if signals.stop_requested():
+            return False
+        try:
+            _score(sweep, trial, with_test)
+            trial.fault = None
+        except FrostlineError as error:
+            trial.fault = f"cannot be scored: {' '.join(str(error).split())}"
+            log.warning("sweep: trial %d %s", trial.number, trial.fault)
+        sweep.save()
+    return True
+
+
+def held_out(config: RunConfig) -> str:
+    """Return a digest of what decides which rows a trial holds out."""
+    data = config.data
+    drawn = isinstance(data.validation, float) or isinstance(data.test, float) or data.limit is not None
+    parts = [data.model_dump(mode="json"), config.model.name_or_path, config.train.seed if drawn else None]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def costs_of(trial: Trial) -> dict[str, float]:
+    """Return seconds of the training steps, most memory in GiB and most trained parameters, by ``metrics.jsonl``.
+
+    Filling the cache is not among the seconds: which trial does it is chance.
+
+    Raises:
+        CheckpointError: the run has logged no step.
+    """
+    rows = [row for row in read_rows(trial.directory / METRICS_FILE) if "trained_parameters" in row]
+    if not rows:
+        raise CheckpointError(f"{trial.directory / METRICS_FILE} has no step; expected those of a finished run")
+    return {
+        "seconds": sum(number(row["seconds"]) for row in rows),
+        "memory_gib": max(number(row["peak_memory_gib"]) for row in rows),
+        "trained": max(int(row["trained_parameters"]) for row in rows),
+    }
+
+
+def quality_of(result: Mapping[str, Any]) -> Interval | None:
+    """Return the score that trials are compared by, of ``Trial.result`` or of a base; None before it is known."""
+    scores = result.get("validation")
+    if not scores or scores["value"] is None:
+        return None
+    return Interval(*(float("nan") if scores[key] is None else scores[key] for key in ("value", "low", "high")))
+
+
+def _score(sweep: Sweep, trial: Trial, with_test: bool) -> None:
+    """Fill ``Trial.result``, and the scores of the base if these rows have none yet."""
+    checkpoint, rows = _checkpoint(trial), held_out(trial.config)
+    if trial.result.get("checkpoint") != checkpoint:
+        trial.result = {"checkpoint": checkpoint, **costs_of(trial), "held_out": rows}
+    parts: tuple[Part, ...] = ("validation", "test") if with_test else ("validation",)
+    of_base = sweep.base.setdefault(rows, {})
+    run, metric = f"{trial.directory}@{checkpoint}", trial.config.train.metric_for_best_model
+    for part in parts:
+        if part in trial.result and part in of_base:
+            continue
+        sources = [run] if part in of_base else [BASE, run]
+        comparison = _compare(trial, sources, part, 0)
+        if metric not in _model(comparison, run).scores:  # it is of generated answers
+            comparison = _compare(trial, sources, part, trial.config.output.sample_answers)
+        trial.result[part] = _scores(comparison, run, metric)
+        if part not in of_base:
+            of_base[part] = _scores(comparison, BASE, metric)
+
+
+def _checkpoint(trial: Trial) -> str:
+    """Return the best checkpoint of a trial, as after an @; the latest where no validation loss was finite."""
+    try:
+        return str(find_checkpoint(trial.directory, "best").step)
+    except CheckpointError:
+        return str(find_checkpoint(trial.directory).step)
+
+
+def _compare(trial: Trial, sources: list[str], part: Part, answers: int) -> Comparison:
+    asked = Asked(trial.config.train.micro_batch_size, answers)
+    return compare_models(sources, None, part, asked, OpenOptions())
+
+
+def _scores(comparison: Comparison, name: str, metric: str) -> Scores:
+    """Return the score of one model by the metric that trials are compared by."""
+    model = _model(comparison, name)
+    if metric not in model.scores:
+        raise CheckpointError(f"{metric} is not among {', '.join(model.scores)}, which these rows have")
+    score = model.scores[metric]
+    better = bool(score.higher_is_better)
+    return {**asdict(Interval(score.value, score.low, score.high)), "higher_is_better": better,
+            "rows": comparison.rows, "metric": metric}  # fmt: skip
+
+
+def _model(comparison: Comparison, name: str) -> ModelScores:
+    return next(model for model in comparison.models if model.name == name)

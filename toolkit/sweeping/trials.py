@@ -1,0 +1,275 @@
+"""Keep what a sweep is and what came of each trial, in its directory; find which trials are left."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from toolkit.checkpoint.catalog import latest_checkpoint
+from toolkit.checkpoint.early_stopping import ended_early
+from toolkit.checkpoint.run_directory import write_config
+from toolkit.checkpoint.state import read_state
+from toolkit.checkpoint.validation_score import read_validation_score
+from toolkit.config.flags import Invocation
+from toolkit.config.policy import refuse_cache
+from toolkit.config.schema import RunConfig
+from toolkit.runtime.errors import CheckpointError, ConfigError, PlanError
+from toolkit.runtime.file_lock import LOCK_FILE_NAME, RunLock
+from toolkit.runtime.json_text import to_json
+from toolkit.runtime.paths import explain_refused_write, read_regular, replace_text
+from toolkit.runtime.privacy import group_files, make_directory
+from toolkit.slurm.submission import queued_job
+from toolkit.sweeping.definition import Settings, SweepDefinition, describe, trial_configs
+
+log = logging.getLogger("frostline")
+
+STATE_FILE = "sweep.json"
+"""In a sweep's directory: its recipe, its trials and what came of them. It is the table as JSON."""
+_FORMAT = "frostline-sweep-1"
+_MOST_BYTES = 2**26
+
+
+@dataclass
+class Trial:
+    """One run of a sweep."""
+
+    number: int
+    """From 1, in the order in which the trials were first named; it names the directory."""
+    settings: Settings
+    """What is its own, by dotted key."""
+    config: RunConfig
+    """Its recipe, ``output.dir`` included."""
+    boundary: int | None = None
+    """Frost line of its first phase; None if that cannot be told without weights."""
+    code: int | None = None
+    """Exit code of its last run; None if it has not run or was stopped."""
+    seconds: float = 0.0
+    """Wall-clock seconds of its processes, those that were stopped included."""
+    fault: str | None = None
+    """Why it has no scores though it ran, as a phrase."""
+    result: dict[str, Any] = field(default_factory=dict)
+    """What ``toolkit.sweeping.results`` makes of the run; empty until it is scored."""
+
+    @property
+    def directory(self) -> Path:
+        """Return its run directory."""
+        return Path(str(self.config.output.dir))
+
+    @property
+    def text(self) -> str:
+        """Return its settings as a short text."""
+        return describe(self.settings, self.config)
+
+    @property
+    def is_done(self) -> bool:
+        """Return whether the run has done all its steps and its last validation, here or as a job."""
+        return _is_finished(self.directory, self.config)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON takes it."""
+        return {
+            "trial": self.number, "directory": str(self.directory), "settings": self.settings,
+            "boundary": self.boundary, "code": self.code, "wall_seconds": self.seconds, "fault": self.fault,
+            **self.result,
+        }  # fmt: skip
+
+
+@dataclass
+class Sweep:
+    """A sweep in its directory, which this process holds."""
+
+    directory: Path
+    recipe: dict[str, Any]
+    """The recipe that the trials change, as JSON values, without ``output.dir``."""
+    trials: list[Trial]
+    """In the order of their definition."""
+    others: list[dict[str, Any]]
+    """Trials of earlier commands that this one does not name; they are kept."""
+    base: dict[str, Any] = field(default_factory=dict)
+    """Scores of the model before training, by what was held out."""
+
+    @property
+    def in_running_order(self) -> list[Trial]:
+        """Return the trials, those of the lowest frost line first: the others continue from its hidden states."""
+        return sorted(self.trials, key=lambda trial: -1 if trial.boundary is None else trial.boundary)
+
+    def save(self) -> None:
+        """Write the state; the file is whole at any moment."""
+        trials = [*self.others, *(trial.as_dict() for trial in self.trials)]
+        state = {"format": _FORMAT, "recipe": self.recipe, "base": self.base}
+        text = to_json({**state, "trials": sorted(trials, key=lambda one: one["trial"])}, ensure_ascii=False, indent=1)
+        with explain_refused_write(self.directory):
+            replace_text(self.directory / STATE_FILE, f"{text}\n")
+
+
+@contextmanager
+def open_sweep(
+    invocation: Invocation, definition: SweepDefinition, source: str, writes: bool = True
+) -> Iterator[Sweep]:
+    """Begin a sweep or open the one in its directory, and hold it within the context, unless nothing is written.
+
+    The directory is ``output.dir``, or ``runs/RECIPE-sweep``. Trials that are known keep number and outcome.
+
+    Raises:
+        ConfigError: recipe or trials are invalid, or nothing is held out to compare trials on.
+        CheckpointError: the directory holds something else, the sweep of another recipe, or is in use.
+    """
+    base = invocation.config
+    if base.data.validation is None:
+        raise ConfigError(["data.validation is none; expected rows to compare the trials on, as 0.1 or a file"], source)
+    if base.data.folds is not None:
+        raise ConfigError(["data.folds is set, and a trial is one run; hold out data.validation instead"], source)
+    found = trial_configs(base, definition, source)
+    directory = Path(base.output.dir) if base.output.dir else Path("runs") / f"{invocation.recipe.stem}-sweep"
+    recipe = _recipe_of(base)
+    state = _read_state(directory, recipe)
+    known = {json.dumps(one["settings"], sort_keys=True): one for one in state.get("trials", ())}
+    numbers = iter(range(max((one["trial"] for one in known.values()), default=0) + 1, 10**9))
+    trials = []
+    for settings, config in found:
+        before = known.pop(json.dumps(settings, sort_keys=True), None)
+        number = before["trial"] if before else next(numbers)
+        output = config.output.model_copy(update={"dir": str(directory / f"trial-{number:03}"), "resume": "auto"})
+        trial = Trial(number, settings, config.model_copy(update={"output": output}))
+        if before:
+            trial.code, trial.seconds, trial.fault = before["code"], before["wall_seconds"], before["fault"]
+            trial.result = {key: value for key, value in before.items() if key not in trial.as_dict()}
+        trials.append(trial)
+    _find_lines(trials)
+    sweep = Sweep(directory, recipe, trials, list(known.values()), state.get("base", {}))
+    if not writes:
+        yield sweep
+        return
+    is_shared = base.output.share == "group"
+    with group_files(is_shared), _held(directory, is_shared):
+        sweep.save()
+        yield sweep
+
+
+def prepare_run(trial: Trial) -> Path:
+    """Write the recipe of a trial into its directory; return the file, which ``train.py --config`` takes.
+
+    Raises:
+        CheckpointError: another process, such as one that a killed sweep left, trains it, or a job is to.
+        DiskError: the directory cannot be written.
+    """
+    if holder := queued_job(trial.directory):
+        raise CheckpointError(f"{trial.directory} belongs to {holder}; wait for it, or cancel it")
+    with explain_refused_write(trial.directory), _held(trial.directory, trial.config.output.share == "group"):
+        write_config(trial.directory, trial.config)
+    return trial.directory / "config.yaml"
+
+
+@contextmanager
+def _held(directory: Path, is_shared: bool) -> Iterator[None]:
+    """Make a directory and hold its lock within the context; CheckpointError if another process has it."""
+    try:
+        make_directory(directory, is_shared)
+        lock = RunLock.take(directory)
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be written ({error}); choose another --output.dir") from None
+    if isinstance(lock, str):
+        raise CheckpointError(f"{directory} is being written by {lock}. Wait for it, or stop it")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _recipe_of(config: RunConfig) -> dict[str, Any]:
+    """Return a recipe as JSON values, without where its runs are written."""
+    values: dict[str, Any] = config.model_dump(mode="json")
+    del values["output"]["dir"], values["output"]["resume"]
+    return values
+
+
+def _read_state(directory: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of the sweep in a directory; nothing for one that is not used yet.
+
+    Raises:
+        CheckpointError: it holds something else, or the sweep of another recipe.
+    """
+    if not directory.exists():
+        return {}
+    try:
+        held = [path.name for path in directory.iterdir() if path.name != LOCK_FILE_NAME]
+        state = json.loads(read_regular(directory / STATE_FILE, _MOST_BYTES)) if held else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{directory} holds no sweep ({error}); expected a directory that is empty, does not exist, or holds one. "
+            "Choose another --output.dir"
+        ) from None
+    if held and not _is_state(state):
+        raise CheckpointError(f"{directory / STATE_FILE} is of no sweep that this version reads; choose another "
+                              "--output.dir")  # fmt: skip
+    then: dict[str, Any] = state.get("recipe", recipe)
+    differences = [
+        f"{section}.{key} is {recipe.get(section, {}).get(key)!r}, and was {then.get(section, {}).get(key)!r}"
+        for section in {**then, **recipe}
+        for key in {**then.get(section, {}), **recipe.get(section, {})}
+        if then.get(section, {}).get(key) != recipe.get(section, {}).get(key)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{directory} holds a sweep of another recipe: {'; '.join(differences)}. Choose another --output.dir"
+        )
+    return dict(state)
+
+
+def _is_state(state: Any) -> bool:
+    """Return whether a JSON value has the form that ``Sweep.save`` writes, as far as it is read again."""
+    if not isinstance(state, dict) or state.get("format") != _FORMAT or not isinstance(state.get("trials"), list):
+        return False
+    needed = {"trial": int, "settings": dict, "wall_seconds": int | float}
+    return isinstance(state.get("base"), dict) and all(
+        isinstance(trial, dict)
+        and {"code", "fault"} <= trial.keys()
+        and all(isinstance(trial.get(key), kind) for key, kind in needed.items())
+        for trial in state["trials"]
+    )
+
+
+def _is_finished(directory: Path, config: RunConfig) -> bool:
+    try:
+        checkpoint = latest_checkpoint(directory)
+        if checkpoint is None or read_validation_score(checkpoint) is None:
+            return False
+        state = read_state(checkpoint)
+    except CheckpointError:
+        return False
+    return state.step >= state.total_steps or ended_early(directory, checkpoint, config.train)
+
+
+def _find_lines(trials: Sequence[Trial]) -> None:
+    """Find the frost line of each trial by the model's config.json alone, and check its mask against that.
+
+    Raises:
+        ConfigError: masks do not fit the model; lists those of all trials.
+    """
+    from toolkit.activation_cache.policy import mask_obstacle
+    from toolkit.mask.schedule import phase_masks
+    from toolkit.planning.meta_model import meta_model
+    from toolkit.runtime.errors import MaskError
+
+    models, faults = dict[str, Any](), []
+    for trial in trials:
+        model = trial.config.model
+        try:
+            if (key := model.model_dump_json()) not in models:
+                models[key] = meta_model(model).anatomy
+            mask = phase_masks(trial.config.mask, models[key])[0]
+        except PlanError as error:
+            log.warning("the frost line of trial %d is not known before it runs: %s", trial.number, error)
+            continue
+        except MaskError as error:
+            faults.append(f"trial {trial.number} ({trial.text}): {error}")
+            continue
+        is_cached = refuse_cache(trial.config.prefix.model_copy(update={"cache": "auto"}), mask_obstacle(mask)) is None
+        trial.boundary = mask.boundary if is_cached else 0
+    if faults:
+        raise ConfigError(faults, "sweep, read against the model")
