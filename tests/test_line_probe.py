@@ -22,7 +22,7 @@ from toolkit.data.batches import collate
 from toolkit.data.examples import Example
 from toolkit.mask.layer_mask import build_mask
 from toolkit.models.anatomy_detection import detect_anatomy
-from toolkit.planning import line_probe
+from toolkit.planning import line_probe, readout_fit
 from toolkit.planning.line_choice import LineChoice
 from toolkit.planning.line_probe import LineGain, ProbedStates, collect_states, probe_lines
 from toolkit.runtime.errors import DataError, ModelError
@@ -105,23 +105,33 @@ def reference_gain(model: Any, states: ProbedStates, boundary: int) -> tuple[flo
     lines = range(boundary, len(states.hidden))
     scaled = [states.hidden[line].float() / states.hidden[line].float().norm(dim=-1, keepdim=True) for line in lines]
     features = torch.cat([*(part / len(lines) ** 0.5 for part in scaled), torch.ones(len(last), 1)], dim=1).double()
-    fold, direction = row % line_probe.FOLDS, torch.zeros_like(last)
-    ridge = line_probe.RIDGE * 2  # the kernel's diagonal: 1 for the constant, 1 for hidden states of length 1
-    for number in range(line_probe.FOLDS):
-        x, y = features[fold != number], -leaf.grad[fold != number].double()
-        weights = torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1], dtype=torch.float64), x.T @ y)
-        direction[fold == number] = (features[fold == number] @ weights).float()
-    direction *= line_probe.TRIAL * last.norm() / direction.norm()
+    row_fold, fold = torch.arange(int(row.max()) + 1) % readout_fit.FOLDS, row % readout_fit.FOLDS
+    slope, tried = leaf.grad.double(), []
+    for ridge in readout_fit.RIDGES:
+        for damping in readout_fit.DAMPINGS:
+            direction, along, bend = torch.zeros_like(slope), torch.zeros(4), torch.zeros(4)
+            for number in range(4):
+                own, x, y = fold == number, features[fold != number], -slope[fold != number]
+                fisher = y.T @ y / len(y)
+                fisher += damping * fisher.diagonal().mean() * torch.eye(len(fisher))
+                # the kernel's diagonal: 1 for the constant, 1 for hidden states of length 1
+                weights = torch.linalg.solve(x.T @ x + 2 * ridge * torch.eye(x.shape[1]), x.T @ y)
+                direction[own] = features[own] @ weights @ torch.linalg.inv(fisher)
+                along[number] = -(slope[own] * direction[own]).sum()
+                bend[number] = (direction[own] @ fisher * direction[own]).sum()
+            along, bend = (along.sum() - along).clamp(0), bend.sum() - bend
+            tried.append((direction * (along / bend)[fold, None], along**2 / bend))
+    best = torch.stack([decrease for _, decrease in tried]).argmax(0)
+    direction = torch.stack([tried[int(best[fold[n]])][0][n] for n in range(len(fold))]).float()
     with torch.no_grad():
         base, trial = losses(last), losses(last + direction)
         slope = torch.stack([(leaf.grad * direction)[row == number].sum() for number in range(len(base))])
         step = torch.zeros(len(base))
-        for number in range(line_probe.FOLDS):
-            others = torch.arange(len(base)) % line_probe.FOLDS != number
-            bend = (trial - base - slope)[others].sum()
-            step[~others] = (-slope[others].sum() / (2 * bend)).clamp(0, line_probe.FAR) if bend > 0 else line_probe.FAR
-            if slope[others].sum() >= 0:
-                step[~others] = 0
+        for number in range(4):
+            others = row_fold != number
+            bend, down = float((trial - base - slope)[others].sum()), float(-slope[others].sum())
+            far = min(down / (2 * bend), readout_fit.FAR) if bend > 0 else readout_fit.FAR
+            step[~others] = max(far, 0) if down > 0 else 0
         gains = base - losses(last + step[row, None] * direction)
     counts = torch.bincount(row)
     mean = gains.sum() / counts.sum()
@@ -141,19 +151,22 @@ def test_the_gains_are_those_of_a_ridge_regression_with_explicit_features() -> N
 
 def test_a_row_is_scored_by_a_readout_that_was_not_fitted_to_it() -> None:
     torch.manual_seed(0)
-    features, targets, fold = torch.randn(24, 5), torch.randn(24, 3), torch.arange(24) % line_probe.FOLDS
-    kernel = features @ features.T
-    own = fold == 1
-    before = line_probe.out_of_fold_direction(kernel, targets, fold)
-    targets[own] = torch.nan
-    after = line_probe.out_of_fold_direction(kernel, targets, fold)
+    features, slope, fold = torch.randn(24, 5), torch.randn(24, 3), torch.arange(24) % readout_fit.FOLDS
+    kernel, own = features @ features.T, fold == 1
+    changed = slope.clone()
+    changed[own] = torch.nan
+    before = readout_fit.out_of_fold(kernel, slope, fold, 1.0)
+    after = readout_fit.out_of_fold(kernel, changed, fold, 1.0)
     assert torch.equal(after[own], before[own])
     assert after[~own].isnan().all()
-    base, slope, trial = torch.ones(8), -torch.rand(8), torch.rand(8) + 1
-    rows = torch.arange(8) % line_probe.FOLDS
-    steps = line_probe.step_sizes(base, slope, trial, rows)
-    slope[rows == 1] = trial[rows == 1] = torch.nan
-    assert torch.equal(line_probe.step_sizes(base, slope, trial, rows)[rows == 1], steps[rows == 1])
+    changed[own] = 7 * slope[own]
+    factors = [readout_fit.fisher_factors(one, fold, 0.1)[1] for one in (slope, changed)]
+    assert torch.equal(*factors)
+    base, along, trial = torch.ones(8), -torch.rand(8), torch.rand(8) + 1
+    rows = torch.arange(8) % readout_fit.FOLDS
+    steps = readout_fit.step_sizes(base, along, trial, rows)
+    along[rows == 1] = trial[rows == 1] = torch.nan
+    assert torch.equal(readout_fit.step_sizes(base, along, trial, rows)[rows == 1], steps[rows == 1])
 
 
 def test_what_the_lower_states_know_is_seen_from_their_line_on() -> None:
@@ -229,7 +242,7 @@ def test_the_command_prints_every_line_with_its_cost_and_draws_them(tiny_model: 
     assert "<svg" in (tmp_path / "gain.svg").read_text(encoding="utf-8")
     flags += ["--gpu-memory", "1MiB", "--json"]
     printed = json.loads(run_here("plan.py", *flags).stdout)
-    given = [flag for flag in flags if flag not in ("--suggest", "probe")]
+    given = [flag for flag in flags if flag not in ("--suggest", "probe", "--rows", 12)]
     compared = run_here("plan.py", *given, "--compare", "lora last:2")
     (planned,) = json.loads(compared.stdout)
     for key in ("trained", "memory", "flops", "disk"):
@@ -245,6 +258,8 @@ def test_the_command_prints_every_line_with_its_cost_and_draws_them(tiny_model: 
         (["--suggest", "gradient", "--png", "x.svg"], "leave out --json and --png"),
         (["--suggest", "probe", "--compare", "all"], "leave out --suggest"),
         (["--suggest", "probe", "--rows", "3"], "expected at least 8"),
+        (["--suggest", "spectrum", "--rows", "3"], "--rows goes with --suggest gradient and"),
+        (["--compare", "all", "--budget", "0.5"], "--budget goes with --suggest"),
     ],
 )
 def test_a_probe_that_cannot_be_made_says_why(given: list[str], message: str, tiny_model: Path) -> None:

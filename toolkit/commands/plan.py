@@ -163,6 +163,10 @@ def _refuse_idle_flags(given: argparse.Namespace) -> None:
         raise UsageError("--compare prints a table of masks; leave out --suggest and --png, or --compare")
     if given.suggest in ("spectrum", "gradient") and (given.json or given.png):
         raise UsageError(f"--suggest {given.suggest} prints a ranking and a recipe as text; leave out --json and --png")
+    if given.budget is not None and not given.suggest:
+        raise UsageError("--budget goes with --suggest; leave it out")
+    if given.rows and given.suggest not in ("gradient", "probe"):
+        raise UsageError("--rows goes with --suggest gradient and --suggest probe; leave it out")
     if given.overwrite and not given.png:
         raise UsageError("--overwrite goes with --png; leave it out")
     if given.tflops and not (given.compare or given.suggest == "probe"):

@@ -5,9 +5,11 @@ simplest of them: the last hidden state, as the model computes it, plus a linear
 to n, under the model's own norm and head. That is the direct path by which adapters in these blocks reach the logits,
 past the blocks above them.
 
-The fit is one step of boosting with kernel ridge regression: hidden states are regressed on the negative gradient of
-the loss at the last hidden state, which needs the backward pass of norm and head alone. It is fitted to the rows of all
-folds but one, and scored by cross entropy on the rows of that one, for each fold in turn.
+The fit is one step of natural gradient (Amari 1998) in the space of the last hidden state. The loss's gradient there,
+which needs the backward pass of norm and head alone, is regressed on the hidden states by kernel ridge regression, and
+multiplied by the inverse of the empirical Fisher matrix. It is fitted to the rows of all folds but one, and scored by
+cross entropy on the rows of that one, for each fold in turn. Of a few ridges and dampings of the Fisher matrix, and of
+the lengths of the step, each fold takes what the other folds' rows are best served with.
 
 Linear probes of frozen layers are arXiv 1610.01644; an affine map of a hidden state under the frozen norm and head is
 the tuned lens (2303.08112); a linear readout of all layers as a stand-in for fine-tuning them is Head2Toe (2201.03529).
@@ -15,8 +17,7 @@ the tuned lens (2303.08112); a linear readout of all layers as a stand-in for fi
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,15 @@ from toolkit.data.batches import Batch, collate
 from toolkit.data.examples import Example
 from toolkit.data.model_limits import check_fit, padding_id
 from toolkit.models.load import LoadedModel
+from toolkit.planning.readout_fit import (
+    DAMPINGS,
+    FOLDS,
+    best_step,
+    fisher_factors,
+    mean_with_error,
+    readout_kernels,
+    step_sizes,
+)
 from toolkit.runtime.distributed import World
 from toolkit.runtime.errors import DataError, ModelError
 from toolkit.split.exactness import split_is_exact
@@ -35,13 +45,8 @@ from toolkit.split.prefix import Prefix
 from toolkit.split.suffix import Suffix, split
 from toolkit.split.supervised_rows import SupervisedRows
 
-FOLDS = 4
 POSITIONS = 24
 """Most supervised positions of a row that are looked at, spread evenly over it."""
-RIDGE = 3.0
-"""Ridge of the regression, times the mean of the kernel's diagonal."""
-TRIAL, FAR = 0.1, 10.0
-"""Length of the trial step, as a share of the last hidden states'; and the longest step, in trial steps."""
 
 
 @dataclass(frozen=True)
@@ -155,75 +160,13 @@ def readout_gains(states: ProbedStates, top: Suffix) -> LineProbe:
     last = states.hidden[-1].float()
     base, slope = _losses_and_gradient(top, states, last)
     fold = states.row % FOLDS
+    factors = [fisher_factors(slope, fold, damping) for damping in DAMPINGS]
     found: list[LineGain] = []
     for boundary, kernel in readout_kernels(states.hidden):
-        direction = out_of_fold_direction(kernel, -slope, fold)
-        gain, error = _score(top, states, base, slope, direction)
-        found.append(LineGain(boundary, gain, error))
+        direction = best_step(kernel, slope, fold, factors)
+        found.append(LineGain(boundary, *_score(top, states, base, slope, direction)))
     positions = len(states.row)
     return LineProbe(float(base.sum()) / positions, len(base), positions, tuple(reversed(found)))
-
-
-def readout_kernels(hidden: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield each frost line from the highest down, and the [N, N] kernel of a readout of the hidden states from it on.
-
-    The kernel is 1, for a constant, plus the mean over the lines b … n of the inner products of the hidden states, each
-    of which is scaled to a root mean square of 1 and divided by the root of its size.
-
-    Args:
-        hidden: [blocks + 1, N, hidden_size].
-    """
-    total = torch.zeros(hidden.shape[1], hidden.shape[1], device=hidden.device)
-    for number, line in enumerate(range(len(hidden) - 1, -1, -1), start=1):
-        states = torch.nn.functional.normalize(hidden[line].float(), dim=-1)
-        total += states @ states.T
-        if line < len(hidden) - 1:
-            yield line, total / number + 1
-
-
-def out_of_fold_direction(kernel: torch.Tensor, targets: torch.Tensor, fold: torch.Tensor) -> torch.Tensor:
-    """Predict ``targets`` [N, H] of each fold by kernel ridge regression on the other folds."""
-    predicted = torch.zeros_like(targets)
-    ridge = RIDGE * kernel.diagonal().mean()
-    for number in range(FOLDS):
-        others, own = fold != number, fold == number
-        fitted = kernel[others][:, others]
-        fitted.diagonal().add_(ridge)
-        solution = torch.cholesky_solve(targets[others], torch.linalg.cholesky(fitted))
-        predicted[own] = kernel[own][:, others] @ solution
-    return predicted
-
-
-def step_sizes(base: torch.Tensor, slope: torch.Tensor, trial: torch.Tensor, row_fold: torch.Tensor) -> torch.Tensor:
-    """Return for each row how far to go along the direction, by the rows of the other folds.
-
-    A parabola through the loss at 0, its slope there and the loss at 1 has its lowest point there, from 0 to ``FAR``.
-
-    Args:
-        base: [R] losses of the rows at 0.
-        slope: [R] derivatives of their losses along the direction.
-        trial: [R] their losses at 1.
-        row_fold: [R] folds.
-    """
-    steps = torch.zeros_like(base)
-    for number in range(FOLDS):
-        others = row_fold != number
-        down = -float(slope[others].sum())
-        bend = float((trial - base - slope)[others].sum())
-        far = down / (2 * bend) if bend > 0 else FAR
-        steps[row_fold == number] = min(max(far, 0.0), FAR) if down > 0 else 0.0
-    return steps
-
-
-def mean_with_error(gains: torch.Tensor, counts: torch.Tensor) -> tuple[float, float]:
-    """Return the mean a token of gains [R] summed over rows with ``counts`` [R] tokens, and its standard error.
-
-    The error is that of a ratio of two sums over rows, by linearisation.
-    """
-    rows, tokens = len(gains), float(counts.sum())
-    mean = float(gains.sum()) / tokens
-    spread = float((gains - mean * counts).square().sum())
-    return mean, math.sqrt(spread * rows / (rows - 1)) / tokens
 
 
 def _score(
@@ -231,7 +174,6 @@ def _score(
 ) -> tuple[float, float]:  # fmt: skip
     """Return the mean gain a token along ``direction`` [N, H], at the steps of the other folds, and its error."""
     last = states.hidden[-1].float()
-    direction = direction * (TRIAL * last.norm() / direction.norm().clamp_min(1e-30))
     counts = torch.bincount(states.row, minlength=len(base))
     along = torch.zeros_like(base).index_add_(0, states.row, (slope * direction).sum(-1))
     trial = _row_losses(top, states, last + direction)
