@@ -5,13 +5,16 @@
 
     python launch/plan.py --compare "last:4 head" "lora last:8" "lora all"
     python launch/plan.py --suggest spectrum --budget 0.25
+    python launch/plan.py --suggest probe --rows 40 --gpu-memory 24GiB --png gain.svg
 
 Takes every flag of launch/train.py. A model directory may hold a config.json alone; --suggest loads the weights, ranks
-the blocks by the signal in them (spectrum) or by the loss's gradient on a few rows (gradient), and prints a mask.
+the blocks by the signal in them (spectrum) or by the loss's gradient on a few rows (gradient), and prints a mask; or
+sets what training above every frost line is expected to gain, by a readout of some rows, beside its cost (probe).
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -116,27 +119,25 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         "ids:N,M, or entries in YAML",
     )  # fmt: skip
     parser.add_argument(
-        "--tflops", type=flags.positive_number, help="rate that all ranks sustain, for the time in --compare"
+        "--tflops", type=flags.positive_number,
+        help="rate that all ranks sustain, for the time in --compare and --suggest probe",
+    )  # fmt: skip
+    parser.add_argument(
+        "--suggest", choices=("spectrum", "gradient", "probe"),
+        help="rank the blocks instead, or probe every frost line, and print a mask",
+    )  # fmt: skip
+    parser.add_argument(
+        "--budget", type=float, help="share of blocks to suggest, default: 0.25; most of them for probe, default: 1"
     )
-    parser.add_argument("--suggest", choices=("spectrum", "gradient"), help="rank the blocks instead, and print a mask")
-    parser.add_argument("--budget", type=float, default=0.25, help="share of blocks to suggest; default: 0.25")
-    parser.add_argument("--rows", type=flags.positive_int, default=8, help="rows that gradient looks at; default: 8")
+    parser.add_argument(
+        "--rows", type=flags.positive_int, help="rows that gradient (default: 8) or probe (default: 40) looks at"
+    )
     invocation = flags.parse(parser, shipped_file(QUICKSTART), words)
     arguments = invocation.arguments
-    if arguments.compare and (arguments.suggest or arguments.png):
-        raise UsageError("--compare prints a table of masks; leave out --suggest and --png, or --compare")
-    if arguments.suggest and arguments.json:
-        raise UsageError("--suggest prints a ranking and a recipe as text; leave out --json")
-    if arguments.overwrite and not arguments.png:
-        raise UsageError("--overwrite goes with --png; leave it out")
+    _refuse_idle_flags(arguments)
     picture = arguments.png and output_file(arguments.png, arguments.overwrite, "--png")
-    if arguments.tflops and not arguments.compare:
-        raise UsageError("--tflops is for the time in --compare; add that, or leave it out")
     if arguments.suggest:
-        from toolkit.planning.suggest import suggest_for
-
-        table = suggest_for(invocation.config, arguments.suggest, arguments.budget, arguments.rows).table()
-        print(printable(table))
+        print(_suggest(invocation, picture))
         return 0
     gc.disable()  # garbage collection during imports takes a fifth of this short process
     if arguments.compare:
@@ -154,3 +155,40 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         report.draw(picture)
     print(to_json(report.as_dict(), indent=1) if arguments.json else printable(str(report)))
     return 0
+
+
+def _refuse_idle_flags(given: argparse.Namespace) -> None:
+    """Raise UsageError for flags that do nothing beside the others."""
+    if given.compare and (given.suggest or given.png):
+        raise UsageError("--compare prints a table of masks; leave out --suggest and --png, or --compare")
+    if given.suggest in ("spectrum", "gradient") and (given.json or given.png):
+        raise UsageError(f"--suggest {given.suggest} prints a ranking and a recipe as text; leave out --json and --png")
+    if given.budget is not None and not given.suggest:
+        raise UsageError("--budget goes with --suggest; leave it out")
+    if given.rows and given.suggest not in ("gradient", "probe"):
+        raise UsageError("--rows goes with --suggest gradient and --suggest probe; leave it out")
+    if given.overwrite and not given.png:
+        raise UsageError("--overwrite goes with --png; leave it out")
+    if given.tflops and not (given.compare or given.suggest == "probe"):
+        raise UsageError("--tflops is for the time in --compare and --suggest probe; add one of them, or leave it out")
+
+
+def _suggest(invocation: Invocation, picture: Path | None) -> str:
+    """Return what ``--suggest`` prints, and draw the picture of ``probe`` if one is asked for."""
+    given = invocation.arguments
+    if given.suggest != "probe":
+        from toolkit.planning.suggest import suggest_for
+
+        budget = 0.25 if given.budget is None else given.budget
+        return printable(suggest_for(invocation.config, given.suggest, budget, given.rows or 8).table())
+    from toolkit.config.flags import byte_size
+    from toolkit.planning.line_choice import choose_line
+
+    gpu_bytes = byte_size(given.gpu_memory) if given.gpu_memory else None
+    budget = 1.0 if given.budget is None else given.budget
+    choice = choose_line(invocation, given.world_size, gpu_bytes, budget, given.rows or 40, given.tflops)
+    if picture is not None:
+        from toolkit.planning.line_chart import draw_choice
+
+        draw_choice(choice, picture)
+    return to_json(choice.as_dict(), indent=1) if given.json else printable(choice.table())

@@ -93,7 +93,7 @@ def comparison_rows(
 def comparison_text(rows: Sequence[dict[str, Any]]) -> str:
     """Format ``comparison_rows``; the lowest value of each column is marked with a star."""
     forms: dict[str, Callable[[Any], str]] = {
-        "trained": lambda count: f"{count:,}", "memory": gib, "disk": gib, "flops": flops_text, "seconds": _duration,
+        "trained": lambda count: f"{count:,}", "memory": gib, "disk": gib, "flops": flops_text, "seconds": duration,
     }  # fmt: skip
     columns = {key: form for key, form in forms.items() if all(row[key] is not None for row in rows)}
     lowest = {key: min(row[key] for row in rows) for key in columns}
@@ -108,7 +108,7 @@ def comparison_text(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Format a time as seconds, minutes or hours."""
     if seconds < 120:
         return f"{seconds:.1f} s"
