@@ -50,7 +50,7 @@ class Swept:
         return sum(float(trial["wall_seconds"]) for trial in self.trials)
 
 
-def run_sweep(folder: Path, cache: str, rows: int, epochs: int, model: str = MODEL) -> Swept:
+def run_sweep(folder: Path, cache: str, rows: int, epochs: int, model: str = MODEL, data: Path = DATA) -> Swept:
     """Run the sweep with ``prefix.cache`` as given.
 
     Raises:
@@ -58,7 +58,7 @@ def run_sweep(folder: Path, cache: str, rows: int, epochs: int, model: str = MOD
     """
     directory = folder / f"sweep-{cache}"
     command = [
-        sys.executable, str(ROOT / "launch" / "sweep.py"), "--model.name_or_path", model, "--data.path", str(DATA),
+        sys.executable, str(ROOT / "launch" / "sweep.py"), "--model.name_or_path", model, "--data.path", str(data),
         "--data.limit", str(rows), "--train.epochs", str(epochs), "--output.sample_answers", "0", "--output.report",
         "[]", "--output.report_to", "[]", "--output.dir", str(directory), "--prefix.cache", cache, "--prefix.cache_dir",
         str(folder / "cache"), "--sweep.mask.train", *MASKS, "--sweep.train.learning_rate", *RATES,
@@ -109,13 +109,14 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=64, help="rows, a tenth of which is held out; default: 64")
     parser.add_argument("--epochs", type=int, default=5, help="epochs of each trial; default: 5")
     parser.add_argument("--model", default=MODEL, help=f"model of at least 5 blocks; default: {MODEL}")
+    parser.add_argument("--data", type=Path, default=DATA, help="rows; default: the Korean sample")
     parser.add_argument("--threads", type=int, help="threads of each process; default: one a core")
     parser.add_argument("--save", action="store_true", help="write the result under benchmarks/results/")
     given = parser.parse_args()
     thread_variables(given.threads)
     with tempfile.TemporaryDirectory() as name:
         uncached, cached = (
-            run_sweep(Path(name), cache, given.rows, given.epochs, given.model) for cache in ("off", "auto")
+            run_sweep(Path(name), cache, given.rows, given.epochs, given.model, given.data) for cache in ("off", "auto")
         )
     found = bounds(uncached, cached)
     text = f"{head_lines(f'; {given.rows} rows, {given.epochs} epochs')}\n{result_table(uncached, cached)}\n\n"
