@@ -121,9 +121,9 @@ def test_above_the_line_the_prefix_runs_once_a_row_and_its_weights_are_freed(
     computed: Counter[tuple[int, ...]] = Counter()
     run_prefix = CachedPrefix._run_prefix
 
-    def counted(self: CachedPrefix, examples: list[Example]) -> Any:
+    def counted(self: CachedPrefix, examples: list[Example], *lower: Any) -> Any:
         computed.update(tuple(example.token_ids) for example in examples)
-        return run_prefix(self, examples)
+        return run_prefix(self, examples, *lower)
 
     monkeypatch.setattr(CachedPrefix, "_run_prefix", counted)
     kept = ("--prefix.cache", "on", "--prefix.cache_dir", tmp_path / "cache")
