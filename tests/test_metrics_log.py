@@ -14,6 +14,7 @@ from toolkit.checkpoint.early_stopping import logged_scores
 from toolkit.checkpoint.metrics_log import read_log, read_rows, row_of, rows_of
 from toolkit.checkpoint.saver import Saver
 from toolkit.report.facts import read_curves
+from toolkit.runtime.errors import UsageError
 from toolkit.runtime.paths import LineFile
 from toolkit.training.monitor import Monitor
 from toolkit.training.open_trackers import _logged_after
@@ -129,7 +130,23 @@ def test_of_a_failing_disk_the_first_error_is_told(tmp_path: Path, monkeypatch: 
     assert (tmp_path / "log").read_text() == "a line\n"
 
 
-def test_a_fifo_in_the_place_of_the_log_is_refused_and_not_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "metrics.jsonl")
-    with pytest.raises(OSError, match="it is no regular file"):
-        read_rows(tmp_path / "metrics.jsonl")
+@pytest.mark.parametrize("kind", ["fifo", "directory", "link to a directory"])
+def test_what_is_no_file_in_the_place_of_the_log_is_refused_and_not_waited_for(tmp_path: Path, kind: str) -> None:
+    log, other = tmp_path / "metrics.jsonl", tmp_path / "other"
+    other.mkdir()
+    {"fifo": lambda: os.mkfifo(log), "directory": log.mkdir,
+     "link to a directory": lambda: log.symlink_to(other)}[kind]()  # fmt: skip
+    held = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(UsageError, match=r"metrics.jsonl is no log of a run \(.*\); expected a regular file"):
+        read_rows(log)
+    assert len(list(Path("/proc/self/fd").iterdir())) == held
+
+
+def test_a_run_with_a_directory_in_the_place_of_its_log_ends_with_one_message(tiny_model: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train(*tiny_flags(tiny_model, run, *SHORT)) == 0
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").symlink_to(tiny_model)
+    again = run_here("train.py", *tiny_flags(tiny_model, run, *SHORT, "--train.max_steps", 3), "--resume-override")
+    assert (again.returncode, again.stderr.count("Traceback")) == (2, 0), again.stderr
+    assert "is no log of a run" in again.stderr

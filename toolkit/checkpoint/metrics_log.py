@@ -5,15 +5,15 @@ A power cut leaves NUL bytes, a kill a part of a line, people leave blank lines 
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
-import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from toolkit.runtime.errors import UsageError
+from toolkit.runtime.paths import open_regular
 
 METRICS_FILE = "metrics.jsonl"
 """What a run logs, in its directory."""
@@ -40,15 +40,16 @@ def read_log(path: Path) -> Iterator[LogLine]:
     """Yield the lines of a log; none of a missing one.
 
     Raises:
-        OSError: it cannot be read, or is no regular file, such as a FIFO, which could wait for ever.
+        OSError: it cannot be read.
+        UsageError: it is no regular file, such as a directory, or a FIFO, which could wait for ever.
     """
     try:
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        with open_regular(path) as file:
             content = file.read()
     except FileNotFoundError:
         return
+    except (IsADirectoryError, ValueError) as error:
+        raise UsageError(f"{path} is no log of a run ({error}); expected a regular file: move it away") from None
     *whole, last = content.split(b"\n")
     for line in whole:
         yield LogLine(line, row_of(line), is_whole=True)

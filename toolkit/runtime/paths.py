@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from toolkit.runtime.errors import DiskError, UsageError
 from toolkit.runtime.own_files import NotOwnError, is_real_file, open_own
@@ -32,13 +33,22 @@ def read_regular(path: Path, most: int) -> str:
         OSError: it cannot be read.
         ValueError: it is no regular file, such as a FIFO, which could wait for ever; it is longer, or not UTF-8.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        require_regular(os.fstat(descriptor), path)
+    with open_regular(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
         raise ValueError(f"it has more than {most:,} bytes")
     return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read its bytes; raises as ``require_regular``, and OSError if it cannot be opened."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        require_regular(os.fstat(descriptor), path)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def require_regular(status: os.stat_result, path: Path) -> None:
