@@ -34,8 +34,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.quality import EPOCHS, MODEL, write_rows  # noqa: E402
-from benchmarks.quality_cells import MASKS, cell_key, is_lora  # noqa: E402
+from benchmarks.quality import MODEL, write_rows  # noqa: E402
+from benchmarks.quality_cells import EPOCHS, MASKS, cell_key, is_lora  # noqa: E402
 from benchmarks.report import hardware, head_lines, save, table, versions  # noqa: E402
 from toolkit.commands.invocation import build_invocation  # noqa: E402
 from toolkit.planning.line_choice import SHARE, LineChoice, choose_line  # noqa: E402
