@@ -60,9 +60,9 @@ def test_the_run_takes_the_batch_that_the_plan_has(
     seen: list[int] = []
     fill = CachedPrefix.fill
 
-    def watched(self: CachedPrefix, examples: Any, tokens: int = 0) -> None:
+    def watched(self: CachedPrefix, examples: Any, tokens: int = 0, *lower: Any) -> None:
         seen.append(tokens)
-        fill(self, examples, tokens)
+        fill(self, examples, tokens, *lower)
 
     monkeypatch.setattr(CachedPrefix, "fill", watched)
     monkeypatch.setenv("FROSTLINE_CACHE", str(tmp_path / "cache"))

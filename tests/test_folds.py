@@ -21,7 +21,7 @@ from toolkit.training import folds
 from toolkit.training.between_steps import BetweenSteps
 from toolkit.training.phases import PhaseState
 
-START_UP_ROWS = 3 + 3 + 2
+START_UP_ROWS = 3 + 3 + 1
 """Rows that the start-up checks run through the prefix (tests/test_cache.py)."""
 SHORT = ("--data.folds", "3", "--train.epochs", "1", "--mask.train", "last:2")
 
