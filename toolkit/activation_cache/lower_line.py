@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,14 +74,15 @@ def cached_lines_below(
     return world.on_main(lambda: list(_lines_below(loaded, boundary, settings, store.namespace, world.device)))
 
 
+@contextmanager
 def best_lower_line(
     lines: Sequence[Line], settings: PrefixConfig, model: PreTrainedModel, prefix: Prefix, store: ActivationStore,
     samples: Rows, world: World,
-) -> LowerLine | None:  # fmt: skip
-    """Return that of the ``cached_lines_below`` whose states save most of filling ``store``; None if there is none.
+) -> Iterator[LowerLine | None]:  # fmt: skip
+    """Open that of the ``cached_lines_below`` whose states save most of filling ``store``; None if there is none.
 
     One row of each of two lengths is run from its tokens, and again from its states at the lower line. Both must give
-    the same bits; else the log says why the first pass begins at the tokens. The caller closes the store of the line.
+    the same bits; else the log says why the first pass begins at the tokens.
     """
     lacking = samples.take(np.flatnonzero(store.lacking(samples.keys)))
     best = None
@@ -95,17 +96,21 @@ def best_lower_line(
         if other is not None:
             other.store.close()
     if best is None:
-        return None
-    if reason := _obstacle(best, model, prefix, store, lacking, world):
+        yield None
+        return
+    try:
+        if reason := _obstacle(best, model, prefix, store, lacking, world):
+            log.info("activation cache: block %d has states in it, but %s; the first pass begins at the tokens",
+                     best.boundary, reason)  # fmt: skip
+            yield None
+        else:
+            log.info(
+                "activation cache: the first pass of %d of %d missing samples begins at block %d, whose states are in "
+                "it", best.samples, len(lacking), best.boundary,
+            )  # fmt: skip
+            yield best
+    finally:
         best.store.close()
-        log.info("activation cache: block %d has states in it, but %s; the first pass begins at the tokens",
-                 best.boundary, reason)  # fmt: skip
-        return None
-    log.info(
-        "activation cache: the first pass of %d of %d missing samples begins at block %d, whose states are in it",
-        best.samples, len(lacking), best.boundary,
-    )  # fmt: skip
-    return best
 
 
 def _obstacle(

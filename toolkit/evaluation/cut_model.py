@@ -112,9 +112,7 @@ def _cached(
     frozen = prefix.eval()
     cached = CachedPrefix(frozen, lambda: frozen, lambda: frozen, store, world)
     lines = cached_lines_below(loaded, boundary, settings, store, world)
-    lower = best_lower_line(lines, settings, loaded.model, frozen, store, examples, world)
-    cached.fill(examples, lower=lower)
-    if lower is not None:
-        lower.store.close()
+    with best_lower_line(lines, settings, loaded.model, frozen, store, examples, world) as lower:
+        cached.fill(examples, lower=lower)
     save_split_check(store, prefix.block_output_counts())
     return cached, suffix

@@ -31,6 +31,11 @@ def draw(plan: Plan, path: Path, fit: DeviceFit | None = None) -> None:
     _draw_bars(bars, plan, fit)
     spec = plan.variant.spec
     figure.suptitle(f"{plan.model}: engine {spec.name} on {spec.ranks} rank(s), {spec.optimizer}")
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure of matplotlib's; PlanError if that fails."""
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from toolkit.planning.chart import save_figure
 from toolkit.planning.line_choice import LineChoice
-from toolkit.runtime.errors import PlanError
 
 _LINE, _CHOSEN = "#0072b2", "#d55e00"
 
@@ -33,10 +33,7 @@ def draw_choice(choice: LineChoice, path: Path) -> None:
     by_flops.set_ylabel("expected gain on held-out rows, nats a token")
     by_memory.set_xlabel("peak memory of a rank, GiB")
     figure.suptitle(f"adapters above each frost line, probed on {choice.rows} rows (± standard error)")
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise PlanError(f"--png {path} cannot be written ({error}); expected a file name that ends in .png") from None
+    save_figure(figure, path)
 
 
 def _draw(axes: Any, choice: LineChoice, costs: list[float]) -> None:

@@ -32,7 +32,7 @@ _FORM = "grid: {train.learning_rate: [1e-5, 1e-4]}, or trials: [{mask.train: las
 
 @dataclass(frozen=True)
 class SweepDefinition:
-    """What trials differ in."""
+    """Names what trials differ in."""
 
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     """Values of each key; every combination of them is a trial."""

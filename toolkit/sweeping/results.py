@@ -114,7 +114,8 @@ def _checkpoint(trial: Trial) -> str:
 
 def _compare(trial: Trial, sources: list[str], part: Part, answers: int) -> Comparison:
     asked = Asked(trial.config.train.micro_batch_size, answers)
-    return compare_models(sources, None, part, asked, OpenOptions())
+    options = OpenOptions(trust_remote_code=trial.config.model.trust_remote_code)
+    return compare_models(sources, None, part, asked, options)
 
 
 def _scores(comparison: Comparison, name: str, metric: str) -> Scores:

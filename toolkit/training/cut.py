@@ -125,12 +125,8 @@ def _fill_cache(
         return None, decision
     log.info("activation cache: %s; filling it", decision.reason)
     cached = CachedPrefix(prefix, *_prefix_loaders(context, loaded, phase), store, world)
-    lower = best_lower_line(lines, settings, loaded.model, prefix, store, context.examples, world)
-    try:
+    with best_lower_line(lines, settings, loaded.model, prefix, store, context.examples, world) as lower:
         cached.fill(context.examples, _fill_tokens(context, phase), lower)
-    finally:
-        if lower is not None:
-            lower.store.close()
     if world.local_rank == 0:  # nodes may have separate disks
         save_split_check(store, prefix.block_output_counts())
     return cached, None

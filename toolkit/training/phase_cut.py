@@ -56,7 +56,7 @@ class PhaseCut:
 
 @dataclass(frozen=True)
 class KeptCut:
-    """What the next turn of a rotation takes over from a cut at the same frost line, so that it only cuts again."""
+    """Holds what the next turn of a rotation takes over from a cut at the same frost line, and so need not do again."""
 
     prefix: HiddenStates | None
     cut_at: tuple[int | None, tuple[int | None, ...]]
