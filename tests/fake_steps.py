@@ -27,7 +27,7 @@ from toolkit.models.varlen import VARLEN
 from toolkit.optim.gradients import Clipping
 from toolkit.runtime.distributed import World
 from toolkit.split.suffix import Suffix
-from toolkit.training import phases
+from toolkit.training import phase_cut
 from toolkit.training.context import prepare
 from toolkit.training.step import train_step
 from toolkit.training.trainer import Trainer
@@ -60,7 +60,7 @@ def fake_run(model: Path, folder: Path, *flags: object) -> Iterator[FakeRun]:
     with contextlib.ExitStack() as stack:
         count = stack.enter_context(fake_cuda())
         stack.enter_context(_finite_gradients(count))
-        stack.enter_context(mock.patch.object(phases, "choose_packing", _packing))
+        stack.enter_context(mock.patch.object(phase_cut, "choose_packing", _packing))
         stack.enter_context(mock.patch.object(offload_unit, "offload_to_disk", _zeros_on_disk))
         # tables that are made once: later tests would meet fake ones
         codebooks = cache(quantization._nf4_codebooks.__wrapped__)

@@ -148,7 +148,7 @@ def test_a_table_that_the_model_computes_past_is_refused(
         "lm_head"
     ]
     flags = tiny_flags(tiny_model, tmp_path / "run", "--mask.tied", "untie", *mask(rows("head", ids=[5, 6])))
-    monkeypatch.setattr("toolkit.training.phases.unused_rows", lambda model, called: ["lm_head"])
+    monkeypatch.setattr("toolkit.training.phase_cut.unused_rows", lambda model, called: ["lm_head"])
     with pytest.raises(UsageError, match="some of lm_head, which this model never calls: it computes with its weight"):
         set_up(invocation(*flags))
 
