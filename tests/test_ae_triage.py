@@ -50,6 +50,17 @@ def test_the_clock_counts_calendar_days_from_the_day_of_awareness(
 def test_the_clock_names_what_decided_its_source_and_that_it_is_to_be_checked() -> None:
     assert reporting_clock({**FIELDS, "criteria": ["AESLIFE"]}, ROW).reasons == ("AESLIFE",)
     assert reporting_clock({**FIELDS, "serious": "N"}, ROW).reasons == ("not serious",)
+
+
+def test_reasons_of_the_clock_stand_in_the_notes_language() -> None:
+    assert reporting_clock({**FIELDS, "serious": "N"}, ROW, "ko").reasons == ("중대하지 않음",)
+    assert reporting_clock({**FIELDS, "causality": "U"}, ROW, "ko").reasons == (
+        "causality 미상, 보고 대상인 것으로 셈",
+    )
+    assert reporting_clock(FIELDS, ROW, "fr").reasons == reporting_clock(FIELDS, ROW).reasons
+    assert complete(json.dumps({**FIELDS, "expectedness": "EXPECTED"}), {**ROW, "LANGUAGE": "ko"})["CLOCK"][
+        "reasons"
+    ] == ["참조정보에서 예상되는 반응"]
     assert "별표 4" in clock_source()
     assert "check it against the law in force" in clock_source()
 

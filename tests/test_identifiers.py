@@ -87,6 +87,13 @@ def test_all_texts_and_numbers_of_a_row_are_masked_and_nothing_else_changes() ->
     assert masked == {**row, "a": ["[PHONE]", {"b": 1013000000, "c": "[RESIDENT_NUMBER]"}]}
 
 
+def test_a_cell_that_is_a_telephone_without_its_0_is_masked_and_other_numbers_are_not() -> None:
+    cells = {"a": 1020000000, "b": "1020000000", "c": "10-2000-0000"}
+    assert FINDER.mask_values(cells) == dict.fromkeys(cells, "[PHONE]")
+    others = {"d": 1710000000, "e": 102000000, "f": 10200000000, "g": "PMID 1020000000"}
+    assert FINDER.mask_values(others) == others
+
+
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
     """The English rows, two of them with identifiers."""

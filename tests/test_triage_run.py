@@ -192,7 +192,10 @@ def test_notes_of_adverse_events_get_fields_a_clock_and_questions_and_each_answe
     assert [row["NOTE"] for row in out] == [row["NOTE"] for row in short]
     for row in out:
         assert row["FIELDS"] == json.loads(row["ANSWER"])
-        assert row["CLOCK"] == {**reporting_clock(row["FIELDS"], row).as_dict(), "source": clock_source()}
+        assert row["CLOCK"] == {
+            **reporting_clock(row["FIELDS"], row, row["LANGUAGE"]).as_dict(),
+            "source": clock_source(),
+        }
         asked = [question.id for question in site_questions(row["FIELDS"], row, "en")]
         assert [question["id"] for question in row["QUESTIONS"]] == asked
     outcome = run_here("verify", tmp_path / "out.jsonl", "--check", "ae_triage")

@@ -47,7 +47,7 @@ def complete(answer: str, row: Mapping[str, Any]) -> dict[str, Any]:
     language = str(row.get("LANGUAGE") or "en")
     return {
         "FIELDS": fields,
-        "CLOCK": {**reporting_clock(fields, row).as_dict(), "source": clock_source()},
+        "CLOCK": {**reporting_clock(fields, row, language).as_dict(), "source": clock_source()},
         "QUESTIONS": [asdict(question) for question in site_questions(fields, row, language)],
         "NOTICE": RESEARCH_USE.get(language, RESEARCH_USE["en"]),
     }

@@ -21,6 +21,12 @@ from toolkit.runtime.paths import read_regular
 OWN_RULES = Path(__file__).with_name("reporting.yaml")
 MISSING = (None, "", "UNKNOWN", "U")
 """Values of a field that nothing is known by."""
+_EXCLUDING = (
+    ("serious", "N", "not_serious"),
+    ("causality", "NOT RELATED", "not_related"),
+    ("expectedness", "EXPECTED", "expected"),
+)
+"""Fields that decide: each with the value of an event that is not reported, and the reason that says so."""
 
 
 @dataclass(frozen=True)
@@ -68,40 +74,33 @@ def clock_source() -> str:
     return f"{clock['source']}. Looked up on {clock['checked']}; check it against the law in force."
 
 
-def reporting_clock(fields: Mapping[str, Any], row: Mapping[str, Any]) -> ReportingClock:
+def reporting_clock(fields: Mapping[str, Any], row: Mapping[str, Any], language: str = "en") -> ReportingClock:
     """Compute the clock of an event.
 
     Args:
         fields: those of the answer: serious (Y, N, U), criteria, causality and expectedness.
         row: columns of its row: AWARE_DATE, and REPORTED_DATE if the first report was made.
+        language: that of the reasons; English where there are none in it.
 
     Raises:
         DataError: a date of the row is none.
     """
-    excluded = [
-        text
-        for name, value, text in (
-            ("serious", "N", "not serious"),
-            ("causality", "NOT RELATED", "not suspected to be related"),
-            ("expectedness", "EXPECTED", "expected by the reference text"),
-        )
-        if fields.get(name) == value
-    ]
+    rules = _rules()["clock"]
+    texts = {name: by_language.get(language, by_language["en"]) for name, by_language in rules["reasons"].items()}
+    excluded = [texts[reason] for name, value, reason in _EXCLUDING if fields.get(name) == value]
     if excluded:
         return ReportingClock(None, False, tuple(excluded), _iso(_day(row, "AWARE_DATE")))
-    unknown = tuple(name for name in ("serious", "causality", "expectedness") if fields.get(name) in MISSING)
-    rules = _rules()["clock"]
+    unknown = tuple(name for name, _, _ in _EXCLUDING if fields.get(name) in MISSING)
     urgent = rules["fatal_or_life_threatening"]
     criteria = fields.get("criteria")
     met = [one for one in criteria if one in urgent["criteria"]] if isinstance(criteria, list) else []
     days = urgent["days"] if met else rules["other"]["days"]
-    reasons = (*(f"{name} is not known, counted as if it were to be reported" for name in unknown), *met)
+    reasons = (*(texts["unknown"].replace("FIELD", name) for name in unknown), *met)
     day_0, reported = _day(row, "AWARE_DATE"), _day(row, "REPORTED_DATE")
     due = day_0 and day_0 + timedelta(days=days)
     first = reported or due
     follow_up = first + timedelta(days=urgent["follow_up_days"]) if met and first else None
-    why = reasons or ("serious, suspected and unexpected",)
-    return ReportingClock(days, bool(unknown), why, _iso(day_0), _iso(due), _iso(follow_up))
+    return ReportingClock(days, bool(unknown), reasons or (texts["all"],), _iso(day_0), _iso(due), _iso(follow_up))
 
 
 def site_questions(fields: Mapping[str, Any], row: Mapping[str, Any], language: str = "en") -> list[SiteQuestion]:
