@@ -1,15 +1,16 @@
 """How well plan.py --suggest foretells which frost line pays: predictions kept before a sweep, and their regret after.
 
     python benchmarks/probe.py --data PATH/TO/ori_pqal.json --save            # predicts, and keeps what it predicts
-    python benchmarks/probe.py --measured benchmarks/results/quality.json     # beside losses that were measured
+    python benchmarks/probe.py --data PATH/TO/ori_pqal.json --write-rows rows # the rows, for launch/sweep.py
+    python benchmarks/probe.py --measured runs/quickstart-sweep/sweep.json    # beside losses that were measured
 
 Predictions are made from the training rows of quality.py alone: SmolLM2-135M on the first 200 of PubMedQA's rows, with
 long answers. They are kept under --name in benchmarks/results/probe.json, with date and machine, and none is made
 again: what is kept was said before its sweep ran, and git has the proof of when.
 
---measured is quality.json, of which the adapters' best validation losses of the search are taken, or a JSON list of
-{"boundary": 22, "loss": 2.71}, of the lowest loss of training adapters from that block up, with one entry of
-"boundary": null for the model before training. A line that was not measured has the loss on the straight line between
+--measured is sweep.json of a sweep over frost lines, quality.json, of which the adapters' best validation losses of the
+search are taken, or a JSON list of {"boundary": 22, "loss": 2.71}, of the lowest loss of training adapters from that
+block up, with one entry of "boundary": null for the model before training. A line that was not measured has the loss on the straight line between
 its neighbours, and a ~.
 
     regret      measured loss of what was chosen, less the lowest measured; nats a token
@@ -79,6 +80,8 @@ def measured_losses(path: Path, blocks: int) -> Losses:
     content = json.loads(path.read_text(encoding="utf-8"))
     if isinstance(content, list):
         return {entry["boundary"]: float(entry["loss"]) for entry in content}
+    if "trials" in content:
+        return _swept_losses(content)
     losses: Losses = {None: content["base"]["validation"]}
     for mask, (_, rates) in MASKS.items():
         search = [content[key] for rate in rates if (key := cell_key(mask, rate, 0)) in content]
@@ -86,6 +89,23 @@ def measured_losses(path: Path, blocks: int) -> Losses:
             last = mask.rpartition(" ")[2]
             boundary = 0 if last == "all" else blocks - int(last)
             losses[boundary] = min(min(cell["validation"]) for cell in search)
+    return losses
+
+
+def _swept_losses(sweep: Mapping[str, Any]) -> Losses:
+    """Return the lowest validation loss of a sweep's trials by frost line, and that of the base on the same rows.
+
+    Raises:
+        ValueError: trials were scored on other rows than each other, or by another metric than the loss.
+    """
+    bases = [scores["validation"] for scores in sweep["base"].values() if "validation" in scores]
+    if len(bases) != 1 or bases[0]["metric"] != "loss":
+        metrics = ", ".join(sorted({base["metric"] for base in bases})) or "none"
+        raise ValueError(f"found {len(bases)} sets of held-out rows, scored by {metrics}; expected one, scored by loss")
+    losses: Losses = {None: bases[0]["value"]}
+    for trial in sweep["trials"]:
+        if score := trial.get("validation"):
+            losses[trial["boundary"]] = min(score["value"], losses.get(trial["boundary"], score["value"]))
     return losses
 
 
@@ -171,6 +191,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Predict and keep, or compare what is kept with measured losses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="PubMedQA's ori_pqal.json, to predict")
+    parser.add_argument("--write-rows", type=Path, help="with --data: write train.json and validation.json there alone")
     parser.add_argument("--measured", type=Path, help="measured losses, to compare with what is kept")
     parser.add_argument("--rows", type=int, default=40, help="rows that the probe looks at; default: 40")
     parser.add_argument("--dtype", default="float32", help="precision of the model; default: float32")
@@ -181,6 +202,12 @@ def main(words: Sequence[str] | None = None) -> int:
     kept: Mapping[str, Prediction] = read_predictions(given.predictions)
     if (given.data is None) == (given.measured is None):
         parser.error("expected either --data, to predict, or --measured, to compare")
+    if given.write_rows:
+        if given.data is None:
+            parser.error("--write-rows needs --data")
+        given.write_rows.mkdir(parents=True, exist_ok=True)
+        write_rows(given.data, given.write_rows)
+        return 0
     if given.data and given.name in kept:
         parser.error(f"{given.name!r} was predicted on {kept[given.name]['date']}, which stays; choose another --name")
     if given.measured and given.name not in kept:

@@ -295,6 +295,19 @@ def test_the_benchmark_compares_what_was_predicted_with_measured_losses(tmp_path
         benchmark.main(["--predictions", str(kept), "--name", "a", "--data", "x.json"])
 
 
+def test_losses_of_a_sweep_are_the_lowest_of_each_line_and_those_of_its_base(tmp_path: Path) -> None:
+    def scored(loss: float) -> dict[str, object]:
+        return {"validation": {"value": loss, "metric": "loss"}}
+
+    trials = [{"boundary": line, **scored(loss)} for line, loss in ((4, 2.8), (4, 2.7), (0, 2.6))]
+    swept = tmp_path / "sweep.json"
+    swept.write_text(json.dumps({"base": {"rows": scored(3.0)}, "trials": [*trials, {"boundary": 2}]}))
+    assert benchmark.measured_losses(swept, 6) == {None: 3.0, 4: 2.7, 0: 2.6}
+    swept.write_text(json.dumps({"base": {"rows": scored(3.0), "others": scored(3.1)}, "trials": trials}))
+    with pytest.raises(ValueError, match="found 2 sets of held-out rows, scored by loss; expected one"):
+        benchmark.measured_losses(swept, 6)
+
+
 def test_losses_of_quality_are_those_of_its_adapters_by_line() -> None:
     losses = benchmark.measured_losses(benchmark.ROOT / "benchmarks" / "results" / "quality.json", 30)
     assert {line: round(loss, 3) for line, loss in losses.items()} == {
