@@ -10,8 +10,8 @@ again: what is kept was said before its sweep ran, and git has the proof of when
 
 --measured is sweep.json of a sweep over frost lines, quality.json, of which the adapters' best validation losses of the
 search are taken, or a JSON list of {"boundary": 22, "loss": 2.71}, of the lowest loss of training adapters from that
-block up, with one entry of "boundary": null for the model before training. A line that was not measured has the loss on the straight line between
-its neighbours, and a ~.
+block up, with one entry of "boundary": null for the model before training. A line that was not measured has the loss on
+the straight line between its neighbours, and a ~.
 
     regret      measured loss of what was chosen, less the lowest measured; nats a token
     last:4      no look at the data at all
