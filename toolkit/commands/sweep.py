@@ -170,7 +170,7 @@ def _parse(words: Sequence[str] | None, program: str | None) -> tuple[Invocation
     parser = verb_parser(__doc__, program)
     parser.add_argument("--sweep", type=Path, metavar="FILE", help="YAML file with grid:, trials: or both")
     parser.add_argument(
-        "--launcher", default="", metavar="WORDS", help="words that start the training script, as 'torchrun --nproc_per_node 2'"
+        "--launcher", default="", metavar="WORDS", help="words before the script, as 'torchrun --nproc_per_node 2'"
     )
     parser.add_argument(
         "--test", action="store_true", help="score the trials on the rows of data.test too, by which nothing is chosen"
