@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 import zoo
-from helpers import ENGLISH, REFERENCE_MASK, make_tokenizer, run_here, tiny_llama
+from helpers import ENGLISH, REFERENCE_MASK, invocation, make_tokenizer, run_here, tiny_llama
 from torch import nn
 
 from benchmarks import probe as benchmark
@@ -22,7 +22,7 @@ from toolkit.data.batches import collate
 from toolkit.data.examples import Example
 from toolkit.mask.layer_mask import build_mask
 from toolkit.models.anatomy_detection import detect_anatomy
-from toolkit.planning import line_probe, readout_fit
+from toolkit.planning import line_choice, line_probe, readout_fit
 from toolkit.planning.line_choice import LineChoice
 from toolkit.planning.line_probe import LineGain, ProbedStates, collect_states, probe_lines
 from toolkit.runtime.errors import DataError, ModelError
@@ -199,6 +199,37 @@ def test_too_few_rows_and_a_model_that_cannot_be_cut_are_refused() -> None:
             probe_lines(loaded(zoo.make(name)), examples(8))
 
 
+def test_a_loss_that_is_not_finite_and_too_many_positions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama(tied=False)
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.nan
+    with pytest.raises(ModelError, match="not finite"):
+        probe_lines(loaded(model), examples(8))
+    monkeypatch.setattr(line_probe, "MOST_POSITIONS", 50)
+    with pytest.raises(DataError, match=r"found \d+ positions in 8 rows; expected at most 50: name fewer"):
+        probe_lines(loaded(tiny_llama()), examples(8))
+
+
+def test_no_more_blocks_are_recommended_than_the_budget_has(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 6 blocks 0.6 are 3.6, of which a fourth would be two thirds; one block may always."""
+    monkeypatch.setattr(line_choice, "plan_masks", lambda *given: [])
+    monkeypatch.setattr(line_choice, "comparison_rows", lambda *given: [])
+    monkeypatch.setattr(line_choice, "load_base", lambda *given: None)
+    monkeypatch.setattr(line_choice, "sample_rows", lambda *given: [])
+    monkeypatch.setattr(line_choice, "probe_lines", lambda *given: line_probe.LineProbe(1.0, 8, 8, ()))
+    given = invocation("--model.name_or_path", str(tiny_model))
+    shares = (0.1, 0.5, 0.6, 1.0)
+    most = [line_choice.choose_line(given, 1, None, share, 8, None).most_blocks for share in shares]
+    assert most == [1, 3, 3, 6]
+
+
+def test_a_picture_without_a_suffix_replaces_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "gain.png").write_text("mine")
+    flags = ("--model.name_or_path", tiny_model, "--data.path", ENGLISH, *REFERENCE_MASK)
+    assert run_here("plan.py", *flags, "--png", tmp_path / "gain").returncode == 2
+    assert (tmp_path / "gain.png").read_text() == "mine"
+
+
 def choice(gains: list[float], error: float = 0.01, most: int = 6, fits: list[bool | None] | None = None) -> LineChoice:
     costs = [
         {"mask": "", "trained": 60 - b, "boundary": b, "blocks": 6, "memory": 600 - 50 * b, "fits": fit, "disk": 6 - b,
@@ -257,7 +288,10 @@ def test_the_command_prints_every_line_with_its_cost_and_draws_them(tiny_model: 
         (["--suggest", "probe", "--budget", "2"], "--budget is 2.0"),
         (["--suggest", "gradient", "--png", "x.svg"], "leave out --json and --png"),
         (["--suggest", "probe", "--compare", "all"], "leave out --suggest"),
-        (["--suggest", "probe", "--rows", "3"], "expected at least 8"),
+        (["--suggest", "probe", "--rows", "3"], "--rows is 3; expected at least 8"),
+        (["--suggest", "probe", "--png", "gain"], "expected a file name that ends in .png, .svg, .pdf"),
+        (["--suggest", "spectrum", "--gpu-memory", "24GiB"], "--suggest spectrum plans nothing"),
+        (["--suggest", "gradient", "--world-size", "2"], "--suggest gradient plans nothing"),
         (["--suggest", "spectrum", "--rows", "3"], "--rows goes with --suggest gradient and"),
         (["--compare", "all", "--budget", "0.5"], "--budget goes with --suggest"),
     ],

@@ -32,7 +32,8 @@ from toolkit.runtime.errors import CheckpointError, ConfigError
 from toolkit.split.prefix import Prefix
 from toolkit.sweeping import running
 from toolkit.sweeping.definition import SweepDefinition, definition_of, describe, take_flags, trial_configs
-from toolkit.sweeping.results import score_trials
+from toolkit.sweeping.report import write_report
+from toolkit.sweeping.results import base_key, score_trials
 from toolkit.sweeping.running import run_trials
 from toolkit.sweeping.table import ScoredTrial, front, markdown
 from toolkit.sweeping.trials import Sweep, Trial, open_sweep
@@ -274,6 +275,14 @@ def test_flags_name_the_values_of_a_key() -> None:
             take_flags(faulty)
 
 
+def test_a_mapping_may_be_a_word() -> None:
+    words = {"mask.rotation": ["{method: badam, every_steps: 2}", "none"]}
+    found = trial_configs(RunConfig(), definition_of(words, [], "sweep"), "sweep")
+    assert [settings["mask.rotation"] and settings["mask.rotation"]["method"] for settings, _ in found] == [
+        "badam", None,
+    ]  # fmt: skip
+
+
 def test_each_trial_is_combined_with_the_grid() -> None:
     definition = definition_of(
         {"train.seed": [1, 2]},
@@ -294,6 +303,13 @@ FAULTS: dict[str, tuple[Any, Any, str]] = {
     "no list": ({"train.seed": 3}, [], "grid.train.seed is 3; expected a list of values"),
     "bad value": ({"train.epochs": [0, 1]}, [], "trial 1: train.epochs is 0"),
     "bad mask": ({"mask.train": ["rows head"]}, [], "mask.train 'rows head' is no mask"),
+    "a default spelled out": (
+        {},
+        [{"mask.train": "last:2"}, {"mask.train": "last:2", "train.seed": RunConfig().train.seed}],
+        "trial 2 is trial 1 again: last:2, seed",
+    ),
+    "no text": ({1: [2]}, [], "1 is no text; expected a recipe key"),
+    "too many": ({"train.seed": [*range(40)], "train.epochs": [*range(1, 27)]}, [], "1,040 trials; expected at most"),
     "same twice": ({"train.seed": [1, "1"]}, [], "trial 2 is trial 1 again: seed 1"),
     "in both": ({"train.seed": [1]}, [{"train.seed": 2}], "train.seed: stands in grid and in trials"),
     "not a mapping": ([1], [], "grid is a list; expected grid: "),
@@ -327,6 +343,17 @@ def test_what_cannot_be_swept_is_refused_before_anything_runs(tiny_model: Path, 
     assert "data.folds is set" in refused("--sweep.train.seed", 1, "--data.folds", 3)
     assert "--nodes describes a job" in refused("--sweep.train.seed", 1, "--nodes", 2)
     assert "--test scores the rows of data.test" in refused("--sweep.train.seed", 1, "--test")
+    assert "trial 2: data.validation is none" in refused("--sweep.data.validation", 0.25, "none")
+    assert "close or escape the quote" in refused("--sweep.train.seed", 1, "--launcher", "torchrun 'x")
+    assert "has no word" in refused("--sweep.train.seed", 1, "--launcher", " ")
+    assert "--table trains nothing" in refused("--sweep.train.seed", 1, "--launcher", "torchrun", "--table")
+    test = ("--data.test", 0.1, "--test")
+    assert "--test scores finished trials" in refused("--sweep.train.seed", 1, "--slurm", *test)
+    for state in ({"recipe": 3, "base": {}}, {"recipe": {"mask": 3}, "base": {}}, {"recipe": {}, "base": {"a": 1}}):
+        text = json.dumps({"format": "frostline-sweep-1", "trials": [], **state})
+        (tmp_path / "used" / "sweep.json").write_text(text)
+        used = refused("--sweep.train.seed", 1, "--output.dir", tmp_path / "used")
+        assert "is of no sweep that this version reads" in used
     assert not (tmp_path / "sweep").exists()
 
 
@@ -347,6 +374,45 @@ def test_what_is_not_finished_stands_in_the_table(tiny_model: Path, tmp_path: Pa
     with opened(tiny_model, tmp_path / "sweep", SweepDefinition({"train.seed": [1, 2]})) as sweep:
         assert score_trials(sweep)
         assert markdown(sweep).count("| not finished |") == 2
+
+
+def scored(value: float | None, **settings: Any) -> dict[str, Any]:
+    scores = {"value": value, "low": value, "high": value, "higher_is_better": False, "rows": 3, "metric": "loss"}
+    return {"validation": scores, "seconds": 1.0, "memory_gib": 1.0, "trained": 10, **settings}
+
+
+@pytest.mark.parametrize("value", [float("nan"), None], ids=["as scored", "as read again"])
+def test_a_score_that_is_not_finite_is_said(tiny_model: Path, tmp_path: Path, value: float | None) -> None:
+    with opened(tiny_model, tmp_path / "sweep", SweepDefinition({"train.seed": [1, 2]})) as sweep:
+        for trial, loss in zip(sweep.trials, (value, 2.0), strict=True):
+            trial.result = scored(loss)
+        sweep.base = {base_key(sweep.trials[0].config): scored(value)}
+        write_report(sweep)
+        table = (tmp_path / "sweep" / "sweep.md").read_text(encoding="utf-8")
+    assert "| base |  |  | not finite |" in table
+    assert "| 1 | seed 1 | 2 | not finite | 1.0 | 1.00 | 10 |  |" in table
+    assert "| 2 | seed 2 | 2 | 2.0000 (2.0000 to 2.0000) | 1.0 | 1.00 | 10 | seconds, peak GiB, trained |" in table
+    assert "nan" not in (tmp_path / "sweep" / "sweep.svg").read_text(encoding="utf-8").lower()
+
+
+def test_bases_are_those_of_the_trials_and_have_their_precision(tiny_model: Path, tmp_path: Path) -> None:
+    definition = SweepDefinition({"model.dtype": ["float32", "bfloat16"]})
+    with opened(tiny_model, tmp_path / "sweep", definition) as sweep:
+        keys = [base_key(trial.config) for trial in sweep.trials]
+        sweep.base = {key: scored(value) for key, value in zip([*keys, "earlier"], (2.0, 2.1, 9.9), strict=True)}
+        for trial in sweep.trials:
+            trial.result = scored(1.0)
+        table = markdown(sweep)
+    assert "| base 1 |  |  | 2.0000" in table
+    assert "| base 2 |  |  | 2.1000" in table
+    assert "9.9" not in table
+    assert "held out different rows" not in table
+
+
+def test_text_of_several_lines_stays_in_its_row(tiny_model: Path, tmp_path: Path) -> None:
+    definition = SweepDefinition({"data.group_by": ["a\nb", "c"]})
+    with opened(tiny_model, tmp_path / "sweep", definition) as sweep:
+        assert "| 1 | group_by a b | 2 | not finished |" in markdown(sweep)
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ class PlanReport:
         """Draw layers and memory; the suffix of ``path`` sets the format (png, svg, pdf).
 
         Raises:
-            PlanError: matplotlib is not installed, or the file cannot be written.
+            PlanError: the suffix is another one, or the file cannot be written.
         """
         from toolkit.planning.chart import draw
 
@@ -103,14 +103,13 @@ def _plan(invocation: Invocation, ranks: int, gpu_memory: int | str | None) -> P
 def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     """Parse the command line, then plan, and return the exit code; see ``cli.verb_parser`` for ``program``."""
     from toolkit.config import flags
-    from toolkit.runtime.paths import output_file
     from toolkit.runtime.shipped import QUICKSTART, shipped_file
 
     parser = verb_parser(__doc__, program)
     parser.add_argument("--world-size", type=flags.positive_int, default=1, help="ranks, one GPU each; default: 1")
     parser.add_argument("--gpu-memory", metavar="SIZE", help="memory of one GPU, such as 24GiB: say whether it fits")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="also draw layers and memory (needs matplotlib)")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="also draw layers and memory: .png, .svg, .pdf")
     parser.add_argument("--overwrite", action="store_true", help="replace --png if it exists")
     parser.add_argument(
         "--compare", nargs="+", metavar="MASK",
@@ -135,7 +134,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     invocation = flags.parse(parser, shipped_file(QUICKSTART), words)
     arguments = invocation.arguments
     _refuse_idle_flags(arguments)
-    picture = arguments.png and output_file(arguments.png, arguments.overwrite, "--png")
+    picture = arguments.png and _picture_file(arguments.png, arguments.overwrite)
     if arguments.suggest:
         print(_suggest(invocation, picture))
         return 0
@@ -157,12 +156,26 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     return 0
 
 
+def _picture_file(path: Path, overwrite: bool) -> Path:
+    """Return where to draw, once it is known before any work that this can be done."""
+    from toolkit.planning.chart import require_picture
+    from toolkit.runtime.paths import output_file
+
+    path = output_file(path, overwrite, "--png")
+    require_picture(path)
+    return path
+
+
 def _refuse_idle_flags(given: argparse.Namespace) -> None:
     """Raise UsageError for flags that do nothing beside the others."""
     if given.compare and (given.suggest or given.png):
         raise UsageError("--compare prints a table of masks; leave out --suggest and --png, or --compare")
     if given.suggest in ("spectrum", "gradient") and (given.json or given.png):
         raise UsageError(f"--suggest {given.suggest} prints a ranking and a recipe as text; leave out --json and --png")
+    if given.suggest in ("spectrum", "gradient") and (given.gpu_memory or given.ds or given.world_size > 1):
+        raise UsageError(
+            f"--suggest {given.suggest} plans nothing; leave out --gpu-memory, --world-size and --ds, or ask for probe"
+        )
     if given.budget is not None and not given.suggest:
         raise UsageError("--budget goes with --suggest; leave it out")
     if given.rows and given.suggest not in ("gradient", "probe"):

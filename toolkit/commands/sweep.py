@@ -111,7 +111,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
                 is_whole = score_trials(opened, arguments.test)
                 write_report(opened)
             else:
-                is_whole = _train_and_compare(opened, invocation, shlex.split(arguments.launcher), arguments.test)
+                is_whole = _train_and_compare(opened, invocation, arguments.launcher, arguments.test)
     if not is_whole:
         print("sweep stopped by a signal; start the same command again to go on", file=sys.stderr)
         return STOPPED
@@ -156,7 +156,7 @@ def _submit(opened: Sweep, invocation: Invocation) -> None:
         after = f"--dependency=afterany:{job or 'JOB'}"
         submit_runs(left[1:], replace(request, options=(*request.options, after)), dry_run)
     if not dry_run:
-        print("table   the same command with --table in place of --slurm")
+        print("table   the same command with --table in place of --slurm and the flags of the job")
 
 
 def _parse(words: Sequence[str] | None, program: str | None) -> tuple[Invocation, SweepDefinition, str]:
@@ -170,8 +170,9 @@ def _parse(words: Sequence[str] | None, program: str | None) -> tuple[Invocation
     parser = verb_parser(__doc__, program)
     parser.add_argument("--sweep", type=Path, metavar="FILE", help="YAML file with grid:, trials: or both")
     parser.add_argument(
-        "--launcher", default="", metavar="WORDS", help="words before the script, as 'torchrun --nproc_per_node 2'"
-    )
+        "--launcher", type=_words, default=[], metavar="WORDS",
+        help="words before the script, as 'torchrun --nproc_per_node 2'",
+    )  # fmt: skip
     parser.add_argument(
         "--test", action="store_true", help="score the trials on the rows of data.test too, by which nothing is chosen"
     )
@@ -190,12 +191,29 @@ def _parse(words: Sequence[str] | None, program: str | None) -> tuple[Invocation
     return invocation, definition_of({**definition.grid, **grid}, definition.trials, source), source
 
 
+def _words(text: str) -> list[str]:
+    """Parse words as a shell does; for ``add_argument(type=…)``."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of words: {error}; close or escape the quote") from None
+    if not words:
+        raise argparse.ArgumentTypeError(f"{text!r} has no word; expected some, as 'torchrun --nproc_per_node 2'")
+    return words
+
+
 def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace, invocation: Invocation) -> None:
     """End the process if flags contradict each other."""
     from toolkit.slurm.request import add_flags
 
     if arguments.slurm and (arguments.table or arguments.launcher):
         parser.error("--slurm submits jobs; leave out --table, and --launcher: each rank is a task of the job")
+    if arguments.slurm and arguments.test:
+        parser.error(
+            "--test scores finished trials; leave it out here, and give it with --table once the jobs are done"
+        )
+    if arguments.table and arguments.launcher:
+        parser.error("--table trains nothing, so nothing is launched; leave out --launcher, or --table")
     job = argparse.ArgumentParser()
     add_flags(job)
     given = [action.option_strings[0] for action in job._actions if action.dest != "help"

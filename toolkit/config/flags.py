@@ -50,7 +50,7 @@ def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
         members = _union_members(info.annotation)
         groups[section].add_argument(
             f"--{path}",
-            nargs="+" if any(typing.get_origin(member) in (list, tuple) for member in members) else None,
+            nargs="+" if takes_list(info.annotation) else None,
             metavar=_metavar(members),
             default=argparse.SUPPRESS,
             help=f"{info.description} Default: {default}.".replace("%", "%%"),
@@ -245,6 +245,11 @@ def positive_number(text: str) -> float:
     if not value:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
+
+
+def takes_list(annotation: Any) -> bool:
+    """Return whether a key of this type may have several values, so that its flag takes several words."""
+    return any(typing.get_origin(member) in (list, tuple) for member in _union_members(annotation))
 
 
 def _union_members(annotation: Any) -> list[Any]:

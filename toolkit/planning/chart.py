@@ -11,6 +11,7 @@ from toolkit.planning.memory import KINDS
 from toolkit.planning.planner import Plan
 from toolkit.runtime.errors import PlanError
 
+_SUFFIXES = ".png", ".svg", ".pdf"
 _FROZEN, _TRAINED, _PARTLY = "#a8c8e8", "#e8743b", "#f0b48c"
 _COLOURS = ("#a8c8e8", "#5b8db8", "#f0b48c", "#e8743b", "#b83a2a", "#7fb069", "#e6c229", "#9a8c98")
 
@@ -34,12 +35,19 @@ def draw(plan: Plan, path: Path, fit: DeviceFit | None = None) -> None:
     save_figure(figure, path)
 
 
+def require_picture(path: Path) -> None:
+    """Raise PlanError unless the suffix of a file names a picture; without one, matplotlib would add its own."""
+    if path.suffix.lower() not in _SUFFIXES:
+        raise PlanError(f"--png {path}: expected a file name that ends in {', '.join(_SUFFIXES)}")
+
+
 def save_figure(figure: Any, path: Path) -> None:
     """Write a figure of matplotlib's; PlanError if that fails."""
+    require_picture(path)
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
-        raise PlanError(f"--png {path} cannot be written ({error}); expected a file name that ends in .png") from None
+        raise PlanError(f"--png {path} cannot be written ({error}); choose another place") from None
 
 
 def _draw_layers(axes: Any, plan: Plan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from toolkit.inference.open_model import load_base
 from toolkit.models.load import LoadedModel
 from toolkit.planning.command import plan_masks
 from toolkit.planning.comparison import comparison_rows, duration
-from toolkit.planning.line_probe import LineGain, probe_lines
+from toolkit.planning.line_probe import LEAST_ROWS, LineGain, probe_lines
 from toolkit.planning.meta_model import meta_model
 from toolkit.planning.suggest import ADAPTER_RATE
 from toolkit.planning.table import flops_text, gib
@@ -135,7 +136,7 @@ def choose_line(
         invocation: parsed command line; its mask is not looked at.
         ranks: ranks that the plans are for.
         gpu_bytes: memory of one GPU; lines that do not fit are not recommended. None allows all.
-        budget: most of the blocks that may train, as a share above 0 and up to 1.
+        budget: most of the blocks that may train, as a share above 0 and up to 1; one block may always.
         rows: rows of the sample, spread evenly over the training rows.
         tflops: rate for the expected time, see ``comparison_rows``.
 
@@ -144,6 +145,8 @@ def choose_line(
     """
     if not 0 < budget <= 1:
         raise ConfigError([f"--budget is {budget}; expected a share of the blocks above 0 and up to 1"], "command line")
+    if rows < LEAST_ROWS:
+        raise ConfigError([f"--rows is {rows}; expected at least {LEAST_ROWS} for --suggest probe"], "command line")
     config = invocation.config
     blocks = meta_model(config.model).anatomy.block_count
     masks = [MaskConfig(train=line_mask(boundary, blocks)) for boundary in range(blocks)]
@@ -152,7 +155,7 @@ def choose_line(
     )
     loaded = load_base(config.model)
     probe = probe_lines(loaded, sample_rows(invocation, loaded, rows))
-    most = max(1, round(budget * blocks))
+    most = max(1, math.floor(budget * blocks + 1e-9))  # a share such as 0.7 of 10 is a little below 7
     return LineChoice(probe.base_loss, probe.rows, probe.positions, probe.gains, tuple(costs), most)
 
 

@@ -47,6 +47,10 @@ from toolkit.split.supervised_rows import SupervisedRows
 
 POSITIONS = 24
 """Most supervised positions of a row that are looked at, spread evenly over it."""
+LEAST_ROWS = 2 * FOLDS
+"""Fewest rows of a sample, two for each fold."""
+MOST_POSITIONS = 24_000
+"""Most positions of a sample: the fit has several matrices of positions x positions, of 2.3 GB each for so many."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +94,19 @@ def probe_lines(loaded: LoadedModel, examples: Sequence[Example]) -> LineProbe:
     The same rows give the same numbers. The model's weights are not changed.
 
     Raises:
-        DataError: there are fewer than two rows for each fold, or one is too long for the model.
-        ModelError: the architecture cannot be cut above its last block.
+        DataError: there are fewer than two rows for each fold, or too many positions, or a row is too long for the
+            model.
+        ModelError: the architecture cannot be cut above its last block, or the model's loss is not finite.
     """
-    if len(examples) < 2 * FOLDS:
+    if len(examples) < LEAST_ROWS:
         raise DataError(
-            f"--suggest probe found {len(examples)} distinct training rows; expected at least {2 * FOLDS}, to fit a "
+            f"--suggest probe found {len(examples)} distinct training rows; expected at least {LEAST_ROWS}, to fit a "
             "readout to some and score it on others"
+        )
+    if (positions := sum(min(POSITIONS, example.supervised_tokens) for example in examples)) > MOST_POSITIONS:
+        raise DataError(
+            f"--suggest probe found {positions:,} positions in {len(examples):,} rows; expected at most "
+            f"{MOST_POSITIONS:,}: name fewer with --rows"
         )
     model, device = loaded.model.to(World().device).eval(), World().device
     check_fit(examples, model)
@@ -159,6 +169,11 @@ def readout_gains(states: ProbedStates, top: Suffix) -> LineProbe:
     """Fit and score the readout of every frost line; ``top`` is norm, head and loss, a suffix without blocks."""
     last = states.hidden[-1].float()
     base, slope = _losses_and_gradient(top, states, last)
+    if not (base.isfinite().all() and slope.isfinite().all() and last.isfinite().all()):
+        raise ModelError(
+            "the model's loss or hidden states on the sample are not finite, so that nothing can be fitted to them; "
+            "check its weights, or compute in another precision with --model.dtype"
+        )
     fold = states.row % FOLDS
     factors = [fisher_factors(slope, fold, damping) for damping in DAMPINGS]
     found: list[LineGain] = []

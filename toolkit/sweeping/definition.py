@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from toolkit.config.flags import parse_flag_value
+from toolkit.config.flags import parse_flag_value, takes_list
 from toolkit.config.recipe import build_config, did_you_mean, field_paths, merge, read_recipe
 from toolkit.config.schema import RunConfig
 from toolkit.runtime.errors import ConfigError
@@ -27,6 +28,8 @@ _NOT_SWEPT = {
     "train.metric_for_best_model": "it is what the trials are compared by",
 }
 """Keys that trials cannot differ in, and why."""
+MOST_TRIALS = 1000
+"""Most trials of a sweep; a grid of some keys soon has more combinations than anyone waits for."""
 _FORM = "grid: {train.learning_rate: [1e-5, 1e-4]}, or trials: [{mask.train: last:4 head, train.learning_rate: 1e-5}]"
 
 
@@ -43,6 +46,11 @@ class SweepDefinition:
     def keys(self) -> list[str]:
         """Return the keys that trials differ in, those of ``trials`` first."""
         return list(dict.fromkeys([*(key for trial in self.trials for key in trial), *self.grid]))
+
+    @property
+    def count(self) -> int:
+        """Return the number of trials."""
+        return max(1, len(self.trials)) * math.prod(map(len, self.grid.values()))
 
     def combinations(self) -> Iterator[Settings]:
         """Yield the settings of each trial, the last key of the grid changing fastest."""
@@ -80,6 +88,9 @@ def definition_of(grid: Any, trials: Any, source: str) -> SweepDefinition:
         ]
     if not isinstance(trials, list | tuple) or not all(isinstance(trial, Mapping) and trial for trial in trials):
         faults.append(f"trials: expected a list of mappings, as {_FORM}")
+    if not faults:
+        keys = SweepDefinition(grid, trials).keys
+        faults += [f"{key!r} is no text; expected a recipe key, as {_FORM}" for key in keys if not isinstance(key, str)]
     if not faults and (both := [key for trial in trials for key in trial if key in grid]):
         faults.append(f"{both[0]}: stands in grid and in trials; leave it out of one of them")
     if faults:
@@ -123,6 +134,8 @@ def trial_configs(base: RunConfig, definition: SweepDefinition, source: str) -> 
     faults += [f"{key}: {_NOT_SWEPT[key]}; leave it out" for key in definition.keys if key in _NOT_SWEPT]
     if not definition.keys:
         faults.append(f"nothing to sweep over; expected {FLAG}train.learning_rate 1e-5 1e-4, or a file with {_FORM}")
+    if definition.count > MOST_TRIALS:
+        faults.append(f"{definition.count:,} trials; expected at most {MOST_TRIALS:,}: name fewer values of each key")
     if faults:
         raise ConfigError(faults, source)
     values, seen = base.model_dump(mode="json"), dict[str, int]()
@@ -136,7 +149,7 @@ def trial_configs(base: RunConfig, definition: SweepDefinition, source: str) -> 
             continue
         dumped = config.model_dump(mode="json")
         own = {key: dumped[key.split(".")[0]][key.split(".")[1]] for key in settings}
-        same = seen.setdefault(json.dumps(own, sort_keys=True), number)
+        same = seen.setdefault(json.dumps(dumped, sort_keys=True), number)  # a key it leaves out has the recipe's value
         if same != number:
             faults.append(f"trial {number} is trial {same} again: {describe(own, config)}")
         found.append((own, config))
@@ -155,7 +168,7 @@ def _read(key: str, value: Any, base: RunConfig) -> Any:
         return parse_mask(value, base.mask, "mask.train").model_dump(mode="json")["train"]
     faults: list[str] = []
     annotation = field_paths()[key].annotation
-    is_list = value.startswith(("[", "{"))
+    is_list = takes_list(annotation) and value.startswith(("[", "{"))
     read = parse_flag_value(key, annotation, [value] if is_list else value, faults)
     if faults:
         raise ConfigError(faults)

@@ -6,7 +6,7 @@ import io
 import math
 from typing import Any
 
-from toolkit.sweeping.results import quality_of
+from toolkit.sweeping.results import bases_of, quality_of
 from toolkit.sweeping.table import COSTS, ScoredTrial, front, points_of
 from toolkit.sweeping.trials import Sweep
 
@@ -25,7 +25,7 @@ def draw(sweep: Sweep) -> str:
     FigureCanvasSVG(figure)
     for axes, cost in zip(figure.subplots(1, 3, sharey=True), COSTS, strict=True):
         _draw_cost(axes, cost, points)
-        for base in filter(None, map(quality_of, sweep.base.values())):
+        for base in filter(None, map(quality_of, bases_of(sweep).values())):
             axes.axhline(base.value, color=_BASE, linestyle=":", linewidth=1)
     metric = sweep.trials[0].config.train.metric_for_best_model
     better = " (more is better)" if points and points[0].higher_is_better else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -54,8 +55,18 @@ def held_out(config: RunConfig) -> str:
     """Return a digest of what decides which rows a trial holds out."""
     data = config.data
     drawn = isinstance(data.validation, float) or isinstance(data.test, float) or data.limit is not None
-    parts = [data.model_dump(mode="json"), config.model.name_or_path, config.train.seed if drawn else None]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+    return _digest(data.model_dump(mode="json"), config.train.seed if drawn else None)
+
+
+def base_key(config: RunConfig) -> str:
+    """Return a digest of what decides the score of the model before training: the rows held out, and the model."""
+    return _digest(held_out(config), config.model.model_dump(mode="json"))
+
+
+def bases_of(sweep: Sweep) -> dict[str, Any]:
+    """Return the scores of the models before training that the trials began from, without those of other trials."""
+    keys = {base_key(trial.config) for trial in sweep.trials}
+    return {key: scores for key, scores in sweep.base.items() if key in keys}
 
 
 def costs_of(trial: Trial) -> dict[str, float]:
@@ -77,20 +88,28 @@ def costs_of(trial: Trial) -> dict[str, float]:
 
 
 def quality_of(result: Mapping[str, Any]) -> Interval | None:
-    """Return the score that trials are compared by, of ``Trial.result`` or of a base; None before it is known."""
+    """Return the score that trials are compared by, of ``Trial.result`` or of a base.
+
+    None before it is known, and if it is not finite.
+    """
     scores = result.get("validation")
-    if not scores or scores["value"] is None:
+    if not scores or scores["value"] is None or not math.isfinite(scores["value"]):
         return None
     return Interval(*(float("nan") if scores[key] is None else scores[key] for key in ("value", "low", "high")))
 
 
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def _score(sweep: Sweep, trial: Trial, with_test: bool) -> None:
     """Fill ``Trial.result``, and the scores of the base if these rows have none yet."""
-    checkpoint, rows = _checkpoint(trial), held_out(trial.config)
+    checkpoint, key = _checkpoint(trial), base_key(trial.config)
     if trial.result.get("checkpoint") != checkpoint:
-        trial.result = {"checkpoint": checkpoint, **costs_of(trial), "held_out": rows}
+        trial.result = {"checkpoint": checkpoint, **costs_of(trial)}
+    trial.result["base"] = key
     parts: tuple[Part, ...] = ("validation", "test") if with_test else ("validation",)
-    of_base = sweep.base.setdefault(rows, {})
+    of_base = sweep.base.setdefault(key, {})
     run, metric = f"{trial.directory}@{checkpoint}", trial.config.train.metric_for_best_model
     for part in parts:
         if part in trial.result and part in of_base:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from toolkit.runtime import signals
-from toolkit.runtime.errors import FrostlineError
+from toolkit.runtime.errors import UsageError
 from toolkit.runtime.shipped import launch_script
 from toolkit.runtime.signals import STOPPED
 from toolkit.sweeping.trials import Sweep, Trial, prepare_run
@@ -70,7 +70,7 @@ def in_processes(launcher: Sequence[str], deepspeed: Path | None, runs: int) -> 
         try:
             process = subprocess.Popen(words)
         except OSError as error:
-            raise FrostlineError(f"{words[0]} cannot be started ({error}); expected a launcher on the PATH") from None
+            raise UsageError(f"{words[0]} cannot be started ({error}); expected a launcher on the PATH") from None
         return _wait(process)
 
     return start

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from toolkit.metrics.resampling import Interval, over_seeds
-from toolkit.sweeping.results import quality_of
+from toolkit.sweeping.results import bases_of, held_out, quality_of
 from toolkit.sweeping.trials import Sweep, Trial
 
 COSTS = {"seconds": "seconds", "memory_gib": "peak GiB", "trained": "trained"}
@@ -39,7 +39,7 @@ def points_of(sweep: Sweep) -> list[ScoredTrial]:
     found = []
     for trial in sweep.trials:
         quality = quality_of(trial.result)
-        if quality is not None and math.isfinite(quality.value):
+        if quality is not None:
             found.append(ScoredTrial(trial, quality, trial.result["validation"]["higher_is_better"]))
     return found
 
@@ -59,22 +59,21 @@ def front(points: Sequence[ScoredTrial], cost: str) -> list[ScoredTrial]:
 def markdown(sweep: Sweep) -> str:
     """Return the table in Markdown, with a second one over the seeds if trials differ in them."""
     points = points_of(sweep)
-    by_number = {point.trial.number: point for point in points}
     fronts = {key: {point.trial.number for point in front(points, key)} for key in COSTS}
     metric = sweep.trials[0].config.train.metric_for_best_model
     has_test = any("test" in trial.result for trial in sweep.trials)
     head = ["trial", "settings", "frost line", f"validation {metric}", *(["test"] if has_test else []), *COSTS.values(),
             "front"]  # fmt: skip
     rows = []
-    for number, base in enumerate(sweep.base.values(), start=1):
-        name = "base" if len(sweep.base) == 1 else f"base {number}"
+    bases = bases_of(sweep)
+    for number, base in enumerate(bases.values(), start=1):
+        name = "base" if len(bases) == 1 else f"base {number}"
         rows.append(
             [name, "", "", _score_text(base), *([_score_text(base, "test")] if has_test else []), "", "", "", ""]
         )
     for trial in sweep.trials:
         line = "" if trial.boundary is None else str(trial.boundary)
-        point = by_number.get(trial.number)
-        if point is None:
+        if "validation" not in trial.result:
             state = trial.fault or "not finished"
             rows.append([str(trial.number), trial.text, line, state, *([""] if has_test else []), "", "", "", ""])
             continue
@@ -94,7 +93,7 @@ def _notes(sweep: Sweep) -> list[str]:
         f"Quality: the best checkpoint on the {' or '.join(map(str, rows))} rows held out, with its 95 % interval over "
         "these rows (bootstrap). Seconds: training steps alone. Front: no trial is as good for less of that cost."
     ] if rows else []  # fmt: skip
-    if len(sweep.base) > 1:
+    if len({held_out(trial.config) for trial in sweep.trials if "validation" in trial.result}) > 1:
         notes.append("Trials held out different rows (other seeds or data), so their losses differ for that too.")
     return notes
 
@@ -119,12 +118,19 @@ def _over_seeds(points: Sequence[ScoredTrial]) -> list[str]:
 
 def _score_text(result: dict[str, Any], part: str = "validation") -> str:
     scores = result.get(part)
-    if not scores or scores["value"] is None:
+    if not scores:
         return "–"
-    if scores["low"] is None or scores["high"] is None:
+    if not _is_finite(scores["value"]):
+        return "not finite"
+    if not _is_finite(scores["low"]) or not _is_finite(scores["high"]):
         return f"{scores['value']:.4f}"
     return f"{scores['value']:.4f} ({scores['low']:.4f} to {scores['high']:.4f})"
 
 
+def _is_finite(value: float | None) -> bool:
+    """Return whether a score is a number; JSON has null in the place of NaN."""
+    return value is not None and math.isfinite(value)
+
+
 def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    return f"| {' | '.join(' '.join(cell.splitlines()).replace('|', chr(92) + '|') for cell in cells)} |"

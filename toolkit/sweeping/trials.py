@@ -120,11 +120,10 @@ def open_sweep(
         CheckpointError: the directory holds something else, the sweep of another recipe, or is in use.
     """
     base = invocation.config
-    if base.data.validation is None:
-        raise ConfigError(["data.validation is none; expected rows to compare the trials on, as 0.1 or a file"], source)
     if base.data.folds is not None:
         raise ConfigError(["data.folds is set, and a trial is one run; hold out data.validation instead"], source)
     found = trial_configs(base, definition, source)
+    _require_held_out([config for _, config in found], source)
     directory = Path(base.output.dir) if base.output.dir else Path("runs") / f"{invocation.recipe.stem}-sweep"
     recipe = _recipe_of(base)
     state = _read_state(directory, recipe)
@@ -149,6 +148,17 @@ def open_sweep(
     with group_files(is_shared), _held(directory, is_shared):
         sweep.save()
         yield sweep
+
+
+def _require_held_out(configs: Sequence[RunConfig], source: str) -> None:
+    """Raise ConfigError if a trial holds no rows out."""
+    without = [number for number, config in enumerate(configs, start=1) if config.data.validation is None]
+    if not without:
+        return
+    which = "" if len(without) == len(configs) else f"trial {', '.join(map(str, without))}: "
+    raise ConfigError(
+        [f"{which}data.validation is none; expected rows to compare the trials on, as 0.1 or a file"], source
+    )
 
 
 def prepare_run(trial: Trial) -> Path:
@@ -207,7 +217,7 @@ def _read_state(directory: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     if held and not _is_state(state):
         raise CheckpointError(f"{directory / STATE_FILE} is of no sweep that this version reads; choose another "
                               "--output.dir")  # fmt: skip
-    then: dict[str, Any] = state.get("recipe", recipe)
+    then: dict[str, Any] = state.get("recipe", recipe)  # of a new directory there is none
     differences = [
         f"{section}.{key} is {recipe.get(section, {}).get(key)!r}, and was {then.get(section, {}).get(key)!r}"
         for section in {**then, **recipe}
@@ -225,13 +235,20 @@ def _is_state(state: Any) -> bool:
     """Return whether a JSON value has the form that ``Sweep.save`` writes, as far as it is read again."""
     if not isinstance(state, dict) or state.get("format") != _FORMAT or not isinstance(state.get("trials"), list):
         return False
+    recipe, base = state.get("recipe"), state.get("base")
+    if not _is_nested(recipe) or not _is_nested(base):
+        return False
     needed = {"trial": int, "settings": dict, "wall_seconds": int | float}
-    return isinstance(state.get("base"), dict) and all(
+    return all(
         isinstance(trial, dict)
         and {"code", "fault"} <= trial.keys()
         and all(isinstance(trial.get(key), kind) for key, kind in needed.items())
         for trial in state["trials"]
     )
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(part, dict) for part in value.values())
 
 
 def _is_finished(directory: Path, config: RunConfig) -> bool:
