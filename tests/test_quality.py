@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import runpy
 import threading
+import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import run_here
 from pubmedqa_files import write_pubmedqa
 
-from benchmarks import quality, quality_runs
+from benchmarks import contenders, quality, quality_runs
 from benchmarks.contenders import Outcome
+from benchmarks.process import Finished
 from benchmarks.quality_cells import (
     CORE,
     DECISION,
@@ -315,6 +320,30 @@ def few_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the commands of a cell run in this process, which has imported torch already."""
+
+    def run(command: Sequence[str]) -> None:
+        script, words = Path(command[1]), list(map(str, command[2:]))
+        if script.parent.name == "launch":
+            done = run_here(script.name, *words)
+            assert done.returncode == 0, done.stderr
+            return
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what peft and the Trainer warn of is theirs
+            patch.setattr("sys.argv", [str(script), *words])
+            runpy.run_path(str(script), run_name="__main__")
+
+    def run_process(command: Sequence[str], log: Path, watched: Sequence[Path] = (), **more: Any) -> Finished:
+        run(command)
+        lines = {path: list(enumerate(path.read_text().splitlines(), 1)) for path in watched}
+        return Finished(0, 1.0, 1 << 30, {log: [], **lines})  # type: ignore[dict-item]
+
+    monkeypatch.setattr(quality_runs, "_run", run)
+    monkeypatch.setattr(contenders, "run_process", run_process)
+
+
 def bench_of(data: Path, folder: Path, model: Path, study: Study) -> Bench:
     """A bench of a tiny model in float32 on a dozen rows, without drift."""
     few = replace(study, rows={"train": 12, "validation": 6, "test": 60})
@@ -322,7 +351,7 @@ def bench_of(data: Path, folder: Path, model: Path, study: Study) -> Bench:
     return Bench(folder, few, "float32", str(model), drift=False)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
     ("mask", "study"),
     [
@@ -353,7 +382,7 @@ def test_a_cell_of_each_new_kind_is_made(
         assert "test" not in bench.run_cell("head", 1e-3, 0)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("here")
 def test_peft_and_the_toolkit_learn_the_same_from_the_same_rows(
     few_rows: Path, tmp_path: Path, tiny_model: Path
 ) -> None:
@@ -367,6 +396,7 @@ def test_peft_and_the_toolkit_learn_the_same_from_the_same_rows(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("here")
 def test_drift_of_the_first_seed_is_kept(
     few_rows: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
