@@ -35,8 +35,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.quality import MODEL, write_rows  # noqa: E402
-from benchmarks.quality_cells import EPOCHS, MASKS, cell_key, is_lora  # noqa: E402
+from benchmarks.quality_cells import EPOCHS, MASKS, is_lora, search_of  # noqa: E402
+from benchmarks.quality_runs import MODEL, write_rows  # noqa: E402
 from benchmarks.report import hardware, head_lines, save, table, versions  # noqa: E402
 from toolkit.commands.invocation import build_invocation  # noqa: E402
 from toolkit.planning.line_choice import SHARE, LineChoice, choose_line  # noqa: E402
@@ -83,8 +83,8 @@ def measured_losses(path: Path, blocks: int) -> Losses:
     if "trials" in content:
         return _swept_losses(content)
     losses: Losses = {None: content["base"]["validation"]}
-    for mask, (_, rates) in MASKS.items():
-        search = [content[key] for rate in rates if (key := cell_key(mask, rate, 0)) in content]
+    for mask in MASKS:
+        search = search_of(content, mask).values()
         if is_lora(mask) and search:
             last = mask.rpartition(" ")[2]
             boundary = 0 if last == "all" else blocks - int(last)

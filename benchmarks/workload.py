@@ -9,7 +9,7 @@ import argparse
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +38,9 @@ class Workload:
     """Blocks that train, beside the head."""
     micro_batch: int = 1
     """Rows of a step; divides the rows of an epoch."""
+    dtype: str = "bfloat16"
+    validation: list[Row] = field(default_factory=list)
+    """Rows whose loss a peer that knows how computes after each epoch."""
 
     @property
     def sequence(self) -> list[Row]:
@@ -62,7 +65,8 @@ class Workload:
     def read(path: Path) -> Workload:
         """Read a workload that ``save`` wrote."""
         values = json.loads(path.read_text(encoding="utf-8"))
-        return Workload(**{**values, "rows": [(ids, start) for ids, start in values["rows"]]})
+        rows = {name: [(ids, start) for ids, start in values[name]] for name in ("rows", "validation")}
+        return Workload(**{**values, **rows})
 
 
 def add_flags(parser: argparse.ArgumentParser, epochs: int = EPOCHS) -> None:

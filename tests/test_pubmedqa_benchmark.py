@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 from adapter_runs import save_of_zoo
-from helpers import ENGLISH, run_script
-
-LABELS = ("yes", "no", "maybe")
+from helpers import run_script
+from pubmedqa_files import write_pubmedqa
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 questions to train on and 60 to test, as ``ori_pqal.json`` has them."""
     folder = tmp_path_factory.mktemp("pubmedqa")
-    texts = [json.loads(line) for line in ENGLISH.read_text(encoding="utf-8").splitlines()]
-    rows = {}
-    for number in range(120):
-        text = texts[number % len(texts)]
-        rows[str(1000 + number)] = {
-            "QUESTION": f"{number}: {text['QUESTION']}", "CONTEXTS": [context[:200] for context in text["CONTEXTS"]],
-            "LABELS": ["METHODS"], "LONG_ANSWER": text["LONG_ANSWER"], "final_decision": LABELS[number % 3],
-        }  # fmt: skip
-    (folder / "ori_pqal.json").write_text(json.dumps(rows))
-    truth = {key: row["final_decision"] for key, row in list(rows.items())[::2]}
-    (folder / "test_ground_truth.json").write_text(json.dumps(truth))
+    write_pubmedqa(folder)
     return folder
 
 

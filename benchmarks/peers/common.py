@@ -24,8 +24,8 @@ def arguments(*switches: str) -> argparse.Namespace:
 
 
 def load_model(workload: Workload) -> Any:
-    """Load the workload's model in bfloat16, on the GPU if there is one."""
-    model: Any = AutoModelForCausalLM.from_pretrained(workload.model, dtype=torch.bfloat16)
+    """Load the workload's model in its precision, on the GPU if there is one."""
+    model: Any = AutoModelForCausalLM.from_pretrained(workload.model, dtype=getattr(torch, workload.dtype))
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -44,6 +44,7 @@ def trainer_settings(workload: Workload, scratch: Path) -> dict[str, Any]:
         "learning_rate": workload.learning_rate, "warmup_steps": workload.warmup_steps,
         "lr_scheduler_type": "linear", "weight_decay": 0.01, "max_grad_norm": 1.0, "logging_steps": 1,
         "save_strategy": "no", "report_to": "none", "use_cpu": not torch.cuda.is_available(), "disable_tqdm": True,
+        "seed": workload.seed,
     }  # fmt: skip
 
 
