@@ -111,8 +111,8 @@ def run_cells(
                 rivals = cell.pop("rivals", None)
                 keep(path, key, cell)
                 if rivals and study.key("rivals") not in read_cells(path):
-                    same = {name: cell[name] for name in ("date", "machine", "dtype", "test_rows") if name in cell}
-                    keep(path, study.key("rivals"), {"scores": rivals, **same})
+                    same: Cell = {name: cell[name] for name in ("date", "machine", "dtype", "test_rows") if name in cell}
+                    keep(path, study.key("rivals"), {**same, "scores": rivals})
 
 
 def read_cells(path: Path) -> dict[str, Cell]:

@@ -351,6 +351,7 @@ def bench_of(data: Path, folder: Path, model: Path, study: Study) -> Bench:
     return Bench(folder, few, "float32", str(model), drift=False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
     ("mask", "study"),
@@ -382,6 +383,7 @@ def test_a_cell_of_each_new_kind_is_made(
         assert "test" not in bench.run_cell("head", 1e-3, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_peft_and_the_toolkit_learn_the_same_from_the_same_rows(
     few_rows: Path, tmp_path: Path, tiny_model: Path

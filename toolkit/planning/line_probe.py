@@ -116,6 +116,7 @@ def probe_lines(loaded: LoadedModel, examples: Sequence[Example]) -> LineProbe:
     exact = split_is_exact(model, prefix, top, collate([min(examples, key=len)], pad_id).to(device))
     states = collect_states(prefix.eval(), top.eval(), examples, pad_id, device) if exact else None
     if states is None:
+        _require_finite(all(bool(tensor.isfinite().all()) for tensor in model.parameters()))
         raise ModelError(
             f"the blocks of {type(model).__name__} do not hand one hidden state a token from one to the next, up to "
             "norm and head; there is nothing to probe, compare runs instead"
@@ -165,15 +166,19 @@ def collect_states(
     return ProbedStates(torch.cat(taken, dim=1), collate(answers, pad_id).to(device), row.to(device))
 
 
+def _require_finite(is_finite: bool) -> None:
+    if not is_finite:
+        raise ModelError(
+            "the model's weights, or its loss or hidden states on the sample, are not finite, so that nothing can be "
+            "fitted to them; check its weights, or compute in another precision with --model.dtype"
+        )
+
+
 def readout_gains(states: ProbedStates, top: Suffix) -> LineProbe:
     """Fit and score the readout of every frost line; ``top`` is norm, head and loss, a suffix without blocks."""
     last = states.hidden[-1].float()
     base, slope = _losses_and_gradient(top, states, last)
-    if not (base.isfinite().all() and slope.isfinite().all() and last.isfinite().all()):
-        raise ModelError(
-            "the model's loss or hidden states on the sample are not finite, so that nothing can be fitted to them; "
-            "check its weights, or compute in another precision with --model.dtype"
-        )
+    _require_finite(all(bool(values.isfinite().all()) for values in (base, slope, last)))
     fold = states.row % FOLDS
     factors = [fisher_factors(slope, fold, damping) for damping in DAMPINGS]
     found: list[LineGain] = []
