@@ -270,6 +270,7 @@ def test_the_command_prints_every_line_with_its_cost_and_draws_them(tiny_model: 
     assert lines[0].split() == ["frost", "line", "expected", "gain", "trained", "memory", "disk", "flops", "seconds"]
     assert [line.split()[0] for line in lines[1:7]] == list("012345")
     assert sum(line.endswith("recommended") for line in lines[1:7]) == 1
+    assert "it had lines in the wrong order (docs/plan.md)" in result.stdout
     assert "<svg" in (tmp_path / "gain.svg").read_text(encoding="utf-8")
     flags += ["--gpu-memory", "1MiB", "--json"]
     printed = json.loads(run_here("plan.py", *flags).stdout)

@@ -101,6 +101,7 @@ class LineChoice:
             "expected gain: nats a token on rows that the readout was not fitted to, ± its standard error over rows;",
             f"the model's own loss there is {self.base_loss:.4f} ({self.rows} rows, {self.positions:,} positions)",
             "costs: of the whole run with adapters above the line; memory: the peak of one rank",
+            "a forecast; compared with training, it had lines in the wrong order (docs/plan.md): compare runs, too",
             "",
             self.reason(),
         ]
