@@ -111,7 +111,8 @@ def run_cells(
                 rivals = cell.pop("rivals", None)
                 keep(path, key, cell)
                 if rivals and study.key("rivals") not in read_cells(path):
-                    same: Cell = {name: cell[name] for name in ("date", "machine", "dtype", "test_rows") if name in cell}
+                    common = ("date", "machine", "dtype", "test_rows")
+                    same: Cell = {name: cell[name] for name in common if name in cell}
                     keep(path, study.key("rivals"), {**same, "scores": rivals})
 
 
