@@ -41,6 +41,9 @@ LISA = (["all"], {"method": "lisa", "blocks": 2, "every_steps": 4})
 BADAM = (["all"], {"method": "badam", "every_steps": 3})
 FROSTLINE = (["last:4", "head"], {"method": "frostline", "blocks": 2, "every_steps": 4})
 Given = tuple[list[str], dict[str, Any]]
+EPSILON = 1e-6
+"""AdamW's. Each turn begins with moments of zero, and with the usual 1e-8 an element whose gradient is near zero then makes
+a step of a size that rounding decides: of 88,000 elements one or two, on some processors, by up to 1e-4."""
 THROUGHOUT = {"lisa": ("embeddings", "norm", "head"), "badam": (), "frostline": ("head",)}
 
 
@@ -75,10 +78,10 @@ def turns_of(run: Path, method: str) -> list[tuple[int, list[str]]]:
 @pytest.mark.parametrize("given", [LISA, BADAM, FROSTLINE], ids=["lisa", "badam", "frostline"])
 def test_every_step_is_that_of_a_plain_loop_with_the_same_turns(tiny_model: Path, tmp_path: Path, given: Given) -> None:
     run, method = tmp_path / "run", given[1]["method"]
-    assert train(*flags(tiny_model, run, given)) == 0
+    assert train(*flags(tiny_model, run, given, "--optim.eps", EPSILON)) == 0
     turns = turns_of(run, method)
     assert len(turns) >= 7
-    expected, masters = plain(tiny_model, "float32", turns, anew=method == "badam")
+    expected, masters = plain(tiny_model, "float32", turns, EPSILON, anew=method == "badam")
     assert max(abs(a - b) for a, b in zip(metrics(run), expected, strict=True)) < 1e-5
     found = delta_of(run)
     assert set(found) == set(masters)
