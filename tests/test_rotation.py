@@ -41,9 +41,10 @@ LISA = (["all"], {"method": "lisa", "blocks": 2, "every_steps": 4})
 BADAM = (["all"], {"method": "badam", "every_steps": 3})
 FROSTLINE = (["last:4", "head"], {"method": "frostline", "blocks": 2, "every_steps": 4})
 Given = tuple[list[str], dict[str, Any]]
-EPSILON = 1e-6
-"""AdamW's. Each turn begins with moments of zero, and with the usual 1e-8 an element whose gradient is near zero then makes
-a step of a size that rounding decides: of 88,000 elements one or two, on some processors, by up to 1e-4."""
+EPSILON = 1e-4
+"""AdamW's: a thirtieth of the gradients' root mean square. Each turn begins with moments of zero, and with the usual
+1e-8 an element whose gradient is near zero then makes a step that rounding decides: of 88,000 elements one or two, on
+some processors, by up to 1e-4."""
 THROUGHOUT = {"lisa": ("embeddings", "norm", "head"), "badam": (), "frostline": ("head",)}
 
 
