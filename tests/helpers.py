@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,41 @@ def run_script(
     command = [*launcher, str(ROOT / script), *map(str, flags)]
     env = {**clean_environment(), **(environ or {})}
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=3600)
+
+
+_server: subprocess.Popen[str] | None = None
+
+
+def run_ranks(script: str, *flags: object, ranks: int = 2, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run a script of this repository on several ranks, forked from a process that has imported everything already.
+
+    For tests of what ranks do; those of how a launcher starts and ends them take ``run_script``.
+    """
+    global _server
+    assert may_start_ranks, "a test that starts ranks is marked as distributed, which makes it slow"
+    if _server is None or _server.poll() is not None:
+        command = [sys.executable, str(ROOT / "tests" / "fork_server.py")]
+        _server = subprocess.Popen(
+            command, env=clean_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+    assert _server.stdin is not None
+    assert _server.stdout is not None
+    environ = {
+        **clean_environment(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks),
+        "LOCAL_SIZE": str(ranks), "CROSS_RANK": "0", "CROSS_SIZE": "1",
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        out.touch()
+        err.touch()
+        job = {
+            "script": str(ROOT / script), "flags": [str(flag) for flag in flags], "ranks": ranks, "environ": environ,
+            "cwd": str(cwd), "out": str(out), "err": str(err),
+        }  # fmt: skip
+        print(json.dumps(job), file=_server.stdin, flush=True)
+        code = int(_server.stdout.readline())
+        said = [path.read_text(encoding="utf-8", errors="replace") for path in (out, err)]
+    return subprocess.CompletedProcess([script, *job["flags"]], code, *said)
 
 
 def run_here(script: str, *flags: object) -> subprocess.CompletedProcess[str]:

@@ -16,7 +16,7 @@ from helpers import (
     masters_of,
     metrics,
     run_here,
-    run_script,
+    run_ranks,
     set_up,
     tiny_flags,
     train,
@@ -218,7 +218,7 @@ def test_two_ranks_learn_what_one_process_learns_and_one_process_goes_on(
     common += ["--output.save_every_steps", 10, "--output.keep", 9]
     assert train(*tiny_flags(tiny_model, tmp_path / "one", "--train.gradient_accumulation_steps", 2, *common)) == 0
     flags = tiny_flags(tiny_model, tmp_path / "two", "--ds", f"ds_configs/zero{stage}.json", *common)
-    result = run_script("launch/train.py", *flags, launcher=("deepspeed", "--num_gpus", "2"))
+    result = run_ranks("launch/train.py", *flags)
     assert result.returncode == 0, result.stderr[-3000:]
     assert_learned_alike(tmp_path / "two", tmp_path / "one")
     back_to(tmp_path / "two", 10)

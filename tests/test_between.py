@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from checkpoint_parts import edit_state
-from helpers import metrics, run_script, tiny_flags, train
+from helpers import metrics, run_ranks, tiny_flags, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from toolkit.checkpoint import catalog, saver
@@ -235,19 +235,16 @@ def test_a_loss_never_speaks_for_another_checkpoint(tiny_model: Path, tmp_path: 
     assert any("it belongs to another checkpoint" in line for line in said)
 
 
-DEEPSPEED = ("deepspeed", "--num_gpus", "2")
-
-
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_zero_3_goes_on_from_a_stop_while_a_validation_was_due(tiny_model: Path, tmp_path: Path) -> None:
     """The run that goes on gathers the suffix for answers before its first step, from forward passes alone."""
     ds = ("--ds", "ds_configs/zero3.json", "--output.save_every_steps", "none", "--mask.train", "last:2", "head")
     stopped, undisturbed = (flags(tiny_model, tmp_path / name, *ds) for name in ("stopped", "undisturbed"))
-    first = run_script("tests/between_worker.py", "stop-at-2", *stopped, launcher=DEEPSPEED)
+    first = run_ranks("tests/between_worker.py", "stop-at-2", *stopped)
     assert metrics(tmp_path / "stopped", "step") == [1, 2], first.stderr[-3000:]
     for given in (stopped, undisturbed):
-        result = run_script("launch/train.py", *given, launcher=DEEPSPEED)
+        result = run_ranks("launch/train.py", *given)
         assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-3000:]
     for key in ("step", "loss", "eval_loss"):
         assert metrics(tmp_path / "stopped", key) == metrics(tmp_path / "undisturbed", key)
@@ -260,7 +257,7 @@ def test_zero_3_goes_on_from_a_stop_while_a_validation_was_due(tiny_model: Path,
 @pytest.mark.parametrize("stage", [1, 3])
 def test_answers_that_fail_on_one_rank_hang_no_other(tiny_model: Path, tmp_path: Path, stage: int) -> None:
     given = flags(tiny_model, tmp_path / "run", "--ds", f"ds_configs/zero{stage}.json", "--output.sample_answers", 2)
-    result = run_script("tests/between_worker.py", "answers-fail", *given, launcher=DEEPSPEED)
+    result = run_ranks("tests/between_worker.py", "answers-fail", *given)
     assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-3000:]
     words = "sample answers failed (FrostlineError: rank 1, RuntimeError: no room for a key-value cache)"
     assert (result.stdout + result.stderr).count(words) == 1

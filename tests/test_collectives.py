@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, metrics, run_script, tiny_flags, train
+from helpers import ROOT, metrics, run_ranks, tiny_flags, train
 
-TORCHRUN = ("torchrun", "--nproc_per_node", "2")
 FLAGS = ("--train.max_steps", 8, "--prefix.cache", "off", "--output.async_save", "true", "--output.save_every_steps", 3)
 
 
@@ -17,7 +16,7 @@ def test_a_step_has_one_collective_beside_the_gradients(tiny_model: Path, tmp_pa
     """Losses, norm, sample of the update, memory, signals and background saves go together; tokens are known."""
     alone, both, output = tmp_path / "alone", tmp_path / "both", tmp_path / "steps.json"
     assert train(*tiny_flags(tiny_model, alone, *FLAGS, "--train.gradient_accumulation_steps", 2)) == 0
-    result = run_script("tests/collective_worker.py", output, *tiny_flags(tiny_model, both, *FLAGS), launcher=TORCHRUN)
+    result = run_ranks("tests/collective_worker.py", output, *tiny_flags(tiny_model, both, *FLAGS))
     assert result.returncode == 0, result.stderr[-3000:]
     steps = json.loads(output.read_text())
     of_gradients = "c10d::allreduce_ torch.float32"
@@ -37,7 +36,7 @@ def test_deepspeed_sums_in_the_precision_that_the_recipe_asks_for(tiny_model: Pa
     asked = ("--model.dtype", "bfloat16", "--train.reduce_dtype", "float32", "--ds", ROOT / "ds_configs" / "zero2.json")
     output = tmp_path / "steps.json"
     flags = tiny_flags(tiny_model, tmp_path / "run", *FLAGS, *asked)
-    result = run_script("tests/collective_worker.py", output, *flags, launcher=TORCHRUN)
+    result = run_ranks("tests/collective_worker.py", output, *flags)
     assert result.returncode == 0, result.stderr[-3000:]
     for step in json.loads(output.read_text()):
         assert "c10d::allreduce_ torch.float32" in step

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import invocation, make_tokenizer, metrics, run_script, set_up, tiny_flags, tiny_llama, train
+from helpers import invocation, make_tokenizer, metrics, run_ranks, set_up, tiny_flags, tiny_llama, train
 from safetensors import safe_open
 from test_cache import counting_blocks
 from zoo import make
@@ -185,11 +185,10 @@ def test_a_mixture_of_experts_begins_at_the_tokens(tmp_path: Path, caplog: pytes
 
 @pytest.mark.distributed
 def test_two_ranks_store_the_bits_that_one_does(tiny_model: Path, tmp_path: Path) -> None:
-    launcher = ("torchrun", "--nproc_per_node", "2")
     for last in (4, 1):
         more = ("--train.epochs", 2, "--train.max_steps", 2, "--model.dtype", "bfloat16")
         given = flags(tiny_model, tmp_path / f"two-{last}", tmp_path / "two", last, *more, "--prefix.cache", "on")
-        done = run_script("launch/train.py", *given, launcher=launcher)
+        done = run_ranks("launch/train.py", *given)
         assert done.returncode == 0, done.stderr
     assert "missing samples begins at block 2" in done.stderr
     assert train(*flags(tiny_model, tmp_path / "one", tmp_path / "cache", 1, *more, "--prefix.cache", "on")) == 0

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from closeness import BFLOAT16_LOSS, BFLOAT16_NORM, FAULTS
-from helpers import ENGLISH, make_tiny_model, masters_of, metrics, run_script, tiny_flags, train
+from helpers import ENGLISH, make_tiny_model, masters_of, metrics, run_ranks, tiny_flags, train
 from matrix_worker import ACCUMULATIONS, ENGINES, FAULTY, GLOBAL_BATCH, PRECISIONS, RANKS, name_of
 from safetensors.torch import load_file, save_file
 
@@ -59,8 +59,7 @@ def flags(folder: Path, run: str = "run") -> list[str]:
 def trained(folder: Path) -> Path:
     """The folder with the runs of all cells."""
     for ranks in RANKS:
-        launcher = ("deepspeed", "--num_gpus", str(ranks))
-        result = run_script("tests/matrix_worker.py", folder, *flags(folder), launcher=launcher)
+        result = run_ranks("tests/matrix_worker.py", folder, *flags(folder), ranks=ranks)
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
     return folder
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_tokenizer, masters_of, metrics, run_script, tiny_flags, train
+from helpers import make_tokenizer, masters_of, metrics, run_ranks, tiny_flags, train
 from nvme_worker import PHASES, RUNS
-from test_zero import DEEPSPEED, succeed
+from test_zero import succeed
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from toolkit.engine.deepspeed import nvme_files
@@ -53,7 +53,7 @@ def runs(wide_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     assert train(*tiny_flags(wide_model, folder / "local", *RUN, *one)) == 0
     assert train(*tiny_flags(wide_model, folder / "phases", *RUN, *one, *PHASES)) == 0
     flags = tiny_flags(wide_model, folder, *RUN, "--train.micro_batch_size", 2)
-    succeed(run_script("tests/nvme_worker.py", folder, *flags, launcher=DEEPSPEED))
+    succeed(run_ranks("tests/nvme_worker.py", folder, *flags))
     return folder, json.loads((folder / "result.json").read_text())
 
 

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from closeness import BFLOAT16_LOSS, assert_rounded_alike, rms
-from helpers import ROOT, metrics, run_script, tiny_flags, train
+from helpers import ROOT, metrics, run_ranks, tiny_flags, train
 from test_master_adamw import BFLOAT16, FLOAT32, by_hand, give, made, masters_of, settings
 from torch import nn
 
@@ -305,8 +305,7 @@ def on_two_ranks(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         (folder / f"ds-{stage}.json").write_text(json.dumps(ds_config))
     flags = tiny_flags(tiny_model, folder / "run", "--model.dtype", "bfloat16", "--prefix.cache", "off")
     schedule = ("--train.max_steps", 8, "--train.warmup_ratio", 0)
-    launcher = ("deepspeed", "--num_gpus", "2")
-    result = run_script("tests/optimizer_worker.py", folder / "result.json", *flags, *schedule, launcher=launcher)
+    result = run_ranks("tests/optimizer_worker.py", folder / "result.json", *flags, *schedule)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
     return json.loads((folder / "result.json").read_text())
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import ENGLISH, ROOT, invocation, metrics, run_script, set_up, tiny_flags, tiny_llama, train
+from helpers import ENGLISH, ROOT, invocation, metrics, run_ranks, set_up, tiny_flags, tiny_llama, train
 from test_packing import ROWS, choose
 from test_plan_reality import _LiveBytes
 
@@ -66,8 +66,7 @@ def test_two_ranks_under_zero_have_the_same_losses_packed(tiny_model: Path, tmp_
     output = tmp_path / "result.json"
     flags = tiny_flags(tiny_model, tmp_path / "run", "--train.micro_batch_size", 2, "--train.max_steps", 20)
     more = ["--train.epochs", 5, "--train.gradient_checkpointing", "on", "--ds", ROOT / "ds_configs" / "zero2.json"]
-    launcher = ("deepspeed", "--num_gpus", "2")
-    result = run_script("tests/packing_worker.py", output, *flags, *more, launcher=launcher)
+    result = run_ranks("tests/packing_worker.py", output, *flags, *more)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
     found = json.loads(output.read_text())
     assert (found["auto"]["engine"], found["auto"]["packed"], found["off"]["packed"]) == ("zero-2", True, False)

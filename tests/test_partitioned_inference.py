@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from adapter_runs import save_of_zoo
-from helpers import run_here, run_script, tiny_flags, train
+from helpers import run_here, run_ranks, run_script, tiny_flags, train
 from test_generation import flags, lines, questions  # noqa: F401 - a fixture
 from transformers import GenerationMixin
 
@@ -38,7 +38,7 @@ def test_two_ranks_answer_what_one_process_answers_and_hold_half_the_model_each(
     own[own.index("--model.dtype") + 1] = "bfloat16"
     assert train(*own) == 0
     (tmp_path / "sources.json").write_text(json.dumps([*map(str, sources), str(run)]))
-    done = run_script("tests/partitioned_worker.py", tmp_path, launcher=("torchrun", "--nproc_per_node", "2"))
+    done = run_ranks("tests/partitioned_worker.py", tmp_path)
     assert done.returncode == 0, done.stderr
     for name in (*names, "run"):
         ranks = [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]

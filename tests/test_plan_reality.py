@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import run_script, tiny_flags
+from helpers import run_ranks, tiny_flags
 from plan_worker import ENGINES
 from test_optimizers import stored
 from torch import nn
@@ -255,8 +255,7 @@ def on_two_ranks(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """What DeepSpeed holds on rank 0 of 2 after a step, under each stage, beside the plan."""
     output = tmp_path_factory.mktemp("stages") / "result.json"
     flags = tiny_flags(tiny_model, output.parent / "run", "--model.dtype", "bfloat16", "--prefix.cache", "off")
-    launcher = ("deepspeed", "--num_gpus", "2")
-    result = run_script("tests/plan_worker.py", output, *flags, launcher=launcher)
+    result = run_ranks("tests/plan_worker.py", output, *flags)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
     return json.loads(output.read_text())
 

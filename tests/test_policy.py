@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers import invocation, run_script, set_up, tiny_flags
+from helpers import invocation, run_ranks, set_up, tiny_flags
 
 from toolkit.config.policy import decide_cache, decide_checkpointing, global_batch, refuse_packing
 from toolkit.config.schema import PrefixConfig
@@ -107,7 +107,7 @@ def test_a_plan_for_two_ranks_counts_the_rows_of_both(tiny_model: Path, tmp_path
 @pytest.mark.distributed
 def test_a_plan_for_two_ranks_states_what_they_decide(tiny_model: Path, tmp_path: Path) -> None:
     words = words_of(tiny_model, tmp_path, f"{SHARED} --train.micro_batch_size 2 --train.epochs 2")
-    result = run_script("launch/train.py", *words, launcher=("torchrun", "--nproc_per_node", "2"))
+    result = run_ranks("launch/train.py", *words)
     assert result.returncode == 0, result.stderr
     assert stated_by_plan(words, ranks=2) == stated_by_run(result.stdout + result.stderr)
 

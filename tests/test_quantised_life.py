@@ -20,7 +20,7 @@ from helpers import (
     metrics,
     reseal,
     run_here,
-    run_script,
+    run_ranks,
     set_up,
     tiny_flags,
     train,
@@ -223,7 +223,7 @@ def test_two_ranks_learn_what_one_process_learns_and_one_process_goes_on(
     assert train(*tiny_flags(whole, tmp_path / "one", *alone, *mask(entry("model", **kind), "head"))) == 0
     flags = [*common, *mask(entry(precision, **kind), "head")]
     zero = tiny_flags(tiny_model, tmp_path / "two", "--ds", f"ds_configs/zero{stage}.json", *flags)
-    result = run_script("launch/train.py", *zero, launcher=("deepspeed", "--num_gpus", "2"))
+    result = run_ranks("launch/train.py", *zero)
     assert result.returncode == 0, result.stderr[-3000:]
     assert_learned_alike(tmp_path / "two", tmp_path / "one")
     back_to(tmp_path / "two", 10)
@@ -241,6 +241,6 @@ def test_zero_3_hands_adapters_over_to_the_next_phase(tmp_path: Path) -> None:
     alone = ["--train.gradient_accumulation_steps", 2, *common]
     assert train(*tiny_flags(tmp_path / "qwen2", tmp_path / "one", *alone)) == 0
     flags = tiny_flags(tmp_path / "qwen2", tmp_path / "two", "--ds", "ds_configs/zero3.json", *common)
-    result = run_script("launch/train.py", *flags, launcher=("deepspeed", "--num_gpus", "2"))
+    result = run_ranks("launch/train.py", *flags)
     assert result.returncode == 0, result.stderr[-3000:]
     assert metrics(tmp_path / "two") == pytest.approx(metrics(tmp_path / "one"), abs=1e-5)

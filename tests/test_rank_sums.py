@@ -10,7 +10,7 @@ import pytest
 from adapter_runs import assert_learned_alike
 from bucket_worker import CASES, case_flags
 from closeness import assert_rounded_alike
-from helpers import ENGLISH, make_tiny_model, run_script, train
+from helpers import ENGLISH, make_tiny_model, run_ranks, train
 
 pytestmark = pytest.mark.distributed
 
@@ -22,8 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_tiny_model(folder / "model")
     rows = ENGLISH.read_text(encoding="utf-8").splitlines()
     (folder / "odd.jsonl").write_text("\n".join([*rows, rows[0]]), encoding="utf-8")
-    launcher = ("torchrun", "--nproc_per_node", "2")
-    result = run_script("tests/bucket_worker.py", folder, launcher=launcher)
+    result = run_ranks("tests/bucket_worker.py", folder)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
     return folder
 

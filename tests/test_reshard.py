@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from checkpoint_parts import point_to
-from helpers import masters_of, metrics, run_script, tiny_flags, train
+from helpers import masters_of, metrics, run_ranks, tiny_flags, train
 from reshard_worker import CHANGES
-from test_zero import DEEPSPEED, succeed
+from test_zero import succeed
 
 pytestmark = pytest.mark.distributed
 
@@ -24,7 +24,7 @@ def resharded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
     one = ("--train.gradient_accumulation_steps", 4)
     assert train(*tiny_flags(tiny_model, folder / "local", *RUN, *one)) == 0
     flags = tiny_flags(tiny_model, folder, *RUN, "--train.micro_batch_size", 2, "--prefix.cache", "off")
-    succeed(run_script("tests/reshard_worker.py", folder, *flags, launcher=DEEPSPEED))
+    succeed(run_ranks("tests/reshard_worker.py", folder, *flags))
     return folder, json.loads((folder / "result.json").read_text())
 
 

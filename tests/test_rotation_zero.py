@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from closeness import assert_rounded_alike
-from helpers import metrics, run_script, tiny_flags, train
+from helpers import metrics, run_ranks, tiny_flags, train
 from schedule_worker import RESTARTS, RUNS
-from test_zero import DEEPSPEED, succeed
+from test_zero import succeed
 
 pytestmark = pytest.mark.distributed
 
@@ -38,7 +38,7 @@ def under_zero(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
         own.mkdir()
         names = ",".join(name for of, name in CASES if of == method)
         given = tiny_flags(tiny_model, own, *mask_flags(method))
-        succeed(run_script("tests/schedule_worker.py", own, names, *given, launcher=DEEPSPEED))
+        succeed(run_ranks("tests/schedule_worker.py", own, names, *given))
         seen[method] = json.loads((own / "result.json").read_text())
     return folder, seen
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_runs import assert_learned_alike, back_to, checkpoint_of, logits, mask
-from helpers import invocation, masters_of, metrics, run_here, run_script, set_up, tiny_flags, train
+from helpers import invocation, masters_of, metrics, run_here, run_ranks, set_up, tiny_flags, train
 from row_runs import ADD, FULL, TOKENS, full_model, rows, rows_with_tokens
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -215,7 +215,7 @@ def test_two_ranks_learn_what_one_process_learns_and_one_process_goes_on(
     alone = flags_of(model, tmp_path / "one", data, "--train.gradient_accumulation_steps", 2, *common)
     assert train(*alone) == 0
     flags = flags_of(model, tmp_path / "two", data, "--ds", f"ds_configs/zero{stage}.json", *common)
-    result = run_script("launch/train.py", *flags, launcher=("deepspeed", "--num_gpus", "2"))
+    result = run_ranks("launch/train.py", *flags)
     assert result.returncode == 0, result.stderr[-3000:]
     assert_learned_alike(tmp_path / "two", tmp_path / "one")
     export(tmp_path / "two", tmp_path / "export")

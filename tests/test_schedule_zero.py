@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from closeness import assert_rounded_alike
-from helpers import metrics, run_script, tiny_flags, train
+from helpers import metrics, run_ranks, tiny_flags, train
 from schedule_worker import RESTARTS, RUNS
-from test_zero import DEEPSPEED, succeed
+from test_zero import succeed
 
 pytestmark = pytest.mark.distributed
 
@@ -23,7 +23,7 @@ def under_zero(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     """The folder of all runs, and what the worker saw."""
     folder = tmp_path_factory.mktemp("zero")
     given = tiny_flags(tiny_model, folder, *MASK)
-    succeed(run_script("tests/schedule_worker.py", folder, ",".join(RUNS), *given, launcher=DEEPSPEED))
+    succeed(run_ranks("tests/schedule_worker.py", folder, ",".join(RUNS), *given))
     return folder, json.loads((folder / "result.json").read_text())
 
 

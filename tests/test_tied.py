@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ENGLISH, metrics, run_script, tiny_flags, train
+from helpers import ENGLISH, metrics, run_ranks, tiny_flags, train
 from safetensors.torch import load_file
-from test_zero import DEEPSPEED, ds_config, succeed
+from test_zero import ds_config, succeed
 from transformers import AutoModelForCausalLM
 
 from toolkit.config.schema import DataConfig, ModelConfig
@@ -108,9 +108,9 @@ def test_head_only_under_zero_moves_the_embeddings_along(tiny_model: Path, tmp_p
     assert train(*flags(tiny_model, alone, "head_only", "--train.gradient_accumulation_steps", 2)) == 0
     run = tmp_path / "run"
     saved = ("--output.save_every_steps", 5, "--output.keep", 99, "--ds", ds_config(stage))
-    succeed(run_script("launch/train.py", *flags(tiny_model, run, "head_only", *saved), launcher=DEEPSPEED))
+    succeed(run_ranks("launch/train.py", *flags(tiny_model, run, "head_only", *saved)))
     assert max(abs(a - b) for a, b in zip(metrics(run), metrics(alone), strict=True)) < 1e-5
     whole = metrics(run)
     (run / "checkpoints" / "latest").write_text("step-00000005")
-    succeed(run_script("launch/train.py", *flags(tiny_model, run, "head_only", *saved), launcher=DEEPSPEED))
+    succeed(run_ranks("launch/train.py", *flags(tiny_model, run, "head_only", *saved)))
     assert metrics(run) == whole

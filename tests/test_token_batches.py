@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from checkpoint_parts import copy_of, point_to
-from helpers import ROOT, metrics, run_script, tiny_flags, train
+from helpers import ROOT, metrics, run_ranks, tiny_flags, train
 
 STEP = ("--train.micro_batch_size", 2, "--train.gradient_accumulation_steps", 4, "--train.epochs", 2)
 TWO_RANKS = ("--train.micro_batch_size", 1, "--train.gradient_accumulation_steps", 4, "--train.epochs", 2)
@@ -30,7 +30,7 @@ def test_two_ranks_learn_from_a_step_cut_by_tokens_what_one_does(tmp_path: Path,
     assert train(*tiny_flags(tiny_model, alone, *STEP)) == 0
     flags = tiny_flags(tiny_model, together, *TWO_RANKS, "--train.micro_batch_tokens", 700)
     more = ("--ds", str(ROOT / "ds_configs" / f"{ds}.json"))
-    ended = run_script("launch/train.py", *flags, *more, launcher=("deepspeed", "--num_gpus", "2"))
+    ended = run_ranks("launch/train.py", *flags, *more)
     assert ended.returncode == 0, ended.stderr
     assert metrics(together) == pytest.approx(metrics(alone), rel=1e-4)
     assert metrics(together, "supervised_tokens") == metrics(alone, "supervised_tokens")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from faults import plant
-from helpers import ENGLISH, invocation, masters_of, metrics, run_script, set_up, tiny_flags, train
+from helpers import ENGLISH, invocation, masters_of, metrics, run_ranks, set_up, tiny_flags, train
 
 from toolkit.commands.cli import run_command
 from toolkit.data.batches import epoch_order, step_batches
@@ -182,7 +182,7 @@ def test_every_zero_stage_skips_as_one_process_does_whichever_rank_is_at_fault(
 ) -> None:
     output = tmp_path / "result.json"
     flags = tiny_flags(tiny_model, tmp_path / "run", "--train.epochs", 1, "--prefix.cache", "off")
-    ran = run_script("tests/trouble_worker.py", output, *flags, launcher=("deepspeed", "--num_gpus", "2"))
+    ran = run_ranks("tests/trouble_worker.py", output, *flags)
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-4000:]
     alone = [(step["loss"], step["learning_rate"]) for step in one_process(tiny_model, tmp_path)]
     for name, result in json.loads(output.read_text()).items():

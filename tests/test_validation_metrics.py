@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ENGLISH, ROOT, make_tiny_model, metrics, run_script, tiny_flags, train
+from helpers import ENGLISH, ROOT, make_tiny_model, metrics, run_ranks, tiny_flags, train
 from test_evaluation import TASK, choice_rows
 
 import toolkit
@@ -186,7 +186,7 @@ def test_two_ranks_under_zero3_have_the_metrics_of_one_process(cache: str, tmp_p
     assert train(*alone) == 0
     two = flags_of(tmp_path, "two", *more)
     ds = ROOT / "ds_configs" / "zero3.json"
-    done = run_script("launch/train.py", *two, "--ds", ds, launcher=("deepspeed", "--num_gpus", "2"))
+    done = run_ranks("launch/train.py", *two, "--ds", ds)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     for name in ["loss", *names]:
         expected = metrics(tmp_path / "alone", f"eval_{name}")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from closeness import BFLOAT16_LOSS, assert_rounded_alike, rms
-from helpers import ENGLISH, ROOT, masters_of, metrics, run_script, tiny_flags, train
+from helpers import ENGLISH, ROOT, masters_of, metrics, run_ranks, run_script, tiny_flags, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 pytestmark = pytest.mark.distributed
@@ -54,7 +54,7 @@ def on_two_ranks(
         tiny_model, folder, "--data.path", alone.parent / "odd.jsonl", "--train.epochs", 2, "--prefix.cache", "off"
     )
     output = folder / "result.json"
-    succeed(run_script("tests/zero_worker.py", output, *flags, "--ds", ds_config(request.param), launcher=DEEPSPEED))
+    succeed(run_ranks("tests/zero_worker.py", output, *flags, "--ds", ds_config(request.param)))
     result = json.loads(output.read_text())
     # other runs beside this one have buffers too, under their ports
     left = Path("/dev/shm").glob(f"deepspeed_*_{result['port']}_*")
@@ -120,7 +120,7 @@ def test_a_bfloat16_run_with_accumulation_checkpointing_and_a_stop_ends_like_one
     two = tmp_path / "two"
     accumulate = ("--train.gradient_accumulation_steps", 2, "--output.keep", 9)
     flags = tiny_flags(tiny_model, two, *shared, *accumulate, "--ds", ds_config(stage))
-    succeed(run_script("launch/train.py", *flags, launcher=DEEPSPEED))
+    succeed(run_ranks("launch/train.py", *flags))
     whole = metrics(two)
     assert_rounded_alike(two, one)
     assert rms(metrics(two, "eval_loss"), metrics(one, "eval_loss")) < BFLOAT16_LOSS
@@ -131,7 +131,7 @@ def test_a_bfloat16_run_with_accumulation_checkpointing_and_a_stop_ends_like_one
         assert [row.split(" | ")[0] for row in table[4:]] == ["| 1", "| 2", "| 3"]
 
     (two / "checkpoints" / "latest").write_text("step-00000003")  # as if the job had been killed after step 3
-    succeed(run_script("launch/train.py", *flags, launcher=DEEPSPEED))
+    succeed(run_ranks("launch/train.py", *flags))
     assert metrics(two) == whole
     assert metrics(two, "step").count(4) == 2, "one training row and one validation row of step 4"
 
