@@ -1,9 +1,9 @@
 """Starts ranks as copies of a process that has imported everything already: a server, which helpers.py talks to.
 
 Two ranks under a launcher spend some 14 seconds of a processor on importing torch, transformers and DeepSpeed four
-times over, more than most tests train for. Here that happens once; every rank is a fork. Otherwise a rank is what a launcher
-starts: the variables of torchrun and DeepSpeed, and all end when one fails. Each line of the standard input is a job,
-each line of the output the exit code of one. Not a test itself.
+times over, more than most tests train for. Here that happens once; every rank is a fork. Otherwise a rank is what a
+launcher starts: it has the variables of torchrun and DeepSpeed, and all end when one fails. Each line of the standard
+input is a job, each line of the output the exit code of one. Not a test itself.
 """
 
 from __future__ import annotations
