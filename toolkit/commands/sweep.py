@@ -56,6 +56,7 @@ def sweep(
     *,
     grid: Mapping[str, Sequence[Any]] | None = None,
     trials: Sequence[Mapping[str, Any]] = (),
+    search: Mapping[str, Any] | None = None,
     ds: str | Path | None = None,
     launcher: Sequence[str] = (),
     test: bool = False,
@@ -67,6 +68,8 @@ def sweep(
         overrides: values by dotted key that override the recipe, as in ``{"train.epochs": 1}``.
         grid: values by dotted key, as in ``{"train.learning_rate": [1e-5, 1e-4]}``; every combination is a trial.
         trials: settings of single trials by dotted key, each combined with every combination of ``grid``.
+        search: in place of both, as in ``{"trials": 20, "over": {"train.learning_rate": {"low": 1e-5, "high": 1e-3,
+            "log": True}}}``: each trial is chosen by the results of the earlier ones. Needs optuna.
         ds: DeepSpeed JSON, as in ``ds_configs/``. Without it torch alone trains.
         launcher: words before the training script, as in ``["torchrun", "--nproc_per_node", "2"]``.
         test: score the trials on the rows of ``data.test`` too, by which nothing is chosen.
@@ -82,7 +85,7 @@ def sweep(
         from toolkit.sweeping.definition import definition_of
         from toolkit.sweeping.trials import open_sweep
 
-        definition, source = definition_of(grid or {}, trials, "sweep"), "sweep"
+        definition, source = definition_of(grid or {}, trials, "sweep", search), "sweep"
         invocation = build_invocation(recipe, overrides, ds)
         with open_sweep(invocation, definition, source) as opened:
             is_whole = _train_and_compare(opened, invocation, launcher, test)
@@ -124,10 +127,17 @@ def _train_and_compare(opened: Sweep, invocation: Invocation, launcher: Sequence
     """Run what is left of a sweep, score it and write its report; return False if a signal came first."""
     from toolkit.sweeping.report import write_report
     from toolkit.sweeping.results import score_trials
-    from toolkit.sweeping.running import in_processes, run_trials
+    from toolkit.sweeping.running import in_processes, run_search, run_trials
 
-    start = in_processes(launcher, invocation.deepspeed, len(opened.trials))
-    if not run_trials(opened, start) or not score_trials(opened, with_test):
+    runs = opened.search.count if opened.search else len(opened.trials)
+    start = in_processes(launcher, invocation.deepspeed, runs)
+
+    def score() -> bool:
+        return score_trials(opened, with_test)
+
+    if not run_trials(opened, start):
+        return False
+    if not (run_search(opened, invocation.config, start, score) if opened.search else score()):
         return False
     write_report(opened)
     return True
@@ -168,7 +178,9 @@ def _parse(words: Sequence[str] | None, program: str | None) -> tuple[Invocation
 
     grid, rest = take_flags(sys.argv[1:] if words is None else words)
     parser = verb_parser(__doc__, program)
-    parser.add_argument("--sweep", type=Path, metavar="FILE", help="YAML file with grid:, trials: or both")
+    parser.add_argument(
+        "--sweep", type=Path, metavar="FILE", help="YAML file with grid:, trials: or both, or with search:"
+    )
     parser.add_argument(
         "--launcher", type=_words, default=[], metavar="WORDS",
         help="words before the script, as 'torchrun --nproc_per_node 2'",
@@ -188,7 +200,10 @@ def _parse(words: Sequence[str] | None, program: str | None) -> tuple[Invocation
     definition = read_definition(file) if file else definition_of({}, [], source)
     if in_trials := [key for trial in definition.trials for key in trial if key in grid]:
         raise ConfigError([f"--sweep.{in_trials[0]}: stands in trials of {file} too; leave it out of one"], source)
-    return invocation, definition_of({**definition.grid, **grid}, definition.trials, source), source
+    definition = definition_of({**definition.grid, **grid}, definition.trials, source, definition.search)
+    if definition.search is not None and invocation.arguments.slurm:
+        raise ConfigError(["search: each trial waits for the results of the last; leave out --slurm"], source)
+    return invocation, definition, source
 
 
 def _words(text: str) -> list[str]:

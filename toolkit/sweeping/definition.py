@@ -20,7 +20,7 @@ Settings = dict[str, Any]
 
 FLAG = "--sweep."
 """What precedes the keys of a grid on the command line."""
-_NOT_SWEPT = {
+NOT_SWEPT = {
     "output.dir": "each trial has a directory of its own in that of the sweep",
     "output.resume": "a sweep that is started again goes on where it was",
     "data.fold": "a trial holds out data.validation",
@@ -30,6 +30,7 @@ _NOT_SWEPT = {
 """Keys that trials cannot differ in, and why."""
 MOST_TRIALS = 1000
 """Most trials of a sweep; a grid of some keys soon has more combinations than anyone waits for."""
+_SECTIONS = ("grid", "trials", "search")
 _FORM = "grid: {train.learning_rate: [1e-5, 1e-4]}, or trials: [{mask.train: last:4 head, train.learning_rate: 1e-5}]"
 
 
@@ -41,6 +42,8 @@ class SweepDefinition:
     """Values of each key; every combination of them is a trial."""
     trials: Sequence[Mapping[str, Any]] = ()
     """Settings of single trials; each is combined with every combination of ``grid``."""
+    search: Any = None
+    """What ``toolkit.sweeping.search.read_search`` takes, in place of both."""
 
     @property
     def keys(self) -> list[str]:
@@ -60,25 +63,31 @@ class SweepDefinition:
 
 
 def read_definition(path: Path) -> SweepDefinition:
-    """Read a sweep from a YAML file with ``grid``, ``trials`` or both.
+    """Read a sweep from a YAML file with ``grid``, ``trials`` or both, or with ``search``.
 
     Raises:
         ConfigError: the file cannot be read, or has another form.
     """
     values, source = read_recipe(path), f"sweep {path}"
-    if other := [key for key in values if key not in ("grid", "trials")]:
+    if other := [key for key in values if key not in _SECTIONS]:
         raise ConfigError([f"{key}: unknown; expected {_FORM}" for key in other], source)
-    return definition_of(values.get("grid") or {}, values.get("trials") or [], source)
+    return definition_of(values.get("grid") or {}, values.get("trials") or [], source, values.get("search"))
 
 
-def definition_of(grid: Any, trials: Any, source: str) -> SweepDefinition:
+def definition_of(grid: Any, trials: Any, source: str, search: Any = None) -> SweepDefinition:
     """Return a sweep, once its form is checked; values are checked by ``trial_configs``.
 
     Raises:
-        ConfigError: ``grid`` is no mapping of keys to lists, or ``trials`` no list of mappings.
+        ConfigError: ``grid`` is no mapping of keys to lists, or ``trials`` no list of mappings, or ``search`` is not
+            alone.
     """
     faults = []
-    if not isinstance(grid, Mapping):
+    if search is not None:
+        if grid or trials:
+            faults.append(
+                "search stands beside grid or trials; a search names its values itself, so leave out the others"
+            )
+    elif not isinstance(grid, Mapping):
         faults.append(f"grid is a {type(grid).__name__}; expected {_FORM}")
     else:
         faults += [
@@ -95,7 +104,7 @@ def definition_of(grid: Any, trials: Any, source: str) -> SweepDefinition:
         faults.append(f"{both[0]}: stands in grid and in trials; leave it out of one of them")
     if faults:
         raise ConfigError(faults, source)
-    return SweepDefinition(grid, trials)
+    return SweepDefinition(grid, trials, search)
 
 
 def take_flags(words: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
@@ -129,9 +138,7 @@ def trial_configs(base: RunConfig, definition: SweepDefinition, source: str) -> 
     Raises:
         ConfigError: keys or values are invalid, there are no trials, or two are the same; lists all faults.
     """
-    known = field_paths()
-    faults = [f"{key}: unknown key{did_you_mean(key, known)}" for key in definition.keys if key not in known]
-    faults += [f"{key}: {_NOT_SWEPT[key]}; leave it out" for key in definition.keys if key in _NOT_SWEPT]
+    faults = check_keys(definition.keys)
     if not definition.keys:
         faults.append(f"nothing to sweep over; expected {FLAG}train.learning_rate 1e-5 1e-4, or a file with {_FORM}")
     if definition.count > MOST_TRIALS:
@@ -155,6 +162,32 @@ def trial_configs(base: RunConfig, definition: SweepDefinition, source: str) -> 
         found.append((own, config))
     if faults:
         raise ConfigError(list(dict.fromkeys(faults)), source)
+    return found
+
+
+def check_keys(keys: Sequence[str]) -> list[str]:
+    """Return what is wrong with the keys that trials are to differ in."""
+    known = field_paths()
+    faults = [f"{key}: unknown key{did_you_mean(str(key), known)}" for key in keys if key not in known]
+    return faults + [f"{key}: {NOT_SWEPT[key]}; leave it out" for key in keys if key in NOT_SWEPT]
+
+
+def read_values(key: str, values: Sequence[Any], base: RunConfig) -> list[Any]:
+    """Return values of one key as the recipe holds them.
+
+    Raises:
+        ConfigError: the recipe does not take one of them; lists all faults.
+    """
+    section, name = key.split(".", 1)
+    found, faults = [], []
+    for value in values:
+        try:
+            config = build_config(merge(base.model_dump(mode="json"), {key: _read(key, value, base)}), key)
+            found.append(config.model_dump(mode="json")[section][name])
+        except ConfigError as error:
+            faults += error.faults
+    if faults:
+        raise ConfigError(list(dict.fromkeys(faults)))
     return found
 
 

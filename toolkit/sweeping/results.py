@@ -21,6 +21,7 @@ from toolkit.evaluation.verdicts import ModelScores
 from toolkit.metrics.resampling import Interval
 from toolkit.runtime import signals
 from toolkit.runtime.errors import CheckpointError, FrostlineError
+from toolkit.sweeping.definition import Settings
 from toolkit.sweeping.trials import Sweep, Trial
 
 log = logging.getLogger("frostline")
@@ -96,6 +97,20 @@ def quality_of(result: Mapping[str, Any]) -> Interval | None:
     if not scores or scores["value"] is None or not math.isfinite(scores["value"]):
         return None
     return Interval(*(float("nan") if scores[key] is None else scores[key] for key in ("value", "low", "high")))
+
+
+def outcomes(sweep: Sweep) -> list[tuple[Settings, float | None]]:
+    """Return settings and score of each trial; None of one that has none."""
+    scores = [quality_of(trial.result) for trial in sweep.trials]
+    return [
+        (trial.settings, None if score is None else score.value)
+        for trial, score in zip(sweep.trials, scores, strict=True)
+    ]
+
+
+def higher_is_better(sweep: Sweep) -> bool:
+    """Return whether more of what trials are compared by is better; False before anything is scored."""
+    return any(trial.result["validation"]["higher_is_better"] for trial in sweep.trials if "validation" in trial.result)
 
 
 def _digest(*parts: Any) -> str:

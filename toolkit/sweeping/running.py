@@ -10,10 +10,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from toolkit.config.schema import RunConfig
 from toolkit.runtime import signals
-from toolkit.runtime.errors import UsageError
+from toolkit.runtime.errors import ConfigError, UsageError
 from toolkit.runtime.shipped import launch_script
 from toolkit.runtime.signals import STOPPED
+from toolkit.sweeping.definition import Settings
+from toolkit.sweeping.results import higher_is_better, outcomes
 from toolkit.sweeping.trials import Sweep, Trial, prepare_run
 
 log = logging.getLogger("frostline")
@@ -32,6 +35,38 @@ def run_trials(sweep: Sweep, start: Start) -> bool:
     waiting = [trial for trial in sweep.in_running_order if not trial.is_done]
     if finished := len(sweep.trials) - len(waiting):
         log.info("sweep: %d of %d trials are finished already", finished, len(sweep.trials))
+    return _run(sweep, waiting, start)
+
+
+def run_search(sweep: Sweep, base: RunConfig, start: Start, score: Callable[[], bool]) -> bool:
+    """Run trials that ``sweep.search`` chooses, one by one, until there are as many as it asks for.
+
+    Return False if a signal stopped it. What a trial gave chooses the next, so ``score`` is called after each, and
+    returns False for a signal, too. A failed one counts as a trial.
+    """
+    search, refused = sweep.search, list[tuple[Settings, float | None]]()
+    assert search is not None
+    while score():
+        if len(sweep.trials) + len(refused) >= search.count:
+            return True
+        tried = [*outcomes(sweep), *refused]
+        settings = search.next_settings(tried, higher_is_better(sweep), base.train.seed)
+        if settings is None:
+            log.info("sweep: all settings that the search can find are tried, in %d trials", len(sweep.trials))
+            return True
+        try:
+            trial = sweep.add(settings, base, "search")
+        except ConfigError as error:
+            log.warning("sweep: the search chose settings that do not go together: %s", "; ".join(error.faults))
+            refused.append((settings, None))
+            continue
+        if not _run(sweep, [trial], start):
+            return False
+    return False
+
+
+def _run(sweep: Sweep, waiting: Sequence[Trial], start: Start) -> bool:
+    """Run trials in turn; return False if a signal stopped them."""
     for at, trial in enumerate(waiting, start=1):
         if signals.stop_requested():
             return False

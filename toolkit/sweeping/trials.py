@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,17 +15,16 @@ from toolkit.checkpoint.run_directory import write_config
 from toolkit.checkpoint.state import read_state
 from toolkit.checkpoint.validation_score import read_validation_score
 from toolkit.config.flags import Invocation
-from toolkit.config.policy import refuse_cache
 from toolkit.config.schema import RunConfig
-from toolkit.runtime.errors import CheckpointError, ConfigError, PlanError
+from toolkit.runtime.errors import CheckpointError, ConfigError
 from toolkit.runtime.file_lock import LOCK_FILE_NAME, RunLock
 from toolkit.runtime.json_text import to_json
 from toolkit.runtime.paths import explain_refused_write, read_regular, replace_text
 from toolkit.runtime.privacy import group_files, make_directory
 from toolkit.slurm.submission import queued_job
 from toolkit.sweeping.definition import Settings, SweepDefinition, describe, trial_configs
-
-log = logging.getLogger("frostline")
+from toolkit.sweeping.frost_lines import find_lines
+from toolkit.sweeping.search import Search, read_search
 
 STATE_FILE = "sweep.json"
 """In a sweep's directory: its recipe, its trials and what came of them. It is the table as JSON."""
@@ -92,6 +90,18 @@ class Sweep:
     """Trials of earlier commands that this one does not name; they are kept."""
     base: dict[str, Any] = field(default_factory=dict)
     """Scores of the model before training, by what was held out."""
+    search: Search | None = None
+    """What chooses further trials, if anything does."""
+
+    def add(self, settings: Settings, base: RunConfig, source: str) -> Trial:
+        """Add a trial of a recipe; raises ConfigError if ``settings`` are not valid together."""
+        ((own, config),) = _settings_of(base, [settings], source)
+        numbers = [*(trial.number for trial in self.trials), *(other["trial"] for other in self.others), 0]
+        trial = _trial(self.directory, max(numbers) + 1, own, config)
+        _find_lines([trial])
+        self.trials.append(trial)
+        self.save()
+        return trial
 
     @property
     def in_running_order(self) -> list[Trial]:
@@ -122,25 +132,32 @@ def open_sweep(
     base = invocation.config
     if base.data.folds is not None:
         raise ConfigError(["data.folds is set, and a trial is one run; hold out data.validation instead"], source)
-    found = trial_configs(base, definition, source)
+    search = None if definition.search is None else read_search(definition.search, base, source)
+    if search is None:
+        found = trial_configs(base, definition, source)
+    else:
+        found = [one for corner in search.corners for one in _settings_of(base, [corner], source)]
     _require_held_out([config for _, config in found], source)
     directory = Path(base.output.dir) if base.output.dir else Path("runs") / f"{invocation.recipe.stem}-sweep"
     recipe = _recipe_of(base)
     state = _read_state(directory, recipe)
     known = {json.dumps(one["settings"], sort_keys=True): one for one in state.get("trials", ())}
+    if search:
+        find_lines(dict(enumerate(found, start=1)))
+        earlier = [one["settings"] for one in known.values() if set(one["settings"]) == search.keys]
+        found = _settings_of(base, earlier, source) if earlier else []
     numbers = iter(range(max((one["trial"] for one in known.values()), default=0) + 1, 10**9))
     trials = []
     for settings, config in found:
         before = known.pop(json.dumps(settings, sort_keys=True), None)
         number = before["trial"] if before else next(numbers)
-        output = config.output.model_copy(update={"dir": str(directory / f"trial-{number:03}"), "resume": "auto"})
-        trial = Trial(number, settings, config.model_copy(update={"output": output}))
+        trial = _trial(directory, number, settings, config)
         if before:
             trial.code, trial.seconds, trial.fault = before["code"], before["wall_seconds"], before["fault"]
             trial.result = {key: value for key, value in before.items() if key not in trial.as_dict()}
         trials.append(trial)
     _find_lines(trials)
-    sweep = Sweep(directory, recipe, trials, list(known.values()), state.get("base", {}))
+    sweep = Sweep(directory, recipe, trials, list(known.values()), state.get("base", {}), search)
     if not writes:
         yield sweep
         return
@@ -148,6 +165,22 @@ def open_sweep(
     with group_files(is_shared), _held(directory, is_shared):
         sweep.save()
         yield sweep
+
+
+def _settings_of(base: RunConfig, trials: Sequence[Settings], source: str) -> list[tuple[Settings, RunConfig]]:
+    return trial_configs(base, SweepDefinition(trials=trials), source)
+
+
+def _trial(directory: Path, number: int, settings: Settings, config: RunConfig) -> Trial:
+    output = config.output.model_copy(update={"dir": str(directory / f"trial-{number:03}"), "resume": "auto"})
+    return Trial(number, settings, config.model_copy(update={"output": output}))
+
+
+def _find_lines(trials: Sequence[Trial]) -> None:
+    """Find the frost line of each trial; raises as ``find_lines``."""
+    lines = find_lines({trial.number: (trial.settings, trial.config) for trial in trials})
+    for trial in trials:
+        trial.boundary = lines.get(trial.number)
 
 
 def _require_held_out(configs: Sequence[RunConfig], source: str) -> None:
@@ -260,33 +293,3 @@ def _is_finished(directory: Path, config: RunConfig) -> bool:
     except CheckpointError:
         return False
     return state.step >= state.total_steps or ended_early(directory, checkpoint, config.train)
-
-
-def _find_lines(trials: Sequence[Trial]) -> None:
-    """Find the frost line of each trial by the model's config.json alone, and check its mask against that.
-
-    Raises:
-        ConfigError: masks do not fit the model; lists those of all trials.
-    """
-    from toolkit.activation_cache.policy import mask_obstacle
-    from toolkit.mask.schedule import phase_masks
-    from toolkit.planning.meta_model import meta_model
-    from toolkit.runtime.errors import MaskError
-
-    models, faults = dict[str, Any](), []
-    for trial in trials:
-        model = trial.config.model
-        try:
-            if (key := model.model_dump_json()) not in models:
-                models[key] = meta_model(model).anatomy
-            mask = phase_masks(trial.config.mask, models[key])[0]
-        except PlanError as error:
-            log.warning("the frost line of trial %d is not known before it runs: %s", trial.number, error)
-            continue
-        except MaskError as error:
-            faults.append(f"trial {trial.number} ({trial.text}): {error}")
-            continue
-        is_cached = refuse_cache(trial.config.prefix.model_copy(update={"cache": "auto"}), mask_obstacle(mask)) is None
-        trial.boundary = mask.boundary if is_cached else 0
-    if faults:
-        raise ConfigError(faults, "sweep, read against the model")
