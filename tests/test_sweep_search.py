@@ -125,6 +125,9 @@ def test_a_search_stands_alone_and_masks_are_checked_against_the_model(tiny_mode
     refused = run_here("sweep.py", *words, "--slurm", "--time", "01:00:00")
     assert refused.returncode == 2
     assert "each trial waits for the results of the last; leave out --slurm" in refused.stderr
+    refused = run_here("sweep.py", *words, "--table")
+    assert refused.returncode == 2
+    assert "no trial of the search in" in refused.stderr
     refused = run_here("sweep.py", *words, "--sweep.train.seed", "1", "2")
     assert refused.returncode == 2
     assert "search stands beside grid or trials" in refused.stderr

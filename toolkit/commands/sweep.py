@@ -111,6 +111,8 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
                 _submit(opened, invocation)
                 return 0
             if arguments.table:
+                if not opened.trials:
+                    raise UsageError(f"no trial of the search in {opened.directory} has begun; leave out --table")
                 is_whole = score_trials(opened, arguments.test)
                 write_report(opened)
             else:
