@@ -18,10 +18,18 @@ pytestmark = pytest.mark.distributed
 ROTATIONS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "lisa": (["all"], {"method": "lisa", "blocks": 2, "every_steps": 3}),
     "badam": (["all"], {"method": "badam", "every_steps": 3}),
+    "badam, no embeddings": (["blocks:0-5", "norm", "head"], {"method": "badam", "every_steps": 3}),
     "frostline": (["last:4", "head"], {"method": "frostline", "every_steps": 3}),
 }
-CASES = [("lisa", "zero3"), ("badam", "zero1"), ("badam", "zero2"), ("frostline", "zero2"), ("frostline", "zero3-bf16")]
-"""Borders are after steps 3 and 6; the worker restarts within a turn, at step 4, and at the second border."""
+CASES = [
+    ("lisa", "zero3"), ("badam", "zero2"), ("badam, no embeddings", "zero1"), ("frostline", "zero2"),
+    ("frostline", "zero3-bf16"),
+]  # fmt: skip
+"""Borders are after steps 3 and 6; the worker restarts within a turn, at step 4, and at the second border.
+
+In bfloat16 no embeddings take turns: a step of 1e-3 lies between two of the values that the larger of them can have, so
+that rounding decides, and two splits of a batch in one process differ by 6 % in the next gradient norm.
+"""
 
 
 def mask_flags(method: str) -> tuple[object, ...]:
