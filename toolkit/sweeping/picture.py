@@ -55,7 +55,17 @@ def _draw_cost(axes: Any, cost: str, points: list[ScoredTrial]) -> None:
         steps = [point.cost(cost) for point in best], [point.quality.value for point in best]
         axes.step(*steps, where="post", color=_FRONT, linewidth=1)
     if cost == "trained" and points and min(point.cost(cost) for point in points) > 0:
-        axes.set_xscale("log")
+        _set_log_scale(axes)
     axes.set_xlabel(_LABELS[cost])
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.12)
+
+
+def _set_log_scale(axes: Any) -> None:
+    """Give the horizontal axis a logarithmic scale with few labels: 500 k, 1 M, 2 M."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
