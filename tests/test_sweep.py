@@ -154,7 +154,7 @@ def test_a_sweep_ends_with_a_table_a_picture_and_both_as_values(swept: tuple[Pat
     picture = ElementTree.fromstring((directory / "sweep.svg").read_text(encoding="utf-8"))
     texts = {"".join(text.itertext()) for text in picture.iter("{http://www.w3.org/2000/svg}text")}
     assert {"1", "6", "peak memory, GiB", "trained parameters", "validation loss"} <= texts
-    assert not [text for text in texts if "times" in text or "10^" in text], "labels of a few words, which do not overlap"
+    assert not [text for text in texts if "times" in text or "10^" in text], "few labels, which do not overlap"
 
 
 def test_a_trial_is_an_ordinary_run(swept: tuple[Path, Counter[int], list[int]]) -> None:
