@@ -105,6 +105,13 @@ FAULTS: list[tuple[Any, str]] = [
 ]
 
 
+def test_all_faults_of_a_search_are_said_at_once(tiny_model: Path, tmp_path: Path) -> None:
+    over = {"train.learnin_rate": [1], RATE: [], "train.epochs": {"low": 3, "high": 1}, MASK: ["last:1"]}
+    with pytest.raises(ConfigError) as refused:
+        search_over(tiny_model, tmp_path, {"trials": 0, "over": over})
+    assert len(refused.value.faults) == 4
+
+
 @pytest.mark.parametrize(("content", "fault"), FAULTS, ids=range(len(FAULTS)))
 def test_faults_of_a_search_are_said(tiny_model: Path, tmp_path: Path, content: Any, fault: str) -> None:
     with pytest.raises(ConfigError, match=fault):

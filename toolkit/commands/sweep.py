@@ -137,12 +137,12 @@ def _train_and_compare(opened: Sweep, invocation: Invocation, launcher: Sequence
     def score() -> bool:
         return score_trials(opened, with_test)
 
-    if not run_trials(opened, start):
-        return False
-    if not (run_search(opened, invocation.config, start, score) if opened.search else score()):
-        return False
-    write_report(opened)
-    return True
+    is_whole = run_trials(opened, start)
+    if is_whole:
+        is_whole = run_search(opened, invocation.config, start, score) if opened.search else score()
+    if is_whole:
+        write_report(opened)
+    return is_whole
 
 
 def _submit(opened: Sweep, invocation: Invocation) -> None:

@@ -20,7 +20,7 @@ Settings = dict[str, Any]
 
 FLAG = "--sweep."
 """What precedes the keys of a grid on the command line."""
-NOT_SWEPT = {
+_NOT_SWEPT = {
     "output.dir": "each trial has a directory of its own in that of the sweep",
     "output.resume": "a sweep that is started again goes on where it was",
     "data.fold": "a trial holds out data.validation",
@@ -145,18 +145,17 @@ def trial_configs(base: RunConfig, definition: SweepDefinition, source: str) -> 
         faults.append(f"{definition.count:,} trials; expected at most {MOST_TRIALS:,}: name fewer values of each key")
     if faults:
         raise ConfigError(faults, source)
-    values, seen = base.model_dump(mode="json"), dict[str, int]()
+    seen = dict[str, int]()
     found: list[tuple[Settings, RunConfig]] = []
     for number, settings in enumerate(definition.combinations(), start=1):
         try:
-            read = {key: _read(key, value, base) for key, value in settings.items()}
-            config = build_config(merge(values, read), source)
+            own, config = _resolve(settings, base, source)
         except ConfigError as error:
             faults += [f"trial {number}: {fault}" for fault in error.faults]
             continue
-        dumped = config.model_dump(mode="json")
-        own = {key: dumped[key.split(".")[0]][key.split(".")[1]] for key in settings}
-        same = seen.setdefault(json.dumps(dumped, sort_keys=True), number)  # a key it leaves out has the recipe's value
+        same = seen.setdefault(
+            json.dumps(config.model_dump(mode="json"), sort_keys=True), number
+        )  # a key it leaves out has the recipe's value
         if same != number:
             faults.append(f"trial {number} is trial {same} again: {describe(own, config)}")
         found.append((own, config))
@@ -169,7 +168,7 @@ def check_keys(keys: Sequence[str]) -> list[str]:
     """Return what is wrong with the keys that trials are to differ in."""
     known = field_paths()
     faults = [f"{key}: unknown key{did_you_mean(str(key), known)}" for key in keys if key not in known]
-    return faults + [f"{key}: {NOT_SWEPT[key]}; leave it out" for key in keys if key in NOT_SWEPT]
+    return faults + [f"{key}: {_NOT_SWEPT[key]}; leave it out" for key in keys if key in _NOT_SWEPT]
 
 
 def read_values(key: str, values: Sequence[Any], base: RunConfig) -> list[Any]:
@@ -178,17 +177,23 @@ def read_values(key: str, values: Sequence[Any], base: RunConfig) -> list[Any]:
     Raises:
         ConfigError: the recipe does not take one of them; lists all faults.
     """
-    section, name = key.split(".", 1)
     found, faults = [], []
     for value in values:
         try:
-            config = build_config(merge(base.model_dump(mode="json"), {key: _read(key, value, base)}), key)
-            found.append(config.model_dump(mode="json")[section][name])
+            found.append(_resolve({key: value}, base, key)[0][key])
         except ConfigError as error:
             faults += error.faults
     if faults:
         raise ConfigError(list(dict.fromkeys(faults)))
     return found
+
+
+def _resolve(settings: Mapping[str, Any], base: RunConfig, source: str) -> tuple[Settings, RunConfig]:
+    """Return settings as the recipe holds them, and the recipe with them; ConfigError if it does not take them."""
+    read = {key: _read(key, value, base) for key, value in settings.items()}
+    config = build_config(merge(base.model_dump(mode="json"), read), source)
+    dumped = config.model_dump(mode="json")
+    return {key: dumped[key.split(".")[0]][key.split(".")[1]] for key in settings}, config
 
 
 def _read(key: str, value: Any, base: RunConfig) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +9,7 @@ from typing import Any
 
 from toolkit.config.schema import RunConfig
 from toolkit.runtime.errors import ConfigError, UsageError
-from toolkit.sweeping.definition import MOST_TRIALS, NOT_SWEPT, Settings, check_keys, read_values
-
-log = logging.getLogger("frostline")
+from toolkit.sweeping.definition import MOST_TRIALS, Settings, check_keys, read_values
 
 MISSING_OPTUNA = 'a search needs optuna: pip install optuna (pip install -e ".[search]")'
 FORM = (
@@ -20,6 +17,8 @@ FORM = (
     "mask.train: [last:4, lora last:8]}}"
 )
 _SEARCH_KEYS, _RANGE_KEYS = {"trials", "over"}, {"low", "high", "log"}
+_RANDOM_TRIALS = 10
+"""Trials with a score that are drawn at random before what they gave decides."""
 _MOST_DRAWS = 100
 """Draws in a row of settings that were tried, after which nothing is taken to be left."""
 
@@ -62,7 +61,7 @@ class Dimension:
 
 @dataclass(frozen=True)
 class Search:
-    """What a sweep searches over, and with how many trials."""
+    """Names what a sweep searches over, and with how many trials."""
 
     count: int
     dimensions: tuple[Dimension, ...]
@@ -98,27 +97,27 @@ class Search:
             raise UsageError(MISSING_OPTUNA) from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         distributions = {one.key: one.distribution() for one in self.dimensions}
-        sampler = optuna.samplers.TPESampler(seed=(seed + len(tried)) % 2**32)
+        sampler = optuna.samplers.TPESampler(n_startup_trials=_RANDOM_TRIALS, seed=(seed + len(tried)) % 2**32)
         study = optuna.create_study(direction="maximize" if higher else "minimize", sampler=sampler)
-        known: list[tuple[Settings, float | None]] = []
+
+        def state(score: float | None) -> optuna.trial.TrialState:
+            return optuna.trial.TrialState.FAIL if score is None else optuna.trial.TrialState.COMPLETE
+
         for settings, score in tried:
             places = {one.key: one.place(settings.get(one.key)) for one in self.dimensions}
-            known.append((settings, score))
             if None not in places.values():
-                state = optuna.trial.TrialState.FAIL if score is None else optuna.trial.TrialState.COMPLETE
                 study.add_trial(
-                    optuna.trial.create_trial(state=state, params=places, distributions=distributions, value=score)
+                    optuna.trial.create_trial(
+                        state=state(score), params=places, distributions=distributions, value=score
+                    )
                 )
         for _ in range(_MOST_DRAWS):
             trial = study.ask(distributions)
             drawn = {one.key: one.value(trial.params[one.key]) for one in self.dimensions}
-            same = [score for settings, score in known if settings == drawn]
+            same = [score for settings, score in tried if settings == drawn]
             if not same:
                 return drawn
-            if same[0] is None:
-                study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            else:
-                study.tell(trial, same[0])
+            study.tell(trial, same[0], state=state(same[0]))
         return None
 
 
@@ -137,10 +136,10 @@ def read_search(content: Any, base: RunConfig, source: str) -> Search:
         raise ConfigError(
             [*faults, f"search.over is {over!r}; expected keys with a range or a list, as {FORM}"], source
         )
-    faults += check_keys(list(over))
     dimensions = []
     for key, given in over.items():
-        if key in NOT_SWEPT or faults:
+        if unfit := check_keys([key]):
+            faults += unfit
             continue
         try:
             dimensions.append(_dimension(key, given, base))
