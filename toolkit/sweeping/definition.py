@@ -70,7 +70,7 @@ def read_definition(path: Path) -> SweepDefinition:
     """
     values, source = read_recipe(path), f"sweep {path}"
     if other := [key for key in values if key not in _SECTIONS]:
-        raise ConfigError([f"{key}: unknown; expected {_FORM}" for key in other], source)
+        raise ConfigError([f"{key}: unknown; expected {_FORM}, or search (docs/sweep.md)" for key in other], source)
     return definition_of(values.get("grid") or {}, values.get("trials") or [], source, values.get("search"))
 
 
