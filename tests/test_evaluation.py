@@ -146,6 +146,9 @@ def test_letters_are_scored_in_the_pass_over_the_right_answer(
         )
     (once, together), (twice, apart) = found
     assert twice - once == len(rows)
+    for scores in (together, apart):  # of 1,250; float32's spacing at the loss, 5e-7, is 6e-4 of it
+        scores["perplexity"] = math.log(scores["perplexity"])
+        assert scores["perplexity"] == pytest.approx(scores["loss"], rel=1e-12)
     assert together == pytest.approx(apart, abs=1e-5, nan_ok=True)
 
 
