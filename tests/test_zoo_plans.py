@@ -47,12 +47,16 @@ def recipe(name: str, **prefix: Any) -> RunConfig:
     return RunConfig(mask=mask, train=TrainConfig(micro_batch_size=2), prefix=PrefixConfig(**prefix))
 
 
-def planner_of(model: Any, config: RunConfig) -> Planner:
+def on_meta(model: Any) -> Any:
     with torch.device("meta"):
-        meta = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+        return type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+
+
+def planner_of(model: Any, config: RunConfig) -> Planner:
+    meta = on_meta(model)
     lengths = tuple((len(row.token_ids), row.supervised_tokens) for row in ROWS)
     load = Workload(17, 12, lengths, "a test", tuple(tokens for tokens, _ in lengths))
-    return Planner(config, MetaModel(meta, detect_anatomy(model), "a test"), load, passes=3)
+    return Planner(config, MetaModel(meta, detect_anatomy(meta), "a test"), load, passes=3)
 
 
 def decided_by_run(model: Any, config: RunConfig) -> tuple[bool, Shortcuts, bool, bool]:
@@ -68,6 +72,12 @@ def decided_by_run(model: Any, config: RunConfig) -> tuple[bool, Shortcuts, bool
         prefix, suffix = split(model, anatomy, None)
     shortcuts = suffix.choose_shortcuts(prefix(row) if prefix else None, row)
     return is_cut, shortcuts, choose_packing("auto", 2, prefix, suffix, ROWS, torch.device("cpu")).on, is_cached
+
+
+@pytest.mark.parametrize("name", [*CUT, *UNCUT, *OTHER])
+def test_a_plan_finds_the_parts_that_the_run_finds(name: str) -> None:
+    model = make(name)
+    assert detect_anatomy(on_meta(model)) == detect_anatomy(model)
 
 
 @pytest.mark.parametrize("name", TYPES)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from toolkit.runtime.errors import ModelError
 
@@ -44,7 +45,7 @@ def probe_blocks(
     """Return the ``watched`` modules in the order in which a pass over two tokens runs them, with their outputs.
 
     An exception that ends the pass early is suppressed: the caller decides if what was recorded until then is enough.
-    The input ids are on ``device``, or on that of the model's first parameter.
+    The input ids are on ``device``, or on that of the model's first parameter, which may be the meta device.
     """
     recorded: list[tuple[nn.Module, Any]] = []
     hooks = [
@@ -52,13 +53,25 @@ def probe_blocks(
         for module in watched
     ]
     device = device or next(model.parameters()).device
+    answers: Any = _OneSample() if device.type == "meta" else contextlib.nullcontext()  # type: ignore[no-untyped-call]
     try:
-        with evaluation_mode(model), contextlib.suppress(Exception):
+        with evaluation_mode(model), contextlib.suppress(Exception), answers:
             model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
     return recorded
+
+
+class _OneSample(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Answer what transformers asks about masks and positions on the meta device, as those of one sample would be."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype == torch.bool:
+            return True
+        return func(*args, **(kwargs or {}))
 
 
 def called_modules(model: nn.Module, run: Callable[[], object]) -> set[nn.Module]:
