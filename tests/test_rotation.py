@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from helpers import invocation, metrics, run_here, set_up, tiny_flags, tiny_llama, train
 from test_schedule import STEPS, delta_of, plain, products_that_round_as_a_plain_loops  # noqa: F401
+from zoo import make
 
 import toolkit
 import toolkit.training.phase_cut
@@ -281,6 +283,33 @@ def test_a_recipe_with_a_faulty_rotation_is_refused(rotation: Any, message: str)
 def test_a_mask_that_does_not_suit_the_method_is_refused(given: Any, message: str) -> None:
     with pytest.raises(MaskError, match=message):
         resolved(given)
+
+
+def test_blocks_that_share_a_tensor_cannot_take_turns() -> None:
+    """The transformer that blocks 1 and 3 of this Zamba 2 share would train in the turns of one of them alone."""
+    anatomy = detect_anatomy(make("zamba2"))
+    shared = re.escape("model.layers.1.shared_transformer")
+    for rotation in (LISA[1], BADAM[1], {**FROSTLINE[1], "blocks": 1}):
+        train = ["blocks:1,3"] if rotation["method"] == "frostline" else ["all"]
+        config = MaskConfig.model_validate({"train": train, "rotation": rotation, "tied": "both"})
+        with pytest.raises(MaskError, match=rf"{shared}\S* of block 1 is one tensor with model\.layers\.3\.shared"):
+            resolve_rotation(config, anatomy)
+
+
+@pytest.mark.parametrize("seed", [1, 3, 4, 5])
+def test_turns_that_all_draw_the_same_block_are_refused(tiny_model: Path, tmp_path: Path, seed: int) -> None:
+    given = (["last:2", "head"], {"method": "frostline", "every_steps": 1, "seed": seed})
+    message = rf"seed is {seed}, with which all turns of the run's 2 steps draw the same blocks \([45]\)"
+    with pytest.raises(ConfigError, match=message):
+        resolved(given, steps=2)
+    if seed == 1:
+        words = flags(tiny_model, tmp_path / "run", given, "--train.max_steps", "2")
+        planned = run_here("launch/plan.py", *words)
+        assert planned.returncode == 2
+        assert re.search(message, planned.stderr)
+        with pytest.raises(ConfigError, match=message):
+            train(*words)
+        assert not (tmp_path / "run").exists()
 
 
 def test_what_cannot_be_changed_between_turns_is_refused(tiny_model: Path, tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ above a frost line. What a turn trains follows from recipe, model and the turn's
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from toolkit.config.mask_schema import MaskConfig
 from toolkit.config.rotation_schema import RotationConfig
@@ -59,9 +60,8 @@ class Rotation:
         """Return the turns of a run; if the same blocks are drawn twice in a row, these are one turn.
 
         Raises:
-            ConfigError: the run ends within the first turn.
+            ConfigError: there would be one turn alone: the run ends within the first, or all draw the same blocks.
         """
-        require_turns(self.config, total_steps)
         every = self.config.every_steps
         turns: list[RotationTurn] = []
         for number, start in enumerate(range(0, total_steps, every)):
@@ -69,7 +69,20 @@ class Rotation:
             if turns and turns[-1].parts == turn.parts and not self.drops_moments:
                 turns.pop()
             turns.append(turn)
-        return turns
+        if turns[1:]:
+            return turns
+        if every >= total_steps:
+            fault = (
+                f"mask.rotation.every_steps is {every}, but the run has {total_steps} steps, so that only the first "
+                "turn would train; expected less than the steps of the run: shorten the turns or train longer"
+            )
+        else:
+            fault = (
+                f"mask.rotation.seed is {self.config.seed}, with which all turns of the run's {total_steps} steps draw "
+                f"the same blocks ({self.labels(turns[0])}), so that nothing would rotate; shorten the turns, train "
+                "longer or take another seed"
+            )
+        raise ConfigError([fault], "recipe, read against the number of rows")
 
     def mask(self, parts: Sequence[int]) -> LayerMask:
         """Return the mask of a turn, given the indices of what trains in it."""
@@ -145,24 +158,12 @@ class Rotation:
         return sorted(range(len(self.parts)), key=digest)
 
 
-def require_turns(config: RotationConfig, total_steps: int) -> None:
-    """Raise ConfigError if a run of ``total_steps`` optimizer steps ends within the first turn."""
-    if config.every_steps >= total_steps:
-        raise ConfigError(
-            [
-                f"mask.rotation.every_steps is {config.every_steps}, but the run has {total_steps} steps, so that only "
-                "the first turn would train; expected less than the steps of the run: shorten the turns or train longer"
-            ],
-            "recipe, read against the number of rows",
-        )
-
-
 def resolve_rotation(config: MaskConfig, anatomy: Anatomy) -> Rotation:
     """Resolve ``mask.rotation`` over the blocks of ``mask.train``.
 
     Raises:
         MaskError: the mask is invalid (see ``build_mask``), has adapters or rows, does not suit the method, or has too
-            few blocks for them to take turns.
+            few blocks for them to take turns; or these blocks share tensors.
     """
     rotation = config.rotation
     assert rotation is not None
@@ -188,6 +189,7 @@ def resolve_rotation(config: MaskConfig, anatomy: Anatomy) -> Rotation:
         above = {part: by_part[part] for part in ("norm", "head") if part in by_part}
         around = {" and ".join(above): [name for names in above.values() for name in names]}
         taking_turns = {"embeddings": below, **taking_turns, **around}
+    _refuse_shared_tensors(chain.from_iterable(taking_turns.values()), anatomy)
     sizes = {tensor.name: tensor.parameters for tensor in pool.trainable}
     parts = tuple(
         RotatingPart(label, frozenset(names), sum(sizes[name] for name in names))
@@ -212,6 +214,21 @@ def _names_by_part(pool: LayerMask, anatomy: Anatomy) -> Iterator[tuple[int | st
         part = "head" if is_head else tensor.part
         by_part.setdefault(part if tensor.block is None else tensor.block, []).append(name)
     yield from by_part.items()
+
+
+def _refuse_shared_tensors(taking_turns: Iterable[str], anatomy: Anatomy) -> None:
+    """Raise MaskError if a tensor that takes turns is another block's, too: that would change while it rests."""
+    names = set(taking_turns)
+    for alias in anatomy.tensors:
+        if alias.block is None or alias.alias_of not in names:
+            continue
+        other = anatomy.by_name[alias.alias_of]
+        if alias.block != other.block:
+            raise MaskError(
+                f"mask.rotation lets blocks take turns, and {other.name} of block {other.block} is one tensor with "
+                f"{alias.name}: in the turn of one the other would change, too. Leave out mask.rotation, or let "
+                "mask.train select what no two blocks share"
+            )
 
 
 def _require_whole_model(by_part: dict[int | str, list[str]], pool: LayerMask, anatomy: Anatomy) -> None:

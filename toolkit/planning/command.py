@@ -13,8 +13,9 @@ from toolkit.config.policy import most_micro_batches, reduce_dtype
 from toolkit.config.schema import RunConfig
 from toolkit.data.batches import BatchPlan
 from toolkit.engine.deepspeed.config import load_ds_config
-from toolkit.mask.rotation import require_turns
+from toolkit.mask.rotation import resolve_rotation
 from toolkit.mask.schedule import phase_ends
+from toolkit.models.anatomy import Anatomy
 from toolkit.planning.device_fit import DeviceFit, choose_variant, fit_device
 from toolkit.planning.engine_spec import engine_spec
 from toolkit.planning.meta_model import meta_model
@@ -46,7 +47,7 @@ def plan_masks(
     found: list[tuple[Plan, DeviceFit | None]] = []
     for mask in masks:
         masked = config.model_copy(update={"mask": mask})
-        planners = phase_planners(masked, meta, workload, _passes_by_phase(masked, workload, ranks))
+        planners = phase_planners(masked, meta, workload, _passes_by_phase(masked, meta.anatomy, workload, ranks))
         plans = [planner.plan(choose_variant(planner, spec, budget)) for planner in planners]
         largest, planner = max(zip(plans, planners, strict=True), key=lambda pair: pair[0].memory.peak)
         fit = None if budget is None else fit_device(planner, largest.variant, budget)
@@ -54,17 +55,18 @@ def plan_masks(
     return found
 
 
-def _passes_by_phase(config: RunConfig, workload: Workload, ranks: int) -> list[float]:
+def _passes_by_phase(config: RunConfig, anatomy: Anatomy, workload: Workload, ranks: int) -> list[float]:
     """Return the number of passes over the training rows in each phase.
 
     Raises:
-        ConfigError: a phase ends before it begins, or after the run; the first turn of a rotation ends after it.
+        ConfigError: a phase ends before it begins, or after the run; a rotation has no second turn.
+        MaskError: the mask does not suit the rotation.
     """
     if workload.lengths is None:  # the steps of an epoch, and so the ends of phases, are unknown: an upper bound
         return [float(config.train.epochs)] * (len(config.mask.schedule) + 1)
     plan = BatchPlan.of_recipe(config.train, len(workload.lengths), ranks)
     steps = plan.steps(config.train.epochs, config.train.max_steps)
     if config.mask.rotation is not None:
-        require_turns(config.mask.rotation, steps)
+        resolve_rotation(config.mask, anatomy).turns(steps)
     ends = phase_ends(config.mask, plan.steps_per_epoch, steps)
     return [plan.passes(end, start) for start, end in pairwise([0, *ends])]
