@@ -20,6 +20,7 @@ from benchmarks import probe as benchmark
 from toolkit.config.schema import MaskConfig
 from toolkit.data.batches import collate
 from toolkit.data.examples import Example
+from toolkit.inference.open_model import load_base
 from toolkit.mask.layer_mask import build_mask
 from toolkit.models.anatomy_detection import detect_anatomy
 from toolkit.planning import line_choice, line_probe, readout_fit
@@ -214,13 +215,42 @@ def test_no_more_blocks_are_recommended_than_the_budget_has(tiny_model: Path, mo
     """Of 6 blocks 0.6 are 3.6, of which a fourth would be two thirds; one block may always."""
     monkeypatch.setattr(line_choice, "plan_masks", lambda *given: [])
     monkeypatch.setattr(line_choice, "comparison_rows", lambda *given: [])
-    monkeypatch.setattr(line_choice, "load_base", lambda *given: None)
-    monkeypatch.setattr(line_choice, "sample_rows", lambda *given: [])
+    monkeypatch.setattr(line_choice, "load_base", lambda *given: loaded(tiny_llama()))
+    monkeypatch.setattr(line_choice, "sample_rows", lambda *given: examples(8))
     monkeypatch.setattr(line_choice, "probe_lines", lambda *given: line_probe.LineProbe(1.0, 8, 8, ()))
     given = invocation("--model.name_or_path", str(tiny_model))
     shares = (0.1, 0.5, 0.6, 1.0)
     most = [line_choice.choose_line(given, 1, None, share, 8, None).most_blocks for share in shares]
     assert most == [1, 3, 3, 6]
+
+
+def test_a_faulty_sample_is_said_before_any_line_is_planned(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planning all lines of 30 blocks takes half a minute."""
+    monkeypatch.setattr(line_choice, "plan_masks", lambda *given: pytest.fail("planned"))
+    write_rows(tmp_path / "few.jsonl", 3)
+    for path, message in ((tmp_path / "few.jsonl", "found 3 distinct training rows"), (tmp_path / "none", "no such file")):
+        given = ("--model.name_or_path", str(tiny_model), "--data.path", str(path), "--data.validation", "none")
+        with pytest.raises(DataError, match=message):
+            line_choice.choose_line(invocation(*given), 1, None, 1.0, 40, None)
+
+
+def test_rows_that_repeat_do_not_make_the_sample_smaller(tiny_model: Path, tmp_path: Path) -> None:
+    """Of 40 places spread over 211 rows, 38 held the one that is there 200 times."""
+    write_rows(tmp_path / "rows.jsonl", 12, first=200)
+    given = invocation("--model.name_or_path", str(tiny_model), "--data.path", str(tmp_path / "rows.jsonl"))
+    found = line_choice.sample_rows(given, load_base(given.config.model), 40)
+    assert len(found) == len({example.content for example in found}) == 12
+    few = line_choice.sample_rows(given, load_base(given.config.model), 8)
+    assert len({example.content for example in few}) == 8
+
+
+def write_rows(path: Path, count: int, first: int = 1) -> None:
+    """Write rows of which no two are the same, the first one so many times."""
+    texts = ["word 0"] * first + [f"word {number}" for number in range(1, count)]
+    lines = (json.dumps({"prompt": "Say it.", "completion": text}) for text in texts)
+    path.write_text("\n".join(lines), encoding="utf-8")
 
 
 def test_a_picture_without_a_suffix_replaces_nothing(tiny_model: Path, tmp_path: Path) -> None:

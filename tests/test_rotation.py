@@ -258,6 +258,7 @@ def test_groups_keep_their_settings_and_a_part_of_a_block_may_take_turns() -> No
         ("lisa", r"mask\.rotation: 'lisa' is no rotation; expected a mapping such as \{method: lisa"),
         ({"method": "lisa"}, r"mask\.rotation\.every_steps is missing"),
         ({"method": "fixed", "every_steps": 2}, r"mask\.rotation\.method is 'fixed'; expected 'lisa', 'badam' or"),
+        ({"method": "lisa", "every_steps": True}, r"mask\.rotation: every_steps is true; expected a number"),
         ({"method": "lisa", "every_steps": 0}, r"mask\.rotation\.every_steps is 0; expected greater than"),
         ({"method": "badam", "every_steps": 2, "blocks": 2}, r"mask\.rotation: blocks is 2, but badam trains one"),
         ({"method": "lisa", "every_steps": 2, "order": "ascending"}, r"order is ascending, but lisa draws its blocks"),

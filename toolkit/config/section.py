@@ -28,10 +28,26 @@ class Section(BaseModel):
         optional = {info.alias or name for name, info in cls.model_fields.items() if takes_none(info.annotation)}
         return {key: None if key in optional and is_none(value) else value for key, value in values.items()}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_booleans_as_numbers(cls, values: Any) -> Any:
+        """Refuse true and false where a number is expected: Python takes them for 1 and 0."""
+        for name, info in cls.model_fields.items() if isinstance(values, Mapping) else ():
+            value = values.get(key := info.alias or name)
+            if isinstance(value, bool) and takes_number(info.annotation):
+                raise ValueError(f"{key} is {str(value).lower()}; expected a number")
+        return values
+
 
 def takes_none(annotation: Any) -> bool:
     """Return whether a key of this type may have no value."""
     return type(None) in typing.get_args(annotation)
+
+
+def takes_number(annotation: Any) -> bool:
+    """Return whether a key of this type may have a number, and is no switch."""
+    kinds = {annotation, *typing.get_args(annotation)}
+    return bool(kinds & {int, float}) and bool not in kinds
 
 
 def is_none(value: Any) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import yaml
 
 from toolkit.config.flags import Invocation
@@ -18,8 +19,7 @@ from toolkit.inference.open_model import load_base
 from toolkit.models.load import LoadedModel
 from toolkit.planning.command import plan_masks
 from toolkit.planning.comparison import comparison_rows, duration
-from toolkit.planning.line_probe import LEAST_ROWS, LineGain, probe_lines
-from toolkit.planning.meta_model import meta_model
+from toolkit.planning.line_probe import LEAST_ROWS, LineGain, probe_lines, require_sample
 from toolkit.planning.suggest import ADAPTER_RATE
 from toolkit.planning.table import flops_text, gib
 from toolkit.runtime.errors import ConfigError
@@ -63,7 +63,7 @@ class LineChoice:
 
     @property
     def recommended(self) -> int | None:
-        """Return the highest allowed line that reaches ``SHARE`` of the best gain, which is the cheapest such."""
+        """Return the highest allowed line that reaches ``SHARE`` of the best gain: the fewest blocks to train."""
         if self.best is None:
             return None
         return max(b for b in self.allowed if self.gains[b].gain >= SHARE * self.gains[self.best].gain)
@@ -148,14 +148,15 @@ def choose_line(
         raise ConfigError([f"--budget is {budget}; expected a share of the blocks above 0 and up to 1"], "command line")
     if rows < LEAST_ROWS:
         raise ConfigError([f"--rows is {rows}; expected at least {LEAST_ROWS} for --suggest probe"], "command line")
-    config = invocation.config
-    blocks = meta_model(config.model).anatomy.block_count
+    loaded = load_base(invocation.config.model)
+    examples = sample_rows(invocation, loaded, rows)
+    require_sample(examples, loaded.model)  # before all lines are planned, which takes longer
+    blocks = loaded.anatomy.block_count
     masks = [MaskConfig(train=line_mask(boundary, blocks)) for boundary in range(blocks)]
     costs = comparison_rows(
         [str(mask.train[0]) for mask in masks], plan_masks(invocation, ranks, gpu_bytes, masks), tflops
     )
-    loaded = load_base(config.model)
-    probe = probe_lines(loaded, sample_rows(invocation, loaded, rows))
+    probe = probe_lines(loaded, examples)
     most = max(1, math.floor(budget * blocks + 1e-9))  # a share such as 0.7 of 10 is a little below 7
     return LineChoice(probe.base_loss, probe.rows, probe.positions, probe.gains, tuple(costs), most)
 
@@ -169,6 +170,6 @@ def sample_rows(invocation: Invocation, loaded: LoadedModel, rows: int) -> Seque
     config, tokenizer = invocation.config, loaded.tokenizer
     rendering = rendering_of(config.data, tokenizer)
     train = load_dataset(config.data, tokenizer, config.train.seed, ends=loaded.ends, rendering=rendering).train
-    count = min(rows, len(train))
-    picked = (train[number * len(train) // count] for number in range(count))
-    return list({example.content: example for example in picked}.values())
+    distinct = np.sort(np.unique(train.contents, return_index=True)[1]).tolist()
+    count = min(rows, len(distinct))
+    return [train[distinct[number * len(distinct) // count]] for number in range(count)]

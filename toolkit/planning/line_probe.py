@@ -98,18 +98,8 @@ def probe_lines(loaded: LoadedModel, examples: Sequence[Example]) -> LineProbe:
             model.
         ModelError: the architecture cannot be cut above its last block, or the model's loss is not finite.
     """
-    if len(examples) < LEAST_ROWS:
-        raise DataError(
-            f"--suggest probe found {len(examples)} distinct training rows; expected at least {LEAST_ROWS}, to fit a "
-            "readout to some and score it on others"
-        )
-    if (positions := sum(min(POSITIONS, example.supervised_tokens) for example in examples)) > MOST_POSITIONS:
-        raise DataError(
-            f"--suggest probe found {positions:,} positions in {len(examples):,} rows; expected at most "
-            f"{MOST_POSITIONS:,}: name fewer with --rows"
-        )
+    require_sample(examples, loaded.model)
     model, device = loaded.model.to(World().device).eval(), World().device
-    check_fit(examples, model)
     prefix, top = split(model.requires_grad_(False), loaded.anatomy, loaded.anatomy.block_count)
     assert prefix is not None
     pad_id = padding_id(loaded.tokenizer, model)
@@ -123,6 +113,21 @@ def probe_lines(loaded: LoadedModel, examples: Sequence[Example]) -> LineProbe:
         )
     top.choose_shortcuts(_laid_out(states, states.hidden[-1]), states.batch)
     return readout_gains(states, top)
+
+
+def require_sample(examples: Sequence[Example], model: nn.Module) -> None:
+    """Raise DataError if a sample is too small or too large to be probed, or has a row too long for the model."""
+    if len(examples) < LEAST_ROWS:
+        raise DataError(
+            f"--suggest probe found {len(examples)} distinct training rows; expected at least {LEAST_ROWS}, to fit a "
+            "readout to some and score it on others"
+        )
+    if (positions := sum(min(POSITIONS, example.supervised_tokens) for example in examples)) > MOST_POSITIONS:
+        raise DataError(
+            f"--suggest probe found {positions:,} positions in {len(examples):,} rows; expected at most "
+            f"{MOST_POSITIONS:,}: name fewer with --rows"
+        )
+    check_fit(examples, model)
 
 
 @torch.no_grad()
