@@ -230,7 +230,10 @@ def test_a_faulty_sample_is_said_before_any_line_is_planned(
     """Planning all lines of 30 blocks takes half a minute."""
     monkeypatch.setattr(line_choice, "plan_masks", lambda *given: pytest.fail("planned"))
     write_rows(tmp_path / "few.jsonl", 3)
-    for path, message in ((tmp_path / "few.jsonl", "found 3 distinct training rows"), (tmp_path / "none", "no such file")):
+    for path, message in (
+        (tmp_path / "few.jsonl", "found 3 distinct training rows"),
+        (tmp_path / "none", "no such file"),
+    ):
         given = ("--model.name_or_path", str(tiny_model), "--data.path", str(path), "--data.validation", "none")
         with pytest.raises(DataError, match=message):
             line_choice.choose_line(invocation(*given), 1, None, 1.0, 40, None)

@@ -145,7 +145,7 @@ def test_rows_are_cached_where_they_are_read_twice_or_there_already() -> None:
 def test_auto_checkpoints_exactly_when_the_plan_does_not_fit() -> None:
     assert not decide_checkpointing("auto", 1000, 1000).on
     assert decide_checkpointing("auto", 1000, 999).on
-    assert not decide_checkpointing("auto", 1000, 999, in_update=True).on, "it would not lower the peak"
+    assert not decide_checkpointing("auto", 1000, 999, fixed_moment="update").on, "it would not lower the peak"
     assert not decide_checkpointing("auto", 1000, None).on
     assert decide_checkpointing("auto", None, 10**12).on, "what cannot be planned takes the way that needs less"
     assert decide_checkpointing("on", 0, 10**12).on

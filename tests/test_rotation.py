@@ -17,6 +17,7 @@ from zoo import make
 
 import toolkit
 import toolkit.training.phase_cut
+import toolkit.training.phases
 from toolkit.activation_cache.cached_prefix import CachedPrefix
 from toolkit.config.recipe import build_config, dump, read_recipe
 from toolkit.config.schema import MaskConfig, RunConfig
@@ -356,3 +357,34 @@ def test_no_turn_is_planned_to_need_more_than_the_one_that_is_shown(tiny_model: 
     assert f"rotation {given[1]['method']}: " in as_text(shown)
     assert "what follows is about the turn that needs most" in as_text(shown)
     assert as_dict(shown)["mask"]["rotation"]["method"] == given[1]["method"]
+
+
+@pytest.mark.parametrize("given", [LISA, BADAM, FROSTLINE], ids=["lisa", "badam", "frostline"])
+def test_a_change_of_turn_holds_what_is_planned_for_it(
+    tiny_model: Path, tmp_path: Path, given: Given, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    continue_training = toolkit.training.phases._continue_training
+
+    def counted(phase: Any, engine: Any, handover: Any) -> Any:
+        moments = (t for state in handover.states.values() for t in (state.exp_avg, state.exp_avg_sq))
+        storages = {t.untyped_storage() for t in (*handover.masters.values(), *moments)}
+        held.append(sum(storage.nbytes() for storage in storages))
+        return continue_training(phase, engine, handover)
+
+    monkeypatch.setattr(toolkit.training.phases, "_continue_training", counted)
+    words = flags(tiny_model, tmp_path / "run", given, "--train.max_steps", "36")
+    train(*words)
+    config = invocation(*words).config
+    planners = phase_planners(config, meta_model(config.model), Workload(64, 32, None, "a test"), [3])
+    planned = max(12 * planner.others.handed + 4 * planner.others.resting for planner in planners)
+    assert 0.85 * planned < max(held) <= planned, "of badam a master is counted twice that is handed over to rest"
+    on_cpu, on_gpu = (
+        planners[0].memory(planners[0].variant(engine_spec(None, 1, 1, host_is_device=is_cpu), checkpointing=False))
+        for is_cpu in (True, False)
+    )
+    assert on_cpu.most["masters"] >= 4 * planners[0].others.resting
+    assert on_cpu.most["workspace"] >= 12 * planners[0].others.handed
+    assert on_gpu.host == {
+        "masters": 4 * planners[0].others.resting, "workspace": 12 * planners[0].others.handed
+    }  # fmt: skip

@@ -14,6 +14,7 @@ from toolkit.config.schema import MaskConfig, RunConfig
 from toolkit.engine.deepspeed.config import resolve_ds_config
 from toolkit.mask.schedule import build_schedule
 from toolkit.models.anatomy_detection import detect_anatomy
+from toolkit.planning.engine_memory import OtherPhases
 from toolkit.planning.engine_spec import engine_spec
 from toolkit.planning.meta_model import MetaModel, meta_model
 from toolkit.planning.phase_plans import combine_plans, phase_planners
@@ -132,6 +133,11 @@ def test_the_plan_is_that_of_the_phase_that_needs_most(bare: MetaModel) -> None:
     planners = phase_planners(config, bare, Workload(64, 32, None, "a test"), [3, 3])
     plans = [p.plan(p.variant(engine_spec(None, 1, 1), checkpointing=False)) for p in planners]
     whole = combine_plans(plans, config.mask)
+    assert [planner.others for planner in planners] == [OtherPhases(0, 53504), OtherPhases(53504 - 16384, 53504)]
+    assert plans[1].memory.host == {"masters": 4 * (53504 - 16384), "workspace": 12 * 53504}
+    on_cpu = [p.memory(p.variant(engine_spec(None, 1, 1, host_is_device=True), checkpointing=False)) for p in planners]
+    assert on_cpu[1].moment == "change of phase"
+    assert on_cpu[1].most["masters"] - plans[1].memory.most["masters"] == 4 * (53504 - 16384)
     assert plans[0].memory.peak > plans[1].memory.peak
     assert (whole.memory, whole.mask.boundary) == (plans[0].memory, 2)
     assert [phase.is_most for phase in whole.phases] == [True, False]

@@ -98,14 +98,14 @@ def refuse_packing(mode: Mode, micro_batch_size: int, lengths: Iterable[int] | N
     return None
 
 
-def decide_checkpointing(mode: Mode, needed: int | None, free: int | None, in_update: bool = False) -> Decision:
+def decide_checkpointing(mode: Mode, needed: int | None, free: int | None, fixed_moment: str | None = None) -> Decision:
     """Decide on activation checkpointing: whether the trained blocks are recomputed in backward.
 
     Args:
         mode: the recipe's ``train.gradient_checkpointing``; ``auto`` recomputes if the run would not fit otherwise.
         needed: bytes without checkpointing; None for an architecture that cannot be planned, where ``auto`` recomputes.
         free: bytes available; None if that is not known, where ``auto`` keeps the activations.
-        in_update: whether memory peaks in the optimizer's update, which checkpointing does not reduce.
+        fixed_moment: moment of the peak, such as the update, if checkpointing would not reduce it.
     """
     if mode != "auto":
         return Decision(mode == "on", f"{mode}, as the recipe says")
@@ -114,6 +114,6 @@ def decide_checkpointing(mode: Mode, needed: int | None, free: int | None, in_up
     if free is None:
         return Decision(False, "off (auto: no limit of memory is known)")
     sizes = f"without it, {needed / _GIB:.2f} GiB beside the weights; {free / _GIB:.2f} GiB free"
-    if needed > free and in_update:
-        return Decision(False, f"off (auto: {sizes}; the update needs most, which it does not change)")
+    if needed > free and fixed_moment:
+        return Decision(False, f"off (auto: {sizes}; the {fixed_moment} needs most, which it does not change)")
     return Decision(needed > free, f"{'on' if needed > free else 'off'} (auto: {sizes})")

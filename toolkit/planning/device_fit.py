@@ -49,7 +49,7 @@ def choose_variant(planner: Planner, spec: EngineSpec, budget: int | None) -> Ru
     variant = planner.variant(spec, checkpointing=False)
     memory = planner.memory(variant)
     decision = decide_checkpointing(
-        planner.config.train.gradient_checkpointing, memory.peak + RESERVE, budget, in_update=memory.moment == "update"
+        planner.config.train.gradient_checkpointing, memory.peak + RESERVE, budget, fixed_moment=memory.fixed_moment
     )
     return replace(variant, checkpointing=decision.on)
 
@@ -238,7 +238,7 @@ _PROPOSALS: tuple[Callable[[Planner, RunVariant], Proposals], ...] = (
 """Cheapest change first."""
 
 _SHRINK_MICRO_BATCH = (_propose_checkpointing, _propose_micro_batch, _propose_length)
-"""Those that cannot help if the peak is in the update."""
+"""Those that cannot help if the peak is in the update, or in a change of phase."""
 
 
 def _useful_proposals(
@@ -246,5 +246,5 @@ def _useful_proposals(
 ) -> list[Callable[[Planner, RunVariant], Proposals]]:
     """Return the proposals that can help; None for ``in_update`` takes it from the plan."""
     if in_update is None:
-        in_update = planner.memory(variant).moment == "update"
+        in_update = planner.memory(variant).fixed_moment is not None
     return [propose for propose in _PROPOSALS if not (in_update and propose in _SHRINK_MICRO_BATCH)]

@@ -35,14 +35,33 @@ class EngineMemory:
     """Communication buckets and gathered parameters."""
     scratch: int = 0
     """Workspace of the update; held permanently."""
+    handed: int = 0
+    """Bytes that a change of phase needs beside what an engine holds, where nothing is on its way in either pass."""
     host: Mapping[str, int] = field(default_factory=dict)
     """Bytes held permanently in host memory, by kind."""
     files: int = 0
     """Bytes in files."""
 
 
-def engine_memory(spec: EngineSpec, tensors: TensorSizes, frozen: PrefixMemory) -> EngineMemory:
+@dataclass(frozen=True)
+class OtherPhases:
+    """Elements that a phase keeps for the others of its run, in the host memory of rank 0."""
+
+    resting: int = 0
+    """Elements that trained in an earlier phase and are frozen now: their float32 masters stay."""
+    handed: int = 0
+    """Most elements that train on one side of a change of phase: masters and moments are copied, 12 bytes each."""
+
+
+ONE_PHASE = OtherPhases()
+
+
+def engine_memory(
+    spec: EngineSpec, tensors: TensorSizes, frozen: PrefixMemory, others: OtherPhases = ONE_PHASE
+) -> EngineMemory:
     """Return the memory of engine ``spec`` for the ``tensors`` of a suffix and the ``frozen`` weights of its prefix.
+
+    ``others`` is what the other phases of the run add on rank 0.
 
     Follows toolkit.optim.flat_buffers, and of DeepSpeed 0.19 zero/stage_1_and_2.py, zero/stage3.py,
     bf16_optimizer.py and fp16/unfused_optimizer.py, and for files swap_tensor/optimizer_utils.py.
@@ -50,6 +69,12 @@ def engine_memory(spec: EngineSpec, tensors: TensorSizes, frozen: PrefixMemory) 
     by_stage = {None: _local_engine, 0: _stage_0, 1: _stage_1_or_2, 2: _stage_1_or_2, 3: _stage_3}
     weights = EngineMemory(frozen.device, (tensors.total + sum(tensors.frozen)) * tensors.width + tensors.quantised)
     held = by_stage[spec.stage](spec, tensors, weights)
+    if others.handed:
+        host = Counter(held.host) + Counter({"masters": 4 * others.resting})
+        if spec.host_is_device:
+            held = replace(held, host=host, handed=12 * others.handed)
+        else:
+            held = replace(held, host=host + Counter({"workspace": 12 * others.handed}))
     return _count_host_as_device(held) if spec.host_is_device else held
 
 

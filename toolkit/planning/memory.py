@@ -14,6 +14,8 @@ KINDS = (
     "prefix weights", "suffix weights", "masters", "moments", "gradients", "activations", "logits", "workspace",
 )  # fmt: skip
 """Kinds of memory, from permanent to temporary."""
+_FIXED_MOMENTS = ("update", "change of phase")
+"""Moments in which no micro batch is computed."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Memory:
     moment: str
     """Moment of the overall peak, such as ``update``."""
     beside_weights: int
-    """Peak of training minus the weights that are loaded when it begins."""
+    """Peak of training, changes of phase included, minus the weights that are loaded when it begins."""
     host: Mapping[str, int]
     """Bytes of each kind that the engine keeps in host memory."""
     files: int
@@ -37,6 +39,11 @@ class Memory:
     def peak(self) -> int:
         """Return the peak bytes of tensors on the device."""
         return sum(self.at_peak.values())
+
+    @property
+    def fixed_moment(self) -> str | None:
+        """Return the moment of the overall peak if no smaller micro batch would lower it, else None."""
+        return self.moment if self.moment in _FIXED_MOMENTS else None
 
 
 def memory_by_kind(engine: EngineMemory, trace: Trace, streamed: int, fill_ratio: float | None) -> Memory:
@@ -62,6 +69,8 @@ def memory_by_kind(engine: EngineMemory, trace: Trace, streamed: int, fill_ratio
         },
         "update": fixed | {"gradients": engine.update_gradients, "workspace": engine.scratch},
     }  # fmt: skip
+    if engine.handed:
+        training["change of phase"] = fixed | {"workspace": engine.handed}
     if fill_ratio is None:
         workspace = trace.most_in_prefix + streamed + always
         moments = training = training | {"prefix": fixed | {"gradients": engine.accumulated, "workspace": workspace}}
@@ -75,7 +84,7 @@ def memory_by_kind(engine: EngineMemory, trace: Trace, streamed: int, fill_ratio
         ),
         "activations": trace.kept("activations"),
         "logits": trace.most("logits"),
-        "workspace": max(trace.most("workspace") + always, workspace),
+        "workspace": max(trace.most("workspace") + always, workspace, engine.handed),
     }  # fmt: skip
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     beside = max(sum(kinds.values()) for kinds in training.values()) - sum(loaded.values())

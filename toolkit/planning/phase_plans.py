@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from toolkit.config.schema import MaskConfig, RunConfig
-from toolkit.mask.layer_mask import TrainableTensor
+from toolkit.mask.layer_mask import LayerMask, TrainableTensor
 from toolkit.mask.rotation import resolve_rotation
 from toolkit.mask.schedule import phase_configs, phase_masks
+from toolkit.planning.engine_memory import OtherPhases
 from toolkit.planning.meta_model import MetaModel
 from toolkit.planning.planner import PhaseSummary, Plan, Planner
 from toolkit.planning.workload import Workload
@@ -31,18 +32,34 @@ def phase_planners(config: RunConfig, meta: MetaModel, workload: Workload, passe
     """
     if config.mask.rotation is not None:
         rotation = resolve_rotation(config.mask, meta.anatomy)
+        turns = rotation.costly_masks()
+        handed = max(mask.parameters for mask in turns)
         return [
-            Planner(config, meta, workload, passes[0], phase_mask=mask, rotation=rotation)
-            for mask in rotation.costly_masks()
-        ]
+            Planner(
+                config, meta, workload, passes[0], phase_mask=mask, rotation=rotation,
+                others=OtherPhases(rotation.pool.parameters - mask.parameters, handed),
+            )
+            for mask in turns
+        ]  # fmt: skip
     sections, masks = phase_configs(config.mask), phase_masks(config.mask, meta.anatomy)
     return [
         Planner(
             config.model_copy(update={"mask": section}), meta, workload, phase_passes,
-            phase_mask=mask if config.mask.schedule else None,
+            phase_mask=mask if config.mask.schedule else None, others=others,
         )
-        for section, mask, phase_passes in zip(sections, masks, passes, strict=True)
+        for section, mask, phase_passes, others in zip(sections, masks, passes, _other_phases(masks), strict=True)
     ]  # fmt: skip
+
+
+def _other_phases(masks: Sequence[LayerMask]) -> list[OtherPhases]:
+    """Return what the other phases of a run add to each."""
+    found, seen = [], set[TrainableTensor]()
+    for index, mask in enumerate(masks):
+        resting = sum(tensor.parameters for tensor in seen.difference(mask.trainable))
+        ending = [*masks[max(0, index - 1) : index], *([mask] if mask is not masks[-1] else [])]
+        found.append(OtherPhases(resting, max((one.parameters for one in ending), default=0)))
+        seen.update(mask.trainable)
+    return found
 
 
 def combine_plans(plans: Sequence[Plan], config: MaskConfig) -> Plan:
@@ -58,15 +75,6 @@ def combine_plans(plans: Sequence[Plan], config: MaskConfig) -> Plan:
         PhaseSummary(end, plan.mask.boundary, plan.mask.parameters, plan.memory.peak, i == index)
         for i, (end, plan) in enumerate(zip(ends, plans, strict=True))
     )
-    return replace(plans[index], phases=phases, checkpoint=_largest_checkpoint(plans))
-
-
-def _largest_checkpoint(plans: Sequence[Plan]) -> int:
-    """Return the size of the largest checkpoint; each also holds masters that trained only in earlier phases."""
-    seen: set[TrainableTensor] = set()
-    largest = 0
-    for plan in plans:
-        resting = sum(tensor.parameters for tensor in seen.difference(plan.mask.trainable))
-        largest = max(largest, plan.checkpoint + _MASTER * resting)
-        seen.update(plan.mask.trainable)
-    return largest
+    others = _other_phases([plan.mask for plan in plans])
+    largest = max(plan.checkpoint + _MASTER * other.resting for plan, other in zip(plans, others, strict=True))
+    return replace(plans[index], phases=phases, checkpoint=largest)

@@ -17,7 +17,7 @@ from toolkit.config.schema import PrefixConfig, RunConfig
 from toolkit.mask.audit import AuditRow, audit, audit_table
 from toolkit.mask.layer_mask import LayerMask, build_mask
 from toolkit.mask.rotation import Rotation
-from toolkit.planning.engine_memory import engine_memory
+from toolkit.planning.engine_memory import ONE_PHASE, OtherPhases, engine_memory
 from toolkit.planning.engine_spec import EngineSpec
 from toolkit.planning.flops import StepFlops, count_flops
 from toolkit.planning.memory import Memory, checkpoint_bytes, memory_by_kind
@@ -136,6 +136,7 @@ class Planner:
     """Mask of a phase, in which the other phases of a schedule have a say; None builds it from the recipe."""
     rotation: Rotation | None = None
     """The rotation of which ``phase_mask`` is a turn."""
+    others: OtherPhases = ONE_PHASE
     _splits: dict[tuple[Any, ...], MetaSplit] = field(default_factory=dict)
 
     @property
@@ -167,7 +168,7 @@ class Planner:
         # a later phase of a schedule may train blocks below this frost line
         is_freed = variant.cached and (not self.is_phase or self.rotation is not None)
         fill_ratio = self.fill_tokens(variant) / (trace.shape.rows * trace.shape.tokens) if is_freed else None
-        engine = engine_memory(variant.spec, self._split(variant).tensors, below)
+        engine = engine_memory(variant.spec, self._split(variant).tensors, below, self.others)
         return memory_by_kind(engine, trace, below.streamed, fill_ratio)
 
     def fill_tokens(self, variant: RunVariant) -> int:

@@ -216,7 +216,7 @@ def choose_checkpointing(context: RunContext, planner: Planner | None) -> tuple[
     free = -int(context.world.max(-free_bytes(context.world.device)))  # the tightest rank decides for all
     decision = decide_checkpointing(
         context.config.train.gradient_checkpointing, memory.beside_weights if memory else None, free,
-        in_update=memory is not None and memory.moment == "update",
+        fixed_moment=memory.fixed_moment if memory else None,
     )  # fmt: skip
     return decision, _plan_with(context, planner, checkpointing=True) if plan and decision.on else plan
 
