@@ -123,6 +123,7 @@ def test_bad_flags(
             ("x", "--question", "q", "--temperature", "1", "--top-p", "0"),
             "'0' is not a number above 0",
         ),
+        ("plan", ("--tflops", "nan"), "'nan' is not a number above 0"),
         ("generate", ("x", "--question", "q", "--seed", "-1"), "'-1' is not a whole number from 0"),
         ("generate", ("x", "--question", "q", "--batch-size", "0"), "'0' is not a whole number from 1"),
         ("evaluate", ("x", "--data.split", "test"), "--data.split goes with --data.path"),

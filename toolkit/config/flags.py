@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 import types
@@ -195,19 +196,14 @@ def byte_size(text: str) -> int:
 
 def temperature(text: str) -> float:
     """Parse a sampling temperature of at least 0; for ``add_argument(type=…)``."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
+    if not (value := _finite(text)) >= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
     return value
 
 
 def probability(text: str) -> float:
     """Parse a number above 0 and up to 1; for ``add_argument(type=…)``."""
-    value = temperature(text)
-    if not 0 < value <= 1:
+    if not 0 < (value := _finite(text)) <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and up to 1")
     return value
 
@@ -241,10 +237,18 @@ def row_count(text: str) -> int:
 
 def positive_number(text: str) -> float:
     """Parse a number above 0; for ``add_argument(type=…)``."""
-    value = temperature(text)
-    if not value:
+    if not (value := _finite(text)) > 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
+
+
+def _finite(text: str) -> float:
+    """Return the number that a text is; NaN, which compares with none, if it is none or not finite."""
+    try:
+        value = float(text)
+    except ValueError:
+        return math.nan
+    return value if math.isfinite(value) else math.nan
 
 
 def takes_list(annotation: Any) -> bool:
