@@ -12,7 +12,7 @@ from toolkit.config.mask_schema import MaskGroup
 from toolkit.config.peer_keys import ALTERNATIVES, EQUIVALENT_KEYS
 from toolkit.config.recipe import build_config, did_you_mean, dump, field_paths, read_recipe
 from toolkit.config.schema import RunConfig
-from toolkit.config.section import takes_none
+from toolkit.config.section import takes_none, union_members
 from toolkit.runtime.errors import ConfigError
 
 
@@ -245,3 +245,14 @@ def test_the_word_none_means_the_same_in_flags_overrides_and_recipes(word: str) 
     assert isinstance(entry, PathEntry)
     assert (entry.split, entry.task) == (None, None)
     assert build_config({"data": {"path": word}}, "recipe").data.path == word, "a key that cannot be none"
+
+
+NUMBERS = [key for key, info in field_paths().items() if {int, float} & {*union_members(info.annotation)}]
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_true_is_no_number(key: str) -> None:
+    """Python takes it for 1: train.max_steps, say, of one step."""
+    section, _, leaf = key.rpartition(".")
+    with pytest.raises(ConfigError, match=rf"{section}: {leaf} is true; expected a number"):
+        build_config({section: {leaf: True}}, "test")

@@ -6,7 +6,6 @@ import argparse
 import math
 import re
 import sys
-import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 
 from toolkit.config.recipe import build_config, did_you_mean, field_paths, merge, parse_yaml, read_recipe
 from toolkit.config.schema import RunConfig
-from toolkit.config.section import is_none, takes_none
+from toolkit.config.section import is_none, takes_none, union_members
 from toolkit.runtime.errors import ConfigError
 from toolkit.runtime.shipped import find_file
 
@@ -48,7 +47,7 @@ def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
             summary = (RunConfig.model_fields[section].annotation.__doc__ or "").strip()
             groups[section] = parser.add_argument_group(section, summary)
         default = "none" if info.default is None else info.default
-        members = _union_members(info.annotation)
+        members = union_members(info.annotation)
         groups[section].add_argument(
             f"--{path}",
             nargs="+" if takes_list(info.annotation) else None,
@@ -253,16 +252,7 @@ def _finite(text: str) -> float:
 
 def takes_list(annotation: Any) -> bool:
     """Return whether a key of this type may have several values, so that its flag takes several words."""
-    return any(typing.get_origin(member) in (list, tuple) for member in _union_members(annotation))
-
-
-def _union_members(annotation: Any) -> list[Any]:
-    """Return the members of a union type, or the type itself, without ``Annotated``."""
-    if typing.get_origin(annotation) is typing.Annotated:
-        return _union_members(typing.get_args(annotation)[0])
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return [member for part in typing.get_args(annotation) for member in _union_members(part)]
-    return [annotation]
+    return any(typing.get_origin(member) in (list, tuple) for member in union_members(annotation))
 
 
 def _metavar(members: list[Any]) -> str:
@@ -282,7 +272,7 @@ def parse_flag_value(key: str, annotation: Any, text: str | list[str], faults: l
     if (
         isinstance(text, list)
         and len(text) == 1
-        and str in _union_members(annotation)
+        and str in union_members(annotation)
         and text[0][:1] + text[0][-1:] not in ("[]", "{}")
     ):
         text = text[0]  # of a key that takes one value or a list

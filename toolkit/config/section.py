@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -46,8 +47,17 @@ def takes_none(annotation: Any) -> bool:
 
 def takes_number(annotation: Any) -> bool:
     """Return whether a key of this type may have a number, and is no switch."""
-    kinds = {annotation, *typing.get_args(annotation)}
-    return bool(kinds & {int, float}) and bool not in kinds
+    members = union_members(annotation)
+    return (int in members or float in members) and bool not in members
+
+
+def union_members(annotation: Any) -> list[Any]:
+    """Return the members of a union type, or the type itself, without ``Annotated``."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return union_members(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [member for part in typing.get_args(annotation) for member in union_members(part)]
+    return [annotation]
 
 
 def is_none(value: Any) -> bool:

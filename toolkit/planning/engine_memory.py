@@ -36,7 +36,7 @@ class EngineMemory:
     scratch: int = 0
     """Workspace of the update; held permanently."""
     handed: int = 0
-    """Bytes that a change of phase needs beside what an engine holds, where nothing is on its way in either pass."""
+    """Bytes that a change of phase holds on a device that is the host, beside masters and moments of the engine."""
     host: Mapping[str, int] = field(default_factory=dict)
     """Bytes held permanently in host memory, by kind."""
     files: int = 0
