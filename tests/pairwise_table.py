@@ -106,7 +106,7 @@ VALUES: dict[str, dict[str, Any]] = {
     },
     "mask.rotation": {
         "none": None, "badam": {"method": "badam", "every_steps": 1, "order": "descending"},
-        "frostline": {"method": "frostline", "every_steps": 1, "blocks": 1, "seed": 3},
+        "frostline": {"method": "frostline", "every_steps": 1, "blocks": 1, "seed": 8},
     },
     "mask.tied": {name: name for name in ("error", "untie", "both", "head_only")},
 }  # fmt: skip

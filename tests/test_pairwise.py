@@ -17,13 +17,15 @@ from pathlib import Path
 
 import pytest
 from covering import Row, all_pairs, cover, pairs_of
-from helpers import ENGLISH, make_tiny_model, run_script
+from helpers import ENGLISH, make_tiny_model, run_script, tiny_llama
 from pairwise_table import DS, LAUNCHERS, NOT_COMBINED, REFUSALS, TABLE, USUAL, VALUES
 from pydantic import BaseModel
 
 from toolkit.config.mask_schema import LoraConfig, MaskGroup, MaskPhase, RowsConfig
 from toolkit.config.rotation_schema import RotationConfig
-from toolkit.config.schema import RunConfig
+from toolkit.config.schema import MaskConfig, RunConfig
+from toolkit.mask.rotation import resolve_rotation
+from toolkit.models.anatomy_detection import detect_anatomy
 
 PART = 4
 """Rows of the part."""
@@ -127,6 +129,18 @@ def test_the_rows_have_every_pair_that_is_not_refused() -> None:
     assert set().union(*map(pairs_of, rows)) == all_pairs(TABLE, REFUSALS)
     assert len(rows) < 80, "as a product there were more than 10^20"
     assert rows == cover(TABLE, seed(), REFUSALS)
+
+
+def test_every_rotation_rotates_in_the_shortest_run() -> None:
+    """What two turns draw follows from the seed; a run whose turns all draw the same blocks is refused."""
+    anatomy = detect_anatomy(tiny_llama(tied=False))
+    tried = 0
+    for pair in map(dict, all_pairs(TABLE, REFUSALS)):
+        if set(pair) == {"mask.rotation", "mask.train"} and pair["mask.rotation"] != "none":
+            given = {key.removeprefix("mask."): VALUES[key][name] for key, name in pair.items()}
+            resolve_rotation(MaskConfig.model_validate(given), anatomy).turns(2)
+            tried += 1
+    assert tried >= 8
 
 
 @pytest.mark.slow
