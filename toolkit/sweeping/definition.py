@@ -153,9 +153,8 @@ def trial_configs(base: RunConfig, definition: SweepDefinition, source: str) -> 
         except ConfigError as error:
             faults += [f"trial {number}: {fault}" for fault in error.faults]
             continue
-        same = seen.setdefault(
-            json.dumps(config.model_dump(mode="json"), sort_keys=True), number
-        )  # a key it leaves out has the recipe's value
+        key = json.dumps(config.model_dump(mode="json"), sort_keys=True)  # what it leaves out has the recipe's value
+        same = seen.setdefault(key, number)
         if same != number:
             faults.append(f"trial {number} is trial {same} again: {describe(own, config)}")
         found.append((own, config))
