@@ -229,6 +229,54 @@ def test_an_encrypted_archive_is_refused(tmp_path: Path) -> None:
         read_rows(str(path))
 
 
+def test_the_names_of_classes_stand_in_the_place_of_their_numbers(tmp_path: Path) -> None:
+    """A decision of 2 was the third of the names that the file itself holds, and was read as the second option."""
+    from datasets import ClassLabel, Dataset, Features, Value
+    from datasets import List as ListOf
+
+    label = ClassLabel(names=["no", "maybe", "yes"])
+    features = Features(
+        QUESTION=Value("string"), decision=label, several=ListOf(label), within={"name": label, "other": Value("int64")},
+        listed=ListOf({"name": label}),
+    )  # fmt: skip
+    numbers = [2, 1, -1]
+    columns = {
+        "QUESTION": ["a?", "b?", "c?"], "decision": numbers, "several": [[0, 2], [], [1]],
+        "within": [{"name": n, "other": n} for n in numbers], "listed": [[{"name": n}] for n in numbers],
+    }  # fmt: skip
+    made = Dataset.from_dict(columns, features=features)
+    made.save_to_disk(tmp_path / "saved")
+    made.to_parquet(tmp_path / "rows.parquet")
+    for path in ("saved", "rows.parquet", *map(str, (tmp_path / "saved").glob("*.arrow"))):
+        found = [row.values for row in read_rows(str(tmp_path / path))]
+        assert [row["decision"] for row in found] == ["yes", "maybe", None]
+        assert [row["several"] for row in found] == [["no", "yes"], [], ["maybe"]]
+        assert [row["within"]["name"] for row in found] == ["yes", "maybe", None]
+        assert [row["within"]["other"] for row in found] == numbers
+        assert [row["listed"] for row in found] == [[{"name": "yes"}], [{"name": "maybe"}], [{"name": None}]]
+
+
+def test_a_value_that_python_cannot_hold_names_its_column(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.feather
+
+    texts = pyarrow.array(["a"])
+    odd = {
+        "seen": pyarrow.array([10**15], pyarrow.timestamp("s")),
+        "born": pyarrow.array([5_000_000], pyarrow.int32()).cast(pyarrow.date32()),
+        "took": pyarrow.array([2**62], pyarrow.duration("s")),
+        "zone": pyarrow.array([0], pyarrow.timestamp("s", tz="Mars/Olympus")),
+        "twice": pyarrow.StructArray.from_arrays([texts, texts], names=["a", "a"]),
+    }
+    for name, column in odd.items():
+        table = pyarrow.table({"QUESTION": texts, name: column})
+        pyarrow.feather.write_feather(table, tmp_path / "rows.feather")
+        with pytest.raises(
+            DataError, match=rf"rows\.feather: the column {name} has a value of type .* save it as text"
+        ):
+            read_rows(str(tmp_path / "rows.feather"))
+
+
 def test_typed_tables_do_not_give_a_call_the_arguments_of_other_functions(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet

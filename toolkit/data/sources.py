@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from toolkit.config.data_schema import DataConfig, PathEntry, Paths
+from toolkit.data.readers.columnar import set_rows
 from toolkit.data.readers.content import COMPRESSED
 from toolkit.data.readers.formats import ENDINGS, has_known_ending
-from toolkit.data.readers.hub_set import hub_files, hub_rows, load_hub_set
+from toolkit.data.readers.hub_set import hub_files, load_hub_set
 from toolkit.data.readers.places import Place, place_of_directory, place_of_file, place_of_pattern
 from toolkit.data.readers.row import ReadOptions, Row
 from toolkit.runtime import hub
@@ -97,7 +98,7 @@ class Source:
         if isinstance(self._place, Place):
             return self._place.rows()
         table, split = self._place
-        return hub_rows(self.path, split, table)
+        return set_rows(f"{self.path}[{split}]", table)
 
     @cached_property
     def _place(self) -> Place | tuple[object, str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from toolkit.data.readers.class_names import features_of, named_columns, with_names
 from toolkit.data.readers.content import Content
 from toolkit.data.readers.row import ReadOptions, Row, make_row, plain_value, without_filled
 from toolkit.runtime.errors import DataError
@@ -35,11 +37,13 @@ def read_arrow(content: Content, _: ReadOptions) -> Iterator[Row]:
 
 def read_saved(directory: Path, label: str) -> Iterator[Row]:
     """Yield the rows of a directory that ``Dataset.save_to_disk`` wrote; DataError if it cannot be read."""
-    for number, values in enumerate(_saved_table(directory, label).iter(_BATCH_ROWS)):
-        names = list(values)
-        for at, cells in enumerate(zip(*values.values(), strict=True), start=number * _BATCH_ROWS + 1):
-            row = {name: plain_value(cell) for name, cell in zip(names, cells, strict=True)}
-            yield make_row(f"{label} row {at}", without_filled(row))
+    yield from set_rows(label, _saved_table(directory, label))
+
+
+def set_rows(label: str, table: Any) -> Iterator[Row]:
+    """Yield the rows of a ``datasets.Dataset``, with the names of its classes; DataError if a value cannot be read."""
+    batches = partial(table.with_format("arrow").iter, _BATCH_ROWS)
+    yield from _rows(label, "Arrow", batches, table.features.to_dict())
 
 
 def _saved_table(directory: Path, label: str) -> Any:
@@ -47,7 +51,7 @@ def _saved_table(directory: Path, label: str) -> Any:
     from datasets import load_from_disk
 
     try:
-        return load_from_disk(str(directory)).with_format(None)
+        return load_from_disk(str(directory))
     except Exception as error:  # datasets and pyarrow raise what they meet first
         raise DataError(
             f"{label}: not a readable directory of Dataset.save_to_disk ({type(error).__name__}: {str(error)[:200]}); "
@@ -72,8 +76,13 @@ def _arrow_batches(stream: Any) -> Iterator[Any]:
             yield batch.slice(start, _BATCH_ROWS)
 
 
-def _rows(label: str, form: str, open_batches: Any) -> Iterator[Row]:
-    """Yield the rows of record batches."""
+def _rows(
+    label: str, form: str, open_batches: Callable[[], Iterable[Any]], features: Mapping[str, Any] | None = None
+) -> Iterator[Row]:
+    """Yield the rows of record batches.
+
+    Without ``features``, as ``datasets`` notes them, those of a batch's own schema count.
+    """
     import pyarrow
 
     number = 0
@@ -82,10 +91,31 @@ def _rows(label: str, form: str, open_batches: Any) -> Iterator[Row]:
             names = batch.schema.names
             if repeated := [name for name in names if names.count(name) > 1]:
                 raise DataError(f"{label}: names the column {repeated[0]} more than once; keep one of each name")
-            for values in batch.to_pylist():
+            named = named_columns(features_of(batch.schema) if features is None else features)
+            for values in _python_values(batch, label):
                 number += 1
-                yield make_row(f"{label} row {number}", without_filled(plain_value(values)))
+                values = plain_value(values)
+                values |= {name: with_names(values[name], named[name]) for name in named if name in values}
+                yield make_row(f"{label} row {number}", without_filled(values))
     except UnicodeDecodeError as error:
         raise DataError(f"{label}: a text column is not UTF-8 ({error}); save the file as UTF-8") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{label}: not a readable {form} file ({error}); save it again") from None
+
+
+def _python_values(batch: Any, label: str) -> list[dict[str, Any]]:
+    """Return the rows of a record batch; DataError names the column of a value that Python cannot hold."""
+    try:
+        return list(batch.to_pylist())
+    except UnicodeDecodeError:
+        raise
+    except (OverflowError, ValueError):  # such as a date after the year 9999, or two fields of one name in an object
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            try:
+                column.to_pylist()
+            except (OverflowError, ValueError) as error:
+                raise DataError(
+                    f"{label}: the column {name} has a value of type {column.type} that cannot be read ({error}); "
+                    "remove the column, or save it as text"
+                ) from None
+        raise

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from toolkit.data.readers.row import Row, make_row, without_filled
 from toolkit.data.readers.splits import choose_split
 from toolkit.runtime import hub, signals
 from toolkit.runtime.errors import DataError
@@ -42,12 +40,6 @@ def load_hub_set(
             or f"Hub data set {name} cannot be loaded: {type(error).__name__}: {str(error)[:300]}. "
             "Check the name and the network, or download it and pass the file"
         ) from None
-
-
-def hub_rows(name: str, split: str, table: Any) -> Iterator[Row]:
-    """Yield the rows of a loaded Hub data set."""
-    for number, values in enumerate(table, start=1):
-        yield make_row(f"{name}[{split}] row {number}", without_filled(values))
 
 
 def hub_files(table: Any) -> tuple[Path, ...]:
