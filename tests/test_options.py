@@ -8,7 +8,7 @@ import pytest
 
 from toolkit.config.schema import DataConfig
 from toolkit.tasks.choose import choose_task, load_task
-from toolkit.tasks.sample import Sample
+from toolkit.tasks.sample import RowFaultError, Sample
 
 
 def read(row: dict[str, Any], task: Any = "auto") -> Sample:
@@ -55,3 +55,29 @@ def test_letters_apart_name_the_option_in_composed_letters_whatever_is_normalise
         for answer in ("\u1100\u1161", "가"):
             data = DataConfig(normalize=normalize)
             assert choose_task(data, list(row)).read({**row, "answer": answer}).label == "A"
+
+
+LABELS = {"name": "choice", "output": {"labels": ["negative", "positive"]}, "columns": {"answer": "label"}}
+
+
+def test_a_number_for_a_fixed_label_needs_to_be_said_where_numbers_begin() -> None:
+    """A label of 1 is negative if they count from 1 and positive if from 0, as most files do: neither was asked."""
+    row = {"question": "q", "label": 1}
+    with pytest.raises(RowFaultError, match=r"has 1 in label, a number, and .* negative, positive; state first_number"):
+        read(row, LABELS)
+    assert read(row, {**LABELS, "first_number": 0}).label == "positive"
+    assert read(row, {**LABELS, "first_number": 1}).label == "negative"
+    assert read({**row, "label": "Positive"}, LABELS).label == "positive"
+    assert read({**row, "label": "B"}, LABELS).label == "positive"
+    assert read({**row, "label": 2}, {**LABELS, "output": {"labels": ["3", "2"]}}).label == "2"
+
+
+@pytest.mark.parametrize(("marks", "answer"), [("012", "1"), ("CAB", "A"), ("가나다", "나"), ([1, 0, 2], 0)])
+def test_an_answer_names_the_option_that_the_row_itself_calls_so(marks: Any, answer: Any) -> None:
+    """As in ARC, whose labels are A to D, or 1 to 4, as each row says."""
+    row = {"question": "q", "choices": {"text": ["x", "y", "z"], "label": list(marks)}, "answerKey": answer}
+    assert read(row).label == "B"
+    assert read({**row, "choices": {"text": ["x", "y", "z"], "label": ["A", "A", "B"]}, "answerKey": "3"}).label == "C"
+    listed = [{"label": mark, "text": text} for mark, text in zip(marks, "xyz", strict=True)]
+    task = {"name": "choice", "columns": {"options": "choices[].text"}}
+    assert read({**row, "choices": listed}, task).label == "B"

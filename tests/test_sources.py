@@ -230,14 +230,14 @@ def test_an_encrypted_archive_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_names_of_classes_stand_in_the_place_of_their_numbers(tmp_path: Path) -> None:
-    """A decision of 2 was the third of the names that the file itself holds, and was read as the second option."""
+    """A decision of 2 was the third of the names that the file itself holds, and read as the second."""
     from datasets import ClassLabel, Dataset, Features, Value
     from datasets import List as ListOf
 
     label = ClassLabel(names=["no", "maybe", "yes"])
     features = Features(
-        QUESTION=Value("string"), decision=label, several=ListOf(label), within={"name": label, "other": Value("int64")},
-        listed=ListOf({"name": label}),
+        QUESTION=Value("string"), decision=label, several=ListOf(label), listed=ListOf({"name": label}),
+        within={"name": label, "other": Value("int64")},
     )  # fmt: skip
     numbers = [2, 1, -1]
     columns = {

@@ -88,6 +88,16 @@ def test_options_that_count_from_0_are_not_skipped_as_if_the_others_were_right(t
     assert len(load(tmp_path / "rows.jsonl", task={"name": "choice", "first_number": 0}).train) == 6
 
 
+def test_numbers_of_fixed_labels_are_not_learned_as_another_label(tmp_path: Path) -> None:
+    rows = [{"question": f"q {n}", "label": n % 2} for n in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"name": "choice", "output": {"labels": ["negative", "positive"]}, "columns": {"answer": "label"}}
+    for on_bad_row in ("error", "skip"):
+        with pytest.raises(DataError, match=r"has 0 in label, a number.*\n.*\n?.*Correct the task$"):
+            load(tmp_path / "rows.jsonl", on_bad_row=on_bad_row, task=task)
+    assert len(load(tmp_path / "rows.jsonl", task={**task, "first_number": 0}).train) == 6
+
+
 @pytest.mark.parametrize("number", ["7", "-7"])
 def test_a_patient_of_a_table_with_gaps_is_the_same_in_another_file(tmp_path: Path, number: str) -> None:
     (tmp_path / "train.csv").write_text(f"pid,QUESTION,LONG_ANSWER\n{number}.0,q?,a\n8.0,r?,a\n")

@@ -218,8 +218,12 @@ def test_a_template_reaches_nothing_outside_its_sandbox() -> None:
     ("task", "columns", "message"),
     [
         ("auto", ["prompt", "chosen", "rejected"], "preference pairs (chosen, rejected), which are not for supervised"),
-        ("auto", ["prompt", "completion", "label"], "judged answers (a label beside prompt and completion"),
-        ("auto", ["messages", "rejected_response"], "name the task: data.task: prompt_completion"),
+        ("auto", ["prompt", "completion", "label"], "judged answers (label beside prompt and completion"),
+        ("auto", ["id", "prompt", "completion", "Label", "source"], "name the task: data.task: prompt_completion"),
+        ("auto", ["prompt", "completion", "rejected"], "judged answers (rejected), which are not for supervised"),
+        ("auto", ["messages", "rejected_response"], "name the task: data.task: messages"),
+        ("auto", ["messages", "rejected_messages"], "judged answers (rejected_messages)"),
+        ("auto", ["instruction", "input", "output", "kto_tag"], "name the task: data.task: alpaca"),
         ("auto", ["title", "body"], "auto knows no task for rows with the columns title, body; expected those of one"),
         ("auto", ["QUESTION", "ANSWR"], "needs the column LONG_ANSWER or answer; the rows have QUESTION, ANSWR"),
         ("long_answer", ["QUESTIONS_KO", "LONG_ANSWER"],
@@ -234,6 +238,30 @@ def test_rows_that_do_not_fit_say_what_would(task: str, columns: list[str], mess
     with pytest.raises(DataError) as error:
         choose_task(DataConfig(task=task), columns)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("label", [True, False, "True", "false "])
+def test_a_label_of_true_or_false_is_a_judgement_of_the_answer_unless_the_task_is_named(label: Any) -> None:
+    """As LLaMA-Factory and ms-swift have it for KTO; a label that is anything else is a column like others."""
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    for row in ({"messages": messages}, {"instruction": "q", "output": "a"}, {"QUESTION": "q", "LONG_ANSWER": "a"}):
+        with pytest.raises(RowFaultError, match=r"beside its answer, as judged answers have, .* name the task"):
+            read({**row, "label": label}, "auto")
+        named = choose_task(DataConfig(), list(row)).name
+        assert read({**row, "label": label}, named).answer == read({**row, "label": "a"}, "auto").answer == "a"
+    assert read({"question": "q", "choices": ["false", "true"], "label": "true"}, "auto").answer == "B"
+
+
+def test_a_message_that_says_two_things_says_which() -> None:
+    question = {"role": "user", "content": "q"}
+    for answer, named in (
+        ({"content": "a", "value": "b"}, "content and value"),
+        ({"content": "a", "reasoning": "x", "thinking": "y"}, "reasoning and thinking"),
+    ):
+        with pytest.raises(RowFaultError, match=f"has different values as {named} of messages 2; keep one of them"):
+            read({"messages": [question, {"role": "assistant", **answer}]}, "messages")
+    same = {"role": "assistant", "content": "a", "value": "a", "reasoning": "", "thinking": "y"}
+    assert read({"messages": [question, same]}, "messages").answer == "<think>\ny\n</think>\n\na"
 
 
 def test_texts_in_separate_letters_are_composed_and_noted_unless_it_is_off() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -13,8 +14,9 @@ from toolkit.runtime.errors import ConfigError, DataError
 from toolkit.runtime.paths import read_regular
 from toolkit.runtime.printable import one_line
 from toolkit.runtime.shipped import find_file, shipped_file
-from toolkit.tasks.columns import loose, nearest
+from toolkit.tasks.columns import nearest
 from toolkit.tasks.dataset_info import from_dataset_info
+from toolkit.tasks.judged import refuse_judged_columns
 from toolkit.tasks.task import Task
 from toolkit.tasks.task_file import OutputSpec, TaskSpec, check_spec, read_task_file
 
@@ -108,27 +110,15 @@ def recognise_task(columns: Sequence[str], with_answer: bool = True, key: str = 
     ``key`` is where a task is named, for messages.
 
     Raises:
-        DataError: none fits, or the rows are preference pairs.
+        DataError: none fits, or the rows are preference pairs or judged answers.
     """
-    named = {loose(column) for column in columns}
-    if {loose("prompt"), loose("completion"), loose("label")} == named or loose("rejected_response") in named:
-        raise DataError(
-            "the rows are judged answers (a label beside prompt and completion, or rejected_response), which are not "
-            "for supervised tuning: it would learn the bad ones, too. To learn every answer all the same, name the "
-            f"task: {key}: prompt_completion"
-        )
-    if {"chosen", "rejected"} <= named:
-        raise DataError(
-            "the rows are preference pairs (chosen, rejected), which are not for supervised tuning: it would learn one "
-            "and ignore the other. To learn the chosen answers, map the column: "
-            f"{key}: {{name: prompt_completion, columns: {{completion: chosen}}}}"
-        )
+    refuse_judged_columns(columns, key)
     if not columns:
         return load_task(DEFAULT)
     for name in SHIPPED:
         task = load_task(name)
         if not task.missing(columns, with_answer) and task.has_options(columns):
-            return task
+            return replace(task, refuses_judged="label" not in task.answer_columns)
     partly = [
         task
         for task in map(load_task, SHIPPED)
@@ -256,7 +246,7 @@ def _read_schema(path: str) -> dict[str, Any]:
 def _with_settings(task: Task, data: DataConfig) -> Task:
     """Return the task with the recipe's own settings."""
     spec = task.spec if data.train_on is None else task.spec.model_copy(update={"train_on": data.train_on})
-    return Task(spec, data.normalize == "nfc")
+    return replace(task, spec=spec, normalize=data.normalize == "nfc")
 
 
 def _needed_columns(task: Task, with_answer: bool) -> list[str]:

@@ -78,14 +78,14 @@ def _role(message: Mapping[str, Any], where: str, tags: TagsSpec) -> str:
 def _read_turn(message: Mapping[str, Any], role: str, where: str, values: RowValues, tags: TagsSpec) -> Turn | None:
     """Read one message; None if it says nothing, as an empty system prompt."""
     keys = (tags.content,) if tags.content else _CONTENT_KEYS
-    content = _content(next((message[key] for key in keys if message.get(key) is not None), None), where, values)
+    content = _content(_only(message, keys, where), where, values)
     calls = unprinted(message.get("tool_calls"), where) or ()
     if role == _CALL:
         calls, content, role = _parse_call(content, where), "", ASSISTANT
     elif role == ASSISTANT and not calls and message.get("function_call"):  # OpenAI's form before tool_calls
         calls = (unprinted(message["function_call"], where),)
     calls = tuple(_check_call(call, where) for call in calls)
-    if role == ASSISTANT and (thought := next((message[key] for key in _THOUGHT_KEYS if message.get(key)), None)):
+    if role == ASSISTANT and (thought := _only(message, _THOUGHT_KEYS, where)):
         content = f"<think>\n{values.text(thought, where)}\n</think>\n\n{content}"
     if not content.strip() and not calls:
         if role == SYSTEM:
@@ -96,6 +96,15 @@ def _read_turn(message: Mapping[str, Any], role: str, where: str, values: RowVal
         values.text(content, where)  # for its faults; blanks around it stay
     extra = tuple((key, str(message[key])) for key in ("name", "tool_call_id") if message.get(key) is not None)
     return Turn(role, content, tool_calls=calls, extra=extra if role == TOOL else ())
+
+
+def _only(message: Mapping[str, Any], keys: Sequence[str], where: str) -> Any:
+    """Return what a message has at one of these keys; RowFaultError if two of them say different things."""
+    found = {key: value for key in keys if not (is_missing(value := message.get(key)) or value == "")}
+    values = list(found.values())
+    if any(value != values[0] for value in values):
+        raise RowFaultError(f"has different values as {' and '.join(found)} of {where}; keep one of them")
+    return values[0] if values else None
 
 
 def _content(value: Any, where: str, values: RowValues) -> str:

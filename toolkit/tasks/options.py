@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from toolkit.tasks.columns import MISSING, find
+from toolkit.tasks.kinds import first_value
 from toolkit.tasks.output import labels_of
-from toolkit.tasks.row_values import LETTERS
+from toolkit.tasks.row_values import LETTERS, choose
 from toolkit.tasks.sample import RowFaultError
 from toolkit.tasks.task_file import TaskSpec
 from toolkit.tasks.templates import render
@@ -26,6 +28,31 @@ def options_of(spec: TaskSpec, variables: Mapping[str, Any]) -> tuple[str, ...]:
     if len(options) < 2:
         raise RowFaultError(f"has {len(options)} options; expected two or more, or labels in the task's output")
     return options
+
+
+def chosen_option(
+    spec: TaskSpec, values: Mapping[str, Any], options: Sequence[str], variables: Mapping[str, Any]
+) -> int:
+    """Return the index of the option that a row's answer names; see ``choose`` for what is raised."""
+    name, column = next(one for one in spec.columns.items() if one[1].kind == "choice")
+    is_fixed = options == labels_of(spec)
+    marks = () if is_fixed else _marks_of(spec, values, len(options))
+    return choose(variables[name], options, column.path[0], spec.first_number, "text" if is_fixed else "any", marks)
+
+
+def _marks_of(spec: TaskSpec, values: Mapping[str, Any], count: int) -> tuple[str, ...]:
+    """Return what a row calls each of its ``count`` options: its list ``choices.label`` beside ``choices.text``.
+
+    None if it has no such list, as of ARC, or the list names other than all of them, each once.
+    """
+    column = next((column for column in spec.columns.values() if column.kind == "options"), None)
+    path = "" if column is None else first_value(values, column)[0]
+    parent, _, last = path.rpartition(".")
+    found = find(values, f"{parent}.label") if parent and last == "text" else MISSING
+    if not isinstance(found, Sequence) or isinstance(found, str):
+        return ()
+    marks = tuple(str(mark).strip() for mark in found)
+    return marks if len(marks) == len(set(marks)) == count else ()
 
 
 def answer_variables(options: Sequence[str], chosen: int) -> dict[str, Any]:

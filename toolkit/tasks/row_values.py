@@ -25,7 +25,7 @@ _INVISIBLE = re.compile(
 )
 """Blanks, joiners, fillers and marks that show nothing."""
 
-Reading = Literal["text", "number"]
+Reading = Literal["any", "text"]
 
 COUNTED_OTHERWISE = ", so those of the other rows may be meant otherwise too: state where they begin"
 """End of the fault of a row that shows that a file counts its options from 0, and was not said to."""
@@ -121,36 +121,47 @@ class RowValues:
         return tuple(self.text(one, name) for one in value)
 
 
-def choose(value: Any, options: Sequence[str], name: str, first_number: int, reading: Reading | None = None) -> int:
-    """Return the index of the option that a row's answer names by number, by letter, or by its text.
+def choose(
+    value: Any, options: Sequence[str], name: str, first_number: int | None, reading: Reading, marks: Sequence[str] = ()
+) -> int:
+    """Return the index of the option that a row's answer names by its mark, by number, by letter, or by its text.
 
     Args:
         value: the answer.
         options: texts of the options.
         name: its column, for messages.
-        first_number: number of the first option.
-        reading: what counts where an answer is the number or letter of one option and the text of another.
+        first_number: number of the first option; None if the task does not state it: 1, of options that rows bring.
+        reading: what counts where an answer is the number or letter of one option and the text of another: its ``text``
+            in a fixed list of labels; a number whose first is stated; else that is a fault (``any``).
+        marks: what the row itself calls each option; none if it does not.
 
     Raises:
-        RowFaultError: it names none, or without ``reading`` two.
+        RowFaultError: it names none, or ``any`` of two; or it is a number of a fixed list and their first is not
+            stated.
     """
     if is_missing(value):
         raise RowFaultError(f"has no answer in {name}; expected one of the {len(options)} options")
     whole = isinstance(value, float) and value.is_integer()
     text = unicodedata.normalize("NFC", str(int(value) if whole else value).strip())
-    composed = [unicodedata.normalize("NFC", option) for option in options]
-    same = [index for index, option in enumerate(composed) if option == text]
-    same = same or [index for index, option in enumerate(composed) if option.casefold() == text.casefold()]
+    if text in marks:
+        return marks.index(text)
+    same = _with_text(options, text)
     mark = unicodedata.normalize("NFKC", text).strip("().").upper()  # of circled and full-width ones the plain one
     marked: int | None = None
     if (number := re.fullmatch(r"(-?\d+)(?:\.0+)?", mark)) and not isinstance(value, bool):
-        marked = int(number[1]) - first_number
+        marked = int(number[1]) - (1 if first_number is None else first_number)
     elif len(mark) == 1 and mark in LETTERS:
         marked = LETTERS.index(mark)
+    if reading == "text" and number and first_number is None and not same:
+        raise RowFaultError(
+            f"has {text} in {name}, a number, and the answers are the labels {', '.join(options)[:200]}; state "
+            f"first_number in data.task, which is 0 if {options[0][:40]} is number 0{COUNTED_OTHERWISE}"
+        )
     is_marked = marked is not None and 0 <= marked < len(options)
-    if is_marked and ((reading == "number" and number) or not same):
+    counts_numbers = reading == "any" and first_number is not None
+    if is_marked and ((counts_numbers and number) or not same):
         return marked or 0
-    if is_marked and reading is None and same and same != [marked]:
+    if is_marked and reading == "any" and first_number is None and same and same != [marked]:
         raise RowFaultError(
             f"has {text} in {name}, which is the {'number' if number else 'letter'} of one option and the text of "
             "another; state first_number in data.task if answers are numbers, or map a column that has them as such"
@@ -160,14 +171,21 @@ def choose(value: Any, options: Sequence[str], name: str, first_number: int, rea
     if same:
         return same[0]
     if number and marked is not None:
-        counted = f"numbers count from {first_number} here (first_number in data.task)"
-        if marked == -1 and reading is None:
+        counted = f"numbers count from {int(number[1]) - marked} here (first_number in data.task)"
+        if marked == -1 and first_number is None:
             counted += COUNTED_OTHERWISE
         raise RowFaultError(f"has {text} in {name}, and {len(options)} options; {counted}")
     shown = ", ".join(options)
     raise RowFaultError(
         f"has {text[:60]!r} in {name}; expected a number, a letter or the text of one of: {shown[:200]}"
     )
+
+
+def _with_text(options: Sequence[str], text: str) -> list[int]:
+    """Return the indices of the options that are a text, or else are it but for the case of letters."""
+    composed = [unicodedata.normalize("NFC", option) for option in options]
+    same = [index for index, option in enumerate(composed) if option == text]
+    return same or [index for index, option in enumerate(composed) if option.casefold() == text.casefold()]
 
 
 def without_gaps(named: Sequence[tuple[str, Any]]) -> list[Any]:

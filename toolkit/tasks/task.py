@@ -9,11 +9,12 @@ from typing import Any
 
 from toolkit.tasks.columns import MISSING, find, find_each, is_there, loose, nearest, top_names
 from toolkit.tasks.conversation import conversation_of, messages_in, whole_turns
+from toolkit.tasks.judged import require_no_judgement
 from toolkit.tasks.kinds import check_found, empty_value, first_value, read_kind, shown_path
 from toolkit.tasks.messages import read_messages
-from toolkit.tasks.options import answer_of, answer_variables, answers_of, options_of
+from toolkit.tasks.options import answer_of, answer_variables, answers_of, chosen_option, options_of
 from toolkit.tasks.output import check_answer, labels_of, schema_of
-from toolkit.tasks.row_values import Reading, RowValues, choose, is_missing, unprinted, without_gaps
+from toolkit.tasks.row_values import RowValues, is_missing, unprinted, without_gaps
 from toolkit.tasks.sample import ASSISTANT, SYSTEM, TEXT, USER, RowFaultError, Sample, Turn
 from toolkit.tasks.task_file import TaskSpec, used_variables
 from toolkit.tasks.templates import render
@@ -26,6 +27,8 @@ class Task:
     spec: TaskSpec
     normalize: bool = True
     """Bring texts into Unicode's composed form (NFC)."""
+    refuses_judged: bool = False
+    """Take a label of true or false for a judgement of the answer: of a task that nobody named."""
 
     @property
     def name(self) -> str:
@@ -45,6 +48,8 @@ class Task:
         if not isinstance(values, Mapping):
             names = ", ".join(column.path[0] for column in self.spec.columns.values())
             raise RowFaultError(f"is a {type(values).__name__}; expected an object with columns {names}")
+        if self.refuses_judged and with_answer:
+            require_no_judgement(values)
         reader = RowValues(self.normalize)
         if self.spec.conversation is not None:
             sample: Sample | None = self._read_conversation(values, reader, with_answer)
@@ -179,13 +184,7 @@ class Task:
             return Sample((Turn(TEXT, text, trained=True),))
         options = options_of(spec, variables)
         if options and with_answer:
-            name = next(name for name, column in spec.columns.items() if column.kind == "choice")
-            reading: Reading | None = None if spec.first_number is None else "number"
-            if options == labels_of(spec):
-                reading = "text"
-            first = 1 if spec.first_number is None else spec.first_number
-            chosen = choose(variables[name], options, _key(spec, name), first, reading)
-            variables |= answer_variables(options, chosen)
+            variables |= answer_variables(options, chosen_option(spec, values, options, variables))
         contexts = tuple(variables[spec.cut]) if spec.cut is not None else ()
         arrange = partial(self._arrange, variables, with_answer)
         turns = arrange(contexts)
