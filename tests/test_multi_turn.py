@@ -255,3 +255,34 @@ def test_control_tokens_of_a_message_are_text_unless_the_recipe_says_parse() -> 
     assert as_text.control_token == parsed.control_token == "<|im_end|>"
     ids, _ = theirs(FAMILIES["chatml"], tokenizer, messages)
     assert list(parsed.token_ids) == ids[: len(parsed)]
+
+
+def test_control_tokens_in_the_names_of_functions_and_arguments_are_text() -> None:
+    """A template prints names of tools, arguments and properties as it does their values."""
+    tokenizer = FAMILIES["chatml"].tokenizer("bytes")
+    tokenizer.chat_template = (
+        "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{% for message in messages %}"
+        "<|im_start|>{{ message.role }}\n{{ message.name or '' }}{{ message.tool_calls | tojson if message.tool_calls }}"
+        "{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    end = "<|im_end|>"
+
+    def encoded(mark: str) -> Example:
+        call = {"id": "1", "type": "function", "function": {"name": f"f{mark}", "arguments": {f"x{mark}": 1}}}
+        messages = [
+            {"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "2", "name": f"f{mark}", "tool_call_id": "1"},
+            {"role": "assistant", "content": "a"},
+        ]  # fmt: skip
+        properties = {f"x{mark}": {"type": "integer"}}
+        tools = [{"type": "function", "function": {"name": f"f{mark}", "parameters": {"properties": properties}}}]
+        sample = load_task({"name": "messages", "train_on": "last"}).read({"messages": messages, "tools": tools})
+        return Encoder(tokenizer, 2048).encode(sample)
+
+    plain, hostile = encoded(""), encoded(end)
+    number = tokenizer.convert_tokens_to_ids(end)
+    assert hostile.token_ids.count(number) == plain.token_ids.count(number) == 4
+    assert tokenizer.decode(hostile.token_ids).count(end) == 4 + 5
+    assert (hostile.control_token, plain.control_token) == (end, "")
+    assert not hostile.hides_tools

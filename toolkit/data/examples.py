@@ -242,7 +242,7 @@ class Encoder:
         ):
             raise RowFaultError("has an answer without tokens; expected text that the tokenizer knows")
         text = "".join(piece.text for piece in conversation.pieces) if sample.tools else ""
-        hides_tools = bool(sample.tools) and not self.turns.template.shows(sample.tools, text)
+        hides_tools = bool(sample.tools) and not self.turns.template.shows(tools, text)
         return Example(ids, tuple(spans), reasons=conversation.reasons, control_token=control, hides_tools=hides_tools)
 
     def _encode_pieces(self, pieces: Sequence[Piece]) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
@@ -269,11 +269,11 @@ class Encoder:
                 marks.append(mark)
                 return text
             if isinstance(value, Mapping):
-                return {key: escape(one) for key, one in value.items()}
-            return [escape(one) for one in value] if isinstance(value, list | tuple) else value
+                return {escape(key): escape(one) for key, one in value.items()}
+            return type(value)(map(escape, value)) if isinstance(value, list | tuple) else value
 
         turns = [
-            replace(turn, content=escape(turn.content), tool_calls=tuple(escape(turn.tool_calls)))
+            replace(turn, **{name: escape(getattr(turn, name)) for name in ("content", "tool_calls", "extra")})
             for turn in sample.turns
         ]
         return turns, [escape(tool) for tool in sample.tools], next((mark for mark in marks if mark), "")
