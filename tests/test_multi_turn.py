@@ -262,8 +262,8 @@ def test_control_tokens_in_the_names_of_functions_and_arguments_are_text() -> No
     tokenizer = FAMILIES["chatml"].tokenizer("bytes")
     tokenizer.chat_template = (
         "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{% for message in messages %}"
-        "<|im_start|>{{ message.role }}\n{{ message.name or '' }}{{ message.tool_calls | tojson if message.tool_calls }}"
-        "{{ message.content }}<|im_end|>\n{% endfor %}"
+        "<|im_start|>{{ message.role }}\n{{ message.name or '' }}"
+        "{{ message.tool_calls | tojson if message.tool_calls }}{{ message.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     end = "<|im_end|>"

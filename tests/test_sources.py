@@ -229,6 +229,35 @@ def test_an_encrypted_archive_is_refused(tmp_path: Path) -> None:
         read_rows(str(path))
 
 
+@pytest.mark.parametrize("name", ["row.json", "row.jsonl"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"QUESTION": "q", "LONG_ANSWER": "a", "items": [{"text": "x"}, {"text": "y"}]},
+        {"instruction": "q", "output": "a", "examples": [{"input": "x"}]},
+        {"messages": [{"role": "user", "content": "q"}], "samples": [{"n": 1}]},
+        {"conversation": [{"human": "q", "assistant": "a"}]},
+        {"conversations": [{"speaker": "p", "utterance": "q"}, {"speaker": "d", "utterance": "a"}]},
+    ],
+)
+def test_one_row_that_has_a_list_of_objects_is_a_row(tmp_path: Path, name: str, row: dict[str, Any]) -> None:
+    (tmp_path / name).write_text(json.dumps(row))
+    assert [found.values for found in read_rows(str(tmp_path / name))] == [row]
+
+
+def test_an_object_that_may_be_a_row_or_a_file_of_rows_is_asked_about(tmp_path: Path) -> None:
+    listed = [{"text": "x"}, {"text": "y"}]
+    odd = {"질문": "q", "정답": "a", "items": listed}
+    (tmp_path / "rows.json").write_text(json.dumps(odd))
+    with pytest.raises(DataError, match=r"texts \(질문, 정답\) and a list of objects \(items\): one row, or many\?"):
+        read_rows(str(tmp_path / "rows.json"))
+    (tmp_path / "rows.jsonl").write_text(json.dumps(odd))
+    assert [row.values for row in read_rows(str(tmp_path / "rows.jsonl"))] == [odd], "a row a line, by its name"
+    about = {"version": "1", "License": "MIT", "count": 2, "info": {"by": "us"}, "items": listed}
+    (tmp_path / "rows.json").write_text(json.dumps(about))
+    assert [row.values for row in read_rows(str(tmp_path / "rows.json"))] == listed
+
+
 def test_the_names_of_classes_stand_in_the_place_of_their_numbers(tmp_path: Path) -> None:
     """A decision of 2 was the third of the names that the file itself holds, and read as the second."""
     from datasets import ClassLabel, Dataset, Features, Value

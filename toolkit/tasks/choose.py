@@ -115,10 +115,8 @@ def recognise_task(columns: Sequence[str], with_answer: bool = True, key: str = 
     refuse_judged_columns(columns, key)
     if not columns:
         return load_task(DEFAULT)
-    for name in SHIPPED:
-        task = load_task(name)
-        if not task.missing(columns, with_answer) and task.has_options(columns):
-            return replace(task, refuses_judged="label" not in task.answer_columns)
+    if (fitting := fitting_task(columns, with_answer)) is not None:
+        return replace(fitting, refuses_judged="label" not in fitting.answer_columns)
     partly = [
         task
         for task in map(load_task, SHIPPED)
@@ -130,6 +128,13 @@ def recognise_task(columns: Sequence[str], with_answer: bool = True, key: str = 
         f"{key}: auto knows no task for rows with the columns {', '.join(columns)}; expected those of one of: "
         f"{forms}{best}. Map them, as in {key}: {{name: prompt_completion, columns: {{prompt: …, completion: …}}}}"
     )
+
+
+def fitting_task(columns: Sequence[str], with_answer: bool = True) -> Task | None:
+    """Return the first shipped task whose columns rows with these columns have; None if there is none."""
+    tasks = map(load_task, SHIPPED)
+    fitting = (task for task in tasks if not task.missing(columns, with_answer) and task.has_options(columns))
+    return next(fitting, None)
 
 
 def load_task(task: str | Mapping[str, Any], key: str = "data.task") -> Task:
