@@ -386,3 +386,9 @@ def test_generation_settings_that_transformers_refuses_are_one_message(tiny_mode
     assert ended.returncode == 2
     assert "settings of the model's generation_config.json" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_names_of_tensors_stay_within_their_line() -> None:
+    from toolkit.models.weight_files import join_names
+
+    assert join_names(["x\n[frostline] done\x1b[2J", "a.1", "a.2"]) == "x\\n[frostline] done\\x1b[2J, a.N (2 times)"

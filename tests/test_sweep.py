@@ -32,8 +32,9 @@ from toolkit.runtime.errors import CheckpointError, ConfigError
 from toolkit.split.prefix import Prefix
 from toolkit.sweeping import running
 from toolkit.sweeping.definition import SweepDefinition, definition_of, describe, take_flags, trial_configs
+from toolkit.sweeping.inputs import base_key
 from toolkit.sweeping.report import write_report
-from toolkit.sweeping.results import base_key, score_trials
+from toolkit.sweeping.results import score_trials
 from toolkit.sweeping.running import run_trials
 from toolkit.sweeping.table import ScoredTrial, front, markdown
 from toolkit.sweeping.trials import Sweep, Trial, open_sweep

@@ -17,6 +17,8 @@ from toolkit.runtime.paths import open_regular
 
 METRICS_FILE = "metrics.jsonl"
 """What a run logs, in its directory."""
+_NUMBERS = frozenset({"loss", "learning_rate", "peak_memory_gib", "epoch", "seconds", "trained_parameters"})
+"""Keys of a row whose values are read again as numbers."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def number(value: Any) -> float:
 
 def _is_readable(name: str, value: Any) -> bool:
     """Return whether a value of a row is a number, where a number belongs there, or null."""
-    if name in ("loss", "learning_rate", "peak_memory_gib", "epoch") or name.startswith("eval_"):
+    if name in _NUMBERS or name.startswith("eval_"):
         return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and _is_small(value))
     return True
 

@@ -151,6 +151,14 @@ def fingerprint_differences(state: CheckpointState, now: Mapping[str, str], orde
         yield f"this torch gives epoch {state.epoch + 1} another order of rows; use the version that wrote it"
 
 
+def input_differences(state: CheckpointState, other: CheckpointState) -> Iterator[str]:
+    """Yield a line for each of model, rows, tokenizer and template that two checkpoints of other runs do not share."""
+    for name in ("base", "data", "tokenizer", "chat_template"):
+        then, now = (one.fingerprints.get(name, "unknown") for one in (state, other))
+        if then != now:
+            yield f"{_MEANINGS[name]} (SHA-256 {then[:12]} then, {now[:12]} now)"
+
+
 _MEANINGS = {
     "base": "the weights of the base model have changed since",
     "data": "the rows, or the ids that this version makes of them, have changed since",

@@ -169,6 +169,11 @@ def load_dataset(
     screening = Screening.of(config, seen)
     for note in encoder.notes():
         log.info("%s", note)
+    if not encoder.tokenizer.chat_template and task.spec.text is None:
+        log.info(
+            "the model has no chat template: turns are joined as plain text, without marks of who speaks; "
+            "data.chat_template names one"
+        )
     dataset = Dataset(train, validation, skipped, test, screening, tuple(sources), task.name)
     _report_texts(dataset.rows, encoder.rendering.parses_special)
     return dataset

@@ -21,6 +21,7 @@ from toolkit.models.checkpoint_contents import check_contents
 from toolkit.models.directory import IS_ADAPTER, check_directory
 from toolkit.models.disk_offload import OnDisk, detach_offloaded, device_map, silence_accelerate
 from toolkit.models.exaone import ExaoneFormat, is_exaone
+from toolkit.models.generation_file import check_generation_file
 from toolkit.models.quirks import turn_off_layerdrop
 from toolkit.models.rotary import make_rotary_per_sample
 from toolkit.models.source_files import SourceFiles, config_levels
@@ -257,6 +258,7 @@ def _load_weights(source: str, config: ModelConfig, extra: dict[str, Any]) -> tu
         if storage_format.files.find("adapter_config.json"):  # transformers would load the base that it names
             raise ModelError(f"{source} (model.name_or_path) {IS_ADAPTER}")
         with hub.downloads(source):
+            check_generation_file(storage_format.files)
             model, info = storage_format.read(options)
     except Exception as error:  # a damaged config or checkpoint makes transformers raise anything
         if isinstance(error, FrostlineError) or is_out_of_memory(error):

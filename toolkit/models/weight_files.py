@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from toolkit.models.source_files import SourceFiles
 from toolkit.runtime.errors import ModelError
+from toolkit.runtime.printable import one_line
 from toolkit.runtime.safetensors_io import FLOATS, SafetensorsFile, write_safetensors
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -199,7 +200,7 @@ def _raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
 def join_names(names: Iterable[str], most: int = 12) -> str:
     """Join names for a message; names that differ only in their numbers are given once, with their count."""
     groups: dict[str, list[str]] = defaultdict(list)
-    for name in names:
+    for name in map(one_line, names):  # a file's own names are a stranger's
         groups[re.sub(r"\d+", "N", name)].append(name)
     texts = [group[0] if len(group) == 1 else f"{pattern} ({len(group)} times)" for pattern, group in groups.items()]
     more = f" and {len(texts) - most} more kinds" if len(texts) > most else ""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 from collections.abc import Mapping
@@ -12,7 +10,6 @@ from typing import Any
 
 from toolkit.checkpoint.choice import find_checkpoint
 from toolkit.checkpoint.metrics_log import METRICS_FILE, number, read_rows
-from toolkit.config.schema import RunConfig
 from toolkit.evaluation.comparison import Comparison, compare_models
 from toolkit.evaluation.outputs import Asked
 from toolkit.evaluation.rows import Part
@@ -22,6 +19,7 @@ from toolkit.metrics.resampling import Interval
 from toolkit.runtime import signals
 from toolkit.runtime.errors import CheckpointError, FrostlineError
 from toolkit.sweeping.definition import Settings
+from toolkit.sweeping.inputs import base_key, require_same_inputs
 from toolkit.sweeping.trials import Sweep, Trial
 
 log = logging.getLogger("frostline")
@@ -46,22 +44,11 @@ def score_trials(sweep: Sweep, with_test: bool = False) -> bool:
             _score(sweep, trial, with_test)
             trial.fault = None
         except FrostlineError as error:
+            trial.result = {}
             trial.fault = f"cannot be scored: {' '.join(str(error).split())}"
             log.warning("sweep: trial %d %s", trial.number, trial.fault)
         sweep.save()
     return True
-
-
-def held_out(config: RunConfig) -> str:
-    """Return a digest of what decides which rows a trial holds out."""
-    data = config.data
-    drawn = isinstance(data.validation, float) or isinstance(data.test, float) or data.limit is not None
-    return _digest(data.model_dump(mode="json"), config.train.seed if drawn else None)
-
-
-def base_key(config: RunConfig) -> str:
-    """Return a digest of what decides the score of the model before training: the rows held out, and the model."""
-    return _digest(held_out(config), config.model.model_dump(mode="json"))
 
 
 def bases_of(sweep: Sweep) -> dict[str, Any]:
@@ -78,13 +65,14 @@ def costs_of(trial: Trial) -> dict[str, float]:
     Raises:
         CheckpointError: the run has logged no step.
     """
-    rows = [row for row in read_rows(trial.directory / METRICS_FILE) if "trained_parameters" in row]
+    needed = {"trained_parameters", "seconds", "peak_memory_gib"}
+    rows = [row for row in read_rows(trial.directory / METRICS_FILE) if needed <= row.keys()]
     if not rows:
         raise CheckpointError(f"{trial.directory / METRICS_FILE} has no step; expected those of a finished run")
     return {
         "seconds": sum(number(row["seconds"]) for row in rows),
         "memory_gib": max(number(row["peak_memory_gib"]) for row in rows),
-        "trained": max(int(row["trained_parameters"]) for row in rows),
+        "trained": max(number(row["trained_parameters"]) for row in rows),
     }
 
 
@@ -113,12 +101,9 @@ def higher_is_better(sweep: Sweep) -> bool:
     return any(trial.result["validation"]["higher_is_better"] for trial in sweep.trials if "validation" in trial.result)
 
 
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
-
-
 def _score(sweep: Sweep, trial: Trial, with_test: bool) -> None:
     """Fill ``Trial.result``, and the scores of the base if these rows have none yet."""
+    require_same_inputs(sweep, trial)
     checkpoint, key = _checkpoint(trial), base_key(trial.config)
     if trial.result.get("checkpoint") != checkpoint:
         trial.result = {"checkpoint": checkpoint, **costs_of(trial)}

@@ -16,6 +16,7 @@ from toolkit.runtime.errors import ConfigError, UsageError
 from toolkit.runtime.shipped import launch_script
 from toolkit.runtime.signals import STOPPED
 from toolkit.sweeping.definition import Settings
+from toolkit.sweeping.inputs import require_same_inputs
 from toolkit.sweeping.results import higher_is_better, outcomes
 from toolkit.sweeping.trials import Sweep, Trial, prepare_run
 
@@ -82,6 +83,8 @@ def _run(sweep: Sweep, waiting: Sequence[Trial], start: Start) -> bool:
         sweep.save()
         if code == STOPPED:
             return False
+        if trial.is_done:
+            require_same_inputs(sweep, trial)
         if trial.fault:
             log.warning("sweep: trial %d %s, as it says above; the others go on", trial.number, trial.fault)
     return not signals.stop_requested()

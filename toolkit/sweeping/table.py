@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from toolkit.metrics.resampling import Interval, over_seeds
-from toolkit.sweeping.results import bases_of, held_out, quality_of
+from toolkit.sweeping.inputs import held_out
+from toolkit.sweeping.results import bases_of, quality_of
 from toolkit.sweeping.trials import Sweep, Trial
 
 COSTS = {"seconds": "seconds", "memory_gib": "peak GiB", "trained": "trained"}

@@ -11,25 +11,23 @@ from typing import Any
 
 from toolkit.checkpoint.catalog import latest_checkpoint
 from toolkit.checkpoint.early_stopping import ended_early
+from toolkit.checkpoint.own_directory import require_run_or_unused
 from toolkit.checkpoint.run_directory import write_config
 from toolkit.checkpoint.state import read_state
 from toolkit.checkpoint.validation_score import read_validation_score
 from toolkit.config.flags import Invocation
+from toolkit.config.recipe import read_saved
 from toolkit.config.schema import RunConfig
 from toolkit.runtime.errors import CheckpointError, ConfigError
-from toolkit.runtime.file_lock import LOCK_FILE_NAME, RunLock
+from toolkit.runtime.file_lock import RunLock
 from toolkit.runtime.json_text import to_json
-from toolkit.runtime.paths import explain_refused_write, read_regular, replace_text
+from toolkit.runtime.paths import explain_refused_write, replace_text
 from toolkit.runtime.privacy import group_files, make_directory
 from toolkit.slurm.submission import queued_job
 from toolkit.sweeping.definition import Settings, SweepDefinition, describe, trial_configs
 from toolkit.sweeping.frost_lines import find_lines
 from toolkit.sweeping.search import Search, read_search
-
-STATE_FILE = "sweep.json"
-"""In a sweep's directory: its recipe, its trials and what came of them. It is the table as JSON."""
-_FORMAT = "frostline-sweep-1"
-_MOST_BYTES = 2**26
+from toolkit.sweeping.state_file import FORMAT, STATE_FILE, read_state_file, recipe_of
 
 
 @dataclass
@@ -111,7 +109,7 @@ class Sweep:
     def save(self) -> None:
         """Write the state; the file is whole at any moment."""
         trials = [*self.others, *(trial.as_dict() for trial in self.trials)]
-        state = {"format": _FORMAT, "recipe": self.recipe, "base": self.base}
+        state = {"format": FORMAT, "recipe": self.recipe, "base": self.base}
         text = to_json({**state, "trials": sorted(trials, key=lambda one: one["trial"])}, ensure_ascii=False, indent=1)
         with explain_refused_write(self.directory):
             replace_text(self.directory / STATE_FILE, f"{text}\n")
@@ -139,8 +137,8 @@ def open_sweep(
         found = [one for corner in search.corners for one in _settings_of(base, [corner], source)]
     _require_held_out([config for _, config in found], source)
     directory = Path(base.output.dir) if base.output.dir else Path("runs") / f"{invocation.recipe.stem}-sweep"
-    recipe = _recipe_of(base)
-    state = _read_state(directory, recipe)
+    recipe = recipe_of(base)
+    state = read_state_file(directory, recipe)
     known = {json.dumps(one["settings"], sort_keys=True): one for one in state.get("trials", ())}
     if search:
         find_lines(dict(enumerate(found, start=1)))
@@ -198,14 +196,30 @@ def prepare_run(trial: Trial) -> Path:
     """Write the recipe of a trial into its directory; return the file, which ``train.py --config`` takes.
 
     Raises:
-        CheckpointError: another process, such as one that a killed sweep left, trains it, or a job is to.
+        CheckpointError: another process, such as one that a killed sweep left, trains it, or a job is to; the directory
+            is a link, or holds something else than this trial.
         DiskError: the directory cannot be written.
     """
     if holder := queued_job(trial.directory):
         raise CheckpointError(f"{trial.directory} belongs to {holder}; wait for it, or cancel it")
+    _require_own(trial)
     with explain_refused_write(trial.directory), _held(trial.directory, trial.config.output.share == "group"):
         write_config(trial.directory, trial.config)
     return trial.directory / "config.yaml"
+
+
+def _require_own(trial: Trial) -> None:
+    """Raise CheckpointError if a trial's directory is a link, or holds what is not a run of its recipe."""
+    if trial.directory.is_symlink():
+        raise CheckpointError(
+            f"{trial.directory} is a symbolic link, and trials are written within the sweep's own directory; remove it"
+        )
+    require_run_or_unused(trial.directory)
+    written = trial.directory / "config.yaml"
+    if written.exists() and recipe_of(read_saved(written)) != recipe_of(trial.config):
+        raise CheckpointError(
+            f"{trial.directory} holds a run of another recipe; move it away, or choose another --output.dir"
+        )
 
 
 @contextmanager
@@ -222,66 +236,6 @@ def _held(directory: Path, is_shared: bool) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _recipe_of(config: RunConfig) -> dict[str, Any]:
-    """Return a recipe as JSON values, without where its runs are written."""
-    values: dict[str, Any] = config.model_dump(mode="json")
-    del values["output"]["dir"], values["output"]["resume"]
-    return values
-
-
-def _read_state(directory: Path, recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return the state of the sweep in a directory; nothing for one that is not used yet.
-
-    Raises:
-        CheckpointError: it holds something else, or the sweep of another recipe.
-    """
-    if not directory.exists():
-        return {}
-    try:
-        held = [path.name for path in directory.iterdir() if path.name != LOCK_FILE_NAME]
-        state = json.loads(read_regular(directory / STATE_FILE, _MOST_BYTES)) if held else {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{directory} holds no sweep ({error}); expected a directory that is empty, does not exist, or holds one. "
-            "Choose another --output.dir"
-        ) from None
-    if held and not _is_state(state):
-        raise CheckpointError(f"{directory / STATE_FILE} is of no sweep that this version reads; choose another "
-                              "--output.dir")  # fmt: skip
-    then: dict[str, Any] = state.get("recipe", recipe)  # of a new directory there is none
-    differences = [
-        f"{section}.{key} is {recipe.get(section, {}).get(key)!r}, and was {then.get(section, {}).get(key)!r}"
-        for section in {**then, **recipe}
-        for key in {**then.get(section, {}), **recipe.get(section, {})}
-        if then.get(section, {}).get(key) != recipe.get(section, {}).get(key)
-    ]
-    if differences:
-        raise CheckpointError(
-            f"{directory} holds a sweep of another recipe: {'; '.join(differences)}. Choose another --output.dir"
-        )
-    return dict(state)
-
-
-def _is_state(state: Any) -> bool:
-    """Return whether a JSON value has the form that ``Sweep.save`` writes, as far as it is read again."""
-    if not isinstance(state, dict) or state.get("format") != _FORMAT or not isinstance(state.get("trials"), list):
-        return False
-    recipe, base = state.get("recipe"), state.get("base")
-    if not _is_nested(recipe) or not _is_nested(base):
-        return False
-    needed = {"trial": int, "settings": dict, "wall_seconds": int | float}
-    return all(
-        isinstance(trial, dict)
-        and {"code", "fault"} <= trial.keys()
-        and all(isinstance(trial.get(key), kind) for key, kind in needed.items())
-        for trial in state["trials"]
-    )
-
-
-def _is_nested(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(part, dict) for part in value.values())
 
 
 def _is_finished(directory: Path, config: RunConfig) -> bool:
