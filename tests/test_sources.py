@@ -8,6 +8,7 @@ import logging
 import zipfile
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import pytest
 from data_files import CELLS, DATED, READ, REFUSED, ROWS, as_csv, as_json, as_jsonl, as_workbook, as_zip
@@ -94,6 +95,7 @@ def test_encoding_separator_and_sheet_can_be_asked_for(tmp_path: Path) -> None:
     assert read(put(tmp_path / "t.txt", "a;b\n1;2\n"), separator=";")[0].values == {"a": "1", "b": "2"}
     book = put(tmp_path / "book.xlsx", as_workbook({"안내": [["x"], ["y"]], "자료": CELLS}))
     assert with_lists(read(book, sheet="자료")) == ROWS
+    assert with_lists(read(book, sheet=normalize("NFD", "자료"))) == ROWS
     with pytest.raises(DataError, match=r"data\.sheet is 'x', but .* set it to one of: 안내, 자료"):
         read(book, sheet="x")
     with pytest.raises(DataError, match=r"data\.encoding is 'nope', which is no encoding of text"):

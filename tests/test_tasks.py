@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import pytest
 
@@ -95,6 +96,17 @@ def test_names_match_without_case_blanks_and_plural_and_it_is_said(
     with caplog.at_level("INFO", "frostline"):
         assert read(row, "pubmedqa") == read(QA)
     assert f"{names[0]!r} as QUESTION" in caplog.text
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("asked", ["NFC", "NFD"])
+def test_names_match_in_either_form_of_unicode_and_without_marks_that_show_nothing(form: str, asked: str) -> None:
+    row = {"\u200b질문": "q", "문맥": ["c", "d"], "정답\ufeff": "a"}
+    columns = {"question": "질문", "contexts": "문맥", "answer": normalize(asked, "정답")}
+    sample = read(
+        {normalize(form, name): value for name, value in row.items()}, {"name": "long_answer", "columns": columns}
+    )
+    assert (sample.contexts, said(sample)[-1]) == (("c", "d"), ("assistant", "a"))
 
 
 def test_two_columns_of_one_name_are_refused_unless_one_is_exact() -> None:

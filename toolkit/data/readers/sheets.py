@@ -7,6 +7,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
+from unicodedata import normalize
 
 from toolkit.data.readers.content import Content
 from toolkit.data.readers.row import ReadOptions, Row, plain_value
@@ -92,9 +93,14 @@ def _choose_sheet(label: str, book: Any, asked: str | None) -> Any:
     sheets = {sheet.title: sheet for sheet in book.worksheets}
     listed = ", ".join(sheets) or "none"
     if asked is not None:
-        if asked not in sheets:
-            raise DataError(f"data.sheet is {asked!r}, but {label} has no such sheet; set it to one of: {listed}")
-        return sheets[asked]
+        composed = normalize("NFC", asked)  # a Mac writes names decomposed
+        found = [title for title in sheets if asked == title] or [
+            title for title in sheets if normalize("NFC", title) == composed
+        ]
+        if len(found) != 1:
+            number = "several such sheets" if found else "no such sheet"
+            raise DataError(f"data.sheet is {asked!r}, but {label} has {number}; set it to one of: {listed}")
+        return sheets[found[0]]
     visible = [sheet for sheet in sheets.values() if sheet.sheet_state == "visible"] or list(sheets.values())
     for sheet in visible:
         if any(any(cell != "" for cell in record.cells) for record in _records(label, sheet)):
