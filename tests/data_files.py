@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import lzma
+import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -168,6 +169,8 @@ READ: dict[str, str | bytes] = {
     "rows.json.xz": lzma.compress(as_json().encode()),
     "rows.jsonl.bz2": bz2.compress(as_jsonl().encode()),
     "rows.jsonl.zst": as_zst(as_jsonl()),
+    "skippable_frame_first.jsonl.zst": b"\x50\x2a\x4d\x18\4\0\0\0abcd" + as_zst(as_jsonl()),
+    "lzma.jsonl.xz": lzma.compress(as_jsonl().encode(), lzma.FORMAT_ALONE),
     "rows.parquet.gz": gzip.compress(as_parquet()),
     "gz_without_its_ending.jsonl": gzip.compress(as_jsonl().encode()),
     "no_gz.jsonl.gz": as_jsonl(),
@@ -207,6 +210,20 @@ DATED = as_workbook(
 )
 """A workbook with cells that are no text."""
 
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0a' * 32}\nsize 12345\n"
+"""What Git holds in place of a file that Git LFS keeps."""
+
+
+def as_tar(name: str) -> bytes:
+    """A tar archive of the rows as JSON lines, compressed."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz") as archive:
+        member = tarfile.TarInfo(name)
+        member.size = len(as_jsonl().encode())
+        archive.addfile(member, io.BytesIO(as_jsonl().encode()))
+    return out.getvalue()
+
+
 _BROKEN = as_csv(rows=ROWS[:1])
 
 REFUSED: dict[str, tuple[str | bytes, str]] = {
@@ -239,6 +256,12 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     "damaged.arrow": (as_arrow(True)[:-40], "not a readable Arrow file"),
     "old.xls": (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600), "is an old Excel file"),
     "secret.xlsx": (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600), "or one with a password"),
+    "~$rows.xlsx": (b"\4user" + b" " * 160, "Excel writes it beside a workbook that is open; name the workbook"),
+    **{f"pointer.{ending}": (POINTER, "is a pointer of Git LFS and not the file itself; run `git lfs pull`")
+       for ending in ("jsonl", "json", "csv", "txt", "parquet", "xlsx", "jsonl.gz", "zip")},
+    "old.feather": (b"FEA1" + bytes(200) + b"FEA1", "is a Feather file of version 1"),
+    **{f"tar.{ending}.gz": (as_tar("rows.jsonl"), "is a tar archive; unpack it") for ending in ("jsonl", "txt", "csv")},
+    "zip.jsonl": (as_zip({"rows.jsonl": as_jsonl()}), r"is a zip archive \(rows.jsonl\) and no Excel workbook; end"),
     "page.csv": ("<!DOCTYPE html><html></html>", "is a web page"),
     "report.docx": (b"PK\3\4", "unknown data format '.docx'"),
     "header.csv": ("질문,답\n열,감염\n".encode("cp1251", "replace").replace(b"?", b"\xff"), "header line is not utf-8"),

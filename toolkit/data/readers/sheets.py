@@ -13,11 +13,14 @@ from toolkit.data.readers.content import Content
 from toolkit.data.readers.row import ReadOptions, Row, plain_value
 from toolkit.data.readers.table import Record, table_rows
 from toolkit.runtime.errors import DataError
+from toolkit.runtime.printable import one_line
 
 log = logging.getLogger("frostline")
 
 _LARGEST_PART = 512 * 2**20
 """Largest part of a workbook in bytes, decompressed; its texts are held in memory."""
+_TYPES = "[Content_Types].xml"
+"""The part that every workbook has."""
 
 
 def read_workbook(content: Content, options: ReadOptions) -> Iterator[Row]:
@@ -117,6 +120,11 @@ def _check_parts(label: str, stream: IO[bytes]) -> None:
             parts = archive.infolist()
     except (zipfile.BadZipFile, OSError) as error:
         raise _damaged(label, error) from None
+    if _TYPES not in (names := [part.filename for part in parts]):
+        raise DataError(
+            f"{label}: is a zip archive ({', '.join(map(one_line, names[:3])) or 'empty'}) and no Excel workbook; end "
+            "its name in .zip if it holds data files"
+        )
     if large := [part for part in parts if part.file_size > _LARGEST_PART]:
         raise DataError(
             f"{label}: a part of it has {large[0].file_size:,} bytes, more than the {_LARGEST_PART:,} that are read of "
