@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import logging
 import zipfile
@@ -168,6 +169,62 @@ def test_lines_of_text_are_rows(tmp_path: Path) -> None:
 def test_cells_that_are_no_text_keep_their_value_and_dates_become_text(tmp_path: Path) -> None:
     (row,) = read_rows(put(tmp_path / "dates.xlsx", DATED))
     assert row.values == {"날짜": "2024-03-01", "시각": "2024-03-01T09:30:00", "점수": 3, "예": True}
+
+
+HEADER = list(ROWS[0])
+
+
+def test_merged_cells_have_their_value_in_each_row_of_theirs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "frostline")
+    cells = [["자료"], [], HEADER, ["q1", "c", "a1"], ["q2", None, "a2"], [], ["q3", None, "a3"], ["q4", None, "a4"]]
+    cells += [["q5", "c5", "a5"], ["q6", None, None]]
+
+    def merge(book: Any) -> None:
+        for place in ("A1:C2", "B4:B7", "B9:C10"):
+            book["자료"].merge_cells(place)
+
+    book = put(tmp_path / "rows.xlsx", as_workbook({"자료": cells}, merge))
+    found = [tuple(row.values.values()) for row in read_rows(book)]
+    assert found[:4] == [("q1", "c", "a1"), ("q2", "c", "a2"), ("q3", "c", "a3"), ("q4", "", "a4")]
+    assert found[4:] == [("q5", "c5", ""), ("q6", "c5", "")], "of a range of several columns the first has the value"
+    assert caplog.text.count("merged cells have their value in each of their rows, as in row 4") == 1
+
+
+def test_a_formula_without_a_value_makes_a_bad_row(tmp_path: Path) -> None:
+    cells = [[*HEADER, "n"], ["q1", "=VLOOKUP(A2,Z:Z,1)", "a1", 1], ["q2", "c2", "a2", 2], ["q3", "c3", "a3", "=1+1"]]
+    first, good, last = read_rows(put(tmp_path / "rows.xlsx", as_workbook({"자료": cells})))
+    assert good.values == {**dict(zip(HEADER, ("q2", "c2", "a2"), strict=True)), "n": 2}
+    assert first.fault == (
+        "has in CONTEXTS a formula in B2 whose value was never computed; open the workbook in Excel or LibreOffice and "
+        "save it"
+    )
+    assert "has in n a formula in D4" in (last.fault or "")
+    cells[0][1] = '="CON"&"TEXTS"'
+    with pytest.raises(DataError, match=r"rows\.xlsx: has in its header a formula in B1 whose value"):
+        read_rows(put(tmp_path / "rows.xlsx", as_workbook({"자료": cells})))
+
+
+def test_a_formula_may_give_empty_text(tmp_path: Path) -> None:
+    cells = [HEADER, ["q1", "=IF(A2=0,1,1)", "a1"]]
+    book = changed(as_workbook({"자료": cells}), b'<c r="B2">', b'<c r="B2" t="str">')
+    assert [row.values["CONTEXTS"] for row in read_rows(put(tmp_path / "rows.xlsx", book))] == [""]
+
+
+def changed(book: bytes, *texts: bytes) -> bytes:
+    """A workbook in whose parts each of some texts is replaced by the one that follows it."""
+    with zipfile.ZipFile(io.BytesIO(book)) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    for old, new in zip(texts[::2], texts[1::2], strict=True):
+        assert any(old in part for part in parts.values())
+        parts = {name: part.replace(old, new) for name, part in parts.items()}
+    return as_zip(parts)
+
+
+def test_characters_that_a_workbook_escapes_are_decoded_once(tmp_path: Path) -> None:
+    cells = [HEADER, ["하나 CR\n둘", "FACE", "_NO_"]]
+    escaped = (b"CR", b"_x000D_", b"FACE", b"_xD83D__xDE00_", b"_NO_", b"_x005F_x000D_")
+    book = put(tmp_path / "rows.xlsx", changed(as_workbook({"자료": cells}), *escaped))
+    assert [tuple(row.values.values()) for row in read_rows(book)] == [("하나 \r\n둘", "😀", "_x000D_")]
 
 
 def test_the_questions_of_a_survey_are_names_of_columns(tmp_path: Path) -> None:

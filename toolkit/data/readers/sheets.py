@@ -11,6 +11,7 @@ from unicodedata import normalize
 
 from toolkit.data.readers.content import Content
 from toolkit.data.readers.row import ReadOptions, Row, plain_value
+from toolkit.data.readers.sheet_marks import SheetMarks, marks_of, open_book, unescaped
 from toolkit.data.readers.table import Record, table_rows
 from toolkit.runtime.errors import DataError
 from toolkit.runtime.printable import one_line
@@ -35,7 +36,8 @@ def read_workbook(content: Content, options: ReadOptions) -> Iterator[Row]:
         book = _open(content.label, stream)
         try:
             sheet = _choose_sheet(content.label, book, options.sheet)
-            yield from table_rows(content.label, _records(content.label, sheet), may_be_short=True)
+            records = _marks(content.label, sheet).completed(_records(content.label, sheet))
+            yield from table_rows(content.label, records, may_be_short=True)
         finally:
             book.close()
 
@@ -50,11 +52,15 @@ def read_cells(label: str, stream: IO[bytes]) -> dict[str, list[tuple[int, Seque
     """
     book = _open(label, stream)
     try:
-        found = {}
+        found: dict[str, list[tuple[int, Sequence[Any]]]] = {}
         for sheet in book.worksheets:
             sheet.reset_dimensions()  # some programs write wrong ones
             numbered = enumerate(sheet.iter_rows(values_only=True), start=1)
-            found[sheet.title] = [(at, row) for at, row in numbered if any(cell not in (None, "") for cell in row)]
+            found[sheet.title] = [
+                (at, [unescaped(cell) if isinstance(cell, str) else cell for cell in row])
+                for at, row in numbered
+                if any(cell not in (None, "") for cell in row)
+            ]
         return found
     except Exception as error:  # as in _open
         raise _damaged(label, error) from None
@@ -64,14 +70,20 @@ def read_cells(label: str, stream: IO[bytes]) -> dict[str, list[tuple[int, Seque
 
 def _open(label: str, stream: IO[bytes]) -> Any:
     """Open a workbook for reading values row by row."""
-    import openpyxl
-
     _check_parts(label, stream)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about drawings, filters and styles, which are not read
-            return openpyxl.load_workbook(stream, read_only=True, data_only=True)
+            return open_book(stream)
     except Exception as error:  # openpyxl lets through what zip files, XML and its own parts raise
+        raise _damaged(label, error) from None
+
+
+def _marks(label: str, sheet: Any) -> SheetMarks:
+    """Return the merged cells and formulas without a value of a sheet."""
+    try:
+        return marks_of(label, sheet)
+    except Exception as error:  # as in _open
         raise _damaged(label, error) from None
 
 
@@ -87,8 +99,15 @@ def _records(label: str, sheet: Any) -> Iterator[Record]:
             raise _damaged(label, error) from None
         if cells is None:
             return
-        yield Record(number, ["" if cell is None else plain_value(cell) for cell in cells])
+        yield Record(number, [_value(cell) for cell in cells])
         number += 1
+
+
+def _value(cell: Any) -> Any:
+    """Return the value of a cell; a blank one is empty text."""
+    if cell is None:
+        return ""
+    return unescaped(cell) if isinstance(cell, str) else plain_value(cell)
 
 
 def _choose_sheet(label: str, book: Any, asked: str | None) -> Any:

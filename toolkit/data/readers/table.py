@@ -29,6 +29,18 @@ class Record(NamedTuple):
     """Line of the file in which it ends."""
 
 
+@dataclass(frozen=True)
+class BadCell:
+    """A cell whose value is not known."""
+
+    fault: str
+    """What it holds, and what to do."""
+
+    def __str__(self) -> str:
+        """Return no text: it is no name of a column."""
+        return ""
+
+
 _LOOKED_AT = 50
 """Records at the front that are compared with the header."""
 _LONGEST_NAME = 80
@@ -60,7 +72,7 @@ def table_rows(label: str, records: Iterator[Record], may_be_short: bool = False
     Raises:
         DataError: the header is missing, or names a column twice with different values.
     """
-    filled = (record for record in records if not all(map(_is_blank, record.cells)))
+    filled = (record for record in records if not all(map(is_blank, record.cells)))
     if (first := next(filled, None)) is None:
         return
     second = list(itertools.islice(filled, 1))
@@ -68,6 +80,8 @@ def table_rows(label: str, records: Iterator[Record], may_be_short: bool = False
         log.info("%s begins with a title, which is left out; the header is the next line", label)
         first, second = second[0], []
     looked_at = second + list(itertools.islice(filled, _LOOKED_AT - len(second)))
+    if bad := next((cell for cell in first.cells if isinstance(cell, BadCell)), None):
+        raise DataError(f"{label}: has in its header {bad.fault}")
     header = _Header([str(cell).strip() for cell in first.cells])
     if reason := _why_no_header(first.cells, [record.cells for record in looked_at]):
         raise DataError(
@@ -92,10 +106,13 @@ def _row(label: str, record: Record, header: _Header) -> Row:
     """Make the row of one record."""
     number, cells, line = record
     origin = f"{label} row {number}"
-    if len(cells) < header.width or any(not _is_blank(cell) for cell in cells[len(header.names) :]):
+    if len(cells) < header.width or any(not is_blank(cell) for cell in cells[len(header.names) :]):
         found = f"it has {len(cells)}" + (f", up to line {line}" if line else "")
         expected = f"the {len(header.columns)} fields of the header line"
         return Row(origin, fault=f"has not {expected} ({found}); check its quotes and separators")
+    for at, name in header.columns:
+        if isinstance(cells[at], BadCell):
+            return Row(origin, fault=f"has in {name} {cells[at].fault}")
     values: dict[str, Any] = {}
     for at, name in header.columns:
         if name in header.repeated and values.setdefault(name, cells[at]) != cells[at]:
@@ -110,17 +127,17 @@ def _row(label: str, record: Record, header: _Header) -> Row:
 def _unnamed(header: _Header, cells: Cells) -> int:
     """Return the number, from 1, of a column without a name whose cell is filled; 0 if there is none."""
     cells = cells[: len(header.names)]
-    return next((at + 1 for at, cell in enumerate(cells) if not header.names[at] and not _is_blank(cell)), 0)
+    return next((at + 1 for at, cell in enumerate(cells) if not header.names[at] and not is_blank(cell)), 0)
 
 
 def _is_title(first: Cells, second: Cells, may_be_short: bool) -> bool:
     """Return whether the first record is a title over the table: its first cell alone is filled, of several."""
-    filled = [not _is_blank(cell) for cell in first]
+    filled = [not is_blank(cell) for cell in first]
     return (
         (may_be_short or len(filled) > 1)
         and filled[0]
         and sum(filled) == 1
-        and sum(not _is_blank(cell) for cell in second) > 1
+        and sum(not is_blank(cell) for cell in second) > 1
     )
 
 
@@ -136,7 +153,7 @@ def _why_no_header(first: Cells, rows: Sequence[Cells]) -> str | None:
         if reason and 2 * sum(_why_no_name(str(other).strip()) is not None for other in below) >= len(below):
             return reason
     same = [at for at, cell in enumerate(first) if any(at < len(row) and row[at] == cell != "" for row in rows)]
-    different = sum(not _is_blank(cell) for cell in first) - len(same)
+    different = sum(not is_blank(cell) for cell in first) - len(same)
     return "has values that stand in its columns below too" if same and different else None
 
 
@@ -151,6 +168,6 @@ def _why_no_name(text: str) -> str | None:
     return "has a sentence in it" if _SENTENCE.match(text) else None
 
 
-def _is_blank(cell: Any) -> bool:
+def is_blank(cell: Any) -> bool:
     """Return whether a cell is empty, or holds blanks alone."""
     return cell is None or (isinstance(cell, str) and not cell.strip())
