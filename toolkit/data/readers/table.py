@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from toolkit.data.readers.row import Row, make_row
 from toolkit.runtime.errors import DataError
+from toolkit.tasks.missing import with_marked_word
 
 log = logging.getLogger("frostline")
 
@@ -120,7 +121,7 @@ def _row(label: str, record: Record, header: _Header) -> Row:
                 f"{label}: the header line names {name} more than once, and the columns differ in row {number}; keep "
                 "one column of each name"
             )
-        values[name] = cells[at]
+        values[name] = with_marked_word(cells[at])
     return make_row(origin, values)
 
 
