@@ -153,6 +153,11 @@ READ: dict[str, str | bytes] = {
     "json_named.csv": as_json(),
     "table_named.txt": as_csv("\t"),
     "jsonl_named.txt": as_jsonl(),
+    "list_named.txt": as_json(),
+    "indented_list_named.txt": as_json(indent=1),
+    "keyed_named.txt": as_json({str(n): row for n, row in enumerate(ROWS)}, 1),
+    "csv_named.txt": as_csv(),
+    "semicolons_named.txt": as_csv(";"),
     "utf16.jsonl": as_jsonl().encode("utf-16"),
     "utf16_le.jsonl": as_jsonl().encode("utf-16-le"),
     "utf16_be.csv": as_csv().encode("utf-16-be"),
@@ -214,6 +219,15 @@ POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0a' * 32}\n
 """What Git holds in place of a file that Git LFS keeps."""
 
 
+PRINTED = {
+    "markdown": "| QUESTION | LONG_ANSWER |\n|---|:-:|\n| 왜 열이 나는가 | 감염 |\n",
+    "psql": " QUESTION | LONG_ANSWER \n----------+------\n 왜 열이 나는가 | 감염\n(1 row)\n",
+    "mysql": "+----------+------+\n| QUESTION | LONG_ANSWER |\n+----------+------+\n| 왜 열이 나는가 | 감염 |\n",
+    "one_column": "| text |\n|---|\n| 왜 열이 나는가 |\n",
+}
+"""Tables that were printed to be looked at."""
+
+
 def as_tar(name: str) -> bytes:
     """A tar archive of the rows as JSON lines, compressed."""
     out = io.BytesIO()
@@ -262,6 +276,9 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     "old.feather": (b"FEA1" + bytes(200) + b"FEA1", "is a Feather file of version 1"),
     **{f"tar.{ending}.gz": (as_tar("rows.jsonl"), "is a tar archive; unpack it") for ending in ("jsonl", "txt", "csv")},
     "zip.jsonl": (as_zip({"rows.jsonl": as_jsonl()}), r"is a zip archive \(rows.jsonl\) and no Excel workbook; end"),
+    **{f"{name}.{ending}": (table, "is a table printed to be looked at, with a rule of dashes")
+       for name, table in PRINTED.items() for ending in ("csv", "txt")},
+    "truncated_list.txt": (as_json(indent=1)[:-30], "not valid JSON at line"),
     "page.csv": ("<!DOCTYPE html><html></html>", "is a web page"),
     "report.docx": (b"PK\3\4", "unknown data format '.docx'"),
     "header.csv": ("질문,답\n열,감염\n".encode("cp1251", "replace").replace(b"?", b"\xff"), "header line is not utf-8"),

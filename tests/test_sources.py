@@ -163,7 +163,24 @@ def test_a_single_object_is_one_row_and_a_conversation_no_list_of_rows(tmp_path:
 
 def test_lines_of_text_are_rows(tmp_path: Path) -> None:
     rows = read_rows(put(tmp_path / "raw.txt", "환자는 {나았다}.\r\n\n  둘째, 줄\t\n"))
-    assert [row.values for row in rows] == [{"text": "환자는 {나았다}."}, {"text": "둘째, 줄"}]
+    assert [row.values for row in rows] == [{"text": "환자는 {나았다}."}, {"text": "  둘째, 줄"}]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["\t첫 문단은 들여 썼다.", "\t둘째도.", "\t셋째도."],
+        ["[1] 환자는 나았다.", "[2] 둘째."],
+        ['{"key": "value"} 형식의 응답을 받았다.', "둘째."],
+        ["['위약', '약'] 두 군을 비교하였다."],
+        ["Question, answer and context.", "It is, as said, so."],
+        ["Input, output", "The function returns its input."],
+        ["제목", "-----", "본문"],
+    ],
+)
+def test_prose_that_begins_like_data_stays_prose(tmp_path: Path, lines: list[str]) -> None:
+    rows = read_rows(put(tmp_path / "raw.txt", "\n".join(lines)))
+    assert [row.values["text"] for row in rows] == lines
 
 
 def test_cells_that_are_no_text_keep_their_value_and_dates_become_text(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from itertools import islice
 from toolkit.data.readers.content import Content
 from toolkit.data.readers.row import ENCODING_ADVICE, ReadOptions, Row, has_undecoded_bytes, undecoded_row
 from toolkit.data.readers.table import Record, table_rows
+from toolkit.data.readers.table_header import check_not_printed
 from toolkit.data.readers.text import LONGEST_LINE, decoded_head, encoding_of, lines_of, open_text
 from toolkit.runtime.errors import DataError
 
@@ -30,10 +31,11 @@ def read_delimited(content: Content, options: ReadOptions) -> Iterator[Row]:
     """Yield the rows of a file with a header line and a record a line, whose fields may be quoted.
 
     Raises:
-        DataError: a quote is not closed or stands alone, or the header is missing.
+        DataError: a quote is not closed or stands alone, the header is missing, or it is a printed table.
     """
     encoding = encoding_of(content, options.encoding, by_line=False)
     head = decoded_head(content, encoding).lstrip("\ufeff")
+    check_not_printed(content.label, head)
     named = _SEPARATOR_LINE.match(head)
     separator = options.separator or (named[1] if named else detect_separator(head))
     usual = "\t" if content.suffix in (".tsv", ".tab") else ","
