@@ -149,6 +149,11 @@ READ: dict[str, str | bytes] = {
     "trailing_columns.csv": as_csv().replace("\r\n", ",,\r\n"),
     "header_twice.csv": as_csv(rows=ROWS[:3]) + as_csv(rows=ROWS[3:]),
     "title.csv": "자료 2024,,\r\n,,\r\n" + as_csv(),
+    "title_alone.csv": "자료 2024\n" + as_csv(),
+    "title_alone_semicolons.csv": "자료 2024\n" + as_csv(";"),
+    "title_alone_named.txt": "자료 2024\n" + as_csv(";"),
+    "title_with_a_comma.csv": "# 자료, 2024\n" + as_csv(),
+    "comments.csv": "# 자료\n# 2024\n" + as_csv("\t"),
     "jsonl_named.csv": as_jsonl(),
     "json_named.csv": as_json(),
     "table_named.txt": as_csv("\t"),
@@ -201,6 +206,7 @@ READ: dict[str, str | bytes] = {
     "title.xlsx": as_workbook(
         {"자료": [["자료 2024"], *CELLS]}, lambda book: book["자료"].merge_cells("A1:C1")
     ),
+    "groups_of_columns.xlsx": as_workbook({"자료": [["입력", None, "출력"], *CELLS]}),
     "workbook_named.csv": as_workbook({"자료": CELLS}),
 }  # fmt: skip
 """Files that give ``ROWS``, by name; of tables, with the contexts as the text that stands in the cell."""
@@ -279,6 +285,11 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     **{f"{name}.{ending}": (table, "is a table printed to be looked at, with a rule of dashes")
        for name, table in PRINTED.items() for ending in ("csv", "txt")},
     "truncated_list.txt": (as_json(indent=1)[:-30], "not valid JSON at line"),
+    "carets.csv": (as_csv("^"), r"has one column by the separator ',', and '\^' within .* set data.separator to it"),
+    "controls.csv": (as_csv("\1"), r"and '\\x01' within its header; .* set data.separator to it"),
+    "slashes.csv": (as_csv("/"), "and '/' within its header"),
+    "unknown_names.csv": ("질문^답\n왜 열이 나는가^감염\n", r"and '\^' within its header"),
+    "whole_lines.csv": ('"QUESTION;LONG_ANSWER"\n"왜?;감염"\n', "and ';' within .* take away the quotes around"),
     "page.csv": ("<!DOCTYPE html><html></html>", "is a web page"),
     "report.docx": (b"PK\3\4", "unknown data format '.docx'"),
     "header.csv": ("질문,답\n열,감염\n".encode("cp1251", "replace").replace(b"?", b"\xff"), "header line is not utf-8"),

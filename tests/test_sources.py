@@ -66,6 +66,10 @@ def test_a_refused_file_is_named_once_with_its_reason_and_none_of_its_rows(tmp_p
         ("pandas_columns.json", "holds columns, as pandas writes them"),
         ("parquet_named.csv", "is read as Parquet, by its content"),
         ("title.xlsx", "begins with a title, which is left out"),
+        ("title_alone_semicolons.csv", "begins with a title, which is left out"),
+        ("comments.csv", "begins with 2 lines above its header, which are left out"),
+        ("csv_named.txt", "is read as CSV, by its content"),
+        ("list_named.txt", "is read as JSON, by its content"),
         ("header_twice.csv", "row 4 repeats the header, and is left out"),
         ("hidden_sheet_first.xlsx", "has the sheets 숨김, 자료; 자료 is read, as data.sheet names none"),
         ("rows.zip", "1 other files are not read, such as README.md"),
@@ -152,6 +156,16 @@ def test_fields_too_many_are_named_with_their_line(tmp_path: Path) -> None:
     assert bad.fault == (
         "has not the 3 fields of the header line (it has 4, up to line 8); check its quotes and separators"
     )
+
+
+def test_a_column_of_texts_is_no_title_and_is_divided_by_no_mark_in_it(tmp_path: Path) -> None:
+    texts = ["그는; 갔다", "그녀는; 왔다"]
+    assert [row.values for row in read_rows(put(tmp_path / "rows.csv", "\n".join(["text", *texts])))] == [
+        {"text": text} for text in texts
+    ]
+    rows = read_rows(put(tmp_path / "rows.csv", "text\n그는, 갔다\n그녀는, 왔다\n"))
+    assert all((row.fault or "").endswith("separators, or take away a title above the header") for row in rows)
+    assert with_lists(read(put(tmp_path / "carets.csv", as_csv("^")), separator="^")) == ROWS
 
 
 def test_a_single_object_is_one_row_and_a_conversation_no_list_of_rows(tmp_path: Path) -> None:

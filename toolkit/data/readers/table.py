@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from toolkit.data.readers.row import Row, make_row
+from toolkit.data.readers.table_header import MOST_TITLES, header_below_titles
 from toolkit.runtime.errors import DataError
 from toolkit.tasks.missing import with_marked_word
 
@@ -74,13 +75,11 @@ def table_rows(label: str, records: Iterator[Record], may_be_short: bool = False
         DataError: the header is missing, or names a column twice with different values.
     """
     filled = (record for record in records if not all(map(is_blank, record.cells)))
-    if (first := next(filled, None)) is None:
+    beginning = _below_titles(label, list(itertools.islice(filled, MOST_TITLES)), may_be_short)
+    if not beginning:
         return
-    second = list(itertools.islice(filled, 1))
-    if second and _is_title(first.cells, second[0].cells, may_be_short):
-        log.info("%s begins with a title, which is left out; the header is the next line", label)
-        first, second = second[0], []
-    looked_at = second + list(itertools.islice(filled, _LOOKED_AT - len(second)))
+    first, looked_at = beginning[0], beginning[1:]
+    looked_at += itertools.islice(filled, _LOOKED_AT - len(looked_at))
     if bad := next((cell for cell in first.cells if isinstance(cell, BadCell)), None):
         raise DataError(f"{label}: has in its header {bad.fault}")
     header = _Header([str(cell).strip() for cell in first.cells])
@@ -103,6 +102,17 @@ def table_rows(label: str, records: Iterator[Record], may_be_short: bool = False
         yield row
 
 
+def _below_titles(label: str, records: list[Record], may_be_short: bool) -> list[Record]:
+    """Return the first records of a table without the titles above its header."""
+    cells = [record.cells for record in records]
+    titles = header_below_titles(cells) or int(len(cells) > 1 and _is_title(cells[0], cells[1], may_be_short))
+    if titles == 1:
+        log.info("%s begins with a title, which is left out; the header is the next line", label)
+    elif titles:
+        log.info("%s begins with %d lines above its header, which are left out", label, titles)
+    return records[titles:]
+
+
 def _row(label: str, record: Record, header: _Header) -> Row:
     """Make the row of one record."""
     number, cells, line = record
@@ -110,7 +120,8 @@ def _row(label: str, record: Record, header: _Header) -> Row:
     if len(cells) < header.width or any(not is_blank(cell) for cell in cells[len(header.names) :]):
         found = f"it has {len(cells)}" + (f", up to line {line}" if line else "")
         expected = f"the {len(header.columns)} fields of the header line"
-        return Row(origin, fault=f"has not {expected} ({found}); check its quotes and separators")
+        title = ", or take away a title above the header" if len(header.columns) == 1 else ""
+        return Row(origin, fault=f"has not {expected} ({found}); check its quotes and separators{title}")
     for at, name in header.columns:
         if isinstance(cells[at], BadCell):
             return Row(origin, fault=f"has in {name} {cells[at].fault}")

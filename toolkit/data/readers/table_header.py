@@ -16,6 +16,10 @@ from toolkit.tasks.columns import loose, top_names
 
 _LOOKED_AT = 20
 """Records that are looked at."""
+MOST_TITLES = 6
+"""Records among which the header is looked for."""
+_SEPARATORS = ",;|\t^~¦§¬"
+"""Characters that separate fields in files, detected or not."""
 _RULE = re.compile(
     r"[ \t]*(?:[|+][ \t]*:?[-=]+:?[ \t]*(?:[|+][ \t]*:?[-=]+:?[ \t]*)*[|+]"
     r"|:?-{3,}:?(?:[ \t]*[|+][ \t]*:?-{3,}:?)+)[ \t]*"
@@ -36,10 +40,45 @@ def check_not_printed(label: str, head: str) -> None:
 def is_table(head: str, separator: str) -> bool:
     """Return whether a text begins with a header that names known columns, and goes on with records of its width."""
     records = first_records(head, separator)
-    if records and len(records[0]) == 1:
-        records = records[1:]  # a title
+    records = records[header_below_titles(records) :]
     alike = [len(record) == len(records[0]) for record in records[1:]]
     return bool(records) and names_columns(records[0]) and 2 * sum(alike) >= len(alike)
+
+
+def header_below_titles(records: Sequence[Sequence[Any]]) -> int:
+    """Return how many of the first records are titles above one that names known columns; 0 if none does.
+
+    Titles have fewer filled cells than the header.
+    """
+    for at, record in enumerate(records[:MOST_TITLES]):
+        if names_columns(record):
+            return at if all(_filled(title) < _filled(record) for title in records[:at]) else 0
+    return 0
+
+
+def _filled(cells: Sequence[Any]) -> int:
+    return sum(bool(str(cell).strip()) for cell in cells)
+
+
+def check_separated(label: str, head: str, separator: str) -> None:
+    """Raise DataError if a header came out as one column, and another character than ``separator`` divides it.
+
+    That is one that divides it into names of known columns, or a usual separator that each of the first records has as
+    often.
+    """
+    records = first_records(head, separator)
+    if not records or len(records[0]) > 1 or header_below_titles(records):
+        return
+    texts = [separator.join(record) for record in records]
+    for mark in dict.fromkeys(mark for mark in texts[0] if not (mark.isalnum() or mark in " _-'\"")):
+        is_usual = mark in _SEPARATORS or not mark.isprintable()
+        is_alike = len(texts) > 1 and all(text.count(mark) == texts[0].count(mark) for text in texts)
+        if names_columns(texts[0].split(mark)) or (is_usual and is_alike):
+            remedy = "take away the quotes around whole lines" if head[:1] == '"' else "set data.separator to it"
+            raise DataError(
+                f"{label}: has one column by the separator {separator!r}, and {mark!r} within its header; if that "
+                f"separates the fields, {remedy}"
+            )
 
 
 def first_records(head: str, separator: str) -> list[list[str]]:
