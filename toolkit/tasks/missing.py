@@ -16,6 +16,8 @@ _FIELD_WORDS = _NEVER_TEXT | {"none", "null"}
 """Words, in lower case, that stand for an empty field; 'None' may be an answer."""
 _R_WORD = "NA"
 """What R writes for an empty field, in capitals; in a file that has real nulls it may be an answer."""
+_LONGEST_CELL = 64
+"""Characters from which the cell of a table is taken for text, whatever it holds between blanks."""
 
 
 class MissingWord(str):
@@ -47,4 +49,5 @@ def is_word_of_r(value: Any) -> bool:
 
 def with_marked_word(cell: Any) -> Any:
     """Return the cell of a table, marked as a ``MissingWord`` if it may stand for an empty field."""
-    return MissingWord(cell) if isinstance(cell, str) and is_field_word(cell) else cell
+    is_short = isinstance(cell, str) and len(cell) < _LONGEST_CELL
+    return MissingWord(cell) if is_short and is_field_word(cell) else cell
