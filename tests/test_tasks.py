@@ -248,6 +248,16 @@ def test_rows_that_do_not_fit_say_what_would(task: str, columns: list[str], mess
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("task", ["auto", "long_answer"])
+def test_one_column_that_may_be_several_says_what_separates_them(task: str) -> None:
+    for column in ("질문/정답", "진료 질문 2024년"):
+        with pytest.raises(DataError, match=r"If that one column is several, data\.separator names the character"):
+            choose_task(DataConfig(task=task), [column])
+    with pytest.raises(DataError) as error:
+        choose_task(DataConfig(task=task), ["output"])
+    assert "data.separator" not in str(error.value)
+
+
 def test_texts_in_separate_letters_are_composed_and_noted_unless_it_is_off() -> None:
     import unicodedata
 
