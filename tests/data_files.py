@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import lzma
+import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -148,10 +149,20 @@ READ: dict[str, str | bytes] = {
     "trailing_columns.csv": as_csv().replace("\r\n", ",,\r\n"),
     "header_twice.csv": as_csv(rows=ROWS[:3]) + as_csv(rows=ROWS[3:]),
     "title.csv": "자료 2024,,\r\n,,\r\n" + as_csv(),
+    "title_alone.csv": "자료 2024\n" + as_csv(),
+    "title_alone_semicolons.csv": "자료 2024\n" + as_csv(";"),
+    "title_alone_named.txt": "자료 2024\n" + as_csv(";"),
+    "title_with_a_comma.csv": "# 자료, 2024\n" + as_csv(),
+    "comments.csv": "# 자료\n# 2024\n" + as_csv("\t"),
     "jsonl_named.csv": as_jsonl(),
     "json_named.csv": as_json(),
     "table_named.txt": as_csv("\t"),
     "jsonl_named.txt": as_jsonl(),
+    "list_named.txt": as_json(),
+    "indented_list_named.txt": as_json(indent=1),
+    "keyed_named.txt": as_json({str(n): row for n, row in enumerate(ROWS)}, 1),
+    "csv_named.txt": as_csv(),
+    "semicolons_named.txt": as_csv(";"),
     "utf16.jsonl": as_jsonl().encode("utf-16"),
     "utf16_le.jsonl": as_jsonl().encode("utf-16-le"),
     "utf16_be.csv": as_csv().encode("utf-16-be"),
@@ -168,6 +179,8 @@ READ: dict[str, str | bytes] = {
     "rows.json.xz": lzma.compress(as_json().encode()),
     "rows.jsonl.bz2": bz2.compress(as_jsonl().encode()),
     "rows.jsonl.zst": as_zst(as_jsonl()),
+    "skippable_frame_first.jsonl.zst": b"\x50\x2a\x4d\x18\4\0\0\0abcd" + as_zst(as_jsonl()),
+    "lzma.jsonl.xz": lzma.compress(as_jsonl().encode(), lzma.FORMAT_ALONE),
     "rows.parquet.gz": gzip.compress(as_parquet()),
     "gz_without_its_ending.jsonl": gzip.compress(as_jsonl().encode()),
     "no_gz.jsonl.gz": as_jsonl(),
@@ -193,6 +206,7 @@ READ: dict[str, str | bytes] = {
     "title.xlsx": as_workbook(
         {"자료": [["자료 2024"], *CELLS]}, lambda book: book["자료"].merge_cells("A1:C1")
     ),
+    "groups_of_columns.xlsx": as_workbook({"자료": [["입력", None, "출력"], *CELLS]}),
     "workbook_named.csv": as_workbook({"자료": CELLS}),
 }  # fmt: skip
 """Files that give ``ROWS``, by name; of tables, with the contexts as the text that stands in the cell."""
@@ -206,6 +220,29 @@ DATED = as_workbook(
     }
 )
 """A workbook with cells that are no text."""
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0a' * 32}\nsize 12345\n"
+"""What Git holds in place of a file that Git LFS keeps."""
+
+
+PRINTED = {
+    "markdown": "| QUESTION | LONG_ANSWER |\n|---|:-:|\n| 왜 열이 나는가 | 감염 |\n",
+    "psql": " QUESTION | LONG_ANSWER \n----------+------\n 왜 열이 나는가 | 감염\n(1 row)\n",
+    "mysql": "+----------+------+\n| QUESTION | LONG_ANSWER |\n+----------+------+\n| 왜 열이 나는가 | 감염 |\n",
+    "one_column": "| text |\n|---|\n| 왜 열이 나는가 |\n",
+}
+"""Tables that were printed to be looked at."""
+
+
+def as_tar(name: str) -> bytes:
+    """A tar archive of the rows as JSON lines, compressed."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz") as archive:
+        member = tarfile.TarInfo(name)
+        member.size = len(as_jsonl().encode())
+        archive.addfile(member, io.BytesIO(as_jsonl().encode()))
+    return out.getvalue()
+
 
 _BROKEN = as_csv(rows=ROWS[:1])
 
@@ -239,6 +276,20 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     "damaged.arrow": (as_arrow(True)[:-40], "not a readable Arrow file"),
     "old.xls": (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600), "is an old Excel file"),
     "secret.xlsx": (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600), "or one with a password"),
+    "~$rows.xlsx": (b"\4user" + b" " * 160, "Excel writes it beside a workbook that is open; name the workbook"),
+    **{f"pointer.{ending}": (POINTER, "is a pointer of Git LFS and not the file itself; run `git lfs pull`")
+       for ending in ("jsonl", "json", "csv", "txt", "parquet", "xlsx", "jsonl.gz", "zip")},
+    "old.feather": (b"FEA1" + bytes(200) + b"FEA1", "is a Feather file of version 1"),
+    **{f"tar.{ending}.gz": (as_tar("rows.jsonl"), "is a tar archive; unpack it") for ending in ("jsonl", "txt", "csv")},
+    "zip.jsonl": (as_zip({"rows.jsonl": as_jsonl()}), r"is a zip archive \(rows.jsonl\) and no Excel workbook; end"),
+    **{f"{name}.{ending}": (table, "is a table printed to be looked at, with a rule of dashes")
+       for name, table in PRINTED.items() for ending in ("csv", "txt")},
+    "truncated_list.txt": (as_json(indent=1)[:-30], "not valid JSON at line"),
+    "carets.csv": (as_csv("^"), r"has one column by the separator ',', and '\^' within .* set data.separator to it"),
+    "controls.csv": (as_csv("\1"), r"and '\\x01' within its header; .* set data.separator to it"),
+    "slashes.csv": (as_csv("/"), "and '/' within its header"),
+    "unknown_names.csv": ("질문^답\n왜 열이 나는가^감염\n", r"and '\^' within its header"),
+    "whole_lines.csv": ('"QUESTION;LONG_ANSWER"\n"왜?;감염"\n', "and ';' within .* take away the quotes around"),
     "page.csv": ("<!DOCTYPE html><html></html>", "is a web page"),
     "report.docx": (b"PK\3\4", "unknown data format '.docx'"),
     "header.csv": ("질문,답\n열,감염\n".encode("cp1251", "replace").replace(b"?", b"\xff"), "header line is not utf-8"),

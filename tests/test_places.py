@@ -30,7 +30,15 @@ def test_a_directory_is_its_files_in_order_without_hidden_ones_and_what_describe
     put(tmp_path / "d" / "sub" / "1.jsonl", as_jsonl(ROWS[3:]))
     put(tmp_path / "d" / "0.JSONL.gz", READ["rows.jsonl.gz"])
     put(tmp_path / "d" / "empty.jsonl", "")
-    for name in ("README.md", ".hidden.jsonl", "_SUCCESS", ".git/x.jsonl", "dataset_infos.json", "LICENSE.txt"):
+    for name in (
+        "README.md",
+        ".hidden.jsonl",
+        "_SUCCESS",
+        ".git/x.jsonl",
+        "dataset_infos.json",
+        "LICENSE.txt",
+        "~$0.jsonl",
+    ):
         put(tmp_path / "d" / name, "{}")
     source = Source(str(tmp_path / "d"))
     assert with_lists(list(iter_rows(source))) == [*ROWS, *ROWS[3:]]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import logging
 import zipfile
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import pytest
 from data_files import CELLS, DATED, READ, REFUSED, ROWS, as_csv, as_json, as_jsonl, as_workbook, as_zip
@@ -64,6 +66,10 @@ def test_a_refused_file_is_named_once_with_its_reason_and_none_of_its_rows(tmp_p
         ("pandas_columns.json", "holds columns, as pandas writes them"),
         ("parquet_named.csv", "is read as Parquet, by its content"),
         ("title.xlsx", "begins with a title, which is left out"),
+        ("title_alone_semicolons.csv", "begins with a title, which is left out"),
+        ("comments.csv", "begins with 2 lines above its header, which are left out"),
+        ("csv_named.txt", "is read as CSV, by its content"),
+        ("list_named.txt", "is read as JSON, by its content"),
         ("header_twice.csv", "row 4 repeats the header, and is left out"),
         ("hidden_sheet_first.xlsx", "has the sheets 숨김, 자료; 자료 is read, as data.sheet names none"),
         ("rows.zip", "1 other files are not read, such as README.md"),
@@ -94,6 +100,7 @@ def test_encoding_separator_and_sheet_can_be_asked_for(tmp_path: Path) -> None:
     assert read(put(tmp_path / "t.txt", "a;b\n1;2\n"), separator=";")[0].values == {"a": "1", "b": "2"}
     book = put(tmp_path / "book.xlsx", as_workbook({"안내": [["x"], ["y"]], "자료": CELLS}))
     assert with_lists(read(book, sheet="자료")) == ROWS
+    assert with_lists(read(book, sheet=normalize("NFD", "자료"))) == ROWS
     with pytest.raises(DataError, match=r"data\.sheet is 'x', but .* set it to one of: 안내, 자료"):
         read(book, sheet="x")
     with pytest.raises(DataError, match=r"data\.encoding is 'nope', which is no encoding of text"):
@@ -151,6 +158,16 @@ def test_fields_too_many_are_named_with_their_line(tmp_path: Path) -> None:
     )
 
 
+def test_a_column_of_texts_is_no_title_and_is_divided_by_no_mark_in_it(tmp_path: Path) -> None:
+    texts = ["그는; 갔다", "그녀는; 왔다"]
+    assert [row.values for row in read_rows(put(tmp_path / "rows.csv", "\n".join(["text", *texts])))] == [
+        {"text": text} for text in texts
+    ]
+    rows = read_rows(put(tmp_path / "rows.csv", "text\n그는, 갔다\n그녀는, 왔다\n"))
+    assert all((row.fault or "").endswith("separators, or take away a title above the header") for row in rows)
+    assert with_lists(read(put(tmp_path / "carets.csv", as_csv("^")), separator="^")) == ROWS
+
+
 def test_a_single_object_is_one_row_and_a_conversation_no_list_of_rows(tmp_path: Path) -> None:
     turns = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "training": False}]}
     for row in (ROWS[0], turns, {**turns, "tools": []}, {"context": "c", "labels": ["a", "b"]}):
@@ -160,12 +177,85 @@ def test_a_single_object_is_one_row_and_a_conversation_no_list_of_rows(tmp_path:
 
 def test_lines_of_text_are_rows(tmp_path: Path) -> None:
     rows = read_rows(put(tmp_path / "raw.txt", "환자는 {나았다}.\r\n\n  둘째, 줄\t\n"))
-    assert [row.values for row in rows] == [{"text": "환자는 {나았다}."}, {"text": "둘째, 줄"}]
+    assert [row.values for row in rows] == [{"text": "환자는 {나았다}."}, {"text": "  둘째, 줄"}]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["\t첫 문단은 들여 썼다.", "\t둘째도.", "\t셋째도."],
+        ["[1] 환자는 나았다.", "[2] 둘째."],
+        ['{"key": "value"} 형식의 응답을 받았다.', "둘째."],
+        ["['위약', '약'] 두 군을 비교하였다."],
+        ["Question, answer and context.", "It is, as said, so."],
+        ["Input, output", "The function returns its input."],
+        ["제목", "-----", "본문"],
+    ],
+)
+def test_prose_that_begins_like_data_stays_prose(tmp_path: Path, lines: list[str]) -> None:
+    rows = read_rows(put(tmp_path / "raw.txt", "\n".join(lines)))
+    assert [row.values["text"] for row in rows] == lines
 
 
 def test_cells_that_are_no_text_keep_their_value_and_dates_become_text(tmp_path: Path) -> None:
     (row,) = read_rows(put(tmp_path / "dates.xlsx", DATED))
     assert row.values == {"날짜": "2024-03-01", "시각": "2024-03-01T09:30:00", "점수": 3, "예": True}
+
+
+HEADER = list(ROWS[0])
+
+
+def test_merged_cells_have_their_value_in_each_row_of_theirs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "frostline")
+    cells = [["자료"], [], HEADER, ["q1", "c", "a1"], ["q2", None, "a2"], [], ["q3", None, "a3"], ["q4", None, "a4"]]
+    cells += [["q5", "c5", "a5"], ["q6", None, None]]
+
+    def merge(book: Any) -> None:
+        for place in ("A1:C2", "B4:B7", "B9:C10"):
+            book["자료"].merge_cells(place)
+
+    book = put(tmp_path / "rows.xlsx", as_workbook({"자료": cells}, merge))
+    found = [tuple(row.values.values()) for row in read_rows(book)]
+    assert found[:4] == [("q1", "c", "a1"), ("q2", "c", "a2"), ("q3", "c", "a3"), ("q4", "", "a4")]
+    assert found[4:] == [("q5", "c5", ""), ("q6", "c5", "")], "of a range of several columns the first has the value"
+    assert caplog.text.count("merged cells have their value in each of their rows, as in row 4") == 1
+
+
+def test_a_formula_without_a_value_makes_a_bad_row(tmp_path: Path) -> None:
+    cells = [[*HEADER, "n"], ["q1", "=VLOOKUP(A2,Z:Z,1)", "a1", 1], ["q2", "c2", "a2", 2], ["q3", "c3", "a3", "=1+1"]]
+    first, good, last = read_rows(put(tmp_path / "rows.xlsx", as_workbook({"자료": cells})))
+    assert good.values == {**dict(zip(HEADER, ("q2", "c2", "a2"), strict=True)), "n": 2}
+    assert first.fault == (
+        "has in CONTEXTS a formula in B2 whose value was never computed; open the workbook in Excel or LibreOffice and "
+        "save it"
+    )
+    assert "has in n a formula in D4" in (last.fault or "")
+    cells[0][1] = '="CON"&"TEXTS"'
+    with pytest.raises(DataError, match=r"rows\.xlsx: has in its header a formula in B1 whose value"):
+        read_rows(put(tmp_path / "rows.xlsx", as_workbook({"자료": cells})))
+
+
+def test_a_formula_may_give_empty_text(tmp_path: Path) -> None:
+    cells = [HEADER, ["q1", "=IF(A2=0,1,1)", "a1"]]
+    book = changed(as_workbook({"자료": cells}), b'<c r="B2">', b'<c r="B2" t="str">')
+    assert [row.values["CONTEXTS"] for row in read_rows(put(tmp_path / "rows.xlsx", book))] == [""]
+
+
+def changed(book: bytes, *texts: bytes) -> bytes:
+    """A workbook in whose parts each of some texts is replaced by the one that follows it."""
+    with zipfile.ZipFile(io.BytesIO(book)) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    for old, new in zip(texts[::2], texts[1::2], strict=True):
+        assert any(old in part for part in parts.values())
+        parts = {name: part.replace(old, new) for name, part in parts.items()}
+    return as_zip(parts)
+
+
+def test_characters_that_a_workbook_escapes_are_decoded_once(tmp_path: Path) -> None:
+    cells = [HEADER, ["하나 CR\n둘", "FACE", "_NO_"]]
+    escaped = (b"CR", b"_x000D_", b"FACE", b"_xD83D__xDE00_", b"_NO_", b"_x005F_x000D_")
+    book = put(tmp_path / "rows.xlsx", changed(as_workbook({"자료": cells}), *escaped))
+    assert [tuple(row.values.values()) for row in read_rows(book)] == [("하나 \r\n둘", "😀", "_x000D_")]
 
 
 def test_the_questions_of_a_survey_are_names_of_columns(tmp_path: Path) -> None:

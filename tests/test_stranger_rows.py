@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from toolkit.config.recipe import build_config
 from toolkit.data.dataset import Dataset, load_dataset
 from toolkit.data.sources import read_rows
 from toolkit.runtime.errors import DataError
+from toolkit.tasks.choose import load_task
+from toolkit.tasks.sample import RowFaultError
 
 ROW = '{"QUESTION": "q?", "LONG_ANSWER": "a"}'
 TWICE = '{"QUESTION": "q?", "LONG_ANSWER": "a", "LONG_ANSWER": "b"}'
@@ -104,3 +108,56 @@ def test_a_patient_of_a_table_with_gaps_is_the_same_in_another_file(tmp_path: Pa
     (tmp_path / "test.jsonl").write_text(f'{{"pid": {number}, "QUESTION": "s?", "LONG_ANSWER": "a"}}\n')
     with pytest.raises(DataError, match="1 of 1 test rows have a pid"):
         load(tmp_path / "train.csv", test=str(tmp_path / "test.jsonl"), group_by="pid", validation=None)
+
+
+WORDS = ["nan", "<NA>", "\\N", "#N/A", "#REF!", "#NAME?", "#VALUE!", "#DIV/0!", "#NULL!", "#NUM!"]
+
+
+def of_table(path: Path, *rows: dict[str, str]) -> list[Any]:
+    """The values of rows, read from a table."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return [row.values for row in read_rows(str(path))]
+
+
+@pytest.mark.parametrize("word", [*WORDS, "NA"])
+def test_a_word_for_a_missing_value_is_no_context_and_no_answer(tmp_path: Path, word: str) -> None:
+    row = {"QUESTION": "q?", "CONTEXTS": word, "LONG_ANSWER": "a"}
+    good, bad = of_table(tmp_path / "rows.csv", row, {**row, "LONG_ANSWER": word})
+    task = load_task("long_answer")
+    assert task.read(good).contexts == ()
+    with pytest.raises(RowFaultError, match=rf"has {re.escape(word)} in LONG_ANSWER, as \w+ prints? a missing value"):
+        task.read(bad)
+
+
+def test_an_answer_may_be_such_a_word_where_files_have_nulls_or_the_task_names_it(tmp_path: Path) -> None:
+    row = {"QUESTION": "q?", "LONG_ANSWER": "NA"}
+    assert load_task("long_answer").read(row).turns[-1].content == "NA"
+    rows = of_table(tmp_path / "rows.csv", row, {**row, "LONG_ANSWER": "None"})
+    output = {"labels": ["yes", "NA", "None"]}
+    decision = {"name": "decision", "output": output, "columns": {"decision": "LONG_ANSWER"}, "leaks": []}
+    for task in ({"name": "long_answer", "output": output}, decision):
+        assert [load_task(task).read(row).turns[-1].content for row in rows] == ["NA", "None"]
+    (row,) = of_table(tmp_path / "rows.csv", {"question": "q", "options": '["yes", "NA"]', "answer": "NA"})
+    assert load_task("choice").read(row).label == "B"
+
+
+@pytest.mark.parametrize("word", ["", *WORDS, "NA", "None", "null", "NULL"])
+def test_such_a_word_leaves_a_column_empty_that_may_be_missing(tmp_path: Path, word: str) -> None:
+    row = {"instruction": "i", "input": word, "output": "o", "system": word, "history": word}
+    (values,) = of_table(tmp_path / "rows.csv", row)
+    task = load_task("alpaca")
+    assert task.read(values) == task.read({"instruction": "i", "output": "o"})
+    turns = json.dumps([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])
+    (values,) = of_table(tmp_path / "rows.csv", {"messages": turns, "tools": word})
+    assert load_task("messages").read(values).tools == ()
+
+
+def test_such_words_are_text_where_files_have_nulls_and_no_options_at_the_end() -> None:
+    row = {"instruction": "What does it mean?", "input": "null", "output": "nothing"}
+    assert load_task("alpaca").read(row).turns[0].content == "What does it mean?\nnull"
+    options = load_task("choice").read({"question": "q", "A": "x", "B": "None", "C": "#N/A", "answer": "A"})
+    assert "B. None" in options.question
+    assert "C." not in options.question

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import pytest
 
@@ -95,6 +96,17 @@ def test_names_match_without_case_blanks_and_plural_and_it_is_said(
     with caplog.at_level("INFO", "frostline"):
         assert read(row, "pubmedqa") == read(QA)
     assert f"{names[0]!r} as QUESTION" in caplog.text
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("asked", ["NFC", "NFD"])
+def test_names_match_in_either_form_of_unicode_and_without_marks_that_show_nothing(form: str, asked: str) -> None:
+    row = {"\u200b질문": "q", "문맥": ["c", "d"], "정답\ufeff": "a"}
+    columns = {"question": "질문", "contexts": "문맥", "answer": normalize(asked, "정답")}
+    sample = read(
+        {normalize(form, name): value for name, value in row.items()}, {"name": "long_answer", "columns": columns}
+    )
+    assert (sample.contexts, said(sample)[-1]) == (("c", "d"), ("assistant", "a"))
 
 
 def test_two_columns_of_one_name_are_refused_unless_one_is_exact() -> None:
@@ -262,6 +274,16 @@ def test_a_message_that_says_two_things_says_which() -> None:
             read({"messages": [question, {"role": "assistant", **answer}]}, "messages")
     same = {"role": "assistant", "content": "a", "value": "a", "reasoning": "", "thinking": "y"}
     assert read({"messages": [question, same]}, "messages").answer == "<think>\ny\n</think>\n\na"
+
+
+@pytest.mark.parametrize("task", ["auto", "long_answer"])
+def test_one_column_that_may_be_several_says_what_separates_them(task: str) -> None:
+    for column in ("질문/정답", "진료 질문 2024년"):
+        with pytest.raises(DataError, match=r"If that one column is several, data\.separator names the character"):
+            choose_task(DataConfig(task=task), [column])
+    with pytest.raises(DataError) as error:
+        choose_task(DataConfig(task=task), ["output"])
+    assert "data.separator" not in str(error.value)
 
 
 def test_texts_in_separate_letters_are_composed_and_noted_unless_it_is_off() -> None:

@@ -82,7 +82,7 @@ def find_task(
         raise
     task = _with_settings(task, data)
     if columns and not recognised and (missing := task.missing(_with_passages(columns, task, data), with_answer)):
-        raise DataError(f"{origin}: {_missing_text(task, missing, columns, with_answer, key)}")
+        raise DataError(f"{origin}: {_missing_text(task, missing, columns, with_answer, key)}{_one_column(columns)}")
     return task
 
 
@@ -127,6 +127,17 @@ def recognise_task(columns: Sequence[str], with_answer: bool = True, key: str = 
     raise DataError(
         f"{key}: auto knows no task for rows with the columns {', '.join(columns)}; expected those of one of: "
         f"{forms}{best}. Map them, as in {key}: {{name: prompt_completion, columns: {{prompt: …, completion: …}}}}"
+        f"{_one_column(columns)}"
+    )
+
+
+def _one_column(columns: Sequence[str]) -> str:
+    """Return what may be wrong with rows whose only column has no simple name: a separator that was not known."""
+    if len(columns) != 1 or columns[0].isidentifier():
+        return ""
+    return (
+        ". If that one column is several, data.separator names the character between them, and a title above the "
+        "header is to be taken away"
     )
 
 

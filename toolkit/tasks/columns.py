@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,9 +14,19 @@ MISSING: Any = object()
 """What ``find`` returns for a path that a row lacks."""
 
 
+_UNSEEN = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")
+"""Marks within a name that show nothing, as spreadsheets and web pages leave them."""
+
+
 def loose(name: str) -> str:
-    """Return a name without case, blanks around and within it, and the plural's s, for comparison."""
-    folded = "_".join(str(name).casefold().replace("-", "_").split())
+    """Return a name without case, blanks around and within it, and the plural's s, for comparison.
+
+    It is in composed form (NFC): a Mac writes the same name decomposed. Marks that show nothing are left out.
+    """
+    name = str(name)
+    if not name.isascii():
+        name = _UNSEEN.sub("", unicodedata.normalize("NFC", name))
+    folded = "_".join(name.casefold().replace("-", "_").split())
     return folded[:-1] if folded.endswith("s") and len(folded) > 1 else folded
 
 

@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from toolkit.tasks.columns import MISSING
+from toolkit.tasks.missing import is_missing
 from toolkit.tasks.output import check_answer
-from toolkit.tasks.row_values import is_missing, unprinted
+from toolkit.tasks.row_values import unprinted
 from toolkit.tasks.sample import ASSISTANT, SYSTEM, RowFaultError, Sample, Turn
 from toolkit.tasks.task_file import TaskSpec
 

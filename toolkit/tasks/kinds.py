@@ -8,6 +8,7 @@ from typing import Any
 from toolkit.tasks.column_spec import ColumnSpec
 from toolkit.tasks.columns import MISSING, check_inside, find, match
 from toolkit.tasks.leaks import require_none_inside
+from toolkit.tasks.missing import MissingWord, is_missing
 from toolkit.tasks.row_values import RowValues, unprinted
 from toolkit.tasks.sample import RowFaultError
 
@@ -16,6 +17,21 @@ def first_value(values: Mapping[str, Any], column: ColumnSpec) -> tuple[str, Any
     """Return the first path of a column that a row has, and its value; the first of all and MISSING if it has none."""
     found = ((path, find(values, path)) for path in column.path)
     return next((one for one in found if one[1] is not MISSING), (column.path[0], MISSING))
+
+
+def is_empty(value: Any) -> bool:
+    """Return whether a row has nothing in a column: no such column, null, or empty text."""
+    return value is MISSING or value == "" or is_missing(value)
+
+
+def is_left_out(column: ColumnSpec, value: Any) -> bool:
+    """Return whether a column's default takes the place of what a row has there.
+
+    A word for an empty field is no value of a column that may be missing; an answer that is one of several may be one.
+    """
+    is_blank = column.kind == "text" and isinstance(value, str) and not value.strip()
+    is_word = column.kind != "choice" and isinstance(value, MissingWord)
+    return value is MISSING or (column.may_be_missing and (is_blank or is_word or is_missing(value)))
 
 
 def check_found(

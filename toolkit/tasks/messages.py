@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from toolkit.tasks.row_values import RowValues, is_missing, unprinted
+from toolkit.tasks.missing import is_missing
+from toolkit.tasks.row_values import RowValues, unprinted
 from toolkit.tasks.sample import ASSISTANT, SYSTEM, TOOL, USER, RowFaultError, Turn
 from toolkit.tasks.task_file import TagsSpec
 

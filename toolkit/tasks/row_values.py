@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from toolkit.tasks.missing import is_field_word, is_missing, is_never_text, is_word_of_r
 from toolkit.tasks.printed_lists import PrintedListError, parse_printed_list
 from toolkit.tasks.sample import RowFaultError
-
-_EMPTY_FIELD_WORDS = ("nan", "none", "null", "<na>")
-"""Words, in lower case, that pandas and others print for an empty field."""
-_MISSING_TEXT_WORDS = ("nan", "<na>")
-"""The subset that is never a question or an answer; 'None' may be an answer."""
 
 _NO_TEXT = re.compile("[\x00\ud800-\udfff]")
 """A NUL, or half of a surrogate pair: what no text holds."""
@@ -32,11 +27,6 @@ COUNTED_OTHERWISE = ", so those of the other rows may be meant otherwise too: st
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 """Letters of options, in order."""
-
-
-def is_missing(value: Any) -> bool:
-    """Return whether a field is empty: null, or the NaN that tables have in place of it."""
-    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 @dataclass
@@ -73,8 +63,13 @@ class RowValues:
             raise RowFaultError(f"has a {type(value).__name__} in {name}; expected text")
         if not value.strip():
             raise RowFaultError(f"has an empty {name}; expected text")
-        if value.strip().lower() in _MISSING_TEXT_WORDS:
+        if is_never_text(value):
             raise RowFaultError(f"has {value.strip()} in {name}, as tables print a missing value; expected text")
+        if is_word_of_r(value):
+            raise RowFaultError(
+                f"has {value.strip()} in {name}, as R prints a missing value; expected text. If it is meant, save the "
+                "rows as JSON lines; as a label, name it in output of data.task"
+            )
         if _INVISIBLE.fullmatch(value):
             marks = ", ".join(sorted({f"U+{ord(mark):04X}" for mark in value if not mark.isspace()}))
             raise RowFaultError(f"has only invisible characters ({marks}) in {name}; expected text")
@@ -204,7 +199,7 @@ def without_gaps(named: Sequence[tuple[str, Any]]) -> list[Any]:
 
 
 def _is_blank(value: Any) -> bool:
-    return is_missing(value) or (isinstance(value, str) and not value.strip())
+    return is_missing(value) or (isinstance(value, str) and (not value.strip() or is_never_text(value)))
 
 
 def _in_order(options: Mapping[Any, Any], name: str) -> list[Any]:
@@ -237,5 +232,4 @@ def unprinted(value: Any, name: str) -> Any:
 
 def _unprinted_texts(value: Any, name: str) -> Any:
     """Return what ``unprinted`` does, and no texts for a word that tables print for an empty field."""
-    is_empty = isinstance(value, str) and value.strip().lower() in _EMPTY_FIELD_WORDS
-    return () if is_empty else unprinted(value, name)
+    return () if isinstance(value, str) and is_field_word(value) else unprinted(value, name)

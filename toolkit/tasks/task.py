@@ -10,11 +10,12 @@ from typing import Any
 from toolkit.tasks.columns import MISSING, find, find_each, is_there, loose, nearest, top_names
 from toolkit.tasks.conversation import conversation_of, messages_in, whole_turns
 from toolkit.tasks.judged import require_no_judgement
-from toolkit.tasks.kinds import check_found, empty_value, first_value, read_kind, shown_path
+from toolkit.tasks.kinds import check_found, empty_value, first_value, is_empty, is_left_out, read_kind, shown_path
 from toolkit.tasks.messages import read_messages
+from toolkit.tasks.missing import MissingWord
 from toolkit.tasks.options import answer_of, answer_variables, answers_of, chosen_option, options_of
 from toolkit.tasks.output import check_answer, labels_of, schema_of
-from toolkit.tasks.row_values import RowValues, is_missing, unprinted, without_gaps
+from toolkit.tasks.row_values import RowValues, unprinted, without_gaps
 from toolkit.tasks.sample import ASSISTANT, SYSTEM, TEXT, USER, RowFaultError, Sample, Turn
 from toolkit.tasks.task_file import TaskSpec, used_variables
 from toolkit.tasks.templates import render
@@ -126,9 +127,7 @@ class Task:
         columns = [self.spec.columns[name] for name in self._all_needed - self._asked]
         columns = [column for column in columns if not column.may_be_missing] or columns  # a reason may be missing
         found = [[find(values, path) for path in column.path] for column in columns]
-        return all(
-            any(value is not MISSING and value != "" and not is_missing(value) for value in one) for one in found
-        )
+        return all(any(not is_empty(value) for value in one) for one in found)
 
     @cached_property
     def asked_columns(self) -> frozenset[str]:
@@ -272,7 +271,7 @@ class Task:
             return ()
         shown = _key(self.spec, name)
         _, value = first_value(values, self.spec.columns[name])
-        value = () if value is MISSING or value == "" or is_missing(value) else unprinted(value, shown)
+        value = () if is_empty(value) or isinstance(value, MissingWord) else unprinted(value, shown)
         if not isinstance(value, Sequence) or not all(isinstance(tool, Mapping) for tool in value):
             raise RowFaultError(f"has no list of functions in {shown}; expected their JSON schemas")
         return tuple(dict(tool) for tool in value)
@@ -286,8 +285,9 @@ class Task:
         check_found(values, column, path, value, self.spec.leaks if name in self._asked else ())
         if value is not MISSING and column.kind == "options" and "," in path:
             value = without_gaps(find_each(values, path))
-        is_blank = column.kind == "text" and isinstance(value, str) and not value.strip()
-        if value is MISSING or (column.may_be_missing and (is_blank or is_missing(value))):
+        if isinstance(value, MissingWord) and name not in self._asked and value.strip() in labels_of(self.spec):
+            value = str(value)
+        if is_left_out(column, value):
             return empty_value(column) if column.default is None else column.default
         return read_kind(column, value, shown_path(values, path), name, reader)
 

@@ -25,6 +25,9 @@ from toolkit.runtime.errors import DataError
 COMPRESSED = (".gz", ".xz", ".zst", ".bz2")
 """Endings of compressed files; the format's own ending stands before them."""
 
+LOCK_MARK = "~$"
+"""How the name of the file begins by which Excel says that a workbook is open."""
+
 _FREE_BYTES = 256 * 2**20
 """What any compressed file may decompress to."""
 _MOST_RATIO = 200
@@ -36,7 +39,13 @@ _MOST_MEMBERS = 10_000
 _DEEPEST = 3
 """How many archives and compressed files may lie within each other."""
 
-_MAGIC = {b"\x1f\x8b": ".gz", b"\xfd7zXZ\0": ".xz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2"}
+_MAGIC = (
+    (re.compile(rb"\x1f\x8b"), ".gz"),
+    (re.compile(rb"\xfd7zXZ\0|\x5d\0\0[\0-\xff]{10}"), ".xz"),  # the latter is LZMA, an older form
+    (re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"), ".zst"),  # the latter is a frame that is skipped
+    (re.compile(rb"BZh"), ".bz2"),
+)
+"""First bytes of compressed content."""
 
 _DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError)
 """What decompression raises on damaged, truncated, encrypted or unknown content."""
@@ -95,8 +104,8 @@ def open_content(file: Path, label: str, name: str) -> Content:
 def _decompressed(content: Content) -> Content:
     """Return ``content`` without the compressions around it, by its first bytes."""
     while True:
-        head = content.head(6)
-        kind = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
+        head = content.head(16)
+        kind = next((kind for magic, kind in _MAGIC if magic.match(head)), None)
         name = content.name
         if name.lower().endswith(COMPRESSED):
             name = str(PurePosixPath(name).with_suffix(""))
@@ -145,8 +154,11 @@ def archive_members(content: Content) -> list[Content] | None:
 
 
 def is_hidden(path: PurePosixPath) -> bool:
-    """Return whether a file is none of the user's: a name or folder that begins with a dot or two underscores."""
-    return any(part.startswith((".", "__")) and part not in (".", "..") for part in path.parts)
+    """Return whether a file is none of the user's: a name or folder that begins with a dot or two underscores.
+
+    So is one that begins with ``~$``, which Excel writes beside a workbook as long as that is open.
+    """
+    return any(part.startswith((".", "__", LOCK_MARK)) and part not in (".", "..") for part in path.parts)
 
 
 class _Bounded(io.RawIOBase):

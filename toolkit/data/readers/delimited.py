@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import csv
-import io
 import logging
 import re
 from collections.abc import Iterator
-from itertools import islice
 
 from toolkit.data.readers.content import Content
 from toolkit.data.readers.row import ENCODING_ADVICE, ReadOptions, Row, has_undecoded_bytes, undecoded_row
 from toolkit.data.readers.table import Record, table_rows
+from toolkit.data.readers.table_header import check_not_printed, check_separated, first_records, header_below_titles
 from toolkit.data.readers.text import LONGEST_LINE, decoded_head, encoding_of, lines_of, open_text
 from toolkit.runtime.errors import DataError
 
@@ -20,8 +19,6 @@ SEPARATORS = (",", "\t", ";", "|")
 
 log = logging.getLogger("frostline")
 
-_LOOKED_AT = 20
-"""Records that are looked at to detect the separator."""
 _SEPARATOR_LINE = re.compile(r"sep=(.)\r?\n")
 """Excel's own first line, which names the separator."""
 
@@ -30,12 +27,16 @@ def read_delimited(content: Content, options: ReadOptions) -> Iterator[Row]:
     """Yield the rows of a file with a header line and a record a line, whose fields may be quoted.
 
     Raises:
-        DataError: a quote is not closed or stands alone, or the header is missing.
+        DataError: a quote is not closed or stands alone, the header is missing or one column that another character
+            divides, or it is a printed table.
     """
     encoding = encoding_of(content, options.encoding, by_line=False)
     head = decoded_head(content, encoding).lstrip("\ufeff")
+    check_not_printed(content.label, head)
     named = _SEPARATOR_LINE.match(head)
     separator = options.separator or (named[1] if named else detect_separator(head))
+    if options.separator is None:
+        check_separated(content.label, head, separator)
     usual = "\t" if content.suffix in (".tsv", ".tab") else ","
     if separator != usual and options.separator is None:
         shown = {"\t": "tabs"}.get(separator, repr(separator))
@@ -88,15 +89,12 @@ def _records(
 def detect_separator(head: str) -> str:
     """Return the separator that splits most of the first records into as many fields as the header, and most of them.
 
-    A comma, if nothing separates.
+    Titles above a header of known columns do not count. A comma, if nothing separates.
     """
     best, best_score = ",", (0.0, 0)
     for separator in SEPARATORS:
-        reader = csv.reader(io.StringIO(head, newline=""), delimiter=separator)
-        try:
-            counts = [len(cells) for cells in islice(reader, _LOOKED_AT) if cells]
-        except csv.Error:
-            continue
+        records = first_records(head, separator)
+        counts = [len(record) for record in records[header_below_titles(records) :]]
         if len(counts) > 1 and len(head) > 2**16:
             counts.pop()  # cut off
         if not counts or counts[0] < 2:

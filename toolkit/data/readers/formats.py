@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator
+from pathlib import PurePosixPath
 
 from toolkit.data.readers.columnar import read_arrow, read_parquet
-from toolkit.data.readers.content import COMPRESSED, Content
+from toolkit.data.readers.content import COMPRESSED, LOCK_MARK, Content
 from toolkit.data.readers.delimited import read_delimited
 from toolkit.data.readers.json_rows import read_json
 from toolkit.data.readers.row import ReadOptions, Row
@@ -30,7 +32,19 @@ _FAMILIES: dict[str, tuple[Reader, tuple[str, ...]]] = {
 _BY_ENDING = {ending: (family, reader) for family, (reader, endings) in _FAMILIES.items() for ending in endings}
 
 _MAGIC = {b"PAR1": "Parquet", b"ARROW1": "Arrow", b"PK\x03\x04": "Excel"}
-_OLD_EXCEL = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
+_NO_ROWS = (
+    (
+        re.compile(rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"),
+        "is an old Excel file (.xls), or one with a password; save it as .xlsx without one",
+    ),
+    (
+        re.compile(rb"(?:\xef\xbb\xbf)?version https://git-lfs\.github\.com/spec/"),
+        "is a pointer of Git LFS and not the file itself; run `git lfs pull` in its repository",
+    ),
+    (re.compile(rb"[\0-\xff]{257}ustar"), "is a tar archive; unpack it and name the files that it holds"),
+    (re.compile(rb"FEA1"), "is a Feather file of version 1; save it again with version 2, or as Parquet"),
+)
+"""First bytes of files that are read as no format, and what they are."""
 _WEB_PAGE = (b"<html", b"<!doc", b"<?xml", b"<tabl")
 
 ENDINGS = ", ".join(_BY_ENDING)
@@ -58,9 +72,12 @@ def read_content(content: Content, options: ReadOptions) -> Iterator[Row]:
     """
     head = content.head(4096)
     named = family_of(content)
-    if head.startswith(_OLD_EXCEL):
+    if reason := next((reason for magic, reason in _NO_ROWS if magic.match(head)), None):
+        raise DataError(f"{content.label}: {reason}")
+    if PurePosixPath(content.name).name.startswith(LOCK_MARK):
         raise DataError(
-            f"{content.label}: is an old Excel file (.xls), or one with a password; save it as .xlsx without one"
+            f"{content.label}: holds no rows: Excel writes it beside a workbook that is open; name the workbook, "
+            f"without {LOCK_MARK}"
         )
     if named is None:
         raise DataError(

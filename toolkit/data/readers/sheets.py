@@ -7,16 +7,21 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
+from unicodedata import normalize
 
 from toolkit.data.readers.content import Content
 from toolkit.data.readers.row import ReadOptions, Row, plain_value
+from toolkit.data.readers.sheet_marks import SheetMarks, marks_of, open_book, unescaped
 from toolkit.data.readers.table import Record, table_rows
 from toolkit.runtime.errors import DataError
+from toolkit.runtime.printable import one_line
 
 log = logging.getLogger("frostline")
 
 _LARGEST_PART = 512 * 2**20
 """Largest part of a workbook in bytes, decompressed; its texts are held in memory."""
+_TYPES = "[Content_Types].xml"
+"""The part that every workbook has."""
 
 
 def read_workbook(content: Content, options: ReadOptions) -> Iterator[Row]:
@@ -31,7 +36,8 @@ def read_workbook(content: Content, options: ReadOptions) -> Iterator[Row]:
         book = _open(content.label, stream)
         try:
             sheet = _choose_sheet(content.label, book, options.sheet)
-            yield from table_rows(content.label, _records(content.label, sheet), may_be_short=True)
+            records = _marks(content.label, sheet).completed(_records(content.label, sheet))
+            yield from table_rows(content.label, records, may_be_short=True)
         finally:
             book.close()
 
@@ -46,11 +52,15 @@ def read_cells(label: str, stream: IO[bytes]) -> dict[str, list[tuple[int, Seque
     """
     book = _open(label, stream)
     try:
-        found = {}
+        found: dict[str, list[tuple[int, Sequence[Any]]]] = {}
         for sheet in book.worksheets:
             sheet.reset_dimensions()  # some programs write wrong ones
             numbered = enumerate(sheet.iter_rows(values_only=True), start=1)
-            found[sheet.title] = [(at, row) for at, row in numbered if any(cell not in (None, "") for cell in row)]
+            found[sheet.title] = [
+                (at, [unescaped(cell) if isinstance(cell, str) else cell for cell in row])
+                for at, row in numbered
+                if any(cell not in (None, "") for cell in row)
+            ]
         return found
     except Exception as error:  # as in _open
         raise _damaged(label, error) from None
@@ -60,14 +70,20 @@ def read_cells(label: str, stream: IO[bytes]) -> dict[str, list[tuple[int, Seque
 
 def _open(label: str, stream: IO[bytes]) -> Any:
     """Open a workbook for reading values row by row."""
-    import openpyxl
-
     _check_parts(label, stream)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about drawings, filters and styles, which are not read
-            return openpyxl.load_workbook(stream, read_only=True, data_only=True)
+            return open_book(stream)
     except Exception as error:  # openpyxl lets through what zip files, XML and its own parts raise
+        raise _damaged(label, error) from None
+
+
+def _marks(label: str, sheet: Any) -> SheetMarks:
+    """Return the merged cells and formulas without a value of a sheet."""
+    try:
+        return marks_of(label, sheet)
+    except Exception as error:  # as in _open
         raise _damaged(label, error) from None
 
 
@@ -83,8 +99,15 @@ def _records(label: str, sheet: Any) -> Iterator[Record]:
             raise _damaged(label, error) from None
         if cells is None:
             return
-        yield Record(number, ["" if cell is None else plain_value(cell) for cell in cells])
+        yield Record(number, [_value(cell) for cell in cells])
         number += 1
+
+
+def _value(cell: Any) -> Any:
+    """Return the value of a cell; a blank one is empty text."""
+    if cell is None:
+        return ""
+    return unescaped(cell) if isinstance(cell, str) else plain_value(cell)
 
 
 def _choose_sheet(label: str, book: Any, asked: str | None) -> Any:
@@ -92,9 +115,14 @@ def _choose_sheet(label: str, book: Any, asked: str | None) -> Any:
     sheets = {sheet.title: sheet for sheet in book.worksheets}
     listed = ", ".join(sheets) or "none"
     if asked is not None:
-        if asked not in sheets:
-            raise DataError(f"data.sheet is {asked!r}, but {label} has no such sheet; set it to one of: {listed}")
-        return sheets[asked]
+        composed = normalize("NFC", asked)  # a Mac writes names decomposed
+        found = [title for title in sheets if asked == title] or [
+            title for title in sheets if normalize("NFC", title) == composed
+        ]
+        if len(found) != 1:
+            number = "several such sheets" if found else "no such sheet"
+            raise DataError(f"data.sheet is {asked!r}, but {label} has {number}; set it to one of: {listed}")
+        return sheets[found[0]]
     visible = [sheet for sheet in sheets.values() if sheet.sheet_state == "visible"] or list(sheets.values())
     for sheet in visible:
         if any(any(cell != "" for cell in record.cells) for record in _records(label, sheet)):
@@ -111,6 +139,11 @@ def _check_parts(label: str, stream: IO[bytes]) -> None:
             parts = archive.infolist()
     except (zipfile.BadZipFile, OSError) as error:
         raise _damaged(label, error) from None
+    if _TYPES not in (names := [part.filename for part in parts]):
+        raise DataError(
+            f"{label}: is a zip archive ({', '.join(map(one_line, names[:3])) or 'empty'}) and no Excel workbook; end "
+            "its name in .zip if it holds data files"
+        )
     if large := [part for part in parts if part.file_size > _LARGEST_PART]:
         raise DataError(
             f"{label}: a part of it has {large[0].file_size:,} bytes, more than the {_LARGEST_PART:,} that are read of "

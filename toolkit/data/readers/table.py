@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from toolkit.data.readers.row import Row, make_row
+from toolkit.data.readers.table_header import MOST_TITLES, header_below_titles
 from toolkit.runtime.errors import DataError
+from toolkit.tasks.missing import with_marked_word
 
 log = logging.getLogger("frostline")
 
@@ -27,6 +29,18 @@ class Record(NamedTuple):
     cells: Cells
     line: int | None = None
     """Line of the file in which it ends."""
+
+
+@dataclass(frozen=True)
+class BadCell:
+    """A cell whose value is not known."""
+
+    fault: str
+    """What it holds, and what to do."""
+
+    def __str__(self) -> str:
+        """Return no text: it is no name of a column."""
+        return ""
 
 
 _LOOKED_AT = 50
@@ -60,14 +74,14 @@ def table_rows(label: str, records: Iterator[Record], may_be_short: bool = False
     Raises:
         DataError: the header is missing, or names a column twice with different values.
     """
-    filled = (record for record in records if not all(map(_is_blank, record.cells)))
-    if (first := next(filled, None)) is None:
+    filled = (record for record in records if not all(map(is_blank, record.cells)))
+    beginning = _below_titles(label, list(itertools.islice(filled, MOST_TITLES)), may_be_short)
+    if not beginning:
         return
-    second = list(itertools.islice(filled, 1))
-    if second and _is_title(first.cells, second[0].cells, may_be_short):
-        log.info("%s begins with a title, which is left out; the header is the next line", label)
-        first, second = second[0], []
-    looked_at = second + list(itertools.islice(filled, _LOOKED_AT - len(second)))
+    first, looked_at = beginning[0], beginning[1:]
+    looked_at += itertools.islice(filled, _LOOKED_AT - len(looked_at))
+    if bad := next((cell for cell in first.cells if isinstance(cell, BadCell)), None):
+        raise DataError(f"{label}: has in its header {bad.fault}")
     header = _Header([str(cell).strip() for cell in first.cells])
     if reason := _why_no_header(first.cells, [record.cells for record in looked_at]):
         raise DataError(
@@ -88,14 +102,29 @@ def table_rows(label: str, records: Iterator[Record], may_be_short: bool = False
         yield row
 
 
+def _below_titles(label: str, records: list[Record], may_be_short: bool) -> list[Record]:
+    """Return the first records of a table without the titles above its header."""
+    cells = [record.cells for record in records]
+    titles = header_below_titles(cells) or int(len(cells) > 1 and _is_title(cells[0], cells[1], may_be_short))
+    if titles == 1:
+        log.info("%s begins with a title, which is left out; the header is the next line", label)
+    elif titles:
+        log.info("%s begins with %d lines above its header, which are left out", label, titles)
+    return records[titles:]
+
+
 def _row(label: str, record: Record, header: _Header) -> Row:
     """Make the row of one record."""
     number, cells, line = record
     origin = f"{label} row {number}"
-    if len(cells) < header.width or any(not _is_blank(cell) for cell in cells[len(header.names) :]):
+    if len(cells) < header.width or any(not is_blank(cell) for cell in cells[len(header.names) :]):
         found = f"it has {len(cells)}" + (f", up to line {line}" if line else "")
         expected = f"the {len(header.columns)} fields of the header line"
-        return Row(origin, fault=f"has not {expected} ({found}); check its quotes and separators")
+        title = ", or take away a title above the header" if len(header.columns) == 1 else ""
+        return Row(origin, fault=f"has not {expected} ({found}); check its quotes and separators{title}")
+    for at, name in header.columns:
+        if isinstance(cells[at], BadCell):
+            return Row(origin, fault=f"has in {name} {cells[at].fault}")
     values: dict[str, Any] = {}
     for at, name in header.columns:
         if name in header.repeated and values.setdefault(name, cells[at]) != cells[at]:
@@ -103,24 +132,24 @@ def _row(label: str, record: Record, header: _Header) -> Row:
                 f"{label}: the header line names {name} more than once, and the columns differ in row {number}; keep "
                 "one column of each name"
             )
-        values[name] = cells[at]
+        values[name] = with_marked_word(cells[at])
     return make_row(origin, values)
 
 
 def _unnamed(header: _Header, cells: Cells) -> int:
     """Return the number, from 1, of a column without a name whose cell is filled; 0 if there is none."""
     cells = cells[: len(header.names)]
-    return next((at + 1 for at, cell in enumerate(cells) if not header.names[at] and not _is_blank(cell)), 0)
+    return next((at + 1 for at, cell in enumerate(cells) if not header.names[at] and not is_blank(cell)), 0)
 
 
 def _is_title(first: Cells, second: Cells, may_be_short: bool) -> bool:
     """Return whether the first record is a title over the table: its first cell alone is filled, of several."""
-    filled = [not _is_blank(cell) for cell in first]
+    filled = [not is_blank(cell) for cell in first]
     return (
         (may_be_short or len(filled) > 1)
         and filled[0]
         and sum(filled) == 1
-        and sum(not _is_blank(cell) for cell in second) > 1
+        and sum(not is_blank(cell) for cell in second) > 1
     )
 
 
@@ -136,7 +165,7 @@ def _why_no_header(first: Cells, rows: Sequence[Cells]) -> str | None:
         if reason and 2 * sum(_why_no_name(str(other).strip()) is not None for other in below) >= len(below):
             return reason
     same = [at for at, cell in enumerate(first) if any(at < len(row) and row[at] == cell != "" for row in rows)]
-    different = sum(not _is_blank(cell) for cell in first) - len(same)
+    different = sum(not is_blank(cell) for cell in first) - len(same)
     return "has values that stand in its columns below too" if same and different else None
 
 
@@ -151,6 +180,6 @@ def _why_no_name(text: str) -> str | None:
     return "has a sentence in it" if _SENTENCE.match(text) else None
 
 
-def _is_blank(cell: Any) -> bool:
+def is_blank(cell: Any) -> bool:
     """Return whether a cell is empty, or holds blanks alone."""
     return cell is None or (isinstance(cell, str) and not cell.strip())
