@@ -86,6 +86,7 @@ def test_contexts_may_be_one_string() -> None:
         ({"LONG_ANSWER": ""}, "has an empty LONG_ANSWER"),
         ({"LONG_ANSWER": float("nan")}, "has NaN in LONG_ANSWER, as tables print a missing value"),
         ({"LONG_ANSWER": "\u200b\ufeff"}, "has only invisible characters (U+200B, U+FEFF) in LONG_ANSWER"),
+        ({"LONG_ANSWER": "\u2800\U000e0041 \x01"}, "has only invisible characters (U+0001, U+2800, U+E0041)"),
         ({"CONTEXTS": ["a\0b"]}, "has a NUL character in CONTEXTS"),
         ({"LONG_ANSWER": "a\ud800"}, "has half of a surrogate pair in LONG_ANSWER"),
         ({"CONTEXTS": [{"text": "a"}]}, "name the texts' path in data.task, as in CONTEXTS[].text"),

@@ -166,6 +166,15 @@ def test_an_answer_may_be_given_as_number_or_text_and_none_of_the_options_is_a_f
         read({**KORMED, "answer": 0})
 
 
+@pytest.mark.parametrize("printed", ['[{"text": "a"}, {"text": "b"}]', "[{'text': 'a'}, {'text': 'b'}]"])
+def test_a_path_leads_into_what_a_table_holds_printed(printed: str) -> None:
+    row = {"QUESTION": "q", "LONG_ANSWER": "x"}
+    of_list = {"name": "long_answer", "columns": {"contexts": "CONTEXTS[].text"}}
+    assert read({**row, "CONTEXTS": printed}, of_list).contexts == ("a", "b")
+    of_object = {"name": "long_answer", "columns": {"contexts": "context.contexts"}}
+    assert read({**row, "context": f"{{'contexts': {['a', 'b']}}}"}, of_object).contexts == ("a", "b")
+
+
 def test_an_answer_that_is_no_json_of_the_schema_is_a_fault(tmp_path: Path) -> None:
     schema = {"type": "object", "required": ["grade"], "properties": {"grade": {"type": "integer"}}}
     (tmp_path / "schema.json").write_text(json.dumps(schema))

@@ -6,8 +6,10 @@ import difflib
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
+from toolkit.tasks.printed_lists import PrintedListError, parse_printed_list
 from toolkit.tasks.sample import RowFaultError
 
 MISSING: Any = object()
@@ -69,6 +71,9 @@ def find(values: Any, path: str) -> Any:
         return MISSING
     if value is MISSING or not (rest or each):
         return value
+    if isinstance(value, str):  # of a table, whose fields hold lists and objects printed
+        with suppress(PrintedListError):
+            value = parse_printed_list(value)
     if each:
         if not isinstance(value, Sequence) or isinstance(value, str):
             return MISSING

@@ -16,9 +16,9 @@ _NO_TEXT = re.compile("[\x00\ud800-\udfff]")
 """A NUL, or half of a surrogate pair: what no text holds."""
 _INVISIBLE = re.compile(
     "[\\s\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f"
-    "\u3164\ufe00-\ufe0f\ufeff\uffa0]*"
+    "\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\x01-\x1f\x7f-\x9f\U000e0000-\U000e007f\U000e0100-\U000e01ef]*"
 )
-"""Blanks, joiners, fillers and marks that show nothing."""
+"""Blanks, joiners, fillers, control characters and marks that show nothing."""
 
 Reading = Literal["any", "text"]
 
