@@ -174,6 +174,28 @@ def test_numbers_are_what_was_printed_also_in_tool_calls_and_flags() -> None:
     assert "C. 7" in str(load_task("choice").read(options))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "['a" + "' " * 300_000 + "]",
+        "['a'" + " " * 1_000_000 + "x]",
+        "['a' x'" + " " * 1_000_000 + ", y",
+        "['a' x" + " dtype=]" * 100_000 + "]" * 300_000 + "x",
+        "['a' x" + "dtype=" * 200_000,
+        "(" * 300_000,
+        "[ " * 300_000 + "x",
+        "0  a" + "\ndtype: a  " * 100_000 + "x",
+    ],
+    ids=["quotes", "blanks", "blanks behind a quote", "brackets", "dtypes", "round", "square", "series"],
+)
+def test_a_long_run_of_one_character_is_gone_through_once(text: str) -> None:
+    """A pattern that goes back for each of a million blanks would take hours."""
+    try:
+        assert parse_printed_list(text) == text
+    except PrintedListError as error:
+        assert str(error)
+
+
 def test_a_table_that_datasets_wrote_keeps_every_context_apart(tmp_path: Path) -> None:
     from datasets import Dataset
 

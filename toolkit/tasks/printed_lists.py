@@ -103,9 +103,20 @@ def _is_prose(text: str, error: _ParseError, texts: int) -> bool:
     if error.is_cut_off:
         return texts == 0 and has_closing and len(text) < _TRUNCATED_CELL_LENGTH
     is_separated = re.search(r"""['"]\s*,""", text) is not None
-    if re.search(r"""(?:['"]|dtype=\S+)\s*,?\s*[\])}]+\s*$""", text):
+    if _ends_as_a_list(text):
         return error.is_word and not is_separated
     return not (is_separated and (text.rstrip()[-1:] in "])}" or not has_closing))
+
+
+def _ends_as_a_list(text: str) -> bool:
+    """Return True if a text ends in closing brackets behind a quote, or behind the ``dtype=…`` that numpy prints."""
+    text = text.rstrip()
+    inside = text.rstrip("])}")
+    if inside == text:
+        return False
+    inside = inside.rstrip().removesuffix(",").rstrip()
+    _, named, kind = inside.rpartition("dtype=")
+    return inside.endswith(("'", '"')) or (named != "" and len(kind.split()) == 1 and not kind[0].isspace())
 
 
 class _Token(NamedTuple):
