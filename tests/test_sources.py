@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import logging
 import zipfile
@@ -185,6 +186,34 @@ def test_rows_are_read_in_a_stream(tmp_path: Path) -> None:
         assert next(reader).values == rows[0]
         with pytest.raises(DataError, match="damaged or cut off"):
             list(reader)
+
+
+class CountedText(str):
+    """A text that counts the characters in which line breaks are counted."""
+
+    counted = 0
+
+    def __radd__(self, before: str) -> CountedText:
+        return CountedText(str(before) + str(self))
+
+    def count(self, part: str, start: int = 0, end: int = 2**62) -> int:  # type: ignore[override]
+        CountedText.counted += max(min(end, len(self)) - start, 0)
+        return super().count(part, start, end)
+
+
+def test_lines_of_json_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = CountedText('{"a": 1}\n\n' * 2000 + '{"a":')
+    monkeypatch.setattr(CountedText, "counted", 0)
+    source = io.StringIO()
+    monkeypatch.setattr(source, "read", lambda size, parts=[written]: parts.pop() if parts else "")
+    stream = json_stream.JsonStream(source, "rows.json")
+    for number in range(2000):
+        assert stream.peek() == "{"
+        assert stream.line == 2 * number + 1
+        assert stream.value()[0] == {"a": 1}
+    with pytest.raises(DataError, match="not valid JSON at line 4001, column 6"):
+        stream.value()
+    assert 0 < CountedText.counted <= 2 * len(written)
 
 
 def test_a_bomb_is_stopped_at_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
