@@ -145,6 +145,31 @@ def test_a_bad_row_is_named_with_its_reason_and_the_others_are_read(tmp_path: Pa
     assert fault in (bad.fault or "")
 
 
+def test_a_line_ends_at_a_line_break_and_at_no_other_character(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Text from the web has U+2028, U+2029 and U+0085 in it, which Python takes for ends of lines too."""
+    caplog.set_level(logging.INFO, "frostline")
+    rows = [{**row, "LONG_ANSWER": "한\u2028두\u2029세\x85네"} for row in ROWS]
+    for end in ("\n", "\r\n", "\r"):
+        lines = as_jsonl(rows, end)
+        found = read_rows(put(tmp_path / "rows.jsonl", lines + '{"QUESTION": broken\u2028}' + end + lines))
+        assert [row.origin.rpartition(" ")[2] for row in found if row.fault] == ["7"]
+        assert len(found) == 13
+    (row,) = read_rows(put(tmp_path / "table.txt", "a\tb\u2028c\td\n1\t2\t3\n"))
+    assert list(row.values.values()) == ["1", "2", "3"]
+    assert "one JSON value" not in caplog.text
+
+
+def test_a_comma_that_ends_each_line_is_named_and_no_row_is_lost_in_silence(tmp_path: Path) -> None:
+    for name in ("rows.jsonl", "rows.json"):
+        for last in (as_jsonl(ROWS, ",\n"), as_jsonl(ROWS, ",\n").rstrip(",\n")):
+            faults = [row.fault for row in read_rows(put(tmp_path / name, last))]
+            assert len(faults) == 6
+            assert set(faults) <= {"is not valid JSON: a comma ends the line; remove it", None}
+            assert faults.count(None) == (not last.endswith("\n"))
+
+
 def test_fields_too_many_are_named_with_their_line(tmp_path: Path) -> None:
     *_, bad = read_rows(put(tmp_path / "rows.csv", as_csv() + "5' 10\" tall,b,c, d\r\n"))
     assert bad.fault == (

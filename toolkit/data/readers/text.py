@@ -31,6 +31,7 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _TEXT_CHARACTER = re.compile("[\t\n\r -~°±·×–—‘’“”…ㄱ-ㅣ가-힣ぁ-ヿ一-鿿À-ÿ\uff00-\uff65]")
+_LINE_END = re.compile(r"\r\n|[\r\n]")
 _FEWEST_SYLLABLES = 4
 """Syllables below which a text is too short to tell its encoding."""
 _SYLLABLES = re.compile("[가-힣]")
@@ -104,6 +105,14 @@ def decoded_head(content: Content, encoding: str) -> str:
         return decoder.decode(content.head(HEAD_BYTES))
     except UnicodeError as error:
         raise _wrong_encoding(content.label, encoding, error) from None
+
+
+def whole_lines(text: str) -> list[str]:
+    """Return the lines of a text without their ends, as files have them, without blank ones.
+
+    ``str.splitlines`` ends a line at U+2028 and others too, which stand within the texts of rows.
+    """
+    return [line for line in _LINE_END.split(text) if line.strip()]
 
 
 def _wrong_encoding(label: str, encoding: str, error: UnicodeError) -> DataError:

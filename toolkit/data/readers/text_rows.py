@@ -9,7 +9,7 @@ from toolkit.data.readers.content import Content
 from toolkit.data.readers.delimited import read_delimited
 from toolkit.data.readers.json_rows import has_row_a_line, read_json
 from toolkit.data.readers.row import ReadOptions, Row, has_undecoded_bytes, make_row, undecoded_row
-from toolkit.data.readers.text import decoded_head, encoding_of, lines_of, open_text
+from toolkit.data.readers.text import decoded_head, encoding_of, lines_of, open_text, whole_lines
 
 log = logging.getLogger("frostline")
 
@@ -41,5 +41,5 @@ def read_text(content: Content, options: ReadOptions) -> Iterator[Row]:
 
 def _is_tabbed(head: str) -> bool:
     """Return whether the first lines of a text all have the same number of tabs, at least one."""
-    counts = {line.count("\t") for line in head.splitlines()[:10] if line.strip()}
+    counts = {line.count("\t") for line in whole_lines(head)[:10]}
     return len(counts) == 1 and counts != {0}
