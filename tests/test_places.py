@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import threading
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,9 @@ def test_links_are_followed_once_and_a_file_by_two_names_is_read_once(tmp_path: 
         ("data/Train-00000-of-00001.jsonl", "data/TEST-00000-of-00001.jsonl", "data/validation-00000-of-00001.jsonl"),
         ("training/a.jsonl", "testing/a.jsonl", "val/a.jsonl"),
         ("my_train_set.jsonl", "my_test_set.jsonl", "my_valid_set.jsonl"),
+        ("학습.jsonl", "평가.jsonl", "검증.jsonl"),
+        ("진료_훈련용데이터.jsonl", "시험-00000-of-00001.jsonl", "검증셋1.jsonl"),
+        ("학습데이터/a.jsonl", "테스트/a.jsonl", unicodedata.normalize("NFD", "검증") + "/a.jsonl"),
     ],
 )
 def test_files_and_folders_named_after_splits_are_splits(tmp_path: Path, names: tuple[str, ...]) -> None:

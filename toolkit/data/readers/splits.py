@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
@@ -15,8 +16,12 @@ _SPLIT_WORDS = {
     "train": "train", "training": "train",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+    "학습": "train", "훈련": "train", "검증": "validation", "평가": "test", "시험": "test", "테스트": "test",
 }  # fmt: skip
-"""Split by a word in the name of a file or folder, as ``datasets`` reads them."""
+"""Split by a word in the name of a file or folder: in English as ``datasets`` reads them, and in Korean."""
+_WORD = re.compile("[a-z]+|[가-힣]+")
+_DATA_WORDS = re.compile("(?:용|데이터|자료|셋|세트|집합)+$")
+"""What follows the split in a word of a Korean name, as in ``학습용데이터``."""
 
 _SHARD = re.compile(r"(.+?)[-_]\d+[-_]of[-_]\d+$")
 
@@ -29,7 +34,7 @@ def split_of(name: str) -> str | None:
     path = PurePosixPath(name)
     stem = path.name.partition(".")[0]
     for part in (stem, *reversed(path.parts[:-1])):
-        words = [word for word in re.split(r"[^a-z]+", part.lower()) if word]
+        words = [_DATA_WORDS.sub("", word) for word in _WORD.findall(unicodedata.normalize("NFC", part.lower()))]
         if found := {_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS}:
             return sorted(found)[0] if len(found) == 1 else None
     shard = _SHARD.match(stem)
