@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import logging
+import unicodedata
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,22 @@ def test_a_file_on_one_long_line_is_read_whatever_its_encoding(tmp_path: Path) -
         assert [row.values for row in read_rows(put(tmp_path / "r.json", written.encode(encoding)))] == rows
         keyed = as_json({str(n): row for n, row in enumerate(rows)})
         assert [row.values for row in read_rows(put(tmp_path / "k.json", keyed.encode(encoding)))] == rows
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize(
+    "text",
+    ["Что делать при высокой температуре?", "Τι κάνω με πυρετό;", "Làm gì khi bị sốt?", "ماذا أفعل عند الحمى؟",
+     "열이 나면, 무엇을 하는가?", "발열 時、何をするか。", "Ĉu febro daŭras?"],
+)  # fmt: skip
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_utf16_without_a_mark_is_detected_in_every_script(tmp_path: Path, text: str, encoding: str, form: str) -> None:
+    rows = [{"q": unicodedata.normalize(form, text), "a": "1"}] * 3  # type: ignore[arg-type]
+    for name, written in (("r.csv", as_csv(rows=rows)), ("r.jsonl", as_jsonl(rows))):
+        found = read_rows(put(tmp_path / name, written.encode(encoding)))
+        assert [unicodedata.normalize("NFC", str(row.values["q"])) for row in found] == [
+            unicodedata.normalize("NFC", text)
+        ] * 3
 
 
 def test_a_damaged_character_does_not_hide_an_encoding(tmp_path: Path) -> None:

@@ -30,7 +30,13 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_TEXT_CHARACTER = re.compile("[\t\n\r -~°±·×–—‘’“”…ㄱ-ㅣ가-힣ぁ-ヿ一-鿿À-ÿ\uff00-\uff65]")
+_TEXT_CHARACTER = re.compile(
+    "[\t\n\r -~°±·×–—‘’“”…、-】ㄱ-ㅣ가-힣ぁ-ヿ一-鿿À-\u024f\uff00-\uff65"
+    "\u0300-\u036f\u0370-\u052f\u0590-\u06ff\u0900-\u097f\u0e00-\u0e7f\u1100-\u11ff\u1e00-\u1eff]"
+)
+"""Characters of the scripts of many readers: Latin, also with marks apart, Korean, also in letters apart, Japanese and
+Chinese, Greek, Cyrillic, Hebrew, Arabic, Devanagari and Thai. No blank of U+2000 is among them: it is an ASCII blank
+whose bytes are in the other order."""
 _LINE_END = re.compile(r"\r\n|[\r\n]")
 _FEWEST_SYLLABLES = 4
 """Syllables below which a text is too short to tell its encoding."""
