@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 import unicodedata
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,40 @@ def test_files_and_folders_named_after_splits_are_splits(tmp_path: Path, names: 
         assert with_lists(read_rows(str(path), default_split="validation")) == [ROWS[2]]
         with pytest.raises(DataError, match=r"has no split 'nope'; set data\.split to one of: test, train, validation"):
             read_rows(str(path), "nope")
+
+
+class WindowsName(zipfile.ZipInfo):
+    """A member whose name is written in an encoding that no flag tells, as Windows and macOS do."""
+
+    encoding = "cp949"
+
+    def _encodeFilenameFlags(self) -> tuple[bytes, int]:
+        return self.filename.encode(self.encoding), 0
+
+
+@pytest.mark.parametrize("encoding", ["cp949", "utf-8", "shift_jis"])
+def test_members_are_told_apart_by_their_names_in_any_encoding(
+    tmp_path: Path, encoding: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "frostline")
+    monkeypatch.setattr(WindowsName, "encoding", encoding)
+    names = ("감염", "간염", "폐렴") if encoding != "shift_jis" else ("肝炎", "肺炎", "感染")
+    with zipfile.ZipFile(tmp_path / "rows.zip", "w") as archive:
+        for at, name in enumerate(sorted(names)):
+            archive.writestr(WindowsName(f"{name}.jsonl"), as_jsonl(ROWS[at : at + 1]))
+    found = read_rows(str(tmp_path / "rows.zip"))
+    assert sorted(map(str, with_lists(found))) == sorted(map(str, ROWS[:3]))
+    if encoding != "shift_jis":
+        assert f"{tmp_path}/rows.zip:간염.jsonl line 1" in [row.origin for row in found]
+        assert "감염.jsonl" in caplog.text
+
+
+def test_members_whose_names_differ_in_a_mark_or_far_from_their_end_are_two_files(tmp_path: Path) -> None:
+    for at, names in enumerate((("진료:1", "진료;1", "진료[1]"), ("가" * 210 + "/1", "나" * 210 + "/1", "a\x1b[1m"))):
+        members = {f"{name}.jsonl": as_jsonl(ROWS[n : n + 1]) for n, name in enumerate(names)}
+        found = read_rows(put(tmp_path / f"{at}.zip", as_zip(members)))
+        assert len(found) == 3
+        assert not any("\x1b" in row.origin for row in found)
 
 
 def test_custom_splits_are_those_of_sharded_names(tmp_path: Path) -> None:

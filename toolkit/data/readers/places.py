@@ -133,9 +133,9 @@ def _choose(
     """Return the contents of a known format that belong to the split."""
     known = [content for content in contents if has_known_ending(content.name) and not _is_description(content)]
     if not known:
-        listed = ", ".join(content.name for content in contents[:5]) or "nothing"
+        listed = ", ".join(content.shown for content in contents[:5]) or "nothing"
         raise DataError(f"{path}: holds no data file ({listed}); expected files that end in {ENDINGS}")
-    if left_out := [content.name for content in contents if content not in known]:
+    if left_out := [content.shown for content in contents if content not in known]:
         log.info("%s: %d other files are not read, such as %s", path, len(left_out), left_out[0])
     splits: dict[str, list[Content]] = {}
     for content in known:
@@ -143,7 +143,7 @@ def _choose(
     unnamed = splits.pop("", [])
     if unnamed and splits:
         raise DataError(
-            f"{path}: {unnamed[0].name} belongs to no split, and other files belong to {', '.join(sorted(splits))}; "
+            f"{path}: {unnamed[0].shown} belongs to no split, and other files belong to {', '.join(sorted(splits))}; "
             "rename or move it, or name the files to read, one by one or by a pattern"
         )
     if not splits and split not in (None, "train"):
@@ -151,7 +151,7 @@ def _choose(
     chosen = splits[choose_split(path, sorted(splits), split, key, default)] if splits else unnamed
     _check_alike(path, chosen)
     log.info("%s: %d file%s read, %s", path, len(chosen), "s are" if len(chosen) > 1 else " is",
-             ", ".join(content.name for content in chosen[:3]) + (" …" if len(chosen) > 3 else ""))  # fmt: skip
+             ", ".join(content.shown for content in chosen[:3]) + (" …" if len(chosen) > 3 else ""))  # fmt: skip
     files = dict.fromkeys(content.file for content in chosen)
     return Place(tuple(files), tuple(partial(read_content, content, options) for content in chosen))
 
