@@ -172,6 +172,52 @@ def test_a_saved_set_and_its_splits_are_read(tmp_path: Path) -> None:
         read_rows(str(tmp_path / "one"))
 
 
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A saved set of splits, with what ``map`` keeps beside them; its splits alone lie in another folder."""
+    whole = datasets.Dataset.from_list(ROWS)
+    both = datasets.DatasetDict({"train": whole, "pqa": whole.select([1])})
+    both.save_to_disk(str(tmp_path / "up" / "both"), num_shards={"train": 3, "pqa": 1})
+    train = tmp_path / "up" / "both" / "train"
+    loaded = datasets.load_from_disk(str(train))
+    loaded.map(lambda row: {"CONTEXTS": ["x"]}, cache_file_name=str(train / "cache-0123456789abcdef.arrow"))
+    shutil.copy(train / "cache-0123456789abcdef.arrow", train / "tmpab12cd34.arrow")
+    shutil.copytree(train, tmp_path / "alone" / "train")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("path", "split"),
+    [("up", "train"), ("up", "pqa"), ("up/both", "train"), ("up/both", "pqa"), ("alone", "train"),
+     ("up/both/train", "train"), ("up/both/train/*.arrow", "train"), ("alone/**/*.arrow", "train")],
+)  # fmt: skip
+def test_caches_beside_a_saved_set_are_no_rows_and_its_splits_are_read_from_anywhere(
+    saved: Path, path: str, split: str
+) -> None:
+    expected = ROWS if split == "train" else [ROWS[1]]
+    assert with_lists(read_rows(str(saved / path), split)) == expected
+    assert not any(file.name.startswith(("cache", "tmp")) for file in Source(str(saved / path), split).files)
+    if "*" not in path:
+        archive = shutil.make_archive(str(saved / "zipped"), "zip", saved / path)
+        assert with_lists(read_rows(archive, split if path.startswith("up") and path != "up/both/train" else None)) == (
+            expected
+        )
+
+
+def test_a_cache_is_left_out_also_where_no_state_names_the_files(saved: Path) -> None:
+    (saved / "alone" / "train" / "state.json").unlink()
+    assert with_lists(read_rows(str(saved / "alone"))) == ROWS
+
+
+@pytest.mark.parametrize("path", ["up", "alone", "up/both/train"])
+def test_a_file_of_a_saved_set_that_is_not_there_is_named(saved: Path, path: str) -> None:
+    next((saved / path).rglob("data-00001-of-00003.arrow")).unlink()
+    with pytest.raises(DataError, match=r"train/data-00001-of-00003\.arrow"):
+        read_rows(str(saved / path), "train")
+    with pytest.raises(DataError, match=r"data-00001-of-00003\.arrow is not there, and state\.json beside it"):
+        read_rows(shutil.make_archive(str(saved / "zipped"), "zip", saved / path))
+
+
 def test_a_name_is_a_folder_of_a_directory(tmp_path: Path) -> None:
     put(tmp_path / "labeled" / "train.jsonl", as_jsonl(ROWS[:1]))
     put(tmp_path / "artificial" / "train.jsonl", as_jsonl(ROWS[1:]))

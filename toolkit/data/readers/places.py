@@ -15,6 +15,7 @@ from toolkit.data.readers.columnar import DISK_SPLITS, DISK_STATE, read_saved
 from toolkit.data.readers.content import COMPRESSED, Content, archive_members, is_hidden, open_content
 from toolkit.data.readers.formats import ENDINGS, family_of, has_known_ending, read_content
 from toolkit.data.readers.row import ReadOptions, Row
+from toolkit.data.readers.saved_sets import DISK_INFO, saved_splits, shards_of, state_of, without_caches
 from toolkit.data.readers.splits import choose_split, split_of
 from toolkit.runtime import signals
 from toolkit.runtime.errors import DataError
@@ -22,6 +23,9 @@ from toolkit.runtime.paths import is_file
 from toolkit.runtime.printable import one_line
 
 log = logging.getLogger("frostline")
+
+_DESCRIPTIONS = (DISK_INFO, "dataset_infos.json", DISK_STATE, DISK_SPLITS)
+"""JSON files that describe a data set."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,9 @@ def place_of_directory(
     Raises:
         DataError: as ``place_of_file``, or files of several formats.
     """
-    if (directory / DISK_STATE).is_file() and (directory / "dataset_info.json").is_file():
-        if split not in (None, "train", own := _saved_split(directory)):
+    if (directory / DISK_STATE).is_file() and (directory / DISK_INFO).is_file():
+        own = state_of(directory).get("_split")
+        if split not in (None, "train", own):
             raise DataError(f"{key} is {split!r}, but {path} holds one split only: {own or 'train'}")
         return _saved(directory, path)
     if (directory / DISK_SPLITS).is_file():
@@ -131,6 +136,7 @@ def _choose(
     path: str, contents: list[Content], split: str | None, key: str, default: str, options: ReadOptions
 ) -> Place:
     """Return the contents of a known format that belong to the split."""
+    contents = without_caches(path, contents)
     known = [content for content in contents if has_known_ending(content.name) and not _is_description(content)]
     if not known:
         listed = ", ".join(content.shown for content in contents[:5]) or "nothing"
@@ -138,8 +144,10 @@ def _choose(
     if left_out := [content.shown for content in contents if content not in known]:
         log.info("%s: %d other files are not read, such as %s", path, len(left_out), left_out[0])
     splits: dict[str, list[Content]] = {}
+    saved = saved_splits(contents)
     for content in known:
-        splits.setdefault(split_of(content.name) or "", []).append(content)
+        own = saved.get(str(PurePosixPath(content.name).parent)) or split_of(content.name)
+        splits.setdefault(own or "", []).append(content)
     unnamed = splits.pop("", [])
     if unnamed and splits:
         raise DataError(
@@ -158,7 +166,7 @@ def _choose(
 
 def _is_description(content: Content) -> bool:
     """Return whether a file describes a data set, rather than holding rows."""
-    return PurePosixPath(content.name).name.lower() in ("dataset_info.json", "dataset_infos.json", DISK_STATE) or (
+    return PurePosixPath(content.name).name.lower() in _DESCRIPTIONS or (
         content.suffix == ".txt" and PurePosixPath(content.name).stem.lower() in ("readme", "license", "licence")
     )
 
@@ -183,13 +191,6 @@ def _check_alike(path: str, contents: list[Content]) -> None:
 
 def _saved(directory: Path, label: str) -> Place:
     """Return what ``Dataset.save_to_disk`` wrote into a directory."""
-    return Place(tuple(sorted(directory.glob("*.arrow"))), (partial(read_saved, directory, label),))
-
-
-def _saved_split(directory: Path) -> str | None:
-    """Return the split that a saved data set says it is."""
-    try:
-        split = json.loads((directory / DISK_STATE).read_bytes()).get("_split")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return split if isinstance(split, str) else None
+    shards = shards_of(state_of(directory)) or ()
+    files = [directory / name for name in sorted(shards)] or sorted(directory.glob("*.arrow"))
+    return Place(tuple(files), (partial(read_saved, directory, label),))
