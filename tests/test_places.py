@@ -48,6 +48,67 @@ def test_links_are_followed_once_and_a_file_by_two_names_is_read_once(tmp_path: 
     assert with_lists(read_rows(str(tmp_path / "d"))) == ROWS
 
 
+@pytest.mark.parametrize("name", ["train-00001-of-00003.jsonl", "b.csv.gz", "more"])
+def test_a_link_to_what_is_not_there_is_named_and_no_row_lost_in_silence(tmp_path: Path, name: str) -> None:
+    put(tmp_path / "d" / "train-00000-of-00003.jsonl", as_jsonl(ROWS[:2]))
+    put(tmp_path / "d" / "train-00002-of-00003.jsonl", as_jsonl(ROWS[2:]))
+    (tmp_path / "d" / name).symlink_to(tmp_path / "nowhere")
+    for path in ("d", "d/*"):
+        with pytest.raises(DataError, match=f"{name} is a link to .*/nowhere, which cannot be reached; restore"):
+            read_rows(str(tmp_path / path))
+
+
+def test_a_link_that_holds_no_rows_may_lead_nowhere(tmp_path: Path) -> None:
+    put(tmp_path / "d" / "rows.jsonl", as_jsonl())
+    for name in ("README.md", ".hidden.jsonl"):
+        (tmp_path / "d" / name).symlink_to(tmp_path / "nowhere")
+    assert with_lists(read_rows(str(tmp_path / "d"))) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("names", "missing"),
+    [
+        (("train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl.gz"), "train-00001-of-00003 is not there"),
+        (("a-1-of-3.jsonl", "a-3-of-3.jsonl"), "a-2-of-3 is not there"),
+        (("x/rows_00001_of_00002.jsonl",), "rows_00000_of_00002 or .*rows_00002_of_00002 is not there"),
+        (("00000-of-00003.jsonl", "00000-of-00003.txt.part"), "00001-of-00003, 00002-of-00003 are not there"),
+    ],
+)
+def test_a_numbered_file_that_is_missing_is_named(tmp_path: Path, names: tuple[str, ...], missing: str) -> None:
+    files = {name: READ["rows.jsonl.gz" if name.endswith("gz") else "rows.jsonl"] for name in names}
+    for name, written in files.items():
+        put(tmp_path / "d" / name, written)
+    put(tmp_path / "d.zip", as_zip(files))
+    for path in ("d", "d.zip", "d/**/*.jsonl*"):
+        with pytest.raises(
+            DataError, match=f"{missing}, and other files are numbered .* or name the files to read one"
+        ):
+            read_rows(str(tmp_path / path))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train-00000-of-00001-a09b74b3ef9c3b56.jsonl", "test-00000-of-00002.jsonl"),
+        tuple(f"rows-{number}-of-12.jsonl" for number in range(1, 13)),
+        ("visit-3-of-10.jsonl",),
+    ],
+)
+def test_numbered_files_that_are_all_there_are_read(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        put(tmp_path / name, as_jsonl())
+    assert len(read_rows(str(tmp_path))) == 6 * sum(not name.startswith("test") for name in names)
+
+
+def test_a_pattern_may_take_some_of_numbered_files(tmp_path: Path) -> None:
+    for number in range(3):
+        put(tmp_path / f"train-0000{number}-of-00003.jsonl", as_jsonl(ROWS[number : number + 1]))
+    assert with_lists(read_rows(str(tmp_path / "train-0000[12]*"))) == ROWS[1:3]
+    (tmp_path / "train-00000-of-00003.jsonl").unlink()
+    with pytest.raises(DataError, match="train-00000-of-00003 or train-00003-of-00003 is not there"):
+        read_rows(str(tmp_path / "train-*.jsonl"))
+
+
 @pytest.mark.parametrize(
     "names",
     [

@@ -16,7 +16,7 @@ from toolkit.data.readers.content import COMPRESSED, Content, archive_members, i
 from toolkit.data.readers.formats import ENDINGS, family_of, has_known_ending, read_content
 from toolkit.data.readers.row import ReadOptions, Row
 from toolkit.data.readers.saved_sets import DISK_INFO, saved_splits, shards_of, state_of, without_caches
-from toolkit.data.readers.splits import choose_split, split_of
+from toolkit.data.readers.splits import choose_split, missing_shards, split_of
 from toolkit.runtime import signals
 from toolkit.runtime.errors import DataError
 from toolkit.runtime.paths import is_file
@@ -79,7 +79,7 @@ def place_of_directory(
         split = choose_split(path, splits, split, key, default)
         return _saved(directory / split, f"{path}/{split}")
     with signals.waiting(f"the names of the files in {one_line(path)}"):
-        files = _walk(directory)
+        files = _walk(directory, path)
     return _choose(path, _contents(files, directory, path), split, key, default, options)
 
 
@@ -92,7 +92,7 @@ def place_of_pattern(pattern: str, split: str | None, key: str, default: str, op
     if "\0" in pattern or not glob.has_magic(pattern):
         return None
     with signals.waiting(f"the names that {one_line(pattern)} matches"):  # of /** all that the machine has
-        files = sorted(Path(name) for name in _matches(pattern) if Path(name).is_file())
+        files = _reached([Path(name) for name in _matches(pattern)], pattern)
     if not files:
         raise DataError(f"{pattern}: matches no file (from {Path.cwd()}); expected a pattern such as data/*.jsonl")
     base = Path(os.path.commonpath([file.parent for file in files]))
@@ -118,7 +118,7 @@ def _contents(files: list[Path], base: Path, label: str) -> list[Content]:
     return contents
 
 
-def _walk(directory: Path) -> list[Path]:
+def _walk(directory: Path, path: str) -> list[Path]:
     """Return the files below a directory in the order of their names, without hidden ones; links are followed."""
     found: list[Path] = []
     visited: set[str] = set()
@@ -129,6 +129,21 @@ def _walk(directory: Path) -> list[Path]:
             continue
         visited.add(real)
         found += [Path(folder, name) for name in names if not is_hidden(PurePosixPath(name))]
+    return _reached(found, path)
+
+
+def _reached(found: list[Path], path: str) -> list[Path]:
+    """Return those of paths that are files, in the order of their names.
+
+    Raises:
+        DataError: one that may hold rows is a link to what is not there.
+    """
+    for file in found:
+        if file.is_symlink() and not file.exists() and (not file.suffix or has_known_ending(file.name)):
+            raise DataError(
+                f"{path}: {one_line(str(file))} is a link to {one_line(str(file.readlink()))}, which cannot be "
+                "reached; restore what it links to, or remove the link"
+            )
     return sorted(file for file in found if file.is_file())
 
 
@@ -158,6 +173,7 @@ def _choose(
         raise DataError(f"{key} is {split!r}, but no file of {path} is named after a split; leave {key} out")
     chosen = splits[choose_split(path, sorted(splits), split, key, default)] if splits else unnamed
     _check_alike(path, chosen)
+    _check_complete(path, chosen)
     log.info("%s: %d file%s read, %s", path, len(chosen), "s are" if len(chosen) > 1 else " is",
              ", ".join(content.shown for content in chosen[:3]) + (" …" if len(chosen) > 3 else ""))  # fmt: skip
     files = dict.fromkeys(content.file for content in chosen)
@@ -166,7 +182,7 @@ def _choose(
 
 def _is_description(content: Content) -> bool:
     """Return whether a file describes a data set, rather than holding rows."""
-    return PurePosixPath(content.name).name.lower() in _DESCRIPTIONS or (
+    return _base(content).lower() in _DESCRIPTIONS or (
         content.suffix == ".txt" and PurePosixPath(content.name).stem.lower() in ("readme", "license", "licence")
     )
 
@@ -187,6 +203,27 @@ def _check_alike(path: str, contents: list[Content]) -> None:
                 f"{path}: {other.label} and {content.label} have one name, so they may be the same rows; name the one "
                 f"to read. Endings of compression ({', '.join(COMPRESSED)}) do not count"
             )
+
+
+def _check_complete(path: str, contents: list[Content]) -> None:
+    """Raise DataError if one of several numbered files is missing, rather than left out by a pattern."""
+    beside = {content.file.parent for content in contents if content.file.name.startswith(_base(content))}
+    there = {file.name for folder in beside for file in folder.iterdir() if has_known_ending(file.name)}
+    missing = [
+        " or ".join(names)
+        for names in missing_shards(content.name for content in contents)
+        if not any(name.startswith(PurePosixPath(wanted).name) for wanted in names for name in there)
+    ]
+    if missing:
+        raise DataError(
+            f"{path}: {', '.join(missing[:3])} {'are' if len(missing) > 1 else 'is'} not there, and other files are "
+            "numbered as parts of the same; copy what is missing there, or name the files to read one by one"
+        )
+
+
+def _base(content: Content) -> str:
+    """Return the name of a file without its folders."""
+    return PurePosixPath(content.name).name
 
 
 def _saved(directory: Path, label: str) -> Place:

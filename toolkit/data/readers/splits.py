@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import PurePosixPath
 
 from toolkit.runtime.errors import DataError
@@ -24,6 +25,8 @@ _DATA_WORDS = re.compile("(?:용|데이터|자료|셋|세트|집합)+$")
 """What follows the split in a word of a Korean name, as in ``학습용데이터``."""
 
 _SHARD = re.compile(r"(.+?)[-_]\d+[-_]of[-_]\d+$")
+_NUMBERED = re.compile(r"(?P<before>.*?)(?P<number>\d+)(?P<of>[-_]of[-_])(?P<count>\d+)(?:-[0-9a-f]{8,})?$")
+"""Name of one of several files, as ``train-00001-of-00003``; the Hub has written digits of a hash behind it."""
 
 
 def split_of(name: str) -> str | None:
@@ -39,6 +42,30 @@ def split_of(name: str) -> str | None:
             return sorted(found)[0] if len(found) == 1 else None
     shard = _SHARD.match(stem)
     return shard[1] if shard and not shard[1].lower().startswith(("data", "part")) else None
+
+
+def missing_shards(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Return the first few that are missing of files numbered as ``train-00001-of-00003``; empty if none are.
+
+    Each is a path without its ending, or two where it is unknown whether the numbers begin with 0 or 1. A single name
+    is taken for one of several where its numbers have leading zeros, as tools write them: ``visit-3-of-10`` may be all
+    that there is.
+    """
+    groups: dict[tuple[str, str, str], dict[int, int]] = {}
+    for name in names:
+        path = PurePosixPath(name)
+        if found := _NUMBERED.match(path.name.partition(".")[0]):
+            key = f"{path.parent}/{found['before']}".removeprefix("./"), found["of"], found["count"]
+            groups.setdefault(key, {})[int(found["number"])] = len(found["number"])
+    missing: list[tuple[str, ...]] = []
+    for (before, of, written), numbers in groups.items():
+        count, width = int(written), min(numbers.values())
+        if len(numbers) >= count or (len(numbers) == 1 and written[0] != "0"):
+            continue
+        inner = ((number,) for number in range(1, count) if number not in numbers)
+        absent = [*([] if {0, count} & set(numbers) else [(0, count)]), *islice(inner, 3)]
+        missing += [tuple(f"{before}{number:0{width}d}{of}{written}" for number in either) for either in absent]
+    return missing
 
 
 def choose_split(
