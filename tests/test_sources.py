@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from data_files import CELLS, DATED, READ, REFUSED, ROWS, as_csv, as_json, as_jsonl, as_workbook, as_zip
+from helpers import KOREAN
 
 from toolkit.data.readers import content, json_stream, text
 from toolkit.data.readers.row import ReadOptions
@@ -144,6 +145,46 @@ def test_text_that_is_neither_utf8_nor_korean_is_not_guessed(tmp_path: Path) -> 
     assert row.fault == "is not UTF-8 text; save the file as UTF-8, or name its encoding in data.encoding"
     broken = as_jsonl(ROWS[:4]).encode() + as_jsonl(ROWS[4:5]).encode("cp949")
     assert [row.fault is None for row in read_rows(put(tmp_path / "rows.jsonl", broken))] == [True] * 4 + [False]
+
+
+CHINESE = "高血压是最常见的慢性病，也是心脑血管病最主要的危险因素。患者可以口服降压药，但必须定期复查肝功能。"
+NOT_KOREAN = {
+    "gbk": [CHINESE, "高血压患者可以长期服用阿司匹林预防脑卒中吗", "肺癌患者化疗后血压波动，怎么办？"],
+    "gb18030": ["糖尿病患者感冒发热该怎么办", "可以。降低患者的血压水平可明显减少脑卒中"],
+    "big5": ["高血壓患者可以服用阿司匹林嗎", "可以，定期複查"],
+    "euc_jp": ["高血圧患者注意点、塩分制限、体重管理、定期検査", "高血圧の患者は何に注意しますか"],
+    "shift_jis": ["高血圧の患者は何に注意しますか", "塩分制限、体重管理、定期検査"],
+}
+
+
+@pytest.mark.parametrize(("encoding", "text"), [(name, text) for name, texts in NOT_KOREAN.items() for text in texts])
+def test_chinese_and_japanese_are_not_read_as_korean(tmp_path: Path, encoding: str, text: str) -> None:
+    rows = [{"q": text, "a": "1"}]
+    for name, written in (("r.csv", as_csv(rows=rows * 3)), ("r.jsonl", as_jsonl(rows * 3))):
+        found = read_rows(put(tmp_path / name, written.encode(encoding)))
+        assert {row.fault for row in found} == {
+            "is not UTF-8 text; save the file as UTF-8, or name its encoding in data.encoding"
+        }
+        assert [row.values for row in read(str(tmp_path / name), encoding=encoding)] == rows * 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["예, 아니오", "두통, 복통, 설사, 구토, 발열", "高血壓은 뇌졸중의 원인이 된다", "감기(感氣)에 물을 마신다.",
+     "폐렴 양성 흉통 천식", "똠방각하 아저씨가 뷁이라고 하였다", "Pt. 37.5°C 발열 +, 기침 -"],
+)  # fmt: skip
+def test_short_korean_and_korean_with_hanja_are_read_in_cp949(tmp_path: Path, text: str) -> None:
+    rows = [{"q": text, "a": "1"}]
+    for name, written in (("r.csv", as_csv(rows=rows)), ("r.jsonl", as_jsonl(rows))):
+        assert [row.values for row in read_rows(put(tmp_path / name, written.encode("cp949")))] == rows
+
+
+def test_the_korean_example_rows_are_read_in_cp949(tmp_path: Path) -> None:
+    """Each row alone, too."""
+    for number, line in enumerate(KOREAN.read_text(encoding="utf-8").splitlines()):
+        written = line.encode("cp949", "ignore")
+        (row,) = read_rows(put(tmp_path / f"{number}.jsonl", written))
+        assert row.values == json.loads(written.decode("cp949"))
 
 
 @pytest.mark.parametrize(
