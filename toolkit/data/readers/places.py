@@ -152,11 +152,11 @@ def _choose(
 ) -> Place:
     """Return the contents of a known format that belong to the split."""
     contents = without_caches(path, contents)
-    known = [content for content in contents if has_known_ending(content.name) and not _is_description(content)]
+    known = [content for content in contents if _may_hold_rows(content)]
     if not known:
         listed = ", ".join(content.shown for content in contents[:5]) or "nothing"
         raise DataError(f"{path}: holds no data file ({listed}); expected files that end in {ENDINGS}")
-    if left_out := [content.shown for content in contents if content not in known]:
+    if left_out := [content.shown for content in contents if not _may_hold_rows(content)]:
         log.info("%s: %d other files are not read, such as %s", path, len(left_out), left_out[0])
     splits: dict[str, list[Content]] = {}
     saved = saved_splits(contents)
@@ -180,11 +180,12 @@ def _choose(
     return Place(tuple(files), tuple(partial(read_content, content, options) for content in chosen))
 
 
-def _is_description(content: Content) -> bool:
-    """Return whether a file describes a data set, rather than holding rows."""
-    return _base(content).lower() in _DESCRIPTIONS or (
-        content.suffix == ".txt" and PurePosixPath(content.name).stem.lower() in ("readme", "license", "licence")
-    )
+def _may_hold_rows(content: Content) -> bool:
+    """Return whether a file is of a known format, and does not describe a data set."""
+    if _base(content).lower() in _DESCRIPTIONS or not has_known_ending(content.name):
+        return False
+    is_note = PurePosixPath(content.name).stem.lower() in ("readme", "license", "licence")
+    return content.suffix != ".txt" or not is_note
 
 
 def _check_alike(path: str, contents: list[Content]) -> None:
