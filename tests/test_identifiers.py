@@ -15,7 +15,7 @@ import toolkit
 from toolkit.config.schema import DataConfig
 from toolkit.data.chat_rendering import Rendering
 from toolkit.data.dataset import load_dataset
-from toolkit.data.identifiers import IdentifierFinder
+from toolkit.data.identifiers import Identifier, IdentifierFinder
 from toolkit.data.questions import from_prompt, questions_of
 from toolkit.data.sources import Row, read_rows
 from toolkit.runtime.errors import DataError
@@ -74,6 +74,46 @@ def test_clinical_numbers_are_no_identifiers(text: str) -> None:
 @pytest.mark.parametrize("path", [KOREAN, ENGLISH])
 def test_the_sample_rows_hold_none(path: Path) -> None:
     assert FINDER.find(path.read_text(encoding="utf-8")) == []
+
+
+LONG = {
+    "letters of a gene": "ACGT" * 250_000 + "010-0000-0000",
+    "hexadecimal digits": "0a1b" * 250_000 + " 010-0000-0000",
+    "an address without an end": "a" * 200_000 + "@" + "b." * 200_000 + " 010-0000-0000",
+    "addresses without an end": "a@b." * 200_000 + " 010-0000-0000",
+    "blanks": "1" + " " * 1_000_000 + "010-0000-0000",
+    "words before numbers": "면허 가 환자 나 " * 100_000 + "010-0000-0000",
+}
+
+
+@pytest.mark.parametrize("text", LONG.values(), ids=LONG)
+def test_a_long_word_is_gone_through_once(text: str) -> None:
+    """A pattern that is tried at each letter, up to the end of the word, would take hours."""
+    assert FINDER.mask(text) == text.replace("010-0000-0000", "[PHONE]")
+
+
+def test_the_pattern_of_an_address_begins_at_its_sign_and_nowhere_in_a_word() -> None:
+    pattern = FINDER._kinds["EMAIL"]
+    assert not any(pattern.match("nobody@example.invalid", at) for at in range(6))
+    assert pattern.match("nobody@example.invalid", 6)
+
+
+def test_addresses_side_by_side_are_found_each() -> None:
+    text = "a@example.kr또는b@example.kr_c@example.kr, d@@e@example.kr@example.kr"
+    assert FINDER.mask(text) == "[EMAIL][EMAIL][EMAIL], d@@[EMAIL]@example.kr"
+
+
+def test_many_identifiers_are_not_each_compared_with_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = 0
+
+    def counted(identifier: Identifier, name: str) -> Any:
+        nonlocal reads
+        reads += 1
+        return object.__getattribute__(identifier, name)
+
+    monkeypatch.setattr(Identifier, "__getattribute__", counted, raising=False)
+    assert len(FINDER.find("010-0000-0000, nobody@example.invalid " * 500)) == 1000
+    assert reads < 100 * 1000
 
 
 def test_a_pattern_of_the_users_own_comes_first() -> None:

@@ -7,6 +7,8 @@ import logging
 import os
 import shutil
 import threading
+import unicodedata
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,67 @@ def test_links_are_followed_once_and_a_file_by_two_names_is_read_once(tmp_path: 
     assert with_lists(read_rows(str(tmp_path / "d"))) == ROWS
 
 
+@pytest.mark.parametrize("name", ["train-00001-of-00003.jsonl", "b.csv.gz", "more"])
+def test_a_link_to_what_is_not_there_is_named_and_no_row_lost_in_silence(tmp_path: Path, name: str) -> None:
+    put(tmp_path / "d" / "train-00000-of-00003.jsonl", as_jsonl(ROWS[:2]))
+    put(tmp_path / "d" / "train-00002-of-00003.jsonl", as_jsonl(ROWS[2:]))
+    (tmp_path / "d" / name).symlink_to(tmp_path / "nowhere")
+    for path in ("d", "d/*"):
+        with pytest.raises(DataError, match=f"{name} is a link to .*/nowhere, which cannot be reached; restore"):
+            read_rows(str(tmp_path / path))
+
+
+def test_a_link_that_holds_no_rows_may_lead_nowhere(tmp_path: Path) -> None:
+    put(tmp_path / "d" / "rows.jsonl", as_jsonl())
+    for name in ("README.md", ".hidden.jsonl"):
+        (tmp_path / "d" / name).symlink_to(tmp_path / "nowhere")
+    assert with_lists(read_rows(str(tmp_path / "d"))) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("names", "missing"),
+    [
+        (("train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl.gz"), "train-00001-of-00003 is not there"),
+        (("a-1-of-3.jsonl", "a-3-of-3.jsonl"), "a-2-of-3 is not there"),
+        (("x/rows_00001_of_00002.jsonl",), "rows_00000_of_00002 or .*rows_00002_of_00002 is not there"),
+        (("00000-of-00003.jsonl", "00000-of-00003.txt.part"), "00001-of-00003, 00002-of-00003 are not there"),
+    ],
+)
+def test_a_numbered_file_that_is_missing_is_named(tmp_path: Path, names: tuple[str, ...], missing: str) -> None:
+    files = {name: READ["rows.jsonl.gz" if name.endswith("gz") else "rows.jsonl"] for name in names}
+    for name, written in files.items():
+        put(tmp_path / "d" / name, written)
+    put(tmp_path / "d.zip", as_zip(files))
+    for path in ("d", "d.zip", "d/**/*.jsonl*"):
+        with pytest.raises(
+            DataError, match=f"{missing}, and other files are numbered .* or name the files to read one"
+        ):
+            read_rows(str(tmp_path / path))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train-00000-of-00001-a09b74b3ef9c3b56.jsonl", "test-00000-of-00002.jsonl"),
+        tuple(f"rows-{number}-of-12.jsonl" for number in range(1, 13)),
+        ("visit-3-of-10.jsonl",),
+    ],
+)
+def test_numbered_files_that_are_all_there_are_read(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        put(tmp_path / name, as_jsonl())
+    assert len(read_rows(str(tmp_path))) == 6 * sum(not name.startswith("test") for name in names)
+
+
+def test_a_pattern_may_take_some_of_numbered_files(tmp_path: Path) -> None:
+    for number in range(3):
+        put(tmp_path / f"train-0000{number}-of-00003.jsonl", as_jsonl(ROWS[number : number + 1]))
+    assert with_lists(read_rows(str(tmp_path / "train-0000[12]*"))) == ROWS[1:3]
+    (tmp_path / "train-00000-of-00003.jsonl").unlink()
+    with pytest.raises(DataError, match="train-00000-of-00003 or train-00003-of-00003 is not there"):
+        read_rows(str(tmp_path / "train-*.jsonl"))
+
+
 @pytest.mark.parametrize(
     "names",
     [
@@ -61,6 +124,9 @@ def test_links_are_followed_once_and_a_file_by_two_names_is_read_once(tmp_path: 
         ("data/Train-00000-of-00001.jsonl", "data/TEST-00000-of-00001.jsonl", "data/validation-00000-of-00001.jsonl"),
         ("training/a.jsonl", "testing/a.jsonl", "val/a.jsonl"),
         ("my_train_set.jsonl", "my_test_set.jsonl", "my_valid_set.jsonl"),
+        ("학습.jsonl", "평가.jsonl", "검증.jsonl"),
+        ("진료_훈련용데이터.jsonl", "시험-00000-of-00001.jsonl", "검증셋1.jsonl"),
+        ("학습데이터/a.jsonl", "테스트/a.jsonl", unicodedata.normalize("NFD", "검증") + "/a.jsonl"),
     ],
 )
 def test_files_and_folders_named_after_splits_are_splits(tmp_path: Path, names: tuple[str, ...]) -> None:
@@ -76,6 +142,40 @@ def test_files_and_folders_named_after_splits_are_splits(tmp_path: Path, names: 
         assert with_lists(read_rows(str(path), default_split="validation")) == [ROWS[2]]
         with pytest.raises(DataError, match=r"has no split 'nope'; set data\.split to one of: test, train, validation"):
             read_rows(str(path), "nope")
+
+
+class WindowsName(zipfile.ZipInfo):
+    """A member whose name is written in an encoding that no flag tells, as Windows and macOS do."""
+
+    encoding = "cp949"
+
+    def _encodeFilenameFlags(self) -> tuple[bytes, int]:
+        return self.filename.encode(self.encoding), 0
+
+
+@pytest.mark.parametrize("encoding", ["cp949", "utf-8", "shift_jis"])
+def test_members_are_told_apart_by_their_names_in_any_encoding(
+    tmp_path: Path, encoding: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "frostline")
+    monkeypatch.setattr(WindowsName, "encoding", encoding)
+    names = ("감염", "간염", "폐렴") if encoding != "shift_jis" else ("肝炎", "肺炎", "感染")
+    with zipfile.ZipFile(tmp_path / "rows.zip", "w") as archive:
+        for at, name in enumerate(sorted(names)):
+            archive.writestr(WindowsName(f"{name}.jsonl"), as_jsonl(ROWS[at : at + 1]))
+    found = read_rows(str(tmp_path / "rows.zip"))
+    assert sorted(map(str, with_lists(found))) == sorted(map(str, ROWS[:3]))
+    if encoding != "shift_jis":
+        assert f"{tmp_path}/rows.zip:간염.jsonl line 1" in [row.origin for row in found]
+        assert "감염.jsonl" in caplog.text
+
+
+def test_members_whose_names_differ_in_a_mark_or_far_from_their_end_are_two_files(tmp_path: Path) -> None:
+    for at, names in enumerate((("진료:1", "진료;1", "진료[1]"), ("가" * 210 + "/1", "나" * 210 + "/1", "a\x1b[1m"))):
+        members = {f"{name}.jsonl": as_jsonl(ROWS[n : n + 1]) for n, name in enumerate(names)}
+        found = read_rows(put(tmp_path / f"{at}.zip", as_zip(members)))
+        assert len(found) == 3
+        assert not any("\x1b" in row.origin for row in found)
 
 
 def test_custom_splits_are_those_of_sharded_names(tmp_path: Path) -> None:
@@ -139,6 +239,52 @@ def test_a_saved_set_and_its_splits_are_read(tmp_path: Path) -> None:
     (tmp_path / "one" / "state.json").write_text("{")
     with pytest.raises(DataError, match=r"not a readable directory of Dataset\.save_to_disk"):
         read_rows(str(tmp_path / "one"))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A saved set of splits, with what ``map`` keeps beside them; its splits alone lie in another folder."""
+    whole = datasets.Dataset.from_list(ROWS)
+    both = datasets.DatasetDict({"train": whole, "pqa": whole.select([1])})
+    both.save_to_disk(str(tmp_path / "up" / "both"), num_shards={"train": 3, "pqa": 1})
+    train = tmp_path / "up" / "both" / "train"
+    loaded = datasets.load_from_disk(str(train))
+    loaded.map(lambda row: {"CONTEXTS": ["x"]}, cache_file_name=str(train / "cache-0123456789abcdef.arrow"))
+    shutil.copy(train / "cache-0123456789abcdef.arrow", train / "tmpab12cd34.arrow")
+    shutil.copytree(train, tmp_path / "alone" / "train")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("path", "split"),
+    [("up", "train"), ("up", "pqa"), ("up/both", "train"), ("up/both", "pqa"), ("alone", "train"),
+     ("up/both/train", "train"), ("up/both/train/*.arrow", "train"), ("alone/**/*.arrow", "train")],
+)  # fmt: skip
+def test_caches_beside_a_saved_set_are_no_rows_and_its_splits_are_read_from_anywhere(
+    saved: Path, path: str, split: str
+) -> None:
+    expected = ROWS if split == "train" else [ROWS[1]]
+    assert with_lists(read_rows(str(saved / path), split)) == expected
+    assert not any(file.name.startswith(("cache", "tmp")) for file in Source(str(saved / path), split).files)
+    if "*" not in path:
+        archive = shutil.make_archive(str(saved / "zipped"), "zip", saved / path)
+        assert with_lists(read_rows(archive, split if path.startswith("up") and path != "up/both/train" else None)) == (
+            expected
+        )
+
+
+def test_a_cache_is_left_out_also_where_no_state_names_the_files(saved: Path) -> None:
+    (saved / "alone" / "train" / "state.json").unlink()
+    assert with_lists(read_rows(str(saved / "alone"))) == ROWS
+
+
+@pytest.mark.parametrize("path", ["up", "alone", "up/both/train"])
+def test_a_file_of_a_saved_set_that_is_not_there_is_named(saved: Path, path: str) -> None:
+    next((saved / path).rglob("data-00001-of-00003.arrow")).unlink()
+    with pytest.raises(DataError, match=r"train/data-00001-of-00003\.arrow"):
+        read_rows(str(saved / path), "train")
+    with pytest.raises(DataError, match=r"data-00001-of-00003\.arrow is not there, and state\.json beside it"):
+        read_rows(shutil.make_archive(str(saved / "zipped"), "zip", saved / path))
 
 
 def test_a_name_is_a_folder_of_a_directory(tmp_path: Path) -> None:

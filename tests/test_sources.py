@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import logging
+import unicodedata
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from unicodedata import normalize
 
 import pytest
 from data_files import CELLS, DATED, READ, REFUSED, ROWS, as_csv, as_json, as_jsonl, as_workbook, as_zip
+from helpers import KOREAN
 
 from toolkit.data.readers import content, json_stream, text
 from toolkit.data.readers.row import ReadOptions
@@ -119,6 +121,22 @@ def test_a_file_on_one_long_line_is_read_whatever_its_encoding(tmp_path: Path) -
         assert [row.values for row in read_rows(put(tmp_path / "k.json", keyed.encode(encoding)))] == rows
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize(
+    "text",
+    ["Что делать при высокой температуре?", "Τι κάνω με πυρετό;", "Làm gì khi bị sốt?", "ماذا أفعل عند الحمى؟",
+     "열이 나면, 무엇을 하는가?", "발열 時、何をするか。", "Ĉu febro daŭras?"],
+)  # fmt: skip
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_utf16_without_a_mark_is_detected_in_every_script(tmp_path: Path, text: str, encoding: str, form: str) -> None:
+    rows = [{"q": unicodedata.normalize(form, text), "a": "1"}] * 3  # type: ignore[arg-type]
+    for name, written in (("r.csv", as_csv(rows=rows)), ("r.jsonl", as_jsonl(rows))):
+        found = read_rows(put(tmp_path / name, written.encode(encoding)))
+        assert [unicodedata.normalize("NFC", str(row.values["q"])) for row in found] == [
+            unicodedata.normalize("NFC", text)
+        ] * 3
+
+
 def test_a_damaged_character_does_not_hide_an_encoding(tmp_path: Path) -> None:
     written = as_csv(rows=ROWS * 20).encode("cp949") + b"\xff\xff,b,c\r\n"
     *rows, bad = read_rows(put(tmp_path / "rows.csv", written))
@@ -135,6 +153,46 @@ def test_text_that_is_neither_utf8_nor_korean_is_not_guessed(tmp_path: Path) -> 
     assert [row.fault is None for row in read_rows(put(tmp_path / "rows.jsonl", broken))] == [True] * 4 + [False]
 
 
+CHINESE = "高血压是最常见的慢性病，也是心脑血管病最主要的危险因素。患者可以口服降压药，但必须定期复查肝功能。"
+NOT_KOREAN = {
+    "gbk": [CHINESE, "高血压患者可以长期服用阿司匹林预防脑卒中吗", "肺癌患者化疗后血压波动，怎么办？"],
+    "gb18030": ["糖尿病患者感冒发热该怎么办", "可以。降低患者的血压水平可明显减少脑卒中"],
+    "big5": ["高血壓患者可以服用阿司匹林嗎", "可以，定期複查"],
+    "euc_jp": ["高血圧患者注意点、塩分制限、体重管理、定期検査", "高血圧の患者は何に注意しますか"],
+    "shift_jis": ["高血圧の患者は何に注意しますか", "塩分制限、体重管理、定期検査"],
+}
+
+
+@pytest.mark.parametrize(("encoding", "text"), [(name, text) for name, texts in NOT_KOREAN.items() for text in texts])
+def test_chinese_and_japanese_are_not_read_as_korean(tmp_path: Path, encoding: str, text: str) -> None:
+    rows = [{"q": text, "a": "1"}]
+    for name, written in (("r.csv", as_csv(rows=rows * 3)), ("r.jsonl", as_jsonl(rows * 3))):
+        found = read_rows(put(tmp_path / name, written.encode(encoding)))
+        assert {row.fault for row in found} == {
+            "is not UTF-8 text; save the file as UTF-8, or name its encoding in data.encoding"
+        }
+        assert [row.values for row in read(str(tmp_path / name), encoding=encoding)] == rows * 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["예, 아니오", "두통, 복통, 설사, 구토, 발열", "高血壓은 뇌졸중의 원인이 된다", "감기(感氣)에 물을 마신다.",
+     "폐렴 양성 흉통 천식", "똠방각하 아저씨가 뷁이라고 하였다", "Pt. 37.5°C 발열 +, 기침 -"],
+)  # fmt: skip
+def test_short_korean_and_korean_with_hanja_are_read_in_cp949(tmp_path: Path, text: str) -> None:
+    rows = [{"q": text, "a": "1"}]
+    for name, written in (("r.csv", as_csv(rows=rows)), ("r.jsonl", as_jsonl(rows))):
+        assert [row.values for row in read_rows(put(tmp_path / name, written.encode("cp949")))] == rows
+
+
+def test_the_korean_example_rows_are_read_in_cp949(tmp_path: Path) -> None:
+    """Each row alone, too."""
+    for number, line in enumerate(KOREAN.read_text(encoding="utf-8").splitlines()):
+        written = line.encode("cp949", "ignore")
+        (row,) = read_rows(put(tmp_path / f"{number}.jsonl", written))
+        assert row.values == json.loads(written.decode("cp949"))
+
+
 @pytest.mark.parametrize(
     ("line", "fault"),
     [
@@ -149,6 +207,31 @@ def test_a_bad_row_is_named_with_its_reason_and_the_others_are_read(tmp_path: Pa
     assert with_lists(rows) == ROWS
     assert bad.origin.endswith("line 7")
     assert fault in (bad.fault or "")
+
+
+def test_a_line_ends_at_a_line_break_and_at_no_other_character(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Text from the web has U+2028, U+2029 and U+0085 in it, which Python takes for ends of lines too."""
+    caplog.set_level(logging.INFO, "frostline")
+    rows = [{**row, "LONG_ANSWER": "한\u2028두\u2029세\x85네"} for row in ROWS]
+    for end in ("\n", "\r\n", "\r"):
+        lines = as_jsonl(rows, end)
+        found = read_rows(put(tmp_path / "rows.jsonl", lines + '{"QUESTION": broken\u2028}' + end + lines))
+        assert [row.origin.rpartition(" ")[2] for row in found if row.fault] == ["7"]
+        assert len(found) == 13
+    (row,) = read_rows(put(tmp_path / "table.txt", "a\tb\u2028c\td\n1\t2\t3\n"))
+    assert list(row.values.values()) == ["1", "2", "3"]
+    assert "one JSON value" not in caplog.text
+
+
+def test_a_comma_that_ends_each_line_is_named_and_no_row_is_lost_in_silence(tmp_path: Path) -> None:
+    for name in ("rows.jsonl", "rows.json"):
+        for last in (as_jsonl(ROWS, ",\n"), as_jsonl(ROWS, ",\n").rstrip(",\n")):
+            faults = [row.fault for row in read_rows(put(tmp_path / name, last))]
+            assert len(faults) == 6
+            assert set(faults) <= {"is not valid JSON: a comma ends the line; remove it", None}
+            assert faults.count(None) == (not last.endswith("\n"))
 
 
 def test_fields_too_many_are_named_with_their_line(tmp_path: Path) -> None:
@@ -275,6 +358,34 @@ def test_rows_are_read_in_a_stream(tmp_path: Path) -> None:
         assert next(reader).values == rows[0]
         with pytest.raises(DataError, match="damaged or cut off"):
             list(reader)
+
+
+class CountedText(str):
+    """A text that counts the characters in which line breaks are counted."""
+
+    counted = 0
+
+    def __radd__(self, before: str) -> CountedText:
+        return CountedText(str(before) + str(self))
+
+    def count(self, part: str, start: int = 0, end: int = 2**62) -> int:  # type: ignore[override]
+        CountedText.counted += max(min(end, len(self)) - start, 0)
+        return super().count(part, start, end)
+
+
+def test_lines_of_json_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = CountedText('{"a": 1}\n\n' * 2000 + '{"a":')
+    monkeypatch.setattr(CountedText, "counted", 0)
+    source = io.StringIO()
+    monkeypatch.setattr(source, "read", lambda size, parts=[written]: parts.pop() if parts else "")
+    stream = json_stream.JsonStream(source, "rows.json")
+    for number in range(2000):
+        assert stream.peek() == "{"
+        assert stream.line == 2 * number + 1
+        assert stream.value()[0] == {"a": 1}
+    with pytest.raises(DataError, match="not valid JSON at line 4001, column 6"):
+        stream.value()
+    assert 0 < CountedText.counted <= 2 * len(written)
 
 
 def test_a_bomb_is_stopped_at_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,6 +82,19 @@ def test_a_list_that_was_cut_off_is_never_a_shorter_one(texts: list[str], cut: i
         "{x in R} is 'open'",
         "['a'] is a list of one",
         "a; b",
+        '("A군", "B군")을 비교하였다. 차이는 없다.',
+        "['위약', '아스피린'] 두 군을 비교하였다.",
+        '{"key": "value"} 형식의 응답을 받았다.',
+        "['a', 'b'] are the groups.",
+        'c("x") makes a vector.',
+        'c("x", "y")는 벡터를 만든다.',
+        'print("hello")',
+        'read_csv("x.csv", sep=",")',
+        "[“Aspirin”] was given",
+        "(“A군”, “B군”)을 비교하였다.",
+        "[“A”, said one, “B”] and more",
+        "[r for r in rows] is a list",
+        "shape: round; Series: none",
     ],
 )
 def test_prose_that_begins_like_a_list_stays_text(text: str) -> None:
@@ -111,6 +124,24 @@ def test_prose_that_begins_like_a_list_stays_text(text: str) -> None:
         ("['only one, and lo", "was cut off"),
         ("0    a\n1    b\ndtype: object", "is a printed pandas Series"),
         ("0    a\n1    b\nName: CONTEXTS, dtype: str", "is a printed pandas Series"),
+        ("['a long context of the row, which is no name', 'b'] and this.", "is followed by 'and this.'"),
+        ("0    a\n1    b\nName: c, dtype: category\nCategories (2, object): ['a', 'b']", "is a printed pandas Series"),
+        ('shape: (2,)\nSeries: \'\' [str]\n[\n\t"a"\n\t"b"\n]', "is a printed polars Series"),
+        ('c("a", "b")', r"is printed as c\(…\)"),
+        ('c(x = "a", y = "b")', r"is printed as c\(…\)"),
+        ('c("a", "b"), c("d")', r"is printed as c\(…\)"),
+        ('c("a", "b', r"is printed as c\(…\)"),
+        ('list("a", "b")', r"is printed as list\(…\)"),
+        ("array('a', 'b')", r"is printed as array\(…\)"),
+        ('String["a", "b"]', r"is printed as String\[…\]"),
+        ('Any["a", "it\'s"]', r"is printed as Any\[…\]"),
+        ('List("a, (b)", "c")', r"is printed as List\(…\)"),
+        ("[r'a\\d', 'b']", "holds a text with the prefix r"),
+        ("[rb'a', rb'b']", "has 'rb' where a text is expected"),
+        ("defaultdict(<class 'list'>, {'contexts': ['a', 'b']})", r"is printed as defaultdict\(…\)"),
+        ('<pyarrow.lib.StringArray object at 0x7f>\n[\n  "a",\n  "b"\n]', "where a text is expected"),
+        ("[“a”, “it’s b”]", "has typographic quotes around its texts"),
+        ("[‘a’, ‘b", "has typographic quotes around its texts"),
         ("[" * 12 + "'a'" + "]" * 12, "is nested more than 8 times"),
     ],
 )
@@ -172,6 +203,45 @@ def test_numbers_are_what_was_printed_also_in_tool_calls_and_flags() -> None:
     assert sample == load_task("messages").read({"messages": messages})
     options = {"question": "q", "options": str({"A": "five", "B": "six", "C": 7}), "answer": "C"}
     assert "C. 7" in str(load_task("choice").read(options))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "['a" + "' " * 300_000 + "]",
+        "['a'" + " " * 1_000_000 + "x]",
+        "['a' x'" + " " * 1_000_000 + ", y",
+        "['a' x" + " dtype=]" * 100_000 + "]" * 300_000 + "x",
+        "['a' x" + "dtype=" * 200_000,
+        "(" * 300_000,
+        "[ " * 300_000 + "x",
+        "0  a" + "\ndtype: a  " * 100_000 + "x",
+        'c("' + '\\"' * 300_000,
+        'c("a"' + '  ,  "b"' * 200_000 + "  x",
+        "[“a”" + "  ,  “b”" * 200_000 + " " * 300_000 + "x]",
+        "a." * 300_000 + '("',
+    ],
+    ids=[
+        "quotes",
+        "blanks",
+        "blanks behind a quote",
+        "brackets",
+        "dtypes",
+        "round",
+        "square",
+        "series",
+        "escapes",
+        "a call",
+        "typographic",
+        "a name",
+    ],
+)
+def test_a_long_run_of_one_character_is_gone_through_once(text: str) -> None:
+    """A pattern that goes back for each of a million blanks would take hours."""
+    try:
+        assert parse_printed_list(text) == text
+    except PrintedListError as error:
+        assert str(error)
 
 
 def test_a_table_that_datasets_wrote_keeps_every_context_apart(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ import hashlib
 import json
 import re
 import unicodedata
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 from toolkit.tasks.printed_lists import PrintedListError, parse_printed_list
@@ -26,7 +27,7 @@ _LABEL_END = r"(?:\s?(?:번호|No\.?|#))?\s?[:：=]?\s?(?:[가-힣A-Za-z]{1,8}\s
 """What may stand between the word that says what a number is and the number, as in ``계좌번호: 국민 …``."""
 _REGIONS = "서울|부산|대구|인천|광주|대전|울산|세종|경기|강원|충북|충남|전북|전남|경북|경남|제주"
 _PATTERNS = {
-    "EMAIL": r"[\w.+%-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,}",
+    "EMAIL": r"(?<=[\w.+%-])@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,}",  # the rest of it: _start_of_email
     "RESIDENT_NUMBER": rf"{_BIRTHDAY}{_GAP}[1-4]\d{{6}}(?!\d)",
     "FOREIGN_NUMBER": rf"{_BIRTHDAY}{_GAP}[5-8]\d{{6}}(?!\d)",
     "DRIVING_LICENCE": (
@@ -61,6 +62,8 @@ _PATTERNS = {
 KINDS = (*_PATTERNS, "IDENTIFIER")
 """Kinds of identifiers; the last is that of the user's patterns."""
 
+_BEFORE_AT = re.compile(r"[\w.+%-]")
+"""A character of the part of an e-mail address before the ``@``."""
 _PARTS = re.compile(r"""["']text["']\s*:""")
 """What a printed list of the parts of a message has."""
 _MAY_HOLD_ONE = re.compile(r"\d\D{0,3}\d|@")
@@ -85,15 +88,19 @@ class IdentifierFinder:
 
     def find(self, text: str) -> list[Identifier]:
         """Return the identifiers in a text in their order; none overlap."""
-        found = [("IDENTIFIER", *match.span()) for pattern in self._own for match in pattern.finditer(text)]
+        patterns = [("IDENTIFIER", pattern) for pattern in self._own]
         if _MAY_HOLD_ONE.search(text):
-            for kind, pattern in self._kinds.items():
-                found += [(kind, *_span(match)) for match in pattern.finditer(text) if _is_meant(kind, match[0])]
+            patterns += self._kinds.items()
         kept: list[Identifier] = []
-        for kind, start, end in found:  # in order of kinds: the first that takes a place has it
-            if all(end <= other.start or start >= other.end for other in kept):
-                kept.append(Identifier(kind, start, end))
-        return sorted(kept, key=lambda identifier: identifier.start)
+        for kind, pattern in patterns:  # in order of kinds: the first that takes a place has it
+            starts = [one.start for one in kept]
+            found = list[Identifier]()
+            for start, end in _spans(kind, pattern, text):
+                before = bisect_left(starts, end) - 1
+                if before < 0 or kept[before].end <= start:
+                    found.append(Identifier(kind, start, end))
+            kept = sorted(kept + found, key=lambda one: (one.start, one.end))
+        return kept
 
     def mask(self, text: str) -> str:
         """Replace each identifier in a text by its kind in brackets, as ``[PHONE]``."""
@@ -137,12 +144,14 @@ class IdentifierFinder:
         if texts is None:
             return values, []
         ends = list(accumulate(map(len, texts)))
-        across = [one for one in self.find("".join(texts)) if any(one.start < end < one.end for end in ends)]
-        for one in reversed(across):
-            for at, (first, last) in enumerate(pairwise([0, *ends])):
-                start, end = max(one.start - first, 0), min(one.end, last) - first
+        begins = [0, *ends]
+        items = [(one, bisect_right(ends, one.start), bisect_left(ends, one.end)) for one in self.find("".join(texts))]
+        across = [one for one, first, last in items if first < last]
+        for one, first, last in reversed(items):
+            for at in range(first, last + 1) if first < last else ():
+                start, end = max(one.start - begins[at], 0), min(one.end, ends[at]) - begins[at]
                 if start < end:
-                    kind = f"[{one.kind}]" if start + first == one.start else ""
+                    kind = f"[{one.kind}]" if at == first else ""
                     texts[at] = texts[at][:start] + (kind if masked else "\0" * (end - start)) + texts[at][end:]
         return (
             [{**value, "text": text} for value, text in zip(values, texts, strict=True)] if across else values
@@ -212,6 +221,31 @@ def _texts_of_parts(values: Sequence[Any]) -> list[str] | None:
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str | int) and not isinstance(value, bool)
+
+
+def _spans(kind: str, pattern: re.Pattern[str], text: str) -> Iterator[tuple[int, int]]:
+    """Yield where the identifiers of a kind are, in their order; none overlap."""
+    last = 0
+    for match in pattern.finditer(text):
+        start, end = _span(match)
+        if kind == "EMAIL":
+            start = _start_of_email(text, start, last)
+            if start == match.start():  # what stands before it belongs to the address before it
+                continue
+            last = end
+        if _is_meant(kind, match[0]):
+            yield start, end
+
+
+def _start_of_email(text: str, at: int, first: int) -> int:
+    """Return where the address with its ``@`` at a place begins, from ``first`` on.
+
+    A pattern that begins with this part would be tried at each letter of a long word, up to its end.
+    """
+    start = at
+    while start > first and _BEFORE_AT.match(text, start - 1):
+        start -= 1
+    return start
 
 
 def _span(match: re.Match[str]) -> tuple[int, int]:

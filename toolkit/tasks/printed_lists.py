@@ -13,15 +13,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from toolkit.tasks.foreign_lists import ends_as_a_list, foreign_form
+
 _LIST_START = re.compile(
-    r"""\s*(?:<[\w.]+[:>]\s*)?(?:[A-Za-z_][\w.]*\(\s*|[\[({]\s*)*?[\[({]\s*
-    (?:[bBuU]?['"] | (?:None|nan|NaN|True|False|\.\.\.)[\s,\])}] | (?:array|list|tuple|np\.\w+)\( | [\])}])""",
+    r"""\s*(?:<[\w.]+(?:\ object\ at\ \w+)?[:>]\s*)?
+    (?:[A-Za-z_][\w.]*\(\s*(?:(?:<class\ '[\w.]+'>|None),\s*)?|[\[({]\s*)*?[\[({]\s*
+    (?:[bBuUrRfF]{0,2}['"] | (?:None|nan|NaN|True|False|\.\.\.)[\s,\])}] | (?:array|list|tuple|np\.\w+)\( | [\])}])""",
     re.X,
 )
 """Start of a printed list or mapping; a text that starts otherwise is ordinary text."""
-
-_PANDAS_SERIES = re.compile(r"\A\s*0 {2,}\S[\s\S]*\n(?:Name: .*, )?dtype: \w+\s*\Z")
-"""A whole column as pandas prints it."""
 
 _TOKEN_PATTERN = re.compile(
     r"""(?P<blank>\s*) (?: (?P<text>[A-Za-z]?(?:'(?:[^'\\]|\\.)*' | "(?:[^"\\]|\\.)*"))
@@ -40,6 +40,9 @@ _CONSTANTS = {"None": None, "null": None, "True": True, "False": False, "nan": f
 _CLOSING_BRACKETS = {"[": "]", "(": ")", "{": "}"}
 _TRUNCATED_CELL_LENGTH = 32_000
 """A text this long may have been cut off by Excel, which keeps 32,767 characters of a cell."""
+_SENTENCE_ENDS = ".?!。…"
+_LONGEST_NAME = 40
+"""Characters that a sentence quotes in brackets, as the names of groups; longer texts are items of a list."""
 _MAX_DEPTH = 8
 """Deepest nesting of lists that is parsed."""
 
@@ -74,8 +77,8 @@ def parse_printed_list(text: str) -> Any:
                 value = parse_printed_list(value)
             if not isinstance(value, str):
                 return value
-    if _PANDAS_SERIES.search(text):
-        raise PrintedListError("is a printed pandas Series, which shortens long texts")
+    if form := foreign_form(text):
+        raise PrintedListError(form)
     if not _LIST_START.match(text):
         return text
     parser = _PrintedValueParser(text)
@@ -87,6 +90,8 @@ def parse_printed_list(text: str) -> Any:
         raise PrintedListError(error.reason) from None
     if trailing:
         if parser.texts < 2 and trailing[0] not in ",;|[":  # prose that begins with a quotation in brackets
+            return text
+        if trailing[0].isalpha() and trailing[-1] in _SENTENCE_ENDS and parser.longest_text <= _LONGEST_NAME:
             return text
         raise PrintedListError(f"is followed by {trailing[:20]!r}")
     return text if isinstance(value, str) else value
@@ -103,7 +108,7 @@ def _is_prose(text: str, error: _ParseError, texts: int) -> bool:
     if error.is_cut_off:
         return texts == 0 and has_closing and len(text) < _TRUNCATED_CELL_LENGTH
     is_separated = re.search(r"""['"]\s*,""", text) is not None
-    if re.search(r"""(?:['"]|dtype=\S+)\s*,?\s*[\])}]+\s*$""", text):
+    if ends_as_a_list(text, "'\""):
         return error.is_word and not is_separated
     return not (is_separated and (text.rstrip()[-1:] in "])}" or not has_closing))
 
@@ -122,6 +127,8 @@ class _PrintedValueParser:
     text: str
     texts: int = 0
     """Quoted texts parsed so far."""
+    longest_text: int = 0
+    """Characters of the longest of them."""
     _tokens: list[_Token] = field(default_factory=list)
     _position: int = 0
 
@@ -161,6 +168,7 @@ class _PrintedValueParser:
             raise _ParseError(f"is nested more than {_MAX_DEPTH} times")
         if kind == "text":
             self.texts += 1
+            self.longest_text = max(self.longest_text, len(token) - 2)
             return _unescape(token)
         if kind == "mark" and token in ("[", "("):
             return self._parse_sequence(token, depth)

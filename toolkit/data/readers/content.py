@@ -15,12 +15,14 @@ import re
 import zipfile
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from toolkit.runtime.errors import DataError
+from toolkit.runtime.printable import one_line
 
 COMPRESSED = (".gz", ".xz", ".zst", ".bz2")
 """Endings of compressed files; the format's own ending stands before them."""
@@ -39,6 +41,10 @@ _MOST_MEMBERS = 10_000
 _DEEPEST = 3
 """How many archives and compressed files may lie within each other."""
 
+_LONGEST_SHOWN = 200
+"""Most characters of a member's name that messages show, from its end."""
+_UTF8_NAME = 0x800
+"""Flag of a member of a zip archive whose name is UTF-8; others have no encoding that the archive tells."""
 _MAGIC = (
     (re.compile(rb"\x1f\x8b"), ".gz"),
     (re.compile(rb"\xfd7zXZ\0|\x5d\0\0[\0-\xff]{10}"), ".xz"),  # the latter is LZMA, an older form
@@ -71,6 +77,11 @@ class Content:
     def suffix(self) -> str:
         """Return the ending in lower case, as ``.jsonl``."""
         return PurePosixPath(self.name).suffix.lower()
+
+    @property
+    def shown(self) -> str:
+        """Return the name as messages list it, of bounded length."""
+        return self.name[-_LONGEST_SHOWN:]
 
     def head(self, size: int) -> bytes:
         """Return the first ``size`` bytes."""
@@ -136,16 +147,14 @@ def archive_members(content: Content) -> list[Content] | None:
         raise _damaged(content.label, error) from None
     if len(infos) > _MOST_MEMBERS:
         raise DataError(f"{content.label}: holds {len(infos):,} files; expected at most {_MOST_MEMBERS:,}; unpack it")
-    if encrypted := [info.filename for info in infos if info.flag_bits & 1]:
-        raise DataError(
-            f"{content.label}: {_printable(encrypted[0])} in it is encrypted; unpack the archive and name the files"
-        )
+    if encrypted := [_member_name(info)[-_LONGEST_SHOWN:] for info in infos if info.flag_bits & 1]:
+        raise DataError(f"{content.label}: {encrypted[0]} in it is encrypted; unpack the archive and name the files")
     members: list[Content] = []
-    for info in sorted(infos, key=lambda info: info.filename):
-        name = _printable(info.filename)
-        opened = partial(_open_member, content, info)
-        depth = content.depth + 1
-        member = Content(f"{content.label}:{name}", name, opened, content.file, False, depth)
+    for info in sorted(infos, key=_member_name):
+        name = _member_name(info)
+        label = f"{content.label}:{name[-_LONGEST_SHOWN:]}"
+        opened = partial(_open_member, content, info, label)
+        member = Content(label, name, opened, content.file, False, content.depth + 1)
         if is_hidden(PurePosixPath(name)):
             continue
         member = _decompressed(member)
@@ -213,9 +222,8 @@ def _open_bounded(content: Content, kind: str) -> IO[bytes]:
     return io.BufferedReader(_Bounded(stream, content.label, content.file.stat().st_size, beneath), 2**20)
 
 
-def _open_member(content: Content, info: zipfile.ZipInfo) -> IO[bytes]:
+def _open_member(content: Content, info: zipfile.ZipInfo, label: str) -> IO[bytes]:
     """Open a member of a zip archive for reading what it holds."""
-    label = f"{content.label}:{_printable(info.filename)}"
     beneath = content.seekable()
     try:
         archive = zipfile.ZipFile(beneath)
@@ -226,9 +234,20 @@ def _open_member(content: Content, info: zipfile.ZipInfo) -> IO[bytes]:
     return io.BufferedReader(_Bounded(stream, label, max(info.compress_size, 1), archive, beneath), 2**20)
 
 
-def _printable(name: str) -> str:
-    """Return an archive's name for a member as one printable line of bounded length."""
-    return re.sub(r"[^\w .,()/+=@-]", "?", name.replace(os.sep, "/"))[-200:]
+def _member_name(info: zipfile.ZipInfo) -> str:
+    """Return an archive's name for a member as one printable line; two that differ there differ here.
+
+    Windows writes names in the encoding of its language, which no flag tells and ``zipfile`` takes for cp437: they are
+    decoded as UTF-8 or in Korean, where their bytes are that.
+    """
+    name = info.filename
+    if not info.flag_bits & _UTF8_NAME:
+        written = name.encode("cp437", "replace")
+        for encoding in ("utf-8", "cp949"):
+            with suppress(UnicodeDecodeError):
+                name = written.decode(encoding)
+                break
+    return one_line(name.replace(os.sep, "/"))
 
 
 def _damaged(label: str, error: BaseException) -> DataError:

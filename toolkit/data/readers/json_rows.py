@@ -25,7 +25,7 @@ from toolkit.data.readers.row import (
     undecoded_row,
     without_repeats,
 )
-from toolkit.data.readers.text import HEAD_BYTES, decoded_head, encoding_of, lines_of, open_text
+from toolkit.data.readers.text import HEAD_BYTES, decoded_head, encoding_of, lines_of, open_text, whole_lines
 from toolkit.runtime.errors import DataError
 
 log = logging.getLogger("frostline")
@@ -57,7 +57,7 @@ def has_row_a_line(head: str, lines_by_name: bool) -> bool:
 
     ``lines_by_name`` decides where the content does not: there is no whole line, or the first is no JSON.
     """
-    lines = [line.strip() for line in head.splitlines() if line.strip()]
+    lines = [_without_comma(line.strip()) for line in whole_lines(head)]
     if len(head) >= HEAD_BYTES // 4 and len(lines) > 1:
         lines.pop()  # cut off
     if not lines:
@@ -87,7 +87,10 @@ def _read_lines(content: Content, encoding: str) -> Iterator[Row]:
             try:
                 values = json.loads(line.strip("\ufeff\x1e"), object_pairs_hook=without_repeats)
             except (ValueError, RecursionError) as error:  # ValueError alone: a number of thousands of digits
-                yield Row(origin, fault=f"is not valid JSON ({error}); expected one object a line")
+                reason = f" ({error}); expected one object a line"
+                if _is_json(_without_comma(line.strip())):
+                    reason = ": a comma ends the line; remove it"
+                yield Row(origin, fault=f"is not valid JSON{reason}")
             else:
                 yield make_row(origin, values)
 
@@ -141,3 +144,8 @@ def _is_json(line: str) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
+
+
+def _without_comma(line: str) -> str:
+    """Return a line without the comma behind an object, which is no JSON and shows that each line was to be one."""
+    return line[:-1].rstrip() if line.startswith("{") and line.endswith(",") else line

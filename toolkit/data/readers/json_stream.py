@@ -28,13 +28,16 @@ class JsonStream:
 
     def __post_init__(self) -> None:
         self._buffer, self._at, self._ended = "", 0, False
-        self._line, self._column = 1, 1  # of the first character of the buffer
+        self._line, self._counted = 1, 0  # number of the line at a place in the buffer, up to which lines are counted
+        self._column = 1  # of the first character of the buffer
         self._decoder = json.JSONDecoder(object_pairs_hook=without_repeats)
 
     @property
     def line(self) -> int:
         """Return the number of the line that is read next, from 1."""
-        return self._line + self._buffer.count("\n", 0, self._at)
+        self._line += self._buffer.count("\n", self._counted, self._at)
+        self._counted = self._at
+        return self._line
 
     def peek(self) -> str:
         """Return the next character that is not blank; an empty string at the end."""
@@ -114,7 +117,7 @@ class JsonStream:
     def fault(self, reason: str, at: int | None = None) -> DataError:
         """Return the error for a fault at a place of the buffer, or at the next character."""
         before = self._buffer[: self._at if at is None else at]
-        line = self._line + before.count("\n")
+        line = self.line + before.count("\n", self._at)
         column = len(before) - before.rfind("\n") if "\n" in before else self._column + len(before)
         return DataError(f"{self.label}: not valid JSON at line {line}, column {column}: {reason}{self.advice}")
 
@@ -127,10 +130,7 @@ class JsonStream:
             self._ended = True
             return False
         done = self._buffer[: self._at]
-        if "\n" in done:
-            self._line += done.count("\n")
-            self._column = len(done) - done.rfind("\n")
-        else:
-            self._column += len(done)
-        self._buffer, self._at = self._buffer[self._at :] + chunk, 0
+        self._line = self.line
+        self._column = len(done) - done.rfind("\n") if "\n" in done else self._column + len(done)
+        self._buffer, self._at, self._counted = self._buffer[self._at :] + chunk, 0, 0
         return True

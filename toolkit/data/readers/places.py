@@ -15,13 +15,17 @@ from toolkit.data.readers.columnar import DISK_SPLITS, DISK_STATE, read_saved
 from toolkit.data.readers.content import COMPRESSED, Content, archive_members, is_hidden, open_content
 from toolkit.data.readers.formats import ENDINGS, family_of, has_known_ending, read_content
 from toolkit.data.readers.row import ReadOptions, Row
-from toolkit.data.readers.splits import choose_split, split_of
+from toolkit.data.readers.saved_sets import DISK_INFO, saved_splits, shards_of, state_of, without_caches
+from toolkit.data.readers.splits import choose_split, missing_shards, split_of
 from toolkit.runtime import signals
 from toolkit.runtime.errors import DataError
 from toolkit.runtime.paths import is_file
 from toolkit.runtime.printable import one_line
 
 log = logging.getLogger("frostline")
+
+_DESCRIPTIONS = (DISK_INFO, "dataset_infos.json", DISK_STATE, DISK_SPLITS)
+"""JSON files that describe a data set."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,9 @@ def place_of_directory(
     Raises:
         DataError: as ``place_of_file``, or files of several formats.
     """
-    if (directory / DISK_STATE).is_file() and (directory / "dataset_info.json").is_file():
-        if split not in (None, "train", own := _saved_split(directory)):
+    if (directory / DISK_STATE).is_file() and (directory / DISK_INFO).is_file():
+        own = state_of(directory).get("_split")
+        if split not in (None, "train", own):
             raise DataError(f"{key} is {split!r}, but {path} holds one split only: {own or 'train'}")
         return _saved(directory, path)
     if (directory / DISK_SPLITS).is_file():
@@ -74,7 +79,7 @@ def place_of_directory(
         split = choose_split(path, splits, split, key, default)
         return _saved(directory / split, f"{path}/{split}")
     with signals.waiting(f"the names of the files in {one_line(path)}"):
-        files = _walk(directory)
+        files = _walk(directory, path)
     return _choose(path, _contents(files, directory, path), split, key, default, options)
 
 
@@ -87,7 +92,7 @@ def place_of_pattern(pattern: str, split: str | None, key: str, default: str, op
     if "\0" in pattern or not glob.has_magic(pattern):
         return None
     with signals.waiting(f"the names that {one_line(pattern)} matches"):  # of /** all that the machine has
-        files = sorted(Path(name) for name in _matches(pattern) if Path(name).is_file())
+        files = _reached([Path(name) for name in _matches(pattern)], pattern)
     if not files:
         raise DataError(f"{pattern}: matches no file (from {Path.cwd()}); expected a pattern such as data/*.jsonl")
     base = Path(os.path.commonpath([file.parent for file in files]))
@@ -113,7 +118,7 @@ def _contents(files: list[Path], base: Path, label: str) -> list[Content]:
     return contents
 
 
-def _walk(directory: Path) -> list[Path]:
+def _walk(directory: Path, path: str) -> list[Path]:
     """Return the files below a directory in the order of their names, without hidden ones; links are followed."""
     found: list[Path] = []
     visited: set[str] = set()
@@ -124,6 +129,21 @@ def _walk(directory: Path) -> list[Path]:
             continue
         visited.add(real)
         found += [Path(folder, name) for name in names if not is_hidden(PurePosixPath(name))]
+    return _reached(found, path)
+
+
+def _reached(found: list[Path], path: str) -> list[Path]:
+    """Return those of paths that are files, in the order of their names.
+
+    Raises:
+        DataError: one that may hold rows is a link to what is not there.
+    """
+    for file in found:
+        if file.is_symlink() and not file.exists() and (not file.suffix or has_known_ending(file.name)):
+            raise DataError(
+                f"{path}: {one_line(str(file))} is a link to {one_line(str(file.readlink()))}, which cannot be "
+                "reached; restore what it links to, or remove the link"
+            )
     return sorted(file for file in found if file.is_file())
 
 
@@ -131,36 +151,41 @@ def _choose(
     path: str, contents: list[Content], split: str | None, key: str, default: str, options: ReadOptions
 ) -> Place:
     """Return the contents of a known format that belong to the split."""
-    known = [content for content in contents if has_known_ending(content.name) and not _is_description(content)]
+    contents = without_caches(path, contents)
+    known = [content for content in contents if _may_hold_rows(content)]
     if not known:
-        listed = ", ".join(content.name for content in contents[:5]) or "nothing"
+        listed = ", ".join(content.shown for content in contents[:5]) or "nothing"
         raise DataError(f"{path}: holds no data file ({listed}); expected files that end in {ENDINGS}")
-    if left_out := [content.name for content in contents if content not in known]:
+    if left_out := [content.shown for content in contents if not _may_hold_rows(content)]:
         log.info("%s: %d other files are not read, such as %s", path, len(left_out), left_out[0])
     splits: dict[str, list[Content]] = {}
+    saved = saved_splits(contents)
     for content in known:
-        splits.setdefault(split_of(content.name) or "", []).append(content)
+        own = saved.get(str(PurePosixPath(content.name).parent)) or split_of(content.name)
+        splits.setdefault(own or "", []).append(content)
     unnamed = splits.pop("", [])
     if unnamed and splits:
         raise DataError(
-            f"{path}: {unnamed[0].name} belongs to no split, and other files belong to {', '.join(sorted(splits))}; "
+            f"{path}: {unnamed[0].shown} belongs to no split, and other files belong to {', '.join(sorted(splits))}; "
             "rename or move it, or name the files to read, one by one or by a pattern"
         )
     if not splits and split not in (None, "train"):
         raise DataError(f"{key} is {split!r}, but no file of {path} is named after a split; leave {key} out")
     chosen = splits[choose_split(path, sorted(splits), split, key, default)] if splits else unnamed
     _check_alike(path, chosen)
+    _check_complete(path, chosen)
     log.info("%s: %d file%s read, %s", path, len(chosen), "s are" if len(chosen) > 1 else " is",
-             ", ".join(content.name for content in chosen[:3]) + (" …" if len(chosen) > 3 else ""))  # fmt: skip
+             ", ".join(content.shown for content in chosen[:3]) + (" …" if len(chosen) > 3 else ""))  # fmt: skip
     files = dict.fromkeys(content.file for content in chosen)
     return Place(tuple(files), tuple(partial(read_content, content, options) for content in chosen))
 
 
-def _is_description(content: Content) -> bool:
-    """Return whether a file describes a data set, rather than holding rows."""
-    return PurePosixPath(content.name).name.lower() in ("dataset_info.json", "dataset_infos.json", DISK_STATE) or (
-        content.suffix == ".txt" and PurePosixPath(content.name).stem.lower() in ("readme", "license", "licence")
-    )
+def _may_hold_rows(content: Content) -> bool:
+    """Return whether a file is of a known format, and does not describe a data set."""
+    if _base(content).lower() in _DESCRIPTIONS or not has_known_ending(content.name):
+        return False
+    is_note = PurePosixPath(content.name).stem.lower() in ("readme", "license", "licence")
+    return content.suffix != ".txt" or not is_note
 
 
 def _check_alike(path: str, contents: list[Content]) -> None:
@@ -181,15 +206,29 @@ def _check_alike(path: str, contents: list[Content]) -> None:
             )
 
 
+def _check_complete(path: str, contents: list[Content]) -> None:
+    """Raise DataError if one of several numbered files is missing, rather than left out by a pattern."""
+    beside = {content.file.parent for content in contents if content.file.name.startswith(_base(content))}
+    there = {file.name for folder in beside for file in folder.iterdir() if has_known_ending(file.name)}
+    missing = [
+        " or ".join(names)
+        for names in missing_shards(content.name for content in contents)
+        if not any(name.startswith(PurePosixPath(wanted).name) for wanted in names for name in there)
+    ]
+    if missing:
+        raise DataError(
+            f"{path}: {', '.join(missing[:3])} {'are' if len(missing) > 1 else 'is'} not there, and other files are "
+            "numbered as parts of the same; copy what is missing there, or name the files to read one by one"
+        )
+
+
+def _base(content: Content) -> str:
+    """Return the name of a file without its folders."""
+    return PurePosixPath(content.name).name
+
+
 def _saved(directory: Path, label: str) -> Place:
     """Return what ``Dataset.save_to_disk`` wrote into a directory."""
-    return Place(tuple(sorted(directory.glob("*.arrow"))), (partial(read_saved, directory, label),))
-
-
-def _saved_split(directory: Path) -> str | None:
-    """Return the split that a saved data set says it is."""
-    try:
-        split = json.loads((directory / DISK_STATE).read_bytes()).get("_split")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return split if isinstance(split, str) else None
+    shards = shards_of(state_of(directory)) or ()
+    files = [directory / name for name in sorted(shards)] or sorted(directory.glob("*.arrow"))
+    return Place(tuple(files), (partial(read_saved, directory, label),))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import PurePosixPath
 
 from toolkit.runtime.errors import DataError
@@ -15,10 +17,16 @@ _SPLIT_WORDS = {
     "train": "train", "training": "train",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+    "학습": "train", "훈련": "train", "검증": "validation", "평가": "test", "시험": "test", "테스트": "test",
 }  # fmt: skip
-"""Split by a word in the name of a file or folder, as ``datasets`` reads them."""
+"""Split by a word in the name of a file or folder: in English as ``datasets`` reads them, and in Korean."""
+_WORD = re.compile("[a-z]+|[가-힣]+")
+_DATA_WORDS = re.compile("(?:용|데이터|자료|셋|세트|집합)+$")
+"""What follows the split in a word of a Korean name, as in ``학습용데이터``."""
 
 _SHARD = re.compile(r"(.+?)[-_]\d+[-_]of[-_]\d+$")
+_NUMBERED = re.compile(r"(?P<before>.*?)(?P<number>\d+)(?P<of>[-_]of[-_])(?P<count>\d+)(?:-[0-9a-f]{8,})?$")
+"""Name of one of several files, as ``train-00001-of-00003``; the Hub has written digits of a hash behind it."""
 
 
 def split_of(name: str) -> str | None:
@@ -29,11 +37,35 @@ def split_of(name: str) -> str | None:
     path = PurePosixPath(name)
     stem = path.name.partition(".")[0]
     for part in (stem, *reversed(path.parts[:-1])):
-        words = [word for word in re.split(r"[^a-z]+", part.lower()) if word]
+        words = [_DATA_WORDS.sub("", word) for word in _WORD.findall(unicodedata.normalize("NFC", part.lower()))]
         if found := {_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS}:
             return sorted(found)[0] if len(found) == 1 else None
     shard = _SHARD.match(stem)
     return shard[1] if shard and not shard[1].lower().startswith(("data", "part")) else None
+
+
+def missing_shards(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Return the first few that are missing of files numbered as ``train-00001-of-00003``; empty if none are.
+
+    Each is a path without its ending, or two where it is unknown whether the numbers begin with 0 or 1. A single name
+    is taken for one of several where its numbers have leading zeros, as tools write them: ``visit-3-of-10`` may be all
+    that there is.
+    """
+    groups: dict[tuple[str, str, str], dict[int, int]] = {}
+    for name in names:
+        path = PurePosixPath(name)
+        if found := _NUMBERED.match(path.name.partition(".")[0]):
+            key = f"{path.parent}/{found['before']}".removeprefix("./"), found["of"], found["count"]
+            groups.setdefault(key, {})[int(found["number"])] = len(found["number"])
+    missing: list[tuple[str, ...]] = []
+    for (before, of, written), numbers in groups.items():
+        count, width = int(written), min(numbers.values())
+        if len(numbers) >= count or (len(numbers) == 1 and written[0] != "0"):
+            continue
+        inner = ((number,) for number in range(1, count) if number not in numbers)
+        absent = [*([] if {0, count} & set(numbers) else [(0, count)]), *islice(inner, 3)]
+        missing += [tuple(f"{before}{number:0{width}d}{of}{written}" for number in either) for either in absent]
+    return missing
 
 
 def choose_split(

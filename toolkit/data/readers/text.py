@@ -30,10 +30,23 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_TEXT_CHARACTER = re.compile("[\t\n\r -~°±·×–—‘’“”…ㄱ-ㅣ가-힣ぁ-ヿ一-鿿À-ÿ\uff00-\uff65]")
+_TEXT_CHARACTER = re.compile(
+    "[\t\n\r -~°±·×–—‘’“”…、-】ㄱ-ㅣ가-힣ぁ-ヿ一-鿿À-\u024f\uff00-\uff65"
+    "\u0300-\u036f\u0370-\u052f\u0590-\u06ff\u0900-\u097f\u0e00-\u0e7f\u1100-\u11ff\u1e00-\u1eff]"
+)
+"""Characters of the scripts of many readers: Latin, also with marks apart, Korean, also in letters apart, Japanese and
+Chinese, Greek, Cyrillic, Hebrew, Arabic, Devanagari and Thai. No blank of U+2000 is among them: it is an ASCII blank
+whose bytes are in the other order."""
+_LINE_END = re.compile(r"\r\n|[\r\n]")
 _FEWEST_SYLLABLES = 4
 """Syllables below which a text is too short to tell its encoding."""
-_SYLLABLES = re.compile("[가-힣]")
+_SYLLABLES, _HANJA = re.compile("[가-힣]"), re.compile("[\u4e00-\u9fff\uf900-\ufaff]")
+_FREQUENT = frozenset(
+    "이다는을의에가고하로은지한기도를서과어인있해면리사자스으라나시수대것아정일그여부제전주보들상적성게오구동만원장안경비신화중니생"
+)
+"""Half of the syllables of a Korean text are of these: particles, endings and the commonest of words."""
+_SHORTEST_WITH_FREQUENT = 12
+"""Syllables from which on a text has some of the frequent ones, even a list of nouns."""
 
 
 def encoding_of(content: Content, asked: str | None, by_line: bool, log_it: bool = True) -> str:
@@ -104,6 +117,14 @@ def decoded_head(content: Content, encoding: str) -> str:
         return decoder.decode(content.head(HEAD_BYTES))
     except UnicodeError as error:
         raise _wrong_encoding(content.label, encoding, error) from None
+
+
+def whole_lines(text: str) -> list[str]:
+    """Return the lines of a text without their ends, as files have them, without blank ones.
+
+    ``str.splitlines`` ends a line at U+2028 and others too, which stand within the texts of rows.
+    """
+    return [line for line in _LINE_END.split(text) if line.strip()]
 
 
 def _wrong_encoding(label: str, encoding: str, error: UnicodeError) -> DataError:
@@ -181,11 +202,17 @@ def _is_korean(head: bytes) -> bool:
 
     Text in a Western encoding can be valid cp949 too: ``37°C`` in cp1252 is a rare syllable. So most characters beyond
     ASCII have to be syllables, and most of these of the 2,350 usual ones, whose second byte is 0xA1 or above. A few
-    damaged characters are let pass; their rows are named later.
+    damaged characters are let pass; their rows are named later. Chinese in GBK and Japanese in EUC-JP pass that, as
+    rare syllables among Hanja: so syllables that any Korean text has must be frequent, the more so beside Hanja.
     """
     text = head.decode("cp949", "replace")
     syllables = _SYLLABLES.findall(text)
     usual = sum(len(syllable.encode("euc_kr")) == 2 for syllable in syllables)  # the others take 8 bytes
     if len(syllables) < _FEWEST_SYLLABLES or text.count("\ufffd") * 100 > len(syllables):
         return False
-    return len(syllables) * 2 > len(re.findall("[^\0-\x7f]", text)) and usual * 10 >= len(syllables) * 8
+    if len(syllables) * 2 <= len(re.findall("[^\0-\x7f]", text)) or usual * 10 < len(syllables) * 8:
+        return False
+    hanja, frequent = len(_HANJA.findall(text)), sum(syllable in _FREQUENT for syllable in syllables) / len(syllables)
+    if not hanja:
+        return len(syllables) < _SHORTEST_WITH_FREQUENT or frequent >= 0.05
+    return frequent >= (0.1 if hanja * 10 <= len(syllables) else 0.3)

@@ -12,7 +12,7 @@ from toolkit.data.readers.delimited import detect_separator, read_delimited
 from toolkit.data.readers.json_rows import read_json
 from toolkit.data.readers.row import ReadOptions, Row, has_undecoded_bytes, make_row, undecoded_row
 from toolkit.data.readers.table_header import check_not_printed, is_table
-from toolkit.data.readers.text import decoded_head, encoding_of, lines_of, open_text
+from toolkit.data.readers.text import decoded_head, encoding_of, lines_of, open_text, whole_lines
 
 log = logging.getLogger("frostline")
 
@@ -72,5 +72,5 @@ def _is_json(head: str) -> bool:
 
 def _is_tabbed(head: str) -> bool:
     """Return whether the first lines of a text all have the same number of tabs, and these not to indent them alone."""
-    lines = [line for line in head.splitlines()[:10] if line.strip()]
+    lines = whole_lines(head)[:10]
     return len({line.count("\t") for line in lines}) == 1 and any("\t" in line.strip() for line in lines)
