@@ -507,6 +507,24 @@ def test_a_value_that_python_cannot_hold_names_its_column(tmp_path: Path) -> Non
             read_rows(str(tmp_path / "rows.feather"))
 
 
+def test_the_directory_of_an_archive_is_read_once_not_for_each_member(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """9,000 members took more than ten minutes."""
+    parsed, parse = [], zipfile.ZipFile._RealGetContents  # type: ignore[attr-defined]
+
+    def counted(self: zipfile.ZipFile) -> None:
+        parsed.append(self)
+        parse(self)
+
+    with zipfile.ZipFile(tmp_path / "rows.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(40):
+            archive.writestr(f"{number:02}.jsonl", json.dumps({"QUESTION": f"q {number}", "LONG_ANSWER": "a"}))
+    monkeypatch.setattr(zipfile.ZipFile, "_RealGetContents", counted)
+    assert [row.values["QUESTION"] for row in read_rows(str(tmp_path / "rows.zip"))] == [f"q {n}" for n in range(40)]
+    assert len(parsed) <= 2
+
+
 def test_typed_tables_do_not_give_a_call_the_arguments_of_other_functions(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet

@@ -204,6 +204,13 @@ class _Bounded(io.RawIOBase):
         super().close()
 
 
+class _KnownArchive(zipfile.ZipFile):
+    """A zip archive that is opened for a member whose entry is known: its directory is not read again for each."""
+
+    def _RealGetContents(self) -> None:  # zipfile's own name; another one would only cost time
+        """Read nothing."""
+
+
 def _open_bounded(content: Content, kind: str) -> IO[bytes]:
     """Open compressed content for reading what it holds."""
     beneath = content.open()
@@ -226,7 +233,7 @@ def _open_member(content: Content, info: zipfile.ZipInfo, label: str) -> IO[byte
     """Open a member of a zip archive for reading what it holds."""
     beneath = content.seekable()
     try:
-        archive = zipfile.ZipFile(beneath)
+        archive = _KnownArchive(beneath)
         stream = archive.open(info)
     except _DAMAGE as error:
         beneath.close()
