@@ -69,3 +69,10 @@ def test_the_check_of_data_and_answers_say_it_too(rows: Path, tiny_model: Path, 
     said.clear()
     assert len(toolkit.generate(tiny_model, questions, max_new_tokens=1)) == 2
     assert len([line for line in said if "does not show the tools of question 'why?'" in line]) == 1
+
+
+def test_a_model_without_a_chat_template_is_said(rows: Path, said: list[str]) -> None:
+    for template, times in ((None, 1), (CHAT_TEMPLATE, 0)):
+        said.clear()
+        load(rows, template)
+        assert len([line for line in said if "the model has no chat template: turns are joined" in line]) == times
