@@ -31,27 +31,29 @@ def require_same_inputs(sweep: Sweep, trial: Trial) -> None:
     Raises:
         CheckpointError: a file has changed between the two.
     """
-    state = _state_of(trial)
-    for other in sorted(sweep.trials, key=lambda one: one.number):
-        if other is trial:
-            return
-        if base_key(other.config) != base_key(trial.config) or other.config.train.seed != trial.config.train.seed:
-            continue
-        first = _state_of(other) if other.is_done else None
-        if state is None or first is None:
-            continue
-        if differences := list(input_differences(first, state)):
-            raise CheckpointError(
-                f"trial {trial.number} was not computed from what trial {other.number} was: {'; '.join(differences)}. "
-                f"Their scores cannot be compared: put the files back and remove {trial.directory}, or begin a sweep "
-                "in another --output.dir"
-            )
+    before = (one for one in sorted(sweep.trials, key=lambda one: one.number) if one.number < trial.number)
+    alike = (one for one in before if _named_inputs(one.config) == _named_inputs(trial.config))
+    first = next((one for one in alike if one.is_done), None)
+    if first is None:
         return
+    if differences := list(input_differences(_state_of(first), _state_of(trial))):
+        raise CheckpointError(
+            f"trial {trial.number} was not computed from what trial {first.number} was: {'; '.join(differences)}. "
+            f"Their scores cannot be compared: put the files back and remove {trial.directory}, or begin a sweep in "
+            "another --output.dir"
+        )
 
 
-def _state_of(trial: Trial) -> CheckpointState | None:
+def _named_inputs(config: RunConfig) -> tuple[str, int]:
+    """Return what names the rows and the model of a recipe, and draws among the rows."""
+    return base_key(config), config.train.seed
+
+
+def _state_of(trial: Trial) -> CheckpointState:
+    """Return the state of a finished trial."""
     checkpoint = latest_checkpoint(trial.directory)
-    return None if checkpoint is None else read_state(checkpoint)
+    assert checkpoint is not None
+    return read_state(checkpoint)
 
 
 def _digest(*parts: Any) -> str:

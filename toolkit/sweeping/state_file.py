@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -15,7 +15,8 @@ from toolkit.runtime.paths import read_regular
 
 STATE_FILE = "sweep.json"
 """In a sweep's directory: its recipe, its trials and what came of them. It is the table as JSON."""
-FORMAT = "frostline-sweep-1"
+_Format = Literal["frostline-sweep-1"]
+(FORMAT,) = get_args(_Format)
 _MOST_BYTES = 2**26
 
 Number = float | None
@@ -27,7 +28,7 @@ class _Form(BaseModel):
 
 
 class _ScoresForm(_Form):
-    """What ``toolkit.sweeping.results.Scores`` is."""
+    """Checks scores of a trial, or of the model before training (``toolkit.sweeping.results.Scores``)."""
 
     value: Number
     low: Number
@@ -38,7 +39,7 @@ class _ScoresForm(_Form):
 
 
 class _TrialForm(_Form):
-    """What ``Trial.as_dict`` returns."""
+    """Checks a trial as ``Trial.as_dict`` returns it."""
 
     trial: Annotated[int, Field(ge=1, le=10**6)]
     settings: dict[str, Any]
@@ -55,9 +56,9 @@ class _TrialForm(_Form):
 
 
 class _SweepForm(_Form):
-    """What ``Sweep.save`` writes, as far as it is read again."""
+    """Checks what ``Sweep.save`` writes, as far as it is read again."""
 
-    format: Literal["frostline-sweep-1"]
+    format: _Format
     recipe: dict[str, dict[str, Any]]
     base: dict[str, dict[str, _ScoresForm]]
     trials: list[_TrialForm]

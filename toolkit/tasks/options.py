@@ -37,13 +37,13 @@ def chosen_option(
     name, column = next(one for one in spec.columns.items() if one[1].kind == "choice")
     is_fixed = options == labels_of(spec)
     marks = () if is_fixed else _marks_of(spec, values, len(options))
-    return choose(variables[name], options, column.path[0], spec.first_number, "text" if is_fixed else "any", marks)
+    return choose(variables[name], options, column.path[0], spec.first_number, is_fixed, marks)
 
 
 def _marks_of(spec: TaskSpec, values: Mapping[str, Any], count: int) -> tuple[str, ...]:
     """Return what a row calls each of its ``count`` options: its list ``choices.label`` beside ``choices.text``.
 
-    None if it has no such list, as of ARC, or the list names other than all of them, each once.
+    Such a list is ARC's. Nothing if there is none, or it does not name each of them once.
     """
     column = next((column for column in spec.columns.values() if column.kind == "options"), None)
     path = "" if column is None else first_value(values, column)[0]

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from toolkit.tasks.missing import is_field_word, is_missing, is_never_text, is_word_of_r
 from toolkit.tasks.printed_lists import PrintedListError, parse_printed_list
@@ -19,8 +19,6 @@ _INVISIBLE = re.compile(
     "\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\x01-\x1f\x7f-\x9f\U000e0000-\U000e007f\U000e0100-\U000e01ef]*"
 )
 """Blanks, joiners, fillers, control characters and marks that show nothing."""
-
-Reading = Literal["any", "text"]
 
 COUNTED_OTHERWISE = ", so those of the other rows may be meant otherwise too: state where they begin"
 """End of the fault of a row that shows that a file counts its options from 0, and was not said to."""
@@ -117,7 +115,7 @@ class RowValues:
 
 
 def choose(
-    value: Any, options: Sequence[str], name: str, first_number: int | None, reading: Reading, marks: Sequence[str] = ()
+    value: Any, options: Sequence[str], name: str, first_number: int | None, is_fixed: bool, marks: Sequence[str] = ()
 ) -> int:
     """Return the index of the option that a row's answer names by its mark, by number, by letter, or by its text.
 
@@ -126,13 +124,12 @@ def choose(
         options: texts of the options.
         name: its column, for messages.
         first_number: number of the first option; None if the task does not state it: 1, of options that rows bring.
-        reading: what counts where an answer is the number or letter of one option and the text of another: its ``text``
-            in a fixed list of labels; a number whose first is stated; else that is a fault (``any``).
+        is_fixed: whether they are a fixed list of labels. Where an answer is the number or letter of one option and the
+            text of another, the text counts in such a list, and else a number whose first is stated.
         marks: what the row itself calls each option; none if it does not.
 
     Raises:
-        RowFaultError: it names none, or ``any`` of two; or it is a number of a fixed list and their first is not
-            stated.
+        RowFaultError: it names none, or two; or it is a number of a fixed list and their first is not stated.
     """
     if is_missing(value):
         raise RowFaultError(f"has no answer in {name}; expected one of the {len(options)} options")
@@ -147,16 +144,16 @@ def choose(
         marked = int(number[1]) - (1 if first_number is None else first_number)
     elif len(mark) == 1 and mark in LETTERS:
         marked = LETTERS.index(mark)
-    if reading == "text" and number and first_number is None and not same:
+    if is_fixed and number and first_number is None and not same:
         raise RowFaultError(
             f"has {text} in {name}, a number, and the answers are the labels {', '.join(options)[:200]}; state "
             f"first_number in data.task, which is 0 if {options[0][:40]} is number 0{COUNTED_OTHERWISE}"
         )
     is_marked = marked is not None and 0 <= marked < len(options)
-    counts_numbers = reading == "any" and first_number is not None
+    counts_numbers = not is_fixed and first_number is not None
     if is_marked and ((counts_numbers and number) or not same):
         return marked or 0
-    if is_marked and reading == "any" and first_number is None and same and same != [marked]:
+    if is_marked and not is_fixed and first_number is None and same and same != [marked]:
         raise RowFaultError(
             f"has {text} in {name}, which is the {'number' if number else 'letter'} of one option and the text of "
             "another; state first_number in data.task if answers are numbers, or map a column that has them as such"

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
+
+Decoder = Callable[[Any], Any]
+"""Returns a value of a column with names in the place of the numbers of classes."""
 
 
 def features_of(schema: Any) -> Mapping[str, Any]:
@@ -17,51 +21,44 @@ def features_of(schema: Any) -> Mapping[str, Any]:
     return features if isinstance(features, Mapping) else {}
 
 
-def named_columns(features: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the features within which there is a ClassLabel, by column."""
-    return {name: feature for name, feature in features.items() if _has_names(feature)}
+def decoders_of(features: Mapping[str, Any]) -> dict[str, Decoder]:
+    """Return what puts names in the place of numbers, for each column within which there is a ClassLabel."""
+    found = {name: _decoder_of(feature) for name, feature in features.items()}
+    return {name: decoder for name, decoder in found.items() if decoder is not None}
 
 
-def with_names(value: Any, feature: Any) -> Any:
-    """Return a value with the names of its classes in the place of their numbers; null for -1, which is no class."""
-    if isinstance(value, list):
-        item = _item(feature)
-        return [with_names(one, feature if item is None else item) for one in value]
-    names = _class_names(feature)
-    if names is not None:
-        is_number = isinstance(value, int) and not isinstance(value, bool)
-        if is_number and value == -1:
-            return None
-        return names[value] if is_number and 0 <= value < len(names) else value
-    if isinstance(value, Mapping):
-        item = _item(feature)
-        fields = _fields(feature if item is None else item)  # a list of objects may be stored as an object of lists
-        return {name: with_names(one, fields[name]) if name in fields else one for name, one in value.items()}
-    return value
+def _decoder_of(feature: Any) -> Decoder | None:
+    """Return the decoder of a feature, also of each in a list: a list of objects may be stored as an object of lists.
 
-
-def _class_names(feature: Any) -> list[str] | None:
-    """Return the names of a ClassLabel; None for any other feature."""
-    is_label = isinstance(feature, Mapping) and feature.get("_type") == "ClassLabel"
-    return list(map(str, feature.get("names") or ())) if is_label else None
-
-
-def _item(feature: Any) -> Any:
-    """Return the feature of the items of a list; None if the feature is no list's."""
+    None if there is no ClassLabel within it.
+    """
     if isinstance(feature, list):
-        return feature[0] if feature else None
-    is_list = isinstance(feature, Mapping) and feature.get("_type") in ("Sequence", "List", "LargeList")
-    return feature.get("feature") if is_list else None
+        return _decoder_of(feature[0]) if feature else None
+    kind = feature.get("_type") if isinstance(feature, Mapping) else ""
+    if kind in ("Sequence", "List", "LargeList"):
+        return _decoder_of(feature.get("feature"))
+    if kind == "ClassLabel":
+        decode_one = partial(_name, tuple(map(str, feature.get("names") or ())))
+    elif not isinstance(kind, str) and (fields := decoders_of(feature)):
+        decode_one = partial(_with_names, fields)
+    else:
+        return None
+
+    def decode(value: Any) -> Any:
+        return list(map(decode, value)) if isinstance(value, list) else decode_one(value)
+
+    return decode
 
 
-def _fields(feature: Any) -> Mapping[str, Any]:
-    """Return the features of an object, by field; none if the feature is no object's."""
-    return feature if isinstance(feature, Mapping) and not isinstance(feature.get("_type"), str) else {}
+def _name(names: Sequence[str], value: Any) -> Any:
+    """Return the name of a class by its number; null for -1, which is no class, and other values as they are."""
+    if not isinstance(value, int) or isinstance(value, bool) or not -1 <= value < len(names):
+        return value
+    return None if value == -1 else names[value]
 
 
-def _has_names(feature: Any) -> bool:
-    """Return whether there is a ClassLabel within a feature."""
-    item = _item(feature)
-    if item is not None:
-        return _has_names(item)
-    return _class_names(feature) is not None or any(map(_has_names, _fields(feature).values()))
+def _with_names(fields: Mapping[str, Decoder], value: Any) -> Any:
+    """Return an object with the names of classes in those of its fields that have them."""
+    if not isinstance(value, Mapping):
+        return value
+    return {name: fields[name](one) if name in fields else one for name, one in value.items()}

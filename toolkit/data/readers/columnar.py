@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from toolkit.data.readers.class_names import features_of, named_columns, with_names
+from toolkit.data.readers.class_names import decoders_of, features_of
 from toolkit.data.readers.content import Content
 from toolkit.data.readers.row import ReadOptions, Row, make_row, plain_value, without_filled
 from toolkit.runtime.errors import DataError
@@ -81,21 +81,22 @@ def _rows(
 ) -> Iterator[Row]:
     """Yield the rows of record batches.
 
-    Without ``features``, as ``datasets`` notes them, those of a batch's own schema count.
+    Without ``features``, as ``datasets`` notes them, those of the batches' own schema count.
     """
     import pyarrow
 
-    number = 0
+    number, decoders = 0, None if features is None else decoders_of(features)
     try:
         for batch in open_batches():
             names = batch.schema.names
             if repeated := [name for name in names if names.count(name) > 1]:
                 raise DataError(f"{label}: names the column {repeated[0]} more than once; keep one of each name")
-            named = named_columns(features_of(batch.schema) if features is None else features)
+            if decoders is None:
+                decoders = decoders_of(features_of(batch.schema))
             for values in _python_values(batch, label):
                 number += 1
                 values = plain_value(values)
-                values |= {name: with_names(values[name], named[name]) for name in named if name in values}
+                values |= {name: decode(values[name]) for name, decode in decoders.items() if name in values}
                 yield make_row(f"{label} row {number}", without_filled(values))
     except UnicodeDecodeError as error:
         raise DataError(f"{label}: a text column is not UTF-8 ({error}); save the file as UTF-8") from None

@@ -79,6 +79,11 @@ class Content:
         return PurePosixPath(self.name).suffix.lower()
 
     @property
+    def base_name(self) -> str:
+        """Return the name without its folders."""
+        return PurePosixPath(self.name).name
+
+    @property
     def shown(self) -> str:
         """Return the name as messages list it, of bounded length."""
         return self.name[-_LONGEST_SHOWN:]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator
-from pathlib import PurePosixPath
 
 from toolkit.data.readers.columnar import read_arrow, read_parquet
 from toolkit.data.readers.content import COMPRESSED, LOCK_MARK, Content
@@ -74,7 +73,7 @@ def read_content(content: Content, options: ReadOptions) -> Iterator[Row]:
     named = family_of(content)
     if reason := next((reason for magic, reason in _NO_ROWS if magic.match(head)), None):
         raise DataError(f"{content.label}: {reason}")
-    if PurePosixPath(content.name).name.startswith(LOCK_MARK):
+    if content.base_name.startswith(LOCK_MARK):
         raise DataError(
             f"{content.label}: holds no rows: Excel writes it beside a workbook that is open; name the workbook, "
             f"without {LOCK_MARK}"

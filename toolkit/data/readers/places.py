@@ -182,7 +182,7 @@ def _choose(
 
 def _may_hold_rows(content: Content) -> bool:
     """Return whether a file is of a known format, and does not describe a data set."""
-    if _base(content).lower() in _DESCRIPTIONS or not has_known_ending(content.name):
+    if content.base_name.lower() in _DESCRIPTIONS or not has_known_ending(content.name):
         return False
     is_note = PurePosixPath(content.name).stem.lower() in ("readme", "license", "licence")
     return content.suffix != ".txt" or not is_note
@@ -208,11 +208,14 @@ def _check_alike(path: str, contents: list[Content]) -> None:
 
 def _check_complete(path: str, contents: list[Content]) -> None:
     """Raise DataError if one of several numbered files is missing, rather than left out by a pattern."""
-    beside = {content.file.parent for content in contents if content.file.name.startswith(_base(content))}
+    absent = missing_shards(content.name for content in contents)
+    if not absent:
+        return
+    beside = {content.file.parent for content in contents if content.file.name.startswith(content.base_name)}
     there = {file.name for folder in beside for file in folder.iterdir() if has_known_ending(file.name)}
     missing = [
         " or ".join(names)
-        for names in missing_shards(content.name for content in contents)
+        for names in absent
         if not any(name.startswith(PurePosixPath(wanted).name) for wanted in names for name in there)
     ]
     if missing:
@@ -220,11 +223,6 @@ def _check_complete(path: str, contents: list[Content]) -> None:
             f"{path}: {', '.join(missing[:3])} {'are' if len(missing) > 1 else 'is'} not there, and other files are "
             "numbered as parts of the same; copy what is missing there, or name the files to read one by one"
         )
-
-
-def _base(content: Content) -> str:
-    """Return the name of a file without its folders."""
-    return PurePosixPath(content.name).name
 
 
 def _saved(directory: Path, label: str) -> Place:

@@ -51,9 +51,9 @@ def without_caches(path: str, contents: Sequence[Content]) -> list[Content]:
     states = {
         _folder(content): _parsed(content.head(_LARGEST_DESCRIPTION))
         for content in contents
-        if _base(content) == DISK_STATE
+        if content.base_name == DISK_STATE
     }
-    described = {_folder(content) for content in contents if _base(content) in (DISK_STATE, DISK_INFO)}
+    described = {_folder(content) for content in contents if content.base_name in (DISK_STATE, DISK_INFO)}
     names = {content.name for content in contents}
     for folder, state in states.items():
         for name in sorted(shards_of(state) or ()):
@@ -71,7 +71,7 @@ def without_caches(path: str, contents: Sequence[Content]) -> list[Content]:
             state = states.get(folder, on_disk(parent) if content.is_plain else {})
             shards = shards_of(state)
             is_described = folder in described or (content.is_plain and (parent / DISK_INFO).is_file())
-            base = _base(content)
+            base = content.base_name
             is_cache = base not in shards if shards else is_described and _CACHE.fullmatch(base) is not None
         (left_out if is_cache else kept).append(content)
     if left_out:
@@ -84,7 +84,7 @@ def saved_splits(contents: Sequence[Content]) -> dict[str, str]:
     """Return the split of each folder that a saved set of splits names, by the folder's path."""
     splits: dict[str, str] = {}
     for content in contents:
-        if _base(content) == DISK_SPLITS:
+        if content.base_name == DISK_SPLITS:
             named = _parsed(content.head(_LARGEST_DESCRIPTION)).get("splits")
             for split in named if isinstance(named, list) else ():
                 if isinstance(split, str):
@@ -95,10 +95,6 @@ def saved_splits(contents: Sequence[Content]) -> dict[str, str]:
 def _folder(content: Content) -> str:
     """Return the folder of a file by its path within the directory or archive."""
     return str(PurePosixPath(content.name).parent)
-
-
-def _base(content: Content) -> str:
-    return PurePosixPath(content.name).name
 
 
 def _parsed(text: bytes) -> dict[str, Any]:
