@@ -20,8 +20,9 @@ from helpers import ENGLISH, make_tokenizer, run_here, tiny_flags
 from test_sources import put, with_lists
 
 from toolkit.config.schema import DataConfig
+from toolkit.data.column_text import column_text, label_of
 from toolkit.data.dataset import Dataset, load_dataset
-from toolkit.data.mixture import draw_rows, label_of
+from toolkit.data.mixture import draw_rows
 from toolkit.data.readers.places import place_of_pattern
 from toolkit.data.readers.row import ReadOptions
 from toolkit.data.sources import Source, iter_rows, read_rows, sources_of
@@ -385,6 +386,26 @@ def test_a_column_that_holds_no_labels_is_refused(
 def test_labels_are_found_in_any_case_and_blank_ones_are_none() -> None:
     assert label_of({"Final_Decision": " yes "}, "final_decision") == "yes"
     assert [label_of({"a": value}, "a") for value in ("", None, float("nan"), 3)] == [None, None, None, "3"]
+
+
+def test_values_that_read_the_same_are_one_group_label_or_stratum() -> None:
+    """Else a patient of two files stands on both sides of a split."""
+    whole, parts = "부천", unicodedata.normalize("NFD", "부천")
+    assert (
+        column_text({"병원": parts}, "병원")
+        == whole
+        == column_text({unicodedata.normalize("NFD", "병원"): whole}, "병원")
+    )
+    assert {column_text({"n": value}, "n") for value in (7, 7.0, "7.0", " 7 ")} == {"7"}
+    assert {label_of({"n": value}, "n") for value in (7, 7.0, "7.0", " 7 ")} == {"7"}
+    assert (
+        column_text({"meta": {"Patient": "a"}}, "Meta.patient")
+        == "a"
+        == column_text({"meta.patient": "a"}, "meta.patient")
+    )
+    assert column_text({"Patient": 1, "PATIENT": 2}, "patient") is None, "it is not clear which"
+    with pytest.raises(DataError, match="no such column; it has Patient, PATIENT"):
+        label_of({"Patient": 1, "PATIENT": 2}, "patient")
 
 
 def test_what_was_read_is_recorded(two: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -11,8 +11,7 @@ import logging
 import math
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from toolkit.data.identifiers import shown
 from toolkit.runtime.errors import DataError
@@ -47,37 +46,6 @@ def draw_rows(
     if labels is not None:
         drawn = _balance(drawn, labels, seed)
     return drawn
-
-
-def label_of(values: Mapping[str, Any], column: str) -> str | None:
-    """Return the label of a row: the text in its column, found without regard to case, or at a path.
-
-    Raises:
-        DataError: the row has no such column, or no plain value in it.
-    """
-    name = column if column in values else next((key for key in values if key.lower() == column.lower()), None)
-    value = look_up(values, column) if name is None else values[name]
-    if name is None and value is None:
-        raise DataError(
-            f"data.oversample is {column!r}, but a row has no such column; it has {', '.join(map(str, values))[:300]}"
-        )
-    if isinstance(value, (list, dict)):
-        raise DataError(
-            f"data.oversample is {column!r}, but a row has a {type(value).__name__} there; expected a label"
-        )
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None
-    return str(value).strip() or None
-
-
-def look_up(values: Any, path: str) -> Any:
-    """Return what is at ``path`` (``meta.patient``) in nested mappings; None if there is nothing."""
-    if not isinstance(values, Mapping):
-        return None
-    if path in values:
-        return values[path]
-    first, _, rest = path.partition(".")
-    return look_up(values.get(first), rest) if rest else None
 
 
 def check_labels(labels: Sequence[str | None], column: str) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from toolkit.config.data_schema import DataConfig
+from toolkit.data.column_text import column_text, label_of
 from toolkit.data.identifiers import IdentifierFinder, digest
-from toolkit.data.mixture import label_of, look_up
 
 
 @dataclass(frozen=True)
@@ -69,28 +68,10 @@ class RowNoter:
             DataError: it lacks the column of labels, ``data.oversample``.
         """
         config = self._config
-        group = _column_text(values, config.group_by)
+        group, stratum = (path and column_text(values, path) for path in (config.group_by, config.stratify_by))
         return RowNote(
             None if config.oversample is None else self._finder.hide(label_of(values, config.oversample)),
             group and digest(group),
-            self._finder.hide(_column_text(values, config.stratify_by)),
+            self._finder.hide(stratum),
             dict(identifiers),
         )
-
-
-def _column_text(values: Any, path: str | None) -> str | None:
-    """Return as text what is at ``path`` in nested mappings, stripped; None if there is nothing, or no path.
-
-    1.0 is 1, also as text: a table with gaps has whole numbers as floats.
-    """
-    if path is None:
-        return None
-    value = look_up(values, path)
-    if value is None or value != value:  # the latter is NaN
-        return None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if not isinstance(value, str):
-        return json.dumps(value, sort_keys=True, default=str)
-    value = value.strip()
-    return (value[:-2] if re.fullmatch(r"-?\d+\.0", value) else value) or None
