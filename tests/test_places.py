@@ -25,7 +25,7 @@ from toolkit.data.dataset import Dataset, load_dataset
 from toolkit.data.mixture import draw_rows
 from toolkit.data.readers.places import place_of_pattern
 from toolkit.data.readers.row import ReadOptions
-from toolkit.data.sources import Source, iter_rows, read_rows, sources_of
+from toolkit.data.sources import Source, iter_rows, read_rows, sources_of, task_of
 from toolkit.runtime.errors import DataError
 
 
@@ -55,6 +55,27 @@ def test_links_are_followed_once_and_a_file_by_two_names_is_read_once(tmp_path: 
     (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "d")
     (tmp_path / "d" / "again.jsonl").symlink_to(tmp_path / "elsewhere" / "rows.jsonl")
     assert with_lists(read_rows(str(tmp_path / "d"))) == ROWS
+
+
+@pytest.mark.parametrize(("written", "asked"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_names_are_found_in_any_unicode_form(tmp_path: Path, written: str, asked: str) -> None:
+    """A Mac writes decomposed names, and a recipe holds what a keyboard gives."""
+    there, meant = (str(tmp_path / unicodedata.normalize(form, "결과/환자")) for form in (written, asked))
+    put(Path(f"{there}.jsonl"), as_jsonl())
+    for path in (f"{meant}.jsonl", f"{meant}*.jsonl", str(Path(meant).parent), f"{Path(meant).parent}/*"):
+        assert with_lists(read_rows(path)) == ROWS, path
+    config = DataConfig(path=[{"path": f"{there}.jsonl", "task": "text"}])
+    assert task_of(config, f"{meant}.jsonl") == "text", "it is the file that the recipe names"
+
+
+def test_a_folder_that_is_there_is_no_part_of_a_pattern(tmp_path: Path) -> None:
+    put(tmp_path / "d[12]" / "rows.jsonl", as_jsonl())
+    put(tmp_path / "d1" / "other.jsonl", as_jsonl(ROWS[:1]))
+    for pattern in ("d[12]/*.jsonl", "d[12]/**", "./d[12]//*", "d?12]/*"):
+        assert with_lists(read_rows(f"{tmp_path}/{pattern}")) == ROWS, pattern
+    assert with_lists(read_rows(str(tmp_path / "d[13]/*"))) == ROWS[:1]
+    with pytest.raises(DataError, match="matches no file"):
+        read_rows(f"{tmp_path}/d*/*/")
 
 
 @pytest.mark.parametrize("name", ["train-00001-of-00003.jsonl", "b.csv.gz", "more"])

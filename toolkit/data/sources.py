@@ -21,6 +21,7 @@ from toolkit.runtime import hub
 from toolkit.runtime.errors import DataError
 from toolkit.runtime.paths import is_directory, is_file
 from toolkit.runtime.shipped import find_file
+from toolkit.runtime.unicode_names import as_spelled
 
 __all__ = ["ReadOptions", "Row", "Source", "is_hub_dataset", "iter_rows", "read_rows", "sources_of", "task_of"]
 
@@ -177,7 +178,7 @@ def task_of(config: DataConfig, path: str | None = None) -> str | Mapping[str, A
 def _place_named(path: str) -> str:
     """Return one name for all that a path may be written as: ``rows.jsonl``, ``./rows.jsonl``, in full, by a link."""
     try:
-        return os.path.realpath(path)
+        return os.path.realpath(as_spelled(path))
     except ValueError:  # a NUL in it
         return path
 

@@ -10,6 +10,8 @@ import logging
 from functools import cache
 from pathlib import Path
 
+from toolkit.runtime.unicode_names import as_spelled
+
 PACKAGE = Path(__file__).resolve().parent.parent
 """Directory of the ``toolkit`` package."""
 
@@ -38,11 +40,11 @@ def command_line(verb: str) -> str:
 
 
 def find_file(path: str | Path) -> Path:
-    """Return ``path`` if it exists, else the shipped file or folder of that name, and log that it is used.
+    """Return ``path`` if it exists (``as_spelled``), else the shipped file or folder of that name, and log its use.
 
     A path that exists in neither place is returned unchanged, so that the caller's attempt to open it reports it.
     """
-    path = Path(path)
+    path = as_spelled(path)
     try:
         if not path.parts or path.parts[0] not in _SHIPPED_FOLDERS or path.exists() or not (PACKAGE / path).exists():
             return path

@@ -6,6 +6,7 @@ import glob
 import json
 import logging
 import os
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,8 +20,9 @@ from toolkit.data.readers.saved_sets import DISK_INFO, saved_splits, shards_of, 
 from toolkit.data.readers.splits import choose_split, missing_shards, split_of
 from toolkit.runtime import signals
 from toolkit.runtime.errors import DataError
-from toolkit.runtime.paths import is_file
+from toolkit.runtime.paths import is_directory, is_file
 from toolkit.runtime.printable import one_line
+from toolkit.runtime.unicode_names import as_spelled
 
 log = logging.getLogger("frostline")
 
@@ -99,9 +101,20 @@ def place_of_pattern(pattern: str, split: str | None, key: str, default: str, op
     return _choose(pattern, _contents(files, base, str(base)), split, key, default, options)
 
 
-def _matches(pattern: str) -> list[str]:
-    """Return what a pattern matches; ``**`` stands for folders, hidden files are left out."""
-    return glob.glob(pattern, recursive=True)  # noqa: PTH207 - those of pathlib take no absolute pattern
+def _matches(pattern: str) -> set[str]:
+    """Return what a pattern matches; ``**`` stands for folders, hidden files are left out.
+
+    Folders that are there by these names are taken as they are (``data[1]/*.csv``), and names in any Unicode form.
+    """
+    folder, rest = "", pattern
+    while "/" in rest:
+        name, _, after = rest.partition("/")
+        inner = as_spelled(f"{folder}{name}/")
+        if not after or not is_directory(inner):
+            break
+        folder, rest = os.path.join(inner, ""), after  # noqa: PTH118 - ends in one slash, the root's too
+    start, forms = glob.escape(folder), {rest, *(unicodedata.normalize(form, rest) for form in ("NFC", "NFD"))}
+    return {name for form in forms for name in glob.glob(start + form, recursive=True)}  # noqa: PTH207 - absolute too
 
 
 def _contents(files: list[Path], base: Path, label: str) -> list[Content]:
