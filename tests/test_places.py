@@ -64,6 +64,8 @@ def test_names_are_found_in_any_unicode_form(tmp_path: Path, written: str, asked
     put(Path(f"{there}.jsonl"), as_jsonl())
     for path in (f"{meant}.jsonl", f"{meant}*.jsonl", str(Path(meant).parent), f"{Path(meant).parent}/*"):
         assert with_lists(read_rows(path)) == ROWS, path
+    folder = unicodedata.normalize(asked, "결과")
+    assert with_lists(list(iter_rows(Source(str(tmp_path), configuration=folder)))) == ROWS
     config = DataConfig(path=[{"path": f"{there}.jsonl", "task": "text"}])
     assert task_of(config, f"{meant}.jsonl") == "text", "it is the file that the recipe names"
 

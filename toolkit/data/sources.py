@@ -125,12 +125,13 @@ class Source:
     def _folder(self, directory: Path) -> Path:
         """Return the folder of a directory that the configuration names; DataError if there is none."""
         folders = sorted(folder.name for folder in directory.iterdir() if folder.is_dir() and folder.name[0] != ".")
-        if self.configuration not in folders:
+        named = as_spelled(directory / str(self.configuration))
+        if named not in (directory / folder for folder in folders):
             listed = f"one of: {', '.join(folders)}" if folders else "none: it has no folders"
             raise DataError(
                 f"data.name is {self.configuration!r}, but {self.path} has no such folder; set it to {listed}"
             )
-        return directory / self.configuration
+        return named
 
 
 def sources_of(config: DataConfig, part: Part) -> list[Source]:
