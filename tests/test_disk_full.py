@@ -14,7 +14,7 @@ from helpers import ENGLISH, metrics, run_here, tiny_flags, train
 
 from toolkit import evaluate
 from toolkit.data import token_cache
-from toolkit.runtime.errors import CheckpointError, DiskError
+from toolkit.runtime.errors import CheckpointError, DiskError, UsageError
 from toolkit.runtime.paths import LineFile, explain_refused_write, replace_text
 from toolkit.training.tensorboard_writer import TensorBoardWriter
 
@@ -53,6 +53,19 @@ def test_a_file_that_is_replaced_keeps_its_content_when_the_disk_is_full(tmp_pat
         replace_text(path, "longer than two bytes")
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_a_directory_where_a_file_goes_is_named_and_the_reverse(tmp_path: Path) -> None:
+    (tmp_path / "sweep.md").mkdir()
+    (tmp_path / "file").touch()
+    refused = pytest.raises(UsageError, match=r"/sweep\.md cannot be written: a directory is where a file goes\.")
+    with refused, explain_refused_write(tmp_path):
+        replace_text(tmp_path / "sweep.md", "table")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        refused = pytest.raises(UsageError, match=rf"{folder} cannot be written: a file is where a directory goes\.")
+        with refused, explain_refused_write(tmp_path):
+            folder.mkdir(parents=True, exist_ok=True)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "sweep.md"]
 
 
 def test_a_run_outlives_full_metrics_and_curves_and_catches_up(

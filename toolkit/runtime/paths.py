@@ -183,20 +183,25 @@ def require_unused_folder(folder: Path, overwrite: bool, option: str = "--output
 def explain_refused_write(place: Path) -> Iterator[None]:
     """Turn an OSError of the body into a DiskError with its path, else ``place``, and the free space at ``place``.
 
-    What is not ours, and would have to be written, is a UsageError.
+    A UsageError is what is not ours and would have to be written, a directory where a file goes, and the reverse.
     """
     try:
         yield
     except NotOwnError as error:
         raise UsageError(f"{error.filename} is not written: {error.strerror}. Move or remove it") from None
+    except (IsADirectoryError, NotADirectoryError, FileExistsError) as error:
+        path = error.filename2 or error.filename or place
+        found, goes = ("a directory", "a file") if isinstance(error, IsADirectoryError) else ("a file", "a directory")
+        raise UsageError(f"{path} cannot be written: {found} is where {goes} goes. Move or rename it") from None
     except OSError as error:
         free = ""
         with suppress(OSError):  # a disk that fails may not tell
             folder = next(folder for folder in (place, *place.parents) if folder.exists())  # at the last / or .
             free = f"; {shutil.disk_usage(folder).free / 2**20:.0f} MiB free there"
+        path = error.filename2 or error.filename or place
         raise DiskError(
-            f"{error.filename or place} cannot be written ({error.strerror or error}){free}. Committed checkpoints "
-            "are kept: make room, then start the same command again"
+            f"{path} cannot be written ({error.strerror or error}){free}. Committed checkpoints are kept: make room, "
+            "then start the same command again"
         ) from None
 
 
