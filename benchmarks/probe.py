@@ -35,7 +35,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.quality_cells import EPOCHS, MASKS, is_lora, search_of  # noqa: E402
+from benchmarks.quality_cells import EPOCHS, MASKS, is_lora, lowest_loss, search_of  # noqa: E402
 from benchmarks.quality_runs import MODEL, write_rows  # noqa: E402
 from benchmarks.report import hardware, head_lines, save, table, versions  # noqa: E402
 from toolkit.commands.invocation import build_invocation  # noqa: E402
@@ -88,7 +88,7 @@ def measured_losses(path: Path, blocks: int) -> Losses:
         if is_lora(mask) and search:
             last = mask.rpartition(" ")[2]
             boundary = 0 if last == "all" else blocks - int(last)
-            losses[boundary] = min(min(cell["validation"]) for cell in search)
+            losses[boundary] = min(map(lowest_loss, search))
     return losses
 
 
@@ -104,8 +104,9 @@ def _swept_losses(sweep: Mapping[str, Any]) -> Losses:
         raise ValueError(f"found {len(bases)} sets of held-out rows, scored by {metrics}; expected one, scored by loss")
     losses: Losses = {None: bases[0]["value"]}
     for trial in sweep["trials"]:
-        if score := trial.get("validation"):
-            losses[trial["boundary"]] = min(score["value"], losses.get(trial["boundary"], score["value"]))
+        value, boundary = (trial.get("validation") or {}).get("value"), trial.get("boundary")
+        if value is not None and boundary is not None:  # it diverged; its line was not known without weights
+            losses[boundary] = min(value, losses.get(boundary, value))
     return losses
 
 

@@ -56,7 +56,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.contenders import thread_variables  # noqa: E402
+from benchmarks.contenders import DoesNotFitError, thread_variables  # noqa: E402
 from benchmarks.quality_cells import (  # noqa: E402
     CORE,
     DECISION,
@@ -161,19 +161,26 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     return given
 
 
-def measure(given: argparse.Namespace, path: Path, folder: Path) -> list[Run]:
-    """Do what the command line asks for, and return the runs that failed."""
+def measure(given: argparse.Namespace, path: Path, folder: Path) -> bool:
+    """Do what the command line asks for; return whether a run or a measurement failed."""
     study: Study = given.study
     scale = write_rows(given.data, folder, study)
     bench = Bench(folder, study, given.dtype, drift=not (given.no_drift or given.slice))
     end = time.monotonic() + 60 * given.minutes
     if given.minutes and study.key("base") not in read_cells(path):
         keep(path, study.key("base"), bench.base_cell())
+    failed = False
     for mask in given.masks if given.prices else ():
         key = study.price_key(mask)
-        keep(path, key, cheaper(read_cells(path), key, bench.measure_price(mask, scale)))
+        try:
+            price = bench.measure_price(mask, scale)
+        except (DoesNotFitError, OSError, RuntimeError) as error:
+            failed = True
+            print(f"{key} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            continue
+        keep(path, key, cheaper(read_cells(path), key, price))
     left = max(0.0, end - time.monotonic()) / 60
-    return run_cells(path, study, bench.run_cell, given.masks, left, given.processes, given.again)
+    return bool(run_cells(path, study, bench.run_cell, given.masks, left, given.processes, given.again)) or failed
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -193,7 +200,7 @@ def main(words: Sequence[str] | None = None) -> int:
     print(f"{footnotes(cells, study)}\n\n{equal_cost(cells, study)}")
     if given.picture:
         draw(cells, given.picture, [study] if given.slice else [LONG_ANSWER, DECISION])
-    return int(bool(failed))
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -152,13 +153,18 @@ def search_of(cells: Mapping[str, Cell], mask: str, study: Study = LONG_ANSWER) 
     return {rate: cells[key] for rate, key in keys.items() if key in cells}
 
 
+def lowest_loss(cell: Cell) -> float:
+    """Return the lowest validation loss of a run; infinity if none is finite (null in its file)."""
+    return min((loss for loss in cell["validation"] if loss is not None and math.isfinite(loss)), default=math.inf)
+
+
 def chosen_rate(cells: Mapping[str, Cell], mask: str, study: Study = LONG_ANSWER) -> float | None:
     """Return the rate of the lowest validation loss in the search; None until all rates have run."""
     rates = study.rates_of(mask)
     if len(rates) == 1:
         return rates[0]
     found = search_of(cells, mask, study)
-    return min(rates, key=lambda rate: min(found[rate]["validation"])) if len(found) == len(rates) else None
+    return min(rates, key=lambda rate: lowest_loss(found[rate])) if len(found) == len(rates) else None
 
 
 def results_of(cells: Mapping[str, Cell], mask: str, study: Study = LONG_ANSWER) -> dict[int, Cell]:

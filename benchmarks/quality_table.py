@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -16,6 +17,7 @@ from benchmarks.quality_cells import (
     chosen_rate,
     done,
     dtype_of,
+    lowest_loss,
     next_cells,
     results_of,
     search_of,
@@ -75,7 +77,7 @@ def _row(cells: Mapping[str, Cell], mask: str, study: Study, of_labels: Sequence
     row = {
         "mask": mask, "trained": f"{every[0]['trained']:,}", "MiB to keep": f"{kept / 2**20:.1f}",
         "rate": f"{rate:g}" if rate else f"{len(search)} of {study.rates}",
-        **{f"validation {epoch + 1}": f"{loss:.3f}" for epoch, loss in enumerate(best["validation"])},
+        **{f"validation {epoch + 1}": _loss_text(loss) for epoch, loss in enumerate(best["validation"])},
     }  # fmt: skip
     if tests:
         row["test (range), seeds"] = f"{sum(tests) / len(tests):.3f} ({tests[0]:.3f}–{tests[-1]:.3f}), {len(tests)}"
@@ -101,12 +103,15 @@ def _rivals(cells: Mapping[str, Cell], study: Study) -> dict[str, Cell]:
 
 
 def _loss_of(scores: Cell) -> str:
-    loss = scores["loss"][0] if "loss" in scores else scores.get("test")
+    return _loss_text(scores["loss"][0] if "loss" in scores else scores.get("test"))
+
+
+def _loss_text(loss: float | None) -> str:
     return MISSING if loss is None else f"{loss:.3f}"
 
 
 def _best(cells: Mapping[Any, Cell]) -> Cell:
-    return min(cells.values(), key=lambda cell: min(cell["validation"]))
+    return min(cells.values(), key=lowest_loss)
 
 
 def equal_cost(cells: Mapping[str, Cell], study: Study = LONG_ANSWER) -> str:
@@ -120,6 +125,7 @@ def equal_cost(cells: Mapping[str, Cell], study: Study = LONG_ANSWER) -> str:
         if (price := cells.get(study.price_key(mask)))
         for cell in (search_of(cells, mask, study) or results_of(cells, mask, study)).values()
         for seconds, loss in zip(price["seconds"], cell["validation"], strict=True)
+        if loss is not None and math.isfinite(loss)
     ]
     kinds = [kind for kind in KINDS if any(MASKS[mask].kind == kind for mask, _, _ in points)]
     rows = []
@@ -195,12 +201,12 @@ def draw(cells: Mapping[str, Cell], path: Path, studies: Sequence[Study]) -> Non
             if (found := _priced(cells, mask, study)) is None:
                 continue
             best, price = found
-            lowest = (price["peak_gib"], min(best["validation"]))
+            cheapest = (price["peak_gib"], lowest_loss(best))
             by_time.plot(price["seconds"], best["validation"], **styles[MASKS[mask].kind])
-            by_memory.plot(*([value] for value in lowest), **styles[MASKS[mask].kind])
+            by_memory.plot(*([value] for value in cheapest), **styles[MASKS[mask].kind])
             ends = (price["seconds"][-1], best["validation"][-1])
             below = 4 if MASKS[mask].kind == "whole tensors" else -12  # masks of as many blocks end near each other
-            for axes, at in ((by_time, ends), (by_memory, lowest)):
+            for axes, at in ((by_time, ends), (by_memory, cheapest)):
                 axes.annotate(mask, at, xytext=(6, below), textcoords="offset points", fontsize=8)
         by_time.set(xlabel="seconds of training, filling of the cache included", ylabel="validation loss")
         by_time.set_title(study.task.replace("_", " "), loc="left")
@@ -213,6 +219,8 @@ def draw(cells: Mapping[str, Cell], path: Path, studies: Sequence[Study]) -> Non
 
 
 def _priced(cells: Mapping[str, Cell], mask: str, study: Study) -> tuple[Cell, Cell] | None:
-    """Return the best cell of a mask's search, and its price; None where one of them is missing."""
+    """Return the best cell of a mask's search, and its price; None where one of them or a loss is missing."""
     search, price = search_of(cells, mask, study), cells.get(study.price_key(mask))
-    return (_best(search), price) if search and price else None
+    if not search or not price or None in _best(search)["validation"]:  # it diverged
+        return None
+    return _best(search), price

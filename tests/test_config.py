@@ -95,6 +95,8 @@ def test_a_bare_key_is_led_to_its_section() -> None:
         ("train.warmup_steps", "warmup is a share of all steps: train.warmup_ratio"),
         ("lora_r", "adapters are an entry of mask.train: {lora: {select: last:8, rank: 16}} (docs/adapters.md)"),
         ("lora.r", "adapters are an entry of mask.train: {lora: {select: last:8, rank: 16}} (docs/adapters.md)"),
+        ("rotation.every_steps", "did you mean output.save_every_steps?"),
+        ("data.retrieval.dictionary", "data.retrieval is one key; give it whole, as a mapping"),
         ("train.nonsense", ""),
     ],
 )
@@ -102,6 +104,14 @@ def test_an_unknown_key_is_led_to_ours_by_what_others_call_it_and_by_its_leaf(wr
     group = [f"mask.train.0.{key}" for key in MaskGroup.model_fields]
     said = did_you_mean(written, group if written.startswith("mask") else field_paths())
     assert said == (f" ({meant})" if meant else "")
+
+
+def test_what_is_within_a_key_is_led_to_the_whole_key() -> None:
+    with pytest.raises(ConfigError) as error:
+        invocation("--mask.rotation.every_steps", "5")
+    assert error.value.faults == [
+        "--mask.rotation.every_steps: unknown flag (mask.rotation is one key; give it whole, as a mapping)"
+    ]
 
 
 def test_flags_and_recipes_know_what_others_call_a_key(tmp_path: Path) -> None:

@@ -314,6 +314,9 @@ def test_the_command_prints_every_line_with_its_cost_and_draws_them(tiny_model: 
         assert printed["lines"][4][key] == planned[key]
     assert printed["recommended"] is None
     assert not any(line["fits"] for line in printed["lines"])
+    with_cache = run_here("plan.py", *flags, "--prefix.cache", "on")  # line 0 has nothing to cache
+    assert with_cache.returncode == 0, with_cache.stderr
+    assert len(json.loads(with_cache.stdout)["lines"]) == 6
 
 
 @pytest.mark.parametrize(
@@ -370,6 +373,9 @@ def test_losses_of_a_sweep_are_the_lowest_of_each_line_and_those_of_its_base(tmp
     trials = [{"boundary": line, **scored(loss)} for line, loss in ((4, 2.8), (4, 2.7), (0, 2.6))]
     swept = tmp_path / "sweep.json"
     swept.write_text(json.dumps({"base": {"rows": scored(3.0)}, "trials": [*trials, {"boundary": 2}]}))
+    assert benchmark.measured_losses(swept, 6) == {None: 3.0, 4: 2.7, 0: 2.6}
+    odd = [{"boundary": None, **scored(2.5)}, {"boundary": 3, "validation": {"value": None, "metric": "loss"}}]
+    swept.write_text(json.dumps({"base": {"rows": scored(3.0)}, "trials": [*trials, *odd]}))
     assert benchmark.measured_losses(swept, 6) == {None: 3.0, 4: 2.7, 0: 2.6}
     swept.write_text(json.dumps({"base": {"rows": scored(3.0), "others": scored(3.1)}, "trials": trials}))
     with pytest.raises(ValueError, match="found 2 sets of held-out rows, scored by loss; expected one"):

@@ -104,18 +104,19 @@ def test_the_table_says_what_is_missing_and_what_comes_next() -> None:
 
 def test_the_cells_that_were_made_before_are_all_in_the_table() -> None:
     cells = quality.read_cells(quality.CELLS)
-    old = [key for key, cell in cells.items() if "trained" in cell and "dtype" not in cell]
+    first = {key: cell.get("before", cell) for key, cell in cells.items() if "trained" in cell}
+    old = {key: cell for key, cell in first.items() if "dtype" not in cell}
     assert len(old) == 53
     known = {
         LONG_ANSWER.cell_key(mask, rate, seed) for mask in MASKS for rate in MASKS[mask].rates for seed in (0, *SEEDS)
     }
     assert set(old) <= known
-    text = result_table({key: cell for key, cell in cells.items() if key in old or key == "base" or "price" in key})
+    text = result_table({**{key: cell for key, cell in cells.items() if key == "base" or "price" in key}, **old})
     rows = {row.split("|")[1].strip(): row for row in text.splitlines()}
     assert "2.720 (2.709–2.729), 3" in rows["LoRA, last 8"]
     assert "2.799 (2.791–2.804), 3" in rows["top 4 + head"]
     assert "2.928" in rows["base"]
-    assert "34 runs: NVIDIA H100" in footnotes({key: cells[key] for key in old})
+    assert "34 runs: NVIDIA H100" in footnotes(old)
 
 
 def test_what_a_cell_takes_the_place_of_stays_in_it() -> None:
@@ -241,6 +242,36 @@ def test_a_run_that_fails_is_said_and_the_others_go_on(tmp_path: Path, capsys: p
     assert quality.run_cells(path, DECISION, run_cell, ["head"], minutes=1) == [("head", 3e-5, 0)]
     assert list(quality.read_cells(path)) == ["decision | head | 0.0001 | seed 0", "decision | head | 0.0003 | seed 0"]
     assert "decision | head | 3e-05 | seed 0 failed: RuntimeError" in capsys.readouterr().err
+
+
+def test_a_run_that_diverged_is_never_the_best(tmp_path: Path) -> None:
+    cells: dict[str, Any] = {
+        LONG_ANSWER.cell_key("head", rate, 0): {"validation": losses, "trained": 7}
+        for rate, losses in zip(MASKS["head"].rates, ([float("nan"), None], [2.8, None], [2.9, 2.7]), strict=True)
+    }
+    cells |= {"base": {"validation": 3.0, "test": 3.1}, "head | price": {"seconds": [5.0, 9.0], "peak_gib": 1.5}}
+    assert chosen_rate(cells, "head") == MASKS["head"].rates[2]
+    assert "head: 2.700" in equal_cost(cells)
+    cells[LONG_ANSWER.cell_key("head", MASKS["head"].rates[2], 0)]["validation"] = [2.5, None]
+    assert "| 2.500" in " ".join(result_table(cells).split())
+    draw(cells, tmp_path / "picture.svg", [LONG_ANSWER])
+
+
+def test_a_price_that_cannot_be_measured_is_said_and_the_others_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure_price(self: Bench, mask: str, scale: float) -> dict[str, Any]:
+        if mask == "head":
+            raise contenders.DoesNotFitError("no room")
+        return {"seconds": [1.0, 2.0], "peak_gib": 1.0, **MADE}
+
+    monkeypatch.setattr(Bench, "measure_price", measure_price)
+    write_pubmedqa(tmp_path)
+    path = tmp_path / "cells.json"
+    words = ["--data", str(tmp_path / "ori_pqal.json"), "--cells", str(path), "--prices", "--masks", "head", "top 4"]
+    assert quality.main(words) == 1
+    assert list(quality.read_cells(path)) == ["top 4 | price"]
+    assert "head | price failed: DoesNotFitError: no room" in capsys.readouterr().err
 
 
 def test_no_run_starts_after_the_minutes(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from toolkit.data.examples import Example
 from toolkit.mask.layer_mask import build_mask
 from toolkit.models.load import LoadedModel, load
 from toolkit.planning.suggest import Suggestion, gradient_scores, signal_to_noise, spectrum_scores, suggest
-from toolkit.runtime.errors import ConfigError
+from toolkit.runtime.errors import ConfigError, ModelError
 
 
 @pytest.fixture
@@ -33,6 +34,18 @@ def test_a_signal_in_noise_raises_the_ratio() -> None:
     assert signal_to_noise(noise + spike) * float(torch.linalg.svdvals(noise + spike)[0]) > (
         signal_to_noise(noise) * float(torch.linalg.svdvals(noise)[0])
     )
+
+
+def test_zeros_have_no_signal_and_weights_that_are_not_finite_are_refused(loaded: LoadedModel) -> None:
+    assert signal_to_noise(torch.zeros(8, 4)) == 0.0
+    weight = loaded.model.get_parameter("model.layers.1.mlp.up_proj.weight")
+    with torch.no_grad():
+        weight.zero_()
+    assert all(math.isfinite(score) for score in spectrum_scores(loaded))
+    with torch.no_grad():
+        weight[0, 0] = float("nan")
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight has values that are not finite"):
+        spectrum_scores(loaded)
 
 
 def test_spectrum_scores_are_at_most_one_and_see_a_block_with_structure(loaded: LoadedModel) -> None:

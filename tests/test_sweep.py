@@ -32,7 +32,6 @@ from toolkit.runtime.errors import CheckpointError, ConfigError
 from toolkit.split.prefix import Prefix
 from toolkit.sweeping import running
 from toolkit.sweeping.definition import SweepDefinition, definition_of, describe, take_flags, trial_configs
-from toolkit.sweeping.inputs import base_key
 from toolkit.sweeping.report import write_report
 from toolkit.sweeping.results import score_trials
 from toolkit.sweeping.running import run_trials
@@ -387,8 +386,8 @@ def scored(value: float | None, **settings: Any) -> dict[str, Any]:
 def test_a_score_that_is_not_finite_is_said(tiny_model: Path, tmp_path: Path, value: float | None) -> None:
     with opened(tiny_model, tmp_path / "sweep", SweepDefinition({"train.seed": [1, 2]})) as sweep:
         for trial, loss in zip(sweep.trials, (value, 2.0), strict=True):
-            trial.result = scored(loss)
-        sweep.base = {base_key(sweep.trials[0].config): scored(value)}
+            trial.result = scored(loss, base="these rows")
+        sweep.base = {"these rows": scored(value)}
         write_report(sweep)
         table = (tmp_path / "sweep" / "sweep.md").read_text(encoding="utf-8")
     assert "| base |  |  | not finite |" in table
@@ -400,10 +399,9 @@ def test_a_score_that_is_not_finite_is_said(tiny_model: Path, tmp_path: Path, va
 def test_bases_are_those_of_the_trials_and_have_their_precision(tiny_model: Path, tmp_path: Path) -> None:
     definition = SweepDefinition({"model.dtype": ["float32", "bfloat16"]})
     with opened(tiny_model, tmp_path / "sweep", definition) as sweep:
-        keys = [base_key(trial.config) for trial in sweep.trials]
-        sweep.base = {key: scored(value) for key, value in zip([*keys, "earlier"], (2.0, 2.1, 9.9), strict=True)}
-        for trial in sweep.trials:
-            trial.result = scored(1.0)
+        sweep.base = {"first": scored(2.0), "second": scored(2.1), "earlier": scored(9.9)}
+        for trial, base_key in zip(sweep.trials, sweep.base, strict=False):
+            trial.result = scored(1.0, base=base_key)
         table = markdown(sweep)
     assert "| base 1 |  |  | 2.0000" in table
     assert "| base 2 |  |  | 2.1000" in table

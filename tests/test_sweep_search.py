@@ -16,7 +16,7 @@ from test_sweep import base, here  # noqa: F401
 from toolkit.runtime import signals
 from toolkit.runtime.errors import ConfigError, UsageError
 from toolkit.sweeping import running
-from toolkit.sweeping.definition import Settings, definition_of
+from toolkit.sweeping.definition import Settings, SweepDefinition, definition_of
 from toolkit.sweeping.search import Search, read_search
 from toolkit.sweeping.trials import Sweep, Trial, open_sweep
 
@@ -201,3 +201,62 @@ def test_settings_that_do_not_go_together_count_as_trials_and_end_no_search(
     with open_sweep(given, definition, "sweep") as sweep:
         assert running.run_search(sweep, given.config, lambda trial: 0, lambda: True)
         assert sweep.trials == []
+        assert len(sweep.refused) == 3
+    monkeypatch.undo()
+    with open_sweep(given, definition, "sweep") as sweep:
+        assert running.run_search(sweep, given.config, lambda trial: pytest.fail("started again"), lambda: True)
+
+
+ROTATION = {"method": "frostline", "every_steps": 1, "blocks": 1}
+
+
+def test_a_search_of_which_nothing_goes_together_says_why(
+    tiny_model: Path,
+    tmp_path: Path,
+    here: None,  # noqa: F811
+) -> None:
+    """Adapters do not rotate; that is found for the two keys together alone."""
+    over = {"mask.train": ["lora last:3", "lora last:2"], "mask.rotation": [ROTATION]}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"search": {"trials": 2, "over": over}}))
+    words = [*base(tiny_model, tmp_path / "sweep"), "--sweep", tmp_path / "sweep.yaml", "--mask.train", "last:3"]
+    result = run_here("sweep.py", *words)
+    assert result.returncode == 2
+    assert "search: nothing that it chose goes together" in result.stderr
+
+
+def test_trials_of_other_ranges_do_not_count(tiny_model: Path, tmp_path: Path) -> None:
+    def sweep_over(low: float, high: float) -> SweepDefinition:
+        over = {"train.learning_rate": {"low": low, "high": high}}
+        return definition_of({}, [], "sweep", {"trials": 2, "over": over})
+
+    given = invocation(*base(tiny_model, tmp_path / "sweep"))
+    with open_sweep(given, sweep_over(1e-5, 1e-4), "sweep") as sweep:
+        first = sweep.add({"train.learning_rate": 5e-5}, given.config, "search")
+    with open_sweep(given, sweep_over(1e-3, 1e-2), "sweep") as sweep:
+        assert sweep.trials == []
+        started: list[float] = []
+        assert running.run_search(
+            sweep, given.config, lambda trial: started.append(trial.settings["train.learning_rate"]) or 0, lambda: True
+        )
+    assert len(started) == 2
+    assert min(started) >= 1e-3
+    with open_sweep(given, sweep_over(1e-5, 1e-2), "sweep") as sweep:
+        assert [trial.number for trial in sweep.trials] == [first.number, 2, 3]
+
+
+def test_a_value_that_is_valid_beside_others_alone_is_searched(tiny_model: Path, tmp_path: Path) -> None:
+    """The head is tied, which the recipe's mask.tied does not allow and each of the two values does."""
+    over = {"mask.train": ["last:2 head", "last:1 head"], "mask.tied": ["untie", "both"]}
+    definition = definition_of({}, [], "sweep", {"trials": 2, "over": over})
+    given = invocation(*base(tiny_model, tmp_path / "sweep", "--mask.tied", "error"))
+    with open_sweep(given, definition, "sweep") as sweep:
+        assert sweep.search is not None
+    drawn = {"data.validation": [0.25, 0.5]}
+    definition = definition_of({}, [], "sweep", {"trials": 2, "over": drawn})
+    given = invocation(*base(tiny_model, tmp_path / "drawn", "--data.validation", "none"))
+    with open_sweep(given, definition, "sweep") as sweep:
+        assert sweep.search is not None
+    wrong = {"mask.train": ["last:2", "last:90"], "train.epochs": [1, 0]}
+    definition = definition_of({}, [], "sweep", {"trials": 2, "over": wrong})
+    with pytest.raises(ConfigError, match=r"search\.over: train\.epochs is 0"), open_sweep(given, definition, "sweep"):
+        pass

@@ -101,7 +101,7 @@ def evaluate(
     from toolkit.data.sources import ReadOptions, Source
     from toolkit.evaluation.outputs import Asked
     from toolkit.evaluation.side_effects import SideEffects, compare_with_side_effects
-    from toolkit.evaluation.sources import OpenOptions
+    from toolkit.evaluation.sources import BASE, OpenOptions
 
     rows = None
     if data is not None:
@@ -110,6 +110,8 @@ def evaluate(
     options = OpenOptions(step, base, trust_remote_code, dtype)
     asked = Asked(batch_size, answers, max_new_tokens, constrain, keeps_predictions)
     named = [sources] if isinstance(sources, str | Path) else sources
+    if BASE in named and Path(BASE).exists():
+        log.warning("%s is the model that the first run began from; the directory of that name is ./%s", BASE, BASE)
     side_effects = SideEffects(
         drift_max_new_tokens if drift else None, None if forgetting is None else str(forgetting), forgetting_task
     )

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.commands.cli import verb_parser
-from toolkit.runtime.errors import UsageError
+from toolkit.runtime.errors import ConfigError, UsageError
 from toolkit.runtime.json_text import to_json
 from toolkit.runtime.printable import printable
 
@@ -143,7 +143,11 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         from toolkit.planning.command import plan_masks
         from toolkit.planning.comparison import comparison_rows, comparison_text, parse_mask
 
-        masks = [parse_mask(text, invocation.config.mask) for text in arguments.compare]
+        mask = invocation.config.mask
+        if mask.changes:
+            key = "mask.schedule" if mask.schedule else "mask.rotation"
+            raise ConfigError([f"--compare compares masks, and {key} has several of them; leave it out"])
+        masks = [parse_mask(text, mask) for text in arguments.compare]
         budget = flags.byte_size(arguments.gpu_memory) if arguments.gpu_memory else None
         plans = plan_masks(invocation, arguments.world_size, budget, masks)
         rows = comparison_rows(arguments.compare, plans, arguments.tflops)

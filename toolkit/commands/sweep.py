@@ -87,6 +87,7 @@ def sweep(
 
         definition, source = definition_of(grid or {}, trials, "sweep", search), "sweep"
         invocation = build_invocation(recipe, overrides, ds)
+        _require_test_rows(invocation, test)
         with open_sweep(invocation, definition, source) as opened:
             is_whole = _train_and_compare(opened, invocation, launcher, test)
     return SweepResult(opened.directory, not is_whole, tuple(trial.as_dict() for trial in opened.trials))
@@ -141,6 +142,9 @@ def _train_and_compare(opened: Sweep, invocation: Invocation, launcher: Sequence
     if is_whole:
         is_whole = run_search(opened, invocation.config, start, score) if opened.search else score()
     if is_whole:
+        if not opened.trials:
+            faults = dict.fromkeys(fault for one in opened.refused for fault in one["faults"])
+            raise ConfigError([f"search: nothing that it chose goes together: {fault}" for fault in faults])
         write_report(opened)
     return is_whole
 
@@ -239,5 +243,10 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace, invoc
         parser.error(f"{given[0]} describes a job; it goes with --slurm")
     if arguments.slurm and any(option.startswith("--dependency") for option in arguments.sbatch):
         parser.error("--sbatch=--dependency is written by sweep.py itself: the other trials wait for the first")
-    if arguments.test and invocation.config.data.test is None:
-        parser.error("--test scores the rows of data.test, which is none; hold some out with --data.test")
+    _require_test_rows(invocation, arguments.test)
+
+
+def _require_test_rows(invocation: Invocation, with_test: bool) -> None:
+    """Raise UsageError if test rows are to be scored and the recipe has none."""
+    if with_test and invocation.config.data.test is None:
+        raise UsageError("--test scores the rows of data.test, which is none; hold some out with --data.test")

@@ -60,6 +60,8 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     def suggestion(key: str) -> str:
         return f" (did you mean {key}?)"
 
+    if section in valid:
+        return f" ({section} is one key; give it whole, as a mapping)"
     if leaf in paths:
         return suggestion(paths[leaf])
     if leaf in peer_keys.EQUIVALENT_KEYS:

@@ -207,7 +207,10 @@ def _names(sources: Sequence[str], shots: int) -> list[ModelName]:
         raise UsageError(f"{twice[0]} is named twice; name each source once")
     has_base = any(name.is_base for name in names)
     if all(name.is_base for name in names):
-        raise UsageError(f"expected a source, such as a run; {BASE} is the model that one of them began from")
+        directory = f"; write ./{BASE} for the directory of that name" if Path(BASE).exists() else ""
+        raise UsageError(
+            f"expected a source, such as a run; {BASE} is the model that one of them began from{directory}"
+        )
     if shots and any(fold_runs(Path(name.path)) for name in names):
         raise UsageError("folds know no training rows that all of them may see; leave out --shots")
     if shots and not has_base:

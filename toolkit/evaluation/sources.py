@@ -67,8 +67,8 @@ class ModelName:
 
     @property
     def is_base(self) -> bool:
-        """Return whether it stands for the model that another source began from."""
-        return self.text == BASE and not Path(BASE).exists()
+        """Return whether it stands for the model that another source began from: a directory ``base`` is ``./base``."""
+        return self.text == BASE
 
     @property
     def is_run(self) -> bool:

@@ -25,11 +25,8 @@ def parse_mask(text: str, mask: MaskConfig, flag: str = "--compare") -> MaskConf
     ``flag`` names what the text was given to, for messages.
 
     Raises:
-        ConfigError: the text cannot be read, or the recipe has a schedule or a rotation.
+        ConfigError: the text cannot be read.
     """
-    if mask.changes:
-        key = "mask.schedule" if mask.schedule else "mask.rotation"
-        raise ConfigError([f"{flag} compares masks, and {key} has several of them; leave it out"])
     entries: list[Any] = []
     try:
         words = [text] if text.startswith(("{", "[")) else shlex.split(text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -153,12 +153,21 @@ def choose_line(
     require_sample(examples, loaded.model)  # before all lines are planned, which takes longer
     blocks = loaded.anatomy.block_count
     masks = [MaskConfig(train=line_mask(boundary, blocks)) for boundary in range(blocks)]
-    costs = comparison_rows(
-        [str(mask.train[0]) for mask in masks], plan_masks(invocation, ranks, gpu_bytes, masks), tflops
-    )
+    if invocation.config.prefix.cache == "on":  # line 0 has nothing to cache
+        plans = plan_masks(_with_optional_cache(invocation), ranks, gpu_bytes, masks[:1])
+        plans += plan_masks(invocation, ranks, gpu_bytes, masks[1:])
+    else:
+        plans = plan_masks(invocation, ranks, gpu_bytes, masks)
+    costs = comparison_rows([str(mask.train[0]) for mask in masks], plans, tflops)
     probe = probe_lines(loaded, examples)
     most = max(1, math.floor(budget * blocks + 1e-9))  # a share such as 0.7 of 10 is a little below 7
     return LineChoice(probe.base_loss, probe.rows, probe.positions, probe.gains, tuple(costs), most)
+
+
+def _with_optional_cache(invocation: Invocation) -> Invocation:
+    """Return the command line with ``prefix.cache: auto`` in the place of ``on``."""
+    prefix = invocation.config.prefix.model_copy(update={"cache": "auto"})
+    return replace(invocation, config=invocation.config.model_copy(update={"prefix": prefix}))
 
 
 def sample_rows(invocation: Invocation, loaded: LoadedModel, rows: int) -> Sequence[Example]:

@@ -20,7 +20,7 @@ from toolkit.data.template_choice import rendering_of
 from toolkit.inference.open_model import load_base
 from toolkit.models.load import LoadedModel
 from toolkit.runtime.distributed import World
-from toolkit.runtime.errors import ConfigError
+from toolkit.runtime.errors import ConfigError, ModelError
 from toolkit.split.suffix import Suffix
 from toolkit.split.supervised_loss import supervised_loss
 
@@ -108,6 +108,9 @@ def spectrum_scores(loaded: LoadedModel) -> list[float]:
     their ratio is divided by the largest one. Matrices of the same name are scaled to a largest ratio of 1 over the
     blocks, so that no kind outweighs another, and a block's score is the mean over its matrices. One matrix at a time
     is on the GPU, where there is one.
+
+    Raises:
+        ModelError: weights are not finite.
     """
     device = World().device
     ratios: defaultdict[str, dict[int, float]] = defaultdict(dict)
@@ -115,7 +118,10 @@ def spectrum_scores(loaded: LoadedModel) -> list[float]:
     for tensor in loaded.anatomy.tensors:
         if tensor.block is not None and len(tensor.shape) >= 2 and tensor.name in parameters:
             name_in_block = tensor.name.removeprefix(f"{loaded.anatomy.blocks}.{tensor.block}.")
-            ratios[name_in_block][tensor.block] = signal_to_noise(parameters[tensor.name].to(device))
+            weight = parameters[tensor.name].to(device)
+            if not torch.isfinite(weight).all():
+                raise ModelError(f"{tensor.name} has values that are not finite; expected the weights of a whole model")
+            ratios[name_in_block][tensor.block] = signal_to_noise(weight)
     scores: list[list[float]] = [[] for _ in range(loaded.anatomy.block_count)]
     for by_block in ratios.values():
         largest = max(by_block.values()) or 1.0
@@ -138,7 +144,8 @@ def signal_to_noise(weight: torch.Tensor) -> float:
     low, high = torch.quantile(values, torch.tensor([0.25, 0.75], device=values.device)).tolist()
     edge = (high - low) / 1.349 * (1 + math.sqrt(min(matrix.shape) / max(matrix.shape)))
     signal, noise = float(values[values > edge].sum()), float(values[values <= edge].sum())
-    return signal / noise / float(values[0]) if noise else signal / float(values[0])
+    largest = float(values[0]) or 1.0  # of zeros alone there is no signal
+    return signal / noise / largest if noise else signal / largest
 
 
 def gradient_scores(loaded: LoadedModel, examples: Sequence[Example]) -> list[float]:

@@ -202,7 +202,8 @@ def _read(key: str, value: Any, base: RunConfig) -> Any:
     if key == "mask.train":
         from toolkit.planning.comparison import parse_mask  # imports torch
 
-        return parse_mask(value, base.mask, "mask.train").model_dump(mode="json")["train"]
+        mask = base.mask.model_copy(update={"schedule": [], "rotation": None})  # the trial may have others
+        return parse_mask(value, mask, "mask.train").model_dump(mode="json")["train"]
     faults: list[str] = []
     annotation = field_paths()[key].annotation
     is_list = takes_list(annotation) and value.startswith(("[", "{"))

@@ -15,33 +15,45 @@ log = logging.getLogger("frostline")
 
 
 def find_lines(trials: Mapping[int, tuple[Settings, RunConfig]]) -> dict[int, int]:
-    """Find the frost line of each trial, by number, by the model's config.json alone, and check its mask against that.
-
-    A line that cannot be told without weights is left out.
+    """Find the frost line of each trial, by number, by the model's config.json alone.
 
     Raises:
-        ConfigError: masks do not fit the model; lists those of all trials.
+        ConfigError: ``lines_and_faults`` finds faults; lists those of all trials.
+    """
+    lines, faults = lines_and_faults(trials)
+    if faults:
+        texts = [f"trial {number} ({describe(*trials[number])}): {fault}" for number, fault in faults.items()]
+        raise ConfigError(texts, "sweep, read against the model")
+    return lines
+
+
+def lines_and_faults(trials: Mapping[int, tuple[Settings, RunConfig]]) -> tuple[dict[int, int], dict[int, str]]:
+    """Return the frost line of each trial by number, and the faults of those that the model does not take.
+
+    These are masks that do not fit it, and ``prefix.cache: on`` where there is nothing to cache. A line that cannot be
+    told without weights is left out.
     """
     from toolkit.activation_cache.policy import mask_obstacle
     from toolkit.mask.schedule import phase_masks
     from toolkit.planning.meta_model import meta_model
     from toolkit.runtime.errors import MaskError
 
-    models, faults, lines = dict[str, Any](), [], dict[int, int]()
+    models, lines, faults = dict[str, Any](), dict[int, int](), dict[int, str]()
     for number, (settings, config) in trials.items():
         model = config.model
         try:
             if (key := model.model_dump_json()) not in models:
                 models[key] = meta_model(model).anatomy
             mask = phase_masks(config.mask, models[key])[0]
+            obstacle = mask_obstacle(mask)
+            refuse_cache(config.prefix, obstacle)
         except PlanError as error:
-            log.warning("the frost line of trial %d is not known before it runs: %s", number, error)
+            log.warning(
+                "the frost line of (%s) is not known before it runs: %s", describe(settings, config), error
+            )  # fmt: skip
             continue
-        except MaskError as error:
-            faults.append(f"trial {number} ({describe(settings, config)}): {error}")
+        except (MaskError, ConfigError) as error:
+            faults[number] = "; ".join(error.faults) if isinstance(error, ConfigError) else str(error)
             continue
-        is_cached = refuse_cache(config.prefix.model_copy(update={"cache": "auto"}), mask_obstacle(mask)) is None
-        lines[number] = mask.boundary if is_cached else 0
-    if faults:
-        raise ConfigError(faults, "sweep, read against the model")
-    return lines
+        lines[number] = mask.boundary if obstacle is None else 0
+    return lines, faults

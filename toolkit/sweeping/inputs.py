@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 from toolkit.checkpoint.catalog import latest_checkpoint
@@ -17,11 +18,21 @@ def held_out(config: RunConfig) -> str:
     """Return a digest of what decides which rows a trial holds out."""
     data = config.data
     drawn = isinstance(data.validation, float) or isinstance(data.test, float) or data.limit is not None
-    return _digest(data.model_dump(mode="json"), config.train.seed if drawn else None)
+    rows = data.model_dump(mode="json", exclude={"packing", "oversample"})  # how rows are trained on
+    return _digest(rows, config.train.seed if drawn else None)
 
 
-def base_key(config: RunConfig) -> str:
-    """Return a digest of what decides the score of the model before training: the rows held out, and the model."""
+def base_key(config: RunConfig, checkpoint: Path) -> str:
+    """Return a digest of what decides the score of the model before training: the rows held out, and the model.
+
+    Both by their names in a trial's recipe and by their content, which its ``checkpoint`` has fingerprints of.
+    """
+    content = {name: value for name, value in read_state(checkpoint).fingerprints.items() if name != "schedule"}
+    return _digest(_named_base(config), content)
+
+
+def _named_base(config: RunConfig) -> str:
+    """Return a digest of what names the rows held out and the model."""
     return _digest(held_out(config), config.model.model_dump(mode="json"))
 
 
@@ -46,7 +57,7 @@ def require_same_inputs(sweep: Sweep, trial: Trial) -> None:
 
 def _named_inputs(config: RunConfig) -> tuple[str, int]:
     """Return what names the rows and the model of a recipe, and draws among the rows."""
-    return base_key(config), config.train.seed
+    return _named_base(config), config.train.seed
 
 
 def _state_of(trial: Trial) -> CheckpointState:

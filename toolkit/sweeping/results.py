@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from toolkit.checkpoint.choice import find_checkpoint
+from toolkit.checkpoint.choice import ChosenCheckpoint, find_checkpoint
+from toolkit.checkpoint.manifest import read_manifest
 from toolkit.checkpoint.metrics_log import METRICS_FILE, number, read_rows
 from toolkit.evaluation.comparison import Comparison, compare_models
 from toolkit.evaluation.outputs import Asked
@@ -53,7 +54,7 @@ def score_trials(sweep: Sweep, with_test: bool = False) -> bool:
 
 def bases_of(sweep: Sweep) -> dict[str, Any]:
     """Return the scores of the models before training that the trials began from, without those of other trials."""
-    keys = {base_key(trial.config) for trial in sweep.trials}
+    keys = {trial.result.get("base") for trial in sweep.trials}
     return {key: scores for key, scores in sweep.base.items() if key in keys}
 
 
@@ -72,7 +73,7 @@ def costs_of(trial: Trial) -> dict[str, float]:
     return {
         "seconds": sum(number(row["seconds"]) for row in rows),
         "memory_gib": max(number(row["peak_memory_gib"]) for row in rows),
-        "trained": max(number(row["trained_parameters"]) for row in rows),
+        "trained": int(max(number(row["trained_parameters"]) for row in rows)),
     }
 
 
@@ -104,9 +105,11 @@ def higher_is_better(sweep: Sweep) -> bool:
 def _score(sweep: Sweep, trial: Trial, with_test: bool) -> None:
     """Fill ``Trial.result``, and the scores of the base if these rows have none yet."""
     require_same_inputs(sweep, trial)
-    checkpoint, key = _checkpoint(trial), base_key(trial.config)
-    if trial.result.get("checkpoint") != checkpoint:
-        trial.result = {"checkpoint": checkpoint, **costs_of(trial)}
+    chosen = _checkpoint(trial)
+    checkpoint, digest = str(chosen.step), read_manifest(chosen.checkpoint)[1]
+    key = base_key(trial.config, chosen.checkpoint)
+    if trial.result.get("digest") != digest:
+        trial.result = {"checkpoint": checkpoint, "digest": digest, **costs_of(trial)}
     trial.result["base"] = key
     parts: tuple[Part, ...] = ("validation", "test") if with_test else ("validation",)
     of_base = sweep.base.setdefault(key, {})
@@ -123,12 +126,12 @@ def _score(sweep: Sweep, trial: Trial, with_test: bool) -> None:
             of_base[part] = _scores(comparison, BASE, metric)
 
 
-def _checkpoint(trial: Trial) -> str:
-    """Return the best checkpoint of a trial, as after an @; the latest where no validation loss was finite."""
+def _checkpoint(trial: Trial) -> ChosenCheckpoint:
+    """Return the best checkpoint of a trial; the latest where no validation loss was finite."""
     try:
-        return str(find_checkpoint(trial.directory, "best").step)
+        return find_checkpoint(trial.directory, "best")
     except CheckpointError:
-        return str(find_checkpoint(trial.directory).step)
+        return find_checkpoint(trial.directory)
 
 
 def _compare(trial: Trial, sources: list[str], part: Part, answers: int) -> Comparison:

@@ -15,7 +15,6 @@ from toolkit.runtime import signals
 from toolkit.runtime.errors import ConfigError, UsageError
 from toolkit.runtime.shipped import launch_script
 from toolkit.runtime.signals import STOPPED
-from toolkit.sweeping.definition import Settings
 from toolkit.sweeping.inputs import require_same_inputs
 from toolkit.sweeping.results import higher_is_better, outcomes
 from toolkit.sweeping.trials import Sweep, Trial, prepare_run
@@ -45,12 +44,13 @@ def run_search(sweep: Sweep, base: RunConfig, start: Start, score: Callable[[], 
     Return False if a signal stopped it. What a trial gave chooses the next, so ``score`` is called after each, and
     returns False for a signal, too. A failed one counts as a trial.
     """
-    search, refused = sweep.search, list[tuple[Settings, float | None]]()
+    search = sweep.search
     assert search is not None
     while score():
+        refused = [one["settings"] for one in sweep.refused if search.takes(one["settings"])]
         if len(sweep.trials) + len(refused) >= search.count:
             return True
-        tried = [*outcomes(sweep), *refused]
+        tried = [*outcomes(sweep), *((settings, None) for settings in refused)]
         settings = search.next_settings(tried, higher_is_better(sweep), base.train.seed)
         if settings is None:
             log.info("sweep: all settings that the search can find are tried, in %d trials", len(sweep.trials))
@@ -59,7 +59,8 @@ def run_search(sweep: Sweep, base: RunConfig, start: Start, score: Callable[[], 
             trial = sweep.add(settings, base, "search")
         except ConfigError as error:
             log.warning("sweep: the search chose settings that do not go together: %s", "; ".join(error.faults))
-            refused.append((settings, None))
+            sweep.refused.append({"settings": settings, "faults": error.faults})
+            sweep.save()
             continue
         if not _run(sweep, [trial], start):
             return False

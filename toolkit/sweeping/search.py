@@ -9,13 +9,23 @@ from typing import Any
 
 from toolkit.config.schema import RunConfig
 from toolkit.runtime.errors import ConfigError, UsageError
-from toolkit.sweeping.definition import MOST_TRIALS, Settings, check_keys, read_values
+from toolkit.sweeping.definition import (
+    MOST_TRIALS,
+    Settings,
+    SweepDefinition,
+    check_keys,
+    describe,
+    read_values,
+    trial_configs,
+)
+from toolkit.sweeping.frost_lines import lines_and_faults
 
 MISSING_OPTUNA = 'a search needs optuna: pip install optuna (pip install -e ".[search]")'
 FORM = (
     "search: {trials: 20, over: {train.learning_rate: {low: 1e-5, high: 1e-3, log: true}, "
     "mask.train: [last:4, lora last:8]}}"
 )
+NOTHING_HELD_OUT = "data.validation is none; expected rows to compare the trials on, as 0.1 or a file"
 _SEARCH_KEYS, _RANGE_KEYS = {"trials", "over"}, {"low", "high", "log"}
 _RANDOM_TRIALS = 10
 """Trials with a score that are drawn at random before what they gave decides."""
@@ -72,9 +82,20 @@ class Search:
         return {dimension.key for dimension in self.dimensions}
 
     @property
-    def corners(self) -> list[Settings]:
-        """Return settings in which every choice and both ends of every range stand, one key each."""
-        return [{one.key: value} for one in self.dimensions for value in one.values]
+    def corners(self) -> list[tuple[str, Any]]:
+        """Return every choice and both ends of every range, each with its key."""
+        return [(one.key, value) for one in self.dimensions for value in one.values]
+
+    @property
+    def first(self) -> Settings:
+        """Return the first choice of every list and the lower end of every range."""
+        return {one.key: one.values[0] for one in self.dimensions}
+
+    def takes(self, settings: Settings) -> bool:
+        """Return whether these settings, as the recipe holds them, may be drawn."""
+        if set(settings) != self.keys:
+            return False
+        return all(one.place(settings[one.key]) is not None for one in self.dimensions)
 
     def next_settings(self, tried: Sequence[tuple[Settings, float | None]], higher: bool, seed: int) -> Settings | None:
         """Return settings that were not tried; None if there are none left to find.
@@ -104,8 +125,8 @@ class Search:
             return optuna.trial.TrialState.FAIL if score is None else optuna.trial.TrialState.COMPLETE
 
         for settings, score in tried:
-            places = {one.key: one.place(settings.get(one.key)) for one in self.dimensions}
-            if None not in places.values():
+            if self.takes(settings):
+                places = {one.key: one.place(settings[one.key]) for one in self.dimensions}
                 study.add_trial(
                     optuna.trial.create_trial(
                         state=state(score), params=places, distributions=distributions, value=score
@@ -148,6 +169,28 @@ def read_search(content: Any, base: RunConfig, source: str) -> Search:
     if faults:
         raise ConfigError(faults, source)
     return Search(count, tuple(dimensions))
+
+
+def check_values(search: Search, base: RunConfig, source: str) -> None:
+    """Check every choice and both ends of every range: by the recipe's form, and against the model's config.json.
+
+    Raises:
+        ConfigError: a value is valid neither beside the first values of the other keys nor beside those of the recipe;
+            lists the faults of all.
+    """
+    wanted = [one for key, value in search.corners for one in ({**search.first, key: value}, {key: value})]
+    valid, faults = dict[int, tuple[Settings, RunConfig]](), dict[int, list[str]]()
+    for number, settings in enumerate(wanted):
+        try:
+            (valid[number],) = trial_configs(base, SweepDefinition(trials=[settings]), source)
+        except ConfigError as error:
+            faults[number] = [fault.removeprefix("trial 1: ") for fault in error.faults]
+    faults |= {number: [NOTHING_HELD_OUT] for number, (_, config) in valid.items() if config.data.validation is None}
+    for number, fault in lines_and_faults(valid)[1].items():
+        faults.setdefault(number, [f"{describe(*valid[number])}: {fault}"])
+    of_both = [fault for number in range(1, len(wanted), 2) if number - 1 in faults for fault in faults.get(number, ())]
+    if of_both:
+        raise ConfigError([f"search.over: {fault}" for fault in dict.fromkeys(of_both)], source)
 
 
 def _dimension(key: str, given: Any, base: RunConfig) -> Dimension:

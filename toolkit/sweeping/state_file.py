@@ -47,12 +47,20 @@ class _TrialForm(_Form):
     code: int | None
     fault: str | None
     checkpoint: str = ""
+    digest: str = ""
     base: str = ""
     seconds: Number = None
     memory_gib: Number = None
     trained: Number = None
     validation: _ScoresForm | None = None
     test: _ScoresForm | None = None
+
+
+class _RefusedForm(_Form):
+    """Checks settings that a search chose and that do not go together."""
+
+    settings: dict[str, Any]
+    faults: list[str]
 
 
 class _SweepForm(_Form):
@@ -62,6 +70,7 @@ class _SweepForm(_Form):
     recipe: dict[str, dict[str, Any]]
     base: dict[str, dict[str, _ScoresForm]]
     trials: list[_TrialForm]
+    refused: list[_RefusedForm] = Field(default=[])
 
 
 def recipe_of(config: RunConfig) -> dict[str, Any]:

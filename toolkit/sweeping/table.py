@@ -80,7 +80,7 @@ def markdown(sweep: Sweep) -> str:
             continue
         marks = ", ".join(name for key, name in COSTS.items() if trial.number in fronts[key])
         result = trial.result
-        costs = [f"{result['seconds']:.1f}", f"{result['memory_gib']:.2f}", f"{result['trained']:,}"]
+        costs = [f"{result['seconds']:.1f}", f"{result['memory_gib']:.2f}", f"{result['trained']:,.0f}"]
         test = [_score_text(result, "test")] if has_test else []
         rows.append([str(trial.number), trial.text, line, _score_text(result), *test, *costs, marks])
     lines = [_line(head), _line(["---:", "---", *["---:"] * (len(head) - 3), "---"]), *map(_line, rows)]

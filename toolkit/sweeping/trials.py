@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,8 +27,10 @@ from toolkit.runtime.privacy import group_files, make_directory
 from toolkit.slurm.submission import queued_job
 from toolkit.sweeping.definition import Settings, SweepDefinition, describe, trial_configs
 from toolkit.sweeping.frost_lines import find_lines
-from toolkit.sweeping.search import Search, read_search
+from toolkit.sweeping.search import NOTHING_HELD_OUT, Search, check_values, read_search
 from toolkit.sweeping.state_file import FORMAT, STATE_FILE, read_state_file, recipe_of
+
+log = logging.getLogger("frostline")
 
 
 @dataclass
@@ -90,6 +93,8 @@ class Sweep:
     """Scores of the model before training, by what was held out."""
     search: Search | None = None
     """What chooses further trials, if anything does."""
+    refused: list[dict[str, Any]] = field(default_factory=list)
+    """Settings that searches chose and that do not go together, each with its faults."""
 
     def add(self, settings: Settings, base: RunConfig, source: str) -> Trial:
         """Add a trial of a recipe; raises ConfigError if ``settings`` are not valid together."""
@@ -109,7 +114,7 @@ class Sweep:
     def save(self) -> None:
         """Write the state; the file is whole at any moment."""
         trials = [*self.others, *(trial.as_dict() for trial in self.trials)]
-        state = {"format": FORMAT, "recipe": self.recipe, "base": self.base}
+        state = {"format": FORMAT, "recipe": self.recipe, "base": self.base, "refused": self.refused}
         text = to_json({**state, "trials": sorted(trials, key=lambda one: one["trial"])}, ensure_ascii=False, indent=1)
         with explain_refused_write(self.directory):
             replace_text(self.directory / STATE_FILE, f"{text}\n")
@@ -131,19 +136,21 @@ def open_sweep(
     if base.data.folds is not None:
         raise ConfigError(["data.folds is set, and a trial is one run; hold out data.validation instead"], source)
     search = None if definition.search is None else read_search(definition.search, base, source)
-    if search is None:
-        found = trial_configs(base, definition, source)
+    if search:
+        check_values(search, base, source)
+        found: list[tuple[Settings, RunConfig]] = []
     else:
-        found = [one for corner in search.corners for one in _settings_of(base, [corner], source)]
-    _require_held_out([config for _, config in found], source)
+        found = trial_configs(base, definition, source)
+        _require_held_out([config for _, config in found], source)
     directory = Path(base.output.dir) if base.output.dir else Path("runs") / f"{invocation.recipe.stem}-sweep"
     recipe = recipe_of(base)
     state = read_state_file(directory, recipe)
     known = {json.dumps(one["settings"], sort_keys=True): one for one in state.get("trials", ())}
     if search:
-        find_lines(dict(enumerate(found, start=1)))
-        earlier = [one["settings"] for one in known.values() if set(one["settings"]) == search.keys]
+        earlier = [one["settings"] for one in known.values() if search.takes(one["settings"])]
         found = _settings_of(base, earlier, source) if earlier else []
+        if beyond := len(known) - len(earlier):
+            log.info("sweep: %d earlier trials are not among what the search draws from; they do not count", beyond)
     numbers = iter(range(max((one["trial"] for one in known.values()), default=0) + 1, 10**9))
     trials = []
     for settings, config in found:
@@ -152,10 +159,12 @@ def open_sweep(
         trial = _trial(directory, number, settings, config)
         if before:
             trial.code, trial.seconds, trial.fault = before["code"], before["wall_seconds"], before["fault"]
-            trial.result = {key: value for key, value in before.items() if key not in trial.as_dict()}
+            if trial.is_done:
+                trial.result = {key: value for key, value in before.items() if key not in trial.as_dict()}
         trials.append(trial)
     _find_lines(trials)
-    sweep = Sweep(directory, recipe, trials, list(known.values()), state.get("base", {}), search)
+    others, refused = list(known.values()), state.get("refused", [])
+    sweep = Sweep(directory, recipe, trials, others, state.get("base", {}), search, refused)
     if not writes:
         yield sweep
         return
@@ -187,9 +196,7 @@ def _require_held_out(configs: Sequence[RunConfig], source: str) -> None:
     if not without:
         return
     which = "" if len(without) == len(configs) else f"trial {', '.join(map(str, without))}: "
-    raise ConfigError(
-        [f"{which}data.validation is none; expected rows to compare the trials on, as 0.1 or a file"], source
-    )
+    raise ConfigError([f"{which}{NOTHING_HELD_OUT}"], source)
 
 
 def prepare_run(trial: Trial) -> Path:

@@ -8,6 +8,7 @@ import re
 import resource
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -216,8 +217,15 @@ def _cell(text: str, end: bool = False) -> str:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Return the highest memory use of this process so far, in GiB."""
+    """Return the highest memory use of this process so far, in GiB.
+
+    On Linux ``ru_maxrss`` begins at that of the process which started this one; ``VmHWM`` does not.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    with suppress(OSError):
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        if found := re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE):
+            return int(found[1]) / 2**20
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
