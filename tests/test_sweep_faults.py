@@ -176,6 +176,17 @@ def test_how_rows_are_trained_on_makes_no_other_rows(words: list[str]) -> None:
         assert "held out different rows" not in markdown(sweep)
 
 
+def test_rows_that_are_taken_more_often_hold_out_no_others(words: list[str], tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    labelled = [json.dumps({**row, "kind": "rare" if number == 0 else "usual"}) for number, row in enumerate(rows)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(labelled), encoding="utf-8")
+    with open_sweep(invocation(*words), SweepDefinition({"data.oversample": ["none", "kind"]}), "sweep") as sweep:
+        assert run_trials(sweep, in_this_process)
+        assert score_trials(sweep)
+        assert [trial.fault for trial in sweep.trials] == [None, None]
+        assert "held out different rows" not in markdown(sweep)
+
+
 def test_a_directory_called_base_is_not_the_base(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

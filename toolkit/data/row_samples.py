@@ -61,6 +61,7 @@ def read_samples(sources: Sequence[Source], config: DataConfig, *parts: Rows) ->
     wanted = [_places(part) for part in parts]
     every = set().union(*wanted)
     found: dict[tuple[int, str], RowSample] = {}
+    config = config.model_copy(update={"oversample": None, "stratify_by": None})  # other files may lack these columns
     noter = RowNoter(config)
     for number, source in enumerate(sources):
         columns, rows = source_columns(iter_rows(source))

@@ -16,10 +16,13 @@ from toolkit.sweeping.trials import Sweep, Trial
 
 def held_out(config: RunConfig) -> str:
     """Return a digest of what decides which rows a trial holds out."""
+    return _data_digest(config, {"packing", "oversample"})
+
+
+def _data_digest(config: RunConfig, left_out: set[str]) -> str:
     data = config.data
     drawn = isinstance(data.validation, float) or isinstance(data.test, float) or data.limit is not None
-    rows = data.model_dump(mode="json", exclude={"packing", "oversample"})  # how rows are trained on
-    return _digest(rows, config.train.seed if drawn else None)
+    return _digest(data.model_dump(mode="json", exclude=left_out), config.train.seed if drawn else None)
 
 
 def base_key(config: RunConfig, checkpoint: Path) -> str:
@@ -32,8 +35,8 @@ def base_key(config: RunConfig, checkpoint: Path) -> str:
 
 
 def _named_base(config: RunConfig) -> str:
-    """Return a digest of what names the rows held out and the model."""
-    return _digest(held_out(config), config.model.model_dump(mode="json"))
+    """Return a digest of what names the rows, those to train on among them, and the model."""
+    return _digest(_data_digest(config, {"packing"}), config.model.model_dump(mode="json"))
 
 
 def require_same_inputs(sweep: Sweep, trial: Trial) -> None:
