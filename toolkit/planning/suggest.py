@@ -118,10 +118,10 @@ def spectrum_scores(loaded: LoadedModel) -> list[float]:
     for tensor in loaded.anatomy.tensors:
         if tensor.block is not None and len(tensor.shape) >= 2 and tensor.name in parameters:
             name_in_block = tensor.name.removeprefix(f"{loaded.anatomy.blocks}.{tensor.block}.")
-            weight = parameters[tensor.name].to(device)
+            weight = parameters[tensor.name]
             if not torch.isfinite(weight).all():
                 raise ModelError(f"{tensor.name} has values that are not finite; expected the weights of a whole model")
-            ratios[name_in_block][tensor.block] = signal_to_noise(weight)
+            ratios[name_in_block][tensor.block] = signal_to_noise(weight.to(device))
     scores: list[list[float]] = [[] for _ in range(loaded.anatomy.block_count)]
     for by_block in ratios.values():
         largest = max(by_block.values()) or 1.0
