@@ -179,3 +179,11 @@ def test_a_cache_that_cannot_be_written_gives_way_to_a_temporary_file(
     monkeypatch.setattr("tempfile.TemporaryFile", full)
     done = run_here("evaluate.py", tiny_model, "--data.path", ENGLISH)
     assert (done.returncode, "set TMPDIR to a directory on another disk" in done.stderr) == (1, True)
+
+
+def test_what_is_in_the_way_of_one_rank_is_told_by_that_rank(tmp_path: Path) -> None:
+    """An error that every rank meets is printed by the first alone; a directory of this name may be on one node."""
+    (tmp_path / "log").mkdir()
+    with pytest.raises(UsageError) as found, explain_refused_write(tmp_path):
+        replace_text(tmp_path / "log", "line")
+    assert not found.value.on_every_rank

@@ -54,6 +54,12 @@ class UsageError(FrostlineError):
     on_every_rank = True
 
 
+class InTheWayError(UsageError):
+    """Something that is not ours, or no file, is where a rank writes a file; other ranks may not meet it."""
+
+    on_every_rank = False
+
+
 class ConfigError(UsageError):
     """One or more faults in the recipe, the flags or the DeepSpeed file, all reported at once."""
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from toolkit.runtime.errors import DiskError, UsageError
+from toolkit.runtime.errors import DiskError, InTheWayError, UsageError
 from toolkit.runtime.own_files import NotOwnError, is_real_file, open_own
 from toolkit.runtime.privacy import share_file
 
@@ -183,16 +183,16 @@ def require_unused_folder(folder: Path, overwrite: bool, option: str = "--output
 def explain_refused_write(place: Path) -> Iterator[None]:
     """Turn an OSError of the body into a DiskError with its path, else ``place``, and the free space at ``place``.
 
-    A UsageError is what is not ours and would have to be written, a directory where a file goes, and the reverse.
+    An InTheWayError is what is not ours and would have to be written, a directory where a file goes, and the reverse.
     """
     try:
         yield
     except NotOwnError as error:
-        raise UsageError(f"{error.filename} is not written: {error.strerror}. Move or remove it") from None
+        raise InTheWayError(f"{error.filename} is not written: {error.strerror}. Move or remove it") from None
     except (IsADirectoryError, NotADirectoryError, FileExistsError) as error:
         path = error.filename2 or error.filename or place
         found, goes = ("a directory", "a file") if isinstance(error, IsADirectoryError) else ("a file", "a directory")
-        raise UsageError(f"{path} cannot be written: {found} is where {goes} goes. Move or rename it") from None
+        raise InTheWayError(f"{path} cannot be written: {found} is where {goes} goes. Move or rename it") from None
     except OSError as error:
         free = ""
         with suppress(OSError):  # a disk that fails may not tell
