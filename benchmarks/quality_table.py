@@ -196,9 +196,8 @@ def draw(cells: Mapping[str, Cell], path: Path, studies: Sequence[Study]) -> Non
         "whole tensors": {"marker": "s", "linestyle": "--", "color": "#d55e00"},
         "peft + Trainer": {"marker": "^", "linestyle": ":", "color": "#009e73"},
     }
-    labels: list[tuple[Any, list[tuple[str, tuple[float, float]]]]] = []
+    labels: dict[Any, list[tuple[str, tuple[float, float]]]] = {axes: [] for axes in grid.flat}
     for study, (by_time, by_memory) in zip(shown, grid, strict=True):
-        named: list[list[tuple[str, tuple[float, float]]]] = [[], []]
         for mask in MASKS:
             if (found := _priced(cells, mask, study)) is None:
                 continue
@@ -206,9 +205,8 @@ def draw(cells: Mapping[str, Cell], path: Path, studies: Sequence[Study]) -> Non
             cheapest = (price["peak_gib"], lowest_loss(best))
             by_time.plot(price["seconds"], best["validation"], **styles[MASKS[mask].kind])
             by_memory.plot(*([value] for value in cheapest), **styles[MASKS[mask].kind])
-            named[0].append((mask, (price["seconds"][-1], best["validation"][-1])))
-            named[1].append((mask, cheapest))
-        labels += zip((by_time, by_memory), named, strict=True)
+            labels[by_time].append((mask, (price["seconds"][-1], best["validation"][-1])))
+            labels[by_memory].append((mask, cheapest))
         by_time.set(xlabel="seconds of training, filling of the cache included", ylabel="validation loss")
         by_time.set_title(study.task.replace("_", " "), loc="left")
         by_memory.set(xlabel="peak memory, GiB")
@@ -218,7 +216,7 @@ def draw(cells: Mapping[str, Cell], path: Path, studies: Sequence[Study]) -> Non
             low, high = axes.get_xlim()
             axes.set_xlim(low, high + 0.25 * (high - low))  # room for names
     figure.tight_layout()
-    for axes, points in labels:
+    for axes, points in labels.items():
         _label(axes, points)
     figure.savefig(path)
 
@@ -230,18 +228,16 @@ def _label(axes: Any, points: Sequence[tuple[str, tuple[float, float]]]) -> None
     places = [(7, 3, "left"), (7, -10, "left"), (-7, 3, "right"), (-7, -10, "right"), (0, 8, "center"),
               (0, -15, "center"), (7, 12, "left"), (7, -19, "left"), (-7, 12, "right"), (-7, -19, "right")]  # fmt: skip
     renderer = axes.figure.canvas.get_renderer()
-    drawn = [tuple(point) for line in axes.lines for point in line.get_xydata()]
+    drawn = [point for line in axes.lines for point in line.get_xydata()]
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in (axes.transData.transform(point) for point in drawn)]
     for name, at in points:
-        for dx, dy, side in places:
-            text = axes.annotate(name, at, xytext=(dx, dy), textcoords="offset points", fontsize=8, ha=side)
+        text = axes.annotate(name, at, xytext=places[0][:2], textcoords="offset points", fontsize=8)
+        for dx, dy, side in [*places, places[0]]:
+            text.xyann = dx, dy
+            text.set_horizontalalignment(side)
             box = text.get_window_extent(renderer)
             if axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and not any(box.overlaps(other) for other in taken):
                 break
-            text.remove()
-        else:
-            text = axes.annotate(name, at, xytext=places[0][:2], textcoords="offset points", fontsize=8)
-            box = text.get_window_extent(renderer)
         taken.append(box)
 
 

@@ -48,9 +48,8 @@ def lines_and_faults(trials: Mapping[int, tuple[Settings, RunConfig]]) -> tuple[
             obstacle = mask_obstacle(mask)
             refuse_cache(config.prefix, obstacle)
         except PlanError as error:
-            log.warning(
-                "the frost line of (%s) is not known before it runs: %s", describe(settings, config), error
-            )  # fmt: skip
+            text = describe(settings, config)
+            log.warning("the frost line of (%s) is not known before it runs: %s", text, error)
             continue
         except (MaskError, ConfigError) as error:
             faults[number] = "; ".join(error.faults) if isinstance(error, ConfigError) else str(error)

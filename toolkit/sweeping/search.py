@@ -188,9 +188,12 @@ def check_values(search: Search, base: RunConfig, source: str) -> None:
     faults |= {number: [NOTHING_HELD_OUT] for number, (_, config) in valid.items() if config.data.validation is None}
     for number, fault in lines_and_faults(valid)[1].items():
         faults.setdefault(number, [f"{describe(*valid[number])}: {fault}"])
-    of_both = [fault for number in range(1, len(wanted), 2) if number - 1 in faults for fault in faults.get(number, ())]
+    of_both = dict[str, None]()
+    for beside in range(0, len(wanted), 2):  # each value beside the first ones, then alone
+        if beside in faults and beside + 1 in faults:
+            of_both |= dict.fromkeys(faults[beside + 1])
     if of_both:
-        raise ConfigError([f"search.over: {fault}" for fault in dict.fromkeys(of_both)], source)
+        raise ConfigError([f"search.over: {fault}" for fault in of_both], source)
 
 
 def _dimension(key: str, given: Any, base: RunConfig) -> Dimension:
